@@ -1,0 +1,122 @@
+// The C++ interface of the CPU kernels. SPDX-License-Identifier: Apache-2.0
+//
+// Legend: T time steps, B batch, I input size, H hidden size, P projected size (= H for now), G gates.
+// All sizes and strides are 64-bit and count elements. Nothing here knows Python. Callers check shapes (src/module.cpp does);
+// sizes are checked for overflow here, before anything is allocated. Inputs are never written to and outputs never overlap
+// inputs. "contiguous" is C order.
+#pragma once
+#include <cstdint>
+#include <memory>
+
+namespace fusedrnn {
+
+using Index = std::int64_t;
+
+enum class CellId : int {
+#define X(id, type) id,
+#include "cells/cells.def"
+#undef X
+};
+
+struct Sizes {
+  Index T, B, I, H, P;
+};
+
+// One array over time and batch whose last axis is contiguous.
+template <class T>
+struct Sequence {
+  T* data = nullptr;  // may be null: absent
+  Index step = 0;     // elements between time steps
+  Index row = 0;      // elements between batch rows
+};
+
+template <class T>
+struct Weights {
+  T* weight_ih = nullptr;  // (G*H, I) contiguous
+  T* weight_hh = nullptr;  // (G*H, P) contiguous
+  T* bias_ih = nullptr;    // (G*H) or null
+  T* bias_hh = nullptr;    // (G*H) or null
+};
+
+template <class T>
+struct Tape;  // what forward saves for backward; opaque, owned by the caller
+template <class T>
+struct PackedWeights;  // weights in the kernels' own order
+
+struct Problem {
+  CellId cell;
+  Sizes sizes;
+  const Index* lengths = nullptr;         // (B) or null
+  const unsigned char* reset = nullptr;   // (T, B) contiguous, 0 or 1, or null
+  bool reverse = false;
+};
+
+// Called on the caller's thread every few milliseconds; false stops the call.
+struct Poll {
+  bool (*hook)(void*) = nullptr;
+  void* context = nullptr;
+};
+
+template <class T>
+struct ForwardCall {
+  Problem problem;
+  const PackedWeights<T>* packed;
+  Sequence<const T> x;    // (T, B, I)
+  const T* h0 = nullptr;  // (B, P) contiguous or null: zeros
+  const T* c0 = nullptr;  // (B, H) contiguous or null: zeros
+  T* y;                   // (T, B, P) contiguous
+  T* hT;                  // (B, P)
+  T* cT = nullptr;        // (B, H), LSTM
+  T* h_states = nullptr;  // (T, B, P) or null
+  T* c_states = nullptr;  // (T, B, H) or null
+  bool save = false;      // return a tape
+  Poll poll;
+};
+
+template <class T>
+struct BackwardCall {
+  Problem problem;
+  const Tape<T>* tape;
+  Weights<const T> weights;  // as they were in forward
+  Sequence<const T> x;
+  const T* y;                // what forward returned
+  const T* h0 = nullptr;
+  const T* c0 = nullptr;
+  Sequence<const T> dy;          // (T, B, P); any upstream gradient may be absent
+  const T* dhT = nullptr;        // (B, P)
+  const T* dcT = nullptr;        // (B, H)
+  Sequence<const T> dh_states;   // (T, B, P)
+  Sequence<const T> dc_states;   // (T, B, H)
+  T* dx = nullptr;               // (T, B, I) contiguous; null: not needed, so with everything below
+  Weights<T> dweights;           // contiguous; overwritten
+  T* dh0 = nullptr;              // (B, P)
+  T* dc0 = nullptr;              // (B, H)
+  Poll poll;
+};
+
+template <class T>
+struct Deleter {
+  void operator()(Tape<T>* p) const;
+  void operator()(PackedWeights<T>* p) const;
+};
+template <class T>
+using TapePtr = std::unique_ptr<Tape<T>, Deleter<T>>;
+template <class T>
+using PackedPtr = std::unique_ptr<PackedWeights<T>, Deleter<T>>;
+
+struct Interrupted {};  // thrown when the poll hook says stop
+
+// T is float or double. Throws std::bad_alloc, std::overflow_error, Interrupted.
+template <class T>
+PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights);
+template <class T>
+TapePtr<T> forward(const ForwardCall<T>& call);
+template <class T>
+void backward(const BackwardCall<T>& call);
+// Subnormals are flushed to zero in kernels; off for tests and for those who need them.
+void set_flush_subnormals(bool on);
+// Bytes that a tape of these sizes holds.
+template <class T>
+Index tape_bytes(CellId cell, Sizes sizes);
+
+}  // namespace fusedrnn

@@ -1,0 +1,457 @@
+// The time loop backward and the weight gradients, for any cell. SPDX-License-Identifier: Apache-2.0
+//
+// Steps are walked back in chunks counted from the end. Within a chunk, per step: the chain (da of the later step times
+// the recurrent weights, plus what the cell passes on directly), then the upstream gradients, then the cell. The chunk's da
+// rows are still in the cache when dx and the weight gradients are made of them, so da never exists for all T.
+// Only valid rows take part: they lie one after another in the chunk.
+#pragma once
+#include "cpu/steps.h"
+#include "cpu/tile.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+using cpu::BackwardJob;
+using cpu::kBlock;
+using cpu::Packed;
+using cpu::Worker;
+
+// Columns of [1 | x | h_prev | middle] that share the accumulators they give gradients to: one product of the joint rows.
+struct Group {
+  Index column, columns;
+  int first, count;  // accumulators
+  Index offset;      // of the group in a block of dpacked
+};
+
+template <class Cell>
+struct Groups {
+  static constexpr bool joint = Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count;
+  static constexpr int count = (joint ? 1 : 3) + (Cell::phases == 2);
+  Group group[4];
+  Index block_step = 0;
+  // Column ranges, in the order of the joint rows.
+  Groups(Index I, Index P) {
+    int n = 0;
+    const auto add = [&](Index column, Index columns, int first, int accumulators) {
+      group[n++] = {column, columns, first, accumulators, block_step};
+      block_step += columns * accumulators * kBlock;
+    };
+    if (joint) {
+      add(0, 1 + I + P, 0, Cell::accumulators);
+    } else {
+      add(0, 1, 0, Cell::accumulators);
+      add(1, I, Cell::input.first, Cell::input.count);
+      add(1 + I, P, Cell::recurrent.first, Cell::recurrent.count);
+    }
+    if (Cell::phases == 2) add(1 + I + P, P, Cell::recurrent2.first, Cell::recurrent2.count);
+  }
+  // Where dpacked holds the gradient of (column, accumulator) for the first unit of a block.
+  const Group& of_column(Index column) const {
+    int n = 0;
+    while (column >= group[n].column + group[n].columns) ++n;
+    return group[n];
+  }
+};
+
+enum class After { product, final_state, nothing };  // where a row's chain comes from
+
+// One valid row of the step at hand.
+template <class T>
+struct BackwardRow {
+  Index b;
+  After after;
+  T* da;
+  const T *saved, *h_prev, *h, *c_prev, *c, *dy, *dh_state, *dc_state;  // null where absent
+};
+
+template <class T>
+struct BackwardRows {
+  Index *t, *b, *first_of_step;  // of each valid row of the chunk
+  BackwardRow<T>* at;            // (B) the step's rows
+  const T** da;                  // (B) what the step's product reads of each
+  T** latest;                    // (B) each batch row's latest da, or null
+
+  static Index bytes(Index B, Index rows, Index steps) {
+    return (2 * rows + steps + 1) * Index(sizeof(Index)) + B * Index(sizeof(BackwardRow<T>) + 2 * sizeof(T*));
+  }
+  BackwardRows(char* memory, Index B, Index rows, Index steps) {
+    t = reinterpret_cast<Index*>(memory);
+    b = t + rows, first_of_step = b + rows;
+    at = reinterpret_cast<BackwardRow<T>*>(first_of_step + steps + 1);
+    latest = reinterpret_cast<T**>(at + B);
+    da = const_cast<const T**>(latest + B);
+  }
+};
+
+template <class Cell, class V>
+struct BackwardLoop {
+  using T = typename V::scalar;
+  static constexpr int A = Cell::accumulators;
+
+  const BackwardJob<T>& job;
+  const Worker& worker;
+  BackwardRows<T> rows;
+  const Groups<Cell> groups;
+  const Index B, units;          // units: blocks * 16
+  Index row_begin, row_end, block_begin, block_end;
+  Index count = 0;               // valid rows of the chunk
+
+  BackwardLoop(const BackwardJob<T>& job_, const Worker& worker_)
+      : job(job_), worker(worker_),
+        rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B, job_.chunk_steps * job_.steps.B, job_.chunk_steps),
+        groups(job_.I, job_.P), B(job_.steps.B), units(job_.blocks * kBlock) {
+    const Index n = worker.region.threads, i = worker.region.thread;
+    row_begin = worker.by_rows ? B * i / n : 0, row_end = worker.by_rows ? B * (i + 1) / n : B;
+    block_begin = worker.by_rows ? 0 : job.blocks * i / n, block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
+    for (Index b = 0; b < B; ++b) rows.latest[b] = nullptr;
+  }
+
+  Index later(Index t) const { return job.steps.reverse ? t - 1 : t + 1; }
+  Index earlier(Index t) const { return job.steps.reverse ? t + 1 : t - 1; }
+  T* da_row(Index row) const { return job.da + row * job.da_row; }
+  const T* h_row(Index t, Index b) const { return job.y + (t * B + b) * job.P; }
+
+  const T* h_before(Index t, Index b) const {
+    switch (before(job.steps, t, b)) {
+      case Before::previous: return h_row(earlier(t), b);
+      case Before::start: return job.h0 ? job.h0 + b * job.P : job.zeros;
+      default: return job.zeros;
+    }
+  }
+  const T* c_before(Index t, Index b) const {
+    switch (before(job.steps, t, b)) {
+      case Before::previous: return job.c + earlier(t) * job.c_step + b * units;
+      case Before::start: return job.c0 ? job.c0 + b * units : job.zeros;
+      default: return job.zeros;
+    }
+  }
+
+  // The chunk's valid rows, in the order in which they are walked: every thread makes the same list.
+  void list_rows(Index s_end, Index s_begin) {
+    count = 0;
+    Index k = 0;
+    for (Index s = s_end - 1; s >= s_begin; --s, ++k) {
+      rows.first_of_step[k] = count;
+      const Index t = time_of(job.steps, s);
+      for (Index b = 0; b < B; ++b)
+        if (valid(job.steps, t, b)) rows.t[count] = t, rows.b[count] = b, ++count;
+    }
+    rows.first_of_step[k] = count;
+  }
+
+  // The part of [begin, end) that is this thread's: rows are listed by ascending b within a step.
+  void own_rows(Index& begin, Index& end) const {
+    while (begin < end && rows.b[begin] < row_begin) ++begin;
+    Index last = begin;
+    while (last < end && rows.b[last] < row_end) ++last;
+    end = last;
+  }
+
+  After chain_of(Index t, Index b) const {
+    if (t == last_time(job.steps, b)) return After::final_state;
+    return before(job.steps, later(t), b) == Before::nothing ? After::nothing : After::product;
+  }
+
+  Product<T> product(const Packed<T>& weights, const Part& part, const T* const* a, Index block, Index lane) const {
+    const bool all = part.count == A;
+    return {a, 1, A * kBlock, weights.data + block * weights.block_step + lane, kBlock, weights.block_step,
+            all ? 1 : job.blocks, all ? job.blocks * A * kBlock : part.count * kBlock};
+  }
+
+  // acc[m][wide] = rows of da times the weights of blocks [block, block+wide).
+  void multiply(const Product<T>& p, int m, int wide, T* acc) const {
+    for (int i = 0; i < m * wide; ++i) V::zero().store(acc + i * V::lanes);
+    tile_for<V>(m, wide)(&p, 1, acc, wide * V::lanes);
+  }
+
+  template <class Epilogue>
+  bool tiles(Index n_rows, Epilogue&& tile_at) const {
+    const Cut row_tiles(n_rows, max_rows<V>(4)), panels(block_end - block_begin, 4);
+    const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces, inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
+    for (Index o = 0; o < outer; ++o) {
+      for (Index n = 0; n < inner; ++n) {
+        const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
+        const Index first = row_tiles.begin(i), block = block_begin + panels.begin(j);
+        const int m = int(row_tiles.begin(i + 1) - first), wide = int(block_begin + panels.begin(j + 1) - block);
+        for (Index lane = 0; lane < kBlock; lane += V::lanes) tile_at(first, m, block, wide, lane);
+      }
+      if (!worker.poll()) return false;
+    }
+    return true;
+  }
+
+  BackwardRow<T> row_at(Index t, Index b, T* da) const {
+    const auto in = [&](const T* data, Index step, Index row) { return data ? data + t * step + b * row : nullptr; };
+    return {b, chain_of(t, b), da,
+            in(job.saved, job.saved_step, job.blocks * (Cell::saved * kBlock)), h_before(t, b), h_row(t, b),
+            Cell::has_c ? c_before(t, b) : nullptr, in(job.c, job.c_step, units),
+            in(job.dy, job.dy_step, job.dy_row), in(job.dh_states, job.dh_states_step, job.dh_states_row),
+            in(job.dc_states, job.dc_states_step, job.dc_states_row)};
+  }
+
+  bool step(Index t, Index begin, Index end) {
+    const Index n = end - begin;
+    for (Index i = 0; i < n; ++i) rows.at[i] = row_at(t, rows.b[begin + i], da_row(begin + i));
+    const bool done = chains(n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) { cell_at(row, u, dh, dc); });
+    if (!done) return false;
+    for (Index i = 0; i < n; ++i) rows.latest[rows.at[i].b] = rows.at[i].da;
+    if constexpr (Cell::phases == 2) {
+      if (!worker.by_rows && !worker.barrier()) return false;
+      for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + Cell::recurrent2.first * kBlock;
+      return tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
+        alignas(64) T acc[kMaxTile * V::lanes];
+        multiply(product(job.recurrent2, Cell::recurrent2, rows.da + first, block, lane), m, wide, acc);
+        for (int i = 0; i < m; ++i)
+          for (int w = 0; w < wide; ++w)
+            cell2_at(rows.at[first + i], (block + w) * kBlock + lane, V::load(acc + (i * wide + w) * V::lanes));
+      });
+    }
+    return true;
+  }
+
+  // The gradient that reaches the n rows of rows.at from later steps, for every vector of units of this thread:
+  // then(row, u, dh, dc). Selection, never multiplication: what a cut or a row's end leaves out is never read.
+  template <class Then>
+  bool chains(Index n, Then&& then) const {
+    bool any = false;  // does any row need the product?
+    for (Index i = 0; i < n; ++i) {
+      const bool follows = rows.at[i].after == After::product;
+      rows.da[i] = follows ? rows.latest[rows.at[i].b] + Cell::recurrent.first * kBlock : job.zeros;
+      any |= follows;
+    }
+    return tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
+      alignas(64) T acc[kMaxTile * V::lanes];
+      if (any) multiply(product(job.recurrent, Cell::recurrent, rows.da + first, block, lane), m, wide, acc);
+      for (int i = 0; i < m; ++i)
+        for (int w = 0; w < wide; ++w) {
+          const BackwardRow<T>& row = rows.at[first + i];
+          const Index u = (block + w) * kBlock + lane, b = row.b, in_row = job.H - u;
+          V dh = V::zero(), dc = V::zero();
+          if (row.after == After::product) {
+            dh = V::load(acc + (i * wide + w) * V::lanes);
+            if (Cell::has_direct) dh = dh + V::load(job.direct + b * units + u);
+            if (Cell::has_c) dc = V::load(job.dc + b * units + u);
+          } else if (row.after == After::final_state) {
+            if (job.dhT) dh = V::load(job.dhT + b * job.P + u, in_row);
+            if (Cell::has_c && job.dcT) dc = V::load(job.dcT + b * job.H + u, in_row);
+          }
+          then(row, u, dh, dc);
+        }
+    });
+  }
+
+  // One vector of units of one row: the upstream gradients, then the cell.
+  FUSEDRNN_INLINE void cell_at(const BackwardRow<T>& row, Index u, V dh, V dc) const {
+    const Index in_row = job.H - u;
+    if (row.dy) dh = dh + V::load(row.dy + u, in_row);
+    if (row.dh_state) dh = dh + V::load(row.dh_state + u, in_row);
+    if (Cell::has_c && row.dc_state) dc = dc + V::load(row.dc_state + u, in_row);
+
+    V saved[Cell::saved + 1], da[A], dc_prev = V::zero(), direct = V::zero();
+    for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row.saved + offset(u, Cell::saved) + s * kBlock);
+    const V h_prev = Cell::reads_h_prev ? V::load(row.h_prev + u, in_row) : V::zero();
+    const V h = Cell::reads_h ? V::load(row.h + u, in_row) : V::zero();
+    const V c_prev = Cell::has_c ? V::load(row.c_prev + u) : V::zero();
+    const V c = Cell::has_c ? V::load(row.c + u) : V::zero();
+    Cell::backward(saved, h_prev, h, c_prev, c, dh, dc, da, dc_prev, direct);
+    for (int s = 0; s < A; ++s) da[s].store(row.da + offset(u, A) + s * kBlock);
+    if (Cell::has_c) dc_prev.store(job.dc + row.b * units + u);
+    if (Cell::has_direct) direct.store(job.direct + row.b * units + u);
+  }
+
+  FUSEDRNN_INLINE void cell2_at(const BackwardRow<T>& row, Index u, V dmiddle) const {
+    if constexpr (Cell::phases == 2) {
+      V saved[Cell::saved], da_r, direct = V::load(job.direct + row.b * units + u);
+      for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row.saved + offset(u, Cell::saved) + s * kBlock);
+      Cell::backward2(saved, V::load(row.h_prev + u, job.H - u), dmiddle, da_r, direct);
+      da_r.store(row.da + offset(u, A));
+      direct.store(job.direct + row.b * units + u);
+    }
+  }
+
+  // Where unit u's first of n vectors lies in a row of [block][n][16].
+  static Index offset(Index u, int n) { return u / kBlock * (n * kBlock) + u % kBlock; }
+
+  // Rows that the next chunk still needs are about to be overwritten: keep this thread's part of them.
+  void keep_border() {
+    const Index begin = block_begin * A * kBlock, bytes = (block_end - block_begin) * A * kBlock * Index(sizeof(T));
+    for (Index b = row_begin; b < row_end; ++b) {
+      T* border = job.border + b * job.da_row;
+      if (!rows.latest[b] || rows.latest[b] == border) continue;
+      __builtin_memcpy(border + begin, rows.latest[b] + begin, size_t(bytes));
+      rows.latest[b] = border;
+    }
+  }
+
+  // [1 | x | h_prev | middle] of this thread's share of the chunk's rows.
+  void gather_inputs() {
+    const Index n = worker.region.threads, i = worker.region.thread;
+    for (Index r = count * i / n; r < count * (i + 1) / n; ++r) {
+      const Index t = rows.t[r], b = rows.b[r];
+      T* row = job.inputs + r * job.inputs_row;
+      const T* h_prev = h_before(t, b);
+      row[0] = T(1);
+      __builtin_memcpy(row + 1, job.x + t * job.x_step + b * job.x_row, size_t(job.I) * sizeof(T));
+      __builtin_memcpy(row + 1 + job.I, h_prev, size_t(job.P) * sizeof(T));
+      if constexpr (Cell::phases == 2) {
+        const T* saved = job.saved + t * job.saved_step + b * job.blocks * (Cell::saved * kBlock);  // r comes first
+        for (Index u = 0; u < job.P; ++u) row[1 + job.I + job.P + u] = saved[offset(u, Cell::saved)] * h_prev[u];
+      }
+    }
+  }
+
+  // dx of this thread's share of the chunk's rows.
+  bool input_gradients() {
+    const Index n = worker.region.threads, share_begin = count * worker.region.thread / n, share = count * (worker.region.thread + 1) / n - share_begin;
+    const Index blocks = (job.I + kBlock - 1) / kBlock;
+    const Cut panels(blocks, 4);
+    const int widest = int(panels.pieces ? panels.begin(1) : 1);
+    const Cut row_tiles(share, max_rows<V>(widest));
+    for (Index i = 0; i < row_tiles.pieces; ++i) {
+      const Index first = share_begin + row_tiles.begin(i);
+      const int m = int(share_begin + row_tiles.begin(i + 1) - first);
+      const T* da[kMaxTile];
+      for (int r = 0; r < m; ++r) da[r] = da_row(first + r) + Cell::input.first * kBlock;
+      for (Index j = 0; j < panels.pieces; ++j) {
+        const Index block = panels.begin(j);
+        const int wide = int(panels.begin(j + 1) - block);
+        for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+          alignas(64) T acc[kMaxTile * V::lanes];
+          multiply(product(job.input, Cell::input, da, block, lane), m, wide, acc);
+          for (int r = 0; r < m; ++r)
+            for (int w = 0; w < wide; ++w) {
+              const Index column = (block + w) * kBlock + lane;
+              T* row = job.dx + (rows.t[first + r] * B + rows.b[first + r]) * job.I;
+              V::load(acc + (r * wide + w) * V::lanes).store(row + column, job.I - column);
+            }
+        }
+      }
+      if (!worker.poll()) return false;
+    }
+    return true;
+  }
+
+  // Adds the chunk's part of the weight gradients: the joint rows, transposed, times da. Threads take whole output tiles.
+  bool weight_gradients(bool first_chunk) {
+    static constexpr int kWide = A == 1 ? 4 : 1;
+    const Cut panels(job.blocks, kWide);
+    Index total = 0;
+    for (int g = 0; g < groups.count; ++g) total += Cut(groups.group[g].columns, max_rows<V>(groups.group[g].count * kWide)).pieces;
+    const Index n = worker.region.threads, i = worker.region.thread;
+    const Index begin = total * panels.pieces * i / n, end = total * panels.pieces * (i + 1) / n;
+    for (Index item = begin; item < end; ++item) {
+      const Index panel = item / total;
+      Index at = item % total;
+      int g = 0;
+      for (;; ++g) {
+        const Index pieces = Cut(groups.group[g].columns, max_rows<V>(groups.group[g].count * kWide)).pieces;
+        if (at < pieces) break;
+        at -= pieces;
+      }
+      const Index block = panels.begin(panel);
+      weight_tile(groups.group[g], at, block, int(panels.begin(panel + 1) - block), first_chunk);
+      if ((item & 15) == 0 && !worker.poll()) return false;
+    }
+    return true;
+  }
+
+  void weight_tile(const Group& group, Index at, Index block, int wide, bool first_chunk) {
+    static constexpr int kWide = A == 1 ? 4 : 1;
+    const Cut columns(group.columns, max_rows<V>(group.count * kWide));
+    const Index first = columns.begin(at);
+    const int m = int(columns.begin(at + 1) - first), vectors = group.count * wide;
+    const T* a[kMaxTile];
+    for (int r = 0; r < m; ++r) a[r] = job.inputs + group.column + first + r;
+    for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+      alignas(64) T acc[kMaxTile * V::lanes];
+      for (int v = 0; v < m * vectors; ++v) V::zero().store(acc + v * V::lanes);
+      const Product<T> p = {a, job.inputs_row, 0, job.da + (block * A + group.first) * kBlock + lane, job.da_row, kBlock, 1, count};
+      tile_for<V>(m, vectors)(&p, 1, acc, vectors * V::lanes);
+      for (int r = 0; r < m; ++r)
+        for (int w = 0; w < wide; ++w)
+          for (int s = 0; s < group.count; ++s) {
+            T* sum = job.dpacked + (block + w) * job.dpacked_block + group.offset + ((first + r) * group.count + s) * kBlock + lane;
+            const V part = V::load(acc + (r * vectors + w * group.count + s) * V::lanes);
+            (first_chunk ? part : V::load(sum) + part).store(sum);
+          }
+    }
+  }
+
+  // dpacked back to PyTorch's layout: gate rows of (G*H, columns), from joint columns [column, column + columns).
+  void unpack(T* out, Index column, Index columns, const Part& part) const {
+    if (!out || !part.count) return;
+    const Group& group = groups.of_column(column);
+    const Index n = worker.region.threads, i = worker.region.thread;
+    for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block) {
+      const T* from = job.dpacked + block * job.dpacked_block + group.offset;
+      const Index lanes = job.H - block * kBlock < kBlock ? job.H - block * kBlock : kBlock;
+      for (Index k0 = 0; k0 < columns; k0 += kBlock) {
+        const Index k1 = k0 + kBlock < columns ? k0 + kBlock : columns;
+        for (int s = 0; s < part.count; ++s)
+          for (Index lane = 0; lane < lanes; ++lane) {
+            T* to = out + (part.gate[s] * job.H + block * kBlock + lane) * columns;
+            for (Index k = k0; k < k1; ++k)
+              to[k] = from[((column - group.column + k) * group.count + part.first - group.first + s) * kBlock + lane];
+          }
+      }
+    }
+  }
+
+  // The gradient of the initial state: one more product, no cell.
+  bool initial_state() {
+    Index n = 0;
+    for (Index b = row_begin; b < row_end; ++b) {
+      const bool empty = length_of(job.steps, b) == 0;
+      const bool cut = !empty && before(job.steps, first_time(job.steps, b), b) == Before::nothing;
+      rows.at[n] = {};
+      rows.at[n].b = b;
+      rows.at[n++].after = empty ? After::final_state : cut ? After::nothing : After::product;
+    }
+    return chains(n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) {
+      if (job.dh0) dh.store(job.dh0 + row.b * job.P + u, job.H - u);
+      if (Cell::has_c && job.dc0) dc.store(job.dc0 + row.b * job.H + u, job.H - u);
+    });
+  }
+
+  void zero_padding() const {
+    const Index n = worker.region.threads, i = worker.region.thread;
+    for (Index b = B * i / n; b < B * (i + 1) / n; ++b)
+      for (Index t = length_of(job.steps, b); t < job.steps.T; ++t)
+        __builtin_memset(job.dx + (t * B + b) * job.I, 0, size_t(job.I) * sizeof(T));
+  }
+
+  bool run() {
+    Index s_end = job.steps.T;
+    do {
+      const Index s_begin = s_end > job.chunk_steps ? s_end - job.chunk_steps : 0;
+      list_rows(s_end, s_begin);
+      for (Index s = s_end - 1, k = 0; s >= s_begin; --s, ++k) {
+        Index begin = rows.first_of_step[k], end = rows.first_of_step[k + 1];
+        own_rows(begin, end);
+        if (!step(time_of(job.steps, s), begin, end)) return false;
+        if (!worker.by_rows && !worker.barrier()) return false;
+      }
+      keep_border();
+      if (job.need_weights) gather_inputs();
+      if (!worker.barrier()) return false;
+      if (job.dx && !input_gradients()) return false;
+      if (job.need_weights && !weight_gradients(s_end == job.steps.T)) return false;
+      if (!worker.barrier()) return false;
+      s_end = s_begin;
+    } while (s_end > 0);
+    if ((job.dh0 || job.dc0) && !initial_state()) return false;
+    if (job.dx && job.steps.lengths) zero_padding();
+    if (job.need_weights) {
+      unpack(job.dbias_ih, 0, 1, Cell::input);
+      unpack(job.dbias_hh, 0, 1, Cell::recurrent);
+      unpack(job.dbias_hh, 0, 1, Cell::recurrent2);
+      unpack(job.dweight_ih, 1, job.I, Cell::input);
+      unpack(job.dweight_hh, 1 + job.I, job.P, Cell::recurrent);
+      unpack(job.dweight_hh, 1 + job.I + job.P, job.P, Cell::recurrent2);
+    }
+    return true;
+  }
+};
+
+}  // namespace FUSEDRNN_LEVEL
+}  // namespace fusedrnn

@@ -1,0 +1,197 @@
+// The time loop forward, for any cell. It knows no gates. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "cpu/steps.h"
+#include "cpu/tile.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+using cpu::ForwardJob;
+using cpu::kBlock;
+using cpu::Packed;
+using cpu::Worker;
+
+// The valid rows of one step.
+template <class T>
+struct ForwardRows {
+  Index count = 0;
+  Index* b;
+  const T **x, **h, **c, **middle;
+
+  static Index bytes(Index B) { return B * Index(sizeof(Index) + 4 * sizeof(T*)); }
+  ForwardRows(char* memory, Index B) {
+    x = reinterpret_cast<const T**>(memory);
+    h = x + B, c = h + B, middle = c + B;
+    b = reinterpret_cast<Index*>(middle + B);
+  }
+};
+
+template <class Cell, class V>
+struct ForwardLoop {
+  using T = typename V::scalar;
+  static constexpr int A = Cell::accumulators;
+  static constexpr int kWide = A == 1 ? 4 : 1;  // blocks per panel: an Elman tile takes several blocks to fill the registers
+  static constexpr int kRows = max_rows<V>(A * kWide);
+
+  const ForwardJob<T>& job;
+  const Worker& worker;
+  ForwardRows<T> rows;
+  Index row_begin, row_end;      // this thread's rows of the batch
+  Index block_begin, block_end;  // and its blocks of units
+
+  ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_)
+      : job(job_), worker(worker_), rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B) {
+    const Index B = job.steps.B, n = worker.region.threads, i = worker.region.thread;
+    row_begin = worker.by_rows ? B * i / n : 0, row_end = worker.by_rows ? B * (i + 1) / n : B;
+    block_begin = worker.by_rows ? 0 : job.blocks * i / n, block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
+  }
+
+  T* c_row(Index t, Index b) const { return Cell::has_c ? job.c + t * job.c_step + b * job.blocks * kBlock : nullptr; }
+  T* saved_row(Index t, Index b) const {
+    return job.saved ? job.saved + t * job.saved_step + b * job.blocks * (Cell::saved * kBlock) : nullptr;
+  }
+
+  void select_rows(Index t) {
+    const Steps& steps = job.steps;
+    const Index before_t = steps.reverse ? t + 1 : t - 1, B = steps.B;
+    rows.count = 0;
+    for (Index b = row_begin; b < row_end; ++b) {
+      if (!valid(steps, t, b)) continue;
+      const Index i = rows.count++;
+      rows.b[i] = b;
+      rows.x[i] = job.x + t * job.x_step + b * job.x_row;
+      rows.middle[i] = job.middle ? job.middle + b * job.blocks * kBlock : nullptr;
+      switch (before(steps, t, b)) {
+        case Before::previous:
+          rows.h[i] = job.y + (before_t * B + b) * job.P;
+          rows.c[i] = c_row(before_t, b);
+          break;
+        case Before::start:
+          rows.h[i] = job.h0 ? job.h0 + b * job.P : job.zeros;
+          rows.c[i] = job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros;
+          break;
+        case Before::nothing: rows.h[i] = rows.c[i] = job.zeros; break;
+      }
+    }
+  }
+
+  // Adds one part's product: rows [first, first+m) times the weights of `wide` blocks, from lane `lane` of each block.
+  static Product<T> product(const Packed<T>& weights, const Part& part, const T* const* a, Index k, Index block, Index lane) {
+    const Index gap = kWide > 1 ? weights.block_step : kBlock;
+    return {a, 1, 0, weights.data + block * weights.block_step + lane, part.count * kBlock, gap, 1, k};
+  }
+
+  // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
+  void phase1(Index t, Index first, int m, Index block, int wide, Index lane) {
+    alignas(64) T acc[kMaxTile * V::lanes];
+    const Index acc_row = wide * A * V::lanes;
+    for (int i = 0; i < m; ++i)
+      for (int n = 0; n < wide * A; ++n)
+        V::load(job.bias + (block * A + n) * kBlock + lane).store(acc + i * acc_row + n * V::lanes);
+    const Product<T> products[2] = {product(job.input, Cell::input, rows.x + first, job.I, block, lane),
+                                    product(job.recurrent, Cell::recurrent, rows.h + first, job.P, block, lane)};
+    if constexpr (Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count) {
+      tile_for<V>(m, Cell::input.count * wide)(products, 2, acc + Cell::input.first * V::lanes, acc_row);
+    } else {
+      tile_for<V>(m, Cell::input.count)(products, 1, acc + Cell::input.first * V::lanes, acc_row);
+      tile_for<V>(m, Cell::recurrent.count)(products + 1, 1, acc + Cell::recurrent.first * V::lanes, acc_row);
+    }
+    for (int i = 0; i < m; ++i)
+      for (int w = 0; w < wide; ++w) {
+        const Index u = (block + w) * kBlock + lane, b = rows.b[first + i], in_row = job.H - u;
+        V a[A], saved[Cell::saved + 1], h, c;
+        for (int s = 0; s < A; ++s) a[s] = V::load(acc + i * acc_row + (w * A + s) * V::lanes);
+        const V h_prev = Cell::reads_h_prev ? V::load(rows.h[first + i] + u, in_row) : V::zero();
+        const V c_prev = Cell::has_c ? V::load(rows.c[first + i] + u) : V::zero();
+        Cell::forward(a, h_prev, c_prev, saved, h, c);
+        if (T* out = saved_row(t, b))
+          for (int s = 0; s < Cell::saved; ++s) saved[s].store(out + (block + w) * (Cell::saved * kBlock) + s * kBlock + lane);
+        if (Cell::has_c) {
+          c.store(c_row(t, b) + u);
+          if (job.c_states) c.store(job.c_states + (t * job.steps.B + b) * job.H + u, in_row);
+        }
+        if (Cell::phases == 2)
+          h.store(job.middle + b * job.blocks * kBlock + u);
+        else
+          h.store(job.y + (t * job.steps.B + b) * job.P + u, in_row);
+      }
+  }
+
+  // Tile of phase 2: one more product into one accumulator, which waits among the saved values.
+  void phase2(Index t, Index first, int m, Index block, Index lane) {
+    if constexpr (Cell::phases == 2) {
+      constexpr int slot = Cell::recurrent2.first;
+      alignas(64) T acc[kMaxTile * V::lanes];
+      const Index at = block * (Cell::saved * kBlock) + lane;
+      for (int i = 0; i < m; ++i)
+        V::load(saved_row(t, rows.b[first + i]) + at + slot * kBlock).store(acc + i * V::lanes);
+      const Product<T> products[1] = {product(job.recurrent2, Cell::recurrent2, rows.middle + first, job.P, block, lane)};
+      tile_for<V>(m, 1)(products, 1, acc, V::lanes);
+      for (int i = 0; i < m; ++i) {
+        const Index u = block * kBlock + lane, b = rows.b[first + i], in_row = job.H - u;
+        T* row = saved_row(t, b) + at;
+        V saved[Cell::saved], h;
+        for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row + s * kBlock);
+        Cell::forward2(V::load(acc + i * V::lanes), V::load(rows.h[first + i] + u, in_row), saved, h);
+        saved[slot].store(row + slot * kBlock);
+        h.store(job.y + (t * job.steps.B + b) * job.P + u, in_row);
+      }
+    }
+  }
+
+  bool step(Index t, int phase) {
+    const Cut tiles(rows.count, kRows), panels(block_end - block_begin, kWide);
+    const Index outer = job.rows_outside ? tiles.pieces : panels.pieces, inner = job.rows_outside ? panels.pieces : tiles.pieces;
+    for (Index o = 0; o < outer; ++o) {
+      for (Index n = 0; n < inner; ++n) {
+        const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
+        const Index first = tiles.begin(i), block = block_begin + panels.begin(j);
+        const int m = int(tiles.begin(i + 1) - first), wide = int(block_begin + panels.begin(j + 1) - block);
+        for (Index lane = 0; lane < kBlock; lane += V::lanes)
+          phase == 1 ? phase1(t, first, m, block, wide, lane) : phase2(t, first, m, block, lane);
+      }
+      if (!worker.poll()) return false;
+    }
+    return true;
+  }
+
+  // Padding of y and of the all-step states, and the final states, for this thread's rows.
+  void finish() {
+    const Steps& steps = job.steps;
+    const Index B = steps.B, P = job.P, H = job.H, n = worker.region.threads, i = worker.region.thread;
+    const auto copy = [](T* to, const T* from, Index count) { __builtin_memcpy(to, from, size_t(count) * sizeof(T)); };
+    for (Index b = B * i / n; b < B * (i + 1) / n; ++b) {
+      const Index length = length_of(steps, b), last = length ? last_time(steps, b) : 0;
+      const T* h = length ? job.y + (last * B + b) * P : job.h0 ? job.h0 + b * P : job.zeros;
+      const T* c = length ? c_row(last, b) : job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros;
+      copy(job.hT + b * P, h, P);
+      if (Cell::has_c) copy(job.cT + b * H, c, H);
+      // In reverse the padding comes before the first step: there the initial state is held.
+      const T* held_h = steps.reverse ? (job.h0 ? job.h0 + b * P : job.zeros) : h;
+      const T* held_c = steps.reverse ? (job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros) : c;
+      for (Index t = length; t < steps.T; ++t) __builtin_memset(job.y + (t * B + b) * P, 0, size_t(P) * sizeof(T));
+      if (job.h_states)
+        for (Index t = 0; t < steps.T; ++t)
+          copy(job.h_states + (t * B + b) * P, t < length ? job.y + (t * B + b) * P : held_h, P);
+      if (job.c_states)
+        for (Index t = length; t < steps.T; ++t) copy(job.c_states + (t * B + b) * H, held_c, H);
+    }
+  }
+
+  bool run() {
+    for (Index s = 0; s < job.steps.T; ++s) {
+      const Index t = time_of(job.steps, s);
+      select_rows(t);
+      for (int phase = 1; phase <= Cell::phases; ++phase) {
+        if (!step(t, phase)) return false;
+        if (!worker.by_rows && !worker.barrier()) return false;
+      }
+    }
+    if (!worker.barrier()) return false;
+    finish();
+    return true;
+  }
+};
+
+}  // namespace FUSEDRNN_LEVEL
+}  // namespace fusedrnn

@@ -1,0 +1,104 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fusedrnn::cpu {
+
+const char* name(Isa isa) {
+  switch (isa) {
+    case Isa::portable: return "portable";
+    case Isa::portable_fma: return "portable_fma";
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::neon: return "neon";
+  }
+  return "?";
+}
+
+bool detected(Isa isa) {
+#if defined(__x86_64__)
+  // These ask CPUID, and XGETBV whether the operating system saves the registers.
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::portable: return true;
+    case Isa::portable_fma: return __builtin_cpu_supports("fma");
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+    case Isa::neon: return false;
+  }
+  return false;
+#elif defined(__aarch64__)
+  return isa == Isa::portable || isa == Isa::portable_fma || isa == Isa::neon;  // part of every aarch64
+#else
+  return isa == Isa::portable;
+#endif
+}
+
+bool built(Isa isa) {
+  switch (isa) {
+    case Isa::portable: return true;
+    case Isa::portable_fma:
+#if defined(FUSEDRNN_HAS_PORTABLE_FMA)
+      return true;
+#else
+      return false;
+#endif
+    case Isa::avx2:
+#if defined(FUSEDRNN_HAS_AVX2)
+      return true;
+#else
+      return false;
+#endif
+    case Isa::avx512:
+#if defined(FUSEDRNN_HAS_AVX512)
+      return true;
+#else
+      return false;
+#endif
+    case Isa::neon:
+#if defined(FUSEDRNN_HAS_NEON)
+      return true;
+#else
+      return false;
+#endif
+  }
+  return false;
+}
+
+namespace {
+
+Isa choose() {
+  const char* forced = std::getenv("FUSEDRNN_ISA");
+  const bool force = forced != nullptr && *forced != '\0';
+  Isa best = Isa::portable;
+  std::string names;
+  for (Isa isa : all_isas) {
+    if (!available(isa)) continue;
+    if (force && std::strcmp(forced, name(isa)) == 0) return isa;
+    best = isa;
+    names += (names.empty() ? "" : ", ") + std::string(name(isa));
+  }
+  if (force) throw std::invalid_argument("FUSEDRNN_ISA: got '" + std::string(forced) + "', available here: " + names);
+  return best;
+}
+
+std::atomic<int> settled{-1};
+
+}  // namespace
+
+Isa chosen() {
+  int isa = settled.load(std::memory_order_relaxed);
+  if (isa < 0) {
+    isa = static_cast<int>(choose());
+    settled.store(isa, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(isa);
+}
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,74 @@
+// The kernels of one instruction set and dtype: compiled once for each. SPDX-License-Identifier: Apache-2.0
+//
+// Everything here lives in a namespace of its own level and uses nothing of the standard library: inline code compiled
+// for a wide instruction set must never be linked into a call on a machine that lacks it.
+#include "cpu/kernels.h"
+
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+#include "cpu/backward.h"
+#include "cpu/forward.h"
+#include "cpu/pack.h"
+#include "simd/activation_table.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+namespace {
+
+using T = FUSEDRNN_DTYPE;
+
+template <class Cell>
+bool run_forward(const ForwardJob<T>& job, const Worker& worker) {
+  return ForwardLoop<Cell, Vec<T>>(job, worker).run();
+}
+
+template <class Cell>
+bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
+  return BackwardLoop<Cell, Vec<T>>(job, worker).run();
+}
+
+template <class Cell>
+constexpr cpu::CellShape shape_of() {
+  return {Cell::gates, Cell::accumulators, Cell::saved, Cell::phases, Cell::has_c, Cell::has_direct,
+          Cell::input, Cell::recurrent, Cell::recurrent2};
+}
+
+Index forward_scratch(Index B) { return ForwardRows<T>::bytes(B); }
+Index backward_scratch(Index B, Index chunk_steps) { return BackwardRows<T>::bytes(B, B * chunk_steps, chunk_steps); }
+
+#define FUSEDRNN_TEXT2(x) #x
+#define FUSEDRNN_TEXT(x) FUSEDRNN_TEXT2(x)
+const cpu::Kernels<T> table = {
+    FUSEDRNN_TEXT(FUSEDRNN_LEVEL),
+    &forward_scratch,
+    &backward_scratch,
+    &pack<T>,
+    &pack_transposed<T>,
+    {
+#define X(id, type) shape_of<type>(),
+#include "cells/cells.def"
+#undef X
+    },
+    {
+#define X(id, type) &run_forward<type>,
+#include "cells/cells.def"
+#undef X
+    },
+    {
+#define X(id, type) &run_backward<type>,
+#include "cells/cells.def"
+#undef X
+    },
+    &apply_activation<T>,
+};
+
+}  // namespace
+}  // namespace FUSEDRNN_LEVEL
+
+namespace cpu {
+#define FUSEDRNN_JOIN2(a, b) a##b
+#define FUSEDRNN_JOIN(a, b) FUSEDRNN_JOIN2(a, b)
+const Kernels<FUSEDRNN_DTYPE>* FUSEDRNN_JOIN(kernels_, FUSEDRNN_LEVEL)(FUSEDRNN_DTYPE) { return &FUSEDRNN_LEVEL::table; }
+}  // namespace cpu
+}  // namespace fusedrnn

@@ -1,0 +1,140 @@
+// The table of kernels that every instruction set fills, and the jobs they work on. SPDX-License-Identifier: Apache-2.0
+//
+// This header is seen by files compiled for different instruction sets, so it holds plain data and declarations only.
+#pragma once
+#include <stdint.h>
+
+#include "cells/cell.h"
+#include "cpu/threads.h"
+
+namespace fusedrnn {
+namespace cpu {
+
+using Index = int64_t;
+
+constexpr Index kBlock = 16;  // hidden units per block, on every instruction set and dtype
+
+constexpr int kCells = 0
+#define X(id, type) +1
+#include "cells/cells.def"
+#undef X
+    ;
+
+// What allocation and packing know of a cell without knowing its maths.
+struct CellShape {
+  int gates, accumulators, saved, phases;
+  bool has_c, has_direct;
+  Part input, recurrent, recurrent2;
+};
+
+// A thread's share of a region. Split by rows of the batch, threads share nothing within a step; split by units, they meet
+// at a barrier after every step.
+struct Worker {
+  Region& region;
+  bool by_rows;
+  bool barrier() const { return region.barrier->wait(); }
+  bool poll() const { return region.poll(); }
+};
+
+// Panels of weights: for each block of 16 outputs, k rows of `count` vectors of 16, then padding (so that neighbouring
+// blocks do not fall into the same cache sets).
+template <class T>
+struct Packed {
+  const T* data;
+  Index block_step;
+};
+
+// Time, rows and where each row's previous state comes from; shared by forward and backward.
+struct Steps {
+  Index T, B;
+  const Index* lengths;        // or null
+  const unsigned char* reset;  // (T, B) or null
+  bool reverse;
+};
+
+template <class T>
+struct ForwardJob {
+  Steps steps;
+  Index I, H, P, blocks;
+  const T *x;
+  Index x_step, x_row;
+  Packed<T> input, recurrent, recurrent2;
+  const T* bias;           // [block][accumulator][16]
+  const T* h0;             // (B, P) or null
+  const T* c0;             // [B][blocks*16] or null
+  const T* zeros;          // at least max(P, blocks*16) zeros
+  T* y;                    // (T, B, P)
+  T* saved;                // [T or 1][B][blocks][saved][16] or null
+  Index saved_step;        // 0: one step is enough
+  T* c;                    // [T or 1][B][blocks*16]
+  Index c_step;
+  T* middle;               // [B][blocks*16], two-phase cells
+  T *hT, *cT, *h_states, *c_states;
+  bool rows_outside;
+  char* scratch;           // per thread
+  Index scratch_step;
+};
+
+template <class T>
+struct BackwardJob {
+  Steps steps;
+  Index I, H, P, blocks;
+  const T *x;
+  Index x_step, x_row;
+  Packed<T> input, recurrent, recurrent2;  // transposed: blocks of outputs, k over [unit block][accumulator][16]
+  const T *h0, *c0, *zeros, *y, *saved, *c;
+  Index saved_step, c_step;
+  const T *dy, *dhT, *dcT, *dh_states, *dc_states;
+  Index dy_step, dy_row, dh_states_step, dh_states_row, dc_states_step, dc_states_row;
+  T* dx;
+  T *dh0, *dc0;
+  bool need_weights;
+  T* dpacked;        // [block][group of columns][column][accumulator][16]
+  Index dpacked_block;
+  T *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh;
+  T* da;             // a chunk's valid rows: [row][da_row]
+  Index da_row;
+  T* border;         // [B][da_row]: each row's latest da, kept across chunks
+  T* inputs;         // a chunk's valid rows of [1 | x | h_prev | middle]
+  Index inputs_row;
+  T *dc, *direct;    // [B][blocks*16]
+  Index chunk_steps;
+  bool rows_outside;
+  char* scratch;
+  Index scratch_step;
+};
+
+// Packing of some blocks of one part of a weight matrix (gates*H, K).
+template <class T>
+struct PackJob {
+  const T* weight;
+  Index H, K;
+  Part part;
+  T* out;
+  Index block_step;
+  Index block_begin, block_end;  // blocks of outputs: units, or when transposed, columns of the matrix
+};
+
+template <class T>
+struct Kernels {
+  const char* name;
+  Index (*forward_scratch)(Index B);  // bytes per thread
+  Index (*backward_scratch)(Index B, Index chunk_steps);
+  void (*pack)(const PackJob<T>&);
+  void (*pack_transposed)(const PackJob<T>&);
+  CellShape shape[kCells];
+  bool (*forward[kCells])(const ForwardJob<T>&, const Worker&);
+  bool (*backward[kCells])(const BackwardJob<T>&, const Worker&);
+  void (*activation)(int which, const T* in, T* out, Index n);
+};
+
+// One per level; kernels.cpp defines them, dispatch.cpp chooses.
+#define FUSEDRNN_LEVELS(X) X(portable) X(portable_fma) X(avx2) X(avx512) X(neon)
+#define X(level)                               \
+  const Kernels<float>* kernels_##level(float); \
+  const Kernels<double>* kernels_##level(double);
+FUSEDRNN_LEVELS(X)
+#undef X
+
+}  // namespace cpu
+}  // namespace fusedrnn

@@ -1,0 +1,349 @@
+// One call: sizes checked, memory taken, the split chosen, the kernels run. SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstring>
+
+#include "api.h"
+#include "cpu/arena.h"
+#include "cpu/control_word.h"
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
+#include "cpu/threads.h"
+
+namespace fusedrnn {
+
+using cpu::Buffer;
+using cpu::CellShape;
+using cpu::kBlock;
+
+template <class T>
+struct PackedWeights {
+  CellId cell;
+  Index I, H, P;
+  Buffer memory;
+  cpu::Packed<T> input, recurrent, recurrent2;
+  const T* bias;
+};
+
+template <class T>
+struct Tape {
+  Buffer memory;
+  const T *saved, *c;
+};
+
+namespace {
+
+bool flush_subnormals = true;
+
+Index blocks_of(Index n) { return (n + kBlock - 1) / kBlock; }
+
+// Elements rounded up to whole cache lines.
+template <class T>
+Index lines(Index n) {
+  const Index line = 64 / Index(sizeof(T));
+  return (n + line - 1) / line * line;
+}
+
+// Several arrays in one buffer: `take` each twice, once to count and once for the address.
+template <class T>
+class Layout {
+ public:
+  // n elements per factor product, on a cache line of their own; null while counting.
+  T* take(std::initializer_list<Index> factors) {
+    std::size_t n = 1;
+    for (Index f : factors) n = cpu::checked_product({n, std::size_t(f)});
+    const std::size_t at = used;
+    used += std::size_t(lines<T>(Index(n)));
+    cpu::checked_product({used, sizeof(T)});
+    return base ? base + at : nullptr;
+  }
+  Buffer allocate() {
+    Buffer memory(used * sizeof(T) + 64);
+    base = memory.as<T>();
+    used = 0;
+    return memory;
+  }
+
+ private:
+  T* base = nullptr;
+  std::size_t used = 0;
+};
+
+// Weights of a row of blocks lie k * count * 16 apart; one more line keeps them out of each other's cache sets.
+template <class T>
+Index block_step(Index k, int count) {
+  return k * count * kBlock + kBlock;
+}
+
+// Runs kernel(job, worker) on the pool with the kernels' own floating-point control word on every thread.
+template <class T, class Job>
+void run_job(bool (*kernel)(const Job&, const cpu::Worker&), const Job& job, int threads, bool by_rows, Poll poll) {
+  struct Context {
+    bool (*kernel)(const Job&, const cpu::Worker&);
+    const Job* job;
+    bool by_rows;
+  } context = {kernel, &job, by_rows};
+  const auto body = [](void* data, cpu::Region& region) {
+    const cpu::ControlWord word(flush_subnormals);
+    const Context& c = *static_cast<const Context*>(data);
+    if (!c.kernel(*c.job, cpu::Worker{region, c.by_rows})) region.abort();
+  };
+  if (cpu::run(threads, body, &context, poll.hook, poll.context) == cpu::Outcome::interrupted) throw Interrupted{};
+}
+
+struct Split {
+  int threads;
+  bool by_rows;
+};
+
+// Rows where the weights stay in each core's cache anyway or there are many rows; else units, each core keeping its own
+// part of the weights. Below a measured amount of work per step, one thread.
+Split split_for(const CellShape& shape, const Sizes& n, std::size_t element) {
+  constexpr double kMinimum = 2e5;         // multiply-adds per thread and call: about 5 us of work
+  constexpr double kStepMinimum = 4e4;     // per thread and step, where a barrier follows every step
+  constexpr std::size_t kCache = 1 << 20;  // weights that every core can keep
+  const int threads = cpu::num_threads();
+  const double step = double(n.B) * shape.gates * double(n.H) * double(n.I + n.P);
+  const std::size_t weights = std::size_t(shape.gates) * n.H * (n.I + n.P) * element;
+  const auto limit = [&](double work, double minimum, Index items) {
+    return int(std::max<double>(1, std::min<double>({double(threads), work / minimum, double(items)})));
+  };
+  const int by_rows = limit(step * double(n.T), kMinimum, n.B);
+  const int by_units = limit(step, kStepMinimum, blocks_of(n.H));
+  const bool rows = by_rows >= threads ? weights <= kCache || n.B >= 16 * Index(threads) : by_rows >= by_units;
+  return rows ? Split{by_rows, true} : Split{by_units, false};
+}
+
+template <class T>
+bool rows_outside(const CellShape& shape, const Sizes& n) {
+  return std::size_t(shape.gates) * n.H * n.P * sizeof(T) <= (std::size_t(1) << 20);
+}
+
+cpu::Steps steps_of(const Problem& p) { return {p.sizes.T, p.sizes.B, p.lengths, p.reset, p.reverse}; }
+
+// (B, H) to rows of whole blocks; the padding is zero.
+template <class T>
+void pad_rows(const T* from, Index B, Index H, Index padded, T* to) {
+  for (Index b = 0; b < B; ++b) {
+    std::copy(from + b * H, from + (b + 1) * H, to + b * padded);
+    std::fill(to + b * padded + H, to + (b + 1) * padded, T(0));
+  }
+}
+
+// Packs blocks of several parts side by side on the pool.
+template <class T>
+struct PackAll {
+  void (*pack)(const cpu::PackJob<T>&);
+  cpu::PackJob<T> job[3];
+  int count = 0;
+
+  void run(double elements, Poll poll) {
+    const int threads = elements > 1e5 ? cpu::num_threads() : 1;
+    const auto body = [](void* data, cpu::Region& region) {
+      const PackAll& all = *static_cast<const PackAll*>(data);
+      for (int i = 0; i < all.count; ++i) {
+        cpu::PackJob<T> part = all.job[i];
+        const Index n = part.block_end;
+        part.block_begin = n * region.thread / region.threads, part.block_end = n * (region.thread + 1) / region.threads;
+        all.pack(part);
+        if (!region.poll()) return;
+      }
+    };
+    if (cpu::run(threads, body, this, poll.hook, poll.context) == cpu::Outcome::interrupted) throw Interrupted{};
+  }
+};
+
+}  // namespace
+
+template <class T>
+void Deleter<T>::operator()(Tape<T>* p) const { delete p; }
+template <class T>
+void Deleter<T>::operator()(PackedWeights<T>* p) const { delete p; }
+
+template <class T>
+PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights) {
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const CellShape& shape = kernels.shape[int(cell)];
+  const Index blocks = blocks_of(H);
+  PackedPtr<T> packed(new PackedWeights<T>);
+  packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
+  Layout<T> layout;
+  T *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *bias = nullptr;
+  const Index input_step = block_step<T>(I, shape.input.count), recurrent_step = block_step<T>(P, shape.recurrent.count),
+              recurrent2_step = shape.recurrent2.count ? block_step<T>(P, shape.recurrent2.count) : 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    input = layout.take({blocks, input_step});
+    recurrent = layout.take({blocks, recurrent_step});
+    recurrent2 = layout.take({blocks, recurrent2_step});
+    bias = layout.take({blocks, shape.accumulators, kBlock});
+    if (pass == 0) packed->memory = layout.allocate();
+  }
+  packed->input = {input, input_step}, packed->recurrent = {recurrent, recurrent_step}, packed->recurrent2 = {recurrent2, recurrent2_step};
+  packed->bias = bias;
+
+  PackAll<T> all{kernels.pack, {}, 0};
+  all.job[all.count++] = {weights.weight_ih, H, I, shape.input, input, input_step, 0, blocks};
+  all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent, recurrent, recurrent_step, 0, blocks};
+  if (shape.recurrent2.count) all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, blocks};
+  all.run(double(shape.gates) * double(H) * double(I + P), {});
+
+  std::fill(bias, bias + blocks * shape.accumulators * kBlock, T(0));
+  const auto add = [&](const T* from, const Part& part) {
+    for (int s = 0; from && s < part.count; ++s)
+      for (Index u = 0; u < H; ++u)
+        bias[(u / kBlock * shape.accumulators + part.first + s) * kBlock + u % kBlock] += from[part.gate[s] * H + u];
+  };
+  add(weights.bias_ih, shape.input);
+  add(weights.bias_hh, shape.recurrent);
+  add(weights.bias_hh, shape.recurrent2);
+  return packed;
+}
+
+template <class T>
+TapePtr<T> forward(const ForwardCall<T>& call) {
+  const Problem& problem = call.problem;
+  const Sizes& n = problem.sizes;
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const CellShape& shape = kernels.shape[int(problem.cell)];
+  const Index blocks = blocks_of(n.H), units = blocks * kBlock;
+  const Split split = split_for(shape, n, sizeof(T));
+
+  // What backward will need lives in the tape, else one step of it in the scratch.
+  Layout<T> kept, scratch;
+  TapePtr<T> tape(call.save ? new Tape<T> : nullptr);
+  const Index saved_steps = call.save ? n.T : shape.phases == 2 ? 1 : 0, c_steps = !shape.has_c ? 0 : call.save ? n.T : 1;
+  T *saved = nullptr, *c = nullptr, *c0 = nullptr, *middle = nullptr, *zeros = nullptr;
+  char* threads = nullptr;
+  const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B)) + 64;
+  Buffer scratch_memory;
+  for (int pass = 0; pass < 2; ++pass) {
+    Layout<T>& tape_layout = call.save ? kept : scratch;
+    saved = tape_layout.take({saved_steps, n.B, shape.saved, units});
+    c = tape_layout.take({c_steps, n.B, units});
+    c0 = scratch.take({call.c0 ? n.B : 0, units});
+    middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
+    zeros = scratch.take({zero_count});
+    threads = reinterpret_cast<char*>(scratch.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
+    if (pass == 0) {
+      if (call.save) tape->memory = kept.allocate();
+      scratch_memory = scratch.allocate();
+    }
+  }
+  if (tape) tape->saved = saved, tape->c = c;
+  std::fill(zeros, zeros + zero_count, T(0));
+  if (call.c0) pad_rows(call.c0, n.B, n.H, units, c0);
+
+  cpu::ForwardJob<T> job{};
+  job.steps = steps_of(problem);
+  job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks;
+  job.x = call.x.data, job.x_step = call.x.step, job.x_row = call.x.row;
+  job.input = call.packed->input, job.recurrent = call.packed->recurrent, job.recurrent2 = call.packed->recurrent2;
+  job.bias = call.packed->bias;
+  job.h0 = call.h0, job.c0 = call.c0 ? c0 : nullptr, job.zeros = zeros;
+  job.y = call.y;
+  job.saved = saved_steps && shape.saved ? saved : nullptr;
+  job.saved_step = call.save ? n.B * shape.saved * units : 0;
+  job.c = c, job.c_step = call.save ? n.B * units : 0;
+  job.middle = shape.phases == 2 ? middle : nullptr;
+  job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;
+  job.rows_outside = rows_outside<T>(shape, n);
+  job.scratch = threads, job.scratch_step = thread_bytes;
+  run_job<T>(kernels.forward[int(problem.cell)], job, split.threads, split.by_rows, call.poll);
+  return tape;
+}
+
+template <class T>
+void backward(const BackwardCall<T>& call) {
+  const Problem& problem = call.problem;
+  const Sizes& n = problem.sizes;
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const CellShape& shape = kernels.shape[int(problem.cell)];
+  const Index blocks = blocks_of(n.H), units = blocks * kBlock;
+  const Split split = split_for(shape, n, sizeof(T));
+  const Weights<T>& dw = call.dweights;
+  const bool need_weights = dw.weight_ih || dw.weight_hh || dw.bias_ih || dw.bias_hh;
+
+  // A chunk's da and joint rows stay in the cache between the steps and the products made of them.
+  const Index da_row = shape.accumulators * units + kBlock;
+  const Index inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
+  const Index step_bytes = std::max<Index>(1, n.B) * (da_row + inputs_row) * Index(sizeof(T));
+  const Index cache = std::max<Index>(Index(768) << 10, 192 * (da_row + inputs_row) * Index(sizeof(T)));
+  const Index chunk_steps = std::max<Index>(1, std::min(std::max<Index>(1, n.T), cache / step_bytes));
+
+  const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column
+  Layout<T> layout;
+  T *c0 = nullptr, *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr, *da = nullptr,
+    *border = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr;
+  char* threads = nullptr;
+  const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
+  const Index input_step = block_step<T>(units, k_input), recurrent_step = block_step<T>(units, k_recurrent),
+              recurrent2_step = block_step<T>(units, k_recurrent2);
+  const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk_steps)) + 64;
+  const Index zero_count = std::max({n.P, units, da_row});
+  const Index dpacked_block = group_columns * shape.accumulators * kBlock;
+  Buffer memory;
+  for (int pass = 0; pass < 2; ++pass) {
+    c0 = layout.take({call.c0 && shape.has_c ? n.B : 0, units});
+    zeros = layout.take({zero_count});
+    input = layout.take({call.dx ? blocks_of(n.I) : 0, input_step});
+    recurrent = layout.take({blocks_of(n.P), recurrent_step});
+    recurrent2 = layout.take({k_recurrent2 ? blocks_of(n.P) : 0, recurrent2_step});
+    dpacked = layout.take({need_weights ? blocks : 0, dpacked_block});
+    da = layout.take({chunk_steps, n.B, da_row});
+    border = layout.take({n.B, da_row});
+    inputs = layout.take({need_weights ? chunk_steps : 0, n.B, inputs_row});
+    dc = layout.take({shape.has_c ? n.B : 0, units});
+    direct = layout.take({shape.has_direct ? n.B : 0, units});
+    threads = reinterpret_cast<char*>(layout.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
+    if (pass == 0) memory = layout.allocate();
+  }
+  std::fill(zeros, zeros + zero_count, T(0));
+  if (call.c0 && shape.has_c) pad_rows(call.c0, n.B, n.H, units, c0);
+
+  PackAll<T> all{kernels.pack_transposed, {}, 0};
+  if (call.dx) all.job[all.count++] = {call.weights.weight_ih, n.H, n.I, shape.input, input, input_step, 0, blocks_of(n.I)};
+  all.job[all.count++] = {call.weights.weight_hh, n.H, n.P, shape.recurrent, recurrent, recurrent_step, 0, blocks_of(n.P)};
+  if (k_recurrent2) all.job[all.count++] = {call.weights.weight_hh, n.H, n.P, shape.recurrent2, recurrent2, recurrent2_step, 0, blocks_of(n.P)};
+  all.run(double(shape.gates) * double(n.H) * double(n.I + n.P), call.poll);
+
+  cpu::BackwardJob<T> job{};
+  job.steps = steps_of(problem);
+  job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks;
+  job.x = call.x.data, job.x_step = call.x.step, job.x_row = call.x.row;
+  job.input = {input, input_step}, job.recurrent = {recurrent, recurrent_step}, job.recurrent2 = {recurrent2, recurrent2_step};
+  job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr, job.zeros = zeros;
+  job.y = call.y, job.saved = shape.saved ? call.tape->saved : nullptr, job.c = shape.has_c ? call.tape->c : nullptr;
+  job.saved_step = n.B * shape.saved * units, job.c_step = n.B * units;
+  job.dy = call.dy.data, job.dy_step = call.dy.step, job.dy_row = call.dy.row;
+  job.dhT = call.dhT, job.dcT = call.dcT;
+  job.dh_states = call.dh_states.data, job.dh_states_step = call.dh_states.step, job.dh_states_row = call.dh_states.row;
+  job.dc_states = call.dc_states.data, job.dc_states_step = call.dc_states.step, job.dc_states_row = call.dc_states.row;
+  job.dx = call.dx, job.dh0 = call.dh0, job.dc0 = call.dc0;
+  job.need_weights = need_weights;
+  job.dpacked = dpacked, job.dpacked_block = dpacked_block;
+  job.dweight_ih = dw.weight_ih, job.dweight_hh = dw.weight_hh, job.dbias_ih = dw.bias_ih, job.dbias_hh = dw.bias_hh;
+  job.da = da, job.da_row = da_row, job.border = border, job.inputs = inputs, job.inputs_row = inputs_row;
+  job.dc = dc, job.direct = direct;
+  job.chunk_steps = chunk_steps;
+  job.rows_outside = rows_outside<T>(shape, n);
+  job.scratch = threads, job.scratch_step = thread_bytes;
+  run_job<T>(kernels.backward[int(problem.cell)], job, split.threads, split.by_rows, call.poll);
+}
+
+template <class T>
+Index tape_bytes(CellId cell, Sizes n) {
+  const CellShape& shape = cpu::kernels<T>().shape[int(cell)];
+  return n.T * n.B * blocks_of(n.H) * kBlock * (shape.saved + (shape.has_c ? 1 : 0)) * Index(sizeof(T));
+}
+
+void set_flush_subnormals(bool on) { flush_subnormals = on; }
+
+#define FUSEDRNN_INSTANTIATE(T)                                                             \
+  template struct Deleter<T>;                                                               \
+  template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>);                \
+  template TapePtr<T> forward(const ForwardCall<T>&);                                       \
+  template void backward(const BackwardCall<T>&);                                           \
+  template Index tape_bytes<T>(CellId, Sizes);
+FUSEDRNN_INSTANTIATE(float)
+FUSEDRNN_INSTANTIATE(double)
+
+}  // namespace fusedrnn

@@ -1,0 +1,30 @@
+// Which rows are valid at a step and where their previous state comes from. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "cpu/kernels.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+using cpu::Index;
+using cpu::Steps;
+
+// Where the state before a step comes from.
+enum class Before { start, previous, nothing };  // state0; the step before; a cut: zeros
+
+inline Index length_of(const Steps& steps, Index b) { return steps.lengths ? steps.lengths[b] : steps.T; }
+inline Index time_of(const Steps& steps, Index s) { return steps.reverse ? steps.T - 1 - s : s; }
+inline bool valid(const Steps& steps, Index t, Index b) { return t < length_of(steps, b); }
+// The time steps at which row b (of length > 0) begins and ends, in the order of the recurrence.
+inline Index first_time(const Steps& steps, Index b) { return steps.reverse ? length_of(steps, b) - 1 : 0; }
+inline Index last_time(const Steps& steps, Index b) { return steps.reverse ? 0 : length_of(steps, b) - 1; }
+
+// A cut lies between t-1 and t in time, in both directions; in reverse the state enters t from t+1.
+inline Before before(const Steps& steps, Index t, Index b) {
+  const bool first = t == first_time(steps, b);
+  const Index cut = steps.reverse ? t + 1 : t;
+  if (steps.reset && !(steps.reverse && first) && steps.reset[cut * steps.B + b]) return Before::nothing;
+  return first ? Before::start : Before::previous;
+}
+
+}  // namespace FUSEDRNN_LEVEL
+}  // namespace fusedrnn

@@ -1,0 +1,496 @@
+#include "cpu/threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__) && !defined(FUSEDRNN_NO_FUTEX)
+#define FUSEDRNN_FUTEX 1
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#else
+#include <condition_variable>
+#include <mutex>
+#endif
+
+#if defined(__x86_64__)
+#include <x86intrin.h>
+#endif
+
+namespace fusedrnn::cpu {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+
+constexpr std::size_t cache_line = 128;  // two lines: x86 fetches them in pairs
+
+constexpr microseconds idle_spin{50};      // a worker between regions: about what it costs to wake one
+constexpr microseconds barrier_spin{200};  // inside a region there is nothing better to do
+constexpr int yields = 8;                  // instead of spinning, when there are more threads than CPUs
+constexpr milliseconds poll_interval{10};  // while the caller sleeps
+
+// A counter that moves on without a system call; only poll() reads it, between tiles.
+std::uint64_t ticks() {
+#if defined(__x86_64__)
+  return __rdtsc();
+#else
+  return static_cast<std::uint64_t>(Clock::now().time_since_epoch().count());
+#endif
+}
+#if defined(__x86_64__)
+constexpr std::uint64_t poll_ticks = 1 << 24;  // 3 to 17 ms at 1 to 5 GHz: close enough, and needs no calibration
+#else
+constexpr std::uint64_t poll_ticks = std::chrono::duration_cast<Clock::duration>(poll_interval).count();
+#endif
+
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb" ::: "memory");
+#endif
+}
+
+// A number that threads wait on: spinning first, then asleep. It is never freed while a thread may wait on it.
+struct Word {
+  std::atomic<std::uint32_t> value{0};
+  std::atomic<std::uint32_t> sleepers{0};
+#if !FUSEDRNN_FUTEX
+  std::mutex mutex;
+  std::condition_variable changed;
+#endif
+
+  // To be called after every change of `value` that somebody may wait for. The change and the load are both
+  // sequentially consistent, as are their mirror images in wait(): one of the two sides sees the other.
+  void wake() {
+    if (sleepers.load() == 0) return;
+#if FUSEDRNN_FUTEX
+    syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+#else
+    { std::lock_guard<std::mutex> lock(mutex); }
+    changed.notify_all();
+#endif
+  }
+
+  // Returns when `value` is no longer `old`. A `poller`, the calling thread's, is polled while the thread sleeps.
+  void wait(std::uint32_t old, microseconds spin, bool crowded, Shared* poller = nullptr);
+
+ private:
+  void sleep(std::uint32_t old, bool forever) {
+#if FUSEDRNN_FUTEX
+    const timespec timeout = {0, std::chrono::nanoseconds(poll_interval).count()};
+    syscall(SYS_futex, &value, FUTEX_WAIT_PRIVATE, old, forever ? nullptr : &timeout, nullptr, 0);
+#else
+    std::unique_lock<std::mutex> lock(mutex);
+    if (value.load() != old) return;
+    if (forever) {
+      changed.wait(lock);
+    } else {
+      changed.wait_for(lock, poll_interval);
+    }
+#endif
+  }
+};
+
+}  // namespace
+
+struct Shared {
+  // The barrier's turn, counted in twos; bit 0 says aborted. In one word, so that nobody can sleep through an abort.
+  alignas(cache_line) Word gate;
+  alignas(cache_line) std::atomic<std::uint32_t> arrived{0};
+  alignas(cache_line) std::uint32_t threads = 1;
+  bool crowded = false;
+  PollHook hook = nullptr;
+  void* hook_context = nullptr;
+  std::uint64_t next_poll = 0;  // the caller's alone
+
+  void start(int count, PollHook new_hook, void* new_hook_context) {
+    gate.value.store(0, std::memory_order_relaxed);
+    arrived.store(0, std::memory_order_relaxed);
+    threads = static_cast<std::uint32_t>(count);
+    crowded = count > 1 && count > usable_cpus();
+    hook = new_hook;
+    hook_context = new_hook_context;
+    next_poll = ticks() + poll_ticks;
+  }
+
+  bool aborted() const { return gate.value.load(std::memory_order_relaxed) & 1; }
+
+  void abort() {
+    gate.value.fetch_or(1);
+    gate.wake();
+  }
+
+  void poll() {  // on the calling thread
+    if (hook == nullptr || aborted() || ticks() < next_poll) return;
+    if (!hook(hook_context)) abort();
+    next_poll = ticks() + poll_ticks;  // counted from the end, so that a slow hook does not fill the time
+  }
+};
+
+namespace {
+
+void Word::wait(std::uint32_t old, microseconds spin, bool crowded, Shared* poller) {
+  if (crowded) {
+    for (int i = 0; i < yields; ++i) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      sched_yield();
+    }
+  } else {
+    const Clock::time_point end = Clock::now() + spin;
+    do {
+      for (int i = 0; i < 32; ++i) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        pause();
+      }
+    } while (Clock::now() < end);
+  }
+  while (value.load(std::memory_order_acquire) == old) {
+    sleepers.fetch_add(1);
+    sleep(old, poller == nullptr);
+    sleepers.fetch_sub(1);
+    if (poller != nullptr) poller->poll();
+  }
+}
+
+}  // namespace
+
+bool Barrier::wait() {
+  const std::uint32_t turn = shared->gate.value.load(std::memory_order_relaxed);
+  if (turn & 1) return false;
+  if (shared->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == shared->threads) {
+    shared->arrived.store(0, std::memory_order_relaxed);
+    const std::uint32_t last = shared->gate.value.fetch_add(2);
+    shared->gate.wake();
+    return (last & 1) == 0;
+  }
+  shared->gate.wait(turn, barrier_spin, shared->crowded, caller && shared->hook != nullptr ? shared : nullptr);
+  return !shared->aborted();
+}
+
+Region::Region(int index, int count, Shared* common)
+    : thread(index), threads(count), barrier(&own_barrier), shared(common) {
+  own_barrier.shared = common;
+  own_barrier.caller = index == 0;
+}
+
+bool Region::poll() {
+  if (thread == 0) shared->poll();
+  return !shared->aborted();
+}
+
+void Region::abort() { shared->abort(); }
+
+namespace {
+
+struct Pool;
+
+struct alignas(cache_line) Worker {
+  Word job;  // counts the regions this worker takes part in
+  Pool* pool = nullptr;
+  int thread = 0;
+};
+
+struct Pool {
+  Shared shared;
+  alignas(cache_line) Word remaining;  // workers still inside the body
+  alignas(cache_line) std::atomic<bool> busy{false};
+  Body body = nullptr;
+  void* context = nullptr;
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;          // of the first worker that failed
+  std::atomic<bool> forked{false};   // this is a child's copy: the workers are gone
+  std::vector<Worker*> workers;      // only whoever is `busy` touches it
+
+  Outcome run(int threads, Body new_body, void* new_context, PollHook hook, void* hook_context);
+  void grow(int count);
+  void work(Worker& worker);
+  void finish(Shared* poller);
+};
+
+// Leaked, at exit (workers may be parked in it) and by a forked child (its threads and locks are lost).
+std::atomic<Pool*> current{nullptr};
+
+void after_fork_in_child() {
+  Pool* pool = current.exchange(nullptr);
+  if (pool == nullptr) return;
+  // The forking thread itself may be inside the region, in its poll hook: let it out.
+  pool->forked.store(true);
+  pool->shared.gate.value.fetch_or(1);
+  pool->remaining.value.store(0);
+}
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+
+Pool* enter() {
+  Pool* pool = current.load(std::memory_order_acquire);
+  if (pool == nullptr) {
+    Pool* fresh = new Pool;
+    if (current.compare_exchange_strong(pool, fresh, std::memory_order_acq_rel)) {
+      pool = fresh;
+    } else {
+      delete fresh;
+    }
+  }
+  return pool->busy.exchange(true, std::memory_order_acquire) ? nullptr : pool;
+}
+
+// Waits until no worker is inside the body.
+void Pool::finish(Shared* poller) {
+  for (std::uint32_t left; (left = remaining.value.load(std::memory_order_acquire)) != 0;) {
+    remaining.wait(left, barrier_spin, shared.crowded, poller);
+  }
+}
+
+void Pool::work(Worker& worker) {
+  bool crowded = false;
+  for (std::uint32_t turn = 0;; ++turn) {
+    worker.job.wait(turn, idle_spin, crowded);
+    crowded = shared.crowded;
+    {
+      Region region(worker.thread, static_cast<int>(shared.threads), &shared);
+      try {
+        body(context, region);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+        shared.abort();
+      }
+    }
+    if (remaining.value.fetch_sub(1) == 1) remaining.wake();
+  }
+}
+
+// Signals are for the program's own threads (Ctrl-C for the main one). Faults stay open, for whoever reports them.
+void block_signals(sigset_t* old) {
+  sigset_t blocked;
+  sigfillset(&blocked);
+  for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&blocked, fault);
+  pthread_sigmask(SIG_SETMASK, &blocked, old);
+}
+
+void Pool::grow(int count) {
+  workers.reserve(max_threads);
+  sigset_t old;
+  block_signals(&old);
+  while (static_cast<int>(workers.size()) < count) {
+    Worker* worker = new (std::nothrow) Worker;
+    if (worker == nullptr) break;
+    worker->pool = this;
+    worker->thread = static_cast<int>(workers.size()) + 1;
+    try {
+      std::thread thread([worker] { worker->pool->work(*worker); });
+#if defined(__linux__)
+      pthread_setname_np(thread.native_handle(), "fusedrnn");
+#endif
+      thread.detach();
+    } catch (const std::exception&) {  // no more threads, or no memory for one: work with what there is
+      delete worker;
+      break;
+    }
+    workers.push_back(worker);
+  }
+  pthread_sigmask(SIG_SETMASK, &old, nullptr);
+}
+
+Outcome Pool::run(int threads, Body new_body, void* new_context, PollHook hook, void* hook_context) {
+  struct Leave {
+    Pool* pool;
+    ~Leave() { pool->busy.store(false, std::memory_order_release); }
+  } leave{this};
+
+  if (static_cast<int>(workers.size()) < threads - 1) grow(threads - 1);
+  threads = std::min(threads, static_cast<int>(workers.size()) + 1);
+  shared.start(threads, hook, hook_context);
+  body = new_body;
+  context = new_context;
+  failed.store(false, std::memory_order_relaxed);
+  remaining.value.store(static_cast<std::uint32_t>(threads - 1), std::memory_order_relaxed);
+  for (int i = 0; i < threads - 1; ++i) {
+    workers[i]->job.value.fetch_add(1);
+    workers[i]->job.wake();
+  }
+  {
+    // Nobody may leave this frame while a worker still uses what lies in it.
+    struct Join {
+      Pool* pool;
+      ~Join() {
+        if (pool->remaining.value.load(std::memory_order_acquire) == 0) return;
+        pool->shared.abort();  // only an exception gets here
+        pool->finish(nullptr);
+      }
+    } join{this};
+    Region region(0, threads, &shared);
+    body(context, region);
+    finish(hook != nullptr ? &shared : nullptr);
+  }
+  if (forked.load()) throw std::runtime_error("the process was forked inside a parallel region");
+  if (failed.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(error, nullptr));
+  return shared.aborted() ? Outcome::interrupted : Outcome::done;
+}
+
+}  // namespace
+
+Outcome run(int threads, Body body, void* context, PollHook hook, void* hook_context) {
+  if (threads < 1) throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected at least 1");
+  if (threads > 1) {
+    if (Pool* pool = enter()) return pool->run(std::min(threads, max_threads), body, context, hook, hook_context);
+  }
+  Shared shared;
+  shared.start(1, hook, hook_context);
+  Region region(0, 1, &shared);
+  body(context, region);
+  return shared.aborted() ? Outcome::interrupted : Outcome::done;
+}
+
+// How many threads
+
+namespace {
+
+// The number at the start of `text`, 0 if there is none from 1 up; a comma or the end must follow.
+int leading_number(const char* text, bool list) {
+  char* end = nullptr;
+  errno = 0;
+  const long value = std::strtol(text, &end, 10);
+  if (end == text || errno != 0 || value < 1) return 0;
+  while (*end == ' ') ++end;
+  if (*end != '\0' && !(list && *end == ',')) return 0;
+  return static_cast<int>(std::min<long>(value, max_threads));
+}
+
+int default_threads() {
+  const char* own = std::getenv("FUSEDRNN_NUM_THREADS");
+  if (own != nullptr && *own != '\0') {
+    const int threads = leading_number(own, false);
+    if (threads == 0) {
+      throw std::invalid_argument("FUSEDRNN_NUM_THREADS: got '" + std::string(own) + "', expected a number from 1");
+    }
+    return threads;
+  }
+  if (const char* omp = std::getenv("OMP_NUM_THREADS")) {
+    if (const int threads = leading_number(omp, true)) return threads;
+  }
+  return std::min(usable_cpus(), max_threads);
+}
+
+int affinity_cpus() {
+#if defined(__linux__)
+  for (int size = 1024; size <= 1 << 20; size *= 4) {  // the kernel refuses a mask smaller than its own
+    cpu_set_t* set = CPU_ALLOC(size);
+    if (set == nullptr) break;
+    const std::size_t bytes = CPU_ALLOC_SIZE(size);
+    const bool got = sched_getaffinity(0, bytes, set) == 0;
+    const int count = got ? CPU_COUNT_S(bytes, set) : 0;
+    CPU_FREE(set);
+    if (got) return count;
+    if (errno != EINVAL) break;
+  }
+#endif
+  return static_cast<int>(std::thread::hardware_concurrency());
+}
+
+// Quota over period, rounded up; 0: no limit said here.
+int quota_cpus(const std::string& quota, const std::string& period) {
+  const double share = std::atof(quota.c_str()) / std::atof(period.c_str());
+  return share > 0 && share < 1e6 ? static_cast<int>(std::ceil(share)) : 0;  // "max" and -1 are not above 0
+}
+
+std::string first_words(const std::string& path, std::string* second) {
+  std::ifstream file(path);
+  std::string first;
+  file >> first;
+  if (second != nullptr) file >> *second;
+  return first;
+}
+
+int group_cpus(const std::string& folder, bool version2) {
+  std::string quota, period;
+  if (version2) {
+    quota = first_words(folder + "/cpu.max", &period);
+  } else {
+    quota = first_words(folder + "/cpu.cfs_quota_us", nullptr);
+    period = first_words(folder + "/cpu.cfs_period_us", nullptr);
+  }
+  return quota.empty() || period.empty() ? 0 : quota_cpus(quota, period);
+}
+
+std::atomic<int> usable{0};
+std::atomic<int> chosen_threads{0};
+
+}  // namespace
+
+int cgroup_cpus(const char* root) {
+  const std::string top = root;
+  std::ifstream groups(top + "/proc/self/cgroup");
+  int least = 0;
+  for (std::string line; std::getline(groups, line);) {  // "4:cpu,cpuacct:/path" or "0::/path"
+    const std::size_t first = line.find(':');
+    const std::size_t second = first == std::string::npos ? first : line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool version2 = line.compare(0, second + 1, "0::") == 0;
+    if (!version2 && controllers.find(",cpu,") == std::string::npos) continue;
+    // A limit on a parent binds too. Inside a container the path may be the host's; the walk up still ends at the mount.
+    const std::vector<std::string> mounts =
+        version2 ? std::vector<std::string>{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"}
+                 : std::vector<std::string>{"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"};
+    for (std::string path = line.substr(second + 1);; path.resize(path.rfind('/'))) {
+      while (!path.empty() && path.back() == '/') path.pop_back();
+      for (const std::string& mount : mounts) {
+        const int cpus = group_cpus(top + mount + path, version2);
+        if (cpus > 0 && (least == 0 || cpus < least)) least = cpus;
+      }
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+  return least;
+}
+
+int usable_cpus() {
+  int cpus = usable.load(std::memory_order_relaxed);
+  if (cpus == 0) {
+    cpus = affinity_cpus();
+    if (const int quota = cgroup_cpus()) cpus = std::min(cpus, quota);
+    cpus = std::max(cpus, 1);
+    usable.store(cpus, std::memory_order_relaxed);
+  }
+  return cpus;
+}
+
+int num_threads() {
+  int threads = chosen_threads.load(std::memory_order_relaxed);
+  if (threads == 0) {
+    threads = default_threads();
+    int none = 0;  // set_num_threads in another thread wins
+    if (!chosen_threads.compare_exchange_strong(none, threads)) threads = none;
+  }
+  return threads;
+}
+
+void set_num_threads(int threads) {
+  if (threads < 1) throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected at least 1");
+  chosen_threads.store(std::min(threads, max_threads), std::memory_order_relaxed);
+}
+
+}  // namespace fusedrnn::cpu

@@ -1,0 +1,105 @@
+// The one product everything runs on. SPDX-License-Identifier: Apache-2.0
+//
+//   acc[m][n] += sum over k of a[m][k] * b[k][n]      m < M rows, n < N vectors, k in ascending order, one FMA each
+//
+// The sum of one output never depends on M, N, the lane width or its neighbours: this is what makes the bits the same for
+// every batch size, thread count, split and instruction set. Accumulators live in registers between load and store.
+#pragma once
+#include "cpu/kernels.h"
+#include "simd/vec.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+using cpu::Index;
+
+// k runs over `runs` runs of `run` neighbours, so that a part can skip accumulators it does not feed.
+template <class T>
+struct Product {
+  const T* const* a;  // M row pointers
+  Index a_step, a_run;
+  const T* b;
+  Index b_step, b_gap;  // from k to k+1; from vector n to n+1
+  Index runs, run;
+};
+
+template <class V, int M, int N>
+void tile(const Product<typename V::scalar>* products, int count, typename V::scalar* acc, Index acc_row) {
+  using T = typename V::scalar;
+  V c[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) c[m][n] = V::load(acc + m * acc_row + n * V::lanes);
+  for (int p = 0; p < count; ++p) {
+    const Product<T>& product = products[p];
+    const T* a[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) a[m] = product.a[m];
+    const T* b = product.b;
+    const Index gap = product.b_gap, b_step = product.b_step, a_step = product.a_step;
+    for (Index r = 0; r < product.runs; ++r) {
+      const Index begin = r * product.a_run, end = begin + product.run * a_step;
+      for (Index k = begin; k < end; k += a_step) {
+        V w[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) w[n] = V::load(b + n * gap);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const V x = V::set(a[m][k]);
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) c[m][n] = fma(x, w[n], c[m][n]);
+        }
+        b += b_step;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) c[m][n].store(acc + m * acc_row + n * V::lanes);
+}
+
+constexpr int kMaxTile = 24;  // accumulator vectors of the widest tile
+
+// Widest tiles that stay in registers: M*N accumulators, N weights and a broadcast. A wider one would spill.
+template <class V>
+constexpr int max_rows(int n) {
+  return V::registers == 32 ? (n == 1 ? 14 : n == 2 ? 12 : n == 3 ? 8 : 6) : (n == 1 ? 10 : n == 2 ? 6 : n == 3 ? 4 : 3);
+}
+
+template <class T>
+using TileFn = void (*)(const Product<T>*, int, T*, Index);
+
+// tile<V, rows, N> for a run-time number of rows and vectors, 1 <= rows <= max_rows(n).
+template <class V, int N, int M = max_rows<V>(N)>
+FUSEDRNN_INLINE TileFn<typename V::scalar> tile_of_rows(int rows) {
+  if constexpr (M == 1) {
+    return &tile<V, 1, N>;
+  } else {
+    return rows == M ? &tile<V, M, N> : tile_of_rows<V, N, M - 1>(rows);
+  }
+}
+
+template <class V>
+TileFn<typename V::scalar> tile_for(int rows, int n) {
+  switch (n) {
+    case 1: return tile_of_rows<V, 1>(rows);
+    case 2: return tile_of_rows<V, 2>(rows);
+    case 3: return tile_of_rows<V, 3>(rows);
+    default: return tile_of_rows<V, 4>(rows);
+  }
+}
+
+// n items cut into ceil(n / widest) pieces of nearly equal size: 16 rows are 6+5+5, not 6+6+4.
+struct Cut {
+  Index n, pieces;
+  Cut(Index n_, Index widest) : n(n_), pieces((n_ + widest - 1) / widest) {}
+  Index begin(Index i) const {
+    const Index small = n / pieces, larger = n % pieces;
+    return i * small + (i < larger ? i : larger);
+  }
+};
+
+}  // namespace FUSEDRNN_LEVEL
+}  // namespace fusedrnn

@@ -1,0 +1,55 @@
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_Array = npt.NDArray[Any]
+
+CELLS: tuple[str, ...]
+
+class Packed: ...
+
+class Tape:
+    @property
+    def bytes(self) -> int: ...
+
+def pack(cell: int, weight_ih: _Array, weight_hh: _Array, bias_ih: _Array | None, bias_hh: _Array | None) -> Packed: ...
+def forward(
+    packed: Packed,
+    x: _Array,
+    h0: _Array | None,
+    c0: _Array | None,
+    lengths: npt.NDArray[np.int64] | None,
+    reset: npt.NDArray[np.bool_] | None,
+    reverse: bool,
+    return_states: bool,
+    save: bool,
+) -> tuple[_Array, _Array, _Array | None, _Array | None, _Array | None, Tape | None]: ...
+def backward(
+    tape: Tape,
+    dy: _Array | None,
+    dhT: _Array | None,
+    dcT: _Array | None,
+    dh_states: _Array | None,
+    dc_states: _Array | None,
+    need: Sequence[bool],
+) -> tuple[_Array | None, ...]: ...
+def info() -> dict[str, Any]: ...
+def num_threads() -> int: ...
+def set_num_threads(threads: int) -> None: ...
+def set_flush_subnormals(on: bool) -> None: ...
+
+class testing:
+    @staticmethod
+    def activation(which: int, x: _Array, isa: str = "") -> _Array: ...
+    @staticmethod
+    def control_word() -> int: ...
+    @staticmethod
+    def poison(on: bool) -> None: ...
+    @staticmethod
+    def fail_allocation_after(count: int) -> None: ...
+    @staticmethod
+    def arena() -> tuple[int, int, int]: ...
+    @staticmethod
+    def trim_arena() -> None: ...

@@ -1,0 +1,98 @@
+"""What a backend is: the words, the argument and result types, and the rules every backend keeps.
+
+Legend: ``T`` time steps, ``B`` batch, ``I`` input size, ``H`` hidden size, ``P`` projected size (= ``H``),
+``G`` gates. Sequences are ``(T, B, ...)``. Gates in memory order: LSTM ``i f g o``, GRU ``r z n``.
+
+A backend serves one layer in one direction. Layers, directions and dropout between them are composed above it.
+
+Rules (``t`` is time, ``b`` a row of the batch):
+
+- ``t >= lengths[b]``: the state of row b stands still, ``y`` is 0, ``dx`` is +0, upstream gradients there are
+  never read, all-step states are held. A length of 0 returns the initial state and passes its gradient through.
+- ``reset[t, b]``: the cut is between t-1 and t in time, in both directions: forward clears the state before t,
+  reverse clears it after t and before t-1. Resets beyond a row's length do nothing. No gradient passes a cut.
+- ``reverse``: from ``lengths[b] - 1`` down to 0; ``stateT`` is then the state after step 0.
+- Padding and resets act by selection, never by multiplication.
+- ``T = 0`` and ``B = 0`` are legal.
+- Inputs are never written to. ``backward`` may run twice on one tape and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fusedrnn.cells import Cell
+
+Array = npt.NDArray[Any]
+State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; h is (B, P), c is (B, H)
+
+
+class Weights(NamedTuple):
+    """Weights of one layer and direction, laid out as in PyTorch; gradients of them use the same tuple."""
+
+    weight_ih: Any  # (G*H, I)
+    weight_hh: Any  # (G*H, P)
+    bias_ih: Any = None  # (G*H,) or None
+    bias_hh: Any = None  # (G*H,) or None
+
+
+class Forward(NamedTuple):
+    """Result of ``forward``."""
+
+    y: Array  # (T, B, P)
+    stateT: State
+    states: State | None  # every step's (h,) or (h, c), each (T, B, ·), with return_states
+    tape: Any  # what backward takes; None with save=None
+
+
+class Gradients(NamedTuple):
+    """Result of ``backward``; what ``need`` left out is None."""
+
+    dx: Array | None  # (T, B, I)
+    dweights: Weights
+    dstate0: State | None
+
+
+NEED = ("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "state0")
+
+
+class Backend(Protocol):
+    """One backend: ``reference``, ``cpu``, ``numba``."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """None where the backend can run here, else one line that says why not and what to install."""
+
+    def pack(self, cell: Cell, weights: Weights) -> Any:
+        """Weights prepared for repeated calls; stale as soon as a weight changes, and the caller decides that."""
+
+    def forward(
+        self,
+        cell: Cell,
+        x: Array,
+        weights: Any,  # Weights, or what pack returned
+        state0: State | None = None,
+        *,
+        lengths: Array | None = None,
+        reset: Array | None = None,
+        reverse: bool = False,
+        return_states: bool = False,
+        save: str | None = "all",  # "all" | "borders" | None
+    ) -> Forward:
+        """Run one layer in one direction over the whole sequence."""
+
+    def backward(
+        self,
+        tape: Any,
+        dy: Array | None = None,
+        dstateT: tuple[Array | None, ...] | None = None,
+        dstates: tuple[Array | None, ...] | None = None,
+        *,
+        need: Collection[str] | None = None,  # names out of NEED; None means all
+    ) -> Gradients:
+        """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)``; any of the three may be missing."""

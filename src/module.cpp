@@ -1,0 +1,355 @@
+// fusedrnn._core: check, allocate, call. No maths. SPDX-License-Identifier: Apache-2.0
+//
+// fusedrnn.backends.arguments gives the readable errors; the checks here are the ones that memory safety rests on, so that
+// no call of this module, however wrong, reads or writes outside an array.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "api.h"
+#include "cpu/arena.h"
+#include "cpu/control_word.h"
+#include "cpu/dispatch.h"
+#include "cpu/threads.h"
+
+namespace py = pybind11;
+using namespace fusedrnn;
+
+namespace {
+
+std::string text(const std::vector<Index>& shape) {
+  std::string s = "(";
+  for (std::size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + (shape.size() == 1 ? ",)" : ")");
+}
+
+std::string text(const py::array& a) {
+  return py::str(a.dtype()).cast<std::string>() + " " + text(std::vector<Index>(a.shape(), a.shape() + a.ndim()));
+}
+
+// The array's data, if it is T in native byte order, aligned, of this shape and, from axis `strided` on, contiguous.
+// Axes before `strided` may have any stride. Checked by hand: py::array_t would copy silently.
+template <class T>
+const T* need(const py::object& o, const char* name, const std::vector<Index>& shape, int strided = 0) {
+  const std::string expected = ": expected " + py::str(py::dtype::of<T>()).cast<std::string>() + " " + text(shape) + ", got ";
+  if (!py::isinstance<py::array>(o)) throw py::type_error(name + expected + py::str(py::type::of(o)).cast<std::string>());
+  const py::array a = py::reinterpret_borrow<py::array>(o);
+  if (!a.dtype().is(py::dtype::of<T>()) && !a.dtype().equal(py::dtype::of<T>())) throw py::type_error(name + expected + text(a));
+  bool same = a.ndim() == Index(shape.size());
+  for (std::size_t i = 0; same && i < shape.size(); ++i) same = a.shape(Index(i)) == shape[i];
+  if (!same) throw py::value_error(name + expected + text(a));
+  bool contiguous = reinterpret_cast<std::uintptr_t>(a.data()) % alignof(T) == 0;
+  Index step = sizeof(T);
+  for (Index i = Index(shape.size()) - 1; i >= strided; --i) {
+    if (shape[i] > 1 && a.size() && a.strides(i) != step) contiguous = false;
+    step *= shape[i];
+  }
+  for (Index i = 0; i < strided; ++i) contiguous = contiguous && a.strides(i) % Index(sizeof(T)) == 0;
+  if (!contiguous) throw py::value_error(name + expected + text(a) + ", not aligned or not contiguous in memory");
+  return static_cast<const T*>(a.data());
+}
+
+template <class T>
+const T* maybe(const py::object& o, const char* name, const std::vector<Index>& shape) {
+  return o.is_none() ? nullptr : need<T>(o, name, shape);
+}
+
+template <class T>
+Sequence<const T> sequence(const py::object& o, const char* name, const std::vector<Index>& shape) {
+  if (o.is_none()) return {};
+  const T* data = need<T>(o, name, shape, 2);
+  const py::array a = py::reinterpret_borrow<py::array>(o);
+  return {data, Index(a.strides(0) / Index(sizeof(T))), Index(a.strides(1) / Index(sizeof(T)))};
+}
+
+template <class T>
+py::array_t<T> empty(const std::vector<Index>& shape) {
+  std::vector<std::size_t> factors(shape.begin(), shape.end());
+  std::size_t bytes = sizeof(T);
+  for (std::size_t f : factors) bytes = cpu::checked_product({bytes, f});
+  return py::array_t<T>(shape);
+}
+
+int gates_of(CellId cell) { return cpu::kernels<float>().shape[int(cell)].gates; }
+bool has_c(CellId cell) { return cpu::kernels<float>().shape[int(cell)].has_c; }
+
+CellId cell_of(int id) {
+  if (id < 0 || id >= cpu::kCells) throw py::value_error("cell: expected 0 to " + std::to_string(cpu::kCells - 1) + ", got " + std::to_string(id));
+  return CellId(id);
+}
+
+// The hook runs Python's signal handlers; a handler that raises stops the call.
+Poll signals() {
+  return {[](void*) {
+            const py::gil_scoped_acquire gil;
+            return PyErr_CheckSignals() == 0;
+          },
+          nullptr};
+}
+
+template <class F>
+auto without_gil(F&& f) {
+  try {
+    const py::gil_scoped_release release;
+    return f();
+  } catch (const Interrupted&) {
+    throw py::error_already_set();
+  }
+}
+
+struct PyPacked {
+  CellId cell;
+  Index I, H, P;
+  py::object weights[4];
+  PackedPtr<float> f32;
+  PackedPtr<double> f64;
+  const PackedWeights<float>* get(float) const { return f32.get(); }
+  const PackedWeights<double>* get(double) const { return f64.get(); }
+};
+
+// Lengths and resets are copied: what backward walks by must be what forward walked by, whatever becomes of the caller's.
+struct PyTape {
+  Problem problem;
+  std::vector<Index> lengths;
+  std::vector<unsigned char> reset;
+  py::object x, y, h0, c0, weights[4];
+  TapePtr<float> f32;
+  TapePtr<double> f64;
+  const Tape<float>* get(float) const { return f32.get(); }
+  const Tape<double>* get(double) const { return f64.get(); }
+  TapePtr<float>& slot(float) { return f32; }
+  TapePtr<double>& slot(double) { return f64; }
+};
+
+template <class T>
+Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, Index P) {
+  const Index rows = gates_of(cell) * H;
+  return {need<T>(w[0], "weight_ih", {rows, I}), need<T>(w[1], "weight_hh", {rows, P}), maybe<T>(w[2], "bias_ih", {rows}),
+          maybe<T>(w[3], "bias_hh", {rows})};
+}
+
+template <class T>
+std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
+  const py::array ih = py::reinterpret_borrow<py::array>(w[0]), hh = py::reinterpret_borrow<py::array>(w[1]);
+  const Index G = gates_of(cell), I = ih.shape(1), P = hh.shape(1), H = ih.shape(0) / G;
+  if (P != H) throw py::value_error("weight_hh: expected (G*H, H), got " + text(hh) + "; a projected size P != H is not built yet");
+  auto packed = std::make_unique<PyPacked>();
+  packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
+  for (int i = 0; i < 4; ++i) packed->weights[i] = w[i];
+  const Weights<const T> view = weights_of<T>(w, cell, I, H, P);
+  PackedPtr<T> result = without_gil([&] { return pack<T>(cell, I, H, P, view); });
+  if constexpr (sizeof(T) == 4)
+    packed->f32 = std::move(result);
+  else
+    packed->f64 = std::move(result);
+  return packed;
+}
+
+bool is_float32(const py::object& o, const char* name, int ndim) {
+  if (!py::isinstance<py::array>(o)) throw py::type_error(std::string(name) + ": expected an array, got " + py::str(py::type::of(o)).cast<std::string>());
+  const py::array a = py::reinterpret_borrow<py::array>(o);
+  if (a.ndim() != ndim) throw py::value_error(std::string(name) + ": expected " + std::to_string(ndim) + " axes, got " + text(a));
+  if (a.dtype().equal(py::dtype::of<float>())) return true;
+  if (a.dtype().equal(py::dtype::of<double>())) return false;
+  throw py::type_error(std::string(name) + ": expected float32 or float64, got " + text(a));
+}
+
+std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weight_hh, py::object bias_ih, py::object bias_hh) {
+  const CellId cell = cell_of(id);
+  const bool f32 = is_float32(weight_ih, "weight_ih", 2);
+  is_float32(weight_hh, "weight_hh", 2);
+  const py::object w[4] = {weight_ih, weight_hh, bias_ih, bias_hh};
+  return f32 ? pack_as<float>(cell, w) : pack_as<double>(cell, w);
+}
+
+template <class T>
+py::tuple forward_as(const PyPacked& packed, py::object x, py::object h0, py::object c0, py::object lengths, py::object reset, bool reverse,
+                     bool return_states, bool save) {
+  const py::array array = py::reinterpret_borrow<py::array>(x);
+  const Index time = array.shape(0), B = array.shape(1), I = packed.I, H = packed.H, P = packed.P;
+  const bool c = has_c(packed.cell);
+  auto tape = std::make_unique<PyTape>();
+  tape->problem = {packed.cell, {time, B, I, H, P}, nullptr, nullptr, reverse};
+  if (!lengths.is_none()) {
+    const Index* data = need<Index>(lengths, "lengths", {B});
+    tape->lengths.assign(data, data + B);
+    for (Index n : tape->lengths)
+      if (n < 0 || n > time) throw py::value_error("lengths: expected 0 to T = " + std::to_string(time) + ", got " + std::to_string(n));
+    tape->problem.lengths = tape->lengths.data();
+  }
+  if (!reset.is_none()) {
+    const bool* data = need<bool>(reset, "reset", {time, B});
+    tape->reset.assign(data, data + time * B);
+    for (unsigned char& r : tape->reset) r = r != 0;
+    tape->problem.reset = tape->reset.data();
+  }
+  ForwardCall<T> call{};
+  call.problem = tape->problem;
+  call.packed = packed.get(T());
+  if (!call.packed) throw py::type_error("x: expected the dtype of the weights, got " + text(array));
+  call.x = sequence<T>(x, "x", {time, B, I});
+  call.h0 = maybe<T>(h0, "h0", {B, P});
+  if (c) call.c0 = maybe<T>(c0, "c0", {B, H});
+  call.save = save;
+  call.poll = signals();
+  py::array_t<T> y = empty<T>({time, B, P}), hT = empty<T>({B, P});
+  call.y = y.mutable_data(), call.hT = hT.mutable_data();
+  py::object cT = py::none(), h_states = py::none(), c_states = py::none();
+  const auto output = [](py::object& to, const std::vector<Index>& shape) {
+    py::array_t<T> a = empty<T>(shape);
+    to = a;
+    return a.mutable_data();
+  };
+  if (c) call.cT = output(cT, {B, H});
+  if (return_states) call.h_states = output(h_states, {time, B, P});
+  if (return_states && c) call.c_states = output(c_states, {time, B, H});
+  tape->slot(T()) = without_gil([&] { return forward<T>(call); });
+  py::object kept = py::none();
+  if (save) {
+    tape->x = x, tape->y = y, tape->h0 = h0, tape->c0 = c0;
+    for (int i = 0; i < 4; ++i) tape->weights[i] = packed.weights[i];
+    kept = py::cast(std::move(tape));
+  }
+  return py::make_tuple(y, hT, cT, h_states, c_states, kept);
+}
+
+py::tuple py_forward(const PyPacked& packed, py::object x, py::object h0, py::object c0, py::object lengths, py::object reset, bool reverse,
+                     bool return_states, bool save) {
+  return is_float32(x, "x", 3) ? forward_as<float>(packed, x, h0, c0, lengths, reset, reverse, return_states, save)
+                               : forward_as<double>(packed, x, h0, c0, lengths, reset, reverse, return_states, save);
+}
+
+template <class T>
+py::tuple backward_as(const PyTape& tape, py::object dy, py::object dhT, py::object dcT, py::object dh_states, py::object dc_states,
+                      const std::vector<bool>& need_of) {
+  const Sizes& n = tape.problem.sizes;
+  const Index rows = gates_of(tape.problem.cell) * n.H;
+  const bool c = has_c(tape.problem.cell);
+  BackwardCall<T> call{};
+  call.problem = tape.problem;
+  call.tape = tape.get(T());
+  call.weights = weights_of<T>(tape.weights, tape.problem.cell, n.I, n.H, n.P);
+  call.x = sequence<T>(tape.x, "x", {n.T, n.B, n.I});
+  call.y = need<T>(tape.y, "y", {n.T, n.B, n.P});
+  call.h0 = maybe<T>(tape.h0, "h0", {n.B, n.P});
+  if (c) call.c0 = maybe<T>(tape.c0, "c0", {n.B, n.H});
+  call.dy = sequence<T>(dy, "dy", {n.T, n.B, n.P});
+  call.dhT = maybe<T>(dhT, "dhT", {n.B, n.P});
+  call.dh_states = sequence<T>(dh_states, "dh_states", {n.T, n.B, n.P});
+  if (c) {
+    call.dcT = maybe<T>(dcT, "dcT", {n.B, n.H});
+    call.dc_states = sequence<T>(dc_states, "dc_states", {n.T, n.B, n.H});
+  }
+  call.poll = signals();
+  const auto output = [](bool wanted, py::object& to, const std::vector<Index>& shape) -> T* {
+    if (!wanted) return nullptr;
+    py::array_t<T> a = empty<T>(shape);
+    to = a;
+    return a.mutable_data();
+  };
+  py::object dx = py::none(), w[4] = {py::none(), py::none(), py::none(), py::none()}, dh0 = py::none(), dc0 = py::none();
+  call.dx = output(need_of[0], dx, {n.T, n.B, n.I});
+  call.dweights.weight_ih = output(need_of[1], w[0], {rows, n.I});
+  call.dweights.weight_hh = output(need_of[2], w[1], {rows, n.P});
+  call.dweights.bias_ih = output(need_of[3] && !tape.weights[2].is_none(), w[2], {rows});
+  call.dweights.bias_hh = output(need_of[4] && !tape.weights[3].is_none(), w[3], {rows});
+  call.dh0 = output(need_of[5], dh0, {n.B, n.P});
+  call.dc0 = output(need_of[5] && c, dc0, {n.B, n.H});
+  without_gil([&] {
+    backward<T>(call);
+    return 0;
+  });
+  return py::make_tuple(dx, w[0], w[1], w[2], w[3], dh0, dc0);
+}
+
+py::tuple py_backward(const PyTape& tape, py::object dy, py::object dhT, py::object dcT, py::object dh_states, py::object dc_states,
+                      const std::vector<bool>& need_of) {
+  if (need_of.size() != 6) throw py::value_error("need: expected 6 flags, got " + std::to_string(need_of.size()));
+  return tape.f32 ? backward_as<float>(tape, dy, dhT, dcT, dh_states, dc_states, need_of)
+                  : backward_as<double>(tape, dy, dhT, dcT, dh_states, dc_states, need_of);
+}
+
+template <class T>
+py::array_t<T> activation_as(int which, const py::object& x, const std::string& isa) {
+  const py::array a = py::reinterpret_borrow<py::array>(x);
+  const T* in = need<T>(x, "x", {a.size()});
+  py::array_t<T> out(std::vector<Index>{a.size()});
+  const cpu::Kernels<T>* kernels = &cpu::kernels<T>();
+  if (!isa.empty()) {
+    kernels = nullptr;
+    for (cpu::Isa level : cpu::all_isas)
+      if (isa == cpu::name(level) && cpu::available(level)) kernels = cpu::kernels_of<T>(level);
+    if (!kernels) throw py::value_error("isa: not available here: " + isa);
+  }
+  const cpu::ControlWord word;
+  kernels->activation(which, in, out.mutable_data(), a.size());
+  return out;
+}
+
+py::dict info() {
+  py::dict d;
+  py::list built, detected;
+  for (cpu::Isa level : cpu::all_isas) {
+    if (cpu::built(level)) built.append(cpu::name(level));
+    if (cpu::detected(level)) detected.append(cpu::name(level));
+  }
+  d["version"] = FUSEDRNN_VERSION;
+#if defined(__clang__)
+  d["compiler"] = "clang " __clang_version__;
+#else
+  d["compiler"] = "gcc " __VERSION__;
+#endif
+  d["built"] = built, d["detected"] = detected, d["isa"] = cpu::name(cpu::chosen()), d["threads"] = cpu::num_threads();
+  return d;
+}
+
+unsigned long control_word() {
+#if defined(__x86_64__)
+  return _mm_getcsr();
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Compiled kernels of fusedrnn. Use fusedrnn.functional; this module checks only what memory safety needs.";
+  py::class_<PyPacked>(m, "Packed", "Weights in the kernels' own order.");
+  py::class_<PyTape>(m, "Tape", "What forward saved for backward.")
+      .def_property_readonly("bytes", [](const PyTape& t) {
+        return t.f32 ? tape_bytes<float>(t.problem.cell, t.problem.sizes) : tape_bytes<double>(t.problem.cell, t.problem.sizes);
+      });
+  py::list cells;
+#define X(id, type) cells.append(#id);
+#include "cells/cells.def"
+#undef X
+  m.attr("CELLS") = py::tuple(cells);
+  m.def("pack", &py_pack, py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"));
+  m.def("forward", &py_forward, py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("lengths"), py::arg("reset"),
+        py::arg("reverse"), py::arg("return_states"), py::arg("save"));
+  m.def("backward", &py_backward, py::arg("tape"), py::arg("dy"), py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"),
+        py::arg("dc_states"), py::arg("need"));
+  m.def("info", &info);
+  m.def("num_threads", &cpu::num_threads);
+  m.def("set_num_threads", &cpu::set_num_threads, py::arg("threads"));
+  m.def("set_flush_subnormals", &set_flush_subnormals, py::arg("on"));
+
+  py::module_ testing = m.def_submodule("testing", "Hooks of the test suite.");
+  testing.def("activation", [](int which, const py::object& x, const std::string& isa) -> py::object {
+    return is_float32(x, "x", 1) ? py::object(activation_as<float>(which, x, isa)) : py::object(activation_as<double>(which, x, isa));
+  }, py::arg("which"), py::arg("x"), py::arg("isa") = "");
+  testing.def("control_word", &control_word);
+  testing.def("poison", &cpu::poison, py::arg("on"));
+  testing.def("fail_allocation_after", &cpu::fail_allocation_after, py::arg("count"));
+  testing.def("arena", [] {
+    const cpu::ArenaUse use = cpu::arena_use();
+    return py::make_tuple(use.live, use.cached, use.limit);
+  });
+  testing.def("trim_arena", &cpu::trim_arena);
+}
