@@ -30,7 +30,7 @@ struct RnnRelu : RnnBase {
   }
   template <class V>
   FUSEDRNN_INLINE static void backward(const V*, V, V h, V, V, V dh, V, V* da, V&, V&) {
-    da[0] = select(greater(h, V::zero()), dh, V::zero());
+    da[0] = zero_where(greater_equal(V::zero(), h), dh);  // not where h is NaN
   }
 };
 

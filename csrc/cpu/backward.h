@@ -101,7 +101,8 @@ struct BackwardLoop {
         rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B, job_.chunk_steps * job_.steps.B, job_.chunk_steps),
         groups(job_.I, job_.P), B(job_.steps.B), units(job_.blocks * kBlock) {
     const Index n = worker.region.threads, i = worker.region.thread;
-    row_begin = worker.by_rows ? B * i / n : 0, row_end = worker.by_rows ? B * (i + 1) / n : B;
+    row_begin = worker.by_rows ? first_row(job.steps, i, n) : 0;
+    row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : B;
     block_begin = worker.by_rows ? 0 : job.blocks * i / n, block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
     for (Index b = 0; b < B; ++b) rows.latest[b] = nullptr;
   }
@@ -158,10 +159,10 @@ struct BackwardLoop {
             all ? 1 : job.blocks, all ? job.blocks * A * kBlock : part.count * kBlock};
   }
 
-  // acc[m][wide] = rows of da times the weights of blocks [block, block+wide).
+  // acc[wide][m] = rows of da times the weights of blocks [block, block+wide).
   void multiply(const Product<T>& p, int m, int wide, T* acc) const {
     for (int i = 0; i < m * wide; ++i) V::zero().store(acc + i * V::lanes);
-    tile_for<V>(m, wide)(&p, 1, acc, wide * V::lanes);
+    tile_for<V>(m, wide)(&p, 1, acc);
   }
 
   template <class Epilogue>
@@ -203,7 +204,7 @@ struct BackwardLoop {
         multiply(product(job.recurrent2, Cell::recurrent2, rows.da + first, block, lane), m, wide, acc);
         for (int i = 0; i < m; ++i)
           for (int w = 0; w < wide; ++w)
-            cell2_at(rows.at[first + i], (block + w) * kBlock + lane, V::load(acc + (i * wide + w) * V::lanes));
+            cell2_at(rows.at[first + i], (block + w) * kBlock + lane, V::load(acc + (w * m + i) * V::lanes));
       });
     }
     return true;
@@ -228,7 +229,7 @@ struct BackwardLoop {
           const Index u = (block + w) * kBlock + lane, b = row.b, in_row = job.H - u;
           V dh = V::zero(), dc = V::zero();
           if (row.after == After::product) {
-            dh = V::load(acc + (i * wide + w) * V::lanes);
+            dh = V::load(acc + (w * m + i) * V::lanes);
             if (Cell::has_direct) dh = dh + V::load(job.direct + b * units + u);
             if (Cell::has_c) dc = V::load(job.dc + b * units + u);
           } else if (row.after == After::final_state) {
@@ -322,7 +323,7 @@ struct BackwardLoop {
             for (int w = 0; w < wide; ++w) {
               const Index column = (block + w) * kBlock + lane;
               T* row = job.dx + (rows.t[first + r] * B + rows.b[first + r]) * job.I;
-              V::load(acc + (r * wide + w) * V::lanes).store(row + column, job.I - column);
+              V::load(acc + (w * m + r) * V::lanes).store(row + column, job.I - column);
             }
         }
       }
@@ -366,12 +367,12 @@ struct BackwardLoop {
       alignas(64) T acc[kMaxTile * V::lanes];
       for (int v = 0; v < m * vectors; ++v) V::zero().store(acc + v * V::lanes);
       const Product<T> p = {a, job.inputs_row, 0, job.da + (block * A + group.first) * kBlock + lane, job.da_row, kBlock, 1, count};
-      tile_for<V>(m, vectors)(&p, 1, acc, vectors * V::lanes);
+      tile_for<V>(m, vectors)(&p, 1, acc);
       for (int r = 0; r < m; ++r)
         for (int w = 0; w < wide; ++w)
           for (int s = 0; s < group.count; ++s) {
             T* sum = job.dpacked + (block + w) * job.dpacked_block + group.offset + ((first + r) * group.count + s) * kBlock + lane;
-            const V part = V::load(acc + (r * vectors + w * group.count + s) * V::lanes);
+            const V part = V::load(acc + ((w * group.count + s) * m + r) * V::lanes);
             (first_chunk ? part : V::load(sum) + part).store(sum);
           }
     }

@@ -41,8 +41,9 @@ struct ForwardLoop {
 
   ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_)
       : job(job_), worker(worker_), rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B) {
-    const Index B = job.steps.B, n = worker.region.threads, i = worker.region.thread;
-    row_begin = worker.by_rows ? B * i / n : 0, row_end = worker.by_rows ? B * (i + 1) / n : B;
+    const Index n = worker.region.threads, i = worker.region.thread;
+    row_begin = worker.by_rows ? first_row(job.steps, i, n) : 0;
+    row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : job.steps.B;
     block_begin = worker.by_rows ? 0 : job.blocks * i / n, block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
   }
 
@@ -84,23 +85,23 @@ struct ForwardLoop {
   // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
   void phase1(Index t, Index first, int m, Index block, int wide, Index lane) {
     alignas(64) T acc[kMaxTile * V::lanes];
-    const Index acc_row = wide * A * V::lanes;
-    for (int i = 0; i < m; ++i)
-      for (int n = 0; n < wide * A; ++n)
-        V::load(job.bias + (block * A + n) * kBlock + lane).store(acc + i * acc_row + n * V::lanes);
+    for (int n = 0; n < wide * A; ++n) {
+      const V bias = V::load(job.bias + (block * A + n) * kBlock + lane);
+      for (int i = 0; i < m; ++i) bias.store(acc + (n * m + i) * V::lanes);
+    }
     const Product<T> products[2] = {product(job.input, Cell::input, rows.x + first, job.I, block, lane),
                                     product(job.recurrent, Cell::recurrent, rows.h + first, job.P, block, lane)};
     if constexpr (Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count) {
-      tile_for<V>(m, Cell::input.count * wide)(products, 2, acc + Cell::input.first * V::lanes, acc_row);
+      tile_for<V>(m, Cell::input.count * wide)(products, 2, acc + Cell::input.first * m * V::lanes);
     } else {
-      tile_for<V>(m, Cell::input.count)(products, 1, acc + Cell::input.first * V::lanes, acc_row);
-      tile_for<V>(m, Cell::recurrent.count)(products + 1, 1, acc + Cell::recurrent.first * V::lanes, acc_row);
+      tile_for<V>(m, Cell::input.count)(products, 1, acc + Cell::input.first * m * V::lanes);
+      tile_for<V>(m, Cell::recurrent.count)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
     }
     for (int i = 0; i < m; ++i)
       for (int w = 0; w < wide; ++w) {
         const Index u = (block + w) * kBlock + lane, b = rows.b[first + i], in_row = job.H - u;
         V a[A], saved[Cell::saved + 1], h, c;
-        for (int s = 0; s < A; ++s) a[s] = V::load(acc + i * acc_row + (w * A + s) * V::lanes);
+        for (int s = 0; s < A; ++s) a[s] = V::load(acc + ((w * A + s) * m + i) * V::lanes);
         const V h_prev = Cell::reads_h_prev ? V::load(rows.h[first + i] + u, in_row) : V::zero();
         const V c_prev = Cell::has_c ? V::load(rows.c[first + i] + u) : V::zero();
         Cell::forward(a, h_prev, c_prev, saved, h, c);
@@ -126,7 +127,7 @@ struct ForwardLoop {
       for (int i = 0; i < m; ++i)
         V::load(saved_row(t, rows.b[first + i]) + at + slot * kBlock).store(acc + i * V::lanes);
       const Product<T> products[1] = {product(job.recurrent2, Cell::recurrent2, rows.middle + first, job.P, block, lane)};
-      tile_for<V>(m, 1)(products, 1, acc, V::lanes);
+      tile_for<V>(m, 1)(products, 1, acc);
       for (int i = 0; i < m; ++i) {
         const Index u = block * kBlock + lane, b = rows.b[first + i], in_row = job.H - u;
         T* row = saved_row(t, b) + at;

@@ -266,7 +266,7 @@ void backward(const BackwardCall<T>& call) {
   const Index da_row = shape.accumulators * units + kBlock;
   const Index inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
   const Index step_bytes = std::max<Index>(1, n.B) * (da_row + inputs_row) * Index(sizeof(T));
-  const Index cache = std::max<Index>(Index(768) << 10, 192 * (da_row + inputs_row) * Index(sizeof(T)));
+  const Index cache = std::max<Index>(Index(768) << 10, 384 * (da_row + inputs_row) * Index(sizeof(T)));
   const Index chunk_steps = std::max<Index>(1, std::min(std::max<Index>(1, n.T), cache / step_bytes));
 
   const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column

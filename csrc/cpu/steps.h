@@ -26,5 +26,14 @@ inline Before before(const Steps& steps, Index t, Index b) {
   return first ? Before::start : Before::previous;
 }
 
+// Where thread i of n begins among the rows of the batch, so that all have about the same number of valid steps.
+inline Index first_row(const Steps& steps, Index i, Index n) {
+  if (!steps.lengths) return steps.B * i / n;
+  Index total = 0, sum = 0, b = 0;
+  for (Index k = 0; k < steps.B; ++k) total += steps.lengths[k];
+  while (b < steps.B && (i == n || sum * n < total * i)) sum += steps.lengths[b++];
+  return b;
+}
+
 }  // namespace FUSEDRNN_LEVEL
 }  // namespace fusedrnn

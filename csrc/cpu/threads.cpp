@@ -1,7 +1,9 @@
 #include "cpu/threads.h"
 
 #include <pthread.h>
+#if defined(__linux__)
 #include <sched.h>
+#endif
 #include <signal.h>
 
 #include <algorithm>
@@ -48,7 +50,7 @@ constexpr std::size_t cache_line = 128;  // two lines: x86 fetches them in pairs
 
 constexpr microseconds idle_spin{50};      // a worker between regions: about what it costs to wake one
 constexpr microseconds barrier_spin{200};  // inside a region there is nothing better to do
-constexpr int yields = 8;                  // instead of spinning, when there are more threads than CPUs
+constexpr microseconds crowded_spin{0};    // more threads than CPUs; yielding instead was 80 times slower beside other work
 constexpr milliseconds poll_interval{10};  // while the caller sleeps
 
 // A counter that moves on without a system call; only poll() reads it, between tiles.
@@ -95,7 +97,7 @@ struct Word {
   }
 
   // Returns when `value` is no longer `old`. A `poller`, the calling thread's, is polled while the thread sleeps.
-  void wait(std::uint32_t old, microseconds spin, bool crowded, Shared* poller = nullptr);
+  void wait(std::uint32_t old, microseconds spin, Shared* poller = nullptr);
 
  private:
   void sleep(std::uint32_t old, bool forever) {
@@ -121,7 +123,7 @@ struct Shared {
   alignas(cache_line) Word gate;
   alignas(cache_line) std::atomic<std::uint32_t> arrived{0};
   alignas(cache_line) std::uint32_t threads = 1;
-  bool crowded = false;
+  microseconds spin{0};
   PollHook hook = nullptr;
   void* hook_context = nullptr;
   std::uint64_t next_poll = 0;  // the caller's alone
@@ -130,7 +132,7 @@ struct Shared {
     gate.value.store(0, std::memory_order_relaxed);
     arrived.store(0, std::memory_order_relaxed);
     threads = static_cast<std::uint32_t>(count);
-    crowded = count > 1 && count > usable_cpus();
+    spin = count > usable_cpus() ? crowded_spin : barrier_spin;
     hook = new_hook;
     hook_context = new_hook_context;
     next_poll = ticks() + poll_ticks;
@@ -152,21 +154,14 @@ struct Shared {
 
 namespace {
 
-void Word::wait(std::uint32_t old, microseconds spin, bool crowded, Shared* poller) {
-  if (crowded) {
-    for (int i = 0; i < yields; ++i) {
+void Word::wait(std::uint32_t old, microseconds spin, Shared* poller) {
+  const Clock::time_point end = Clock::now() + spin;
+  do {
+    for (int i = 0; i < 32; ++i) {
       if (value.load(std::memory_order_acquire) != old) return;
-      sched_yield();
+      pause();
     }
-  } else {
-    const Clock::time_point end = Clock::now() + spin;
-    do {
-      for (int i = 0; i < 32; ++i) {
-        if (value.load(std::memory_order_acquire) != old) return;
-        pause();
-      }
-    } while (Clock::now() < end);
-  }
+  } while (Clock::now() < end);
   while (value.load(std::memory_order_acquire) == old) {
     sleepers.fetch_add(1);
     sleep(old, poller == nullptr);
@@ -186,7 +181,7 @@ bool Barrier::wait() {
     shared->gate.wake();
     return (last & 1) == 0;
   }
-  shared->gate.wait(turn, barrier_spin, shared->crowded, caller && shared->hook != nullptr ? shared : nullptr);
+  shared->gate.wait(turn, shared->spin, caller && shared->hook != nullptr ? shared : nullptr);
   return !shared->aborted();
 }
 
@@ -260,15 +255,15 @@ Pool* enter() {
 // Waits until no worker is inside the body.
 void Pool::finish(Shared* poller) {
   for (std::uint32_t left; (left = remaining.value.load(std::memory_order_acquire)) != 0;) {
-    remaining.wait(left, barrier_spin, shared.crowded, poller);
+    remaining.wait(left, shared.spin, poller);
   }
 }
 
 void Pool::work(Worker& worker) {
-  bool crowded = false;
+  microseconds spin = idle_spin;
   for (std::uint32_t turn = 0;; ++turn) {
-    worker.job.wait(turn, idle_spin, crowded);
-    crowded = shared.crowded;
+    worker.job.wait(turn, spin);
+    spin = std::min(idle_spin, shared.spin);
     {
       Region region(worker.thread, static_cast<int>(shared.threads), &shared);
       try {

@@ -1,6 +1,6 @@
 // The one product everything runs on. SPDX-License-Identifier: Apache-2.0
 //
-//   acc[m][n] += sum over k of a[m][k] * b[k][n]      m < M rows, n < N vectors, k in ascending order, one FMA each
+//   acc[n][m] += sum over k of a[m][k] * b[k][n]      m < M rows, n < N vectors, k in ascending order, one FMA each
 //
 // The sum of one output never depends on M, N, the lane width or its neighbours: this is what makes the bits the same for
 // every batch size, thread count, split and instruction set. Accumulators live in registers between load and store.
@@ -24,13 +24,13 @@ struct Product {
 };
 
 template <class V, int M, int N>
-void tile(const Product<typename V::scalar>* products, int count, typename V::scalar* acc, Index acc_row) {
+void tile(const Product<typename V::scalar>* products, int count, typename V::scalar* acc) {
   using T = typename V::scalar;
   V c[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) c[m][n] = V::load(acc + m * acc_row + n * V::lanes);
+    for (int n = 0; n < N; ++n) c[m][n] = V::load(acc + (n * M + m) * V::lanes);
   for (int p = 0; p < count; ++p) {
     const Product<T>& product = products[p];
     const T* a[M];
@@ -57,7 +57,7 @@ void tile(const Product<typename V::scalar>* products, int count, typename V::sc
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) c[m][n].store(acc + m * acc_row + n * V::lanes);
+    for (int n = 0; n < N; ++n) c[m][n].store(acc + (n * M + m) * V::lanes);
 }
 
 constexpr int kMaxTile = 24;  // accumulator vectors of the widest tile
@@ -69,7 +69,7 @@ constexpr int max_rows(int n) {
 }
 
 template <class T>
-using TileFn = void (*)(const Product<T>*, int, T*, Index);
+using TileFn = void (*)(const Product<T>*, int, T*);
 
 // tile<V, rows, N> for a run-time number of rows and vectors, 1 <= rows <= max_rows(n).
 template <class V, int N, int M = max_rows<V>(N)>

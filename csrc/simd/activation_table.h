@@ -6,7 +6,8 @@ namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
 // which: 0 sigmoid, 1 tanh, 2 exp. Reads n elements of in, writes n elements of out; out may be in.
-template <class T> void apply_activation(int which, const T* in, T* out, int64_t n) {
+template <class T>
+void apply_activation(int which, const T* in, T* out, int64_t n) {
   using V = Vec<T>;
   for (int64_t i = 0; i < n; i += V::lanes) {
     const V x = V::load(in + i, n - i);

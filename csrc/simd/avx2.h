@@ -5,9 +5,11 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
-template <class T> struct Vec;
+template <class T>
+struct Vec;
 
-template <> struct Vec<float> {
+template <>
+struct Vec<float> {
   using scalar = float;
   using Mask = __m256;
   static constexpr int lanes = 8;
@@ -51,7 +53,8 @@ template <> struct Vec<float> {
   }
 };
 
-template <> struct Vec<double> {
+template <>
+struct Vec<double> {
   using scalar = double;
   using Mask = __m256d;
   static constexpr int lanes = 4;

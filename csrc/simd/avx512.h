@@ -6,9 +6,11 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
-template <class T> struct Vec;
+template <class T>
+struct Vec;
 
-template <> struct Vec<float> {
+template <>
+struct Vec<float> {
   using scalar = float;
   using Mask = __mmask16;
   static constexpr int lanes = 16;
@@ -53,7 +55,8 @@ template <> struct Vec<float> {
   }
 };
 
-template <> struct Vec<double> {
+template <>
+struct Vec<double> {
   using scalar = double;
   using Mask = __mmask8;
   static constexpr int lanes = 8;

@@ -1,7 +1,7 @@
 """Print the constants of math.h: minimax coefficients of expm1, and ln 2 in two parts.
 
-expm1(r) = r + r^2 (c2 + c3 r + ...) on |r| <= ln(2)/2, the first coefficient fixed at one. What is minimised is the
-largest error relative to expm1(r) (Remez exchange, 60 digits); the coefficients are then rounded to the dtype.
+expm1(r) = r + r^2 (c2 + c3 r + ...) on |r| <= ln(2)/2, the first coefficient fixed at one. What is minimised
+is the largest error relative to expm1(r) (Remez exchange, 60 digits); the coefficients are then rounded.
 
 Run: python csrc/simd/coefficients.py        (needs mpmath)
 """
@@ -59,7 +59,8 @@ def show(dtype, count, bits, high_bits, suffix):
     exact = remez(count)
     coefficients = [rounded(c, bits) for c in exact]
     high = rounded(log(2), high_bits)
-    print(f"{dtype}: relative error 2^{nstr(log(worst(exact), 2), 4)}, rounded 2^{nstr(log(worst(coefficients), 2), 4)}")
+    errors = [nstr(log(worst(c), 2), 4) for c in (exact, coefficients)]
+    print(f"{dtype}: relative error 2^{errors[0]}, with rounded coefficients 2^{errors[1]}")
     for name, value in [("log2e", 1 / log(2)), ("ln2_high", high), ("ln2_low", log(2) - high)]:
         print(f"  {name} = {float(rounded(value, bits)).hex()}{suffix}")
     print("  expm1 = {" + ", ".join(float(c).hex() + suffix for c in coefficients) + "}")
@@ -68,4 +69,4 @@ def show(dtype, count, bits, high_bits, suffix):
 if __name__ == "__main__":
     # ln2_high leaves room for n (n * ln2_high is exact): 8 bits of 24, 11 bits of 53.
     show("float", 5, 24, 15, "f")
-    show("double", 10, 53, 40, "")
+    show("double", 11, 53, 40, "")

@@ -5,9 +5,11 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
-template <class T> struct Vec;
+template <class T>
+struct Vec;
 
-template <> struct Vec<float> {
+template <>
+struct Vec<float> {
   using scalar = float;
   using Mask = uint32x4_t;
   static constexpr int lanes = 4;
@@ -56,7 +58,8 @@ template <> struct Vec<float> {
   }
 };
 
-template <> struct Vec<double> {
+template <>
+struct Vec<double> {
   using scalar = double;
   using Mask = uint64x2_t;
   static constexpr int lanes = 2;

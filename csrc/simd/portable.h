@@ -9,14 +9,17 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
-template <class T> struct Native;  // the vector, its bits as integers, and where the exponent starts
-template <> struct Native<float> {
+template <class T>
+struct Native;  // the vector, its bits as integers, and where the exponent starts
+template <>
+struct Native<float> {
   typedef float Vector __attribute__((vector_size(16)));
   typedef int32_t Bits __attribute__((vector_size(16)));
   static constexpr int32_t sign = INT32_MIN;
   static constexpr int mantissa = 23;
 };
-template <> struct Native<double> {
+template <>
+struct Native<double> {
   typedef double Vector __attribute__((vector_size(16)));
   typedef int64_t Bits __attribute__((vector_size(16)));
   static constexpr int64_t sign = INT64_MIN;
@@ -29,11 +32,18 @@ FUSEDRNN_INLINE __m128d multiply_add(__m128d a, __m128d b, __m128d c) { return _
 FUSEDRNN_INLINE __m128 subtract_product(__m128 a, __m128 b, __m128 c) { return _mm_fnmadd_ps(a, b, c); }
 FUSEDRNN_INLINE __m128d subtract_product(__m128d a, __m128d b, __m128d c) { return _mm_fnmadd_pd(a, b, c); }
 #else
-template <class V> FUSEDRNN_INLINE V multiply_add(V a, V b, V c) { return a * b + c; }
-template <class V> FUSEDRNN_INLINE V subtract_product(V a, V b, V c) { return c - a * b; }
+template <class V>
+FUSEDRNN_INLINE V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+template <class V>
+FUSEDRNN_INLINE V subtract_product(V a, V b, V c) {
+  return c - a * b;
+}
 #endif
 
-template <class T> struct Vec {
+template <class T>
+struct Vec {
   using scalar = T;
   using Vector = typename Native<T>::Vector;
   using Bits = typename Native<T>::Bits;

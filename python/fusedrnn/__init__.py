@@ -1,0 +1,60 @@
+"""fusedrnn: fused LSTM, Elman RNN and GRU, forward and backward, for training from Python.
+
+    import fusedrnn
+    import fusedrnn.functions as F
+    import fusedrnn.layers as L
+
+Layers, models and optimisers are the everyday face, ``functional`` is the stateless one, arrays in, arrays
+out.
+"""
+
+from fusedrnn import (
+    checkpoint,
+    cuda,
+    dataloaders,
+    datasets,
+    functional,
+    functions,
+    layers,
+    models,
+    optimizers,
+)
+from fusedrnn.autograd import (
+    Function,
+    Parameter,
+    Variable,
+    as_array,
+    as_variable,
+    no_grad,
+    test_mode,
+    using_config,
+)
+from fusedrnn.dataloaders import DataLoader, SeqDataLoader
+from fusedrnn.datasets import Dataset
+from fusedrnn.layers import Layer
+from fusedrnn.models import Model
+
+__all__ = [
+    "DataLoader",
+    "Dataset",
+    "Function",
+    "Layer",
+    "Model",
+    "Parameter",
+    "SeqDataLoader",
+    "Variable",
+    "as_array",
+    "as_variable",
+    "checkpoint",
+    "cuda",
+    "dataloaders",
+    "datasets",
+    "functional",
+    "functions",
+    "layers",
+    "models",
+    "no_grad",
+    "optimizers",
+    "test_mode",
+    "using_config",
+]

@@ -1,0 +1,66 @@
+"""The backends and the choice between them. What a backend is: ``fusedrnn.backends.protocol``.
+
+Adding one is a file here and a line in ``_CLASSES``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import SimpleNamespace
+from typing import cast
+
+from fusedrnn.backends.protocol import Backend
+
+_CLASSES = {"cpu": "CpuBackend", "numba": "NumbaBackend", "reference": "ReferenceBackend"}
+
+NAMES = tuple(_CLASSES)  # in the order in which they are tried
+
+
+def get(name: str | None = None) -> Backend:
+    """The backend of this name, else that in FUSEDRNN_BACKEND, else the first of ``NAMES`` that can run.
+
+    A named backend is returned even where it cannot run, so that ``get(name).unavailable()`` can say why.
+
+    Raises:
+        ValueError: The name is not one of ``NAMES``.
+        TypeError: The name is not a string.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"backend: expected a name out of {NAMES} or None, got {type(name).__name__}")
+    source = "backend"
+    if name is None:
+        source, name = "environment variable FUSEDRNN_BACKEND", os.environ.get("FUSEDRNN_BACKEND") or None
+    if name is None:
+        return _first()
+    if name not in NAMES:
+        raise ValueError(f"{source}: expected one of {NAMES}, got {name!r}")
+    return _load(name)
+
+
+def usable(name: str | None = None) -> Backend:
+    """Like ``get``, but a RuntimeError that says why where the named backend cannot run here."""
+    backend = get(name)
+    reason = backend.unavailable()
+    if reason is not None:
+        raise RuntimeError(f"backend {backend.name!r} cannot run here: {reason}")
+    return backend
+
+
+@functools.cache
+def _load(name: str) -> Backend:
+    path = f"fusedrnn.backends.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != path:
+            raise
+        return cast(Backend, SimpleNamespace(name=name, unavailable=lambda: f"{path} is not in this version"))
+    backend: Backend = getattr(module, _CLASSES[name])()
+    return backend
+
+
+@functools.cache
+def _first() -> Backend:
+    return next(b for b in map(_load, NAMES) if b.unavailable() is None)

@@ -1,0 +1,267 @@
+"""The one check of arguments, for every backend: what a kernel gets is what it may rely on.
+
+Every wrong argument is a TypeError (wrong kind of thing, wrong dtype) or a ValueError (wrong shape or value)
+that names the argument, what it got and what was expected. Arrays come out aligned and C-contiguous (``x``
+only along its last axis: any strides over T and B, in whole elements), and are copied only where needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedrnn.backends.protocol import NEED, Array, State, Weights
+from fusedrnn.cells import CELLS, Cell
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # what compiled backends take
+
+
+class Sizes(NamedTuple):
+    """The sizes of one call; see the legend in ``protocol``."""
+
+    T: int
+    B: int
+    I: int
+    H: int
+    P: int
+
+
+class ForwardArguments(NamedTuple):
+    """Checked arguments of ``forward``."""
+
+    cell: Cell
+    x: Array  # (T, B, I)
+    weights: Weights  # C-contiguous, dtype of x
+    state0: State | None
+    lengths: Array | None  # (B,) int64, a copy
+    reset: Array | None  # (T, B) bool, a copy
+    reverse: bool
+    return_states: bool
+    save: str | None
+    sizes: Sizes
+
+
+class BackwardArguments(NamedTuple):
+    """Checked arguments of ``backward``; tuples have an entry per state, or are None if all are."""
+
+    dy: Array | None
+    dstateT: tuple[Array | None, ...] | None
+    dstates: tuple[Array | None, ...] | None
+    need: frozenset[str]  # without the biases that the weights lack
+
+
+def check_cell(cell: Any) -> Cell:
+    """The cell itself, or a TypeError."""
+    if not isinstance(cell, Cell):
+        names = ", ".join(c.__name__ for c in CELLS.values())
+        raise TypeError(f"cell: expected an instance of {names}, got {_kind(cell)}")
+    return cell
+
+
+def check_weights(
+    cell: Cell, weights: Any, dtypes: Collection[np.dtype[Any]] = FLOATS
+) -> tuple[Weights, int, int]:
+    """The checked weights with their I and H."""
+    check_cell(cell)
+    if not isinstance(weights, Weights):
+        raise TypeError(
+            f"weights: expected Weights (or what pack of this backend returned), got {_kind(weights)}"
+        )
+    _array("weight_ih", weights.weight_ih)
+    dtype = weights.weight_ih.dtype
+    if dtype not in dtypes:
+        raise TypeError(f"weight_ih: expected dtype {_names(dtypes)}, got {dtype}")
+    gates = cell.gates
+    if weights.weight_ih.ndim != 2:
+        raise ValueError(f"weight_ih: expected shape ({gates}*H, I), got {weights.weight_ih.shape}")
+    rows, I = weights.weight_ih.shape
+    if rows == 0 or rows % gates or I == 0:
+        raise ValueError(
+            f"weight_ih: expected shape ({gates}*H, I) for a {cell.name} cell, H and I at least 1, "
+            f"got {weights.weight_ih.shape}"
+        )
+    H = rows // gates
+    shapes = {"weight_ih": (rows, I), "weight_hh": (rows, H), "bias_ih": (rows,), "bias_hh": (rows,)}
+    checked = [
+        None if value is None and name.startswith("bias") else _checked(name, value, dtype, shapes[name])
+        for name, value in weights._asdict().items()
+    ]
+    return Weights(*checked), I, H
+
+
+def check_forward(
+    cell: Cell,
+    x: Any,
+    weights: Any,
+    state0: Any = None,
+    *,
+    lengths: Any = None,
+    reset: Any = None,
+    reverse: Any = False,
+    return_states: Any = False,
+    save: Any = "all",
+    dtypes: Collection[np.dtype[Any]] = FLOATS,
+) -> ForwardArguments:
+    """Check and normalise the arguments of ``forward``; ``dtypes`` are those that the backend takes."""
+    weights, I, H = check_weights(cell, weights, dtypes)
+    dtype = weights.weight_ih.dtype
+    x = _sequence(x, dtype, I)
+    T, B, _ = x.shape
+    if state0 is not None:
+        given = entries("state0", cell, state0)
+        state0 = tuple(
+            _checked(f"state0 {n}", s, dtype, (B, H)) for n, s in zip(cell.states, given, strict=True)
+        )
+    if lengths is not None:
+        _array("lengths", lengths)
+        if lengths.dtype.kind not in "iu":
+            raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+        _shape("lengths", lengths, (B,))
+        if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+            raise ValueError(
+                f"lengths: expected 0 <= lengths <= T = {T}, got {lengths.min()} to {lengths.max()}"
+            )
+        lengths = lengths.astype(np.int64)
+    if reset is not None:
+        _array("reset", reset)
+        if reset.dtype != np.bool_:
+            raise TypeError(f"reset: expected dtype bool (not 0/1 of another dtype), got {reset.dtype}")
+        _shape("reset", reset, (T, B))
+        reset = np.array(reset, order="C")
+    for name, flag in (("reverse", reverse), ("return_states", return_states)):
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(f"{name}: expected True or False, got {_kind(flag)}")
+    if save is not None and not isinstance(save, str):
+        raise TypeError(f'save: expected "all", "borders" or None, got {_kind(save)}')
+    if save not in ("all", "borders", None):
+        raise ValueError(f'save: expected "all", "borders" or None, got {save!r}')
+    return ForwardArguments(
+        cell,
+        x,
+        weights,
+        state0,
+        lengths,
+        reset,
+        bool(reverse),
+        bool(return_states),
+        save,
+        Sizes(T, B, I, H, H),
+    )
+
+
+def check_backward(
+    cell: Cell,
+    weights: Weights,
+    sizes: Sizes,
+    dy: Any = None,
+    dstateT: Any = None,
+    dstates: Any = None,
+    *,
+    need: Any = None,
+    return_states: bool,
+) -> BackwardArguments:
+    """Check and normalise the arguments of ``backward`` against what ``forward`` saw.
+
+    Args:
+        cell: The cell of the forward call.
+        weights: Its checked weights; the upstream gradients must have their dtype.
+        sizes: Its sizes.
+        dy: (T, B, P) or None.
+        dstateT: One entry per state, (B, ·) or None each, or None.
+        dstates: One entry per state, (T, B, ·) or None each, or None; only after return_states.
+        need: Names out of NEED, or None for all.
+        return_states: What the forward call was given.
+    """
+    T, B, _, H, P = sizes
+    dtype = weights.weight_ih.dtype
+    if dy is not None:
+        dy = _checked("dy", dy, dtype, (T, B, P))
+    width = {"h": P, "c": H}
+    if dstateT is not None:
+        given = entries("dstateT", cell, dstateT)
+        dstateT = tuple(
+            None if d is None else _checked(f"dstateT {n}", d, dtype, (B, width[n]))
+            for n, d in zip(cell.states, given, strict=True)
+        )
+    if dstates is not None:
+        given = entries("dstates", cell, dstates)
+        dstates = tuple(
+            None if d is None else _checked(f"dstates {n}", d, dtype, (T, B, width[n]))
+            for n, d in zip(cell.states, given, strict=True)
+        )
+    dstateT, dstates = (None if d is None or all(e is None for e in d) else d for d in (dstateT, dstates))
+    if dstates is not None and not return_states:
+        raise ValueError(
+            "dstates: expected None, because forward ran without return_states=True; got gradients"
+        )
+    return BackwardArguments(dy, dstateT, dstates, check_need(need, weights))
+
+
+def check_need(need: Any, weights: Weights | None = None) -> frozenset[str]:
+    """The names wanted, without the biases that ``weights`` lacks; None means all."""
+    if need is None:
+        need = NEED
+    if isinstance(need, str) or not isinstance(need, Collection):
+        raise TypeError(f"need: expected None or a collection of names out of {NEED}, got {_kind(need)}")
+    for name in need:
+        if name not in NEED:
+            raise ValueError(f"need: expected names out of {NEED}, got {name!r}")
+    absent = {name for name, value in weights._asdict().items() if value is None} if weights else set()
+    return frozenset(need) - absent
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def _names(dtypes: Collection[np.dtype[Any]]) -> str:
+    return " or ".join(str(d) for d in dtypes)
+
+
+def _array(name: str, value: Any) -> None:
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a NumPy array, got {_kind(value)}")
+    if not value.dtype.isnative:
+        raise TypeError(f"{name}: expected native byte order, got dtype {value.dtype.str}")
+
+
+def _shape(name: str, value: Array, shape: tuple[int, ...]) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")
+
+
+def _checked(name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """The array, C-contiguous and aligned."""
+    _array(name, value)
+    if value.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype} (that of weight_ih), got {value.dtype}")
+    _shape(name, value, shape)
+    if value.flags.c_contiguous and value.flags.aligned:
+        return np.asarray(value)
+    return np.array(value, order="C", subok=False)
+
+
+def _sequence(x: Any, dtype: np.dtype[Any], I: int) -> Array:
+    """x with any strides over T and B, in whole elements."""
+    _array("x", x)
+    if x.dtype != dtype:
+        raise TypeError(f"x: expected dtype {dtype} (that of weight_ih), got {x.dtype}")
+    if x.ndim != 3 or x.shape[2] != I:
+        raise ValueError(f"x: expected shape (T, B, {I}), got {x.shape}")
+    size = x.itemsize
+    whole = x.flags.aligned and all(stride % size == 0 for stride in x.strides)
+    if not whole or (x.strides[2] != size and I > 1):
+        return np.array(x, order="C", subok=False)
+    return np.asarray(x)
+
+
+def entries(name: str, cell: Cell, value: Any) -> Sequence[Any]:
+    """The entries of a state-like tuple, one per state of the cell."""
+    expected = f"a tuple ({', '.join(cell.states)}{',' if len(cell.states) == 1 else ''})"
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{name}: expected {expected} for a {cell.name} cell, got {_kind(value)}")
+    if len(value) != len(cell.states):
+        raise ValueError(f"{name}: expected {expected} for a {cell.name} cell, got {len(value)} entries")
+    return value

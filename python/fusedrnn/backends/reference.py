@@ -1,0 +1,262 @@
+"""The reference backend: whole sequences forward and backward in plain NumPy. It defines what is right.
+
+It takes float32, float64 and long double, and complex numbers for derivatives by a complex step. Written to
+be read: a list of steps in the order they run, a loop forward over it, a loop backward over it. What a step
+does to the gates is in ``fusedrnn.cells``; the derivation is in docs/bptt.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedrnn.backends.arguments import ForwardArguments, check_backward, check_forward, check_weights
+from fusedrnn.backends.protocol import Array, Forward, Gradients, State, Weights
+from fusedrnn.cells import Cell
+
+DTYPES = tuple(np.dtype(d) for d in "fdgFDG")
+
+
+class Step(NamedTuple):
+    """One step of the loop: its time, its valid rows, and the rows whose state is cleared before it."""
+
+    t: int
+    rows: Any  # slice(None), or an array of row numbers
+    cut: Array | None  # (B,) bool
+
+
+class Run(NamedTuple):
+    """What a loop over steps leaves: the state before the first and after each, and what each step saved."""
+
+    states: list[State]
+    saved: list[tuple[Array, ...]]
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What backward needs. It borrows x and the weights of the call; the rest is its own."""
+
+    arguments: ForwardArguments
+    chunks: list[list[Step]]
+    kept: list[Run | State]  # of each chunk its run, or with save="borders" the state before it
+
+
+class ReferenceBackend:
+    """The NumPy backend; see ``fusedrnn.backends.protocol``."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        """None: it needs nothing but NumPy."""
+        return None
+
+    def pack(self, cell: Cell, weights: Weights) -> Weights:
+        """The checked weights; NumPy needs no preparation."""
+        return check_weights(cell, weights, DTYPES)[0]
+
+    def forward(
+        self,
+        cell: Cell,
+        x: Array,
+        weights: Weights,
+        state0: State | None = None,
+        *,
+        lengths: Array | None = None,
+        reset: Array | None = None,
+        reverse: bool = False,
+        return_states: bool = False,
+        save: str | None = "all",
+    ) -> Forward:
+        """Run one layer in one direction; see ``fusedrnn.backends.protocol``."""
+        a = check_forward(
+            cell,
+            x,
+            weights,
+            state0,
+            lengths=lengths,
+            reset=reset,
+            reverse=reverse,
+            return_states=return_states,
+            save=save,
+            dtypes=DTYPES,
+        )
+        T, B, _, _, P = a.sizes
+        y = np.zeros((T, B, P), a.x.dtype)
+        state = _filled(a, a.state0)
+        states = tuple(np.empty((T, *s.shape), s.dtype) for s in state) if a.return_states else ()
+
+        chunks = _chunks(_steps(a))
+        kept: list[Run | State] = []
+        with np.errstate(all="ignore"):
+            for chunk in chunks:
+                run = _run(a, chunk, state)
+                if save is not None:
+                    kept.append(run if save == "all" else state)
+                for step, after in zip(chunk, run.states[1:], strict=True):
+                    y[step.t, step.rows] = after[0][step.rows]
+                    for sequence, s in zip(states, after, strict=False):
+                        sequence[step.t] = s
+                state = run.states[-1]
+        tape = None if save is None else Tape(a, chunks, kept)
+        return Forward(y, tuple(s.copy() for s in state), states or None, tape)
+
+    def backward(
+        self,
+        tape: Tape,
+        dy: Array | None = None,
+        dstateT: tuple[Array | None, ...] | None = None,
+        dstates: tuple[Array | None, ...] | None = None,
+        *,
+        need: Collection[str] | None = None,
+    ) -> Gradients:
+        """Back-propagation through time; see ``fusedrnn.backends.protocol``."""
+        if not isinstance(tape, Tape):
+            raise TypeError(f"tape: expected that of a reference forward, got {type(tape).__name__}")
+        a = tape.arguments
+        b = check_backward(
+            a.cell, a.weights, a.sizes, dy, dstateT, dstates, need=need, return_states=a.return_states
+        )
+        upstream = [
+            [d for d in (b.dy if name == "h" else None, b.dstates[k] if b.dstates else None) if d is not None]
+            for k, name in enumerate(a.cell.states)
+        ]  # of each state, what comes in at every step
+        chain = _filled(a, b.dstateT)  # gradient of the state that came out of the step at hand
+        dx = np.zeros(a.x.shape, a.x.dtype) if "x" in b.need else None
+        dweights = Weights(
+            *(np.zeros_like(w) if name in b.need else None for name, w in a.weights._asdict().items())
+        )
+        product = _Recurrent(a.weights).product
+        with np.errstate(all="ignore"):
+            for chunk, kept in zip(reversed(tape.chunks), reversed(tape.kept), strict=True):
+                states, saved = kept if isinstance(kept, Run) else _run(a, chunk, kept)
+                for k in reversed(range(len(chunk))):
+                    step = chunk[k]
+                    t, rows, _ = step
+                    dstate = tuple(
+                        sum((d[t, rows] for d in ds), start=c[rows])
+                        for c, ds in zip(chain, upstream, strict=True)
+                    )
+                    before = _cleared(step, states[k])
+                    after = tuple(s[rows] for s in states[k + 1])
+                    dbefore, da_x, da_h = a.cell.step_backward(dstate, saved[k], before, after, product)
+                    chain = tuple(_put(c, rows, d) for c, d in zip(chain, _cut(step, dbefore), strict=True))
+                    if dx is not None:
+                        dx[t, rows] = np.concatenate(da_x, axis=-1) @ a.weights.weight_ih
+                    operands = a.cell.operands(saved[k], before[0])
+                    _add_weight_gradients(dweights, a.x[t, rows], operands, da_x, da_h)
+        return Gradients(dx, dweights, chain if "state0" in b.need else None)
+
+
+class _Recurrent:
+    """The products with weight_hh, over the gates first..last-1."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.H = weights.weight_hh.shape[1]
+
+    def hidden(self, v: Array, first: int, last: int) -> list[Array]:
+        """weight_hh v + bias_hh, one array for each gate."""
+        gates = slice(first * self.H, last * self.H)
+        a = v @ self.weights.weight_hh[gates].T
+        if self.weights.bias_hh is not None:
+            a = a + self.weights.bias_hh[gates]
+        return np.split(a, last - first, axis=-1)
+
+    def product(self, da: Sequence[Array], first: int, last: int) -> Array:
+        """The way back: da weight_hh, summed over the gates."""
+        dv: Array = np.concatenate(da, axis=-1) @ self.weights.weight_hh[first * self.H : last * self.H]
+        return dv
+
+
+def _run(a: ForwardArguments, steps: list[Step], state: State) -> Run:
+    """Forward over some steps from a state."""
+    run = Run([state], [])
+    hidden = _Recurrent(a.weights).hidden
+    for step in steps:
+        ax = a.x[step.t, step.rows] @ a.weights.weight_ih.T
+        if a.weights.bias_ih is not None:
+            ax = ax + a.weights.bias_ih
+        after, saved = a.cell.step(np.split(ax, a.cell.gates, axis=-1), _cleared(step, state), hidden)
+        state = tuple(_put(s, step.rows, new) for s, new in zip(state, after, strict=True))
+        run.states.append(state)
+        run.saved.append(saved)
+    return run
+
+
+def _steps(a: ForwardArguments) -> list[Step]:
+    """The steps in the order they run."""
+    T = a.sizes.T
+    valid = None if a.lengths is None else np.arange(T)[:, None] < a.lengths  # (T, B)
+    cuts = a.reset
+    if (
+        a.reset is not None and a.reverse
+    ):  # the state that comes from t+1 is cleared where t+1 is reset, and valid
+        cuts = np.zeros_like(a.reset)
+        cuts[:-1] = a.reset[1:] if valid is None else a.reset[1:] & valid[1:]
+    steps = [
+        Step(
+            t,
+            slice(None) if valid is None else np.flatnonzero(valid[t]),
+            None if cuts is None else cuts[t],
+        )
+        for t in range(T)
+    ]
+    return steps[::-1] if a.reverse else steps
+
+
+def _chunks(steps: list[Step]) -> list[list[Step]]:
+    """The steps in chunks of about sqrt(T), so that save="borders" holds few states and one short run."""
+    size = max(1, math.isqrt(len(steps)))
+    return [steps[k : k + size] for k in range(0, len(steps), size)]
+
+
+def _filled(a: ForwardArguments, given: tuple[Array | None, ...] | None) -> State:
+    """A copy of the given state or of its gradient, zeros for what is missing."""
+    shapes = [(a.sizes.B, a.sizes.P if name == "h" else a.sizes.H) for name in a.cell.states]
+    return tuple(
+        np.zeros(shape, a.x.dtype) if s is None else s.copy()
+        for shape, s in zip(shapes, given or (None,) * len(shapes), strict=True)
+    )
+
+
+def _put(state: Array, rows: Any, new: Array) -> Array:
+    """The state with new values in these rows; the others stand still."""
+    state = state.copy()
+    state[rows] = new
+    return state
+
+
+def _cut(step: Step, values: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Zero where the step is cut off from the one before it; ``values`` are of the step's rows."""
+    if step.cut is None:
+        return values
+    return tuple(np.where(step.cut[step.rows, None], np.zeros((), v.dtype), v) for v in values)
+
+
+def _cleared(step: Step, state: State) -> tuple[Array, ...]:
+    """The state that goes into the step, of its rows."""
+    return _cut(step, tuple(s[step.rows] for s in state))
+
+
+def _add_weight_gradients(
+    dweights: Weights,
+    x: Array,
+    operands: list[tuple[int, int, Array]],
+    da_x: Sequence[Array],
+    da_h: Sequence[Array],
+) -> None:
+    """Add one step's part to those of the gradients that are wanted (not None)."""
+    if dweights.weight_ih is not None:
+        dweights.weight_ih[...] += np.concatenate(da_x, axis=-1).T @ x
+    if dweights.weight_hh is not None:
+        H = dweights.weight_hh.shape[1]
+        for first, last, v in operands:
+            dweights.weight_hh[first * H : last * H] += np.concatenate(da_h[first:last], axis=-1).T @ v
+    if dweights.bias_ih is not None:
+        dweights.bias_ih[...] += np.concatenate(da_x, axis=-1).sum(axis=0)
+    if dweights.bias_hh is not None:
+        dweights.bias_hh[...] += np.concatenate(da_h, axis=-1).sum(axis=0)

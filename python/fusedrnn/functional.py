@@ -1,0 +1,242 @@
+"""The stateless face: one layer in one direction, forward and backward, NumPy in and NumPy out.
+
+    y, stateT, states, tape = forward(LSTM(), x, Weights(weight_ih, weight_hh, bias_ih))
+    dx, dweights, dstate0 = backward(tape, dy)
+
+Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (= H), ``G`` gates. What a
+call means in detail (padding, resets, direction) is in ``fusedrnn.backends.protocol``; several layers are in
+``fusedrnn.stack``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedrnn import backends
+from fusedrnn.backends.protocol import NEED, Array, Backend, Forward, Gradients, State, Weights
+from fusedrnn.cells import GRU, LSTM, RNN, Cell
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "NEED",
+    "RNN",
+    "Cell",
+    "Forward",
+    "Gradients",
+    "Packed",
+    "Ragged",
+    "Tape",
+    "Weights",
+    "backward",
+    "forward",
+    "pack",
+]
+
+
+class Packed(NamedTuple):
+    """What ``pack`` returns: weights prepared by one backend for repeated calls."""
+
+    backend: Backend
+    cell: Cell
+    weights: Any
+
+
+class Tape(NamedTuple):
+    """What ``backward`` takes: the tape of the backend that ran, and how the rows were packed."""
+
+    backend: Backend
+    tape: Any
+    ragged: Ragged | None
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Sequences of different lengths as packed rows: step by step, each with the rows that still run.
+
+    The first ``batch_sizes[0]`` rows are step 0 of every sequence, longest first, then ``batch_sizes[1]``
+    rows of step 1, and so on, as in ``torch.nn.utils.rnn.PackedSequence``.
+    """
+
+    valid: Array  # (T, B) bool
+
+    @classmethod
+    def of(cls, batch_sizes: Any) -> Ragged:
+        """Check ``batch_sizes``: (T,) integers, at least 1 and never increasing."""
+        if not isinstance(batch_sizes, np.ndarray) or batch_sizes.dtype.kind not in "iu":
+            got = batch_sizes.dtype if isinstance(batch_sizes, np.ndarray) else type(batch_sizes).__name__
+            raise TypeError(f"batch_sizes: expected a NumPy array of integers, got {got}")
+        if batch_sizes.ndim != 1:
+            raise ValueError(f"batch_sizes: expected shape (T,), got {batch_sizes.shape}")
+        sizes = [int(n) for n in batch_sizes]
+        if any(n < 1 for n in sizes) or any(a < b for a, b in itertools.pairwise(sizes)):
+            raise ValueError("batch_sizes: expected numbers of at least 1 that never increase, got others")
+        B = sizes[0] if sizes else 0
+        return cls(np.arange(B) < np.array(sizes, np.int64)[:, None])
+
+    @property
+    def lengths(self) -> Array:
+        """(B,) the length of each sequence."""
+        lengths: Array = self.valid.sum(axis=0)
+        return lengths
+
+    def pad(self, name: str, rows: Any, rank: int = 2) -> Array:
+        """Packed rows (sum, ...) as a padded sequence (T, B, ...)."""
+        if not isinstance(rows, np.ndarray):
+            raise TypeError(f"{name}: expected a NumPy array, got {type(rows).__name__}")
+        total = int(self.valid.sum())
+        if rows.ndim != rank or len(rows) != total:
+            shape = f"({total},{' ·' if rank == 2 else ''})"
+            raise ValueError(f"{name}: expected packed rows of shape {shape}, got {rows.shape}")
+        padded: Array = np.zeros((*self.valid.shape, *rows.shape[1:]), rows.dtype)
+        padded[self.valid] = rows
+        return padded
+
+    def rows(self, padded: Array) -> Array:
+        """A padded sequence (T, B, ...) as packed rows (sum, ...)."""
+        packed: Array = padded[self.valid]
+        return packed
+
+
+def pack(cell: Cell, weights: Weights, backend: str | None = None) -> Packed:
+    """Prepare weights for repeated calls, single steps above all.
+
+    The result is stale as soon as a weight changes; whoever changes it packs anew.
+
+    Args:
+        cell: ``RNN()``, ``LSTM()`` or ``GRU()`` with its options.
+        weights: As in ``forward``.
+        backend: Name of the backend, see ``fusedrnn.backends.get``.
+
+    Returns:
+        What ``forward`` takes in place of the weights; it then runs on the same backend.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; the message names it.
+        RuntimeError: The backend cannot run here.
+    """
+    chosen = backends.usable(backend)
+    return Packed(chosen, cell, chosen.pack(cell, weights))
+
+
+def forward(
+    cell: Cell,
+    x: Array,
+    weights: Weights | Packed,
+    state0: State | None = None,
+    *,
+    lengths: Array | None = None,
+    reset: Array | None = None,
+    batch_sizes: Array | None = None,
+    reverse: bool = False,
+    return_states: bool = False,
+    save: str | None = "all",
+    backend: str | None = None,
+) -> Forward:
+    """Run one layer in one direction over a whole sequence.
+
+    Formulas and their sources are in ``fusedrnn.cells``: Elman 1990 for ``RNN``, Hochreiter and Schmidhuber
+    1997 with the forget gate of Gers et al. 2000 for ``LSTM``, Cho et al. 2014 for
+    ``GRU(reset_after=False)``, and PyTorch's and cuDNN's form for ``GRU()``.
+
+    Args:
+        cell: ``RNN()``, ``LSTM()`` or ``GRU()`` with its options.
+        x: (T, B, I), any strides over T and B; float32 or float64 (long double and complex in the reference).
+        weights: ``Weights`` in PyTorch's layout, weight_ih (G*H, I), weight_hh (G*H, P), bias_ih and bias_hh
+            (G*H,) or None, of x's dtype; or what ``pack`` returned.
+        state0: (h,) or (h, c), each (B, ·), of x's dtype; None is zeros.
+        lengths: (B,) integers from 0 to T. From its length on a row's state stands still and y is 0.
+        reset: (T, B) bool, true where step t is the first of a new segment: the state is cut between t-1
+            and t.
+        batch_sizes: (T,) integers, never increasing: x, y, states and reset are then packed rows (sum, ·), as
+            in ``torch.nn.utils.rnn.PackedSequence``; not together with ``lengths``.
+        reverse: Run from each row's last step down to step 0.
+        return_states: Also return the states of every step, those of padding held.
+        save: What the tape keeps: "all"; "borders", some states only, and run forward again in backward
+            (recompute); or None for no tape.
+        backend: "cpu", "numba", "reference", or None: see ``fusedrnn.backends.get``.
+
+    Returns:
+        y (T, B, P); stateT like state0; states (T, B, ·) each, or None; tape for ``backward``, or None. The
+        tape borrows x, the weights and y: do not change them before ``backward``.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
+        RuntimeError: The backend cannot run here.
+    """
+    if isinstance(weights, Packed):
+        chosen = weights.backend
+        if backend is not None and backend != chosen.name:
+            raise ValueError(f"backend: expected {chosen.name!r}, which packed, got {backend!r}")
+        if cell != weights.cell:
+            raise ValueError(f"cell: expected {weights.cell}, for which the weights were packed, got {cell}")
+        weights = weights.weights
+    else:
+        chosen = backends.usable(backend)
+    ragged = None
+    if batch_sizes is not None:
+        if lengths is not None:
+            raise ValueError("lengths: expected None together with batch_sizes, got both")
+        ragged = Ragged.of(batch_sizes)
+        x = ragged.pad("x", x)
+        reset = None if reset is None else ragged.pad("reset", reset, rank=1)
+        lengths = ragged.lengths
+    y, stateT, states, tape = chosen.forward(
+        cell,
+        x,
+        weights,
+        state0,
+        lengths=lengths,
+        reset=reset,
+        reverse=reverse,
+        return_states=return_states,
+        save=save,
+    )
+    if ragged:
+        y = ragged.rows(y)
+        states = None if states is None else tuple(ragged.rows(s) for s in states)
+    return Forward(y, stateT, states, None if tape is None else Tape(chosen, tape, ragged))
+
+
+def backward(
+    tape: Tape,
+    dy: Array | None = None,
+    dstateT: tuple[Array | None, ...] | None = None,
+    dstates: tuple[Array | None, ...] | None = None,
+    *,
+    need: Collection[str] | None = None,
+) -> Gradients:
+    """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)`` by back-propagation through
+    time.
+
+    May run twice on one tape and gives the same bits.
+
+    Args:
+        tape: From ``forward``.
+        dy: Like y, or None. Never read at padding.
+        dstateT: One entry per state, like stateT or None each, or None.
+        dstates: One entry per state, like states or None each, or None; only after ``return_states=True``.
+        need: Names out of ``NEED``, or None for all.
+
+    Returns:
+        dx like x, +0 at padding; dweights, a ``Weights``; dstate0 like state0. What is not in ``need`` is
+        None.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
+    """
+    if not isinstance(tape, Tape):
+        hint = " (forward with save=None keeps none)" if tape is None else ""
+        raise TypeError(f"tape: expected that of forward, got {type(tape).__name__}{hint}")
+    ragged = tape.ragged
+    if ragged:
+        dy = None if dy is None else ragged.pad("dy", dy)
+        if dstates is not None:
+            dstates = tuple(None if d is None else ragged.pad("dstates", d) for d in dstates)
+    dx, dweights, dstate0 = tape.backend.backward(tape.tape, dy, dstateT, dstates, need=need)
+    return Gradients(ragged.rows(dx) if ragged and dx is not None else dx, dweights, dstate0)

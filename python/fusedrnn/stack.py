@@ -1,0 +1,222 @@
+"""Layers, directions and dropout between layers, composed once above every backend.
+
+Everything is in PyTorch's order: ``weights`` has one entry per layer and direction, layer by layer, forward
+before reverse; states are (L*D, B, ·); y is the concatenation of the last layer's directions, (T, B, D*P).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedrnn import functional
+from fusedrnn.backends.arguments import check_cell, check_need, entries
+from fusedrnn.backends.protocol import Array, Forward, State, Weights
+from fusedrnn.cells import Cell
+
+
+class Tape(NamedTuple):
+    """What ``backward_stack`` takes."""
+
+    cell: Cell
+    tapes: list[functional.Tape]  # layer by layer, forward before reverse
+    D: int
+    masks: list[Array | None]  # what each layer's output but the last was multiplied with
+    y_shape: tuple[int, ...]
+
+
+class StackGradients(NamedTuple):
+    """Result of ``backward_stack``; what ``need`` left out is None."""
+
+    dx: Array | None  # (T, B, I)
+    dweights: list[Weights]  # one per layer and direction
+    dstate0: State | None  # (L*D, B, ·) each
+
+
+def dropout_mask(rng: np.random.Generator, dropout: float, shape: tuple[int, ...], dtype: Any) -> Array:
+    """0 with probability ``dropout``, else 1 / (1 - dropout)."""
+    scale = np.asarray(0 if dropout == 1 else 1 / (1 - dropout), dtype)
+    return np.where(rng.random(shape) < dropout, np.zeros((), dtype), scale)
+
+
+def forward_stack(
+    cell: Cell,
+    x: Array,
+    weights: Sequence[Weights | functional.Packed],
+    state0: State | None = None,
+    *,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    rng: np.random.Generator | None = None,
+    masks: Sequence[Array] | None = None,
+    lengths: Array | None = None,
+    reset: Array | None = None,
+    return_states: bool = False,
+    save: str | None = "all",
+    backend: str | None = None,
+) -> Forward:
+    """Run L layers in D directions over a whole sequence.
+
+    Args:
+        cell: The cell of every layer.
+        x: (T, B, I).
+        weights: L*D ``Weights`` (or what ``functional.pack`` returned); from the second layer on I is D*P.
+        state0: (h,) or (h, c), each (L*D, B, ·); None is zeros.
+        bidirectional: D = 2: every layer also runs in reverse.
+        dropout: Probability with which an output of each layer but the last is zeroed, the others scaled by
+            1 / (1 - dropout). For training only: pass 0 in evaluation.
+        rng: Where the masks are drawn from; needed where dropout acts and ``masks`` is None.
+        masks: L-1 arrays (T, B, D*P) of x's dtype that multiply the layers' outputs (None: no dropout there),
+            instead of drawing them.
+        lengths, reset, return_states, save, backend: As in ``functional.forward``.
+
+    Returns:
+        y (T, B, D*P); stateT like state0; states (L*D, T, B, ·) each, or None; tape for ``backward_stack``,
+        or None.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
+        RuntimeError: The backend cannot run here.
+    """
+    if not isinstance(bidirectional, bool | np.bool_):
+        raise TypeError(f"bidirectional: expected True or False, got {type(bidirectional).__name__}")
+    D = 2 if bidirectional else 1
+    if isinstance(weights, Weights | functional.Packed) or not isinstance(weights, Sequence):
+        raise TypeError(f"weights: expected a list of Weights, got {type(weights).__name__}")
+    if not weights or len(weights) % D:
+        expected = "L*2 entries (bidirectional)" if bidirectional else "at least 1 entry"
+        raise ValueError(f"weights: expected {expected}, got {len(weights)}")
+    L = len(weights) // D
+    _check_states("state0", cell, state0, L * D)
+    if not isinstance(dropout, int | float | np.floating) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: expected a number from 0 to 1, got {dropout!r}")
+    if masks is not None and len(masks) != L - 1:
+        raise ValueError(f"masks: expected {L - 1}, one for each layer but the last, got {len(masks)}")
+    if masks is None and dropout > 0 and L > 1 and not isinstance(rng, np.random.Generator):
+        raise TypeError(f"rng: expected a numpy Generator where dropout acts, got {type(rng).__name__}")
+
+    results: list[Forward] = []
+    used: list[Array | None] = []
+    y = x
+    for layer in range(L):
+        if layer > 0:
+            mask = masks[layer - 1] if masks is not None else None
+            if mask is not None:
+                _check_mask(f"masks[{layer - 1}]", mask, y)
+            elif masks is None and dropout > 0 and rng is not None:
+                mask = dropout_mask(rng, dropout, y.shape, y.dtype)
+            used.append(mask)
+            y = y if mask is None else y * mask
+        outs = [
+            functional.forward(
+                cell,
+                y,
+                weights[n],
+                None if state0 is None else tuple(s[n] for s in state0),
+                lengths=lengths,
+                reset=reset,
+                reverse=n % D == 1,
+                return_states=return_states,
+                save=save,
+                backend=backend,
+            )
+            for n in range(layer * D, layer * D + D)
+        ]
+        results += outs
+        y = outs[0].y if D == 1 else np.concatenate([out.y for out in outs], axis=2)
+    stateT = tuple(np.stack([r.stateT[k] for r in results]) for k in range(len(cell.states)))
+    all_states = [r.states for r in results if r.states is not None]
+    states = tuple(np.stack(s) for s in zip(*all_states, strict=True)) if all_states else None
+    tape = Tape(cell, [r.tape for r in results], D, used, y.shape) if save is not None else None
+    return Forward(y, stateT, states, tape)
+
+
+def backward_stack(
+    tape: Tape,
+    dy: Array | None = None,
+    dstateT: tuple[Array | None, ...] | None = None,
+    dstates: tuple[Array | None, ...] | None = None,
+    *,
+    need: Collection[str] | None = None,
+) -> StackGradients:
+    """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)`` through all layers.
+
+    Args:
+        tape: From ``forward_stack``.
+        dy: (T, B, D*P) or None.
+        dstateT: One entry per state, (L*D, B, ·) or None each, or None.
+        dstates: One entry per state, (L*D, T, B, ·) or None each, or None; only after ``return_states=True``.
+        need: Names out of ``functional.NEED``, of every layer ("x" is that of the first), or None for all.
+
+    Returns:
+        dx (T, B, I); dweights, a ``Weights`` per layer and direction; dstate0 like state0. What is not in
+        ``need`` is None.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
+    """
+    if not isinstance(tape, Tape):
+        raise TypeError(f"tape: expected that of forward_stack, got {type(tape).__name__}")
+    cell, D = tape.cell, tape.D
+    N = len(tape.tapes)
+    wanted = check_need(need)
+    _check_states("dstateT", cell, dstateT, N)
+    _check_states("dstates", cell, dstates, N)
+    if dy is not None:
+        _check_like("dy", dy, tape.y_shape)
+    dx: Array | None = dy
+    dweights: list[Weights] = []
+    dstate0: list[State] = []
+    for layer in reversed(range(N // D)):
+        dys = [None] * D if dx is None else np.split(dx, D, axis=2)
+        need_layer = wanted if layer == 0 else wanted | {"x"}
+        gradients = [
+            functional.backward(
+                tape.tapes[n], dys[n % D], _entry(dstateT, n), _entry(dstates, n), need=need_layer
+            )
+            for n in range(layer * D, layer * D + D)
+        ]
+        dweights = [g.dweights for g in gradients] + dweights
+        dstate0 = [g.dstate0 for g in gradients if g.dstate0 is not None] + dstate0
+        parts = [g.dx for g in gradients if g.dx is not None]
+        dx = sum(parts[1:], start=parts[0]) if parts else None
+        mask = tape.masks[layer - 1] if layer > 0 else None
+        if dx is not None and mask is not None:
+            dx = dx * mask
+    return StackGradients(
+        dx, dweights, tuple(np.stack(s) for s in zip(*dstate0, strict=True)) if "state0" in wanted else None
+    )
+
+
+def _entry(states: tuple[Array | None, ...] | None, n: int) -> tuple[Array | None, ...] | None:
+    """Of state-like gradients, the part of one layer and direction."""
+    return None if states is None else tuple(None if s is None else s[n] for s in states)
+
+
+def _check_states(name: str, cell: Cell, states: Any, N: int) -> None:
+    """A tuple with one entry per state, each None or an array with N layers x directions first."""
+    check_cell(cell)
+    if states is None:
+        return
+    for state, s in zip(cell.states, entries(name, cell, states), strict=True):
+        if s is None and name != "state0":
+            continue
+        if not isinstance(s, np.ndarray):
+            raise TypeError(f"{name} {state}: expected a NumPy array, got {type(s).__name__}")
+        if s.ndim == 0 or len(s) != N:
+            raise ValueError(f"{name} {state}: expected {N} layers x directions first, got shape {s.shape}")
+
+
+def _check_mask(name: str, mask: Any, y: Array) -> None:
+    _check_like(name, mask, y.shape)
+    if mask.dtype != y.dtype:
+        raise TypeError(f"{name}: expected dtype {y.dtype} (that of x), got {mask.dtype}")
+
+
+def _check_like(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")

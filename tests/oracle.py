@@ -1,0 +1,136 @@
+"""The oracle: gradients by a complex step through a forward of its own.
+
+The forward here is as plain as can be: a loop over rows, a loop over steps, the formulas written out. It
+shares nothing with the backends but the activations. A derivative is the imaginary part of ``f(x + ih) / h``;
+without a difference nothing cancels, so h = 1e-20 leaves no error but rounding.
+
+``dtype`` is complex128 or clongdouble throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fusedrnn.backends.protocol import Array, Weights
+from fusedrnn.cells import LSTM, RNN
+from fusedrnn.cells.activations import relu, sigmoid, tanh
+from problems import Problem
+
+STEP = 1e-20
+
+
+def cell_step(cell: Any, x: Array, state: list[Array], w: Weights) -> list[Array]:
+    """One step of one row."""
+    h = state[0]
+    H = len(h)
+    ax = w.weight_ih @ x + (0 if w.bias_ih is None else w.bias_ih)
+    bias_hh = np.zeros_like(ax) if w.bias_hh is None else w.bias_hh
+    ah = w.weight_hh @ h + bias_hh
+    if isinstance(cell, RNN):
+        return [relu(ax + ah) if cell.relu else tanh(ax + ah)]
+    if isinstance(cell, LSTM):
+        a = ax + ah
+        c = sigmoid(a[H : 2 * H]) * state[1] + sigmoid(a[:H]) * tanh(a[2 * H : 3 * H])
+        return [sigmoid(a[3 * H :]) * tanh(c), c]
+    r = sigmoid(ax[:H] + ah[:H])
+    z = sigmoid(ax[H : 2 * H] + ah[H : 2 * H])
+    if cell.reset_after:
+        n = tanh(ax[2 * H :] + r * ah[2 * H :])
+    else:
+        n = tanh(ax[2 * H :] + w.weight_hh[2 * H :] @ (r * h) + bias_hh[2 * H :])
+    return [n + z * (h - n)]
+
+
+def forward(p: Problem) -> dict[str, Array]:
+    """y, the final state and the states of every step, by the names of ``problems.named``."""
+    T, B, _ = p.x.shape
+    H = p.weights.weight_hh.shape[1]
+    dtype = p.x.dtype
+    out = {"y": np.zeros((T, B, H), dtype)}
+    for s in p.cell.states:
+        out[f"{s}T"], out[s] = np.zeros((B, H), dtype), np.zeros((T, B, H), dtype)
+    for b in range(B):
+        length = T if p.lengths is None else int(p.lengths[b])
+        state = [
+            np.zeros(H, dtype) if p.state0 is None else p.state0[k][b] for k in range(len(p.cell.states))
+        ]
+        if p.reverse:
+            for k, s in enumerate(p.cell.states):  # padding comes first: the initial state stands there
+                out[s][length:, b] = state[k]
+        for t in range(length - 1, -1, -1) if p.reverse else range(length):
+            if p.reset is not None and p.reset[t, b] and not p.reverse:
+                state = [np.zeros_like(s) for s in state]
+            state = cell_step(p.cell, p.x[t, b], state, p.weights)
+            out["y"][t, b] = state[0]
+            for k, s in enumerate(p.cell.states):
+                out[s][t, b] = state[k]
+            if p.reset is not None and p.reset[t, b] and p.reverse and t > 0:
+                state = [np.zeros_like(s) for s in state]
+        for k, s in enumerate(p.cell.states):
+            out[f"{s}T"][b] = state[k]
+            if not p.reverse:
+                out[s][length:, b] = state[k]
+    return out
+
+
+def loss(p: Problem) -> Any:
+    """sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates), over the valid steps."""
+    T = len(p.x)
+    out = forward(p)
+    valid = np.ones(p.x.shape[:2], bool) if p.lengths is None else np.arange(T)[:, None] < p.lengths
+    total = p.x.dtype.type(0)
+    if p.dy is not None:
+        total += (out["y"][valid] * p.dy[valid]).sum()
+    for k, s in enumerate(p.cell.states):
+        if p.dstateT is not None and p.dstateT[k] is not None:
+            total += (out[f"{s}T"] * p.dstateT[k]).sum()
+        if p.dstates is not None and p.dstates[k] is not None:
+            total += (out[s][valid] * p.dstates[k][valid]).sum()
+    return total
+
+
+def variables(p: Problem) -> dict[str, Array]:
+    """The arrays that gradients belong to, by the gradient's name."""
+    arrays = {"dx": p.x} | {f"d{n}": w for n, w in p.weights._asdict().items() if w is not None}
+    if p.state0 is not None:
+        arrays |= {f"d{s}0": a for s, a in zip(p.cell.states, p.state0, strict=True)}
+    return arrays
+
+
+def with_states(p: Problem) -> Problem:
+    """The problem with zeros written out where state0 is None, since that has a gradient too."""
+    if p.state0 is not None:
+        return p
+    shape = (p.x.shape[1], p.weights.weight_hh.shape[1])
+    zeros = tuple(np.zeros(shape, p.x.dtype) for _ in p.cell.states)
+    return Problem(**{**p.__dict__, "state0": zeros})
+
+
+def gradients(p: Problem, dtype: Any = np.clongdouble) -> dict[str, Array]:
+    """Every gradient, entry by entry: one forward each, so for tiny problems only."""
+    p = with_states(p).astype(dtype)
+    result = {}
+    for key, array in variables(p).items():
+        real = np.zeros(array.shape, array.real.dtype)
+        for index in np.ndindex(array.shape):
+            value = array[index]
+            array[index] = value + 1j * array.real.dtype.type(STEP)
+            real[index] = loss(p).imag / array.real.dtype.type(STEP)
+            array[index] = value
+        result[key] = real
+    return result
+
+
+def directional(p: Problem, directions: dict[str, Array], dtype: Any = np.complex128) -> dict[str, Any]:
+    """The derivative of the loss along a direction of each array, for real sizes: one forward per array."""
+    p = with_states(p).astype(dtype)
+    result = {}
+    for key, array in variables(p).items():
+        step = array.real.dtype.type(STEP)
+        value = array.copy()
+        array += 1j * step * directions[key].astype(array.real.dtype)
+        result[key] = loss(p).imag / step
+        array[...] = value
+    return result
