@@ -43,6 +43,8 @@ struct Tape;  // what forward saves for backward; opaque, owned by the caller
 template <class T>
 struct PackedWeights;  // weights in the kernels' own order
 
+enum class Save { nothing, all, borders };  // borders: only states at chunk borders; backward runs forward again
+
 struct Problem {
   CellId cell;
   Sizes sizes;
@@ -69,7 +71,7 @@ struct ForwardCall {
   T* cT = nullptr;        // (B, H), LSTM
   T* h_states = nullptr;  // (T, B, P) or null
   T* c_states = nullptr;  // (T, B, H) or null
-  bool save = false;      // return a tape
+  Save save = Save::nothing;  // what the tape returned holds; nothing: no tape
   Poll poll;
 };
 
@@ -78,6 +80,7 @@ struct BackwardCall {
   Problem problem;
   const Tape<T>* tape;
   Weights<const T> weights;  // as they were in forward
+  const PackedWeights<T>* packed = nullptr;  // the same, packed; needed for a tape of borders only
   Sequence<const T> x;
   const T* y;                // what forward returned
   const T* h0 = nullptr;
@@ -115,8 +118,8 @@ template <class T>
 void backward(const BackwardCall<T>& call);
 // Subnormals are flushed to zero in kernels; off for tests and for those who need them.
 void set_flush_subnormals(bool on);
-// Bytes that a tape of these sizes holds.
+// Bytes that a tape holds.
 template <class T>
-Index tape_bytes(CellId cell, Sizes sizes);
+Index tape_bytes(const Tape<T>& tape);
 
 }  // namespace fusedrnn

@@ -118,6 +118,7 @@ struct PyTape {
   std::vector<Index> lengths;
   std::vector<unsigned char> reset;
   py::object x, y, h0, c0, weights[4];
+  py::object packed = py::none();  // kept for borders only, which run forward again
   TapePtr<float> f32;
   TapePtr<double> f64;
   const Tape<float>* get(float) const { return f32.get(); }
@@ -137,6 +138,7 @@ template <class T>
 std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
   const py::array ih = py::reinterpret_borrow<py::array>(w[0]), hh = py::reinterpret_borrow<py::array>(w[1]);
   const Index G = gates_of(cell), I = ih.shape(1), P = hh.shape(1), H = ih.shape(0) / G;
+  if (I == 0 || H == 0) throw py::value_error("weight_ih: expected (G*H, I), H and I at least 1, got " + text(ih));
   if (P != H) throw py::value_error("weight_hh: expected (G*H, H), got " + text(hh) + "; a projected size P != H is not built yet");
   auto packed = std::make_unique<PyPacked>();
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
@@ -168,8 +170,9 @@ std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weigh
 }
 
 template <class T>
-py::tuple forward_as(const PyPacked& packed, py::object x, py::object h0, py::object c0, py::object lengths, py::object reset, bool reverse,
-                     bool return_states, bool save) {
+py::tuple forward_as(const py::object& packed_object, py::object x, py::object h0, py::object c0, py::object lengths, py::object reset, bool reverse,
+                     bool return_states, Save save) {
+  const PyPacked& packed = packed_object.cast<const PyPacked&>();
   const py::array array = py::reinterpret_borrow<py::array>(x);
   const Index time = array.shape(0), B = array.shape(1), I = packed.I, H = packed.H, P = packed.P;
   const bool c = has_c(packed.cell);
@@ -210,7 +213,8 @@ py::tuple forward_as(const PyPacked& packed, py::object x, py::object h0, py::ob
   if (return_states && c) call.c_states = output(c_states, {time, B, H});
   tape->slot(T()) = without_gil([&] { return forward<T>(call); });
   py::object kept = py::none();
-  if (save) {
+  if (save != Save::nothing) {
+    if (save == Save::borders) tape->packed = packed_object;
     tape->x = x, tape->y = y, tape->h0 = h0, tape->c0 = c0;
     for (int i = 0; i < 4; ++i) tape->weights[i] = packed.weights[i];
     kept = py::cast(std::move(tape));
@@ -218,8 +222,11 @@ py::tuple forward_as(const PyPacked& packed, py::object x, py::object h0, py::ob
   return py::make_tuple(y, hT, cT, h_states, c_states, kept);
 }
 
-py::tuple py_forward(const PyPacked& packed, py::object x, py::object h0, py::object c0, py::object lengths, py::object reset, bool reverse,
-                     bool return_states, bool save) {
+py::tuple py_forward(const py::object& packed, py::object x, py::object h0, py::object c0, py::object lengths, py::object reset, bool reverse,
+                     bool return_states, int save_id) {
+  if (!py::isinstance<PyPacked>(packed)) throw py::type_error("packed: expected what pack returned, got " + py::str(py::type::of(packed)).cast<std::string>());
+  if (save_id < 0 || save_id > 2) throw py::value_error("save: expected 0 (nothing), 1 (all) or 2 (borders), got " + std::to_string(save_id));
+  const Save save = Save(save_id);
   return is_float32(x, "x", 3) ? forward_as<float>(packed, x, h0, c0, lengths, reset, reverse, return_states, save)
                                : forward_as<double>(packed, x, h0, c0, lengths, reset, reverse, return_states, save);
 }
@@ -235,6 +242,7 @@ py::tuple backward_as(const PyTape& tape, py::object dy, py::object dhT, py::obj
   call.tape = tape.get(T());
   call.weights = weights_of<T>(tape.weights, tape.problem.cell, n.I, n.H, n.P);
   call.x = sequence<T>(tape.x, "x", {n.T, n.B, n.I});
+  if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPacked&>().get(T());
   call.y = need<T>(tape.y, "y", {n.T, n.B, n.P});
   call.h0 = maybe<T>(tape.h0, "h0", {n.B, n.P});
   if (c) call.c0 = maybe<T>(tape.c0, "c0", {n.B, n.H});
@@ -323,7 +331,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<PyPacked>(m, "Packed", "Weights in the kernels' own order.");
   py::class_<PyTape>(m, "Tape", "What forward saved for backward.")
       .def_property_readonly("bytes", [](const PyTape& t) {
-        return t.f32 ? tape_bytes<float>(t.problem.cell, t.problem.sizes) : tape_bytes<double>(t.problem.cell, t.problem.sizes);
+        return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64);
       });
   py::list cells;
 #define X(id, type) cells.append(#id);

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cpu/arena.h"
 
 #include <pthread.h>
@@ -97,7 +98,8 @@ std::size_t class_bytes(int index) {
   return base + (static_cast<std::size_t>((index - 1) % steps) + 1) * (base / steps);
 }
 
-// Takes the blocks that must go, oldest first, out of the cache and chains them; the caller frees them without the lock.
+// Takes the blocks that must go, oldest first, out of the cache and chains them; the caller frees them without the
+// lock.
 Cached* evict(Arena& a, std::size_t room) {
   Cached* chain = nullptr;
   while (a.cached > room) {

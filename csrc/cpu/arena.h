@@ -1,4 +1,5 @@
 // Memory for tapes and scratch. Blocks go back to a bounded cache, so that a repeated call meets no page fault.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 #include <cstddef>
@@ -45,7 +46,8 @@ void set_arena_limit(std::size_t bytes);
 void trim_arena();  // gives all cached blocks back to the system
 
 // For tests.
-void fail_allocation_after(long count);  // `count` more buffers succeed, the next one fails, then all is normal; < 0: off
-void poison(bool on);                    // fill every new and every recycled buffer with 0xFF (NaN in every float type)
+void fail_allocation_after(
+    long count);       // `count` more buffers succeed, the next one fails, then all is normal; < 0: off
+void poison(bool on);  // fill every new and every recycled buffer with 0xFF (NaN in every float type)
 
 }  // namespace fusedrnn::cpu

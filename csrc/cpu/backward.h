@@ -5,6 +5,7 @@
 // rows are still in the cache when dx and the weight gradients are made of them, so da never exists for all T.
 // Only valid rows take part: they lie one after another in the chunk.
 #pragma once
+#include "cpu/forward.h"
 #include "cpu/steps.h"
 #include "cpu/tile.h"
 
@@ -13,6 +14,7 @@ namespace FUSEDRNN_LEVEL {
 
 using cpu::BackwardJob;
 using cpu::kBlock;
+using cpu::Kept;
 using cpu::Packed;
 using cpu::Worker;
 
@@ -94,12 +96,13 @@ struct BackwardLoop {
   const Groups<Cell> groups;
   const Index B, units;          // units: blocks * 16
   Index row_begin, row_end, block_begin, block_end;
+  Kept<T> kept;                  // what forward saved, or of this chunk if it has to be made again
   Index count = 0;               // valid rows of the chunk
 
   BackwardLoop(const BackwardJob<T>& job_, const Worker& worker_)
       : job(job_), worker(worker_),
         rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B, job_.chunk_steps * job_.steps.B, job_.chunk_steps),
-        groups(job_.I, job_.P), B(job_.steps.B), units(job_.blocks * kBlock) {
+        groups(job_.I, job_.P), B(job_.steps.B), units(job_.blocks * kBlock), kept(job_.kept) {
     const Index n = worker.region.threads, i = worker.region.thread;
     row_begin = worker.by_rows ? first_row(job.steps, i, n) : 0;
     row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : B;
@@ -110,6 +113,12 @@ struct BackwardLoop {
   Index later(Index t) const { return job.steps.reverse ? t - 1 : t + 1; }
   Index earlier(Index t) const { return job.steps.reverse ? t + 1 : t - 1; }
   T* da_row(Index row) const { return job.da + row * job.da_row; }
+  const T* c_row(Index t, Index b) const {
+    return (kept.has(t) ? kept.c + (t - kept.first) * kept.c_step : kept.c_border) + b * units;
+  }
+  const T* saved_row(Index t, Index b) const {
+    return kept.saved ? kept.saved + (t - kept.first) * kept.saved_step + b * job.blocks * (Cell::saved * kBlock) : nullptr;
+  }
   const T* h_row(Index t, Index b) const { return job.y + (t * B + b) * job.P; }
 
   const T* h_before(Index t, Index b) const {
@@ -121,7 +130,7 @@ struct BackwardLoop {
   }
   const T* c_before(Index t, Index b) const {
     switch (before(job.steps, t, b)) {
-      case Before::previous: return job.c + earlier(t) * job.c_step + b * units;
+      case Before::previous: return c_row(earlier(t), b);
       case Before::start: return job.c0 ? job.c0 + b * units : job.zeros;
       default: return job.zeros;
     }
@@ -184,8 +193,8 @@ struct BackwardLoop {
   BackwardRow<T> row_at(Index t, Index b, T* da) const {
     const auto in = [&](const T* data, Index step, Index row) { return data ? data + t * step + b * row : nullptr; };
     return {b, chain_of(t, b), da,
-            in(job.saved, job.saved_step, job.blocks * (Cell::saved * kBlock)), h_before(t, b), h_row(t, b),
-            Cell::has_c ? c_before(t, b) : nullptr, in(job.c, job.c_step, units),
+            saved_row(t, b), h_before(t, b), h_row(t, b),
+            Cell::has_c ? c_before(t, b) : nullptr, Cell::has_c ? c_row(t, b) : nullptr,
             in(job.dy, job.dy_step, job.dy_row), in(job.dh_states, job.dh_states_step, job.dh_states_row),
             in(job.dc_states, job.dc_states_step, job.dc_states_row)};
   }
@@ -295,7 +304,7 @@ struct BackwardLoop {
       __builtin_memcpy(row + 1, job.x + t * job.x_step + b * job.x_row, size_t(job.I) * sizeof(T));
       __builtin_memcpy(row + 1 + job.I, h_prev, size_t(job.P) * sizeof(T));
       if constexpr (Cell::phases == 2) {
-        const T* saved = job.saved + t * job.saved_step + b * job.blocks * (Cell::saved * kBlock);  // r comes first
+        const T* saved = saved_row(t, b);  // r comes first
         for (Index u = 0; u < job.P; ++u) row[1 + job.I + job.P + u] = saved[offset(u, Cell::saved)] * h_prev[u];
       }
     }
@@ -414,6 +423,16 @@ struct BackwardLoop {
     });
   }
 
+  // Runs forward again over a chunk, from the state before it.
+  bool replay(Index s_begin, Index s_end) {
+    kept.first = job.steps.reverse ? job.steps.T - s_end : s_begin;
+    kept.count = s_end - s_begin;
+    kept.c_border = const_cast<T*>(job.borders) + (job.steps.T - s_end) / job.chunk_steps * B * units;
+    ForwardJob<T> again = *job.replay;
+    again.kept = kept;
+    return ForwardLoop<Cell, V>(again, worker).walk(s_begin, s_end);
+  }
+
   void zero_padding() const {
     const Index n = worker.region.threads, i = worker.region.thread;
     for (Index b = B * i / n; b < B * (i + 1) / n; ++b)
@@ -426,6 +445,7 @@ struct BackwardLoop {
     do {
       const Index s_begin = s_end > job.chunk_steps ? s_end - job.chunk_steps : 0;
       list_rows(s_end, s_begin);
+      if (job.replay && !replay(s_begin, s_end)) return false;
       for (Index s = s_end - 1, k = 0; s >= s_begin; --s, ++k) {
         Index begin = rows.first_of_step[k], end = rows.first_of_step[k + 1];
         own_rows(begin, end);

@@ -47,10 +47,15 @@ struct ForwardLoop {
     block_begin = worker.by_rows ? 0 : job.blocks * i / n, block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
   }
 
-  T* c_row(Index t, Index b) const { return Cell::has_c ? job.c + t * job.c_step + b * job.blocks * kBlock : nullptr; }
-  T* saved_row(Index t, Index b) const {
-    return job.saved ? job.saved + t * job.saved_step + b * job.blocks * (Cell::saved * kBlock) : nullptr;
+  // Null for cells without c.
+  T* c_row(Index t, Index b) const {
+    if (!Cell::has_c) return nullptr;
+    return (job.kept.has(t) ? job.kept.c + (t - job.kept.first) * job.kept.c_step : job.kept.c_border) + b * job.blocks * kBlock;
   }
+  T* saved_row(Index t, Index b) const {
+    return job.kept.saved ? job.kept.saved + (t - job.kept.first) * job.kept.saved_step + b * job.blocks * (Cell::saved * kBlock) : nullptr;
+  }
+  T* h_out(Index t, Index b) const { return job.h_out + t * job.h_out_step + b * job.P; }
 
   void select_rows(Index t) {
     const Steps& steps = job.steps;
@@ -114,7 +119,7 @@ struct ForwardLoop {
         if (Cell::phases == 2)
           h.store(job.middle + b * job.blocks * kBlock + u);
         else
-          h.store(job.y + (t * job.steps.B + b) * job.P + u, in_row);
+          h.store(h_out(t, b) + u, in_row);
       }
   }
 
@@ -135,7 +140,7 @@ struct ForwardLoop {
         for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row + s * kBlock);
         Cell::forward2(V::load(acc + i * V::lanes), V::load(rows.h[first + i] + u, in_row), saved, h);
         saved[slot].store(row + slot * kBlock);
-        h.store(job.y + (t * job.steps.B + b) * job.P + u, in_row);
+        h.store(h_out(t, b) + u, in_row);
       }
     }
   }
@@ -170,7 +175,7 @@ struct ForwardLoop {
       // In reverse the padding comes before the first step: there the initial state is held.
       const T* held_h = steps.reverse ? (job.h0 ? job.h0 + b * P : job.zeros) : h;
       const T* held_c = steps.reverse ? (job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros) : c;
-      for (Index t = length; t < steps.T; ++t) __builtin_memset(job.y + (t * B + b) * P, 0, size_t(P) * sizeof(T));
+      for (Index t = length; t < steps.T; ++t) __builtin_memset(h_out(t, b), 0, size_t(P) * sizeof(T));
       if (job.h_states)
         for (Index t = 0; t < steps.T; ++t)
           copy(job.h_states + (t * B + b) * P, t < length ? job.y + (t * B + b) * P : held_h, P);
@@ -179,16 +184,32 @@ struct ForwardLoop {
     }
   }
 
-  bool run() {
-    for (Index s = 0; s < job.steps.T; ++s) {
+  // Steps [begin, end) of the recurrence.
+  bool walk(Index begin, Index end) {
+    for (Index s = begin; s < end; ++s) {
       const Index t = time_of(job.steps, s);
       select_rows(t);
       for (int phase = 1; phase <= Cell::phases; ++phase) {
         if (!step(t, phase)) return false;
         if (!worker.by_rows && !worker.barrier()) return false;
       }
+      if (job.borders) keep_border(s + 1);
     }
-    if (!worker.barrier()) return false;
+    return worker.barrier();
+  }
+
+  // c before step s, if a chunk begins there: chunks are counted from the end.
+  void keep_border(Index s) {
+    const Index left = job.steps.T - s, units = job.blocks * kBlock;
+    if (!left || left % job.chunk_steps) return;
+    T* border = job.borders + (left / job.chunk_steps - 1) * job.steps.B * units;
+    for (Index b = row_begin; b < row_end; ++b)
+      __builtin_memcpy(border + b * units + block_begin * kBlock, job.kept.c + b * units + block_begin * kBlock,
+                       size_t((block_end - block_begin) * kBlock) * sizeof(T));
+  }
+
+  bool run() {
+    if (!walk(0, job.steps.T)) return false;
     finish();
     return true;
   }

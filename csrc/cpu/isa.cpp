@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cpu/isa.h"
 
 #include <atomic>
@@ -10,11 +11,16 @@ namespace fusedrnn::cpu {
 
 const char* name(Isa isa) {
   switch (isa) {
-    case Isa::portable: return "portable";
-    case Isa::portable_fma: return "portable_fma";
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
-    case Isa::neon: return "neon";
+    case Isa::portable:
+      return "portable";
+    case Isa::portable_fma:
+      return "portable_fma";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::neon:
+      return "neon";
   }
   return "?";
 }
@@ -24,13 +30,17 @@ bool detected(Isa isa) {
   // These ask CPUID, and XGETBV whether the operating system saves the registers.
   __builtin_cpu_init();
   switch (isa) {
-    case Isa::portable: return true;
-    case Isa::portable_fma: return __builtin_cpu_supports("fma");
-    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::portable:
+      return true;
+    case Isa::portable_fma:
+      return __builtin_cpu_supports("fma");
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-    case Isa::neon: return false;
+    case Isa::neon:
+      return false;
   }
   return false;
 #elif defined(__aarch64__)
@@ -42,7 +52,8 @@ bool detected(Isa isa) {
 
 bool built(Isa isa) {
   switch (isa) {
-    case Isa::portable: return true;
+    case Isa::portable:
+      return true;
     case Isa::portable_fma:
 #if defined(FUSEDRNN_HAS_PORTABLE_FMA)
       return true;

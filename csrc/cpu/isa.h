@@ -1,4 +1,5 @@
 // The levels a kernel is compiled for, and which one this process uses.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 namespace fusedrnn::cpu {
@@ -7,13 +8,13 @@ namespace fusedrnn::cpu {
 enum class Isa { portable, portable_fma, avx2, avx512, neon };
 constexpr Isa all_isas[] = {Isa::portable, Isa::portable_fma, Isa::avx2, Isa::avx512, Isa::neon};
 
-const char* name(Isa isa);    // as FUSEDRNN_ISA spells it
-bool detected(Isa isa);       // this processor and this operating system can run it
-bool built(Isa isa);          // compiled into this library (FUSEDRNN_HAS_...)
+const char* name(Isa isa);  // as FUSEDRNN_ISA spells it
+bool detected(Isa isa);     // this processor and this operating system can run it
+bool built(Isa isa);        // compiled into this library (FUSEDRNN_HAS_...)
 inline bool available(Isa isa) { return built(isa) && detected(isa); }
 
-// The level in use, settled once: FUSEDRNN_ISA, else the best available one. std::invalid_argument if the variable names
-// no level, or one that is not available; it names those that are.
+// The level in use, settled once: FUSEDRNN_ISA, else the best available one. std::invalid_argument if the variable
+// names no level, or one that is not available; it names those that are.
 Isa chosen();
 
 }  // namespace fusedrnn::cpu

@@ -52,6 +52,19 @@ struct Steps {
   bool reverse;
 };
 
+// The saved values of the time steps [first, first + count), and the cell state of the one step before or after them.
+// With everything saved that is all steps; with borders only, one chunk at a time.
+template <class T>
+struct Kept {
+  Index first, count;
+  T* saved;        // [count or 1][B][blocks][saved][16] or null
+  Index saved_step;  // 0: one step is enough
+  T* c;            // [count or 1][B][blocks*16] or null
+  Index c_step;
+  T* c_border;     // [B][blocks*16]
+  bool has(Index t) const { return t >= first && t < first + count; }
+};
+
 template <class T>
 struct ForwardJob {
   Steps steps;
@@ -63,11 +76,12 @@ struct ForwardJob {
   const T* h0;             // (B, P) or null
   const T* c0;             // [B][blocks*16] or null
   const T* zeros;          // at least max(P, blocks*16) zeros
-  T* y;                    // (T, B, P)
-  T* saved;                // [T or 1][B][blocks][saved][16] or null
-  Index saved_step;        // 0: one step is enough
-  T* c;                    // [T or 1][B][blocks*16]
-  Index c_step;
+  const T* y;              // (T, B, P), where the state before a step is read
+  T* h_out;                // where h is written: y itself, or one step of scratch
+  Index h_out_step;
+  Kept<T> kept;
+  T* borders;              // [chunk][B][blocks*16]: c before each chunk of chunk_steps, counted from the end; or null
+  Index chunk_steps;
   T* middle;               // [B][blocks*16], two-phase cells
   T *hT, *cT, *h_states, *c_states;
   bool rows_outside;
@@ -82,8 +96,10 @@ struct BackwardJob {
   const T *x;
   Index x_step, x_row;
   Packed<T> input, recurrent, recurrent2;  // transposed: blocks of outputs, k over [unit block][accumulator][16]
-  const T *h0, *c0, *zeros, *y, *saved, *c;
-  Index saved_step, c_step;
+  const T *h0, *c0, *zeros, *y;
+  Kept<T> kept;
+  const ForwardJob<T>* replay;  // with borders only: fills `kept` chunk by chunk; else null
+  const T* borders;
   const T *dy, *dhT, *dcT, *dh_states, *dc_states;
   Index dy_step, dy_row, dh_states_step, dh_states_row, dc_states_step, dc_states_row;
   T* dx;

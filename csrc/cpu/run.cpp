@@ -1,5 +1,6 @@
 // One call: sizes checked, memory taken, the split chosen, the kernels run. SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "api.h"
@@ -26,13 +27,15 @@ struct PackedWeights {
 
 template <class T>
 struct Tape {
+  Save save;
   Buffer memory;
-  const T *saved, *c;
+  T *saved, *c;  // every step's; null with borders
+  T* borders;    // c before each chunk but the first; null with everything saved
 };
 
 namespace {
 
-bool flush_subnormals = true;
+std::atomic<bool> flush_subnormals{true};
 
 Index blocks_of(Index n) { return (n + kBlock - 1) / kBlock; }
 
@@ -74,20 +77,28 @@ Index block_step(Index k, int count) {
   return k * count * kBlock + kBlock;
 }
 
-// Runs kernel(job, worker) on the pool with the kernels' own floating-point control word on every thread.
+// Runs kernel(job, worker) on the pool with the kernels' own floating-point control word on every thread. The hook runs
+// the caller's code, so it gets the caller's.
 template <class T, class Job>
 void run_job(bool (*kernel)(const Job&, const cpu::Worker&), const Job& job, int threads, bool by_rows, Poll poll) {
   struct Context {
     bool (*kernel)(const Job&, const cpu::Worker&);
     const Job* job;
-    bool by_rows;
-  } context = {kernel, &job, by_rows};
+    bool by_rows, flush;
+    Poll poll;
+    cpu::ControlWord::Word callers;
+  } context = {kernel, &job, by_rows, flush_subnormals, poll, cpu::ControlWord::current()};
   const auto body = [](void* data, cpu::Region& region) {
-    const cpu::ControlWord word(flush_subnormals);
     const Context& c = *static_cast<const Context*>(data);
+    const cpu::ControlWord word(c.flush);
     if (!c.kernel(*c.job, cpu::Worker{region, c.by_rows})) region.abort();
   };
-  if (cpu::run(threads, body, &context, poll.hook, poll.context) == cpu::Outcome::interrupted) throw Interrupted{};
+  const auto hook = [](void* data) {
+    const Context& c = *static_cast<const Context*>(data);
+    const cpu::ControlWord word(c.callers);
+    return c.poll.hook(c.poll.context);
+  };
+  if (cpu::run(threads, body, &context, poll.hook ? +hook : nullptr, &context) == cpu::Outcome::interrupted) throw Interrupted{};
 }
 
 struct Split {
@@ -118,7 +129,23 @@ bool rows_outside(const CellShape& shape, const Sizes& n) {
   return std::size_t(shape.gates) * n.H * n.P * sizeof(T) <= (std::size_t(1) << 20);
 }
 
-cpu::Steps steps_of(const Problem& p) { return {p.sizes.T, p.sizes.B, p.lengths, p.reset, p.reverse}; }
+// A chunk's da and joint rows [1 | x | h_prev | ...] stay in the cache between the steps and the products made of them; for
+// large weights, whose gradients leave the cache, it has enough rows to be worth adding up. By the sizes alone.
+template <class T>
+struct Chunk {
+  Index da_row, inputs_row, steps, count;
+  Chunk(const CellShape& shape, const Sizes& n) {
+    da_row = shape.accumulators * blocks_of(n.H) * kBlock + kBlock;
+    inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
+    const Index row = (da_row + inputs_row) * Index(sizeof(T));
+    const Index bytes = std::max<Index>(Index(768) << 10, 384 * row);
+    steps = std::max<Index>(1, std::min(n.T, bytes / (std::max<Index>(1, n.B) * row)));
+    count = (n.T + steps - 1) / steps;
+  }
+};
+
+// Without rows there is nothing to walk through, however many steps.
+cpu::Steps steps_of(const Problem& p) { return {p.sizes.B ? p.sizes.T : 0, p.sizes.B, p.lengths, p.reset, p.reverse}; }
 
 // (B, H) to rows of whole blocks; the padding is zero.
 template <class T>
@@ -151,6 +178,11 @@ struct PackAll {
     if (cpu::run(threads, body, this, poll.hook, poll.context) == cpu::Outcome::interrupted) throw Interrupted{};
   }
 };
+
+template <class T>
+void set_weights(cpu::ForwardJob<T>& job, const PackedWeights<T>& packed) {
+  job.input = packed.input, job.recurrent = packed.recurrent, job.recurrent2 = packed.recurrent2, job.bias = packed.bias;
+}
 
 }  // namespace
 
@@ -186,6 +218,7 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
   if (shape.recurrent2.count) all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, blocks};
   all.run(double(shape.gates) * double(H) * double(I + P), {});
 
+  const cpu::ControlWord word(flush_subnormals.load());
   std::fill(bias, bias + blocks * shape.accumulators * kBlock, T(0));
   const auto add = [&](const T* from, const Part& part) {
     for (int s = 0; from && s < part.count; ++s)
@@ -207,28 +240,36 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   const Split split = split_for(shape, n, sizeof(T));
 
+  const Chunk<T> chunk(shape, n);
+
   // What backward will need lives in the tape, else one step of it in the scratch.
-  Layout<T> kept, scratch;
-  TapePtr<T> tape(call.save ? new Tape<T> : nullptr);
-  const Index saved_steps = call.save ? n.T : shape.phases == 2 ? 1 : 0, c_steps = !shape.has_c ? 0 : call.save ? n.T : 1;
-  T *saved = nullptr, *c = nullptr, *c0 = nullptr, *middle = nullptr, *zeros = nullptr;
+  Layout<T> tape_layout, scratch;
+  TapePtr<T> tape(call.save == Save::nothing ? nullptr : new Tape<T>{});
+  const bool all = call.save == Save::all;
+  const Index steps = all ? n.T : 1, borders_count = call.save == Save::borders && shape.has_c && chunk.count ? chunk.count - 1 : 0;
+  T *saved = nullptr, *c = nullptr, *borders = nullptr, *c0 = nullptr, *middle = nullptr, *zeros = nullptr;
   char* threads = nullptr;
   const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B)) + 64;
-  Buffer scratch_memory;
+  Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
-    Layout<T>& tape_layout = call.save ? kept : scratch;
-    saved = tape_layout.take({saved_steps, n.B, shape.saved, units});
-    c = tape_layout.take({c_steps, n.B, units});
+    Layout<T>& kept_in = all ? tape_layout : scratch;
+    saved = kept_in.take({all || shape.phases == 2 ? steps : 0, n.B, shape.saved, units});
+    c = kept_in.take({shape.has_c ? steps : 0, n.B, units});
+    borders = tape_layout.take({borders_count, n.B, units});
     c0 = scratch.take({call.c0 ? n.B : 0, units});
     middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
     zeros = scratch.take({zero_count});
     threads = reinterpret_cast<char*>(scratch.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     if (pass == 0) {
-      if (call.save) tape->memory = kept.allocate();
-      scratch_memory = scratch.allocate();
+      if (tape) tape->memory = tape_layout.allocate();
+      memory = scratch.allocate();
     }
   }
-  if (tape) tape->saved = saved, tape->c = c;
+  if (tape) {
+    tape->save = call.save;
+    if (all) tape->saved = saved, tape->c = c;
+    else tape->borders = borders;
+  }
   std::fill(zeros, zeros + zero_count, T(0));
   if (call.c0) pad_rows(call.c0, n.B, n.H, units, c0);
 
@@ -236,13 +277,12 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   job.steps = steps_of(problem);
   job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks;
   job.x = call.x.data, job.x_step = call.x.step, job.x_row = call.x.row;
-  job.input = call.packed->input, job.recurrent = call.packed->recurrent, job.recurrent2 = call.packed->recurrent2;
-  job.bias = call.packed->bias;
+  set_weights(job, *call.packed);
   job.h0 = call.h0, job.c0 = call.c0 ? c0 : nullptr, job.zeros = zeros;
-  job.y = call.y;
-  job.saved = saved_steps && shape.saved ? saved : nullptr;
-  job.saved_step = call.save ? n.B * shape.saved * units : 0;
-  job.c = c, job.c_step = call.save ? n.B * units : 0;
+  job.y = call.y, job.h_out = call.y, job.h_out_step = n.B * n.P;
+  job.kept = {0, n.T, shape.saved && (all || shape.phases == 2) ? saved : nullptr, all ? n.B * shape.saved * units : 0,
+              c, all ? n.B * units : 0, nullptr};
+  job.borders = borders_count ? borders : nullptr, job.chunk_steps = chunk.steps;
   job.middle = shape.phases == 2 ? middle : nullptr;
   job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;
   job.rows_outside = rows_outside<T>(shape, n);
@@ -262,23 +302,20 @@ void backward(const BackwardCall<T>& call) {
   const Weights<T>& dw = call.dweights;
   const bool need_weights = dw.weight_ih || dw.weight_hh || dw.bias_ih || dw.bias_hh;
 
-  // A chunk's da and joint rows stay in the cache between the steps and the products made of them.
-  const Index da_row = shape.accumulators * units + kBlock;
-  const Index inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
-  const Index step_bytes = std::max<Index>(1, n.B) * (da_row + inputs_row) * Index(sizeof(T));
-  const Index cache = std::max<Index>(Index(768) << 10, 384 * (da_row + inputs_row) * Index(sizeof(T)));
-  const Index chunk_steps = std::max<Index>(1, std::min(std::max<Index>(1, n.T), cache / step_bytes));
-
+  const Chunk<T> chunk(shape, n);
+  const bool replay = call.tape->save == Save::borders && shape.saved;  // an Elman cell saves nothing but y
   const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column
   Layout<T> layout;
   T *c0 = nullptr, *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr, *da = nullptr,
-    *border = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr;
-  char* threads = nullptr;
+    *border = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr, *c = nullptr, *middle = nullptr, *h_out = nullptr;
+  char *threads = nullptr, *replay_threads = nullptr;
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
   const Index input_step = block_step<T>(units, k_input), recurrent_step = block_step<T>(units, k_recurrent),
               recurrent2_step = block_step<T>(units, k_recurrent2);
-  const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk_steps)) + 64;
-  const Index zero_count = std::max({n.P, units, da_row});
+  const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
+  const Index zero_count = std::max({n.P, units, chunk.da_row});
+  const Index replay_steps = replay ? chunk.steps : 0, replay_rows = replay ? n.B : 0;
+  const Index replay_bytes = lines<char>(kernels.forward_scratch(n.B)) + 64;
   const Index dpacked_block = group_columns * shape.accumulators * kBlock;
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
@@ -288,9 +325,14 @@ void backward(const BackwardCall<T>& call) {
     recurrent = layout.take({blocks_of(n.P), recurrent_step});
     recurrent2 = layout.take({k_recurrent2 ? blocks_of(n.P) : 0, recurrent2_step});
     dpacked = layout.take({need_weights ? blocks : 0, dpacked_block});
-    da = layout.take({chunk_steps, n.B, da_row});
-    border = layout.take({n.B, da_row});
-    inputs = layout.take({need_weights ? chunk_steps : 0, n.B, inputs_row});
+    da = layout.take({chunk.steps, n.B, chunk.da_row});
+    border = layout.take({n.B, chunk.da_row});
+    inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
+    saved = layout.take({replay_steps, n.B, shape.saved, units});
+    c = layout.take({shape.has_c ? replay_steps : 0, n.B, units});
+    middle = layout.take({shape.phases == 2 ? replay_rows : 0, units});
+    h_out = layout.take({replay_rows, n.P});
+    replay_threads = reinterpret_cast<char*>(layout.take({replay ? split.threads : 0, (replay_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     dc = layout.take({shape.has_c ? n.B : 0, units});
     direct = layout.take({shape.has_direct ? n.B : 0, units});
     threads = reinterpret_cast<char*>(layout.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
@@ -311,8 +353,22 @@ void backward(const BackwardCall<T>& call) {
   job.x = call.x.data, job.x_step = call.x.step, job.x_row = call.x.row;
   job.input = {input, input_step}, job.recurrent = {recurrent, recurrent_step}, job.recurrent2 = {recurrent2, recurrent2_step};
   job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr, job.zeros = zeros;
-  job.y = call.y, job.saved = shape.saved ? call.tape->saved : nullptr, job.c = shape.has_c ? call.tape->c : nullptr;
-  job.saved_step = n.B * shape.saved * units, job.c_step = n.B * units;
+  job.y = call.y;
+  job.kept = {0, n.T, shape.saved ? replay ? saved : call.tape->saved : nullptr, n.B * shape.saved * units,
+              shape.has_c ? replay ? c : call.tape->c : nullptr, n.B * units, nullptr};
+  cpu::ForwardJob<T> again{};
+  if (replay) {
+    again.steps = job.steps;
+    again.I = n.I, again.H = n.H, again.P = n.P, again.blocks = blocks;
+    again.x = job.x, again.x_step = job.x_step, again.x_row = job.x_row;
+    set_weights(again, *call.packed);
+    again.h0 = job.h0, again.c0 = job.c0, again.zeros = zeros;
+    again.y = job.y, again.h_out = h_out;
+    again.middle = shape.phases == 2 ? middle : nullptr;
+    again.rows_outside = rows_outside<T>(shape, n);
+    again.scratch = replay_threads, again.scratch_step = replay_bytes;
+    job.replay = &again, job.borders = call.tape->borders;
+  }
   job.dy = call.dy.data, job.dy_step = call.dy.step, job.dy_row = call.dy.row;
   job.dhT = call.dhT, job.dcT = call.dcT;
   job.dh_states = call.dh_states.data, job.dh_states_step = call.dh_states.step, job.dh_states_row = call.dh_states.row;
@@ -321,18 +377,17 @@ void backward(const BackwardCall<T>& call) {
   job.need_weights = need_weights;
   job.dpacked = dpacked, job.dpacked_block = dpacked_block;
   job.dweight_ih = dw.weight_ih, job.dweight_hh = dw.weight_hh, job.dbias_ih = dw.bias_ih, job.dbias_hh = dw.bias_hh;
-  job.da = da, job.da_row = da_row, job.border = border, job.inputs = inputs, job.inputs_row = inputs_row;
+  job.da = da, job.da_row = chunk.da_row, job.border = border, job.inputs = inputs, job.inputs_row = chunk.inputs_row;
   job.dc = dc, job.direct = direct;
-  job.chunk_steps = chunk_steps;
+  job.chunk_steps = chunk.steps;
   job.rows_outside = rows_outside<T>(shape, n);
   job.scratch = threads, job.scratch_step = thread_bytes;
   run_job<T>(kernels.backward[int(problem.cell)], job, split.threads, split.by_rows, call.poll);
 }
 
 template <class T>
-Index tape_bytes(CellId cell, Sizes n) {
-  const CellShape& shape = cpu::kernels<T>().shape[int(cell)];
-  return n.T * n.B * blocks_of(n.H) * kBlock * (shape.saved + (shape.has_c ? 1 : 0)) * Index(sizeof(T));
+Index tape_bytes(const Tape<T>& tape) {
+  return Index(tape.memory.size());
 }
 
 void set_flush_subnormals(bool on) { flush_subnormals = on; }
@@ -342,7 +397,7 @@ void set_flush_subnormals(bool on) { flush_subnormals = on; }
   template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>);                \
   template TapePtr<T> forward(const ForwardCall<T>&);                                       \
   template void backward(const BackwardCall<T>&);                                           \
-  template Index tape_bytes<T>(CellId, Sizes);
+  template Index tape_bytes(const Tape<T>&);
 FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cpu/threads.h"
 
 #include <pthread.h>
@@ -50,7 +51,8 @@ constexpr std::size_t cache_line = 128;  // two lines: x86 fetches them in pairs
 
 constexpr microseconds idle_spin{50};      // a worker between regions: about what it costs to wake one
 constexpr microseconds barrier_spin{200};  // inside a region there is nothing better to do
-constexpr microseconds crowded_spin{0};    // more threads than CPUs; yielding instead was 80 times slower beside other work
+constexpr microseconds crowded_spin{
+    0};  // more threads than CPUs; yielding instead was 80 times slower beside other work
 constexpr milliseconds poll_interval{10};  // while the caller sleeps
 
 // A counter that moves on without a system call; only poll() reads it, between tiles.
@@ -91,7 +93,9 @@ struct Word {
 #if FUSEDRNN_FUTEX
     syscall(SYS_futex, &value, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 #else
-    { std::lock_guard<std::mutex> lock(mutex); }
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+    }
     changed.notify_all();
 #endif
   }
@@ -215,9 +219,9 @@ struct Pool {
   Body body = nullptr;
   void* context = nullptr;
   std::atomic<bool> failed{false};
-  std::exception_ptr error;          // of the first worker that failed
-  std::atomic<bool> forked{false};   // this is a child's copy: the workers are gone
-  std::vector<Worker*> workers;      // only whoever is `busy` touches it
+  std::exception_ptr error;         // of the first worker that failed
+  std::atomic<bool> forked{false};  // this is a child's copy: the workers are gone
+  std::vector<Worker*> workers;     // only whoever is `busy` touches it
 
   Outcome run(int threads, Body new_body, void* new_context, PollHook hook, void* hook_context);
   void grow(int count);
@@ -446,7 +450,8 @@ int cgroup_cpus(const char* root) {
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
     const bool version2 = line.compare(0, second + 1, "0::") == 0;
     if (!version2 && controllers.find(",cpu,") == std::string::npos) continue;
-    // A limit on a parent binds too. Inside a container the path may be the host's; the walk up still ends at the mount.
+    // A limit on a parent binds too. Inside a container the path may be the host's; the walk up still ends at the
+    // mount.
     const std::vector<std::string> mounts =
         version2 ? std::vector<std::string>{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"}
                  : std::vector<std::string>{"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"};

@@ -1,6 +1,7 @@
 // The thread pool: one parallel region per call, the calling thread takes part.
 // No standard header here on purpose: kernel files compiled for one instruction set include this, and inline
 // library code compiled there must not be linked for every machine.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 namespace fusedrnn::cpu {

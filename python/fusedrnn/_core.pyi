@@ -24,7 +24,7 @@ def forward(
     reset: npt.NDArray[np.bool_] | None,
     reverse: bool,
     return_states: bool,
-    save: bool,
+    save: int,
 ) -> tuple[_Array, _Array, _Array | None, _Array | None, _Array | None, Tape | None]: ...
 def backward(
     tape: Tape,

@@ -25,6 +25,9 @@ except ImportError as error:  # a source tree that was never built
     )
 
 
+SAVE = {None: 0, "all": 1, "borders": 2}  # the ids that _core takes
+
+
 class Packed(NamedTuple):
     """Weights in the kernels' order. ``weights`` are the arrays they were made of, which backward still reads."""
 
@@ -96,10 +99,6 @@ class CpuBackend:
             return_states=return_states,
             save=save,
         )
-        if a.save == "borders":
-            raise ValueError(
-                'save: "borders" is not built in the cpu backend yet; use "all", or the reference backend'
-            )
         if isinstance(weights, Packed):
             if weights.cell != cell:
                 raise ValueError(f"weights: packed for {weights.cell}, expected {cell}")
@@ -108,7 +107,7 @@ class CpuBackend:
             core = _core.pack(_cell_id(cell), *a.weights)
         state = (*(a.state0 or ()), None, None)
         y, hT, cT, h_states, c_states, tape = _core.forward(
-            core, a.x, state[0], state[1], a.lengths, a.reset, a.reverse, a.return_states, a.save is not None
+            core, a.x, state[0], state[1], a.lengths, a.reset, a.reverse, a.return_states, SAVE[a.save]
         )
         two = "c" in cell.states
         return Forward(
