@@ -67,12 +67,18 @@ Sequence<const T> sequence(const py::object& o, const char* name, const std::vec
   return {data, Index(a.strides(0) / Index(sizeof(T))), Index(a.strides(1) / Index(sizeof(T)))};
 }
 
+// An output. Large ones come from the kernels' own recycled memory: fresh pages would cost as much as filling them.
 template <class T>
 py::array_t<T> empty(const std::vector<Index>& shape) {
   std::vector<std::size_t> factors(shape.begin(), shape.end());
   std::size_t bytes = sizeof(T);
   for (std::size_t f : factors) bytes = cpu::checked_product({bytes, f});
-  return py::array_t<T>(shape);
+  if (bytes < (std::size_t(1) << 16)) return py::array_t<T>(shape);
+  auto memory = std::make_unique<cpu::Buffer>(bytes);
+  T* data = memory->as<T>();
+  const py::capsule owner(memory.get(), [](void* p) { delete static_cast<cpu::Buffer*>(p); });
+  memory.release();
+  return py::array_t<T>(shape, data, owner);
 }
 
 int gates_of(CellId cell) { return cpu::kernels<float>().shape[int(cell)].gates; }

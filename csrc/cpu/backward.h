@@ -365,26 +365,36 @@ struct BackwardLoop {
     return true;
   }
 
+  // A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
+  static constexpr Index kSumRows = 4096;
+
   void weight_tile(const Group& group, Index at, Index block, int wide, bool first_chunk) {
     static constexpr int kWide = A == 1 ? 4 : 1;
     const Cut columns(group.columns, max_rows<V>(group.count * kWide));
     const Index first = columns.begin(at);
     const int m = int(columns.begin(at + 1) - first), vectors = group.count * wide;
     const T* a[kMaxTile];
-    for (int r = 0; r < m; ++r) a[r] = job.inputs + group.column + first + r;
-    for (Index lane = 0; lane < kBlock; lane += V::lanes) {
-      alignas(64) T acc[kMaxTile * V::lanes];
-      for (int v = 0; v < m * vectors; ++v) V::zero().store(acc + v * V::lanes);
-      const Product<T> p = {a, job.inputs_row, 0, job.da + (block * A + group.first) * kBlock + lane, job.da_row, kBlock, 1, count};
-      tile_for<V>(m, vectors)(&p, 1, acc);
-      for (int r = 0; r < m; ++r)
-        for (int w = 0; w < wide; ++w)
-          for (int s = 0; s < group.count; ++s) {
-            T* sum = job.dpacked + (block + w) * job.dpacked_block + group.offset + ((first + r) * group.count + s) * kBlock + lane;
-            const V part = V::load(acc + ((w * group.count + s) * m + r) * V::lanes);
-            (first_chunk ? part : V::load(sum) + part).store(sum);
-          }
-    }
+    Index row = 0;
+    do {
+      const Index rows_here = count - row < kSumRows ? count - row : kSumRows;
+      const bool overwrite = first_chunk && row == 0;
+      for (int r = 0; r < m; ++r) a[r] = job.inputs + row * job.inputs_row + group.column + first + r;
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        alignas(64) T acc[kMaxTile * V::lanes];
+        for (int v = 0; v < m * vectors; ++v) V::zero().store(acc + v * V::lanes);
+        const Product<T> p = {a, job.inputs_row, 0, job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
+                              job.da_row, kBlock, 1, rows_here};
+        tile_for<V>(m, vectors)(&p, 1, acc);
+        for (int r = 0; r < m; ++r)
+          for (int w = 0; w < wide; ++w)
+            for (int s = 0; s < group.count; ++s) {
+              T* sum = job.dpacked + (block + w) * job.dpacked_block + group.offset + ((first + r) * group.count + s) * kBlock + lane;
+              const V part = V::load(acc + ((w * group.count + s) * m + r) * V::lanes);
+              (overwrite ? part : V::load(sum) + part).store(sum);
+            }
+      }
+      row += kSumRows;
+    } while (row < count);
   }
 
   // dpacked back to PyTorch's layout: gate rows of (G*H, columns), from joint columns [column, column + columns).

@@ -1,4 +1,5 @@
 // One activation over an array, per level: the entry by which tests and sweeps reach math.h without a kernel.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "vec.h"
 

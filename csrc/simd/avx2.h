@@ -1,4 +1,5 @@
 // AVX2 with FMA: 8 floats or 4 doubles. The interface is described in vec.h.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <immintrin.h>
 

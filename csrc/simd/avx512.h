@@ -1,5 +1,6 @@
 // AVX-512 (F, BW, DQ, VL): 16 floats or 8 doubles. The interface is described in vec.h.
 // min, max and shifts are written with a full mask: GCC 12 warns about an uninitialized value in the plain ones.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <immintrin.h>
 

@@ -5,6 +5,7 @@
 // Every level runs the same operations in the same order, so levels with FMA give the same bits.
 // NaN stays NaN: bounds are applied by min/max that keep it, results by comparisons that are false for it.
 // The constants come from coefficients.py.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 
 namespace fusedrnn {

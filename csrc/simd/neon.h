@@ -1,4 +1,5 @@
 // NEON on AArch64: 4 floats or 2 doubles. The interface is described in vec.h.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <arm_neon.h>
 

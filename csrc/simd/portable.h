@@ -1,6 +1,7 @@
 // 16-byte vectors by the compiler's vector extension, on any architecture: 4 floats or 2 doubles.
 // With FUSEDRNN_LEVEL_PORTABLE_FMA (x86, compiled with -mfma) fma is one instruction and the bits are those of AVX2
 // and AVX-512; without, it rounds twice. The interface is described in vec.h.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 #if defined(FUSEDRNN_LEVEL_PORTABLE_FMA)
 #include <immintrin.h>

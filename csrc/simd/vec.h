@@ -17,6 +17,7 @@
 //   select(mask, a, b)                 a where the mask is true, else b
 //   zero_where(mask, x)                0 where the mask is true, else x
 //   exponent_bits(x)                   the lowest bits of x moved into the exponent's place
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -38,12 +38,12 @@
 using namespace fusedrnn::cpu;
 using Clock = std::chrono::steady_clock;
 
-#define CHECK(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
+#define CHECK(condition)                                                             \
+  do {                                                                               \
+    if (!(condition)) {                                                              \
       std::fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-      std::_Exit(1);                                                            \
-    }                                                                           \
+      std::_Exit(1);                                                                 \
+    }                                                                                \
   } while (0)
 
 #define CHECK_THROWS(type, statement) \
@@ -108,7 +108,7 @@ void test_regions() {
 
   for (int i = 0; i < 300; ++i) ring(1 + static_cast<int>(random() % 5), static_cast<int>(random() % 40), 11);
   for (int threads : {16, 33, 64}) ring(threads, 10, 101);  // more threads than CPUs, and growing
-  for (int i = 0; i < 20; ++i) {                           // workers asleep
+  for (int i = 0; i < 20; ++i) {                            // workers asleep
     if (i % 4 == 0) sleep_ms(2);
     ring(3, 5, 7);
   }
@@ -181,12 +181,12 @@ void test_errors() {
   for (int i = 0; i < 50; ++i) CHECK_THROWS(Error, parallel(4, [](Region& region) { throw Error{region.thread}; }));
   for (int culprit = 0; culprit < 3; ++culprit) {
     CHECK_THROWS(std::bad_alloc, parallel(3, [&](Region& region) {
-      if (region.thread == culprit) {
-        sleep_ms(3);
-        throw std::bad_alloc();
-      }
-      CHECK(!region.barrier->wait());
-    }));
+                   if (region.thread == culprit) {
+                     sleep_ms(3);
+                     throw std::bad_alloc();
+                   }
+                   CHECK(!region.barrier->wait());
+                 }));
   }
 }
 
@@ -214,15 +214,18 @@ void test_interruption() {
       Hook hook;
       hook.stop_at = 2;
       const Clock::time_point start = Clock::now();
-      const Outcome outcome = parallel(threads, [&](Region& region) {
-        if (mode != 0 && region.thread == 0 && region.threads > 1) {
-          if (mode == 1) CHECK(!region.barrier->wait());
-          return;
-        }
-        while (region.poll()) {
-        }
-        CHECK(!region.barrier->wait());
-      }, Hook::call, &hook);
+      const Outcome outcome = parallel(
+          threads,
+          [&](Region& region) {
+            if (mode != 0 && region.thread == 0 && region.threads > 1) {
+              if (mode == 1) CHECK(!region.barrier->wait());
+              return;
+            }
+            while (region.poll()) {
+            }
+            CHECK(!region.barrier->wait());
+          },
+          Hook::call, &hook);
       CHECK(outcome == Outcome::interrupted);
       CHECK(hook.calls == 2);
       const double took = seconds(start);
@@ -233,18 +236,24 @@ void test_interruption() {
     Hook hook;
     hook.stop_at = std::numeric_limits<int>::max();
     const Clock::time_point start = Clock::now();
-    parallel(2, [&](Region& region) {
-      while (seconds(start) < 0.3) region.poll();
-    }, Hook::call, &hook);
+    parallel(
+        2,
+        [&](Region& region) {
+          while (seconds(start) < 0.3) region.poll();
+        },
+        Hook::call, &hook);
     CHECK(hook.calls >= 3 && hook.calls <= 120);
   }
   {  // An exception in the hook comes out of run(), wherever it was called.
     for (int mode = 0; mode < 2; ++mode) {
-      CHECK_THROWS(Error, parallel(2, [&](Region& region) {
-        if (mode == 1 && region.thread == 0) return;
-        while (region.poll()) {
-        }
-      }, [](void*) -> bool { throw Error{1}; }));
+      CHECK_THROWS(Error, parallel(
+                              2,
+                              [&](Region& region) {
+                                if (mode == 1 && region.thread == 0) return;
+                                while (region.poll()) {
+                                }
+                              },
+                              [](void*) -> bool { throw Error{1}; }));
     }
   }
   ring(3, 10, 7);
@@ -268,7 +277,8 @@ void test_signals() {
     sigset_t blocked;
     pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
     const bool worker = region.thread != 0;
-    for (int signal : {SIGINT, SIGTERM, SIGUSR1, SIGALRM, SIGCHLD}) CHECK((sigismember(&blocked, signal) == 1) == worker);
+    for (int signal : {SIGINT, SIGTERM, SIGUSR1, SIGALRM, SIGCHLD})
+      CHECK((sigismember(&blocked, signal) == 1) == worker);
     for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) CHECK(sigismember(&blocked, signal) == 0);
     if (worker) {
       char name[16];
@@ -336,12 +346,15 @@ void test_fork() {
     bool failed = false;
     Outcome outcome = Outcome::done;
     try {
-      outcome = parallel(3, [&](Region& region) {
-        if (region.thread == 0 && mode == 1) region.barrier->wait();
-        if (region.thread == 0 && mode != 0) return;
-        while (region.poll()) {
-        }
-      }, hook, &context);
+      outcome = parallel(
+          3,
+          [&](Region& region) {
+            if (region.thread == 0 && mode == 1) region.barrier->wait();
+            if (region.thread == 0 && mode != 0) return;
+            while (region.poll()) {
+            }
+          },
+          hook, &context);
     } catch (const std::runtime_error&) {
       failed = true;
     }
@@ -357,8 +370,8 @@ void test_fork() {
   }
 }
 
-// While other threads are inside regions and at the arena. Not under the address sanitizer, whose own allocator hangs in
-// the child of a process with threads.
+// While other threads are inside regions and at the arena. Not under the address sanitizer, whose own allocator hangs
+// in the child of a process with threads.
 void test_fork_busy() {
   std::atomic<bool> stop{false};
   std::vector<std::thread> busy;
@@ -410,7 +423,8 @@ long page_faults() {
 void test_arena() {
   constexpr std::size_t MiB = std::size_t(1) << 20;
   CHECK(arena_use().live == 0);
-  for (std::size_t bytes : {0, 1, 63, 64, 65, 511, 512, 513, 575, 576, 577, 1023, 1024, 1025, 4095, 4097, 100000, 5000011}) {
+  for (std::size_t bytes :
+       {0, 1, 63, 64, 65, 511, 512, 513, 575, 576, 577, 1023, 1024, 1025, 4095, 4097, 100000, 5000011}) {
     Buffer buffer(bytes);
     CHECK(buffer.data() != nullptr && buffer.size() == bytes);
     CHECK(reinterpret_cast<std::uintptr_t>(buffer.data()) % 64 == 0);
@@ -577,9 +591,13 @@ void test_limits() {
     CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
   };
   // Cached blocks give way to one of another size.
-  { Buffer buffer(256 * MiB); }
+  {
+    Buffer buffer(256 * MiB);
+  }
   allow_more(100 * MiB);
-  { Buffer buffer(300 * MiB); }
+  {
+    Buffer buffer(300 * MiB);
+  }
   CHECK(arena_use().cached > 256 * MiB);
   CHECK_THROWS(std::bad_alloc, Buffer(1000 * MiB));
   CHECK(arena_use().live == 0 && arena_use().cached == 0);
@@ -664,7 +682,8 @@ double best_us(int rounds, int inner, F&& f) {
 
 void bench() {
   for (int threads : {1, 2, 4, 8}) {
-    std::printf("empty region, hot, %d threads: %.2f us\n", threads, best_us(20, 500, [&] { parallel(threads, [](Region&) {}); }));
+    std::printf("empty region, hot, %d threads: %.2f us\n", threads,
+                best_us(20, 500, [&] { parallel(threads, [](Region&) {}); }));
   }
   std::vector<double> cold;
   for (int i = 0; i < 100; ++i) {
@@ -682,10 +701,13 @@ void bench() {
     });
     std::printf("barrier, %d threads: %.3f us\n", threads, us / steps);
   }
-  parallel(1, [](Region& region) {
-    const double us = best_us(5, 100000, [&] { region.poll(); });
-    std::printf("poll: %.1f ns\n", us * 1000);
-  }, [](void*) { return true; });
+  parallel(
+      1,
+      [](Region& region) {
+        const double us = best_us(5, 100000, [&] { region.poll(); });
+        std::printf("poll: %.1f ns\n", us * 1000);
+      },
+      [](void*) { return true; });
 
   const std::size_t bytes = std::size_t(256) << 20;
   const auto touch = [](char* p, std::size_t size) {
@@ -693,8 +715,9 @@ void bench() {
   };
   const auto fill = [](char* p, std::size_t size) { std::memset(p, 1, size); };
   const auto with_malloc = [&](auto use) {
-    char* volatile p = static_cast<char*>(std::malloc(bytes));  // volatile: else the compiler drops the pair
+    char* p = static_cast<char*>(std::malloc(bytes));
     use(p, bytes);
+    asm volatile("" : : "r"(p) : "memory");  // else the compiler drops stores that nobody reads
     std::free(p);
   };
   std::printf("256 MiB, touched / written, ms: malloc %.1f / %.1f", best_us(5, 1, [&] { with_malloc(touch); }) / 1e3,
@@ -720,22 +743,38 @@ int main(int argc, char** argv) {
   alarm(120);
   const std::string part = argc > 1 ? argv[1] : "";
   const std::string option = argc > 2 ? argv[2] : "";
-  if (part == "regions") test_regions();
-  else if (part == "errors") test_errors();
-  else if (part == "interruption") test_interruption();
-  else if (part == "callers") test_callers();
-  else if (part == "signals") test_signals();
-  else if (part == "count") test_count();
-  else if (part == "fork") test_fork();
-  else if (part == "fork_busy") test_fork_busy();
-  else if (part == "exit") test_exit(option);
-  else if (part == "limits") test_limits();
-  else if (part == "arena") test_arena();
-  else if (part == "control_word") test_control_word();
-  else if (part == "isa") print_isa();
-  else if (part == "threads") print_threads();
-  else if (part == "quota") std::printf("%d\n", cgroup_cpus(option.c_str()));
-  else if (part == "bench") bench();
+  if (part == "regions")
+    test_regions();
+  else if (part == "errors")
+    test_errors();
+  else if (part == "interruption")
+    test_interruption();
+  else if (part == "callers")
+    test_callers();
+  else if (part == "signals")
+    test_signals();
+  else if (part == "count")
+    test_count();
+  else if (part == "fork")
+    test_fork();
+  else if (part == "fork_busy")
+    test_fork_busy();
+  else if (part == "exit")
+    test_exit(option);
+  else if (part == "limits")
+    test_limits();
+  else if (part == "arena")
+    test_arena();
+  else if (part == "control_word")
+    test_control_word();
+  else if (part == "isa")
+    print_isa();
+  else if (part == "threads")
+    print_threads();
+  else if (part == "quota")
+    std::printf("%d\n", cgroup_cpus(option.c_str()));
+  else if (part == "bench")
+    bench();
   else {
     std::fprintf(stderr, "no such part: '%s'\n", part.c_str());
     return 2;
