@@ -111,7 +111,7 @@ struct Interrupted {};  // thrown when the poll hook says stop
 
 // T is float or double. Throws std::bad_alloc, std::overflow_error, Interrupted.
 template <class T>
-PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights);
+PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll = {});
 template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call);
 template <class T>

@@ -150,7 +150,7 @@ std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
   for (int i = 0; i < 4; ++i) packed->weights[i] = w[i];
   const Weights<const T> view = weights_of<T>(w, cell, I, H, P);
-  PackedPtr<T> result = without_gil([&] { return pack<T>(cell, I, H, P, view); });
+  PackedPtr<T> result = without_gil([&] { return pack<T>(cell, I, H, P, view, signals()); });
   if constexpr (sizeof(T) == 4)
     packed->f32 = std::move(result);
   else

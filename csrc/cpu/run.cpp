@@ -170,9 +170,12 @@ struct PackAll {
       for (int i = 0; i < all.count; ++i) {
         cpu::PackJob<T> part = all.job[i];
         const Index n = part.block_end;
-        part.block_begin = n * region.thread / region.threads, part.block_end = n * (region.thread + 1) / region.threads;
-        all.pack(part);
-        if (!region.poll()) return;
+        const Index end = n * (region.thread + 1) / region.threads;
+        for (Index block = n * region.thread / region.threads; block < end; ++block) {
+          part.block_begin = block, part.block_end = block + 1;
+          all.pack(part);
+          if (!region.poll()) return;
+        }
       }
     };
     if (cpu::run(threads, body, this, poll.hook, poll.context) == cpu::Outcome::interrupted) throw Interrupted{};
@@ -192,7 +195,7 @@ template <class T>
 void Deleter<T>::operator()(PackedWeights<T>* p) const { delete p; }
 
 template <class T>
-PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights) {
+PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   const CellShape& shape = kernels.shape[int(cell)];
   const Index blocks = blocks_of(H);
@@ -216,7 +219,7 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
   all.job[all.count++] = {weights.weight_ih, H, I, shape.input, input, input_step, 0, blocks};
   all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent, recurrent, recurrent_step, 0, blocks};
   if (shape.recurrent2.count) all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, blocks};
-  all.run(double(shape.gates) * double(H) * double(I + P), {});
+  all.run(double(shape.gates) * double(H) * double(I + P), poll);
 
   const cpu::ControlWord word(flush_subnormals.load());
   std::fill(bias, bias + blocks * shape.accumulators * kBlock, T(0));
@@ -394,7 +397,7 @@ void set_flush_subnormals(bool on) { flush_subnormals = on; }
 
 #define FUSEDRNN_INSTANTIATE(T)                                                             \
   template struct Deleter<T>;                                                               \
-  template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>);                \
+  template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>, Poll);          \
   template TapePtr<T> forward(const ForwardCall<T>&);                                       \
   template void backward(const BackwardCall<T>&);                                           \
   template Index tape_bytes(const Tape<T>&);

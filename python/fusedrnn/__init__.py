@@ -4,8 +4,7 @@
     import fusedrnn.functions as F
     import fusedrnn.layers as L
 
-Layers, models and optimisers are the everyday face, ``functional`` is the stateless one, arrays in, arrays
-out.
+Layers, models and optimisers are the everyday face; ``functional`` is the stateless one, arrays in and out.
 """
 
 from fusedrnn import (
@@ -31,6 +30,7 @@ from fusedrnn.autograd import (
 )
 from fusedrnn.dataloaders import DataLoader, SeqDataLoader
 from fusedrnn.datasets import Dataset
+from fusedrnn.gradcheck import GradcheckError, gradcheck
 from fusedrnn.layers import Layer
 from fusedrnn.models import Model
 
@@ -38,6 +38,7 @@ __all__ = [
     "DataLoader",
     "Dataset",
     "Function",
+    "GradcheckError",
     "Layer",
     "Model",
     "Parameter",
@@ -51,6 +52,7 @@ __all__ = [
     "datasets",
     "functional",
     "functions",
+    "gradcheck",
     "layers",
     "models",
     "no_grad",

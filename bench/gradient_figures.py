@@ -1,0 +1,111 @@
+"""Measures the error of every gradient on every instruction set, and writes docs/accuracy.md's tables.
+
+    python bench/gradient_figures.py            measure, write bench/results/gradients.json and the page
+    python bench/gradient_figures.py --page     only write the page anew from the file
+    python bench/gradient_figures.py --check    only see whether the page is up to date
+
+Beside the sizes of ``fusedrnn gradcheck`` it runs one of those that people train.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "bench" / "results" / "gradients.json"
+PAGE = ROOT / "docs" / "accuracy.md"
+BEGIN, END = "<!-- measured: begin, by bench/gradient_figures.py -->", "<!-- measured: end -->"
+NAMES = {
+    "y": "y",
+    "hT": "final h",
+    "cT": "final c",
+    "h states": "h of every step",
+    "c states": "c of every step",
+}
+
+
+def measure() -> dict[str, Any]:
+    from fusedrnn import gradmatrix, system
+    from fusedrnn.problems import Shape
+
+    def progress(done: int, total: int, row: gradmatrix.Row) -> None:
+        print(
+            end=f"\r\x1b[K{done} of {total}: {row.cell} {row.backend} {row.isa} {row.option}", file=sys.stderr
+        )
+
+    sizes = (*gradmatrix.SIZES, Shape(30, 16, 5, 64))
+    rows = gradmatrix.run_matrix(sizes=sizes, levels=gradmatrix.available_levels() or None, progress=progress)
+    print(file=sys.stderr)
+    for row in rows:
+        if row.passed is not True:
+            print(f"{row.cell} {row.backend} {row.isa} {row.dtype} {row.option}: {row.note}", file=sys.stderr)
+    header, text = gradmatrix.format_tensors(rows)
+    proofs = dict.fromkeys(gradmatrix.variants(), 0.0)
+    for row in rows:
+        if row.backend == gradmatrix.ORACLE:
+            proofs[row.cell] = max(proofs[row.cell], *row.errors.values())
+    return {
+        "environment": system.environment(),
+        "sizes": [list(size) for size in sizes],
+        "options": list(gradmatrix.OPTIONS),
+        "passed": sum(row.passed is True for row in rows),
+        "failed": sum(row.passed is False for row in rows),
+        "not run": sum(row.passed is None for row in rows),
+        "proof limit": gradmatrix.PROOF,
+        "proof": proofs,
+        "header": header,
+        "tensors": text,
+    }
+
+
+def section(report: dict[str, Any]) -> str:
+    """What stands between the markers."""
+    found = report["environment"]
+    machine = found["machine"]
+    sizes = ", ".join("(" + ",".join(map(str, size)) + ")" for size in report["sizes"])
+    lines = [
+        f"{report['passed']} rows passed, {report['failed']} failed, {report['not run']} not run. "
+        f"{machine.get('model name', machine['architecture'])} (family {machine.get('cpu family', '?')}, "
+        f"model {machine.get('model', '?')}), {found['compiler']}, NumPy {found['numpy']}, "
+        f"{found['date'][:10]}, commit {(found['commit'] or 'unknown')[:10]}.",
+        f"(T, B, I, H): {sizes}. Options: {'; '.join(report['options'])}.",
+        "",
+        f"The oracle against complex steps, worst tensor, limit {report['proof limit']:.0e}: "
+        + ", ".join(f"{cell} {error:.0e}" for cell, error in report["proof"].items())
+        + ".",
+    ]
+    _, _, _, *columns = report["header"]
+    for cell, dtype in dict.fromkeys((row[0], row[1]) for row in report["tensors"]):
+        lines += ["", f"### {cell}, {dtype}", "", "| tensor | " + " | ".join(columns) + " |"]
+        lines.append("|---|" + "---:|" * len(columns))
+        for row in report["tensors"]:
+            if (row[0], row[1]) == (cell, dtype):
+                lines.append(f"| {NAMES.get(row[2], row[2])} | " + " | ".join(row[3:]) + " |")
+    return "\n".join(lines)
+
+
+def page(report: dict[str, Any]) -> str:
+    """The page with its measured part replaced."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    return f"{before}{BEGIN}\n{section(report)}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    if sys.argv[1:] == ["--check"]:
+        if page(json.loads(FILE.read_text())) == PAGE.read_text():
+            return 0
+        print("docs/accuracy.md is not what bench/results/gradients.json says: run this with --page")
+        return 1
+    if sys.argv[1:] != ["--page"]:
+        report = measure()
+        FILE.write_text(json.dumps(report, indent=1) + "\n")
+    report = json.loads(FILE.read_text())
+    PAGE.write_text(page(report))
+    return 1 if report["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

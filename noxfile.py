@@ -1,0 +1,38 @@
+"""nox -s lint | tests | bench | docs: each in an environment of its own."""
+
+import nox
+
+nox.options.sessions = ["lint", "tests"]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """What .ci/run checks before it builds."""
+    session.install("ruff", "mypy", "clang-format", "numpy")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    sources = session.run("git", "ls-files", "*.h", "*.cpp", external=True, silent=True, log=False)
+    session.run("clang-format", "--dry-run", "-Werror", *sources.split())
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The whole suite, as far as the extras at hand go."""
+    session.install(".[cli,plot,numba,test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmark against PyTorch."""
+    session.install(".[bench,torch]")
+    session.run("fusedrnn", "bench", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The measured pictures and tables of README and docs, drawn again from their sources."""
+    session.install(".[plot]")
+    session.run("python", "docs/gradient_norms.py")
+    session.run("python", "bench/plot_readme.py")

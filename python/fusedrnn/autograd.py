@@ -1,0 +1,502 @@
+"""The tape: define-by-run variables, the functions that join them, and the walk back.
+
+A ``Function`` turns arrays into arrays and remembers the variables it was given; a ``Variable`` remembers the
+function that made it. That chain is the whole graph: ``backward`` walks it from the newest function to the
+oldest, ``unchain_backward`` cuts it. Functions hold their outputs by weak references, so that a graph that
+nobody looks at any more is freed at once, without the garbage collector.
+
+First derivatives only: gradients are not themselves part of a graph.
+"""
+
+# mypy: disable-error-code="no-any-return"
+# NumPy methods on arrays of open dtype give Any
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+class Config(threading.local):
+    """Switches of the calling thread."""
+
+    enable_backprop = True  # record a graph
+    train = True  # dropout acts
+
+
+config = Config()
+
+
+@contextlib.contextmanager
+def using_config(name: str, value: bool) -> Iterator[None]:
+    """Set ``config.name`` for the time of a ``with`` block."""
+    if name not in ("enable_backprop", "train"):
+        raise ValueError(f"using_config: name is {name!r}, expected 'enable_backprop' or 'train'")
+    old = getattr(config, name)
+    setattr(config, name, value)
+    try:
+        yield
+    finally:
+        setattr(config, name, old)
+
+
+def no_grad() -> contextlib.AbstractContextManager[None]:
+    """Within the block no graph is recorded and nothing is kept for a backward pass."""
+    return using_config("enable_backprop", False)
+
+
+def test_mode() -> contextlib.AbstractContextManager[None]:
+    """Within the block dropout passes its input through."""
+    return using_config("train", False)
+
+
+class Variable:
+    """An array with a gradient and a memory of the function that made it.
+
+    ``grad`` is a Variable of the same shape and dtype, or None. ``version`` counts how often ``data`` was
+    set (an in-place operator such as ``v.data += 1`` sets it too; writing to elements, ``v.data[0] = 1``,
+    does not). Where it has changed between a function's forward and backward pass, backward is an error.
+    """
+
+    __slots__ = ("__weakref__", "_data", "creator", "grad", "name", "requires_grad", "version")
+    __array_ufunc__ = None  # array + variable is Variable.__radd__, not a loop over the array's elements
+
+    def __init__(self, data: Array | None, name: str | None = None) -> None:
+        self._data: Any = _checked(data)
+        self.name = name
+        self.grad: Variable | None = None
+        self.creator: Function | None = None
+        self.requires_grad = True
+        self.version = 0
+
+    @property
+    def data(self) -> Any:
+        return self._data
+
+    @data.setter
+    def data(self, value: Array | None) -> None:
+        self._data = _checked(value)
+        self.version += 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._data.shape
+
+    @property
+    def ndim(self) -> int:
+        return self._data.ndim
+
+    @property
+    def size(self) -> int:
+        return self._data.size
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._data.dtype
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __repr__(self) -> str:
+        text = "None" if self._data is None else str(self._data).replace("\n", "\n" + " " * 9)
+        return f"variable({text})"
+
+    def cleargrad(self) -> None:
+        self.grad = None
+
+    def backward(self, retain_grad: bool = False, create_graph: bool = False) -> None:
+        """Add the gradient of this variable to the ``grad`` of every variable it was made from.
+
+        It starts from ``grad`` where that is set, else from ones. Gradients of variables in between are
+        dropped, unless ``retain_grad``.
+        """
+        if create_graph:
+            raise NotImplementedError(
+                "create_graph=True: only first derivatives exist; no function here, the fused recurrent ones "
+                "above all, has a differentiable backward pass"
+            )
+        if self.grad is None:
+            self.grad = Variable(np.ones_like(self._data))
+        if self.creator is None:
+            return
+        heap = [(-self.creator.order, self.creator)]  # newest first; the order is unique
+        seen = {self.creator}
+        with no_grad():
+            while heap:
+                function = heapq.heappop(heap)[1]
+                for x, gradient in zip(function.inputs, function.gradients(retain_grad), strict=True):
+                    if gradient is None or not x.requires_grad:
+                        continue
+                    x.grad = gradient if x.grad is None else Variable(x.grad._data + gradient._data)
+                    if x.creator is not None and x.creator not in seen:
+                        seen.add(x.creator)
+                        heapq.heappush(heap, (-x.creator.order, x.creator))
+
+    def unchain(self) -> None:
+        """Forget the function that made this variable."""
+        self.creator = None
+
+    def unchain_backward(self) -> None:
+        """Cut the graph behind this variable; every value stays.
+
+        Every output of every function on the way is cut, not only those that led here: the carried state
+        that a fused node gave beside its output must not lead the next chunk's gradients back into this one.
+        """
+        functions = [] if self.creator is None else [self.creator]
+        seen = set(functions)
+        while functions:
+            function = functions.pop()
+            for reference in function.outputs:
+                output = reference()
+                if output is not None:
+                    output.creator = None
+            for x in function.inputs:
+                if x.creator is not None and x.creator not in seen:
+                    seen.add(x.creator)
+                    functions.append(x.creator)
+
+    def reshape(self, *shape: Any) -> Variable:
+        return Reshape(shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape)(self)
+
+    def transpose(self, *axes: Any) -> Variable:
+        if len(axes) == 1 and not isinstance(axes[0], int):
+            return Transpose(axes[0])(self)
+        return Transpose(axes or None)(self)
+
+    @property
+    def T(self) -> Variable:
+        return Transpose(None)(self)
+
+    def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Variable:
+        return Sum(axis, keepdims)(self)
+
+    def __getitem__(self, index: Any) -> Variable:
+        return GetItem(index)(self)
+
+    def __neg__(self) -> Variable:
+        return Neg()(self)
+
+    def __add__(self, other: Any) -> Variable:
+        return Add()(self, as_operand(other, self))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Variable:
+        return Sub()(self, as_operand(other, self))
+
+    def __rsub__(self, other: Any) -> Variable:
+        return Sub()(as_operand(other, self), self)
+
+    def __mul__(self, other: Any) -> Variable:
+        return Mul()(self, as_operand(other, self))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Variable:
+        return Div()(self, as_operand(other, self))
+
+    def __rtruediv__(self, other: Any) -> Variable:
+        return Div()(as_operand(other, self), self)
+
+    def __pow__(self, exponent: float) -> Variable:
+        return Pow(exponent)(self)
+
+    def __matmul__(self, other: Any) -> Variable:
+        return MatMul()(self, other)
+
+    def __rmatmul__(self, other: Any) -> Variable:
+        return MatMul()(other, self)
+
+
+class Parameter(Variable):
+    """A variable that a layer owns and an optimiser moves.
+
+    ``private`` is true as long as no reference to its array has left the library: then nobody can have
+    written into it unseen, and a layer may keep a packed copy of it for as long as ``version`` stays.
+    """
+
+    __slots__ = ("private",)
+
+    def __init__(self, data: Array | None, name: str | None = None) -> None:
+        super().__init__(data, name)
+        self.private = data is None
+
+    @property
+    def data(self) -> Any:
+        self.private = False
+        return self._data
+
+    @data.setter
+    def data(self, value: Array | None) -> None:
+        self.private = False
+        self._data = _checked(value)
+        self.version += 1
+
+    def assign(self, value: Array) -> None:
+        """Take over an array that nobody else holds."""
+        self._data = value
+        self.version += 1
+        self.private = True
+
+
+def _checked(data: Any) -> Any:
+    if isinstance(data, np.generic):  # what NumPy makes of sums of arrays without axes
+        return np.asarray(data)
+    if data is not None and not isinstance(data, np.ndarray):
+        raise TypeError(f"data is a {type(data).__name__}, expected a NumPy array or None")
+    return data
+
+
+def as_array(x: Any) -> Array:
+    """Plain numbers as arrays without axes."""
+    return np.asarray(x)
+
+
+def as_variable(x: Any) -> Variable:
+    """Variables as they are; arrays and numbers as constants, which nobody asks a gradient of."""
+    if isinstance(x, Variable):
+        return x
+    variable = Variable(np.asarray(x))
+    variable.requires_grad = False
+    return variable
+
+
+def as_operand(x: Any, other: Variable) -> Variable:
+    """As ``as_variable``; a plain number takes the other operand's precision."""
+    if type(x) in (int, float, bool):
+        return as_variable(np.asarray(x, dtype=np.result_type(other.dtype, x)))
+    return as_variable(x)
+
+
+_order = itertools.count()
+
+
+class Function:
+    """One node of the graph. A subclass gives ``forward`` and ``backward``.
+
+    ``forward`` takes arrays and returns an array or a tuple of arrays. ``backward`` takes for each output its
+    gradient, a Variable, or None where nothing arrived (possible only with several outputs); it returns for
+    each input a gradient (a Variable or an array) or None. While a graph is recorded, ``inputs`` holds the
+    variables that came in and ``outputs`` weak references to those that went out.
+    """
+
+    inputs: tuple[Variable, ...] = ()
+    outputs: tuple[weakref.ref[Variable], ...] = ()
+    versions: tuple[int, ...] = ()
+    order = 0
+    needs_backward = True  # else forward need keep nothing
+
+    def __call__(self, *inputs: Any) -> Any:
+        variables = tuple([x if isinstance(x, Variable) else as_variable(x) for x in inputs])
+        self.needs_backward = config.enable_backprop and any(x.requires_grad for x in variables)
+        if self.needs_backward:
+            self.inputs = variables  # set before forward: that is where forward can ask who needs a gradient
+        ys = self.forward(*[x._data for x in variables])
+        outputs = tuple([Variable(np.asarray(y)) for y in (ys if isinstance(ys, tuple) else (ys,))])
+        if self.needs_backward:
+            self.versions = tuple([x.version for x in variables])
+            self.order = next(_order)
+            self.outputs = tuple([weakref.ref(y) for y in outputs])
+            for y in outputs:
+                y.creator = self
+        else:
+            for y in outputs:
+                y.requires_grad = not config.enable_backprop  # of constants alone: constant again
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def forward(self, *xs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def backward(self, *gys: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__}.backward")
+
+    def gradients(self, retain_grad: bool) -> list[Variable | None]:
+        """Gradients of the inputs from those of the outputs, checked, each in its input's dtype."""
+        name = type(self).__name__
+        outputs = [reference() for reference in self.outputs]
+        for what, pairs in (
+            ("input", zip(self.inputs, self.versions, strict=True)),
+            ("output", ((y, 0) for y in outputs if y is not None)),
+        ):
+            for k, (variable, version) in enumerate(pairs):
+                if variable.version != version:
+                    raise RuntimeError(
+                        f"{name}: {what} {k} ({variable.name or 'unnamed'}) was changed after forward; "
+                        "call backward before changing it, or unchain_backward to leave older steps behind"
+                    )
+        result = self.backward(*[None if y is None else y.grad for y in outputs])
+        gradients = result if isinstance(result, tuple) else (result,)
+        if len(gradients) != len(self.inputs):
+            raise ValueError(f"{name}.backward gave {len(gradients)} gradients for {len(self.inputs)} inputs")
+        if not retain_grad:
+            for y in outputs:
+                if y is not None:
+                    y.grad = None
+        return [_gradient(g, x, name) for g, x in zip(gradients, self.inputs, strict=True)]
+
+
+def _gradient(gradient: Any, x: Variable, name: str) -> Variable | None:
+    if gradient is None:
+        return None
+    array = gradient._data if isinstance(gradient, Variable) else np.asarray(gradient)
+    if array.shape != x.shape:
+        raise ValueError(
+            f"{name}.backward gave a gradient of shape {array.shape}, expected {x.shape}, as its input"
+        )
+    if array.dtype != x.dtype and x.dtype.kind == "f":
+        array = array.astype(x.dtype)
+    return Variable(array)
+
+
+def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """The sum over the axes along which ``shape`` was broadcast to ``x.shape``."""
+    if x.shape == shape:
+        return x
+    lead = x.ndim - len(shape)
+    ones = tuple(k + lead for k, n in enumerate(shape) if n == 1 and x.shape[k + lead] != 1)
+    total: Array = x.sum(axis=tuple(range(lead)) + ones, keepdims=True)
+    return total.reshape(shape)
+
+
+# What Variable's operators are made of; further functions are in functions.py.
+
+
+class Add(Function):
+    def forward(self, a: Array, b: Array) -> Array:
+        return a + b
+
+    def backward(self, gy: Variable) -> tuple[Array, ...]:
+        a, b = self.inputs
+        return sum_to(gy._data, a.shape), sum_to(gy._data, b.shape)
+
+
+class Sub(Function):
+    def forward(self, a: Array, b: Array) -> Array:
+        return a - b
+
+    def backward(self, gy: Variable) -> tuple[Array, ...]:
+        a, b = self.inputs
+        return sum_to(gy._data, a.shape), sum_to(-gy._data, b.shape)
+
+
+class Mul(Function):
+    def forward(self, a: Array, b: Array) -> Array:
+        return a * b
+
+    def backward(self, gy: Variable) -> tuple[Array | None, ...]:
+        a, b = self.inputs
+        return (
+            sum_to(gy._data * b._data, a.shape) if a.requires_grad else None,
+            sum_to(gy._data * a._data, b.shape) if b.requires_grad else None,
+        )
+
+
+class Div(Function):
+    def forward(self, a: Array, b: Array) -> Array:
+        return a / b
+
+    def backward(self, gy: Variable) -> tuple[Array | None, ...]:
+        a, b = self.inputs
+        return (
+            sum_to(gy._data / b._data, a.shape) if a.requires_grad else None,
+            sum_to(-gy._data * a._data / b._data**2, b.shape) if b.requires_grad else None,
+        )
+
+
+class Neg(Function):
+    def forward(self, a: Array) -> Array:
+        return -a
+
+    def backward(self, gy: Variable) -> Array:
+        return -gy._data
+
+
+class Pow(Function):
+    """A plain number as exponent."""
+
+    def __init__(self, exponent: float) -> None:
+        if isinstance(exponent, Variable | np.ndarray):
+            raise TypeError(f"exponent is a {type(exponent).__name__}, expected a plain number")
+        self.exponent = exponent
+
+    def forward(self, a: Array) -> Array:
+        return a**self.exponent
+
+    def backward(self, gy: Variable) -> Array:
+        return gy._data * self.exponent * self.inputs[0]._data ** (self.exponent - 1)
+
+
+class MatMul(Function):
+    def forward(self, a: Array, b: Array) -> Array:
+        if a.ndim != 2 or b.ndim != 2:
+            raise ValueError(f"matmul: shapes {a.shape} and {b.shape}, expected two matrices")
+        return a @ b
+
+    def backward(self, gy: Variable) -> tuple[Array | None, ...]:
+        a, b = self.inputs
+        return (
+            gy._data @ b._data.T if a.requires_grad else None,
+            a._data.T @ gy._data if b.requires_grad else None,
+        )
+
+
+class Sum(Function):
+    def __init__(self, axis: int | tuple[int, ...] | None, keepdims: bool) -> None:
+        self.axis, self.keepdims = axis, keepdims
+
+    def forward(self, a: Array) -> Array:
+        return a.sum(axis=self.axis, keepdims=self.keepdims)
+
+    def backward(self, gy: Variable) -> Array:
+        gradient = gy._data
+        if self.axis is not None and not self.keepdims:
+            gradient = np.expand_dims(gradient, self.axis)
+        return np.broadcast_to(gradient, self.inputs[0].shape)
+
+
+class Reshape(Function):
+    def __init__(self, shape: Any) -> None:
+        self.shape = shape
+
+    def forward(self, a: Array) -> Array:
+        return a.reshape(self.shape)
+
+    def backward(self, gy: Variable) -> Array:
+        return gy._data.reshape(self.inputs[0].shape)
+
+
+class Transpose(Function):
+    def __init__(self, axes: tuple[int, ...] | None) -> None:
+        self.axes = axes
+
+    def forward(self, a: Array) -> Array:
+        return a.transpose(self.axes)
+
+    def backward(self, gy: Variable) -> Array:
+        return gy._data.transpose(None if self.axes is None else np.argsort(self.axes))
+
+
+class GetItem(Function):
+    def __init__(self, index: Any) -> None:
+        self.index = index
+
+    def forward(self, a: Array) -> Array:
+        return a[self.index]
+
+    def backward(self, gy: Variable) -> Array:
+        gradient = np.zeros(self.inputs[0].shape, gy.dtype)
+        index = self.index if isinstance(self.index, tuple) else (self.index,)
+        if all(isinstance(k, int | slice | None) or k is Ellipsis for k in index):
+            gradient[self.index] = gy._data
+        else:
+            np.add.at(gradient, self.index, gy._data)  # such an index may name an element twice
+        return gradient

@@ -1,0 +1,365 @@
+"""The Numba backend: the Python cells compiled at run time, for machines without a C++ compiler.
+
+Importing this file does not import Numba. The kernels are in ``numba_kernels``; here arguments are checked
+and arrays laid out for them. The rows of a batch are shared out among threads of our own, because Numba's
+abort the process when two threads of the caller meet in them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedrnn.backends.arguments import (
+    ForwardArguments,
+    check_backward,
+    check_cell,
+    check_forward,
+    check_weights,
+)
+from fusedrnn.backends.protocol import Array, Forward, Gradients, State, Weights
+from fusedrnn.cells import GRU, Cell
+from fusedrnn.threads import get_num_threads
+
+NARROW = 16  # below this input size, dx is made of dot products
+CHUNK = 1 << 19  # bytes of da before they go into dx and the weight gradients
+AHEAD = 32  # rows whose input products are made in one go, where a step has fewer
+WORTH_A_THREAD = 10_000_000  # multiplications
+
+
+class Packed(NamedTuple):
+    """Copies of the weights in the kernels' order, and the arrays they were made of."""
+
+    cell: Cell
+    weights: Weights
+    ih_t: Array  # (I, G*H), rows of zeros added up to a multiple of four
+    hh_t: Array  # (H, G*H), the same
+    bias: Array  # (columns of gates,)
+    ih: Array  # (G*H, I)
+    hh: Array  # (G*H, H)
+
+
+class Order(NamedTuple):
+    """The positions of the valid steps; see ``numba_kernels``."""
+
+    rows: Array
+    before: Array
+    start: Array  # (T, B + 1): where the positions of t, from row b on, begin
+    final: Array  # (B,): of each row's last state
+    held: Array | None  # (T*B,): of the state that stands at each step; None where all steps are valid
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What backward needs. x and y are borrowed."""
+
+    arguments: ForwardArguments
+    packed: Packed
+    order: Order
+    state0: State  # (B + 1, H) each, the last row zeros
+    gates: Array
+    h: Array
+    c: Array
+
+    @property
+    def bytes(self) -> int:
+        """Bytes saved for backward beside x and y."""
+        arrays = [*self.packed[2:], *self.order[:4], *self.state0, self.gates, self.c]
+        return sum(a.nbytes for a in arrays) + (0 if self.order.held is None else self.h.nbytes)
+
+
+class NumbaBackend:
+    """Every cell in float32 and float64; see ``protocol`` for the methods.
+
+    The first call for a cell and dtype compiles it, which takes seconds; Numba keeps the result on disk.
+    """
+
+    name = "numba"
+
+    def unavailable(self) -> str | None:
+        """None, or why Numba is missing."""
+        return _unavailable()
+
+    def pack(self, cell: Cell, weights: Weights) -> Packed:
+        """Weights prepared for repeated calls, stale as soon as one of them changes."""
+        checked, I, H = check_weights(cell, weights)
+        G = cell.gates
+        x_gates = list(range(G))
+        bias_ih, bias_hh = (
+            np.zeros((G, H), checked.weight_ih.dtype) if b is None else b.reshape(G, H) for b in checked[2:]
+        )
+        bias = bias_ih + bias_hh
+        if _reset_after(cell):
+            x_gates = [2, 0, 1]
+            bias = np.concatenate([bias_ih[2:], bias[:2], bias_hh[2:]])
+        ih = checked.weight_ih.reshape(G, H, I)[x_gates].reshape(G * H, I)
+        hh = checked.weight_hh.copy()
+        return Packed(cell, checked, _transposed(ih), _transposed(hh), bias.reshape(-1), ih, hh)
+
+    def forward(
+        self,
+        cell: Cell,
+        x: Array,
+        weights: Weights | Packed,
+        state0: State | None = None,
+        *,
+        lengths: Array | None = None,
+        reset: Array | None = None,
+        reverse: bool = False,
+        return_states: bool = False,
+        save: str | None = "all",
+    ) -> Forward:
+        """One layer, one direction, the whole sequence."""
+        packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
+        if packed.cell != check_cell(cell):
+            raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
+        a = check_forward(
+            cell,
+            x,
+            packed.weights,
+            state0,
+            lengths=lengths,
+            reset=reset,
+            reverse=reverse,
+            return_states=return_states,
+            save=save,
+        )
+        if a.save == "borders":
+            raise ValueError('save: "borders" is not built in the numba backend; use "all", or the reference')
+        T, B, _, H, _ = a.sizes
+        dtype = a.x.dtype
+        loop = _kernels().forward_loop(cell, dtype)
+        order = _order(a)
+        N = len(order.rows)
+        two = "c" in cell.states
+        initial = np.zeros((2, B + 1, H), dtype)
+        for padded, s in zip(initial, a.state0 or (), strict=False):
+            padded[:B] = s
+        h0, c0 = initial[0], initial[1] if two else _nothing(B + 1, 0, dtype)
+        h, c = np.empty((N, H), dtype), np.empty((N, H if two else 0), dtype)
+        keep = a.save is not None and cell.name != "rnn"
+        groups = _groups(a, order)
+        ahead = max(1, AHEAD // B) if B and len(groups) == 1 else 1
+        gates = _nothing(N if keep else 0, len(packed.bias), dtype)
+
+        def run(first: Array, last: Array) -> None:
+            most = int((last - first).max(initial=0))
+            scratch = gates if keep else np.empty((most * ahead, len(packed.bias)), dtype)
+            loop(
+                scratch, h, c, a.x, order.rows, order.before, first, last, h0, c0,
+                packed.ih_t, packed.hh_t, packed.bias, _two_phases(cell), a.reverse, keep, ahead,
+            )  # fmt: skip
+
+        _share(run, groups)
+        state = list(zip((h, c), (h0, c0), cell.states, strict=False))
+        stateT = tuple(_at(values, s, order.final) for values, s, _ in state)
+        states = None
+        if order.held is None:
+            y = h.reshape(T, B, H)
+            if a.return_states:
+                states = tuple(values.reshape(T, B, H).copy() for values, *_ in state)
+        else:
+            y = np.zeros((T, B, H), dtype)
+            y.reshape(T * B, H)[order.rows] = h
+            if a.return_states:
+                states = tuple(_at(values, s, order.held).reshape(T, B, H) for values, s, _ in state)
+        tape = None if a.save is None else Tape(a, packed, order, (h0, c0), gates, h, c)
+        return Forward(y, stateT, states, tape)
+
+    def backward(
+        self,
+        tape: Tape,
+        dy: Array | None = None,
+        dstateT: tuple[Array | None, ...] | None = None,
+        dstates: tuple[Array | None, ...] | None = None,
+        *,
+        need: Collection[str] | None = None,
+    ) -> Gradients:
+        """Gradients of everything in ``need``."""
+        if not isinstance(tape, Tape):
+            raise TypeError(
+                f"tape: expected what forward of the numba backend returned, got {type(tape).__name__}"
+            )
+        a, packed, order = tape.arguments, tape.packed, tape.order
+        b = check_backward(
+            a.cell, a.weights, a.sizes, dy, dstateT, dstates, need=need, return_states=a.return_states
+        )
+        T, B, I, H, _ = a.sizes
+        dtype = a.x.dtype
+        loop = _kernels().backward_loop(a.cell, dtype)
+        two = "c" in a.cell.states
+
+        def steps(d: Array | None) -> Array:
+            return _nothing(T * B, 0, dtype) if d is None else d.reshape(T * B, H)
+
+        def start(d: Array | None, width: int) -> Array:
+            return np.zeros((B, width), dtype) if d is None else d.copy()
+
+        final, every = ((*(d or ()), None, None) for d in (b.dstateT, b.dstates))
+        upstream = steps(b.dy), steps(every[0]), steps(every[1])
+        dh, dc = start(final[0], H), start(final[1], H if two else 0)
+        all_valid = order.held is None
+        dx = (np.empty if all_valid else np.zeros)((T * B, I if "x" in b.need else 0), dtype)
+        narrow = I < NARROW
+        rows = max(1, CHUNK // (len(packed.bias) * dtype.itemsize))
+        bias_needed = bool(b.need & {"bias_ih", "bias_hh"})
+        columns = packed.ih_t.shape[1]
+        groups = _groups(a, order)
+        sums = [
+            (
+                np.zeros((len(packed.ih_t) if "weight_ih" in b.need else 0, columns), dtype),
+                np.zeros((len(packed.hh_t) if "weight_hh" in b.need else 0, columns), dtype),
+                np.zeros((int(bias_needed), len(packed.bias)), dtype),
+            )
+            for _ in groups
+        ]
+
+        def run(first: Array, last: Array, dih: Array, dhh: Array, dbias: Array) -> None:
+            chunk = min(rows, int((last - first).sum()))
+            loop(
+                dx, dih, dhh, dbias, dh, dc, *upstream, tape.gates, tape.h, tape.c,
+                a.x, order.rows, order.before, first, last, *tape.state0,
+                packed.ih_t if narrow else packed.ih, packed.hh,
+                narrow, _two_phases(a.cell), a.reverse, chunk,
+            )  # fmt: skip
+
+        _share(run, [(*group, *s) for group, s in zip(groups, sums, strict=True)])
+        dih, dhh, dbias = (functools.reduce(np.add, parts) for parts in zip(*sums, strict=True))
+        return Gradients(
+            dx.reshape(T, B, I) if "x" in b.need else None,
+            _unpacked(a.cell, b.need, dih[:I], dhh[:H], dbias),
+            ((dh, dc) if two else (dh,)) if "state0" in b.need else None,
+        )
+
+
+@functools.cache
+def _unavailable() -> str | None:
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed: pip install 'fusedrnn[numba]'"
+    try:
+        _kernels()
+    except ImportError as error:  # NumPy is too new for it, say
+        return f"numba cannot be imported: {error}"
+    return None
+
+
+def _kernels() -> Any:
+    return importlib.import_module("fusedrnn.backends.numba_kernels")
+
+
+def _reset_after(cell: Cell) -> bool:
+    return isinstance(cell, GRU) and cell.reset_after
+
+
+def _two_phases(cell: Cell) -> bool:
+    return isinstance(cell, GRU) and not cell.reset_after
+
+
+def _nothing(rows: int, columns: int, dtype: np.dtype[Any]) -> Array:
+    return np.empty((rows, columns), dtype)
+
+
+def _transposed(w: Array) -> Array:
+    """w transposed, with rows of zeros up to a multiple of four."""
+    rows, columns = w.shape
+    w_t = np.zeros((-(-columns // 4) * 4, rows), w.dtype)
+    w_t[:columns] = w.T
+    return w_t
+
+
+def _order(a: ForwardArguments) -> Order:
+    """The positions of the valid steps, from lengths, resets and direction."""
+    T, B = a.sizes[:2]
+    own, cleared = -1 - np.arange(B), -1 - B
+    valid = np.ones((T, B), bool) if a.lengths is None else np.arange(T)[:, None] < a.lengths
+    start = np.zeros((T, B + 1), np.int64)
+    counts = valid.cumsum().reshape(T, B)
+    start[:, 1:] = counts
+    start[1:, 0] = counts[:-1, -1] if B else 0
+    position = start[:, :B]
+    before = np.empty((T, B), np.int64)
+    if T:
+        if a.reverse:
+            before[:-1] = position[1:]
+            before[-1] = own
+            if a.lengths is not None:
+                (some,) = a.lengths.nonzero()
+                before[a.lengths[some] - 1, some] = own[some]
+            if a.reset is not None:
+                before[:-1][a.reset[1:] & valid[1:]] = cleared
+        else:
+            before[1:] = position[:-1]
+            before[0] = own
+            if a.reset is not None:
+                before[a.reset] = cleared
+    final = own.copy()
+    if a.lengths is None:
+        if T:
+            final = position[0 if a.reverse else -1].copy()
+        return Order(np.arange(T * B), before.reshape(-1), start, final, None)
+    if T:
+        (some,) = a.lengths.nonzero()
+        final[some] = position[0 if a.reverse else a.lengths[some] - 1, some]
+    held = np.where(valid, position, own if a.reverse else final)
+    return Order(np.flatnonzero(valid), before[valid], start, final, held.reshape(-1))
+
+
+def _groups(a: ForwardArguments, order: Order) -> list[tuple[Array, Array]]:
+    """Bounds (first, last) of the positions of each t, one pair for each thread that is worth it."""
+    T, B, I, H, _ = a.sizes
+    rows = np.full(B, T) if a.lengths is None else a.lengths
+    work = len(order.rows) * a.cell.gates * H * (I + H)
+    count = max(1, min(get_num_threads(), B // 4, work // WORTH_A_THREAD))
+    total = rows.cumsum()
+    cuts = [0, *(int(np.searchsorted(total, k * total[-1] / count)) for k in range(1, count)), B]
+    return [
+        (np.ascontiguousarray(order.start[:, lo]), np.ascontiguousarray(order.start[:, hi]))
+        for lo, hi in itertools.pairwise(cuts)
+    ]
+
+
+def _share(run: Callable[..., None], groups: Sequence[tuple[Array, ...]]) -> None:
+    """Run every group, all but the first in a thread of its own."""
+    if len(groups) == 1:
+        run(*groups[0])
+        return
+    with ThreadPoolExecutor(len(groups) - 1) as threads:
+        others = [threads.submit(run, *group) for group in groups[1:]]
+        run(*groups[0])
+        for other in others:
+            other.result()
+
+
+def _at(values: Array, initial: Array, positions: Array) -> Array:
+    """The states at these positions."""
+    out = np.empty((len(positions), values.shape[1]), values.dtype)
+    computed = positions >= 0
+    out[computed] = values[positions[computed]]
+    out[~computed] = initial[-1 - positions[~computed]]
+    return out
+
+
+def _unpacked(cell: Cell, need: frozenset[str], dih_t: Array, dhh_t: Array, dbias: Array) -> Weights:
+    """The gradients of the weights, in the order of the weights."""
+    H = dhh_t.shape[1] // cell.gates
+
+    def rows(columns: Array, gates: tuple[int, ...]) -> Array:
+        return np.concatenate([columns[:, g * H : (g + 1) * H].T for g in gates])
+
+    after = _reset_after(cell)
+    natural = tuple(range(cell.gates))
+    x_gates = (1, 2, 0) if after else natural
+    return Weights(
+        rows(dih_t, x_gates) if "weight_ih" in need else None,
+        rows(dhh_t, natural) if "weight_hh" in need else None,
+        rows(dbias, x_gates)[:, 0] if "bias_ih" in need else None,
+        rows(dbias, (1, 2, 3) if after else natural)[:, 0] if "bias_hh" in need else None,
+    )

@@ -1,0 +1,288 @@
+"""The command line: ``fusedrnn info | gradcheck | bench | train``.
+
+Exit codes: 0 done, 1 a check failed or a run broke off, 2 the command cannot be run as given, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from fusedrnn import backends, programs, system, terminal
+from fusedrnn.cells import CELLS
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class Failed(Exception):
+    """A check failed; the message is what the user reads."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def positive(text: str) -> int:
+    """A count of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def shape(text: str) -> Any:
+    """``T,B,I,H``"""
+    from fusedrnn.problems import Shape
+
+    try:
+        sizes = Shape(*map(int, text.split(",")))
+    except (TypeError, ValueError):
+        sizes = Shape(0, 0, 0, 0)
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected four whole numbers T,B,I,H of at least 1 each, for example 30,128,7,100, got {text!r}"
+        )
+    return sizes
+
+
+def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    """A list of names with commas in between; an empty text is an empty list."""
+
+    def parse(text: str) -> list[str]:
+        found = [name for name in text.split(",") if name]
+        for name in found:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"expected names out of {', '.join(allowed)}, got {name!r}")
+        return found
+
+    return parse
+
+
+def note(text: str) -> None:
+    """How far it is, in the last line of a terminal; an empty text clears it."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Shows the version, the compiler, the instruction sets that were built, that this processor has and "
+        "that is in use, the number of threads, and each backend; where one cannot run here, why."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    found = system.info()
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+
+    def listed(values: Sequence[str]) -> str:
+        return " ".join(values) or "none"
+
+    rows = [
+        ("version", found["version"]),
+        ("Python", found["python"]),
+        ("NumPy", found["numpy"]),
+        ("compiler", found["compiler"] or "no compiled module"),
+        ("instruction sets built", listed(found["built"])),
+        ("instruction sets detected", listed(found["detected"])),
+        ("instruction set in use", found["isa"] or "none"),
+        ("threads", str(found["threads"])),
+    ]
+    for name, why in found["backends"].items():
+        default = ", the default here" if name == found["backend"] else ""
+        rows.append((f"backend {name}", f"absent: {why}" if why else f"available{default}"))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:{width}}  {value}")
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    from fusedrnn import bench
+
+    parser.description = (
+        "Times forward + backward of one layer, every gradient included, beside NumPy and PyTorch. All take "
+        "part in one run with the same numbers and the same count of threads; each result is checked before "
+        "it is timed. A ratio above 1 means that fusedrnn is faster."
+    )
+    parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64"), default="float32", help="the dtype (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shape",
+        type=shape,
+        nargs="+",
+        metavar="T,B,I,H",
+        help="time steps, batch, input size, hidden size (default: a list of eleven)",
+    )
+    parser.add_argument(
+        "--peers",
+        type=names(bench.PEERS),
+        metavar="NAMES",
+        help=f"out of {','.join(bench.PEERS)} (default: reference, and torch if installed)",
+    )
+    parser.add_argument("--backend", choices=backends.NAMES, help="our backend (default: the fastest)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads for everybody")
+    parser.add_argument("--quick", action="store_true", help="three small shapes, few repetitions")
+    parser.add_argument("--json", metavar="FILE", help="also write the result to FILE")
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from fusedrnn import bench, problems
+
+    peers = args.peers
+    if peers is None:
+        peers = ["reference"]
+        if (why := bench.unavailable("torch")) is None:
+            peers.append("torch")
+        else:
+            print(f"without torch: {why}", file=sys.stderr)
+    shapes = args.shape or (problems.QUICK if args.quick else problems.SPEED)
+    if args.json:
+        open(args.json, "a").close()  # before an hour of work, not after it
+
+    done: list[dict[str, Any]] = []
+
+    def progress(row: dict[str, Any]) -> None:
+        done.append(row)
+        note(f"{len(done)} of {len(shapes)} shapes")
+
+    report = bench.run(
+        CELLS[args.cell](),
+        dtype=args.dtype,
+        shapes=shapes,
+        peers=peers,
+        backend=args.backend,
+        threads=args.threads,
+        quick=args.quick,
+        progress=progress,
+    )
+    note("")
+    if args.json:
+        bench.save(report, args.json)
+    terminal.table(*bench.table(report))
+    for line in bench.summary(report):
+        print(line)
+
+
+def add_gradcheck(parser: argparse.ArgumentParser) -> None:
+    from fusedrnn import gradmatrix
+
+    parser.description = (
+        "Compares every output and gradient of every cell, backend, dtype and option with a reference in "
+        "long double, which is itself proved by complex-step derivatives, and prints the worst error of each "
+        "beside that of plain NumPy. Exit code 1 where one is too large."
+    )
+    parser.add_argument("--cell", choices=list(CELLS), nargs="+", help="only these cells")
+    parser.add_argument(
+        "--backend", choices=(gradmatrix.ORACLE, *backends.NAMES), nargs="+", help="only these backends"
+    )
+    parser.add_argument("--dtype", choices=gradmatrix.DTYPES, nargs="+", help="only these dtypes")
+    parser.add_argument("--option", choices=list(gradmatrix.OPTIONS), nargs="+", help="only these options")
+    parser.add_argument("--levels", action="store_true", help="the cpu backend on every instruction set")
+    parser.add_argument("--tensors", action="store_true", help="a line for each tensor")
+    parser.add_argument("--quick", action="store_true", help="the smallest size only")
+    parser.add_argument("--seed", type=int, default=0, help="of the random problems (default: %(default)s)")
+
+
+def run_gradcheck(args: argparse.Namespace) -> None:
+    from fusedrnn import gradmatrix
+
+    def progress(done: int, total: int, row: gradmatrix.Row) -> None:
+        note(f"{done} of {total}: {row.cell} {row.backend} {row.dtype} {row.option}")
+
+    rows = gradmatrix.run_matrix(
+        cells=args.cell,
+        backends=args.backend,
+        dtypes=args.dtype,
+        options=args.option,
+        seed=args.seed,
+        progress=progress,
+        sizes=gradmatrix.QUICK if args.quick else gradmatrix.SIZES,
+        levels=gradmatrix.available_levels() if args.levels else None,
+    )
+    note("")
+    header, cells = (gradmatrix.format_tensors if args.tensors else gradmatrix.format_rows)(rows)
+    left = 3 if args.tensors else 4
+    terminal.table("Largest error, relative to each tensor's largest entry", header, cells, left)
+    for line in gradmatrix.format_notes(rows):
+        print(line)
+    wrong = [row for row in rows if row.passed is False]
+    absent = [row for row in rows if row.passed is None]
+    print(f"{len(rows) - len(wrong) - len(absent)} passed, {len(wrong)} failed, {len(absent)} not run")
+    if wrong:
+        first = wrong[0]
+        raise Failed(f"{first.cell} {first.backend} {first.dtype} {first.option}: {first.note}")
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Trains one of the programs that ship with the package and says how good it became."
+    commands = parser.add_subparsers(title="programs", dest="program", metavar="NAME", required=True)
+    for name, module in programs.PROGRAMS.items():
+        text = (module.__doc__ or name).strip()
+        program = commands.add_parser(name, help=text.splitlines()[0], description=text)
+        module.add_arguments(program)
+        program.set_defaults(module=module)
+
+
+def run_train(args: argparse.Namespace) -> None:
+    rich = terminal.rich_report()
+    args.module.run(args, programs.common.PlainReport() if rich is None else rich)
+
+
+COMMANDS = {
+    "info": ("what is built, and what is used on this machine", add_info, run_info),
+    "gradcheck": ("check the gradients of every cell, backend and dtype", add_gradcheck, run_gradcheck),
+    "bench": ("time forward + backward beside NumPy and PyTorch", add_bench, run_bench),
+    "train": ("train one of the programs that ship with the package", add_train, run_train),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = Parser(prog="fusedrnn", description="Fast, checked LSTM, Elman RNN and GRU for training.")
+    top.add_argument("--version", action="version", version=system.version())
+    top.add_argument("--traceback", action="store_true", help="on an error, show where in the code it arose")
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for name, (text, add, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        add(command)
+        command.set_defaults(run=run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        note("")
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has left, as in: fusedrnn info | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Failed, ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
+        if args.traceback:
+            raise
+        note("")
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"fusedrnn {args.command}: {message}", file=sys.stderr)
+        usage = isinstance(error, (ValueError, TypeError, ImportError, OSError, NotImplementedError))
+        return USAGE if usage else FAILED
+    return 0

@@ -1,0 +1,101 @@
+"""Batches of a data set: in random order, or as parallel time lines."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fusedrnn import cuda
+from fusedrnn.datasets import Dataset
+
+Batch = tuple[Any, Any]
+
+
+class DataLoader:
+    """Batches ``(x, t)`` of ``batch_size`` samples, the last one maybe smaller; a new order every round.
+
+    The loader is its own iterator. A round that was broken off goes on where it stopped, until ``reset()``:
+    so does one that a checkpoint took up. The order is drawn from NumPy's global generator, at the start and
+    after each round. ``index`` is the order, ``iteration`` the number of batches given in this round,
+    ``max_iter`` that of a whole round, ``data_size`` the number of samples.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, shuffle: bool = True, gpu: bool = False) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        if gpu:
+            cuda.require_gpu("gpu=True")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.gpu = gpu
+        self.data_size = len(dataset)
+        self.max_iter = math.ceil(self.data_size / batch_size)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new round."""
+        self.iteration = 0
+        self.index = np.random.permutation(self.data_size) if self.shuffle else np.arange(self.data_size)
+
+    def __iter__(self) -> DataLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.iteration >= self.max_iter:
+            self.reset()
+            raise StopIteration
+        batch = self.batch(self.iteration)
+        self.iteration += 1
+        return batch
+
+    next = __next__
+
+    def batch(self, k: int) -> Batch:
+        """Batch k of this round."""
+        return self.samples(self.index[k * self.batch_size : (k + 1) * self.batch_size])
+
+    def samples(self, index: Any) -> Batch:
+        """The samples at an array of indices, in an array of the same leading shape."""
+        dataset = self.dataset
+        if isinstance(dataset, Dataset) and dataset.is_plain():
+            return dataset.data[index], dataset.label[index]  # the same, without a loop over the samples
+        pairs = [dataset[int(k)] for k in index.ravel()]
+        x, t = (np.array([pair[k] for pair in pairs]) for k in (0, 1))
+        return x.reshape(index.shape + x.shape[1:]), t.reshape(index.shape + t.shape[1:])
+
+    def to_cpu(self) -> None:
+        """Nothing to do: batches are NumPy arrays."""
+
+    def to_gpu(self) -> None:
+        cuda.require_gpu("DataLoader.to_gpu")
+
+
+class SeqDataLoader(DataLoader):
+    """The data set cut into ``batch_size`` parallel time lines, one step after another, in order.
+
+    With ``jump = len(dataset) // batch_size``, row i of step s is the sample ``(i * jump + s) %
+    len(dataset)``; a round has ``ceil(len(dataset) / batch_size)`` steps. A state may be carried from step
+    to step. With ``steps=n`` n steps come at once, as ``(n, B, ...)``, for ``layer.sequence``; the last
+    chunk of a round may be shorter.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, gpu: bool = False, *, steps: int | None = None) -> None:
+        if batch_size > len(dataset):
+            raise ValueError(f"batch_size is {batch_size}, expected at most len(dataset), {len(dataset)}")
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps is {steps}, expected at least 1")
+        super().__init__(dataset, batch_size, shuffle=False, gpu=gpu)
+        self.steps = steps
+        self.round = self.max_iter  # time steps in a round
+        if steps is not None:
+            self.max_iter = math.ceil(self.round / steps)
+
+    def batch(self, k: int) -> Batch:
+        starts = np.arange(self.batch_size) * (self.data_size // self.batch_size)
+        if self.steps is None:
+            return self.samples((starts + k) % self.data_size)
+        times = np.arange(k * self.steps, min((k + 1) * self.steps, self.round))
+        return self.samples((starts + times[:, np.newaxis]) % self.data_size)

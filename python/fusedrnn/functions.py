@@ -1,0 +1,342 @@
+"""Functions on variables: what layers and losses are made of. Arithmetic operators are in ``autograd``."""
+
+# mypy: disable-error-code="no-any-return"
+# NumPy methods on arrays of open dtype give Any
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fusedrnn import autograd, functional
+from fusedrnn import stack as layered
+from fusedrnn.autograd import Array, Function, Variable, as_variable, config, sum_to
+from fusedrnn.backends.protocol import Weights
+from fusedrnn.cells import Cell
+
+
+class Exp(Function):
+    def forward(self, x: Array) -> Array:
+        self.y = np.exp(x)
+        return self.y
+
+    def backward(self, gy: Variable) -> Array:
+        return gy._data * self.y
+
+
+class Log(Function):
+    def forward(self, x: Array) -> Array:
+        return np.log(x)
+
+    def backward(self, gy: Variable) -> Array:
+        return gy._data / self.inputs[0]._data
+
+
+class Tanh(Function):
+    def forward(self, x: Array) -> Array:
+        self.y = np.tanh(x)
+        return self.y
+
+    def backward(self, gy: Variable) -> Array:
+        return gy._data * (1 - self.y * self.y)
+
+
+class Sigmoid(Function):
+    """1 / (1 + exp(-x)), by exp(-|x|), which cannot overflow."""
+
+    def forward(self, x: Array) -> Array:
+        e = np.exp(-np.abs(x))
+        self.y = np.where(x < 0, e, 1) / (1 + e)
+        return self.y
+
+    def backward(self, gy: Variable) -> Array:
+        return gy._data * self.y * (1 - self.y)
+
+
+class ReLU(Function):
+    """x where it is positive or NaN, else 0."""
+
+    def forward(self, x: Array) -> Array:
+        return np.where(x <= 0, np.zeros_like(x), x)
+
+    def backward(self, gy: Variable) -> Array:
+        return np.where(self.inputs[0]._data <= 0, np.zeros_like(gy._data), gy._data)
+
+
+class Concatenate(Function):
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+
+    def forward(self, *xs: Array) -> Array:
+        self.cuts = np.cumsum([x.shape[self.axis] for x in xs])[:-1]
+        return np.concatenate(xs, self.axis)
+
+    def backward(self, gy: Variable) -> tuple[Array, ...]:
+        return tuple(np.split(gy._data, self.cuts, self.axis))
+
+
+class Stack(Function):
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+
+    def forward(self, *xs: Array) -> Array:
+        return np.stack(xs, self.axis)
+
+    def backward(self, gy: Variable) -> tuple[Array, ...]:
+        return tuple(np.moveaxis(gy._data, self.axis, 0))
+
+
+class Where(Function):
+    """a where the condition holds, else b: a selection, so that NaN in the other branch stays there."""
+
+    def __init__(self, condition: Array) -> None:
+        self.condition = condition
+
+    def forward(self, a: Array, b: Array) -> Array:
+        return np.where(self.condition, a, b)
+
+    def backward(self, gy: Variable) -> tuple[Array, ...]:
+        a, b = self.inputs
+        zero = np.zeros_like(gy._data)
+        return (
+            sum_to(np.where(self.condition, gy._data, zero), a.shape),
+            sum_to(np.where(self.condition, zero, gy._data), b.shape),
+        )
+
+
+class Linear(Function):
+    """x W + b on the last axis: x (..., I), W (I, O), b (O,)."""
+
+    def forward(self, x: Array, W: Array, b: Array | None = None) -> Array:
+        if x.ndim == 0 or W.ndim != 2 or x.shape[-1] != W.shape[0]:
+            raise ValueError(f"linear: x has shape {x.shape}, expected (..., I) with W {W.shape} = (I, O)")
+        self.x = np.asarray(x, W.dtype)
+        y: Array = self.x.reshape(-1, W.shape[0]) @ W
+        if b is not None:
+            y += b
+        return y.reshape(*x.shape[:-1], W.shape[1])
+
+    def backward(self, gy: Variable) -> tuple[Array | None, ...]:
+        x, W = self.inputs[:2]
+        rows = gy._data.reshape(-1, W.shape[1])
+        gradients = (
+            (rows @ W._data.T).reshape(x.shape) if x.requires_grad else None,
+            self.x.reshape(-1, W.shape[0]).T @ rows if W.requires_grad else None,
+            rows.sum(axis=0),
+        )
+        return gradients[: len(self.inputs)]
+
+
+class Dropout(Function):
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+
+    def forward(self, x: Array) -> Array:
+        self.keep = np.random.rand(*x.shape) > self.ratio
+        self.scale = x.dtype.type(1 / (1 - self.ratio))
+        return np.where(self.keep, x * self.scale, np.zeros_like(x))
+
+    def backward(self, gy: Variable) -> Array:
+        return np.where(self.keep, gy._data * self.scale, np.zeros_like(gy._data))
+
+
+class MeanSquaredError(Function):
+    def forward(self, y: Array, t: Array) -> Array:
+        try:
+            fits = np.broadcast_shapes(t.shape, y.shape) == y.shape and t.size == y.size
+        except ValueError:
+            fits = False
+        if y.ndim == 0 or not fits:
+            raise ValueError(f"mean_squared_error: t has shape {t.shape}, expected that of y, {y.shape}")
+        self.difference = y - t
+        self.batch = y.shape[1] if y.ndim == 3 else y.shape[0]
+        return np.asarray((self.difference * self.difference).sum() / self.batch)
+
+    def backward(self, gy: Variable) -> tuple[Array | None, ...]:
+        t = self.inputs[1]
+        gradient = self.difference * (2 / self.batch * gy._data)
+        return gradient, -gradient.reshape(t.shape) if t.requires_grad else None
+
+
+class SoftmaxCrossEntropy(Function):
+    def forward(self, x: Array, t: Array) -> Array:
+        if x.ndim != 2 or t.shape != x.shape[:1] or t.dtype.kind not in "iu":
+            raise ValueError(
+                f"softmax_cross_entropy: x {x.shape} and t {t.shape} of {t.dtype}, expected "
+                "(N, C) and (N,) of integers"
+            )
+        if t.size and not (t.min() >= 0 and t.max() < x.shape[1]):
+            raise ValueError(f"softmax_cross_entropy: t has values outside 0..{x.shape[1] - 1}")
+        shifted = x - x.max(axis=1, keepdims=True)
+        self.log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        return np.asarray(-self.log_p[np.arange(len(t)), t].sum() / len(t))
+
+    def backward(self, gy: Variable) -> tuple[Array, None]:
+        t = self.inputs[1]._data
+        gradient = np.exp(self.log_p)
+        gradient[np.arange(len(t)), t] -= 1
+        return gradient * (gy._data / len(t)), None
+
+
+class Fused(Function):
+    """Recurrent layers over a whole sequence, or a step of one, as one node: a kernel forward, a kernel back.
+
+    Inputs: x ``(T, B, I)``, with ``step`` ``(B, I)``; then the weights of each layer and direction, by
+        ``names``; then the initial state, where there is one. Outputs: y, the final state, with
+        ``return_states`` the state of every step; with ``step`` only the new state. Everything is cast to
+        the dtype of the weights. Several layers or directions go through ``fusedrnn.stack``, whose arguments
+        ``options`` then are, else those of ``functional.forward``.
+    """
+
+    tape: Any = None
+
+    def __init__(
+        self,
+        cell: Cell,
+        names: Sequence[Sequence[str]],
+        *,
+        step: bool = False,
+        packed: Any = None,
+        **options: Any,
+    ) -> None:
+        self.cell, self.names, self.step, self.packed, self.options = cell, names, step, packed, options
+        self.single = len(names) == 1
+
+    def forward(self, x: Array, *arrays: Array) -> tuple[Array, ...]:
+        dtype = arrays[0].dtype
+        x = np.asarray(x, dtype)
+        rest = iter(arrays)
+        weights = [Weights(**{name: next(rest) for name in names}) for names in self.names]
+        state0 = tuple([np.asarray(s, dtype) for s in rest]) or None
+        if self.step:
+            x = x[np.newaxis]
+        if not self.needs_backward:
+            self.options["save"] = None
+        if self.single:
+            known = weights[0] if self.packed is None else self.packed
+            out = functional.forward(self.cell, x, known, state0, **self.options)
+        else:
+            out = layered.forward_stack(self.cell, x, weights, state0, **self.options)
+        self.tape = out.tape
+        return out.stateT if self.step else (out.y, *out.stateT, *(out.states or ()))
+
+    def backward(self, *gys: Variable | None) -> tuple[Array | None, ...]:
+        n = len(self.cell.states)
+        flat = [name for names in self.names for name in names]
+        wanted = [x.requires_grad for x in self.inputs]
+        need = {name for name, want in zip(["x", *flat], wanted, strict=False) if want}
+        if any(wanted[1 + len(flat) :]):
+            need.add("state0")
+        dtype = self.inputs[1].dtype
+        gradients = [None if g is None else np.asarray(g._data, dtype) for g in gys]
+        if self.step:
+            gradients = [None, *gradients]
+        dy, dstateT, dstates = gradients[0], tuple(gradients[1 : 1 + n]), tuple(gradients[1 + n :]) or None
+        if self.single:
+            dx, dweights, dstate0 = functional.backward(self.tape, dy, dstateT, dstates, need=need)
+            slots = [dweights]
+        else:
+            dx, slots, dstate0 = layered.backward_stack(self.tape, dy, dstateT, dstates, need=need)
+        if self.step and dx is not None:
+            dx = dx[0]
+        found = [getattr(slot, name) for slot, names in zip(slots, self.names, strict=True) for name in names]
+        states = () if len(self.inputs) == 1 + len(flat) else dstate0 or (None,) * n
+        return dx, *found, *states
+
+
+def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> Any:
+    """Weights prepared for repeated steps of a ``Fused`` node."""
+    return functional.pack(cell, Weights(**dict(zip(names, arrays, strict=True))), backend=backend)
+
+
+def exp(x: Any) -> Variable:
+    return Exp()(x)
+
+
+def log(x: Any) -> Variable:
+    return Log()(x)
+
+
+def tanh(x: Any) -> Variable:
+    return Tanh()(x)
+
+
+def sigmoid(x: Any) -> Variable:
+    return Sigmoid()(x)
+
+
+def relu(x: Any) -> Variable:
+    return ReLU()(x)
+
+
+def sum(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Variable:
+    return as_variable(x).sum(axis, keepdims)
+
+
+def mean(x: Any) -> Variable:
+    """Over all elements."""
+    x = as_variable(x)
+    return x.sum() / x.size
+
+
+def reshape(x: Any, shape: tuple[int, ...]) -> Variable:
+    return as_variable(x).reshape(shape)
+
+
+def transpose(x: Any, axes: tuple[int, ...] | None = None) -> Variable:
+    return as_variable(x).transpose(axes)
+
+
+def concatenate(xs: Sequence[Any], axis: int = 0) -> Variable:
+    return Concatenate(axis)(*xs)
+
+
+def stack(xs: Sequence[Any], axis: int = 0) -> Variable:
+    return Stack(axis)(*xs)
+
+
+def where(condition: Array, a: Any, b: Any) -> Variable:
+    """a where the condition holds, else b."""
+    return Where(np.asarray(condition, bool))(a, b)
+
+
+def matmul(a: Any, b: Any) -> Variable:
+    """Product of two matrices."""
+    return autograd.MatMul()(a, b)
+
+
+def linear(x: Any, W: Any, b: Any = None) -> Variable:
+    """``x W + b`` on the last axis, in W's dtype: x ``(..., I)``, W ``(I, O)``, b ``(O,)`` or None."""
+    return Linear()(x, W) if b is None else Linear()(x, W, b)
+
+
+def dropout(x: Any, dropout_ratio: float = 0.5) -> Variable:
+    """Zeros for a share ``dropout_ratio`` of the elements, the others divided by ``1 - dropout_ratio``.
+
+    Drawn from NumPy's global generator. Within ``test_mode()`` it is x itself.
+    """
+    if not 0 <= dropout_ratio < 1:
+        raise ValueError(f"dropout_ratio is {dropout_ratio}, expected 0 <= dropout_ratio < 1")
+    return Dropout(dropout_ratio)(x) if config.train and dropout_ratio > 0 else as_variable(x)
+
+
+def mean_squared_error(y: Any, t: Any) -> Variable:
+    """``((y - t)**2).sum() / B``, so that the losses of single steps add up to the loss of their sequence.
+
+    y is ``(B,)`` or ``(B, O)``, one step, or ``(T, B, O)``, a sequence, which is divided by B all the same.
+    t has as many elements and y's shape (axes of length 1 in front may be missing).
+    """
+    return MeanSquaredError()(y, t)
+
+
+def softmax(x: Any) -> Variable:
+    """Over the last axis of ``(N, C)``."""
+    x = as_variable(x)
+    e = exp(x - x._data.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def softmax_cross_entropy(x: Any, t: Any) -> Variable:
+    """Mean over N of ``-log softmax(x)[n, t[n]]``; x ``(N, C)``, t ``(N,)`` integers from 0 to C-1."""
+    return SoftmaxCrossEntropy()(x, t)

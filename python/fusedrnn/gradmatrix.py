@@ -1,0 +1,580 @@
+"""The gradient matrix: every cell x backend x dtype x option against the oracle, and the oracle proved.
+
+The oracle is the NumPy reference in long double on the same inputs; it is itself compared with complex-step
+derivatives of its own forward pass. ``fusedrnn gradcheck`` prints it, docs/accuracy.md comes from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusedrnn import backends as registry
+from fusedrnn import functional
+from fusedrnn import stack as layered
+from fusedrnn.backends.protocol import Array, Weights
+from fusedrnn.cells import CELLS, Cell
+from fusedrnn.gradcheck import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
+from fusedrnn.problems import Shape
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one column of the matrix asks for."""
+
+    biases: str = "own"  # "own": what the native layer of the cell has; "both", "hh" alone, "none"
+    state0: bool = False
+    lengths: bool = False  # with NaN in the padding of everything that comes in
+    reset: bool = False
+    reverse: bool = False
+    return_states: bool = False
+    layers: int = 1
+    bidirectional: bool = False
+    dropout: float = 0.0
+    save: str = "all"
+
+
+OPTIONS = {
+    "plain": Option(),
+    "both biases": Option(biases="both"),
+    "bias_hh alone": Option(biases="hh"),
+    "no bias": Option(biases="none"),
+    "state0": Option(state0=True),
+    "lengths": Option(lengths=True),
+    "reset": Option(reset=True),
+    "reverse": Option(reverse=True),
+    "return_states": Option(return_states=True),
+    "all together": Option("both", True, True, True, True, True),
+    "recompute": Option(save="borders"),
+    "2 layers": Option(layers=2, dropout=0.3),
+    "2 layers, both directions, all": Option("both", True, True, True, False, True, 2, True, 0.3),
+}
+DTYPES = ("float32", "float64")
+SIZES = (Shape(13, 5, 3, 7), Shape(37, 19, 5, 17), Shape(256, 2, 1, 31))
+QUICK = SIZES[:1]
+ORACLE = "oracle"  # in the column of the backends: the proof of what they are compared with
+# Complex steps in long double against the hand-written backward pass, relative to the gradient's 2-norm;
+# where long double is no wider than float64, what complex steps reach there.
+PROOF = max(1e-16, min(1e-13, 1000 * float(np.finfo(WIDE).eps)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell, backend, dtype and option; of each tensor the worst over the sizes."""
+
+    cell: str
+    backend: str
+    isa: str  # instruction set, of the cpu backend
+    dtype: str
+    option: str
+    errors: dict[str, float]  # largest difference from the oracle, relative to the tensor's largest entry
+    numpy: dict[str, float]  # that of plain NumPy in the same dtype
+    limits: dict[str, float]
+    passed: bool | None  # None: not run, and note says why
+    seconds: float
+    note: str = ""
+
+
+def variants() -> dict[str, Cell]:
+    """Every cell with every combination of its options, by name: rnn, rnn relu=True, lstm, ..."""
+    found: dict[str, Cell] = {}
+    for name, cell in CELLS.items():
+        switches = [f for f in dataclasses.fields(cell) if isinstance(f.default, bool)]
+        for values in itertools.product(*([f.default, not f.default] for f in switches)):
+            chosen: dict[str, Any] = {f.name: v for f, v in zip(switches, values, strict=True)}
+            other = [f" {f.name}={chosen[f.name]}" for f in switches if chosen[f.name] != f.default]
+            found[name + "".join(other)] = cell(**chosen)
+    return found
+
+
+def run_matrix(
+    cells: Sequence[str] | None = None,
+    backends: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    options: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int, Row], None] | None = None,
+    *,
+    sizes: Sequence[Shape] = SIZES,
+    levels: Sequence[str] | None = None,
+) -> list[Row]:
+    """Compare every cell, backend, dtype and option with the oracle, and the oracle with complex steps.
+
+    A row has passed where each output and gradient is within the figures of ``FORWARD`` and ``GRADIENT``
+    and within 4 times plain NumPy's error, for which at least 4 machine epsilons count.
+
+    Args:
+        cells: Names out of ``CELLS`` ("rnn" is both of its forms) or ``variants()``; None: all.
+        backends: Names out of ``fusedrnn.backends.NAMES``, "oracle"; None: all that can run here. Of those
+            that cannot there is one row, not passed and not failed, which says why.
+        dtypes: "float32", "float64"; None: both.
+        options: Names out of ``OPTIONS``; None: all.
+        seed: Of the problems.
+        progress: Called after each row with the number done, the number of all, and the row.
+        sizes: The problems' (T, B, I, H).
+        levels: Instruction sets at which to run the cpu backend, each in a process of its own, because it is
+            chosen once in a process; ``available_levels()`` are all. None: the one in use.
+
+    Raises:
+        ValueError: A name is unknown.
+        RuntimeError: A backend asked for by name cannot run here, or a process of a level broke off.
+    """
+    every = variants()
+    _known("cells", cells, [*CELLS, *every])
+    _known("backends", backends, [ORACLE, *registry.NAMES])
+    _known("dtypes", dtypes, DTYPES)
+    _known("options", options, OPTIONS)
+    _known("levels", levels, available_levels())
+    chosen = {n: c for n, c in every.items() if cells is None or n in cells or c.name in cells}
+    asked = [ORACLE, *registry.NAMES] if backends is None else list(backends)
+    dtypes = DTYPES if dtypes is None else dtypes
+    options = tuple(OPTIONS) if options is None else options
+
+    rows: list[Row] = []
+    running = []
+    for name in asked:
+        reason = None if name == ORACLE else registry.get(name).unavailable()
+        if reason is None:
+            running.append(name)
+        elif backends is not None:
+            raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+        else:
+            rows.append(Row("", name, "", "", "", {}, {}, {}, None, 0.0, reason))
+    here = [n for n in running if n not in (ORACLE, "cpu")]
+    isolated = levels if levels is not None and "cpu" in running else ()
+    if "cpu" in running and not isolated:
+        here.insert(0, "cpu")
+    per_backend = len(chosen) * len(options) * len(dtypes)
+    total = per_backend * (len(here) + len(isolated)) + (ORACLE in running) * len(chosen) * len(options)
+    total += len(rows)
+
+    def done(row: Row) -> None:
+        rows.append(row)
+        if progress is not None:
+            progress(len(rows), total, row)
+
+    for cell_name, cell in chosen.items():
+        for option in options:
+            if ORACLE in running:
+                done(_prove(cell_name, cell, option, sizes[0], seed))
+            for dtype in dtypes if here else ():
+                problems = [_draw(cell, OPTIONS[option], size, np.dtype(dtype), seed) for size in sizes]
+                truths = [_results(p.cast(WIDE), "reference") for p in problems]
+                plain = [_results(p, "reference") for p in problems]
+                for backend in here:
+                    done(_row(cell_name, backend, dtype, option, problems, truths, plain))
+    for level in isolated:
+        for row in _isolated(level, list(chosen), dtypes, options, seed, sizes):
+            done(row)
+    return rows
+
+
+def available_levels() -> list[str]:
+    """The instruction sets that were built and that this processor has, lowest first."""
+    try:
+        from fusedrnn import _core
+    except ImportError:
+        return []
+    info = _core.info()
+    return [level for level in info["built"] if level in info["detected"]]
+
+
+def _known(argument: str, names: Sequence[str] | None, known: Any) -> None:
+    if isinstance(names, str):
+        raise TypeError(f"{argument}: expected a list of names, got the text {names!r}")
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"{argument}: expected names out of {', '.join(known)}, got {name!r}")
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One standard problem: PyTorch's initialisation, everything else normal of order one."""
+
+    cell: Cell
+    option: Option
+    x: Array
+    weights: tuple[Weights, ...]  # layer by layer, forward before reverse
+    state0: tuple[Array, ...] | None  # in front layers x directions, as in all that follows
+    lengths: Array | None
+    reset: Array | None
+    masks: tuple[Array, ...] | None
+    dy: Array
+    dstateT: tuple[Array, ...]
+    dstates: tuple[Array, ...] | None
+
+    def map(self, function: Callable[[Array], Array]) -> _Problem:
+        """The same with every array of floating-point numbers mapped."""
+
+        def mapped(value: Any) -> Any:
+            if isinstance(value, np.ndarray):
+                return function(value) if value.dtype.kind in "fc" else value
+            if isinstance(value, Weights):
+                return Weights(*map(mapped, value))
+            return tuple(map(mapped, value)) if isinstance(value, tuple) else value
+
+        return dataclasses.replace(
+            self, **{f.name: mapped(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        )
+
+    def cast(self, dtype: np.dtype[Any]) -> _Problem:
+        """The same numbers in another dtype."""
+        return self.map(lambda a: a.astype(dtype))
+
+
+def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: int) -> _Problem:
+    T, B, I, H = size
+    D = 2 if option.bidirectional else 1
+    N = option.layers * D
+    rng = np.random.default_rng([seed, T, B, I, H])
+    own = "both" if len(cell.saves) > cell.gates else "ih"  # GRU reset-after, whose bias_hh is no mere addend
+    biases = own if option.biases == "own" else option.biases
+
+    def normal(*shape: int) -> Array:
+        return rng.standard_normal(shape)
+
+    def uniform(*shape: int) -> Array:
+        return rng.uniform(-(H**-0.5), H**-0.5, shape)
+
+    rows = cell.gates * H
+    weights = tuple(
+        Weights(
+            uniform(rows, I if n < D else H * D),
+            uniform(rows, H),
+            uniform(rows) if biases in ("ih", "both") else None,
+            uniform(rows) if biases in ("hh", "both") else None,
+        )
+        for n in range(N)
+    )
+    lengths = rng.integers(1, T + 1, B) if option.lengths else None
+    if lengths is not None:
+        lengths[: min(2, B)] = (T, 0)[: min(2, B)]
+    states = len(cell.states)
+    keep = 1 - option.dropout
+    problem = _Problem(
+        cell,
+        option,
+        x=normal(T, B, I),
+        weights=weights,
+        state0=tuple(normal(N, B, H) for _ in range(states)) if option.state0 else None,
+        lengths=lengths,
+        reset=rng.random((T, B)) < 0.1 if option.reset else None,
+        masks=tuple(np.where(rng.random((T, B, H * D)) < keep, 1 / keep, 0) for _ in range(option.layers - 1))
+        if option.dropout
+        else None,
+        dy=normal(T, B, H * D),
+        dstateT=tuple(normal(N, B, H) for _ in range(states)),
+        dstates=tuple(normal(N, T, B, H) for _ in range(states)) if option.return_states else None,
+    )
+    return problem.cast(dtype)
+
+
+def _poisoned(problem: _Problem) -> _Problem:
+    """NaN wherever nothing may be read."""
+    if problem.lengths is None:
+        return problem
+    padding = np.arange(len(problem.x))[:, np.newaxis] >= problem.lengths
+
+    def poison(a: Array) -> Array:
+        return np.where(padding[..., np.newaxis], np.asarray(np.nan, a.dtype), a)
+
+    dstates = problem.dstates
+    return dataclasses.replace(
+        problem,
+        x=poison(problem.x),
+        dy=poison(problem.dy),
+        dstates=None if dstates is None else tuple(map(poison, dstates)),
+    )
+
+
+Results = dict[str, tuple[Any, ...]]
+
+
+def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
+    """Outputs and gradients by name, each a tuple with one array for each layer and direction, or one."""
+    option, names = p.option, p.cell.states
+    shared: dict[str, Any] = {
+        "lengths": p.lengths,
+        "reset": p.reset,
+        "return_states": option.return_states,
+        "save": option.save,
+        "backend": backend,
+    }
+    if option.layers == 1 and not option.bidirectional:
+        first = None if p.state0 is None else tuple(s[0] for s in p.state0)
+        out = functional.forward(p.cell, p.x, p.weights[0], first, reverse=option.reverse, **shared)
+    else:
+        directions = option.bidirectional
+        out = layered.forward_stack(
+            p.cell, p.x, p.weights, p.state0, bidirectional=directions, masks=p.masks, **shared
+        )
+    found: Results = {"y": (out.y,)}
+    found |= {f"{n}T": (s,) for n, s in zip(names, out.stateT, strict=True)}
+    found |= {f"{n} states": (s,) for n, s in zip(names, out.states or (), strict=False)}
+    if not upstream:
+        return found
+    if option.layers == 1 and not option.bidirectional:
+        dstates = None if p.dstates is None else tuple(s[0] for s in p.dstates)
+        g = functional.backward(out.tape, p.dy, tuple(s[0] for s in p.dstateT), dstates)
+        dx, dweights, dstate0 = g.dx, [g.dweights], g.dstate0
+    else:
+        dx, dweights, dstate0 = layered.backward_stack(out.tape, p.dy, p.dstateT, p.dstates)
+    found["dx"] = (dx,)
+    for name, w in p.weights[0]._asdict().items():
+        if w is not None:
+            found[f"d{name}"] = tuple(getattr(d, name) for d in dweights)
+    found |= {f"d{n}0": (s,) for n, s in zip(names, dstate0 or (None,) * len(names), strict=True)}
+    return found
+
+
+def _error(got: Any, truth: Array, dtype: np.dtype[Any]) -> float:
+    """The largest difference, relative to the largest entry; infinite for NaN, another shape or dtype."""
+    if not isinstance(got, np.ndarray) or got.shape != truth.shape or got.dtype != dtype:
+        return float("inf")
+    if not truth.size:
+        return 0.0
+    difference = float(np.abs(got - truth).max())
+    largest = float(np.abs(truth).max())
+    if not np.isfinite(difference):
+        return float("inf")
+    return difference / largest if largest else (float("inf") if difference else 0.0)
+
+
+def _errors(got: Results, truth: Results, dtype: np.dtype[Any]) -> dict[str, float]:
+    return {
+        name: max(_error(g, t, dtype) for g, t in zip(got[name], arrays, strict=True))
+        for name, arrays in truth.items()
+    }
+
+
+def limit(tensor: str, dtype: str) -> float:
+    """The promise for a tensor of the matrix: outputs, and gradients (their names begin with d)."""
+    return (GRADIENT if tensor.startswith("d") else FORWARD)[dtype]
+
+
+def _row(
+    cell: str,
+    backend: str,
+    dtype: str,
+    option: str,
+    problems: Sequence[_Problem],
+    truths: Sequence[Results],
+    plain: Sequence[Results],
+) -> Row:
+    kind = np.dtype(dtype)
+    floor = FLOOR * float(np.finfo(kind).eps)
+    names = tuple(truths[0])
+    limits = {name: limit(name, dtype) for name in names}
+    errors, numpys = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    notes: list[str] = []
+    start = time.perf_counter()
+    seconds = 0.0
+    for problem, truth, same in zip(problems, truths, plain, strict=True):
+        poisoned = _poisoned(problem)
+        start = time.perf_counter()
+        try:
+            found = _errors(_results(poisoned, backend), truth, kind)
+        except Exception as error:  # of any kind: this row has failed, the others are still of interest
+            if isinstance(error, ValueError) and "is not built" in str(error):
+                return Row(cell, backend, "", dtype, option, {}, {}, {}, None, 0.0, str(error))
+            found = dict.fromkeys(names, float("inf"))
+            notes.append(f"{type(error).__name__}: {error}")
+        seconds += time.perf_counter() - start
+        numpy = _errors(same, truth, kind)
+        for name in names:
+            T, B, I, H = *problem.x.shape, problem.weights[0].weight_hh.shape[1]
+            if found[name] > limits[name]:
+                notes.append(f"{name} {found[name]:.2g} > {limits[name]:.2g} at {Shape(T, B, I, H)}")
+            elif found[name] > TIMES_NUMPY * max(numpy[name], floor):
+                notes.append(f"{name} {found[name]:.2g}, NumPy {numpy[name]:.2g} at {Shape(T, B, I, H)}")
+            errors[name] = max(errors[name], found[name])
+            numpys[name] = max(numpys[name], numpy[name])
+    isa = ""
+    if backend == "cpu":
+        from fusedrnn import _core
+
+        isa = _core.info()["isa"]
+    return Row(
+        cell, backend, isa, dtype, option, errors, numpys, limits, not notes, seconds, "; ".join(notes)
+    )
+
+
+def _prove(cell_name: str, cell: Cell, option: str, size: Shape, seed: int) -> Row:
+    """The oracle's gradients against complex steps along a random direction for each tensor.
+
+    With ``v`` of ±1, ``Im L(w + i h v) / h`` is the derivative along v, without a subtraction.
+    """
+    start = time.perf_counter()
+    problem = _draw(cell, OPTIONS[option], size, np.dtype(np.float64), seed)
+    p = problem.cast(WIDE)
+    truth = _results(p, "reference")
+    lifted = p.map(lambda a: a.astype(np.clongdouble))
+    # sums that follow are over valid steps only, as dy in the padding is never read
+    valid: Any = True
+    if p.lengths is not None:
+        valid = (np.arange(p.x.shape[0])[:, np.newaxis] < p.lengths)[..., np.newaxis]
+    rng = np.random.default_rng(seed)
+    h = WIDE.type(1e-20)
+    errors = {}
+    for name, gradients in truth.items():
+        if not name.startswith("d"):
+            continue
+        directions = [np.where(rng.random(g.shape) < 0.5, -1, 1).astype(WIDE) for g in gradients]
+        steps = [1j * h * v for v in directions]
+        if name == "dx":
+            moved = dataclasses.replace(lifted, x=lifted.x + steps[0])
+        elif name.startswith(("dweight", "dbias")):
+            moved = dataclasses.replace(
+                lifted,
+                weights=tuple(
+                    w._replace(**{name[1:]: getattr(w, name[1:]) + s})
+                    for w, s in zip(lifted.weights, steps, strict=True)
+                ),
+            )
+        else:
+            shape = (len(p.weights), *p.dstateT[0].shape[1:])
+            begin = lifted.state0 or tuple(np.zeros(shape, np.clongdouble) for _ in cell.states)
+            k = cell.states.index(name[1:-1])
+            begin = tuple(s + steps[0].reshape(shape) if k == n else s for n, s in enumerate(begin))
+            moved = dataclasses.replace(lifted, state0=begin)
+        out = _results(moved, "reference", upstream=False)
+        loss = np.where(valid, out["y"][0] * p.dy, 0).sum()
+        for n, d in zip(cell.states, p.dstateT, strict=True):
+            loss += (out[f"{n}T"][0].reshape(d.shape) * d).sum()
+        for n, d in zip(cell.states, p.dstates or (), strict=False):
+            loss += np.where(valid, out[f"{n} states"][0].reshape(d.shape) * d, 0).sum()
+        along = sum((v * g).sum() for v, g in zip(directions, gradients, strict=True))
+        norm = float(np.sqrt(sum((g * g).sum() for g in gradients)))
+        errors[name] = _error(np.asarray(loss.imag / h), np.asarray(along), WIDE) * float(abs(along)) / norm
+    limits = dict.fromkeys(errors, PROOF)
+    notes = [f"{name} {error:.2g} > {PROOF:.2g}" for name, error in errors.items() if not error <= PROOF]
+    seconds = time.perf_counter() - start
+    return Row(
+        cell_name, ORACLE, "", "longdouble", option, errors, {}, limits, not notes, seconds, "; ".join(notes)
+    )
+
+
+def _isolated(
+    level: str,
+    cells: Sequence[str],
+    dtypes: Sequence[str],
+    options: Sequence[str],
+    seed: int,
+    sizes: Sequence[Shape],
+) -> Iterator[Row]:
+    """The rows of the cpu backend at one instruction set, from another process."""
+    asked = {"cells": cells, "dtypes": dtypes, "options": options, "seed": seed, "sizes": sizes}
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from fusedrnn.gradmatrix import serve; serve()"],
+        env=os.environ | {"FUSEDRNN_ISA": level},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        json.dump(asked, process.stdin)
+        process.stdin.close()
+        for line in process.stdout:
+            row = Row(**json.loads(line))
+            if row.isa != level:
+                raise RuntimeError(f"asked for instruction set {level}, ran {row.isa}")
+            yield row
+        complaint = process.stderr.read().strip()
+    if process.returncode:
+        raise RuntimeError(f"the check of instruction set {level} broke off: {complaint[-500:]}")
+
+
+def serve() -> None:
+    """Run the cpu backend as standard input says, and print each row as a line."""
+    asked = json.load(sys.stdin)
+    asked["sizes"] = [Shape(*size) for size in asked["sizes"]]
+
+    def progress(done: int, total: int, row: Row) -> None:
+        print(json.dumps(dataclasses.asdict(row)), flush=True)
+
+    run_matrix(backends=["cpu"], progress=progress, **asked)
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+COLUMNS = ("cell", "backend", "dtype", "option", "outputs", "NumPy", "gradients", "NumPy", "s", "passed")
+
+
+def format_rows(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of text: of each row the worst output and the worst gradient, beside plain NumPy's."""
+
+    def worst(figures: Mapping[str, float], gradient: bool) -> str:
+        found = [v for name, v in figures.items() if name.startswith("d") == gradient]
+        return f"{max(found):.1e}" if found else ""
+
+    return COLUMNS, [
+        (
+            row.cell,
+            f"{row.backend} {row.isa}".strip(),
+            row.dtype,
+            row.option,
+            worst(row.errors, False),
+            worst(row.numpy, False),
+            worst(row.errors, True),
+            worst(row.numpy, True),
+            f"{row.seconds:.2f}" if row.passed is not None else "",
+            {True: "yes", False: "NO", None: "not run"}[row.passed],
+        )
+        for row in rows
+    ]
+
+
+def format_notes(rows: Sequence[Row]) -> list[str]:
+    """What failed, and why something was not run: a line for each different reason."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.passed is not True:
+            found.setdefault(("failed" if row.passed is False else "not run", row.note), []).append(row)
+    lines = []
+    for (what, note), same in found.items():
+        first = same[0]
+        where = (first.cell, first.backend, first.isa, first.dtype, first.option)
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        lines.append(f"{what}: {', '.join(filter(None, where))}{more}: {note}")
+    return lines
+
+
+def format_tensors(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of text: of each cell, dtype and tensor the worst over all options, by backend.
+
+    The second last column is plain NumPy's error in the same dtype, the last the limit.
+    """
+    run = [row for row in rows if row.passed is not None and row.backend not in (ORACLE, "reference")]
+    run.sort(key=lambda row: registry.NAMES.index(row.backend))
+    columns = list(dict.fromkeys(row.isa or row.backend for row in run))
+    worst: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in run:
+        for tensor, error in row.errors.items():
+            found = worst.setdefault((row.cell, row.dtype, tensor), {})
+            for column, value in (
+                (row.isa or row.backend, error),
+                ("NumPy", row.numpy[tensor]),
+                ("limit", row.limits[tensor]),
+            ):
+                found[column] = max(found.get(column, 0.0), value)
+    columns += ["NumPy", "limit"]
+    order = list(dict.fromkeys(tensor for row in run for tensor in row.errors))
+    cells = list(dict.fromkeys(row.cell for row in run))
+    keys = sorted(worst, key=lambda k: (cells.index(k[0]), k[1], order.index(k[2])))
+    return ("cell", "dtype", "tensor", *columns), [
+        (*key, *(f"{worst[key][c]:.1e}" if c in worst[key] else "" for c in columns)) for key in keys
+    ]

@@ -1,0 +1,716 @@
+"""Layers: parameters and what is done with them.
+
+The recurrent layers are stateful: they carry ``h`` (and ``c``) from call to call until ``reset_state()``. A
+call with ``(B, I)`` is one time step, one with ``(T, B, I)`` a whole sequence in one node of the graph.
+"""
+
+# mypy: disable-error-code="no-any-return"
+# NumPy methods on arrays of open dtype give Any
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fusedrnn import cells, cuda, npz
+from fusedrnn import functions as F
+from fusedrnn.autograd import Array, Parameter, Variable, as_variable, config
+
+PathLike = str | os.PathLike[str]
+State = tuple[Variable, ...]
+
+
+class Layer:
+    """Attributes that are a ``Parameter`` or a ``Layer`` belong to it, in the order of assignment."""
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self.forward(*inputs, **options)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def walk(self, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Layer]]:
+        """This layer and all below it, each once, with the path of attributes that leads there."""
+        seen = set() if seen is None else seen
+        if id(self) not in seen:
+            seen.add(id(self))
+            yield path, self
+            for name, value in list(vars(self).items()):
+                if isinstance(value, Layer):
+                    yield from value.walk(f"{path}/{name}" if path else name, seen)
+
+    def named_params(self) -> Iterator[tuple[str, Parameter]]:
+        """Every parameter once, with its path, such as ``rnn/weight_ih``."""
+        seen = set()
+        for path, layer in self.walk():
+            for name, value in vars(layer).items():
+                if isinstance(value, Parameter) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield f"{path}/{name}" if path else name, value
+
+    def params(self) -> Iterator[Parameter]:
+        """Every parameter once."""
+        return (p for _, p in self.named_params())
+
+    def cleargrads(self) -> None:
+        for p in self.params():
+            p.cleargrad()
+
+    def save_weights(self, path: PathLike) -> None:
+        """Write every parameter to one ``.npz`` file, under its path, such as ``rnn/weight_ih``."""
+        arrays = {}
+        for name, p in self.named_params():
+            if p._data is None:
+                raise ValueError(f"{name} has no values yet: its size is known at the first call")
+            arrays[name] = p._data
+        npz.write(path, arrays)
+
+    def load_weights(self, path: PathLike) -> None:
+        """Read what ``save_weights`` wrote, or the layout of the public framework.
+
+        Cast to each layer's dtype; sizes that a layer does not know yet come from the file. A missing, extra,
+        misshapen or pickled entry is a ValueError that names it; then no parameter has changed.
+        """
+        self.assign_weights(npz.read(path), str(path))
+
+    def assign_weights(self, arrays: Mapping[str, Array], source: str) -> None:
+        """Set every parameter from its array; all are checked before the first is set."""
+        left = dict(arrays)
+        done: set[int] = set()
+        moves: list[tuple[Parameter, Array]] = []
+        sized: list[tuple[Layer, dict[str, Array]]] = []
+        for path, layer in self.walk():
+            prefix = f"{path}/" if path else ""
+            taken = layer.from_framework_layout(prefix, left, source)
+            for name, shape in layer.weight_shapes().items():
+                parameter = vars(layer)[name]
+                if id(parameter) in done:  # shared by two layers: saved once
+                    continue
+                done.add(id(parameter))
+                if name not in taken:
+                    key = prefix + name
+                    if key not in left:
+                        raise ValueError(f"{source}: entry {key!r} is missing")
+                    taken[name] = npz.checked(left.pop(key), shape, key, source)
+                moves.append((parameter, taken[name].astype(layer.dtype_of(name, taken[name]), order="C")))
+            sized.append((layer, taken))
+        if left:
+            extra = ", ".join(map(repr, sorted(left)))
+            raise ValueError(f"{source}: extra entries that the model does not have: {extra}")
+        for layer, taken in sized:
+            layer.check_sizes(taken, source)
+        for parameter, array in moves:
+            parameter.assign(array)
+        for layer, taken in sized:
+            layer.take_sizes(taken)
+
+    def to_cpu(self) -> None:
+        """Nothing to do: parameters are NumPy arrays."""
+
+    def to_gpu(self) -> None:
+        cuda.require_gpu(f"{type(self).__name__}.to_gpu")
+
+    # What load_weights asks; a layer whose sizes may be open, or that can read another layout, overrides it.
+
+    def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
+        """Shape of each parameter of this very layer; None for a length, or for all, that is open."""
+        found = {name: value._data for name, value in vars(self).items() if isinstance(value, Parameter)}
+        return {name: None if data is None else data.shape for name, data in found.items()}
+
+    def dtype_of(self, name: str, array: Array) -> np.dtype[Any]:
+        """The dtype that a loaded parameter is cast to."""
+        data = vars(self)[name]._data
+        return array.dtype if data is None else data.dtype
+
+    def from_framework_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
+        """Take this layer's parameters out of ``arrays`` where they are in the public framework's layout."""
+        return {}
+
+    def check_sizes(self, arrays: Mapping[str, Array], source: str) -> None:
+        """A ValueError where loaded arrays contradict one another."""
+
+    def take_sizes(self, arrays: Mapping[str, Array]) -> None:
+        """Settle open sizes by loaded arrays."""
+
+
+class Linear(Layer):
+    """``x W + b`` on the last axis: W ``(I, O)``, b ``(O,)``.
+
+    W starts as ``randn(I, O) * sqrt(1 / I)``, drawn from NumPy's global generator when I is known: here, or
+    at the first call. b starts at zero.
+    """
+
+    def __init__(
+        self,
+        out_size: int,
+        nobias: bool = False,
+        dtype: npt.DTypeLike = np.float32,
+        in_size: int | None = None,
+    ) -> None:
+        self.out_size = _size("out_size", out_size)
+        self.in_size = None if in_size is None else _size("in_size", in_size)
+        self.dtype = _dtype(dtype)
+        self.W = Parameter(None, name="W")
+        self.b = None if nobias else Parameter(None, name="b")
+        if self.b is not None:
+            self.b.assign(np.zeros(out_size, self.dtype))
+        if self.in_size is not None:
+            self.W.assign(_draw(self.in_size, out_size, self.dtype))
+
+    def forward(self, x: Any) -> Variable:
+        x = as_variable(x)
+        if self.W._data is None:
+            self.in_size = _size("the last axis of x", x.shape[-1] if x.ndim else 0)
+            self.W.assign(_draw(self.in_size, self.out_size, self.dtype))
+        return F.linear(x, self.W, self.b)
+
+    def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
+        shapes: dict[str, tuple[int | None, ...] | None] = {"W": (self.in_size, self.out_size)}
+        return shapes if self.b is None else shapes | {"b": (self.out_size,)}
+
+    def dtype_of(self, name: str, array: Array) -> np.dtype[Any]:
+        return self.dtype
+
+    def take_sizes(self, arrays: Mapping[str, Array]) -> None:
+        self.in_size = arrays["W"].shape[0]
+
+
+class Dropout(Layer):
+    """``functions.dropout`` as a layer."""
+
+    def __init__(self, dropout_ratio: float = 0.5) -> None:
+        self.dropout_ratio = dropout_ratio
+
+    def forward(self, x: Any) -> Variable:
+        return F.dropout(x, self.dropout_ratio)
+
+
+class Recurrent(Layer):
+    """What LSTM, GRU and RNN have in common.
+
+    Args:
+        hidden_size: H.
+        in_size: I; None: the first call tells.
+        num_layers: layers one above the other; the upper ones read the h of the one below.
+        bidirectional: a second set of weights runs through time backwards; y is ``(T, B, 2*H)``. Such a
+            layer takes whole sequences only and carries no state from one call to the next: the end of a
+            sequence is where its backward half begins.
+        dropout: share of zeros between layers, while training.
+        bias: one bias per gate, ``bias_ih``; a GRU with ``reset_after`` also has ``bias_hh``.
+        dtype: float32 or float64; inputs are cast to it.
+        fused: one node per call, by a kernel. False: one node per operation, to read and to compare with.
+        backend: the name of a backend; None: the best one.
+        recompute: keep few states for backward and run forward again there, to save memory.
+
+    Parameters: ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, H), ``bias_ih`` (G*H,), ``bias_hh`` (G*H,). With
+        several layers or directions their names end in ``_l0``, ``_l1_reverse`` and so on, as in PyTorch.
+
+    Every matrix of a gate starts as ``randn(I, H) * sqrt(1 / I)`` and lies transposed in its place; biases
+    start at zero. Drawn from NumPy's global generator, layer by layer: first the input matrices, then the
+    hidden ones; what depends on an unknown ``in_size`` is drawn at the first call.
+    """
+
+    draws: ClassVar[tuple[int, ...]]  # the gates in the order they are drawn
+    framework_names: ClassVar[tuple[str, ...]] = ()  # its names of the gates, in memory order
+    draws_hidden_late = False
+
+    h: Variable | None
+    c: Variable | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        in_size: int | None = None,
+        *,
+        cell: cells.Cell,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        dtype: npt.DTypeLike = np.float32,
+        fused: bool = True,
+        backend: str | None = None,
+        recompute: bool = False,
+    ) -> None:
+        self.cell = cell
+        self.hidden_size = _size("hidden_size", hidden_size)
+        self.in_size = None if in_size is None else _size("in_size", in_size)
+        self.num_layers = _size("num_layers", num_layers)
+        self.bidirectional = bool(bidirectional)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, expected 0 <= dropout < 1")
+        self.dropout = float(dropout)
+        self.dtype = _dtype(dtype)
+        self.fused = bool(fused)
+        self.backend = backend
+        self.recompute = bool(recompute)
+        self.suffixes = [""]  # of the parameters' names, one per layer and direction
+        if num_layers > 1 or bidirectional:
+            ends = ("", "_reverse") if bidirectional else ("",)
+            self.suffixes = [f"_l{k}{end}" for k in range(num_layers) for end in ends]
+        rows = cell.gates * hidden_size
+        for suffix in self.suffixes:
+            for name in ("weight_ih", "weight_hh"):
+                setattr(self, name + suffix, Parameter(None, name=name + suffix))
+            for name in ("bias_ih", "bias_hh"):
+                if bias and (name == "bias_ih" or self.two_biases):
+                    parameter = Parameter(None, name=name + suffix)
+                    parameter.assign(np.zeros(rows, self.dtype))
+                    setattr(self, name + suffix, parameter)
+                else:
+                    setattr(self, name + suffix, None)
+        self._packed: tuple[Any, Any] | None = None
+        self._draw(hidden=self.in_size is not None or not self.draws_hidden_late)
+        self.reset_state()
+
+    @property
+    def two_biases(self) -> bool:
+        return False
+
+    # State
+
+    def reset_state(self) -> None:
+        """Forget the state: the next call begins at zero."""
+        self.h = self.c = None
+
+    @property
+    def state(self) -> State | None:
+        """``(h,)`` or ``(h, c)``, or None after ``reset_state``. Each is ``(B, H)``; with several layers or
+        directions ``(L*D, B, H)``. Arrays and variables can be set."""
+        found = (self.h, self.c)[: len(self.cell.states)]
+        if all(s is None for s in found):
+            return None
+        filled = next(s for s in found if s is not None)
+        return tuple(as_variable(np.zeros_like(filled._data)) if s is None else as_variable(s) for s in found)
+
+    @state.setter
+    def state(self, value: tuple[Any, ...] | None) -> None:
+        if value is not None and self.bidirectional:
+            raise ValueError("state: a bidirectional layer carries none; pass it to the call")
+        self.h, self.c = (None, None) if value is None else (*self._as_state(value), None)[:2]
+
+    def _as_state(self, value: Any) -> State:
+        names = self.cell.states
+        if not isinstance(value, tuple | list) or len(value) != len(names):
+            expected = "(h, c)" if len(names) == 2 else "(h,)"
+            raise TypeError(f"state is {type(value).__name__}, expected a tuple {expected}")
+        return tuple(as_variable(s) for s in value)
+
+    def _begin(self, state: Any, batch: int) -> State | None:
+        """The state that a call begins with, checked."""
+        given = self.state if state is None else self._as_state(state)
+        if state is None and self.bidirectional:
+            return None
+        for name, s in zip(self.cell.states, given or (), strict=False):
+            layers = () if self.suffixes == [""] else (len(self.suffixes),)
+            expected = (*layers, batch, self.hidden_size)
+            if s.shape != expected:
+                what = "the carried state" if state is None else "the state passed in"
+                hint = "; call reset_state() before a batch of another size" if state is None else ""
+                raise ValueError(f"{what} {name} has shape {s.shape}, expected {expected}{hint}")
+        return given
+
+    # Calls
+
+    def forward(self, x: Any, state: Any = None) -> Variable:
+        """One step for ``(B, I)``, a sequence for ``(T, B, I)``."""
+        x = as_variable(x)
+        if x.ndim == 2:
+            return self.step(x, state)
+        if x.ndim == 3:
+            return self.sequence(x, state)
+        raise ValueError(f"x has shape {x.shape}, expected (B, I), one step, or (T, B, I), a sequence")
+
+    def step(self, x: Any, state: Any = None) -> Variable:
+        """One time step: x ``(B, I)`` to h ``(B, H)``, which is carried as ``.h`` (and c as ``.c``).
+
+        ``state`` takes the place of the carried one.
+        """
+        x = as_variable(x)
+        if self.bidirectional:
+            raise ValueError("step: a bidirectional layer needs the whole sequence (T, B, I) at once")
+        self._check_input(x, 2)
+        begin = self._begin(state, x.shape[0])
+        self._settle(x.shape[1], needs_hidden=begin is not None)
+        if self.fused and len(self.suffixes) == 1:
+            after = self._fused_step(x, begin)
+            y = after[0]
+        else:
+            ys, after, _ = self._any(F.reshape(x, (1, *x.shape)), begin, None, None, False)
+            y = ys[0]
+        self.h, self.c = (*after, None)[:2]
+        return y
+
+    def sequence(
+        self,
+        x: Any,
+        state: Any = None,
+        *,
+        lengths: Any = None,
+        reset: Any = None,
+        return_states: bool = False,
+    ) -> Any:
+        """A whole sequence: x ``(T, B, I)`` to y ``(T, B, D*H)``, the h of the last layer at every step.
+
+        Args:
+            x: the inputs.
+            state: takes the place of the carried one.
+            lengths: ``(B,)`` integers; from there on a row's state stands still and y is 0.
+            reset: ``(T, B)`` booleans; where true, the state is cleared before that step.
+            return_states: also give the states of every step: ``y, (h,)`` or ``y, (h, c)``, each ``(T, B,
+                H)``; with several layers or directions ``(L*D, T, B, H)``.
+        """
+        x = as_variable(x)
+        self._check_input(x, 3)
+        T, B, I = x.shape
+        begin = self._begin(state, B)
+        self._settle(I, needs_hidden=begin is not None or T > 1)
+        lengths = self._per_row("lengths", lengths, (B,), "iu")
+        reset = self._per_row("reset", reset, (T, B), "b")
+        y, after, states = self._any(x, begin, lengths, reset, return_states)
+        self.h, self.c = (*after, None)[:2]
+        return (y, states) if return_states else y
+
+    def _any(
+        self, x: Variable, begin: State | None, lengths: Any, reset: Any, return_states: bool
+    ) -> tuple[Variable, State, State]:
+        """A sequence, fused or not. Dropout between layers draws from NumPy's global generator."""
+        masks = None
+        if config.train and self.dropout:
+            shape = (*x.shape[:2], self.hidden_size * (2 if self.bidirectional else 1))
+            scale = 1 / (1 - self.dropout)
+            keeps = [np.random.rand(*shape) >= self.dropout for _ in range(self.num_layers - 1)]
+            masks = [np.where(keep, scale, 0).astype(self.dtype) for keep in keeps]
+        if self.fused:
+            return self._fused(x, begin, lengths, reset, return_states, masks)
+        return self._unfused(x, begin, lengths, reset, masks)
+
+    def _check_input(self, x: Variable, ndim: int) -> None:
+        I = "I" if self.in_size is None else str(self.in_size)
+        if x.ndim != ndim or (self.in_size is not None and x.shape[-1] != self.in_size):
+            expected = f"(B, {I})" if ndim == 2 else f"(T, B, {I})"
+            raise ValueError(f"x has shape {x.shape}, expected {expected}")
+        if x.dtype.kind not in "fiub":
+            raise TypeError(f"x has dtype {x.dtype}, expected real numbers")
+
+    @staticmethod
+    def _per_row(name: str, value: Any, shape: tuple[int, ...], kinds: str) -> Array | None:
+        if value is None:
+            return None
+        array = np.asarray(value)
+        if array.dtype.kind not in kinds:
+            expected = "booleans" if kinds == "b" else "integers"
+            raise TypeError(f"{name} has dtype {array.dtype}, expected {expected}")
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+        return array
+
+    # Fused: one node
+
+    def _fused_step(self, x: Variable, begin: State | None) -> State:
+        names, weights = self._slots("")
+        node = F.Fused(self.cell, [names], backend=self.backend, step=True, packed=self._pack(names, weights))
+        after = node(x, *weights, *(begin or ()))
+        return after if isinstance(after, tuple) else (after,)
+
+    def _pack(self, names: list[str], weights: list[Variable]) -> Any:
+        """Weights prepared for repeated steps, as long as nobody can have changed them."""
+        for p in weights:
+            if not (isinstance(p, Parameter) and p.private):
+                return None
+        key = [p.version for p in weights]
+        if self._packed is None or self._packed[0] != key:
+            self._packed = (key, F.pack(self.cell, names, [p._data for p in weights], self.backend))
+        return self._packed[1]
+
+    def _fused(
+        self,
+        x: Variable,
+        begin: State | None,
+        lengths: Array | None,
+        reset: Array | None,
+        return_states: bool,
+        masks: list[Array] | None,
+    ) -> tuple[Variable, State, State]:
+        slots = [self._slots(suffix) for suffix in self.suffixes]
+        options: dict[str, Any] = {"lengths": lengths, "reset": reset, "return_states": return_states}
+        if len(slots) > 1:
+            options |= {"bidirectional": self.bidirectional, "masks": masks}
+        save = "borders" if self.recompute else "all"
+        node = F.Fused(self.cell, [names for names, _ in slots], backend=self.backend, save=save, **options)
+        y, *rest = node(x, *(w for _, weights in slots for w in weights), *(begin or ()))
+        n = len(self.cell.states)
+        return y, tuple(rest[:n]), tuple(rest[n:])
+
+    def _slots(self, suffix: str) -> tuple[list[str], list[Variable]]:
+        """The weights of one layer and direction that exist, and their names."""
+        own = vars(self)
+        pairs = [(n, own[n + suffix]) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        names = [n for n, p in pairs if p is not None]
+        weights: list[Variable] = [p for _, p in pairs if p is not None]
+        if weights[1]._data is None:  # not drawn before a state needs it
+            rows = self.cell.gates * self.hidden_size
+            weights[1] = as_variable(np.zeros((rows, self.hidden_size), self.dtype))
+        return names, weights
+
+    # Unfused: one node per operation
+
+    def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
+        """One step of one layer, spelled out; ``w`` holds the weights, transposed, or None."""
+        raise NotImplementedError(f"{type(self).__name__}.operations")
+
+    def _unfused(
+        self,
+        x: Variable,
+        begin: State | None,
+        lengths: Array | None,
+        reset: Array | None,
+        masks: list[Array] | None,
+    ) -> tuple[Variable, State, State]:
+        T, B, _ = x.shape
+        n, D = len(self.cell.states), 2 if self.bidirectional else 1
+        if T == 0:
+            raise ValueError("x has no time steps; fused=False needs at least one")
+        active = None if lengths is None else np.arange(T)[:, np.newaxis] < lengths
+        inputs = [x[t] for t in range(T)]
+        ends: list[State] = []
+        states: list[list[State]] = []  # of each layer and direction, step by step
+        for layer in range(self.num_layers):
+            if layer and masks is not None:
+                inputs = [y * mask for y, mask in zip(inputs, masks[layer - 1], strict=True)]
+            outputs: list[list[Variable]] = []
+            for direction in range(D):
+                k = layer * D + direction
+                first = self._first(begin, k, B)
+                ys, end, every = self._run(self.suffixes[k], inputs, first, active, reset, direction == 1)
+                outputs.append(ys)
+                ends.append(end)
+                states.append(every)
+            inputs = [F.concatenate(ys, axis=1) if D > 1 else ys[0] for ys in zip(*outputs, strict=True)]
+        y = F.stack(inputs)
+        steps = [tuple(F.stack([s[j] for s in every]) for j in range(n)) for every in states]
+        if len(self.suffixes) == 1:
+            return y, ends[0], steps[0]
+        ended, stepped = (tuple(F.stack([s[j] for s in part]) for j in range(n)) for part in (ends, steps))
+        return y, ended, stepped
+
+    def _first(self, begin: State | None, k: int, batch: int) -> State:
+        if begin is None:
+            return tuple(
+                as_variable(np.zeros((batch, self.hidden_size), self.dtype)) for _ in self.cell.states
+            )
+        return begin if len(self.suffixes) == 1 else tuple(s[k] for s in begin)
+
+    def _run(
+        self,
+        suffix: str,
+        inputs: list[Variable],
+        state: State,
+        active: Array | None,
+        reset: Array | None,
+        reverse: bool,
+    ) -> tuple[list[Variable], State, list[State]]:
+        """One layer in one direction: its y at every step, the final state, the state after every step."""
+        names, weights = self._slots(suffix)
+        w: dict[str, Variable | None] = {"bias_ih": None, "bias_hh": None}
+        w |= {name: p.T if p.ndim == 2 else p for name, p in zip(names, weights, strict=True)}
+        T = len(inputs)
+        ys: list[Any] = [None] * T
+        every: list[Any] = [None] * T
+        for t in reversed(range(T)) if reverse else range(T):
+            # a reset at t cuts between t-1 and t: in reverse that is met before step t-1
+            cut = reset[t] if reset is not None and not reverse else None
+            if reset is not None and reverse and t + 1 < T:
+                cut = reset[t + 1] if active is None else reset[t + 1] & active[t + 1]
+            if cut is not None:
+                if active is not None:
+                    cut = cut & active[t]
+                state = tuple(F.where(cut[:, np.newaxis], self._zero, s) for s in state)
+            after = self.operations(w, inputs[t], state)
+            if active is None:
+                ys[t], every[t], state = after[0], after, after
+            else:
+                row = active[t][:, np.newaxis]
+                ys[t] = F.where(row, after[0], self._zero)
+                # in the padding a state stands still, and no gradient comes in there
+                every[t] = tuple(F.where(row, a, s._data) for a, s in zip(after, state, strict=True))
+                state = tuple(F.where(row, a, s) for a, s in zip(after, state, strict=True))
+        return ys, state, every
+
+    @property
+    def _zero(self) -> Array:
+        return np.zeros((), self.dtype)
+
+    # Sizes, start, files
+
+    def _draw(self, hidden: bool) -> None:
+        """Draw every matrix whose sizes are known and that has no values yet."""
+        H, D = self.hidden_size, 2 if self.bidirectional else 1
+        for k, suffix in enumerate(self.suffixes):
+            columns = self.in_size if k < D else H * D
+            for name, size in (("weight_ih", columns), ("weight_hh", H if hidden or k >= D else None)):
+                p = vars(self)[name + suffix]
+                if p._data is None and size is not None:
+                    matrix = np.empty((self.cell.gates * H, size), self.dtype)
+                    for gate in self.draws:
+                        matrix[gate * H : (gate + 1) * H] = _draw(size, H, self.dtype).T
+                    p.assign(matrix)
+
+    def _settle(self, in_size: int, needs_hidden: bool) -> None:
+        """Draw what was open, at a call."""
+        if self.in_size is None:
+            self.in_size = _size("the last axis of x", in_size)
+            self._draw(hidden=needs_hidden or len(self.suffixes) > 1)
+        elif needs_hidden and self.draws_hidden_late:
+            self._draw(hidden=True)
+
+    def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
+        H, D = self.hidden_size, 2 if self.bidirectional else 1
+        shapes: dict[str, tuple[int | None, ...] | None] = {}
+        for k, suffix in enumerate(self.suffixes):
+            columns = self.in_size if k < D else H * D
+            rows = self.cell.gates * H
+            full: dict[str, tuple[int | None, ...]] = {"weight_ih": (rows, columns), "weight_hh": (rows, H)}
+            full |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+            shapes |= {n + suffix: s for n, s in full.items() if vars(self)[n + suffix] is not None}
+        return shapes
+
+    def dtype_of(self, name: str, array: Array) -> np.dtype[Any]:
+        return self.dtype
+
+    def check_sizes(self, arrays: Mapping[str, Array], source: str) -> None:
+        sizes = [arrays["weight_ih" + s].shape[1] for s in self.suffixes[: 2 if self.bidirectional else 1]]
+        if min(sizes) != max(sizes) or min(sizes) == 0:
+            raise ValueError(f"{source}: entries 'weight_ih{self.suffixes[0]}' have input sizes {sizes}")
+
+    def take_sizes(self, arrays: Mapping[str, Array]) -> None:
+        self.in_size = arrays["weight_ih" + self.suffixes[0]].shape[1]
+
+    def from_framework_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
+        """``x2f/W`` (I, H), ``x2f/b`` (H,), ``h2f/W`` (H, H), one set per gate."""
+        gates = self.framework_names
+        if self.suffixes != [""] or not any(f"{prefix}{s}2{g}/W" in arrays for g in gates for s in "xh"):
+            return {}
+        H = self.hidden_size
+        parts: dict[str, list[Array]] = {"weight_ih": [], "weight_hh": [], "bias_ih": []}
+        I = self.in_size
+        for gate in gates:
+            for name, entry, shape in (
+                ("weight_ih", f"x2{gate}/W", (I, H)),
+                ("weight_hh", f"h2{gate}/W", (H, H)),
+                ("bias_ih", f"x2{gate}/b", (H,)),
+            ):
+                if vars(self)[name] is None:
+                    continue
+                key = prefix + entry
+                if key not in arrays:
+                    raise ValueError(f"{source}: entry {key!r} is missing")
+                array = npz.checked(arrays.pop(key), shape, key, source)
+                parts[name].append(array.T)
+                I = array.shape[0] if name == "weight_ih" else I  # all gates read the same input
+        return {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
+
+
+class RNN(Recurrent):
+    """Elman network: ``h = tanh(x W + h U + b)``, or relu for tanh. See ``Recurrent`` for the arguments.
+
+    Without ``in_size`` the hidden matrix is drawn when a state first meets it: at the second step.
+    """
+
+    draws = (0,)
+    framework_names = ("h",)
+    draws_hidden_late = True
+
+    def __init__(
+        self, hidden_size: int, in_size: int | None = None, *, relu: bool = False, **options: Any
+    ) -> None:
+        super().__init__(hidden_size, in_size, cell=cells.RNN(relu=relu), **options)
+
+    def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
+        a = F.linear(x, w["weight_ih"], w["bias_ih"]) + F.linear(state[0], w["weight_hh"], w["bias_hh"])
+        return (F.relu(a) if self.cell == cells.RNN(relu=True) else F.tanh(a),)
+
+
+class LSTM(Recurrent):
+    """Long short-term memory. See ``Recurrent`` for the arguments.
+
+    ``i, f, o = sigmoid``, ``g = tanh`` of ``x W + h U + b``, each of its own; ``c = f*c + i*g``, ``h =
+    o*tanh(c)`` (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000). Memory order i f g o;
+    drawn as f i o g.
+    """
+
+    draws = (1, 0, 3, 2)
+    framework_names = ("i", "f", "u", "o")
+
+    def __init__(self, hidden_size: int, in_size: int | None = None, **options: Any) -> None:
+        super().__init__(hidden_size, in_size, cell=cells.LSTM(), **options)
+
+    def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
+        h, c = state
+        a = F.linear(x, w["weight_ih"], w["bias_ih"]) + F.linear(h, w["weight_hh"], w["bias_hh"])
+        ai, af, ag, ao = _gates(a, 4)
+        c = F.sigmoid(af) * c + F.sigmoid(ai) * F.tanh(ag)
+        return F.sigmoid(ao) * F.tanh(c), c
+
+
+class GRU(Recurrent):
+    """Gated recurrent unit. See ``Recurrent`` for the arguments.
+
+    ``r, z = sigmoid(x W + h U + b)``, each of its own; ``h = (1 - z) * n + z * h``; with ``reset_after``
+    (PyTorch, cuDNN) ``n = tanh(x W + b + r * (h U + b'))``, without (Cho et al. 2014) ``n = tanh(x W + (r *
+    h) U + b)``. Memory order and order of draws r z n.
+    """
+
+    draws = (0, 1, 2)
+    cell: cells.GRU
+
+    def __init__(
+        self, hidden_size: int, in_size: int | None = None, *, reset_after: bool = True, **options: Any
+    ) -> None:
+        super().__init__(hidden_size, in_size, cell=cells.GRU(reset_after=reset_after), **options)
+
+    @property
+    def two_biases(self) -> bool:
+        return self.cell.reset_after
+
+    def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
+        (h,) = state
+        H = self.hidden_size
+        xr, xz, xn = _gates(F.linear(x, w["weight_ih"], w["bias_ih"]), 3)
+        if self.cell.reset_after:
+            hr, hz, hn = _gates(F.linear(h, w["weight_hh"], w["bias_hh"]), 3)
+            r, z = F.sigmoid(xr + hr), F.sigmoid(xz + hz)
+            n = F.tanh(xn + r * hn)
+        else:
+            hr, hz = _gates(F.linear(h, w["weight_hh"][:, : 2 * H]), 2)
+            r, z = F.sigmoid(xr + hr), F.sigmoid(xz + hz)
+            n = F.tanh(xn + F.linear(r * h, w["weight_hh"][:, 2 * H :]))
+        return ((1 - z) * n + z * h,)
+
+
+def _gates(a: Variable, count: int) -> tuple[Variable, ...]:
+    """The gates, side by side on the last axis."""
+    H = a.shape[-1] // count
+    return tuple(a[:, k * H : (k + 1) * H] for k in range(count))
+
+
+def _draw(in_size: int, out_size: int, dtype: np.dtype[Any]) -> Array:
+    return np.random.randn(in_size, out_size).astype(dtype) * float(np.sqrt(1 / in_size))
+
+
+def _size(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+    if value < 1:
+        raise ValueError(f"{name} is {value}, expected at least 1")
+    return int(value)
+
+
+def _dtype(dtype: Any) -> np.dtype[Any]:
+    found = np.dtype(dtype)
+    if found not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise TypeError(f"dtype is {found}, expected float32 or float64")
+    return found

@@ -1,0 +1,82 @@
+"""Arrays in files: ``.npz`` without pickle, written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+PathLike = str | os.PathLike[str]
+
+
+def write(path: PathLike, arrays: Mapping[str, Array], previous: Path | None = None) -> None:
+    """Write to a temporary name beside ``path``, flush to the disk, then rename: there is never half a file.
+
+    What was at ``path`` before is kept under the name ``previous``, if one is given.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is written over
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, previous)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name too is on the disk
+    finally:
+        os.close(directory)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give the file a second name, so that the first is there at every moment."""
+    link = previous.with_name(f".{previous.name}.link")
+    link.unlink(missing_ok=True)
+    os.link(path, link)
+    os.replace(link, previous)
+
+
+def read(path: PathLike) -> dict[str, Array]:
+    """All arrays of a file; a ValueError names the entry that is pickled or damaged."""
+    entry = ""
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            arrays = {}
+            for name in archive.namelist():
+                entry = name.removesuffix(".npy")
+                member = io.BytesIO(archive.read(name))  # whole, which checks its sum
+                arrays[entry] = np.lib.format.read_array(member, allow_pickle=False)
+                if member.read(1):
+                    raise ValueError("more bytes than the array has")
+            return arrays
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        what = f"entry {entry!r}" if entry else "not an .npz file, or a truncated one"
+        if "pickle" in str(error) or "Object arrays" in str(error):
+            raise ValueError(f"{path}: entry {entry!r} is pickled, which is never loaded") from None
+        raise ValueError(f"{path}: {what}: {error}") from error
+
+
+def checked(array: Array, shape: tuple[int | None, ...] | None, key: str, source: str) -> Array:
+    """The array, if it holds real numbers and has the shape, in which None fits every length."""
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{source}: entry {key!r} has dtype {array.dtype}, expected real numbers")
+    if shape is not None and (
+        array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True))
+    ):
+        expected = str(tuple("any" if n is None else n for n in shape)).replace("'", "")
+        raise ValueError(f"{source}: entry {key!r} has shape {array.shape}, expected {expected}")
+    return array

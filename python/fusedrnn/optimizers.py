@@ -1,0 +1,130 @@
+"""Optimisers: they move a model's parameters against their gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Self
+
+import numpy as np
+
+from fusedrnn.autograd import Array, Parameter
+from fusedrnn.layers import Layer
+
+
+class Optimizer:
+    """What all optimisers do before the step of their own.
+
+    ``max_norm`` scales the gradients down where their joint Euclidean norm is above it; ``weight_decay``
+    then adds that share of each parameter to its gradient. Parameters without a gradient stay. The gradients
+    are not changed.
+    """
+
+    def __init__(self, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay is {weight_decay}, expected at least 0")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm is {max_norm}, expected None or above 0")
+        self.weight_decay = weight_decay
+        self.max_norm = max_norm
+        self.target: Layer | None = None
+        self.t = 0
+        self.slots: dict[Parameter, dict[str, Array]] = {}  # what is kept for each parameter
+
+    def setup(self, target: Layer) -> Self:
+        """Take the model whose parameters ``update`` moves."""
+        self.target = target
+        return self
+
+    def update(self) -> None:
+        """One step."""
+        if self.target is None:
+            raise RuntimeError("update before setup(model)")
+        pairs = [(p, np.asarray(p.grad._data, p.dtype)) for p in self.target.params() if p.grad is not None]
+        self.t += 1
+        if self.max_norm is not None:
+            norm = math.sqrt(math.fsum(float(np.square(g, dtype=np.float64).sum()) for _, g in pairs))
+            if norm > self.max_norm:
+                pairs = [(p, g * (self.max_norm / norm)) for p, g in pairs]
+        for p, g in pairs:
+            if self.weight_decay:
+                g = g + self.weight_decay * p._data
+            self.move(p, g)
+            p.version += 1  # in place, and seen
+
+    def move(self, p: Parameter, g: Array) -> None:
+        """Change ``p._data`` in place by the gradient g."""
+        raise NotImplementedError(f"{type(self).__name__}.move")
+
+    def state(self) -> dict[str, Any]:
+        """What an exact resume needs: the count of steps and arrays named ``slot/parameter``."""
+        assert self.target is not None
+        return {"t": np.asarray(self.t)} | {
+            f"{slot}/{name}": array
+            for name, p in self.target.named_params()
+            for slot, array in self.slots.get(p, {}).items()
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what ``state`` gave; the model must have its weights already."""
+        if self.target is None:
+            raise RuntimeError("load_state before setup(model)")
+        params = dict(self.target.named_params())
+        slots: dict[Parameter, dict[str, Array]] = {}
+        for key, array in state.items():
+            if key == "t":
+                continue
+            slot, _, name = key.partition("/")
+            if name not in params or params[name].shape != array.shape:
+                raise ValueError(f"optimiser state {key}: shape {array.shape} fits no parameter of the model")
+            slots.setdefault(params[name], {})[slot] = array.copy()
+        self.slots, self.t = slots, int(state["t"])
+
+
+class SGD(Optimizer):
+    """``p -= lr * g``."""
+
+    def __init__(self, lr: float = 0.01, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
+        super().__init__(weight_decay=weight_decay, max_norm=max_norm)
+        self.lr = lr
+
+    def move(self, p: Parameter, g: Array) -> None:
+        p._data -= self.lr * g
+
+
+class Adam(Optimizer):
+    """Kingma and Ba 2015, in the form at the end of its section 2.
+
+    With ``step = alpha * sqrt(1 - beta2**t) / (1 - beta1**t)``:
+    ``m += (1 - beta1) * (g - m)``, ``v += (1 - beta2) * (g*g - v)``, ``p -= step * m / (sqrt(v) + eps)``.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.001,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        *,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+    ) -> None:
+        super().__init__(weight_decay=weight_decay, max_norm=max_norm)
+        self.alpha, self.beta1, self.beta2, self.eps = alpha, beta1, beta2, eps
+
+    def move(self, p: Parameter, g: Array) -> None:
+        if p not in self.slots:
+            self.slots[p] = {"m": np.zeros_like(p._data), "v": np.zeros_like(p._data)}
+        m, v = self.slots[p]["m"], self.slots[p]["v"]
+        step = self.alpha * math.sqrt(1 - self.beta2**self.t) / (1 - self.beta1**self.t)
+        work = g - m
+        work *= 1 - self.beta1
+        m += work
+        np.multiply(g, g, out=work)
+        work -= v
+        work *= 1 - self.beta2
+        v += work
+        np.sqrt(v, out=work)
+        work += self.eps
+        np.divide(m, work, out=work)
+        work *= step
+        p._data -= work

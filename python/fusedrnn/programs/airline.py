@@ -1,0 +1,237 @@
+"""Forecast monthly airline passengers one month ahead, beside all the usual simple forecasts.
+
+The series ships with the package: 144 months, 1949 to 1960, growing, with a season that grows along. The
+first 70 % are for training, every choice included; the forecasts of the last 30 % know all months before the
+one they are for.
+
+The network sees ``w``, the change of the yearly growth: with ``s[t] = log y[t] - log y[t-12]``, ``w[t] =
+s[t] - s[t-1]``. It reads w month by month and says the next one. So few months are soon learnt by heart;
+therefore it is trained on copies with noise added, and for as many epochs as were best for the last months
+of the training part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedrnn import backends, layers
+from fusedrnn import functions as F
+from fusedrnn.autograd import Array, no_grad
+from fusedrnn.optimizers import Adam
+from fusedrnn.programs import common
+from fusedrnn.programs.common import CELLS, Forecaster, Report
+
+YEAR = 12
+HIDDEN, COPIES, NOISE, EPOCHS, HELD_OUT = 32, 32, 1.0, 150, 24
+TIMED = 15  # epochs
+
+
+class Result(NamedTuple):
+    scores: dict[str, dict[str, float]]  # best first
+    forecasts: dict[str, Array]  # of the test part
+    truth: Array
+    epochs: int  # that were found best
+    milliseconds: dict[str, float]  # of one training epoch, by backend
+
+
+def passengers() -> tuple[list[str], Array]:
+    """Months, and thousands of passengers."""
+    text = resources.files("fusedrnn.programs").joinpath("data/airline_passengers.csv").read_text()
+    rows = list(csv.reader(text.splitlines()))[1:]
+    return [month for month, _ in rows], np.array([float(value) for _, value in rows])
+
+
+# The simple forecasts, of every month from the months before it. Parameters are fitted to the first n months
+# alone, by trying all of a grid at once.
+
+
+def holt_winters(y: Array, n: int, damping: float) -> Array:
+    """Level, trend and factors of the season, smoothed (Winters 1960; damped trend: Gardner 1985)."""
+    grid = np.meshgrid(np.linspace(0.05, 0.95, 19), np.linspace(0, 0.5, 11), np.linspace(0.05, 0.95, 19))
+    alpha, beta, gamma = (g.ravel() for g in grid)
+    first, second = y[:YEAR].mean(), y[YEAR : 2 * YEAR].mean()
+    trend = np.full(alpha.shape, (second - first) / YEAR)
+    level = first + trend * (YEAR - 1) / 2
+    season = [np.full(alpha.shape, value / first) for value in y[:YEAR]]
+    forecasts = np.full((len(y), len(alpha)), np.nan)
+    for t in range(YEAR, len(y)):
+        expected = level + damping * trend
+        forecasts[t] = expected * season[t - YEAR]
+        level = alpha * y[t] / season[t - YEAR] + (1 - alpha) * expected
+        trend = beta * (level - expected) + damping * trend
+        season.append(gamma * y[t] / level + (1 - gamma) * season[t - YEAR])
+    return _best(forecasts, y, n)
+
+
+def airline_model(y: Array, n: int) -> Array:
+    """SARIMA (0,1,1)(0,1,1)12 of the logarithms, named after this very series (Box and Jenkins 1970)."""
+    log = np.log(y)
+    theta, seasonal = (g.ravel() for g in np.meshgrid(np.linspace(-0.9, 0.9, 37), np.linspace(-0.9, 0.9, 37)))
+    errors = np.zeros((len(y), len(theta)))
+    forecasts = np.full((len(y), len(theta)), np.nan)
+    for t in range(YEAR + 1, len(y)):
+        before = log[t - 1] + log[t - YEAR] - log[t - YEAR - 1]
+        forecasts[t] = before - theta * errors[t - 1] - seasonal * errors[t - YEAR]
+        forecasts[t] += theta * seasonal * errors[t - YEAR - 1]
+        errors[t] = log[t] - forecasts[t]
+    return np.exp(_best(forecasts, log, n))
+
+
+def _best(forecasts: Array, y: Array, n: int) -> Array:
+    """Of forecasts ``(months, grid)``, those with the least squared error from the third year to month n."""
+    errors = np.sum((forecasts[2 * YEAR : n] - y[2 * YEAR : n, np.newaxis]) ** 2, axis=0)
+    best: Array = forecasts[:, int(np.argmin(errors))]
+    return best
+
+
+def simple_forecasts(y: Array, n: int) -> dict[str, Array]:
+    """Of the months from n on."""
+    months = range(n, len(y))
+
+    def each(forecast: Callable[[int], Any]) -> Array:
+        return np.array([forecast(t) for t in months])
+
+    return {
+        "mean of all": each(lambda t: y[:t].mean()),
+        "naive: as last month": each(lambda t: y[t - 1]),
+        "naive with drift": each(lambda t: y[t - 1] + (y[t - 1] - y[0]) / (t - 1)),
+        "seasonal naive: as a year ago": each(lambda t: y[t - YEAR]),
+        "seasonal naive with drift": each(lambda t: y[t - YEAR] + np.mean(y[YEAR:t] - y[: t - YEAR])),
+        "seasonal naive with growth": each(lambda t: y[t - YEAR] * y[t - 1] / y[t - YEAR - 1]),
+        "Holt-Winters": holt_winters(y, n, 1.0)[n:],
+        "Holt-Winters, damped": holt_winters(y, n, 0.9)[n:],
+        "SARIMA (0,1,1)(0,1,1)12 of logs": airline_model(y, n)[n:],
+    }
+
+
+# The network
+
+
+class Training:
+    """Noisy copies of one series of w, side by side as a batch; an epoch is one update."""
+
+    def __init__(self, w: Array, cell: str, seed: int, backend: str | None = None) -> None:
+        np.random.seed(seed)
+        rnn = CELLS[cell](HIDDEN, in_size=1, backend=backend)
+        self.model = Forecaster(rnn, layers.Linear(1, in_size=HIDDEN))
+        self.optimizer = Adam(0.003, max_norm=1.0).setup(self.model)
+        self.x = np.broadcast_to(w[:-1, np.newaxis, np.newaxis], (len(w) - 1, COPIES, 1))
+        self.target = np.broadcast_to(w[1:, np.newaxis, np.newaxis], self.x.shape)
+
+    def epoch(self) -> float:
+        """One update; returns the mean squared error."""
+        self.model.reset_state()
+        y = self.model(self.x + NOISE * np.random.standard_normal(self.x.shape))
+        loss = F.mean_squared_error(y, self.target) / len(self.x)
+        self.model.cleargrads()
+        loss.backward()
+        self.optimizer.update()
+        return float(loss.data)
+
+    def predict(self, w: Array) -> Array:
+        """Of each month's w, the next one."""
+        self.model.reset_state()
+        with no_grad():
+            y: Array = self.model(w[:, np.newaxis, np.newaxis]).data[:, 0, 0]
+        return y
+
+
+def best_epochs(w: Array, cell: str, seed: int, after_epoch: Callable[[float], None]) -> int:
+    """How many epochs serve the last ``HELD_OUT`` months best, learning from those before."""
+    training = Training(w[:-HELD_OUT], cell, seed)
+    errors = []
+    for _ in range(EPOCHS):
+        after_epoch(training.epoch())
+        errors.append(np.mean((training.predict(w[:-1])[-HELD_OUT:] - w[-HELD_OUT:]) ** 2))
+    smooth = np.convolve(errors, np.ones(9) / 9, "valid")
+    return int(np.argmin(smooth)) + 5  # the middle of the best nine
+
+
+def time_epochs(w: Array, cell: str, names: list[str]) -> dict[str, float]:
+    """Milliseconds of a training epoch with each backend: the fastest of several, run in turn."""
+    trainings = {name: Training(w, cell, 0, name) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(TIMED):
+        for name, training in trainings.items():
+            start = time.perf_counter()
+            training.epoch()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: min(found) for name, found in times.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--out", default=".", metavar="DIR", help="where airline.png goes (default: here)")
+    parser.add_argument("--no-plot", action="store_true", help="no airline.png")
+
+
+def run(args: argparse.Namespace, report: Report) -> Result:
+    """Train, forecast, compare, plot, time."""
+    if not args.no_plot:
+        common.require_plot()
+    months, y = passengers()
+    n = int(0.7 * len(y))
+    log = np.log(y)
+    s = log[YEAR:] - log[:-YEAR]  # s[j] belongs to month j + 12
+    w = np.diff(s)  # w[j] belongs to month j + 13
+    known = n - YEAR - 1  # so many w belong to the training part
+    scale = w[:known].std()
+    w = w / scale
+
+    with report.progress(EPOCHS, f"{args.cell.upper()}: how many epochs") as progress:
+        epochs = best_epochs(w[:known], args.cell, args.seed, lambda e: progress.advance(f"loss {e:.3f}"))
+    training = Training(w[:known], args.cell, args.seed)
+    with report.progress(epochs, f"{args.cell.upper()}: training") as progress:
+        for _ in range(epochs):
+            progress.advance(f"loss {training.epoch():.3f}")
+    change = scale * training.predict(w)[known - 1 : -1]  # from the month before each of the test part
+    name = f"{args.cell.upper()}, this library"
+    forecasts = simple_forecasts(y, n)
+    forecasts[name] = np.exp(log[n - YEAR : -YEAR] + s[n - YEAR - 1 : -1] + change)
+
+    truth = y[n:]
+    found = {k: common.scores(v, truth) for k, v in forecasts.items()}
+    found = dict(sorted(found.items(), key=lambda item: item[1]["MSE"]))
+    part = f"{len(truth)} months from {months[n]}"
+    common.score_table(report, f"Passengers (thousands), one month ahead, {part}, best first", found)
+    place = list(found).index(name) + 1
+    report.line(f"{name}: place {place} of {len(found)}, trained for {epochs} epochs on {n} months.")
+
+    if not args.no_plot:
+        path = common.folder(args.out) / "airline.png"
+        best = next(k for k in found if k != name)
+
+        def draw(axes: Any) -> None:
+            time_axis = np.arange(len(y)) / YEAR + int(months[0][:4])
+            axes.plot(time_axis, y, color="0.6", lw=3, label="passengers")
+            axes.plot(time_axis[n:], forecasts[best], color="C1", lw=1.2, label=best)
+            axes.plot(time_axis[n:], forecasts[name], color="C0", lw=1.2, label=name)
+            border = time_axis[n] - 0.5 / YEAR
+            axes.axvline(border, color="0.3", lw=0.8, ls=":")
+            axes.text(border, y.min(), "training  ", ha="right", color="0.3")
+            axes.text(border, y.min(), "  test", color="0.3")
+            axes.set(title="Airline passengers, one month ahead", xlabel="year", ylabel="thousands a month")
+            axes.legend(frameon=False, loc="upper left")
+
+        common.plot(path, draw)
+        report.line(f"plot: {path}")
+
+    backend = backends.get().name
+    milliseconds = time_epochs(w[:known], args.cell, list(dict.fromkeys((backend, "reference"))))
+    if backend == "reference":
+        report.line("Speed: no compiled backend can run here, so this was the NumPy reference itself.")
+    else:
+        ours, theirs = milliseconds[backend], milliseconds["reference"]
+        report.line(
+            f"Speed: a training epoch took {ours:.2f} ms with the {backend} backend, {theirs:.2f} ms with "
+            f"the NumPy reference: {theirs / ours:.1f} times as fast."
+        )
+    return Result(found, forecasts, truth, epochs, milliseconds)

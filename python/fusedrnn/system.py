@@ -1,0 +1,106 @@
+"""What runs here: version, compiler, instruction sets, threads, backends, machine, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusedrnn import backends
+from fusedrnn.threads import get_num_threads
+
+
+def version() -> str:
+    """The installed version; it is written in one place, pyproject.toml."""
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    try:
+        return metadata("fusedrnn")["Version"]
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def info() -> dict[str, Any]:
+    """What was built, what was found, what is used, and for each absent backend why.
+
+    Keys: ``version``, ``python``, ``numpy``, ``compiler``, ``built`` and ``detected`` (instruction sets),
+    ``isa`` (the one in use), ``threads``, ``backends`` (name -> None or why not), ``backend`` (the default).
+    """
+    found: dict[str, Any] = {
+        "version": version(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "compiler": None,
+        "built": [],
+        "detected": [],
+        "isa": None,
+        "threads": get_num_threads(),
+    }
+    try:
+        from fusedrnn import _core
+    except ImportError:
+        pass  # the cpu backend says why, below
+    else:
+        found |= {key: value for key, value in _core.info().items() if key != "version"}
+    found["backends"] = {name: backends.get(name).unavailable() for name in backends.NAMES}
+    found["backend"] = backends.get().name
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What a measurement has to say beside its figures."""
+    found = {key: value for key, value in info().items() if key not in ("backends", "backend", "threads")}
+    found |= {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "system": platform.platform(),
+    }
+    for name in ("torch", "numba"):
+        if name in sys.modules:
+            found[name] = sys.modules[name].__version__
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, family, model, caches and the number of cores that this process may use."""
+    found: dict[str, Any] = {"architecture": platform.machine()}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("vendor_id", "model name", "cpu family", "model"):
+                found.setdefault(key.strip(), value.strip())
+        caches = {}
+        for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+            level, kind, size = ((folder / key).read_text().strip() for key in ("level", "type", "size"))
+            caches[f"L{level} {kind.lower()}"] = size
+        found["caches"] = caches
+    except OSError:  # not Linux
+        found.setdefault("model name", platform.processor())
+    found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout that the current folder is in, with a plus where files differ from it.
+
+    None where the current folder is in no checkout of this project.
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        if not Path(git("rev-parse", "--show-toplevel"), "python", "fusedrnn").is_dir():
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,48 @@
+"""What every test shares: the fast selection that mutants run, and settings put back as they were."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Seeded: a failure is the same on every run. Deadlines would measure the machine.
+settings.register_profile(
+    "fusedrnn", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("fusedrnn")
+
+
+if other := os.environ.get(
+    "FUSEDRNN_TEST_CORE"
+):  # a compiled module in place of the installed one: a mutant's
+    spec = importlib.util.spec_from_file_location("fusedrnn._core", other)
+    sys.modules["fusedrnn._core"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["fusedrnn._core"])
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "mutation: the small fast selection that has to kill every mutant")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the old one comes back after the test."""
+    from fusedrnn.threads import get_num_threads, set_num_threads
+
+    before = get_num_threads()
+    yield set_num_threads
+    set_num_threads(before)
+
+
+@pytest.fixture
+def poison():
+    """Every buffer of the kernels starts as NaN: what is read before it is written shows."""
+    from fusedrnn._core import testing
+
+    testing.poison(True)
+    yield
+    testing.poison(False)

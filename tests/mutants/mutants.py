@@ -1,0 +1,335 @@
+"""Seeded mistakes: each is one change of a kernel that the fast selection of tests has to notice.
+
+The classes are those of errors that were published or shipped: a lost carry, a gradient of the wrong
+variable, a wrong slice, a mask that acts in one direction only, stale memory, strides ignored, tails
+skipped, overflow, NaN swallowed. ``old`` occurs exactly once in its file, else the list is out of date and
+the tests fail.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str  # below csrc
+    old: str
+    new: str
+
+
+LSTM, GRU, RNN = "cells/lstm.h", "cells/gru.h", "cells/rnn.h"
+FORWARD, BACKWARD, STEPS, PACK, TILE = (
+    f"cpu/{f}.h" for f in ("forward", "backward", "steps", "pack", "tile")
+)
+RUN, MATH = "cpu/run.cpp", "simd/math.h"
+
+MUTANTS = [
+    # the cells, forward
+    Mutant(
+        "lstm: input and forget gate exchanged",
+        LSTM,
+        "c = fma(f, c_prev, i * g);",
+        "c = fma(i, c_prev, f * g);",
+    ),
+    Mutant("lstm: h without tanh", LSTM, "h = o * tanh(c);", "h = o * c;"),
+    Mutant("gru: r not applied before the product", GRU, "middle = saved[0] * h_prev;", "middle = h_prev;"),
+    Mutant("gru: r on the input part", GRU, "n = tanh(fma(r, q, a[0]));", "n = tanh(fma(r, a[0], q));"),
+    # the cells, backward
+    Mutant(
+        "lstm: tanh of the previous c", LSTM, "const V tanh_c = tanh(c);", "const V tanh_c = tanh(c_prev);"
+    ),
+    Mutant("lstm: forget gate without its derivative", LSTM, "* c_prev * (f * (one - f));", "* c_prev * f;"),
+    Mutant(
+        "lstm: carried dc lost",
+        LSTM,
+        "dc = fma(dh * o, fnma(tanh_c, tanh_c, one), dc);",
+        "dc = dh * o * fnma(tanh_c, tanh_c, one);",
+    ),
+    Mutant("lstm: dc not through the forget gate", LSTM, "dc_prev = dc * f;", "dc_prev = dc;"),
+    Mutant("lstm: output gate by c for tanh(c)", LSTM, "da[3] = dh * tanh_c", "da[3] = dh * c"),
+    Mutant("lstm: gradient of i by i for g", LSTM, "da[0] = dc * g *", "da[0] = dc * i *"),
+    Mutant(
+        "lstm: 1 - tanh(g)^2 for 1 - g^2",
+        LSTM,
+        "da[2] = dc * i * fnma(g, g, one);",
+        "da[2] = dc * i * fnma(tanh(g), tanh(g), one);",
+    ),
+    Mutant(
+        "gru: direct part by 1 - z",
+        GRU,
+        "da[3] = dn * r;\n    direct = dh * z;",
+        "da[3] = dn * r;\n    direct = dh * (one - z);",
+    ),
+    Mutant("gru: r by n for q", GRU, "da[1] = dn * q * (r", "da[1] = dn * n * (r"),
+    Mutant("gru: sign of z", GRU, "da[2] = dh * (h_prev - n)", "da[2] = dh * (n - h_prev)"),
+    Mutant("gru: dq not through r", GRU, "da[3] = dn * r;", "da[3] = dn;"),
+    Mutant("gru before: direct part of r*h lost", GRU, "direct = fma(dmiddle, r, direct);", ""),
+    Mutant("gru before: r without h_prev", GRU, "da_r = dmiddle * h_prev *", "da_r = dmiddle *"),
+    Mutant("rnn: derivative 1 - h", RNN, "dh * fnma(h, h, V::set(1))", "dh * (V::set(1) - h)"),
+    Mutant("rnn: relu without its mask", RNN, "zero_where(greater_equal(V::zero(), h), dh)", "dh"),
+    # rows, cuts, ends
+    Mutant(
+        "steps: reset at the wrong step in reverse",
+        STEPS,
+        "const Index cut = steps.reverse ? t + 1 : t;",
+        "const Index cut = t;",
+    ),
+    Mutant("steps: reset ignored in reverse", STEPS, "!(steps.reverse && first)", "!steps.reverse"),
+    Mutant(
+        "steps: reverse starts at T",
+        STEPS,
+        "return steps.reverse ? length_of(steps, b) - 1 : 0; }",
+        "return steps.reverse ? steps.T - 1 : 0; }",
+    ),
+    Mutant(
+        "steps: final state at T",
+        STEPS,
+        "return steps.reverse ? 0 : length_of(steps, b) - 1; }",
+        "return steps.reverse ? 0 : steps.T - 1; }",
+    ),
+    Mutant(
+        "steps: one step too many",
+        STEPS,
+        "return t < length_of(steps, b); }",
+        "return t <= length_of(steps, b); }",
+    ),
+    # the loop forward
+    Mutant(
+        "forward: recurrence lost",
+        FORWARD,
+        "rows.h[i] = job.y + (before_t * B + b) * job.P;",
+        "rows.h[i] = job.zeros;",
+    ),
+    Mutant(
+        "forward: h0 ignored",
+        FORWARD,
+        "rows.h[i] = job.h0 ? job.h0 + b * job.P : job.zeros;",
+        "rows.h[i] = job.zeros;",
+    ),
+    Mutant(
+        "forward: c not cut",
+        FORWARD,
+        "case Before::nothing: rows.h[i] = rows.c[i] = job.zeros; break;",
+        "case Before::nothing: rows.h[i] = job.zeros, rows.c[i] = job.c0 ? job.c0 + b * job.blocks * kBlock : "
+        "job.zeros; break;",
+    ),
+    Mutant(
+        "forward: strides of x ignored",
+        FORWARD,
+        "job.x + t * job.x_step + b * job.x_row;",
+        "job.x + (t * B + b) * job.I;",
+    ),
+    Mutant(
+        "forward: last lane of the tail skipped",
+        FORWARD,
+        "else\n          h.store(h_out(t, b) + u, in_row);",
+        "else\n          h.store(h_out(t, b) + u, in_row - 1);",
+    ),
+    Mutant(
+        "forward: y at padding not zeroed",
+        FORWARD,
+        "__builtin_memset(h_out(t, b), 0, size_t(P) * sizeof(T));",
+        ";",
+    ),
+    Mutant(
+        "forward: states of padding in reverse",
+        FORWARD,
+        "const T* held_h = steps.reverse ? (job.h0 ? job.h0 + b * P : job.zeros) : h;",
+        "const T* held_h = h;",
+    ),
+    Mutant(
+        "forward: final state of an empty row",
+        FORWARD,
+        ": job.h0 ? job.h0 + b * P : job.zeros;\n      const T* c",
+        ": job.zeros;\n      const T* c",
+    ),
+    # the loop backward
+    Mutant(
+        "backward: carried dh lost",
+        BACKWARD,
+        "dh = V::load(acc + (w * m + i) * V::lanes);",
+        "dh = V::zero();",
+    ),
+    Mutant(
+        "backward: direct part lost",
+        BACKWARD,
+        "if (Cell::has_direct) dh = dh + V::load(job.direct + b * units + u);",
+        "",
+    ),
+    Mutant(
+        "backward: dc of the later step lost",
+        BACKWARD,
+        "if (Cell::has_c) dc = V::load(job.dc + b * units + u);",
+        "",
+    ),
+    Mutant("backward: dhT lost", BACKWARD, "if (job.dhT) dh = V::load(job.dhT + b * job.P + u, in_row);", ""),
+    Mutant(
+        "backward: dcT lost",
+        BACKWARD,
+        "if (Cell::has_c && job.dcT) dc = V::load(job.dcT + b * job.H + u, in_row);",
+        "",
+    ),
+    Mutant(
+        "backward: dy replaces the chain",
+        BACKWARD,
+        "dh = dh + V::load(row.dy + u, in_row);",
+        "dh = V::load(row.dy + u, in_row);",
+    ),
+    Mutant(
+        "backward: dh of the states lost",
+        BACKWARD,
+        "if (row.dh_state) dh = dh + V::load(row.dh_state + u, in_row);",
+        "",
+    ),
+    Mutant(
+        "backward: dc of the states lost",
+        BACKWARD,
+        "if (Cell::has_c && row.dc_state) dc = dc + V::load(row.dc_state + u, in_row);",
+        "",
+    ),
+    Mutant(
+        "backward: strides of dy ignored",
+        BACKWARD,
+        "in(job.dy, job.dy_step, job.dy_row)",
+        "in(job.dy, B * job.P, job.P + 1)",
+    ),
+    Mutant(
+        "backward: cuts in forward only",
+        BACKWARD,
+        "return before(job.steps, later(t), b) == Before::nothing ? After::nothing : After::product;",
+        "return After::product;",
+    ),
+    Mutant(
+        "backward: state0 not cut off", BACKWARD, "cut ? After::nothing : After::product;", "After::product;"
+    ),
+    Mutant(
+        "backward: no gradient through an empty row",
+        BACKWARD,
+        "empty ? After::final_state :",
+        "empty ? After::nothing :",
+    ),
+    Mutant(
+        "backward: dh0 missing",
+        BACKWARD,
+        "if (job.dh0) dh.store(job.dh0 + row.b * job.P + u, job.H - u);",
+        "",
+    ),
+    Mutant(
+        "backward: dc0 missing",
+        BACKWARD,
+        "if (Cell::has_c && job.dc0) dc.store(job.dc0 + row.b * job.H + u, job.H - u);",
+        "",
+    ),
+    Mutant(
+        "backward: accumulators not reset",
+        BACKWARD,
+        "for (int i = 0; i < m * wide; ++i) V::zero().store(acc + i * V::lanes);",
+        "",
+    ),
+    Mutant("backward: bias counted twice", BACKWARD, "row[0] = T(1);", "row[0] = T(2);"),
+    Mutant(
+        "backward: h for h_prev",
+        BACKWARD,
+        "const T* h_prev = h_before(t, b);",
+        "const T* h_prev = h_row(t, b);",
+    ),
+    Mutant(
+        "backward: x of another step",
+        BACKWARD,
+        "job.x + t * job.x_step + b * job.x_row, size_t",
+        "job.x + (t ? t - 1 : t) * job.x_step + b * job.x_row, size_t",
+    ),
+    Mutant(
+        "backward: r lost in the gradient of weight_hn",
+        BACKWARD,
+        "saved[offset(u, Cell::saved)] * h_prev[u];",
+        "h_prev[u];",
+    ),
+    Mutant("backward: nothing carried between chunks", BACKWARD, "rows.latest[b] = border;", ""),
+    Mutant(
+        "backward: every chunk begins at zero",
+        BACKWARD,
+        "const bool overwrite = first_chunk && row == 0;",
+        "const bool overwrite = row == 0;",
+    ),
+    Mutant(
+        "backward: sums begin with stale memory",
+        BACKWARD,
+        "const bool overwrite = first_chunk && row == 0;",
+        "const bool overwrite = false && first_chunk;",
+    ),
+    Mutant("backward: wrong slice of the gates", BACKWARD, "part.first - group.first + s)", "s)"),
+    Mutant(
+        "backward: dx at padding not zeroed", BACKWARD, "if (job.dx && job.steps.lengths) zero_padding();", ""
+    ),
+    Mutant(
+        "backward: last column of dx skipped",
+        BACKWARD,
+        ".store(row + column, job.I - column);",
+        ".store(row + column, job.I - column - 1);",
+    ),
+    # weights, products, sizes
+    Mutant(
+        "pack: gates in the wrong order",
+        PACK,
+        "(job.part.gate[s] * job.H + u) * job.K;",
+        "(s * job.H + u) * job.K;",
+    ),
+    Mutant(
+        "pack: weight_hh for its transpose",
+        PACK,
+        "? row[j] : T(0);",
+        "? job.weight[(job.part.gate[s] * job.H + (block * kBlock + j) % job.H) * job.K + u % job.K] : T(0);",
+    ),
+    Mutant(
+        "pack: padding of the units not zeroed", PACK, "out[(k * count + s) * kBlock + lane] = T(0);", ";"
+    ),
+    Mutant(
+        "tile: last k skipped",
+        TILE,
+        "for (Index k = begin; k < end; k += a_step) {",
+        "for (Index k = begin; k + a_step < end; k += a_step) {",
+    ),
+    Mutant(
+        "tile: gaps in a row ignored",
+        TILE,
+        "const Index begin = r * product.a_run,",
+        "const Index begin = r * product.run * product.a_step,",
+    ),
+    Mutant(
+        "tile: rows left over when cut",
+        TILE,
+        "return i * small + (i < larger ? i : larger);",
+        "return i * small;",
+    ),
+    Mutant(
+        "run: bias_hh twice",
+        RUN,
+        "add(weights.bias_hh, shape.recurrent2);",
+        "add(weights.bias_hh, shape.recurrent); add(weights.bias_hh, shape.recurrent2);",
+    ),
+    Mutant("run: bias_ih forgotten", RUN, "add(weights.bias_ih, shape.input);", ""),
+    Mutant(
+        "run: h0 forgotten in backward",
+        RUN,
+        "job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr,",
+        "job.h0 = nullptr, job.c0 = call.c0 && shape.has_c ? c0 : nullptr,",
+    ),
+    Mutant(
+        "run: c0 forgotten in backward",
+        RUN,
+        "job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr,",
+        "job.h0 = call.h0, job.c0 = nullptr,",
+    ),
+    # the activations
+    Mutant("math: sigmoid overflows", MATH, "min(V::set(C::sigmoid_one), x)", "x"),
+    Mutant(
+        "math: min swallows NaN",
+        MATH,
+        "min(V::set(C::tanh_one), abs(x));",
+        "min(abs(x), V::set(C::tanh_one));",
+    ),
+    Mutant("math: tanh without its sign", MATH, "return copysign(ratio, x);", "return ratio;"),
+    Mutant("math: one coefficient off in its last digits", MATH, "0x1.5554bp-3f", "0x1.5544bp-3f"),
+]

@@ -1,0 +1,463 @@
+"""The tape: operators, gradients of every function, cutting, and what it refuses."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+import fusedrnn
+import fusedrnn.functions as F
+from fusedrnn import Function, Parameter, Variable, no_grad, using_config
+from fusedrnn import optimizers as O
+
+
+def central_difference(f, arrays, dy, k, h=1e-6):
+    """Gradient of sum(f * dy) in arrays[k], element by element."""
+    gradient = np.zeros_like(arrays[k])
+    for index in np.ndindex(gradient.shape):
+        sides = []
+        for sign in (1, -1):
+            moved = [a.copy() for a in arrays]
+            moved[k][index] += sign * h
+            sides.append((f(*map(Variable, moved)).data * dy).sum())
+        gradient[index] = (sides[0] - sides[1]) / (2 * h)
+    return gradient
+
+
+T = np.array([2, 0, 1, 1, 0])
+FUNCTIONS = {
+    "add": (lambda a, b: a + b, [(3, 4), (3, 4)]),
+    "add broadcast": (lambda a, b: a + b, [(3, 4), (4,)]),
+    "sub broadcast": (lambda a, b: a - b, [(3, 1), (2, 1, 4)]),
+    "mul broadcast": (lambda a, b: a * b, [(3, 4), (1, 4)]),
+    "div": (lambda a, b: a / (b * b + 1), [(3, 4), (3, 4)]),
+    "number on the left": (lambda a: 2 - 3 / (a * a + 2), [(3, 4)]),
+    "neg": (lambda a: -a, [(5,)]),
+    "pow": (lambda a: a**3, [(5,)]),
+    "matmul": (lambda a, b: a @ b, [(3, 4), (4, 2)]),
+    "sum": (lambda a: a.sum(), [(3, 4)]),
+    "sum axis": (lambda a: a.sum(axis=1), [(3, 4, 2)]),
+    "sum axes kept": (lambda a: a.sum(axis=(0, 2), keepdims=True), [(3, 4, 2)]),
+    "mean": (F.mean, [(3, 4)]),
+    "reshape": (lambda a: a.reshape(2, 6), [(3, 4)]),
+    "transpose": (lambda a: a.T, [(3, 4)]),
+    "transpose axes": (lambda a: a.transpose(2, 0, 1), [(3, 4, 2)]),
+    "slice": (lambda a: a[1:, ::2], [(3, 4)]),
+    "index that repeats": (lambda a: a[np.array([0, 2, 0])], [(3, 4)]),
+    "exp": (F.exp, [(3, 4)]),
+    "log": (lambda a: F.log(a * a + 1), [(3, 4)]),
+    "tanh": (F.tanh, [(3, 4)]),
+    "sigmoid": (F.sigmoid, [(3, 4)]),
+    "relu": (F.relu, [(3, 4)]),
+    "concatenate": (lambda a, b: F.concatenate([a, b], axis=1), [(3, 4), (3, 2)]),
+    "stack": (lambda a, b: F.stack([a, b], axis=1), [(3, 4), (3, 4)]),
+    "where": (lambda a, b: F.where(np.arange(4) > 1, a, b), [(3, 4), (4,)]),
+    "linear": (F.linear, [(3, 4), (4, 2), (2,)]),
+    "linear without bias": (F.linear, [(3, 4), (4, 2)]),
+    "linear on a sequence": (F.linear, [(5, 3, 4), (4, 2), (2,)]),
+    "mse": (F.mean_squared_error, [(3, 2), (3, 2)]),
+    "mse of a sequence": (F.mean_squared_error, [(5, 3, 2), (5, 3, 2)]),
+    "softmax": (F.softmax, [(5, 3)]),
+    "cross entropy": (lambda a: F.softmax_cross_entropy(a, T), [(5, 3)]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradient_of_every_function(name):
+    f, shapes = FUNCTIONS[name]
+    rng = np.random.default_rng(3)
+    arrays = [rng.standard_normal(shape) for shape in shapes]
+    variables = [Variable(a.copy()) for a in arrays]
+    y = f(*variables)
+    dy = rng.standard_normal(y.shape)
+    y.grad = Variable(dy)
+    y.backward()
+    for k, x in enumerate(variables):
+        expected = central_difference(f, arrays, dy, k)
+        assert x.grad.shape == x.shape
+        np.testing.assert_allclose(x.grad.data, expected, rtol=1e-7, atol=1e-8 * max(1, abs(expected).max()))
+        np.testing.assert_array_equal(x.data, arrays[k])  # inputs stay
+
+
+def test_every_function_of_the_module_is_in_the_table():
+    made = set()
+
+    class Spy:
+        def __enter__(self):
+            self.call = Function.__call__
+
+            def call(function, *inputs):
+                made.add(type(function).__name__)
+                return self.call(function, *inputs)
+
+            Function.__call__ = call
+
+        def __exit__(self, *_):
+            Function.__call__ = self.call
+
+    rng = np.random.default_rng(0)
+    with Spy():
+        for f, shapes in FUNCTIONS.values():
+            f(*(Variable(rng.standard_normal(s)) for s in shapes))
+    existing = {c.__name__ for c in Function.__subclasses__() if c.__module__.startswith("fusedrnn.")}
+    assert existing - made == {"Dropout", "Fused"}  # random; and tested in test_layers
+
+
+def test_plain_numbers_and_arrays_on_either_side():
+    x = Variable(np.array([1.0, 2.0], np.float32))
+    array = np.array([3.0, 4.0], np.float32)
+    for y, expected in (
+        (0 + x, [1, 2]),
+        (x + 1, [2, 3]),
+        (array + x, [4, 6]),
+        (x + array, [4, 6]),
+        (1 - x, [0, -1]),
+        (array - x, [2, 2]),
+        (2 * x, [2, 4]),
+        (array * x, [3, 8]),
+        (2 / x, [2, 1]),
+        (array / x, [3, 2]),
+        (np.float32(2) * x, [2, 4]),
+        (x**2, [1, 4]),
+    ):
+        assert isinstance(y, Variable)
+        assert y.dtype == np.float32
+        np.testing.assert_array_equal(y.data, expected)
+    assert (np.ones((1, 2)) @ Variable(np.ones((2, 1)))).shape == (1, 1)
+
+
+def test_a_number_does_not_widen_and_a_gradient_has_its_variables_dtype():
+    x = Variable(np.ones(3, np.float32))
+    loss = F.mean_squared_error(3.0 * x.reshape(1, 3), np.zeros((1, 3)))  # float64 target
+    loss.backward()
+    assert x.grad.dtype == np.float32
+    assert (Variable(np.arange(3)) * 0.5).dtype == np.float64
+
+
+def test_a_variable_used_twice_gets_the_sum():
+    x = Variable(np.array(3.0))
+    y = x * x + x
+    y.backward()
+    assert x.grad.data == 7.0
+    y2 = x + x
+    y2.backward()
+    assert x.grad.data == 9.0  # added to what is there
+    x.cleargrad()
+    assert x.grad is None
+
+
+def test_gradients_in_between_are_dropped_unless_retained():
+    x = Variable(np.array(3.0))
+    a = x * 2
+    y = a * a
+    y.backward()
+    assert a.grad is None
+    assert y.grad is None
+    y.backward(retain_grad=True)
+    assert a.grad.data == 12.0
+
+
+def test_newest_function_first_in_a_diamond():
+    x = Variable(np.array(2.0))
+    a = x**2
+    y = a**2 + a**2
+    y.backward()
+    assert x.grad.data == 64.0
+
+
+class TwoOutputs(Function):
+    """A user's function, with arithmetic on variables in backward."""
+
+    def forward(self, x):
+        return 2 * x, x**2
+
+    def backward(self, g0, g1):
+        (x,) = self.inputs
+        gradient = 0
+        if g0 is not None:
+            gradient = gradient + 2 * g0
+        if g1 is not None:
+            gradient = gradient + g1 * 2 * x
+        return gradient
+
+
+@pytest.mark.parametrize(("used", "expected"), [((0,), 2.0), ((1,), 6.0), ((0, 1), 8.0)])
+def test_user_function_with_two_outputs(used, expected):
+    x = Variable(np.array(3.0))
+    outputs = TwoOutputs()(x)
+    assert outputs[0].creator is outputs[1].creator
+    assert outputs[0].creator.inputs == (x,)
+    assert outputs[0].creator.outputs[1]() is outputs[1]
+    loss = sum(outputs[k] for k in used)
+    del outputs  # an output nobody holds has no gradient
+    loss.backward()
+    assert x.grad.data == expected
+
+
+def test_user_function_that_gives_a_wrong_gradient_is_named():
+    class Wrong(Function):
+        def forward(self, x):
+            return x.sum()
+
+        def backward(self, gy):
+            return gy
+
+    class TooMany(Wrong):
+        def backward(self, gy):
+            return gy, gy
+
+    for cls, message in (
+        (Wrong, r"Wrong.backward gave a gradient of shape \(\)"),
+        (TooMany, "TooMany.*2 gradients"),
+    ):
+        y = cls()(Variable(np.ones(3)))
+        with pytest.raises(ValueError, match=message):
+            y.backward()
+
+
+def test_no_grad_records_nothing():
+    x = Variable(np.ones(3))
+    with no_grad():
+        y = x * 2
+    assert y.creator is None
+    with using_config("enable_backprop", False):
+        assert (x * 2).creator is None
+    assert (x * 2).creator is not None
+    with pytest.raises(ValueError, match="using_config: name is 'grad'"), using_config("grad", True):
+        pass
+
+
+def test_no_grad_is_of_its_thread():
+    import threading
+
+    seen = []
+    with no_grad():
+        thread = threading.Thread(target=lambda: seen.append((Variable(np.ones(1)) * 2).creator))
+        thread.start()
+        thread.join()
+    assert seen[0] is not None
+
+
+def test_no_gradient_is_made_for_constants():
+    x, t = Variable(np.ones(3)), np.ones(3)
+    y = x * t
+    constant = y.creator.inputs[1]
+    y.backward()
+    assert constant.grad is None
+    assert x.grad is not None
+    frozen = Parameter(np.ones(3))
+    frozen.requires_grad = False
+    y = frozen * t
+    assert y.creator is None
+    assert not y.requires_grad
+    y = frozen * x
+    y.backward()
+    assert frozen.grad is None
+
+
+def test_unchain_backward_cuts_every_output_of_every_function():
+    x = Variable(np.array(3.0))
+    double, square = TwoOutputs()(x)
+    loss = double * 5
+    loss.unchain_backward()
+    assert square.creator is None  # not on the way from the loss, but of the same function
+    assert double.creator is None
+    assert loss.creator is None
+    assert (loss.data, square.data) == (30.0, 9.0)
+    later = square + loss
+    later.backward()
+    assert x.grad is None
+    assert square.grad.data == 1.0
+
+
+def test_unchain_cuts_one_variable():
+    x = Variable(np.array(3.0))
+    a = x * 2
+    y = a * 3
+    a.unchain()
+    y.backward()
+    assert a.grad.data == 3.0
+    assert x.grad is None
+
+
+def test_a_loss_may_accumulate_over_cuts():
+    w = Parameter(np.array(2.0))
+    loss = 0
+    for k in (1.0, 2.0):
+        loss += w * k
+        w.cleargrad()
+        loss.backward()
+        loss.unchain_backward()
+        assert w.grad.data == k  # the older term is a constant
+    assert loss.data == 6.0
+
+
+def test_a_graph_goes_when_nobody_looks_and_a_long_one_does_not_overflow():
+    x = Variable(np.ones(1))
+    y = x
+    for _ in range(20_000):
+        y = y + 1
+    y.backward()
+    assert x.grad.data == 1
+    middle = weakref.ref(y.creator)
+    gc.disable()
+    try:
+        del y
+        assert middle() is None  # by reference counts alone
+    finally:
+        gc.enable()
+
+
+def test_unchain_backward_walks_a_lattice_once():
+    x = Variable(np.ones(1))
+    y = x
+    for _ in range(200):
+        y = y + y * 2  # 2**200 paths
+    y.unchain_backward()
+    assert y.creator is None
+
+
+def test_a_changed_input_is_an_error():
+    x, w = Variable(np.ones(3)), Parameter(np.ones(3), name="w")
+    for change in ("in place", "set", "optimiser"):
+        y = (x * w).sum()
+        if change == "in place":
+            w.data += 1
+        elif change == "set":
+            w.data = np.ones(3)
+        else:
+            model = fusedrnn.Model()
+            model.w = w
+            w.grad = Variable(np.ones(3))
+            O.SGD().setup(model).update()
+        with pytest.raises(RuntimeError, match=r"Mul: input 1 \(w\) was changed after forward"):
+            y.backward()
+
+
+def test_a_changed_output_is_an_error():
+    y = F.tanh(Variable(np.ones(3)))
+    loss = y.sum()
+    y.data *= 2
+    with pytest.raises(RuntimeError, match="changed after forward"):
+        loss.backward()
+
+
+def test_second_derivatives_are_refused():
+    y = Variable(np.ones(3)).sum()
+    with pytest.raises(NotImplementedError, match="create_graph=True"):
+        y.backward(create_graph=True)
+
+
+def test_wrong_data_is_named():
+    for data in (3.0, [1.0], "x"):
+        with pytest.raises(TypeError, match=f"data is a {type(data).__name__}"):
+            Variable(data)
+    with pytest.raises(TypeError, match="exponent is a Variable"):
+        Variable(np.ones(2)) ** Variable(np.ones(2))
+    with pytest.raises(ValueError, match="expected two matrices"):
+        Variable(np.ones(2)) @ np.ones((2, 2))
+
+
+@pytest.mark.parametrize(
+    ("y", "t"), [((3, 1), (3,)), ((3, 2), (3, 1)), ((3, 1), (1, 3)), ((2, 3, 1), (3, 1)), ((), ())]
+)
+def test_mse_never_broadcasts(y, t):
+    with pytest.raises(ValueError, match="mean_squared_error: t has shape"):
+        F.mean_squared_error(np.ones(y), np.ones(t))
+
+
+def test_mse_of_steps_adds_up_to_that_of_the_sequence():
+    rng = np.random.default_rng(0)
+    y, t = rng.standard_normal((2, 5, 3, 2))
+    steps = sum(F.mean_squared_error(a, b).data for a, b in zip(y, t, strict=True))
+    np.testing.assert_allclose(F.mean_squared_error(y, t).data, steps, rtol=1e-14)
+    assert F.mean_squared_error(np.ones((1, 1)), np.zeros(1)).data == 1.0  # a missing axis of length 1
+
+
+def test_cross_entropy_checks_its_labels():
+    x = np.zeros((2, 3))
+    assert F.softmax_cross_entropy(x, np.array([0, 2])).data == pytest.approx(np.log(3))
+    big = np.array([[1e4, -1e4, 0.0]])
+    assert F.softmax_cross_entropy(big, np.array([0])).data == 0.0
+    with pytest.raises(ValueError, match=r"outside 0\.\.2"):
+        F.softmax_cross_entropy(x, np.array([0, 3]))
+    with pytest.raises(ValueError, match="of integers"):
+        F.softmax_cross_entropy(x, np.array([0.0, 1.0]))
+
+
+def test_extreme_values():
+    x = np.array([-1e4, -0.0, 0.0, 1e4, np.inf, -np.inf, np.nan])
+    np.testing.assert_array_equal(F.sigmoid(x).data, [0, 0.5, 0.5, 1, 1, 0, np.nan])
+    np.testing.assert_array_equal(F.relu(x).data, [0, 0, 0, 1e4, np.inf, 0, np.nan])
+    v = Variable(np.array([np.nan, 1.0]))
+    y = F.where(np.array([False, True]), v, 0.0)
+    assert y.data.tolist() == [0.0, 1.0]
+    y.sum().backward()
+    assert v.grad.data.tolist() == [0.0, 1.0]
+
+
+def test_dropout():
+    np.random.seed(0)
+    x = Variable(np.ones((50, 40), np.float32))
+    y = F.dropout(x, 0.3)
+    kept = y.data != 0
+    assert y.dtype == np.float32
+    assert abs(kept.mean() - 0.7) < 0.05
+    np.testing.assert_array_equal(y.data[kept], np.float32(1 / 0.7))
+    y.sum().backward()
+    np.testing.assert_array_equal(x.grad.data, y.data)
+    with fusedrnn.test_mode():
+        assert F.dropout(x, 0.3) is x
+    with pytest.raises(ValueError, match="dropout_ratio is 1"):
+        F.dropout(x, 1)
+
+
+def test_adam_is_the_formula():
+    rng = np.random.default_rng(1)
+    model = fusedrnn.Model()
+    model.w = Parameter(rng.standard_normal(5))
+    p, m, v = model.w.data.copy(), np.zeros(5), np.zeros(5)
+    adam = O.Adam(alpha=0.1).setup(model)
+    for t in range(1, 6):
+        g = rng.standard_normal(5)
+        model.w.grad = Variable(g.copy())
+        adam.update()
+        m += (1 - 0.9) * (g - m)
+        v += (1 - 0.999) * (g * g - v)
+        p -= 0.1 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-8)
+        np.testing.assert_allclose(model.w.data, p, rtol=1e-14)
+        np.testing.assert_array_equal(model.w.grad.data, g)
+
+
+def test_sgd_clipping_and_weight_decay():
+    model = fusedrnn.Model()
+    model.a, model.b, model.c = (Parameter(np.array([1.0, 2.0])) for _ in range(3))
+    model.a.grad, model.b.grad = Variable(np.array([3.0, 0.0])), Variable(np.array([0.0, 4.0]))
+    O.SGD(lr=1.0, max_norm=1.0, weight_decay=0.5).setup(model).update()
+    np.testing.assert_allclose(model.a.data, [1 - 0.6 - 0.5, 2 - 1.0])
+    np.testing.assert_allclose(model.b.data, [1 - 0.5, 2 - 0.8 - 1.0])
+    np.testing.assert_array_equal(model.c.data, [1, 2])  # no gradient, no decay
+    model.cleargrads()
+    model.a.grad = Variable(np.array([0.3, 0.4]))
+    before = model.a.data.copy()
+    O.SGD(lr=1.0, max_norm=1.0).setup(model).update()
+    np.testing.assert_allclose(model.a.data, before - [0.3, 0.4])  # below the norm: as it is
+    for options in ({"weight_decay": -1}, {"max_norm": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            O.SGD(**options)
+    with pytest.raises(RuntimeError, match="setup"):
+        O.SGD().update()
+
+
+def test_the_gpu_is_a_named_error():
+    for call in (
+        lambda: fusedrnn.Model().to_gpu(),
+        lambda: fusedrnn.DataLoader(fusedrnn.datasets.SinCurve(), 10, gpu=True),
+        lambda: fusedrnn.DataLoader(fusedrnn.datasets.SinCurve(), 10).to_gpu(),
+    ):
+        with pytest.raises(NotImplementedError, match="the CUDA backend does not exist yet"):
+            call()
+    assert fusedrnn.cuda.get_array_module(np.ones(1)) is np
+    assert not fusedrnn.cuda.gpu_enable
+    fusedrnn.Model().to_cpu()

@@ -1,0 +1,35 @@
+"""``import fusedrnn`` is quick, and loads NumPy and the compiled module only."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+HEAVY = ("numba", "cupy", "torch", "matplotlib", "rich", "scipy", "safetensors", "mpmath", "hypothesis")
+
+TIMED = """
+import time, numpy
+start = time.process_time()
+import fusedrnn
+print(time.process_time() - start)
+"""
+
+LOADED = f"""
+import json, sys
+import fusedrnn
+print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
+"""
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_takes_less_than_150_ms_on_top_of_numpy():
+    """Processor time, which other load on the machine does not stretch; the first run fills the disk cache."""
+    assert min(float(python(TIMED)) for _ in range(6)) < 0.150
+
+
+def test_import_loads_nothing_heavy():
+    assert json.loads(python(LOADED)) == []

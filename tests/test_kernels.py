@@ -1,0 +1,560 @@
+"""The C++ kernels against the reference in long double.
+
+Tolerances are the promise of the project, relative to each tensor's largest entry. Standard problems
+(weights as PyTorch initialises them, inputs of order one, upstream gradients on every step, H >= 7, T <=
+256): float64 forward 1e-14, gradients 2e-14; float32 forward 2e-6, gradients 5e-6. Elsewhere no fixed
+figure can hold; there the error stays within 40 yardsticks + 4 eps, the yardstick being how far the long-
+double result moves when every activation is disturbed by one eps of the tested dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from fusedrnn.backends.protocol import NEED, Weights
+from fusedrnn.backends.reference import ReferenceBackend
+from fusedrnn.cells import GRU, LSTM, RNN, gru, lstm, rnn
+from problems import (
+    CELLS,
+    OPTIONS,
+    SIZES,
+    assert_close,
+    assert_same_bits,
+    errors,
+    expected_names,
+    name,
+    problem,
+    run,
+)
+
+pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
+from fusedrnn.backends.cpu import CpuBackend
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poison")]
+
+CPU, REFERENCE = CpuBackend(), ReferenceBackend()
+DTYPES = (np.float32, np.float64)
+FORWARD = {np.float32: 2e-6, np.float64: 1e-14}
+GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
+EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
+
+
+def cell_name(cell):
+    return name(cell)
+
+
+def truth(p):
+    """The reference in long double. A problem is drawn in float32, so this is the truth of every dtype."""
+    return run(REFERENCE, p.astype(np.longdouble))
+
+
+def split(results):
+    """Results and gradients."""
+    forward = {key: a for key, a in results.items() if not key.startswith("d")}
+    return forward, {key: a for key, a in results.items() if key.startswith("d")}
+
+
+def assert_standard(p, want, dtype):
+    """The kernels' results for a standard problem are within the promised figures."""
+    got = run(CPU, p.astype(dtype))
+    assert got.keys() == want.keys() == expected_names(p)
+    assert {a.dtype for a in got.values()} == {np.dtype(dtype)}
+    for g, w, tolerance in zip(split(got), split(want), (FORWARD[dtype], GRADIENT[dtype]), strict=True):
+        assert_close(g, w, tolerance)
+
+
+# --- the yardstick -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def disturbed(eps, seed):
+    """Every activation of the reference is off by +eps or -eps.
+
+    So is the gradient through relu: it does not depend on the value of relu, as that through tanh and
+    sigmoid does.
+    """
+    rng = np.random.default_rng(seed)
+
+    def off(f):
+        return lambda x, *more: f(x, *more) * (1 + eps * rng.choice([-1, 1], np.shape(x)).astype(x.dtype))
+
+    activations = {
+        rnn: ("tanh", "relu", "relu_backward"),
+        lstm: ("tanh", "sigmoid"),
+        gru: ("tanh", "sigmoid"),
+    }
+    with contextlib.ExitStack() as stack:
+        for module, functions in activations.items():
+            for f in functions:
+                stack.enter_context(mock.patch.object(module, f, off(getattr(module, f))))
+        yield
+
+
+def yardsticks(p, want, dtype):
+    """Of each result, the largest move in 5 disturbed runs, relative to its largest entry."""
+    eps = np.longdouble(np.finfo(dtype).eps)
+    worst = dict.fromkeys(want, 0.0)
+    for seed in range(5):
+        with disturbed(eps, seed):
+            moved = errors(truth(p), want)
+        worst = {key: max(worst[key], moved[key]) for key in want}
+    return worst
+
+
+def allowed(p, want, dtype):
+    """40 yardsticks + 4 eps; in float32 also the smallest numbers that sums of products can lose."""
+    eps = float(np.finfo(dtype).eps)
+    limits = {key: 40 * y + 4 * eps for key, y in yardsticks(p, want, dtype).items()}
+    if dtype is np.float32:
+        T, _, H = want["y"].shape
+        upstream = [a for a in (p.dy, *(p.dstateT or ()), *(p.dstates or ())) if a is not None]
+        floor = (
+            2.0**-126 * T * H * max((float(np.nanmax(np.abs(a))) for a in upstream if a.size), default=0.0)
+        )
+        limits = {
+            key: limit + (floor / float(np.abs(want[key]).max()) if np.any(want[key]) else 0)
+            for key, limit in limits.items()
+        }
+    return limits
+
+
+def assert_hard(p, dtype):
+    """Within 40 yardsticks + 4 eps."""
+    p = p.astype(dtype)
+    want, got = truth(p), run(CPU, p)
+    assert got.keys() == want.keys() == expected_names(p)
+    limits = allowed(p, want, dtype)
+    beyond = {key: (e, limits[key]) for key, e in errors(got, want).items() if not e <= limits[key]}
+    assert not beyond, f"error, allowed: {beyond}"
+
+
+def assert_no_worse_than_numpy(draw, dtype):
+    """At most 4 times the error of plain NumPy in the same dtype, where that is above 4 eps.
+
+    What counts is the middle one of 7 draws: where errors grow exponentially, the ratio of two of them is a
+    lottery.
+    """
+    eps = float(np.finfo(dtype).eps)
+    ratios = {}
+    for seed in range(7):
+        p = draw(seed).astype(dtype)
+        want = truth(p)
+        plain = errors(run(REFERENCE, p), want)
+        for key, e in errors(run(CPU, p), want).items():
+            ratios.setdefault(key, []).append(e / max(plain[key], 4 * eps))
+    worse = {key: r for key, r in ratios.items() if not np.median(r) <= 4}
+    assert not worse, f"ratios to the error of plain NumPy: {worse}"
+
+
+# --- standard problems -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o)) or "plain")
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_options(cell, size, options):
+    p = problem(cell, *size, **options)
+    want = truth(p)
+    for dtype in DTYPES:
+        assert_standard(p, want, dtype)
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("size", [(7, 11, 5, 19), (5, 5, 37, 35)], ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_everything_at_once(cell, size, reverse):
+    for biases in ("both", "native"):
+        p = problem(cell, *size, **EVERYTHING, reverse=reverse, biases=biases)
+        want = truth(p)
+        for dtype in DTYPES:
+            assert_standard(p, want, dtype)
+
+
+@pytest.mark.parametrize("H", range(7, 34))
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_every_hidden_size(cell, H):
+    p = problem(cell, 4, 5, H % 8 + 1, H, **EVERYTHING, reverse=H % 2 == 0)
+    want = truth(p)
+    for dtype in DTYPES:
+        assert_standard(p, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("H", range(1, 7))
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_hidden_sizes_below_the_standard(cell, H, dtype):
+    def draw(seed):
+        return problem(cell, 4, 5, H % 3 + 1, H, seed, **EVERYTHING, reverse=H % 2 == 0)
+
+    assert_hard(draw(0), dtype)
+    assert_no_worse_than_numpy(draw, dtype)
+
+
+@pytest.mark.parametrize("I", [1, 2, 3, 15, 16, 17, 31, 33, 47, 48, 49, 63, 64, 65, 97, 127, 128, 129, 130])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_input_sizes(cell, I):
+    p = problem(cell, 3, 7, I, 11, lengths=True)
+    want = truth(p)
+    for dtype in DTYPES:
+        assert_standard(p, want, dtype)
+
+
+@pytest.mark.parametrize("B", [2, 6, 7, 8, 12, 13, 14, 15, 25, 28, 29, 43, 64])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_batch_sizes(cell, B):
+    p = problem(cell, 3, B, 2, 9, **EVERYTHING, reverse=B % 2 == 0)
+    want = truth(p)
+    for dtype in DTYPES:
+        assert_standard(p, want, dtype)
+
+
+# T*B rows of da do not fit one chunk; the last one has less than half a megabyte for one step.
+@pytest.mark.parametrize(
+    "options", [{}, EVERYTHING, EVERYTHING | {"reverse": True}], ids=["plain", "all", "reverse"]
+)
+@pytest.mark.parametrize("size", [(256, 27, 3, 17), (101, 130, 2, 7), (6, 1900, 3, 9)], ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_several_chunks(cell, size, options):
+    p = problem(cell, *size, **options)
+    want = truth(p)
+    for dtype in DTYPES:
+        assert_standard(p, want, dtype)
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_two_chunks(cell):
+    """The smallest problem of more than one chunk in either dtype."""
+    p = problem(cell, 52, 64, 2, 7, **EVERYTHING)
+    want = truth(p)
+    for dtype in DTYPES:
+        assert_standard(p, want, dtype)
+
+
+# More panels than one, weights beyond one megabyte (the other loop order, threads split by units), wide
+# inputs.
+@pytest.mark.parametrize(
+    "size", [(3, 9, 67, 97), (5, 5, 30, 193), (3, 17, 130, 305), (2, 41, 515, 129)], ids=str
+)
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_large_layers(cell, size, threads):
+    p = problem(cell, *size, **EVERYTHING)
+    want = truth(p)
+    for count in (1, 2, 3):
+        threads(count)
+        for dtype in DTYPES:
+            assert_standard(p, want, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+@pytest.mark.parametrize("size", [(0, 3, 2, 7), (4, 0, 2, 7), (0, 0, 1, 17), (1, 1, 1, 7)], ids=str)
+def test_empty_and_single(cell, size):
+    for options in ({"return_states": True}, EVERYTHING) if size[0] else ({"return_states": True},):
+        p = problem(cell, *size, **options)
+        want = truth(p)
+        for dtype in DTYPES:
+            assert_standard(p, want, dtype)
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+@pytest.mark.parametrize("biases", ["none", "bias_ih", "bias_hh", "both"])
+def test_biases(cell, biases):
+    p = problem(cell, 5, 3, 4, 21, biases=biases)
+    want = truth(p)
+    for dtype in DTYPES:
+        assert_standard(p, want, dtype)
+
+
+# --- what comes in, what is asked for ----------------------------------------------------------------------
+
+
+def upstream_subsets(cell):
+    places = ["dy", *(f"dstateT {s}" for s in cell.states), *(f"dstates {s}" for s in cell.states)]
+    return [set(s) for n in range(1, len(places)) for s in itertools.combinations(places, n)]
+
+
+def only(p, subset):
+    """The problem with these upstream gradients alone."""
+
+    def kept(kind, given):
+        return tuple(
+            d if f"{kind} {s}" in subset else None for s, d in zip(p.cell.states, given, strict=True)
+        )
+
+    return replace(
+        p,
+        dy=p.dy if "dy" in subset else None,
+        dstateT=kept("dstateT", p.dstateT),
+        dstates=kept("dstates", p.dstates),
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [EVERYTHING, {"reverse": True, "return_states": True}], ids=["ragged", "reverse"]
+)
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_every_subset_of_upstream_gradients(cell, options):
+    p = problem(cell, 4, 5, 3, 18, **options)
+    for subset in upstream_subsets(cell):
+        assert_hard(only(p, subset), np.float32)
+        assert_hard(only(p, subset), np.float64)
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_single_upstream_gradients(cell):
+    p = problem(cell, 4, 5, 3, 18, **EVERYTHING)
+    for subset in upstream_subsets(cell):
+        if len(subset) == 1:
+            assert_hard(only(p, subset), np.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_only_what_is_needed_comes_back(cell, dtype):
+    p = problem(cell, 6, 5, 4, 18, dtype=dtype, **EVERYTHING, biases="both")
+    whole = run(CPU, p)
+    gradient_of = {"x": ["dx"], "state0": [f"d{s}0" for s in cell.states]} | {
+        w: [f"d{w}"] for w in Weights._fields
+    }
+    for n in range(len(NEED) + 1):
+        for need in itertools.combinations(NEED, n):
+            got = split(run(CPU, p, need=need))[1]
+            assert_same_bits(got, {key: whole[key] for name in need for key in gradient_of[name]})
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_strided_inputs_and_upstream_gradients(cell, dtype):
+    p = problem(cell, 6, 5, 4, 18, dtype=dtype, **EVERYTHING)
+    want = run(CPU, p)
+
+    def batch_first(a):
+        return np.ascontiguousarray(a.swapaxes(0, 1)).swapaxes(0, 1)
+
+    def sliced(a):
+        wide = np.full((2 * len(a) + 1, a.shape[1] + 2, a.shape[2] + 3), np.nan, a.dtype)
+        view = wide[1::2, 1:-1, 2:-1]
+        view[...] = a
+        return view
+
+    def backwards(a):
+        return a[::-1, ::-1].copy()[::-1, ::-1]
+
+    def columns(a):  # the last axis is strided too: a copy has to be made
+        return np.repeat(a, 2, axis=2)[:, :, ::2]
+
+    for change in (batch_first, sliced, backwards, columns):
+        q = replace(p, x=change(p.x), dy=change(p.dy), dstates=tuple(map(change, p.dstates)))
+        assert not q.x.flags.c_contiguous
+        assert_same_bits(run(CPU, q), want)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_broadcast_input(cell):
+    p = problem(cell, 6, 5, 4, 18)
+    for index in (np.s_[:1, :1], np.s_[:1], np.s_[:, :1]):
+        q = replace(p, x=np.broadcast_to(p.x[index], p.x.shape))
+        assert 0 in q.x.strides
+        assert_same_bits(run(CPU, q), run(CPU, replace(q, x=q.x.copy())))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_without_a_tape_the_results_are_the_same(cell, dtype):
+    p = problem(cell, 6, 5, 4, 18, dtype=dtype, **EVERYTHING)
+    with_tape = CPU.forward(cell, p.x, p.weights, p.state0, **p.options)
+    without = CPU.forward(cell, p.x, p.weights, p.state0, **p.options, save=None)
+    assert without.tape is None
+    for a, b in zip((with_tape.y, *with_tape.stateT, *with_tape.states),
+                    (without.y, *without.stateT, *without.states), strict=True):  # fmt: skip
+        assert_same_bits({"": a}, {"": b})
+
+
+# --- NaN and infinity --------------------------------------------------------------------------------------
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_nan_is_never_swallowed_and_stays_in_its_row(cell, dtype):
+    T, B, bad = 7, 9, 4
+    p = problem(cell, T, B, 5, 18, dtype=dtype, return_states=True)
+    x = p.x.copy()
+    x[3, bad, 2] = np.nan
+    q = replace(p, x=x)
+    clean, got, plain = run(CPU, p), run(CPU, q), run(REFERENCE, q)
+    rows = np.arange(B) != bad
+    for key in got:
+        assert np.array_equal(np.isnan(got[key]), np.isnan(plain[key])), key
+        if not key.startswith(("dweight", "dbias")):
+            axis = got[key].ndim - 2
+            assert_same_bits({key: got[key].compress(rows, axis)}, {key: clean[key].compress(rows, axis)})
+    assert np.isnan(got["y"][3:, bad]).all()
+    assert not np.isnan(got["y"][:3, bad]).any()
+    assert np.isnan(got["dweight_hh"]).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_the_gradient_through_relu_at_nan_is_that_of_numpy(dtype):
+    p = problem(RNN(relu=True), 4, 3, 5, 18, dtype=dtype)
+    p.x[2, 1, 0] = np.nan
+    got, want = (run(backend, p)["dx"] for backend in (CPU, REFERENCE))
+    assert_close({"dx": got}, {"dx": want}, GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_nan_upstream_reaches_every_gradient(cell, dtype):
+    p = problem(cell, 5, 3, 5, 18, dtype=dtype)
+    p.dy[2, 1] = np.nan
+    got = split(run(CPU, p))[1]
+    for key, a in got.items():
+        assert np.isnan(a).any(), key
+    assert np.isfinite(got["dx"][:, [0, 2]]).all()
+    assert np.isfinite(got["dx"][3:]).all()
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", [RNN(), LSTM(), GRU(), GRU(reset_after=False)], ids=cell_name)
+def test_saturation_stays_finite(cell, dtype):
+    p = problem(cell, 5, 3, 5, 18, dtype=dtype)
+    for scale in (1e4, 1e30):
+        got = run(CPU, replace(p, x=p.x * dtype(scale)))
+        assert all(np.isfinite(a).all() for key, a in got.items() if key != "dweight_ih")
+        assert np.abs(got["y"]).max() <= 1 + (np.abs(p.state0[0]).max() if isinstance(cell, GRU) else 0)
+
+
+# --- hard problems -----------------------------------------------------------------------------------------
+
+
+def gained(p, gain):
+    return replace(p, weights=Weights(*(None if w is None else w * w.dtype.type(gain) for w in p.weights)))
+
+
+def last_state(p):
+    return replace(p, dy=None, dstates=None)
+
+
+def unscaled(p):
+    return replace(p, x=p.x * 700 + 1000)
+
+
+def faint(p):
+    return replace(p, dy=p.dy * 1e-30)
+
+
+HARD = {
+    "large gains": lambda cell, s: gained(problem(cell, 20, 7, 5, 33, s, lengths=True), 6),
+    "chaos": lambda cell, s: gained(problem(cell, 60, 3, 2, 41, s), 3),
+    "last state only": lambda cell, s: last_state(problem(cell, 120, 5, 3, 23, s)),
+    "last state, reverse, ragged": lambda cell, s: last_state(
+        problem(cell, 60, 5, 3, 23, s, lengths=True, reverse=True)
+    ),
+    "unscaled data": lambda cell, s: unscaled(problem(cell, 15, 6, 4, 20, s)),
+    "tiny upstream": lambda cell, s: faint(problem(cell, 30, 4, 3, 25, s, upstream=("dy",))),
+    "tiny weights": lambda cell, s: gained(problem(cell, 20, 4, 3, 25, s), 1e-4),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_hard_problems_stay_within_the_yardstick(cell, kind, dtype):
+    assert_hard(HARD[kind](cell, 0), dtype)
+    assert_no_worse_than_numpy(functools.partial(HARD[kind], cell), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_standard_problems_are_as_exact_as_plain_numpy(cell, dtype):
+    for size in ((30, 5, 3, 40), (9, 20, 30, 33)):
+        assert_no_worse_than_numpy(
+            lambda seed, size=size: problem(cell, *size, seed, return_states=True), dtype
+        )
+
+
+# --- the checks themselves ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results():
+    return truth(problem(LSTM(), 4, 5, 3, 18, **EVERYTHING))
+
+
+def spoiled(results, key, change):
+    copy = {k: a.copy() for k, a in results.items()}
+    copy[key] = change(copy[key])
+    return copy
+
+
+def one_wrong(a):
+    a.flat[a.size // 3] += np.abs(a).max() * 1e-5
+    return a
+
+
+def one_nan(a):
+    a.flat[-1] = np.nan
+    return a
+
+
+@pytest.mark.parametrize(
+    "change",
+    [one_wrong, one_nan, lambda a: a[..., :-1], lambda a: a[None], np.zeros_like, lambda a: a * (1 + 6e-6)],
+    ids=["one wrong element", "one NaN", "another shape", "another rank", "zeros", "scaled"],
+)
+def test_the_comparison_finds(change, results):
+    assert_close(results, results, 0)
+    for key in results:
+        with pytest.raises(AssertionError, match=key):
+            assert_close(spoiled(results, key, change), results, GRADIENT[np.float32])
+        with pytest.raises(AssertionError, match=key):
+            assert_same_bits(spoiled(results, key, change), results)
+
+
+def test_the_comparison_finds_a_missing_and_an_extra_result(results):
+    for key in results:
+        rest = {k: a for k, a in results.items() if k != key}
+        for got, want in ((rest, results), (results, rest)):
+            with pytest.raises(AssertionError, match=key):
+                assert_close(got, want, 1.0)
+            with pytest.raises(AssertionError):
+                assert_same_bits(got, want)
+
+
+def test_the_comparison_of_bits_sees_signs_of_zero_and_dtypes(results):
+    zero = {"dx": np.zeros((2, 3), np.float32)}
+    for other in (-zero["dx"], np.zeros((2, 3)), np.full((2, 3), 1e-45, np.float32)):
+        with pytest.raises(AssertionError, match="dx"):
+            assert_same_bits({"dx": other}, zero)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda a: a * 1.001, one_nan, np.zeros_like], ids=["scaled", "one NaN", "zeros"]
+)
+def test_the_yardstick_finds(change, monkeypatch):
+    """A kernel with one wrong gradient does not pass the rules for hard problems."""
+    p = problem(LSTM(), 6, 3, 2, 9)
+    real = globals()["run"]
+
+    def wrong(backend, q, **keywords):
+        results = real(backend, q, **keywords)
+        return spoiled(results, "dweight_hh", change) if backend is CPU else results
+
+    assert_hard(p, np.float32)
+    monkeypatch.setitem(globals(), "run", wrong)
+    with pytest.raises(AssertionError, match="dweight_hh"):
+        assert_hard(p, np.float32)
+    with pytest.raises(AssertionError, match="dweight_hh"):
+        assert_no_worse_than_numpy(lambda seed: p, np.float32)

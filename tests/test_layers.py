@@ -1,0 +1,472 @@
+"""Layers: the fused node against one node per operation, state, draws, options, refusals."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import fusedrnn
+import fusedrnn.functions as F
+import fusedrnn.layers as L
+from fusedrnn import Parameter, Variable, backends, no_grad
+
+KINDS = {
+    "rnn": lambda *a, **k: L.RNN(*a, **k),
+    "rnn relu": lambda *a, **k: L.RNN(*a, relu=True, **k),
+    "lstm": lambda *a, **k: L.LSTM(*a, **k),
+    "gru": lambda *a, **k: L.GRU(*a, **k),
+    "gru before": lambda *a, **k: L.GRU(*a, reset_after=False, **k),
+}
+T, B, I, H = 7, 5, 3, 13
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def build(kind, rng, **options):
+    """A float64 layer with random biases too."""
+    np.random.seed(7)
+    layer = KINDS[kind](H, I, **{"dtype": np.float64} | options)
+    for p in layer.params():
+        if p.ndim == 1:
+            p.data = rng.standard_normal(p.shape)
+    return layer
+
+
+def copy_weights(source, target):
+    for p, q in zip(source.params(), target.params(), strict=True):
+        q.data = p.data.copy()
+
+
+def states(layer, rng, rows=()):
+    return tuple(rng.standard_normal((*rows, B, H)) for _ in layer.cell.states)
+
+
+def close(a, b, tolerance=2e-13):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max(initial=0)))
+
+
+def gradients_of(layer, x, state0, upstream, call):
+    """Gradients of every output times a random upstream gradient, for the outputs named in ``upstream``."""
+    xv, sv = Variable(x.copy()), tuple(Variable(s.copy()) for s in state0)
+    layer.cleargrads()
+    layer.reset_state()
+    y, steps = call(layer, xv, sv)
+    final = layer.state
+    outputs = {"y": (y,), "final": final, "steps": steps}
+    rng = np.random.default_rng(11)
+    weights = {name: [rng.standard_normal(v.shape) for v in vs] for name, vs in outputs.items()}
+    loss = sum((v * w).sum() for name in upstream for v, w in zip(outputs[name], weights[name], strict=True))
+    loss.backward()
+    found = {f"d{name}": p.grad.data for name, p in layer.named_params() if p.grad is not None}
+    found |= {"dx": xv.grad.data} | {
+        f"dstate{k}": s.grad.data for k, s in enumerate(sv) if s.grad is not None
+    }
+    values = {"y": y.data} | {f"final {k}": s.data for k, s in enumerate(final)}
+    return values | {f"step {k}": s.data for k, s in enumerate(steps)}, found
+
+
+UPSTREAM = [c for n in (1, 2, 3) for c in itertools.combinations(("y", "final", "steps"), n)]
+
+
+@kinds
+@pytest.mark.parametrize("options", ["plain", "lengths", "reset", "both"])
+def test_fused_is_unfused(kind, options):
+    rng = np.random.default_rng(5)
+    layer = build(kind, rng, backend="reference")
+    plain = build(kind, rng, fused=False)
+    copy_weights(layer, plain)
+    x, state0 = rng.standard_normal((T, B, I)), states(layer, rng)
+    extra = {}
+    if options in ("lengths", "both"):
+        extra["lengths"] = np.array([T, 0, 3, 1, 6])
+    if options in ("reset", "both"):
+        extra["reset"] = rng.random((T, B)) < 0.4
+
+    def call(layer, x, state):
+        return layer.sequence(x, state, return_states=True, **extra)
+
+    for upstream in UPSTREAM:
+        values, grads = gradients_of(layer, x, state0, upstream, call)
+        values2, grads2 = gradients_of(plain, x, state0, upstream, call)
+        assert grads.keys() == grads2.keys()
+        for name in values:
+            close(values[name], values2[name])
+        for name in grads:
+            close(grads[name], grads2[name])
+
+
+@kinds
+@pytest.mark.parametrize("backend", backends.NAMES)
+def test_every_backend_serves_the_layers(kind, backend):
+    """Step and sequence, against the unfused layer; what the kernels promise in full is tested with them."""
+    if (reason := backends.get(backend).unavailable()) is not None:
+        pytest.skip(reason)
+    rng = np.random.default_rng(5)
+    layer, plain = build(kind, rng, backend=backend), build(kind, rng, fused=False)
+    copy_weights(layer, plain)
+    x, state0 = rng.standard_normal((T, B, I)), states(layer, rng)
+
+    def sequence(layer, x, state):
+        return layer.sequence(x, state, return_states=True)
+
+    def steps(layer, x, state):
+        layer.state = state
+        every = []
+        for t in range(T):
+            layer(x[t])
+            every.append(layer.state)
+        whole = tuple(F.stack([s[k] for s in every]) for k in range(len(state)))
+        return whole[0], whole
+
+    expected, dexpected = gradients_of(plain, x, state0, ("y", "final", "steps"), sequence)
+    for call in (sequence, steps):
+        values, grads = gradients_of(layer, x, state0, ("y", "final", "steps"), call)
+        for name, value in (values | grads).items():
+            close(value, (expected | dexpected)[name])
+
+
+@kinds
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_layers_and_directions(kind, bidirectional, dropout):
+    rng = np.random.default_rng(6)
+    options = {"num_layers": 3, "bidirectional": bidirectional, "dropout": dropout}
+    layer, plain = build(kind, rng, **options), build(kind, rng, fused=False, **options)
+    copy_weights(layer, plain)
+    D = 1 + bidirectional
+    assert layer.weight_ih_l0.shape == (layer.cell.gates * H, I)
+    assert getattr(layer, "weight_ih_l1" + "_reverse" * bidirectional).shape == (layer.cell.gates * H, D * H)
+    x, state0 = rng.standard_normal((T, B, I)), states(layer, rng, (3 * D,))
+    extra = {"lengths": np.array([T, 0, 3, 1, 6]), "reset": rng.random((T, B)) < 0.3}
+
+    def call(layer, x, state):
+        np.random.seed(3)  # the same masks
+        return layer.sequence(x, state, return_states=True, **extra)
+
+    for upstream in UPSTREAM:
+        values, grads = gradients_of(layer, x, state0, upstream, call)
+        values2, grads2 = gradients_of(plain, x, state0, upstream, call)
+        assert values["y"].shape == (T, B, D * H)
+        assert values["final 0"].shape == (3 * D, B, H)
+        assert grads.keys() == grads2.keys()
+        for name in values:
+            close(values[name], values2[name])
+        for name in grads:
+            close(grads[name], grads2[name])
+
+
+def test_dropout_between_layers_acts_in_training_only():
+    rng = np.random.default_rng(6)
+    layer = build("lstm", rng, num_layers=2, dropout=0.5)
+    x = rng.standard_normal((T, B, I))
+
+    def y():
+        layer.reset_state()
+        return layer(x).data
+
+    assert np.abs(y() - y()).max() > 1e-3
+    with fusedrnn.test_mode():
+        np.testing.assert_array_equal(y(), y())
+    np.random.seed(0)
+    first = y()
+    np.random.seed(0)
+    np.testing.assert_array_equal(y(), first)
+
+
+@kinds
+def test_state_is_carried_and_cut(kind):
+    rng = np.random.default_rng(8)
+    layer = build(kind, rng)
+    x = rng.standard_normal((T, B, I))
+    whole = layer(x).data
+    ended = [s.data for s in layer.state]
+    layer.reset_state()
+    assert layer.state is None
+    first = layer(x[:3])
+    h = layer.h
+    assert h.creator is not None
+    second = layer.sequence(x[3:5])
+    steps = [layer.step(x[t]) for t in (5, 6)]
+    assert steps[1] is layer.h
+    joined = np.concatenate([first.data, second.data, [s.data for s in steps]])
+    close(joined, whole)
+    for a, b in zip(layer.state, ended, strict=True):
+        close(a.data, b)
+    loss = F.mean_squared_error(steps[1], np.zeros((B, H)))
+    loss.backward()
+    loss.unchain_backward()
+    assert all(s.creator is None for s in layer.state)
+    assert h.creator is None
+
+
+def test_truncation_leaves_the_older_chunk_alone():
+    rng = np.random.default_rng(8)
+    layer = build("lstm", rng)
+    x = Variable(rng.standard_normal((T, B, I)))
+    y = layer(x)
+    y.sum().unchain_backward()
+    x2 = Variable(rng.standard_normal((T, B, I)))
+    layer(x2).sum().backward()
+    assert x.grad is None
+    assert x2.grad is not None
+
+
+def test_state_can_be_read_set_and_passed():
+    rng = np.random.default_rng(9)
+    layer = build("lstm", rng)
+    x, state0 = rng.standard_normal((T, B, I)), states(layer, rng)
+    y = layer(x, state0).data
+    layer.state = state0
+    np.testing.assert_array_equal(layer(x).data, y)
+    layer.h, layer.c = map(Variable, state0)
+    np.testing.assert_array_equal(layer(x).data, y)
+    layer.state = (state0[0], np.zeros((B, H)))
+    a = layer(x).data
+    layer.state = None
+    layer.h = Variable(state0[0])  # c is then zero
+    np.testing.assert_array_equal(layer(x).data, a)
+    with pytest.raises(TypeError, match=r"expected a tuple \(h, c\)"):
+        layer.state = state0[0]
+    with pytest.raises(ValueError, match=r"the state passed in h has shape \(2, 13\), expected \(5, 13\)"):
+        layer(x, (np.zeros((2, H)), np.zeros((2, H))))
+
+
+@pytest.mark.parametrize("shape", [(4, I), (T, 4, I)])
+def test_another_batch_size_names_reset_state(shape):
+    layer = build("gru", np.random.default_rng(9))
+    layer(np.zeros((T, B, I)))
+    with pytest.raises(ValueError, match=r"the carried state h has shape .* call reset_state\(\)"):
+        layer(np.zeros(shape))
+    layer.reset_state()
+    layer(np.zeros(shape))
+
+
+def test_bidirectional_layers_take_whole_sequences_and_carry_nothing():
+    rng = np.random.default_rng(9)
+    layer = build("lstm", rng, bidirectional=True)
+    x = rng.standard_normal((T, B, I))
+    y = layer(x).data
+    np.testing.assert_array_equal(layer(x).data, y)
+    layer(rng.standard_normal((T, 2, I)))  # another batch size is no error here
+    assert layer.h.shape == (2, 2, H)
+    with pytest.raises(ValueError, match="a bidirectional layer needs the whole sequence"):
+        layer(x[0])
+    with pytest.raises(ValueError, match="a bidirectional layer carries none"):
+        layer.state = states(layer, rng, (2,))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_wrong_arguments_are_named(fused):
+    layer = build("lstm", np.random.default_rng(9), fused=fused)
+    x = np.zeros((T, B, I))
+    for call, error, message in (
+        (
+            lambda: layer(np.zeros((T, B, I, 1))),
+            ValueError,
+            r"x has shape .* expected \(B, I\), one step, or",
+        ),
+        (lambda: layer(np.zeros((B, 4))), ValueError, r"x has shape \(5, 4\), expected \(B, 3\)"),
+        (lambda: layer.sequence(np.zeros((B, I))), ValueError, r"expected \(T, B, 3\)"),
+        (lambda: layer.step(x), ValueError, r"expected \(B, 3\)"),
+        (lambda: layer(x.astype(complex)), TypeError, "x has dtype complex128"),
+        (lambda: layer.sequence(x, lengths=[1, 2]), ValueError, r"lengths has shape \(2,\), expected \(5,\)"),
+        (lambda: layer.sequence(x, lengths=np.ones(B)), TypeError, "lengths has dtype float64"),
+        (lambda: layer.sequence(x, reset=np.zeros((T, B))), TypeError, "reset has dtype float64"),
+        (lambda: layer.sequence(x, reset=np.zeros(T, bool)), ValueError, "reset has shape"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    for options, error, message in (
+        ({"hidden_size": 0}, ValueError, "hidden_size is 0"),
+        ({"hidden_size": 2.0}, TypeError, "hidden_size is 2.0"),
+        ({"hidden_size": 2, "in_size": -1}, ValueError, "in_size is -1"),
+        ({"hidden_size": 2, "num_layers": 0}, ValueError, "num_layers is 0"),
+        ({"hidden_size": 2, "dropout": 1.0}, ValueError, "dropout is 1.0"),
+        ({"hidden_size": 2, "dtype": np.float16}, TypeError, "dtype is float16"),
+        ({"hidden_size": 2, "no_such": 1}, TypeError, "no_such"),
+    ):
+        with pytest.raises(error, match=message):
+            L.LSTM(**options)
+
+
+def test_inputs_are_cast_to_the_layers_dtype_and_stay():
+    layer = L.LSTM(H, I)
+    x = np.random.default_rng(0).standard_normal((T, B, I))
+    keep = x.copy()
+    v = Variable(x)
+    y = layer(v)
+    assert y.dtype == np.float32
+    y.sum().backward()
+    assert v.grad.dtype == np.float64
+    assert layer.weight_hh.grad.dtype == np.float32
+    np.testing.assert_array_equal(x, keep)
+    layer.reset_state()
+    assert layer(np.ones((B, I), int)).dtype == np.float32
+
+
+def test_nothing_is_kept_under_no_grad(monkeypatch):
+    saves = []
+    real = F.functional.forward
+    monkeypatch.setattr(F.functional, "forward", lambda *a, **k: (saves.append(k["save"]), real(*a, **k))[1])
+    layer = L.LSTM(H, I, recompute=True, backend="reference")
+    x = np.zeros((T, B, I))
+    with no_grad():
+        y = layer(x)
+        layer(x[0])
+    assert y.creator is None
+    layer.reset_state()
+    layer(x)
+    assert saves == [None, None, "borders"]
+
+
+def test_only_wanted_gradients_are_computed(monkeypatch):
+    needs = []
+    real = F.functional.backward
+    monkeypatch.setattr(
+        F.functional, "backward", lambda *a, need: (needs.append(need), real(*a, need=need))[1]
+    )
+    layer = L.LSTM(H, I)
+    layer.weight_ih.requires_grad = False
+    layer(np.zeros((T, B, I))).sum().backward()
+    layer.reset_state()
+    layer(Variable(np.zeros((T, B, I))), (np.zeros((B, H)), np.zeros((B, H)))).sum().backward()
+    layer(np.zeros((T, B, I)), (Variable(np.zeros((B, H))), np.zeros((B, H)))).sum().backward()
+    weights = {"weight_hh", "bias_ih"}
+    assert needs == [weights, weights | {"x"}, weights | {"state0"}]
+    assert layer.weight_ih.grad is None
+
+
+@pytest.mark.parametrize("step", [True, False])
+def test_weights_changed_before_backward_are_an_error(step):
+    layer = L.LSTM(H, I)
+    y = layer(np.ones((B, I) if step else (T, B, I)))
+    loss = y.sum()
+    layer.weight_hh.data = layer.weight_hh.data * 2
+    with pytest.raises(RuntimeError, match=r"Fused: input 2 \(weight_hh\) was changed after forward"):
+        loss.backward()
+
+
+def test_second_derivatives_through_a_fused_node_are_refused():
+    with pytest.raises(NotImplementedError, match=r"create_graph=True.*fused"):
+        L.LSTM(H, I)(np.ones((B, I))).sum().backward(create_graph=True)
+
+
+@pytest.mark.parametrize("how", ["elements", "kept reference", "set", "optimiser"])
+def test_a_step_never_uses_stale_packed_weights(how):
+    rng = np.random.default_rng(4)
+    layer = L.LSTM(H, I)
+    kept = layer.weight_hh.data if how == "kept reference" else None
+    x, state = rng.standard_normal((B, I)), tuple(rng.standard_normal((2, B, H)))
+    layer(x, state)
+    y = layer(x, state)
+    if how == "elements":
+        layer.weight_hh.data[:] = 0
+    elif how == "kept reference":
+        kept[:] = 0
+    elif how == "set":
+        layer.weight_hh.data = np.zeros_like(layer.weight_hh.data)
+    else:
+        model = fusedrnn.Model()
+        model.rnn = layer
+        y.sum().backward()
+        fusedrnn.optimizers.SGD(lr=1.0).setup(model).update()
+    stepped = layer(x, state).data
+    np.testing.assert_array_equal(stepped, layer(x[np.newaxis], state).data[0])
+    assert np.abs(stepped - y.data).max() > 1e-3
+
+
+def matrix(in_size, out_size):
+    return np.random.randn(in_size, out_size).astype(np.float32) * float(np.sqrt(1 / in_size))
+
+
+ORDERS = {"rnn": [0], "lstm": [1, 0, 3, 2], "gru": [0, 1, 2]}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("chunk", [True, False])
+def test_order_of_the_draws(kind, known, chunk):
+    """Of the documents: see the class docstrings. A drawn Linear stands between, as in a model."""
+    np.random.seed(1)
+    layer = KINDS[kind](H, I if known else None)
+    x = np.zeros((T, B, I) if chunk else (B, I))
+    layer(x)
+    between = L.Linear(2, in_size=3)
+    layer(x)
+    np.random.seed(1)
+    W_ih, W_hh = (np.zeros((layer.cell.gates * H, n), np.float32) for n in (I, H))
+
+    def fill(W):
+        for gate in ORDERS[kind]:
+            W[gate * H : (gate + 1) * H] = matrix(W.shape[1], H).T
+
+    if known:
+        fill(W_ih)
+        fill(W_hh)
+        Wb = matrix(3, 2)
+    elif kind == "rnn":
+        fill(W_ih)
+        if chunk:
+            fill(W_hh)
+        Wb = matrix(3, 2)
+        if not chunk:
+            fill(W_hh)
+    else:
+        fill(W_hh)
+        fill(W_ih)
+        Wb = matrix(3, 2)
+    np.testing.assert_array_equal(layer.weight_ih.data, W_ih)
+    np.testing.assert_array_equal(layer.weight_hh.data, W_hh)
+    np.testing.assert_array_equal(between.W.data, Wb)
+    assert not any(p.data.any() for p in layer.params() if p.ndim == 1)
+
+
+def test_biases_of_each_cell():
+    def names(layer):
+        return [name for name, _ in layer.named_params()]
+
+    one = ["weight_ih", "weight_hh", "bias_ih"]
+    assert names(L.LSTM(2, 3)) == names(L.RNN(2, 3)) == names(L.GRU(2, 3, reset_after=False)) == one
+    assert names(L.GRU(2, 3)) == [*one, "bias_hh"]
+    assert names(L.GRU(2, 3, bias=False)) == names(L.LSTM(2, 3, bias=False)) == one[:2]
+
+
+def test_linear_is_lazy_and_acts_on_the_last_axis():
+    np.random.seed(2)
+    fc = L.Linear(4)
+    assert fc.W.data is None
+    x = np.random.default_rng(0).standard_normal((T, B, I))
+    y = fc(x)
+    assert fc.in_size == I
+    np.random.seed(2)
+    np.testing.assert_array_equal(fc.W.data, matrix(I, 4))
+    assert y.shape == (T, B, 4)
+    np.testing.assert_allclose(y.data[2], fc(x[2]).data, rtol=1e-6)
+    assert [n for n, _ in L.Linear(2, nobias=True, in_size=3).named_params()] == ["W"]
+    with pytest.raises(ValueError, match=r"linear: x has shape \(2, 4\)"):
+        fc(np.zeros((2, 4)))
+
+
+def test_a_layer_owns_its_attributes_in_order_and_once():
+    class Net(fusedrnn.Model):
+        def __init__(self):
+            super().__init__()
+            self.b = L.Linear(2, in_size=3)
+            self.a = L.Linear(2, in_size=3, nobias=True)
+            self.again = self.b
+            self.scale = Parameter(np.ones(1))
+            self.h = Variable(np.zeros(1))
+
+    net = Net()
+    assert [name for name, _ in net.named_params()] == ["scale", "b/W", "b/b", "a/W"]
+    assert len(list(net.params())) == 4
+    net.b.W.grad = Variable(np.zeros((3, 2)))
+    net.cleargrads()
+    assert net.b.W.grad is None
+
+
+def test_sequential_and_dropout_layers():
+    np.random.seed(0)
+    model = fusedrnn.models.Sequential(L.GRU(H), L.Dropout(0.5), L.Linear(1))
+    x = np.ones((T, B, I))
+    assert model(x).shape == (T, B, 1)
+    assert next(name for name, _ in model.named_params()) == "l0/weight_ih"

@@ -1,0 +1,460 @@
+"""The Numba backend against the reference in long double, and what else it promises.
+
+Tolerances as for the C++ kernels (test_kernels.py): standard problems, relative to each tensor's largest entry.
+The first run compiles every cell in both dtypes, which takes most of the time; later runs find them in Numba's
+cache.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fusedrnn.backends import get
+from fusedrnn.backends import numba as module
+from fusedrnn.backends.protocol import NEED, Weights
+from fusedrnn.cells import GRU, LSTM, RNN, activations
+from problems import (
+    CELLS,
+    OPTIONS,
+    SIZES,
+    assert_close,
+    assert_same_bits,
+    expected_names,
+    name,
+    named,
+    problem,
+    run,
+)
+
+NUMBA, REFERENCE = get("numba"), get("reference")
+needs_numba = pytest.mark.skipif(NUMBA.unavailable() is not None, reason=str(NUMBA.unavailable()))
+DTYPES = (np.float32, np.float64)
+FORWARD = {np.float32: 2e-6, np.float64: 1e-14}
+GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
+EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
+
+
+def truth(p):
+    return run(REFERENCE, p.astype(np.longdouble))
+
+
+def split(results):
+    """Results and gradients."""
+    forward = {key: a for key, a in results.items() if not key.startswith("d")}
+    return forward, {key: a for key, a in results.items() if key.startswith("d")}
+
+
+def assert_standard(p, want=None):
+    """The results are within the promised figures; they are returned."""
+    dtype = p.x.dtype.type
+    got, want = run(NUMBA, p), want or truth(p)
+    assert got.keys() == want.keys() == expected_names(p)
+    assert {a.dtype for a in got.values()} == {np.dtype(dtype)}
+    for g, w, tolerance in zip(split(got), split(want), (FORWARD[dtype], GRADIENT[dtype]), strict=True):
+        assert_close(g, w, tolerance)
+    return got
+
+
+# --- standard problems -------------------------------------------------------------------------------------
+
+
+@needs_numba
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o)) or "plain")
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_options(cell, options):
+    for size in SIZES:
+        p = problem(cell, *size, **options)
+        want = truth(p)
+        for dtype in DTYPES:
+            assert_standard(p.astype(dtype), want)
+
+
+@needs_numba
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_hidden_and_input_sizes(cell):
+    for H in range(7, 35):
+        p = problem(cell, 4, 5, H % 19 + 1, H, **EVERYTHING, reverse=H % 2 == 0)
+        want = truth(p)
+        for dtype in DTYPES:
+            assert_standard(p.astype(dtype), want)
+
+
+@needs_numba
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_panels_and_long_sequences(cell):
+    """Gates wider than a panel of the product, more rows than one of its blocks, 256 steps."""
+    for size in ((3, 67, 37, 131), (256, 3, 2, 7)):
+        p = problem(cell, *size, **EVERYTHING)
+        want = truth(p)
+        for dtype in DTYPES:
+            assert_standard(p.astype(dtype), want)
+
+
+@needs_numba
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_chunks_of_the_backward_pass(monkeypatch, cell, reverse):
+    p = problem(cell, 9, 5, 3, 11, **EVERYTHING, reverse=reverse)
+    want = truth(p)
+    for rows in (1, 7, 16):  # of da in a chunk; at least those of one step
+        monkeypatch.setattr(module, "CHUNK", rows * cell.gates * 11 * 8)
+        assert_standard(p, want)
+
+
+@needs_numba
+@pytest.mark.parametrize("options", [{}, EVERYTHING, {**EVERYTHING, "reverse": True}], ids=len)
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_rows_shared_among_threads(monkeypatch, cell, options):
+    p = problem(cell, 5, 13, 3, 9, **options)
+    alone = assert_standard(p)
+    monkeypatch.setattr(module, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(module, "get_num_threads", lambda: 3)
+    calls = []
+    share = module._share
+    monkeypatch.setattr(module, "_share", lambda f, groups: (calls.append(len(groups)), share(f, groups)))
+    together = assert_standard(p)
+    assert calls == [3, 3]
+    for key in alone:
+        if not key.startswith(("dw", "db")):  # the sums over rows are others
+            assert_close({key: together[key]}, {key: alone[key]}, 1e-14)
+    assert_same_bits(together, run(NUMBA, p))
+
+
+@needs_numba
+@pytest.mark.parametrize(("T", "B"), [(0, 3), (4, 0), (0, 0)])
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_nothing_to_do(cell, T, B):
+    for options in ({}, {"reverse": True}):
+        p = problem(cell, T, B, 3, 7, **options)
+        assert_same_bits(run(NUMBA, p), run(REFERENCE, p))
+        p = problem(cell, T, B, 3, 7, **options, lengths=True, return_states=True)
+        p = replace(p, reset=np.zeros((T, B), bool))
+        assert_same_bits(run(NUMBA, p), run(REFERENCE, p))
+
+
+@needs_numba
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_no_row_has_a_step(cell):
+    p = replace(problem(cell, 4, 3, 2, 7, **EVERYTHING), lengths=np.zeros(3, np.int32))
+    assert_same_bits(run(NUMBA, p), run(REFERENCE, p))
+
+
+# --- what may be left out ----------------------------------------------------------------------------------
+
+
+@needs_numba
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_each_gradient_alone(cell):
+    p = problem(cell, 5, 3, 4, 9, **EVERYTHING, biases="both")
+    every = run(NUMBA, p)
+    tape = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options).tape
+    for need in [()] + [(n,) for n in NEED] + [("x", "bias_hh"), ("weight_hh", "state0")]:
+        got = named(p.cell, None, NUMBA.backward(tape, p.dy, p.dstateT, p.dstates, need=need))
+        states = [f"d{s}0" for s in cell.states]
+        wanted = {key for n in need for key in (states if n == "state0" else [f"d{n}"])}
+        assert_same_bits(got, {key: every[key] for key in wanted})
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "upstream", [(), ("dy",), ("dstateT",), ("dstates",), ("dstateT", "dstates")], ids=str
+)
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_upstream_gradients_may_be_missing(cell, upstream):
+    assert_standard(problem(cell, 5, 3, 4, 9, return_states=True, upstream=upstream))
+
+
+@needs_numba
+def test_one_state_has_an_upstream_gradient():
+    for k in (0, 1):
+        p = problem(LSTM(), 5, 3, 4, 9, **EVERYTHING)
+        hide = lambda d: tuple(None if j == k else e for j, e in enumerate(d))  # noqa: B023, E731
+        assert_standard(replace(p, dstateT=hide(p.dstateT), dstates=hide(p.dstates)))
+
+
+@needs_numba
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_nothing_saved(cell):
+    for options in ({}, {"reverse": True}, {**EVERYTHING, "reverse": True}):
+        for B in (1, 3, 37):  # below 32 rows, the input products of several steps are made at once
+            p = problem(cell, 7, B, 3, 9, **options)
+            saved = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options)
+            bare = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options, save=None)
+            assert bare.tape is None
+            assert saved.tape.bytes > 0
+            assert_same_bits(named(cell, bare, None), named(cell, saved, None))
+
+
+@needs_numba
+def test_borders_are_a_named_error():
+    p = problem(LSTM(), 3, 2, 3, 7)
+    with pytest.raises(ValueError, match='save: "borders" is not built in the numba backend'):
+        NUMBA.forward(p.cell, p.x, p.weights, save="borders")
+
+
+# --- arguments ---------------------------------------------------------------------------------------------
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_any_strides_of_x(cell, dtype):
+    p = problem(cell, 6, 5, 3, 9, dtype=dtype, lengths=True)
+    want = run(NUMBA, p)
+    wide = np.full((5, 13, 4), np.nan, dtype)
+    wide[:, ::-2][:, :6, :3] = p.x.transpose(1, 0, 2)
+    views = [
+        np.ascontiguousarray(p.x.transpose(1, 0, 2)).transpose(1, 0, 2),
+        wide[:, ::-2][:, :6, :3].transpose(1, 0, 2),
+        np.asfortranarray(p.x),
+    ]
+    for x in views:
+        assert not x.flags.c_contiguous
+        assert_same_bits(run(NUMBA, replace(p, x=x)), want)
+    same = np.broadcast_to(p.x[:1, :1], (6, 5, 3))
+    repeated = replace(p, x=same, lengths=None)
+    assert_same_bits(run(NUMBA, repeated), run(NUMBA, replace(repeated, x=same.copy())))
+
+
+@needs_numba
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_inputs_are_not_written_to(cell):
+    p = problem(cell, 5, 3, 4, 9, **EVERYTHING)
+    given = [p.x, p.lengths, p.reset, p.dy, *p.state0, *p.dstateT, *p.dstates]
+    given += [w for w in p.weights if w is not None]
+    before = [a.copy() for a in given]
+    want = run(NUMBA, p)
+    for a in given:
+        a.flags.writeable = False
+    assert_same_bits(run(NUMBA, p), want)
+    for a, b in zip(given, before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@needs_numba
+def test_results_share_no_memory_but_the_last_state_in_y():
+    p = problem(LSTM(), 5, 3, 4, 9, return_states=True)
+    forward = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options)
+    results = [forward.y, *forward.stateT, *forward.states, *p.state0, p.x]
+    for i, a in enumerate(results):
+        assert not any(np.shares_memory(a, b) for b in results[i + 1 :])
+
+
+@needs_numba
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_packed_weights(cell):
+    p = problem(cell, 5, 3, 4, 9, **EVERYTHING, biases="both")
+    packed = NUMBA.pack(p.cell, p.weights)
+    assert_same_bits(run(NUMBA, replace(p, weights=packed)), run(NUMBA, p))
+    with pytest.raises(ValueError, match="weights: packed for"):
+        NUMBA.forward(RNN() if cell != RNN() else RNN(relu=True), p.x, packed)
+
+
+@needs_numba
+def test_single_steps_with_packed_weights_are_the_sequence():
+    for cell in CELLS:
+        p = problem(cell, 6, 3, 4, 9)
+        packed, state = NUMBA.pack(cell, p.weights), p.state0
+        whole = NUMBA.forward(cell, p.x, packed, state)
+        for t in range(6):
+            one = NUMBA.forward(cell, p.x[t : t + 1], packed, state, save=None)
+            assert_close({"y": one.y[0]}, {"y": whole.y[t]}, 1e-14)
+            state = one.stateT
+
+
+@needs_numba
+def test_wrong_arguments_are_named():
+    p = problem(GRU(), 4, 3, 2, 7)
+    forward = NUMBA.forward(p.cell, p.x, p.weights)
+    with pytest.raises(TypeError, match="x: expected dtype float64"):
+        NUMBA.forward(p.cell, p.x.astype(np.float32), p.weights)
+    with pytest.raises(TypeError, match="weight_ih: expected dtype float32 or float64"):
+        NUMBA.forward(p.cell, p.x, Weights(*(w.astype(np.longdouble) for w in p.weights)))
+    with pytest.raises(ValueError, match=r"dy: expected shape \(4, 3, 7\)"):
+        NUMBA.backward(forward.tape, p.dy[1:])
+    with pytest.raises(TypeError, match="tape: expected what forward of the numba backend returned"):
+        NUMBA.backward(REFERENCE.forward(p.cell, p.x, p.weights).tape, p.dy)
+
+
+# --- promises ----------------------------------------------------------------------------------------------
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_the_same_bits_run_to_run(cell, dtype):
+    p = problem(cell, 9, 7, 5, 19, dtype=dtype, **EVERYTHING)
+    first = run(NUMBA, p)
+    for _ in range(10):
+        assert_same_bits(run(NUMBA, p), first)
+    tape = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options).tape
+    for _ in range(2):
+        again = named(p.cell, None, NUMBA.backward(tape, p.dy, p.dstateT, p.dstates))
+        assert_same_bits(again, {key: first[key] for key in again})
+
+
+@needs_numba
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_nan_stays_in_its_row(cell, dtype, bad):
+    p = problem(cell, 5, 7, 4, 19, dtype=dtype)
+    clean = run(NUMBA, p)
+    x = p.x.copy()
+    x[1, 2] = bad
+    got = run(NUMBA, replace(p, x=x))
+    others = [b for b in range(7) if b != 2]
+    for key in ("y", "dx", *(f"{s}T" for s in cell.states), *(f"d{s}0" for s in cell.states)):
+        axis = clean[key].ndim - 2
+        assert_same_bits({key: got[key].take(others, axis)}, {key: clean[key].take(others, axis)})
+    if np.isnan(bad):
+        assert np.isnan(got["y"][1:, 2]).all()
+        assert np.isnan(got["hT"][2]).all()
+        assert np.isnan(got["dweight_ih"]).any()
+
+
+@needs_numba
+def test_calls_from_many_threads(monkeypatch):
+    monkeypatch.setattr(module, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(module, "get_num_threads", lambda: 2)
+    ps = [problem(cell, 7, 9, 5, 19, seed, **EVERYTHING) for cell in (LSTM(), GRU()) for seed in range(4)]
+    want = [run(NUMBA, p) for p in ps]
+    with ThreadPoolExecutor(8) as pool:
+        for got, w in zip(pool.map(lambda p: run(NUMBA, p), ps * 5), want * 5, strict=True):
+            assert_same_bits(got, w)
+
+
+# --- activations and types ---------------------------------------------------------------------------------
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+def test_activations_are_within_2_ulp(dtype):
+    from numba import njit
+
+    def loop(f):
+        @njit(error_model="numpy", fastmath={"contract"})
+        def apply(x, y):
+            for i in range(x.shape[0]):
+                y[i] = f(x[i])
+
+        return lambda x: (y := np.empty_like(x), apply(x, y))[0]
+
+    tanh, sigmoid = loop(activations.tanh), loop(activations.sigmoid)
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.standard_normal(20_000) * scale for scale in (1e-5, 0.1, 1, 5, 30)]).astype(dtype)
+    for f, exact in ((tanh, np.tanh), (sigmoid, lambda x: 1 / (1 + np.exp(-x)))):
+        want = exact(x.astype(np.longdouble))
+        usual = np.abs(want) >= np.finfo(dtype).tiny
+        off = np.abs(f(x) - want) / np.spacing(np.abs(want).astype(dtype))
+        assert off[usual].max() <= 2
+        assert (np.abs(f(x))[~usual] <= np.finfo(dtype).tiny).all()
+    assert_same_bits({"odd": tanh(-x)}, {"odd": -tanh(x)})
+    edges = np.array([0, -0.0, np.inf, -np.inf, np.nan], dtype)
+    assert_same_bits({"": tanh(edges)}, {"": np.array([0, -0.0, 1, -1, np.nan], dtype)})
+    assert_same_bits({"": sigmoid(edges)}, {"": np.array([0.5, 0.5, 1, 0, np.nan], dtype)})
+
+
+@needs_numba
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_float32_stays_float32(cell):
+    """No value in the compiled steps is a double: neither in the cells' formulas nor around them."""
+    from numba import types
+
+    from fusedrnn.backends import numba_kernels
+
+    matrix = types.Array(types.float32, 2, "C")
+    for function, arguments in zip(numba_kernels._PARTS[cell], (7, 12), strict=True):
+        signature = (matrix,) * arguments
+        function.compile(signature)
+        assert function.overloads[signature].signature.return_type == types.none
+        code = function.inspect_llvm(signature)
+        assert "float" in code
+        assert "double" not in code
+
+
+@needs_numba
+def test_a_double_would_be_seen():
+    from numba import njit, types
+
+    @njit
+    def widens(a):
+        for i in range(a.shape[0]):
+            a[i] = 0.5 * a[i]
+
+    signature = (types.Array(types.float32, 1, "C"),)
+    widens.compile(signature)
+    assert "double" in widens.inspect_llvm(signature)
+
+
+# --- compiling, and being absent ---------------------------------------------------------------------------
+
+
+def python(code, **environment):
+    """What another process prints."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@needs_numba
+def test_compiled_code_is_kept_between_processes(tmp_path):
+    code = """
+import numpy as np
+from fusedrnn.backends import get, numba_kernels
+from fusedrnn.backends.protocol import Weights
+from fusedrnn.cells import RNN
+w = Weights(np.ones((7, 2), np.float32), np.ones((7, 7), np.float32))
+get("numba").forward(RNN(), np.ones((3, 2, 2), np.float32), w, save=None)
+print(sum(numba_kernels.forward_loop(RNN(), np.dtype("f4")).stats.cache_hits.values()))
+"""
+    assert [python(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)] == ["0", "1"]
+
+
+@needs_numba
+def test_the_cache_knows_the_cells_sources(monkeypatch):
+    from fusedrnn.backends import numba_kernels
+
+    names = []
+    monkeypatch.setattr(numba_kernels, "njit", lambda *a, **k: lambda f: names.append(f.__qualname__))
+    for source in ("one", "one", "two"):
+        monkeypatch.setattr(numba_kernels.inspect, "getsource", lambda m, source=source: source)
+        numba_kernels._fingerprint.cache_clear()
+        numba_kernels._for_cell("forward", LSTM(), np.dtype("f4"))
+    numba_kernels._fingerprint.cache_clear()
+    assert names[0] == names[1] != names[2]
+
+
+@needs_numba
+def test_without_a_place_for_the_cache(monkeypatch):
+    from fusedrnn.backends import numba_kernels
+
+    def njit(*args, **options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available for file")
+        return lambda function: "compiled"
+
+    monkeypatch.setattr(numba_kernels, "njit", njit)
+    assert numba_kernels._for_cell("backward", GRU(), np.dtype("f8")) == "compiled"
+
+
+def test_the_backend_does_not_import_numba_before_it_must():
+    code = "import sys, fusedrnn.backends as b; b.get('numba'); print('numba' in sys.modules)"
+    assert python(code) == "False"
+
+
+def test_without_numba():
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "from fusedrnn.backends import get; print(get('numba').unavailable())"
+    )
+    assert python(code) == "numba is not installed: pip install 'fusedrnn[numba]'"
