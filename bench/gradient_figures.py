@@ -65,12 +65,14 @@ def section(report: dict[str, Any]) -> str:
     """What stands between the markers."""
     found = report["environment"]
     machine = found["machine"]
+    commit = found["commit"] or "unknown"
+    commit = commit[:10] + "+" * commit.endswith("+")  # the plus: with changes
     sizes = ", ".join("(" + ",".join(map(str, size)) + ")" for size in report["sizes"])
     lines = [
         f"{report['passed']} rows passed, {report['failed']} failed, {report['not run']} not run. "
         f"{machine.get('model name', machine['architecture'])} (family {machine.get('cpu family', '?')}, "
         f"model {machine.get('model', '?')}), {found['compiler']}, NumPy {found['numpy']}, "
-        f"{found['date'][:10]}, commit {(found['commit'] or 'unknown')[:10]}.",
+        f"{found['date'][:10]}, commit {commit}.",
         f"(T, B, I, H): {sizes}. Options: {'; '.join(report['options'])}.",
         "",
         f"The oracle against complex steps, worst tensor, limit {report['proof limit']:.0e}: "

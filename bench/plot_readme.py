@@ -24,7 +24,8 @@ MAIN = "lstm-float32.json"  # the one that is plotted
 
 def reports() -> dict[str, dict[str, Any]]:
     return {
-        path.name: json.loads(path.read_text()) for path in sorted((ROOT / "bench/results").glob("*-float*.json"))
+        path.name: json.loads(path.read_text())
+        for path in sorted((ROOT / "bench/results").glob("*-float*.json"))
     }
 
 

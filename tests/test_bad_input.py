@@ -89,22 +89,22 @@ DTYPES = ["f2", "f4", "f8", "g", "F", "D", "i1", "i4", "i8", "u8", "?", "O", "S4
 AXES = st.integers(0, 2)
 WAYS = st.one_of(
     st.sampled_from(
-        [at_odd_address, with_odd_strides, read_only, steps, np.asfortranarray, np.ndarray.copy]
-        + [lambda a: a[None], lambda a: a[..., None], np.ravel, lambda a: a[:1], lambda a: a.T]
-        + [
-            lambda a: a[::-1],
-            lambda a: np.flip(a),
-            lambda a: a[:0],
-            lambda a: a.sum(),
-            lambda a: np.array(1, a.dtype),
+        [
+            *(
+                at_odd_address,
+                with_odd_strides,
+                read_only,
+                steps,
+                np.asfortranarray,
+                np.ndarray.copy,
+                np.ravel,
+            ),
+            *(lambda a: a[None], lambda a: a[..., None], lambda a: a[:1], lambda a: a[:0], lambda a: a.T),
+            *(lambda a: a[::-1], lambda a: np.flip(a), lambda a: a.sum(), lambda a: np.array(1, a.dtype)),
+            *(lambda a: a.astype(a.dtype.newbyteorder()), lambda a: a.tolist(), np.ma.MaskedArray),
+            *(lambda a: a.view(Subclass), lambda a: np.broadcast_to(a[:1], a.shape) if len(a) else a),
+            *(memoryview, lambda a: a.tobytes(), lambda a: np.ones(a.shape[::-1], a.dtype)),
         ]
-        + [lambda a: a.astype(a.dtype.newbyteorder()), lambda a: a.tolist(), np.ma.MaskedArray]
-        + [
-            lambda a: a.view(Subclass),
-            lambda a: np.broadcast_to(a.flat[0] if a.size else 0, a.shape).astype(a.dtype),
-        ]
-        + [lambda a: np.broadcast_to(a[:1], a.shape) if len(a) else a]
-        + [memoryview, lambda a: a.tobytes(), lambda a: np.ones(a.shape[::-1], a.dtype)]
     ),
     st.sampled_from(DTYPES).map(lambda dtype: lambda a: np.zeros(a.shape, dtype)),
     st.tuples(AXES, st.sampled_from([-99, -1, 1, 2, 16])).map(lambda v: lambda a: longer(a, *v)),
@@ -423,7 +423,7 @@ def test_the_compiled_pack_refuses_unknown_cells(cell):
 
 @pytest.mark.parametrize("shape", [(0, 3), (8, 0), (0, 0), (6, 3), (4, 3)])
 def test_the_compiled_pack_refuses_weights_without_units_or_inputs(shape):
-    with pytest.raises(ValueError, match="weight_ih|weight_hh"):
+    with pytest.raises(ValueError, match=r"weight_ih|weight_hh"):
         _core.pack(
             2, np.zeros(shape, np.float32), np.zeros((shape[0], shape[0] // 4), np.float32)[:, 1:], None, None
         )

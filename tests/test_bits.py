@@ -1,7 +1,7 @@
 """The same bits: zero differing bits, whatever the threads, batch, split or instruction set.
 
-Results per row (y, states, dx, dstate0) do not depend on the batch or on where the sequence is cut; gradients of weights
-are sums over rows and steps, so they do. Nothing here has a tolerance.
+Results per row (y, states, dx, dstate0) do not depend on the batch or on where the sequence is cut;
+gradients of weights are sums over rows and steps, so they do. Nothing here has a tolerance.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def rows(p, index):
         return None if arrays is None else tuple(of(a, axis) for a in arrays)
 
     return replace(
-        p, x=of(p.x, 1), state0=of_all(p.state0, 0), lengths=of(p.lengths, 0), reset=of(p.reset, 1), dy=of(p.dy, 1),
-        dstateT=of_all(p.dstateT, 0), dstates=of_all(p.dstates, 1),
+        p, x=of(p.x, 1), state0=of_all(p.state0, 0), lengths=of(p.lengths, 0), reset=of(p.reset, 1),
+        dy=of(p.dy, 1), dstateT=of_all(p.dstateT, 0), dstates=of_all(p.dstates, 1),
     )  # fmt: skip
 
 

@@ -107,15 +107,19 @@ def test_an_error_is_one_line(monkeypatch, capsys):
 
 
 def test_ctrl_c_is_exit_code_130():
+    code = """
+import sys
+from fusedrnn import bench, cli
+print("ready", flush=True)
+sys.exit(cli.main(["bench", "--shape", "2000,64,64,64", "--peers", "reference"]))
+"""
     process = subprocess.Popen(
-        [sys.executable, "-m", "fusedrnn", "bench", "--shape", "2000,64,64,64", "--peers", "reference"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(3)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip() == "interrupted"
 

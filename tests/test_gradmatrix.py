@@ -17,6 +17,7 @@ from fusedrnn.cells import CELLS
 from fusedrnn.gradmatrix import (
     OPTIONS,
     QUICK,
+    SIZES,
     available_levels,
     format_notes,
     format_rows,
@@ -56,10 +57,10 @@ def test_every_backend_passes(cell, backend):
 
 
 @pytest.mark.slow
-def test_every_level_passes_at_all_sizes():
+def test_every_level_passes_beyond_one_tile():
     if not available_levels():
         pytest.skip("the compiled module is not built")
-    rows = run_matrix(backends=["cpu"], levels=available_levels())
+    rows = run_matrix(backends=["cpu"], levels=available_levels(), sizes=SIZES[1:2])
     assert len(rows) == len(available_levels()) * len(variants()) * len(OPTIONS) * 2
     assert failures(rows) == []
 
@@ -265,8 +266,8 @@ def test_tables(broken):
     header, text = format_rows(rows)
     assert {len(row) for row in text} == {len(header)}
     assert [row[-1] for row in text if row[1] == "broken"] == ["NO", "NO"]
-    for line, option in zip(format_notes(rows), ("plain", "state0"), strict=True):
-        assert line.startswith(f"failed: lstm, broken, float64, {option}: dx 1")
+    (line,) = format_notes(rows)
+    assert line.startswith("failed: lstm, broken, float64, plain and 1 more: dx 1e-13 > 2e-14 at ")
     assert {row[-1] for row in text if row[1] in ("oracle", "reference")} == {"yes"}
     header, text = format_tensors(rows)
     assert header == ("cell", "dtype", "tensor", "broken", "NumPy", "limit")

@@ -27,7 +27,7 @@ def python(code: str) -> str:
 
 
 def test_import_takes_less_than_150_ms_on_top_of_numpy():
-    """Processor time, which other load on the machine does not stretch; the first run fills the disk cache."""
+    """Processor time, which other load on the machine does not stretch; the first run fills disk caches."""
     assert min(float(python(TIMED)) for _ in range(6)) < 0.150
 
 

@@ -42,8 +42,16 @@ class Build(NamedTuple):
     folder: Path
 
     def compile(self, source, target, *flags):
-        command = [self.compiler, "-std=c++17", "-O0", "-w", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
-                   "-fno-math-errno", *flags, "-c", str(source), "-o", str(target)]  # fmt: skip
+        fixed = [
+            "-std=c++17",
+            "-O0",
+            "-w",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-fno-math-errno",
+        ]
+        command = [self.compiler, *fixed, *flags, "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"does not compile: {done.stderr[:2000]}"
         return target
@@ -92,8 +100,15 @@ def mutated(text, mutant):
 
 def outcome(module):
     """pytest's exit code on a compiled module, and what it said; a crash or a hang counts as noticed (1)."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "mutation", "-p", "no:cacheprovider", "-p", "no:randomly",
-               "-p", "no:faulthandler", "--tb=line", str(TESTS / "test_kernels.py"), str(TESTS / "test_bits.py")]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "mutation", "--tb=line"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:faulthandler",
+        TESTS / "test_kernels.py",
+        TESTS / "test_bits.py",
+    ]
     environment = {
         **os.environ,
         "FUSEDRNN_TEST_CORE": str(module),
@@ -116,8 +131,9 @@ def build(tmp_path_factory):
     made = Build(compiler, folder)
     names = ["module", *SOURCES, "kernels_float", "kernels_double"]
     (folder / "base").mkdir()
+    shutil.copytree(ROOT / "csrc", folder / "csrc")  # the tree may change while this runs
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: made.objects(ROOT / "csrc", folder / "base", [name]), names))
+        list(pool.map(lambda name: made.objects(folder / "csrc", folder / "base", [name]), names))
     return made
 
 
@@ -130,7 +146,7 @@ def try_out(build, mutant, number):
     folder = build.folder / f"{number}"
     folder.mkdir()
     csrc = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
+    shutil.copytree(build.folder / "csrc", csrc)
     file = csrc / mutant.file
     file.write_text(mutated(file.read_text(), mutant))
     objects = base(build) | build.objects(csrc, folder, affected(mutant.file))

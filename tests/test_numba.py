@@ -1,8 +1,8 @@
 """The Numba backend against the reference in long double, and what else it promises.
 
-Tolerances as for the C++ kernels (test_kernels.py): standard problems, relative to each tensor's largest entry.
-The first run compiles every cell in both dtypes, which takes most of the time; later runs find them in Numba's
-cache.
+Tolerances as for the C++ kernels (test_kernels.py): standard problems, relative to each tensor's largest
+entry. The first run compiles every cell in both dtypes, which takes most of the time; later runs find them in
+Numba's cache.
 """
 
 from __future__ import annotations

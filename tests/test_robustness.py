@@ -89,7 +89,8 @@ def python(code, limit=60, **environment):
     """Runs PRELUDE and the code in a fresh interpreter; its output."""
     out = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + textwrap.dedent(code)],
-        cwd=Path(__file__).parent, env={**os.environ, **environment}, capture_output=True, text=True, timeout=limit,
+        cwd=Path(__file__).parent, env={**os.environ, **environment}, capture_output=True, text=True,
+        timeout=limit,
     )  # fmt: skip
     assert out.returncode == 0, f"exit code {out.returncode}\n{out.stdout}\n{out.stderr}"
     return out.stdout
@@ -145,7 +146,8 @@ def test_ctrl_c_is_honoured_within_100_ms(kind, threads):
             size = (8_000, 1, 3) if kind == "backward" else (40, 800, 3)
             x = np.broadcast_to(p.x[:1], size)
             tape = CPU.forward(p.cell, x, p.weights).tape
-            work = lambda: [CPU.backward(tape, None, (np.ones((size[1], 512), np.float32), None)) for _ in range(9)]
+            dhT = np.ones((size[1], 512), np.float32)
+            work = lambda: [CPU.backward(tape, None, (dhT, None)) for _ in range(9)]
         delays = []
         for _ in range(5):
             sent = []
@@ -410,7 +412,8 @@ def test_control_word_is_restored_whole_and_does_not_change_the_bits(word):
             after_backward = _core.testing.control_word()
             set_control_word(0x1F80)
             inexact = 0x20  # raised by the ordinary arithmetic around a kernel
-            assert [w | inexact for w in (after_pack, after_forward, after_backward)] == [{word} | inexact] * 3
+            for after in (after_pack, after_forward, after_backward):
+                assert after | inexact == {word} | inexact, hex(after)
             from problems import named
             assert_same_bits(named(p.cell, forward, gradients), plain)
         """

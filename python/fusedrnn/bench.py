@@ -213,7 +213,7 @@ def run_problem(
     errors = {
         name: check(name, each.results(), exact, TOLERANCE[dtype]) for name, each in participants.items()
     }
-    blocks, seconds, limit = (3, 0.02, 1.0) if quick else (9, 0.1, 12.0)
+    blocks, seconds, limit = (3, 0.02, 1.0) if quick else (9, 0.1, 5.0)
     samples = time_blocks(participants, blocks, seconds, limit)
     work = problems.flops(cell, shape)
     row: dict[str, Any] = {"shape": list(shape), "participants": {}}

@@ -151,8 +151,10 @@ def run_bench(args: argparse.Namespace) -> None:
         else:
             print(f"without torch: {why}", file=sys.stderr)
     shapes = args.shape or (problems.QUICK if args.quick else problems.SPEED)
-    if args.json:
-        open(args.json, "a").close()  # before an hour of work, not after it
+    if args.json and not os.access(
+        os.path.dirname(args.json) or ".", os.W_OK
+    ):  # before the work, not after it
+        raise OSError(f"--json: cannot write to {args.json}")
 
     done: list[dict[str, Any]] = []
 

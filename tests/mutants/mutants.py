@@ -111,8 +111,8 @@ MUTANTS = [
         "forward: c not cut",
         FORWARD,
         "case Before::nothing: rows.h[i] = rows.c[i] = job.zeros; break;",
-        "case Before::nothing: rows.h[i] = job.zeros, rows.c[i] = job.c0 ? job.c0 + b * job.blocks * kBlock : "
-        "job.zeros; break;",
+        "case Before::nothing: rows.h[i] = job.zeros, rows.c[i] = job.c0 ? job.c0 + b * "
+        "job.blocks * kBlock : job.zeros; break;",
     ),
     Mutant(
         "forward: strides of x ignored",

@@ -30,9 +30,9 @@ from fusedrnn.cells import GRU, Cell
 from fusedrnn.threads import get_num_threads
 
 NARROW = 16  # below this input size, dx is made of dot products
-CHUNK = 1 << 19  # bytes of da before they go into dx and the weight gradients
+CHUNK = 1 << 18  # bytes of da before they go into dx and the weight gradients
 AHEAD = 32  # rows whose input products are made in one go, where a step has fewer
-WORTH_A_THREAD = 10_000_000  # multiplications
+WORTH_A_THREAD = 16_000_000  # multiplications
 
 
 class Packed(NamedTuple):
