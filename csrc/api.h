@@ -1,9 +1,9 @@
 // The C++ interface of the CPU kernels. SPDX-License-Identifier: Apache-2.0
 //
 // Legend: T time steps, B batch, I input size, H hidden size, P projected size (= H for now), G gates.
-// All sizes and strides are 64-bit and count elements. Nothing here knows Python. Callers check shapes (src/module.cpp does);
-// sizes are checked for overflow here, before anything is allocated. Inputs are never written to and outputs never overlap
-// inputs. "contiguous" is C order.
+// All sizes and strides are 64-bit and count elements. Nothing here knows Python. Callers check shapes (src/module.cpp
+// does); sizes are checked for overflow here, before anything is allocated. Inputs are never written to and outputs
+// never overlap inputs. "contiguous" is C order.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -48,8 +48,8 @@ enum class Save { nothing, all, borders };  // borders: only states at chunk bor
 struct Problem {
   CellId cell;
   Sizes sizes;
-  const Index* lengths = nullptr;         // (B) or null
-  const unsigned char* reset = nullptr;   // (T, B) contiguous, 0 or 1, or null
+  const Index* lengths = nullptr;        // (B) or null
+  const unsigned char* reset = nullptr;  // (T, B) contiguous, 0 or 1, or null
   bool reverse = false;
 };
 
@@ -63,14 +63,14 @@ template <class T>
 struct ForwardCall {
   Problem problem;
   const PackedWeights<T>* packed;
-  Sequence<const T> x;    // (T, B, I)
-  const T* h0 = nullptr;  // (B, P) contiguous or null: zeros
-  const T* c0 = nullptr;  // (B, H) contiguous or null: zeros
-  T* y;                   // (T, B, P) contiguous
-  T* hT;                  // (B, P)
-  T* cT = nullptr;        // (B, H), LSTM
-  T* h_states = nullptr;  // (T, B, P) or null
-  T* c_states = nullptr;  // (T, B, H) or null
+  Sequence<const T> x;        // (T, B, I)
+  const T* h0 = nullptr;      // (B, P) contiguous or null: zeros
+  const T* c0 = nullptr;      // (B, H) contiguous or null: zeros
+  T* y;                       // (T, B, P) contiguous
+  T* hT;                      // (B, P)
+  T* cT = nullptr;            // (B, H), LSTM
+  T* h_states = nullptr;      // (T, B, P) or null
+  T* c_states = nullptr;      // (T, B, H) or null
   Save save = Save::nothing;  // what the tape returned holds; nothing: no tape
   Poll poll;
 };
@@ -79,21 +79,21 @@ template <class T>
 struct BackwardCall {
   Problem problem;
   const Tape<T>* tape;
-  Weights<const T> weights;  // as they were in forward
+  Weights<const T> weights;                  // as they were in forward
   const PackedWeights<T>* packed = nullptr;  // the same, packed; needed for a tape of borders only
   Sequence<const T> x;
-  const T* y;                // what forward returned
+  const T* y;  // what forward returned
   const T* h0 = nullptr;
   const T* c0 = nullptr;
-  Sequence<const T> dy;          // (T, B, P); any upstream gradient may be absent
-  const T* dhT = nullptr;        // (B, P)
-  const T* dcT = nullptr;        // (B, H)
-  Sequence<const T> dh_states;   // (T, B, P)
-  Sequence<const T> dc_states;   // (T, B, H)
-  T* dx = nullptr;               // (T, B, I) contiguous; null: not needed, so with everything below
-  Weights<T> dweights;           // contiguous; overwritten
-  T* dh0 = nullptr;              // (B, P)
-  T* dc0 = nullptr;              // (B, H)
+  Sequence<const T> dy;         // (T, B, P); any upstream gradient may be absent
+  const T* dhT = nullptr;       // (B, P)
+  const T* dcT = nullptr;       // (B, H)
+  Sequence<const T> dh_states;  // (T, B, P)
+  Sequence<const T> dc_states;  // (T, B, H)
+  T* dx = nullptr;              // (T, B, I) contiguous; null: not needed, so with everything below
+  Weights<T> dweights;          // contiguous; overwritten
+  T* dh0 = nullptr;             // (B, P)
+  T* dc0 = nullptr;             // (B, H)
   Poll poll;
 };
 

@@ -1,7 +1,7 @@
 // fusedrnn._core: check, allocate, call. No maths. SPDX-License-Identifier: Apache-2.0
 //
-// fusedrnn.backends.arguments gives the readable errors; the checks here are the ones that memory safety rests on, so that
-// no call of this module, however wrong, reads or writes outside an array.
+// fusedrnn.backends.arguments gives the readable errors; the checks here are the ones that memory safety rests on, so
+// that no call of this module, however wrong, reads or writes outside an array.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,10 +36,13 @@ std::string text(const py::array& a) {
 // Axes before `strided` may have any stride. Checked by hand: py::array_t would copy silently.
 template <class T>
 const T* need(const py::object& o, const char* name, const std::vector<Index>& shape, int strided = 0) {
-  const std::string expected = ": expected " + py::str(py::dtype::of<T>()).cast<std::string>() + " " + text(shape) + ", got ";
-  if (!py::isinstance<py::array>(o)) throw py::type_error(name + expected + py::str(py::type::of(o)).cast<std::string>());
+  const std::string expected =
+      ": expected " + py::str(py::dtype::of<T>()).cast<std::string>() + " " + text(shape) + ", got ";
+  if (!py::isinstance<py::array>(o))
+    throw py::type_error(name + expected + py::str(py::type::of(o)).cast<std::string>());
   const py::array a = py::reinterpret_borrow<py::array>(o);
-  if (!a.dtype().is(py::dtype::of<T>()) && !a.dtype().equal(py::dtype::of<T>())) throw py::type_error(name + expected + text(a));
+  if (!a.dtype().is(py::dtype::of<T>()) && !a.dtype().equal(py::dtype::of<T>()))
+    throw py::type_error(name + expected + text(a));
   bool same = a.ndim() == Index(shape.size());
   for (std::size_t i = 0; same && i < shape.size(); ++i) same = a.shape(Index(i)) == shape[i];
   if (!same) throw py::value_error(name + expected + text(a));
@@ -85,7 +88,8 @@ int gates_of(CellId cell) { return cpu::kernels<float>().shape[int(cell)].gates;
 bool has_c(CellId cell) { return cpu::kernels<float>().shape[int(cell)].has_c; }
 
 CellId cell_of(int id) {
-  if (id < 0 || id >= cpu::kCells) throw py::value_error("cell: expected 0 to " + std::to_string(cpu::kCells - 1) + ", got " + std::to_string(id));
+  if (id < 0 || id >= cpu::kCells)
+    throw py::value_error("cell: expected 0 to " + std::to_string(cpu::kCells - 1) + ", got " + std::to_string(id));
   return CellId(id);
 }
 
@@ -118,7 +122,8 @@ struct PyPacked {
   const PackedWeights<double>* get(double) const { return f64.get(); }
 };
 
-// Lengths and resets are copied: what backward walks by must be what forward walked by, whatever becomes of the caller's.
+// Lengths and resets are copied: what backward walks by must be what forward walked by, whatever becomes of the
+// caller's.
 struct PyTape {
   Problem problem;
   std::vector<Index> lengths;
@@ -136,8 +141,8 @@ struct PyTape {
 template <class T>
 Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, Index P) {
   const Index rows = gates_of(cell) * H;
-  return {need<T>(w[0], "weight_ih", {rows, I}), need<T>(w[1], "weight_hh", {rows, P}), maybe<T>(w[2], "bias_ih", {rows}),
-          maybe<T>(w[3], "bias_hh", {rows})};
+  return {need<T>(w[0], "weight_ih", {rows, I}), need<T>(w[1], "weight_hh", {rows, P}),
+          maybe<T>(w[2], "bias_ih", {rows}), maybe<T>(w[3], "bias_hh", {rows})};
 }
 
 template <class T>
@@ -145,7 +150,9 @@ std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
   const py::array ih = py::reinterpret_borrow<py::array>(w[0]), hh = py::reinterpret_borrow<py::array>(w[1]);
   const Index G = gates_of(cell), I = ih.shape(1), P = hh.shape(1), H = ih.shape(0) / G;
   if (I == 0 || H == 0) throw py::value_error("weight_ih: expected (G*H, I), H and I at least 1, got " + text(ih));
-  if (P != H) throw py::value_error("weight_hh: expected (G*H, H), got " + text(hh) + "; a projected size P != H is not built yet");
+  if (P != H)
+    throw py::value_error("weight_hh: expected (G*H, H), got " + text(hh) +
+                          "; a projected size P != H is not built yet");
   auto packed = std::make_unique<PyPacked>();
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
   for (int i = 0; i < 4; ++i) packed->weights[i] = w[i];
@@ -159,15 +166,19 @@ std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
 }
 
 bool is_float32(const py::object& o, const char* name, int ndim) {
-  if (!py::isinstance<py::array>(o)) throw py::type_error(std::string(name) + ": expected an array, got " + py::str(py::type::of(o)).cast<std::string>());
+  if (!py::isinstance<py::array>(o))
+    throw py::type_error(std::string(name) + ": expected an array, got " +
+                         py::str(py::type::of(o)).cast<std::string>());
   const py::array a = py::reinterpret_borrow<py::array>(o);
-  if (a.ndim() != ndim) throw py::value_error(std::string(name) + ": expected " + std::to_string(ndim) + " axes, got " + text(a));
+  if (a.ndim() != ndim)
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(ndim) + " axes, got " + text(a));
   if (a.dtype().equal(py::dtype::of<float>())) return true;
   if (a.dtype().equal(py::dtype::of<double>())) return false;
   throw py::type_error(std::string(name) + ": expected float32 or float64, got " + text(a));
 }
 
-std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weight_hh, py::object bias_ih, py::object bias_hh) {
+std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weight_hh, py::object bias_ih,
+                                  py::object bias_hh) {
   const CellId cell = cell_of(id);
   const bool f32 = is_float32(weight_ih, "weight_ih", 2);
   is_float32(weight_hh, "weight_hh", 2);
@@ -176,8 +187,8 @@ std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weigh
 }
 
 template <class T>
-py::tuple forward_as(const py::object& packed_object, py::object x, py::object h0, py::object c0, py::object lengths, py::object reset, bool reverse,
-                     bool return_states, Save save) {
+py::tuple forward_as(const py::object& packed_object, py::object x, py::object h0, py::object c0, py::object lengths,
+                     py::object reset, bool reverse, bool return_states, Save save) {
   const PyPacked& packed = packed_object.cast<const PyPacked&>();
   const py::array array = py::reinterpret_borrow<py::array>(x);
   const Index time = array.shape(0), B = array.shape(1), I = packed.I, H = packed.H, P = packed.P;
@@ -188,7 +199,8 @@ py::tuple forward_as(const py::object& packed_object, py::object x, py::object h
     const Index* data = need<Index>(lengths, "lengths", {B});
     tape->lengths.assign(data, data + B);
     for (Index n : tape->lengths)
-      if (n < 0 || n > time) throw py::value_error("lengths: expected 0 to T = " + std::to_string(time) + ", got " + std::to_string(n));
+      if (n < 0 || n > time)
+        throw py::value_error("lengths: expected 0 to T = " + std::to_string(time) + ", got " + std::to_string(n));
     tape->problem.lengths = tape->lengths.data();
   }
   if (!reset.is_none()) {
@@ -228,18 +240,21 @@ py::tuple forward_as(const py::object& packed_object, py::object x, py::object h
   return py::make_tuple(y, hT, cT, h_states, c_states, kept);
 }
 
-py::tuple py_forward(const py::object& packed, py::object x, py::object h0, py::object c0, py::object lengths, py::object reset, bool reverse,
-                     bool return_states, int save_id) {
-  if (!py::isinstance<PyPacked>(packed)) throw py::type_error("packed: expected what pack returned, got " + py::str(py::type::of(packed)).cast<std::string>());
-  if (save_id < 0 || save_id > 2) throw py::value_error("save: expected 0 (nothing), 1 (all) or 2 (borders), got " + std::to_string(save_id));
+py::tuple py_forward(const py::object& packed, py::object x, py::object h0, py::object c0, py::object lengths,
+                     py::object reset, bool reverse, bool return_states, int save_id) {
+  if (!py::isinstance<PyPacked>(packed))
+    throw py::type_error("packed: expected what pack returned, got " +
+                         py::str(py::type::of(packed)).cast<std::string>());
+  if (save_id < 0 || save_id > 2)
+    throw py::value_error("save: expected 0 (nothing), 1 (all) or 2 (borders), got " + std::to_string(save_id));
   const Save save = Save(save_id);
   return is_float32(x, "x", 3) ? forward_as<float>(packed, x, h0, c0, lengths, reset, reverse, return_states, save)
                                : forward_as<double>(packed, x, h0, c0, lengths, reset, reverse, return_states, save);
 }
 
 template <class T>
-py::tuple backward_as(const PyTape& tape, py::object dy, py::object dhT, py::object dcT, py::object dh_states, py::object dc_states,
-                      const std::vector<bool>& need_of) {
+py::tuple backward_as(const PyTape& tape, py::object dy, py::object dhT, py::object dcT, py::object dh_states,
+                      py::object dc_states, const std::vector<bool>& need_of) {
   const Sizes& n = tape.problem.sizes;
   const Index rows = gates_of(tape.problem.cell) * n.H;
   const bool c = has_c(tape.problem.cell);
@@ -266,7 +281,8 @@ py::tuple backward_as(const PyTape& tape, py::object dy, py::object dhT, py::obj
     to = a;
     return a.mutable_data();
   };
-  py::object dx = py::none(), w[4] = {py::none(), py::none(), py::none(), py::none()}, dh0 = py::none(), dc0 = py::none();
+  py::object dx = py::none(), w[4] = {py::none(), py::none(), py::none(), py::none()}, dh0 = py::none(),
+             dc0 = py::none();
   call.dx = output(need_of[0], dx, {n.T, n.B, n.I});
   call.dweights.weight_ih = output(need_of[1], w[0], {rows, n.I});
   call.dweights.weight_hh = output(need_of[2], w[1], {rows, n.P});
@@ -281,8 +297,8 @@ py::tuple backward_as(const PyTape& tape, py::object dy, py::object dhT, py::obj
   return py::make_tuple(dx, w[0], w[1], w[2], w[3], dh0, dc0);
 }
 
-py::tuple py_backward(const PyTape& tape, py::object dy, py::object dhT, py::object dcT, py::object dh_states, py::object dc_states,
-                      const std::vector<bool>& need_of) {
+py::tuple py_backward(const PyTape& tape, py::object dy, py::object dhT, py::object dcT, py::object dh_states,
+                      py::object dc_states, const std::vector<bool>& need_of) {
   if (need_of.size() != 6) throw py::value_error("need: expected 6 flags, got " + std::to_string(need_of.size()));
   return tape.f32 ? backward_as<float>(tape, dy, dhT, dcT, dh_states, dc_states, need_of)
                   : backward_as<double>(tape, dy, dhT, dcT, dh_states, dc_states, need_of);
@@ -335,18 +351,18 @@ unsigned long control_word() {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled kernels of fusedrnn. Use fusedrnn.functional; this module checks only what memory safety needs.";
   py::class_<PyPacked>(m, "Packed", "Weights in the kernels' own order.");
-  py::class_<PyTape>(m, "Tape", "What forward saved for backward.")
-      .def_property_readonly("bytes", [](const PyTape& t) {
-        return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64);
-      });
+  py::class_<PyTape>(m, "Tape", "What forward saved for backward.").def_property_readonly("bytes", [](const PyTape& t) {
+    return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64);
+  });
   py::list cells;
 #define X(id, type) cells.append(#id);
 #include "cells/cells.def"
 #undef X
   m.attr("CELLS") = py::tuple(cells);
-  m.def("pack", &py_pack, py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"));
-  m.def("forward", &py_forward, py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("lengths"), py::arg("reset"),
-        py::arg("reverse"), py::arg("return_states"), py::arg("save"));
+  m.def("pack", &py_pack, py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"),
+        py::arg("bias_hh"));
+  m.def("forward", &py_forward, py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("lengths"),
+        py::arg("reset"), py::arg("reverse"), py::arg("return_states"), py::arg("save"));
   m.def("backward", &py_backward, py::arg("tape"), py::arg("dy"), py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"),
         py::arg("dc_states"), py::arg("need"));
   m.def("info", &info);
@@ -355,9 +371,13 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_flush_subnormals", &set_flush_subnormals, py::arg("on"));
 
   py::module_ testing = m.def_submodule("testing", "Hooks of the test suite.");
-  testing.def("activation", [](int which, const py::object& x, const std::string& isa) -> py::object {
-    return is_float32(x, "x", 1) ? py::object(activation_as<float>(which, x, isa)) : py::object(activation_as<double>(which, x, isa));
-  }, py::arg("which"), py::arg("x"), py::arg("isa") = "");
+  testing.def(
+      "activation",
+      [](int which, const py::object& x, const std::string& isa) -> py::object {
+        return is_float32(x, "x", 1) ? py::object(activation_as<float>(which, x, isa))
+                                     : py::object(activation_as<double>(which, x, isa));
+      },
+      py::arg("which"), py::arg("x"), py::arg("isa") = "");
   testing.def("control_word", &control_word);
   testing.def("poison", &cpu::poison, py::arg("on"));
   testing.def("fail_allocation_after", &cpu::fail_allocation_after, py::arg("count"));

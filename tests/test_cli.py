@@ -108,18 +108,21 @@ def test_an_error_is_one_line(monkeypatch, capsys):
 
 def test_ctrl_c_is_exit_code_130():
     code = """
-import sys
+import signal, sys
 from fusedrnn import bench, cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a process started in the background
 print("ready", flush=True)
 sys.exit(cli.main(["bench", "--shape", "2000,64,64,64", "--peers", "reference"]))
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert err.strip() == "interrupted"
 

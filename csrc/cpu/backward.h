@@ -1,9 +1,9 @@
 // The time loop backward and the weight gradients, for any cell. SPDX-License-Identifier: Apache-2.0
 //
 // Steps are walked back in chunks counted from the end. Within a chunk, per step: the chain (da of the later step times
-// the recurrent weights, plus what the cell passes on directly), then the upstream gradients, then the cell. The chunk's da
-// rows are still in the cache when dx and the weight gradients are made of them, so da never exists for all T.
-// Only valid rows take part: they lie one after another in the chunk.
+// the recurrent weights, plus what the cell passes on directly), then the upstream gradients, then the cell. The
+// chunk's da rows are still in the cache when dx and the weight gradients are made of them, so da never exists for all
+// T. Only valid rows take part: they lie one after another in the chunk.
 #pragma once
 #include "cpu/forward.h"
 #include "cpu/steps.h"
@@ -18,7 +18,8 @@ using cpu::Kept;
 using cpu::Packed;
 using cpu::Worker;
 
-// Columns of [1 | x | h_prev | middle] that share the accumulators they give gradients to: one product of the joint rows.
+// Columns of [1 | x | h_prev | middle] that share the accumulators they give gradients to: one product of the joint
+// rows.
 struct Group {
   Index column, columns;
   int first, count;  // accumulators
@@ -27,7 +28,8 @@ struct Group {
 
 template <class Cell>
 struct Groups {
-  static constexpr bool joint = Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count;
+  static constexpr bool joint =
+      Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count;
   static constexpr int count = (joint ? 1 : 3) + (Cell::phases == 2);
   Group group[4];
   Index block_step = 0;
@@ -94,19 +96,25 @@ struct BackwardLoop {
   const Worker& worker;
   BackwardRows<T> rows;
   const Groups<Cell> groups;
-  const Index B, units;          // units: blocks * 16
+  const Index B, units;  // units: blocks * 16
   Index row_begin, row_end, block_begin, block_end;
-  Kept<T> kept;                  // what forward saved, or of this chunk if it has to be made again
-  Index count = 0;               // valid rows of the chunk
+  Kept<T> kept;     // what forward saved, or of this chunk if it has to be made again
+  Index count = 0;  // valid rows of the chunk
 
   BackwardLoop(const BackwardJob<T>& job_, const Worker& worker_)
-      : job(job_), worker(worker_),
-        rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B, job_.chunk_steps * job_.steps.B, job_.chunk_steps),
-        groups(job_.I, job_.P), B(job_.steps.B), units(job_.blocks * kBlock), kept(job_.kept) {
+      : job(job_),
+        worker(worker_),
+        rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B, job_.chunk_steps * job_.steps.B,
+             job_.chunk_steps),
+        groups(job_.I, job_.P),
+        B(job_.steps.B),
+        units(job_.blocks * kBlock),
+        kept(job_.kept) {
     const Index n = worker.region.threads, i = worker.region.thread;
     row_begin = worker.by_rows ? first_row(job.steps, i, n) : 0;
     row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : B;
-    block_begin = worker.by_rows ? 0 : job.blocks * i / n, block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
+    block_begin = worker.by_rows ? 0 : job.blocks * i / n,
+    block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
     for (Index b = 0; b < B; ++b) rows.latest[b] = nullptr;
   }
 
@@ -117,22 +125,29 @@ struct BackwardLoop {
     return (kept.has(t) ? kept.c + (t - kept.first) * kept.c_step : kept.c_border) + b * units;
   }
   const T* saved_row(Index t, Index b) const {
-    return kept.saved ? kept.saved + (t - kept.first) * kept.saved_step + b * job.blocks * (Cell::saved * kBlock) : nullptr;
+    return kept.saved ? kept.saved + (t - kept.first) * kept.saved_step + b * job.blocks * (Cell::saved * kBlock)
+                      : nullptr;
   }
   const T* h_row(Index t, Index b) const { return job.y + (t * B + b) * job.P; }
 
   const T* h_before(Index t, Index b) const {
     switch (before(job.steps, t, b)) {
-      case Before::previous: return h_row(earlier(t), b);
-      case Before::start: return job.h0 ? job.h0 + b * job.P : job.zeros;
-      default: return job.zeros;
+      case Before::previous:
+        return h_row(earlier(t), b);
+      case Before::start:
+        return job.h0 ? job.h0 + b * job.P : job.zeros;
+      default:
+        return job.zeros;
     }
   }
   const T* c_before(Index t, Index b) const {
     switch (before(job.steps, t, b)) {
-      case Before::previous: return c_row(earlier(t), b);
-      case Before::start: return job.c0 ? job.c0 + b * units : job.zeros;
-      default: return job.zeros;
+      case Before::previous:
+        return c_row(earlier(t), b);
+      case Before::start:
+        return job.c0 ? job.c0 + b * units : job.zeros;
+      default:
+        return job.zeros;
     }
   }
 
@@ -164,8 +179,14 @@ struct BackwardLoop {
 
   Product<T> product(const Packed<T>& weights, const Part& part, const T* const* a, Index block, Index lane) const {
     const bool all = part.count == A;
-    return {a, 1, A * kBlock, weights.data + block * weights.block_step + lane, kBlock, weights.block_step,
-            all ? 1 : job.blocks, all ? job.blocks * A * kBlock : part.count * kBlock};
+    return {a,
+            1,
+            A * kBlock,
+            weights.data + block * weights.block_step + lane,
+            kBlock,
+            weights.block_step,
+            all ? 1 : job.blocks,
+            all ? job.blocks * A * kBlock : part.count * kBlock};
   }
 
   // acc[wide][m] = rows of da times the weights of blocks [block, block+wide).
@@ -177,7 +198,8 @@ struct BackwardLoop {
   template <class Epilogue>
   bool tiles(Index n_rows, Epilogue&& tile_at) const {
     const Cut row_tiles(n_rows, max_rows<V>(4)), panels(block_end - block_begin, 4);
-    const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces, inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
+    const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
+                inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
       for (Index n = 0; n < inner; ++n) {
         const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
@@ -192,10 +214,16 @@ struct BackwardLoop {
 
   BackwardRow<T> row_at(Index t, Index b, T* da) const {
     const auto in = [&](const T* data, Index step, Index row) { return data ? data + t * step + b * row : nullptr; };
-    return {b, chain_of(t, b), da,
-            saved_row(t, b), h_before(t, b), h_row(t, b),
-            Cell::has_c ? c_before(t, b) : nullptr, Cell::has_c ? c_row(t, b) : nullptr,
-            in(job.dy, job.dy_step, job.dy_row), in(job.dh_states, job.dh_states_step, job.dh_states_row),
+    return {b,
+            chain_of(t, b),
+            da,
+            saved_row(t, b),
+            h_before(t, b),
+            h_row(t, b),
+            Cell::has_c ? c_before(t, b) : nullptr,
+            Cell::has_c ? c_row(t, b) : nullptr,
+            in(job.dy, job.dy_step, job.dy_row),
+            in(job.dh_states, job.dh_states_step, job.dh_states_row),
             in(job.dc_states, job.dc_states_step, job.dc_states_row)};
   }
 
@@ -312,7 +340,8 @@ struct BackwardLoop {
 
   // dx of this thread's share of the chunk's rows.
   bool input_gradients() {
-    const Index n = worker.region.threads, share_begin = count * worker.region.thread / n, share = count * (worker.region.thread + 1) / n - share_begin;
+    const Index n = worker.region.threads, share_begin = count * worker.region.thread / n,
+                share = count * (worker.region.thread + 1) / n - share_begin;
     const Index blocks = (job.I + kBlock - 1) / kBlock;
     const Cut panels(blocks, 4);
     const int widest = int(panels.pieces ? panels.begin(1) : 1);
@@ -341,12 +370,14 @@ struct BackwardLoop {
     return true;
   }
 
-  // Adds the chunk's part of the weight gradients: the joint rows, transposed, times da. Threads take whole output tiles.
+  // Adds the chunk's part of the weight gradients: the joint rows, transposed, times da. Threads take whole output
+  // tiles.
   bool weight_gradients(bool first_chunk) {
     static constexpr int kWide = A == 1 ? 4 : 1;
     const Cut panels(job.blocks, kWide);
     Index total = 0;
-    for (int g = 0; g < groups.count; ++g) total += Cut(groups.group[g].columns, max_rows<V>(groups.group[g].count * kWide)).pieces;
+    for (int g = 0; g < groups.count; ++g)
+      total += Cut(groups.group[g].columns, max_rows<V>(groups.group[g].count * kWide)).pieces;
     const Index n = worker.region.threads, i = worker.region.thread;
     const Index begin = total * panels.pieces * i / n, end = total * panels.pieces * (i + 1) / n;
     for (Index item = begin; item < end; ++item) {
@@ -382,13 +413,15 @@ struct BackwardLoop {
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
         alignas(64) T acc[kMaxTile * V::lanes];
         for (int v = 0; v < m * vectors; ++v) V::zero().store(acc + v * V::lanes);
-        const Product<T> p = {a, job.inputs_row, 0, job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
-                              job.da_row, kBlock, 1, rows_here};
+        const Product<T> p = {
+            a,          job.inputs_row, 0, job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
+            job.da_row, kBlock,         1, rows_here};
         tile_for<V>(m, vectors)(&p, 1, acc);
         for (int r = 0; r < m; ++r)
           for (int w = 0; w < wide; ++w)
             for (int s = 0; s < group.count; ++s) {
-              T* sum = job.dpacked + (block + w) * job.dpacked_block + group.offset + ((first + r) * group.count + s) * kBlock + lane;
+              T* sum = job.dpacked + (block + w) * job.dpacked_block + group.offset +
+                       ((first + r) * group.count + s) * kBlock + lane;
               const V part = V::load(acc + ((w * group.count + s) * m + r) * V::lanes);
               (overwrite ? part : V::load(sum) + part).store(sum);
             }

@@ -7,21 +7,27 @@ template <class T>
 const Kernels<T>* kernels_of(Isa isa) {
   switch (isa) {
 #ifdef FUSEDRNN_HAS_PORTABLE
-    case Isa::portable: return kernels_portable(T());
+    case Isa::portable:
+      return kernels_portable(T());
 #endif
 #ifdef FUSEDRNN_HAS_PORTABLE_FMA
-    case Isa::portable_fma: return kernels_portable_fma(T());
+    case Isa::portable_fma:
+      return kernels_portable_fma(T());
 #endif
 #ifdef FUSEDRNN_HAS_AVX2
-    case Isa::avx2: return kernels_avx2(T());
+    case Isa::avx2:
+      return kernels_avx2(T());
 #endif
 #ifdef FUSEDRNN_HAS_AVX512
-    case Isa::avx512: return kernels_avx512(T());
+    case Isa::avx512:
+      return kernels_avx512(T());
 #endif
 #ifdef FUSEDRNN_HAS_NEON
-    case Isa::neon: return kernels_neon(T());
+    case Isa::neon:
+      return kernels_neon(T());
 #endif
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 }
 

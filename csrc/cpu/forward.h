@@ -30,7 +30,8 @@ template <class Cell, class V>
 struct ForwardLoop {
   using T = typename V::scalar;
   static constexpr int A = Cell::accumulators;
-  static constexpr int kWide = A == 1 ? 4 : 1;  // blocks per panel: an Elman tile takes several blocks to fill the registers
+  static constexpr int kWide =
+      A == 1 ? 4 : 1;  // blocks per panel: an Elman tile takes several blocks to fill the registers
   static constexpr int kRows = max_rows<V>(A * kWide);
 
   const ForwardJob<T>& job;
@@ -44,16 +45,20 @@ struct ForwardLoop {
     const Index n = worker.region.threads, i = worker.region.thread;
     row_begin = worker.by_rows ? first_row(job.steps, i, n) : 0;
     row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : job.steps.B;
-    block_begin = worker.by_rows ? 0 : job.blocks * i / n, block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
+    block_begin = worker.by_rows ? 0 : job.blocks * i / n,
+    block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
   }
 
   // Null for cells without c.
   T* c_row(Index t, Index b) const {
     if (!Cell::has_c) return nullptr;
-    return (job.kept.has(t) ? job.kept.c + (t - job.kept.first) * job.kept.c_step : job.kept.c_border) + b * job.blocks * kBlock;
+    return (job.kept.has(t) ? job.kept.c + (t - job.kept.first) * job.kept.c_step : job.kept.c_border) +
+           b * job.blocks * kBlock;
   }
   T* saved_row(Index t, Index b) const {
-    return job.kept.saved ? job.kept.saved + (t - job.kept.first) * job.kept.saved_step + b * job.blocks * (Cell::saved * kBlock) : nullptr;
+    return job.kept.saved
+               ? job.kept.saved + (t - job.kept.first) * job.kept.saved_step + b * job.blocks * (Cell::saved * kBlock)
+               : nullptr;
   }
   T* h_out(Index t, Index b) const { return job.h_out + t * job.h_out_step + b * job.P; }
 
@@ -76,13 +81,16 @@ struct ForwardLoop {
           rows.h[i] = job.h0 ? job.h0 + b * job.P : job.zeros;
           rows.c[i] = job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros;
           break;
-        case Before::nothing: rows.h[i] = rows.c[i] = job.zeros; break;
+        case Before::nothing:
+          rows.h[i] = rows.c[i] = job.zeros;
+          break;
       }
     }
   }
 
   // Adds one part's product: rows [first, first+m) times the weights of `wide` blocks, from lane `lane` of each block.
-  static Product<T> product(const Packed<T>& weights, const Part& part, const T* const* a, Index k, Index block, Index lane) {
+  static Product<T> product(const Packed<T>& weights, const Part& part, const T* const* a, Index k, Index block,
+                            Index lane) {
     const Index gap = kWide > 1 ? weights.block_step : kBlock;
     return {a, 1, 0, weights.data + block * weights.block_step + lane, part.count * kBlock, gap, 1, k};
   }
@@ -111,7 +119,8 @@ struct ForwardLoop {
         const V c_prev = Cell::has_c ? V::load(rows.c[first + i] + u) : V::zero();
         Cell::forward(a, h_prev, c_prev, saved, h, c);
         if (T* out = saved_row(t, b))
-          for (int s = 0; s < Cell::saved; ++s) saved[s].store(out + (block + w) * (Cell::saved * kBlock) + s * kBlock + lane);
+          for (int s = 0; s < Cell::saved; ++s)
+            saved[s].store(out + (block + w) * (Cell::saved * kBlock) + s * kBlock + lane);
         if (Cell::has_c) {
           c.store(c_row(t, b) + u);
           if (job.c_states) c.store(job.c_states + (t * job.steps.B + b) * job.H + u, in_row);
@@ -131,7 +140,8 @@ struct ForwardLoop {
       const Index at = block * (Cell::saved * kBlock) + lane;
       for (int i = 0; i < m; ++i)
         V::load(saved_row(t, rows.b[first + i]) + at + slot * kBlock).store(acc + i * V::lanes);
-      const Product<T> products[1] = {product(job.recurrent2, Cell::recurrent2, rows.middle + first, job.P, block, lane)};
+      const Product<T> products[1] = {
+          product(job.recurrent2, Cell::recurrent2, rows.middle + first, job.P, block, lane)};
       tile_for<V>(m, 1)(products, 1, acc);
       for (int i = 0; i < m; ++i) {
         const Index u = block * kBlock + lane, b = rows.b[first + i], in_row = job.H - u;
@@ -147,7 +157,8 @@ struct ForwardLoop {
 
   bool step(Index t, int phase) {
     const Cut tiles(rows.count, kRows), panels(block_end - block_begin, kWide);
-    const Index outer = job.rows_outside ? tiles.pieces : panels.pieces, inner = job.rows_outside ? panels.pieces : tiles.pieces;
+    const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
+                inner = job.rows_outside ? panels.pieces : tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
       for (Index n = 0; n < inner; ++n) {
         const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;

@@ -30,8 +30,8 @@ bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
 
 template <class Cell>
 constexpr cpu::CellShape shape_of() {
-  return {Cell::gates, Cell::accumulators, Cell::saved, Cell::phases, Cell::has_c, Cell::has_direct,
-          Cell::input, Cell::recurrent, Cell::recurrent2};
+  return {Cell::gates,      Cell::accumulators, Cell::saved,     Cell::phases,    Cell::has_c,
+          Cell::has_direct, Cell::input,        Cell::recurrent, Cell::recurrent2};
 }
 
 Index forward_scratch(Index B) { return ForwardRows<T>::bytes(B); }
@@ -69,6 +69,8 @@ const cpu::Kernels<T> table = {
 namespace cpu {
 #define FUSEDRNN_JOIN2(a, b) a##b
 #define FUSEDRNN_JOIN(a, b) FUSEDRNN_JOIN2(a, b)
-const Kernels<FUSEDRNN_DTYPE>* FUSEDRNN_JOIN(kernels_, FUSEDRNN_LEVEL)(FUSEDRNN_DTYPE) { return &FUSEDRNN_LEVEL::table; }
+const Kernels<FUSEDRNN_DTYPE>* FUSEDRNN_JOIN(kernels_, FUSEDRNN_LEVEL)(FUSEDRNN_DTYPE) {
+  return &FUSEDRNN_LEVEL::table;
+}
 }  // namespace cpu
 }  // namespace fusedrnn

@@ -27,8 +27,8 @@ struct CellShape {
   Part input, recurrent, recurrent2;
 };
 
-// A thread's share of a region. Split by rows of the batch, threads share nothing within a step; split by units, they meet
-// at a barrier after every step.
+// A thread's share of a region. Split by rows of the batch, threads share nothing within a step; split by units, they
+// meet at a barrier after every step.
 struct Worker {
   Region& region;
   bool by_rows;
@@ -57,11 +57,11 @@ struct Steps {
 template <class T>
 struct Kept {
   Index first, count;
-  T* saved;        // [count or 1][B][blocks][saved][16] or null
+  T* saved;          // [count or 1][B][blocks][saved][16] or null
   Index saved_step;  // 0: one step is enough
-  T* c;            // [count or 1][B][blocks*16] or null
+  T* c;              // [count or 1][B][blocks*16] or null
   Index c_step;
-  T* c_border;     // [B][blocks*16]
+  T* c_border;  // [B][blocks*16]
   bool has(Index t) const { return t >= first && t < first + count; }
 };
 
@@ -69,23 +69,23 @@ template <class T>
 struct ForwardJob {
   Steps steps;
   Index I, H, P, blocks;
-  const T *x;
+  const T* x;
   Index x_step, x_row;
   Packed<T> input, recurrent, recurrent2;
-  const T* bias;           // [block][accumulator][16]
-  const T* h0;             // (B, P) or null
-  const T* c0;             // [B][blocks*16] or null
-  const T* zeros;          // at least max(P, blocks*16) zeros
-  const T* y;              // (T, B, P), where the state before a step is read
-  T* h_out;                // where h is written: y itself, or one step of scratch
+  const T* bias;   // [block][accumulator][16]
+  const T* h0;     // (B, P) or null
+  const T* c0;     // [B][blocks*16] or null
+  const T* zeros;  // at least max(P, blocks*16) zeros
+  const T* y;      // (T, B, P), where the state before a step is read
+  T* h_out;        // where h is written: y itself, or one step of scratch
   Index h_out_step;
   Kept<T> kept;
-  T* borders;              // [chunk][B][blocks*16]: c before each chunk of chunk_steps, counted from the end; or null
+  T* borders;  // [chunk][B][blocks*16]: c before each chunk of chunk_steps, counted from the end; or null
   Index chunk_steps;
-  T* middle;               // [B][blocks*16], two-phase cells
+  T* middle;  // [B][blocks*16], two-phase cells
   T *hT, *cT, *h_states, *c_states;
   bool rows_outside;
-  char* scratch;           // per thread
+  char* scratch;  // per thread
   Index scratch_step;
 };
 
@@ -93,7 +93,7 @@ template <class T>
 struct BackwardJob {
   Steps steps;
   Index I, H, P, blocks;
-  const T *x;
+  const T* x;
   Index x_step, x_row;
   Packed<T> input, recurrent, recurrent2;  // transposed: blocks of outputs, k over [unit block][accumulator][16]
   const T *h0, *c0, *zeros, *y;
@@ -105,15 +105,15 @@ struct BackwardJob {
   T* dx;
   T *dh0, *dc0;
   bool need_weights;
-  T* dpacked;        // [block][group of columns][column][accumulator][16]
+  T* dpacked;  // [block][group of columns][column][accumulator][16]
   Index dpacked_block;
   T *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh;
-  T* da;             // a chunk's valid rows: [row][da_row]
+  T* da;  // a chunk's valid rows: [row][da_row]
   Index da_row;
-  T* border;         // [B][da_row]: each row's latest da, kept across chunks
-  T* inputs;         // a chunk's valid rows of [1 | x | h_prev | middle]
+  T* border;  // [B][da_row]: each row's latest da, kept across chunks
+  T* inputs;  // a chunk's valid rows of [1 | x | h_prev | middle]
   Index inputs_row;
-  T *dc, *direct;    // [B][blocks*16]
+  T *dc, *direct;  // [B][blocks*16]
   Index chunk_steps;
   bool rows_outside;
   char* scratch;
@@ -146,7 +146,7 @@ struct Kernels {
 
 // One per level; kernels.cpp defines them, dispatch.cpp chooses.
 #define FUSEDRNN_LEVELS(X) X(portable) X(portable_fma) X(avx2) X(avx512) X(neon)
-#define X(level)                               \
+#define X(level)                                \
   const Kernels<float>* kernels_##level(float); \
   const Kernels<double>* kernels_##level(double);
 FUSEDRNN_LEVELS(X)

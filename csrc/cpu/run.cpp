@@ -98,7 +98,8 @@ void run_job(bool (*kernel)(const Job&, const cpu::Worker&), const Job& job, int
     const cpu::ControlWord word(c.callers);
     return c.poll.hook(c.poll.context);
   };
-  if (cpu::run(threads, body, &context, poll.hook ? +hook : nullptr, &context) == cpu::Outcome::interrupted) throw Interrupted{};
+  if (cpu::run(threads, body, &context, poll.hook ? +hook : nullptr, &context) == cpu::Outcome::interrupted)
+    throw Interrupted{};
 }
 
 struct Split {
@@ -129,8 +130,8 @@ bool rows_outside(const CellShape& shape, const Sizes& n) {
   return std::size_t(shape.gates) * n.H * n.P * sizeof(T) <= (std::size_t(1) << 20);
 }
 
-// A chunk's da and joint rows [1 | x | h_prev | ...] stay in the cache between the steps and the products made of them; for
-// large weights, whose gradients leave the cache, it has enough rows to be worth adding up. By the sizes alone.
+// A chunk's da and joint rows [1 | x | h_prev | ...] stay in the cache between the steps and the products made of them;
+// for large weights, whose gradients leave the cache, it has enough rows to be worth adding up. By the sizes alone.
 template <class T>
 struct Chunk {
   Index da_row, inputs_row, steps, count;
@@ -184,15 +185,20 @@ struct PackAll {
 
 template <class T>
 void set_weights(cpu::ForwardJob<T>& job, const PackedWeights<T>& packed) {
-  job.input = packed.input, job.recurrent = packed.recurrent, job.recurrent2 = packed.recurrent2, job.bias = packed.bias;
+  job.input = packed.input, job.recurrent = packed.recurrent, job.recurrent2 = packed.recurrent2,
+  job.bias = packed.bias;
 }
 
 }  // namespace
 
 template <class T>
-void Deleter<T>::operator()(Tape<T>* p) const { delete p; }
+void Deleter<T>::operator()(Tape<T>* p) const {
+  delete p;
+}
 template <class T>
-void Deleter<T>::operator()(PackedWeights<T>* p) const { delete p; }
+void Deleter<T>::operator()(PackedWeights<T>* p) const {
+  delete p;
+}
 
 template <class T>
 PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll) {
@@ -203,7 +209,8 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
   Layout<T> layout;
   T *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *bias = nullptr;
-  const Index input_step = block_step<T>(I, shape.input.count), recurrent_step = block_step<T>(P, shape.recurrent.count),
+  const Index input_step = block_step<T>(I, shape.input.count),
+              recurrent_step = block_step<T>(P, shape.recurrent.count),
               recurrent2_step = shape.recurrent2.count ? block_step<T>(P, shape.recurrent2.count) : 0;
   for (int pass = 0; pass < 2; ++pass) {
     input = layout.take({blocks, input_step});
@@ -212,13 +219,15 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
     bias = layout.take({blocks, shape.accumulators, kBlock});
     if (pass == 0) packed->memory = layout.allocate();
   }
-  packed->input = {input, input_step}, packed->recurrent = {recurrent, recurrent_step}, packed->recurrent2 = {recurrent2, recurrent2_step};
+  packed->input = {input, input_step}, packed->recurrent = {recurrent, recurrent_step},
+  packed->recurrent2 = {recurrent2, recurrent2_step};
   packed->bias = bias;
 
   PackAll<T> all{kernels.pack, {}, 0};
   all.job[all.count++] = {weights.weight_ih, H, I, shape.input, input, input_step, 0, blocks};
   all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent, recurrent, recurrent_step, 0, blocks};
-  if (shape.recurrent2.count) all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, blocks};
+  if (shape.recurrent2.count)
+    all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, blocks};
   all.run(double(shape.gates) * double(H) * double(I + P), poll);
 
   const cpu::ControlWord word(flush_subnormals.load());
@@ -249,7 +258,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   Layout<T> tape_layout, scratch;
   TapePtr<T> tape(call.save == Save::nothing ? nullptr : new Tape<T>{});
   const bool all = call.save == Save::all;
-  const Index steps = all ? n.T : 1, borders_count = call.save == Save::borders && shape.has_c && chunk.count ? chunk.count - 1 : 0;
+  const Index steps = all ? n.T : 1,
+              borders_count = call.save == Save::borders && shape.has_c && chunk.count ? chunk.count - 1 : 0;
   T *saved = nullptr, *c = nullptr, *borders = nullptr, *c0 = nullptr, *middle = nullptr, *zeros = nullptr;
   char* threads = nullptr;
   const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B)) + 64;
@@ -262,7 +272,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     c0 = scratch.take({call.c0 ? n.B : 0, units});
     middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
     zeros = scratch.take({zero_count});
-    threads = reinterpret_cast<char*>(scratch.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
+    threads = reinterpret_cast<char*>(
+        scratch.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     if (pass == 0) {
       if (tape) tape->memory = tape_layout.allocate();
       memory = scratch.allocate();
@@ -270,8 +281,10 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   }
   if (tape) {
     tape->save = call.save;
-    if (all) tape->saved = saved, tape->c = c;
-    else tape->borders = borders;
+    if (all)
+      tape->saved = saved, tape->c = c;
+    else
+      tape->borders = borders;
   }
   std::fill(zeros, zeros + zero_count, T(0));
   if (call.c0) pad_rows(call.c0, n.B, n.H, units, c0);
@@ -283,8 +296,13 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   set_weights(job, *call.packed);
   job.h0 = call.h0, job.c0 = call.c0 ? c0 : nullptr, job.zeros = zeros;
   job.y = call.y, job.h_out = call.y, job.h_out_step = n.B * n.P;
-  job.kept = {0, n.T, shape.saved && (all || shape.phases == 2) ? saved : nullptr, all ? n.B * shape.saved * units : 0,
-              c, all ? n.B * units : 0, nullptr};
+  job.kept = {0,
+              n.T,
+              shape.saved && (all || shape.phases == 2) ? saved : nullptr,
+              all ? n.B * shape.saved * units : 0,
+              c,
+              all ? n.B * units : 0,
+              nullptr};
   job.borders = borders_count ? borders : nullptr, job.chunk_steps = chunk.steps;
   job.middle = shape.phases == 2 ? middle : nullptr;
   job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;
@@ -309,8 +327,9 @@ void backward(const BackwardCall<T>& call) {
   const bool replay = call.tape->save == Save::borders && shape.saved;  // an Elman cell saves nothing but y
   const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column
   Layout<T> layout;
-  T *c0 = nullptr, *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr, *da = nullptr,
-    *border = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr, *c = nullptr, *middle = nullptr, *h_out = nullptr;
+  T *c0 = nullptr, *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr,
+    *da = nullptr, *border = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr,
+    *c = nullptr, *middle = nullptr, *h_out = nullptr;
   char *threads = nullptr, *replay_threads = nullptr;
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
   const Index input_step = block_step<T>(units, k_input), recurrent_step = block_step<T>(units, k_recurrent),
@@ -335,30 +354,42 @@ void backward(const BackwardCall<T>& call) {
     c = layout.take({shape.has_c ? replay_steps : 0, n.B, units});
     middle = layout.take({shape.phases == 2 ? replay_rows : 0, units});
     h_out = layout.take({replay_rows, n.P});
-    replay_threads = reinterpret_cast<char*>(layout.take({replay ? split.threads : 0, (replay_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
+    replay_threads = reinterpret_cast<char*>(
+        layout.take({replay ? split.threads : 0, (replay_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     dc = layout.take({shape.has_c ? n.B : 0, units});
     direct = layout.take({shape.has_direct ? n.B : 0, units});
-    threads = reinterpret_cast<char*>(layout.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
+    threads =
+        reinterpret_cast<char*>(layout.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     if (pass == 0) memory = layout.allocate();
   }
   std::fill(zeros, zeros + zero_count, T(0));
   if (call.c0 && shape.has_c) pad_rows(call.c0, n.B, n.H, units, c0);
 
   PackAll<T> all{kernels.pack_transposed, {}, 0};
-  if (call.dx) all.job[all.count++] = {call.weights.weight_ih, n.H, n.I, shape.input, input, input_step, 0, blocks_of(n.I)};
-  all.job[all.count++] = {call.weights.weight_hh, n.H, n.P, shape.recurrent, recurrent, recurrent_step, 0, blocks_of(n.P)};
-  if (k_recurrent2) all.job[all.count++] = {call.weights.weight_hh, n.H, n.P, shape.recurrent2, recurrent2, recurrent2_step, 0, blocks_of(n.P)};
+  if (call.dx)
+    all.job[all.count++] = {call.weights.weight_ih, n.H, n.I, shape.input, input, input_step, 0, blocks_of(n.I)};
+  all.job[all.count++] = {call.weights.weight_hh, n.H, n.P,           shape.recurrent, recurrent,
+                          recurrent_step,         0,   blocks_of(n.P)};
+  if (k_recurrent2)
+    all.job[all.count++] = {call.weights.weight_hh, n.H, n.P,           shape.recurrent2, recurrent2,
+                            recurrent2_step,        0,   blocks_of(n.P)};
   all.run(double(shape.gates) * double(n.H) * double(n.I + n.P), call.poll);
 
   cpu::BackwardJob<T> job{};
   job.steps = steps_of(problem);
   job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks;
   job.x = call.x.data, job.x_step = call.x.step, job.x_row = call.x.row;
-  job.input = {input, input_step}, job.recurrent = {recurrent, recurrent_step}, job.recurrent2 = {recurrent2, recurrent2_step};
+  job.input = {input, input_step}, job.recurrent = {recurrent, recurrent_step},
+  job.recurrent2 = {recurrent2, recurrent2_step};
   job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr, job.zeros = zeros;
   job.y = call.y;
-  job.kept = {0, n.T, shape.saved ? replay ? saved : call.tape->saved : nullptr, n.B * shape.saved * units,
-              shape.has_c ? replay ? c : call.tape->c : nullptr, n.B * units, nullptr};
+  job.kept = {0,
+              n.T,
+              shape.saved ? replay ? saved : call.tape->saved : nullptr,
+              n.B * shape.saved * units,
+              shape.has_c ? replay ? c : call.tape->c : nullptr,
+              n.B * units,
+              nullptr};
   cpu::ForwardJob<T> again{};
   if (replay) {
     again.steps = job.steps;
@@ -395,11 +426,11 @@ Index tape_bytes(const Tape<T>& tape) {
 
 void set_flush_subnormals(bool on) { flush_subnormals = on; }
 
-#define FUSEDRNN_INSTANTIATE(T)                                                             \
-  template struct Deleter<T>;                                                               \
-  template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>, Poll);          \
-  template TapePtr<T> forward(const ForwardCall<T>&);                                       \
-  template void backward(const BackwardCall<T>&);                                           \
+#define FUSEDRNN_INSTANTIATE(T)                                                    \
+  template struct Deleter<T>;                                                      \
+  template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>, Poll); \
+  template TapePtr<T> forward(const ForwardCall<T>&);                              \
+  template void backward(const BackwardCall<T>&);                                  \
   template Index tape_bytes(const Tape<T>&);
 FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)

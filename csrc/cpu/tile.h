@@ -2,8 +2,8 @@
 //
 //   acc[n][m] += sum over k of a[m][k] * b[k][n]      m < M rows, n < N vectors, k in ascending order, one FMA each
 //
-// The sum of one output never depends on M, N, the lane width or its neighbours: this is what makes the bits the same for
-// every batch size, thread count, split and instruction set. Accumulators live in registers between load and store.
+// The sum of one output never depends on M, N, the lane width or its neighbours: this is what makes the bits the same
+// for every batch size, thread count, split and instruction set. Accumulators live in registers between load and store.
 #pragma once
 #include "cpu/kernels.h"
 #include "simd/vec.h"
@@ -65,7 +65,14 @@ constexpr int kMaxTile = 24;  // accumulator vectors of the widest tile
 // Widest tiles that stay in registers: M*N accumulators, N weights and a broadcast. A wider one would spill.
 template <class V>
 constexpr int max_rows(int n) {
-  return V::registers == 32 ? (n == 1 ? 14 : n == 2 ? 12 : n == 3 ? 8 : 6) : (n == 1 ? 10 : n == 2 ? 6 : n == 3 ? 4 : 3);
+  return V::registers == 32 ? (n == 1   ? 14
+                               : n == 2 ? 12
+                               : n == 3 ? 8
+                                        : 6)
+                            : (n == 1   ? 10
+                               : n == 2 ? 6
+                               : n == 3 ? 4
+                                        : 3);
 }
 
 template <class T>
@@ -84,10 +91,14 @@ FUSEDRNN_INLINE TileFn<typename V::scalar> tile_of_rows(int rows) {
 template <class V>
 TileFn<typename V::scalar> tile_for(int rows, int n) {
   switch (n) {
-    case 1: return tile_of_rows<V, 1>(rows);
-    case 2: return tile_of_rows<V, 2>(rows);
-    case 3: return tile_of_rows<V, 3>(rows);
-    default: return tile_of_rows<V, 4>(rows);
+    case 1:
+      return tile_of_rows<V, 1>(rows);
+    case 2:
+      return tile_of_rows<V, 2>(rows);
+    case 3:
+      return tile_of_rows<V, 3>(rows);
+    default:
+      return tile_of_rows<V, 4>(rows);
   }
 }
 

@@ -14,7 +14,9 @@ class Tape:
     @property
     def bytes(self) -> int: ...
 
-def pack(cell: int, weight_ih: _Array, weight_hh: _Array, bias_ih: _Array | None, bias_hh: _Array | None) -> Packed: ...
+def pack(
+    cell: int, weight_ih: _Array, weight_hh: _Array, bias_ih: _Array | None, bias_hh: _Array | None
+) -> Packed: ...
 def forward(
     packed: Packed,
     x: _Array,
@@ -25,7 +27,7 @@ def forward(
     reverse: bool,
     return_states: bool,
     save: int,
-) -> tuple[_Array, _Array, _Array | None, _Array | None, _Array | None, Tape | None]: ...
+) -> tuple[Any, ...]: ...  # y, hT, cT, h_states, c_states, tape; None for what there is not
 def backward(
     tape: Tape,
     dy: _Array | None,
@@ -34,7 +36,7 @@ def backward(
     dh_states: _Array | None,
     dc_states: _Array | None,
     need: Sequence[bool],
-) -> tuple[_Array | None, ...]: ...
+) -> tuple[Any, ...]: ...  # dx, the four dweights, dh0, dc0; None for what was not needed
 def info() -> dict[str, Any]: ...
 def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None: ...

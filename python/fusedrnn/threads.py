@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
+_without_core: int | None = None  # what was set where the compiled module, which keeps the number, is missing
+
 
 def get_num_threads() -> int:
-    """The number of threads that the ``cpu`` backend uses; 1 without the compiled module."""
+    """The number of threads that the ``cpu`` and ``numba`` backends use."""
     try:
         from fusedrnn import _core
     except ImportError:
-        return 1
+        return _without_core or os.cpu_count() or 1
     return _core.num_threads()
 
 
 def set_num_threads(threads: int) -> None:
-    """Use ``threads`` threads in the ``cpu`` backend from now on.
+    """Use ``threads`` threads from now on.
 
     At the start it is the environment's FUSEDRNN_NUM_THREADS, else OMP_NUM_THREADS, else as many as this
     process may use by its affinity and its cgroup.
@@ -28,5 +32,7 @@ def set_num_threads(threads: int) -> None:
     try:
         from fusedrnn import _core
     except ImportError:
-        return  # the other backends have threads of their own
+        global _without_core
+        _without_core = threads
+        return
     _core.set_num_threads(threads)

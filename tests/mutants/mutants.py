@@ -110,9 +110,8 @@ MUTANTS = [
     Mutant(
         "forward: c not cut",
         FORWARD,
-        "case Before::nothing: rows.h[i] = rows.c[i] = job.zeros; break;",
-        "case Before::nothing: rows.h[i] = job.zeros, rows.c[i] = job.c0 ? job.c0 + b * "
-        "job.blocks * kBlock : job.zeros; break;",
+        "rows.h[i] = rows.c[i] = job.zeros;",
+        "rows.h[i] = job.zeros, rows.c[i] = job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros;",
     ),
     Mutant(
         "forward: strides of x ignored",

@@ -29,7 +29,7 @@ SAVE = {None: 0, "all": 1, "borders": 2}  # the ids that _core takes
 
 
 class Packed(NamedTuple):
-    """Weights in the kernels' order. ``weights`` are the arrays they were made of, which backward still reads."""
+    """Weights in the kernels' order, and the arrays they were made of, which backward still reads."""
 
     cell: Cell
     weights: Weights

@@ -3,14 +3,15 @@
 Legend: ``T`` time steps, ``B`` batch, ``I`` input size, ``H`` hidden size, ``P`` projected size (= ``H``),
 ``G`` gates. Sequences are ``(T, B, ...)``. Gates in memory order: LSTM ``i f g o``, GRU ``r z n``.
 
-A backend serves one layer in one direction. Layers, directions and dropout between them are composed above it.
+A backend serves one layer in one direction. Layers, directions and dropout between them are composed above.
 
 Rules (``t`` is time, ``b`` a row of the batch):
 
 - ``t >= lengths[b]``: the state of row b stands still, ``y`` is 0, ``dx`` is +0, upstream gradients there are
-  never read, all-step states are held. A length of 0 returns the initial state and passes its gradient through.
-- ``reset[t, b]``: the cut is between t-1 and t in time, in both directions: forward clears the state before t,
-  reverse clears it after t and before t-1. Resets beyond a row's length do nothing. No gradient passes a cut.
+  never read, all-step states are held. Length 0 returns the initial state and passes its gradient through.
+- ``reset[t, b]``: the cut is between t-1 and t in time, in both directions: forward clears the state before
+  t, reverse clears it after t and before t-1. Resets beyond a row's length do nothing. No gradient passes a
+  cut.
 - ``reverse``: from ``lengths[b] - 1`` down to 0; ``stateT`` is then the state after step 0.
 - Padding and resets act by selection, never by multiplication.
 - ``T = 0`` and ``B = 0`` are legal.
@@ -22,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from fusedrnn.cells import Cell
@@ -69,7 +69,7 @@ class Backend(Protocol):
         """None where the backend can run here, else one line that says why not and what to install."""
 
     def pack(self, cell: Cell, weights: Weights) -> Any:
-        """Weights prepared for repeated calls; stale as soon as a weight changes, and the caller decides that."""
+        """Weights prepared for repeated calls, stale as soon as one changes; the caller decides that."""
 
     def forward(
         self,
@@ -95,4 +95,4 @@ class Backend(Protocol):
         *,
         need: Collection[str] | None = None,  # names out of NEED; None means all
     ) -> Gradients:
-        """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)``; any of the three may be missing."""
+        """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)``; any may be missing."""
