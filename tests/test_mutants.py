@@ -22,7 +22,7 @@ from mutants.mutants import MUTANTS, Mutant
 
 _core = pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 
-pytestmark = [pytest.mark.slow, pytest.mark.kernel, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(1800)
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -162,6 +162,7 @@ def outcomes(build):
         return {m.name: pool.submit(try_out, build, m, k) for k, m in enumerate(MUTANTS)}
 
 
+@pytest.mark.slow
 def test_the_kernels_as_they_are_pass(build):
     code, text = outcome(build.link(base(build), build.folder / "_core.so"))
     assert code == 0, text
@@ -169,6 +170,7 @@ def test_the_kernels_as_they_are_pass(build):
     assert "skipped" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutant_is_noticed(mutant, outcomes):
     code, text = outcomes[mutant.name].result()
