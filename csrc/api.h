@@ -118,6 +118,8 @@ template <class T>
 void backward(const BackwardCall<T>& call);
 // Subnormals are flushed to zero in kernels; off for tests and for those who need them.
 void set_flush_subnormals(bool on);
+// For tests: off, all threads take part however little the work.
+void set_thread_minimum(bool on);
 // Bytes that a tape holds.
 template <class T>
 Index tape_bytes(const Tape<T>& tape);

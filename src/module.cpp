@@ -379,6 +379,7 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("which"), py::arg("x"), py::arg("isa") = "");
   testing.def("control_word", &control_word);
+  testing.def("thread_minimum", &set_thread_minimum, py::arg("on"));
   testing.def("poison", &cpu::poison, py::arg("on"));
   testing.def("fail_allocation_after", &cpu::fail_allocation_after, py::arg("count"));
   testing.def("arena", [] {

@@ -28,6 +28,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "mutation: the small fast selection that has to kill every mutant")
 
 
+@pytest.fixture(autouse=True)
+def all_threads(request):
+    """Tests of kernels run on all threads, however small their problems."""
+    if not request.node.get_closest_marker("kernel"):
+        yield
+        return
+    testing = pytest.importorskip("fusedrnn._core", reason="the compiled module is not built").testing
+    testing.thread_minimum(False)
+    yield
+    testing.thread_minimum(True)
+
+
 @pytest.fixture
 def threads():
     """Sets the number of threads; the old one comes back after the test."""

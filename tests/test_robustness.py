@@ -41,8 +41,10 @@ from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, RNN
 CPU = CpuBackend()
 _core.set_num_threads(int(os.environ.get("TEST_THREADS", "2")))
+_core.testing.thread_minimum(False)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a process started in the background
 
-small = problem(LSTM(), 9, 40, 5, 33, dtype=np.float32)  # enough for two threads
+small = problem(LSTM(), 9, 40, 5, 33, dtype=np.float32)
 want = run(CPU, small)
 
 def check():

@@ -35,6 +35,7 @@ struct Tape {
 
 namespace {
 
+std::atomic<bool> thread_minimum{true};
 std::atomic<bool> flush_subnormals{true};
 
 Index blocks_of(Index n) { return (n + kBlock - 1) / kBlock; }
@@ -110,7 +111,7 @@ struct Split {
 // Rows where the weights stay in each core's cache anyway or there are many rows; else units, each core keeping its own
 // part of the weights. Below a measured amount of work per step, one thread.
 Split split_for(const CellShape& shape, const Sizes& n, std::size_t element) {
-  constexpr double kMinimum = 2e5;         // multiply-adds per thread and call: about 5 us of work
+  constexpr double kMinimum = 2e6;  // multiply-adds per thread and call: about 20 us, what waking a thread may cost
   constexpr double kStepMinimum = 4e4;     // per thread and step, where a barrier follows every step
   constexpr std::size_t kCache = 1 << 20;  // weights that every core can keep
   const int threads = cpu::num_threads();
@@ -119,8 +120,9 @@ Split split_for(const CellShape& shape, const Sizes& n, std::size_t element) {
   const auto limit = [&](double work, double minimum, Index items) {
     return int(std::max<double>(1, std::min<double>({double(threads), work / minimum, double(items)})));
   };
-  const int by_rows = limit(step * double(n.T), kMinimum, n.B);
-  const int by_units = limit(step, kStepMinimum, blocks_of(n.H));
+  const bool worth = thread_minimum.load(std::memory_order_relaxed);
+  const int by_rows = limit(step * double(n.T), worth ? kMinimum : 1, n.B);
+  const int by_units = limit(step, worth ? kStepMinimum : 1, blocks_of(n.H));
   const bool rows = by_rows >= threads ? weights <= kCache || n.B >= 16 * Index(threads) : by_rows >= by_units;
   return rows ? Split{by_rows, true} : Split{by_units, false};
 }
@@ -423,6 +425,8 @@ template <class T>
 Index tape_bytes(const Tape<T>& tape) {
   return Index(tape.memory.size());
 }
+
+void set_thread_minimum(bool on) { thread_minimum = on; }
 
 void set_flush_subnormals(bool on) { flush_subnormals = on; }
 

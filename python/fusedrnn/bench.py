@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -254,6 +255,7 @@ def run(
     for peer in peers:
         if (why := unavailable(peer)) is not None:
             raise RuntimeError(f"peer {peer}: {why}")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     rows = []
     with same_threads(threads, peers) as used:
         for shape in shapes:
@@ -269,7 +271,7 @@ def run(
         "backend": chosen,
         "threads": used,
         "quick": quick,
-        "environment": system.environment(),
+        "environment": system.environment() | {"load before": load},
         "rows": rows,
         "geometric_mean": means,
     }
@@ -314,6 +316,11 @@ def summary(report: dict[str, Any]) -> list[str]:
     machine = found["machine"]
     processor = machine.get("model name", machine["architecture"])
     lines.append(f"{processor}, {machine['cores']} cores, {found['date']}")
+    load = found["load before"]
+    if load is not None and load > machine["cores"] / 4:
+        lines.append(
+            f"the machine was busy when this began (load average {load:.1f}): measure again for figures"
+        )
     return lines
 
 
