@@ -36,16 +36,16 @@ std::string text(const py::array& a) {
 // Axes before `strided` may have any stride. Checked by hand: py::array_t would copy silently.
 template <class T>
 const T* need(const py::object& o, const char* name, const std::vector<Index>& shape, int strided = 0) {
-  const std::string expected =
-      ": expected " + py::str(py::dtype::of<T>()).cast<std::string>() + " " + text(shape) + ", got ";
-  if (!py::isinstance<py::array>(o))
-    throw py::type_error(name + expected + py::str(py::type::of(o)).cast<std::string>());
+  const auto expected = [&] {  // made only when it is needed: NumPy is slow at naming a dtype
+    return name + (": expected " + py::str(py::dtype::of<T>()).cast<std::string>() + " ") + text(shape) + ", got ";
+  };
+  if (!py::isinstance<py::array>(o)) throw py::type_error(expected() + py::str(py::type::of(o)).cast<std::string>());
   const py::array a = py::reinterpret_borrow<py::array>(o);
   if (!a.dtype().is(py::dtype::of<T>()) && !a.dtype().equal(py::dtype::of<T>()))
-    throw py::type_error(name + expected + text(a));
+    throw py::type_error(expected() + text(a));
   bool same = a.ndim() == Index(shape.size());
   for (std::size_t i = 0; same && i < shape.size(); ++i) same = a.shape(Index(i)) == shape[i];
-  if (!same) throw py::value_error(name + expected + text(a));
+  if (!same) throw py::value_error(expected() + text(a));
   bool contiguous = reinterpret_cast<std::uintptr_t>(a.data()) % alignof(T) == 0;
   Index step = sizeof(T);
   for (Index i = Index(shape.size()) - 1; i >= strided; --i) {
@@ -53,7 +53,7 @@ const T* need(const py::object& o, const char* name, const std::vector<Index>& s
     step *= shape[i];
   }
   for (Index i = 0; i < strided; ++i) contiguous = contiguous && a.strides(i) % Index(sizeof(T)) == 0;
-  if (!contiguous) throw py::value_error(name + expected + text(a) + ", not aligned or not contiguous in memory");
+  if (!contiguous) throw py::value_error(expected() + text(a) + ", not aligned or not contiguous in memory");
   return static_cast<const T*>(a.data());
 }
 

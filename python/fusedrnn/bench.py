@@ -31,6 +31,7 @@ from fusedrnn.threads import get_num_threads, set_num_threads
 # so this is ten times what the kernels promise on standard problems.
 TOLERANCE = {"float32": 5e-5, "float64": 2e-13}
 PEERS = ("reference", "torch", "numba")
+SETTLE = 0.04  # seconds
 
 Results = dict[str, Array]
 
@@ -169,7 +170,11 @@ def time_blocks(
                 if block >= share[name]:
                     continue
                 run = runs[name]
-                run()  # not counted: it refills the caches, and the others' threads go to sleep
+                # Not counted: the caches fill, and the threads of whoever ran before, which go on spinning for
+                # up to 20 ms after their last call, fall asleep. Each is timed as in a program of its own.
+                settled = time.perf_counter() + SETTLE
+                while time.perf_counter() < settled:
+                    run()
                 start = time.perf_counter()
                 for _ in range(count[name]):
                     run()
