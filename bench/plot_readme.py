@@ -1,10 +1,10 @@
 """Writes the README's table and plot from the measured files in bench/results. No figure is typed by hand.
 
-    fusedrnn bench --json bench/results/lstm-float32.json      measure (a quiet machine, some minutes);
-                                                               other runs are CELL-DTYPE.json beside it
-    python bench/plot_readme.py                                write README.md's table and docs/bench.png
-    python bench/plot_readme.py --check                        only see whether the table is up to date
+    fusedrnn bench --peers torch --json bench/results/lstm-float32.json    measure, on a quiet machine
+    python bench/plot_readme.py            write README.md's table and docs/bench.png
+    python bench/plot_readme.py --check    only see whether the table is up to date
 
+Other runs are CELL-DTYPE.json beside it, repeats of the main one lie in bench/results/repeats.
 Drawing needs matplotlib; the table needs nothing.
 """
 
@@ -57,18 +57,23 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
         "LSTM, float32, forward + backward, allocation included, one run, participants in turn. "
         f"{caption(report)}.",
         "",
-        "| T, B, I, H | fusedrnn ms | GFLOP/s | PyTorch ms | PyTorch / fusedrnn | NumPy / fusedrnn |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| T, B, I, H | fusedrnn ms | GFLOP/s | PyTorch ms | PyTorch / fusedrnn |",
+        "|---|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
         each = row["participants"]
         ours, torch = each["fusedrnn"], each["torch"]
         lines.append(
             f"| {', '.join(map(str, row['shape']))} | {ours['ms']:.3g} | {ours['gflops']:.0f} "
-            f"| {torch['ms']:.3g} | {torch['ratio']:.2f} | {each['reference']['ratio']:.1f} |"
+            f"| {torch['ms']:.3g} | {torch['ratio']:.2f} |"
         )
-    means = report["geometric_mean"]
-    lines.append(f"| geometric mean | | | | **{means['torch']:.2f}** | {means['reference']:.1f} |")
+    lines.append(f"| geometric mean | | | | **{report['geometric_mean']['torch']:.2f}** |")
+    repeats = [
+        json.loads(path.read_text()) for path in sorted((ROOT / "bench/results/repeats").glob("*.json"))
+    ]
+    if repeats:
+        means = ", ".join(f"{each['geometric_mean']['torch']:.2f}" for each in repeats)
+        lines += ["", f"The same run again, just before and after: geometric means {means}."]
     others = [
         f"{each['cell'].upper()} {each['dtype']} {each['geometric_mean']['torch']:.2f}"
         for name, each in all_reports.items()
