@@ -170,8 +170,8 @@ def time_blocks(
                 if block >= share[name]:
                     continue
                 run = runs[name]
-                # Not counted: the caches fill, and the threads of whoever ran before, which go on spinning for
-                # up to 20 ms after their last call, fall asleep. Each is timed as in a program of its own.
+                # Not counted: the caches fill, and the threads of whoever ran before, which go on spinning
+                # for up to 20 ms after their last call, fall asleep. Each is timed as in its own program.
                 settled = time.perf_counter() + SETTLE
                 while time.perf_counter() < settled:
                     run()
