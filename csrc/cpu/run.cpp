@@ -111,8 +111,8 @@ struct Split {
 // Rows where the weights stay in each core's cache anyway or there are many rows; else units, each core keeping its own
 // part of the weights. Below a measured amount of work per step, one thread.
 Split split_for(const CellShape& shape, const Sizes& n, std::size_t element) {
-  constexpr double kMinimum = 2e6;  // multiply-adds per thread and call: about 20 us, what waking a thread may cost
-  constexpr double kStepMinimum = 4e4;     // per thread and step, where a barrier follows every step
+  constexpr double kMinimum = 2e6;      // multiply-adds per thread and call: about 20 us, what waking a thread may cost
+  constexpr double kStepMinimum = 4e4;  // per thread and step, where a barrier follows every step
   constexpr std::size_t kCache = 1 << 20;  // weights that every core can keep
   const int threads = cpu::num_threads();
   const double step = double(n.B) * shape.gates * double(n.H) * double(n.I + n.P);
