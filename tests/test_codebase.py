@@ -199,11 +199,11 @@ def test_links_between_pages_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_readme_figures_come_from_the_measured_files():
-    """The table between the markers is what bench/plot_readme.py writes from bench/results."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "plot_readme.py", "--check"], capture_output=True, text=True
-    )
+@pytest.mark.parametrize("script", ["plot_readme.py", "pollution_page.py"])
+def test_published_figures_come_from_the_measured_files(script):
+    """The table between the markers is what the script writes from bench/results."""
+    command = [sys.executable, ROOT / "bench" / script, "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
