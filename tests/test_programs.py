@@ -348,7 +348,7 @@ pollution.run(parser.parse_args(sys.argv[1:]), common.PlainReport())
 def test_killed_at_random_times_it_resumes_to_the_same_bits(small, tmp_path):
     """FUSEDRNN_KILLS says how often; with a checkpoint after every chunk many a kill hits its writing."""
     kills = int(os.environ.get("FUSEDRNN_KILLS", "3"))
-    given = ["--data", str(small), "--no-plot", "--epochs", str(40 * kills), "--every", "0", "--resume"]
+    given = ["--data", str(small), "--no-plot", "--epochs", str(80 * kills), "--every", "0", "--resume"]
 
     def start(name):
         out = tmp_path / name
@@ -370,7 +370,7 @@ def test_killed_at_random_times_it_resumes_to_the_same_bits(small, tmp_path):
             assert process.poll() is None or process.returncode == 0, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        time.sleep(draw.random() * 0.2)
+        time.sleep(draw.random() * 0.1)
         process.kill()
         done += process.wait() == -signal.SIGKILL
         process.stdout.close()
