@@ -24,25 +24,6 @@ if other := os.environ.get(
     spec.loader.exec_module(sys.modules["fusedrnn._core"])
 
 
-# What the plain portable level, which rounds every product as well, does not keep of the promised errors:
-# 2.3e-6 in place of 2e-6 on a layer of 644 summands, and about 90 yardsticks in place of 40 on unscaled data.
-PORTABLE_MISSES = {
-    "test_large_layers[rnn-(2, 41, 515, 129)]",
-    "test_hard_problems_stay_within_the_yardstick[rnn-unscaled data-float32]",
-    "test_hard_problems_stay_within_the_yardstick[rnn-unscaled data-float64]",
-}
-
-
-def pytest_collection_modifyitems(items):
-    missed = [item for item in items if item.name in PORTABLE_MISSES]
-    if missed:
-        from fusedrnn import _core
-
-        if _core.info()["isa"] == "portable":
-            for item in missed:
-                item.add_marker(pytest.mark.xfail(reason="without FMA: see conftest.py", strict=True))
-
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "mutation: the small fast selection that has to kill every mutant")
 

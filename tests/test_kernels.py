@@ -3,8 +3,10 @@
 Tolerances are the promise of the project, relative to each tensor's largest entry. Standard problems
 (weights as PyTorch initialises them, inputs of order one, upstream gradients on every step, H >= 7, T <=
 256): float64 forward 1e-14, gradients 2e-14; float32 forward 2e-6, gradients 5e-6. Elsewhere no fixed
-figure can hold; there the error stays within 40 yardsticks + 4 eps, the yardstick being how far the long-
-double result moves when every activation is disturbed by one eps of the tested dtype.
+figure can hold; there the error of a gradient stays within 40 yardsticks + 4 eps, the yardstick being how
+far the long-double gradient moves when every activation is disturbed by one eps of the tested dtype, and that
+of a forward result within 4 yardsticks + 4 eps, the input disturbed as well. (Without that the yardstick is
+blind to the rounding of W x: on data in the thousands nobody, plain NumPy included, stays within 40.)
 """
 
 from __future__ import annotations
@@ -97,36 +99,48 @@ def disturbed(eps, seed):
         yield
 
 
+def disturbed_input(p, eps, seed):
+    rng = np.random.default_rng((seed, 1))
+    return replace(p, x=p.x * (1 + eps * rng.choice([-1, 1], p.x.shape).astype(p.x.dtype)))
+
+
 def yardsticks(p, want, dtype):
     """Of each result, the largest move in 5 disturbed runs, relative to its largest entry."""
     eps = np.longdouble(np.finfo(dtype).eps)
+    p = p.astype(np.longdouble)
+    forward, gradients = split(want)
     worst = dict.fromkeys(want, 0.0)
     for seed in range(5):
         with disturbed(eps, seed):
-            moved = errors(truth(p), want)
+            same_input = split(run(REFERENCE, p))[1]
+            other_input = split(run(REFERENCE, disturbed_input(p, eps, seed)))[0]
+        moved = errors(other_input, forward) | errors(same_input, gradients)
         worst = {key: max(worst[key], moved[key]) for key in want}
     return worst
 
 
 def allowed(p, want, dtype):
-    """40 yardsticks + 4 eps; in float32 also the smallest numbers that sums of products can lose."""
+    """4 yardsticks of a result, 40 of a gradient, + 4 eps; of a float32 gradient also what sums may lose.
+
+    That is, the products too small for float32.
+    """
     eps = float(np.finfo(dtype).eps)
-    limits = {key: 40 * y + 4 * eps for key, y in yardsticks(p, want, dtype).items()}
+    limits = {
+        key: (40 if key.startswith("d") else 4) * y + 4 * eps for key, y in yardsticks(p, want, dtype).items()
+    }
     if dtype is np.float32:
         T, _, H = want["y"].shape
         upstream = [a for a in (p.dy, *(p.dstateT or ()), *(p.dstates or ())) if a is not None]
         floor = (
             2.0**-126 * T * H * max((float(np.nanmax(np.abs(a))) for a in upstream if a.size), default=0.0)
         )
-        limits = {
-            key: limit + (floor / float(np.abs(want[key]).max()) if np.any(want[key]) else 0)
-            for key, limit in limits.items()
-        }
+        for key in split(want)[1]:
+            limits[key] += floor / float(np.abs(want[key]).max()) if np.any(want[key]) else 0
     return limits
 
 
 def assert_hard(p, dtype):
-    """Within 40 yardsticks + 4 eps."""
+    """Within the yardsticks."""
     p = p.astype(dtype)
     want, got = truth(p), run(CPU, p)
     assert got.keys() == want.keys() == expected_names(p)
@@ -472,7 +486,8 @@ HARD = {
 @pytest.mark.parametrize("kind", HARD)
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
 def test_hard_problems_stay_within_the_yardstick(cell, kind, dtype):
-    assert_hard(HARD[kind](cell, 0), dtype)
+    for seed in range(3):
+        assert_hard(HARD[kind](cell, seed), dtype)
     assert_no_worse_than_numpy(functools.partial(HARD[kind], cell), dtype)
 
 
@@ -543,18 +558,19 @@ def test_the_comparison_of_bits_sees_signs_of_zero_and_dtypes(results):
 @pytest.mark.parametrize(
     "change", [lambda a: a * 1.001, one_nan, np.zeros_like], ids=["scaled", "one NaN", "zeros"]
 )
-def test_the_yardstick_finds(change, monkeypatch):
-    """A kernel with one wrong gradient does not pass the rules for hard problems."""
+@pytest.mark.parametrize("key", ["y", "dweight_hh"])
+def test_the_yardstick_finds(key, change, monkeypatch):
+    """A kernel with one wrong result or gradient does not pass the rules for hard problems."""
     p = problem(LSTM(), 6, 3, 2, 9)
     real = globals()["run"]
 
     def wrong(backend, q, **keywords):
         results = real(backend, q, **keywords)
-        return spoiled(results, "dweight_hh", change) if backend is CPU else results
+        return spoiled(results, key, change) if backend is CPU else results
 
     assert_hard(p, np.float32)
     monkeypatch.setitem(globals(), "run", wrong)
-    with pytest.raises(AssertionError, match="dweight_hh"):
+    with pytest.raises(AssertionError, match=key):
         assert_hard(p, np.float32)
-    with pytest.raises(AssertionError, match="dweight_hh"):
+    with pytest.raises(AssertionError, match=key):
         assert_no_worse_than_numpy(lambda seed: p, np.float32)

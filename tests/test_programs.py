@@ -326,6 +326,47 @@ def test_pollution_trained_and_evaluated_in_float64(tmp_path):
 
 
 @needs_data
+@pytest.mark.slow
+def test_pollution_trains_as_in_the_public_framework(monkeypatch, tmp_path):
+    """From one seed, with its layers, loader, optimiser and file: the same 8 updates of the first epoch."""
+    monkeypatch.setattr(np, "int", int, raising=False)  # removed from NumPy since
+    dezero = pytest.importorskip("dezero")
+    task = pollution.prepare(pollution.read(pollution.find(None)), "same-row")
+    np.random.seed(0)
+    theirs = dezero.Model()
+    theirs.rnn, theirs.fc = dezero.layers.LSTM(100, in_size=7), dezero.layers.Linear(1, in_size=100)
+    theirs.save_weights(tmp_path / "start.npz")
+    optimizer = dezero.optimizers.Adam().setup(theirs)
+    total, losses = 0, []
+    for step, (x, t) in enumerate(dezero.SeqDataLoader(task.train, 128), 1):
+        total = total + dezero.functions.mean_squared_error(theirs.fc(theirs.rnn(x)), t)
+        if step % 30 == 0:
+            theirs.cleargrads()
+            total.backward()
+            total.unchain_backward()
+            optimizer.update()
+            losses.append(float(total.data))
+            total = 0
+    assert step == 240
+    theirs.save_weights(tmp_path / "end.npz")
+
+    ours, end = (pollution.build("lstm", seed=0, dtype=np.float64) for _ in range(2))
+    drawn = framework_layout(pollution.build("lstm", seed=0))
+    ours.load_weights(tmp_path / "start.npz")
+    end.load_weights(tmp_path / "end.npz")
+    start, end = framework_layout(ours), framework_layout(end)
+    for key in start:
+        np.testing.assert_allclose(drawn[key], start[key], rtol=1e-6)
+    sums = []
+    loss = F.mean_squared_error
+    monkeypatch.setattr(F, "mean_squared_error", lambda *args: sums.append(loss(*args)) or sums[-1])
+    pollution.Training(ours, task.train, None, 0).run(1, lambda loss: None)
+    np.testing.assert_allclose([float(s.data) for s in sums], losses, rtol=1e-6)
+    for key, after in framework_layout(ours).items():
+        assert np.linalg.norm(after - end[key]) < 1e-4 * np.linalg.norm(end[key] - start[key]), key
+
+
+@needs_data
 def test_persistence_one_hour_ahead():
     task = pollution.prepare(pollution.read(pollution.find(None)), "ahead")
     found = common.scores(task.trivial, task.truth)

@@ -373,11 +373,9 @@ struct BackwardLoop {
   // Adds the chunk's part of the weight gradients: the joint rows, transposed, times da. Threads take whole output
   // tiles.
   bool weight_gradients(bool first_chunk) {
-    static constexpr int kWide = A == 1 ? 4 : 1;
     const Cut panels(job.blocks, kWide);
     Index total = 0;
-    for (int g = 0; g < groups.count; ++g)
-      total += Cut(groups.group[g].columns, max_rows<V>(groups.group[g].count * kWide)).pieces;
+    for (int g = 0; g < groups.count; ++g) total += column_tiles(groups.group[g]).pieces;
     const Index n = worker.region.threads, i = worker.region.thread;
     const Index begin = total * panels.pieces * i / n, end = total * panels.pieces * (i + 1) / n;
     for (Index item = begin; item < end; ++item) {
@@ -385,7 +383,7 @@ struct BackwardLoop {
       Index at = item % total;
       int g = 0;
       for (;; ++g) {
-        const Index pieces = Cut(groups.group[g].columns, max_rows<V>(groups.group[g].count * kWide)).pieces;
+        const Index pieces = column_tiles(groups.group[g]).pieces;
         if (at < pieces) break;
         at -= pieces;
       }
@@ -398,10 +396,12 @@ struct BackwardLoop {
 
   // A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
   static constexpr Index kSumRows = 4096;
+  static constexpr int kWide = A == 1 ? 4 : 1;  // blocks in a tile
+
+  static Cut column_tiles(const Group& group) { return Cut(group.columns, max_rows<V>(group.count * kWide)); }
 
   void weight_tile(const Group& group, Index at, Index block, int wide, bool first_chunk) {
-    static constexpr int kWide = A == 1 ? 4 : 1;
-    const Cut columns(group.columns, max_rows<V>(group.count * kWide));
+    const Cut columns = column_tiles(group);
     const Index first = columns.begin(at);
     const int m = int(columns.begin(at + 1) - first), vectors = group.count * wide;
     const T* a[kMaxTile];

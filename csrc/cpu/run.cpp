@@ -103,6 +103,8 @@ void run_job(bool (*kernel)(const Job&, const cpu::Worker&), const Job& job, int
     throw Interrupted{};
 }
 
+constexpr std::size_t kCoreCache = 1 << 20;  // bytes of weights that every core can keep
+
 struct Split {
   int threads;
   bool by_rows;
@@ -111,9 +113,9 @@ struct Split {
 // Rows where the weights stay in each core's cache anyway or there are many rows; else units, each core keeping its own
 // part of the weights. Below a measured amount of work per step, one thread.
 Split split_for(const CellShape& shape, const Sizes& n, std::size_t element) {
+  const cpu::ControlWord word(false);   // or the caller's would show our inexact quotients
   constexpr double kMinimum = 2e6;      // multiply-adds per thread and call: about 20 us, what waking a thread may cost
   constexpr double kStepMinimum = 4e4;  // per thread and step, where a barrier follows every step
-  constexpr std::size_t kCache = 1 << 20;  // weights that every core can keep
   const int threads = cpu::num_threads();
   const double step = double(n.B) * shape.gates * double(n.H) * double(n.I + n.P);
   const std::size_t weights = std::size_t(shape.gates) * n.H * (n.I + n.P) * element;
@@ -123,13 +125,13 @@ Split split_for(const CellShape& shape, const Sizes& n, std::size_t element) {
   const bool worth = thread_minimum.load(std::memory_order_relaxed);
   const int by_rows = limit(step * double(n.T), worth ? kMinimum : 1, n.B);
   const int by_units = limit(step, worth ? kStepMinimum : 1, blocks_of(n.H));
-  const bool rows = by_rows >= threads ? weights <= kCache || n.B >= 16 * Index(threads) : by_rows >= by_units;
+  const bool rows = by_rows >= threads ? weights <= kCoreCache || n.B >= 16 * Index(threads) : by_rows >= by_units;
   return rows ? Split{by_rows, true} : Split{by_units, false};
 }
 
 template <class T>
 bool rows_outside(const CellShape& shape, const Sizes& n) {
-  return std::size_t(shape.gates) * n.H * n.P * sizeof(T) <= (std::size_t(1) << 20);
+  return std::size_t(shape.gates) * n.H * n.P * sizeof(T) <= kCoreCache;
 }
 
 // A chunk's da and joint rows [1 | x | h_prev | ...] stay in the cache between the steps and the products made of them;
