@@ -23,14 +23,34 @@ struct Product {
   Index runs, run;
 };
 
+// What a sum takes in a register before it is added to its accumulator: all of it with FMA. A level without rounds
+// every product as well, and makes up for it by shorter sums.
+constexpr Index kSumPart = 32;
+
+template <class V, int M, int N>
+FUSEDRNN_INLINE void load_tile(const typename V::scalar* acc, V (&c)[M][N]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) c[m][n] = V::fused ? V::load(acc + (n * M + m) * V::lanes) : V::zero();
+}
+
+template <class V, int M, int N>
+FUSEDRNN_INLINE void store_tile(const V (&c)[M][N], typename V::scalar* acc) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      typename V::scalar* to = acc + (n * M + m) * V::lanes;
+      (V::fused ? c[m][n] : V::load(to) + c[m][n]).store(to);
+    }
+}
+
 template <class V, int M, int N>
 void tile(const Product<typename V::scalar>* products, int count, typename V::scalar* acc) {
   using T = typename V::scalar;
   V c[M][N];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) c[m][n] = V::load(acc + (n * M + m) * V::lanes);
+  load_tile(acc, c);
   for (int p = 0; p < count; ++p) {
     const Product<T>& product = products[p];
     const T* a[M];
@@ -40,24 +60,25 @@ void tile(const Product<typename V::scalar>* products, int count, typename V::sc
     const Index gap = product.b_gap, b_step = product.b_step, a_step = product.a_step;
     for (Index r = 0; r < product.runs; ++r) {
       const Index begin = r * product.a_run, end = begin + product.run * a_step;
-      for (Index k = begin; k < end; k += a_step) {
-        V w[N];
+      for (Index k = begin; k < end;) {
+        const Index stop = V::fused || end - k <= kSumPart * a_step ? end : k + kSumPart * a_step;
+        for (; k < stop; k += a_step) {
+          V w[N];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) w[n] = V::load(b + n * gap);
+          for (int n = 0; n < N; ++n) w[n] = V::load(b + n * gap);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          const V x = V::set(a[m][k]);
+          for (int m = 0; m < M; ++m) {
+            const V x = V::set(a[m][k]);
 #pragma GCC unroll 4
-          for (int n = 0; n < N; ++n) c[m][n] = fma(x, w[n], c[m][n]);
+            for (int n = 0; n < N; ++n) c[m][n] = fma(x, w[n], c[m][n]);
+          }
+          b += b_step;
         }
-        b += b_step;
+        if constexpr (!V::fused) store_tile(c, acc), load_tile(acc, c);
       }
     }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) c[m][n].store(acc + (n * M + m) * V::lanes);
+  store_tile(c, acc);
 }
 
 constexpr int kMaxTile = 24;  // accumulator vectors of the widest tile

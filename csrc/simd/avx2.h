@@ -15,6 +15,7 @@ struct Vec<float> {
   using Mask = __m256;
   static constexpr int lanes = 8;
   static constexpr int registers = 16;
+  static constexpr bool fused = true;
   __m256 v;
 
   Vec() = default;
@@ -60,6 +61,7 @@ struct Vec<double> {
   using Mask = __m256d;
   static constexpr int lanes = 4;
   static constexpr int registers = 16;
+  static constexpr bool fused = true;
   __m256d v;
 
   Vec() = default;

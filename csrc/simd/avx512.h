@@ -16,6 +16,7 @@ struct Vec<float> {
   using Mask = __mmask16;
   static constexpr int lanes = 16;
   static constexpr int registers = 32;
+  static constexpr bool fused = true;
   static constexpr Mask all = 0xFFFF;
   __m512 v;
 
@@ -62,6 +63,7 @@ struct Vec<double> {
   using Mask = __mmask8;
   static constexpr int lanes = 8;
   static constexpr int registers = 32;
+  static constexpr bool fused = true;
   static constexpr Mask all = 0xFF;
   __m512d v;
 

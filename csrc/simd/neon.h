@@ -15,6 +15,7 @@ struct Vec<float> {
   using Mask = uint32x4_t;
   static constexpr int lanes = 4;
   static constexpr int registers = 32;
+  static constexpr bool fused = true;
   float32x4_t v;
 
   Vec() = default;
@@ -65,6 +66,7 @@ struct Vec<double> {
   using Mask = uint64x2_t;
   static constexpr int lanes = 2;
   static constexpr int registers = 32;
+  static constexpr bool fused = true;
   float64x2_t v;
 
   Vec() = default;

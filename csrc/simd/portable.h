@@ -1,6 +1,6 @@
 // 16-byte vectors by the compiler's vector extension, on any architecture: 4 floats or 2 doubles.
 // With FUSEDRNN_LEVEL_PORTABLE_FMA (x86, compiled with -mfma) fma is one instruction and the bits are those of AVX2
-// and AVX-512; without, double rounds twice. The interface is described in vec.h.
+// and AVX-512; without, it rounds twice. The interface is described in vec.h.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #if defined(FUSEDRNN_LEVEL_PORTABLE_FMA)
@@ -28,25 +28,20 @@ struct Native<double> {
 };
 
 #if defined(FUSEDRNN_LEVEL_PORTABLE_FMA)
+constexpr bool kFused = true;
 FUSEDRNN_INLINE __m128 multiply_add(__m128 a, __m128 b, __m128 c) { return _mm_fmadd_ps(a, b, c); }
 FUSEDRNN_INLINE __m128d multiply_add(__m128d a, __m128d b, __m128d c) { return _mm_fmadd_pd(a, b, c); }
 FUSEDRNN_INLINE __m128 subtract_product(__m128 a, __m128 b, __m128 c) { return _mm_fnmadd_ps(a, b, c); }
 FUSEDRNN_INLINE __m128d subtract_product(__m128d a, __m128d b, __m128d c) { return _mm_fnmadd_pd(a, b, c); }
 #else
-// The product of two floats is exact in double, so float is as exact as with FMA; double rounds product and sum.
-FUSEDRNN_INLINE Native<float>::Vector multiply_add(Native<float>::Vector a, Native<float>::Vector b,
-                                                   Native<float>::Vector c) {
-  typedef double Wide __attribute__((vector_size(32)));
-  const Wide product = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
-  return __builtin_convertvector(product + __builtin_convertvector(c, Wide), Native<float>::Vector);
-}
-FUSEDRNN_INLINE Native<double>::Vector multiply_add(Native<double>::Vector a, Native<double>::Vector b,
-                                                    Native<double>::Vector c) {
+constexpr bool kFused = false;
+template <class V>
+FUSEDRNN_INLINE V multiply_add(V a, V b, V c) {
   return a * b + c;
 }
 template <class V>
 FUSEDRNN_INLINE V subtract_product(V a, V b, V c) {
-  return multiply_add(-a, b, c);
+  return c - a * b;
 }
 #endif
 
@@ -58,6 +53,7 @@ struct Vec {
   using Mask = Bits;
   static constexpr int lanes = 16 / sizeof(T);
   static constexpr int registers = 16;
+  static constexpr bool fused = kFused;
   Vector v;
 
   Vec() = default;

@@ -10,7 +10,8 @@
 //   load(p) store(p)                   all lanes, any alignment
 //   load(p, count) store(p, count)     the first min(count, lanes); the others read as 0, are not written, not touched
 //   + - * / unary -                    true division; -x flips the sign bit
-//   fma(a, b, c) fnma(a, b, c)         c + a*b and c - a*b, rounded once (plain portable: see there)
+//   fused                              whether the next two round once (all but plain portable)
+//   fma(a, b, c) fnma(a, b, c)         c + a*b and c - a*b
 //   abs(x) copysign(x, sign)           on the sign bit, NaN included
 //   min(bound, x) max(bound, x)        x where it is NaN, for a bound that is a number
 //   greater(a, b) greater_equal(a, b)  masks, false where either is NaN

@@ -287,8 +287,8 @@ MUTANTS = [
     Mutant(
         "tile: last k skipped",
         TILE,
-        "for (Index k = begin; k < end; k += a_step) {",
-        "for (Index k = begin; k + a_step < end; k += a_step) {",
+        "end = begin + product.run * a_step;",
+        "end = begin + (product.run - 1) * a_step;",
     ),
     Mutant(
         "tile: gaps in a row ignored",
