@@ -186,7 +186,9 @@ struct BackwardLoop {
             kBlock,
             weights.block_step,
             all ? 1 : job.blocks,
-            all ? job.blocks * A * kBlock : part.count * kBlock};
+            all ? job.blocks * A * kBlock : part.count * kBlock,
+            0,
+            0};
   }
 
   // acc[wide][m] = rows of da times the weights of blocks [block, block+wide).
@@ -197,7 +199,7 @@ struct BackwardLoop {
 
   template <class Epilogue>
   bool tiles(Index n_rows, Epilogue&& tile_at) const {
-    const Cut row_tiles(n_rows, max_rows<V>(4)), panels(block_end - block_begin, 4);
+    const Cut row_tiles(n_rows, max_rows<V>(4)), panels(block_end - block_begin, n_rows == 1 ? kOneRow : 4);
     const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
@@ -413,9 +415,11 @@ struct BackwardLoop {
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
         alignas(64) T acc[kMaxTile * V::lanes];
         for (int v = 0; v < m * vectors; ++v) V::zero().store(acc + v * V::lanes);
-        const Product<T> p = {
-            a,          job.inputs_row, 0, job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
-            job.da_row, kBlock,         1, rows_here};
+        const Product<T> p = {a,          job.inputs_row,
+                              0,          job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
+                              job.da_row, kBlock,
+                              1,          rows_here,
+                              0,          0};
         tile_for<V>(m, vectors)(&p, 1, acc);
         for (int r = 0; r < m; ++r)
           for (int w = 0; w < wide; ++w)

@@ -92,7 +92,13 @@ struct ForwardLoop {
   static Product<T> product(const Packed<T>& weights, const Part& part, const T* const* a, Index k, Index block,
                             Index lane) {
     const Index gap = kWide > 1 ? weights.block_step : kBlock;
-    return {a, 1, 0, weights.data + block * weights.block_step + lane, part.count * kBlock, gap, 1, k};
+    return {
+        a, 1, 0, weights.data + block * weights.block_step + lane, part.count * kBlock, gap, 1, k, weights.block_step,
+        A};
+  }
+
+  static TileFn<T> tile_of(int m, const Part& part, int wide) {
+    return kWide == 1 && wide == 2 ? tile_for_two_blocks<V>(part.count) : tile_for<V>(m, part.count * wide);
   }
 
   // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
@@ -105,10 +111,10 @@ struct ForwardLoop {
     const Product<T> products[2] = {product(job.input, Cell::input, rows.x + first, job.I, block, lane),
                                     product(job.recurrent, Cell::recurrent, rows.h + first, job.P, block, lane)};
     if constexpr (Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count) {
-      tile_for<V>(m, Cell::input.count * wide)(products, 2, acc + Cell::input.first * m * V::lanes);
+      tile_of(m, Cell::input, wide)(products, 2, acc + Cell::input.first * m * V::lanes);
     } else {
-      tile_for<V>(m, Cell::input.count)(products, 1, acc + Cell::input.first * m * V::lanes);
-      tile_for<V>(m, Cell::recurrent.count)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
+      tile_of(m, Cell::input, wide)(products, 1, acc + Cell::input.first * m * V::lanes);
+      tile_of(m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
     }
     for (int i = 0; i < m; ++i)
       for (int w = 0; w < wide; ++w) {
@@ -133,30 +139,38 @@ struct ForwardLoop {
   }
 
   // Tile of phase 2: one more product into one accumulator, which waits among the saved values.
-  void phase2(Index t, Index first, int m, Index block, Index lane) {
+  void phase2(Index t, Index first, int m, Index block, int wide, Index lane) {
     if constexpr (Cell::phases == 2) {
       constexpr int slot = Cell::recurrent2.first;
+      const auto at = [&](int i, int w) {
+        return saved_row(t, rows.b[first + i]) + (block + w) * (Cell::saved * kBlock) + lane;
+      };
       alignas(64) T acc[kMaxTile * V::lanes];
-      const Index at = block * (Cell::saved * kBlock) + lane;
+      for (int w = 0; w < wide; ++w)
+        for (int i = 0; i < m; ++i) V::load(at(i, w) + slot * kBlock).store(acc + (w * m + i) * V::lanes);
+      Product<T> p = product(job.recurrent2, Cell::recurrent2, rows.middle + first, job.P, block, lane);
+      p.b_gap = job.recurrent2.block_step;
+      tile_for<V>(m, wide)(&p, 1, acc);
       for (int i = 0; i < m; ++i)
-        V::load(saved_row(t, rows.b[first + i]) + at + slot * kBlock).store(acc + i * V::lanes);
-      const Product<T> products[1] = {
-          product(job.recurrent2, Cell::recurrent2, rows.middle + first, job.P, block, lane)};
-      tile_for<V>(m, 1)(products, 1, acc);
-      for (int i = 0; i < m; ++i) {
-        const Index u = block * kBlock + lane, b = rows.b[first + i], in_row = job.H - u;
-        T* row = saved_row(t, b) + at;
-        V saved[Cell::saved], h;
-        for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row + s * kBlock);
-        Cell::forward2(V::load(acc + i * V::lanes), V::load(rows.h[first + i] + u, in_row), saved, h);
-        saved[slot].store(row + slot * kBlock);
-        h.store(h_out(t, b) + u, in_row);
-      }
+        for (int w = 0; w < wide; ++w) {
+          const Index u = (block + w) * kBlock + lane, b = rows.b[first + i], in_row = job.H - u;
+          V saved[Cell::saved], h;
+          for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(at(i, w) + s * kBlock);
+          Cell::forward2(V::load(acc + (w * m + i) * V::lanes), V::load(rows.h[first + i] + u, in_row), saved, h);
+          saved[slot].store(at(i, w) + slot * kBlock);
+          h.store(h_out(t, b) + u, in_row);
+        }
     }
   }
 
+  // Blocks per tile: in phase 2, with one accumulator, as many as a tile of phase 1 has vectors.
+  Index width(int phase) const {
+    if (rows.count > 1) return phase == 1 ? kWide : A * kWide;
+    return kWide == 1 && phase == 1 ? 2 : kOneRow;
+  }
+
   bool step(Index t, int phase) {
-    const Cut tiles(rows.count, kRows), panels(block_end - block_begin, kWide);
+    const Cut tiles(rows.count, kRows), panels(block_end - block_begin, width(phase));
     const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
@@ -165,7 +179,7 @@ struct ForwardLoop {
         const Index first = tiles.begin(i), block = block_begin + panels.begin(j);
         const int m = int(tiles.begin(i + 1) - first), wide = int(block_begin + panels.begin(j + 1) - block);
         for (Index lane = 0; lane < kBlock; lane += V::lanes)
-          phase == 1 ? phase1(t, first, m, block, wide, lane) : phase2(t, first, m, block, lane);
+          phase == 1 ? phase1(t, first, m, block, wide, lane) : phase2(t, first, m, block, wide, lane);
       }
       if (!worker.poll()) return false;
     }

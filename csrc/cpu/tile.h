@@ -21,64 +21,70 @@ struct Product {
   const T* b;
   Index b_step, b_gap;  // from k to k+1; from vector n to n+1
   Index runs, run;
+  Index b_block, acc_block;  // W > 1: from one block's N vectors to the next's, in b and, in vectors, in acc
 };
 
 // What a sum takes in a register before it is added to its accumulator: all of it with FMA. A level without rounds
 // every product as well, and makes up for it by shorter sums.
 constexpr Index kSumPart = 32;
 
-template <class V, int M, int N>
-FUSEDRNN_INLINE void load_tile(const typename V::scalar* acc, V (&c)[M][N]) {
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) c[m][n] = V::fused ? V::load(acc + (n * M + m) * V::lanes) : V::zero();
-}
+template <class V, int M, int N, int W>
+struct Accumulators {
+  using T = typename V::scalar;
+  V c[M][W * N];
+  T* const acc;
+  const Index block;
 
-template <class V, int M, int N>
-FUSEDRNN_INLINE void store_tile(const V (&c)[M][N], typename V::scalar* acc) {
+  T* at(int m, int n) const { return acc + ((n / N * block + n % N) * M + m) * V::lanes; }
+  FUSEDRNN_INLINE void load() {
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      typename V::scalar* to = acc + (n * M + m) * V::lanes;
-      (V::fused ? c[m][n] : V::load(to) + c[m][n]).store(to);
-    }
-}
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < W * N; ++n) c[m][n] = V::fused ? V::load(at(m, n)) : V::zero();
+  }
+  FUSEDRNN_INLINE void store() const {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < W * N; ++n) (V::fused ? c[m][n] : V::load(at(m, n)) + c[m][n]).store(at(m, n));
+  }
+};
 
-template <class V, int M, int N>
+// The N vectors of each of W blocks.
+template <class V, int M, int N, int W = 1>
 void tile(const Product<typename V::scalar>* products, int count, typename V::scalar* acc) {
   using T = typename V::scalar;
-  V c[M][N];
-  load_tile(acc, c);
+  Accumulators<V, M, N, W> sums{{}, acc, products->acc_block};
+  auto& c = sums.c;
+  sums.load();
   for (int p = 0; p < count; ++p) {
     const Product<T>& product = products[p];
     const T* a[M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) a[m] = product.a[m];
     const T* b = product.b;
-    const Index gap = product.b_gap, b_step = product.b_step, a_step = product.a_step;
+    const Index gap = product.b_gap, block = product.b_block, b_step = product.b_step, a_step = product.a_step;
     for (Index r = 0; r < product.runs; ++r) {
       const Index begin = r * product.a_run, end = begin + product.run * a_step;
       for (Index k = begin; k < end;) {
         const Index stop = V::fused || end - k <= kSumPart * a_step ? end : k + kSumPart * a_step;
         for (; k < stop; k += a_step) {
-          V w[N];
-#pragma GCC unroll 4
-          for (int n = 0; n < N; ++n) w[n] = V::load(b + n * gap);
+          V w[W * N];
+#pragma GCC unroll 8
+          for (int n = 0; n < W * N; ++n) w[n] = V::load(b + n / N * block + n % N * gap);
 #pragma GCC unroll 16
           for (int m = 0; m < M; ++m) {
             const V x = V::set(a[m][k]);
-#pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) c[m][n] = fma(x, w[n], c[m][n]);
+#pragma GCC unroll 8
+            for (int n = 0; n < W * N; ++n) c[m][n] = fma(x, w[n], c[m][n]);
           }
           b += b_step;
         }
-        if constexpr (!V::fused) store_tile(c, acc), load_tile(acc, c);
+        if constexpr (!V::fused) sums.store(), sums.load();
       }
     }
   }
-  store_tile(c, acc);
+  sums.store();
 }
 
 constexpr int kMaxTile = 24;  // accumulator vectors of the widest tile
@@ -109,8 +115,12 @@ FUSEDRNN_INLINE TileFn<typename V::scalar> tile_of_rows(int rows) {
   }
 }
 
+// One row alone: its few sums would wait for each other, so a tile takes up to 8 vectors, or two blocks.
+constexpr int kOneRow = 8;
+
 template <class V>
 TileFn<typename V::scalar> tile_for(int rows, int n) {
+  if (n > 4) return n == 5 ? &tile<V, 1, 5> : n == 6 ? &tile<V, 1, 6> : n == 7 ? &tile<V, 1, 7> : &tile<V, 1, 8>;
   switch (n) {
     case 1:
       return tile_of_rows<V, 1>(rows);
@@ -121,6 +131,11 @@ TileFn<typename V::scalar> tile_for(int rows, int n) {
     default:
       return tile_of_rows<V, 4>(rows);
   }
+}
+
+template <class V>
+TileFn<typename V::scalar> tile_for_two_blocks(int n) {
+  return n == 1 ? &tile<V, 1, 1, 2> : n == 2 ? &tile<V, 1, 2, 2> : n == 3 ? &tile<V, 1, 3, 2> : &tile<V, 1, 4, 2>;
 }
 
 // n items cut into ceil(n / widest) pieces of nearly equal size: 16 rows are 6+5+5, not 6+6+4.
