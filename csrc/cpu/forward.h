@@ -11,18 +11,21 @@ using cpu::kBlock;
 using cpu::Packed;
 using cpu::Worker;
 
-// The valid rows of one step.
+// The valid rows of one step: what each reads, and where its results go.
 template <class T>
 struct ForwardRows {
   Index count = 0;
   Index* b;
-  const T **x, **h, **c, **middle;
+  const T **x, **h, **c;
+  T **h_out, **c_out, **middle, **saved, **c_state;  // the last two: null where not wanted
 
-  static Index bytes(Index B) { return B * Index(sizeof(Index) + 4 * sizeof(T*)); }
+  static Index bytes(Index B) { return B * Index(sizeof(Index) + 8 * sizeof(T*)); }
   ForwardRows(char* memory, Index B) {
     x = reinterpret_cast<const T**>(memory);
-    h = x + B, c = h + B, middle = c + B;
-    b = reinterpret_cast<Index*>(middle + B);
+    h = x + B, c = h + B;
+    h_out = const_cast<T**>(c + B);
+    c_out = h_out + B, middle = c_out + B, saved = middle + B, c_state = saved + B;
+    b = reinterpret_cast<Index*>(c_state + B);
   }
 };
 
@@ -72,6 +75,10 @@ struct ForwardLoop {
       rows.b[i] = b;
       rows.x[i] = job.x + t * job.x_step + b * job.x_row;
       rows.middle[i] = job.middle ? job.middle + b * job.blocks * kBlock : nullptr;
+      rows.h_out[i] = h_out(t, b);
+      rows.c_out[i] = c_row(t, b);
+      rows.saved[i] = saved_row(t, b);
+      rows.c_state[i] = Cell::has_c && job.c_states ? job.c_states + (t * B + b) * job.H : nullptr;
       switch (before(steps, t, b)) {
         case Before::previous:
           rows.h[i] = job.y + (before_t * B + b) * job.P;
@@ -101,8 +108,14 @@ struct ForwardLoop {
     return kWide == 1 && wide == 2 ? tile_for_two_blocks<V>(part.count) : tile_for<V>(m, part.count * wide);
   }
 
+  static FUSEDRNN_INLINE void keep(V v, T* to, [[maybe_unused]] bool stream) {
+    if constexpr (V::whole_lines)
+      if (stream) return v.stream(to);
+    v.store(to);
+  }
+
   // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
-  void phase1(Index t, Index first, int m, Index block, int wide, Index lane) {
+  void phase1(Index first, int m, Index block, int wide, Index lane) {
     alignas(64) T acc[kMaxTile * V::lanes];
     for (int n = 0; n < wide * A; ++n) {
       const V bias = V::load(job.bias + (block * A + n) * kBlock + lane);
@@ -116,50 +129,55 @@ struct ForwardLoop {
       tile_of(m, Cell::input, wide)(products, 1, acc + Cell::input.first * m * V::lanes);
       tile_of(m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
     }
-    for (int i = 0; i < m; ++i)
-      for (int w = 0; w < wide; ++w) {
-        const Index u = (block + w) * kBlock + lane, b = rows.b[first + i], in_row = job.H - u;
+    // Local: a store could change whatever is reached through a pointer, and it would be read again for every vector.
+    const T *const *h_prevs = rows.h + first, *const *c_prevs = rows.c + first;
+    T *const *h_outs = (Cell::phases == 2 ? rows.middle : rows.h_out) + first, *const *c_outs = rows.c_out + first,
+             *const *saveds = rows.saved + first, *const *c_states = rows.c_state + first;
+    const Index H = job.H;
+    const bool stream = job.stream;
+    for (int w = 0; w < wide; ++w) {
+      const Index u = (block + w) * kBlock + lane, in_row = H - u;
+      const Index at = (block + w) * (Cell::saved * kBlock) + lane;
+      for (int i = 0; i < m; ++i) {
         V a[A], saved[Cell::saved + 1], h, c;
         for (int s = 0; s < A; ++s) a[s] = V::load(acc + ((w * A + s) * m + i) * V::lanes);
-        const V h_prev = Cell::reads_h_prev ? V::load(rows.h[first + i] + u, in_row) : V::zero();
-        const V c_prev = Cell::has_c ? V::load(rows.c[first + i] + u) : V::zero();
+        const V h_prev = Cell::reads_h_prev ? V::load(h_prevs[i] + u, in_row) : V::zero();
+        const V c_prev = Cell::has_c ? V::load(c_prevs[i] + u) : V::zero();
         Cell::forward(a, h_prev, c_prev, saved, h, c);
-        if (T* out = saved_row(t, b))
-          for (int s = 0; s < Cell::saved; ++s)
-            saved[s].store(out + (block + w) * (Cell::saved * kBlock) + s * kBlock + lane);
+        if (T* out = saveds[i])
+          for (int s = 0; s < Cell::saved; ++s) keep(saved[s], out + at + s * kBlock, stream);
         if (Cell::has_c) {
-          c.store(c_row(t, b) + u);
-          if (job.c_states) c.store(job.c_states + (t * job.steps.B + b) * job.H + u, in_row);
+          c.store(c_outs[i] + u);
+          if (c_states[i]) c.store(c_states[i] + u, in_row);
         }
-        if (Cell::phases == 2)
-          h.store(job.middle + b * job.blocks * kBlock + u);
-        else
-          h.store(h_out(t, b) + u, in_row);
+        h.store(h_outs[i] + u, Cell::phases == 2 ? Index(kBlock) : in_row);
       }
+    }
   }
 
   // Tile of phase 2: one more product into one accumulator, which waits among the saved values.
-  void phase2(Index t, Index first, int m, Index block, int wide, Index lane) {
+  void phase2(Index first, int m, Index block, int wide, Index lane) {
     if constexpr (Cell::phases == 2) {
       constexpr int slot = Cell::recurrent2.first;
-      const auto at = [&](int i, int w) {
-        return saved_row(t, rows.b[first + i]) + (block + w) * (Cell::saved * kBlock) + lane;
-      };
+      const Index at = block * (Cell::saved * kBlock) + lane;
       alignas(64) T acc[kMaxTile * V::lanes];
       for (int w = 0; w < wide; ++w)
-        for (int i = 0; i < m; ++i) V::load(at(i, w) + slot * kBlock).store(acc + (w * m + i) * V::lanes);
+        for (int i = 0; i < m; ++i)
+          V::load(rows.saved[first + i] + at + (w * Cell::saved + slot) * kBlock).store(acc + (w * m + i) * V::lanes);
       Product<T> p = product(job.recurrent2, Cell::recurrent2, rows.middle + first, job.P, block, lane);
       p.b_gap = job.recurrent2.block_step;
       tile_for<V>(m, wide)(&p, 1, acc);
-      for (int i = 0; i < m; ++i)
-        for (int w = 0; w < wide; ++w) {
-          const Index u = (block + w) * kBlock + lane, b = rows.b[first + i], in_row = job.H - u;
+      for (int w = 0; w < wide; ++w) {
+        const Index u = (block + w) * kBlock + lane, in_row = job.H - u;
+        for (int i = 0; i < m; ++i) {
+          T* row = rows.saved[first + i] + at + w * (Cell::saved * kBlock);
           V saved[Cell::saved], h;
-          for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(at(i, w) + s * kBlock);
+          for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row + s * kBlock);
           Cell::forward2(V::load(acc + (w * m + i) * V::lanes), V::load(rows.h[first + i] + u, in_row), saved, h);
-          saved[slot].store(at(i, w) + slot * kBlock);
-          h.store(h_out(t, b) + u, in_row);
+          saved[slot].store(row + slot * kBlock);
+          h.store(rows.h_out[first + i] + u, in_row);
         }
+      }
     }
   }
 
@@ -169,7 +187,7 @@ struct ForwardLoop {
     return kWide == 1 && phase == 1 ? 2 : kOneRow;
   }
 
-  bool step(Index t, int phase) {
+  bool step(int phase) {
     const Cut tiles(rows.count, kRows), panels(block_end - block_begin, width(phase));
     const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : tiles.pieces;
@@ -179,7 +197,7 @@ struct ForwardLoop {
         const Index first = tiles.begin(i), block = block_begin + panels.begin(j);
         const int m = int(tiles.begin(i + 1) - first), wide = int(block_begin + panels.begin(j + 1) - block);
         for (Index lane = 0; lane < kBlock; lane += V::lanes)
-          phase == 1 ? phase1(t, first, m, block, wide, lane) : phase2(t, first, m, block, wide, lane);
+          phase == 1 ? phase1(first, m, block, wide, lane) : phase2(first, m, block, wide, lane);
       }
       if (!worker.poll()) return false;
     }
@@ -215,11 +233,12 @@ struct ForwardLoop {
       const Index t = time_of(job.steps, s);
       select_rows(t);
       for (int phase = 1; phase <= Cell::phases; ++phase) {
-        if (!step(t, phase)) return false;
+        if (!step(phase)) return false;
         if (!worker.by_rows && !worker.barrier()) return false;
       }
       if (job.borders) keep_border(s + 1);
     }
+    if constexpr (V::whole_lines) V::fence();
     return worker.barrier();
   }
 

@@ -80,7 +80,8 @@ struct ForwardJob {
   T* h_out;        // where h is written: y itself, or one step of scratch
   Index h_out_step;
   Kept<T> kept;
-  T* borders;  // [chunk][B][blocks*16]: c before each chunk of chunk_steps, counted from the end; or null
+  bool stream;  // kept.saved is larger than the caches: write past them where a vector is a line
+  T* borders;   // [chunk][B][blocks*16]: c before each chunk of chunk_steps, counted from the end; or null
   Index chunk_steps;
   T* middle;  // [B][blocks*16], two-phase cells
   T *hT, *cT, *h_states, *c_states;

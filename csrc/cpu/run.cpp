@@ -104,6 +104,7 @@ void run_job(bool (*kernel)(const Job&, const cpu::Worker&), const Job& job, int
 }
 
 constexpr std::size_t kCoreCache = 1 << 20;  // bytes of weights that every core can keep
+constexpr Index kSharedCache = 16 << 20;     // bytes that backward would still find there: 26 MB gain 4 %, 6 MB lose 8 %
 
 struct Split {
   int threads;
@@ -307,6 +308,9 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
               c,
               all ? n.B * units : 0,
               nullptr};
+  // Written through a cache that cannot hold it, a line would be read first. Phase 2 reads it again at once.
+  job.stream =
+      all && shape.phases == 1 && (!thread_minimum || job.kept.saved_step * n.T * Index(sizeof(T)) > kSharedCache);
   job.borders = borders_count ? borders : nullptr, job.chunk_steps = chunk.steps;
   job.middle = shape.phases == 2 ? middle : nullptr;
   job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;

@@ -16,6 +16,7 @@ struct Vec<float> {
   static constexpr int lanes = 8;
   static constexpr int registers = 16;
   static constexpr bool fused = true;
+  static constexpr bool whole_lines = false;
   __m256 v;
 
   Vec() = default;
@@ -62,6 +63,7 @@ struct Vec<double> {
   static constexpr int lanes = 4;
   static constexpr int registers = 16;
   static constexpr bool fused = true;
+  static constexpr bool whole_lines = false;
   __m256d v;
 
   Vec() = default;

@@ -17,6 +17,7 @@ struct Vec<float> {
   static constexpr int lanes = 16;
   static constexpr int registers = 32;
   static constexpr bool fused = true;
+  static constexpr bool whole_lines = true;
   static constexpr Mask all = 0xFFFF;
   __m512 v;
 
@@ -31,6 +32,8 @@ struct Vec<float> {
   static FUSEDRNN_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static FUSEDRNN_INLINE Vec load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
   FUSEDRNN_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  FUSEDRNN_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static FUSEDRNN_INLINE void fence() { _mm_sfence(); }
   FUSEDRNN_INLINE void store(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, first(count), v); }
 
   friend FUSEDRNN_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
@@ -64,6 +67,7 @@ struct Vec<double> {
   static constexpr int lanes = 8;
   static constexpr int registers = 32;
   static constexpr bool fused = true;
+  static constexpr bool whole_lines = true;
   static constexpr Mask all = 0xFF;
   __m512d v;
 
@@ -78,6 +82,8 @@ struct Vec<double> {
   static FUSEDRNN_INLINE Vec load(const double* p) { return _mm512_loadu_pd(p); }
   static FUSEDRNN_INLINE Vec load(const double* p, int64_t count) { return _mm512_maskz_loadu_pd(first(count), p); }
   FUSEDRNN_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
+  FUSEDRNN_INLINE void stream(double* p) const { _mm512_stream_pd(p, v); }
+  static FUSEDRNN_INLINE void fence() { _mm_sfence(); }
   FUSEDRNN_INLINE void store(double* p, int64_t count) const { _mm512_mask_storeu_pd(p, first(count), v); }
 
   friend FUSEDRNN_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_pd(a.v, b.v); }

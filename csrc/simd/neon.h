@@ -16,6 +16,7 @@ struct Vec<float> {
   static constexpr int lanes = 4;
   static constexpr int registers = 32;
   static constexpr bool fused = true;
+  static constexpr bool whole_lines = false;
   float32x4_t v;
 
   Vec() = default;
@@ -67,6 +68,7 @@ struct Vec<double> {
   static constexpr int lanes = 2;
   static constexpr int registers = 32;
   static constexpr bool fused = true;
+  static constexpr bool whole_lines = false;
   float64x2_t v;
 
   Vec() = default;

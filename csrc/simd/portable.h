@@ -54,6 +54,7 @@ struct Vec {
   static constexpr int lanes = 16 / sizeof(T);
   static constexpr int registers = 16;
   static constexpr bool fused = kFused;
+  static constexpr bool whole_lines = false;
   Vector v;
 
   Vec() = default;

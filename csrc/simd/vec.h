@@ -8,6 +8,8 @@
 //   scalar, lanes, registers           the element type, elements per vector, vector registers of the machine
 //   zero() set(x)                      every lane 0, every lane x
 //   load(p) store(p)                   all lanes, any alignment
+//   whole_lines                        whether a vector is a cache line; only then there are
+//   stream(p) fence()                  store past the caches, p aligned; what was streamed, before what follows
 //   load(p, count) store(p, count)     the first min(count, lanes); the others read as 0, are not written, not touched
 //   + - * / unary -                    true division; -x flips the sign bit
 //   fused                              whether the next two round once (all but plain portable)

@@ -122,8 +122,8 @@ MUTANTS = [
     Mutant(
         "forward: last lane of the tail skipped",
         FORWARD,
-        "else\n          h.store(h_out(t, b) + u, in_row);",
-        "else\n          h.store(h_out(t, b) + u, in_row - 1);",
+        "Cell::phases == 2 ? Index(kBlock) : in_row);",
+        "Cell::phases == 2 ? Index(kBlock) : in_row - 1);",
     ),
     Mutant(
         "forward: y at padding not zeroed",
