@@ -177,24 +177,24 @@ struct BackwardLoop {
     return before(job.steps, later(t), b) == Before::nothing ? After::nothing : After::product;
   }
 
-  Product<T> product(const Packed<T>& weights, const Part& part, const T* const* a, Index block, Index lane) const {
-    const bool all = part.count == A;
-    return {a,
-            1,
-            A * kBlock,
-            weights.data + block * weights.block_step + lane,
-            kBlock,
-            weights.block_step,
-            all ? 1 : job.blocks,
-            all ? job.blocks * A * kBlock : part.count * kBlock,
-            0,
-            0};
-  }
-
-  // acc[wide][m] = rows of da times the weights of blocks [block, block+wide).
-  void multiply(const Product<T>& p, int m, int wide, T* acc) const {
+  // acc[wide][m] = what a part's accumulators in m rows of da have for the weights of blocks [block, block+wide). Of
+  // the last block of units only the H % 16 that exist.
+  void multiply(const Packed<T>& weights, const Part& part, const T* const* da, Index block, Index lane, int m,
+                int wide, T* acc) const {
     for (int i = 0; i < m * wide; ++i) V::zero().store(acc + i * V::lanes);
-    tile_for<V>(m, wide)(&p, 1, acc);
+    const T* b = weights.data + block * weights.block_step + lane;
+    const Index full = job.H / kBlock, rest = job.H % kBlock, block_run = part.count * kBlock;
+    Product<T> p[2];
+    int count = 0;
+    if (full)
+      p[count++] = part.count == A
+                       ? Product<T>{da, 0, 1, 0, b, kBlock, weights.block_step, 1, full * block_run, 0, 0}
+                       : Product<T>{da, 0, 1, A * kBlock, b, kBlock, weights.block_step, full, block_run, 0, 0};
+    if (rest)
+      p[count++] = {da,     full * A * kBlock,  1,          kBlock, b + full * block_run * kBlock,
+                    kBlock, weights.block_step, part.count, rest,   0,
+                    0};
+    tile_for<V>(m, wide)(p, count, acc);
   }
 
   template <class Epilogue>
@@ -240,7 +240,7 @@ struct BackwardLoop {
       for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + Cell::recurrent2.first * kBlock;
       return tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
         alignas(64) T acc[kMaxTile * V::lanes];
-        multiply(product(job.recurrent2, Cell::recurrent2, rows.da + first, block, lane), m, wide, acc);
+        multiply(job.recurrent2, Cell::recurrent2, rows.da + first, block, lane, m, wide, acc);
         for (int i = 0; i < m; ++i)
           for (int w = 0; w < wide; ++w)
             cell2_at(rows.at[first + i], (block + w) * kBlock + lane, V::load(acc + (w * m + i) * V::lanes));
@@ -261,7 +261,7 @@ struct BackwardLoop {
     }
     return tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
       alignas(64) T acc[kMaxTile * V::lanes];
-      if (any) multiply(product(job.recurrent, Cell::recurrent, rows.da + first, block, lane), m, wide, acc);
+      if (any) multiply(job.recurrent, Cell::recurrent, rows.da + first, block, lane, m, wide, acc);
       for (int i = 0; i < m; ++i)
         for (int w = 0; w < wide; ++w) {
           const BackwardRow<T>& row = rows.at[first + i];
@@ -358,7 +358,7 @@ struct BackwardLoop {
         const int wide = int(panels.begin(j + 1) - block);
         for (Index lane = 0; lane < kBlock; lane += V::lanes) {
           alignas(64) T acc[kMaxTile * V::lanes];
-          multiply(product(job.input, Cell::input, da, block, lane), m, wide, acc);
+          multiply(job.input, Cell::input, da, block, lane, m, wide, acc);
           for (int r = 0; r < m; ++r)
             for (int w = 0; w < wide; ++w) {
               const Index column = (block + w) * kBlock + lane;
@@ -415,11 +415,17 @@ struct BackwardLoop {
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
         alignas(64) T acc[kMaxTile * V::lanes];
         for (int v = 0; v < m * vectors; ++v) V::zero().store(acc + v * V::lanes);
-        const Product<T> p = {a,          job.inputs_row,
-                              0,          job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
-                              job.da_row, kBlock,
-                              1,          rows_here,
-                              0,          0};
+        const Product<T> p = {a,
+                              0,
+                              job.inputs_row,
+                              0,
+                              job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
+                              job.da_row,
+                              kBlock,
+                              1,
+                              rows_here,
+                              0,
+                              0};
         tile_for<V>(m, vectors)(&p, 1, acc);
         for (int r = 0; r < m; ++r)
           for (int w = 0; w < wide; ++w)

@@ -99,9 +99,17 @@ struct ForwardLoop {
   static Product<T> product(const Packed<T>& weights, const Part& part, const T* const* a, Index k, Index block,
                             Index lane) {
     const Index gap = kWide > 1 ? weights.block_step : kBlock;
-    return {
-        a, 1, 0, weights.data + block * weights.block_step + lane, part.count * kBlock, gap, 1, k, weights.block_step,
-        A};
+    return {a,
+            0,
+            1,
+            0,
+            weights.data + block * weights.block_step + lane,
+            part.count * kBlock,
+            gap,
+            1,
+            k,
+            weights.block_step,
+            A};
   }
 
   static TileFn<T> tile_of(int m, const Part& part, int wide) {

@@ -29,19 +29,17 @@ void pack(const PackJob<T>& job) {
   }
 }
 
-// Backward: [block of 16 columns of the matrix][k = unit block, accumulator of the part, unit][16 columns].
+// Backward: [block of 16 columns of the matrix][k = unit block, accumulator of the part, unit < H][16 columns].
 template <class T>
 void pack_transposed(const PackJob<T>& job) {
-  const Index unit_blocks = (job.H + kBlock - 1) / kBlock;
   for (Index block = job.block_begin; block < job.block_end; ++block) {
     T* out = job.out + block * job.block_step;
     const Index columns = job.K - block * kBlock < kBlock ? job.K - block * kBlock : kBlock;
-    for (Index unit_block = 0; unit_block < unit_blocks; ++unit_block)
+    for (Index u0 = 0; u0 < job.H; u0 += kBlock)
       for (int s = 0; s < job.part.count; ++s)
-        for (Index lane = 0; lane < kBlock; ++lane, out += kBlock) {
-          const Index u = unit_block * kBlock + lane;
+        for (Index u = u0; u < job.H && u < u0 + kBlock; ++u, out += kBlock) {
           const T* row = job.weight + (job.part.gate[s] * job.H + u) * job.K + block * kBlock;
-          for (Index j = 0; j < kBlock; ++j) out[j] = u < job.H && j < columns ? row[j] : T(0);
+          for (Index j = 0; j < kBlock; ++j) out[j] = j < columns ? row[j] : T(0);
         }
   }
 }

@@ -17,7 +17,7 @@ using cpu::Index;
 template <class T>
 struct Product {
   const T* const* a;  // M row pointers
-  Index a_step, a_run;
+  Index a_begin, a_step, a_run;
   const T* b;
   Index b_step, b_gap;  // from k to k+1; from vector n to n+1
   Index runs, run;
@@ -65,7 +65,7 @@ void tile(const Product<typename V::scalar>* products, int count, typename V::sc
     const T* b = product.b;
     const Index gap = product.b_gap, block = product.b_block, b_step = product.b_step, a_step = product.a_step;
     for (Index r = 0; r < product.runs; ++r) {
-      const Index begin = r * product.a_run, end = begin + product.run * a_step;
+      const Index begin = product.a_begin + r * product.a_run, end = begin + product.run * a_step;
       for (Index k = begin; k < end;) {
         const Index stop = V::fused || end - k <= kSumPart * a_step ? end : k + kSumPart * a_step;
         for (; k < stop; k += a_step) {

@@ -293,8 +293,8 @@ MUTANTS = [
     Mutant(
         "tile: gaps in a row ignored",
         TILE,
-        "const Index begin = r * product.a_run,",
-        "const Index begin = r * product.run * product.a_step,",
+        "product.a_begin + r * product.a_run,",
+        "product.a_begin + r * product.run * product.a_step,",
     ),
     Mutant(
         "tile: rows left over when cut",
