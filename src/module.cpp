@@ -6,8 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
-#include <optional>
+#include <initializer_list>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -22,6 +22,8 @@ using namespace fusedrnn;
 
 namespace {
 
+using Shape = std::initializer_list<Index>;  // without a vector's memory: many are made in every call
+
 std::string text(const std::vector<Index>& shape) {
   std::string s = "(";
   for (std::size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
@@ -32,38 +34,53 @@ std::string text(const py::array& a) {
   return py::str(a.dtype()).cast<std::string>() + " " + text(std::vector<Index>(a.shape(), a.shape() + a.ndim()));
 }
 
+// An argument that a kernel cannot take as it is; in Python RefusedType, a TypeError, and RefusedValue, a ValueError.
+// Classes of their own, so that fusedrnn.backends.cpu can tell them from what a signal handler raises.
+struct RefusedType : py::type_error {
+  using py::type_error::type_error;
+};
+struct RefusedValue : py::value_error {
+  using py::value_error::value_error;
+};
+
+// Arrays of exactly this type: a subclass may mean more than its data says, as masked arrays do.
+PyTypeObject* array_type = nullptr;  // numpy.ndarray
+
+bool is_array(const py::object& o) { return Py_TYPE(o.ptr()) == array_type; }
+
 // The array's data, if it is T in native byte order, aligned, of this shape and, from axis `strided` on, contiguous.
 // Axes before `strided` may have any stride. Checked by hand: py::array_t would copy silently.
 template <class T>
-const T* need(const py::object& o, const char* name, const std::vector<Index>& shape, int strided = 0) {
+const T* need(const py::object& o, const char* name, Shape shape, int strided = 0) {
   const auto expected = [&] {  // made only when it is needed: NumPy is slow at naming a dtype
     return name + (": expected " + py::str(py::dtype::of<T>()).cast<std::string>() + " ") + text(shape) + ", got ";
   };
-  if (!py::isinstance<py::array>(o)) throw py::type_error(expected() + py::str(py::type::of(o)).cast<std::string>());
+  if (!is_array(o)) throw RefusedType(expected() + py::str(py::type::of(o)).cast<std::string>());
   const py::array a = py::reinterpret_borrow<py::array>(o);
   if (!a.dtype().is(py::dtype::of<T>()) && !a.dtype().equal(py::dtype::of<T>()))
-    throw py::type_error(expected() + text(a));
+    throw RefusedType(expected() + text(a));
+  const Index* expects = shape.begin();
   bool same = a.ndim() == Index(shape.size());
-  for (std::size_t i = 0; same && i < shape.size(); ++i) same = a.shape(Index(i)) == shape[i];
-  if (!same) throw py::value_error(expected() + text(a));
+  for (std::size_t i = 0; same && i < shape.size(); ++i) same = a.shape(Index(i)) == expects[i];
+  if (!same) throw RefusedValue(expected() + text(a));
   bool contiguous = reinterpret_cast<std::uintptr_t>(a.data()) % alignof(T) == 0;
   Index step = sizeof(T);
   for (Index i = Index(shape.size()) - 1; i >= strided; --i) {
-    if (shape[i] > 1 && a.size() && a.strides(i) != step) contiguous = false;
-    step *= shape[i];
+    if (expects[i] > 1 && a.size() && a.strides(i) != step) contiguous = false;
+    step *= expects[i];
   }
   for (Index i = 0; i < strided; ++i) contiguous = contiguous && a.strides(i) % Index(sizeof(T)) == 0;
-  if (!contiguous) throw py::value_error(expected() + text(a) + ", not aligned or not contiguous in memory");
+  if (!contiguous) throw RefusedValue(expected() + text(a) + ", not aligned or not contiguous in memory");
   return static_cast<const T*>(a.data());
 }
 
 template <class T>
-const T* maybe(const py::object& o, const char* name, const std::vector<Index>& shape) {
+const T* maybe(const py::object& o, const char* name, Shape shape) {
   return o.is_none() ? nullptr : need<T>(o, name, shape);
 }
 
 template <class T>
-Sequence<const T> sequence(const py::object& o, const char* name, const std::vector<Index>& shape) {
+Sequence<const T> sequence(const py::object& o, const char* name, Shape shape) {
   if (o.is_none()) return {};
   const T* data = need<T>(o, name, shape, 2);
   const py::array a = py::reinterpret_borrow<py::array>(o);
@@ -72,16 +89,23 @@ Sequence<const T> sequence(const py::object& o, const char* name, const std::vec
 
 // An output. Large ones come from the kernels' own recycled memory: fresh pages would cost as much as filling them.
 template <class T>
-py::array_t<T> empty(const std::vector<Index>& shape) {
-  std::vector<std::size_t> factors(shape.begin(), shape.end());
+py::array_t<T> empty(Shape shape) {
   std::size_t bytes = sizeof(T);
-  for (std::size_t f : factors) bytes = cpu::checked_product({bytes, f});
+  for (Index n : shape) bytes = cpu::checked_product({bytes, std::size_t(n)});
   if (bytes < (std::size_t(1) << 16)) return py::array_t<T>(shape);
   auto memory = std::make_unique<cpu::Buffer>(bytes);
   T* data = memory->as<T>();
   const py::capsule owner(memory.get(), [](void* p) { delete static_cast<cpu::Buffer*>(p); });
   memory.release();
   return py::array_t<T>(shape, data, owner);
+}
+
+template <class T>
+T* output(py::object& to, Shape shape) {
+  py::array_t<T> a = empty<T>(shape);
+  T* data = a.mutable_data();
+  to = std::move(a);
+  return data;
 }
 
 int gates_of(CellId cell) { return cpu::kernels<float>().shape[int(cell)].gates; }
@@ -166,15 +190,14 @@ std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
 }
 
 bool is_float32(const py::object& o, const char* name, int ndim) {
-  if (!py::isinstance<py::array>(o))
-    throw py::type_error(std::string(name) + ": expected an array, got " +
-                         py::str(py::type::of(o)).cast<std::string>());
+  if (!is_array(o))
+    throw RefusedType(std::string(name) + ": expected an array, got " + py::str(py::type::of(o)).cast<std::string>());
   const py::array a = py::reinterpret_borrow<py::array>(o);
   if (a.ndim() != ndim)
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(ndim) + " axes, got " + text(a));
+    throw RefusedValue(std::string(name) + ": expected " + std::to_string(ndim) + " axes, got " + text(a));
   if (a.dtype().equal(py::dtype::of<float>())) return true;
   if (a.dtype().equal(py::dtype::of<double>())) return false;
-  throw py::type_error(std::string(name) + ": expected float32 or float64, got " + text(a));
+  throw RefusedType(std::string(name) + ": expected float32 or float64, got " + text(a));
 }
 
 std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weight_hh, py::object bias_ih,
@@ -186,62 +209,69 @@ std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weigh
   return f32 ? pack_as<float>(cell, w) : pack_as<double>(cell, w);
 }
 
+// One forward call: checked, its outputs allocated, nothing run yet.
 template <class T>
-py::tuple forward_as(const py::object& packed_object, py::object x, py::object h0, py::object c0, py::object lengths,
-                     py::object reset, bool reverse, bool return_states, Save save) {
-  const PyPacked& packed = packed_object.cast<const PyPacked&>();
-  const py::array array = py::reinterpret_borrow<py::array>(x);
-  const Index time = array.shape(0), B = array.shape(1), I = packed.I, H = packed.H, P = packed.P;
-  const bool c = has_c(packed.cell);
-  auto tape = std::make_unique<PyTape>();
-  tape->problem = {packed.cell, {time, B, I, H, P}, nullptr, nullptr, reverse};
-  if (!lengths.is_none()) {
-    const Index* data = need<Index>(lengths, "lengths", {B});
-    tape->lengths.assign(data, data + B);
-    for (Index n : tape->lengths)
-      if (n < 0 || n > time)
-        throw py::value_error("lengths: expected 0 to T = " + std::to_string(time) + ", got " + std::to_string(n));
-    tape->problem.lengths = tape->lengths.data();
-  }
-  if (!reset.is_none()) {
-    const bool* data = need<bool>(reset, "reset", {time, B});
-    tape->reset.assign(data, data + time * B);
-    for (unsigned char& r : tape->reset) r = r != 0;
-    tape->problem.reset = tape->reset.data();
-  }
+struct ForwardSetup {
   ForwardCall<T> call{};
-  call.problem = tape->problem;
-  call.packed = packed.get(T());
-  if (!call.packed) throw py::type_error("x: expected the dtype of the weights, got " + text(array));
-  call.x = sequence<T>(x, "x", {time, B, I});
-  call.h0 = maybe<T>(h0, "h0", {B, P});
-  if (c) call.c0 = maybe<T>(c0, "c0", {B, H});
-  call.save = save;
-  call.poll = signals();
-  py::array_t<T> y = empty<T>({time, B, P}), hT = empty<T>({B, P});
-  call.y = y.mutable_data(), call.hT = hT.mutable_data();
-  py::object cT = py::none(), h_states = py::none(), c_states = py::none();
-  const auto output = [](py::object& to, const std::vector<Index>& shape) {
-    py::array_t<T> a = empty<T>(shape);
-    to = a;
-    return a.mutable_data();
-  };
-  if (c) call.cT = output(cT, {B, H});
-  if (return_states) call.h_states = output(h_states, {time, B, P});
-  if (return_states && c) call.c_states = output(c_states, {time, B, H});
-  tape->slot(T()) = without_gil([&] { return forward<T>(call); });
+  std::unique_ptr<PyTape> tape = std::make_unique<PyTape>();  // owns the lengths and resets that `call` points to
+  py::object y, hT, cT = py::none(), h_states = py::none(), c_states = py::none();
+
+  ForwardSetup(const PyPacked& packed, const py::object& x, const py::object& h0, const py::object& c0,
+               const py::object& lengths, const py::object& reset, bool reverse, bool return_states, Save save) {
+    const py::array array = py::reinterpret_borrow<py::array>(x);
+    const Index time = array.shape(0), B = array.shape(1), I = packed.I, H = packed.H, P = packed.P;
+    const bool c = has_c(packed.cell);
+    tape->problem = {packed.cell, {time, B, I, H, P}, nullptr, nullptr, reverse};
+    if (!lengths.is_none()) {
+      const Index* data = need<Index>(lengths, "lengths", {B});
+      tape->lengths.assign(data, data + B);
+      for (Index n : tape->lengths)
+        if (n < 0 || n > time)
+          throw RefusedValue("lengths: expected 0 to T = " + std::to_string(time) + ", got " + std::to_string(n));
+      tape->problem.lengths = tape->lengths.data();
+    }
+    if (!reset.is_none()) {
+      const bool* data = need<bool>(reset, "reset", {time, B});
+      tape->reset.assign(data, data + time * B);
+      for (unsigned char& r : tape->reset) r = r != 0;
+      tape->problem.reset = tape->reset.data();
+    }
+    call.problem = tape->problem;
+    call.packed = packed.get(T());
+    if (!call.packed) throw RefusedType("x: expected the dtype of the weights, got " + text(array));
+    call.x = sequence<T>(x, "x", {time, B, I});
+    call.h0 = maybe<T>(h0, "h0", {B, P});
+    if (c) call.c0 = maybe<T>(c0, "c0", {B, H});
+    call.save = save;
+    call.poll = signals();
+    call.y = output<T>(y, {time, B, P});
+    call.hT = output<T>(hT, {B, P});
+    if (c) call.cT = output<T>(cT, {B, H});
+    if (return_states) call.h_states = output<T>(h_states, {time, B, P});
+    if (return_states && c) call.c_states = output<T>(c_states, {time, B, H});
+  }
+};
+
+template <class T>
+py::tuple forward_as(const py::object& packed_object, const py::object& x, const py::object& h0, const py::object& c0,
+                     const py::object& lengths, const py::object& reset, bool reverse, bool return_states, Save save) {
+  const PyPacked& packed = packed_object.cast<const PyPacked&>();
+  ForwardSetup<T> setup(packed, x, h0, c0, lengths, reset, reverse, return_states, save);
+  setup.tape->slot(T()) = without_gil([&] { return forward<T>(setup.call); });
   py::object kept = py::none();
   if (save != Save::nothing) {
-    if (save == Save::borders) tape->packed = packed_object;
-    tape->x = x, tape->y = y, tape->h0 = h0, tape->c0 = c0;
-    for (int i = 0; i < 4; ++i) tape->weights[i] = packed.weights[i];
-    kept = py::cast(std::move(tape));
+    PyTape& tape = *setup.tape;
+    if (save == Save::borders) tape.packed = packed_object;
+    tape.x = x, tape.y = setup.y, tape.h0 = h0, tape.c0 = c0;
+    for (int i = 0; i < 4; ++i) tape.weights[i] = packed.weights[i];
+    kept = py::cast(std::move(setup.tape));
   }
-  return py::make_tuple(y, hT, cT, h_states, c_states, kept);
+  return py::make_tuple(setup.y, setup.hT, setup.cT, setup.h_states, setup.c_states, kept);
 }
 
-py::tuple py_forward(const py::object& packed, py::object x, py::object h0, py::object c0, py::object lengths,
-                     py::object reset, bool reverse, bool return_states, int save_id) {
+py::tuple py_forward(const py::object& packed, const py::object& x, const py::object& h0, const py::object& c0,
+                     const py::object& lengths, const py::object& reset, bool reverse, bool return_states,
+                     int save_id) {
   if (!py::isinstance<PyPacked>(packed))
     throw py::type_error("packed: expected what pack returned, got " +
                          py::str(py::type::of(packed)).cast<std::string>());
@@ -252,56 +282,88 @@ py::tuple py_forward(const py::object& packed, py::object x, py::object h0, py::
                                : forward_as<double>(packed, x, h0, c0, lengths, reset, reverse, return_states, save);
 }
 
+// One backward call: checked, its outputs allocated, nothing run yet.
 template <class T>
-py::tuple backward_as(const PyTape& tape, py::object dy, py::object dhT, py::object dcT, py::object dh_states,
-                      py::object dc_states, const std::vector<bool>& need_of) {
-  const Sizes& n = tape.problem.sizes;
-  const Index rows = gates_of(tape.problem.cell) * n.H;
-  const bool c = has_c(tape.problem.cell);
+struct BackwardSetup {
   BackwardCall<T> call{};
-  call.problem = tape.problem;
-  call.tape = tape.get(T());
-  call.weights = weights_of<T>(tape.weights, tape.problem.cell, n.I, n.H, n.P);
-  call.x = sequence<T>(tape.x, "x", {n.T, n.B, n.I});
-  if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPacked&>().get(T());
-  call.y = need<T>(tape.y, "y", {n.T, n.B, n.P});
-  call.h0 = maybe<T>(tape.h0, "h0", {n.B, n.P});
-  if (c) call.c0 = maybe<T>(tape.c0, "c0", {n.B, n.H});
-  call.dy = sequence<T>(dy, "dy", {n.T, n.B, n.P});
-  call.dhT = maybe<T>(dhT, "dhT", {n.B, n.P});
-  call.dh_states = sequence<T>(dh_states, "dh_states", {n.T, n.B, n.P});
-  if (c) {
-    call.dcT = maybe<T>(dcT, "dcT", {n.B, n.H});
-    call.dc_states = sequence<T>(dc_states, "dc_states", {n.T, n.B, n.H});
-  }
-  call.poll = signals();
-  const auto output = [](bool wanted, py::object& to, const std::vector<Index>& shape) -> T* {
-    if (!wanted) return nullptr;
-    py::array_t<T> a = empty<T>(shape);
-    to = a;
-    return a.mutable_data();
-  };
   py::object dx = py::none(), w[4] = {py::none(), py::none(), py::none(), py::none()}, dh0 = py::none(),
              dc0 = py::none();
-  call.dx = output(need_of[0], dx, {n.T, n.B, n.I});
-  call.dweights.weight_ih = output(need_of[1], w[0], {rows, n.I});
-  call.dweights.weight_hh = output(need_of[2], w[1], {rows, n.P});
-  call.dweights.bias_ih = output(need_of[3] && !tape.weights[2].is_none(), w[2], {rows});
-  call.dweights.bias_hh = output(need_of[4] && !tape.weights[3].is_none(), w[3], {rows});
-  call.dh0 = output(need_of[5], dh0, {n.B, n.P});
-  call.dc0 = output(need_of[5] && c, dc0, {n.B, n.H});
+
+  BackwardSetup(const PyTape& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
+                const py::object& dh_states, const py::object& dc_states, const std::vector<bool>& need_of) {
+    const Sizes& n = tape.problem.sizes;
+    const Index rows = gates_of(tape.problem.cell) * n.H;
+    const bool c = has_c(tape.problem.cell);
+    call.problem = tape.problem;
+    call.tape = tape.get(T());
+    call.weights = weights_of<T>(tape.weights, tape.problem.cell, n.I, n.H, n.P);
+    call.x = sequence<T>(tape.x, "x", {n.T, n.B, n.I});
+    if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPacked&>().get(T());
+    call.y = need<T>(tape.y, "y", {n.T, n.B, n.P});
+    call.h0 = maybe<T>(tape.h0, "h0", {n.B, n.P});
+    if (c) call.c0 = maybe<T>(tape.c0, "c0", {n.B, n.H});
+    call.dy = sequence<T>(dy, "dy", {n.T, n.B, n.P});
+    call.dhT = maybe<T>(dhT, "dhT", {n.B, n.P});
+    call.dh_states = sequence<T>(dh_states, "dh_states", {n.T, n.B, n.P});
+    if (c) {
+      call.dcT = maybe<T>(dcT, "dcT", {n.B, n.H});
+      call.dc_states = sequence<T>(dc_states, "dc_states", {n.T, n.B, n.H});
+    }
+    call.poll = signals();
+    if (need_of[0]) call.dx = output<T>(dx, {n.T, n.B, n.I});
+    if (need_of[1]) call.dweights.weight_ih = output<T>(w[0], {rows, n.I});
+    if (need_of[2]) call.dweights.weight_hh = output<T>(w[1], {rows, n.P});
+    if (need_of[3] && !tape.weights[2].is_none()) call.dweights.bias_ih = output<T>(w[2], {rows});
+    if (need_of[4] && !tape.weights[3].is_none()) call.dweights.bias_hh = output<T>(w[3], {rows});
+    if (need_of[5]) call.dh0 = output<T>(dh0, {n.B, n.P});
+    if (need_of[5] && c) call.dc0 = output<T>(dc0, {n.B, n.H});
+  }
+};
+
+template <class T>
+py::tuple backward_as(const PyTape& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
+                      const py::object& dh_states, const py::object& dc_states, const std::vector<bool>& need_of) {
+  BackwardSetup<T> setup(tape, dy, dhT, dcT, dh_states, dc_states, need_of);
   without_gil([&] {
-    backward<T>(call);
+    backward<T>(setup.call);
     return 0;
   });
-  return py::make_tuple(dx, w[0], w[1], w[2], w[3], dh0, dc0);
+  const py::object* w = setup.w;
+  return py::make_tuple(setup.dx, w[0], w[1], w[2], w[3], setup.dh0, setup.dc0);
 }
 
-py::tuple py_backward(const PyTape& tape, py::object dy, py::object dhT, py::object dcT, py::object dh_states,
-                      py::object dc_states, const std::vector<bool>& need_of) {
+py::tuple py_backward(const PyTape& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
+                      const py::object& dh_states, const py::object& dc_states, const std::vector<bool>& need_of) {
   if (need_of.size() != 6) throw py::value_error("need: expected 6 flags, got " + std::to_string(need_of.size()));
   return tape.f32 ? backward_as<float>(tape, dy, dhT, dcT, dh_states, dc_states, need_of)
                   : backward_as<double>(tape, dy, dhT, dcT, dh_states, dc_states, need_of);
+}
+
+// The arithmetic of a call, for bench/call_overhead.py: `times` times the kernels' own call, as the binding makes it.
+// As with a caller that carries a state, the results of one call live until the next has run: two sets of outputs take
+// turns, and what forward saves is allocated and freed every time.
+template <class T>
+void repeat_forward_as(Index times, const PyPacked& packed, const py::object& x, const py::object& h0,
+                       const py::object& c0, Save save) {
+  const py::object none = py::none();
+  const ForwardSetup<T> even(packed, x, h0, c0, none, none, false, false, save),
+      odd(packed, x, h0, c0, none, none, false, false, save);
+  without_gil([&] {
+    TapePtr<T> last;
+    for (Index i = 0; i < times; ++i) last = forward<T>(i % 2 ? odd.call : even.call);
+    return 0;
+  });
+}
+
+template <class T>
+void repeat_backward_as(Index times, const PyTape& tape, const py::object& dy) {
+  const py::object none = py::none();
+  const std::vector<bool> all(6, true);
+  const BackwardSetup<T> even(tape, dy, none, none, none, none, all), odd(tape, dy, none, none, none, none, all);
+  without_gil([&] {
+    for (Index i = 0; i < times; ++i) backward<T>(i % 2 ? odd.call : even.call);
+    return 0;
+  });
 }
 
 template <class T>
@@ -351,9 +413,15 @@ unsigned long control_word() {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled kernels of fusedrnn. Use fusedrnn.functional; this module checks only what memory safety needs.";
   py::class_<PyPacked>(m, "Packed", "Weights in the kernels' own order.");
-  py::class_<PyTape>(m, "Tape", "What forward saved for backward.").def_property_readonly("bytes", [](const PyTape& t) {
-    return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64);
-  });
+  py::class_<PyTape>(m, "Tape", "What forward saved for backward.")
+      .def_property_readonly("bytes", [](const PyTape& t) { return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64); })
+      .def_property_readonly("sizes", [](const PyTape& t) {
+        const Sizes& n = t.problem.sizes;
+        return py::make_tuple(n.T, n.B, n.I, n.H, n.P);
+      });
+  array_type = reinterpret_cast<PyTypeObject*>(py::module_::import("numpy").attr("ndarray").ptr());  // never freed
+  py::register_exception<RefusedType>(m, "RefusedType", PyExc_TypeError);
+  py::register_exception<RefusedValue>(m, "RefusedValue", PyExc_ValueError);
   py::list cells;
 #define X(id, type) cells.append(#id);
 #include "cells/cells.def"
@@ -378,6 +446,21 @@ PYBIND11_MODULE(_core, m) {
                                      : py::object(activation_as<double>(which, x, isa));
       },
       py::arg("which"), py::arg("x"), py::arg("isa") = "");
+  testing.def(
+      "repeat_forward",
+      [](Index times, const PyPacked& packed, const py::object& x, const py::object& h0, const py::object& c0,
+         bool save) {
+        const Save kept = save ? Save::all : Save::nothing;
+        is_float32(x, "x", 3) ? repeat_forward_as<float>(times, packed, x, h0, c0, kept)
+                              : repeat_forward_as<double>(times, packed, x, h0, c0, kept);
+      },
+      py::arg("times"), py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("save"));
+  testing.def(
+      "repeat_backward",
+      [](Index times, const PyTape& tape, const py::object& dy) {
+        tape.f32 ? repeat_backward_as<float>(times, tape, dy) : repeat_backward_as<double>(times, tape, dy);
+      },
+      py::arg("times"), py::arg("tape"), py::arg("dy"));
   testing.def("control_word", &control_word);
   testing.def("thread_minimum", &set_thread_minimum, py::arg("on"));
   testing.def("poison", &cpu::poison, py::arg("on"));

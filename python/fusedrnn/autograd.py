@@ -71,7 +71,7 @@ class Variable:
     __array_ufunc__ = None  # array + variable is Variable.__radd__, not a loop over the array's elements
 
     def __init__(self, data: Array | None, name: str | None = None) -> None:
-        self._data: Any = _checked(data)
+        self._data: Any = data if type(data) is np.ndarray else _checked(data)
         self.name = name
         self.grad: Variable | None = None
         self.creator: Function | None = None
@@ -296,22 +296,34 @@ class Function:
     needs_backward = True  # else forward need keep nothing
 
     def __call__(self, *inputs: Any) -> Any:
-        variables = tuple([x if isinstance(x, Variable) else as_variable(x) for x in inputs])
-        self.needs_backward = config.enable_backprop and any(x.requires_grad for x in variables)
-        if self.needs_backward:
-            self.inputs = variables  # set before forward: that is where forward can ask who needs a gradient
-        ys = self.forward(*[x._data for x in variables])
-        outputs = tuple([Variable(np.asarray(y)) for y in (ys if isinstance(ys, tuple) else (ys,))])
-        if self.needs_backward:
-            self.versions = tuple([x.version for x in variables])
+        # Once through the inputs and once through the outputs: this is most of what a small operation costs.
+        variables, arrays, versions, wanted = [], [], [], False
+        for x in inputs:
+            if not isinstance(x, Variable):
+                x = as_variable(x)
+            variables.append(x)
+            arrays.append(x._data)
+            versions.append(x.version)
+            wanted = wanted or x.requires_grad
+        recording = config.enable_backprop
+        self.needs_backward = needed = recording and wanted
+        if needed:
+            # before forward, which may ask its inputs who needs a gradient
+            self.inputs = tuple(variables)
+            self.versions = tuple(versions)
             self.order = next(_order)
-            self.outputs = tuple([weakref.ref(y) for y in outputs])
-            for y in outputs:
+        ys = self.forward(*arrays)
+        outputs, references = [], []
+        for array in ys if isinstance(ys, tuple) else (ys,):
+            y = Variable(np.asarray(array))
+            outputs.append(y)
+            if needed:
                 y.creator = self
-        else:
-            for y in outputs:
-                y.requires_grad = not config.enable_backprop  # of constants alone: constant again
-        return outputs if len(outputs) > 1 else outputs[0]
+                references.append(weakref.ref(y))
+            else:
+                y.requires_grad = not recording  # of constants alone: constant again
+        self.outputs = tuple(references)
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def forward(self, *xs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__}.forward")

@@ -173,7 +173,7 @@ def forward(
         chosen = weights.backend
         if backend is not None and backend != chosen.name:
             raise ValueError(f"backend: expected {chosen.name!r}, which packed, got {backend!r}")
-        if cell != weights.cell:
+        if cell is not weights.cell and cell != weights.cell:
             raise ValueError(f"cell: expected {weights.cell}, for which the weights were packed, got {cell}")
         weights = weights.weights
     else:
@@ -186,7 +186,7 @@ def forward(
         x = ragged.pad("x", x)
         reset = None if reset is None else ragged.pad("reset", reset, rank=1)
         lengths = ragged.lengths
-    y, stateT, states, tape = chosen.forward(
+    out = chosen.forward(
         cell,
         x,
         weights,
@@ -197,9 +197,12 @@ def forward(
         return_states=return_states,
         save=save,
     )
+    y, stateT, states, tape = out
     if ragged:
         y = ragged.rows(y)
         states = None if states is None else tuple(ragged.rows(s) for s in states)
+    elif tape is None:
+        return out  # as it is
     return Forward(y, stateT, states, None if tape is None else Tape(chosen, tape, ragged))
 
 

@@ -186,7 +186,7 @@ class Fused(Function):
         ``names``; then the initial state, where there is one. Outputs: y, the final state, with
         ``return_states`` the state of every step; with ``step`` only the new state. Everything is cast to
         the dtype of the weights. Several layers or directions go through ``fusedrnn.stack``, whose arguments
-        ``options`` then are, else those of ``functional.forward``.
+        ``options`` then are, else those of ``functional.forward``; with ``packed`` weights there are none.
     """
 
     tape: Any = None
@@ -197,55 +197,62 @@ class Fused(Function):
         names: Sequence[Sequence[str]],
         *,
         step: bool = False,
-        packed: Any = None,
+        packed: functional.Packed | None = None,
         **options: Any,
     ) -> None:
         self.cell, self.names, self.step, self.packed, self.options = cell, names, step, packed, options
         self.single = len(names) == 1
+        self.flat = names[0] if self.single else [name for slot in names for name in slot]
 
     def forward(self, x: Array, *arrays: Array) -> tuple[Array, ...]:
         dtype = arrays[0].dtype
         x = np.asarray(x, dtype)
-        rest = iter(arrays)
-        weights = [Weights(**{name: next(rest) for name in names}) for names in self.names]
-        state0 = tuple([np.asarray(s, dtype) for s in rest]) or None
+        state: list[Array] = []
+        for s in arrays[len(self.flat) :]:
+            state.append(np.asarray(s, dtype))
+        state0 = tuple(state) or None
         if self.step:
             x = x[np.newaxis]
         if not self.needs_backward:
             self.options["save"] = None
-        if self.single:
-            known = weights[0] if self.packed is None else self.packed
-            out = functional.forward(self.cell, x, known, state0, **self.options)
+        if self.packed is not None:  # straight to the backend that packed: a step is short
+            run = self.packed.backend.forward
+            out = run(self.cell, x, self.packed.weights, state0, **self.options)
         else:
-            out = layered.forward_stack(self.cell, x, weights, state0, **self.options)
+            each = iter(arrays)
+            weights = [Weights(**{name: next(each) for name in names}) for names in self.names]
+            if self.single:
+                out = functional.forward(self.cell, x, weights[0], state0, **self.options)
+            else:
+                out = layered.forward_stack(self.cell, x, weights, state0, **self.options)
         self.tape = out.tape
         return out.stateT if self.step else (out.y, *out.stateT, *(out.states or ()))
 
     def backward(self, *gys: Variable | None) -> tuple[Array | None, ...]:
         n = len(self.cell.states)
-        flat = [name for names in self.names for name in names]
         wanted = [x.requires_grad for x in self.inputs]
-        need = {name for name, want in zip(["x", *flat], wanted, strict=False) if want}
-        if any(wanted[1 + len(flat) :]):
+        need = {name for name, want in zip(["x", *self.flat], wanted, strict=False) if want}
+        if any(wanted[1 + len(self.flat) :]):
             need.add("state0")
         dtype = self.inputs[1].dtype
-        gradients = [None if g is None else np.asarray(g._data, dtype) for g in gys]
+        gradients = [None if g is None else np.asarray(g._data, dtype, order="C") for g in gys]
         if self.step:
             gradients = [None, *gradients]
         dy, dstateT, dstates = gradients[0], tuple(gradients[1 : 1 + n]), tuple(gradients[1 + n :]) or None
         if self.single:
-            dx, dweights, dstate0 = functional.backward(self.tape, dy, dstateT, dstates, need=need)
+            run = functional.backward if self.packed is None else self.packed.backend.backward
+            dx, dweights, dstate0 = run(self.tape, dy, dstateT, dstates, need=need)
             slots = [dweights]
         else:
             dx, slots, dstate0 = layered.backward_stack(self.tape, dy, dstateT, dstates, need=need)
         if self.step and dx is not None:
             dx = dx[0]
         found = [getattr(slot, name) for slot, names in zip(slots, self.names, strict=True) for name in names]
-        states = () if len(self.inputs) == 1 + len(flat) else dstate0 or (None,) * n
+        states = () if len(self.inputs) == 1 + len(self.flat) else dstate0 or (None,) * n
         return dx, *found, *states
 
 
-def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> Any:
+def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> functional.Packed:
     """Weights prepared for repeated steps of a ``Fused`` node."""
     return functional.pack(cell, Weights(**dict(zip(names, arrays, strict=True))), backend=backend)
 

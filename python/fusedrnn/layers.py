@@ -280,11 +280,14 @@ class Recurrent(Layer):
     def state(self) -> State | None:
         """``(h,)`` or ``(h, c)``, or None after ``reset_state``. Each is ``(B, H)``; with several layers or
         directions ``(L*D, B, H)``. Arrays and variables can be set."""
-        found = (self.h, self.c)[: len(self.cell.states)]
-        if all(s is None for s in found):
+        h, c = self.h, self.c
+        if len(self.cell.states) == 1:
+            return None if h is None else (as_variable(h),)
+        if h is None and c is None:
             return None
-        filled = next(s for s in found if s is not None)
-        return tuple(as_variable(np.zeros_like(filled._data)) if s is None else as_variable(s) for s in found)
+        h = np.zeros_like(as_variable(c)._data) if h is None else h
+        c = np.zeros_like(as_variable(h)._data) if c is None else c
+        return as_variable(h), as_variable(c)
 
     @state.setter
     def state(self, value: tuple[Any, ...] | None) -> None:
@@ -297,19 +300,22 @@ class Recurrent(Layer):
         if not isinstance(value, tuple | list) or len(value) != len(names):
             expected = "(h, c)" if len(names) == 2 else "(h,)"
             raise TypeError(f"state is {type(value).__name__}, expected a tuple {expected}")
-        return tuple(as_variable(s) for s in value)
+        return tuple([as_variable(s) for s in value])
 
     def _begin(self, state: Any, batch: int) -> State | None:
         """The state that a call begins with, checked."""
-        given = self.state if state is None else self._as_state(state)
         if state is None and self.bidirectional:
             return None
-        for name, s in zip(self.cell.states, given or (), strict=False):
-            layers = () if self.suffixes == [""] else (len(self.suffixes),)
-            expected = (*layers, batch, self.hidden_size)
-            if s.shape != expected:
+        given = self.state if state is None else self._as_state(state)
+        if given is None:
+            return None
+        layers = len(self.suffixes)
+        expected = (batch, self.hidden_size) if layers == 1 else (layers, batch, self.hidden_size)
+        for s in given:
+            if s._data.shape != expected:
                 what = "the carried state" if state is None else "the state passed in"
                 hint = "; call reset_state() before a batch of another size" if state is None else ""
+                name = "h" if s is given[0] else "c"
                 raise ValueError(f"{what} {name} has shape {s.shape}, expected {expected}{hint}")
         return given
 
@@ -318,9 +324,10 @@ class Recurrent(Layer):
     def forward(self, x: Any, state: Any = None) -> Variable:
         """One step for ``(B, I)``, a sequence for ``(T, B, I)``."""
         x = as_variable(x)
-        if x.ndim == 2:
+        ndim = x._data.ndim
+        if ndim == 2:
             return self.step(x, state)
-        if x.ndim == 3:
+        if ndim == 3:
             return self.sequence(x, state)
         raise ValueError(f"x has shape {x.shape}, expected (B, I), one step, or (T, B, I), a sequence")
 
@@ -333,8 +340,9 @@ class Recurrent(Layer):
         if self.bidirectional:
             raise ValueError("step: a bidirectional layer needs the whole sequence (T, B, I) at once")
         self._check_input(x, 2)
-        begin = self._begin(state, x.shape[0])
-        self._settle(x.shape[1], needs_hidden=begin is not None)
+        B, I = x._data.shape
+        begin = self._begin(state, B)
+        self._settle(I, needs_hidden=begin is not None)
         if self.fused and len(self.suffixes) == 1:
             after = self._fused_step(x, begin)
             y = after[0]
@@ -389,11 +397,12 @@ class Recurrent(Layer):
         return self._unfused(x, begin, lengths, reset, masks)
 
     def _check_input(self, x: Variable, ndim: int) -> None:
-        I = "I" if self.in_size is None else str(self.in_size)
-        if x.ndim != ndim or (self.in_size is not None and x.shape[-1] != self.in_size):
+        shape = x._data.shape
+        if len(shape) != ndim or (self.in_size is not None and shape[-1] != self.in_size):
+            I = "I" if self.in_size is None else str(self.in_size)
             expected = f"(B, {I})" if ndim == 2 else f"(T, B, {I})"
             raise ValueError(f"x has shape {x.shape}, expected {expected}")
-        if x.dtype.kind not in "fiub":
+        if x._data.dtype.kind not in "fiub":
             raise TypeError(f"x has dtype {x.dtype}, expected real numbers")
 
     @staticmethod
@@ -412,16 +421,20 @@ class Recurrent(Layer):
 
     def _fused_step(self, x: Variable, begin: State | None) -> State:
         names, weights = self._slots("")
-        node = F.Fused(self.cell, [names], backend=self.backend, step=True, packed=self._pack(names, weights))
+        packed = self._pack(names, weights)
+        options = {"backend": self.backend} if packed is None else {}  # the packed weights know theirs
+        node = F.Fused(self.cell, [names], step=True, packed=packed, **options)
         after = node(x, *weights, *(begin or ()))
         return after if isinstance(after, tuple) else (after,)
 
     def _pack(self, names: list[str], weights: list[Variable]) -> Any:
         """Weights prepared for repeated steps, as long as nobody can have changed them."""
+        versions = []
         for p in weights:
             if not (isinstance(p, Parameter) and p.private):
                 return None
-        key = [p.version for p in weights]
+            versions.append(p.version)
+        key = (versions, weights, self.backend)  # another parameter may have the same version
         if self._packed is None or self._packed[0] != key:
             self._packed = (key, F.pack(self.cell, names, [p._data for p in weights], self.backend))
         return self._packed[1]
@@ -448,9 +461,13 @@ class Recurrent(Layer):
     def _slots(self, suffix: str) -> tuple[list[str], list[Variable]]:
         """The weights of one layer and direction that exist, and their names."""
         own = vars(self)
-        pairs = [(n, own[n + suffix]) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        names = [n for n, p in pairs if p is not None]
-        weights: list[Variable] = [p for _, p in pairs if p is not None]
+        names: list[str] = []
+        weights: list[Variable] = []
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            parameter = own[name + suffix]
+            if parameter is not None:
+                names.append(name)
+                weights.append(parameter)
         if weights[1]._data is None:  # not drawn before a state needs it
             rows = self.cell.gates * self.hidden_size
             weights[1] = as_variable(np.zeros((rows, self.hidden_size), self.dtype))

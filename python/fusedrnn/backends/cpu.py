@@ -1,15 +1,21 @@
-"""The C++ backend: fused kernels for float32 and float64 (csrc/), called through ``fusedrnn._core``."""
+"""The C++ backend: fused kernels for float32 and float64 (csrc/), called through ``fusedrnn._core``.
+
+A single step takes microseconds, and so would the whole check of its arguments. The compiled module checks
+what its kernels rely on, so a call goes straight there; only what it refuses goes through
+``fusedrnn.backends.arguments``, which has the words for the error, or makes the copy that was missing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from fusedrnn.backends.arguments import (
-    BackwardArguments,
-    ForwardArguments,
+    Sizes,
     check_backward,
+    check_cell,
     check_forward,
+    check_need,
     check_weights,
 )
 from fusedrnn.backends.protocol import NEED, Array, Forward, Gradients, State, Weights
@@ -19,6 +25,7 @@ try:
     from fusedrnn import _core
 
     _missing = None
+    _REFUSED: tuple[type[Exception], ...] = (_core.RefusedType, _core.RefusedValue)
 except ImportError as error:  # a source tree that was never built
     _missing = (
         f"the compiled module fusedrnn._core is missing ({error}): install fusedrnn with a C++ compiler"
@@ -37,9 +44,11 @@ class Packed(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """What backward needs: the checked call and the kernels' own tape. x, y and the weights are borrowed."""
+    """What backward needs: the call, and the kernels' own tape. x, y and the weights are borrowed."""
 
-    arguments: ForwardArguments
+    cell: Cell
+    weights: Weights
+    return_states: bool
     core: Any
 
     @property
@@ -57,6 +66,23 @@ def _cell_id(cell: Cell) -> int:
         case GRU():
             name = "gru_reset_after" if cell.reset_after else "gru_reset_before"
     return int(_core.CELLS.index(name))
+
+
+_Two = tuple[Any, Any]
+
+
+def _two(cell: Cell, state: Any, missing: bool) -> _Two | None:
+    """h and c, whatever they are, None for what there is not; or None where this is no state.
+
+    A state is None or a tuple with an entry per state of the cell; with ``missing`` entries may be None.
+    """
+    if state is None:
+        return None, None
+    if type(state) is not tuple or len(state) != len(cell.states):
+        return None
+    if not missing and (state[0] is None or state[-1] is None):
+        return None
+    return state if len(state) == 2 else (state[0], None)
 
 
 class CpuBackend:
@@ -87,34 +113,47 @@ class CpuBackend:
         save: str | None = "all",
     ) -> Forward:
         """One layer, one direction, the whole sequence."""
-        plain = weights.weights if isinstance(weights, Packed) else weights
-        a = check_forward(
-            cell,
-            x,
-            plain,
-            state0,
-            lengths=lengths,
-            reset=reset,
-            reverse=reverse,
-            return_states=return_states,
-            save=save,
-        )
-        if isinstance(weights, Packed):
-            if weights.cell != cell:
-                raise ValueError(f"weights: packed for {weights.cell}, expected {cell}")
-            core = weights.core
-        else:
-            core = _core.pack(_cell_id(cell), *a.weights)
-        state = (*(a.state0 or ()), None, None)
-        y, hT, cT, h_states, c_states, tape = _core.forward(
-            core, a.x, state[0], state[1], a.lengths, a.reset, a.reverse, a.return_states, SAVE[a.save]
-        )
+        packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
+        if cell is not packed.cell and check_cell(cell) != packed.cell:
+            raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
+        results = None
+        state = _two(cell, state0, False)
+        if (  # the compiled module would not see what these are, or would convert them
+            state is not None
+            and type(reverse) is bool
+            and type(return_states) is bool
+            and (save is None or (type(save) is str and save in SAVE))
+        ):
+            h0, c0 = state
+            try:
+                results = _core.forward(
+                    packed.core, x, h0, c0, lengths, reset, reverse, return_states, SAVE[save]
+                )
+            except _REFUSED:
+                results = None
+        if results is None:
+            a = check_forward(
+                cell,
+                x,
+                packed.weights,
+                state0,
+                lengths=lengths,
+                reset=reset,
+                reverse=reverse,
+                return_states=return_states,
+                save=save,
+            )
+            h0, c0 = cast(_Two, _two(cell, a.state0, False))
+            results = _core.forward(
+                packed.core, a.x, h0, c0, a.lengths, a.reset, a.reverse, a.return_states, SAVE[a.save]
+            )
+        y, hT, cT, h_states, c_states, tape = results
         two = "c" in cell.states
         return Forward(
             y,
             (hT, cT) if two else (hT,),
-            ((h_states, c_states) if two else (h_states,)) if return_states else None,
-            None if tape is None else Tape(a, tape),
+            None if h_states is None else (h_states, c_states) if two else (h_states,),
+            None if tape is None else Tape(packed.cell, packed.weights, h_states is not None, tape),
         )
 
     def backward(
@@ -131,14 +170,29 @@ class CpuBackend:
             raise TypeError(
                 f"tape: expected what forward of the cpu backend returned, got {type(tape).__name__}"
             )
-        a = tape.arguments
-        b: BackwardArguments = check_backward(
-            a.cell, a.weights, a.sizes, dy, dstateT, dstates, need=need, return_states=a.return_states
-        )
-        final = (*(b.dstateT or ()), None, None)
-        every = (*(b.dstates or ()), None, None)
-        dx, dweight_ih, dweight_hh, dbias_ih, dbias_hh, dh0, dc0 = _core.backward(
-            tape.core, b.dy, final[0], final[1], every[0], every[1], [name in b.need for name in NEED]
-        )
-        dstate0 = None if dh0 is None else (dh0, dc0) if "c" in a.cell.states else (dh0,)
-        return Gradients(dx, Weights(dweight_ih, dweight_hh, dbias_ih, dbias_hh), dstate0)
+        cell = tape.cell
+        wanted = NEED if need is None else check_need(need)
+        flags = [name in wanted for name in NEED]
+        results = None
+        final, every = _two(cell, dstateT, True), _two(cell, dstates, True)
+        if final is not None and every is not None and (dstates is None or tape.return_states):
+            try:
+                results = _core.backward(tape.core, dy, *final, *every, flags)
+            except _REFUSED:
+                results = None
+        if results is None:
+            b = check_backward(
+                cell,
+                tape.weights,
+                Sizes(*tape.core.sizes),
+                dy,
+                dstateT,
+                dstates,
+                need=need,
+                return_states=tape.return_states,
+            )
+            final, every = cast(_Two, _two(cell, b.dstateT, True)), cast(_Two, _two(cell, b.dstates, True))
+            results = _core.backward(tape.core, b.dy, *final, *every, flags)
+        dx, *dweights, dh0, dc0 = results
+        dstate0 = None if dh0 is None else (dh0, dc0) if "c" in cell.states else (dh0,)
+        return Gradients(dx, Weights(*dweights), dstate0)
