@@ -1,10 +1,11 @@
 """Writes the README's table and plot from the measured files in bench/results. No figure is typed by hand.
 
-    fusedrnn bench --peers torch --json bench/results/lstm-float32.json    measure, on a quiet machine
+    fusedrnn bench --json bench/results/lstm-float32.json    measure, on a quiet machine
     python bench/plot_readme.py            write README.md's table and docs/bench.png
     python bench/plot_readme.py --check    only see whether the table is up to date
 
-Other runs are CELL-DTYPE.json beside it, repeats of the main one lie in bench/results/repeats.
+Other runs of the core suite are CELL-DTYPE.json beside it, repeats of the main one lie in
+bench/results/repeats.
 Drawing needs matplotlib; the table needs nothing.
 """
 
@@ -24,8 +25,10 @@ MAIN = "lstm-float32.json"  # the one that is plotted
 
 def reports() -> dict[str, dict[str, Any]]:
     return {
-        path.name: json.loads(path.read_text())
-        for path in sorted((ROOT / "bench/results").glob("*-float*.json"))
+        f"{cell}-{dtype}.json": json.loads(path.read_text())
+        for cell in ("lstm", "gru", "rnn")
+        for dtype in ("float32", "float64")
+        if (path := ROOT / f"bench/results/{cell}-{dtype}.json").exists()
     }
 
 
@@ -51,14 +54,16 @@ def caption(report: dict[str, Any]) -> str:
 def section(all_reports: dict[str, dict[str, Any]]) -> str:
     """What stands between the markers."""
     report = all_reports[MAIN]
+    more = [peer for peer in report["geometric_mean"] if peer != "torch"]
     lines = [
         "![Time of PyTorch divided by time of fusedrnn, for each shape](docs/bench.png)",
         "",
         "LSTM, float32, forward + backward, allocation included, one run, participants in turn. "
         f"{caption(report)}.",
         "",
-        "| T, B, I, H | fusedrnn ms | GFLOP/s | PyTorch ms | PyTorch / fusedrnn |",
-        "|---|---:|---:|---:|---:|",
+        "| T, B, I, H | fusedrnn ms | GFLOP/s | PyTorch ms | PyTorch / fusedrnn |"
+        + "".join(f" {peer} / fusedrnn |" for peer in more),
+        "|---|---:|---:|---:|---:|" + "---:|" * len(more),
     ]
     for row in report["rows"]:
         each = row["participants"]
@@ -66,8 +71,15 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"| {', '.join(map(str, row['shape']))} | {ours['ms']:.3g} | {ours['gflops']:.0f} "
             f"| {torch['ms']:.3g} | {torch['ratio']:.2f} |"
+            + "".join(f" {each[peer]['ratio']:.2f} |" if peer in each else " – |" for peer in more)
         )
-    lines.append(f"| geometric mean | | | | **{report['geometric_mean']['torch']:.2f}** |")
+    means = report["geometric_mean"]
+    lines.append(
+        f"| geometric mean | | | | **{means['torch']:.2f}** |"
+        + "".join(f" {means[peer]:.2f} |" for peer in more)
+    )
+    if more:
+        lines += ["", f"Against the best of all peers at each shape: {report['best_of_all']:.2f}."]
     repeats = [
         json.loads(path.read_text()) for path in sorted((ROOT / "bench/results/repeats").glob("*.json"))
     ]

@@ -10,12 +10,9 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
-from fusedrnn import backends, bench, cli, problems, terminal
-from fusedrnn.cells import CELLS, GRU, LSTM, RNN
-from fusedrnn.problems import Shape
+from fusedrnn import backends, cli, terminal
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -68,6 +65,8 @@ def test_every_option_has_a_help_text():
         ["bench", "--threads", "0"],
         ["bench", "--threads", "two"],
         ["bench", "--peers", "cudnn"],
+        ["bench", "--suite", "everything"],
+        ["bench", "--suite", "rl", "--shape", "1,2,3,4"],
         ["train"],
         ["train", "nothing"],
         ["info", "--colour"],
@@ -207,106 +206,6 @@ def test_gradcheck_fails_on_a_wrong_gradient(monkeypatch, capsys):
     assert err.startswith("fusedrnn gradcheck: gru reference float32 plain: ")
     assert err.count("\n") == 1
     assert out.splitlines()[-1] == "0 passed, 4 failed, 0 not run"
-
-
-# --- bench ------------------------------------------------------------------------------------------------
-
-
-def test_bench(tmp_path):
-    file = tmp_path / "result.json"
-    done = run(
-        "bench", "--quick", "--shape", "5,3,2,17", "7,1,1,8", "--peers", "reference", "--json", str(file)
-    )
-    assert done.returncode == 0, done.stderr
-    assert "5,3,2,17" in done.stdout
-    report = json.loads(file.read_text())
-    assert [row["shape"] for row in report["rows"]] == [[5, 3, 2, 17], [7, 1, 1, 8]]
-    for row in report["rows"]:
-        assert set(row["participants"]) == {"fusedrnn", "reference"}
-        for each in row["participants"].values():
-            assert each["ms"] > 0
-            assert each["gflops"] > 0
-            assert 0 <= each["error"] < bench.TOLERANCE["float32"]
-    ratios = [row["participants"]["reference"]["ratio"] for row in report["rows"]]
-    assert report["geometric_mean"]["reference"] == pytest.approx(np.sqrt(np.prod(ratios)))
-    for key in ("date", "machine", "numpy", "compiler", "isa", "commit", "version"):
-        assert key in report["environment"]
-
-
-def test_bench_refuses_a_file_that_cannot_be_written_before_it_measures(tmp_path):
-    start = time.perf_counter()
-    done = run("bench", "--json", str(tmp_path / "missing" / "result.json"))
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("fusedrnn bench: ")
-    assert time.perf_counter() - start < 20
-
-
-def test_a_missing_peer_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert cli.main(["bench", "--quick", "--peers", "torch"]) == 1
-    assert "pip install 'fusedrnn[torch]'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("cell", [LSTM(), GRU(), RNN(), RNN(relu=True)], ids=repr)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_peers_compute_the_same_problem(cell, dtype):
-    """PyTorch's layer, set up by the benchmark, agrees with the reference in every result."""
-    pytest.importorskip("torch", reason="PyTorch is not installed")
-    data = problems.make(cell, Shape(6, 5, 3, 17), dtype)
-    exact = bench.Native(problems.astype(data, np.float64), "reference").results()
-    assert bench.check("torch", bench.Torch(data).results(), exact, bench.TOLERANCE[dtype]) > 0
-    assert set(exact) >= {"y", "h", "dx", "dweight_ih", "dweight_hh", "dbias_ih"}
-
-
-@pytest.mark.parametrize("spoil", ["nan", "shape", "one element", "missing", "extra"])
-def test_the_check_before_the_timing_fails_when_it_must(spoil):
-    data = problems.make(LSTM(), Shape(4, 3, 2, 7), "float64")
-    exact = bench.Native(data, "reference").results()
-    got = {key: value.copy() for key, value in exact.items()}
-    assert bench.check("same", got, exact, 1e-15) == 0
-    if spoil == "nan":
-        got["dx"][1, 2, 0] = np.nan
-    elif spoil == "shape":
-        got["dx"] = got["dx"][:1]
-    elif spoil == "one element":
-        got["dweight_hh"][3, 2] *= 1 + 1e-6
-    elif spoil == "missing":
-        del got["c"]
-    else:
-        got["more"] = got["c"]
-    with pytest.raises(RuntimeError, match="spoiled"):
-        bench.check("spoiled", got, exact, 1e-9)
-
-
-def test_blocks_are_paired_and_take_turns():
-    calls = []
-    runs = {name: lambda name=name: calls.append(name) or time.sleep(0.002) for name in ("a", "b")}
-    samples = bench.time_blocks(runs, blocks=4, seconds=0.004, limit=10)
-    assert {name: len(values) for name, values in samples.items()} == {"a": 4, "b": 4}
-    order = [name for k, name in enumerate(calls) if k == 0 or calls[k - 1] != name]
-    assert order[:2] == ["a", "b"]  # warm-up
-    assert "".join(order[2:]) == "ababa"  # a b, b a, a b, b a; equal neighbours are one
-    assert all(0.002 <= value < 0.02 for value in samples["a"] + samples["b"])
-
-
-def test_a_slow_participant_takes_part_in_fewer_blocks():
-    samples = bench.time_blocks({"a": lambda: time.sleep(0.01)}, blocks=9, seconds=0.01, limit=0.05)
-    assert 3 <= len(samples["a"]) < 9
-
-
-def test_shapes_are_the_ones_of_the_documents():
-    assert len(problems.SPEED) == 11
-    assert problems.flops(LSTM(), Shape(30, 30, 1, 100)) == 3 * 2 * 30 * 30 * 400 * 101
-    assert set(problems.QUICK) <= set(problems.SPEED)
-
-
-@pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
-def test_a_seed_is_the_same_problem_in_every_dtype(cell):
-    shape = Shape(3, 2, 5, 7)
-    single, double = (problems.make(cell(), shape, dtype, seed=4) for dtype in ("float32", "float64"))
-    np.testing.assert_array_equal(single.x, double.x.astype("float32"))
-    np.testing.assert_array_equal(single.weights.weight_hh, double.weights.weight_hh.astype("float32"))
-    assert not np.array_equal(double.x, problems.make(cell(), shape, "float64", seed=5).x)
 
 
 # --- tables -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 from fusedrnn import backends, programs, system, terminal
@@ -110,74 +111,100 @@ def run_info(args: argparse.Namespace) -> None:
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    from fusedrnn import bench
+    from fusedrnn import bench, problems
 
     parser.description = (
-        "Times forward + backward of one layer, every gradient included, beside NumPy and PyTorch. All take "
-        "part in one run with the same numbers and the same count of threads; each result is checked before "
-        "it is timed. A ratio above 1 means that fusedrnn is faster."
+        "Times a layer beside its peers: PyTorch's ways to run it, ONNX Runtime, JAX and DeZero, as far as "
+        "they are installed and can do the same. All take part in one run with the same numbers and the same "
+        "count of threads; each result is checked before it is timed. A ratio above 1 means that fusedrnn is "
+        "faster."
     )
-    parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float32", help="the dtype (default: %(default)s)"
+    cases = parser.add_mutually_exclusive_group()
+    cases.add_argument(
+        "--suite",
+        choices=list(problems.SUITES),
+        default="core",
+        help="the list of cases: core, eleven shapes in training; programs, published models; rl, ragged "
+        "sequences, resets and single steps; wide and deepbench, larger shapes of other benchmarks; of each, "
+        "cases of more than about 5 s a call are left out (default: %(default)s)",
     )
-    parser.add_argument(
+    cases.add_argument(
         "--shape",
         type=shape,
         nargs="+",
         metavar="T,B,I,H",
-        help="time steps, batch, input size, hidden size (default: a list of eleven)",
+        help="in place of a suite: time steps, batch, input size, hidden size",
     )
+    parser.add_argument("--cell", choices=list(CELLS), help="the cell (default: as the suite lists them)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64"), default="float32", help="the dtype (default: %(default)s)"
+    )
+    parser.add_argument("--forward", action="store_true", help="forward only in place of forward + backward")
     parser.add_argument(
         "--peers",
-        type=names(bench.PEERS),
+        type=names(list(bench.PEERS)),
         metavar="NAMES",
-        help=f"out of {','.join(bench.PEERS)} (default: reference, and torch if installed)",
+        help=f"out of {','.join(bench.PEERS)} (default: all that are installed, without the last two)",
     )
     parser.add_argument("--backend", choices=backends.NAMES, help="our backend (default: the fastest)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads for everybody")
-    parser.add_argument("--quick", action="store_true", help="three small shapes, few repetitions")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads for everybody (default: all)")
+    parser.add_argument("--memory", action="store_true", help="also show bytes saved and peak memory")
+    parser.add_argument("--quick", action="store_true", help="a few small cases, few repetitions")
     parser.add_argument("--json", metavar="FILE", help="also write the result to FILE")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the ratios to FILE, for example ratios.png")
+
+
+def check_writable(option: str, path: str | None) -> None:
+    """An OSError where a result could not be written: before the work, not after it."""
+    if path and not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise OSError(f"{option}: cannot write to {path}")
 
 
 def run_bench(args: argparse.Namespace) -> None:
     from fusedrnn import bench, problems
 
-    peers = args.peers
-    if peers is None:
-        peers = ["reference"]
-        if (why := bench.unavailable("torch")) is None:
-            peers.append("torch")
-        else:
-            print(f"without torch: {why}", file=sys.stderr)
-    shapes = args.shape or (problems.QUICK if args.quick else problems.SPEED)
-    if args.json and not os.access(
-        os.path.dirname(args.json) or ".", os.W_OK
-    ):  # before the work, not after it
-        raise OSError(f"--json: cannot write to {args.json}")
+    check_writable("--json", args.json)
+    check_writable("--plot", args.plot)
+    if args.plot:
+        from fusedrnn.bench import plot  # says what to install where matplotlib is missing
+    cell = CELLS[args.cell]() if args.cell else None
+    listed = problems.SUITES[args.suite]
+    if args.shape:
+        listed = tuple(problems.Case(cell or CELLS["lstm"](), each) for each in args.shape)
+    cases = problems.select(listed, cell, args.forward)
+    if args.quick and not args.shape:
+        cases = problems.quick(cases)
+    with ExitStack() as stack:
+        rich = terminal.rich_report()
+        bar = stack.enter_context(rich.progress(len(cases) + 1, "bench")) if rich else None
 
-    done: list[dict[str, Any]] = []
+        def progress(what: str, number: int, total: int) -> None:
+            if bar is None:
+                note(f"{number} of {total}: {what}")
+            else:
+                bar.advance(what)
 
-    def progress(row: dict[str, Any]) -> None:
-        done.append(row)
-        note(f"{len(done)} of {len(shapes)} shapes")
-
-    report = bench.run(
-        CELLS[args.cell](),
-        dtype=args.dtype,
-        shapes=shapes,
-        peers=peers,
-        backend=args.backend,
-        threads=args.threads,
-        quick=args.quick,
-        progress=progress,
-    )
+        report = bench.run(
+            cases,
+            suite=None if args.shape else args.suite,
+            dtype=args.dtype,
+            peers=args.peers,
+            backend=args.backend,
+            threads=args.threads,
+            quick=args.quick,
+            peaks=args.memory,
+            progress=progress,
+        )
     note("")
     if args.json:
         bench.save(report, args.json)
     terminal.table(*bench.table(report))
+    if args.memory:
+        terminal.table(*bench.memory_table(report))
     for line in bench.summary(report):
         print(line)
+    if args.plot:
+        plot.draw(report, args.plot)
 
 
 def add_gradcheck(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +275,7 @@ def run_train(args: argparse.Namespace) -> None:
 COMMANDS = {
     "info": ("what is built, and what is used on this machine", add_info, run_info),
     "gradcheck": ("check the gradients of every cell, backend and dtype", add_gradcheck, run_gradcheck),
-    "bench": ("time forward + backward beside NumPy and PyTorch", add_bench, run_bench),
+    "bench": ("time every cell beside PyTorch, ONNX Runtime, JAX and others", add_bench, run_bench),
     "train": ("train one of the programs that ship with the package", add_train, run_train),
 }
 

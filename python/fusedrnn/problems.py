@@ -1,15 +1,15 @@
-"""The one list of problems: the shapes that benchmarks time, and seeded data of any shape."""
+"""The one list of problems: the cases that benchmarks time, in suites, and seeded data of any case."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fusedrnn.backends.protocol import Array, Weights
-from fusedrnn.cells import GRU, Cell
+from fusedrnn.cells import CELLS, GRU, LSTM, RNN, Cell
 
 
 class Shape(NamedTuple):
@@ -23,6 +23,45 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         return f"({self.T},{self.B},{self.I},{self.H})"
 
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: a cell, a shape, and what is done with them.
+
+    Kinds: ``training``, forward and backward, every gradient; ``forward``, no gradient, weights prepared
+    beforehand by who can; ``step``, the same for one step that starts from a given state.
+    """
+
+    cell: Cell
+    shape: Shape
+    kind: str = "training"
+    name: str = ""
+    layers: int = 1
+    bidirectional: bool = False
+    ragged: bool = False  # lengths uniform in T/10..T
+    resets: float = 0.0  # the probability that a step begins a new segment
+
+    @property
+    def directions(self) -> int:
+        """1 or 2."""
+        return 2 if self.bidirectional else 1
+
+    def __str__(self) -> str:
+        parts = [self.cell.name, ",".join(map(str, self.shape))]
+        if self.kind != "training":
+            parts.append(self.kind)
+        if self.layers > 1:
+            parts.append(f"{self.layers} layers")
+        if self.bidirectional:
+            parts.append("both directions")
+        if self.ragged:
+            parts.append("ragged")
+        if self.resets:
+            parts.append("resets")
+        return " ".join([*parts, self.name]).rstrip()
+
+
+KINDS = ("training", "forward", "step")
 
 # Forecasting, hydrology, audio, control and, at the end, sizes where the matrix product is everything.
 SPEED = (
@@ -38,27 +77,114 @@ SPEED = (
     Shape(256, 256, 3, 64),
     Shape(365, 256, 32, 128),
 )
-QUICK = (Shape(30, 30, 1, 100), Shape(100, 1, 1, 64), Shape(64, 16, 128, 128))
+
+# Training lists of DeepBench (code/kernels/rnn_problems.h), there as (hidden, batch, steps); I = H.
+_DEEPBENCH: tuple[tuple[Cell, int, int, int], ...] = (
+    *((RNN(), 50, B, H) for H in (1760, 2048, 2560) for B in (16, 32, 64, 128)),
+    *((LSTM(), 25, B, H) for H in (512, 1024, 2048, 4096) for B in (16, 32, 64, 128)),
+    *((LSTM(), 50, B, 1536) for B in (8, 16, 32)),
+    *((LSTM(), 150, B, 256) for B in (16, 32, 64)),
+    *((GRU(), T, 32, 2816) for T in (750, 375, 187)),
+    *((GRU(), T, 32, H) for H in (2048, 1536, 2560) for T in (1500, 750, 375, 187)),
+    (GRU(), 1, 32, 512),
+    (GRU(), 1500, 32, 1024),
+    (GRU(), 1500, 64, 1024),
+)
+
+SUITES: dict[str, tuple[Case, ...]] = {
+    "core": tuple(Case(LSTM(), shape) for shape in SPEED),
+    "programs": (  # models that people publish or run every day
+        Case(LSTM(), Shape(365, 256, 31, 128), name="hydrology"),
+        Case(LSTM(), Shape(1000, 50, 1, 16), name="amp modelling"),
+        Case(LSTM(), Shape(1000, 50, 1, 40), name="amp modelling"),
+        Case(LSTM(), Shape(48, 32, 20, 40), name="DeepAR", layers=2),
+        Case(LSTM(), Shape(26, 256, 10, 8), name="darts"),
+        Case(LSTM(), Shape(100, 64, 64, 256), layers=2, bidirectional=True),
+    ),
+    "rl": (  # ragged sequences, resets and single steps, as reinforcement learning has them
+        Case(LSTM(), Shape(100, 64, 64, 256), ragged=True),
+        Case(LSTM(), Shape(200, 32, 32, 128), ragged=True),
+        *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (LSTM(), GRU()) for B in (8, 128)),
+        *(Case(cell, Shape(1, B, 64, 256), "step") for cell in (LSTM(), GRU()) for B in (1, 8, 64)),
+    ),
+    "wide": (  # what the benchmarks of others run
+        Case(LSTM(), Shape(100, 64, 512, 512), name="PyTorch fastrnns"),
+        Case(GRU(), Shape(100, 64, 512, 512), name="FlagGems"),
+        Case(GRU(), Shape(32, 64, 512, 512), name="Sample Factory"),
+        Case(LSTM(), Shape(50, 64, 500, 500), name="benchdnn pytorch_testcase"),
+        Case(LSTM(), Shape(629, 128, 128, 128), name="benchdnn paddlepaddle"),
+        Case(LSTM(), Shape(2000, 8, 256, 256), name="PyTorch issue 81634", layers=2),
+    ),
+    "deepbench": tuple(Case(cell, Shape(T, B, H, H)) for cell, T, B, H in _DEEPBENCH),
+}
+
+
+def select(cases: tuple[Case, ...], cell: Cell | None = None, forward: bool = False) -> tuple[Case, ...]:
+    """The cases of one cell, or, where there are none, all of them with that cell in place; each once.
+
+    Args:
+        cases: One of ``SUITES``.
+        cell: None for the cells as listed.
+        forward: Forward only in place of training.
+    """
+    if cell is not None:
+        own = tuple(case for case in cases if case.cell == cell)
+        cases = own or tuple(replace(case, cell=cell) for case in cases)
+    if forward:
+        cases = tuple(replace(case, kind="forward") if case.kind == "training" else case for case in cases)
+    return tuple(dict.fromkeys(cases))
+
+
+def quick(cases: tuple[Case, ...], count: int = 3) -> tuple[Case, ...]:
+    """A few small cases, of every kind the smallest, in their order."""
+    by_size = sorted(cases, key=flops)
+    firsts = {(case.kind, case.ragged, case.resets): case for case in reversed(by_size)}
+    chosen = list(dict.fromkeys([*firsts.values(), *by_size]))[: max(count, len(firsts))]
+    return tuple(case for case in cases if case in chosen)
+
+
+def describe(case: Case) -> dict[str, Any]:
+    """A case as JSON holds it."""
+    return {
+        "case": str(case),
+        "name": case.name,
+        "cell": case.cell.name,
+        "shape": list(case.shape),
+        "kind": case.kind,
+        "layers": case.layers,
+        "bidirectional": case.bidirectional,
+        "ragged": case.ragged,
+        "resets": case.resets,
+    }
+
+
+def described(row: dict[str, Any]) -> Case:
+    """The case that ``describe`` wrote down."""
+    options = ("kind", "name", "layers", "bidirectional", "ragged", "resets")
+    return Case(CELLS[row["cell"]](), Shape(*row["shape"]), **{key: row[key] for key in options})
 
 
 @dataclass(frozen=True)
 class Data:
-    """One problem: what goes into forward and backward. The initial state is zero."""
+    """One problem: what goes into forward and backward. Without ``state0`` the initial state is zero."""
 
-    cell: Cell
-    shape: Shape
+    case: Case
     x: Array  # (T, B, I)
-    weights: Weights
-    dy: Array  # (T, B, H), the gradient that comes in on every step
-    dstateT: tuple[Array, ...]  # (B, H) for each state
+    weights: tuple[Weights, ...]  # layer by layer, forward before reverse
+    state0: tuple[Array, ...] | None  # (L*D, B, H) for each state; of a single step only
+    lengths: Array | None  # (B,)
+    reset: Array | None  # (T, B) bool
+    dy: Array  # (T, B, D*H), the gradient that comes in on every step
+    dstateT: tuple[Array, ...]  # (L*D, B, H) for each state
 
 
-def make(cell: Cell, shape: Shape, dtype: npt.DTypeLike, seed: int = 0) -> Data:
+def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
     """Draw a standard problem: weights uniform in ±1/sqrt(H), everything else normal of order one.
 
     Drawn in float64 and then rounded, so that one seed is the same problem in every dtype.
     """
-    T, B, I, H = shape
+    T, B, I, H = case.shape
+    D = case.directions
     draw = np.random.default_rng(seed)
 
     def normal(*size: int) -> Array:
@@ -67,22 +193,39 @@ def make(cell: Cell, shape: Shape, dtype: npt.DTypeLike, seed: int = 0) -> Data:
     def uniform(*size: int) -> Array:
         return draw.uniform(-(H**-0.5), H**-0.5, size).astype(dtype)
 
-    rows = cell.gates * H
-    two_biases = isinstance(cell, GRU) and cell.reset_after
-    weights = Weights(
-        weight_ih=uniform(rows, I),
-        weight_hh=uniform(rows, H),
-        bias_ih=uniform(rows),
-        bias_hh=uniform(rows) if two_biases else None,
+    def states() -> tuple[Array, ...]:
+        return tuple(normal(case.layers * D, B, H) for _ in case.cell.states)
+
+    rows = case.cell.gates * H
+    two_biases = isinstance(case.cell, GRU) and case.cell.reset_after
+    weights = tuple(
+        Weights(
+            weight_ih=uniform(rows, I if layer == 0 else D * H),
+            weight_hh=uniform(rows, H),
+            bias_ih=uniform(rows),
+            bias_hh=uniform(rows) if two_biases else None,
+        )
+        for layer in range(case.layers)
+        for _ in range(D)
     )
     return Data(
-        cell=cell,
-        shape=shape,
+        case=case,
         x=normal(T, B, I),
         weights=weights,
-        dy=normal(T, B, H),
-        dstateT=tuple(normal(B, H) for _ in cell.states),
+        state0=states() if case.kind == "step" else None,
+        lengths=lengths(case),
+        reset=np.random.default_rng(1).random((T, B)) < case.resets if case.resets else None,
+        dy=normal(T, B, D * H),
+        dstateT=states(),
     )
+
+
+def lengths(case: Case) -> Array | None:
+    """(B,) the lengths of a ragged case, always the same; None for others."""
+    if not case.ragged:
+        return None
+    T, B = case.shape[:2]
+    return np.random.default_rng(2).integers(max(1, T // 10), T, B, endpoint=True)
 
 
 def astype(data: Data, dtype: npt.DTypeLike) -> Data:
@@ -91,17 +234,29 @@ def astype(data: Data, dtype: npt.DTypeLike) -> Data:
     def cast(array: Any) -> Any:
         return None if array is None else array.astype(dtype)
 
-    return Data(
-        data.cell,
-        data.shape,
-        cast(data.x),
-        Weights(*map(cast, data.weights)),
-        cast(data.dy),
-        tuple(map(cast, data.dstateT)),
+    return replace(
+        data,
+        x=cast(data.x),
+        weights=tuple(Weights(*map(cast, w)) for w in data.weights),
+        state0=None if data.state0 is None else tuple(map(cast, data.state0)),
+        dy=cast(data.dy),
+        dstateT=tuple(map(cast, data.dstateT)),
     )
 
 
-def flops(cell: Cell, shape: Shape) -> float:
-    """Operations of one forward and one backward: ``2*T*B*G*H*(I+H)``, and twice that for the backward."""
-    T, B, I, H = shape
-    return 3 * 2.0 * T * B * cell.gates * H * (I + H)
+def valid(case: Case) -> float:
+    """The part of all steps that lies before its row's length."""
+    found = lengths(case)
+    return 1.0 if found is None else float(found.sum()) / (case.shape.T * case.shape.B)
+
+
+def flops(case: Case) -> float:
+    """Operations: ``2*T*B*G*H*(I+H)`` forward per layer and direction, twice that for the backward.
+
+    Steps beyond a row's length do not count.
+    """
+    T, B, I, H = case.shape
+    D = case.directions
+    inputs = I + (case.layers - 1) * D * H
+    forward = 2.0 * T * B * valid(case) * case.cell.gates * H * D * (inputs + case.layers * H)
+    return 3 * forward if case.kind == "training" else forward

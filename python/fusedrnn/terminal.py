@@ -22,8 +22,8 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left
     for row in rows:
         rich_table.add_row(*map(Text, row))
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a file has no edge
+    edge, console.width = console.width, 1000
+    console.width = max(edge, console.measure(rich_table).maximum)  # a narrow terminal wraps, nothing is cut
     print(title)
     console.print(rich_table)
 

@@ -1,0 +1,202 @@
+"""PyTorch, in the four ways in which people run recurrent layers with it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fusedrnn.bench.participants import Results, named, not_installed
+from fusedrnn.cells import RNN
+from fusedrnn.problems import Case, Data
+
+
+class Torch:
+    """``torch.nn.LSTM``, ``GRU`` or ``RNN`` on whole sequences; the base of the other ways.
+
+    Its second bias is zero for LSTM and RNN. Without a gradient it runs under ``no_grad``.
+    """
+
+    def __init__(self, data: Data, threads: int) -> None:
+        import torch
+
+        self.torch = torch
+        self.data = data
+        case = data.case
+        self.module = self.build()
+        values = [value for weights in data.weights for value in weights]
+        with torch.no_grad():
+            for parameter, value in zip(self.module.parameters(), values, strict=True):
+                if value is None:
+                    parameter.zero_()
+                else:
+                    parameter.copy_(torch.from_numpy(value))
+        self.training = case.kind == "training"
+        self.x = torch.from_numpy(data.x).requires_grad_(self.training)
+        self.inputs = [self.x, *self.module.parameters()]
+        self.upstream = [torch.from_numpy(d) for d in (data.dy, *data.dstateT)]
+        self.state0 = None if data.state0 is None else tuple(map(torch.from_numpy, data.state0))
+        if data.reset is not None:  # as replay buffers keep it
+            self.starts = torch.from_numpy(data.reset.astype(data.x.dtype))
+        if data.lengths is not None:
+            self.lengths = torch.from_numpy(data.lengths)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return not_installed("PyTorch", "torch", extra="torch")
+
+    @classmethod
+    def refuses(cls, case: Case, dtype: str) -> str | None:
+        if case.ragged or case.resets:
+            return "the layer by itself knows no lengths and no resets"
+        return None
+
+    def build(self) -> Any:
+        """The module, its parameters in the order of ``data.weights``."""
+        case = self.data.case
+        layer = getattr(self.torch.nn, case.cell.name.upper())
+        return layer(
+            case.shape.I,
+            case.shape.H,
+            num_layers=case.layers,
+            bidirectional=case.bidirectional,
+            **self.options(),
+        )
+
+    def options(self) -> dict[str, Any]:
+        """What layers and cells take alike."""
+        found: dict[str, Any] = {"dtype": getattr(self.torch, str(self.data.x.dtype))}
+        if isinstance(self.data.case.cell, RNN):
+            found["nonlinearity"] = "relu" if self.data.case.cell.relu else "tanh"
+        return found
+
+    def pair(self, state: Any) -> Any:
+        """States as PyTorch wants them: a pair for the LSTM, else a tensor."""
+        return state if state is None or len(state) > 1 else state[0]
+
+    def outputs(self) -> list[Any]:
+        """Forward: y and the final states."""
+        y, state = self.module(self.x, self.pair(self.state0))
+        return [y, *state] if isinstance(state, tuple) else [y, state]
+
+    def __call__(self) -> Any:
+        if not self.training:
+            with self.torch.no_grad():
+                return self.outputs(), None
+        outputs = self.outputs()
+        return outputs, self.torch.autograd.grad(outputs, self.inputs, self.upstream)
+
+    def results(self) -> Results:
+        outputs, gradients = self()
+        y, *stateT = [o.detach().numpy() for o in outputs]
+        if gradients is None:
+            return named(self.data, y, stateT)
+        dx, *rest = [g.numpy() for g in gradients]
+        dweights = [rest[k : k + 4] for k in range(0, len(rest), 4)]
+        return named(self.data, y, stateT, dx, dweights)
+
+    @property
+    def path(self) -> str:
+        """Which implementation PyTorch took: oneDNN's fused layer, or one operation after another."""
+        dispatch: Any = importlib.import_module("torch.utils._python_dispatch")
+        found = set()
+
+        def note(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+        with type("Names", (dispatch.TorchDispatchMode,), {"__torch_dispatch__": note})():
+            self()
+        fused = any("mkldnn_rnn_layer" in name for name in found)
+        return "oneDNN's fused layer" if fused else "one operation after another"
+
+    def saved(self) -> dict[str, int]:
+        """Bytes kept for backward, by the saved-tensor hooks: each storage once, y's own apart (borrowed),
+        inputs and parameters not at all.
+        """
+        torch = self.torch
+        kept: dict[int, int] = {}
+        alive = []  # so that no address is used twice
+
+        def pack(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = self.outputs()
+        for tensor in self.inputs:
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        borrowed = kept.pop(outputs[0].untyped_storage().data_ptr(), 0)
+        return {"own": sum(kept.values()), "borrowed": borrowed}
+
+
+class TorchCell(Torch):
+    """A loop over time that calls ``LSTMCell``, ``GRUCell`` or ``RNNCell``; states times a mask at resets."""
+
+    def __init__(self, data: Data, threads: int) -> None:
+        super().__init__(data, threads)
+        self.upstream[1:] = [d[0] for d in self.upstream[1:]]
+        self.state0 = None if self.state0 is None else tuple(s[0] for s in self.state0)
+
+    @classmethod
+    def refuses(cls, case: Case, dtype: str) -> str | None:
+        if case.layers > 1 or case.bidirectional or case.ragged:
+            return "a loop of one cell serves one layer and direction of equal lengths"
+        return None
+
+    def build(self) -> Any:
+        case = self.data.case
+        cell = getattr(self.torch.nn, case.cell.name.upper() + "Cell")
+        return cell(case.shape.I, case.shape.H, **self.options())
+
+    def outputs(self) -> list[Any]:
+        state = self.state0
+        masks = None if self.data.reset is None else (1 - self.starts).unsqueeze(2).unbind(0)
+        ys = []
+        for t, x in enumerate(self.x.unbind(0)):
+            if masks is not None and state is not None:
+                state = tuple(masks[t] * s for s in state)
+            out = self.module(x, self.pair(state))
+            state = out if isinstance(out, tuple) else (out,)
+            ys.append(state[0])
+        return [self.torch.stack(ys), *(state or ())]
+
+
+class TorchPacked(Torch):
+    """The layer between ``pack_padded_sequence`` and ``pad_packed_sequence``."""
+
+    @classmethod
+    def refuses(cls, case: Case, dtype: str) -> str | None:
+        if not case.ragged or case.resets:
+            return "packed sequences are for ragged cases without resets"
+        return None
+
+    def outputs(self) -> list[Any]:
+        rnn = self.torch.nn.utils.rnn
+        packed = rnn.pack_padded_sequence(self.x, self.lengths, enforce_sorted=False)
+        y, state = self.module(packed, self.pair(self.state0))
+        y, _ = rnn.pad_packed_sequence(y, total_length=self.data.case.shape.T)
+        return [y, *state] if isinstance(state, tuple) else [y, state]
+
+
+class TorchMasked(Torch):
+    """The loop of RL libraries: the layer called for one step at a time, states times a mask before it."""
+
+    @classmethod
+    def refuses(cls, case: Case, dtype: str) -> str | None:
+        if not case.resets or case.ragged or case.bidirectional:
+            return "a loop with masks is for resets, in one direction"
+        return None
+
+    def outputs(self) -> list[Any]:
+        case = self.data.case
+        zeros = self.x.new_zeros(case.layers, case.shape.B, case.shape.H)
+        state = tuple(zeros for _ in case.cell.states)
+        ys = []
+        for x, start in zip(self.x, self.starts, strict=True):
+            state = tuple((1.0 - start).view(1, -1, 1) * s for s in state)
+            y, after = self.module(x.unsqueeze(0), self.pair(state))
+            state = after if isinstance(after, tuple) else (after,)
+            ys.append(y)
+        return [self.torch.cat(ys), *state]

@@ -1,0 +1,102 @@
+"""The plot of a run: for every case the ratio to each peer, as dots on a line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+except ImportError as error:
+    raise ImportError("--plot needs matplotlib: pip install 'fusedrnn[plot]'") from error
+
+NAMES = {
+    "torch": "PyTorch layer",
+    "torch-cell": "PyTorch cell in a loop",
+    "torch-packed": "PyTorch packed sequence",
+    "torch-masked": "PyTorch loop with masks",
+    "onnxruntime": "ONNX Runtime",
+    "jax": "JAX lax.scan",
+    "dezero": "DeZero",
+    "numba": "our Numba backend",
+    "reference": "our NumPy reference",
+}
+# Okabe and Ito's colours, which colour-blind readers tell apart; a shape each for print.
+STYLES: dict[str, tuple[str, str]] = dict(
+    zip(
+        NAMES,
+        zip(
+            (
+                "#0072b2",
+                "#56b4e9",
+                "#0072b2",
+                "#0072b2",
+                "#d55e00",
+                "#009e73",
+                "#cc79a7",
+                "#e69f00",
+                "#999999",
+            ),
+            "osDPv^XP*",
+            strict=True,
+        ),
+        strict=True,
+    )
+)
+
+
+def draw(report: dict[str, Any], path: str) -> None:
+    """Draw the ratios of a report to a file, its kind by the ending of its name."""
+    rows = report["rows"]
+    one_cell = "," not in report["cell"]
+    labels = [row["case"].removeprefix(row["cell"] + " ") if one_cell else row["case"] for row in rows]
+    figure = Figure(figsize=(8.5, 1.9 + 0.34 * len(rows)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for k, row in enumerate(rows):
+        ratios = [row["participants"][p]["ratio"] for p in report["peers"] if p in row["participants"]]
+        if ratios:
+            axes.plot([min(1, *ratios), max(1, *ratios)], [k, k], color="#dddddd", linewidth=3, zorder=1)
+        if row["best"]:
+            axes.annotate(
+                f"{row['best']['ratio']:.2f}",
+                (row["best"]["ratio"], k),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+            )
+    for peer in report["peers"]:
+        places = [k for k, row in enumerate(rows) if peer in row["participants"]]
+        ratios = [rows[k]["participants"][peer]["ratio"] for k in places]
+        colour, marker = STYLES[peer]
+        axes.scatter(ratios, places, 42, color=colour, marker=marker, label=NAMES[peer], zorder=3)
+    axes.axvline(1, color="black", linewidth=1, zorder=2)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="x", color="#eeeeee", zorder=0)
+    axes.set_yticks(range(len(rows)), labels, fontsize=8.5)
+    axes.set_ylim(len(rows) - 0.4, -0.8)
+    axes.set_xlabel(
+        "time of the peer / time of fusedrnn (above 1 fusedrnn is faster; the figure is the best peer's)"
+    )
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
+    found = report["environment"]
+    mean = report["best_of_all"]
+    title = f"{report['suite'] or 'cases'}: {report['cell'].upper()}, {report['dtype']}, "
+    title += f"{report['threads']} thread(s)"
+    if mean is not None:
+        title += f", geometric mean against the best of all peers {mean:.2f}"
+    machine = found["machine"]
+    versions = [f"PyTorch {found['torch']}"] if "torch" in found else []
+    small = ", ".join(
+        [
+            machine.get("model name", machine["architecture"]),
+            found["isa"] or "",
+            *versions,
+            found["date"][:10],
+        ]
+    )
+    figure.suptitle(f"{title}\n{small}", fontsize=9.5)
+    figure.savefig(path)

@@ -1,0 +1,59 @@
+"""The peers by name, and who takes part in a case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fusedrnn.bench.participants import Numba, Peer, Reference
+from fusedrnn.bench.peer_dezero import DeZero
+from fusedrnn.bench.peer_jax import Jax
+from fusedrnn.bench.peer_onnx import OnnxRuntime
+from fusedrnn.bench.peer_torch import Torch, TorchCell, TorchMasked, TorchPacked
+from fusedrnn.problems import Case
+
+PEERS: dict[str, type[Peer]] = {
+    "torch": Torch,
+    "torch-cell": TorchCell,
+    "torch-packed": TorchPacked,
+    "torch-masked": TorchMasked,
+    "onnxruntime": OnnxRuntime,
+    "jax": Jax,
+    "dezero": DeZero,
+    "numba": Numba,
+    "reference": Reference,
+}
+OWN = ("numba", "reference")  # backends of ours: shown, but nobody's best
+
+
+def choose(
+    names: Sequence[str] | None, cases: Sequence[Case], dtype: str, backend: str
+) -> tuple[list[str], list[str]]:
+    """Who takes part, and a line for each who is left out.
+
+    Args:
+        names: Out of ``PEERS``; None for all but our own backends.
+        cases, dtype: What is timed; who could take part in none of it is left out.
+        backend: The one that is measured, which is no peer of its own.
+
+    Raises:
+        RuntimeError: A peer was asked for by name and cannot run.
+        ValueError: A peer was asked for by name and takes part in no case.
+    """
+    wanted = [name for name in PEERS if name not in OWN] if names is None else names
+    taken, left_out = [], []
+    for name in wanted:
+        if name == backend:
+            continue
+        peer = PEERS[name]
+        reasons = [peer.refuses(case, dtype) for case in cases]
+        missing = peer.missing()
+        if all(reasons):
+            if names is not None:
+                raise ValueError(f"--peers {name}: it takes part in none of these cases: {reasons[0]}")
+        elif missing is None:
+            taken.append(name)
+        elif names is not None:
+            raise RuntimeError(f"peer {name}: {missing}")
+        else:
+            left_out.append(f"without {name}: {missing}")
+    return taken, left_out

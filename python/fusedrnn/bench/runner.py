@@ -1,0 +1,182 @@
+"""One run: every case checked, then timed, ours and its peers in turn."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fusedrnn import backends, problems, system
+from fusedrnn.bench import memory, registry
+from fusedrnn.bench.participants import TOLERANCE, Native, check, version
+from fusedrnn.bench.timing import Gemm, Others, ratio, same_threads, spread, time_blocks
+from fusedrnn.problems import Case
+
+OURS = "fusedrnn"
+FULL = "fusedrnn full"  # the same case of ours without lengths and resets
+LONGEST = 5.0  # seconds a call; what is estimated to take longer is left out
+EXPECTED = 0.6  # of the rate of the matrix product, for that estimate
+
+Progress = Callable[[str, int, int], None]
+
+
+def run_case(
+    case: Case, dtype: str, backend: str, peers: Sequence[str], threads: int, quick: bool
+) -> dict[str, Any]:
+    """Check and time one case; a row for the table and the JSON file."""
+
+    def truth(of: Case) -> dict[str, Any]:
+        return Native(problems.astype(problems.make(of, dtype), np.float64), "reference").results()
+
+    data = problems.make(case, dtype)
+    participants: dict[str, Any] = {OURS: Native(data, backend)}
+    for name in peers:
+        if registry.PEERS[name].refuses(case, dtype) is None:
+            participants[name] = registry.PEERS[name](data, threads)
+    exact = truth(case)
+    errors = {
+        name: check(name, each.results(), exact, TOLERANCE[dtype]) for name, each in participants.items()
+    }
+    if case.ragged or case.resets:
+        plain = replace(case, ragged=False, resets=0.0)
+        participants[FULL] = Native(problems.make(plain, dtype), backend)
+        errors[FULL] = check(FULL, participants[FULL].results(), truth(plain), TOLERANCE[dtype])
+    del exact
+    blocks, seconds, limit = (3, 0.02, 1.0) if quick else (9, 0.1, 5.0)
+    others = Others()
+    samples = time_blocks(participants, blocks, seconds, limit)
+    busy = others.share()
+
+    work = problems.flops(case)
+    row: dict[str, Any] = problems.describe(case) | {
+        "valid": problems.valid(case),
+        "flops": work,
+        "others": busy,
+        "participants": {},
+        "best": None,
+    }
+    for name, values in samples.items():
+        median = statistics.median(values)
+        entry = {
+            "ms": median * 1e3,
+            "spread": spread(values),
+            "gflops": (problems.flops(plain) if name == FULL else work) / median / 1e9,
+            "blocks": len(values),
+            "error": errors[name],
+            "path": participants[name].path,
+        }
+        if name != OURS:
+            entry["ratio"] = ratio(values, samples[OURS])
+        if case.kind == "training" and hasattr(participants[name], "saved"):
+            entry["saved"] = participants[name].saved()
+        row["participants"][name] = entry
+    outside = [name for name in participants if name in peers and name not in registry.OWN]
+    if outside:
+        best = min(outside, key=lambda name: row["participants"][name]["ratio"])
+        row["best"] = {"peer": best, "ratio": row["participants"][best]["ratio"]}
+    return row
+
+
+def add_peaks(row: dict[str, Any], case: Case, dtype: str, threads: int, backend: str) -> None:
+    """Measure the peak memory of ours and of PyTorch's first way, each in processes of its own."""
+    theirs = next((name for name in row["participants"] if name.startswith("torch")), None)
+    for name in filter(None, (OURS, theirs)):
+        peer = None if name == OURS else name
+        row["participants"][name]["peak"] = memory.peak(case, dtype, threads, backend, peer)
+
+
+def means(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> dict[str, Any]:
+    """Geometric means of the ratios: of each peer over the cases in which it took part, of the best of
+    PyTorch's ways, and of the best of all.
+    """
+
+    def mean(ratios: list[float]) -> float | None:
+        return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
+
+    def ratios(names: Sequence[str]) -> list[list[float]]:
+        each = [[row["participants"][n]["ratio"] for n in names if n in row["participants"]] for row in rows]
+        return [found for found in each if found]
+
+    torch = [name for name in peers if name.startswith("torch")]
+    return {
+        "geometric_mean": {name: mean([r[0] for r in ratios([name])]) for name in peers},
+        "best_of_torch": mean([min(r) for r in ratios(torch)]),
+        "best_of_all": mean([row["best"]["ratio"] for row in rows if row["best"]]),
+    }
+
+
+def run(
+    cases: Sequence[Case],
+    *,
+    suite: str | None = None,
+    dtype: str = "float32",
+    peers: Sequence[str] | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    quick: bool = False,
+    peaks: bool = False,
+    progress: Progress = lambda what, number, total: None,
+) -> dict[str, Any]:
+    """Run the benchmark; what it returns is what ``--json`` writes.
+
+    Args:
+        cases: What is timed, one after the other.
+        suite: The name under which the report goes, slow cases left out; None for cases of one's own.
+        dtype: ``float32`` or ``float64``.
+        peers: Names out of ``registry.PEERS``; None for all that are installed, without our own backends.
+        backend: Ours; None for the fastest.
+        threads: For everybody; None for as many as we take by ourselves.
+        quick: Few repetitions.
+        peaks: Also measure peak memory, in processes of their own.
+        progress: Called with what begins, its number from 1 on, and how many parts there are.
+
+    Raises:
+        RuntimeError: A participant's results are wrong, or a peer that was asked for cannot run here.
+        ValueError: A peer that was asked for takes part in no case.
+    """
+    chosen = backends.usable(backend).name
+    taken, left_out = registry.choose(peers, cases, dtype, chosen)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    total = len(cases) + 1
+    with same_threads(threads) as used:
+        gemm = Gemm(dtype, used, (2048,) if quick else (2048, 4096))
+        for number, case in enumerate(cases, start=1):
+            progress(str(case), number, total)
+            gemm.measure()
+            estimate = problems.flops(case) / 1e9 / (EXPECTED * gemm.rate) if gemm.rate else 0.0
+            if suite is not None and estimate > LONGEST:
+                skipped.append(f"{case}: about {estimate:.0f} s a call")
+                continue
+            row = run_case(case, dtype, chosen, taken, used, quick)
+            if peaks:
+                add_peaks(row, case, dtype, used, chosen)
+            rows.append(row)
+        progress("matrix product", total, total)
+        gemm.measure()
+    for row in rows:
+        for entry in row["participants"].values():
+            entry["of_gemm"] = entry["gflops"] / gemm.rate if gemm.rate else None
+    found = system.environment() | {"load before": load}
+    found |= {name: version(name) for name in ("onnxruntime", "jax", "dezero") if name in taken}
+    return {
+        "suite": suite,
+        "cell": ", ".join(dict.fromkeys(case.cell.name for case in cases)),
+        "dtype": dtype,
+        "backend": chosen,
+        "threads": used,
+        "quick": quick,
+        "environment": found,
+        "gemm": {"gflops": gemm.rate, "each": gemm.best},
+        "left_out": left_out,
+        "skipped": skipped,
+        "peers": taken,
+        "rows": rows,
+        **means(rows, taken),
+    }
