@@ -22,7 +22,11 @@ from fusedrnn import system
 from fusedrnn.bench.participants import not_installed
 from fusedrnn.threads import get_num_threads, set_num_threads
 
-SETTLE = 0.04  # seconds
+# Seconds before a participant is timed, until the threads of the one before, which go on spinning after
+# their last call, have fallen asleep. OpenMP's do after 20 ms, those of NumPy's OpenBLAS after more than 100.
+SETTLE = 0.04
+SETTLE_AFTER_BLAS = 0.3
+BLAS_USERS = ("dezero", "reference")
 
 
 def time_blocks(
@@ -43,6 +47,7 @@ def time_blocks(
         share[name] = min(blocks, max(3, int(limit / (once * (count[name] + 1)))))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
+    before = names[-1]
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -52,9 +57,9 @@ def time_blocks(
                 if block >= share[name]:
                     continue
                 run = runs[name]
-                # Not counted: the caches fill, and the threads of whoever ran before, which go on spinning
-                # for up to 20 ms after their last call, fall asleep. Each is timed as in its own program.
-                settled = time.perf_counter() + SETTLE
+                # Not counted: caches fill, others threads fall asleep; each runs as in its own program.
+                settled = time.perf_counter() + (SETTLE_AFTER_BLAS if before in BLAS_USERS else SETTLE)
+                before = name
                 while time.perf_counter() < settled:
                     run()
                 start = time.perf_counter()
