@@ -8,7 +8,8 @@ namespace FUSEDRNN_LEVEL {
 using cpu::kBlock;
 using cpu::PackJob;
 
-// Forward: [unit block][k][accumulator of the part][16 units]; units beyond H are zero.
+// Forward: [unit block][k][accumulator of the part][16 units]. Units beyond H are computed and never read: zero, so
+// that they cost no more than others.
 template <class T>
 void pack(const PackJob<T>& job) {
   const int count = job.part.count;

@@ -282,9 +282,6 @@ MUTANTS = [
         "? job.weight[(job.part.gate[s] * job.H + (block * kBlock + j) % job.H) * job.K + u % job.K] : T(0);",
     ),
     Mutant(
-        "pack: padding of the units not zeroed", PACK, "out[(k * count + s) * kBlock + lane] = T(0);", ";"
-    ),
-    Mutant(
         "tile: last k skipped",
         TILE,
         "end = begin + product.run * a_step;",
