@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from measured import ROOT, update
+
 FILE = ROOT / "bench" / "results" / "gradients.json"
-PAGE = ROOT / "docs" / "accuracy.md"
-BEGIN, END = "<!-- measured: begin, by bench/gradient_figures.py -->", "<!-- measured: end -->"
 NAMES = {
     "y": "y",
     "hT": "final h",
@@ -89,24 +87,13 @@ def section(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def page(report: dict[str, Any]) -> str:
-    """The page with its measured part replaced."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n{section(report)}\n{END}{rest.split(END)[1]}"
-
-
 def main() -> int:
-    if sys.argv[1:] == ["--check"]:
-        if page(json.loads(FILE.read_text())) == PAGE.read_text():
-            return 0
-        print("docs/accuracy.md is not what bench/results/gradients.json says: run this with --page")
-        return 1
-    if sys.argv[1:] != ["--page"]:
-        report = measure()
-        FILE.write_text(json.dumps(report, indent=1) + "\n")
+    check = sys.argv[1:] == ["--check"]
+    if not check and sys.argv[1:] != ["--page"]:
+        FILE.write_text(json.dumps(measure(), indent=1) + "\n")
     report = json.loads(FILE.read_text())
-    PAGE.write_text(page(report))
-    return 1 if report["failed"] else 0
+    outdated = update("docs/accuracy.md", "gradient_figures.py", section(report), check)
+    return outdated if check else int(report["failed"] > 0)
 
 
 if __name__ == "__main__":

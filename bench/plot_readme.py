@@ -4,22 +4,19 @@
     python bench/plot_readme.py            write README.md's table and docs/bench.png
     python bench/plot_readme.py --check    only see whether the table is up to date
 
-Other runs of the core suite are CELL-DTYPE.json beside it, repeats of the main one lie in
-bench/results/repeats.
-Drawing needs matplotlib; the table needs nothing.
+Other runs of the core suite are CELL-DTYPE.json beside it. Drawing needs fusedrnn and matplotlib; the table
+needs nothing.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+from measured import ROOT, update
+
 PLOT = ROOT / "docs" / "bench.png"
-BEGIN, END = "<!-- measured: begin, by bench/plot_readme.py -->", "<!-- measured: end -->"
 MAIN = "lstm-float32.json"  # the one that is plotted
 
 
@@ -56,7 +53,7 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
     report = all_reports[MAIN]
     more = [peer for peer in report["geometric_mean"] if peer != "torch"]
     lines = [
-        "![Time of PyTorch divided by time of fusedrnn, for each shape](docs/bench.png)",
+        "![Time of each peer divided by time of fusedrnn, for each shape](docs/bench.png)",
         "",
         "LSTM, float32, forward + backward, allocation included, one run, participants in turn. "
         f"{caption(report)}.",
@@ -80,12 +77,6 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
     )
     if more:
         lines += ["", f"Against the best of all peers at each shape: {report['best_of_all']:.2f}."]
-    repeats = [
-        json.loads(path.read_text()) for path in sorted((ROOT / "bench/results/repeats").glob("*.json"))
-    ]
-    if repeats:
-        means = ", ".join(f"{each['geometric_mean']['torch']:.2f}" for each in repeats)
-        lines += ["", f"The same run again, just before and after: geometric means {means}."]
     others = [
         f"{each['cell'].upper()} {each['dtype']} {each['geometric_mean']['torch']:.2f}"
         for name, each in all_reports.items()
@@ -96,49 +87,17 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any]) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    labels = [", ".join(map(str, row["shape"])) for row in report["rows"]]
-    ratios = [row["participants"]["torch"]["ratio"] for row in report["rows"]]
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    colours = ["#0072b2" if ratio >= 1 else "#d55e00" for ratio in ratios]
-    bars = axes.barh(labels, ratios, color=colours)
-    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.set(
-        xlabel="time of PyTorch / time of fusedrnn (right of the line: fusedrnn is faster)",
-        ylabel="T, B, I, H",
-    )
-    found = report["environment"]
-    machine = found["machine"]
-    axes.set_title(
-        f"LSTM training step, float32, {report['threads']} threads: geometric mean "
-        f"{report['geometric_mean']['torch']:.2f}\n{machine.get('model name', machine['architecture'])}, "
-        f"{found['isa']}, PyTorch {found['torch']}, {found['date'][:10]}",
-        fontsize=10,
-    )
-    figure.savefig(PLOT, dpi=110)
-
-
 def main() -> int:
-    text = README.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
     all_reports = reports()
-    wanted = f"{head}{BEGIN}\n{section(all_reports)}\n{END}{tail}"
-    if "--check" in sys.argv[1:]:
-        if text != wanted or not PLOT.exists():
-            print("README.md does not show what bench/results holds: run python bench/plot_readme.py")
-            return 1
-        return 0
-    README.write_text(wanted)
-    draw(all_reports[MAIN])
+    check = "--check" in sys.argv[1:]
+    outdated = update("README.md", "plot_readme.py", section(all_reports), check)
+    if check:
+        if not PLOT.exists():
+            print("docs/bench.png is missing: run python bench/plot_readme.py")
+        return int(outdated or not PLOT.exists())
+    from fusedrnn.bench import plot
+
+    plot.draw(all_reports[MAIN], str(PLOT))
     return 0
 
 

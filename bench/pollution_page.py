@@ -9,11 +9,8 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "pollution.md"
-BEGIN, END = "<!-- measured: begin, by bench/pollution_page.py -->", "<!-- measured: end -->"
+from measured import ROOT, update
 
 
 def table(found: dict) -> str:
@@ -40,15 +37,8 @@ def table(found: dict) -> str:
 
 
 def main() -> int:
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
     found = json.loads((ROOT / "bench" / "results" / "pollution.json").read_text())
-    wanted = f"{head}{BEGIN}\n{table(found)}\n{END}{tail}"
-    if "--check" in sys.argv[1:]:
-        return int(text != wanted)
-    PAGE.write_text(wanted)
-    return 0
+    return update("docs/pollution.md", "pollution_page.py", table(found), "--check" in sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -187,13 +187,11 @@ struct BackwardLoop {
     Product<T> p[2];
     int count = 0;
     if (full)
-      p[count++] = part.count == A
-                       ? Product<T>{da, 0, 1, 0, b, kBlock, weights.block_step, 1, full * block_run, 0, 0}
-                       : Product<T>{da, 0, 1, A * kBlock, b, kBlock, weights.block_step, full, block_run, 0, 0};
+      p[count++] = part.count == A ? Product<T>{da, 0, 1, 0, b, kBlock, weights.block_step, 1, full * block_run}
+                                   : Product<T>{da, 0, 1, A * kBlock, b, kBlock, weights.block_step, full, block_run};
     if (rest)
       p[count++] = {da,     full * A * kBlock,  1,          kBlock, b + full * block_run * kBlock,
-                    kBlock, weights.block_step, part.count, rest,   0,
-                    0};
+                    kBlock, weights.block_step, part.count, rest};
     tile_for<V>(m, wide)(p, count, acc);
   }
 
@@ -398,7 +396,7 @@ struct BackwardLoop {
 
   // A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
   static constexpr Index kSumRows = 4096;
-  static constexpr int kWide = A == 1 ? 4 : 1;  // blocks in a tile
+  static constexpr int kWide = ForwardLoop<Cell, V>::kWide;  // blocks in a tile
 
   static Cut column_tiles(const Group& group) { return Cut(group.columns, max_rows<V>(group.count * kWide)); }
 
@@ -423,9 +421,7 @@ struct BackwardLoop {
                               job.da_row,
                               kBlock,
                               1,
-                              rows_here,
-                              0,
-                              0};
+                              rows_here};
         tile_for<V>(m, vectors)(&p, 1, acc);
         for (int r = 0; r < m; ++r)
           for (int w = 0; w < wide; ++w)

@@ -15,17 +15,15 @@ using cpu::Worker;
 template <class T>
 struct ForwardRows {
   Index count = 0;
-  Index* b;
   const T **x, **h, **c;
   T **h_out, **c_out, **middle, **saved, **c_state;  // the last two: null where not wanted
 
-  static Index bytes(Index B) { return B * Index(sizeof(Index) + 8 * sizeof(T*)); }
+  static Index bytes(Index B) { return B * Index(8 * sizeof(T*)); }
   ForwardRows(char* memory, Index B) {
     x = reinterpret_cast<const T**>(memory);
     h = x + B, c = h + B;
     h_out = const_cast<T**>(c + B);
     c_out = h_out + B, middle = c_out + B, saved = middle + B, c_state = saved + B;
-    b = reinterpret_cast<Index*>(c_state + B);
   }
 };
 
@@ -72,7 +70,6 @@ struct ForwardLoop {
     for (Index b = row_begin; b < row_end; ++b) {
       if (!valid(steps, t, b)) continue;
       const Index i = rows.count++;
-      rows.b[i] = b;
       rows.x[i] = job.x + t * job.x_step + b * job.x_row;
       rows.middle[i] = job.middle ? job.middle + b * job.blocks * kBlock : nullptr;
       rows.h_out[i] = h_out(t, b);
@@ -246,7 +243,8 @@ struct ForwardLoop {
       }
       if (job.borders) keep_border(s + 1);
     }
-    if constexpr (V::whole_lines) V::fence();
+    if constexpr (V::whole_lines)
+      if (job.stream) V::fence();
     return worker.barrier();
   }
 

@@ -21,7 +21,7 @@ struct Product {
   const T* b;
   Index b_step, b_gap;  // from k to k+1; from vector n to n+1
   Index runs, run;
-  Index b_block, acc_block;  // W > 1: from one block's N vectors to the next's, in b and, in vectors, in acc
+  Index b_block = 0, acc_block = 0;  // W > 1: from a block's N vectors to the next's, in b and, in vectors, in acc
 };
 
 // What a sum takes in a register before it is added to its accumulator: all of it with FMA. A level without rounds

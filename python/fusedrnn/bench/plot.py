@@ -10,39 +10,18 @@ try:
 except ImportError as error:
     raise ImportError("--plot needs matplotlib: pip install 'fusedrnn[plot]'") from error
 
-NAMES = {
-    "torch": "PyTorch layer",
-    "torch-cell": "PyTorch cell in a loop",
-    "torch-packed": "PyTorch packed sequence",
-    "torch-masked": "PyTorch loop with masks",
-    "onnxruntime": "ONNX Runtime",
-    "jax": "JAX lax.scan",
-    "dezero": "DeZero",
-    "numba": "our Numba backend",
-    "reference": "our NumPy reference",
+# Label, colour (Okabe and Ito's, which colour-blind readers tell apart) and marker.
+STYLES: dict[str, tuple[str, str, str]] = {
+    "torch": ("PyTorch layer", "#0072b2", "o"),
+    "torch-cell": ("PyTorch cell in a loop", "#56b4e9", "s"),
+    "torch-packed": ("PyTorch packed sequence", "#0072b2", "D"),
+    "torch-masked": ("PyTorch loop with masks", "#0072b2", "P"),
+    "onnxruntime": ("ONNX Runtime", "#d55e00", "v"),
+    "jax": ("JAX lax.scan", "#009e73", "^"),
+    "dezero": ("DeZero", "#cc79a7", "X"),
+    "numba": ("our Numba backend", "#e69f00", "P"),
+    "reference": ("our NumPy reference", "#999999", "*"),
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart; a shape each for print.
-STYLES: dict[str, tuple[str, str]] = dict(
-    zip(
-        NAMES,
-        zip(
-            (
-                "#0072b2",
-                "#56b4e9",
-                "#0072b2",
-                "#0072b2",
-                "#d55e00",
-                "#009e73",
-                "#cc79a7",
-                "#e69f00",
-                "#999999",
-            ),
-            "osDPv^XP*",
-            strict=True,
-        ),
-        strict=True,
-    )
-)
 
 
 def draw(report: dict[str, Any], path: str) -> None:
@@ -68,8 +47,8 @@ def draw(report: dict[str, Any], path: str) -> None:
     for peer in report["peers"]:
         places = [k for k, row in enumerate(rows) if peer in row["participants"]]
         ratios = [rows[k]["participants"][peer]["ratio"] for k in places]
-        colour, marker = STYLES[peer]
-        axes.scatter(ratios, places, 42, color=colour, marker=marker, label=NAMES[peer], zorder=3)
+        label, colour, marker = STYLES[peer]
+        axes.scatter(ratios, places, 42, color=colour, marker=marker, label=label, zorder=3)
     axes.axvline(1, color="black", linewidth=1, zorder=2)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

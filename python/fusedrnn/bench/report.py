@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fusedrnn.bench.runner import FULL, OURS
+from fusedrnn.bench.runner import FULL, OURS, ways_of_torch
 
 BUSY = 0.05  # of the cores; threads that wait for each other by spinning then lose far more than that
 
@@ -63,7 +63,7 @@ def memory_table(report: dict[str, Any]) -> Table:
     rows = []
     for row in report["rows"]:
         each = row["participants"]
-        theirs = next((name for name in each if name.startswith("torch")), None)
+        theirs = next(iter(ways_of_torch(each)), None)
         cells = [row["case"]]
         for name in (OURS, theirs):
             saved = each[name].get("saved") if name else None

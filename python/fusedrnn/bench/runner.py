@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,10 +82,14 @@ def run_case(
     return row
 
 
+def ways_of_torch(names: Iterable[str]) -> list[str]:
+    """PyTorch's ways among the names."""
+    return [name for name in names if name.startswith("torch")]
+
+
 def add_peaks(row: dict[str, Any], case: Case, dtype: str, threads: int, backend: str) -> None:
     """Measure the peak memory of ours and of PyTorch's first way, each in processes of its own."""
-    theirs = next((name for name in row["participants"] if name.startswith("torch")), None)
-    for name in filter(None, (OURS, theirs)):
+    for name in (OURS, *ways_of_torch(row["participants"])[:1]):
         peer = None if name == OURS else name
         row["participants"][name]["peak"] = memory.peak(case, dtype, threads, backend, peer)
 
@@ -102,10 +106,9 @@ def means(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> dict[str, Any
         each = [[row["participants"][n]["ratio"] for n in names if n in row["participants"]] for row in rows]
         return [found for found in each if found]
 
-    torch = [name for name in peers if name.startswith("torch")]
     return {
         "geometric_mean": {name: mean([r[0] for r in ratios([name])]) for name in peers},
-        "best_of_torch": mean([min(r) for r in ratios(torch)]),
+        "best_of_torch": mean([min(r) for r in ratios(ways_of_torch(peers))]),
         "best_of_all": mean([row["best"]["ratio"] for row in rows if row["best"]]),
     }
 
