@@ -8,6 +8,7 @@
 #include "cpu/forward.h"
 #include "cpu/steps.h"
 #include "cpu/tile.h"
+#include "simd/transpose.h"
 
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
@@ -195,9 +196,13 @@ struct BackwardLoop {
     tile_for<V>(m, wide)(p, count, acc);
   }
 
+  // Blocks per panel. Four of large weights would leave no room in the cache for the rows they meet.
+  int width() const { return job.blocks * (4 * A * kBlock * kBlock) * Index(sizeof(T)) < kLargePanel ? 4 : 3; }
+  static constexpr Index kLargePanel = 512 << 10;
+
   template <class Epilogue>
   bool tiles(Index n_rows, Epilogue&& tile_at) const {
-    const Cut row_tiles(n_rows, max_rows<V>(4)), panels(block_end - block_begin, n_rows == 1 ? kOneRow : 4);
+    const Cut row_tiles(n_rows, max_rows<V>(width())), panels(block_end - block_begin, n_rows == 1 ? kOneRow : width());
     const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
@@ -343,15 +348,18 @@ struct BackwardLoop {
     const Index n = worker.region.threads, share_begin = count * worker.region.thread / n,
                 share = count * (worker.region.thread + 1) / n - share_begin;
     const Index blocks = (job.I + kBlock - 1) / kBlock;
-    const Cut panels(blocks, 4);
+    const Cut panels(blocks, width());
     const int widest = int(panels.pieces ? panels.begin(1) : 1);
     const Cut row_tiles(share, max_rows<V>(widest));
-    for (Index i = 0; i < row_tiles.pieces; ++i) {
-      const Index first = share_begin + row_tiles.begin(i);
-      const int m = int(share_begin + row_tiles.begin(i + 1) - first);
-      const T* da[kMaxTile];
-      for (int r = 0; r < m; ++r) da[r] = da_row(first + r) + Cell::input.first * kBlock;
-      for (Index j = 0; j < panels.pieces; ++j) {
+    const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
+                inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
+    for (Index o = 0; o < outer; ++o) {
+      for (Index k = 0; k < inner; ++k) {
+        const Index i = job.rows_outside ? o : k, j = job.rows_outside ? k : o;
+        const Index first = share_begin + row_tiles.begin(i);
+        const int m = int(share_begin + row_tiles.begin(i + 1) - first);
+        const T* da[kMaxTile];
+        for (int r = 0; r < m; ++r) da[r] = da_row(first + r) + Cell::input.first * kBlock;
         const Index block = panels.begin(j);
         const int wide = int(panels.begin(j + 1) - block);
         for (Index lane = 0; lane < kBlock; lane += V::lanes) {
@@ -441,19 +449,19 @@ struct BackwardLoop {
     if (!out || !part.count) return;
     const Group& group = groups.of_column(column);
     const Index n = worker.region.threads, i = worker.region.thread;
-    for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block) {
-      const T* from = job.dpacked + block * job.dpacked_block + group.offset;
-      const Index lanes = job.H - block * kBlock < kBlock ? job.H - block * kBlock : kBlock;
-      for (Index k0 = 0; k0 < columns; k0 += kBlock) {
-        const Index k1 = k0 + kBlock < columns ? k0 + kBlock : columns;
-        for (int s = 0; s < part.count; ++s)
-          for (Index lane = 0; lane < lanes; ++lane) {
-            T* to = out + (part.gate[s] * job.H + block * kBlock + lane) * columns;
-            for (Index k = k0; k < k1; ++k)
-              to[k] = from[((column - group.column + k) * group.count + part.first - group.first + s) * kBlock + lane];
-          }
+    const Index step = group.count * kBlock;
+    for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block)
+      for (int s = 0; s < part.count; ++s) {
+        const T* from = job.dpacked + block * job.dpacked_block + group.offset + (column - group.column) * step +
+                        (part.first - group.first + s) * kBlock;
+        T* to = out + (part.gate[s] * job.H + block * kBlock) * columns;
+        const Index lanes = job.H - block * kBlock < kBlock ? job.H - block * kBlock : kBlock;
+        Index k = 0;
+        if (lanes == kBlock)
+          for (; k + kBlock <= columns; k += kBlock) transpose(from + k * step, step, to + k, columns);
+        for (; k < columns; ++k)
+          for (Index lane = 0; lane < lanes; ++lane) to[lane * columns + k] = from[k * step + lane];
       }
-    }
   }
 
   // The gradient of the initial state: one more product, no cell.

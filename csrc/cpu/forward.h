@@ -16,14 +16,14 @@ template <class T>
 struct ForwardRows {
   Index count = 0;
   const T **x, **h, **c;
-  T **h_out, **c_out, **middle, **saved, **c_state;  // the last two: null where not wanted
+  T **h_out, **c_out, **middle, **projected, **saved, **c_state;  // the last three: null where not wanted
 
-  static Index bytes(Index B) { return B * Index(8 * sizeof(T*)); }
+  static Index bytes(Index B) { return B * Index(9 * sizeof(T*)); }
   ForwardRows(char* memory, Index B) {
     x = reinterpret_cast<const T**>(memory);
     h = x + B, c = h + B;
     h_out = const_cast<T**>(c + B);
-    c_out = h_out + B, middle = c_out + B, saved = middle + B, c_state = saved + B;
+    c_out = h_out + B, middle = c_out + B, projected = middle + B, saved = projected + B, c_state = saved + B;
   }
 };
 
@@ -38,11 +38,17 @@ struct ForwardLoop {
   const ForwardJob<T>& job;
   const Worker& worker;
   ForwardRows<T> rows;
+  ForwardRows<T> ahead;          // the rows of several steps, for their projection
+  Index ahead_begin = 0;         // the first of these steps
   Index row_begin, row_end;      // this thread's rows of the batch
   Index block_begin, block_end;  // and its blocks of units
 
   ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_)
-      : job(job_), worker(worker_), rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B) {
+      : job(job_),
+        worker(worker_),
+        rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B),
+        ahead(job_.scratch + worker_.region.thread * job_.scratch_step + ForwardRows<T>::bytes(job_.steps.B),
+              job_.projected_steps * job_.steps.B) {
     const Index n = worker.region.threads, i = worker.region.thread;
     row_begin = worker.by_rows ? first_row(job.steps, i, n) : 0;
     row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : job.steps.B;
@@ -61,10 +67,16 @@ struct ForwardLoop {
                ? job.kept.saved + (t - job.kept.first) * job.kept.saved_step + b * job.blocks * (Cell::saved * kBlock)
                : nullptr;
   }
+  T* projected_row(Index s, Index b) const {
+    return job.projected
+               ? job.projected + ((s - ahead_begin) * job.steps.B + b) * job.blocks * (Cell::input.count * kBlock)
+               : nullptr;
+  }
   T* h_out(Index t, Index b) const { return job.h_out + t * job.h_out_step + b * job.P; }
 
-  void select_rows(Index t) {
+  void select_rows(Index s) {
     const Steps& steps = job.steps;
+    const Index t = time_of(steps, s);
     const Index before_t = steps.reverse ? t + 1 : t - 1, B = steps.B;
     rows.count = 0;
     for (Index b = row_begin; b < row_end; ++b) {
@@ -74,6 +86,7 @@ struct ForwardLoop {
       rows.middle[i] = job.middle ? job.middle + b * job.blocks * kBlock : nullptr;
       rows.h_out[i] = h_out(t, b);
       rows.c_out[i] = c_row(t, b);
+      rows.projected[i] = projected_row(s, b);
       rows.saved[i] = saved_row(t, b);
       rows.c_state[i] = Cell::has_c && job.c_states ? job.c_states + (t * B + b) * job.H : nullptr;
       switch (before(steps, t, b)) {
@@ -119,16 +132,66 @@ struct ForwardLoop {
     v.store(to);
   }
 
-  // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
-  void phase1(Index first, int m, Index block, int wide, Index lane) {
-    alignas(64) T acc[kMaxTile * V::lanes];
+  // acc[wide][A][m] = bias.
+  void start(Index block, int wide, int m, Index lane, T* acc) const {
     for (int n = 0; n < wide * A; ++n) {
       const V bias = V::load(job.bias + (block * A + n) * kBlock + lane);
       for (int i = 0; i < m; ++i) bias.store(acc + (n * m + i) * V::lanes);
     }
+  }
+
+  // Where the input's accumulators of tile row i lie in acc, and in a row of `projected`: then(acc, row).
+  template <class Then>
+  static void each_projected(T* const* to, Index block, int wide, int m, Index lane, T* acc, Then&& then) {
+    for (int w = 0; w < wide; ++w)
+      for (int s = 0; s < Cell::input.count; ++s)
+        for (int i = 0; i < m; ++i)
+          then(acc + ((w * A + Cell::input.first + s) * m + i) * V::lanes,
+               to[i] + ((block + w) * Cell::input.count + s) * kBlock + lane);
+  }
+
+  // bias + W x of steps [begin, end): few rows a step would read W from afar once a step.
+  bool project(Index begin, Index end) {
+    ahead_begin = begin;
+    Index n = 0;
+    for (Index s = begin; s < end; ++s) {
+      const Index t = time_of(job.steps, s);
+      for (Index b = row_begin; b < row_end; ++b)
+        if (valid(job.steps, t, b))
+          ahead.x[n] = job.x + t * job.x_step + b * job.x_row, ahead.projected[n++] = projected_row(s, b);
+    }
+    const Cut tiles(n, kRows), panels(block_end - block_begin, kWide);
+    for (Index j = 0; j < panels.pieces; ++j) {
+      const Index block = block_begin + panels.begin(j);
+      const int wide = int(block_begin + panels.begin(j + 1) - block);
+      for (Index r = 0; r < tiles.pieces; ++r) {
+        const Index first = tiles.begin(r);
+        const int m = int(tiles.begin(r + 1) - first);
+        for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+          alignas(64) T acc[kMaxTile * V::lanes];
+          start(block, wide, m, lane, acc);
+          const Product<T> p = product(job.input, Cell::input, ahead.x + first, job.I, block, lane);
+          tile_of(m, Cell::input, wide)(&p, 1, acc + Cell::input.first * m * V::lanes);
+          each_projected(ahead.projected + first, block, wide, m, lane, acc,
+                         [](const T* sum, T* row) { V::load(sum).store(row); });
+        }
+      }
+      if (!worker.poll()) return false;
+    }
+    return true;
+  }
+
+  // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
+  void phase1(Index first, int m, Index block, int wide, Index lane) {
+    alignas(64) T acc[kMaxTile * V::lanes];
+    start(block, wide, m, lane, acc);
     const Product<T> products[2] = {product(job.input, Cell::input, rows.x + first, job.I, block, lane),
                                     product(job.recurrent, Cell::recurrent, rows.h + first, job.P, block, lane)};
-    if constexpr (Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count) {
+    if (job.projected) {
+      each_projected(rows.projected + first, block, wide, m, lane, acc,
+                     [](T* sum, const T* row) { V::load(row).store(sum); });
+      tile_of(m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
+    } else if constexpr (Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count) {
       tile_of(m, Cell::input, wide)(products, 2, acc + Cell::input.first * m * V::lanes);
     } else {
       tile_of(m, Cell::input, wide)(products, 1, acc + Cell::input.first * m * V::lanes);
@@ -235,8 +298,10 @@ struct ForwardLoop {
   // Steps [begin, end) of the recurrence.
   bool walk(Index begin, Index end) {
     for (Index s = begin; s < end; ++s) {
-      const Index t = time_of(job.steps, s);
-      select_rows(t);
+      if (job.projected && (s - begin) % job.projected_steps == 0 &&
+          !project(s, s + job.projected_steps < end ? s + job.projected_steps : end))
+        return false;
+      select_rows(s);
       for (int phase = 1; phase <= Cell::phases; ++phase) {
         if (!step(phase)) return false;
         if (!worker.by_rows && !worker.barrier()) return false;

@@ -34,7 +34,9 @@ constexpr cpu::CellShape shape_of() {
           Cell::has_direct, Cell::input,        Cell::recurrent, Cell::recurrent2};
 }
 
-Index forward_scratch(Index B) { return ForwardRows<T>::bytes(B); }
+Index forward_scratch(Index B, Index projected_steps) {
+  return ForwardRows<T>::bytes(B) + ForwardRows<T>::bytes(projected_steps * B);
+}
 Index backward_scratch(Index B, Index chunk_steps) { return BackwardRows<T>::bytes(B, B * chunk_steps, chunk_steps); }
 
 #define FUSEDRNN_TEXT2(x) #x

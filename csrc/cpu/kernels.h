@@ -84,6 +84,9 @@ struct ForwardJob {
   T* borders;   // [chunk][B][blocks*16]: c before each chunk of chunk_steps, counted from the end; or null
   Index chunk_steps;
   T* middle;  // [B][blocks*16], two-phase cells
+  // W x + bias of so many steps at once: [step][B][blocks][input's accumulators][16], or null: step by step.
+  T* projected;
+  Index projected_steps;
   T *hT, *cT, *h_states, *c_states;
   bool rows_outside;
   char* scratch;  // per thread
@@ -135,7 +138,7 @@ struct PackJob {
 template <class T>
 struct Kernels {
   const char* name;
-  Index (*forward_scratch)(Index B);  // bytes per thread
+  Index (*forward_scratch)(Index B, Index projected_steps);  // bytes per thread
   Index (*backward_scratch)(Index B, Index chunk_steps);
   void (*pack)(const PackJob<T>&);
   void (*pack_transposed)(const PackJob<T>&);

@@ -106,6 +106,11 @@ void run_job(bool (*kernel)(const Job&, const cpu::Worker&), const Job& job, int
 constexpr std::size_t kCoreCache = 1 << 20;  // bytes of weights that every core can keep
 constexpr Index kSharedCache = 16 << 20;     // bytes that backward would still find there: docs/speed.md
 
+template <class T>
+std::size_t weight_bytes(const CellShape& shape, const Sizes& n) {
+  return std::size_t(shape.gates) * n.H * (n.I + n.P) * sizeof(T);
+}
+
 struct Split {
   int threads;
   bool by_rows;
@@ -113,20 +118,21 @@ struct Split {
 
 // Rows where the weights stay in each core's cache anyway or there are many rows; else units, each core keeping its own
 // part of the weights. Below a measured amount of work per step, one thread.
-Split split_for(const CellShape& shape, const Sizes& n, std::size_t element) {
+template <class T>
+Split split_for(const CellShape& shape, const Sizes& n) {
   const cpu::ControlWord word(false);   // or the caller's would show our inexact quotients
   constexpr double kMinimum = 2e6;      // multiply-adds per thread and call: about 20 us, what waking a thread may cost
   constexpr double kStepMinimum = 4e4;  // per thread and step, where a barrier follows every step
   const int threads = cpu::num_threads();
   const double step = double(n.B) * shape.gates * double(n.H) * double(n.I + n.P);
-  const std::size_t weights = std::size_t(shape.gates) * n.H * (n.I + n.P) * element;
   const auto limit = [&](double work, double minimum, Index items) {
     return int(std::max<double>(1, std::min<double>({double(threads), work / minimum, double(items)})));
   };
   const bool worth = thread_minimum.load(std::memory_order_relaxed);
   const int by_rows = limit(step * double(n.T), worth ? kMinimum : 1, n.B);
   const int by_units = limit(step, worth ? kStepMinimum : 1, blocks_of(n.H));
-  const bool rows = by_rows >= threads ? weights <= kCoreCache || n.B >= 16 * Index(threads) : by_rows >= by_units;
+  const bool rows =
+      by_rows >= threads ? weight_bytes<T>(shape, n) <= kCoreCache || n.B >= 16 * Index(threads) : by_rows >= by_units;
   return rows ? Split{by_rows, true} : Split{by_units, false};
 }
 
@@ -144,11 +150,24 @@ struct Chunk {
     da_row = shape.accumulators * blocks_of(n.H) * kBlock + kBlock;
     inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
     const Index row = (da_row + inputs_row) * Index(sizeof(T));
-    const Index bytes = std::max<Index>(Index(768) << 10, 384 * row);
-    steps = std::max<Index>(1, std::min(n.T, bytes / (std::max<Index>(1, n.B) * row)));
+    const Index rows = weight_bytes<T>(shape, n) > 4 * kCoreCache ? 640 : 384;
+    const Index bytes = std::max<Index>(Index(768) << 10, rows * row);
+    steps = std::max<Index>(1, bytes / (std::max<Index>(1, n.B) * row));
+    if (n.T <= steps + steps / 2) steps = std::max<Index>(1, n.T);  // a short rest would cost as much as a chunk
     count = (n.T + steps - 1) / steps;
   }
 };
+
+// How many steps' W x is made at once; 0: each step's with the step. One row would leave most of a tile empty, and few
+// rows would read weights larger than the cache from afar in every step. Else it gains nothing: docs/speed.md.
+template <class T>
+Index projected_steps(const CellShape& shape, const Sizes& n) {
+  constexpr Index kRows = 96;  // enough to pay for reading the weights, and their sums stay in the cache
+  const bool large = !thread_minimum || weight_bytes<T>(shape, n) > kCoreCache;
+  if (n.I < kBlock || n.B < 1 || n.B > (large ? kRows / 4 : 1)) return 0;
+  const Index steps = std::min(n.T, kRows / n.B);
+  return steps > 1 ? steps : 0;
+}
 
 // Without rows there is nothing to walk through, however many steps.
 cpu::Steps steps_of(const Problem& p) { return {p.sizes.B ? p.sizes.T : 0, p.sizes.B, p.lengths, p.reset, p.reverse}; }
@@ -171,14 +190,15 @@ struct PackAll {
 
   void run(double elements, Poll poll) {
     const int threads = elements > 1e5 ? cpu::num_threads() : 1;
+    constexpr Index kTogether = 4;  // blocks between two polls; of a row's columns, as many come at once
     const auto body = [](void* data, cpu::Region& region) {
       const PackAll& all = *static_cast<const PackAll*>(data);
       for (int i = 0; i < all.count; ++i) {
         cpu::PackJob<T> part = all.job[i];
         const Index n = part.block_end;
         const Index end = n * (region.thread + 1) / region.threads;
-        for (Index block = n * region.thread / region.threads; block < end; ++block) {
-          part.block_begin = block, part.block_end = block + 1;
+        for (Index block = n * region.thread / region.threads; block < end; block = part.block_end) {
+          part.block_begin = block, part.block_end = std::min(end, block + kTogether);
           all.pack(part);
           if (!region.poll()) return;
         }
@@ -255,7 +275,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   const CellShape& shape = kernels.shape[int(problem.cell)];
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
-  const Split split = split_for(shape, n, sizeof(T));
+  const Split split = split_for<T>(shape, n);
 
   const Chunk<T> chunk(shape, n);
 
@@ -265,9 +285,11 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const bool all = call.save == Save::all;
   const Index steps = all ? n.T : 1,
               borders_count = call.save == Save::borders && shape.has_c && chunk.count ? chunk.count - 1 : 0;
-  T *saved = nullptr, *c = nullptr, *borders = nullptr, *c0 = nullptr, *middle = nullptr, *zeros = nullptr;
+  T *saved = nullptr, *c = nullptr, *borders = nullptr, *c0 = nullptr, *middle = nullptr, *projected = nullptr,
+    *zeros = nullptr;
   char* threads = nullptr;
-  const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B)) + 64;
+  const Index ahead = projected_steps<T>(shape, n);
+  const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B, ahead)) + 64;
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
     Layout<T>& kept_in = all ? tape_layout : scratch;
@@ -276,6 +298,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     borders = tape_layout.take({borders_count, n.B, units});
     c0 = scratch.take({call.c0 ? n.B : 0, units});
     middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
+    projected = scratch.take({ahead, n.B, blocks, shape.input.count, kBlock});
     zeros = scratch.take({zero_count});
     threads = reinterpret_cast<char*>(
         scratch.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
@@ -313,6 +336,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
       all && shape.phases == 1 && (!thread_minimum || job.kept.saved_step * n.T * Index(sizeof(T)) > kSharedCache);
   job.borders = borders_count ? borders : nullptr, job.chunk_steps = chunk.steps;
   job.middle = shape.phases == 2 ? middle : nullptr;
+  job.projected = ahead ? projected : nullptr, job.projected_steps = ahead;
   job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;
   job.rows_outside = rows_outside<T>(shape, n);
   job.scratch = threads, job.scratch_step = thread_bytes;
@@ -327,7 +351,7 @@ void backward(const BackwardCall<T>& call) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   const CellShape& shape = kernels.shape[int(problem.cell)];
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
-  const Split split = split_for(shape, n, sizeof(T));
+  const Split split = split_for<T>(shape, n);
   const Weights<T>& dw = call.dweights;
   const bool need_weights = dw.weight_ih || dw.weight_hh || dw.bias_ih || dw.bias_hh;
 
@@ -345,7 +369,7 @@ void backward(const BackwardCall<T>& call) {
   const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
   const Index zero_count = std::max({n.P, units, chunk.da_row});
   const Index replay_steps = replay ? chunk.steps : 0, replay_rows = replay ? n.B : 0;
-  const Index replay_bytes = lines<char>(kernels.forward_scratch(n.B)) + 64;
+  const Index replay_bytes = lines<char>(kernels.forward_scratch(n.B, 0)) + 64;
   const Index dpacked_block = group_columns * shape.accumulators * kBlock;
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {

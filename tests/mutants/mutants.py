@@ -22,7 +22,7 @@ LSTM, GRU, RNN = "cells/lstm.h", "cells/gru.h", "cells/rnn.h"
 FORWARD, BACKWARD, STEPS, PACK, TILE = (
     f"cpu/{f}.h" for f in ("forward", "backward", "steps", "pack", "tile")
 )
-RUN, MATH = "cpu/run.cpp", "simd/math.h"
+RUN, MATH, TRANSPOSE = "cpu/run.cpp", "simd/math.h", "simd/transpose.h"
 
 MUTANTS = [
     # the cells, forward
@@ -118,6 +118,18 @@ MUTANTS = [
         FORWARD,
         "job.x + t * job.x_step + b * job.x_row;",
         "job.x + (t * B + b) * job.I;",
+    ),
+    Mutant(
+        "forward: x of another step projected",
+        FORWARD,
+        "ahead.x[n] = job.x + t * job.x_step",
+        "ahead.x[n] = job.x + (t ? t - 1 : t) * job.x_step",
+    ),
+    Mutant(
+        "forward: one row's projection for all",
+        FORWARD,
+        "((s - ahead_begin) * job.steps.B + b) * job.blocks",
+        "((s - ahead_begin) * job.steps.B + 0 * b) * job.blocks",
     ),
     Mutant(
         "forward: last lane of the tail skipped",
@@ -272,14 +284,20 @@ MUTANTS = [
     Mutant(
         "pack: gates in the wrong order",
         PACK,
-        "(job.part.gate[s] * job.H + u) * job.K;",
-        "(s * job.H + u) * job.K;",
+        "(job.part.gate[s] * job.H + block * kBlock) * job.K;",
+        "(s * job.H + block * kBlock) * job.K;",
     ),
     Mutant(
         "pack: weight_hh for its transpose",
         PACK,
-        "? row[j] : T(0);",
-        "? job.weight[(job.part.gate[s] * job.H + (block * kBlock + j) % job.H) * job.K + u % job.K] : T(0);",
+        "? row[column + j] : T(0);",
+        "? job.weight[(job.part.gate[s] * job.H + (column + j) % job.H) * job.K + u % job.K] : T(0);",
+    ),
+    Mutant(
+        "transpose: one round too few",
+        TRANSPOSE,
+        "for (int round = 0; round < 4;",
+        "for (int round = 0; round < 3;",
     ),
     Mutant(
         "tile: last k skipped",
