@@ -5,6 +5,7 @@
 // does); sizes are checked for overflow here, before anything is allocated. Inputs are never written to and outputs
 // never overlap inputs. "contiguous" is C order.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 
@@ -107,6 +108,20 @@ using TapePtr = std::unique_ptr<Tape<T>, Deleter<T>>;
 template <class T>
 using PackedPtr = std::unique_ptr<PackedWeights<T>, Deleter<T>>;
 
+// Over how many threads a call is split: each has rows of the batch, or blocks of 16 units and a barrier every step.
+struct Split {
+  int threads;
+  bool by_rows;
+};
+
+// What the choice between them goes by (cpu/run.cpp; in words: docs/scaling.md).
+struct SplitRule {
+  static constexpr double call = 2e6;  // multiply-adds per thread and call: about 20 us, what waking a thread may cost
+  static constexpr double step = 4e4;  // per thread and step, where a barrier follows every step
+  static constexpr std::size_t core_cache = 1 << 20;  // bytes of weights that every core can keep
+  static constexpr Index rows = 16;                   // of the batch per thread, with larger weights
+};
+
 struct Interrupted {};  // thrown when the poll hook says stop
 
 // T is float or double. Throws std::bad_alloc, std::overflow_error, Interrupted.
@@ -116,6 +131,11 @@ template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call);
 template <class T>
 void backward(const BackwardCall<T>& call);
+// How forward and backward of a problem are split with so many threads, and backward's chunks of steps.
+template <class T>
+Split split_of(CellId cell, const Sizes& sizes, int threads);
+template <class T>
+Index chunks_of(CellId cell, const Sizes& sizes);
 // Subnormals are flushed to zero in kernels; off for tests and for those who need them.
 void set_flush_subnormals(bool on);
 // For tests: off, all threads take part however little the work.

@@ -16,6 +16,7 @@
 #include "cpu/control_word.h"
 #include "cpu/dispatch.h"
 #include "cpu/threads.h"
+#include "cpu/timing.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
@@ -400,6 +401,18 @@ py::dict info() {
   return d;
 }
 
+// Threads, whether by rows of the batch, and backward's chunks of steps: for docs/scaling.md, in float32.
+py::tuple split(int id, Index T, Index B, Index I, Index H, int threads) {
+  const CellId cell = cell_of(id);
+  if (T < 0 || B < 0 || I < 1 || H < 1 || threads < 1)
+    throw py::value_error("expected T and B at least 0, I, H and threads at least 1");
+  const auto size = [](Index n) { return std::size_t(n) + 16; };
+  cpu::checked_product({size(T), size(B), size(H), size(I) + size(H), 64});  // beyond what the choice itself multiplies
+  const Sizes sizes = {T, B, I, H, H};
+  const Split found = split_of<float>(cell, sizes, threads);
+  return py::make_tuple(found.threads, found.by_rows, chunks_of<float>(cell, sizes));
+}
+
 unsigned long control_word() {
 #if defined(__x86_64__)
   return _mm_getcsr();
@@ -461,6 +474,16 @@ PYBIND11_MODULE(_core, m) {
         tape.f32 ? repeat_backward_as<float>(times, tape, dy) : repeat_backward_as<double>(times, tape, dy);
       },
       py::arg("times"), py::arg("tape"), py::arg("dy"));
+  testing.def("split", &split, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
+              py::arg("threads"));
+  testing.attr("SPLIT_RULE") =
+      py::dict(py::arg("call") = SplitRule::call, py::arg("step") = SplitRule::step,
+               py::arg("core_cache") = std::size_t(SplitRule::core_cache), py::arg("rows") = Index(SplitRule::rows));
+  const py::call_guard<py::gil_scoped_release> released;
+  testing.def("time_region", &cpu::time_region, py::arg("threads"), py::arg("idle") = 0.0, released);
+  testing.def("time_barriers", &cpu::time_barriers, py::arg("threads"), py::arg("count"), released);
+  testing.def("time_transfers", &cpu::time_transfers, py::arg("count"), released);
+  testing.def("time_reads", &cpu::time_reads, py::arg("threads"), py::arg("bytes"), py::arg("passes"), released);
   testing.def("control_word", &control_word);
   testing.def("thread_minimum", &set_thread_minimum, py::arg("on"));
   testing.def("poison", &cpu::poison, py::arg("on"));

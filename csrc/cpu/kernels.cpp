@@ -39,6 +39,21 @@ Index forward_scratch(Index B, Index projected_steps) {
 }
 Index backward_scratch(Index B, Index chunk_steps) { return BackwardRows<T>::bytes(B, B * chunk_steps, chunk_steps); }
 
+T sum(const T* in, Index n) {
+  using V = Vec<T>;
+  constexpr int kAtOnce = 8;  // or each addition would wait for the one before
+  V sums[kAtOnce];
+  for (V& s : sums) s = V::zero();
+  for (; n >= kAtOnce * V::lanes; n -= kAtOnce * V::lanes, in += kAtOnce * V::lanes)
+#pragma GCC unroll 8
+    for (int i = 0; i < kAtOnce; ++i) sums[i] = sums[i] + V::load(in + i * V::lanes);
+  for (int i = 1; i < kAtOnce; ++i) sums[0] = sums[0] + sums[i];
+  alignas(64) T lanes[V::lanes], all = T(0);
+  sums[0].store(lanes);
+  for (T lane : lanes) all += lane;
+  return all;
+}
+
 #define FUSEDRNN_TEXT2(x) #x
 #define FUSEDRNN_TEXT(x) FUSEDRNN_TEXT2(x)
 const cpu::Kernels<T> table = {
@@ -63,6 +78,7 @@ const cpu::Kernels<T> table = {
 #undef X
     },
     &apply_activation<T>,
+    &sum,
 };
 
 }  // namespace

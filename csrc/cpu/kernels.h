@@ -146,6 +146,7 @@ struct Kernels {
   bool (*forward[kCells])(const ForwardJob<T>&, const Worker&);
   bool (*backward[kCells])(const BackwardJob<T>&, const Worker&);
   void (*activation)(int which, const T* in, T* out, Index n);
+  T (*sum)(const T* in, Index n);  // of all but the last few, to read them: cpu/timing.h
 };
 
 // One per level; kernels.cpp defines them, dispatch.cpp chooses.

@@ -103,42 +103,34 @@ void run_job(bool (*kernel)(const Job&, const cpu::Worker&), const Job& job, int
     throw Interrupted{};
 }
 
-constexpr std::size_t kCoreCache = 1 << 20;  // bytes of weights that every core can keep
-constexpr Index kSharedCache = 16 << 20;     // bytes that backward would still find there: docs/speed.md
+constexpr Index kSharedCache = 16 << 20;  // bytes that backward would still find there: docs/speed.md
 
 template <class T>
 std::size_t weight_bytes(const CellShape& shape, const Sizes& n) {
   return std::size_t(shape.gates) * n.H * (n.I + n.P) * sizeof(T);
 }
 
-struct Split {
-  int threads;
-  bool by_rows;
-};
-
 // Rows where the weights stay in each core's cache anyway or there are many rows; else units, each core keeping its own
 // part of the weights. Below a measured amount of work per step, one thread.
 template <class T>
-Split split_for(const CellShape& shape, const Sizes& n) {
-  const cpu::ControlWord word(false);   // or the caller's would show our inexact quotients
-  constexpr double kMinimum = 2e6;      // multiply-adds per thread and call: about 20 us, what waking a thread may cost
-  constexpr double kStepMinimum = 4e4;  // per thread and step, where a barrier follows every step
-  const int threads = cpu::num_threads();
+Split split_for(const CellShape& shape, const Sizes& n, int threads) {
+  const cpu::ControlWord word(false);  // or the caller's would show our inexact quotients
   const double step = double(n.B) * shape.gates * double(n.H) * double(n.I + n.P);
   const auto limit = [&](double work, double minimum, Index items) {
     return int(std::max<double>(1, std::min<double>({double(threads), work / minimum, double(items)})));
   };
   const bool worth = thread_minimum.load(std::memory_order_relaxed);
-  const int by_rows = limit(step * double(n.T), worth ? kMinimum : 1, n.B);
-  const int by_units = limit(step, worth ? kStepMinimum : 1, blocks_of(n.H));
-  const bool rows =
-      by_rows >= threads ? weight_bytes<T>(shape, n) <= kCoreCache || n.B >= 16 * Index(threads) : by_rows >= by_units;
+  const int by_rows = limit(step * double(n.T), worth ? SplitRule::call : 1, n.B);
+  const int by_units = limit(step, worth ? SplitRule::step : 1, blocks_of(n.H));
+  const bool rows = by_rows >= threads
+                        ? weight_bytes<T>(shape, n) <= SplitRule::core_cache || n.B >= SplitRule::rows * Index(threads)
+                        : by_rows >= by_units;
   return rows ? Split{by_rows, true} : Split{by_units, false};
 }
 
 template <class T>
 bool rows_outside(const CellShape& shape, const Sizes& n) {
-  return std::size_t(shape.gates) * n.H * n.P * sizeof(T) <= kCoreCache;
+  return std::size_t(shape.gates) * n.H * n.P * sizeof(T) <= SplitRule::core_cache;
 }
 
 // A chunk's da and joint rows [1 | x | h_prev | ...] stay in the cache between the steps and the products made of them;
@@ -150,7 +142,7 @@ struct Chunk {
     da_row = shape.accumulators * blocks_of(n.H) * kBlock + kBlock;
     inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
     const Index row = (da_row + inputs_row) * Index(sizeof(T));
-    const Index rows = weight_bytes<T>(shape, n) > 4 * kCoreCache ? 640 : 384;
+    const Index rows = weight_bytes<T>(shape, n) > 4 * SplitRule::core_cache ? 640 : 384;
     const Index bytes = std::max<Index>(Index(768) << 10, rows * row);
     steps = std::max<Index>(1, bytes / (std::max<Index>(1, n.B) * row));
     if (n.T <= steps + steps / 2) steps = std::max<Index>(1, n.T);  // a short rest would cost as much as a chunk
@@ -163,7 +155,7 @@ struct Chunk {
 template <class T>
 Index projected_steps(const CellShape& shape, const Sizes& n) {
   constexpr Index kRows = 96;  // enough to pay for reading the weights, and their sums stay in the cache
-  const bool large = !thread_minimum || weight_bytes<T>(shape, n) > kCoreCache;
+  const bool large = !thread_minimum || weight_bytes<T>(shape, n) > SplitRule::core_cache;
   if (n.I < kBlock || n.B < 1 || n.B > (large ? kRows / 4 : 1)) return 0;
   const Index steps = std::min(n.T, kRows / n.B);
   return steps > 1 ? steps : 0;
@@ -275,7 +267,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   const CellShape& shape = kernels.shape[int(problem.cell)];
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
-  const Split split = split_for<T>(shape, n);
+  const Split split = split_for<T>(shape, n, cpu::num_threads());
 
   const Chunk<T> chunk(shape, n);
 
@@ -351,7 +343,7 @@ void backward(const BackwardCall<T>& call) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   const CellShape& shape = kernels.shape[int(problem.cell)];
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
-  const Split split = split_for<T>(shape, n);
+  const Split split = split_for<T>(shape, n, cpu::num_threads());
   const Weights<T>& dw = call.dweights;
   const bool need_weights = dw.weight_ih || dw.weight_hh || dw.bias_ih || dw.bias_hh;
 
@@ -452,6 +444,16 @@ void backward(const BackwardCall<T>& call) {
 }
 
 template <class T>
+Split split_of(CellId cell, const Sizes& sizes, int threads) {
+  return split_for<T>(cpu::kernels<T>().shape[int(cell)], sizes, threads);
+}
+
+template <class T>
+Index chunks_of(CellId cell, const Sizes& sizes) {
+  return Chunk<T>(cpu::kernels<T>().shape[int(cell)], sizes).count;
+}
+
+template <class T>
 Index tape_bytes(const Tape<T>& tape) {
   return Index(tape.memory.size());
 }
@@ -465,6 +467,8 @@ void set_flush_subnormals(bool on) { flush_subnormals = on; }
   template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>, Poll); \
   template TapePtr<T> forward(const ForwardCall<T>&);                              \
   template void backward(const BackwardCall<T>&);                                  \
+  template Split split_of<T>(CellId, const Sizes&, int);                           \
+  template Index chunks_of<T>(CellId, const Sizes&);                               \
   template Index tape_bytes(const Tape<T>&);
 FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)
