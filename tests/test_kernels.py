@@ -398,6 +398,16 @@ def test_without_a_tape_the_results_are_the_same(cell, dtype):
 # --- NaN and infinity --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cell", [LSTM(), GRU(), GRU(reset_after=False)], ids=cell_name)
+def test_a_tape_holds_no_padding(cell):
+    p = problem(cell, 40, 10, 3, 32, lengths=True)
+    full = CPU.forward(cell, p.x, p.weights, p.state0).tape.bytes
+    ragged = CPU.forward(cell, p.x, p.weights, p.state0, lengths=p.lengths).tape.bytes
+    valid = p.lengths.sum() / (40 * 10)
+    assert 0 < valid < 0.7
+    assert ragged == pytest.approx(valid * full, abs=512)
+
+
 @pytest.mark.mutation
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)

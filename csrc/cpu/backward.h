@@ -123,11 +123,10 @@ struct BackwardLoop {
   Index earlier(Index t) const { return job.steps.reverse ? t + 1 : t - 1; }
   T* da_row(Index row) const { return job.da + row * job.da_row; }
   const T* c_row(Index t, Index b) const {
-    return (kept.has(t) ? kept.c + (t - kept.first) * kept.c_step : kept.c_border) + b * units;
+    return kept.has(t) ? kept.c + kept.row(t, b) * units : kept.c_border + b * units;
   }
   const T* saved_row(Index t, Index b) const {
-    return kept.saved ? kept.saved + (t - kept.first) * kept.saved_step + b * job.blocks * (Cell::saved * kBlock)
-                      : nullptr;
+    return kept.saved ? kept.saved + kept.row(t, b) * job.blocks * (Cell::saved * kBlock) : nullptr;
   }
   const T* h_row(Index t, Index b) const { return job.y + (t * B + b) * job.P; }
 

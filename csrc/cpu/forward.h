@@ -59,13 +59,11 @@ struct ForwardLoop {
   // Null for cells without c.
   T* c_row(Index t, Index b) const {
     if (!Cell::has_c) return nullptr;
-    return (job.kept.has(t) ? job.kept.c + (t - job.kept.first) * job.kept.c_step : job.kept.c_border) +
-           b * job.blocks * kBlock;
+    const Index units = job.blocks * kBlock;
+    return job.kept.has(t) ? job.kept.c + job.kept.row(t, b) * units : job.kept.c_border + b * units;
   }
   T* saved_row(Index t, Index b) const {
-    return job.kept.saved
-               ? job.kept.saved + (t - job.kept.first) * job.kept.saved_step + b * job.blocks * (Cell::saved * kBlock)
-               : nullptr;
+    return job.kept.saved ? job.kept.saved + job.kept.row(t, b) * job.blocks * (Cell::saved * kBlock) : nullptr;
   }
   T* projected_row(Index s, Index b) const {
     return job.projected

@@ -57,12 +57,13 @@ struct Steps {
 template <class T>
 struct Kept {
   Index first, count;
-  T* saved;          // [count or 1][B][blocks][saved][16] or null
-  Index saved_step;  // 0: one step is enough
-  T* c;              // [count or 1][B][blocks*16] or null
-  Index c_step;
-  T* c_border;  // [B][blocks*16]
+  Index step;           // rows from a step to the next: B; 0: one step is enough
+  const Index* starts;  // (B) with lengths: row b's steps follow each other from here, without padding; or null
+  T* saved;             // [row][blocks][saved][16] or null
+  T* c;                 // [row][blocks*16]
+  T* c_border;          // [B][blocks*16]
   bool has(Index t) const { return t >= first && t < first + count; }
+  Index row(Index t, Index b) const { return starts ? starts[b] + t : (t - first) * step + b; }
 };
 
 template <class T>

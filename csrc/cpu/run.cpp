@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "api.h"
 #include "cpu/arena.h"
@@ -29,8 +30,9 @@ template <class T>
 struct Tape {
   Save save;
   Buffer memory;
-  T *saved, *c;  // every step's; null with borders
-  T* borders;    // c before each chunk but the first; null with everything saved
+  std::vector<Index> starts;  // with lengths: cpu::Kept
+  T *saved, *c;               // every step's; null with borders
+  T* borders;                 // c before each chunk but the first; null with everything saved
 };
 
 namespace {
@@ -275,7 +277,13 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   Layout<T> tape_layout, scratch;
   TapePtr<T> tape(call.save == Save::nothing ? nullptr : new Tape<T>{});
   const bool all = call.save == Save::all;
-  const Index steps = all ? n.T : 1,
+  if (all && problem.lengths) {
+    tape->starts.resize(std::size_t(n.B) + 1);
+    for (Index b = 0; b < n.B; ++b) tape->starts[b + 1] = tape->starts[b] + problem.lengths[b];
+  }
+  const Index rows = !all              ? n.B
+                     : problem.lengths ? tape->starts[n.B]
+                                       : n.T * n.B,
               borders_count = call.save == Save::borders && shape.has_c && chunk.count ? chunk.count - 1 : 0;
   T *saved = nullptr, *c = nullptr, *borders = nullptr, *c0 = nullptr, *middle = nullptr, *projected = nullptr,
     *zeros = nullptr;
@@ -285,8 +293,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
     Layout<T>& kept_in = all ? tape_layout : scratch;
-    saved = kept_in.take({all || shape.phases == 2 ? steps : 0, n.B, shape.saved, units});
-    c = kept_in.take({shape.has_c ? steps : 0, n.B, units});
+    saved = kept_in.take({all || shape.phases == 2 ? rows : 0, shape.saved, units});
+    c = kept_in.take({shape.has_c ? rows : 0, units});
     borders = tape_layout.take({borders_count, n.B, units});
     c0 = scratch.take({call.c0 ? n.B : 0, units});
     middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
@@ -318,14 +326,14 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   job.y = call.y, job.h_out = call.y, job.h_out_step = n.B * n.P;
   job.kept = {0,
               n.T,
+              all ? n.B : 0,
+              all && problem.lengths ? tape->starts.data() : nullptr,
               shape.saved && (all || shape.phases == 2) ? saved : nullptr,
-              all ? n.B * shape.saved * units : 0,
               c,
-              all ? n.B * units : 0,
               nullptr};
   // Written through a cache that cannot hold it, a line would be read first. Phase 2 reads it again at once.
   job.stream =
-      all && shape.phases == 1 && (!thread_minimum || job.kept.saved_step * n.T * Index(sizeof(T)) > kSharedCache);
+      all && shape.phases == 1 && (!thread_minimum || rows * shape.saved * units * Index(sizeof(T)) > kSharedCache);
   job.borders = borders_count ? borders : nullptr, job.chunk_steps = chunk.steps;
   job.middle = shape.phases == 2 ? middle : nullptr;
   job.projected = ahead ? projected : nullptr, job.projected_steps = ahead;
@@ -409,10 +417,10 @@ void backward(const BackwardCall<T>& call) {
   job.y = call.y;
   job.kept = {0,
               n.T,
+              n.B,
+              replay || call.tape->starts.empty() ? nullptr : call.tape->starts.data(),
               shape.saved ? replay ? saved : call.tape->saved : nullptr,
-              n.B * shape.saved * units,
               shape.has_c ? replay ? c : call.tape->c : nullptr,
-              n.B * units,
               nullptr};
   cpu::ForwardJob<T> again{};
   if (replay) {
@@ -455,7 +463,7 @@ Index chunks_of(CellId cell, const Sizes& sizes) {
 
 template <class T>
 Index tape_bytes(const Tape<T>& tape) {
-  return Index(tape.memory.size());
+  return Index(tape.memory.size() + tape.starts.size() * sizeof(Index));
 }
 
 void set_thread_minimum(bool on) { thread_minimum = on; }
