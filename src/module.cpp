@@ -383,6 +383,8 @@ py::array_t<T> activation_as(int which, const py::object& x, const std::string& 
   return out;
 }
 
+const char* team() { return cpu::team() == cpu::Team::openmp ? "openmp" : "own"; }
+
 py::dict info() {
   py::dict d;
   py::list built, detected;
@@ -436,6 +438,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("info", &info);
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("threads"));
+  m.def("team", &team);
+  m.def("set_team", [](bool openmp) { cpu::set_team(openmp ? cpu::Team::openmp : cpu::Team::own); }, py::arg("openmp"));
   m.def("set_flush_subnormals", &set_flush_subnormals, py::arg("on"));
 
   py::module_ testing = m.def_submodule("testing", "Hooks of the test suite.");

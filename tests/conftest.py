@@ -42,12 +42,13 @@ def all_threads(request):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; the old one comes back after the test."""
-    from fusedrnn.threads import get_num_threads, set_num_threads
+    """Sets the number of threads; the old one comes back after the test, and our own team."""
+    from fusedrnn.threads import get_num_threads, set_num_threads, set_team
 
     before = get_num_threads()
     yield set_num_threads
     set_num_threads(before)
+    set_team("own")
 
 
 @pytest.fixture
