@@ -6,7 +6,7 @@ Beside it the same model with nn.LSTM. PyTorch's own threads run between our cal
     python bench/torch_step.py --threads 1
     python bench/torch_step.py --json FILE
 
-Ours is timed twice: with our own pool of threads, and on the caller's thread alone.
+Ours is timed three times: on our own pool of threads, on PyTorch's OpenMP team, on the caller's thread alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from fusedrnn import functional, system
 from fusedrnn.bench.report import BUSY
 from fusedrnn.bench.timing import Others, ratio, same_threads, spread, time_blocks
-from fusedrnn.threads import set_num_threads
+from fusedrnn.threads import set_num_threads, set_team
 
 SHAPES = ((64, 16, 128, 128), (30, 30, 1, 100))  # T, B, I, H
 CELL = functional.LSTM()
@@ -51,12 +51,12 @@ class FusedLSTM(torch.nn.LSTM):
 
 
 class Training:
-    """One model and its optimizer; a call is a step, with ``threads`` for our kernels."""
+    """One model and its optimizer; a call is a step, with ``threads`` of ``team`` for our kernels."""
 
-    def __init__(self, layer, shape, threads):
+    def __init__(self, layer, shape, threads, team="own"):
         T, B, I, H = shape
         torch.manual_seed(0)
-        self.threads = threads
+        self.threads, self.team = threads, team
         self.rnn = layer(I, H)
         self.head = torch.nn.Linear(H, 1)
         self.optimizer = torch.optim.Adam([*self.rnn.parameters(), *self.head.parameters()])
@@ -64,6 +64,7 @@ class Training:
 
     def __call__(self):
         set_num_threads(self.threads)
+        set_team(self.team)
         self.optimizer.zero_grad()
         y, _ = self.rnn(self.x)
         loss = torch.nn.functional.mse_loss(self.head(y), self.target)
@@ -73,10 +74,11 @@ class Training:
 
 
 def measure(shape, threads, blocks=9, seconds=0.1):
-    """Check that all three learn the same, then time them in turn."""
+    """Check that all learn the same, then time them in turn."""
     runs = {
         "nn.LSTM": Training(torch.nn.LSTM, shape, threads),
         "ours, own pool": Training(FusedLSTM, shape, threads),
+        "ours, OpenMP team": Training(FusedLSTM, shape, threads, "openmp"),
         "ours, one thread": Training(FusedLSTM, shape, 1),
     }
     losses = {name: torch.tensor([run() for _ in range(5)]) for name, run in runs.items()}

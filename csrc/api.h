@@ -138,8 +138,9 @@ template <class T>
 Index chunks_of(CellId cell, const Sizes& sizes);
 // Subnormals are flushed to zero in kernels; off for tests and for those who need them.
 void set_flush_subnormals(bool on);
-// For tests: off, all threads take part however little the work.
-void set_thread_minimum(bool on);
+// For tests: off, small problems take what only large ones are worth (all threads, stores past the caches, inputs
+// projected ahead).
+void set_thresholds(bool on);
 // Bytes that a tape holds.
 template <class T>
 Index tape_bytes(const Tape<T>& tape);

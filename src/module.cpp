@@ -384,6 +384,8 @@ py::array_t<T> activation_as(int which, const py::object& x, const std::string& 
   return out;
 }
 
+const char* team() { return cpu::team() == cpu::Team::openmp ? "openmp" : "own"; }
+
 py::dict info() {
   py::dict d;
   py::list built, detected;
@@ -449,6 +451,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("info", &info);
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("threads"));
+  m.def("team", &team);
+  m.def("set_team", [](bool openmp) { cpu::set_team(openmp ? cpu::Team::openmp : cpu::Team::own); }, py::arg("openmp"));
   m.def("set_flush_subnormals", &set_flush_subnormals, py::arg("on"));
 
   py::module_ testing = m.def_submodule("testing", "Hooks of the test suite.");
@@ -485,7 +489,7 @@ PYBIND11_MODULE(_core, m) {
   testing.def("time_transfers", &cpu::time_transfers, py::arg("count"), released);
   testing.def("time_reads", &cpu::time_reads, py::arg("threads"), py::arg("bytes"), py::arg("passes"), released);
   testing.def("control_word", &control_word);
-  testing.def("thread_minimum", &set_thread_minimum, py::arg("on"));
+  testing.def("thresholds", &set_thresholds, py::arg("on"));
   testing.def("poison", &cpu::poison, py::arg("on"));
   testing.def("fail_allocation_after", &cpu::fail_allocation_after, py::arg("count"));
   testing.def("arena", [] {

@@ -29,25 +29,26 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def all_threads(request):
-    """Tests of kernels run on all threads, however small their problems."""
+def no_thresholds(request):
+    """Kernels do with the small problems of tests what only large ones are worth: all threads, for one."""
     if not request.node.get_closest_marker("kernel"):
         yield
         return
     testing = pytest.importorskip("fusedrnn._core", reason="the compiled module is not built").testing
-    testing.thread_minimum(False)
+    testing.thresholds(False)
     yield
-    testing.thread_minimum(True)
+    testing.thresholds(True)
 
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; the old one comes back after the test."""
-    from fusedrnn.threads import get_num_threads, set_num_threads
+    """Sets the number of threads; the old one comes back after the test, and our own team."""
+    from fusedrnn.threads import get_num_threads, set_num_threads, set_team
 
     before = get_num_threads()
     yield set_num_threads
     set_num_threads(before)
+    set_team("own")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(1800)
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 FLAGS = {"avx2": ["-mavx2", "-mfma"], "neon": [], "portable": []}  # the first that runs here
-SOURCES = ["run", "dispatch", "threads", "arena", "isa", "timing"]
+SOURCES = ["run", "dispatch", "threads", "openmp", "arena", "isa", "timing"]
 
 
 def level():

@@ -41,7 +41,7 @@ from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, RNN
 CPU = CpuBackend()
 _core.set_num_threads(int(os.environ.get("TEST_THREADS", "2")))
-_core.testing.thread_minimum(False)
+_core.testing.thresholds(False)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a process started in the background
 
 small = problem(LSTM(), 9, 40, 5, 33, dtype=np.float32)

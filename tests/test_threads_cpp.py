@@ -14,12 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST = ROOT / "tests/cpp/runtime_test.cpp"
-SOURCES = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("threads", "arena", "isa")]
+SOURCES = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("threads", "openmp", "arena", "isa")]
 BUILDS = {
     "plain": ["-O2"],
     "no_futex": ["-O2", "-DFUSEDRNN_NO_FUTEX"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "openmp": ["-O2", "-fopenmp"],  # the others have a stand-in for OpenMP
 }
 X86 = platform.machine() in ("x86_64", "AMD64")
 LEVELS = ["PORTABLE", "PORTABLE_FMA", "AVX2", "AVX512"] if X86 else ["PORTABLE"]
@@ -27,9 +28,13 @@ PARTS = ["regions", "errors", "interruption", "callers", "signals", "count", "ar
 EXITS = ["parked", "spinning", "inside"]
 # The thread sanitizer does not support threads in a forked child; the address sanitizer hangs in one
 # whose parent's other threads were allocating; and both reserve the address space that "limits" takes away.
-CASES = [(build, part) for build in BUILDS for part in PARTS]
-CASES += [(build, "fork") for build in BUILDS if build != "thread"]
+OWN = [build for build in BUILDS if build != "openmp"]
+CASES = [(build, part) for build in OWN for part in PARTS]
+CASES += [(build, "fork") for build in OWN if build != "thread"]
 CASES += [(build, part) for build in ("plain", "no_futex") for part in ("fork_busy", "limits")]
+OPENMP_PARTS = ["team", "regions", "errors", "interruption", "callers"]
+OPENMP_CASES = [(build, part) for build in BUILDS for part in OPENMP_PARTS]
+OPENMP_CASES += [(build, "fork") for build in BUILDS if build != "thread"]
 
 
 def builds(pairs):
@@ -57,8 +62,8 @@ def program(tmp_path_factory):
 
     def build(name):
         if name not in built:
-            flags = ["-std=c++17", "-pthread", "-Wall", "-Wextra", "-Werror", *BUILDS[name]]
-            if name in ("thread", "address"):  # is the sanitizer installed, and does it run here?
+            flags = ["-std=c++17", "-pthread", "-rdynamic", "-Wall", "-Wextra", "-Werror", *BUILDS[name]]
+            if name in ("thread", "address", "openmp"):  # is it installed, and does it run here?
                 empty = folder / "empty.cpp"
                 empty.write_text("int main() {}\n")
                 command = [*compiler.split(), *flags, empty, "-o", folder / "empty"]
@@ -69,10 +74,11 @@ def program(tmp_path_factory):
             if name not in built:
                 flags += [f"-DFUSEDRNN_HAS_{level}" for level in LEVELS]
                 flags.append(f"-I{ROOT / 'csrc'}")
-                subprocess.run([*compiler.split(), *flags, TEST, *SOURCES, "-o", folder / name], check=True)
+                command = [*compiler.split(), *flags, TEST, *SOURCES, "-ldl", "-o", folder / name]
+                subprocess.run(command, check=True)
                 built[name] = folder / name
         if built[name] is None:
-            pytest.skip(f"no {name} sanitizer here")
+            pytest.skip(f"nothing for the {name} build here")
         return built[name]
 
     return build
@@ -92,9 +98,25 @@ def test_part(program, build, part):
     output(program(build), part)
 
 
-@pytest.mark.parametrize(("build", "how"), builds((build, how) for build in BUILDS for how in EXITS))
+@pytest.mark.parametrize(("build", "part"), builds(OPENMP_CASES))
+def test_part_on_the_openmp_team(program, build, part):
+    output(program(build), part, "openmp")
+
+
+@pytest.mark.slow
+def test_openmp_with_fewer_threads_than_it_says(program):
+    output(program("openmp"), "thread_limit", "openmp", OMP_THREAD_LIMIT="3")
+
+
+@pytest.mark.parametrize(("build", "how"), builds((build, how) for build in OWN for how in EXITS))
 def test_exit(program, build, how):
     output(program(build), "exit", how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", EXITS)
+def test_exit_on_the_openmp_team(program, how):
+    output(program("openmp"), "exit", how, "openmp")
 
 
 def test_threads_from_environment(program):

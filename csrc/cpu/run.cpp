@@ -37,7 +37,7 @@ struct Tape {
 
 namespace {
 
-std::atomic<bool> thread_minimum{true};
+std::atomic<bool> thresholds{true};
 std::atomic<bool> flush_subnormals{true};
 
 Index blocks_of(Index n) { return (n + kBlock - 1) / kBlock; }
@@ -121,7 +121,7 @@ Split split_for(const CellShape& shape, const Sizes& n, int threads) {
   const auto limit = [&](double work, double minimum, Index items) {
     return int(std::max<double>(1, std::min<double>({double(threads), work / minimum, double(items)})));
   };
-  const bool worth = thread_minimum.load(std::memory_order_relaxed);
+  const bool worth = thresholds.load(std::memory_order_relaxed);
   const int by_rows = limit(step * double(n.T), worth ? SplitRule::call : 1, n.B);
   const int by_units = limit(step, worth ? SplitRule::step : 1, blocks_of(n.H));
   const bool rows = by_rows >= threads
@@ -157,7 +157,7 @@ struct Chunk {
 template <class T>
 Index projected_steps(const CellShape& shape, const Sizes& n) {
   constexpr Index kRows = 96;  // enough to pay for reading the weights, and their sums stay in the cache
-  const bool large = !thread_minimum || weight_bytes<T>(shape, n) > SplitRule::core_cache;
+  const bool large = !thresholds || weight_bytes<T>(shape, n) > SplitRule::core_cache;
   if (n.I < kBlock || n.B < 1 || n.B > (large ? kRows / 4 : 1)) return 0;
   const Index steps = std::min(n.T, kRows / n.B);
   return steps > 1 ? steps : 0;
@@ -333,7 +333,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
               nullptr};
   // Written through a cache that cannot hold it, a line would be read first. Phase 2 reads it again at once.
   job.stream =
-      all && shape.phases == 1 && (!thread_minimum || rows * shape.saved * units * Index(sizeof(T)) > kSharedCache);
+      all && shape.phases == 1 && (!thresholds || rows * shape.saved * units * Index(sizeof(T)) > kSharedCache);
   job.borders = borders_count ? borders : nullptr, job.chunk_steps = chunk.steps;
   job.middle = shape.phases == 2 ? middle : nullptr;
   job.projected = ahead ? projected : nullptr, job.projected_steps = ahead;
@@ -466,7 +466,7 @@ Index tape_bytes(const Tape<T>& tape) {
   return Index(tape.memory.size() + tape.starts.size() * sizeof(Index));
 }
 
-void set_thread_minimum(bool on) { thread_minimum = on; }
+void set_thresholds(bool on) { thresholds = on; }
 
 void set_flush_subnormals(bool on) { flush_subnormals = on; }
 

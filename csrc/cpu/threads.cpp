@@ -24,6 +24,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/openmp.h"
+
 #if defined(__linux__) && !defined(FUSEDRNN_NO_FUTEX)
 #define FUSEDRNN_FUTEX 1
 #include <linux/futex.h>
@@ -126,17 +128,15 @@ struct Shared {
   // The barrier's turn, counted in twos; bit 0 says aborted. In one word, so that nobody can sleep through an abort.
   alignas(cache_line) Word gate;
   alignas(cache_line) std::atomic<std::uint32_t> arrived{0};
-  alignas(cache_line) std::uint32_t threads = 1;
-  microseconds spin{0};
+  alignas(cache_line) microseconds spin{0};
   PollHook hook = nullptr;
   void* hook_context = nullptr;
   std::uint64_t next_poll = 0;  // the caller's alone
 
-  void start(int count, PollHook new_hook, void* new_hook_context) {
+  void start(int running, PollHook new_hook, void* new_hook_context) {  // threads running, those of others too
     gate.value.store(0, std::memory_order_relaxed);
     arrived.store(0, std::memory_order_relaxed);
-    threads = static_cast<std::uint32_t>(count);
-    spin = count > usable_cpus() ? crowded_spin : barrier_spin;
+    spin = running > usable_cpus() ? crowded_spin : barrier_spin;
     hook = new_hook;
     hook_context = new_hook_context;
     next_poll = ticks() + poll_ticks;
@@ -179,7 +179,7 @@ void Word::wait(std::uint32_t old, microseconds spin, Shared* poller) {
 bool Barrier::wait() {
   const std::uint32_t turn = shared->gate.value.load(std::memory_order_relaxed);
   if (turn & 1) return false;
-  if (shared->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == shared->threads) {
+  if (shared->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<std::uint32_t>(threads)) {
     shared->arrived.store(0, std::memory_order_relaxed);
     const std::uint32_t last = shared->gate.value.fetch_add(2);
     shared->gate.wake();
@@ -192,6 +192,7 @@ bool Barrier::wait() {
 Region::Region(int index, int count, Shared* common)
     : thread(index), threads(count), barrier(&own_barrier), shared(common) {
   own_barrier.shared = common;
+  own_barrier.threads = count;
   own_barrier.caller = index == 0;
 }
 
@@ -203,6 +204,8 @@ bool Region::poll() {
 void Region::abort() { shared->abort(); }
 
 namespace {
+
+constexpr const char* forked_inside = "the process was forked inside a parallel region";
 
 struct Pool;
 
@@ -216,6 +219,7 @@ struct Pool {
   Shared shared;
   alignas(cache_line) Word remaining;  // workers still inside the body
   alignas(cache_line) std::atomic<bool> busy{false};
+  int threads = 1;
   Body body = nullptr;
   void* context = nullptr;
   std::atomic<bool> failed{false};
@@ -223,7 +227,7 @@ struct Pool {
   std::atomic<bool> forked{false};  // this is a child's copy: the workers are gone
   std::vector<Worker*> workers;     // only whoever is `busy` touches it
 
-  Outcome run(int threads, Body new_body, void* new_context, PollHook hook, void* hook_context);
+  Outcome run(int wanted, Body new_body, void* new_context, PollHook hook, void* hook_context);
   void grow(int count);
   void work(Worker& worker);
   void finish(Shared* poller);
@@ -232,7 +236,13 @@ struct Pool {
 // Leaked, at exit (workers may be parked in it) and by a forked child (its threads and locks are lost).
 std::atomic<Pool*> current{nullptr};
 
+std::atomic<const OpenMP*> openmp{nullptr};  // null: the own pool is the team
+std::atomic<bool> openmp_lost{false};        // by a fork
+std::atomic<int> forks{0};                   // from the first process to this one
+
 void after_fork_in_child() {
+  forks.fetch_add(1);
+  if (openmp.exchange(nullptr) != nullptr) openmp_lost.store(true);
   Pool* pool = current.exchange(nullptr);
   if (pool == nullptr) return;
   // The forking thread itself may be inside the region, in its poll hook: let it out.
@@ -269,7 +279,7 @@ void Pool::work(Worker& worker) {
     worker.job.wait(turn, spin);
     spin = std::min(idle_spin, shared.spin);
     {
-      Region region(worker.thread, static_cast<int>(shared.threads), &shared);
+      Region region(worker.thread, threads, &shared);
       try {
         body(context, region);
       } catch (...) {
@@ -313,14 +323,14 @@ void Pool::grow(int count) {
   pthread_sigmask(SIG_SETMASK, &old, nullptr);
 }
 
-Outcome Pool::run(int threads, Body new_body, void* new_context, PollHook hook, void* hook_context) {
+Outcome Pool::run(int wanted, Body new_body, void* new_context, PollHook hook, void* hook_context) {
   struct Leave {
     Pool* pool;
     ~Leave() { pool->busy.store(false, std::memory_order_release); }
   } leave{this};
 
-  if (static_cast<int>(workers.size()) < threads - 1) grow(threads - 1);
-  threads = std::min(threads, static_cast<int>(workers.size()) + 1);
+  if (static_cast<int>(workers.size()) < wanted - 1) grow(wanted - 1);
+  threads = std::min(wanted, static_cast<int>(workers.size()) + 1);
   shared.start(threads, hook, hook_context);
   body = new_body;
   context = new_context;
@@ -344,17 +354,113 @@ Outcome Pool::run(int threads, Body new_body, void* new_context, PollHook hook, 
     body(context, region);
     finish(hook != nullptr ? &shared : nullptr);
   }
-  if (forked.load()) throw std::runtime_error("the process was forked inside a parallel region");
+  if (forked.load()) throw std::runtime_error(forked_inside);
   if (failed.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(error, nullptr));
   return shared.aborted() ? Outcome::interrupted : Outcome::done;
 }
 
+// A region on the caller's OpenMP team. Every calling thread has a team of its own, so nothing is kept between regions.
+struct OpenMPRegion {
+  const OpenMP& team;
+  const int wanted;
+  const Body body;
+  void* const context;
+  const PollHook hook;
+  void* const hook_context;
+  const int born = forks.load();
+
+  Shared shared{};
+  alignas(cache_line) Word left{};  // workers that are out of the body
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};  // of the first thread that failed
+  std::uint32_t workers = 0;
+
+  bool forked() const { return forks.load() != born; }
+  Outcome run();
+  void work();
+  void finish();
+  bool poll();
+};
+
+Outcome OpenMPRegion::run() {
+  static std::atomic<int> running{0};  // for all callers
+  struct Count {
+    const int threads;
+    ~Count() { running.fetch_sub(threads); }
+  } count{wanted};
+  const PollHook own_hook = [](void* self) { return static_cast<OpenMPRegion*>(self)->poll(); };
+  shared.start(running.fetch_add(wanted) + wanted, hook != nullptr ? own_hook : nullptr, this);
+  // The whole team, or libgomp would end the threads left over and start new ones for the program's next region.
+  team.parallel([](void* self) { static_cast<OpenMPRegion*>(self)->work(); }, this, 0, 0);
+  if (failed.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(error, nullptr));
+  return shared.aborted() ? Outcome::interrupted : Outcome::done;
+}
+
+void OpenMPRegion::work() {
+  // Only here is it known how many there are: limits or a nested region may have made them fewer.
+  const int threads = std::min(wanted, team.num_threads()), thread = team.thread_num();
+  if (thread >= threads) return;
+  if (thread == 0) workers = static_cast<std::uint32_t>(threads - 1);
+  try {
+    Region region(thread, threads, &shared);
+    body(context, region);
+    if (thread == 0) finish();
+  } catch (...) {
+    if (!failed.exchange(true)) error = std::current_exception();
+    shared.abort();
+  }
+  if (thread != 0) {
+    left.value.fetch_add(1);
+    left.wake();
+  } else if (forked()) {
+    // Past the runtime's own wait for threads that a forked child does not have: its frames can be unwound.
+    throw std::runtime_error(forked_inside);
+  }
+}
+
+// Waits until no worker is inside the body; OpenMP's own wait would not poll.
+void OpenMPRegion::finish() {
+  for (std::uint32_t out; (out = left.value.load(std::memory_order_acquire)) != workers;) {
+    left.wait(out, shared.spin, hook != nullptr ? &shared : nullptr);
+  }
+}
+
+bool OpenMPRegion::poll() {
+  const bool go_on = hook(hook_context);
+  if (!forked()) return go_on;
+  shared.gate.value.fetch_or(1);  // let the only thread out, past locks that the others may have held
+  left.value.store(workers);
+  return true;
+}
+
 }  // namespace
+
+void set_team(Team team) {
+  const OpenMP* found = nullptr;
+  if (team == Team::openmp) {
+    if (openmp_lost.load())
+      throw std::runtime_error("team: OpenMP's threads did not come along when this process was forked");
+    found = find_openmp();
+    if (found == nullptr) {
+      throw std::runtime_error(
+          "team: expected an OpenMP runtime in this process, found none; load one first, e.g. by importing torch");
+    }
+  }
+  openmp.store(found, std::memory_order_release);
+}
+
+Team team() { return openmp.load(std::memory_order_relaxed) != nullptr ? Team::openmp : Team::own; }
 
 Outcome run(int threads, Body body, void* context, PollHook hook, void* hook_context) {
   if (threads < 1) throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected at least 1");
+  threads = std::min(threads, max_threads);
   if (threads > 1) {
-    if (Pool* pool = enter()) return pool->run(std::min(threads, max_threads), body, context, hook, hook_context);
+    if (const OpenMP* team = openmp.load(std::memory_order_acquire)) {
+      threads = team->in_parallel() ? 1 : std::min(threads, team->max_threads());
+      if (threads > 1) return OpenMPRegion{*team, threads, body, context, hook, hook_context}.run();
+    } else if (Pool* pool = enter()) {
+      return pool->run(threads, body, context, hook, hook_context);
+    }
   }
   Shared shared;
   shared.start(1, hook, hook_context);

@@ -1,4 +1,4 @@
-// The thread pool: one parallel region per call, the calling thread takes part.
+// Parallel regions, one per call, on our own pool of threads or on an OpenMP team. The calling thread takes part.
 // No standard header here on purpose: kernel files compiled for one instruction set include this, and inline
 // library code compiled there must not be linked for every machine.
 // SPDX-License-Identifier: Apache-2.0
@@ -7,6 +7,8 @@
 namespace fusedrnn::cpu {
 
 struct Shared;  // what the threads of one region have in common (threads.cpp)
+
+enum class Team { own, openmp };
 
 // Called on the calling thread only, about every 10 ms; false asks to stop. It may run any code, but should not throw.
 using PollHook = bool (*)(void* hook_context);
@@ -19,6 +21,7 @@ class Barrier {
  private:
   friend struct Region;
   Shared* shared;
+  int threads;
   bool caller;
 };
 
@@ -48,10 +51,16 @@ constexpr int max_threads = 256;
 
 // Runs body(context, region) on `threads` threads (at most max_threads) and returns when all have left it. A body works
 // for any number of threads: there are fewer where the pool is busy with another caller (then one), where run() is
-// called from inside a body (one) or where the system gives no more threads.
+// called from inside a body (one), where the OpenMP team is smaller or where the system gives no more threads.
 // An exception in a body aborts the region and is thrown here, after all threads have left. A fork inside the poll hook
 // leaves the child without the other threads: there run() throws std::runtime_error.
 Outcome run(int threads, Body body, void* context, PollHook hook = nullptr, void* hook_context = nullptr);
+
+// Whose threads run() uses, in the whole process: our own pool, as at the start, or the calling thread's OpenMP team.
+// std::runtime_error where there is no OpenMP runtime and in a child of a process on the OpenMP team: a fork brings
+// back the own pool, as libgomp hangs in a child.
+void set_team(Team team);
+Team team();
 
 // The number of threads a call uses by default: FUSEDRNN_NUM_THREADS (std::invalid_argument if that is no number from
 // 1), else the first number in OMP_NUM_THREADS (ignored if it is none), else usable_cpus().

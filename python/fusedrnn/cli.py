@@ -100,7 +100,7 @@ def run_info(args: argparse.Namespace) -> None:
         ("instruction sets built", listed(found["built"])),
         ("instruction sets detected", listed(found["detected"])),
         ("instruction set in use", found["isa"] or "none"),
-        ("threads", str(found["threads"])),
+        ("threads", f"{found['threads']}, {found['team']} team"),
     ]
     for name, why in found["backends"].items():
         default = ", the default here" if name == found["backend"] else ""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import backends
-from fusedrnn.threads import get_num_threads
+from fusedrnn.threads import get_num_threads, get_team
 
 
 def version() -> str:
@@ -30,7 +30,8 @@ def info() -> dict[str, Any]:
     """What was built, what was found, what is used, and for each absent backend why.
 
     Keys: ``version``, ``python``, ``numpy``, ``compiler``, ``built`` and ``detected`` (instruction sets),
-    ``isa`` (the one in use), ``threads``, ``backends`` (name -> None or why not), ``backend`` (the default).
+    ``isa`` (the one in use), ``threads``, ``team`` (whose threads), ``backends`` (name -> None or why not),
+    ``backend`` (the default).
     """
     found: dict[str, Any] = {
         "version": version(),
@@ -41,6 +42,7 @@ def info() -> dict[str, Any]:
         "detected": [],
         "isa": None,
         "threads": get_num_threads(),
+        "team": get_team(),
     }
     try:
         from fusedrnn import _core

@@ -1,4 +1,4 @@
-"""How many threads the compiled kernels use. The results do not depend on it."""
+"""How many threads the compiled kernels use, and whose. The results do not depend on it."""
 
 from __future__ import annotations
 
@@ -36,3 +36,41 @@ def set_num_threads(threads: int) -> None:
         _without_core = threads
         return
     _core.set_num_threads(threads)
+
+
+def get_team() -> str:
+    """Whose threads the ``cpu`` backend uses: ``"own"`` or ``"openmp"``."""
+    try:
+        from fusedrnn import _core
+    except ImportError:
+        return "own"
+    return _core.team()
+
+
+def set_team(team: str) -> None:
+    """Use our own threads or those of the program's OpenMP from now on, in the whole process.
+
+    OpenMP's threads, PyTorch's for one, go on spinning after their work and so take the cores from any other
+    threads. Among PyTorch's operations the kernels are therefore faster on the same threads. A call uses at
+    most as many as the team of its caller has, the number that ``torch.set_num_threads`` sets; calls from
+    several Python threads have a team each. A forked child is on its own threads again.
+
+    Args:
+        team: ``"own"``, as at the start, or ``"openmp"``.
+
+    Raises:
+        TypeError, ValueError: ``team`` is neither.
+        RuntimeError: There is no OpenMP in this process (PyTorch brings one: import it first), or there is no
+            compiled module, or this process was forked from one that used ``"openmp"``.
+    """
+    if not isinstance(team, str):
+        raise TypeError(f"team: expected 'own' or 'openmp', got {type(team).__name__}")
+    if team not in ("own", "openmp"):
+        raise ValueError(f"team: expected 'own' or 'openmp', got {team!r}")
+    try:
+        from fusedrnn import _core
+    except ImportError as error:
+        if team == "openmp":
+            raise RuntimeError(f"team: 'openmp' needs the compiled module: {error}") from error
+        return
+    _core.set_team(team == "openmp")

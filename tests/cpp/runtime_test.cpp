@@ -1,8 +1,9 @@
 // Stress test of the thread pool, the arena, the control word and the choice of the instruction set.
 // SPDX-License-Identifier: Apache-2.0
 //
-// Needs a compiler only: c++ -std=c++17 -pthread -Icsrc tests/cpp/runtime_test.cpp csrc/cpu/{threads,arena,isa}.cpp
-// Runs the part named by the first argument; tests/test_threads_cpp.py runs all, plain and under the sanitizers.
+// Needs a compiler only: c++ -std=c++17 -pthread -rdynamic -Icsrc tests/cpp/runtime_test.cpp
+// csrc/cpu/{threads,openmp,arena,isa}.cpp. Runs the part named by the first argument, on the OpenMP team if the last is
+// "openmp"; tests/test_threads_cpp.py runs all, plain and under the sanitizers.
 #include <pthread.h>
 #include <signal.h>
 #include <sys/resource.h>
@@ -56,6 +57,52 @@ using Clock = std::chrono::steady_clock;
     }                                 \
     CHECK(thrown);                    \
   } while (0)
+
+// The names that an OpenMP runtime has. Without -fopenmp they are those of this stand-in: the sanitizers, which do not
+// know libgomp, see what its threads do, and it can grant fewer threads than it promises.
+extern "C" {
+#if defined(_OPENMP)
+void GOMP_parallel(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+void omp_set_num_threads(int threads);
+void omp_set_max_active_levels(int levels);
+int omp_get_num_threads();
+#else
+static std::atomic<int> promised_threads{2}, granted_threads{max_threads};
+static thread_local int team_size = 1, team_thread = 0;
+
+void omp_set_max_active_levels(int) {}  // regions always nest
+void omp_set_num_threads(int threads) { promised_threads = threads; }
+int omp_get_max_threads() { return promised_threads; }
+int omp_get_num_threads() { return team_size; }
+int omp_get_thread_num() { return team_thread; }
+int omp_in_parallel() { return team_size > 1; }
+
+void GOMP_parallel(void (*body)(void*), void* context, unsigned threads, unsigned) {
+  struct Start {
+    void (*body)(void*);
+    void* context;
+    int size, thread;
+    pthread_t handle;
+  } starts[max_threads];
+  const int wanted = threads == 0 ? promised_threads.load() : static_cast<int>(threads);
+  const int size = std::min(wanted, granted_threads.load()), size_before = team_size, thread_before = team_thread;
+  for (int i = 1; i < size; ++i) {
+    starts[i] = {body, context, size, i, {}};
+    const auto work = [](void* p) -> void* {
+      const Start& start = *static_cast<Start*>(p);
+      team_size = start.size, team_thread = start.thread;
+      start.body(start.context);
+      return nullptr;
+    };
+    CHECK(pthread_create(&starts[i].handle, nullptr, work, &starts[i]) == 0);
+  }
+  team_size = size, team_thread = 0;
+  body(context);
+  for (int i = 1; i < size; ++i) pthread_join(starts[i].handle, nullptr);
+  team_size = size_before, team_thread = thread_before;
+}
+#endif
+}
 
 namespace {
 
@@ -298,6 +345,79 @@ void test_count() {
   CHECK(usable_cpus() >= 1);
 }
 
+constexpr int team_of_test = 7;
+
+void use_openmp() {
+  omp_set_max_active_levels(2);  // nested regions have threads too, where nobody asks whether they are nested
+  omp_set_num_threads(team_of_test);
+  set_team(Team::openmp);
+}
+
+void test_openmp() {
+  CHECK(team() == Team::openmp);
+  for (int wanted : {2, 3, 7, 20, max_threads + 1}) {
+    const int expected = std::min(wanted, team_of_test);
+    std::vector<int> seen(expected, 0);
+    const std::thread::id caller = std::this_thread::get_id();
+    parallel(wanted, [&](Region& region) {
+      CHECK(region.threads == expected);
+      CHECK((region.thread == 0) == (std::this_thread::get_id() == caller));
+      CHECK(region.barrier->wait());
+      ++seen[region.thread];
+    });
+    CHECK(seen == std::vector<int>(expected, 1));
+  }
+  // A caller that is inside an OpenMP region works alone.
+  const auto nested = [](void*) {
+    CHECK(omp_get_num_threads() == 3);
+    parallel(2, [](Region& region) { CHECK(region.threads == 1); });
+  };
+  GOMP_parallel(nested, nullptr, 3, 0);
+  // A region of fewer threads leaves the others to the program: they are the same ones afterwards.
+  const auto workers = [](int wanted) {
+    std::vector<std::thread::id> ids(team_of_test);
+    parallel(wanted, [&](Region& region) { ids[region.thread] = std::this_thread::get_id(); });
+    return ids;
+  };
+  const std::vector<std::thread::id> before = workers(team_of_test);
+  parallel(2, [](Region&) {});
+  sleep_ms(2);
+#if defined(_OPENMP)
+  CHECK(workers(team_of_test) == before);
+#else
+  for (int granted : {5, 3, 1}) {  // fewer than omp_get_max_threads says
+    granted_threads = granted;
+    parallel(4, [&](Region& region) { CHECK(region.threads == std::min(granted, 4) && region.barrier->wait()); });
+    ring(4, 10, 7);
+  }
+  granted_threads = max_threads;
+#endif
+  // Several callers at a time: a team each.
+  std::atomic<int> inside{0};
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 2; ++i) {
+    callers.emplace_back([&] {
+      omp_set_num_threads(2);
+      parallel(2, [&](Region& region) {
+        CHECK(region.threads == 2);
+        ++inside;
+        while (inside < 4) CHECK(region.poll());
+      });
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  // And back.
+  set_team(Team::own);
+  CHECK(team() == Team::own);
+  parallel(3, [](Region& region) { CHECK(region.threads == 3 && omp_get_num_threads() == 1); });
+}
+
+// With OMP_THREAD_LIMIT=3, of which omp_get_max_threads does not know.
+void test_openmp_limit() {
+  parallel(5, [](Region& region) { CHECK(region.threads == 3 && region.barrier->wait()); });
+  ring(5, 20, 7);
+}
+
 // Runs f in a forked child; a hang there is an alarm.
 template <class F>
 void in_child(F&& f) {
@@ -319,6 +439,7 @@ void whole_pool() {
 }
 
 void test_fork() {
+  const Team before = team();
   in_child(whole_pool);  // before the first use
   whole_pool();
   in_child(whole_pool);
@@ -329,6 +450,11 @@ void test_fork() {
     whole_pool();
   });
   whole_pool();
+  in_child([before] {
+    CHECK(team() == Team::own);
+    if (before == Team::openmp) CHECK_THROWS(std::runtime_error, set_team(Team::openmp));
+  });
+  CHECK(team() == before);
 
   // In the poll hook, inside a region: the child gets out with an error and can go on; the parent notices nothing.
   for (int mode = 0; mode < 3; ++mode) {
@@ -743,6 +869,7 @@ int main(int argc, char** argv) {
   alarm(120);
   const std::string part = argc > 1 ? argv[1] : "";
   const std::string option = argc > 2 ? argv[2] : "";
+  if (std::strcmp(argv[argc - 1], "openmp") == 0) use_openmp();
   if (part == "regions")
     test_regions();
   else if (part == "errors")
@@ -755,6 +882,10 @@ int main(int argc, char** argv) {
     test_signals();
   else if (part == "count")
     test_count();
+  else if (part == "team")
+    test_openmp();
+  else if (part == "thread_limit")
+    test_openmp_limit();
   else if (part == "fork")
     test_fork();
   else if (part == "fork_busy")
