@@ -1,0 +1,36 @@
+"""``torch.nn``'s recurrent layers on our kernels: ``from fusedrnn.torch import LSTM``, and nothing else changes."""
+
+from __future__ import annotations
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("fusedrnn.torch needs PyTorch: pip install torch") from error
+
+import contextlib as _contextlib
+
+from fusedrnn import threads as _threads
+from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
+from fusedrnn.torch.convert import Converted, convert, patched, to_torch
+from fusedrnn.torch.layers import GRU, LSTM, RNN
+from fusedrnn.torch.paths import Fallback, fallback, set_fallback_errors
+
+# PyTorch's threads spin after its operations: beside them ours would wait (docs/speed.md).
+with _contextlib.suppress(RuntimeError):
+    _threads.set_team("openmp")
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Converted",
+    "Fallback",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "convert",
+    "fallback",
+    "patched",
+    "set_fallback_errors",
+    "to_torch",
+]

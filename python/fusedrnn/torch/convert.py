@@ -1,0 +1,101 @@
+"""Our layers in models that were built with ``torch.nn``'s, and back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
+from fusedrnn.torch.layers import GRU, LSTM, RNN
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.LSTM: LSTM,
+    torch.nn.GRU: GRU,
+    torch.nn.RNN: RNN,
+    torch.nn.LSTMCell: LSTMCell,
+    torch.nn.GRUCell: GRUCell,
+    torch.nn.RNNCell: RNNCell,
+}
+OURS = {ours: theirs for theirs, ours in TWINS.items()}
+
+
+class Converted(NamedTuple):
+    """What ``convert`` returns."""
+
+    model: torch.nn.Module
+    converted: dict[str, str]  # path of each swapped layer, "" is the model itself: its class
+    left: dict[str, str]  # path of each recurrent layer that stays as it is: why
+
+    def __str__(self) -> str:
+        lines = [f"{path or 'the model'}: {kind}" for path, kind in self.converted.items()]
+        lines += [f"{path or 'the model'}: left as it is, {why}" for path, why in self.left.items()]
+        return "\n".join(lines) or "no recurrent layer"
+
+
+def convert(model: torch.nn.Module) -> Converted:
+    """Make every layer of ``torch.nn`` that is recurrent in a model one of ours, in place.
+
+    The layer object stays the same and gets our class: parameters, hooks, names, optimisers that hold the
+    parameters, and references to the layer elsewhere are untouched.
+
+    Args:
+        model: Any module; also such a layer itself.
+
+    Returns:
+        The model, what was converted, and what was not and why.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    converted, left = {}, {}
+    for path, layer in model.named_modules():
+        kind = type(layer)
+        if kind in TWINS:
+            layer.__class__ = TWINS[kind]
+            converted[path] = kind.__name__
+        elif isinstance(layer, (torch.nn.RNNBase, torch.nn.RNNCellBase)) and kind not in OURS:
+            if torch.nn.utils.parametrize.is_parametrized(layer):
+                left[path] = "it is parametrized; convert it before"
+            else:
+                left[path] = f"its class {kind.__name__} is not torch.nn's own"
+    return Converted(model, converted, left)
+
+
+def to_torch(model: M) -> M:
+    """Make each of our layers in a model ``torch.nn``'s again, in place: for TorchScript and ONNX export.
+
+    Returns:
+        The model.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for layer in model.modules():
+        kind = type(layer)
+        if kind in OURS:
+            for name in ("_fusedrnn_packed", "last_path", "recompute"):
+                layer.__dict__.pop(name, None)
+            layer.__class__ = OURS[kind]
+    return model
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Within the block the recurrent layers of ``torch.nn`` are ours, for code that builds its own.
+
+    What is built within stays ours after the block. Names that a module has imported before, as by ``from
+    torch.nn import LSTM``, are not changed: there ``convert`` helps. Not for several threads at a time.
+    """
+    places = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
+    try:
+        for place in places:
+            for theirs, ours in TWINS.items():
+                setattr(place, theirs.__name__, ours)
+        yield
+    finally:
+        for place in places:
+            for theirs in TWINS:
+                setattr(place, theirs.__name__, theirs)
