@@ -36,4 +36,5 @@ def docs(session: nox.Session) -> None:
     session.install(".[plot]")
     session.run("python", "docs/gradient_norms.py")
     session.run("python", "bench/plot_readme.py")
+    session.run("python", "bench/benchmarks_page.py")
     session.run("python", "bench/scaling.py", "--page")

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from typing import Any
 
+import recompute as recompute_bench
 from measured import ROOT, update
 
 from fusedrnn.bench import report
@@ -33,6 +34,9 @@ RUNS = {
     "gru-float32-numba": "--cell gru --peers numba",
     "rnn-float32-numba": "--cell rnn --peers numba",
 }
+
+
+LEVELS = ("kernel", "functional", "layer")
 
 
 def markdown(table: report.Table) -> list[str]:
@@ -59,24 +63,63 @@ def section() -> str:
     return "\n".join(line for name in kept for line in run(name, RUNS[name])).rstrip()
 
 
+def result(name: str) -> Any:
+    """What bench/NAME.py --json bench/results/NAME.json wrote."""
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+
+
 def torch_step() -> str:
     """The table of bench/torch_step.py."""
-    found = json.loads((ROOT / "bench" / "results" / "torch_step.json").read_text())
-    rows: list[Sequence[str]] = []
-    for row in found["rows"]:
-        rows += [
-            [", ".join(map(str, row["shape"])), name, f"{each['ms']:.3g}", f"{each['ratio']:.2f}"]
-            for name, each in row["participants"].items()
-        ]
-    header = ["T, B, I, H", "kernels", "ms a step", "nn.LSTM / this"]
-    return "\n".join(markdown(("", header, [list(row) for row in rows])))
+    rows = [
+        [", ".join(map(str, row["shape"])), name, f"{each['ms']:.3g}", f"{each['ratio']:.2f}"]
+        for row in result("torch_step")["rows"]
+        for name, each in row["participants"].items()
+    ]
+    return "\n".join(markdown(("", ["T, B, I, H", "kernels", "ms a step", "nn.LSTM / this"], rows)))
+
+
+def epochs() -> str:
+    """The tables of bench/sine_epoch.py and bench/pollution_epoch.py."""
+    found = {f"sine, {cell.upper()}": row for cell, row in result("sine_epoch")["rows"].items()}
+    found["pollution, LSTM"] = result("pollution_epoch")
+    rows = []
+    for name, row in found.items():
+        (_, ours), (peer, theirs) = row["ms"].items()
+        rows.append([name, f"{ours:.3g}", peer, f"{theirs:.3g}", f"{row['ratio']:.2f}"])
+    return "\n".join(markdown(("", ["an epoch of", "fusedrnn ms", "peer", "ms", "peer / fusedrnn"], rows)))
+
+
+def recompute() -> str:
+    """The table of bench/recompute.py."""
+    rows = recompute_bench.table(result("recompute")["rows"])
+    return "\n".join(markdown(("", recompute_bench.HEADER, rows)))
+
+
+def call_overhead() -> str:
+    """The table of bench/call_overhead.py."""
+    rows = []
+    for row in result("call_overhead")["rows"]:
+        times = dict(row["times"])
+        arithmetic = times.pop("arithmetic")
+        beyond = [f"{times[k] - arithmetic:+.1f}" if k in times else "–" for k in LEVELS]
+        sizes = f"{row['B']}, {row['I']}, {row['H']}"
+        rows.append([f"{row['cell']} {row['call']}", sizes, f"{arithmetic:.1f}", *beyond])
+    return "\n".join(markdown(("", ["call", "B, I, H", "arithmetic", *LEVELS], rows)))
+
+
+PARTS = {
+    "torch_step": torch_step,
+    "epochs": epochs,
+    "recompute": recompute,
+    "call_overhead": call_overhead,
+    "runs": section,
+}
 
 
 def main() -> int:
     check = "--check" in sys.argv[1:]
     page, script = "docs/benchmarks.md", "benchmarks_page.py"
-    runs = update(page, script, section(), check, "runs")
-    return runs or update(page, script, torch_step(), check, "torch_step")
+    return max(update(page, script, part(), check, name) for name, part in PARTS.items())
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """An epoch of ``fusedrnn train sine`` (30 time lines of 34 steps, one update) beside the public framework's.
 
     pip install dezero
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python bench/sine_epoch.py
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python bench/sine_epoch.py [--json bench/results/sine_epoch.json]
 
 Ours takes chunks of 30 steps, the framework single steps, which is all it has. Epochs are run in turn; the
 ratio is the median over the pairs.
 """
 
+import argparse
 import importlib
+import json
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 
+from fusedrnn import system
 from fusedrnn.programs import sine
 
 setattr(np, "int", int)  # noqa: B010  the framework is older than NumPy 1.24
@@ -55,7 +59,8 @@ def milliseconds(call, *arguments, **options):
     return 1e3 * (time.perf_counter() - start)
 
 
-for cell, layer in LAYERS.items():
+def measure(cell, layer):
+    """Median milliseconds of an epoch of ours and of the framework's, and the median of the ratios."""
     framework = Framework(layer)
     model, dataset = sine.start(cell, 42)
     ours, theirs = [], []
@@ -65,5 +70,20 @@ for cell, layer in LAYERS.items():
         ours.append(milliseconds(sine.train, model, dataset, epochs=1, chunks=True))
         theirs.append(milliseconds(framework.epoch))
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
-    ms = [statistics.median(times) for times in (ours, theirs)]
-    print(f"{cell:4}  ours {ms[0]:.2f} ms  framework {ms[1]:.2f} ms  ratio {ratio:.1f}")
+    return {"ms": {"fusedrnn": statistics.median(ours), "dezero": statistics.median(theirs)}, "ratio": ratio}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    rows = {cell: measure(cell, layer) for cell, layer in LAYERS.items()}
+    for cell, row in rows.items():
+        each = ", ".join(f"{name} {value:.2f} ms" for name, value in row["ms"].items())
+        print(f"{cell}: {each}, ratio {row['ratio']:.1f}")
+    if args.json:
+        args.json.write_text(json.dumps({"environment": system.environment(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

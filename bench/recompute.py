@@ -1,0 +1,75 @@
+"""What ``save="borders"`` (recompute) costs and saves: time of forward + backward, bytes of the tape.
+
+    python bench/recompute.py [--threads N] [--json FILE]
+
+Both ways in turn, the best of several calls; the gradients' bits are compared before timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusedrnn import functional, problems, system, terminal
+from fusedrnn.bench.timing import same_threads
+
+CALLS = 7
+HEADER = ["case", "ms", "recompute", "ratio", "tape MiB", "recompute"]
+
+
+def measure(case: problems.Case) -> dict[str, dict[str, float]]:
+    """Seconds and bytes of each way."""
+    data = problems.make(case, "float32")
+    cell, x, weights, dy = case.cell, data.x, data.weights[0], data.dy
+    found: dict[str, dict[str, float]] = {}
+    gradients = {}
+    for save in ("all", "borders"):
+        out = functional.forward(cell, x, weights, save=save)
+        found[save] = {"bytes": out.tape.tape.bytes, "seconds": float("inf")}
+        gradients[save] = functional.backward(out.tape, dy)
+    for a, b in zip(gradients["all"].dweights, gradients["borders"].dweights, strict=True):
+        assert a is b is None or np.array_equal(a, b)
+    for _ in range(CALLS):
+        for save, row in found.items():
+            start = time.perf_counter()
+            functional.backward(functional.forward(cell, x, weights, save=save).tape, dy)
+            row["seconds"] = min(row["seconds"], time.perf_counter() - start)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The rows under HEADER."""
+    cells = []
+    for row in rows:
+        every, borders = row["all"], row["borders"]
+        ms = [1e3 * way["seconds"] for way in (every, borders)]
+        tapes = [way["bytes"] / 2**20 for way in (every, borders)]
+        cells.append(
+            [row["case"], *(f"{t:.3g}" for t in ms), f"{ms[1] / ms[0]:.2f}", *(f"{b:.2f}" for b in tapes)]
+        )
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = []
+    with same_threads(args.threads) as threads:
+        for case in problems.SUITES["core"]:
+            found = measure(case)
+            rows.append({"case": str(case), **found})
+    terminal.table(f"{threads} thread(s)", HEADER, table(rows))
+    if args.json:
+        report = {"threads": threads, "environment": system.environment(), "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
