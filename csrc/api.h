@@ -52,6 +52,7 @@ struct Problem {
   const Index* lengths = nullptr;        // (B) or null
   const unsigned char* reset = nullptr;  // (T, B) contiguous, 0 or 1, or null
   bool reverse = false;
+  Index detach_every = 0;  // no gradient flows into step k * detach_every - 1 from the next; 0: everywhere
 };
 
 // Called on the caller's thread every few milliseconds; false stops the call.

@@ -218,11 +218,14 @@ struct ForwardSetup {
   py::object y, hT, cT = py::none(), h_states = py::none(), c_states = py::none();
 
   ForwardSetup(const PyPacked& packed, const py::object& x, const py::object& h0, const py::object& c0,
-               const py::object& lengths, const py::object& reset, bool reverse, bool return_states, Save save) {
+               const py::object& lengths, const py::object& reset, bool reverse, bool return_states, Save save,
+               Index detach_every) {
     const py::array array = py::reinterpret_borrow<py::array>(x);
     const Index time = array.shape(0), B = array.shape(1), I = packed.I, H = packed.H, P = packed.P;
     const bool c = has_c(packed.cell);
-    tape->problem = {packed.cell, {time, B, I, H, P}, nullptr, nullptr, reverse};
+    tape->problem = {packed.cell, {time, B, I, H, P}, nullptr, nullptr, reverse, detach_every};
+    if (detach_every < 0)
+      throw RefusedValue("detach_every: expected 1 or more, or none, got " + std::to_string(detach_every));
     if (!lengths.is_none()) {
       const Index* data = need<Index>(lengths, "lengths", {B});
       tape->lengths.assign(data, data + B);
@@ -255,9 +258,10 @@ struct ForwardSetup {
 
 template <class T>
 py::tuple forward_as(const py::object& packed_object, const py::object& x, const py::object& h0, const py::object& c0,
-                     const py::object& lengths, const py::object& reset, bool reverse, bool return_states, Save save) {
+                     const py::object& lengths, const py::object& reset, bool reverse, bool return_states, Save save,
+                     Index detach_every) {
   const PyPacked& packed = packed_object.cast<const PyPacked&>();
-  ForwardSetup<T> setup(packed, x, h0, c0, lengths, reset, reverse, return_states, save);
+  ForwardSetup<T> setup(packed, x, h0, c0, lengths, reset, reverse, return_states, save, detach_every);
   setup.tape->slot(T()) = without_gil([&] { return forward<T>(setup.call); });
   py::object kept = py::none();
   if (save != Save::nothing) {
@@ -271,16 +275,17 @@ py::tuple forward_as(const py::object& packed_object, const py::object& x, const
 }
 
 py::tuple py_forward(const py::object& packed, const py::object& x, const py::object& h0, const py::object& c0,
-                     const py::object& lengths, const py::object& reset, bool reverse, bool return_states,
-                     int save_id) {
+                     const py::object& lengths, const py::object& reset, bool reverse, bool return_states, int save_id,
+                     Index detach_every) {
   if (!py::isinstance<PyPacked>(packed))
     throw py::type_error("packed: expected what pack returned, got " +
                          py::str(py::type::of(packed)).cast<std::string>());
   if (save_id < 0 || save_id > 2)
     throw py::value_error("save: expected 0 (nothing), 1 (all) or 2 (borders), got " + std::to_string(save_id));
   const Save save = Save(save_id);
-  return is_float32(x, "x", 3) ? forward_as<float>(packed, x, h0, c0, lengths, reset, reverse, return_states, save)
-                               : forward_as<double>(packed, x, h0, c0, lengths, reset, reverse, return_states, save);
+  return is_float32(x, "x", 3)
+             ? forward_as<float>(packed, x, h0, c0, lengths, reset, reverse, return_states, save, detach_every)
+             : forward_as<double>(packed, x, h0, c0, lengths, reset, reverse, return_states, save, detach_every);
 }
 
 // One backward call: checked, its outputs allocated, nothing run yet.
@@ -347,8 +352,8 @@ template <class T>
 void repeat_forward_as(Index times, const PyPacked& packed, const py::object& x, const py::object& h0,
                        const py::object& c0, Save save) {
   const py::object none = py::none();
-  const ForwardSetup<T> even(packed, x, h0, c0, none, none, false, false, save),
-      odd(packed, x, h0, c0, none, none, false, false, save);
+  const ForwardSetup<T> even(packed, x, h0, c0, none, none, false, false, save, 0),
+      odd(packed, x, h0, c0, none, none, false, false, save, 0);
   without_gil([&] {
     TapePtr<T> last;
     for (Index i = 0; i < times; ++i) last = forward<T>(i % 2 ? odd.call : even.call);
@@ -445,7 +450,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("pack", &py_pack, py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"),
         py::arg("bias_hh"));
   m.def("forward", &py_forward, py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("lengths"),
-        py::arg("reset"), py::arg("reverse"), py::arg("return_states"), py::arg("save"));
+        py::arg("reset"), py::arg("reverse"), py::arg("return_states"), py::arg("save"), py::arg("detach_every") = 0);
   m.def("backward", &py_backward, py::arg("tape"), py::arg("dy"), py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"),
         py::arg("dc_states"), py::arg("need"));
   m.def("info", &info);

@@ -59,7 +59,11 @@ def forward(p: Problem) -> dict[str, Array]:
         if p.reverse:
             for k, s in enumerate(p.cell.states):  # padding comes first: the initial state stands there
                 out[s][length:, b] = state[k]
-        for t in range(length - 1, -1, -1) if p.reverse else range(length):
+        steps = range(T - 1, -1, -1) if p.reverse else range(T)
+        for k, t in ((k, t) for k, t in enumerate(steps) if t < length):
+            first = t == (length - 1 if p.reverse else 0)
+            if p.detach_every and k % p.detach_every == 0 and not first:
+                state = [s.real.astype(dtype) for s in state]  # the derivative is the imaginary part
             if p.reset is not None and p.reset[t, b] and not p.reverse:
                 state = [np.zeros_like(s) for s in state]
             state = cell_step(p.cell, p.x[t, b], state, p.weights)

@@ -31,6 +31,9 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"lengths": True, "reset": True, "return_states": True},
     {"lengths": True, "reset": True, "reverse": True, "return_states": True},
     {"biases": "none", "state0": False},
+    {"detach_every": 2, "lengths": True, "return_states": True},
+    {"detach_every": 3, "reset": True, "reverse": True},
+    {"detach_every": 1, "lengths": True, "reverse": True},
     {"biases": "both"},
     {"biases": "bias_hh"},
 )
@@ -48,6 +51,7 @@ class Problem:
     reset: Array | None
     reverse: bool
     return_states: bool
+    detach_every: int | None
     dy: Array | None  # (T, B, H)
     dstateT: tuple[Array | None, ...] | None
     dstates: tuple[Array | None, ...] | None
@@ -60,6 +64,7 @@ class Problem:
             "reset": self.reset,
             "reverse": self.reverse,
             "return_states": self.return_states,
+            "detach_every": self.detach_every,
         }
 
     def astype(self, dtype: Any) -> Problem:
@@ -95,6 +100,7 @@ def problem(
     reset: bool = False,
     reverse: bool = False,
     return_states: bool = False,
+    detach_every: int | None = None,
     state0: bool = True,
     biases: str = "native",
     upstream: tuple[str, ...] = ("dy", "dstateT", "dstates"),
@@ -105,7 +111,7 @@ def problem(
         cell, T, B, I, H, seed, dtype: What the names say.
         lengths: Rows of different lengths, 0 and T among them where there are two rows or more.
         reset: New segments at random steps, step 0 of row 0 among them.
-        reverse, return_states: Passed on.
+        reverse, return_states, detach_every: Passed on.
         state0: A non-zero initial state, else None.
         biases: "native" (bias_ih, and bias_hh for GRU reset-after), "both", "none", "bias_ih", "bias_hh".
         upstream: Which gradients come in; dstates only with return_states.
@@ -151,6 +157,7 @@ def problem(
         resets,
         reverse,
         return_states,
+        detach_every,
         dy if "dy" in upstream else None,
         dstateT if "dstateT" in upstream else None,
         dstates if "dstates" in upstream and return_states else None,

@@ -192,6 +192,36 @@ def test_everything_at_once(cell, size, reverse):
             assert_standard(p, want, dtype)
 
 
+@pytest.mark.mutation
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_truncated_gradients(cell, reverse):
+    for every in (1, 4, 9, 10):
+        p = problem(cell, 9, 5, 3, 19, **EVERYTHING, detach_every=every, reverse=reverse)
+        want = truth(p)
+        for dtype in DTYPES:
+            assert_standard(p, want, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_truncated_gradients_are_those_of_chunks(cell):
+    """The state carried from chunk to chunk, the gradient not."""
+    p = problem(cell, 11, 5, 3, 19)
+    got = run(CPU, replace(p, detach_every=4))
+    state, parts = p.state0, []
+    for t in range(0, 11, 4):
+        last = p.dstateT if t == 8 else None
+        part = replace(p, x=p.x[t : t + 4], dy=p.dy[t : t + 4], state0=state, dstateT=last)
+        parts.append(run(CPU, part))
+        state = tuple(parts[-1][f"{s}T"] for s in cell.states)
+    assert_same_bits({"y": got["y"]}, {"y": np.concatenate([part["y"] for part in parts])})
+    assert_same_bits({"dx": got["dx"]}, {"dx": np.concatenate([part["dx"] for part in parts])})
+    for s in cell.states:
+        assert_same_bits({"": got[f"d{s}0"]}, {"": parts[0][f"d{s}0"]})
+    for key in ("dweight_ih", "dweight_hh", "dbias_ih"):
+        np.testing.assert_allclose(got[key], sum(part[key] for part in parts), rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("H", range(7, 34))
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
 def test_every_hidden_size(cell, H):

@@ -471,3 +471,25 @@ def test_sequential_and_dropout_layers():
     x = np.ones((T, B, I))
     assert model(x).shape == (T, B, 1)
     assert next(name for name, _ in model.named_params()) == "l0/weight_ih"
+
+
+def test_a_sequence_truncates_back_propagation_as_detached_chunks_do():
+    np.random.seed(0)
+    layer = L.LSTM(7, in_size=3, dtype=np.float64)
+    x = Variable(np.random.randn(9, 2, 3))
+    layer.sequence(x, detach_every=4).sum().backward()
+    whole, whole_x = [p.grad.data for p in layer.params()], x.grad.data
+    layer.cleargrads()
+    layer.reset_state()
+    parts = [Variable(x.data[t : t + 4]) for t in range(0, 9, 4)]
+    for part in parts:
+        y = layer.sequence(part).sum()
+        y.backward()
+        y.unchain_backward()
+        layer.state = tuple(Variable(s.data) for s in layer.state)
+    assert np.array_equal(whole_x, np.concatenate([part.grad.data for part in parts]))
+    for got, p in zip(whole, layer.params(), strict=True):
+        np.testing.assert_allclose(got, p.grad.data, rtol=1e-12, atol=1e-14)
+    layer.fused = False
+    with pytest.raises(ValueError, match="detach_every: expected None in a layer with fused=False"):
+        layer.sequence(x, detach_every=4)

@@ -66,7 +66,9 @@ def assert_standard(p, want=None):
 
 
 @needs_numba
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o)) or "plain")
+@pytest.mark.parametrize(
+    "options", [o for o in OPTIONS if "detach_every" not in o], ids=lambda o: "-".join(map(str, o)) or "plain"
+)
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_options(cell, options):
     for size in SIZES:
@@ -197,6 +199,13 @@ def test_borders_are_a_named_error():
     p = problem(LSTM(), 3, 2, 3, 7)
     with pytest.raises(ValueError, match='save: "borders" is not built in the numba backend'):
         NUMBA.forward(p.cell, p.x, p.weights, save="borders")
+
+
+@needs_numba
+def test_truncated_gradients_are_a_named_error():
+    p = problem(LSTM(), 3, 2, 3, 7)
+    with pytest.raises(ValueError, match="detach_every: not built in the numba backend"):
+        NUMBA.forward(p.cell, p.x, p.weights, detach_every=2)
 
 
 # --- arguments ---------------------------------------------------------------------------------------------

@@ -174,7 +174,8 @@ struct BackwardLoop {
 
   After chain_of(Index t, Index b) const {
     if (t == last_time(job.steps, b)) return After::final_state;
-    return before(job.steps, later(t), b) == Before::nothing ? After::nothing : After::product;
+    const bool cut = before(job.steps, later(t), b) == Before::nothing;
+    return cut || detached(job.steps, later(t)) ? After::nothing : After::product;
   }
 
   // acc[wide][m] = what a part's accumulators in m rows of da have for the weights of blocks [block, block+wide). Of

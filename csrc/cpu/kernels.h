@@ -50,6 +50,7 @@ struct Steps {
   const Index* lengths;        // or null
   const unsigned char* reset;  // (T, B) or null
   bool reverse;
+  Index detach_every;  // in the order of the recurrence; 0: nowhere
 };
 
 // The saved values of the time steps [first, first + count), and the cell state of the one step before or after them.

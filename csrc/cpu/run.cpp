@@ -164,7 +164,9 @@ Index projected_steps(const CellShape& shape, const Sizes& n) {
 }
 
 // Without rows there is nothing to walk through, however many steps.
-cpu::Steps steps_of(const Problem& p) { return {p.sizes.B ? p.sizes.T : 0, p.sizes.B, p.lengths, p.reset, p.reverse}; }
+cpu::Steps steps_of(const Problem& p) {
+  return {p.sizes.B ? p.sizes.T : 0, p.sizes.B, p.lengths, p.reset, p.reverse, p.detach_every};
+}
 
 // (B, H) to rows of whole blocks; the padding is zero.
 template <class T>

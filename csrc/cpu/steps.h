@@ -26,6 +26,11 @@ inline Before before(const Steps& steps, Index t, Index b) {
   return first ? Before::start : Before::previous;
 }
 
+// Whether the gradient stops between step t and the one before it. The state goes on.
+inline bool detached(const Steps& steps, Index t) {
+  return steps.detach_every && time_of(steps, t) % steps.detach_every == 0;  // time_of is its own inverse
+}
+
 // Where thread i of n begins among the rows of the batch, so that all have about the same number of valid steps.
 inline Index first_row(const Steps& steps, Index i, Index n) {
   if (!steps.lengths) return steps.B * i / n;

@@ -31,6 +31,7 @@ def forward(
     reverse: bool,
     return_states: bool,
     save: int,
+    detach_every: int = 0,
 ) -> tuple[Any, ...]: ...  # y, hT, cT, h_states, c_states, tape; None for what there is not
 def backward(
     tape: Tape,

@@ -135,6 +135,7 @@ def forward(
     batch_sizes: Array | None = None,
     reverse: bool = False,
     return_states: bool = False,
+    detach_every: int | None = None,
     save: str | None = "all",
     backend: str | None = None,
 ) -> Forward:
@@ -157,6 +158,8 @@ def forward(
             in ``torch.nn.utils.rnn.PackedSequence``; not together with ``lengths``.
         reverse: Run from each row's last step down to step 0.
         return_states: Also return the states of every step, those of padding held.
+        detach_every: Truncate back-propagation: after every so many steps, counted as they run, the state
+            goes on and the gradient stops. Initial and final states are not cut off.
         save: What the tape keeps: "all"; "borders", some states only, and run forward again in backward
             (recompute); or None for no tape.
         backend: "cpu", "numba", "reference", or None: see ``fusedrnn.backends.get``.
@@ -195,6 +198,7 @@ def forward(
         reset=reset,
         reverse=reverse,
         return_states=return_states,
+        detach_every=detach_every,
         save=save,
     )
     y, stateT, states, tape = out

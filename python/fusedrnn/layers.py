@@ -360,6 +360,7 @@ class Recurrent(Layer):
         lengths: Any = None,
         reset: Any = None,
         return_states: bool = False,
+        detach_every: int | None = None,
     ) -> Any:
         """A whole sequence: x ``(T, B, I)`` to y ``(T, B, D*H)``, the h of the last layer at every step.
 
@@ -370,6 +371,8 @@ class Recurrent(Layer):
             reset: ``(T, B)`` booleans; where true, the state is cleared before that step.
             return_states: also give the states of every step: ``y, (h,)`` or ``y, (h, c)``, each ``(T, B,
                 H)``; with several layers or directions ``(L*D, T, B, H)``.
+            detach_every: truncate back-propagation: after every so many steps the state goes on and the
+                gradient stops. Fused layers only.
         """
         x = as_variable(x)
         self._check_input(x, 3)
@@ -378,12 +381,20 @@ class Recurrent(Layer):
         self._settle(I, needs_hidden=begin is not None or T > 1)
         lengths = self._per_row("lengths", lengths, (B,), "iu")
         reset = self._per_row("reset", reset, (T, B), "b")
-        y, after, states = self._any(x, begin, lengths, reset, return_states)
+        if detach_every is not None and not self.fused:
+            raise ValueError("detach_every: expected None in a layer with fused=False")
+        y, after, states = self._any(x, begin, lengths, reset, return_states, detach_every)
         self.h, self.c = (*after, None)[:2]
         return (y, states) if return_states else y
 
     def _any(
-        self, x: Variable, begin: State | None, lengths: Any, reset: Any, return_states: bool
+        self,
+        x: Variable,
+        begin: State | None,
+        lengths: Any,
+        reset: Any,
+        return_states: bool,
+        detach_every: int | None = None,
     ) -> tuple[Variable, State, State]:
         """A sequence, fused or not. Dropout between layers draws from NumPy's global generator."""
         masks = None
@@ -393,7 +404,7 @@ class Recurrent(Layer):
             keeps = [np.random.rand(*shape) >= self.dropout for _ in range(self.num_layers - 1)]
             masks = [np.where(keep, scale, 0).astype(self.dtype) for keep in keeps]
         if self.fused:
-            return self._fused(x, begin, lengths, reset, return_states, masks)
+            return self._fused(x, begin, lengths, reset, return_states, detach_every, masks)
         return self._unfused(x, begin, lengths, reset, masks)
 
     def _check_input(self, x: Variable, ndim: int) -> None:
@@ -446,10 +457,16 @@ class Recurrent(Layer):
         lengths: Array | None,
         reset: Array | None,
         return_states: bool,
+        detach_every: int | None,
         masks: list[Array] | None,
     ) -> tuple[Variable, State, State]:
         slots = [self._slots(suffix) for suffix in self.suffixes]
-        options: dict[str, Any] = {"lengths": lengths, "reset": reset, "return_states": return_states}
+        options: dict[str, Any] = {
+            "lengths": lengths,
+            "reset": reset,
+            "return_states": return_states,
+            "detach_every": detach_every,
+        }
         if len(slots) > 1:
             options |= {"bidirectional": self.bidirectional, "masks": masks}
         save = "borders" if self.recompute else "all"

@@ -54,6 +54,7 @@ def forward_stack(
     lengths: Array | None = None,
     reset: Array | None = None,
     return_states: bool = False,
+    detach_every: int | None = None,
     save: str | None = "all",
     backend: str | None = None,
 ) -> Forward:
@@ -70,7 +71,7 @@ def forward_stack(
         rng: Where the masks are drawn from; needed where dropout acts and ``masks`` is None.
         masks: L-1 arrays (T, B, D*P) of x's dtype that multiply the layers' outputs (None: no dropout there),
             instead of drawing them.
-        lengths, reset, return_states, save, backend: As in ``functional.forward``.
+        lengths, reset, return_states, detach_every, save, backend: As in ``functional.forward``.
 
     Returns:
         y (T, B, D*P); stateT like state0; states (L*D, T, B, ·) each, or None; tape for ``backward_stack``,
@@ -119,6 +120,7 @@ def forward_stack(
                 reset=reset,
                 reverse=n % D == 1,
                 return_states=return_states,
+                detach_every=detach_every,
                 save=save,
                 backend=backend,
             )

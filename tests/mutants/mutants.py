@@ -208,8 +208,20 @@ MUTANTS = [
     Mutant(
         "backward: cuts in forward only",
         BACKWARD,
-        "return before(job.steps, later(t), b) == Before::nothing ? After::nothing : After::product;",
-        "return After::product;",
+        "return cut || detached(job.steps, later(t)) ?",
+        "return detached(job.steps, later(t)) ?",
+    ),
+    Mutant(
+        "backward: gradient not stopped",
+        BACKWARD,
+        "return cut || detached(job.steps, later(t)) ?",
+        "return cut ?",
+    ),
+    Mutant(
+        "steps: gradient stopped one step early",
+        STEPS,
+        "time_of(steps, t) % steps.detach_every == 0",
+        "(time_of(steps, t) + 1) % steps.detach_every == 0",
     ),
     Mutant(
         "backward: state0 not cut off", BACKWARD, "cut ? After::nothing : After::product;", "After::product;"

@@ -39,6 +39,7 @@ class ForwardArguments(NamedTuple):
     reset: Array | None  # (T, B) bool, a copy
     reverse: bool
     return_states: bool
+    detach_every: int | None
     save: str | None
     sizes: Sizes
 
@@ -101,6 +102,7 @@ def check_forward(
     reset: Any = None,
     reverse: Any = False,
     return_states: Any = False,
+    detach_every: Any = None,
     save: Any = "all",
     dtypes: Collection[np.dtype[Any]] = FLOATS,
 ) -> ForwardArguments:
@@ -133,6 +135,11 @@ def check_forward(
     for name, flag in (("reverse", reverse), ("return_states", return_states)):
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{name}: expected True or False, got {_kind(flag)}")
+    if detach_every is not None:
+        if isinstance(detach_every, bool) or not isinstance(detach_every, int | np.integer):
+            raise TypeError(f"detach_every: expected a whole number or None, got {_kind(detach_every)}")
+        if detach_every < 1:
+            raise ValueError(f"detach_every: expected at least 1, got {detach_every}")
     if save is not None and not isinstance(save, str):
         raise TypeError(f'save: expected "all", "borders" or None, got {_kind(save)}')
     if save not in ("all", "borders", None):
@@ -146,6 +153,7 @@ def check_forward(
         reset,
         bool(reverse),
         bool(return_states),
+        None if detach_every is None else int(detach_every),
         save,
         Sizes(T, B, I, H, H),
     )

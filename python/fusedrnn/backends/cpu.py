@@ -110,6 +110,7 @@ class CpuBackend:
         reset: Array | None = None,
         reverse: bool = False,
         return_states: bool = False,
+        detach_every: int | None = None,
         save: str | None = "all",
     ) -> Forward:
         """One layer, one direction, the whole sequence."""
@@ -122,12 +123,22 @@ class CpuBackend:
             state is not None
             and type(reverse) is bool
             and type(return_states) is bool
+            and (detach_every is None or (type(detach_every) is int and detach_every > 0))
             and (save is None or (type(save) is str and save in SAVE))
         ):
             h0, c0 = state
             try:
                 results = _core.forward(
-                    packed.core, x, h0, c0, lengths, reset, reverse, return_states, SAVE[save]
+                    packed.core,
+                    x,
+                    h0,
+                    c0,
+                    lengths,
+                    reset,
+                    reverse,
+                    return_states,
+                    SAVE[save],
+                    detach_every or 0,
                 )
             except _REFUSED:
                 results = None
@@ -141,11 +152,21 @@ class CpuBackend:
                 reset=reset,
                 reverse=reverse,
                 return_states=return_states,
+                detach_every=detach_every,
                 save=save,
             )
             h0, c0 = cast(_Two, _two(cell, a.state0, False))
             results = _core.forward(
-                packed.core, a.x, h0, c0, a.lengths, a.reset, a.reverse, a.return_states, SAVE[a.save]
+                packed.core,
+                a.x,
+                h0,
+                c0,
+                a.lengths,
+                a.reset,
+                a.reverse,
+                a.return_states,
+                SAVE[a.save],
+                a.detach_every or 0,
             )
         y, hT, cT, h_states, c_states, tape = results
         two = "c" in cell.states

@@ -115,6 +115,7 @@ class NumbaBackend:
         reset: Array | None = None,
         reverse: bool = False,
         return_states: bool = False,
+        detach_every: int | None = None,
         save: str | None = "all",
     ) -> Forward:
         """One layer, one direction, the whole sequence."""
@@ -130,8 +131,11 @@ class NumbaBackend:
             reset=reset,
             reverse=reverse,
             return_states=return_states,
+            detach_every=detach_every,
             save=save,
         )
+        if a.detach_every is not None:
+            raise ValueError("detach_every: not built in the numba backend; use another")
         if a.save == "borders":
             raise ValueError('save: "borders" is not built in the numba backend; use "all", or the reference')
         T, B, _, H, _ = a.sizes

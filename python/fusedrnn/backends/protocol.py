@@ -12,6 +12,8 @@ Rules (``t`` is time, ``b`` a row of the batch):
 - ``reset[t, b]``: the cut is between t-1 and t in time, in both directions: forward clears the state before
   t, reverse clears it after t and before t-1. Resets beyond a row's length do nothing. No gradient passes a
   cut.
+- ``detach_every``: n: the state goes from step k*n - 1 to step k*n, counted in the order of the run, and no
+  gradient comes back; the initial and the final state are not cut off.
 - ``reverse``: from ``lengths[b] - 1`` down to 0; ``stateT`` is then the state after step 0.
 - Padding and resets act by selection, never by multiplication.
 - ``T = 0`` and ``B = 0`` are legal.
@@ -82,6 +84,7 @@ class Backend(Protocol):
         reset: Array | None = None,
         reverse: bool = False,
         return_states: bool = False,
+        detach_every: int | None = None,
         save: str | None = "all",  # "all" | "borders" | None
     ) -> Forward:
         """Run one layer in one direction over the whole sequence."""

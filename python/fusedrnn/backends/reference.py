@@ -27,6 +27,7 @@ class Step(NamedTuple):
     t: int
     rows: Any  # slice(None), or an array of row numbers
     cut: Array | None  # (B,) bool
+    stop: Array | None = None  # (B,) bool: the rows whose gradient does not go on to the step before
 
 
 class Run(NamedTuple):
@@ -69,6 +70,7 @@ class ReferenceBackend:
         reset: Array | None = None,
         reverse: bool = False,
         return_states: bool = False,
+        detach_every: int | None = None,
         save: str | None = "all",
     ) -> Forward:
         """Run one layer in one direction; see ``fusedrnn.backends.protocol``."""
@@ -81,6 +83,7 @@ class ReferenceBackend:
             reset=reset,
             reverse=reverse,
             return_states=return_states,
+            detach_every=detach_every,
             save=save,
             dtypes=DTYPES,
         )
@@ -135,7 +138,7 @@ class ReferenceBackend:
                 states, saved = kept if isinstance(kept, Run) else _run(a, chunk, kept)
                 for k in reversed(range(len(chunk))):
                     step = chunk[k]
-                    t, rows, _ = step
+                    t, rows = step.t, step.rows
                     dstate = tuple(
                         sum((d[t, rows] for d in ds), start=c[rows])
                         for c, ds in zip(chain, upstream, strict=True)
@@ -143,7 +146,8 @@ class ReferenceBackend:
                     before = _cleared(step, states[k])
                     after = tuple(s[rows] for s in states[k + 1])
                     dbefore, da_x, da_h = a.cell.step_backward(dstate, saved[k], before, after, product)
-                    chain = tuple(_put(c, rows, d) for c, d in zip(chain, _cut(step, dbefore), strict=True))
+                    dbefore = _stopped(step, dbefore)
+                    chain = tuple(_put(c, rows, d) for c, d in zip(chain, dbefore, strict=True))
                     if dx is not None:
                         dx[t, rows] = np.concatenate(da_x, axis=-1) @ a.weights.weight_ih
                     operands = a.cell.operands(saved[k], before[0])
@@ -205,7 +209,12 @@ def _steps(a: ForwardArguments) -> list[Step]:
         )
         for t in range(T)
     ]
-    return steps[::-1] if a.reverse else steps
+    steps = steps[::-1] if a.reverse else steps
+    every = a.detach_every or T + 1
+    for s in range(every, T, every):
+        ran = np.ones(a.sizes.B, bool) if valid is None else valid[steps[s - 1].t]
+        steps[s] = steps[s]._replace(stop=ran)
+    return steps
 
 
 def _chunks(steps: list[Step]) -> list[list[Step]]:
@@ -235,6 +244,12 @@ def _cut(step: Step, values: tuple[Array, ...]) -> tuple[Array, ...]:
     if step.cut is None:
         return values
     return tuple(np.where(step.cut[step.rows, None], np.zeros((), v.dtype), v) for v in values)
+
+
+def _stopped(step: Step, values: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The gradient of the state before the step, of its rows."""
+    values = _cut(step, values)
+    return values if step.stop is None else _cut(step._replace(cut=step.stop), values)
 
 
 def _cleared(step: Step, state: State) -> tuple[Array, ...]:
