@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -337,3 +338,12 @@ def test_a_plot_without_matplotlib_is_refused_before_it_measures(tmp_path, monke
     assert (
         capsys.readouterr().err == "fusedrnn bench: --plot needs matplotlib: pip install 'fusedrnn[plot]'\n"
     )
+
+
+@pytest.mark.slow
+def test_numba_says_how_long_it_compiles():
+    pytest.importorskip("numba", reason="numba is not installed")
+    from fusedrnn.bench.participants import numba_start
+
+    first, cached = map(float, re.findall(r"([\d.]+) s", numba_start("rnn", "float32")))
+    assert 0 < cached < first

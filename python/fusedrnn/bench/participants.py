@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -159,9 +164,33 @@ class OwnBackend(Native):
 
 
 class Numba(OwnBackend):
-    """The jitted Python cells."""
+    """The jitted Python cells; the path says how long they take to compile."""
 
     backend_name = "numba"
+
+    def __init__(self, data: Data, threads: int) -> None:
+        super().__init__(data, threads)
+        self.path = numba_start(data.case.cell.name, str(data.x.dtype))
+
+
+@functools.cache
+def numba_start(cell: str, dtype: str) -> str:
+    """How long a process waits for the first forward and backward: without Numba's cache, and with it."""
+    code = (
+        "import sys, time; from fusedrnn import cells, problems;"
+        "from fusedrnn.bench.participants import Native;"
+        "case = problems.Case(cells.CELLS[sys.argv[1]](), problems.Shape(2, 2, 2, 8));"
+        "start = time.perf_counter(); Native(problems.make(case, sys.argv[2]), 'numba')();"
+        "print(time.perf_counter() - start)"
+    )
+    command = [sys.executable, "-c", code, cell, dtype]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        first, second = (
+            float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+            for _ in range(2)
+        )
+    return f"first call {first:.1f} s, from Numba's cache {second:.1f} s"
 
 
 class Reference(OwnBackend):
