@@ -493,3 +493,15 @@ def test_a_sequence_truncates_back_propagation_as_detached_chunks_do():
     layer.fused = False
     with pytest.raises(ValueError, match="detach_every: expected None in a layer with fused=False"):
         layer.sequence(x, detach_every=4)
+
+
+def test_the_forget_gate_may_start_open():
+    layer = L.LSTM(5, in_size=3, num_layers=2, bidirectional=True, forget_bias=1.5)
+    for suffix in layer.suffixes:
+        bias = getattr(layer, "bias_ih" + suffix).data
+        assert (bias[5:10] == 1.5).all()
+        assert not bias[:5].any()
+        assert not bias[10:].any()
+    assert not L.LSTM(5, in_size=3).bias_ih.data.any()
+    with pytest.raises(ValueError, match=r"forget_bias is 1\.0, expected 0 in a layer with bias=False"):
+        L.LSTM(5, bias=False, forget_bias=1.0)

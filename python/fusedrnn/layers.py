@@ -673,14 +673,23 @@ class LSTM(Recurrent):
 
     ``i, f, o = sigmoid``, ``g = tanh`` of ``x W + h U + b``, each of its own; ``c = f*c + i*g``, ``h =
     o*tanh(c)`` (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000). Memory order i f g o;
-    drawn as f i o g.
+    drawn as f i o g. The forget gate's biases start at ``forget_bias``; 1 keeps more of c at the start of a
+    training (Jozefowicz et al. 2015).
     """
 
     draws = (1, 0, 3, 2)
     framework_names = ("i", "f", "u", "o")
 
-    def __init__(self, hidden_size: int, in_size: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, hidden_size: int, in_size: int | None = None, *, forget_bias: float = 0.0, **options: Any
+    ) -> None:
         super().__init__(hidden_size, in_size, cell=cells.LSTM(), **options)
+        for suffix in self.suffixes:
+            bias = vars(self)["bias_ih" + suffix]
+            if bias is not None:
+                bias._data[hidden_size : 2 * hidden_size] = forget_bias
+            elif forget_bias:
+                raise ValueError(f"forget_bias is {forget_bias}, expected 0 in a layer with bias=False")
 
     def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
         h, c = state
