@@ -1,7 +1,7 @@
 """``LSTM``, ``GRU`` and ``RNN`` for models under ``torch.compile``, which traces them without a graph break.
 
-The same layers as ``fusedrnn.torch``'s, eager or compiled, with the same parameters, initial values and
-state_dict, but no subclasses of ``torch.nn.LSTM``, ``GRU`` and ``RNN``: those the compiler refuses to trace unless
+The layers of ``fusedrnn.torch``, eager or compiled, with the same parameters, initial values and state_dict,
+but no subclasses of ``torch.nn.LSTM``, ``GRU`` and ``RNN``: the compiler refuses to trace those unless
 ``torch._dynamo.config.allow_rnn`` is set.
 """
 
@@ -31,8 +31,8 @@ class LSTM(Recurrent, _Twin):
 
     twin = torch.nn.LSTM
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
-    permute_hidden = torch.nn.LSTM.permute_hidden
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__("LSTM", *args, **options)
@@ -68,6 +68,4 @@ class RNN(Recurrent, _Twin):
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
-        super().__init__(
-            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, *args, **options
-        )
+        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, *args, **options)

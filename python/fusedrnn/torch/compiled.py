@@ -1,4 +1,4 @@
-"""What the layers do while ``torch.compile`` or ``torch.export`` traces them: calls of the operators in ``ops``.
+"""What the layers do while ``torch.compile`` or ``torch.export`` traces them: calls of ``ops``.
 
 Nothing here looks at values, which are not known then; the operators do, when they run.
 """
@@ -56,13 +56,22 @@ def recurrence(
     return y, (hT,), (h_states,) if return_states else ()
 
 
-@torch.compiler.disable(reason="fusedrnn: the kernels cannot take this call, or not under the compiler")
-def _eager(module: Any, *args: Any, **options: Any) -> Any:
+@torch.compiler.disable(reason="fusedrnn: see above")  # type: ignore[no-untyped-call, untyped-decorator]
+def _outside(module: Any, *args: Any, **options: Any) -> Any:
     return module.forward(*args, **options)
 
 
+def _break(module: Any, reason: str, *args: Any, **options: Any) -> Any:
+    """Leave the graph, and run as without a compiler; with ``fullgraph=True`` that is an error."""
+    text = f"fusedrnn: {type(module).__name__} does not compile here: {reason}"
+    if not torch.compiler.is_dynamo_compiling():  # torch.export, which has no other way
+        raise RuntimeError(text)
+    torch._dynamo.graph_break(msg=text)
+    return _outside(module, *args, **options)
+
+
 def layer(module: Any, input: Any, hx: Any, lengths: Any, reset: Any, return_states: bool) -> Any:
-    """``Recurrent.forward``. What the operators cannot take breaks the graph, and runs as it does in eager."""
+    """``Recurrent.forward``; what the operators cannot take breaks the graph."""
     weights: list[Any] = []
     for names in module._all_weights:
         weights += [getattr(module, name) for name in names] + [None] * (4 - len(names))
@@ -71,7 +80,7 @@ def layer(module: Any, input: Any, hx: Any, lengths: Any, reset: Any, return_sta
     if reason is None:
         reason = module._misshapen(input, state)
     if reason is not None:
-        return _eager(module, input, hx, lengths=lengths, reset=reset, return_states=return_states)
+        return _break(module, reason, input, hx, lengths=lengths, reset=reset, return_states=return_states)
     module.last_path = FUSED
     batched, mode, batch_first = input.dim() == 3, module.mode, module.batch_first
     x = input if batched else input.unsqueeze(1)
@@ -84,9 +93,7 @@ def layer(module: Any, input: Any, hx: Any, lengths: Any, reset: Any, return_sta
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths: expected whole numbers, got {lengths.dtype}")
         if lengths.shape != ((B,) if batched else ()):
-            raise ValueError(
-                f"lengths: expected shape {(B,) if batched else ()}, got {tuple(lengths.shape)}"
-            )
+            raise ValueError(f"lengths: expected shape {(B,) if batched else ()}, got {tuple(lengths.shape)}")
         lengths = lengths.reshape(B)
     if reset is not None:
         reset = torch.as_tensor(reset).detach()
@@ -137,13 +144,19 @@ def cell(module: Any, input: Any, hx: Any) -> Any:
     """``CellMixin.forward``."""
     weights = [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh]
     state = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
-    if unsupported(input, state, weights) is not None or module._misshapen(input, state) is not None:
-        return _eager(module, input, hx)
+    reason = unsupported(input, state, weights)
+    if reason is None:
+        reason = module._misshapen(input, state)
+    if reason is not None:
+        return _break(module, reason, input, hx)
     module.last_path = FUSED
     mode = (
-        "LSTM" if isinstance(module, torch.nn.LSTMCell)
-        else "GRU" if isinstance(module, torch.nn.GRUCell)
-        else "RNN_RELU" if module.nonlinearity == "relu"
+        "LSTM"
+        if isinstance(module, torch.nn.LSTMCell)
+        else "GRU"
+        if isinstance(module, torch.nn.GRUCell)
+        else "RNN_RELU"
+        if module.nonlinearity == "relu"
         else "RNN_TANH"
     )
     batched = input.dim() == 2

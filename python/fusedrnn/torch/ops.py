@@ -1,8 +1,8 @@
-"""One layer in one direction as registered operators, which ``torch.compile`` puts into its graph as they are.
+"""One layer in one direction as registered operators, which ``torch.compile`` takes into its graph whole.
 
-``torch.ops.fusedrnn.recurrence`` and ``recurrence_backward`` are functions of their tensors alone: fixed arity,
-no aliases, nothing kept between calls, so weights are packed in every call. What forward saves is an output of
-its own, whose size the sizes of the inputs tell. A missing result is an empty tensor.
+``torch.ops.fusedrnn.recurrence`` and ``recurrence_backward`` are functions of their tensors alone: fixed
+arity, no aliases, nothing kept between calls, so weights are packed in every call. What forward saves is an
+output of its own, whose size follows from the sizes of the inputs. A missing result is an empty tensor.
 """
 
 from __future__ import annotations
@@ -104,8 +104,7 @@ def _forward(
         save="array" if save else None,
     )
     found = (out.y, *_pair(out.stateT), *_pair(out.states), out.tape if save else None)
-    missing = (0,)
-    tensors = [x.new_empty(missing) if a is None else torch.from_numpy(a) for a in found]
+    tensors = [x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found]
     if not save:
         tensors[-1] = x.new_empty((*x.shape[:2], 0))
     return tuple(tensors)
@@ -115,7 +114,7 @@ def _pair(states: Any) -> tuple[Any, Any]:
     return (None, None) if states is None else (states[0], states[1] if len(states) == 2 else None)
 
 
-@torch.library.register_fake("fusedrnn::recurrence")
+@torch.library.register_fake("fusedrnn::recurrence")  # type: ignore[untyped-decorator]
 def _forward_fake(
     x: Tensor,
     h0: Tensor | None,
@@ -189,7 +188,7 @@ def _backward(
     return tuple(x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found)
 
 
-@torch.library.register_fake("fusedrnn::recurrence_backward")
+@torch.library.register_fake("fusedrnn::recurrence_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(
     x: Tensor,
     h0: Tensor | None,
