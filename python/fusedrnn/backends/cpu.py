@@ -120,6 +120,7 @@ class CpuBackend:
         if cell is not packed.cell and check_cell(cell) != packed.cell:
             raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
         results = None
+        in_array = type(save) is str and save == "array"
         state = _two(cell, state0, False)
         if (  # the compiled module would not see what these are, or would convert them
             state is not None
@@ -144,10 +145,10 @@ class CpuBackend:
                 reset=reset,
                 reverse=reverse,
                 return_states=return_states,
-                save="all" if save == "array" else save,
+                save="all" if in_array else save,
             )
             h0, c0 = cast(_Two, _two(cell, a.state0, False))
-            kept = SAVE["array" if save == "array" else a.save]
+            kept = SAVE["array" if in_array else a.save]
             results = _core.forward(
                 packed.core, a.x, h0, c0, a.lengths, a.reset, a.reverse, a.return_states, kept
             )
@@ -158,7 +159,7 @@ class CpuBackend:
             (hT, cT) if two else (hT,),
             None if h_states is None else (h_states, c_states) if two else (h_states,),
             tape
-            if tape is None or save == "array"
+            if tape is None or in_array
             else Tape(packed.cell, packed.weights, h_states is not None, tape),
         )
 

@@ -48,11 +48,15 @@ def _sequence(t: Tensor | None) -> Any:
     """As an array that kernels read where it lies, if its features are contiguous."""
     if t is None:
         return None
-    return array(t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous())
+    t = t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
+    return array(t) if t.requires_grad else t.numpy()
 
 
 def _whole(t: Tensor | None) -> Any:
-    return None if t is None else array(t.contiguous())
+    if t is None:
+        return None
+    t = t.contiguous()
+    return array(t) if t.requires_grad else t.numpy()
 
 
 def _state0(h0: Tensor | None, c0: Tensor | None) -> State | None:
