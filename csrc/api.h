@@ -74,6 +74,7 @@ struct ForwardCall {
   T* h_states = nullptr;      // (T, B, P) or null
   T* c_states = nullptr;      // (T, B, H) or null
   Save save = Save::nothing;  // what the tape returned holds; nothing: no tape
+  T* saved = nullptr;         // with Save::all: (T, B, tape_width) on a cache line, the tape's memory; null: its own
   Poll poll;
 };
 
@@ -132,6 +133,9 @@ template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call);
 template <class T>
 void backward(const BackwardCall<T>& call);
+// A tape of everything over memory that `saved` of a forward call was; the memory outlives it.
+template <class T>
+TapePtr<T> tape_over(const Problem& problem, const T* saved);
 // How forward and backward of a problem are split with so many threads, and backward's chunks of steps.
 template <class T>
 Split split_of(CellId cell, const Sizes& sizes, int threads);
@@ -142,6 +146,8 @@ void set_flush_subnormals(bool on);
 // For tests: off, small problems take what only large ones are worth (all threads, stores past the caches, inputs
 // projected ahead).
 void set_thresholds(bool on);
+// What a tape of everything holds for each step and row, in elements; with lengths less is used, from the start.
+Index tape_width(CellId cell, Index H);
 // Bytes that a tape holds.
 template <class T>
 Index tape_bytes(const Tape<T>& tape);

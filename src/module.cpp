@@ -6,8 +6,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -89,11 +91,12 @@ Sequence<const T> sequence(const py::object& o, const char* name, Shape shape) {
 }
 
 // An output. Large ones come from the kernels' own recycled memory: fresh pages would cost as much as filling them.
+// What has to lie on a cache line does, too.
 template <class T>
-py::array_t<T> empty(Shape shape) {
+py::array_t<T> empty(Shape shape, bool on_line = false) {
   std::size_t bytes = sizeof(T);
   for (Index n : shape) bytes = cpu::checked_product({bytes, std::size_t(n)});
-  if (bytes < (std::size_t(1) << 16)) return py::array_t<T>(shape);
+  if (bytes < (std::size_t(1) << 16) && !on_line) return py::array_t<T>(shape);
   auto memory = std::make_unique<cpu::Buffer>(bytes);
   T* data = memory->as<T>();
   const py::capsule owner(memory.get(), [](void* p) { delete static_cast<cpu::Buffer*>(p); });
@@ -102,8 +105,8 @@ py::array_t<T> empty(Shape shape) {
 }
 
 template <class T>
-T* output(py::object& to, Shape shape) {
-  py::array_t<T> a = empty<T>(shape);
+T* output(py::object& to, Shape shape, bool on_line = false) {
+  py::array_t<T> a = empty<T>(shape, on_line);
   T* data = a.mutable_data();
   to = std::move(a);
   return data;
@@ -155,6 +158,7 @@ struct PyTape {
   std::vector<unsigned char> reset;
   py::object x, y, h0, c0, weights[4];
   py::object packed = py::none();  // kept for borders only, which run forward again
+  py::object saved = py::none();   // the memory of a tape that lies in an array
   TapePtr<float> f32;
   TapePtr<double> f64;
   const Tape<float>* get(float) const { return f32.get(); }
@@ -162,6 +166,24 @@ struct PyTape {
   TapePtr<float>& slot(float) { return f32; }
   TapePtr<double>& slot(double) { return f64; }
 };
+
+void set_rows(PyTape& tape, const py::object& lengths, const py::object& reset) {
+  const Index time = tape.problem.sizes.T, B = tape.problem.sizes.B;
+  if (!lengths.is_none()) {
+    const Index* data = need<Index>(lengths, "lengths", {B});
+    tape.lengths.assign(data, data + B);
+    for (Index n : tape.lengths)
+      if (n < 0 || n > time)
+        throw RefusedValue("lengths: expected 0 to T = " + std::to_string(time) + ", got " + std::to_string(n));
+    tape.problem.lengths = tape.lengths.data();
+  }
+  if (!reset.is_none()) {
+    const bool* data = need<bool>(reset, "reset", {time, B});
+    tape.reset.assign(data, data + time * B);
+    for (unsigned char& r : tape.reset) r = r != 0;
+    tape.problem.reset = tape.reset.data();
+  }
+}
 
 template <class T>
 Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, Index P) {
@@ -215,31 +237,18 @@ template <class T>
 struct ForwardSetup {
   ForwardCall<T> call{};
   std::unique_ptr<PyTape> tape = std::make_unique<PyTape>();  // owns the lengths and resets that `call` points to
-  py::object y, hT, cT = py::none(), h_states = py::none(), c_states = py::none();
+  py::object y, hT, cT = py::none(), h_states = py::none(), c_states = py::none(), saved = py::none();
 
   ForwardSetup(const PyPacked& packed, const py::object& x, const py::object& h0, const py::object& c0,
                const py::object& lengths, const py::object& reset, bool reverse, bool return_states, Save save,
-               Index detach_every) {
+               Index detach_every, bool array_tape = false) {
     const py::array array = py::reinterpret_borrow<py::array>(x);
     const Index time = array.shape(0), B = array.shape(1), I = packed.I, H = packed.H, P = packed.P;
     const bool c = has_c(packed.cell);
     tape->problem = {packed.cell, {time, B, I, H, P}, nullptr, nullptr, reverse, detach_every};
     if (detach_every < 0)
       throw RefusedValue("detach_every: expected 1 or more, or none, got " + std::to_string(detach_every));
-    if (!lengths.is_none()) {
-      const Index* data = need<Index>(lengths, "lengths", {B});
-      tape->lengths.assign(data, data + B);
-      for (Index n : tape->lengths)
-        if (n < 0 || n > time)
-          throw RefusedValue("lengths: expected 0 to T = " + std::to_string(time) + ", got " + std::to_string(n));
-      tape->problem.lengths = tape->lengths.data();
-    }
-    if (!reset.is_none()) {
-      const bool* data = need<bool>(reset, "reset", {time, B});
-      tape->reset.assign(data, data + time * B);
-      for (unsigned char& r : tape->reset) r = r != 0;
-      tape->problem.reset = tape->reset.data();
-    }
+    set_rows(*tape, lengths, reset);
     call.problem = tape->problem;
     call.packed = packed.get(T());
     if (!call.packed) throw RefusedType("x: expected the dtype of the weights, got " + text(array));
@@ -253,18 +262,25 @@ struct ForwardSetup {
     if (c) call.cT = output<T>(cT, {B, H});
     if (return_states) call.h_states = output<T>(h_states, {time, B, P});
     if (return_states && c) call.c_states = output<T>(c_states, {time, B, H});
+    if (array_tape) {  // what ragged rows leave of it is 0, so that it is the same for the same inputs
+      const Index width = tape_width(packed.cell, H);
+      call.saved = output<T>(saved, {time, B, width}, true);
+      Index rows = time * B;
+      if (!tape->lengths.empty()) rows = std::accumulate(tape->lengths.begin(), tape->lengths.end(), Index(0));
+      std::fill(call.saved + rows * width, call.saved + time * B * width, T(0));
+    }
   }
 };
 
 template <class T>
 py::tuple forward_as(const py::object& packed_object, const py::object& x, const py::object& h0, const py::object& c0,
                      const py::object& lengths, const py::object& reset, bool reverse, bool return_states, Save save,
-                     Index detach_every) {
+                     Index detach_every, bool array_tape) {
   const PyPacked& packed = packed_object.cast<const PyPacked&>();
-  ForwardSetup<T> setup(packed, x, h0, c0, lengths, reset, reverse, return_states, save, detach_every);
+  ForwardSetup<T> setup(packed, x, h0, c0, lengths, reset, reverse, return_states, save, detach_every, array_tape);
   setup.tape->slot(T()) = without_gil([&] { return forward<T>(setup.call); });
-  py::object kept = py::none();
-  if (save != Save::nothing) {
+  py::object kept = setup.saved;
+  if (save != Save::nothing && !array_tape) {
     PyTape& tape = *setup.tape;
     if (save == Save::borders) tape.packed = packed_object;
     tape.x = x, tape.y = setup.y, tape.h0 = h0, tape.c0 = c0;
@@ -280,12 +296,45 @@ py::tuple py_forward(const py::object& packed, const py::object& x, const py::ob
   if (!py::isinstance<PyPacked>(packed))
     throw py::type_error("packed: expected what pack returned, got " +
                          py::str(py::type::of(packed)).cast<std::string>());
-  if (save_id < 0 || save_id > 2)
-    throw py::value_error("save: expected 0 (nothing), 1 (all) or 2 (borders), got " + std::to_string(save_id));
-  const Save save = Save(save_id);
-  return is_float32(x, "x", 3)
-             ? forward_as<float>(packed, x, h0, c0, lengths, reset, reverse, return_states, save, detach_every)
-             : forward_as<double>(packed, x, h0, c0, lengths, reset, reverse, return_states, save, detach_every);
+  if (save_id < 0 || save_id > 3)
+    throw py::value_error("save: expected 0 (nothing), 1 (all), 2 (borders) or 3 (all, in an array), got " +
+                          std::to_string(save_id));
+  const bool array_tape = save_id == 3;
+  const Save save = array_tape ? Save::all : Save(save_id);
+  return is_float32(x, "x", 3) ? forward_as<float>(packed, x, h0, c0, lengths, reset, reverse, return_states, save,
+                                                   detach_every, array_tape)
+                               : forward_as<double>(packed, x, h0, c0, lengths, reset, reverse, return_states, save,
+                                                    detach_every, array_tape);
+}
+
+// The tape of a forward call with save 3, made again of its array and of what forward got and gave. Arrays of the
+// wrong shapes are refused by backward.
+template <class T>
+std::unique_ptr<PyTape> tape_as(CellId cell, const py::array& saved, const py::array& x, const py::array& weight_ih,
+                                const py::object& lengths, const py::object& reset, bool reverse, Index detach_every) {
+  const Index G = gates_of(cell), time = x.shape(0), B = x.shape(1), I = x.shape(2), H = weight_ih.shape(0) / G;
+  if (I == 0 || H == 0) throw RefusedValue("weight_ih: expected (G*H, I), H and I at least 1, got " + text(weight_ih));
+  auto tape = std::make_unique<PyTape>();
+  tape->problem = {cell, {time, B, I, H, H}, nullptr, nullptr, reverse, detach_every};
+  set_rows(*tape, lengths, reset);
+  const T* memory = need<T>(saved, "saved", {time, B, tape_width(cell, H)});
+  tape->slot(T()) = tape_over<T>(tape->problem, memory);
+  return tape;
+}
+
+std::unique_ptr<PyTape> py_tape(int id, py::object saved, py::object x, py::object y, py::object h0, py::object c0,
+                                py::object weight_ih, py::object weight_hh, py::object bias_ih, py::object bias_hh,
+                                const py::object& lengths, const py::object& reset, bool reverse, Index detach_every) {
+  const CellId cell = cell_of(id);
+  const bool f32 = is_float32(x, "x", 3);
+  is_float32(weight_ih, "weight_ih", 2);
+  is_float32(saved, "saved", 3);
+  std::unique_ptr<PyTape> tape =
+      (f32 ? tape_as<float> : tape_as<double>)(cell, saved, x, weight_ih, lengths, reset, reverse, detach_every);
+  tape->x = x, tape->y = y, tape->h0 = h0, tape->c0 = c0, tape->saved = saved;
+  const py::object w[4] = {weight_ih, weight_hh, bias_ih, bias_hh};
+  for (int i = 0; i < 4; ++i) tape->weights[i] = w[i];
+  return tape;
 }
 
 // One backward call: checked, its outputs allocated, nothing run yet.
@@ -451,6 +500,10 @@ PYBIND11_MODULE(_core, m) {
         py::arg("bias_hh"));
   m.def("forward", &py_forward, py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("lengths"),
         py::arg("reset"), py::arg("reverse"), py::arg("return_states"), py::arg("save"), py::arg("detach_every") = 0);
+  m.def("tape", &py_tape, py::arg("cell"), py::arg("saved"), py::arg("x"), py::arg("y"), py::arg("h0"), py::arg("c0"),
+        py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"), py::arg("lengths"),
+        py::arg("reset"), py::arg("reverse"), py::arg("detach_every") = 0);
+  m.def("tape_width", [](int cell, Index H) { return tape_width(cell_of(cell), H); }, py::arg("cell"), py::arg("H"));
   m.def("backward", &py_backward, py::arg("tape"), py::arg("dy"), py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"),
         py::arg("dc_states"), py::arg("need"));
   m.def("info", &info);

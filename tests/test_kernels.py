@@ -32,6 +32,7 @@ from problems import (
     errors,
     expected_names,
     name,
+    named,
     problem,
     run,
 )
@@ -426,6 +427,46 @@ def test_without_a_tape_the_results_are_the_same(cell, dtype):
 
 
 # --- NaN and infinity --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING, EVERYTHING | {"reverse": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_a_tape_in_an_array_gives_the_same_bits(cell, dtype, options):
+    """Wherever the array lies; and what ragged rows leave of it is 0."""
+    p = problem(cell, 9, 5, 3, 19, dtype=dtype, **options)
+    out = CPU.forward(cell, p.x, p.weights, p.state0, **p.options, save="array")
+    assert out.tape.shape == (9, 5, CPU.tape_width(cell, 19))
+    assert np.isfinite(out.tape).all()
+    moved = np.empty(out.tape.size + 1, dtype)[1:].reshape(out.tape.shape)
+    moved[:] = out.tape
+    want = run(CPU, p)
+    for saved in (out.tape, moved):
+        tape = CPU.tape(cell, saved, out.y, p.x, p.weights, p.state0, **p.options)
+        assert_same_bits(named(cell, out, CPU.backward(tape, p.dy, p.dstateT, p.dstates)), want)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_an_array_tape_that_does_not_fit_is_refused(cell):
+    p = problem(cell, 4, 3, 2, 5)
+    out = CPU.forward(cell, p.x, p.weights, p.state0, save="array")
+    refused = (TypeError, ValueError)
+    other = np.float64 if p.x.dtype == np.float32 else np.float32
+    for bad in (out.tape[1:], out.tape[:, 1:], out.tape[None], out.tape.astype(other), None):
+        with pytest.raises(refused, match="saved"):
+            CPU.tape(cell, bad, out.y, p.x, p.weights, p.state0)
+    w = p.weights
+    for y, x, weights in (
+        (out.y[1:], p.x, w),
+        (out.y, p.x[:, :, 1:], w),
+        (out.y, p.x, w._replace(weight_hh=w.weight_hh[1:])),
+        (out.y, p.x, w._replace(weight_ih=w.weight_ih[:, 1:])),
+        (out.y, p.x, w._replace(weight_ih=w.weight_ih[:0])),
+    ):
+        with pytest.raises(refused):
+            CPU.backward(CPU.tape(cell, out.tape, y, x, weights, p.state0), p.dy)
+    with pytest.raises(refused, match="lengths"):
+        CPU.tape(cell, out.tape, out.y, p.x, w, p.state0, lengths=np.array([5, 1, 1]))
 
 
 @pytest.mark.parametrize("cell", [LSTM(), GRU(), GRU(reset_after=False)], ids=cell_name)

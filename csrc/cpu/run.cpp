@@ -105,6 +105,15 @@ void run_job(bool (*kernel)(const Job&, const cpu::Worker&), const Job& job, int
     throw Interrupted{};
 }
 
+// Rows of every step in a tape of everything; where each row of the batch begins, with lengths.
+Index tape_rows(const Problem& problem, std::vector<Index>& starts) {
+  const Sizes& n = problem.sizes;
+  if (!problem.lengths) return n.T * n.B;
+  starts.resize(std::size_t(n.B) + 1);
+  for (Index b = 0; b < n.B; ++b) starts[b + 1] = starts[b] + problem.lengths[b];
+  return starts[n.B];
+}
+
 constexpr Index kSharedCache = 16 << 20;  // bytes that backward would still find there: docs/speed.md
 
 template <class T>
@@ -279,13 +288,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   Layout<T> tape_layout, scratch;
   TapePtr<T> tape(call.save == Save::nothing ? nullptr : new Tape<T>{});
   const bool all = call.save == Save::all;
-  if (all && problem.lengths) {
-    tape->starts.resize(std::size_t(n.B) + 1);
-    for (Index b = 0; b < n.B; ++b) tape->starts[b + 1] = tape->starts[b] + problem.lengths[b];
-  }
-  const Index rows = !all              ? n.B
-                     : problem.lengths ? tape->starts[n.B]
-                                       : n.T * n.B,
+  const bool outside = all && call.saved;  // the tape lies in the caller's memory
+  const Index rows = all ? tape_rows(problem, tape->starts) : n.B,
               borders_count = call.save == Save::borders && shape.has_c && chunk.count ? chunk.count - 1 : 0;
   T *saved = nullptr, *c = nullptr, *borders = nullptr, *c0 = nullptr, *middle = nullptr, *projected = nullptr,
     *zeros = nullptr;
@@ -295,8 +299,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
     Layout<T>& kept_in = all ? tape_layout : scratch;
-    saved = kept_in.take({all || shape.phases == 2 ? rows : 0, shape.saved, units});
-    c = kept_in.take({shape.has_c ? rows : 0, units});
+    saved = kept_in.take({!outside && (all || shape.phases == 2) ? rows : 0, shape.saved, units});
+    c = kept_in.take({!outside && shape.has_c ? rows : 0, units});
     borders = tape_layout.take({borders_count, n.B, units});
     c0 = scratch.take({call.c0 ? n.B : 0, units});
     middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
@@ -305,10 +309,11 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     threads = reinterpret_cast<char*>(
         scratch.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     if (pass == 0) {
-      if (tape) tape->memory = tape_layout.allocate();
+      if (tape && !outside) tape->memory = tape_layout.allocate();
       memory = scratch.allocate();
     }
   }
+  if (outside) saved = call.saved, c = saved + rows * shape.saved * units;
   if (tape) {
     tape->save = call.save;
     if (all)
@@ -343,6 +348,17 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   job.rows_outside = rows_outside<T>(shape, n);
   job.scratch = threads, job.scratch_step = thread_bytes;
   run_job<T>(kernels.forward[int(problem.cell)], job, split.threads, split.by_rows, call.poll);
+  return tape;
+}
+
+template <class T>
+TapePtr<T> tape_over(const Problem& problem, const T* saved) {
+  const CellShape& shape = cpu::kernels<T>().shape[int(problem.cell)];
+  TapePtr<T> tape(new Tape<T>{});
+  tape->save = Save::all;
+  const Index rows = tape_rows(problem, tape->starts);
+  tape->saved = const_cast<T*>(saved);  // backward only reads
+  tape->c = tape->saved + rows * shape.saved * blocks_of(problem.sizes.H) * kBlock;
   return tape;
 }
 
@@ -463,6 +479,11 @@ Index chunks_of(CellId cell, const Sizes& sizes) {
   return Chunk<T>(cpu::kernels<T>().shape[int(cell)], sizes).count;
 }
 
+Index tape_width(CellId cell, Index H) {
+  const CellShape& shape = cpu::kernels<float>().shape[int(cell)];
+  return (shape.saved + shape.has_c) * blocks_of(H) * kBlock;
+}
+
 template <class T>
 Index tape_bytes(const Tape<T>& tape) {
   return Index(tape.memory.size() + tape.starts.size() * sizeof(Index));
@@ -476,6 +497,7 @@ void set_flush_subnormals(bool on) { flush_subnormals = on; }
   template struct Deleter<T>;                                                      \
   template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>, Poll); \
   template TapePtr<T> forward(const ForwardCall<T>&);                              \
+  template TapePtr<T> tape_over(const Problem&, const T*);                         \
   template void backward(const BackwardCall<T>&);                                  \
   template Split split_of<T>(CellId, const Sizes&, int);                           \
   template Index chunks_of<T>(CellId, const Sizes&);                               \

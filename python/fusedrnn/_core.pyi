@@ -32,7 +32,24 @@ def forward(
     return_states: bool,
     save: int,
     detach_every: int = 0,
-) -> tuple[Any, ...]: ...  # y, hT, cT, h_states, c_states, tape; None for what there is not
+) -> tuple[Any, ...]: ...  # y, hT, cT, h_states, c_states, tape or its array; None for what there is not
+def tape(
+    cell: int,
+    saved: _Array,
+    x: _Array,
+    y: _Array,
+    h0: _Array | None,
+    c0: _Array | None,
+    weight_ih: _Array,
+    weight_hh: _Array,
+    bias_ih: _Array | None,
+    bias_hh: _Array | None,
+    lengths: npt.NDArray[np.int64] | None,
+    reset: npt.NDArray[np.bool_] | None,
+    reverse: bool,
+    detach_every: int = 0,
+) -> Tape: ...
+def tape_width(cell: int, H: int) -> int: ...
 def backward(
     tape: Tape,
     dy: _Array | None,

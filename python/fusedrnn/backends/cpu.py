@@ -32,7 +32,7 @@ except ImportError as error:  # a source tree that was never built
     )
 
 
-SAVE = {None: 0, "all": 1, "borders": 2}  # the ids that _core takes
+SAVE = {None: 0, "all": 1, "borders": 2, "array": 3}  # the ids that _core takes
 
 
 class Packed(NamedTuple):
@@ -113,11 +113,15 @@ class CpuBackend:
         detach_every: int | None = None,
         save: str | None = "all",
     ) -> Forward:
-        """One layer, one direction, the whole sequence."""
+        """One layer, one direction, the whole sequence.
+
+        With ``save="array"`` the tape is an array (T, B, ``tape_width``) instead, which ``tape`` takes.
+        """
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if cell is not packed.cell and check_cell(cell) != packed.cell:
             raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
         results = None
+        in_array = type(save) is str and save == "array"
         state = _two(cell, state0, False)
         if (  # the compiled module would not see what these are, or would convert them
             state is not None
@@ -153,9 +157,10 @@ class CpuBackend:
                 reverse=reverse,
                 return_states=return_states,
                 detach_every=detach_every,
-                save=save,
+                save="all" if in_array else save,
             )
             h0, c0 = cast(_Two, _two(cell, a.state0, False))
+            kept = SAVE["array" if in_array else a.save]
             results = _core.forward(
                 packed.core,
                 a.x,
@@ -165,7 +170,7 @@ class CpuBackend:
                 a.reset,
                 a.reverse,
                 a.return_states,
-                SAVE[a.save],
+                kept,
                 a.detach_every or 0,
             )
         y, hT, cT, h_states, c_states, tape = results
@@ -174,8 +179,33 @@ class CpuBackend:
             y,
             (hT, cT) if two else (hT,),
             None if h_states is None else (h_states, c_states) if two else (h_states,),
-            None if tape is None else Tape(packed.cell, packed.weights, h_states is not None, tape),
+            tape
+            if tape is None or in_array
+            else Tape(packed.cell, packed.weights, h_states is not None, tape),
         )
+
+    def tape_width(self, cell: Cell, hidden_size: int) -> int:
+        """Elements of a tape in an array for each step and row."""
+        return _core.tape_width(_cell_id(cell), hidden_size)
+
+    def tape(
+        self,
+        cell: Cell,
+        saved: Array,
+        y: Array,
+        x: Array,
+        weights: Weights,
+        state0: State | None = None,
+        *,
+        lengths: Array | None = None,
+        reset: Array | None = None,
+        reverse: bool = False,
+        return_states: bool = False,
+    ) -> Tape:
+        """The tape that lies in ``saved``, for backward: of what forward got, in the layout that it needs."""
+        h0, c0 = cast(_Two, _two(cell, state0, False))
+        core = _core.tape(_cell_id(cell), saved, x, y, h0, c0, *weights, lengths, reset, reverse)
+        return Tape(cell, weights, return_states, core)
 
     def backward(
         self,

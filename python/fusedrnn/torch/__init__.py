@@ -10,6 +10,7 @@ except ImportError as error:
 import contextlib as _contextlib
 
 from fusedrnn import threads as _threads
+from fusedrnn.torch import compilable
 from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
 from fusedrnn.torch.convert import Converted, convert, patched, to_torch
 from fusedrnn.torch.layers import GRU, LSTM, RNN
@@ -28,6 +29,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "compilable",
     "convert",
     "fallback",
     "patched",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import backends, cells
-from fusedrnn.torch import paths
+from fusedrnn.torch import compiled, paths
 from fusedrnn.torch.recurrence import Call, PackedWeights, recurrence
 
 
@@ -24,6 +24,8 @@ class CellMixin(torch.nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step: input (B, I) or (I,); hx as PyTorch's, (B, H) or (H,) each; None is zeros."""
+        if torch.compiler.is_compiling():
+            return compiled.cell(self, input, hx)
         weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         reason = self._why_not(input, hx, weights)
         if reason is not None:
@@ -67,6 +69,10 @@ class CellMixin(torch.nn.RNNCellBase):
             return "dtypes differ"
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
+        return self._misshapen(input, state)
+
+    def _misshapen(self, input: Tensor, state: tuple[Tensor, ...]) -> str | None:
+        """What PyTorch would complain of, or leave to itself."""
         if input.dim() not in (1, 2) or input.size(-1) != self.input_size or input.numel() == 0:
             return f"the input is of shape {tuple(input.shape)}"
         size = (*input.shape[:-1], self.hidden_size)

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from fusedrnn.torch import compilable as _compilable
 from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
 from fusedrnn.torch.layers import GRU, LSTM, RNN
 
@@ -21,7 +22,12 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.GRUCell: GRUCell,
     torch.nn.RNNCell: RNNCell,
 }
-OURS = {ours: theirs for theirs, ours in TWINS.items()}
+COMPILABLE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.LSTM: _compilable.LSTM,
+    torch.nn.GRU: _compilable.GRU,
+    torch.nn.RNN: _compilable.RNN,
+}
+OURS = {ours: theirs for twins in (TWINS, COMPILABLE) for theirs, ours in twins.items()}
 
 
 class Converted(NamedTuple):
@@ -37,7 +43,7 @@ class Converted(NamedTuple):
         return "\n".join(lines) or "no recurrent layer"
 
 
-def convert(model: torch.nn.Module) -> Converted:
+def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
     """Make every layer of ``torch.nn`` that is recurrent in a model one of ours, in place.
 
     The layer object stays the same and gets our class: parameters, hooks, names, optimisers that hold the
@@ -45,6 +51,7 @@ def convert(model: torch.nn.Module) -> Converted:
 
     Args:
         model: Any module; also such a layer itself.
+        compilable: Layers become those of ``fusedrnn.torch.compilable``, also where they are ours already.
 
     Returns:
         The model, what was converted, and what was not and why.
@@ -54,8 +61,11 @@ def convert(model: torch.nn.Module) -> Converted:
     converted, left = {}, {}
     for path, layer in model.named_modules():
         kind = type(layer)
-        if kind in TWINS:
-            layer.__class__ = TWINS[kind]
+        twin = OURS.get(kind, kind) if compilable else kind
+        to = COMPILABLE.get(twin) if compilable else None
+        to = TWINS.get(twin) if to is None else to
+        if to is not None and kind is not to:
+            layer.__class__ = to
             converted[path] = kind.__name__
         elif isinstance(layer, (torch.nn.RNNBase, torch.nn.RNNCellBase)) and kind not in OURS:
             if torch.nn.utils.parametrize.is_parametrized(layer):

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import backends, cells
 from fusedrnn.backends.protocol import Array
-from fusedrnn.torch import paths
+from fusedrnn.torch import compiled, paths
 from fusedrnn.torch.recurrence import Call, PackedWeights, recurrence
 
 
@@ -75,6 +75,8 @@ class Recurrent(torch.nn.RNNBase):
             message names it.
             RuntimeError: lengths, reset or return_states where PyTorch's own implementation has to run.
         """
+        if torch.compiler.is_compiling():
+            return compiled.layer(self, input, hx, lengths, reset, return_states)
         weights = self._weights()
         reason = self._why_not(input, hx, weights)
         if reason is not None:

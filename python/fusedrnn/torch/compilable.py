@@ -1,0 +1,71 @@
+"""``LSTM``, ``GRU`` and ``RNN`` for models under ``torch.compile``, which traces them without a graph break.
+
+The layers of ``fusedrnn.torch``, eager or compiled, with the same parameters, initial values and state_dict,
+but no subclasses of ``torch.nn.LSTM``, ``GRU`` and ``RNN``: the compiler refuses to trace those unless
+``torch._dynamo.config.allow_rnn`` is set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusedrnn.torch.layers import Recurrent
+
+__all__ = ["GRU", "LSTM", "RNN"]
+
+
+class _Twin(torch.nn.RNNBase):
+    """Beside what ``RNNBase`` is, what the twin adds: its forward and the checks that this calls."""
+
+    twin: type[torch.nn.RNNBase]
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """PyTorch's own implementation."""
+        return self.twin.forward(self, input, hx)
+
+
+class LSTM(Recurrent, _Twin):
+    """``fusedrnn.torch.LSTM`` for compiled models: no ``isinstance`` of ``torch.nn.LSTM``, else the same."""
+
+    twin = torch.nn.LSTM
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__("LSTM", *args, **options)
+
+
+class GRU(Recurrent, _Twin):
+    """``fusedrnn.torch.GRU`` for compiled models: no ``isinstance`` of ``torch.nn.GRU``, else the same."""
+
+    twin = torch.nn.GRU
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if "proj_size" in options:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **options)
+
+
+class RNN(Recurrent, _Twin):
+    """``fusedrnn.torch.RNN`` for compiled models: no ``isinstance`` of ``torch.nn.RNN``, else the same."""
+
+    twin = torch.nn.RNN
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        if "proj_size" in options:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, *args, **options)
