@@ -1,6 +1,6 @@
 """Frames per second of sb3-contrib's RecurrentPPO: torch.nn, our layers, and ours without its time loop.
 
-    python bench/recurrent_ppo.py               5 rounds of 4,096 frames, on all threads and on one: 4 minutes
+    python bench/recurrent_ppo.py               5 rounds of 4,096 frames, on all threads and on one
     python bench/recurrent_ppo.py --json FILE   also write the figures to this file
 
 CartPole without velocities, 8 environments, sb3-contrib's defaults: rollouts of 128 steps, 10 epochs of
@@ -81,19 +81,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=4096, help="of each run")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="*", help="default: all, then one")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     rows = []
-    for threads in sorted({torch.get_num_threads(), 1}, reverse=True):
+    for threads in options.threads or sorted({torch.get_num_threads(), 1}, reverse=True):
         torch.set_num_threads(threads)
         others = Others()
         found = measure(options.frames, options.rounds)
         rows.append({"threads": threads, "others": others.share(), "ways": found})
         for way, each in found.items():
-            print(
-                f"{threads} thread(s)  {way:16}{each['fps']:7.0f} frames/s, {each['ratio']:.2f} times torch.nn",
-                flush=True,
-            )
+            ratio = f"{each['ratio']:.2f} times torch.nn"
+            print(f"{threads} thread(s)  {way:16}{each['fps']:7.0f} frames/s, {ratio}", flush=True)
     busy = max(row["others"] or 0.0 for row in rows)
     if busy > BUSY:
         print(f"other processes took up to {busy:.0%} of the cores: measure again for figures")
