@@ -1,11 +1,11 @@
 """Frames per second of sb3-contrib's RecurrentPPO: torch.nn, our layers, and ours without its time loop.
 
-    python bench/recurrent_ppo.py               5 rounds of 4,096 frames, on all threads and on one
-    python bench/recurrent_ppo.py --json FILE   also write the figures to this file
+    python bench/recurrent_ppo.py            measure, on a quiet machine; write JSON and docs/third_party.md
+    python bench/recurrent_ppo.py --check    only see whether the page is up to date
 
 CartPole without velocities, 8 environments, sb3-contrib's defaults: rollouts of 128 steps, 10 epochs of
 batches of 128 frames, two LSTMs of 256 units. The ways take turns; in a round all have the same seed, so that
-they play the same episodes until rounding parts them. Needs ``pip install sb3-contrib``.
+they play the same episodes until rounding parts them. Needs ``pip install sb3-contrib``; ``--check`` only NumPy.
 """
 
 from __future__ import annotations
@@ -15,18 +15,11 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "torch"))
 
 import numpy as np
-import recurrent_ppo as example
-import sb3_contrib
-import torch
+from measured import ROOT, update
 
-from fusedrnn import system
-from fusedrnn.bench.report import BUSY
-from fusedrnn.bench.timing import Others
+FILE = ROOT / "bench" / "results" / "recurrent_ppo.json"
 
 
 def timed(model, method, seconds):
@@ -43,7 +36,7 @@ def timed(model, method, seconds):
     setattr(model, method, call)
 
 
-def train(way, seed, frames):
+def train(example, way, seed, frames):
     """Train from nothing: frames per second, where the time went, mean length of the last 100 episodes."""
     model = example.build(way, seed)
     seconds = {}
@@ -58,14 +51,14 @@ def train(way, seed, frames):
     }
 
 
-def measure(frames, rounds):
+def measure(example, frames, rounds):
     """Rounds in which the ways take turns, each beginning with another."""
     runs = {way: [] for way in example.WAYS}
     for way in example.WAYS:
-        train(way, 0, 1024)  # warm
+        train(example, way, 0, 1024)  # warm
     for r in range(rounds):
         for way in example.WAYS[r % 3 :] + example.WAYS[: r % 3]:
-            runs[way].append(train(way, r, frames))
+            runs[way].append(train(example, way, r, frames))
     plain = runs["torch.nn"]
     return {
         way: {
@@ -77,35 +70,65 @@ def measure(frames, rounds):
     }
 
 
+def run(options):
+    """Measure and keep the figures."""
+    sys.path.insert(0, str(ROOT / "examples" / "torch"))
+    import recurrent_ppo as example
+    import sb3_contrib
+    import torch
+
+    from fusedrnn import system
+    from fusedrnn.bench.timing import Others
+
+    rows = []
+    for threads in options.threads or sorted({torch.get_num_threads(), 1}, reverse=True):
+        torch.set_num_threads(threads)
+        others = Others()
+        found = measure(example, options.frames, options.rounds)
+        rows.append({"threads": threads, "others": others.share(), "ways": found})
+        for way, each in found.items():
+            ratio = f"{each['ratio']:.2f} times torch.nn"
+            print(f"{threads} thread(s)  {way:16}{each['fps']:7.0f} frames/s, {ratio}", flush=True)
+    report = {
+        "frames": options.frames,
+        "rounds": options.rounds,
+        "sb3-contrib": sb3_contrib.__version__,
+        "environment": system.environment(),
+        "rows": rows,
+    }
+    FILE.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def section(report):
+    """The page's table."""
+    lines = ["| threads | " + " | ".join(report["rows"][0]["ways"]) + " |", "|---:|---:|---:|---:|"]
+    for row in report["rows"]:
+        figures = [f"{each['fps']:.0f} ({each['ratio']:.2f})" for each in row["ways"].values()]
+        lines.append(f"| {row['threads']} | " + " | ".join(figures) + " |")
+    found = report["environment"]
+    busy = max(row["others"] or 0.0 for row in report["rows"])
+    lines += [
+        "",
+        f"Frames per second of the whole training, environment included, and in brackets how many times "
+        f"torch.nn's; medians of {report['rounds']} rounds of {report['frames']:,} frames, the ways in turn. "
+        f"PyTorch {found['torch']}, sb3-contrib {report['sb3-contrib']}, {found['isa']}, "
+        f"{found['date'][:10]}; other processes took {busy:.0%} of the cores.",
+    ]
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=4096, help="of each run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="*", help="default: all, then one")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--check", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    rows = []
-    for threads in options.threads or sorted({torch.get_num_threads(), 1}, reverse=True):
-        torch.set_num_threads(threads)
-        others = Others()
-        found = measure(options.frames, options.rounds)
-        rows.append({"threads": threads, "others": others.share(), "ways": found})
-        for way, each in found.items():
-            ratio = f"{each['ratio']:.2f} times torch.nn"
-            print(f"{threads} thread(s)  {way:16}{each['fps']:7.0f} frames/s, {ratio}", flush=True)
-    busy = max(row["others"] or 0.0 for row in rows)
-    if busy > BUSY:
-        print(f"other processes took up to {busy:.0%} of the cores: measure again for figures")
-    if options.json:
-        report = {
-            "frames": options.frames,
-            "rounds": options.rounds,
-            "sb3-contrib": sb3_contrib.__version__,
-            "environment": system.environment(),
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if not options.check:
+        run(options)
+    text = section(json.loads(FILE.read_text()))
+    return update("docs/third_party.md", "recurrent_ppo.py", text, options.check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
