@@ -5,7 +5,7 @@
 
 CartPole without velocities, 8 environments, sb3-contrib's defaults: rollouts of 128 steps, 10 epochs of
 batches of 128 frames, two LSTMs of 256 units. The ways take turns; in a round all have the same seed, so that
-they play the same episodes until rounding parts them. Needs ``pip install sb3-contrib``; ``--check`` only NumPy.
+they play the same episodes until rounding parts them. Needs ``pip install sb3-contrib``, except to check.
 """
 
 from __future__ import annotations
