@@ -1,4 +1,4 @@
-"""nox -s lint | tests | bench | docs: each in an environment of its own."""
+"""nox -s lint | tests | thirdparty | bench | docs: each in an environment of its own."""
 
 import nox
 
@@ -21,6 +21,14 @@ def tests(session: nox.Session) -> None:
     """The whole suite, as far as the extras at hand go."""
     session.install(".[cli,plot,numba,test]")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def thirdparty(session: nox.Session) -> None:
+    """Suites and libraries of others on our layers (docs/third_party.md)."""
+    session.install(".[torch,test]", "expecttest", "onnx", "onnxruntime", "sb3-contrib", "neuralhydrology")
+    files = ("torch_moduleinfo", "onnx_cases", "torch_libraries")
+    session.run("pytest", *(f"tests/test_{name}.py" for name in files), *session.posargs)
 
 
 @nox.session

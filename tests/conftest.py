@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -48,6 +49,17 @@ def threads():
     before = get_num_threads()
     yield set_num_threads
     set_num_threads(before)
+    set_team("own")
+
+
+@pytest.fixture
+def openmp_team():
+    """PyTorch's threads run the kernels, as after ``import fusedrnn.torch``; afterwards our own again."""
+    from fusedrnn.threads import set_team
+
+    with contextlib.suppress(RuntimeError):  # where there is no OpenMP, they stay on our own
+        set_team("openmp")
+    yield
     set_team("own")
 
 

@@ -199,9 +199,10 @@ def test_links_between_pages_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize(
-    "script", ["plot_readme.py", "benchmarks_page.py", "pollution_page.py", "scaling.py"]
-)
+SCRIPTS = ("plot_readme.py", "benchmarks_page.py", "pollution_page.py", "recurrent_ppo.py", "scaling.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_published_figures_come_from_the_measured_files(script):
     """The table between the markers is what the script writes from bench/results."""
     command = [sys.executable, ROOT / "bench" / script, "--check"]

@@ -1,0 +1,134 @@
+"""Frames per second of sb3-contrib's RecurrentPPO: torch.nn, our layers, and ours without its time loop.
+
+    python bench/recurrent_ppo.py            measure, on a quiet machine; write JSON and docs/third_party.md
+    python bench/recurrent_ppo.py --check    only see whether the page is up to date
+
+CartPole without velocities, 8 environments, sb3-contrib's defaults: rollouts of 128 steps, 10 epochs of
+batches of 128 frames, two LSTMs of 256 units. The ways take turns; in a round all have the same seed, so that
+they play the same episodes until rounding parts them. Needs ``pip install sb3-contrib``, except to check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import numpy as np
+from measured import ROOT, update
+
+FILE = ROOT / "bench" / "results" / "recurrent_ppo.json"
+
+
+def timed(model, method, seconds):
+    """Make the model add the time of one of its methods to ``seconds``."""
+    run = getattr(model, method)
+
+    def call(*args, **options):
+        begin = time.perf_counter()
+        try:
+            return run(*args, **options)
+        finally:
+            seconds[method] = seconds.get(method, 0.0) + time.perf_counter() - begin
+
+    setattr(model, method, call)
+
+
+def train(example, way, seed, frames):
+    """Train from nothing: frames per second, where the time went, mean length of the last 100 episodes."""
+    model = example.build(way, seed)
+    seconds = {}
+    for method in ("collect_rollouts", "train"):
+        timed(model, method, seconds)
+    model.learn(frames)
+    return {
+        "fps": model.num_timesteps / sum(seconds.values()),
+        "rollouts s": seconds["collect_rollouts"],
+        "updates s": seconds["train"],
+        "episode length": float(np.mean([e["l"] for e in model.ep_info_buffer])),
+    }
+
+
+def measure(example, frames, rounds):
+    """Rounds in which the ways take turns, each beginning with another."""
+    runs = {way: [] for way in example.WAYS}
+    for way in example.WAYS:
+        train(example, way, 0, 1024)  # warm
+    for r in range(rounds):
+        for way in example.WAYS[r % 3 :] + example.WAYS[: r % 3]:
+            runs[way].append(train(example, way, r, frames))
+    plain = runs["torch.nn"]
+    return {
+        way: {
+            "fps": statistics.median(run["fps"] for run in each),
+            "ratio": statistics.median(a["fps"] / b["fps"] for a, b in zip(each, plain, strict=True)),
+            "runs": each,
+        }
+        for way, each in runs.items()
+    }
+
+
+def run(options):
+    """Measure and keep the figures."""
+    sys.path.insert(0, str(ROOT / "examples" / "torch"))
+    import recurrent_ppo as example
+    import sb3_contrib
+    import torch
+
+    from fusedrnn import system
+    from fusedrnn.bench.timing import Others
+
+    rows = []
+    for threads in options.threads or sorted({torch.get_num_threads(), 1}, reverse=True):
+        torch.set_num_threads(threads)
+        others = Others()
+        found = measure(example, options.frames, options.rounds)
+        rows.append({"threads": threads, "others": others.share(), "ways": found})
+        for way, each in found.items():
+            ratio = f"{each['ratio']:.2f} times torch.nn"
+            print(f"{threads} thread(s)  {way:16}{each['fps']:7.0f} frames/s, {ratio}", flush=True)
+    report = {
+        "frames": options.frames,
+        "rounds": options.rounds,
+        "sb3-contrib": sb3_contrib.__version__,
+        "environment": system.environment(),
+        "rows": rows,
+    }
+    FILE.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def section(report):
+    """The page's table."""
+    lines = ["| threads | " + " | ".join(report["rows"][0]["ways"]) + " |", "|---:|---:|---:|---:|"]
+    for row in report["rows"]:
+        figures = [f"{each['fps']:.0f} ({each['ratio']:.2f})" for each in row["ways"].values()]
+        lines.append(f"| {row['threads']} | " + " | ".join(figures) + " |")
+    found = report["environment"]
+    busy = max(row["others"] or 0.0 for row in report["rows"])
+    lines += [
+        "",
+        f"Frames per second of the whole training, environment included, and in brackets how many times "
+        f"torch.nn's; medians of {report['rounds']} rounds of {report['frames']:,} frames, the ways in turn. "
+        f"PyTorch {found['torch']}, sb3-contrib {report['sb3-contrib']}, {found['isa']}, "
+        f"{found['date'][:10]}; other processes took {busy:.0%} of the cores.",
+    ]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--frames", type=int, default=4096, help="of each run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="*", help="default: all, then one")
+    parser.add_argument("--check", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    if not options.check:
+        run(options)
+    text = section(json.loads(FILE.read_text()))
+    return update("docs/third_party.md", "recurrent_ppo.py", text, options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
