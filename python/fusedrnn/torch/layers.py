@@ -222,7 +222,7 @@ class Recurrent(torch.nn.RNNBase):
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Layers and directions: y (T, B, D*H); the final states (L*D, B, H); those of every step.
 
-        With ``valid`` (T, B) the masks of dropout are drawn for the steps of a PackedSequence alone, as PyTorch's.
+        With ``valid`` (T, B) dropout draws for those steps alone, as PyTorch's does for a PackedSequence.
         """
         D, n = 2 if self.bidirectional else 1, len(self.cell.states)
         ends: list[tuple[Tensor, ...]] = []
