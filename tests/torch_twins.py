@@ -1,4 +1,4 @@
-"""What the tests of fusedrnn.torch share: pairs of layers with the same weights, and how two results compare."""
+"""What the tests of fusedrnn.torch share: layers with the same weights, and how two results compare."""
 
 from __future__ import annotations
 
@@ -76,8 +76,9 @@ def assert_close(got: torch.Tensor | None, expected: torch.Tensor | None, what: 
     if expected is None or got is None:  # of what had no part in it
         assert all(g is None or not g.any() for g in (got, expected)), what
         return
-    assert got.dtype == expected.dtype and got.shape == expected.shape, what
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape), what
     assert not torch.isnan(got).any(), what
+    got, expected = got.detach(), expected.detach()
     if expected.numel():
         scale = max(1.0, float(expected.abs().max()))
         error = float((got - expected).abs().max()) / scale
@@ -97,7 +98,7 @@ def gradients(layer: Any, result: Any, inputs: Any, used: Any = None, seed: int 
         assert not any(o.requires_grad for o in outputs)
         return {}
     outputs, upstream = [o for o, _ in chosen], [g for _, g in chosen]
-    found = torch.autograd.grad(outputs, list(wanted.values()), upstream, allow_unused=True)
+    found = torch.autograd.grad(outputs, list(wanted.values()), upstream, True, allow_unused=True)
     return dict(zip(wanted, found, strict=True))
 
 

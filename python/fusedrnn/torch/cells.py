@@ -27,7 +27,7 @@ class CellMixin(torch.nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step: input (B, I) or (I,); hx as PyTorch's, (B, H) or (H,) each; None is zeros."""
-        state0 = None if hx is None else tuple(hx) if self._pair else (hx,)
+        state0 = None if hx is None else paths.state(hx, self._pair)
         weights = self._weights()
         packed = self._ready(input, state0, weights)
         if isinstance(packed, str):

@@ -76,7 +76,7 @@ class Recurrent(torch.nn.RNNBase):
             RuntimeError: lengths, reset or return_states where PyTorch's own implementation has to run.
         """
         weights = self._weights()
-        state0 = None if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
+        state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         packed = self._ready(input, state0, weights)
         what = "lengths" if lengths is not None else "reset" if reset is not None else "return_states"
         more = lengths is not None or reset is not None or return_states
@@ -252,6 +252,8 @@ def _lengths(value: Any, T: int, B: int, batched: bool) -> Array | None:
     if value is None:
         return None
     lengths = torch.as_tensor(value, device="cpu")
+    if not lengths.numel():  # an empty list has no dtype
+        lengths = lengths.to(torch.int64)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
         raise TypeError(f"lengths: expected whole numbers, got {lengths.dtype}")
     expected = (B,) if batched else ()

@@ -6,6 +6,7 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,3 +94,8 @@ def unsupported(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> str | N
 def autocast(dtype: torch.dtype) -> bool:
     """Whether autocast would lower this dtype."""
     return dtype is torch.float32 and torch.is_autocast_enabled("cpu")
+
+
+def state(hx: Any, pair: bool) -> tuple[Any, ...]:
+    """The tensors of a state as a tuple, for the LSTM out of a pair; what is wrong with them is found later."""
+    return tuple(hx) if pair and isinstance(hx, tuple | list) else (hx,)

@@ -23,7 +23,9 @@ TWICE = (
     "fusedrnn: the kernels have no second derivatives; use fusedrnn.torch.to_torch(model), or run forward "
     "within fusedrnn.torch.fallback()"
 )
-SAMPLE = 32  # elements of each weight that are compared at every call, at least, where it has so many
+# Of each weight this many elements are compared at every call; all of a small one, because gradient checks
+# write single elements through .data.
+SAMPLE, SMALL = 32, 1024
 
 
 class Trace(NamedTuple):
@@ -37,7 +39,8 @@ class Trace(NamedTuple):
 
     @classmethod
     def of(cls, w: Tensor) -> Trace:
-        sample = array(w).reshape(-1)[:: w.numel() // SAMPLE | 1]  # odd, so that not all are of one column
+        n = w.numel()
+        sample = array(w).reshape(-1)[:: 1 if n <= SMALL else n // SAMPLE | 1]  # odd: of more than one column
         return cls(weakref.ref(w), w._version, w.data_ptr(), sample, sample.tobytes())
 
 
@@ -94,8 +97,9 @@ class PackedWeights:
             return reason
         rows = cell.gates * H
         shapes = ((rows, I), (rows, H), (rows,), (rows,))
-        if any(w is not None and w.shape != shape for w, shape in zip(weights, shapes, strict=True)):
-            return "a weight has another shape"
+        for name, w, shape in zip(Weights._fields, weights, shapes, strict=True):
+            if w is not None and w.shape != shape:  # PyTorch's own may read past the end of such a one
+                raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(w.shape)}")
         # A tensor of inference mode has no version.
         keep = not any(w is not None and (w.is_inference() or not w.is_contiguous()) for w in weights)
         traces = tuple(Trace.of(w) if keep and w is not None else None for w in weights)
