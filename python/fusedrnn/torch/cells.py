@@ -75,7 +75,7 @@ class CellMixin(torch.nn.RNNCellBase):
             return "there are no units"
         if state is not None:
             size = (*shape[:-1], self.hidden_size)
-            if len(state) != len(self.cell.states) or any(s.shape != size for s in state):
+            if len(state) != len(self.cell.states) or any(s is None or s.shape != size for s in state):
                 return f"the state is not of shape {size}"
         packed = self.__dict__.get("_fusedrnn_packed")
         if packed is None:

@@ -185,7 +185,7 @@ class Recurrent(torch.nn.RNNBase):
             return f"the input is of shape {tuple(shape)}"
         if state is not None:
             size = (len(self._all_weights), *rows, self.hidden_size)
-            if len(state) != len(self.cell.states) or any(s.shape != size for s in state):
+            if len(state) != len(self.cell.states) or any(s is None or s.shape != size for s in state):
                 return f"the state is not of shape {size}"
         return None
 

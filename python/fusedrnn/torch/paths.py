@@ -97,5 +97,5 @@ def autocast(dtype: torch.dtype) -> bool:
 
 
 def state(hx: Any, pair: bool) -> tuple[Any, ...]:
-    """The tensors of a state as a tuple, for the LSTM out of a pair; what is wrong with them is found later."""
+    """The tensors of a state as a tuple, for the LSTM out of a pair; they are not checked here."""
     return tuple(hx) if pair and isinstance(hx, tuple | list) else (hx,)
