@@ -163,9 +163,21 @@ def test_fallbacks(kind, warned):  # noqa: F811
     theirs.float()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        grads = [torch.func.grad(lambda x, c=c: flat(c(x))[0].sum())(x.detach()) for c in (theirs, ours)]
+        assert_close(grads[1], grads[0])
+        if kind == "LSTMCell":  # PyTorch's own has no batching rule
+            with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+                torch.func.vmap(ours)(torch.ones(2, 3, I))
+            return
         vmapped = [torch.func.vmap(cell)(torch.ones(2, 3, I)) for cell in (theirs, ours)]
     for a, b in zip(*map(flat, vmapped), strict=True):
         assert_close(b, a)
+
+
+@every_cell
+def test_second_derivatives(kind):
+    _, ours = twins(kind, I, H)
+    x, hx = inputs(ours)
     (dx,) = torch.autograd.grad(flat(ours(x, hx))[0].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         dx.sum().backward()

@@ -59,6 +59,7 @@ def test_convert_and_back():
 
 
 @every_kind
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
 def test_one_layer_and_torchscript(kind):
     layer = getattr(torch.nn, kind)(3, 4)
     x = torch.randn(*(5, 2, 3)[len(kind) > 4 :])
@@ -71,7 +72,6 @@ def test_one_layer_and_torchscript(kind):
         assert_close(a, b)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_is_left_and_why():
     class Own(torch.nn.LSTM):
         pass
