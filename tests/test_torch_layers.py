@@ -432,7 +432,9 @@ def test_wrong_lengths_and_resets(kind):
 @pytest.mark.parametrize("more", [{}, {"lengths": True}, {"reset": True}, {"return_states": True},
     {"lengths": True, "reset": True, "return_states": True}, {"packed": True}], ids=str)  # fmt: skip
 @pytest.mark.parametrize(
-    "options", [{}, {"recompute": True}, {"bidirectional": True, "num_layers": 2}], ids=str
+    "options",
+    [{}, {"recompute": True}, pytest.param({"bidirectional": True, "num_layers": 2}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_gradcheck(kind, more, options):
     options = dict(options)

@@ -173,6 +173,11 @@ class Recurrent(torch.nn.RNNBase):
             shape, rows = input.data.shape, input.batch_sizes[:1].tolist()
             if len(shape) != 2:
                 return f"the data has {len(shape)} dimensions"
+            sizes = input.batch_sizes.tolist()
+            if sum(sizes) != shape[0] or min(sizes) < 1 or sizes != sorted(sizes, reverse=True):
+                raise ValueError(
+                    f"batch_sizes: expected falling sizes of {shape[0]} rows in all, got {sizes}"
+                )
         else:
             shape = input.shape
             if len(shape) not in (2, 3):
