@@ -25,7 +25,7 @@ TWICE = (
 )
 # Of each weight this many elements are compared at every call; all of a small one, because gradient checks
 # write single elements through .data.
-SAMPLE, SMALL = 32, 1024
+SAMPLE, SMALL = 32, 512
 
 
 class Trace(NamedTuple):
