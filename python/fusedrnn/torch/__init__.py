@@ -1,4 +1,4 @@
-"""``torch.nn``'s recurrent layers on our kernels: ``from fusedrnn.torch import LSTM``, and nothing else changes."""
+"""``torch.nn``'s recurrent layers on our kernels: ``from fusedrnn.torch import LSTM`` is all that changes."""
 
 from __future__ import annotations
 

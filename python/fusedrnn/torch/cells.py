@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn import backends, cells
+from fusedrnn import cells
 from fusedrnn.torch import compiled, paths
-from fusedrnn.torch.recurrence import Call, PackedWeights, recurrence
+from fusedrnn.torch.recurrence import Call, Packed, PackedWeights, recurrence
+
+TANH, RELU = cells.RNN(), cells.RNN(relu=True)
 
 
 class CellMixin(torch.nn.RNNCellBase):
@@ -17,69 +19,76 @@ class CellMixin(torch.nn.RNNCellBase):
 
     last_path: str | None = None
     cell: cells.Cell
+    _bfloat16_in_autocast = False  # what PyTorch's own returns for float32
 
     def refresh(self) -> None:
-        """Forget packed weights: needed after a write through a parameter's ``.data`` alone."""
+        """Forget packed weights: needed after a write to a few elements through a parameter's ``.data``."""
         self.__dict__.pop("_fusedrnn_packed", None)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step: input (B, I) or (I,); hx as PyTorch's, (B, H) or (H,) each; None is zeros."""
         if torch.compiler.is_compiling():
             return compiled.cell(self, input, hx)
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        reason = self._why_not(input, hx, weights)
-        if reason is not None:
+        state0 = None if hx is None else paths.state(hx, self._pair)
+        weights = self._weights()
+        packed = self._ready(input, state0, weights)
+        if isinstance(packed, str):
             output = super().forward(input, hx)  # its twin's; raises where something is wrong
-            self.__dict__["last_path"] = f"fallback: {reason}"
+            self.__dict__["last_path"] = f"fallback: {packed}"
             if not paths.forced():
-                paths.tell(type(self).__name__, reason)
+                paths.tell(type(self).__name__, packed)
             return output
         self.__dict__["last_path"] = paths.FUSED
-        packed = self.__dict__.get("_fusedrnn_packed")
-        if packed is None:
-            packed = self.__dict__["_fusedrnn_packed"] = PackedWeights()
-        state0 = None if hx is None else hx if isinstance(hx, tuple) else tuple(hx) if self._pair else (hx,)
-        if input.dim() == 1:
-            x = input[None, None]
-            state0 = None if state0 is None else tuple(s[None] for s in state0)
+        if input.dim() == 2:
+            after = recurrence(Call(packed, step=True), input, state0, weights)
         else:
-            x = input[None]
-        _, *after = recurrence(Call(backends.usable(None), self.cell, packed), x, state0, weights)
-        if input.dim() == 1:
-            after = [s[0] for s in after]
-        return tuple(after) if self._pair else after[0]
+            state0 = None if state0 is None else tuple([s.unsqueeze(0) for s in state0])
+            after = recurrence(Call(packed, step=True), input.unsqueeze(0), state0, weights)
+            after = tuple([s.squeeze(0) for s in after])
+        return after if self._pair else after[0]
 
     @property
     def _pair(self) -> bool:
         return len(self.cell.states) == 2
 
-    def _why_not(self, input: Any, hx: Any, weights: tuple[Tensor | None, ...]) -> str | None:
-        """Why our kernels cannot take this call, or None. What is wrong is left to PyTorch's own errors."""
-        if paths.forced():
-            return "fusedrnn.torch.fallback()"
-        if not isinstance(input, Tensor):
-            return f"the input is a {type(input).__name__}"
-        state = () if hx is None else tuple(hx) if self._pair else (hx,)
-        if not all(isinstance(s, Tensor) for s in state):
-            return "the state is not made of tensors"
-        reason = paths.unsupported((input, *state, *weights))
+    def _weights(self) -> list[Tensor | None]:
+        """As they are now; see ``layers.Recurrent._weights``."""
+        own = self._parameters
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return [own[name] if name in own else getattr(self, name) for name in names]
+
+    def _ready(self, input: Any, state: Any, weights: list[Tensor | None]) -> Packed | str:
+        """The packed weights, or why the kernels cannot take this call; what is wrong raises in PyTorch's."""
+        reason = paths.mode()
         if reason is not None:
             return reason
-        if any(t is not None and t.dtype is not input.dtype for t in (*state, *weights)):
-            return "dtypes differ"
-        if torch.is_autocast_enabled("cpu"):
+        if not isinstance(input, Tensor):
+            return f"the input is a {type(input).__name__}"
+        dtype = input.dtype
+        reason = paths.unsupported(dtype, (input, *(state or ())))
+        if reason is not None:
+            return reason
+        if self._bfloat16_in_autocast and paths.autocast(dtype):
             return "autocast is on"
-        return self._misshapen(input, state)
+        reason = self._misshapen(input, state)
+        if reason is not None:
+            return reason
+        packed = self.__dict__.get("_fusedrnn_packed")
+        if packed is None:
+            packed = self.__dict__["_fusedrnn_packed"] = PackedWeights()
+        return packed.of(self.cell, dtype, weights, self.input_size, self.hidden_size)
 
-    def _misshapen(self, input: Tensor, state: tuple[Tensor, ...]) -> str | None:
+    def _misshapen(self, input: Tensor, state: tuple[Any, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""
-        if input.dim() not in (1, 2) or input.size(-1) != self.input_size or input.numel() == 0:
-            return f"the input is of shape {tuple(input.shape)}"
-        size = (*input.shape[:-1], self.hidden_size)
-        if self.hidden_size == 0 or (state and len(state) != len(self.cell.states)):
-            return "there is no state"
-        if any(s.shape != size for s in state):
-            return f"the state is not of shape {size}"
+        shape = input.shape
+        if len(shape) not in (1, 2) or shape[-1] != self.input_size or not self.input_size:
+            return f"the input is of shape {tuple(shape)}"
+        if not self.hidden_size:
+            return "there are no units"
+        if state is not None:
+            size = (*shape[:-1], self.hidden_size)
+            if len(state) != len(self.cell.states) or any(s is None or s.shape != size for s in state):
+                return f"the state is not of shape {size}"
         return None
 
 
@@ -98,7 +107,9 @@ class GRUCell(CellMixin, torch.nn.GRUCell):
 class RNNCell(CellMixin, torch.nn.RNNCell):
     """``torch.nn.RNNCell`` on our kernels."""
 
+    _bfloat16_in_autocast = True
+
     @property
     def cell(self) -> cells.Cell:  # type: ignore[override]
         """By the nonlinearity."""
-        return cells.RNN(relu=self.nonlinearity == "relu")
+        return RELU if self.nonlinearity == "relu" else TANH

@@ -78,7 +78,7 @@ def layer(module: Any, input: Any, hx: Any, lengths: Any, reset: Any, return_sta
     state = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
     reason = "proj_size" if module.proj_size else unsupported(input, state, weights)
     if reason is None:
-        reason = module._misshapen(input, state)
+        reason = module._misshapen(input, state or None)
     if reason is not None:
         return _break(module, reason, input, hx, lengths=lengths, reset=reset, return_states=return_states)
     module.last_path = FUSED
@@ -146,7 +146,7 @@ def cell(module: Any, input: Any, hx: Any) -> Any:
     state = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
     reason = unsupported(input, state, weights)
     if reason is None:
-        reason = module._misshapen(input, state)
+        reason = module._misshapen(input, state or None)
     if reason is not None:
         return _break(module, reason, input, hx)
     module.last_path = FUSED

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import backends, cells
+from fusedrnn import cells
 from fusedrnn.backends.protocol import Array
 from fusedrnn.torch import compiled, paths
-from fusedrnn.torch.recurrence import Call, PackedWeights, recurrence
+from fusedrnn.torch.recurrence import Call, Packed, PackedWeights, recurrence
 
 
 class Recurrent(torch.nn.RNNBase):
@@ -42,7 +42,7 @@ class Recurrent(torch.nn.RNNBase):
         """Nothing: it serves cuDNN alone, and its flat memory is what safetensors refuses."""
 
     def refresh(self) -> None:
-        """Forget packed weights: needed after a write through a parameter's ``.data`` alone."""
+        """Forget packed weights: needed after a write to a few elements through a parameter's ``.data``."""
         self.__dict__.pop("_fusedrnn_packed", None)
 
     def forward(
@@ -78,35 +78,35 @@ class Recurrent(torch.nn.RNNBase):
         if torch.compiler.is_compiling():
             return compiled.layer(self, input, hx, lengths, reset, return_states)
         weights = self._weights()
-        reason = self._why_not(input, hx, weights)
-        if reason is not None:
-            if lengths is not None or reset is not None or return_states:
-                what = "lengths" if lengths is not None else "reset" if reset is not None else "return_states"
-                raise RuntimeError(f"{what}: only our kernels have it, and they cannot run: {reason}")
+        state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
+        packed = self._ready(input, state0, weights)
+        what = "lengths" if lengths is not None else "reset" if reset is not None else "return_states"
+        more = lengths is not None or reset is not None or return_states
+        if isinstance(packed, str):
+            if more:
+                raise RuntimeError(f"{what}: only our kernels have it, and they cannot run: {packed}")
             output = super().forward(input, hx)  # its twin's; raises where input is wrong
-            self.__dict__["last_path"] = f"fallback: {reason}"
+            self.__dict__["last_path"] = f"fallback: {packed}"
             if not paths.forced():
-                paths.tell(type(self).__name__, reason)
+                paths.tell(type(self).__name__, packed)
             return output
         self.__dict__["last_path"] = paths.FUSED
         if isinstance(input, PackedSequence):
-            if lengths is not None or reset is not None or return_states:
-                what = "lengths" if lengths is not None else "reset" if reset is not None else "return_states"
+            if more:
                 raise ValueError(
                     f"{what}: expected none with a PackedSequence; pass padded input and lengths="
                 )
-            return self._packed_sequence(input, hx, weights)
+            return self._packed_sequence(input, state0, packed, weights)
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-        state0 = None if hx is None else hx if isinstance(hx, tuple) else (hx,)
         if state0 is not None and not batched:
             state0 = tuple(s.unsqueeze(1) for s in state0)
         T, B, _ = x.shape
         lengths = _lengths(lengths, T, B, batched)
         reset = _reset(reset, T, B, batched, self.batch_first)
-        y, final, states = self._stack(x, state0, weights, lengths, reset, bool(return_states))
+        y, final, states = self._stack(x, state0, packed, weights, lengths, reset, bool(return_states))
         if lengths is not None and return_states:  # the kernels hold them there, and take no gradient of that
             padding = torch.arange(T)[:, None] >= torch.from_numpy(lengths)
             states = tuple(s.masked_fill(padding[:, :, None], 0) for s in states)
@@ -132,60 +132,85 @@ class Recurrent(torch.nn.RNNBase):
             found += [None] * (4 - len(names))
         return found
 
-    def _why_not(self, input: Any, hx: Any, weights: list[Tensor | None]) -> str | None:
-        """Why our kernels cannot take this call, or None. What is wrong is left to PyTorch's own errors."""
-        if paths.forced():
-            return "fusedrnn.torch.fallback()"
+    def _ready(
+        self, input: Any, state: tuple[Any, ...] | None, weights: list[Tensor | None]
+    ) -> list[Packed] | str:
+        """The packed weights of each layer and direction, or why the kernels cannot take this call.
+
+        What is wrong is left to PyTorch's own errors.
+        """
+        reason = paths.mode()
+        if reason is not None:
+            return reason
         if self.proj_size:
             return "proj_size"
         data = input.data if isinstance(input, PackedSequence) else input
         if not isinstance(data, Tensor):
             return f"the input is a {type(input).__name__}"
-        state = () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
-        if not all(isinstance(s, Tensor) for s in state):
-            return "the state is not made of tensors"
-        reason = paths.unsupported((data, *state, *weights))
+        dtype = data.dtype
+        reason = paths.unsupported(dtype, (data, *(state or ())))
         if reason is not None:
             return reason
-        if any(t is not None and t.dtype is not data.dtype for t in (*state, *weights)):
-            return "dtypes differ"
-        if torch.is_autocast_enabled("cpu"):
+        if self.mode != "GRU" and paths.autocast(dtype):  # PyTorch's GRU returns float32 all the same
             return "autocast is on"
-        return self._misshapen(input, state)
+        reason = self._misshapen(input, state)
+        if reason is not None:
+            return reason
+        packs = self.__dict__.get("_fusedrnn_packed")
+        if packs is None:
+            packs = self.__dict__["_fusedrnn_packed"] = [PackedWeights() for _ in self._all_weights]
+        found: list[Packed] = []
+        D, H = 2 if self.bidirectional else 1, self.hidden_size
+        for j, pack in enumerate(packs):
+            I = self.input_size if j < D else D * H
+            packed = pack.of(self.cell, dtype, weights[4 * j : 4 * j + 4], I, H)
+            if isinstance(packed, str):
+                return packed
+            found.append(packed)
+        return found
 
-    def _misshapen(self, input: Any, state: tuple[Tensor, ...]) -> str | None:
+    def _misshapen(self, input: Any, state: tuple[Tensor, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""
-        packed = isinstance(input, PackedSequence)
-        data = input.data if packed else input
-        if data.dim() != 2 and (packed or data.dim() != 3):
-            return f"the input has {data.dim()} dimensions"
-        if data.size(-1) != self.input_size:
-            return f"the input's last size is {data.size(-1)}"
-        if packed:
-            B = int(input.batch_sizes[0])
-        elif data.dim() == 2:
-            B = None
+        if isinstance(input, PackedSequence):
+            shape, rows = input.data.shape, input.batch_sizes[:1].tolist()
+            if len(shape) != 2:
+                return f"the data has {len(shape)} dimensions"
+            sizes = input.batch_sizes.tolist()
+            if sum(sizes) != shape[0] or min(sizes) < 1 or sizes != sorted(sizes, reverse=True):
+                raise ValueError(
+                    f"batch_sizes: expected falling sizes of {shape[0]} rows in all, got {sizes}"
+                )
         else:
-            B = data.size(0 if self.batch_first else 1)
-        if data.numel() == 0:
-            return "the input is empty"
-        if state:
-            rows = len(self._all_weights)
-            size = (rows, self.hidden_size) if B is None else (rows, B, self.hidden_size)
-            if len(state) != len(self.cell.states) or any(s.shape != size for s in state):
+            shape = input.shape
+            if len(shape) not in (2, 3):
+                return f"the input has {len(shape)} dimensions"
+            time_second = self.batch_first and len(shape) == 3
+            rows = [] if len(shape) == 2 else [shape[0 if time_second else 1]]
+            if not shape[1 if time_second else 0]:
+                return "there is no time step"
+        if shape[-1] != self.input_size or not self.input_size:
+            return f"the input is of shape {tuple(shape)}"
+        if state is not None:
+            size = (len(self._all_weights), *rows, self.hidden_size)
+            if len(state) != len(self.cell.states) or any(s is None or s.shape != size for s in state):
                 return f"the state is not of shape {size}"
         return None
 
-    def _packed_sequence(self, input: PackedSequence, hx: Any, weights: list[Tensor | None]) -> Any:
+    def _packed_sequence(
+        self,
+        input: PackedSequence,
+        state0: tuple[Tensor, ...] | None,
+        packed: list[Packed],
+        weights: list[Tensor | None],
+    ) -> Any:
         """Rows of different lengths, longest first: padded for the kernel, whose results are packed again."""
         sizes = input.batch_sizes
         B, T = int(sizes[0]), len(sizes)
         valid = torch.arange(B) < sizes[:, None]  # (T, B)
-        state0 = None if hx is None else hx if isinstance(hx, tuple) else (hx,)
         if state0 is not None and input.sorted_indices is not None:
             state0 = tuple(s.index_select(1, input.sorted_indices) for s in state0)
         x = input.data.new_zeros(T, B, input.data.size(-1)).masked_scatter(valid[:, :, None], input.data)
-        y, final, _ = self._stack(x, state0, weights, valid.sum(0).numpy(), None, False)
+        y, final, _ = self._stack(x, state0, packed, weights, valid.sum(0).numpy(), None, False, valid)
         if input.unsorted_indices is not None:
             final = tuple(s.index_select(1, input.unsorted_indices) for s in final)
         output = PackedSequence(y[valid], sizes, input.sorted_indices, input.unsorted_indices)
@@ -195,26 +220,31 @@ class Recurrent(torch.nn.RNNBase):
         self,
         x: Tensor,
         state0: tuple[Tensor, ...] | None,
+        packed: list[Packed],
         weights: list[Tensor | None],
         lengths: Array | None,
         reset: Array | None,
         return_states: bool,
+        valid: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Layers and directions: y (T, B, D*H); the final states (L*D, B, H); those of every step."""
-        packs = self.__dict__.setdefault("_fusedrnn_packed", [PackedWeights() for _ in self._all_weights])
+        """Layers and directions: y (T, B, D*H); the final states (L*D, B, H); those of every step.
+
+        With ``valid`` (T, B) dropout draws for those steps alone, as PyTorch's does for a PackedSequence.
+        """
         D, n = 2 if self.bidirectional else 1, len(self.cell.states)
-        backend = backends.usable(None)
         ends: list[tuple[Tensor, ...]] = []
-        for k in range(0, len(packs), D):
+        for k in range(0, len(packed), D):
             if k and self.dropout:
-                x = torch.nn.functional.dropout(x, self.dropout, self.training)
+                if valid is None:
+                    x = torch.nn.functional.dropout(x, self.dropout, self.training)
+                else:
+                    kept = torch.nn.functional.dropout(x[valid], self.dropout, self.training)
+                    x = x.masked_scatter(valid[:, :, None], kept)
             halves = []
             for j in range(k, k + D):
-                call = Call(
-                    backend, self.cell, packs[j], lengths, reset, j > k, return_states, self.recompute
-                )
+                call = Call(packed[j], False, lengths, reset, j > k, return_states, self.recompute)
                 begin = None if state0 is None else tuple(s[j] for s in state0)
-                y, *rest = recurrence(call, x, begin, tuple(weights[4 * j : 4 * j + 4]))
+                y, *rest = recurrence(call, x, begin, weights[4 * j : 4 * j + 4])
                 halves.append(y)
                 ends.append(tuple(rest))
             x = halves[0] if D == 1 else torch.cat(halves, 2)
@@ -229,13 +259,15 @@ def _lengths(value: Any, T: int, B: int, batched: bool) -> Array | None:
     if value is None:
         return None
     lengths = torch.as_tensor(value, device="cpu")
+    if not lengths.numel():  # an empty list has no dtype
+        lengths = lengths.to(torch.int64)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
         raise TypeError(f"lengths: expected whole numbers, got {lengths.dtype}")
     expected = (B,) if batched else ()
     if lengths.shape != expected:
         raise ValueError(f"lengths: expected shape {expected}, got {tuple(lengths.shape)}")
     lengths = lengths.reshape(B).to(torch.int64)
-    if int(lengths.min()) < 0 or int(lengths.max()) > T:
+    if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
         raise ValueError(f"lengths: expected 0 to T = {T}, got {int(lengths.min())} to {int(lengths.max())}")
     found: Array = lengths.numpy()
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,27 +55,47 @@ def tell(kind: str, reason: str) -> None:
         raise RuntimeError(text)
     if (kind, reason) not in _told:
         _told.add((kind, reason))
-        warnings.warn(text, Fallback, stacklevel=4)
+        warnings.warn(
+            text, Fallback, stacklevel=5
+        )  # the caller of the module, which calls forward by two frames
 
 
-def unsupported(tensors: tuple[Any, ...]) -> str | None:
-    """Why the kernels cannot take these tensors, or None. The first is the input, whose dtype rules."""
+def mode() -> str | None:
+    """Why no kernel can run for now, whatever the tensors, or None."""
+    if _settings.forced:
+        return "fusedrnn.torch.fallback()"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit traces"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is at work"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is at work"
-    dtype = tensors[0].dtype
+    return None
+
+
+def unsupported(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> str | None:
+    """Why the kernels cannot take these tensors, or None; all have to be of the dtype, the input's."""
     if dtype is not torch.float32 and dtype is not torch.float64:
         return f"the dtype is {dtype}"
     for t in tensors:
         if t is None:
             continue
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return f"a tensor is a {type(t).__name__}"
-        if t.device.type != "cpu":
+            return f"there is a {type(t).__name__} in a tensor's place"
+        if not t.is_cpu:
             return f"the device is {t.device.type}"
-        if t.layout is not torch.strided or t.is_neg():
+        if t.layout is not torch.strided or t.is_nested or t.is_neg():
             return "a tensor's memory is not plainly strided"
+        if t.dtype is not dtype:
+            return "dtypes differ"
     return None
+
+
+def autocast(dtype: torch.dtype) -> bool:
+    """Whether autocast would lower this dtype."""
+    return dtype is torch.float32 and torch.is_autocast_enabled("cpu")
+
+
+def state(hx: Any, pair: bool) -> tuple[Any, ...]:
+    """The tensors of a state as a tuple, for the LSTM out of a pair; they are not checked here."""
+    return tuple(hx) if pair and isinstance(hx, tuple | list) else (hx,)

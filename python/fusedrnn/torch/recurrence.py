@@ -6,53 +6,113 @@ batch first, sliced or expanded over time and batch.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusedrnn import backends
 from fusedrnn.backends.protocol import NEED, Array, Backend, Forward, Weights
 from fusedrnn.cells import Cell
+from fusedrnn.torch import paths
 
 TWICE = (
-    "fusedrnn: the kernels have no second derivatives; use fusedrnn.torch.to_torch(model), or run forward within "
-    "fusedrnn.torch.fallback()"
+    "fusedrnn: the kernels have no second derivatives; use fusedrnn.torch.to_torch(model), or run forward "
+    "within fusedrnn.torch.fallback()"
 )
+# Of each weight this many elements are compared at every call; all of a small one, because gradient checks
+# write single elements through .data.
+SAMPLE, SMALL = 32, 512
+
+
+class Trace(NamedTuple):
+    """By what a weight is known to be as it was."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    place: int
+    sample: Array  # a view of some elements
+    were: bytes
+
+    @classmethod
+    def of(cls, w: Tensor) -> Trace:
+        n = w.numel()
+        sample = array(w).reshape(-1)[:: 1 if n <= SMALL else n // SAMPLE | 1]  # odd: of more than one column
+        return cls(weakref.ref(w), w._version, w.data_ptr(), sample, sample.tobytes())
+
+
+class Packed(NamedTuple):
+    """The weights of one layer and direction as a kernel reads them."""
+
+    cell: Cell
+    dtype: torch.dtype
+    backend: Backend
+    weights: Any  # what the backend packed
+    traces: tuple[Trace | None, ...]
+
+    def fresh(self, weights: Sequence[Tensor | None]) -> bool:
+        """Whether these are still the weights, and unchanged."""
+        for w, trace in zip(weights, self.traces, strict=True):
+            if w is None or trace is None:
+                if w is not None or trace is not None:
+                    return False
+                continue
+            tensor, version, place, sample, were = trace
+            if (
+                tensor() is not w
+                or w._version != version
+                or w.data_ptr() != place
+                or not w.is_contiguous()
+                or sample.tobytes() != were
+            ):
+                return False
+        return True
 
 
 class PackedWeights:
-    """The weights of one layer and direction as a kernel reads them, kept as long as they are the same.
+    """Packed weights, kept as long as they are the same.
 
-    They are taken for the same while they are the same tensors with the same version and place in memory. A
-    write through ``.data`` changes none of these: after one, call ``refresh()``.
+    They are taken for the same while they are the same tensors with the same version and place in memory, and
+    a sample of their elements has the same bits: a write through ``.data`` leaves no other trace. One that
+    misses the sample is not noticed; after it, call ``refresh()``.
+
+    Several threads may use one object: what is kept is only ever replaced as a whole.
     """
 
     def __init__(self) -> None:
-        self._key: list[tuple[Any, int, int]] = []
-        self._packed: Any = None
+        self._kept: Packed | None = None
 
-    def of(self, backend: Backend, cell: Cell, weights: tuple[Tensor | None, ...]) -> Any:
-        """The packed weights, made anew where they have changed."""
-        if self._packed is not None and self._fresh(weights):
-            return self._packed
-        self.refresh()
-        packed = backend.pack(cell, Weights(*(None if w is None else array(w) for w in weights)))
-        if not any(w is not None and w.is_inference() for w in weights):  # those have no version
-            self._key = [(_reference(w), *_place(w)) for w in weights]
-            self._packed = packed
+    def of(
+        self, cell: Cell, dtype: torch.dtype, weights: Sequence[Tensor | None], I: int, H: int
+    ) -> Packed | str:
+        """The packed weights, made anew where they have changed; or why the kernels cannot take them."""
+        kept = self._kept
+        if kept is not None and kept.fresh(weights) and kept.cell is cell:
+            return kept if kept.dtype is dtype else "dtypes differ"
+        reason = paths.unsupported(dtype, weights)
+        if reason is not None:
+            return reason
+        rows = cell.gates * H
+        shapes = ((rows, I), (rows, H), (rows,), (rows,))
+        for name, w, shape in zip(Weights._fields, weights, shapes, strict=True):
+            if w is not None and w.shape != shape:  # PyTorch's own may read past the end of such a one
+                raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(w.shape)}")
+        # A tensor of inference mode has no version.
+        keep = not any(w is not None and (w.is_inference() or not w.is_contiguous()) for w in weights)
+        traces = tuple(Trace.of(w) if keep and w is not None else None for w in weights)
+        backend = backends.usable(None)
+        arrays = Weights(*(None if w is None else array(w.contiguous()) for w in weights))
+        packed = Packed(cell, dtype, backend, backend.pack(cell, arrays), traces)
+        if keep:
+            self._kept = packed
         return packed
 
     def refresh(self) -> None:
         """Forget the packed weights."""
-        self._packed = None
-
-    def _fresh(self, weights: tuple[Tensor | None, ...]) -> bool:
-        for (reference, version, place), w in zip(self._key, weights, strict=True):
-            if reference() is not w or (w is not None and (w._version != version or w.data_ptr() != place)):
-                return False
-        return True
+        self._kept = None
 
     def __deepcopy__(self, memo: Any) -> PackedWeights:
         return PackedWeights()
@@ -61,47 +121,33 @@ class PackedWeights:
         return PackedWeights, ()
 
 
-def _reference(w: Tensor | None) -> Any:
-    return (lambda: None) if w is None else weakref.ref(w)
-
-
-def _place(w: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if w is None else (w._version, w.data_ptr())
-
-
 def array(t: Tensor) -> Array:
     """The tensor's memory as an array."""
-    found: Array = t.detach().numpy()
+    found: Array = (t.detach() if t.requires_grad else t).numpy()
     return found
 
 
-@dataclass
+@dataclasses.dataclass(slots=True)
 class Call:
     """What there is beside tensors; ``lengths`` (B,) int64 and ``reset`` (T, B) bool are arrays."""
 
-    backend: Backend
-    cell: Cell
-    packed: PackedWeights
+    packed: Packed
+    step: bool = False  # x is one step, (B, I), and y is not returned: it is the final h
     lengths: Array | None = None
     reset: Array | None = None
     reverse: bool = False
     return_states: bool = False
     recompute: bool = False
 
-    def run(
-        self,
-        x: Tensor,
-        state0: tuple[Tensor, ...] | None,
-        weights: tuple[Tensor | None, ...],
-        save: str | None,
-    ) -> Forward:
-        return self.backend.forward(
-            self.cell,
-            array(x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()),
-            self.packed.of(self.backend, self.cell, weights),
-            None
-            if state0 is None
-            else tuple(array(s if s.is_contiguous() else s.contiguous()) for s in state0),
+    def run(self, x: Tensor, state0: Sequence[Tensor] | None, save: str | None) -> Forward:
+        """The kernel forward."""
+        packed = self.packed
+        data = array(x if x.is_contiguous() or x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous())
+        return packed.backend.forward(
+            packed.cell,
+            data[None] if self.step else data,
+            packed.weights,
+            None if state0 is None else tuple([array(s.contiguous()) for s in state0]),
             lengths=self.lengths,
             reset=self.reset,
             reverse=self.reverse,
@@ -109,28 +155,34 @@ class Call:
             save=save,
         )
 
+    def tensors(self, out: Forward) -> tuple[Tensor, ...]:
+        """What ``recurrence`` returns."""
+        found = [*([] if self.step else [out.y]), *out.stateT, *(out.states or ())]
+        return tuple([torch.from_numpy(a) for a in found])
+
 
 def recurrence(
-    call: Call, x: Tensor, state0: tuple[Tensor, ...] | None, weights: tuple[Tensor | None, ...]
+    call: Call, x: Tensor, state0: Sequence[Tensor] | None, weights: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Run one layer in one direction.
 
     Args:
-        call: The cell and the options.
-        x: (T, B, I), float32 or float64, on the CPU.
-        state0: (h,) or (h, c), each (B, H), of x's dtype; None is zeros.
-        weights: weight_ih (G*H, I), weight_hh (G*H, H), bias_ih and bias_hh (G*H,) or None, of x's dtype.
+        call: The packed weights and the options.
+        x: (T, B, I), or (B, I) with ``call.step``; on the CPU, of the weights' dtype.
+        state0: (h,) or (h, c), each (B, H), of that dtype; None is zeros.
+        weights: The tensors that were packed, for their gradients.
 
     Returns:
-        y (T, B, H); then the final state, (B, H) each; then with ``return_states`` those of every step,
-        (T, B, H) each.
+        y (T, B, H), but not with ``call.step``; then the final state, (B, H) each; then with
+        ``return_states`` those of every step, (T, B, H) each.
     """
-    inputs = (x, *(state0 or ()), *weights)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        found: tuple[Tensor, ...] = Recurrence.apply(call, len(state0 or ()), *inputs)  # type: ignore[no-untyped-call]
-        return found
-    out = call.run(x, state0, weights, None)
-    return tuple(map(torch.from_numpy, (out.y, *out.stateT, *(out.states or ()))))
+    if torch.is_grad_enabled():
+        inputs = (x, *(state0 or ()), *weights)
+        for t in inputs:
+            if t is not None and t.requires_grad:
+                found: tuple[Tensor, ...] = Recurrence.apply(call, len(state0 or ()), *inputs)  # type: ignore[no-untyped-call]
+                return found
+    return call.tensors(call.run(x, state0, None))
 
 
 class Recurrence(torch.autograd.Function):
@@ -138,44 +190,63 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, states: int, *inputs: Any) -> tuple[Tensor, ...]:
-        x, state0, weights = inputs[0], inputs[1 : 1 + states] or None, inputs[1 + states :]
-        out = call.run(x, state0, weights, "borders" if call.recompute else "all")
-        outputs = tuple(map(torch.from_numpy, (out.y, *out.stateT, *(out.states or ()))))
+        out = call.run(inputs[0], inputs[1 : 1 + states] or None, "borders" if call.recompute else "all")
+        outputs = call.tensors(out)
         ctx.call, ctx.states = call, states
         tape = torch.empty(0)  # carries ours, so that autograd lets go of it when it lets go of the rest
         tape.fusedrnn_tape = out.tape  # type: ignore[attr-defined]
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            ctx.tape = out.tape  # hooks may give back another tensor, which carries none
         # What the tape only borrows: autograd finds out whether somebody writes into it before backward.
-        ctx.save_for_backward(tape, outputs[0], *inputs)
+        ctx.save_for_backward(tape, *(() if call.step else outputs[:1]), *inputs)
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tape = ctx.saved_tensors[0]
-        tape = tape.fusedrnn_tape if hasattr(tape, "fusedrnn_tape") else ctx.tape
         call, states = ctx.call, ctx.states
+        tape = _tape(call, states, ctx.saved_tensors)
         wanted = ctx.needs_input_grad[2:]
         need = [name for name, want in zip(NEED, (wanted[0], *wanted[1 + states :]), strict=False) if want]
-        if any(wanted[1 : 1 + states]):
+        if states and any(wanted[1 : 1 + states]):
             need.append("state0")
-        arrays = [None if g is None else array(g if g.stride(-1) == 1 else g.contiguous()) for g in grads]
-        n = len(call.cell.states)
-        final = tuple(
-            None if a is None else a.copy() if not a.flags.c_contiguous else a for a in arrays[1 : 1 + n]
+        n = len(call.packed.cell.states)
+        dy, final, every = (None, grads, ()) if call.step else (grads[0], grads[1 : 1 + n], grads[1 + n :])
+        dx, dweights, dstate0 = call.packed.backend.backward(
+            tape,
+            None if dy is None else array(dy if dy.stride(-1) == 1 else dy.contiguous()),
+            tuple([None if g is None else array(g.contiguous()) for g in final]),
+            tuple([None if g is None else array(g if g.stride(-1) == 1 else g.contiguous()) for g in every])
+            or None,
+            need=need,
         )
-        dx, dweights, dstate0 = call.backend.backward(
-            tape, arrays[0], final, tuple(arrays[1 + n :]) or None, need=need
-        )
-        found = (dx, *((dstate0 or (None,) * states) if states else ()), *dweights)
+        if call.step and dx is not None:
+            dx = dx[0]
         results = tuple(
-            None if a is None or not want else torch.from_numpy(a)
-            for a, want in zip(found, wanted, strict=True)
+            [
+                None if a is None or not want else torch.from_numpy(a)
+                for a, want in zip(
+                    (dx, *((dstate0 or (None,) * states) if states else ()), *dweights), wanted, strict=True
+                )
+            ]
         )
         if torch.is_grad_enabled():  # create_graph: first derivatives that say what a second one needs
             results = _delayed(results)
         return (None, None, *results)
+
+
+def _tape(call: Call, states: int, saved: tuple[Any, ...]) -> Any:
+    """The tape of forward.
+
+    A hook on saved tensors that gives others back, as checkpointing and offloading do, has let go of it, to
+    save memory; it is made once more.
+    """
+    found = getattr(saved[0], "fusedrnn_tape", None)
+    if found is not None:
+        return found
+    x, *rest = saved[1 if call.step else 2 :]
+    arrays = Weights(*(None if w is None else array(w.contiguous()) for w in rest[states:]))
+    packed = call.packed._replace(weights=call.packed.backend.pack(call.packed.cell, arrays))
+    again = dataclasses.replace(call, packed=packed)
+    return again.run(x, rest[:states] or None, "borders" if call.recompute else "all").tape
 
 
 def _delayed(results: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
