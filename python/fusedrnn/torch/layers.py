@@ -193,6 +193,10 @@ class Recurrent(torch.nn.RNNBase):
         if state is not None:
             size = (len(self._all_weights), *rows, self.hidden_size)
             if len(state) != len(self.cell.states) or any(s is None or s.shape != size for s in state):
+                got = [tuple(s.shape) for s in state if s is not None]
+                if isinstance(input, PackedSequence) and len(got) == len(self.cell.states):
+                    # Here PyTorch's own does not check, and reads past the end of some.
+                    raise RuntimeError(f"Expected hidden size {size}, got {got}")
                 return f"the state is not of shape {size}"
         return None
 
