@@ -1,8 +1,10 @@
 """Train a forecaster on several processes, which share each batch (PyTorch's torchrun and DDP, our layer inside).
 
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or a restart may hang, see docs/data_parallel.md
     torchrun --nnodes=1 --nproc-per-node=2 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 \\
         examples/torch/data_parallel.py
-    python examples/torch/data_parallel.py        # the same losses, from one process
+
+    python examples/torch/data_parallel.py  # the same losses, from one process
 
 Every few steps there is a checkpoint. When a process dies, torchrun starts all of them again, and they go on
 from there. docs/data_parallel.md tells more.
@@ -11,6 +13,7 @@ from there. docs/data_parallel.md tells more.
 import argparse
 import math
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -119,16 +122,12 @@ def main():
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    if args.batch % dist_size():
-        options.error(f"--batch {args.batch}: expected a multiple of the {dist_size()} processes")
     share_cores()
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))  # not half an hour, where something hangs
+    if args.batch % dist.get_world_size():
+        options.error(f"--batch {args.batch}: expected a multiple of the {dist.get_world_size()} processes")
     train(args)
     dist.destroy_process_group()
-
-
-def dist_size():
-    return int(os.environ["WORLD_SIZE"])
 
 
 if __name__ == "__main__":

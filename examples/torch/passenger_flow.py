@@ -114,7 +114,11 @@ def plot(path, values, first, forecasts):
     figure.savefig(path)
 
 
-if __name__ == "__main__":
+def arguments():
     options = side_by_side.parser(__doc__, epochs=200)
     options.add_argument("--plot", metavar="PNG", help="draw forecasts and truth")
-    side_by_side.main(options.parse_args(), program)
+    return options
+
+
+if __name__ == "__main__":
+    side_by_side.main(arguments().parse_args(), program)
