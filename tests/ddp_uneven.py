@@ -1,4 +1,4 @@
-"""For test_torch_distributed: under torchrun, 2 processes with 3 and 5 batches; else the same in one process."""
+"""For test_torch_distributed: 2 processes with 3 and 5 batches; without torchrun the same in one."""
 
 import os
 import sys

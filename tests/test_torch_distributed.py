@@ -1,4 +1,4 @@
-"""Data parallel over real processes on this machine: torchrun, DistributedDataParallel, gloo, our layers inside."""
+"""Data parallel over real processes on this machine: torchrun, DDP, gloo, our layers inside."""
 
 from __future__ import annotations
 
@@ -53,14 +53,16 @@ def run(*command, timeout=150):
 
 def torchrun(processes, *command, restarts=0):
     return run(
-        "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
+        "-m", "torch.distributed.run", "--nnodes=1",
+        f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost", *command,
     )  # fmt: skip
 
 
 def losses(output):
     """The loss of each step; of a step that was done again, the last."""
-    found = {int(step): float(loss) for step, loss in re.findall(r"^step (\d+) loss (\S+)$", output, re.MULTILINE)}
+    lines = re.findall(r"^step (\d+) loss (\S+)$", output, re.MULTILINE)
+    found = {int(step): float(loss) for step, loss in lines}
     return [found[step] for step in sorted(found)]
 
 
@@ -77,7 +79,9 @@ def alone(tmp_path_factory):
 # The gradient of a batch is a sum in another order: eps times the steps that carry it on, with room.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_losses_are_those_of_one_process_on_the_joined_batch(tmp_path, alone, processes, dtype, tolerance):
+def test_the_losses_are_those_of_one_process_on_the_joined_batch(
+    tmp_path, alone, processes, dtype, tolerance
+):
     command = (EXAMPLE, *SMALL, "--dtype", dtype, "--checkpoint", tmp_path / "run.pt")
     found = losses(torchrun(processes, *command))
     assert len(found) == STEPS
@@ -97,7 +101,7 @@ def test_a_killed_process_is_started_again_and_the_losses_are_those_of_an_undist
 
 
 def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path, alone):
-    command = ("--every", 5, "--size", 256, "--batch", 32, "--dtype", "float64", "--checkpoint", tmp_path / "run.pt")
+    command = ("--size", 256, "--batch", 32, "--dtype", "float64", "--checkpoint", tmp_path / "run.pt")
     first = torchrun(2, EXAMPLE, *command, "--steps", 11)
     second = run(EXAMPLE, *command, "--steps", STEPS)
     assert "resumed from step 11, 1 processes" in second
@@ -105,7 +109,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path, alone):
 
 
 def test_uneven_inputs_with_join(tmp_path):
-    """The process that is done stands for zeros: each step is the sum over the processes left, divided by two."""
+    """The process that is done stands for zeros: each step is the sum over those left, divided by two."""
     torchrun(2, HERE / "ddp_uneven.py", tmp_path)
     run(HERE / "ddp_uneven.py", tmp_path)
     expected = torch.load(tmp_path / "alone.pt", weights_only=True)

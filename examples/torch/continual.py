@@ -99,7 +99,7 @@ def program(args):
 
 def arguments():
     options = side_by_side.parser(__doc__, epochs=100)
-    options.add_argument("--size", type=int, default=1500, help="windows of each series (default: %(default)s)")
+    options.add_argument("--size", type=int, default=1500, help="windows of each series")
     return options
 
 

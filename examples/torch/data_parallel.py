@@ -1,4 +1,4 @@
-"""Train a forecaster on several processes, which share each batch (PyTorch's torchrun and DDP, our layer inside).
+"""Train a forecaster on several processes, which share each batch: torchrun, DDP, and our layer inside.
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or a restart may hang, see docs/data_parallel.md
     torchrun --nnodes=1 --nproc-per-node=2 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 \\
@@ -56,11 +56,11 @@ def waves(count, dtype):
     return TensorDataset(series[:, :-1], series[:, 1:])
 
 
-def save(path, **what):
+def save(path, state):
     """Written under another name, then renamed: whoever is killed here leaves the last checkpoint whole."""
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as file:
-        torch.save(what, file)
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -103,7 +103,8 @@ def train(args):
             if rank == 0:
                 print(f"step {step} loss {mean.item()!r}", flush=True)
                 if step % args.every == 0 or step == args.steps:
-                    save(args.checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                    save(args.checkpoint, state)
             if step == args.steps:
                 break
 
@@ -111,16 +112,16 @@ def train(args):
 def main():
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--checkpoint", default="data_parallel.pt", help="default: %(default)s")
-    options.add_argument("--every", type=int, default=20, help="steps between checkpoints (default: %(default)s)")
+    options.add_argument("--every", type=int, default=20, help="steps between checkpoints")
     options.add_argument("--steps", type=int, default=200, help="default: %(default)s")
-    options.add_argument("--batch", type=int, default=64, help="of all processes together (default: %(default)s)")
+    options.add_argument("--batch", type=int, default=64, help="of all processes together")
     options.add_argument("--size", type=int, default=1024, help="number of series (default: %(default)s)")
     options.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     args = options.parse_args()
 
     # What torchrun tells each process. Without it this is the only one.
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    for name, value in alone.items():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in (alone | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}).items():
         os.environ.setdefault(name, value)
     share_cores()
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))  # not half an hour, where something hangs

@@ -45,7 +45,9 @@ def build(layers):
 def read(path):
     """The series, standardised."""
     if not Path(path).is_file():
-        sys.exit(f"{path}: no such file. It is not part of the package; the head of this example says what it holds.")
+        sys.exit(
+            f"{path}: no such file. It is not part of the package; the head of this example tells of it."
+        )
     with open(path, newline="") as file:
         values = torch.tensor([float(row["reported"]) for row in csv.DictReader(file)])
     return (values - values.mean()) / values.std(), values.mean(), values.std()
@@ -109,7 +111,7 @@ def train(args, z, curve):
 
 @torch.no_grad()
 def feed_back(model, known, steps):
-    """Read what is known, then feed each prediction back. The state is carried: every day is computed once."""
+    """Read what is known, then feed each prediction back. The state is carried: each day is computed once."""
     y, state = model(known.view(-1, 1, 1))
     predictions = [y[-1:]]
     while len(predictions) < steps:
@@ -149,7 +151,9 @@ def program(args):
     print(f"  last day held       {hold:.4f}")
     print("Mean and deviation are those of the whole series: they look into the test part.")
     if args.over == "all":
-        print("Half of the loss's terms are padding with target 0: it is not comparable with one over valid days.")
+        print(
+            "Half of the loss's terms are padding with target 0: not comparable with a loss over valid days."
+        )
 
     start = time.perf_counter()
     carried = feed_back(model, z[:N], len(z) - N)
@@ -157,7 +161,7 @@ def program(args):
     recomputed = feed_back_recomputing(model, z[:N], len(z) - N)
     ratio = (time.perf_counter() - between) / (between - start)
     difference = (carried - recomputed).abs().max()
-    print(f"carried state against recomputing: largest difference {difference:.1e}, {ratio:.1f} times as fast")
+    print(f"carried state against recomputing: difference {difference:.1e}, {ratio:.1f} times as fast")
     print(f"last prediction {prediction[-1]:.3f}, truth {z[-1]:.3f}")
     beyond = feed_back(model, z, AHEAD) * std + mean
     print(f"{AHEAD} days beyond the data: the last is {beyond[-1]:.0f}")
@@ -173,8 +177,9 @@ def plot(path, z, prediction):
     axes = figure.add_subplot()
     axes.plot(z, color="0.6", lw=3, label="reported, standardised")
     axes.plot(range(N, len(z)), prediction, label="fed back")
+    days = torch.arange(N)
     for curve in ("e", "2", "5", "7", "10"):
-        axes.plot(forgetting(curve, torch.arange(N))[0].flatten(), lw=0.8, ls="--", label=f"forgetting {curve}")
+        axes.plot(forgetting(curve, days)[0].flatten(), lw=0.8, ls="--", label=f"forgetting {curve}")
     axes.legend()
     figure.savefig(path)
 
@@ -183,10 +188,10 @@ def arguments():
     options = side_by_side.parser(__doc__, epochs=800)
     options.add_argument("data", help="wordle_reported_2022.csv")
     options.add_argument("--ragged", choices=["padded", "packed", "lengths"], default="padded")
-    options.add_argument("--over", choices=["all", "valid"], default="all", help="which steps the loss is over")
+    options.add_argument("--over", choices=["all", "valid"], default="all", help="steps in the loss")
     options.add_argument(
         "--forgetting", nargs="*", default=["none"], metavar="CURVE",
-        help="weights of the training days: none, e for tanh(e t/N), or an alpha, as 2, for tanh(alpha (t/N - 1)) + 1",
+        help="weights of days: none, e for tanh(e t/N), an alpha, as 2, for tanh(alpha (t/N - 1)) + 1",
     )  # fmt: skip
     options.add_argument("--plot", metavar="PNG", help="draw the forecast and the forgetting curves")
     return options

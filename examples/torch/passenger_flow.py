@@ -96,9 +96,10 @@ def program(args):
     print(f"test: {len(truth)} months from {months[first]}, mean squared error of the scaled values")
     for name, forecast in forecasts.items():
         print(f"  {name:30} {nn.functional.mse_loss(forecast, truth):.5f}")
-    print("The scaling of the first row uses the largest value of the whole series: it looks into the test part.")
+    print("The first row's scaling uses the largest value of the whole series: it looks into the test part.")
     if args.plot:
-        plot(args.plot, values, first, {k: v * (high - low) + low for k, v in forecasts.items() if "LSTM" in k})
+        networks = {name: v * (high - low) + low for name, v in forecasts.items() if "LSTM" in name}
+        plot(args.plot, values, first, networks)
     return losses, seconds
 
 

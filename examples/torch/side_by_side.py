@@ -7,12 +7,12 @@ import torch
 
 def parser(text, epochs):
     """The options of all of them; ``text`` is the module's docstring."""
-    p = argparse.ArgumentParser(description=text.partition("\n")[0])
-    p.add_argument("--layers", choices=["torch", "fusedrnn"], default="fusedrnn", help="whose layer is imported")
-    p.add_argument("--compare", action="store_true", help="run with both, print losses and times side by side")
-    p.add_argument("--epochs", type=int, default=epochs, help="default: %(default)s")
-    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    return p
+    options = argparse.ArgumentParser(description=text.partition("\n")[0])
+    options.add_argument("--layers", choices=["torch", "fusedrnn"], default="fusedrnn", help="whose layer")
+    options.add_argument("--compare", action="store_true", help="run with both, side by side")
+    options.add_argument("--epochs", type=int, default=epochs, help="default: %(default)s")
+    options.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    return options
 
 
 def relative_difference(a, b):
@@ -34,7 +34,7 @@ def main(args, program):
     print("step         torch      fusedrnn")
     for step in range(min(5, len(ours))):
         print(f"{step:4} {theirs[step]:13.8f} {ours[step]:13.8f}")
-    print(f"largest relative difference: first 20 steps {relative_difference(theirs[:20], ours[:20]):.1e}, ", end="")
-    print(f"all {len(ours)} steps {relative_difference(theirs, ours):.1e}")
-    ratio = seconds["torch"] / seconds["fusedrnn"]
-    print(f"training: torch {seconds['torch']:.2f} s, fusedrnn {seconds['fusedrnn']:.2f} s, ratio {ratio:.2f}")
+    first, whole = relative_difference(theirs[:20], ours[:20]), relative_difference(theirs, ours)
+    print(f"largest relative difference: first 20 steps {first:.1e}, all {len(ours)} steps {whole:.1e}")
+    a, b = seconds["torch"], seconds["fusedrnn"]
+    print(f"training: torch {a:.2f} s, fusedrnn {b:.2f} s, ratio {a / b:.2f}")

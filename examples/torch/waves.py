@@ -70,7 +70,7 @@ def program(args):
     n = int(0.8 * len(x))
     model, losses, seconds = train(args, x[:n], y[:n])
 
-    with tempfile.TemporaryDirectory() as folder:  # saved and loaded: a state_dict is the same with both layers
+    with tempfile.TemporaryDirectory() as folder:  # the file is the same with both layers
         path = args.save or Path(folder) / "waves.pt"
         torch.save(model.state_dict(), path)
         model = build(args.layers)
