@@ -79,7 +79,7 @@ def test_compare_prints_both(example, capsys):
     assert "--- torch" in printed
     assert "--- fusedrnn" in printed
     assert "largest relative difference: first 20 steps" in printed
-    assert "ratio" in printed
+    assert "times as fast" in printed
 
 
 # --- feeding back ------------------------------------------------------------------------------------------
