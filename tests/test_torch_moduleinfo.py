@@ -21,7 +21,6 @@ pytest.importorskip("expecttest", reason="PyTorch's test helpers need expecttest
 
 with warnings.catch_warnings():  # PyTorch's own, while it imports
     warnings.simplefilter("ignore")
-    from torch.autograd.gradcheck import GradcheckError
     from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 # The import above forbids plain assignment to torch.backends' flags, in PyTorch's own tests only.
@@ -263,15 +262,7 @@ def function_of(layer, args):
 
 @entries((torch.float64,))
 def test_grad(info, dtype, training):
-    """PyTorch's gradcheck over inputs, states and parameters, which it moves through ``.data``: see below."""
-    for layer, args, _ in samples(info, dtype, training, requires_grad=True):
-        layer.register_forward_pre_hook(lambda layer, _: layer.refresh())
-        assert torch.autograd.gradcheck(*function_of(layer, args))
-
-
-@entries((torch.float64,))
-@pytest.mark.xfail(raises=GradcheckError, reason="a write through .data needs refresh()")
-def test_grad_without_refresh(info, dtype, training):
+    """PyTorch's gradcheck over inputs, states and parameters, which it moves through ``.data``."""
     for layer, args, _ in samples(info, dtype, training, requires_grad=True):
         assert torch.autograd.gradcheck(*function_of(layer, args))
 
