@@ -441,7 +441,7 @@ def test_a_tape_in_an_array_gives_the_same_bits(cell, dtype, options):
     moved = np.empty(out.tape.size + 1, dtype)[1:].reshape(out.tape.shape)
     moved[:] = out.tape
     want = run(CPU, p)
-    for saved in (out.tape, moved):
+    for saved in (out.tape, moved):  # a truncated gradient is told to the tape again
         tape = CPU.tape(cell, saved, out.y, p.x, p.weights, p.state0, **p.options)
         assert_same_bits(named(cell, out, CPU.backward(tape, p.dy, p.dstateT, p.dstates)), want)
 

@@ -201,10 +201,13 @@ class CpuBackend:
         reset: Array | None = None,
         reverse: bool = False,
         return_states: bool = False,
+        detach_every: int | None = None,
     ) -> Tape:
         """The tape that lies in ``saved``, for backward: of what forward got, in the layout that it needs."""
         h0, c0 = cast(_Two, _two(cell, state0, False))
-        core = _core.tape(_cell_id(cell), saved, x, y, h0, c0, *weights, lengths, reset, reverse)
+        core = _core.tape(
+            _cell_id(cell), saved, x, y, h0, c0, *weights, lengths, reset, reverse, detach_every or 0
+        )
         return Tape(cell, weights, return_states, core)
 
     def backward(
