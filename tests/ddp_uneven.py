@@ -39,6 +39,7 @@ if "RANK" in os.environ:
             optimizer.zero_grad()
             nn.functional.mse_loss(parallel(x[rank, k]), y[rank, k]).backward()
             optimizer.step()
+    dist.barrier()
     dist.destroy_process_group()
 else:
     rank = "alone"

@@ -51,19 +51,30 @@ def run(*command, timeout=150):
     return output
 
 
-def torchrun(processes, *command, restarts=0):
-    return run(
-        "-m", "torch.distributed.run", "--nnodes=1",
-        f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
-        "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost", *command,
+def torchrun(folder, processes, *command):
+    """What each process printed, over all its starts, by rank.
+
+    Restarts are allowed in every test: a thread of gloo may abort at exit, after all is done.
+    """
+    run(
+        "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}", "--max-restarts=3",
+        "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost",
+        "--redirects=1", "--log-dir", folder, *command,
     )  # fmt: skip
+    return [
+        "".join(path.read_text() for path in sorted(folder.glob(f"*/attempt_*/{rank}/stdout.log")))
+        for rank in range(processes)
+    ]
 
 
-def losses(output):
-    """The loss of each step; of a step that was done again, the last."""
-    lines = re.findall(r"^step (\d+) loss (\S+)$", output, re.MULTILINE)
-    found = {int(step): float(loss) for step, loss in lines}
-    return [found[step] for step in sorted(found)]
+def losses(*outputs):
+    """The loss of each step, the mean of the processes; of a step that was done again, the last."""
+    each = []
+    for output in outputs:
+        lines = re.findall(r"^step (\d+) loss (\S+)$", output, re.MULTILINE)
+        each.append({int(step): float(loss) for step, loss in lines})
+    assert all(list(found) == list(each[0]) for found in each)
+    return [sum(found[step] for found in each) / len(each) for step in each[0]]
 
 
 @pytest.fixture(scope="module")
@@ -83,34 +94,36 @@ def test_the_losses_are_those_of_one_process_on_the_joined_batch(
     tmp_path, alone, processes, dtype, tolerance
 ):
     command = (EXAMPLE, *SMALL, "--dtype", dtype, "--checkpoint", tmp_path / "run.pt")
-    found = losses(torchrun(processes, *command))
+    found = losses(*torchrun(tmp_path / "logs", processes, *command))
     assert len(found) == STEPS
     assert found == pytest.approx(alone[dtype], rel=tolerance, abs=0)
     assert found[-1] < found[0] / 2  # it learns
 
 
 def test_a_killed_process_is_started_again_and_the_losses_are_those_of_an_undisturbed_run(tmp_path, alone):
-    checkpoint = tmp_path / "run.pt"
-    command = (EXAMPLE, *SMALL, "--dtype", "float64", "--checkpoint", checkpoint)
-    output = torchrun(2, HERE / "ddp_killed.py", *command, restarts=3)
-    assert output.count("rank 1 is killed") == 1
-    assert output.count("resumed from step 10, 2 processes") == 1
-    assert output.count("step 12 loss") == 2  # was done, was lost, was done again
-    assert losses(output) == pytest.approx(alone["float64"], rel=1e-10, abs=0)
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    command = (EXAMPLE, *SMALL, "--dtype", "float64", "--checkpoint", folder / "run.pt")
+    outputs = torchrun(tmp_path / "logs", 2, HERE / "ddp_killed.py", *command)
+    assert outputs[1].count("rank 1 is killed") == 1
+    for rank, output in enumerate(outputs):
+        assert f"resumed from step 10, process {rank} of 2" in output
+        assert output.count("step 12 loss") == 2  # was done, was lost, was done again
+    assert losses(*outputs) == pytest.approx(alone["float64"], rel=1e-10, abs=0)
+    assert [path.name for path in folder.iterdir()] == ["run.pt"]
 
 
 def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path, alone):
     command = ("--size", 256, "--batch", 32, "--dtype", "float64", "--checkpoint", tmp_path / "run.pt")
-    first = torchrun(2, EXAMPLE, *command, "--steps", 11)
+    first = torchrun(tmp_path / "logs", 2, EXAMPLE, *command, "--steps", 11)
     second = run(EXAMPLE, *command, "--steps", STEPS)
-    assert "resumed from step 11, 1 processes" in second
-    assert losses(first) + losses(second) == pytest.approx(alone["float64"], rel=1e-10, abs=0)
+    assert "resumed from step 11, process 0 of 1" in second
+    assert losses(*first) + losses(second) == pytest.approx(alone["float64"], rel=1e-10, abs=0)
 
 
 def test_uneven_inputs_with_join(tmp_path):
     """The process that is done stands for zeros: each step is the sum over those left, divided by two."""
-    torchrun(2, HERE / "ddp_uneven.py", tmp_path)
+    torchrun(tmp_path / "logs", 2, HERE / "ddp_uneven.py", tmp_path)
     run(HERE / "ddp_uneven.py", tmp_path)
     expected = torch.load(tmp_path / "alone.pt", weights_only=True)
     for rank in (0, 1):

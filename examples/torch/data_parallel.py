@@ -4,7 +4,7 @@
     torchrun --nnodes=1 --nproc-per-node=2 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 \\
         examples/torch/data_parallel.py
 
-    python examples/torch/data_parallel.py  # the same losses, from one process
+    python examples/torch/data_parallel.py  # one process; the loss is the mean of the losses of several
 
 Every few steps there is a checkpoint. When a process dies, torchrun starts all of them again, and they go on
 from there. docs/data_parallel.md tells more.
@@ -83,8 +83,7 @@ def train(args):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
-        if rank == 0:
-            print(f"resumed from step {step}, {processes} processes", flush=True)
+        print(f"resumed from step {step}, process {rank} of {processes}", flush=True)
 
     parallel = DistributedDataParallel(model)  # backward() now averages the gradients over all processes
     while step < args.steps:
@@ -98,13 +97,10 @@ def train(args):
             loss.backward()
             optimizer.step()
             step += 1
-            mean = loss.detach() / processes
-            dist.reduce(mean, dst=0)  # of the joined batch
-            if rank == 0:
-                print(f"step {step} loss {mean.item()!r}", flush=True)
-                if step % args.every == 0 or step == args.steps:
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-                    save(args.checkpoint, state)
+            print(f"step {step} loss {loss.item()!r}", flush=True)  # of this process's part of the batch
+            if rank == 0 and (step % args.every == 0 or step == args.steps):
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                save(args.checkpoint, state)
             if step == args.steps:
                 break
 
