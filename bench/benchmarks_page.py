@@ -24,6 +24,11 @@ RUNS = {
     "lstm-float32-forward": "--cell lstm --forward --peers torch,onnxruntime",
     "gru-float32": "--cell gru --peers torch",
     "rnn-float32": "--cell rnn --peers torch",
+    "lstm-float64": "--cell lstm --dtype float64 --peers torch",
+    "gru-float64": "--cell gru --dtype float64 --peers torch",
+    "lstm-float32-numba": "--cell lstm --peers numba",
+    "gru-float32-numba": "--cell gru --peers numba",
+    "rnn-float32-numba": "--cell rnn --peers numba",
     "programs-float32": "--suite programs --peers torch,jax",
     "rl-float32": "--suite rl --peers torch,torch-cell,torch-packed,torch-masked,onnxruntime --memory",
 }
