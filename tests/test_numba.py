@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -338,6 +340,28 @@ def test_calls_from_many_threads(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         for got, w in zip(pool.map(lambda p: run(NUMBA, p), ps * 5), want * 5, strict=True):
             assert_same_bits(got, w)
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_threads_of_its_own():
+    code = """
+        import os, warnings
+        from problems import assert_same_bits, problem, run
+        from fusedrnn.backends import numba as module
+        from fusedrnn.cells import LSTM
+        module.WORTH_A_THREAD, module.get_num_threads = 1, lambda: 2
+        p = problem(LSTM(), 7, 9, 5, 19)
+        want = run(module.NumbaBackend(), p)
+        warnings.simplefilter("ignore")  # of forking beside threads
+        child = os.fork()
+        assert_same_bits(run(module.NumbaBackend(), p), want)
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parent, timeout=100, check=True
+    )
 
 
 # --- activations and types ---------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import os
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from fusedrnn.threads import get_num_threads
 NARROW = 16  # below this input size, dx is made of dot products
 CHUNK = 1 << 18  # bytes of da before they go into dx and the weight gradients
 AHEAD = 32  # rows whose input products are made in one go, where a step has fewer
-WORTH_A_THREAD = 16_000_000  # multiplications
+WORTH_A_THREAD = 2_000_000  # multiplications
 
 
 class Packed(NamedTuple):
@@ -335,11 +336,19 @@ def _share(run: Callable[..., None], groups: Sequence[tuple[Array, ...]]) -> Non
     if len(groups) == 1:
         run(*groups[0])
         return
-    with ThreadPoolExecutor(len(groups) - 1) as threads:
-        others = [threads.submit(run, *group) for group in groups[1:]]
+    others = [_threads(os.getpid()).submit(run, *group) for group in groups[1:]]
+    try:
         run(*groups[0])
-        for other in others:
-            other.result()
+    finally:
+        wait(others)  # they write to arrays of this call
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Kept, because starting a thread takes longer than a small call; a forked process has none of them."""
+    return ThreadPoolExecutor(thread_name_prefix="fusedrnn")
 
 
 def _at(values: Array, initial: Array, positions: Array) -> Array:
