@@ -11,8 +11,8 @@ ALLOWED = (
 )
 
 
-def main(path: str) -> int:
-    skipped = [(case, case.find("skipped")) for case in ET.parse(path).iter("testcase")]
+def main(paths: list[str]) -> int:
+    skipped = [(case, case.find("skipped")) for path in paths for case in ET.parse(path).iter("testcase")]
     wrong = 0
     for case, skip in skipped:
         if skip is None or skip.get("type") == "pytest.xfail":
@@ -27,4 +27,4 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -22,7 +22,7 @@ OUTSIDE = [name for name in bench.PEERS if name not in bench.OWN]
 
 
 def truth(case: Case, dtype: str) -> participants.Results:
-    return participants.Native(problems.astype(problems.make(case, dtype), np.float64), "reference").results()
+    return runner.truth(case, dtype, get_num_threads())
 
 
 # --- the check before the timing --------------------------------------------------------------------------
@@ -35,7 +35,9 @@ VARIANTS = {
     "ragged": {"ragged": True},
     "ragged forward": {"ragged": True, "kind": "forward", "layers": 2, "bidirectional": True},
     "resets": {"resets": 0.3},
+    "update": {"kind": "update", "layers": 2, "bidirectional": True},
 }
+EXPECTED = {"training": {"y", "h", "dx"}, "forward": {"y", "h"}, "step": {"y", "h"}, "update": {"losses"}}
 
 
 CASES = [
@@ -67,7 +69,35 @@ def test_the_peers_compute_the_same_problem(peer, case):
         exact = truth(case, dtype)
         found = registry.PEERS[peer](problems.make(case, dtype), get_num_threads()).results()
         assert participants.check(peer, found, exact, participants.TOLERANCE[dtype]) > 0
-        assert set(exact) >= ({"y", "h", "dx"} if case.kind == "training" else {"y", "h"})
+        assert set(exact) >= EXPECTED[case.kind]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.cell} {case}")
+@pytest.mark.parametrize("face", registry.FACES)
+def test_our_pytorch_modules_compute_the_same_problem(face, case):
+    """As what is measured; the path says that our kernels ran."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    if face == "cell" and registry.FACES[face].refuses(case, "float32") is not None:
+        return  # as PyTorch's cells
+    case = dataclasses.replace(case, face=face)
+    ours = registry.ours(problems.make(case, "float32"), "cpu", get_num_threads())
+    exact = truth(case, "float32")
+    assert participants.check(face, ours.results(), exact, participants.TOLERANCE["float32"]) > 0
+    assert ours.path == "fused"
+
+
+def test_our_pytorch_modules_are_timed_beside_pytorch(monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    cases = [dataclasses.replace(SMALL, kind=kind, face="layer") for kind in ("training", "update")]
+    rows = runner.run(cases, peers=["torch"], quick=True)["rows"]
+    for row in rows:
+        assert row["participants"][runner.OURS]["path"] == "fused"
+        assert row["participants"]["torch"]["ratio"] > 0
+    with pytest.raises(ValueError, match="backend: our PyTorch modules take the fastest, got reference"):
+        runner.run(cases, backend="reference")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(RuntimeError, match="our PyTorch modules: PyTorch is not installed"):
+        runner.run(cases)
 
 
 def test_every_peer_takes_part_in_something():

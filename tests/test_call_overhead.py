@@ -20,7 +20,7 @@ from fusedrnn.backends import cpu
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.cells import GRU, LSTM
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.alone]
 
 CPU = CpuBackend()
 SCRIPT = Path(__file__).parents[1] / "bench" / "call_overhead.py"

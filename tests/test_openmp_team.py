@@ -18,6 +18,7 @@ pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn.threads import get_team, set_team
 from test_robustness import python
 
+pytestmark = pytest.mark.alone
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
 
 SETUP = """

@@ -26,7 +26,7 @@ from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, RNN
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.alone]
 
 CPU = CpuBackend()
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}

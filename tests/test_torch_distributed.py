@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "torch" / "data_parallel.py"
 STEPS = 20  # in epochs of 8
 SMALL = ("--steps", STEPS, "--every", 5, "--size", 256, "--batch", 32)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.timeout(200)]
 
 
 def run(*command, timeout=150):

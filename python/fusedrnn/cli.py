@@ -125,7 +125,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         choices=list(problems.SUITES),
         default="core",
         help="the list of cases: core, eleven shapes in training; programs, published models; rl, ragged "
-        "sequences, resets and single steps; wide and deepbench, larger shapes of other benchmarks; of each, "
+        "sequences, resets and single steps; pytorch, our PyTorch modules in the place of PyTorch's, also in "
+        "whole training steps; wide and deepbench, larger shapes of other benchmarks; of each, "
         "cases of more than about 5 s a call are left out (default: %(default)s)",
     )
     cases.add_argument(

@@ -29,7 +29,10 @@ class Case:
     """What is timed: a cell, a shape, and what is done with them.
 
     Kinds: ``training``, forward and backward, every gradient; ``forward``, no gradient, weights prepared
-    beforehand by who can; ``step``, the same for one step that starts from a given state.
+    beforehand by who can; ``step``, the same for one step that starts from a given state; ``update``, a whole
+    training step in PyTorch: the layer, a linear head on every step, mean squared error, backward, Adam.
+
+    Faces: none, our functions on arrays; ``layer`` and ``cell``, the modules of ``fusedrnn.torch``.
     """
 
     cell: Cell
@@ -40,6 +43,7 @@ class Case:
     bidirectional: bool = False
     ragged: bool = False  # lengths uniform in T/10..T
     resets: float = 0.0  # the probability that a step begins a new segment
+    face: str = ""
 
     @property
     def directions(self) -> int:
@@ -58,10 +62,12 @@ class Case:
             parts.append("ragged")
         if self.resets:
             parts.append("resets")
+        if self.face:
+            parts.append(f"PyTorch {self.face}")
         return " ".join([*parts, self.name]).rstrip()
 
 
-KINDS = ("training", "forward", "step")
+KINDS = ("training", "forward", "step", "update")
 
 # Forecasting, hydrology, audio, control and, at the end, sizes where the matrix product is everything.
 SPEED = (
@@ -107,6 +113,21 @@ SUITES: dict[str, tuple[Case, ...]] = {
         *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (LSTM(), GRU()) for B in (8, 128)),
         *(Case(cell, Shape(1, B, 64, 256), "step") for cell in (LSTM(), GRU()) for B in (1, 8, 64)),
     ),
+    "pytorch": (  # our PyTorch modules in the place of PyTorch's: calls with little arithmetic, whole updates
+        *(
+            Case(cell, Shape(1, 1, 64, 256), "step", face=face)
+            for cell in (LSTM(), GRU())
+            for face in ("layer", "cell")
+        ),
+        Case(LSTM(), Shape(100, 1, 64, 64), face="layer"),
+        *(
+            Case(LSTM(), shape, kind, face="layer")
+            for kind in ("training", "update")
+            for shape in (Shape(30, 30, 1, 100), Shape(64, 16, 128, 128), Shape(100, 64, 64, 256))
+        ),
+        Case(LSTM(), Shape(200, 32, 32, 128), ragged=True, face="layer"),
+        Case(LSTM(), Shape(128, 8, 64, 256), resets=0.03, face="layer"),
+    ),
     "wide": (  # what the benchmarks of others run
         Case(LSTM(), Shape(100, 64, 512, 512), name="PyTorch fastrnns"),
         Case(GRU(), Shape(100, 64, 512, 512), name="FlagGems"),
@@ -131,14 +152,14 @@ def select(cases: tuple[Case, ...], cell: Cell | None = None, forward: bool = Fa
         own = tuple(case for case in cases if case.cell == cell)
         cases = own or tuple(replace(case, cell=cell) for case in cases)
     if forward:
-        cases = tuple(replace(case, kind="forward") if case.kind == "training" else case for case in cases)
+        cases = tuple(case if case.kind == "step" else replace(case, kind="forward") for case in cases)
     return tuple(dict.fromkeys(cases))
 
 
 def quick(cases: tuple[Case, ...], count: int = 3) -> tuple[Case, ...]:
     """A few small cases, of every kind the smallest, in their order."""
     by_size = sorted(cases, key=flops)
-    firsts = {(case.kind, case.ragged, case.resets): case for case in reversed(by_size)}
+    firsts = {(case.kind, case.ragged, case.resets, case.face): case for case in reversed(by_size)}
     chosen = list(dict.fromkeys([*firsts.values(), *by_size]))[: max(count, len(firsts))]
     return tuple(case for case in cases if case in chosen)
 
@@ -155,12 +176,13 @@ def describe(case: Case) -> dict[str, Any]:
         "bidirectional": case.bidirectional,
         "ragged": case.ragged,
         "resets": case.resets,
+        "face": case.face,
     }
 
 
 def described(row: dict[str, Any]) -> Case:
     """The case that ``describe`` wrote down."""
-    options = ("kind", "name", "layers", "bidirectional", "ragged", "resets")
+    options = ("kind", "name", "layers", "bidirectional", "ragged", "resets", "face")
     return Case(CELLS[row["cell"]](), Shape(*row["shape"]), **{key: row[key] for key in options})
 
 
@@ -197,7 +219,8 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
         return tuple(normal(case.layers * D, B, H) for _ in case.cell.states)
 
     rows = case.cell.gates * H
-    two_biases = isinstance(case.cell, GRU) and case.cell.reset_after
+    # In an update each moves by itself; else the second is zero where one would do.
+    two_biases = case.kind == "update" or (isinstance(case.cell, GRU) and case.cell.reset_after)
     weights = tuple(
         Weights(
             weight_ih=uniform(rows, I if layer == 0 else D * H),
@@ -259,4 +282,4 @@ def flops(case: Case) -> float:
     D = case.directions
     inputs = I + (case.layers - 1) * D * H
     forward = 2.0 * T * B * valid(case) * case.cell.gates * H * D * (inputs + case.layers * H)
-    return 3 * forward if case.kind == "training" else forward
+    return 3 * forward if case.kind in ("training", "update") else forward

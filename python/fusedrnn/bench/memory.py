@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fusedrnn import problems
 from fusedrnn.bench import registry
-from fusedrnn.bench.participants import Native, Participant
+from fusedrnn.bench.participants import Participant
 from fusedrnn.bench.timing import same_threads
 from fusedrnn.problems import Case, Shape
 
@@ -45,7 +45,7 @@ def child(text: str) -> None:
     def make(case: Case) -> Participant:
         data = problems.make(case, task["dtype"])
         if task["peer"] is None:
-            return Native(data, task["backend"])
+            return registry.ours(data, task["backend"], task["threads"])
         return registry.PEERS[task["peer"]](data, task["threads"])
 
     with same_threads(task["threads"]):

@@ -160,7 +160,7 @@ class OwnBackend(Native):
 
     @classmethod
     def refuses(cls, case: Case, dtype: str) -> str | None:
-        return None
+        return "an update is PyTorch's" if case.kind == "update" else None
 
 
 class Numba(OwnBackend):

@@ -126,6 +126,8 @@ class Jax:
 
     @classmethod
     def refuses(cls, case: Case, dtype: str) -> str | None:
+        if case.kind == "update":
+            return "an update is PyTorch's"
         if case.resets and case.bidirectional:
             return "resets are written for one direction only"
         return None

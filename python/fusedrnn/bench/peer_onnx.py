@@ -105,7 +105,7 @@ class OnnxRuntime:
 
     @classmethod
     def refuses(cls, case: Case, dtype: str) -> str | None:
-        if case.kind == "training":
+        if case.kind in ("training", "update"):
             return "it runs forward only"
         if case.resets:
             return "it knows no resets"

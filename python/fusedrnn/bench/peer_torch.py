@@ -1,9 +1,11 @@
-"""PyTorch, in the four ways in which people run recurrent layers with it."""
+"""PyTorch, in the four ways in which people run recurrent layers with it, and our modules in their place."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
+
+import numpy as np
 
 from fusedrnn.bench.participants import Results, named, not_installed
 from fusedrnn.cells import RNN
@@ -15,6 +17,8 @@ class Torch:
 
     Its second bias is zero for LSTM and RNN. Without a gradient it runs under ``no_grad``.
     """
+
+    modules = "torch.nn"  # where they come from
 
     def __init__(self, data: Data, threads: int) -> None:
         import torch
@@ -30,7 +34,7 @@ class Torch:
                     parameter.zero_()
                 else:
                     parameter.copy_(torch.from_numpy(value))
-        self.training = case.kind == "training"
+        self.training = case.kind in ("training", "update")
         self.x = torch.from_numpy(data.x).requires_grad_(self.training)
         self.inputs = [self.x, *self.module.parameters()]
         self.upstream = [torch.from_numpy(d) for d in (data.dy, *data.dstateT)]
@@ -39,6 +43,7 @@ class Torch:
             self.starts = torch.from_numpy(data.reset.astype(data.x.dtype))
         if data.lengths is not None:
             self.lengths = torch.from_numpy(data.lengths)
+        self.update = Update(self) if case.kind == "update" else None
 
     @classmethod
     def missing(cls) -> str | None:
@@ -53,7 +58,7 @@ class Torch:
     def build(self) -> Any:
         """The module, its parameters in the order of ``data.weights``."""
         case = self.data.case
-        layer = getattr(self.torch.nn, case.cell.name.upper())
+        layer = getattr(importlib.import_module(self.modules), case.cell.name.upper())
         return layer(
             case.shape.I,
             case.shape.H,
@@ -82,10 +87,14 @@ class Torch:
         if not self.training:
             with self.torch.no_grad():
                 return self.outputs(), None
+        if self.update is not None:
+            return self.update()
         outputs = self.outputs()
         return outputs, self.torch.autograd.grad(outputs, self.inputs, self.upstream)
 
     def results(self) -> Results:
+        if self.update is not None:
+            return {"losses": np.array([self.update() for _ in range(5)])}
         outputs, gradients = self()
         y, *stateT = [o.detach().numpy() for o in outputs]
         if gradients is None:
@@ -131,6 +140,29 @@ class Torch:
         return {"own": sum(kept.values()), "borrowed": borrowed}
 
 
+class Update:
+    """What stands around the module of a participant in a training step; a call makes one, -> the loss."""
+
+    def __init__(self, participant: Torch) -> None:
+        torch, data = participant.torch, participant.data
+        self.loss = torch.nn.functional.mse_loss
+        self.outputs = participant.outputs
+        self.target = participant.upstream[0][:, :, :1]
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)  # float32 and float64 draw different numbers
+            self.head = torch.nn.Linear(data.case.directions * data.case.shape.H, 1, dtype=torch.float64)
+        self.head.to(participant.x.dtype)
+        parameters = [*participant.module.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.Adam(parameters)
+
+    def __call__(self) -> float:
+        self.optimizer.zero_grad()
+        loss = self.loss(self.head(self.outputs()[0]), self.target)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()  # type: ignore[no-any-return]
+
+
 class TorchCell(Torch):
     """A loop over time that calls ``LSTMCell``, ``GRUCell`` or ``RNNCell``; states times a mask at resets."""
 
@@ -147,7 +179,7 @@ class TorchCell(Torch):
 
     def build(self) -> Any:
         case = self.data.case
-        cell = getattr(self.torch.nn, case.cell.name.upper() + "Cell")
+        cell = getattr(importlib.import_module(self.modules), case.cell.name.upper() + "Cell")
         return cell(case.shape.I, case.shape.H, **self.options())
 
     def outputs(self) -> list[Any]:
@@ -200,3 +232,34 @@ class TorchMasked(Torch):
             state = after if isinstance(after, tuple) else (after,)
             ys.append(y)
         return [self.torch.cat(ys), *state]
+
+
+class FaceLayer(Torch):
+    """The layers of ``fusedrnn.torch``, with its lengths and resets."""
+
+    modules = "fusedrnn.torch"
+
+    @classmethod
+    def refuses(cls, case: Case, dtype: str) -> str | None:
+        return None
+
+    @property
+    def path(self) -> str:
+        """Our kernels, or why PyTorch's ran."""
+        return str(self.module.last_path)
+
+    def outputs(self) -> list[Any]:
+        more = {"lengths": self.data.lengths, "reset": self.data.reset}
+        y, state = self.module(self.x, self.pair(self.state0), **more)
+        return [y, *state] if isinstance(state, tuple) else [y, state]
+
+
+class FaceCell(TorchCell):
+    """The cells of ``fusedrnn.torch``, one call a step."""
+
+    modules = "fusedrnn.torch"
+
+    @property
+    def path(self) -> str:
+        """Our kernels, or why PyTorch's ran."""
+        return str(self.module.last_path)

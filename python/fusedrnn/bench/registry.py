@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusedrnn.bench.participants import Numba, Peer, Reference
+from fusedrnn.bench.participants import Native, Numba, Participant, Peer, Reference
 from fusedrnn.bench.peer_dezero import DeZero
 from fusedrnn.bench.peer_jax import Jax
 from fusedrnn.bench.peer_onnx import OnnxRuntime
-from fusedrnn.bench.peer_torch import Torch, TorchCell, TorchMasked, TorchPacked
-from fusedrnn.problems import Case
+from fusedrnn.bench.peer_torch import FaceCell, FaceLayer, Torch, TorchCell, TorchMasked, TorchPacked
+from fusedrnn.problems import Case, Data
 
 PEERS: dict[str, type[Peer]] = {
     "torch": Torch,
@@ -23,6 +23,13 @@ PEERS: dict[str, type[Peer]] = {
     "reference": Reference,
 }
 OWN = ("numba", "reference")  # backends of ours: shown, but nobody's best
+FACES: dict[str, type[Peer]] = {"layer": FaceLayer, "cell": FaceCell}
+
+
+def ours(data: Data, backend: str, threads: int) -> Participant:
+    """The one that is measured."""
+    face = data.case.face
+    return FACES[face](data, threads) if face else Native(data, backend)
 
 
 def choose(

@@ -13,7 +13,7 @@ import numpy as np
 
 from fusedrnn import backends, problems, system
 from fusedrnn.bench import memory, registry
-from fusedrnn.bench.participants import TOLERANCE, Native, check, version
+from fusedrnn.bench.participants import TOLERANCE, Native, Results, check, version
 from fusedrnn.bench.timing import Gemm, Others, ratio, same_threads, spread, time_blocks
 from fusedrnn.problems import Case
 
@@ -25,27 +25,34 @@ EXPECTED = 0.6  # of the rate of the matrix product, for that estimate
 Progress = Callable[[str, int, int], None]
 
 
+def truth(case: Case, dtype: str, threads: int) -> Results:
+    """What all are compared with: the same numbers in float64, by the reference."""
+    data = problems.astype(problems.make(case, dtype), np.float64)
+    if case.kind == "update":  # of which there is none without PyTorch
+        return registry.PEERS["torch"](data, threads).results()
+    return Native(data, "reference").results()
+
+
 def run_case(
     case: Case, dtype: str, backend: str, peers: Sequence[str], threads: int, quick: bool
 ) -> dict[str, Any]:
     """Check and time one case; a row for the table and the JSON file."""
 
-    def truth(of: Case) -> dict[str, Any]:
-        return Native(problems.astype(problems.make(of, dtype), np.float64), "reference").results()
-
     data = problems.make(case, dtype)
-    participants: dict[str, Any] = {OURS: Native(data, backend)}
+    participants: dict[str, Any] = {OURS: registry.ours(data, backend, threads)}
     for name in peers:
         if registry.PEERS[name].refuses(case, dtype) is None:
             participants[name] = registry.PEERS[name](data, threads)
-    exact = truth(case)
+    exact = truth(case, dtype, threads)
     errors = {
         name: check(name, each.results(), exact, TOLERANCE[dtype]) for name, each in participants.items()
     }
     if case.ragged or case.resets:
         plain = replace(case, ragged=False, resets=0.0)
-        participants[FULL] = Native(problems.make(plain, dtype), backend)
-        errors[FULL] = check(FULL, participants[FULL].results(), truth(plain), TOLERANCE[dtype])
+        participants[FULL] = registry.ours(problems.make(plain, dtype), backend, threads)
+        errors[FULL] = check(
+            FULL, participants[FULL].results(), truth(plain, dtype, threads), TOLERANCE[dtype]
+        )
     del exact
     blocks, seconds, limit = (3, 0.02, 1.0) if quick else (9, 0.1, 5.0)
     others = Others()
@@ -143,6 +150,12 @@ def run(
         ValueError: A peer that was asked for takes part in no case.
     """
     chosen = backends.usable(backend).name
+    if any(case.face for case in cases):
+        missing = registry.FACES["layer"].missing()
+        if missing is not None:
+            raise RuntimeError(f"our PyTorch modules: {missing}")
+        if chosen != backends.usable(None).name:
+            raise ValueError(f"backend: our PyTorch modules take the fastest, got {chosen}")
     taken, left_out = registry.choose(peers, cases, dtype, chosen)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     rows: list[dict[str, Any]] = []
