@@ -152,23 +152,8 @@ struct BackwardLoop {
     }
   }
 
-  // What recurrent dropout multiplies row b's units with; null: nothing.
-  const T* dropout_row(Index b) const {
-    if constexpr (kRegularized<Cell>)
-      return job.regularization.dropout ? job.regularization.dropout + b * units : nullptr;
-    else
-      return nullptr;
-  }
-  // The gradient of what weight_hh multiplied, at unit u, as that of h (or r*h) itself.
-  FUSEDRNN_INLINE V dropped(Index b, Index u, V d) const {
-    const T* dropout = dropout_row(b);
-    return dropout ? d * V::load(dropout + u) : d;
-  }
   // Of a regularized cell.
-  Masks<T> masks() const {
-    const cpu::Regularization<T>& r = job.regularization;
-    return {r, r.scratch + worker.region.thread * r.scratch_step, B, units, block_begin, block_end};
-  }
+  Masks<T> masks() const { return {job.regularization, worker.region.thread, B, units, block_begin, block_end}; }
 
   // The chunk's valid rows, in the order in which they are walked: every thread makes the same list.
   void list_rows(Index s_end, Index s_begin) {
@@ -255,11 +240,13 @@ struct BackwardLoop {
 
   bool step(Index t, Index begin, Index end) {
     const Index n = end - begin;
-    for (Index i = 0; i < n; ++i) {
-      BackwardRow<T>& row = rows.at[i];
-      row = row_at(t, rows.b[begin + i], da_row(begin + i));
-      if constexpr (kRegularized<Cell>)
-        row.keep_h = masks().keep_h(i, t, row.b), row.keep_c = masks().keep_c(i, t, row.b);
+    for (Index i = 0; i < n; ++i) rows.at[i] = row_at(t, rows.b[begin + i], da_row(begin + i));
+    if constexpr (kRegularized<Cell>) {
+      const T *keep_h = masks().keep_h(t, rows.b + begin, n), *keep_c = masks().keep_c(t, rows.b + begin, n);
+      for (Index i = 0; i < n; ++i) {
+        rows.at[i].keep_h = keep_h ? keep_h + i * units : nullptr;
+        rows.at[i].keep_c = keep_c ? keep_c + i * units : nullptr;
+      }
     }
     const bool done = chains(n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) { cell_at(row, u, dh, dc); });
     if (!done) return false;
@@ -298,7 +285,7 @@ struct BackwardLoop {
           V dh = V::zero(), dc = V::zero();
           if (row.after == After::product) {
             dh = V::load(acc + (w * m + i) * V::lanes);
-            if constexpr (kRegularized<Cell>) dh = dropped(b, u, dh);
+            if constexpr (kRegularized<Cell>) dh = masks().dropped(b, u, dh);
             if (Cell::has_direct) dh = dh + V::load(job.direct + b * units + u);
             if (Cell::has_c) dc = V::load(job.dc + b * units + u);
           } else if (row.after == After::final_state) {
@@ -339,7 +326,7 @@ struct BackwardLoop {
     if constexpr (Cell::phases == 2) {
       V saved[Cell::saved], da_r, direct = V::load(job.direct + row.b * units + u);
       for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row.saved + offset(u, Cell::saved) + s * kBlock);
-      if constexpr (kRegularized<Cell>) dmiddle = dropped(row.b, u, dmiddle);
+      if constexpr (kRegularized<Cell>) dmiddle = masks().dropped(row.b, u, dmiddle);
       Cell::backward2(saved, V::load(row.h_prev + u, job.H - u), dmiddle, da_r, direct);
       da_r.store(row.da + offset(u, A));
       direct.store(job.direct + row.b * units + u);
@@ -374,9 +361,10 @@ struct BackwardLoop {
         const T* saved = saved_row(t, b);  // r comes first
         for (Index u = 0; u < job.P; ++u) row[1 + job.I + job.P + u] = saved[offset(u, Cell::saved)] * h_prev[u];
       }
-      if (const T* dropout = dropout_row(b))
-        for (int part = 0; part < Cell::phases; ++part)
-          for (Index u = 0; u < job.P; ++u) row[1 + job.I + part * job.P + u] *= dropout[u];
+      if constexpr (kRegularized<Cell>)
+        if (const T* dropout = masks().dropout(b))
+          for (int part = 0; part < Cell::phases; ++part)
+            for (Index u = 0; u < job.P; ++u) row[1 + job.I + part * job.P + u] *= dropout[u];
     }
   }
 

@@ -19,16 +19,19 @@ struct ForwardRows {
   Index count = 0;
   const T **x, **h, **c;
   T **h_out, **c_out, **middle, **projected, **saved, **c_state;  // the last three: null where not wanted
-  const T **operand, **dropout, **keep_h, **keep_c;  // of regularized cells; operand: h as weight_hh meets it
+  // Of regularized cells: h as weight_hh meets it, the rows' numbers, and what zoneout keeps (cpu/masks.h).
+  const T** operand;
+  Index* b;
+  const T *keep_h, *keep_c;
 
-  static Index bytes(Index B) { return B * Index(13 * sizeof(T*)); }
+  static Index bytes(Index B) { return B * Index(10 * sizeof(T*) + sizeof(Index)); }
   ForwardRows(char* memory, Index B) {
     x = reinterpret_cast<const T**>(memory);
     h = x + B, c = h + B;
     h_out = const_cast<T**>(c + B);
     c_out = h_out + B, middle = c_out + B, projected = middle + B, saved = projected + B, c_state = saved + B;
     operand = const_cast<const T**>(c_state + B);
-    dropout = operand + B, keep_h = dropout + B, keep_c = keep_h + B;
+    b = reinterpret_cast<Index*>(operand + B);
   }
 };
 
@@ -50,9 +53,7 @@ struct ForwardLoop {
 
   // Of a regularized cell.
   Masks<T> masks() const {
-    const cpu::Regularization<T>& r = job.regularization;
-    return {r,        r.scratch + worker.region.thread * r.scratch_step, job.steps.B, job.blocks * kBlock, block_begin,
-            block_end};
+    return {job.regularization, worker.region.thread, job.steps.B, job.blocks * kBlock, block_begin, block_end};
   }
 
   ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_)
@@ -113,11 +114,13 @@ struct ForwardLoop {
           break;
       }
       if constexpr (kRegularized<Cell>) {
-        const Masks<T> of = masks();
-        rows.operand[i] = of.operand(i, b, rows.h[i], job.P);
-        rows.dropout[i] = of.rules.dropout ? of.rules.dropout + b * of.units : nullptr;
-        rows.keep_h[i] = of.keep_h(i, t, b), rows.keep_c[i] = of.keep_c(i, t, b);
+        rows.b[i] = b;
+        rows.operand[i] = masks().operand(i, b, rows.h[i], job.P);
       }
+    }
+    if constexpr (kRegularized<Cell>) {
+      rows.keep_h = masks().keep_h(t, rows.b, rows.count);
+      rows.keep_c = masks().keep_c(t, rows.b, rows.count);
     }
   }
 
@@ -231,10 +234,10 @@ struct ForwardLoop {
         Cell::forward(a, h_prev, c_prev, saved, h, c);
         if constexpr (kRegularized<Cell>) {
           if constexpr (Cell::phases == 2)
-            h = dropped(first + i, u, h);
+            h = masks().dropped(rows.b[first + i], u, h);
           else
-            h = zoned(rows.keep_h[first + i], u, h, h_prev);
-          if constexpr (Cell::has_c) c = zoned(rows.keep_c[first + i], u, c, c_prev);
+            h = zoned(rows.keep_h, first + i, u, h, h_prev);
+          if constexpr (Cell::has_c) c = zoned(rows.keep_c, first + i, u, c, c_prev);
         }
         if (T* out = saveds[i])
           for (int s = 0; s < Cell::saved; ++s) keep(saved[s], out + at + s * kBlock, stream);
@@ -248,12 +251,8 @@ struct ForwardLoop {
   }
 
   // Of a regularized cell: the state by zoneout, where that acts.
-  static FUSEDRNN_INLINE V zoned(const T* keep, Index u, V candidate, V before) {
-    return keep ? Cell::zoneout(V::load(keep + u), candidate, before) : candidate;
-  }
-  // Of a regularized cell: what phase 2 multiplies, by dropout, where that acts.
-  FUSEDRNN_INLINE V dropped(Index i, Index u, V middle) const {
-    return rows.dropout[i] ? middle * V::load(rows.dropout[i] + u) : middle;
+  FUSEDRNN_INLINE V zoned(const T* keep, Index i, Index u, V candidate, V before) const {
+    return keep ? Cell::zoneout(V::load(keep + i * job.blocks * kBlock + u), candidate, before) : candidate;
   }
 
   // Tile of phase 2: one more product into one accumulator, which waits among the saved values.
@@ -276,7 +275,7 @@ struct ForwardLoop {
           for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row + s * kBlock);
           const V h_prev = V::load(rows.h[first + i] + u, in_row);
           Cell::forward2(V::load(acc + (w * m + i) * V::lanes), h_prev, saved, h);
-          if constexpr (kRegularized<Cell>) h = zoned(rows.keep_h[first + i], u, h, h_prev);
+          if constexpr (kRegularized<Cell>) h = zoned(rows.keep_h, first + i, u, h, h_prev);
           saved[slot].store(row + slot * kBlock);
           h.store(rows.h_out[first + i] + u, in_row);
         }

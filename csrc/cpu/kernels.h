@@ -86,7 +86,6 @@ struct Regularization {
   MaskRule<T> zoneout_h, zoneout_c;
   const T* dropout;  // [B][blocks*16]: what weight_hh multiplies is multiplied with it first; or null
   T* scratch;        // per thread: three arrays of [B][blocks*16]
-  Index scratch_step;
 };
 
 template <class T>
@@ -175,9 +174,10 @@ struct Kernels {
   CellShape regularized_shape[kCells];
   bool (*regularized_forward[kCells])(const ForwardJob<T>&, const Worker&);
   bool (*regularized_backward[kCells])(const BackwardJob<T>&, const Worker&);
-  // The entries of row b at time t that blocks [begin, end) of units have, at their place in the row `out`.
-  void (*draw_mask)(const MaskRule<T>&, uint64_t seed, uint32_t stream, MaskKind, Index t, Index b, Index begin,
-                    Index end, T* out);
+  // The entries of n rows of the batch (rows null: 0 to n-1) at time t for blocks [begin, end) of units, to out
+  // [n][units].
+  void (*draw_mask)(const MaskRule<T>&, uint64_t seed, uint32_t stream, MaskKind, Index t, const Index* rows, Index n,
+                    Index begin, Index end, Index units, T* out);
   void (*activation)(int which, const T* in, T* out, Index n);
   T (*sum)(const T* in, Index n);  // of all but the last few, to read them: cpu/timing.h
 };

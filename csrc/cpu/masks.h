@@ -14,56 +14,70 @@ using cpu::kBlock;
 using cpu::MaskKind;
 using cpu::MaskRule;
 
-template <int blocks, class T>
-FUSEDRNN_INLINE void draw_blocks(const MaskRule<T>& rule, uint64_t seed, uint32_t last, Index t, Index b, Index block,
-                                 T* out) {
-  constexpr int n = blocks * int(kBlock);
-  uint32_t words[n];
-  philox<n / 4>(seed, uint32_t(block * kBlock / 4), uint32_t(b), uint32_t(t), last, words);
-  for (int u = 0; u < n; ++u) out[block * kBlock + u] = words[u] >= rule.threshold ? rule.kept : T(0);
-}
-
 // See cpu::Kernels::draw_mask.
 template <class T>
-void draw_mask(const MaskRule<T>& rule, uint64_t seed, uint32_t stream, MaskKind kind, Index t, Index b, Index begin,
-               Index end, T* out) {
+void draw_mask(const MaskRule<T>& rule, uint64_t seed, uint32_t stream, MaskKind kind, Index t, const Index* rows,
+               Index n, Index begin, Index end, Index units, T* out) {
+  const Index first = begin * kBlock, count = (end - begin) * kBlock;
   if (!rule.drawn) {
-    for (Index u = begin * kBlock; u < end * kBlock; ++u) out[u] = rule.kept;
+    for (Index i = 0; i < n; ++i)
+      for (Index u = first; u < first + count; ++u) out[i * units + u] = rule.kept;
     return;
   }
-  const uint32_t last = uint32_t(kind) + 4 * stream;
-  Index block = begin;
-  for (; block + 4 <= end; block += 4) draw_blocks<4>(rule, seed, last, t, b, block, out);
-  for (; block < end; ++block) draw_blocks<1>(rule, seed, last, t, b, block, out);
+  constexpr int kLanes = 64;
+  uint32_t group[kLanes] = {}, row[kLanes] = {}, words[4 * kLanes];
+  T* to[kLanes];
+  const Index total = n * (count / 4);
+  Index i = 0, u = 0;
+  for (Index done = 0; done < total; done += kLanes) {
+    const int lanes = total - done < kLanes ? int(total - done) : kLanes;
+    for (int k = 0; k < lanes; ++k) {
+      group[k] = uint32_t((first + u) / 4), row[k] = uint32_t(rows ? rows[i] : i);
+      to[k] = out + i * units + first + u;
+      if ((u += 4) == count) u = 0, ++i;
+    }
+    philox<kLanes>(seed, group, row, uint32_t(t), uint32_t(kind) + 4 * stream, words);
+    for (int k = 0; k < lanes; ++k)
+      for (int w = 0; w < 4; ++w) to[k][w] = words[4 * k + w] >= rule.threshold ? rule.kept : T(0);
+  }
 }
 
-// What a thread keeps of the masks: of the rows of the step at hand, the i-th at the i-th place.
+// What a thread keeps of the masks of a step: arrays of [row of the step][units], its own units filled in.
 template <class T>
 struct Masks {
   const cpu::Regularization<T>& rules;
-  T* const memory;
-  const Index B, units, block_begin, block_end;
+  Index thread, B, units, block_begin, block_end;
 
-  // What zoneout keeps of the new h and c of row b, for this thread's units; null where it does nothing.
-  const T* keep_h(Index i, Index t, Index b) const { return keep(rules.zoneout_h, MaskKind::zoneout_h, B + i, t, b); }
-  const T* keep_c(Index i, Index t, Index b) const {
-    return keep(rules.zoneout_c, MaskKind::zoneout_c, 2 * B + i, t, b);
+  // What zoneout keeps of the new h and c of the step's rows; null where it does nothing.
+  const T* keep_h(Index t, const Index* rows, Index n) const {
+    return keep(rules.zoneout_h, MaskKind::zoneout_h, 1, t, rows, n);
   }
-  // h before the step as weight_hh multiplies it.
+  const T* keep_c(Index t, const Index* rows, Index n) const {
+    return keep(rules.zoneout_c, MaskKind::zoneout_c, 2, t, rows, n);
+  }
+  // What recurrent dropout multiplies row b's units with; null: nothing.
+  const T* dropout(Index b) const { return rules.dropout ? rules.dropout + b * units : nullptr; }
+  // A vector of row b, at unit u, that weight_hh multiplies, or the gradient of that.
+  template <class V>
+  FUSEDRNN_INLINE V dropped(Index b, Index u, V v) const {
+    const T* mask = dropout(b);
+    return mask ? v * V::load(mask + u) : v;
+  }
+  // h before the step as weight_hh meets it, of the step's row i, row b of the batch.
   const T* operand(Index i, Index b, const T* h, Index P) const {
-    if (!rules.dropout) return h;
-    const T* mask = rules.dropout + b * units;
-    T* to = memory + i * units;
+    const T* mask = dropout(b);
+    if (!mask) return h;
+    T* to = array(0) + i * units;
     for (Index u = 0; u < P; ++u) to[u] = h[u] * mask[u];
     return to;
   }
 
  private:
-  const T* keep(const MaskRule<T>& rule, MaskKind kind, Index place, Index t, Index b) const {
+  T* array(Index place) const { return rules.scratch + (thread * 3 + place) * B * units; }
+  const T* keep(const MaskRule<T>& rule, MaskKind kind, Index place, Index t, const Index* rows, Index n) const {
     if (!rule.acts) return nullptr;
-    T* to = memory + place * units;
-    draw_mask(rule, rules.seed, rules.stream, kind, t, b, block_begin, block_end, to);
-    return to;
+    draw_mask(rule, rules.seed, rules.stream, kind, t, rows, n, block_begin, block_end, units, array(place));
+    return array(place);
   }
 };
 

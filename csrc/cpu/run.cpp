@@ -201,16 +201,14 @@ cpu::Regularization<T> regularization_of(const Problem& problem, const cpu::Kern
   const Index B = problem.sizes.B, blocks = blocks_of(problem.sizes.H), row = blocks * kBlock;
   if (r.drops()) {
     const cpu::MaskRule<T> rule = drawn<T>(r.recurrent_dropout, 1 / (1 - r.recurrent_dropout));
-    for (Index b = 0; b < B; ++b)
-      kernels.draw_mask(rule, r.seed, r.stream, cpu::MaskKind::dropout, 0, b, 0, blocks, memory + b * row);
+    kernels.draw_mask(rule, r.seed, r.stream, cpu::MaskKind::dropout, 0, nullptr, B, 0, blocks, row, memory);
   }
   return {r.seed,
           r.stream,
           zoneout<T>(r.zoneout_h, r.training),
           zoneout<T>(r.zoneout_c, r.training),
           r.drops() ? memory : nullptr,
-          memory + B * row,
-          3 * B * row};
+          memory + B * row};
 }
 
 // Rows of units: the mask of dropout, and three arrays per thread.

@@ -7,12 +7,13 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
-// The four words of each of N counters (first + n, c1, c2, c3), one counter after the other. Lanes are independent:
-// the compiler makes vectors of them.
+// The four words of each of N counters (c0[n], c1[n], c2, c3), one counter after the other. Lanes are independent: the
+// compiler makes vectors of them, and many of them hide how long a product takes.
 template <int N>
-FUSEDRNN_INLINE void philox(uint64_t key, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t* words) {
+FUSEDRNN_INLINE void philox(uint64_t key, const uint32_t* c0, const uint32_t* c1, uint32_t c2, uint32_t c3,
+                            uint32_t* words) {
   uint32_t a[N], b[N], c[N], d[N];
-  for (int n = 0; n < N; ++n) a[n] = first + uint32_t(n), b[n] = c1, c[n] = c2, d[n] = c3;
+  for (int n = 0; n < N; ++n) a[n] = c0[n], b[n] = c1[n], c[n] = c2, d[n] = c3;
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   for (int round = 0; round < 10; ++round) {
     for (int n = 0; n < N; ++n) {

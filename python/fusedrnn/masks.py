@@ -51,6 +51,6 @@ def keep(rate: float, kind: str, seed: int, stream: int, time: int, rows: Array,
     counter[..., 1] = np.asarray(rows)[:, np.newaxis]
     counter[..., 2] = time
     counter[..., 3] = KINDS.index(kind) + 4 * stream
-    words = philox(counter, (seed % 2**32, seed >> 32)).reshape(len(rows), -1)[:, :units]
+    words = philox(counter, (seed % 2**32, seed >> 32)).reshape(len(rows), 4 * counter.shape[1])[:, :units]
     kept: Array = words >= np.uint64(round(rate * 2**32))
     return kept

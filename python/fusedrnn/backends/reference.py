@@ -179,9 +179,8 @@ class _Recurrent:
 
     def dropped(self, v: Array) -> Array:
         """v as weight_hh meets it, and the gradient of that as one of v."""
-        if self.mask is not None:
-            v = v * self.mask
-        return v
+        masked: Array = v if self.mask is None else v * self.mask
+        return masked
 
     def hidden(self, v: Array, first: int, last: int) -> list[Array]:
         """weight_hh v + bias_hh, one array for each gate."""
@@ -199,7 +198,8 @@ class _Recurrent:
 
 def _numbers(a: ForwardArguments, step: Step) -> Array:
     """The numbers of the step's rows."""
-    return np.arange(a.sizes.B)[step.rows]
+    numbers: Array = np.arange(a.sizes.B)[step.rows]
+    return numbers
 
 
 def _keeps(a: ForwardArguments, step: Step) -> tuple[Array | None, ...]:
