@@ -300,8 +300,8 @@ MUTANTS = [
         "return fma(keep, before, (V::set(1) - keep) * candidate);",
     ),
     Mutant("zoneout: all of the gradient to the candidate", REGULARIZED, "d = keep * d;", ""),
-    Mutant("zoneout: the zoned c for the candidate", REGULARIZED, "c = Cell::new_c(saved, c_prev);", ""),
-    Mutant("zoneout: the candidate h lost", REGULARIZED, "h = saved[Cell::saved];", ""),
+    Mutant("zoneout: the zoned c for the candidate", REGULARIZED, "c = Cell::new_c(saved, c_prev);", ";"),
+    Mutant("zoneout: the candidate h lost", REGULARIZED, "h = saved[Cell::saved];", ";"),
     Mutant(
         "zoneout: dh of the state before lost",
         BACKWARD,
