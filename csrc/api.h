@@ -46,6 +46,16 @@ struct PackedWeights;  // weights in the kernels' own order
 
 enum class Save { nothing, all, borders };  // borders: only states at chunk borders; backward runs forward again
 
+// Recurrent dropout and zoneout, whose masks are drawn from a seed (docs/bptt.md). Rates from 0 to 1.
+struct Regularization {
+  double recurrent_dropout = 0, zoneout_h = 0, zoneout_c = 0;
+  bool training = false;  // false: no dropout, and zoneout by its expectation
+  std::uint64_t seed = 0;
+  std::uint32_t stream = 0;  // below 2^30; of the same seed, other masks
+  bool drops() const { return training && recurrent_dropout > 0; }
+  bool acts() const { return drops() || zoneout_h > 0 || zoneout_c > 0; }
+};
+
 struct Problem {
   CellId cell;
   Sizes sizes;
@@ -53,6 +63,7 @@ struct Problem {
   const unsigned char* reset = nullptr;  // (T, B) contiguous, 0 or 1, or null
   bool reverse = false;
   Index detach_every = 0;  // no gradient flows into step k * detach_every - 1 from the next; 0: everywhere
+  Regularization regularization{};
 };
 
 // Called on the caller's thread every few milliseconds; false stops the call.
@@ -147,7 +158,8 @@ void set_flush_subnormals(bool on);
 // projected ahead).
 void set_thresholds(bool on);
 // What a tape of everything holds for each step and row, in elements; with lengths less is used, from the start.
-Index tape_width(CellId cell, Index H);
+// `regularized`: of a problem whose regularization acts.
+Index tape_width(CellId cell, Index H, bool regularized);
 // Bytes that a tape holds.
 template <class T>
 Index tape_bytes(const Tape<T>& tape);

@@ -10,7 +10,9 @@
 #include <initializer_list>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "api.h"
@@ -167,6 +169,19 @@ struct PyTape {
   TapePtr<double>& slot(double) { return f64; }
 };
 
+// fusedrnn.backends.protocol.Regularization: the rates, the seed (None: evaluation) and the stream; or None.
+using PyRegularization = std::optional<std::tuple<double, double, double, std::optional<std::uint64_t>, std::uint32_t>>;
+
+Regularization regularization_of(const PyRegularization& given, CellId cell) {
+  if (!given) return {};
+  const auto& [recurrent_dropout, zoneout_h, zoneout_c, seed, stream] = *given;
+  for (const double rate : {recurrent_dropout, zoneout_h, zoneout_c})
+    if (!(rate >= 0 && rate <= 1))
+      throw RefusedValue("regularization: expected rates from 0 to 1, got " + std::to_string(rate));
+  if (zoneout_c > 0 && !has_c(cell)) throw RefusedValue("zoneout_c: expected 0 for a cell without c");
+  return {recurrent_dropout, zoneout_h, zoneout_c, seed.has_value(), seed.value_or(0), stream};
+}
+
 void set_rows(PyTape& tape, const py::object& lengths, const py::object& reset) {
   const Index time = tape.problem.sizes.T, B = tape.problem.sizes.B;
   if (!lengths.is_none()) {
@@ -241,11 +256,17 @@ struct ForwardSetup {
 
   ForwardSetup(const PyPacked& packed, const py::object& x, const py::object& h0, const py::object& c0,
                const py::object& lengths, const py::object& reset, bool reverse, bool return_states, Save save,
-               Index detach_every, bool array_tape = false) {
+               Index detach_every, bool array_tape = false, const PyRegularization& regularization = {}) {
     const py::array array = py::reinterpret_borrow<py::array>(x);
     const Index time = array.shape(0), B = array.shape(1), I = packed.I, H = packed.H, P = packed.P;
     const bool c = has_c(packed.cell);
-    tape->problem = {packed.cell, {time, B, I, H, P}, nullptr, nullptr, reverse, detach_every};
+    tape->problem = {packed.cell,
+                     {time, B, I, H, P},
+                     nullptr,
+                     nullptr,
+                     reverse,
+                     detach_every,
+                     regularization_of(regularization, packed.cell)};
     if (detach_every < 0)
       throw RefusedValue("detach_every: expected 1 or more, or none, got " + std::to_string(detach_every));
     set_rows(*tape, lengths, reset);
@@ -263,7 +284,7 @@ struct ForwardSetup {
     if (return_states) call.h_states = output<T>(h_states, {time, B, P});
     if (return_states && c) call.c_states = output<T>(c_states, {time, B, H});
     if (array_tape) {  // what ragged rows leave of it is 0, so that it is the same for the same inputs
-      const Index width = tape_width(packed.cell, H);
+      const Index width = tape_width(packed.cell, H, tape->problem.regularization.acts());
       call.saved = output<T>(saved, {time, B, width}, true);
       Index rows = time * B;
       if (!tape->lengths.empty()) rows = std::accumulate(tape->lengths.begin(), tape->lengths.end(), Index(0));
@@ -275,9 +296,10 @@ struct ForwardSetup {
 template <class T>
 py::tuple forward_as(const py::object& packed_object, const py::object& x, const py::object& h0, const py::object& c0,
                      const py::object& lengths, const py::object& reset, bool reverse, bool return_states, Save save,
-                     Index detach_every, bool array_tape) {
+                     Index detach_every, bool array_tape, const PyRegularization& regularization) {
   const PyPacked& packed = packed_object.cast<const PyPacked&>();
-  ForwardSetup<T> setup(packed, x, h0, c0, lengths, reset, reverse, return_states, save, detach_every, array_tape);
+  ForwardSetup<T> setup(packed, x, h0, c0, lengths, reset, reverse, return_states, save, detach_every, array_tape,
+                        regularization);
   setup.tape->slot(T()) = without_gil([&] { return forward<T>(setup.call); });
   py::object kept = setup.saved;
   if (save != Save::nothing && !array_tape) {
@@ -292,7 +314,7 @@ py::tuple forward_as(const py::object& packed_object, const py::object& x, const
 
 py::tuple py_forward(const py::object& packed, const py::object& x, const py::object& h0, const py::object& c0,
                      const py::object& lengths, const py::object& reset, bool reverse, bool return_states, int save_id,
-                     Index detach_every) {
+                     Index detach_every, const PyRegularization& regularization) {
   if (!py::isinstance<PyPacked>(packed))
     throw py::type_error("packed: expected what pack returned, got " +
                          py::str(py::type::of(packed)).cast<std::string>());
@@ -301,36 +323,39 @@ py::tuple py_forward(const py::object& packed, const py::object& x, const py::ob
                           std::to_string(save_id));
   const bool array_tape = save_id == 3;
   const Save save = array_tape ? Save::all : Save(save_id);
-  return is_float32(x, "x", 3) ? forward_as<float>(packed, x, h0, c0, lengths, reset, reverse, return_states, save,
-                                                   detach_every, array_tape)
-                               : forward_as<double>(packed, x, h0, c0, lengths, reset, reverse, return_states, save,
-                                                    detach_every, array_tape);
+  return (is_float32(x, "x", 3) ? forward_as<float> : forward_as<double>)(packed, x, h0, c0, lengths, reset, reverse,
+                                                                          return_states, save, detach_every, array_tape,
+                                                                          regularization);
 }
 
 // The tape of a forward call with save 3, made again of its array and of what forward got and gave. Arrays of the
 // wrong shapes are refused by backward.
 template <class T>
 std::unique_ptr<PyTape> tape_as(CellId cell, const py::array& saved, const py::array& x, const py::array& weight_ih,
-                                const py::object& lengths, const py::object& reset, bool reverse, Index detach_every) {
+                                const py::object& lengths, const py::object& reset, bool reverse, Index detach_every,
+                                const PyRegularization& regularization) {
   const Index G = gates_of(cell), time = x.shape(0), B = x.shape(1), I = x.shape(2), H = weight_ih.shape(0) / G;
   if (I == 0 || H == 0) throw RefusedValue("weight_ih: expected (G*H, I), H and I at least 1, got " + text(weight_ih));
   auto tape = std::make_unique<PyTape>();
-  tape->problem = {cell, {time, B, I, H, H}, nullptr, nullptr, reverse, detach_every};
+  tape->problem = {
+      cell, {time, B, I, H, H}, nullptr, nullptr, reverse, detach_every, regularization_of(regularization, cell)};
   set_rows(*tape, lengths, reset);
-  const T* memory = need<T>(saved, "saved", {time, B, tape_width(cell, H)});
+  const Index width = tape_width(cell, H, tape->problem.regularization.acts());
+  const T* memory = need<T>(saved, "saved", {time, B, width});
   tape->slot(T()) = tape_over<T>(tape->problem, memory);
   return tape;
 }
 
 std::unique_ptr<PyTape> py_tape(int id, py::object saved, py::object x, py::object y, py::object h0, py::object c0,
                                 py::object weight_ih, py::object weight_hh, py::object bias_ih, py::object bias_hh,
-                                const py::object& lengths, const py::object& reset, bool reverse, Index detach_every) {
+                                const py::object& lengths, const py::object& reset, bool reverse, Index detach_every,
+                                const PyRegularization& regularization) {
   const CellId cell = cell_of(id);
   const bool f32 = is_float32(x, "x", 3);
   is_float32(weight_ih, "weight_ih", 2);
   is_float32(saved, "saved", 3);
-  std::unique_ptr<PyTape> tape =
-      (f32 ? tape_as<float> : tape_as<double>)(cell, saved, x, weight_ih, lengths, reset, reverse, detach_every);
+  std::unique_ptr<PyTape> tape = (f32 ? tape_as<float> : tape_as<double>)(cell, saved, x, weight_ih, lengths, reset,
+                                                                          reverse, detach_every, regularization);
   tape->x = x, tape->y = y, tape->h0 = h0, tape->c0 = c0, tape->saved = saved;
   const py::object w[4] = {weight_ih, weight_hh, bias_ih, bias_hh};
   for (int i = 0; i < 4; ++i) tape->weights[i] = w[i];
@@ -499,11 +524,14 @@ PYBIND11_MODULE(_core, m) {
   m.def("pack", &py_pack, py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"),
         py::arg("bias_hh"));
   m.def("forward", &py_forward, py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("lengths"),
-        py::arg("reset"), py::arg("reverse"), py::arg("return_states"), py::arg("save"), py::arg("detach_every") = 0);
+        py::arg("reset"), py::arg("reverse"), py::arg("return_states"), py::arg("save"), py::arg("detach_every") = 0,
+        py::arg("regularization") = py::none());
   m.def("tape", &py_tape, py::arg("cell"), py::arg("saved"), py::arg("x"), py::arg("y"), py::arg("h0"), py::arg("c0"),
         py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"), py::arg("lengths"),
-        py::arg("reset"), py::arg("reverse"), py::arg("detach_every") = 0);
-  m.def("tape_width", [](int cell, Index H) { return tape_width(cell_of(cell), H); }, py::arg("cell"), py::arg("H"));
+        py::arg("reset"), py::arg("reverse"), py::arg("detach_every") = 0, py::arg("regularization") = py::none());
+  m.def(
+      "tape_width", [](int cell, Index H, bool regularized) { return tape_width(cell_of(cell), H, regularized); },
+      py::arg("cell"), py::arg("H"), py::arg("regularized") = false);
   m.def("backward", &py_backward, py::arg("tape"), py::arg("dy"), py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"),
         py::arg("dc_states"), py::arg("need"));
   m.def("info", &info);

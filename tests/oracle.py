@@ -1,19 +1,21 @@
 """The oracle: gradients by a complex step through a forward of its own.
 
 The forward here is as plain as can be: a loop over rows, a loop over steps, the formulas written out. It
-shares nothing with the backends but the activations. A derivative is the imaginary part of ``f(x + ih) / h``;
-without a difference nothing cancels, so h = 1e-20 leaves no error but rounding.
+shares nothing with the backends but the activations; the masks too are drawn here by another program. A
+derivative is the imaginary part of ``f(x + ih) / h``; without a difference nothing cancels, so h = 1e-20
+leaves no error but rounding.
 
 ``dtype`` is complex128 or clongdouble throughout.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
-from fusedrnn.backends.protocol import Array, Weights
+from fusedrnn.backends.protocol import Array, Regularization, Weights
 from fusedrnn.cells import LSTM, RNN
 from fusedrnn.cells.activations import relu, sigmoid, tanh
 from problems import Problem
@@ -21,13 +23,31 @@ from problems import Problem
 STEP = 1e-20
 
 
-def cell_step(cell: Any, x: Array, state: list[Array], w: Weights) -> list[Array]:
-    """One step of one row."""
+@functools.cache
+def kept(kind: int, rate: float, seed: int, stream: int, t: int, b: int, H: int) -> Array:
+    """Which units a mask keeps, of row b at time t: Philox4x32-10 (Salmon et al. 2011) in Python's integers.
+
+    kind: 0 recurrent dropout, 1 zoneout of h, 2 zoneout of c.
+    """
+    words: list[int] = []
+    for group in range((H + 3) // 4):
+        counter, key = [group, b, t, kind + 4 * stream], [seed % 2**32, seed // 2**32]
+        for _ in range(10):
+            high0, low0 = divmod(0xD2511F53 * counter[0], 2**32)
+            high1, low1 = divmod(0xCD9E8D57 * counter[2], 2**32)
+            counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+            key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+        words += counter
+    return np.array([word >= round(rate * 2**32) for word in words[:H]])
+
+
+def cell_step(cell: Any, x: Array, state: list[Array], w: Weights, mask: Any = 1) -> list[Array]:
+    """One step of one row; ``mask`` is that of recurrent dropout."""
     h = state[0]
     H = len(h)
     ax = w.weight_ih @ x + (0 if w.bias_ih is None else w.bias_ih)
     bias_hh = np.zeros_like(ax) if w.bias_hh is None else w.bias_hh
-    ah = w.weight_hh @ h + bias_hh
+    ah = w.weight_hh @ (mask * h) + bias_hh
     if isinstance(cell, RNN):
         return [relu(ax + ah) if cell.relu else tanh(ax + ah)]
     if isinstance(cell, LSTM):
@@ -39,7 +59,7 @@ def cell_step(cell: Any, x: Array, state: list[Array], w: Weights) -> list[Array
     if cell.reset_after:
         n = tanh(ax[2 * H :] + r * ah[2 * H :])
     else:
-        n = tanh(ax[2 * H :] + w.weight_hh[2 * H :] @ (r * h) + bias_hh[2 * H :])
+        n = tanh(ax[2 * H :] + w.weight_hh[2 * H :] @ (mask * r * h) + bias_hh[2 * H :])
     return [n + z * (h - n)]
 
 
@@ -48,6 +68,7 @@ def forward(p: Problem) -> dict[str, Array]:
     T, B, _ = p.x.shape
     H = p.weights.weight_hh.shape[1]
     dtype = p.x.dtype
+    r = p.regularization or Regularization()
     out = {"y": np.zeros((T, B, H), dtype)}
     for s in p.cell.states:
         out[f"{s}T"], out[s] = np.zeros((B, H), dtype), np.zeros((T, B, H), dtype)
@@ -66,7 +87,18 @@ def forward(p: Problem) -> dict[str, Array]:
                 state = [s.real.astype(dtype) for s in state]  # the derivative is the imaginary part
             if p.reset is not None and p.reset[t, b] and not p.reverse:
                 state = [np.zeros_like(s) for s in state]
-            state = cell_step(p.cell, p.x[t, b], state, p.weights)
+            mask: Any = 1
+            if r.recurrent_dropout and r.seed is not None:
+                keep = kept(0, r.recurrent_dropout, r.seed, r.stream, 0, b, H)
+                mask = np.where(keep, 1 / max(1 - r.recurrent_dropout, 1e-9), 0)
+            new = cell_step(p.cell, p.x[t, b], state, p.weights, mask)
+            for k, rate in enumerate((r.zoneout_h, r.zoneout_c)[: len(new)]):
+                if r.seed is None:
+                    keep = 1 - rate
+                    new[k] = keep * new[k] + (1 - keep) * state[k]
+                else:
+                    new[k] = np.where(kept(k + 1, rate, r.seed, r.stream, t, b, H), new[k], state[k])
+            state = new
             out["y"][t, b] = state[0]
             for k, s in enumerate(p.cell.states):
                 out[s][t, b] = state[k]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn.backends.protocol import NEED, Array, Forward, Gradients, State, Weights
+from fusedrnn.backends.protocol import NEED, Array, Forward, Gradients, Regularization, State, Weights
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
 
 CELLS: tuple[Cell, ...] = (RNN(), RNN(relu=True), LSTM(), GRU(), GRU(reset_after=False))
@@ -52,6 +52,7 @@ class Problem:
     reverse: bool
     return_states: bool
     detach_every: int | None
+    regularization: Regularization | None
     dy: Array | None  # (T, B, H)
     dstateT: tuple[Array | None, ...] | None
     dstates: tuple[Array | None, ...] | None
@@ -65,6 +66,7 @@ class Problem:
             "reverse": self.reverse,
             "return_states": self.return_states,
             "detach_every": self.detach_every,
+            "regularization": self.regularization,
         }
 
     def astype(self, dtype: Any) -> Problem:
@@ -101,6 +103,7 @@ def problem(
     reverse: bool = False,
     return_states: bool = False,
     detach_every: int | None = None,
+    regularization: Regularization | None = None,
     state0: bool = True,
     biases: str = "native",
     upstream: tuple[str, ...] = ("dy", "dstateT", "dstates"),
@@ -111,7 +114,7 @@ def problem(
         cell, T, B, I, H, seed, dtype: What the names say.
         lengths: Rows of different lengths, 0 and T among them where there are two rows or more.
         reset: New segments at random steps, step 0 of row 0 among them.
-        reverse, return_states, detach_every: Passed on.
+        reverse, return_states, detach_every, regularization: Passed on.
         state0: A non-zero initial state, else None.
         biases: "native" (bias_ih, and bias_hh for GRU reset-after), "both", "none", "bias_ih", "bias_hh".
         upstream: Which gradients come in; dstates only with return_states.
@@ -158,6 +161,7 @@ def problem(
         reverse,
         return_states,
         detach_every,
+        regularization,
         dy if "dy" in upstream else None,
         dstateT if "dstateT" in upstream else None,
         dstates if "dstates" in upstream and return_states else None,

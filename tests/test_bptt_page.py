@@ -99,6 +99,39 @@ def test_one_state_cells(name):
             assert_gradient(got, truth)
 
 
+def test_recurrent_dropout_and_zoneout():
+    weights, x, h0, dy = make(4, False)
+    rng = np.random.default_rng(3)
+    c0, dc = rng.standard_normal((2, B, H))
+    m = np.where(rng.random((B, H)) < 0.4, 0, 1 / 0.6)
+    for k in (np.where(rng.random((T, 2, B, H)) < 0.4, 0, 1), np.full((T, 2, B, H), 0.7)):
+
+        def loss(weights, x, h, c, k=k):
+            total = 0
+            for t in range(T):
+                h, c, _ = page["regularized_lstm_step"](weights, x[t], h, c, m, *k[t])
+                total = total + (h * dy[t]).sum()
+            return total + (c * dc).sum()
+
+        before, tape, h, c = [], [], h0, c0
+        for t in range(T):
+            before.append((h, c))
+            h, c, saved = page["regularized_lstm_step"](weights, x[t], h, c, m, *k[t])
+            tape.append(saved)
+        dx, dweight_hh, dh, dc_carried = np.empty_like(x), 0, 0, dc
+        for t in reversed(range(T)):
+            da, v, dh, dc_carried = page["regularized_lstm_back"](
+                weights, dy[t] + dh, dc_carried, tape[t], *before[t], m, *k[t]
+            )
+            dx[t] = da @ weights.weight_ih
+            dweight_hh = dweight_hh + da.T @ v
+        assert_gradient(dx, complex_step(lambda v: loss(weights, v, h0, c0), x))
+        assert_gradient(dh, complex_step(lambda v: loss(weights, x, v, c0), h0))
+        assert_gradient(dc_carried, complex_step(lambda v: loss(weights, x, h0, v), c0))
+        moved = complex_step(lambda v: loss(weights._replace(weight_hh=v), x, h0, c0), weights.weight_hh)
+        assert_gradient(dweight_hh, moved)
+
+
 @pytest.fixture(scope="module")
 def lstm():
     """Forward and backward of the page's LSTM, with every intermediate value, and the loss as a function."""

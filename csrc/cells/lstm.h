@@ -19,6 +19,12 @@ struct Lstm {
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
   }
 
+  // c again from what forward saved, in the same bits.
+  template <class V>
+  FUSEDRNN_INLINE static V new_c(const V* saved, V c_prev) {
+    return fma(saved[1], c_prev, saved[0] * saved[2]);
+  }
+
   template <class V>
   FUSEDRNN_INLINE static void backward(const V* saved, V, V, V c_prev, V c, V dh, V dc, V* da, V& dc_prev, V&) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3], one = V::set(1);

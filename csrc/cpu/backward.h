@@ -67,6 +67,7 @@ struct BackwardRow {
   After after;
   T* da;
   const T *saved, *h_prev, *h, *c_prev, *c, *dy, *dh_state, *dc_state;  // null where absent
+  const T *keep_h, *keep_c;                                             // of regularized cells; null where absent
 };
 
 template <class T>
@@ -151,6 +152,9 @@ struct BackwardLoop {
     }
   }
 
+  // Of a regularized cell.
+  Masks<T> masks() const { return {job.regularization, worker.region.thread, B, units, block_begin, block_end}; }
+
   // The chunk's valid rows, in the order in which they are walked: every thread makes the same list.
   void list_rows(Index s_end, Index s_begin) {
     count = 0;
@@ -229,12 +233,21 @@ struct BackwardLoop {
             Cell::has_c ? c_row(t, b) : nullptr,
             in(job.dy, job.dy_step, job.dy_row),
             in(job.dh_states, job.dh_states_step, job.dh_states_row),
-            in(job.dc_states, job.dc_states_step, job.dc_states_row)};
+            in(job.dc_states, job.dc_states_step, job.dc_states_row),
+            nullptr,
+            nullptr};
   }
 
   bool step(Index t, Index begin, Index end) {
     const Index n = end - begin;
     for (Index i = 0; i < n; ++i) rows.at[i] = row_at(t, rows.b[begin + i], da_row(begin + i));
+    if constexpr (kRegularized<Cell>) {
+      const T *keep_h = masks().keep_h(t, rows.b + begin, n), *keep_c = masks().keep_c(t, rows.b + begin, n);
+      for (Index i = 0; i < n; ++i) {
+        rows.at[i].keep_h = keep_h ? keep_h + i * units : nullptr;
+        rows.at[i].keep_c = keep_c ? keep_c + i * units : nullptr;
+      }
+    }
     const bool done = chains(n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) { cell_at(row, u, dh, dc); });
     if (!done) return false;
     for (Index i = 0; i < n; ++i) rows.latest[rows.at[i].b] = rows.at[i].da;
@@ -272,6 +285,7 @@ struct BackwardLoop {
           V dh = V::zero(), dc = V::zero();
           if (row.after == After::product) {
             dh = V::load(acc + (w * m + i) * V::lanes);
+            if constexpr (kRegularized<Cell>) dh = masks().dropped(b, u, dh);
             if (Cell::has_direct) dh = dh + V::load(job.direct + b * units + u);
             if (Cell::has_c) dc = V::load(job.dc + b * units + u);
           } else if (row.after == After::final_state) {
@@ -296,7 +310,13 @@ struct BackwardLoop {
     const V h = Cell::reads_h ? V::load(row.h + u, in_row) : V::zero();
     const V c_prev = Cell::has_c ? V::load(row.c_prev + u) : V::zero();
     const V c = Cell::has_c ? V::load(row.c + u) : V::zero();
+    [[maybe_unused]] V dh_before = V::zero(), dc_before = V::zero();
+    if constexpr (kRegularized<Cell>) {
+      if (row.keep_h) dh_before = Cell::zoneout_backward(V::load(row.keep_h + u), dh);
+      if (row.keep_c) dc_before = Cell::zoneout_backward(V::load(row.keep_c + u), dc);
+    }
     Cell::backward(saved, h_prev, h, c_prev, c, dh, dc, da, dc_prev, direct);
+    if constexpr (kRegularized<Cell>) direct = direct + dh_before, dc_prev = dc_prev + dc_before;
     for (int s = 0; s < A; ++s) da[s].store(row.da + offset(u, A) + s * kBlock);
     if (Cell::has_c) dc_prev.store(job.dc + row.b * units + u);
     if (Cell::has_direct) direct.store(job.direct + row.b * units + u);
@@ -306,6 +326,7 @@ struct BackwardLoop {
     if constexpr (Cell::phases == 2) {
       V saved[Cell::saved], da_r, direct = V::load(job.direct + row.b * units + u);
       for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row.saved + offset(u, Cell::saved) + s * kBlock);
+      if constexpr (kRegularized<Cell>) dmiddle = masks().dropped(row.b, u, dmiddle);
       Cell::backward2(saved, V::load(row.h_prev + u, job.H - u), dmiddle, da_r, direct);
       da_r.store(row.da + offset(u, A));
       direct.store(job.direct + row.b * units + u);
@@ -340,6 +361,10 @@ struct BackwardLoop {
         const T* saved = saved_row(t, b);  // r comes first
         for (Index u = 0; u < job.P; ++u) row[1 + job.I + job.P + u] = saved[offset(u, Cell::saved)] * h_prev[u];
       }
+      if constexpr (kRegularized<Cell>)
+        if (const T* dropout = masks().dropout(b))
+          for (int part = 0; part < Cell::phases; ++part)
+            for (Index u = 0; u < job.P; ++u) row[1 + job.I + part * job.P + u] *= dropout[u];
     }
   }
 

@@ -1,5 +1,7 @@
 // The time loop forward, for any cell. It knows no gates. SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include "cells/regularized.h"
+#include "cpu/masks.h"
 #include "cpu/steps.h"
 #include "cpu/tile.h"
 
@@ -17,13 +19,19 @@ struct ForwardRows {
   Index count = 0;
   const T **x, **h, **c;
   T **h_out, **c_out, **middle, **projected, **saved, **c_state;  // the last three: null where not wanted
+  // Of regularized cells: h as weight_hh meets it, the rows' numbers, and what zoneout keeps (cpu/masks.h).
+  const T** operand;
+  Index* b;
+  const T *keep_h, *keep_c;
 
-  static Index bytes(Index B) { return B * Index(9 * sizeof(T*)); }
+  static Index bytes(Index B) { return B * Index(10 * sizeof(T*) + sizeof(Index)); }
   ForwardRows(char* memory, Index B) {
     x = reinterpret_cast<const T**>(memory);
     h = x + B, c = h + B;
     h_out = const_cast<T**>(c + B);
     c_out = h_out + B, middle = c_out + B, projected = middle + B, saved = projected + B, c_state = saved + B;
+    operand = const_cast<const T**>(c_state + B);
+    b = reinterpret_cast<Index*>(operand + B);
   }
 };
 
@@ -42,6 +50,11 @@ struct ForwardLoop {
   Index ahead_begin = 0;         // the first of these steps
   Index row_begin, row_end;      // this thread's rows of the batch
   Index block_begin, block_end;  // and its blocks of units
+
+  // Of a regularized cell.
+  Masks<T> masks() const {
+    return {job.regularization, worker.region.thread, job.steps.B, job.blocks * kBlock, block_begin, block_end};
+  }
 
   ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_)
       : job(job_),
@@ -100,6 +113,14 @@ struct ForwardLoop {
           rows.h[i] = rows.c[i] = job.zeros;
           break;
       }
+      if constexpr (kRegularized<Cell>) {
+        rows.b[i] = b;
+        rows.operand[i] = masks().operand(i, b, rows.h[i], job.P);
+      }
+    }
+    if constexpr (kRegularized<Cell>) {
+      rows.keep_h = masks().keep_h(t, rows.b, rows.count);
+      rows.keep_c = masks().keep_c(t, rows.b, rows.count);
     }
   }
 
@@ -184,7 +205,8 @@ struct ForwardLoop {
     alignas(64) T acc[kMaxTile * V::lanes];
     start(block, wide, m, lane, acc);
     const Product<T> products[2] = {product(job.input, Cell::input, rows.x + first, job.I, block, lane),
-                                    product(job.recurrent, Cell::recurrent, rows.h + first, job.P, block, lane)};
+                                    product(job.recurrent, Cell::recurrent,
+                                            (kRegularized<Cell> ? rows.operand : rows.h) + first, job.P, block, lane)};
     if (job.projected) {
       each_projected(rows.projected + first, block, wide, m, lane, acc,
                      [](T* sum, const T* row) { V::load(row).store(sum); });
@@ -210,6 +232,13 @@ struct ForwardLoop {
         const V h_prev = Cell::reads_h_prev ? V::load(h_prevs[i] + u, in_row) : V::zero();
         const V c_prev = Cell::has_c ? V::load(c_prevs[i] + u) : V::zero();
         Cell::forward(a, h_prev, c_prev, saved, h, c);
+        if constexpr (kRegularized<Cell>) {
+          if constexpr (Cell::phases == 2)
+            h = masks().dropped(rows.b[first + i], u, h);
+          else
+            h = zoned(rows.keep_h, first + i, u, h, h_prev);
+          if constexpr (Cell::has_c) c = zoned(rows.keep_c, first + i, u, c, c_prev);
+        }
         if (T* out = saveds[i])
           for (int s = 0; s < Cell::saved; ++s) keep(saved[s], out + at + s * kBlock, stream);
         if (Cell::has_c) {
@@ -219,6 +248,11 @@ struct ForwardLoop {
         h.store(h_outs[i] + u, Cell::phases == 2 ? Index(kBlock) : in_row);
       }
     }
+  }
+
+  // Of a regularized cell: the state by zoneout, where that acts.
+  FUSEDRNN_INLINE V zoned(const T* keep, Index i, Index u, V candidate, V before) const {
+    return keep ? Cell::zoneout(V::load(keep + i * job.blocks * kBlock + u), candidate, before) : candidate;
   }
 
   // Tile of phase 2: one more product into one accumulator, which waits among the saved values.
@@ -239,7 +273,9 @@ struct ForwardLoop {
           T* row = rows.saved[first + i] + at + w * (Cell::saved * kBlock);
           V saved[Cell::saved], h;
           for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row + s * kBlock);
-          Cell::forward2(V::load(acc + (w * m + i) * V::lanes), V::load(rows.h[first + i] + u, in_row), saved, h);
+          const V h_prev = V::load(rows.h[first + i] + u, in_row);
+          Cell::forward2(V::load(acc + (w * m + i) * V::lanes), h_prev, saved, h);
+          if constexpr (kRegularized<Cell>) h = zoned(rows.keep_h, first + i, u, h, h_prev);
           saved[slot].store(row + slot * kBlock);
           h.store(rows.h_out[first + i] + u, in_row);
         }

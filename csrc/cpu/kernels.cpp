@@ -6,6 +6,7 @@
 
 #include "cells/gru.h"
 #include "cells/lstm.h"
+#include "cells/regularized.h"
 #include "cells/rnn.h"
 #include "cpu/backward.h"
 #include "cpu/forward.h"
@@ -77,6 +78,22 @@ const cpu::Kernels<T> table = {
 #include "cells/cells.def"
 #undef X
     },
+    {
+#define X(id, type) shape_of<Regularized<type>>(),
+#include "cells/cells.def"
+#undef X
+    },
+    {
+#define X(id, type) &run_forward<Regularized<type>>,
+#include "cells/cells.def"
+#undef X
+    },
+    {
+#define X(id, type) &run_backward<Regularized<type>>,
+#include "cells/cells.def"
+#undef X
+    },
+    &draw_mask<T>,
     &apply_activation<T>,
     &sum,
 };

@@ -67,6 +67,27 @@ struct Kept {
   Index row(Index t, Index b) const { return starts ? starts[b] + t : (t - first) * step + b; }
 };
 
+// What a mask is drawn for; part of the counter of its random words.
+enum class MaskKind : uint32_t { dropout, zoneout_h, zoneout_c };
+
+// The entries of a mask: `kept` where the random word is at least the threshold, else 0; not drawn: `kept` everywhere.
+template <class T>
+struct MaskRule {
+  bool acts, drawn;
+  uint32_t threshold;
+  T kept;
+};
+
+// Recurrent dropout and zoneout of a call, for the kernels of regularized cells.
+template <class T>
+struct Regularization {
+  uint64_t seed;
+  uint32_t stream;
+  MaskRule<T> zoneout_h, zoneout_c;
+  const T* dropout;  // [B][blocks*16]: what weight_hh multiplies is multiplied with it first; or null
+  T* scratch;        // per thread: three arrays of [B][blocks*16]
+};
+
 template <class T>
 struct ForwardJob {
   Steps steps;
@@ -93,6 +114,7 @@ struct ForwardJob {
   bool rows_outside;
   char* scratch;  // per thread
   Index scratch_step;
+  Regularization<T> regularization;
 };
 
 template <class T>
@@ -124,6 +146,7 @@ struct BackwardJob {
   bool rows_outside;
   char* scratch;
   Index scratch_step;
+  Regularization<T> regularization;
 };
 
 // Packing of some blocks of one part of a weight matrix (gates*H, K).
@@ -147,6 +170,14 @@ struct Kernels {
   CellShape shape[kCells];
   bool (*forward[kCells])(const ForwardJob<T>&, const Worker&);
   bool (*backward[kCells])(const BackwardJob<T>&, const Worker&);
+  // The same cells with recurrent dropout and zoneout.
+  CellShape regularized_shape[kCells];
+  bool (*regularized_forward[kCells])(const ForwardJob<T>&, const Worker&);
+  bool (*regularized_backward[kCells])(const BackwardJob<T>&, const Worker&);
+  // The entries of n rows of the batch (rows null: 0 to n-1) at time t for blocks [begin, end) of units, to out
+  // [n][units].
+  void (*draw_mask)(const MaskRule<T>&, uint64_t seed, uint32_t stream, MaskKind, Index t, const Index* rows, Index n,
+                    Index begin, Index end, Index units, T* out);
   void (*activation)(int which, const T* in, T* out, Index n);
   T (*sum)(const T* in, Index n);  // of all but the last few, to read them: cpu/timing.h
 };

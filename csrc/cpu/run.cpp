@@ -1,6 +1,7 @@
 // One call: sizes checked, memory taken, the split chosen, the kernels run. SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -172,6 +173,49 @@ Index projected_steps(const CellShape& shape, const Sizes& n) {
   return steps > 1 ? steps : 0;
 }
 
+template <class T>
+const CellShape& shape_of(const cpu::Kernels<T>& kernels, const Problem& problem) {
+  return (problem.regularization.acts() ? kernels.regularized_shape : kernels.shape)[int(problem.cell)];
+}
+
+// A mask that is 0 with this rate, else `kept`. A word is 32 bits: the rate is rounded to that.
+template <class T>
+cpu::MaskRule<T> drawn(double rate, double kept) {
+  const double threshold = std::nearbyint(std::ldexp(rate, 32));
+  if (threshold >= 0x1p32) return {true, false, 0, T(0)};
+  return {true, true, std::uint32_t(threshold), T(kept)};
+}
+
+template <class T>
+cpu::MaskRule<T> zoneout(double rate, bool training) {
+  if (rate == 0) return {};
+  return training ? drawn<T>(rate, 1) : cpu::MaskRule<T>{true, false, 0, T(1 - rate)};
+}
+
+// For the kernels, in memory of regularization_memory's size; the mask of dropout is drawn, once for all steps.
+template <class T>
+cpu::Regularization<T> regularization_of(const Problem& problem, const cpu::Kernels<T>& kernels, T* memory) {
+  const Regularization& r = problem.regularization;
+  if (!r.acts()) return {};
+  const cpu::ControlWord word(flush_subnormals.load());
+  const Index B = problem.sizes.B, blocks = blocks_of(problem.sizes.H), row = blocks * kBlock;
+  if (r.drops()) {
+    const cpu::MaskRule<T> rule = drawn<T>(r.recurrent_dropout, 1 / (1 - r.recurrent_dropout));
+    kernels.draw_mask(rule, r.seed, r.stream, cpu::MaskKind::dropout, 0, nullptr, B, 0, blocks, row, memory);
+  }
+  return {r.seed,
+          r.stream,
+          zoneout<T>(r.zoneout_h, r.training),
+          zoneout<T>(r.zoneout_c, r.training),
+          r.drops() ? memory : nullptr,
+          memory + B * row};
+}
+
+// Rows of units: the mask of dropout, and three arrays per thread.
+Index regularization_memory(const Problem& problem, int threads) {
+  return problem.regularization.acts() ? 1 + 3 * Index(threads) : 0;
+}
+
 // Without rows there is nothing to walk through, however many steps.
 cpu::Steps steps_of(const Problem& p) {
   return {p.sizes.B ? p.sizes.T : 0, p.sizes.B, p.lengths, p.reset, p.reverse, p.detach_every};
@@ -278,7 +322,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const CellShape& shape = kernels.shape[int(problem.cell)];
+  const CellShape& shape = shape_of(kernels, problem);
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
 
@@ -292,7 +336,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const Index rows = all ? tape_rows(problem, tape->starts) : n.B,
               borders_count = call.save == Save::borders && shape.has_c && chunk.count ? chunk.count - 1 : 0;
   T *saved = nullptr, *c = nullptr, *borders = nullptr, *c0 = nullptr, *middle = nullptr, *projected = nullptr,
-    *zeros = nullptr;
+    *zeros = nullptr, *masks = nullptr;
   char* threads = nullptr;
   const Index ahead = projected_steps<T>(shape, n);
   const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B, ahead)) + 64;
@@ -306,6 +350,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
     projected = scratch.take({ahead, n.B, blocks, shape.input.count, kBlock});
     zeros = scratch.take({zero_count});
+    masks = scratch.take({regularization_memory(problem, split.threads), n.B, units});
     threads = reinterpret_cast<char*>(
         scratch.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     if (pass == 0) {
@@ -347,13 +392,15 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;
   job.rows_outside = rows_outside<T>(shape, n);
   job.scratch = threads, job.scratch_step = thread_bytes;
-  run_job<T>(kernels.forward[int(problem.cell)], job, split.threads, split.by_rows, call.poll);
+  job.regularization = regularization_of(problem, kernels, masks);
+  const auto& run = problem.regularization.acts() ? kernels.regularized_forward : kernels.forward;
+  run_job<T>(run[int(problem.cell)], job, split.threads, split.by_rows, call.poll);
   return tape;
 }
 
 template <class T>
 TapePtr<T> tape_over(const Problem& problem, const T* saved) {
-  const CellShape& shape = cpu::kernels<T>().shape[int(problem.cell)];
+  const CellShape& shape = shape_of(cpu::kernels<T>(), problem);
   TapePtr<T> tape(new Tape<T>{});
   tape->save = Save::all;
   const Index rows = tape_rows(problem, tape->starts);
@@ -367,7 +414,7 @@ void backward(const BackwardCall<T>& call) {
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const CellShape& shape = kernels.shape[int(problem.cell)];
+  const CellShape& shape = shape_of(kernels, problem);
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
   const Weights<T>& dw = call.dweights;
@@ -379,7 +426,7 @@ void backward(const BackwardCall<T>& call) {
   Layout<T> layout;
   T *c0 = nullptr, *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr,
     *da = nullptr, *border = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr,
-    *c = nullptr, *middle = nullptr, *h_out = nullptr;
+    *c = nullptr, *middle = nullptr, *h_out = nullptr, *masks = nullptr;
   char *threads = nullptr, *replay_threads = nullptr;
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
   const Index input_step = block_step<T>(units, k_input), recurrent_step = block_step<T>(units, k_recurrent),
@@ -408,6 +455,7 @@ void backward(const BackwardCall<T>& call) {
         layout.take({replay ? split.threads : 0, (replay_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     dc = layout.take({shape.has_c ? n.B : 0, units});
     direct = layout.take({shape.has_direct ? n.B : 0, units});
+    masks = layout.take({regularization_memory(problem, split.threads), n.B, units});
     threads =
         reinterpret_cast<char*>(layout.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     if (pass == 0) memory = layout.allocate();
@@ -440,6 +488,7 @@ void backward(const BackwardCall<T>& call) {
               shape.saved ? replay ? saved : call.tape->saved : nullptr,
               shape.has_c ? replay ? c : call.tape->c : nullptr,
               nullptr};
+  job.regularization = regularization_of(problem, kernels, masks);
   cpu::ForwardJob<T> again{};
   if (replay) {
     again.steps = job.steps;
@@ -451,6 +500,7 @@ void backward(const BackwardCall<T>& call) {
     again.middle = shape.phases == 2 ? middle : nullptr;
     again.rows_outside = rows_outside<T>(shape, n);
     again.scratch = replay_threads, again.scratch_step = replay_bytes;
+    again.regularization = job.regularization;
     job.replay = &again, job.borders = call.tape->borders;
   }
   job.dy = call.dy.data, job.dy_step = call.dy.step, job.dy_row = call.dy.row;
@@ -466,7 +516,8 @@ void backward(const BackwardCall<T>& call) {
   job.chunk_steps = chunk.steps;
   job.rows_outside = rows_outside<T>(shape, n);
   job.scratch = threads, job.scratch_step = thread_bytes;
-  run_job<T>(kernels.backward[int(problem.cell)], job, split.threads, split.by_rows, call.poll);
+  const auto& run = problem.regularization.acts() ? kernels.regularized_backward : kernels.backward;
+  run_job<T>(run[int(problem.cell)], job, split.threads, split.by_rows, call.poll);
 }
 
 template <class T>
@@ -479,8 +530,9 @@ Index chunks_of(CellId cell, const Sizes& sizes) {
   return Chunk<T>(cpu::kernels<T>().shape[int(cell)], sizes).count;
 }
 
-Index tape_width(CellId cell, Index H) {
-  const CellShape& shape = cpu::kernels<float>().shape[int(cell)];
+Index tape_width(CellId cell, Index H, bool regularized) {
+  const cpu::Kernels<float>& kernels = cpu::kernels<float>();
+  const CellShape& shape = (regularized ? kernels.regularized_shape : kernels.shape)[int(cell)];
   return (shape.saved + shape.has_c) * blocks_of(H) * kBlock;
 }
 

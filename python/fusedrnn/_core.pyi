@@ -5,6 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 _Array = npt.NDArray[Any]
+_Regularization = tuple[float, float, float, int | None, int]  # fusedrnn.backends.protocol.Regularization
 
 CELLS: tuple[str, ...]
 
@@ -32,6 +33,7 @@ def forward(
     return_states: bool,
     save: int,
     detach_every: int = 0,
+    regularization: _Regularization | None = None,
 ) -> tuple[Any, ...]: ...  # y, hT, cT, h_states, c_states, tape or its array; None for what there is not
 def tape(
     cell: int,
@@ -48,8 +50,9 @@ def tape(
     reset: npt.NDArray[np.bool_] | None,
     reverse: bool,
     detach_every: int = 0,
+    regularization: _Regularization | None = None,
 ) -> Tape: ...
-def tape_width(cell: int, H: int) -> int: ...
+def tape_width(cell: int, H: int, regularized: bool = False) -> int: ...
 def backward(
     tape: Tape,
     dy: _Array | None,

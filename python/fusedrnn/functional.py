@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn import backends
-from fusedrnn.backends.protocol import NEED, Array, Backend, Forward, Gradients, State, Weights
+from fusedrnn.backends.protocol import (
+    NEED,
+    Array,
+    Backend,
+    Forward,
+    Gradients,
+    Regularization,
+    State,
+    Weights,
+)
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
 
 __all__ = [
@@ -31,6 +40,7 @@ __all__ = [
     "Gradients",
     "Packed",
     "Ragged",
+    "Regularization",
     "Tape",
     "Weights",
     "backward",
@@ -136,6 +146,7 @@ def forward(
     reverse: bool = False,
     return_states: bool = False,
     detach_every: int | None = None,
+    regularization: Regularization | None = None,
     save: str | None = "all",
     backend: str | None = None,
 ) -> Forward:
@@ -160,6 +171,9 @@ def forward(
         return_states: Also return the states of every step, those of padding held.
         detach_every: Truncate back-propagation: after every so many steps, counted as they run, the state
             goes on and the gradient stops. Initial and final states are not cut off.
+        regularization: ``Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed)``: recurrent dropout
+            (Gal and Ghahramani 2016) and zoneout (Krueger et al. 2016), with masks drawn from the seed, or,
+            where that is None, as in evaluation. The same seed gives the same masks.
         save: What the tape keeps: "all"; "borders", some states only, and run forward again in backward
             (recompute); or None for no tape.
         backend: "cpu", "numba", "reference", or None: see ``fusedrnn.backends.get``.
@@ -199,6 +213,7 @@ def forward(
         reverse=reverse,
         return_states=return_states,
         detach_every=detach_every,
+        regularization=regularization,
         save=save,
     )
     y, stateT, states, tape = out

@@ -23,7 +23,7 @@ import numpy as np
 
 from fusedrnn import stack as layered
 from fusedrnn.autograd import Parameter, Variable
-from fusedrnn.backends.protocol import Array, Weights
+from fusedrnn.backends.protocol import Array, Regularization, Weights
 from fusedrnn.functions import Fused
 from fusedrnn.layers import Layer, Recurrent
 
@@ -679,7 +679,7 @@ def _oracle(
             layer,
             _array(x).astype(layer.dtype),
             None if begin is None else [_array(s).astype(layer.dtype) for s in begin],
-            _masks(layer, world, (x, state), options, seed),
+            *_drawn(layer, world, (x, state), options, seed),
             options,
         )
         variables = [Variable(v.copy()) for v in world.values[: len(world.slots)]]
@@ -732,12 +732,15 @@ def _array(value: Any) -> Array:
     return np.asarray(value.data if isinstance(value, Variable) else value)
 
 
-def _masks(
+def _drawn(
     layer: Recurrent, world: _VariableWorld, arguments: Any, options: Mapping[str, Any], seed: int
-) -> Sequence[Array] | None:
-    """The masks that dropout between layers draws, from a twin of the layer that runs on the reference."""
-    if not layer.dropout:
-        return None
+) -> tuple[Sequence[Array] | None, Regularization | None]:
+    """What the layer draws: the masks of dropout between layers, and its regularization with the seed.
+
+    From a twin of the layer that runs on the reference.
+    """
+    if not any((layer.dropout, layer.recurrent_dropout, layer.zoneout_h, layer.zoneout_c)):
+        return None, None
     world.kept.restore_states()
     twin = copy.copy(layer)
     twin.fused, twin.backend = True, "reference"
@@ -746,8 +749,7 @@ def _masks(
     while not isinstance(node, Fused):
         assert node is not None
         node = node.inputs[0].creator
-    masks: Sequence[Array] | None = node.options.get("masks")
-    return masks
+    return node.options.get("masks"), node.options.get("regularization")
 
 
 @dataclass(frozen=True)
@@ -758,6 +760,7 @@ class _Call:
     x: Array  # (B, I) or (T, B, I)
     state0: Sequence[Array] | None
     masks: Sequence[Array] | None
+    regularization: Regularization | None
     options: Mapping[str, Any]
 
     def reference(
@@ -790,6 +793,7 @@ class _Call:
             bidirectional=layer.bidirectional,
             masks=None if self.masks is None else [m.astype(dtype) for m in self.masks],
             return_states=True,
+            regularization=self.regularization,
             backend="reference",
             **options,
         )

@@ -22,7 +22,7 @@ import numpy as np
 from fusedrnn import backends as registry
 from fusedrnn import functional
 from fusedrnn import stack as layered
-from fusedrnn.backends.protocol import Array, Weights
+from fusedrnn.backends.protocol import Array, Regularization, Weights
 from fusedrnn.cells import CELLS, Cell
 from fusedrnn.gradcheck import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
 from fusedrnn.problems import Shape
@@ -42,6 +42,8 @@ class Option:
     bidirectional: bool = False
     dropout: float = 0.0
     save: str = "all"
+    recurrent_dropout: float = 0.0
+    zoneout: float = 0.0  # of h, and of c where there is one
 
 
 OPTIONS = {
@@ -56,6 +58,9 @@ OPTIONS = {
     "return_states": Option(return_states=True),
     "all together": Option("both", True, True, True, True, True),
     "recompute": Option(save="borders"),
+    "recurrent dropout": Option(recurrent_dropout=0.25),
+    "zoneout": Option(zoneout=0.25),
+    "both of them, all": Option("both", True, True, True, True, True, recurrent_dropout=0.25, zoneout=0.25),
     "2 layers": Option(layers=2, dropout=0.3),
     "2 layers, both directions, all": Option("both", True, True, True, False, True, 2, True, 0.3),
 }
@@ -303,7 +308,9 @@ Results = dict[str, tuple[Any, ...]]
 def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
     """Outputs and gradients by name, each a tuple with one array for each layer and direction, or one."""
     option, names = p.option, p.cell.states
+    zoneout_c = option.zoneout if "c" in names else 0.0
     shared: dict[str, Any] = {
+        "regularization": Regularization(option.recurrent_dropout, option.zoneout, zoneout_c, seed=len(p.x)),
         "lengths": p.lengths,
         "reset": p.reset,
         "return_states": option.return_states,

@@ -18,6 +18,8 @@ import numpy.typing as npt
 from fusedrnn import cells, cuda, npz
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable, config
+from fusedrnn.backends.arguments import check_regularization
+from fusedrnn.backends.protocol import Regularization
 
 PathLike = str | os.PathLike[str]
 State = tuple[Variable, ...]
@@ -199,6 +201,11 @@ class Recurrent(Layer):
             layer takes whole sequences only and carries no state from one call to the next: the end of a
             sequence is where its backward half begins.
         dropout: share of zeros between layers, while training.
+        recurrent_dropout: share of zeros, while training, in what weight_hh multiplies: one mask per call,
+            layer, direction and row, the same at every step (Gal and Ghahramani 2016). Fused layers only.
+        zoneout_h, zoneout_c: share of the units of h and c that keep their value at a step, drawn for each
+            step; in evaluation the mean of old and new, so weighted (Krueger et al. 2016). ``zoneout_c`` is
+            for the LSTM. Fused layers only.
         bias: one bias per gate, ``bias_ih``; a GRU with ``reset_after`` also has ``bias_hh``.
         dtype: float32 or float64; inputs are cast to it.
         fused: one node per call, by a kernel. False: one node per operation, to read and to compare with.
@@ -229,6 +236,9 @@ class Recurrent(Layer):
         num_layers: int = 1,
         bidirectional: bool = False,
         dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
         bias: bool = True,
         dtype: npt.DTypeLike = np.float32,
         fused: bool = True,
@@ -245,6 +255,13 @@ class Recurrent(Layer):
         self.dropout = float(dropout)
         self.dtype = _dtype(dtype)
         self.fused = bool(fused)
+        rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)
+        if check_regularization(cell, rates) is not None and not self.fused:
+            raise ValueError(
+                "recurrent_dropout, zoneout_h, zoneout_c: expected 0 in a layer with fused=False, "
+                f"got {recurrent_dropout}, {zoneout_h}, {zoneout_c}"
+            )
+        self.recurrent_dropout, self.zoneout_h, self.zoneout_c = map(float, rates[:3])
         self.backend = backend
         self.recompute = bool(recompute)
         self.suffixes = [""]  # of the parameters' names, one per layer and direction
@@ -334,7 +351,8 @@ class Recurrent(Layer):
     def step(self, x: Any, state: Any = None) -> Variable:
         """One time step: x ``(B, I)`` to h ``(B, H)``, which is carried as ``.h`` (and c as ``.c``).
 
-        ``state`` takes the place of the carried one.
+        ``state`` takes the place of the carried one. Masks are those of a call: a step draws its own, so for
+        recurrent dropout by one mask for all steps a sequence has to come in one call.
         """
         x = as_variable(x)
         if self.bidirectional:
@@ -433,10 +451,20 @@ class Recurrent(Layer):
     def _fused_step(self, x: Variable, begin: State | None) -> State:
         names, weights = self._slots("")
         packed = self._pack(names, weights)
-        options = {"backend": self.backend} if packed is None else {}  # the packed weights know theirs
+        options: dict[str, Any] = {} if packed is not None else {"backend": self.backend}  # those know theirs
+        if regularization := self._regularization():
+            options["regularization"] = regularization
         node = F.Fused(self.cell, [names], step=True, packed=packed, **options)
         after = node(x, *weights, *(begin or ()))
         return after if isinstance(after, tuple) else (after,)
+
+    def _regularization(self) -> Regularization | None:
+        """Of one call; while training its seed is drawn from NumPy's global generator, as dropout is."""
+        rates = self.recurrent_dropout, self.zoneout_h, self.zoneout_c
+        if not any(rates):
+            return None
+        seed = int(np.random.randint(2**63 - 1, dtype=np.int64)) if config.train else None
+        return Regularization(*rates, seed)
 
     def _pack(self, names: list[str], weights: list[Variable]) -> Any:
         """Weights prepared for repeated steps, as long as nobody can have changed them."""
@@ -466,6 +494,7 @@ class Recurrent(Layer):
             "reset": reset,
             "return_states": return_states,
             "detach_every": detach_every,
+            "regularization": self._regularization(),
         }
         if len(slots) > 1:
             options |= {"bidirectional": self.bidirectional, "masks": masks}

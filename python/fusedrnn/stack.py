@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn import functional
-from fusedrnn.backends.arguments import check_cell, check_need, entries
-from fusedrnn.backends.protocol import Array, Forward, State, Weights
+from fusedrnn.backends.arguments import check_cell, check_need, check_regularization, entries
+from fusedrnn.backends.protocol import Array, Forward, Regularization, State, Weights
 from fusedrnn.cells import Cell
 
 
@@ -55,6 +55,7 @@ def forward_stack(
     reset: Array | None = None,
     return_states: bool = False,
     detach_every: int | None = None,
+    regularization: Regularization | None = None,
     save: str | None = "all",
     backend: str | None = None,
 ) -> Forward:
@@ -71,6 +72,8 @@ def forward_stack(
         rng: Where the masks are drawn from; needed where dropout acts and ``masks`` is None.
         masks: L-1 arrays (T, B, D*P) of x's dtype that multiply the layers' outputs (None: no dropout there),
             instead of drawing them.
+        regularization: As in ``functional.forward``; the stream of each layer and direction is set here, so
+            that each draws masks of its own from the one seed.
         lengths, reset, return_states, detach_every, save, backend: As in ``functional.forward``.
 
     Returns:
@@ -91,6 +94,7 @@ def forward_stack(
         raise ValueError(f"weights: expected {expected}, got {len(weights)}")
     L = len(weights) // D
     _check_states("state0", cell, state0, L * D)
+    regularization = check_regularization(check_cell(cell), regularization)
     if not isinstance(dropout, int | float | np.floating) or not 0 <= dropout <= 1:
         raise ValueError(f"dropout: expected a number from 0 to 1, got {dropout!r}")
     if masks is not None and len(masks) != L - 1:
@@ -121,6 +125,7 @@ def forward_stack(
                 reverse=n % D == 1,
                 return_states=return_states,
                 detach_every=detach_every,
+                regularization=None if regularization is None else regularization._replace(stream=n),
                 save=save,
                 backend=backend,
             )

@@ -39,6 +39,7 @@ struct Options {
   bool ragged, reset, reverse, states;
   Index detach_every;
   Save save;
+  bool regularized;
 };
 
 template <class T>
@@ -67,6 +68,7 @@ std::uint64_t run(CellId cell, Sizes n, const Options& o) {
   ForwardCall<T> f{};
   f.problem = {cell,          n, o.ragged ? lengths.data() : nullptr, o.reset ? reset.data() : nullptr, o.reverse,
                o.detach_every};
+  if (o.regularized) f.problem.regularization = {0.25, 0.25, c ? 0.5 : 0, true, (std::uint64_t(7) << 33) + 5, 3};
   f.packed = packed.get();
   f.x = {x.data(), n.B * n.I, n.I};
   f.h0 = h0.data(), f.c0 = c ? c0.data() : nullptr;
@@ -97,16 +99,18 @@ int main() {
                           CellId::gru_reset_before};
   const Sizes sizes[] = {{2, 3, 5, 7, 7},     {7, 7, 3, 17, 17},    {3, 13, 17, 31, 31},
                          {11, 2, 18, 33, 33}, {4, 1, 16, 100, 100}, {40, 30, 5, 20, 20}};
-  const Options options[] = {{false, false, false, false, 0, Save::all},
-                             {true, true, false, true, 0, Save::all},
-                             {true, true, true, true, 3, Save::all},
-                             {true, false, false, true, 2, Save::borders}};
+  const Options options[] = {{false, false, false, false, 0, Save::all, false},
+                             {true, true, false, true, 0, Save::all, false},
+                             {true, true, true, true, 3, Save::all, false},
+                             {true, false, false, true, 2, Save::borders, false},
+                             {true, true, false, true, 2, Save::borders, true}};
   for (CellId cell : cells)
     for (const Sizes& n : sizes)
       for (const Options& o : options) {
         const auto of = [](std::uint64_t digest) { return static_cast<unsigned long long>(digest); };
-        std::printf("%d %lld,%lld,%lld,%lld %d%d%d%d%lld%d %016llx %016llx\n", int(cell), (long long)n.T,
+        std::printf("%d %lld,%lld,%lld,%lld %d%d%d%d%lld%d%d %016llx %016llx\n", int(cell), (long long)n.T,
                     (long long)n.B, (long long)n.I, (long long)n.H, o.ragged, o.reset, o.reverse, o.states,
-                    (long long)o.detach_every, int(o.save), of(run<float>(cell, n, o)), of(run<double>(cell, n, o)));
+                    (long long)o.detach_every, int(o.save), o.regularized, of(run<float>(cell, n, o)),
+                    of(run<double>(cell, n, o)));
       }
 }

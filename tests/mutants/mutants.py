@@ -18,11 +18,11 @@ class Mutant(NamedTuple):
     new: str
 
 
-LSTM, GRU, RNN = "cells/lstm.h", "cells/gru.h", "cells/rnn.h"
-FORWARD, BACKWARD, STEPS, PACK, TILE = (
-    f"cpu/{f}.h" for f in ("forward", "backward", "steps", "pack", "tile")
+LSTM, GRU, RNN, REGULARIZED = (f"cells/{f}.h" for f in ("lstm", "gru", "rnn", "regularized"))
+FORWARD, BACKWARD, STEPS, PACK, TILE, MASKS = (
+    f"cpu/{f}.h" for f in ("forward", "backward", "steps", "pack", "tile", "masks")
 )
-RUN, MATH, TRANSPOSE = "cpu/run.cpp", "simd/math.h", "simd/transpose.h"
+RUN, MATH, TRANSPOSE, PHILOX = "cpu/run.cpp", "simd/math.h", "simd/transpose.h", "simd/philox.h"
 
 MUTANTS = [
     # the cells, forward
@@ -292,6 +292,58 @@ MUTANTS = [
         ".store(row + column, job.I - column);",
         ".store(row + column, job.I - column - 1);",
     ),
+    # recurrent dropout and zoneout
+    Mutant(
+        "zoneout: what is kept and what is new exchanged",
+        REGULARIZED,
+        "return fma(keep, candidate, (V::set(1) - keep) * before);",
+        "return fma(keep, before, (V::set(1) - keep) * candidate);",
+    ),
+    Mutant("zoneout: all of the gradient to the candidate", REGULARIZED, "d = keep * d;", ""),
+    Mutant("zoneout: the zoned c for the candidate", REGULARIZED, "c = Cell::new_c(saved, c_prev);", ";"),
+    Mutant("zoneout: the candidate h lost", REGULARIZED, "h = saved[Cell::saved];", ";"),
+    Mutant(
+        "zoneout: dh of the state before lost",
+        BACKWARD,
+        "direct = direct + dh_before, dc_prev = dc_prev + dc_before;",
+        "dc_prev = dc_prev + dc_before;",
+    ),
+    Mutant(
+        "zoneout: dc of the state before lost",
+        BACKWARD,
+        "direct = direct + dh_before, dc_prev = dc_prev + dc_before;",
+        "direct = direct + dh_before;",
+    ),
+    Mutant("zoneout: c and h by one mask", MASKS, "MaskKind::zoneout_c, 2, t", "MaskKind::zoneout_h, 2, t"),
+    Mutant(
+        "masks: the same at every step",
+        MASKS,
+        "uint32_t(t), uint32_t(kind) + 4 * stream",
+        "0, uint32_t(kind) + 4 * stream",
+    ),
+    Mutant("masks: by place in the step for row", MASKS, "uint32_t(rows ? rows[i] : i);", "uint32_t(i);"),
+    Mutant("masks: kept and dropped exchanged", MASKS, ">= rule.threshold", "< rule.threshold"),
+    Mutant("philox: one round too few", PHILOX, "round < 10;", "round < 9;"),
+    Mutant("dropout: h not masked", FORWARD, "(kRegularized<Cell> ? rows.operand : rows.h)", "rows.h"),
+    Mutant("dropout: r*h not masked", FORWARD, "h = masks().dropped(rows.b[first + i], u, h);", ";"),
+    Mutant("dropout: chain not masked", BACKWARD, "dh = masks().dropped(b, u, dh);", ";"),
+    Mutant(
+        "dropout: mask on the direct part",
+        BACKWARD,
+        """if constexpr (kRegularized<Cell>) dh = masks().dropped(b, u, dh);
+            if (Cell::has_direct) dh = dh + V::load(job.direct + b * units + u);""",
+        """if (Cell::has_direct) dh = dh + V::load(job.direct + b * units + u);
+            if constexpr (kRegularized<Cell>) dh = masks().dropped(b, u, dh);""",
+    ),
+    Mutant("dropout: d(r*h) not masked", BACKWARD, "dmiddle = masks().dropped(row.b, u, dmiddle);", ";"),
+    Mutant(
+        "dropout: weight gradient by the whole h",
+        BACKWARD,
+        "row[1 + job.I + part * job.P + u] *= dropout[u];",
+        ";",
+    ),
+    Mutant("dropout: not scaled", RUN, "1 / (1 - r.recurrent_dropout)", "1"),
+    Mutant("zoneout: evaluation by the rate", RUN, "T(1 - rate)", "T(rate)"),
     # weights, products, sizes
     Mutant(
         "pack: gates in the wrong order",

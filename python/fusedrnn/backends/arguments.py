@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn.backends.protocol import NEED, Array, State, Weights
+from fusedrnn.backends.protocol import NEED, Array, Regularization, State, Weights
 from fusedrnn.cells import CELLS, Cell
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # what compiled backends take
@@ -40,6 +40,7 @@ class ForwardArguments(NamedTuple):
     reverse: bool
     return_states: bool
     detach_every: int | None
+    regularization: Regularization | None  # None: there is nothing to do
     save: str | None
     sizes: Sizes
 
@@ -92,6 +93,40 @@ def check_weights(
     return Weights(*checked), I, H
 
 
+def check_regularization(cell: Cell, value: Any) -> Regularization | None:
+    """The regularization in plain numbers, or None where it does nothing."""
+    if value is None:
+        return None
+    if not isinstance(value, Regularization):
+        raise TypeError(f"regularization: expected a Regularization or None, got {_kind(value)}")
+    dropout, zoneout_h, zoneout_c = (
+        _rate(name, getattr(value, name)) for name in ("recurrent_dropout", "zoneout_h", "zoneout_c")
+    )
+    if zoneout_c and "c" not in cell.states:
+        raise ValueError(f"zoneout_c: expected 0 for a {cell.name} cell, which has no c, got {zoneout_c}")
+    seed = None if value.seed is None else _whole("seed", value.seed, 63)
+    stream = _whole("stream", value.stream, 30)
+    if not (zoneout_h or zoneout_c or (dropout and seed is not None)):
+        return None
+    return Regularization(dropout, zoneout_h, zoneout_c, seed, stream)
+
+
+def _rate(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name}: expected a number, got {_kind(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+    return float(value)
+
+
+def _whole(name: str, value: Any, bits: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: expected a whole number, got {_kind(value)}")
+    if not 0 <= value < 2**bits:
+        raise ValueError(f"{name}: expected a number from 0 to 2**{bits} - 1, got {value}")
+    return int(value)
+
+
 def check_forward(
     cell: Cell,
     x: Any,
@@ -103,6 +138,7 @@ def check_forward(
     reverse: Any = False,
     return_states: Any = False,
     detach_every: Any = None,
+    regularization: Any = None,
     save: Any = "all",
     dtypes: Collection[np.dtype[Any]] = FLOATS,
 ) -> ForwardArguments:
@@ -154,6 +190,7 @@ def check_forward(
         bool(reverse),
         bool(return_states),
         None if detach_every is None else int(detach_every),
+        check_regularization(cell, regularization),
         save,
         Sizes(T, B, I, H, H),
     )

@@ -16,9 +16,10 @@ from fusedrnn.backends.arguments import (
     check_cell,
     check_forward,
     check_need,
+    check_regularization,
     check_weights,
 )
-from fusedrnn.backends.protocol import NEED, Array, Forward, Gradients, State, Weights
+from fusedrnn.backends.protocol import NEED, Array, Forward, Gradients, Regularization, State, Weights
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
 
 try:
@@ -111,6 +112,7 @@ class CpuBackend:
         reverse: bool = False,
         return_states: bool = False,
         detach_every: int | None = None,
+        regularization: Regularization | None = None,
         save: str | None = "all",
     ) -> Forward:
         """One layer, one direction, the whole sequence.
@@ -120,6 +122,8 @@ class CpuBackend:
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if cell is not packed.cell and check_cell(cell) != packed.cell:
             raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
+        if regularization is not None:
+            regularization = check_regularization(packed.cell, regularization)
         results = None
         in_array = type(save) is str and save == "array"
         state = _two(cell, state0, False)
@@ -143,6 +147,7 @@ class CpuBackend:
                     return_states,
                     SAVE[save],
                     detach_every or 0,
+                    regularization,
                 )
             except _REFUSED:
                 results = None
@@ -157,6 +162,7 @@ class CpuBackend:
                 reverse=reverse,
                 return_states=return_states,
                 detach_every=detach_every,
+                regularization=regularization,
                 save="all" if in_array else save,
             )
             h0, c0 = cast(_Two, _two(cell, a.state0, False))
@@ -172,6 +178,7 @@ class CpuBackend:
                 a.return_states,
                 kept,
                 a.detach_every or 0,
+                a.regularization,
             )
         y, hT, cT, h_states, c_states, tape = results
         two = "c" in cell.states
@@ -184,9 +191,10 @@ class CpuBackend:
             else Tape(packed.cell, packed.weights, h_states is not None, tape),
         )
 
-    def tape_width(self, cell: Cell, hidden_size: int) -> int:
+    def tape_width(self, cell: Cell, hidden_size: int, regularization: Regularization | None = None) -> int:
         """Elements of a tape in an array for each step and row."""
-        return _core.tape_width(_cell_id(cell), hidden_size)
+        regularized = check_regularization(cell, regularization) is not None
+        return _core.tape_width(_cell_id(cell), hidden_size, regularized)
 
     def tape(
         self,
@@ -202,11 +210,23 @@ class CpuBackend:
         reverse: bool = False,
         return_states: bool = False,
         detach_every: int | None = None,
+        regularization: Regularization | None = None,
     ) -> Tape:
         """The tape that lies in ``saved``, for backward: of what forward got, in the layout that it needs."""
         h0, c0 = cast(_Two, _two(cell, state0, False))
         core = _core.tape(
-            _cell_id(cell), saved, x, y, h0, c0, *weights, lengths, reset, reverse, detach_every or 0
+            _cell_id(cell),
+            saved,
+            x,
+            y,
+            h0,
+            c0,
+            *weights,
+            lengths,
+            reset,
+            reverse,
+            detach_every or 0,
+            check_regularization(cell, regularization),
         )
         return Tape(cell, weights, return_states, core)
 

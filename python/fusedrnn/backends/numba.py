@@ -26,7 +26,7 @@ from fusedrnn.backends.arguments import (
     check_forward,
     check_weights,
 )
-from fusedrnn.backends.protocol import Array, Forward, Gradients, State, Weights
+from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Weights
 from fusedrnn.cells import GRU, Cell
 from fusedrnn.threads import get_num_threads
 
@@ -117,6 +117,7 @@ class NumbaBackend:
         reverse: bool = False,
         return_states: bool = False,
         detach_every: int | None = None,
+        regularization: Regularization | None = None,
         save: str | None = "all",
     ) -> Forward:
         """One layer, one direction, the whole sequence."""
@@ -133,10 +134,13 @@ class NumbaBackend:
             reverse=reverse,
             return_states=return_states,
             detach_every=detach_every,
+            regularization=regularization,
             save=save,
         )
         if a.detach_every is not None:
             raise ValueError("detach_every: not built in the numba backend; use another")
+        if a.regularization is not None:
+            raise ValueError("regularization: is not built in the numba backend; use another")
         if a.save == "borders":
             raise ValueError('save: "borders" is not built in the numba backend; use "all", or the reference')
         T, B, _, H, _ = a.sizes

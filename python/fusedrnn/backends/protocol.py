@@ -14,6 +14,8 @@ Rules (``t`` is time, ``b`` a row of the batch):
   cut.
 - ``detach_every``: n: the state goes from step k*n - 1 to step k*n, counted in the order of the run, and no
   gradient comes back; the initial and the final state are not cut off.
+- ``regularization``: recurrent dropout and zoneout; see ``Regularization``. Steps beyond a row's length and
+  cuts come first: a state that stands still is not zoned, and after a cut the state before is zero.
 - ``reverse``: from ``lengths[b] - 1`` down to 0; ``stateT`` is then the state after step 0.
 - Padding and resets act by selection, never by multiplication.
 - ``T = 0`` and ``B = 0`` are legal.
@@ -40,6 +42,23 @@ class Weights(NamedTuple):
     weight_hh: Any  # (G*H, P)
     bias_ih: Any = None  # (G*H,) or None
     bias_hh: Any = None  # (G*H,) or None
+
+
+class Regularization(NamedTuple):
+    """Recurrent dropout and zoneout of one layer and direction. Rates are probabilities, from 0 to 1.
+
+    Recurrent dropout (Gal and Ghahramani 2016): what weight_hh multiplies is first multiplied with a mask
+    (B, H), the same at every step: 0 with this rate, else 1 / (1 - rate). Zoneout (Krueger et al. 2016): the
+    cell's new h and c are candidates; a unit keeps its state of before the step with this rate, drawn anew
+    for each step, row and unit. In evaluation nothing is dropped, and zoneout is its expectation, rate *
+    before + (1 - rate) * candidate. How masks follow from the seed: ``fusedrnn.masks``.
+    """
+
+    recurrent_dropout: float = 0.0
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0  # 0 for cells without c
+    seed: int | None = None  # of the masks, 0 <= seed < 2**63; None: evaluation
+    stream: int = 0  # layer * D + direction, 0 <= stream < 2**30: their masks differ
 
 
 class Forward(NamedTuple):
@@ -85,6 +104,7 @@ class Backend(Protocol):
         reverse: bool = False,
         return_states: bool = False,
         detach_every: int | None = None,
+        regularization: Regularization | None = None,
         save: str | None = "all",  # "all" | "borders" | None
     ) -> Forward:
         """Run one layer in one direction over the whole sequence."""

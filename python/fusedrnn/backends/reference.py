@@ -8,14 +8,15 @@ does to the gates is in ``fusedrnn.cells``; the derivation is in docs/bptt.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusedrnn import masks
 from fusedrnn.backends.arguments import ForwardArguments, check_backward, check_forward, check_weights
-from fusedrnn.backends.protocol import Array, Forward, Gradients, State, Weights
+from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Weights
 from fusedrnn.cells import Cell
 
 DTYPES = tuple(np.dtype(d) for d in "fdgFDG")
@@ -34,6 +35,7 @@ class Run(NamedTuple):
     """What a loop over steps leaves: the state before the first and after each, and what each step saved."""
 
     states: list[State]
+    new: list[tuple[Array, ...]]  # what the cell made of each step's rows, before zoneout
     saved: list[tuple[Array, ...]]
 
 
@@ -71,6 +73,7 @@ class ReferenceBackend:
         reverse: bool = False,
         return_states: bool = False,
         detach_every: int | None = None,
+        regularization: Regularization | None = None,
         save: str | None = "all",
     ) -> Forward:
         """Run one layer in one direction; see ``fusedrnn.backends.protocol``."""
@@ -84,6 +87,7 @@ class ReferenceBackend:
             reverse=reverse,
             return_states=return_states,
             detach_every=detach_every,
+            regularization=regularization,
             save=save,
             dtypes=DTYPES,
         )
@@ -132,10 +136,9 @@ class ReferenceBackend:
         dweights = Weights(
             *(np.zeros_like(w) if name in b.need else None for name, w in a.weights._asdict().items())
         )
-        product = _Recurrent(a.weights).product
         with np.errstate(all="ignore"):
             for chunk, kept in zip(reversed(tape.chunks), reversed(tape.kept), strict=True):
-                states, saved = kept if isinstance(kept, Run) else _run(a, chunk, kept)
+                states, new, saved = kept if isinstance(kept, Run) else _run(a, chunk, kept)
                 for k in reversed(range(len(chunk))):
                     step = chunk[k]
                     t, rows = step.t, step.rows
@@ -144,28 +147,45 @@ class ReferenceBackend:
                         for c, ds in zip(chain, upstream, strict=True)
                     )
                     before = _cleared(step, states[k])
-                    after = tuple(s[rows] for s in states[k + 1])
-                    dbefore, da_x, da_h = a.cell.step_backward(dstate, saved[k], before, after, product)
+                    recurrent, keeps = _Recurrent(a, step), _keeps(a, step)
+                    dnew = _each(keeps, lambda keep, d: keep * d, dstate)
+                    dbefore, da_x, da_h = a.cell.step_backward(
+                        dnew, saved[k], before, new[k], recurrent.product
+                    )
+                    dbefore = _each(keeps, lambda keep, d, all_d: d + (1 - keep) * all_d, dbefore, dstate)
                     dbefore = _stopped(step, dbefore)
                     chain = tuple(_put(c, rows, d) for c, d in zip(chain, dbefore, strict=True))
                     if dx is not None:
                         dx[t, rows] = np.concatenate(da_x, axis=-1) @ a.weights.weight_ih
-                    operands = a.cell.operands(saved[k], before[0])
+                    operands = [
+                        (first, last, recurrent.dropped(v))
+                        for first, last, v in a.cell.operands(saved[k], before[0])
+                    ]
                     _add_weight_gradients(dweights, a.x[t, rows], operands, da_x, da_h)
         return Gradients(dx, dweights, chain if "state0" in b.need else None)
 
 
 class _Recurrent:
-    """The products with weight_hh, over the gates first..last-1."""
+    """The products with weight_hh of one step, over the gates first..last-1."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
-        self.H = weights.weight_hh.shape[1]
+    def __init__(self, a: ForwardArguments, step: Step) -> None:
+        self.weights, self.H = a.weights, a.sizes.H
+        self.mask = None  # (rows, H): recurrent dropout
+        r = a.regularization
+        if r is not None and r.seed is not None and r.recurrent_dropout:
+            rate = r.recurrent_dropout
+            kept = masks.keep(rate, "recurrent_dropout", r.seed, r.stream, 0, _numbers(a, step), self.H)
+            self.mask = np.where(kept, 1 / (1 - rate) if rate < 1 else 0, 0).astype(a.x.dtype)
+
+    def dropped(self, v: Array) -> Array:
+        """v as weight_hh meets it, and the gradient of that as one of v."""
+        masked: Array = v if self.mask is None else v * self.mask
+        return masked
 
     def hidden(self, v: Array, first: int, last: int) -> list[Array]:
         """weight_hh v + bias_hh, one array for each gate."""
         gates = slice(first * self.H, last * self.H)
-        a = v @ self.weights.weight_hh[gates].T
+        a = self.dropped(v) @ self.weights.weight_hh[gates].T
         if self.weights.bias_hh is not None:
             a = a + self.weights.bias_hh[gates]
         return np.split(a, last - first, axis=-1)
@@ -173,20 +193,56 @@ class _Recurrent:
     def product(self, da: Sequence[Array], first: int, last: int) -> Array:
         """The way back: da weight_hh, summed over the gates."""
         dv: Array = np.concatenate(da, axis=-1) @ self.weights.weight_hh[first * self.H : last * self.H]
-        return dv
+        return self.dropped(dv)
+
+
+def _numbers(a: ForwardArguments, step: Step) -> Array:
+    """The numbers of the step's rows."""
+    numbers: Array = np.arange(a.sizes.B)[step.rows]
+    return numbers
+
+
+def _keeps(a: ForwardArguments, step: Step) -> tuple[Array | None, ...]:
+    """Of each state, what zoneout keeps of the new one, of the step's rows; None: all of it."""
+    r = a.regularization
+    if r is None:
+        return (None,) * len(a.cell.states)
+
+    def of(kind: str, rate: float, seed: int | None, stream: int) -> Array | None:
+        if not rate:
+            return None
+        rows = _numbers(a, step)
+        if seed is None:
+            return np.full((len(rows), a.sizes.H), 1 - rate).astype(a.x.dtype)
+        return masks.keep(rate, kind, seed, stream, step.t, rows, a.sizes.H).astype(a.x.dtype)
+
+    rates = {"h": r.zoneout_h, "c": r.zoneout_c}
+    return tuple(of(f"zoneout_{name}", rates[name], r.seed, r.stream) for name in a.cell.states)
+
+
+def _each(
+    keeps: tuple[Array | None, ...], change: Callable[..., Array], values: Any, *more: Any
+) -> tuple[Array, ...]:
+    """The values, one for each state, changed where zoneout acts."""
+    return tuple(
+        value if keep is None else change(keep, value, *others)
+        for keep, value, *others in zip(keeps, values, *more, strict=True)
+    )
 
 
 def _run(a: ForwardArguments, steps: list[Step], state: State) -> Run:
     """Forward over some steps from a state."""
-    run = Run([state], [])
-    hidden = _Recurrent(a.weights).hidden
+    run = Run([state], [], [])
     for step in steps:
         ax = a.x[step.t, step.rows] @ a.weights.weight_ih.T
         if a.weights.bias_ih is not None:
             ax = ax + a.weights.bias_ih
-        after, saved = a.cell.step(np.split(ax, a.cell.gates, axis=-1), _cleared(step, state), hidden)
-        state = tuple(_put(s, step.rows, new) for s, new in zip(state, after, strict=True))
+        before = _cleared(step, state)
+        new, saved = a.cell.step(np.split(ax, a.cell.gates, axis=-1), before, _Recurrent(a, step).hidden)
+        after = _each(_keeps(a, step), lambda keep, n, s: keep * n + (1 - keep) * s, new, before)
+        state = tuple(_put(s, step.rows, n) for s, n in zip(state, after, strict=True))
         run.states.append(state)
+        run.new.append(new)
         run.saved.append(saved)
     return run
 
