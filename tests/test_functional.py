@@ -111,7 +111,7 @@ class TestPack:
         packed = functional.pack(GRU(), p.weights, "reference")
         with pytest.raises(ValueError, match=r"^backend: expected 'reference'"):
             functional.forward(GRU(), p.x, packed, backend="cpu")
-        with pytest.raises(ValueError, match=r"^cell: expected GRU\(reset_after=True\)"):
+        with pytest.raises(ValueError, match=r"^cell: expected GRU\(reset_after=True, layer_norm=False\)"):
             functional.forward(GRU(reset_after=False), p.x, packed)
 
 

@@ -23,7 +23,7 @@ from fusedrnn import backends as registry
 from fusedrnn import functional
 from fusedrnn import stack as layered
 from fusedrnn.backends.protocol import Array, Weights
-from fusedrnn.cells import CELLS, Cell
+from fusedrnn.cells import CELLS, Cell, layer_norm
 from fusedrnn.gradcheck import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
 from fusedrnn.problems import Shape
 
@@ -42,6 +42,7 @@ class Option:
     bidirectional: bool = False
     dropout: float = 0.0
     save: str = "all"
+    layer_norm: bool = False
 
 
 OPTIONS = {
@@ -58,6 +59,8 @@ OPTIONS = {
     "recompute": Option(save="borders"),
     "2 layers": Option(layers=2, dropout=0.3),
     "2 layers, both directions, all": Option("both", True, True, True, False, True, 2, True, 0.3),
+    "layer norm": Option(layer_norm=True),
+    "layer norm, all together": Option("both", True, True, True, True, True, layer_norm=True),
 }
 DTYPES = ("float32", "float64")
 SIZES = (Shape(13, 5, 3, 7), Shape(37, 19, 5, 17), Shape(256, 2, 1, 31))
@@ -90,6 +93,7 @@ def variants() -> dict[str, Cell]:
     found: dict[str, Cell] = {}
     for name, cell in CELLS.items():
         switches = [f for f in dataclasses.fields(cell) if isinstance(f.default, bool)]
+        switches = [f for f in switches if f.name != "layer_norm"]  # that is one of OPTIONS
         for values in itertools.product(*([f.default, not f.default] for f in switches)):
             chosen: dict[str, Any] = {f.name: v for f, v in zip(switches, values, strict=True)}
             other = [f" {f.name}={chosen[f.name]}" for f in switches if chosen[f.name] != f.default]
@@ -237,7 +241,8 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
     D = 2 if option.bidirectional else 1
     N = option.layers * D
     rng = np.random.default_rng([seed, T, B, I, H])
-    own = "both" if len(cell.saves) > cell.gates else "ih"  # GRU reset-after, whose bias_hh is no mere addend
+    cell = dataclasses.replace(cell, layer_norm=option.layer_norm)
+    own = "both" if "q" in cell.saves else "ih"  # GRU reset-after, whose bias_hh is no mere addend
     biases = own if option.biases == "own" else option.biases
 
     def normal(*shape: int) -> Array:
@@ -256,6 +261,7 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
         )
         for n in range(N)
     )
+    weights = tuple(w._replace(**_norm_weights(cell, H, rng)) for w in weights)
     lengths = rng.integers(1, T + 1, B) if option.lengths else None
     if lengths is not None:
         lengths[: min(2, B)] = (T, 0)[: min(2, B)]
@@ -277,6 +283,14 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
         dstates=tuple(normal(N, T, B, H) for _ in range(states)) if option.return_states else None,
     )
     return problem.cast(dtype)
+
+
+def _norm_weights(cell: Cell, H: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Of layer norm: gains about 1, and a bias of c about 0."""
+    return {
+        name: (not name.startswith("bias")) + rng.standard_normal(H if name.endswith("_c") else cell.gates * H) / 4
+        for name in layer_norm.weights(cell)
+    }
 
 
 def _poisoned(problem: _Problem) -> _Problem:
@@ -433,7 +447,7 @@ def _prove(cell_name: str, cell: Cell, option: str, size: Shape, seed: int) -> R
         steps = [1j * h * v for v in directions]
         if name == "dx":
             moved = dataclasses.replace(lifted, x=lifted.x + steps[0])
-        elif name.startswith(("dweight", "dbias")):
+        elif name[1:] in Weights._fields:
             moved = dataclasses.replace(
                 lifted,
                 weights=tuple(

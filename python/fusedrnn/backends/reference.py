@@ -7,6 +7,7 @@ does to the gates is in ``fusedrnn.cells``; the derivation is in docs/bptt.md.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 
 from fusedrnn.backends.arguments import ForwardArguments, check_backward, check_forward, check_weights
 from fusedrnn.backends.protocol import Array, Forward, Gradients, State, Weights
-from fusedrnn.cells import Cell
+from fusedrnn.cells import Cell, layer_norm
 
 DTYPES = tuple(np.dtype(d) for d in "fdgFDG")
 
@@ -34,7 +35,7 @@ class Run(NamedTuple):
     """What a loop over steps leaves: the state before the first and after each, and what each step saved."""
 
     states: list[State]
-    saved: list[tuple[Array, ...]]
+    saved: list[tuple[_Parts, tuple[Array, ...]]]
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,6 @@ class ReferenceBackend:
         dweights = Weights(
             *(np.zeros_like(w) if name in b.need else None for name, w in a.weights._asdict().items())
         )
-        product = _Recurrent(a.weights).product
         with np.errstate(all="ignore"):
             for chunk, kept in zip(reversed(tape.chunks), reversed(tape.kept), strict=True):
                 states, saved = kept if isinstance(kept, Run) else _run(a, chunk, kept)
@@ -145,49 +145,104 @@ class ReferenceBackend:
                     )
                     before = _cleared(step, states[k])
                     after = tuple(s[rows] for s in states[k + 1])
-                    dbefore, da_x, da_h = a.cell.step_backward(dstate, saved[k], before, after, product)
+                    parts, gates = saved[k]
+                    norm = functools.partial(parts.norm_backward, dweights=dweights)
+                    dbefore, da_x, da_h = a.cell.step_backward(
+                        dstate, gates, before, after, parts.product, norm
+                    )
                     dbefore = _stopped(step, dbefore)
                     chain = tuple(_put(c, rows, d) for c, d in zip(chain, dbefore, strict=True))
+                    _add_bias_and_gain_gradients(dweights, parts, da_x, da_h)
+                    da_x, da_h = parts.products("ih", da_x), parts.products("hh", da_h)
                     if dx is not None:
                         dx[t, rows] = np.concatenate(da_x, axis=-1) @ a.weights.weight_ih
-                    operands = a.cell.operands(saved[k], before[0])
+                    operands = a.cell.operands(gates, before[0])
                     _add_weight_gradients(dweights, a.x[t, rows], operands, da_x, da_h)
         return Gradients(dx, dweights, chain if "state0" in b.need else None)
 
 
-class _Recurrent:
-    """The products with weight_hh, over the gates first..last-1."""
+class _Parts:
+    """The products of one step with the weights, with layer norm each normalised.
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
+    What is normalised is remembered for the way back, where gradients of the gates come in and lead through
+    the norms to those of the products.
+    """
+
+    def __init__(self, cell: Cell, weights: Weights) -> None:
+        self.cell, self.weights = cell, weights
         self.H = weights.weight_hh.shape[1]
+        self.normed: dict[tuple[str, int], layer_norm.Normed] = {}  # by part, "ih" or "hh", and first gate
+        self.c: layer_norm.Normed
+
+    def input(self, x: Array) -> list[Array]:
+        """weight_ih x + bias_ih, one array for each gate."""
+        return self._gates("ih", x, 0, self.cell.gates)
 
     def hidden(self, v: Array, first: int, last: int) -> list[Array]:
-        """weight_hh v + bias_hh, one array for each gate."""
-        gates = slice(first * self.H, last * self.H)
-        a = v @ self.weights.weight_hh[gates].T
-        if self.weights.bias_hh is not None:
-            a = a + self.weights.bias_hh[gates]
-        return np.split(a, last - first, axis=-1)
+        """weight_hh v + bias_hh, one array for each of the gates first..last-1."""
+        return self._gates("hh", v, first, last)
+
+    def norm(self, c: Array) -> Array:
+        """LN(c; gain_c) + bias_c."""
+        self.c = layer_norm.forward(c)
+        m: Array = self.weights.gain_c * self.c.x + self.weights.bias_c
+        return m
 
     def product(self, da: Sequence[Array], first: int, last: int) -> Array:
-        """The way back: da weight_hh, summed over the gates."""
+        """The way back through ``hidden``, summed over the gates."""
+        da = self.products("hh", da, first)
         dv: Array = np.concatenate(da, axis=-1) @ self.weights.weight_hh[first * self.H : last * self.H]
         return dv
+
+    def norm_backward(self, dm: Array, dweights: Weights) -> Array:
+        """The way back through ``norm``; adds this step's part to the gradients of its weights."""
+        _add_to(dweights.gain_c, dm * self.c.x)
+        _add_to(dweights.bias_c, dm)
+        dc: Array = layer_norm.backward(dm * self.weights.gain_c, self.c)
+        return dc
+
+    def products(self, part: str, da: Sequence[Array], first: int = 0) -> Sequence[Array]:
+        """The gradients of the products ``weight v`` from those of the gates from ``first`` on."""
+        if not self.cell.layer_norm:
+            return da
+        found: list[Array] = []
+        for k, end in self._groups(first, first + len(da)):
+            gain = getattr(self.weights, f"gain_{part}")[k * self.H : end * self.H]
+            dx = np.concatenate(da[k - first : end - first], axis=-1) * gain
+            found += np.split(layer_norm.backward(dx, self.normed[part, k]), end - k, axis=-1)
+        return found
+
+    def normalised(self, part: str) -> Array:
+        """What a gain multiplied."""
+        return np.concatenate([self.normed[part, k].x for k, _ in self.cell.norms], axis=-1)
+
+    def _groups(self, first: int, last: int) -> list[tuple[int, int]]:
+        return [(k, end) for k, end in self.cell.norms if first <= k and end <= last]
+
+    def _gates(self, part: str, v: Array, first: int, last: int) -> list[Array]:
+        weight, bias = getattr(self.weights, f"weight_{part}"), getattr(self.weights, f"bias_{part}")
+        rows = slice(first * self.H, last * self.H)
+        a = v @ weight[rows].T
+        if self.cell.layer_norm:
+            for k, end in self._groups(first, last):
+                self.normed[part, k] = layer_norm.forward(a[:, (k - first) * self.H : (end - first) * self.H])
+            normed = [self.normed[part, k].x for k, _ in self._groups(first, last)]
+            a = np.concatenate(normed, axis=-1) * getattr(self.weights, f"gain_{part}")[rows]
+        if bias is not None:
+            a = a + bias[rows]
+        return np.split(a, last - first, axis=-1)
 
 
 def _run(a: ForwardArguments, steps: list[Step], state: State) -> Run:
     """Forward over some steps from a state."""
     run = Run([state], [])
-    hidden = _Recurrent(a.weights).hidden
     for step in steps:
-        ax = a.x[step.t, step.rows] @ a.weights.weight_ih.T
-        if a.weights.bias_ih is not None:
-            ax = ax + a.weights.bias_ih
-        after, saved = a.cell.step(np.split(ax, a.cell.gates, axis=-1), _cleared(step, state), hidden)
+        parts = _Parts(a.cell, a.weights)
+        ax = parts.input(a.x[step.t, step.rows])
+        after, gates = a.cell.step(ax, _cleared(step, state), parts.hidden, parts.norm)
         state = tuple(_put(s, step.rows, new) for s, new in zip(state, after, strict=True))
         run.states.append(state)
-        run.saved.append(saved)
+        run.saved.append((parts, gates))
     return run
 
 
@@ -264,14 +319,28 @@ def _add_weight_gradients(
     da_x: Sequence[Array],
     da_h: Sequence[Array],
 ) -> None:
-    """Add one step's part to those of the gradients that are wanted (not None)."""
+    """Add one step's part to those of the gradients of the matrices that are wanted (not None)."""
     if dweights.weight_ih is not None:
         dweights.weight_ih[...] += np.concatenate(da_x, axis=-1).T @ x
     if dweights.weight_hh is not None:
         H = dweights.weight_hh.shape[1]
         for first, last, v in operands:
             dweights.weight_hh[first * H : last * H] += np.concatenate(da_h[first:last], axis=-1).T @ v
-    if dweights.bias_ih is not None:
-        dweights.bias_ih[...] += np.concatenate(da_x, axis=-1).sum(axis=0)
-    if dweights.bias_hh is not None:
-        dweights.bias_hh[...] += np.concatenate(da_h, axis=-1).sum(axis=0)
+
+
+def _add_bias_and_gain_gradients(
+    dweights: Weights, parts: _Parts, da_x: Sequence[Array], da_h: Sequence[Array]
+) -> None:
+    """Add one step's part; the gradients are those of the gates, after any norm."""
+    ax, ah = np.concatenate(da_x, axis=-1), np.concatenate(da_h, axis=-1)
+    _add_to(dweights.bias_ih, ax)
+    _add_to(dweights.bias_hh, ah)
+    if parts.cell.layer_norm:
+        _add_to(dweights.gain_ih, ax * parts.normalised("ih"))
+        _add_to(dweights.gain_hh, ah * parts.normalised("hh"))
+
+
+def _add_to(sum_: Array | None, rows: Array) -> None:
+    """Add the sum over the rows, where it is wanted (not None)."""
+    if sum_ is not None:
+        sum_[...] += rows.sum(axis=0)
