@@ -179,7 +179,7 @@ def core_forward(cell, a, packed=None):
 
 def core_backward(tape, a):
     upstream = (a["dy"], a["dhT"], a.get("dcT"), a["dh_states"], a.get("dc_states"))
-    return _core.backward(tape, *upstream, [True] * 6)
+    return _core.backward(tape, *upstream, [True] * len(NEED))
 
 
 def numbered(results):
@@ -343,7 +343,7 @@ def test_anything_for_any_argument_of_the_compiled_module(data):
     calls = {
         _core.pack: [2, *weights_of(forward)],
         _core.forward: [packed, *(forward[k] for k in ("x", "h0", "c0", "lengths", "reset")), False, True, 1],
-        _core.backward: [tape, *backward.values(), [True] * 6],
+        _core.backward: [tape, *backward.values(), [True] * len(NEED)],
         _core.set_num_threads: [_core.num_threads()],
         _core.testing.activation: [1, forward["h0"][0], ""],
     }
@@ -414,7 +414,7 @@ def test_lengths_out_of_range(value):
         core_forward(LSTM(), forward | {"lengths": lengths}, core_pack(LSTM(), forward))
 
 
-@pytest.mark.parametrize("cell", [-1, 5, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("cell", [-1, len(_core.CELLS), 2**31 - 1, -(2**31)])
 def test_the_compiled_pack_refuses_unknown_cells(cell):
     forward, _ = arguments(LSTM(), np.float32)
     with pytest.raises(ValueError, match="cell"):

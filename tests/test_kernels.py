@@ -371,8 +371,9 @@ def test_only_what_is_needed_comes_back(cell, dtype):
     gradient_of = {"x": ["dx"], "state0": [f"d{s}0" for s in cell.states]} | {
         w: [f"d{w}"] for w in Weights._fields
     }
-    for n in range(len(NEED) + 1):
-        for need in itertools.combinations(NEED, n):
+    possible = [key for key in NEED if getattr(p.weights, key, p.x) is not None]
+    for n in range(len(possible) + 1):
+        for need in itertools.combinations(possible, n):
             got = split(run(CPU, p, need=need))[1]
             assert_same_bits(got, {key: whole[key] for name in need for key in gradient_of[name]})
 

@@ -27,7 +27,7 @@ from problems import CELLS, assert_close, assert_same_bits, name, problem, run
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, functional
 from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.backends.protocol import Weights
+from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
 from fusedrnn.stack import backward_stack, forward_stack
@@ -300,10 +300,10 @@ def test_regression_R23_zero_lengths_wrong_ranks_and_foreign_objects():
         for value in (zeros(shape, np.float32), zeros(shape), object(), [[0.0]]):
             upstream = [value if k == place else None for k in range(5)]
             with pytest.raises((TypeError, ValueError)):
-                _core.backward(tape, *upstream, [True] * 6)
+                _core.backward(tape, *upstream, [True] * len(NEED))
     for foreign in (None, p, packed, 7, "tape"):
         with pytest.raises(TypeError):
-            _core.backward(foreign, *[None] * 5, [True] * 6)
+            _core.backward(foreign, *[None] * 5, [True] * len(NEED))
         if foreign is not packed:
             with pytest.raises(TypeError):
                 _core.forward(foreign, *args)

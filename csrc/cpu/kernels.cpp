@@ -30,8 +30,8 @@ bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
 
 template <class Cell>
 constexpr cpu::CellShape shape_of() {
-  return {Cell::gates,      Cell::accumulators, Cell::saved,     Cell::phases,    Cell::has_c,
-          Cell::has_direct, Cell::input,        Cell::recurrent, Cell::recurrent2};
+  return {Cell::gates,      Cell::accumulators, Cell::saved, Cell::phases,    Cell::has_c,
+          Cell::has_direct, Cell::layer_norm,   Cell::input, Cell::recurrent, Cell::recurrent2};
 }
 
 Index forward_scratch(Index B, Index projected_steps) {

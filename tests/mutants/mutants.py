@@ -332,8 +332,8 @@ MUTANTS = [
     Mutant(
         "run: bias_hh twice",
         RUN,
-        "add(weights.bias_hh, shape.recurrent2);",
-        "add(weights.bias_hh, shape.recurrent); add(weights.bias_hh, shape.recurrent2);",
+        "add(hh, shape.recurrent2);",
+        "add(hh, shape.recurrent); add(hh, shape.recurrent2);",
     ),
     Mutant("run: bias_ih forgotten", RUN, "add(weights.bias_ih, shape.input);", ""),
     Mutant(
