@@ -196,9 +196,13 @@ Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, 
   const Index rows = gates_of(cell) * H;
   Weights<const T> weights = {need<T>(w[0], "weight_ih", {rows, I}), need<T>(w[1], "weight_hh", {rows, P}),
                               maybe<T>(w[2], "bias_ih", {rows}), maybe<T>(w[3], "bias_hh", {rows})};
-  if (layer_norm(cell)) {
-    weights.gain_ih = need<T>(w[4], "gain_ih", {rows}), weights.gain_hh = need<T>(w[5], "gain_hh", {rows});
-    if (has_c(cell)) weights.gain_c = need<T>(w[6], "gain_c", {H}), weights.bias_c = need<T>(w[7], "bias_c", {H});
+  const T** to[] = {&weights.gain_ih, &weights.gain_hh, &weights.gain_c, &weights.bias_c};
+  const char* names[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
+  for (int i = 0; i < 4; ++i) {
+    if (layer_norm(cell) && (i < 2 || has_c(cell)))
+      *to[i] = need<T>(w[4 + i], names[i], {i < 2 ? rows : H});
+    else if (!w[4 + i].is_none())
+      throw RefusedValue(std::string(names[i]) + ": expected None for this cell");
   }
   return weights;
 }

@@ -106,6 +106,7 @@ def problem(
     state0: bool = True,
     biases: str = "native",
     upstream: tuple[str, ...] = ("dy", "dstateT", "dstates"),
+    gain: float = 0.1,
 ) -> Problem:
     """Draw a problem.
 
@@ -117,6 +118,8 @@ def problem(
         state0: A non-zero initial state, else None.
         biases: "native" (bias_ih, and bias_hh for GRU reset-after), "both", "none", "bias_ih", "bias_hh".
         upstream: Which gradients come in; dstates only with return_states.
+        gain: Of layer norm, about which its gains are drawn. 0.1 as in Cooijmans et al., "Recurrent batch
+            normalization", 2016; with 1 many problems are chaotic, and an error grows with every step.
     """
     rng = np.random.default_rng([seed, T, B, I, H])
 
@@ -140,8 +143,9 @@ def problem(
     dstateT = tuple(normal(B, H) for _ in cell.states)
     dstates = tuple(normal(T, B, H) for _ in cell.states)
     if cell.layer_norm:
-        gains = {w: 1 + normal(H if w.endswith("_c") else rows) / 4 for w in layer_norm.weights(cell)}
-        weights = weights._replace(**gains)
+        drawn = {w: normal(H if w.endswith("_c") else rows) / 4 for w in layer_norm.weights(cell)}
+        drawn |= {w: np.float32(gain) * (1 + drawn[w]) for w in drawn if w.startswith("gain")}
+        weights = weights._replace(**drawn)
     n = resets = None
     if reset:
         resets = rng.random((T, B)) < 0.3

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from problems import CELLS, assert_same_bits, name, named, problem, run
+from problems import CELLS, NORMED, assert_same_bits, name, named, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, functional, threads
@@ -29,7 +29,8 @@ CPU = CpuBackend()
 T, B, I, H = 4, 3, 2, 5
 ERRORS = (TypeError, ValueError, OverflowError, MemoryError)
 NAMES = (
-    r"(x|weights?(_ih|_hh)?|bias_(ih|hh)|state0|h0|c0|lengths|reset|dy|dstateT|dstates|d[hc]T|d[hc]_states|"
+    r"(x|weights?(_ih|_hh)?|(bias|gain)_(ih|hh|c)|state0|h0|c0|lengths|reset|dy|dstateT|dstates|d[hc]T|"
+    r"d[hc]_states|"
 )
 NAMED = re.compile(
     NAMES + r"cell|packed|tape|save|need|reverse|return_states|backend|batch_sizes|threads|y)\b"
@@ -114,7 +115,7 @@ WAYS = st.one_of(
         [None, 0, 1.5, "x", (), [], {}, b"", object(), float("nan"), np.float32, print, 10**30]
     ).map(lambda thing: lambda a: thing),
 )
-CELL = st.sampled_from(CELLS)
+CELL = st.sampled_from((*CELLS, *NORMED[:4]))  # what the kernels have
 FLOAT = st.sampled_from([np.float32, np.float64])
 
 

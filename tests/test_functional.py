@@ -42,7 +42,7 @@ class TestRagged:
         p = problem(GRU(), 5, 4, 2, 7, biases="both")
         module = torch.nn.GRU(2, 7, dtype=torch.float64)
         with torch.no_grad():
-            for parameter, w in zip(module.parameters(), p.weights, strict=True):
+            for parameter, w in zip(module.parameters(), p.weights[:4], strict=True):
                 parameter.copy_(torch.tensor(w))
         packed = torch.nn.utils.rnn.pack_padded_sequence(torch.tensor(p.x), torch.tensor(self.lengths))
         out, hT = module(packed, torch.tensor(p.state0[0][None]))

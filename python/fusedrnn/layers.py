@@ -215,8 +215,8 @@ class Recurrent(Layer):
         on, as in PyTorch.
 
     Every matrix of a gate starts as ``randn(I, H) * sqrt(1 / I)`` and lies transposed in its place; biases
-    start at zero, gains at one. Drawn from NumPy's global generator, layer by layer: first the input matrices, then the
-    hidden ones; what depends on an unknown ``in_size`` is drawn at the first call.
+    start at zero, gains at one. Drawn from NumPy's global generator, layer by layer: first the input
+    matrices, then the hidden ones; what depends on an unknown ``in_size`` is drawn at the first call.
     """
 
     draws: ClassVar[tuple[int, ...]]  # the gates in the order they are drawn

@@ -153,11 +153,11 @@ class ReferenceBackend:
                     dbefore = _stopped(step, dbefore)
                     chain = tuple(_put(c, rows, d) for c, d in zip(chain, dbefore, strict=True))
                     _add_bias_and_gain_gradients(dweights, parts, da_x, da_h)
-                    da_x, da_h = parts.products("ih", da_x), parts.products("hh", da_h)
+                    dproducts_x, dproducts_h = parts.products("ih", da_x), parts.products("hh", da_h)
                     if dx is not None:
-                        dx[t, rows] = np.concatenate(da_x, axis=-1) @ a.weights.weight_ih
+                        dx[t, rows] = np.concatenate(dproducts_x, axis=-1) @ a.weights.weight_ih
                     operands = a.cell.operands(gates, before[0])
-                    _add_weight_gradients(dweights, a.x[t, rows], operands, da_x, da_h)
+                    _add_weight_gradients(dweights, a.x[t, rows], operands, dproducts_x, dproducts_h)
         return Gradients(dx, dweights, chain if "state0" in b.need else None)
 
 

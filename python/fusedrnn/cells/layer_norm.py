@@ -3,8 +3,8 @@
     x = (v - mean(v)) / sqrt(var(v) + EPSILON),  LN(v; gain) = gain * x
 
 mean and variance over the last axis, for each row and step. A cell with ``layer_norm=True`` normalises the
-input part and the recurrent part of its gates apart, each over the gates of one group of ``cell.norms``, before
-the biases are added; the LSTM also normalises c, on its way to h only.
+input part and the recurrent part of its gates apart, each over the gates of one group of ``cell.norms``,
+before the biases are added; the LSTM also normalises c, on its way to h only.
 
 Source: Ba, Kiros and Hinton, "Layer normalization", 2016, supplementary material; its RNN has one norm, of
 the sum of both parts.

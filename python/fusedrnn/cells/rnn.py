@@ -38,7 +38,10 @@ def backward_relu(dh: Any, h: Any) -> Any:
 
 @dataclass(frozen=True)
 class RNN:
-    """Elman cell: ``h = tanh(a)``, or ``relu(a)`` with ``relu=True``; ``layer_norm``: see ``layer_norm.py``."""
+    """Elman cell: ``h = tanh(a)``, or ``relu(a)`` with ``relu=True``.
+
+    ``layer_norm``: see ``layer_norm.py``.
+    """
 
     relu: bool = False
     layer_norm: bool = False
