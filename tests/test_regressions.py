@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from problems import CELLS, assert_close, assert_same_bits, name, problem, run
+from problems import CELLS, NORMED, assert_close, assert_same_bits, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, functional
@@ -454,12 +454,20 @@ GOLDEN = {
     "gru float64": "8dd095b52c479548",
     "gru-before float32": "4d511191d9572f15",
     "gru-before float64": "2d7a79bb93c25d5e",
+    "rnn-norm float32": "d1ca16d0522f0558",
+    "rnn-norm float64": "a9550f7c150d1fe3",
+    "rnn-relu-norm float32": "427123125978fe6f",
+    "rnn-relu-norm float64": "91ddb64d1b8ecb63",
+    "lstm-norm float32": "8ade3f5cd7b8a374",
+    "lstm-norm float64": "4adf99e2cdcc2520",
+    "gru-norm float32": "8f50aa588c0596fe",
+    "gru-norm float64": "9307789e150cf280",
 }
 
 
 def golden_digests():
     found = {}
-    for cell in CELLS:
+    for cell in (*CELLS, *NORMED[:4]):
         for dtype in (np.float32, np.float64):
             p = problem(cell, 7, 9, 5, 35, dtype=dtype, lengths=True, reset=True, return_states=True)
             results = run(CPU, p)
