@@ -37,6 +37,10 @@ struct Weights {
   T* weight_hh = nullptr;  // (G*H, P) contiguous
   T* bias_ih = nullptr;    // (G*H) or null
   T* bias_hh = nullptr;    // (G*H) or null
+  T* gain_ih = nullptr;    // (G*H); this and what follows with layer norm
+  T* gain_hh = nullptr;    // (G*H)
+  T* gain_c = nullptr;     // (H), LSTM
+  T* bias_c = nullptr;     // (H), LSTM
 };
 
 template <class T>

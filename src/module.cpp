@@ -114,8 +114,14 @@ T* output(py::object& to, Shape shape, bool on_line = false) {
   return data;
 }
 
+// Weights of a layer, in the order of fusedrnn.backends.protocol.Weights, and what a gradient is asked for: these, x
+// and the initial state.
+constexpr int kWeights = 8, kNeeds = kWeights + 2;
+
 int gates_of(CellId cell) { return cpu::kernels<float>().shape[int(cell)].gates; }
 bool has_c(CellId cell) { return cpu::kernels<float>().shape[int(cell)].has_c; }
+
+bool layer_norm(CellId cell) { return cpu::kernels<float>().shape[int(cell)].layer_norm; }
 
 CellId cell_of(int id) {
   if (id < 0 || id >= cpu::kCells)
@@ -145,7 +151,7 @@ auto without_gil(F&& f) {
 struct PyPacked {
   CellId cell;
   Index I, H, P;
-  py::object weights[4];
+  py::object weights[kWeights];
   PackedPtr<float> f32;
   PackedPtr<double> f64;
   const PackedWeights<float>* get(float) const { return f32.get(); }
@@ -158,7 +164,7 @@ struct PyTape {
   Problem problem;
   std::vector<Index> lengths;
   std::vector<unsigned char> reset;
-  py::object x, y, h0, c0, weights[4];
+  py::object x, y, h0, c0, weights[kWeights];
   py::object packed = py::none();  // kept for borders only, which run forward again
   py::object saved = py::none();   // the memory of a tape that lies in an array
   TapePtr<float> f32;
@@ -179,7 +185,10 @@ Regularization regularization_of(const PyRegularization& given, CellId cell) {
     if (!(rate >= 0 && rate <= 1))
       throw RefusedValue("regularization: expected rates from 0 to 1, got " + std::to_string(rate));
   if (zoneout_c > 0 && !has_c(cell)) throw RefusedValue("zoneout_c: expected 0 for a cell without c");
-  return {recurrent_dropout, zoneout_h, zoneout_c, seed.has_value(), seed.value_or(0), stream};
+  const Regularization found = {recurrent_dropout, zoneout_h, zoneout_c, seed.has_value(), seed.value_or(0), stream};
+  if (found.acts() && layer_norm(cell))
+    throw RefusedValue("regularization: not built together with layer norm in the cpu backend; use the reference");
+  return found;
 }
 
 void set_rows(PyTape& tape, const py::object& lengths, const py::object& reset) {
@@ -203,8 +212,17 @@ void set_rows(PyTape& tape, const py::object& lengths, const py::object& reset) 
 template <class T>
 Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, Index P) {
   const Index rows = gates_of(cell) * H;
-  return {need<T>(w[0], "weight_ih", {rows, I}), need<T>(w[1], "weight_hh", {rows, P}),
-          maybe<T>(w[2], "bias_ih", {rows}), maybe<T>(w[3], "bias_hh", {rows})};
+  Weights<const T> weights = {need<T>(w[0], "weight_ih", {rows, I}), need<T>(w[1], "weight_hh", {rows, P}),
+                              maybe<T>(w[2], "bias_ih", {rows}), maybe<T>(w[3], "bias_hh", {rows})};
+  const T** to[] = {&weights.gain_ih, &weights.gain_hh, &weights.gain_c, &weights.bias_c};
+  const char* names[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
+  for (int i = 0; i < 4; ++i) {
+    if (layer_norm(cell) && (i < 2 || has_c(cell)))
+      *to[i] = need<T>(w[4 + i], names[i], {i < 2 ? rows : H});
+    else if (!w[4 + i].is_none())
+      throw RefusedValue(std::string(names[i]) + ": expected None for this cell");
+  }
+  return weights;
 }
 
 template <class T>
@@ -217,7 +235,7 @@ std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
                           "; a projected size P != H is not built yet");
   auto packed = std::make_unique<PyPacked>();
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
-  for (int i = 0; i < 4; ++i) packed->weights[i] = w[i];
+  for (int i = 0; i < kWeights; ++i) packed->weights[i] = w[i];
   const Weights<const T> view = weights_of<T>(w, cell, I, H, P);
   PackedPtr<T> result = without_gil([&] { return pack<T>(cell, I, H, P, view, signals()); });
   if constexpr (sizeof(T) == 4)
@@ -239,11 +257,12 @@ bool is_float32(const py::object& o, const char* name, int ndim) {
 }
 
 std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weight_hh, py::object bias_ih,
-                                  py::object bias_hh) {
+                                  py::object bias_hh, py::object gain_ih, py::object gain_hh, py::object gain_c,
+                                  py::object bias_c) {
   const CellId cell = cell_of(id);
   const bool f32 = is_float32(weight_ih, "weight_ih", 2);
   is_float32(weight_hh, "weight_hh", 2);
-  const py::object w[4] = {weight_ih, weight_hh, bias_ih, bias_hh};
+  const py::object w[kWeights] = {weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh, gain_c, bias_c};
   return f32 ? pack_as<float>(cell, w) : pack_as<double>(cell, w);
 }
 
@@ -306,7 +325,7 @@ py::tuple forward_as(const py::object& packed_object, const py::object& x, const
     PyTape& tape = *setup.tape;
     if (save == Save::borders) tape.packed = packed_object;
     tape.x = x, tape.y = setup.y, tape.h0 = h0, tape.c0 = c0;
-    for (int i = 0; i < 4; ++i) tape.weights[i] = packed.weights[i];
+    for (int i = 0; i < kWeights; ++i) tape.weights[i] = packed.weights[i];
     kept = py::cast(std::move(setup.tape));
   }
   return py::make_tuple(setup.y, setup.hT, setup.cT, setup.h_states, setup.c_states, kept);
@@ -348,6 +367,7 @@ std::unique_ptr<PyTape> tape_as(CellId cell, const py::array& saved, const py::a
 
 std::unique_ptr<PyTape> py_tape(int id, py::object saved, py::object x, py::object y, py::object h0, py::object c0,
                                 py::object weight_ih, py::object weight_hh, py::object bias_ih, py::object bias_hh,
+                                py::object gain_ih, py::object gain_hh, py::object gain_c, py::object bias_c,
                                 const py::object& lengths, const py::object& reset, bool reverse, Index detach_every,
                                 const PyRegularization& regularization) {
   const CellId cell = cell_of(id);
@@ -357,8 +377,8 @@ std::unique_ptr<PyTape> py_tape(int id, py::object saved, py::object x, py::obje
   std::unique_ptr<PyTape> tape = (f32 ? tape_as<float> : tape_as<double>)(cell, saved, x, weight_ih, lengths, reset,
                                                                           reverse, detach_every, regularization);
   tape->x = x, tape->y = y, tape->h0 = h0, tape->c0 = c0, tape->saved = saved;
-  const py::object w[4] = {weight_ih, weight_hh, bias_ih, bias_hh};
-  for (int i = 0; i < 4; ++i) tape->weights[i] = w[i];
+  const py::object w[kWeights] = {weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh, gain_c, bias_c};
+  for (int i = 0; i < kWeights; ++i) tape->weights[i] = w[i];
   return tape;
 }
 
@@ -366,8 +386,7 @@ std::unique_ptr<PyTape> py_tape(int id, py::object saved, py::object x, py::obje
 template <class T>
 struct BackwardSetup {
   BackwardCall<T> call{};
-  py::object dx = py::none(), w[4] = {py::none(), py::none(), py::none(), py::none()}, dh0 = py::none(),
-             dc0 = py::none();
+  py::object dx = py::none(), w[kWeights], dh0 = py::none(), dc0 = py::none();
 
   BackwardSetup(const PyTape& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
                 const py::object& dh_states, const py::object& dc_states, const std::vector<bool>& need_of) {
@@ -390,13 +409,20 @@ struct BackwardSetup {
       call.dc_states = sequence<T>(dc_states, "dc_states", {n.T, n.B, n.H});
     }
     call.poll = signals();
+    std::fill(w, w + kWeights, py::none());
     if (need_of[0]) call.dx = output<T>(dx, {n.T, n.B, n.I});
     if (need_of[1]) call.dweights.weight_ih = output<T>(w[0], {rows, n.I});
     if (need_of[2]) call.dweights.weight_hh = output<T>(w[1], {rows, n.P});
     if (need_of[3] && !tape.weights[2].is_none()) call.dweights.bias_ih = output<T>(w[2], {rows});
     if (need_of[4] && !tape.weights[3].is_none()) call.dweights.bias_hh = output<T>(w[3], {rows});
-    if (need_of[5]) call.dh0 = output<T>(dh0, {n.B, n.P});
-    if (need_of[5] && c) call.dc0 = output<T>(dc0, {n.B, n.H});
+    if (layer_norm(tape.problem.cell)) {
+      if (need_of[5]) call.dweights.gain_ih = output<T>(w[4], {rows});
+      if (need_of[6]) call.dweights.gain_hh = output<T>(w[5], {rows});
+      if (need_of[7] && c) call.dweights.gain_c = output<T>(w[6], {n.H});
+      if (need_of[8] && c) call.dweights.bias_c = output<T>(w[7], {n.H});
+    }
+    if (need_of[kNeeds - 1]) call.dh0 = output<T>(dh0, {n.B, n.P});
+    if (need_of[kNeeds - 1] && c) call.dc0 = output<T>(dc0, {n.B, n.H});
   }
 };
 
@@ -409,12 +435,13 @@ py::tuple backward_as(const PyTape& tape, const py::object& dy, const py::object
     return 0;
   });
   const py::object* w = setup.w;
-  return py::make_tuple(setup.dx, w[0], w[1], w[2], w[3], setup.dh0, setup.dc0);
+  return py::make_tuple(setup.dx, w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], setup.dh0, setup.dc0);
 }
 
 py::tuple py_backward(const PyTape& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
                       const py::object& dh_states, const py::object& dc_states, const std::vector<bool>& need_of) {
-  if (need_of.size() != 6) throw py::value_error("need: expected 6 flags, got " + std::to_string(need_of.size()));
+  if (need_of.size() != kNeeds)
+    throw py::value_error("need: expected " + std::to_string(kNeeds) + " flags, got " + std::to_string(need_of.size()));
   return tape.f32 ? backward_as<float>(tape, dy, dhT, dcT, dh_states, dc_states, need_of)
                   : backward_as<double>(tape, dy, dhT, dcT, dh_states, dc_states, need_of);
 }
@@ -438,7 +465,7 @@ void repeat_forward_as(Index times, const PyPacked& packed, const py::object& x,
 template <class T>
 void repeat_backward_as(Index times, const PyTape& tape, const py::object& dy) {
   const py::object none = py::none();
-  const std::vector<bool> all(6, true);
+  const std::vector<bool> all(kNeeds, true);
   const BackwardSetup<T> even(tape, dy, none, none, none, none, all), odd(tape, dy, none, none, none, none, all);
   without_gil([&] {
     for (Index i = 0; i < times; ++i) backward<T>(i % 2 ? odd.call : even.call);
@@ -522,13 +549,15 @@ PYBIND11_MODULE(_core, m) {
 #undef X
   m.attr("CELLS") = py::tuple(cells);
   m.def("pack", &py_pack, py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"),
-        py::arg("bias_hh"));
+        py::arg("bias_hh"), py::arg("gain_ih") = py::none(), py::arg("gain_hh") = py::none(),
+        py::arg("gain_c") = py::none(), py::arg("bias_c") = py::none());
   m.def("forward", &py_forward, py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("lengths"),
         py::arg("reset"), py::arg("reverse"), py::arg("return_states"), py::arg("save"), py::arg("detach_every") = 0,
         py::arg("regularization") = py::none());
   m.def("tape", &py_tape, py::arg("cell"), py::arg("saved"), py::arg("x"), py::arg("y"), py::arg("h0"), py::arg("c0"),
-        py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"), py::arg("lengths"),
-        py::arg("reset"), py::arg("reverse"), py::arg("detach_every") = 0, py::arg("regularization") = py::none());
+        py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"), py::arg("gain_ih"),
+        py::arg("gain_hh"), py::arg("gain_c"), py::arg("bias_c"), py::arg("lengths"), py::arg("reset"),
+        py::arg("reverse"), py::arg("detach_every") = 0, py::arg("regularization") = py::none());
   m.def(
       "tape_width", [](int cell, Index H, bool regularized) { return tape_width(cell_of(cell), H, regularized); },
       py::arg("cell"), py::arg("H"), py::arg("regularized") = false);

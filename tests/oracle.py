@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn.backends.protocol import Array, Regularization, Weights
-from fusedrnn.cells import LSTM, RNN
+from fusedrnn.cells import GRU, LSTM, RNN
 from fusedrnn.cells.activations import relu, sigmoid, tanh
 from problems import Problem
 
@@ -41,25 +41,45 @@ def kept(kind: int, rate: float, seed: int, stream: int, t: int, b: int, H: int)
     return np.array([word >= round(rate * 2**32) for word in words[:H]])
 
 
+def norm(v: Array) -> Array:
+    """(v - mean) / sqrt(variance + 1e-5)."""
+    d = v - v.sum() / v.size
+    return d / np.sqrt((d * d).sum() / v.size + 1e-5)
+
+
+def norm_gates(cell: Any, a: Array) -> Array:
+    """r and z of a GRU together and n by itself, all gates of the others together."""
+    if not isinstance(cell, GRU):
+        return norm(a)
+    n = len(a) // 3 * 2
+    return np.concatenate([norm(a[:n]), norm(a[n:])])
+
+
 def cell_step(cell: Any, x: Array, state: list[Array], w: Weights, mask: Any = 1) -> list[Array]:
     """One step of one row; ``mask`` is that of recurrent dropout."""
     h = state[0]
     H = len(h)
-    ax = w.weight_ih @ x + (0 if w.bias_ih is None else w.bias_ih)
+    ax, ah = w.weight_ih @ x, w.weight_hh @ (mask * h)
+    if cell.layer_norm:
+        ax, ah = norm_gates(cell, ax) * w.gain_ih, norm_gates(cell, ah) * w.gain_hh
+    ax = ax + (0 if w.bias_ih is None else w.bias_ih)
     bias_hh = np.zeros_like(ax) if w.bias_hh is None else w.bias_hh
-    ah = w.weight_hh @ (mask * h) + bias_hh
+    ah = ah + bias_hh
     if isinstance(cell, RNN):
         return [relu(ax + ah) if cell.relu else tanh(ax + ah)]
     if isinstance(cell, LSTM):
         a = ax + ah
         c = sigmoid(a[H : 2 * H]) * state[1] + sigmoid(a[:H]) * tanh(a[2 * H : 3 * H])
-        return [sigmoid(a[3 * H :]) * tanh(c), c]
+        m = norm(c) * w.gain_c + w.bias_c if cell.layer_norm else c
+        return [sigmoid(a[3 * H :]) * tanh(m), c]
     r = sigmoid(ax[:H] + ah[:H])
     z = sigmoid(ax[H : 2 * H] + ah[H : 2 * H])
     if cell.reset_after:
         n = tanh(ax[2 * H :] + r * ah[2 * H :])
     else:
-        n = tanh(ax[2 * H :] + w.weight_hh[2 * H :] @ (mask * r * h) + bias_hh[2 * H :])
+        q = w.weight_hh[2 * H :] @ (mask * r * h)
+        q = norm(q) * w.gain_hh[2 * H :] if cell.layer_norm else q
+        n = tanh(ax[2 * H :] + q + bias_hh[2 * H :])
     return [n + z * (h - n)]
 
 

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from fusedrnn.backends.protocol import NEED, Array, Forward, Gradients, Regularization, State, Weights
-from fusedrnn.cells import GRU, LSTM, RNN, Cell
+from fusedrnn.cells import GRU, LSTM, RNN, Cell, layer_norm
 
 CELLS: tuple[Cell, ...] = (RNN(), RNN(relu=True), LSTM(), GRU(), GRU(reset_after=False))
+
+NORMED: tuple[Cell, ...] = tuple(replace(cell, layer_norm=True) for cell in CELLS)
 
 # T, B, I, H: T > 1; primes, and one more or less than the widths of vectors and tiles.
 SIZES = ((2, 3, 5, 7), (5, 1, 1, 15), (7, 7, 3, 17), (3, 13, 17, 31), (11, 2, 2, 33))
@@ -107,6 +109,7 @@ def problem(
     state0: bool = True,
     biases: str = "native",
     upstream: tuple[str, ...] = ("dy", "dstateT", "dstates"),
+    gain: float = 0.1,
 ) -> Problem:
     """Draw a problem.
 
@@ -118,6 +121,8 @@ def problem(
         state0: A non-zero initial state, else None.
         biases: "native" (bias_ih, and bias_hh for GRU reset-after), "both", "none", "bias_ih", "bias_hh".
         upstream: Which gradients come in; dstates only with return_states.
+        gain: Of layer norm, about which its gains are drawn. 0.1 as in Cooijmans et al., "Recurrent batch
+            normalization", 2016; with 1 many problems are chaotic, and an error grows with every step.
     """
     rng = np.random.default_rng([seed, T, B, I, H])
 
@@ -140,6 +145,10 @@ def problem(
     h0 = tuple(normal(B, H) for _ in cell.states)
     dstateT = tuple(normal(B, H) for _ in cell.states)
     dstates = tuple(normal(T, B, H) for _ in cell.states)
+    if cell.layer_norm:
+        drawn = {w: normal(H if w.endswith("_c") else rows) / 4 for w in layer_norm.weights(cell)}
+        drawn |= {w: np.float32(gain) * (1 + drawn[w]) for w in drawn if w.startswith("gain")}
+        weights = weights._replace(**drawn)
     n = resets = None
     if reset:
         resets = rng.random((T, B)) < 0.3
@@ -171,10 +180,12 @@ def problem(
 def name(cell: Cell, options: dict[str, Any] | None = None) -> str:
     """A test id."""
     parts = [cell.name]
-    if cell == RNN(relu=True):
+    if isinstance(cell, RNN) and cell.relu:
         parts.append("relu")
-    if cell == GRU(reset_after=False):
+    if isinstance(cell, GRU) and not cell.reset_after:
         parts.append("before")
+    if cell.layer_norm:
+        parts.append("norm")
     for key, value in (options or {}).items():
         parts.append(key if value is True else f"{key}={value}")
     return "-".join(parts)

@@ -11,7 +11,7 @@ import pytest
 from fusedrnn import functional
 from fusedrnn.backends import arguments
 from fusedrnn.backends.protocol import NEED, Weights
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import GRU, LSTM, RNN, layer_norm
 from problems import problem
 
 T, B, I, H = 4, 3, 2, 5
@@ -223,7 +223,7 @@ class TestNormalised:
 
     def test_need(self) -> None:
         assert arguments.check_need(None) == frozenset(NEED)
-        assert arguments.check_need(None, W) == frozenset(NEED) - {"bias_hh"}
+        assert arguments.check_need(None, W) == frozenset(NEED) - {"bias_hh", *layer_norm.WEIGHTS}
         assert arguments.check_need(["x", "bias_hh"], W) == {"x"}
         assert arguments.check_need(()) == frozenset()
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from problems import CELLS, assert_same_bits, name, named, problem, run
+from problems import CELLS, NORMED, assert_same_bits, name, named, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, functional, threads
@@ -29,7 +29,8 @@ CPU = CpuBackend()
 T, B, I, H = 4, 3, 2, 5
 ERRORS = (TypeError, ValueError, OverflowError, MemoryError)
 NAMES = (
-    r"(x|weights?(_ih|_hh)?|bias_(ih|hh)|state0|h0|c0|lengths|reset|dy|dstateT|dstates|d[hc]T|d[hc]_states|"
+    r"(x|weights?(_ih|_hh)?|(bias|gain)_(ih|hh|c)|state0|h0|c0|lengths|reset|dy|dstateT|dstates|d[hc]T|"
+    r"d[hc]_states|"
 )
 NAMED = re.compile(
     NAMES + r"cell|packed|tape|save|need|reverse|return_states|backend|batch_sizes|threads|y)\b"
@@ -114,7 +115,7 @@ WAYS = st.one_of(
         [None, 0, 1.5, "x", (), [], {}, b"", object(), float("nan"), np.float32, print, 10**30]
     ).map(lambda thing: lambda a: thing),
 )
-CELL = st.sampled_from(CELLS)
+CELL = st.sampled_from((*CELLS, *NORMED[:4]))  # what the kernels have
 FLOAT = st.sampled_from([np.float32, np.float64])
 
 
@@ -179,7 +180,7 @@ def core_forward(cell, a, packed=None):
 
 def core_backward(tape, a):
     upstream = (a["dy"], a["dhT"], a.get("dcT"), a["dh_states"], a.get("dc_states"))
-    return _core.backward(tape, *upstream, [True] * 6)
+    return _core.backward(tape, *upstream, [True] * len(NEED))
 
 
 def numbered(results):
@@ -343,7 +344,7 @@ def test_anything_for_any_argument_of_the_compiled_module(data):
     calls = {
         _core.pack: [2, *weights_of(forward)],
         _core.forward: [packed, *(forward[k] for k in ("x", "h0", "c0", "lengths", "reset")), False, True, 1],
-        _core.backward: [tape, *backward.values(), [True] * 6],
+        _core.backward: [tape, *backward.values(), [True] * len(NEED)],
         _core.set_num_threads: [_core.num_threads()],
         _core.testing.activation: [1, forward["h0"][0], ""],
     }
@@ -414,7 +415,7 @@ def test_lengths_out_of_range(value):
         core_forward(LSTM(), forward | {"lengths": lengths}, core_pack(LSTM(), forward))
 
 
-@pytest.mark.parametrize("cell", [-1, 5, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("cell", [-1, len(_core.CELLS), 2**31 - 1, -(2**31)])
 def test_the_compiled_pack_refuses_unknown_cells(cell):
     forward, _ = arguments(LSTM(), np.float32)
     with pytest.raises(ValueError, match="cell"):

@@ -188,6 +188,53 @@ def test_lstm_cell(lstm):
         )
 
 
+def test_lstm_with_layer_norm():
+    weights, x, h0, dy = make(4, False)
+    draw = np.random.default_rng(3).standard_normal
+    weights = weights._replace(gain_ih=draw(4 * H), gain_hh=draw(4 * H), gain_c=draw(H), bias_c=draw(H))
+    c0 = draw((B, H))
+    step, back = page["lstm_norm_step"], page["lstm_norm_back"]
+
+    def loss(weights, x, h, c):
+        total = 0
+        for t in range(T):
+            h, c, _ = step(weights, x[t], h, c)
+            total = total + (h * dy[t]).sum()
+        return total
+
+    before, tape, y, h, c = [], [], [], h0, c0
+    for t in range(T):
+        before.append((h, c))
+        h, c, saved = step(weights, x[t], h, c)
+        tape.append(saved)
+        y.append(h)
+    run = functional.forward(LSTM(layer_norm=True), x, weights, (h0, c0), backend="reference")
+    np.testing.assert_allclose(y, run.y, rtol=0, atol=1e-13)
+
+    dweights = {key: np.zeros_like(w) for key, w in weights._asdict().items() if w is not None}
+    dx, chain, dc = np.empty_like(x), 0, 0
+    for t in reversed(range(T)):
+        h_prev, c_prev = before[t]
+        da, dm, dproduct_x, dproduct_h, chain, dc = back(weights, dy[t] + chain, dc, tape[t], c_prev)
+        *_, norm_x, norm_h, norm_c = tape[t]
+        dx[t] = dproduct_x @ weights.weight_ih
+        dweights["weight_ih"] += dproduct_x.T @ x[t]
+        dweights["weight_hh"] += dproduct_h.T @ h_prev
+        for key, d in (("bias_ih", da), ("gain_ih", da * norm_x[0]), ("gain_hh", da * norm_h[0])):
+            dweights[key] += d.sum(axis=0)
+        dweights["gain_c"] += (dm * norm_c[0]).sum(axis=0)
+        dweights["bias_c"] += dm.sum(axis=0)
+
+    assert_gradient(dx, complex_step(lambda v: loss(weights, v, h0, c0), x))
+    assert_gradient(chain, complex_step(lambda v: loss(weights, x, v, c0), h0))
+    assert_gradient(dc, complex_step(lambda v: loss(weights, x, h0, v), c0))
+    for field, got in dweights.items():
+        truth = complex_step(
+            lambda v, field=field: loss(weights._replace(**{field: v}), x, h0, c0), getattr(weights, field)
+        )
+        assert_gradient(got, truth)
+
+
 def truths(lstm, t):
     """Whole derivatives at step t by the complex step, for the quantities of the page's table."""
     w, x, h0, c0, loss = (lstm[k] for k in ("weights", "x", "h0", "c0", "loss"))

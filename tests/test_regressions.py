@@ -22,12 +22,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from problems import CELLS, assert_close, assert_same_bits, name, problem, run
+from problems import CELLS, NORMED, assert_close, assert_same_bits, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, functional
 from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.backends.protocol import Weights
+from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
 from fusedrnn.stack import backward_stack, forward_stack
@@ -300,10 +300,10 @@ def test_regression_R23_zero_lengths_wrong_ranks_and_foreign_objects():
         for value in (zeros(shape, np.float32), zeros(shape), object(), [[0.0]]):
             upstream = [value if k == place else None for k in range(5)]
             with pytest.raises((TypeError, ValueError)):
-                _core.backward(tape, *upstream, [True] * 6)
+                _core.backward(tape, *upstream, [True] * len(NEED))
     for foreign in (None, p, packed, 7, "tape"):
         with pytest.raises(TypeError):
-            _core.backward(foreign, *[None] * 5, [True] * 6)
+            _core.backward(foreign, *[None] * 5, [True] * len(NEED))
         if foreign is not packed:
             with pytest.raises(TypeError):
                 _core.forward(foreign, *args)
@@ -454,12 +454,20 @@ GOLDEN = {
     "gru float64": "8dd095b52c479548",
     "gru-before float32": "4d511191d9572f15",
     "gru-before float64": "2d7a79bb93c25d5e",
+    "rnn-norm float32": "d1ca16d0522f0558",
+    "rnn-norm float64": "a9550f7c150d1fe3",
+    "rnn-relu-norm float32": "427123125978fe6f",
+    "rnn-relu-norm float64": "91ddb64d1b8ecb63",
+    "lstm-norm float32": "8ade3f5cd7b8a374",
+    "lstm-norm float64": "4adf99e2cdcc2520",
+    "gru-norm float32": "8f50aa588c0596fe",
+    "gru-norm float64": "9307789e150cf280",
 }
 
 
 def golden_digests():
     found = {}
-    for cell in CELLS:
+    for cell in (*CELLS, *NORMED[:4]):
         for dtype in (np.float32, np.float64):
             p = problem(cell, 7, 9, 5, 35, dtype=dtype, lengths=True, reset=True, return_states=True)
             results = run(CPU, p)

@@ -63,7 +63,7 @@ class TestTorch:
         module = getattr(torch.nn, cell.name.upper())(I, H, L, bidirectional=D == 2, dtype=torch.float64)
         parameters = list(module.parameters())
         with torch.no_grad():
-            for parameter, w in zip(parameters, (w for ws in s["weights"] for w in ws), strict=True):
+            for parameter, w in zip(parameters, (w for ws in s["weights"] for w in ws[:4]), strict=True):
                 parameter.copy_(torch.tensor(w))
         x = torch.tensor(s["x"], requires_grad=True)
         state0 = [torch.tensor(a, requires_grad=True) for a in s["state0"]]
@@ -77,14 +77,14 @@ class TestTorch:
         want = {"y": y, "dx": x.grad}
         for state, a, d in zip(cell.states, stateT, state0, strict=True):
             want |= {f"{state}T": a, f"d{state}0": d.grad}
-        keys = [f"d{key}_{n}" for n in range(L * D) for key in Weights._fields]
+        keys = [f"d{key}_{n}" for n in range(L * D) for key in Weights._fields[:4]]
         want |= {key: a.grad for key, a in zip(keys, parameters, strict=True)}
         got = run_stack(cell, s, bidirectional=D == 2, lengths=lengths)
         assert_close(got, {key: a.detach().numpy() for key, a in want.items()}, 5e-15)
 
 
 class TestComposition:
-    @pytest.mark.parametrize("cell", problems.CELLS, ids=name)
+    @pytest.mark.parametrize("cell", [*problems.CELLS, *problems.NORMED], ids=name)
     def test_by_hand(self, cell: Any) -> None:
         """Two layers, two directions, masks, lengths, resets, gradients of all states: call by call."""
         s = stacked(cell, 2, 2)
@@ -120,7 +120,7 @@ class TestComposition:
         np.testing.assert_array_equal(got["dx"], g_low[0].dx + g_low[1].dx)
         for n, (f, g) in enumerate(zip(low + high, g_low + g_high, strict=True)):
             for key, d in g.dweights._asdict().items():
-                np.testing.assert_array_equal(got[f"d{key}_{n}"], d)
+                np.testing.assert_array_equal(got.get(f"d{key}_{n}"), d)
             for k, state in enumerate(cell.states):
                 np.testing.assert_array_equal(got[f"{state}T"][n], f.stateT[k])
                 np.testing.assert_array_equal(got[state][n], f.states[k])

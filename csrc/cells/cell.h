@@ -7,6 +7,9 @@
 
 namespace fusedrnn {
 
+// With layer norm (`layer_norm`) each part of a gate has an accumulator of its own, the input part's first, and a holds
+// the bare products; what the cell's maths takes are their normalised values p. `norm_of` says which accumulators are
+// normalised together: those with the same number, which lie side by side.
 struct Part {
   int first;    // first accumulator it feeds
   int count;    // how many; 0: the cell has no such part

@@ -11,7 +11,7 @@ namespace FUSEDRNN_LEVEL {
 struct GruResetAfter {
   // Accumulators n_x, r, z, q: the input part feeds the first three, the recurrent part the last three.
   static constexpr int gates = 3, accumulators = 4, saved = 4, phases = 1;
-  static constexpr bool has_c = false, has_direct = true, reads_h_prev = true, reads_h = false;
+  static constexpr bool has_c = false, has_direct = true, reads_h_prev = true, reads_h = false, layer_norm = false;
   static constexpr Part input = {0, 3, {2, 0, 1}}, recurrent = {1, 3, {0, 1, 2}}, recurrent2 = {0, 0, {}};
 
   template <class V>
@@ -33,10 +33,34 @@ struct GruResetAfter {
   }
 };
 
+// r and z are normalised together, n by itself.
+struct GruResetAfterLayerNorm {
+  // Accumulators r, z, n of the input part, then of the recurrent part.
+  static constexpr int gates = 3, accumulators = 6, saved = 6, phases = 1;
+  static constexpr bool has_c = false, has_direct = true, reads_h_prev = true, reads_h = false, layer_norm = true;
+  static constexpr Part input = {0, 3, {0, 1, 2}}, recurrent = {3, 3, {0, 1, 2}}, recurrent2 = {0, 0, {}};
+  static constexpr int norm_of(int accumulator) { return accumulator / 3 * 2 + accumulator % 3 / 2; }
+
+  // The plain cell's saved values, from its accumulators n_x, r, z, q.
+  template <class V>
+  FUSEDRNN_INLINE static void forward(const V* p, V h_prev, V* saved, V& h) {
+    const V a[4] = {p[2], p[0] + p[3], p[1] + p[4], p[5]};
+    V c;
+    GruResetAfter::forward(a, h_prev, V::zero(), saved, h, c);
+  }
+  template <class V>
+  FUSEDRNN_INLINE static void backward(const V* p, V h_prev, V, V dh, V* dp, V& direct) {
+    V saved[4], h, da[4], dc;
+    forward(p, h_prev, saved, h);
+    GruResetAfter::backward(saved, h_prev, h, V::zero(), V::zero(), dh, V::zero(), da, dc, direct);
+    dp[0] = dp[3] = da[1], dp[1] = dp[4] = da[2], dp[2] = da[0], dp[5] = da[3];
+  }
+};
+
 struct GruResetBefore {
   // Accumulators r, z, n; the second recurrent part, of r*h, feeds n.
   static constexpr int gates = 3, accumulators = 3, saved = 3, phases = 2;
-  static constexpr bool has_c = false, has_direct = true, reads_h_prev = true, reads_h = false;
+  static constexpr bool has_c = false, has_direct = true, reads_h_prev = true, reads_h = false, layer_norm = false;
   static constexpr Part input = {0, 3, {0, 1, 2}}, recurrent = {0, 2, {0, 1}}, recurrent2 = {2, 1, {2}};
 
   // Phase 1: r and z; `middle` is what the second recurrent part multiplies. n_x waits in saved[2].

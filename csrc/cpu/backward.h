@@ -31,7 +31,7 @@ template <class Cell>
 struct Groups {
   static constexpr bool joint =
       Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count;
-  static constexpr int count = (joint ? 1 : 3) + (Cell::phases == 2);
+  static constexpr int count = (joint ? 1 : Cell::layer_norm ? 2 : 3) + (Cell::phases == 2);
   Group group[4];
   Index block_step = 0;
   // Column ranges, in the order of the joint rows.
@@ -44,7 +44,7 @@ struct Groups {
     if (joint) {
       add(0, 1 + I + P, 0, Cell::accumulators);
     } else {
-      add(0, 1, 0, Cell::accumulators);
+      if (!Cell::layer_norm) add(0, 1, 0, Cell::accumulators);
       add(1, I, Cell::input.first, Cell::input.count);
       add(1 + I, P, Cell::recurrent.first, Cell::recurrent.count);
     }
@@ -92,6 +92,8 @@ struct BackwardRows {
 template <class Cell, class V>
 struct BackwardLoop {
   using T = typename V::scalar;
+  using CellType = Cell;
+  using Vector = V;
   static constexpr int A = Cell::accumulators;
 
   const BackwardJob<T>& job;
@@ -118,6 +120,10 @@ struct BackwardLoop {
     block_begin = worker.by_rows ? 0 : job.blocks * i / n,
     block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
     for (Index b = 0; b < B; ++b) rows.latest[b] = nullptr;
+    if constexpr (Cell::layer_norm)
+      if (job.norm_sums)
+        __builtin_memset(job.norm_sums + row_begin * units * kNormSums<Cell>, 0,
+                         size_t((row_end - row_begin) * units * kNormSums<Cell>) * sizeof(T));
   }
 
   Index later(Index t) const { return job.steps.reverse ? t - 1 : t + 1; }
@@ -250,6 +256,8 @@ struct BackwardLoop {
     }
     const bool done = chains(n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) { cell_at(row, u, dh, dc); });
     if (!done) return false;
+    if constexpr (Cell::layer_norm)
+      for (Index i = 0; i < n; ++i) normed_row_backward(*this, rows.at[i]);
     for (Index i = 0; i < n; ++i) rows.latest[rows.at[i].b] = rows.at[i].da;
     if constexpr (Cell::phases == 2) {
       if (!worker.by_rows && !worker.barrier()) return false;
@@ -303,7 +311,16 @@ struct BackwardLoop {
     if (row.dy) dh = dh + V::load(row.dy + u, in_row);
     if (row.dh_state) dh = dh + V::load(row.dh_state + u, in_row);
     if (Cell::has_c && row.dc_state) dc = dc + V::load(row.dc_state + u, in_row);
+    if constexpr (Cell::layer_norm) {  // needs all units: normed_row_backward
+      dh.store(row.da + offset(u, A));
+      if (Cell::has_c) dc.store(row.da + offset(u, A) + kBlock);
+    } else {
+      gates_at(row, u, dh, dc);
+    }
+  }
 
+  FUSEDRNN_INLINE void gates_at(const BackwardRow<T>& row, Index u, V dh, V dc) const {
+    const Index in_row = job.H - u;
     V saved[Cell::saved + 1], da[A], dc_prev = V::zero(), direct = V::zero();
     for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row.saved + offset(u, Cell::saved) + s * kBlock);
     const V h_prev = Cell::reads_h_prev ? V::load(row.h_prev + u, in_row) : V::zero();
@@ -452,7 +469,7 @@ struct BackwardLoop {
                               0,
                               job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
                               job.da_row,
-                              kBlock,
+                              kWide > 1 ? A * kBlock : kBlock,
                               1,
                               rows_here};
         tile_for<V>(m, vectors)(&p, 1, acc);
@@ -544,10 +561,14 @@ struct BackwardLoop {
     } while (s_end > 0);
     if ((job.dh0 || job.dc0) && !initial_state()) return false;
     if (job.dx && job.steps.lengths) zero_padding();
+    if constexpr (Cell::layer_norm)
+      if (job.norm_sums) unpack_norm_sums(*this);
     if (job.need_weights) {
-      unpack(job.dbias_ih, 0, 1, Cell::input);
-      unpack(job.dbias_hh, 0, 1, Cell::recurrent);
-      unpack(job.dbias_hh, 0, 1, Cell::recurrent2);
+      if constexpr (!Cell::layer_norm) {
+        unpack(job.dbias_ih, 0, 1, Cell::input);
+        unpack(job.dbias_hh, 0, 1, Cell::recurrent);
+        unpack(job.dbias_hh, 0, 1, Cell::recurrent2);
+      }
       unpack(job.dweight_ih, 1, job.I, Cell::input);
       unpack(job.dweight_hh, 1 + job.I, job.P, Cell::recurrent);
       unpack(job.dweight_hh, 1 + job.I + job.P, job.P, Cell::recurrent2);

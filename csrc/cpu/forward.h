@@ -1,6 +1,7 @@
 // The time loop forward, for any cell. It knows no gates. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "cells/regularized.h"
+#include "cpu/layer_norm.h"
 #include "cpu/masks.h"
 #include "cpu/steps.h"
 #include "cpu/tile.h"
@@ -38,10 +39,13 @@ struct ForwardRows {
 template <class Cell, class V>
 struct ForwardLoop {
   using T = typename V::scalar;
+  using CellType = Cell;
+  using Vector = V;
   static constexpr int A = Cell::accumulators;
+  static constexpr int kTile = Cell::layer_norm ? Cell::gates : A;  // vectors of a block in a tile: one part or both
   static constexpr int kWide =
-      A == 1 ? 4 : 1;  // blocks per panel: an Elman tile takes several blocks to fill the registers
-  static constexpr int kRows = max_rows<V>(A * kWide);
+      kTile == 1 ? 4 : 1;  // blocks per panel: an Elman tile takes several blocks to fill the registers
+  static constexpr int kRows = max_rows<V>(kTile * kWide);
 
   const ForwardJob<T>& job;
   const Worker& worker;
@@ -138,7 +142,7 @@ struct ForwardLoop {
             1,
             k,
             weights.block_step,
-            A};
+            kTile};
   }
 
   static TileFn<T> tile_of(int m, const Part& part, int wide) {
@@ -332,12 +336,17 @@ struct ForwardLoop {
   // Steps [begin, end) of the recurrence.
   bool walk(Index begin, Index end) {
     for (Index s = begin; s < end; ++s) {
-      if (job.projected && (s - begin) % job.projected_steps == 0 &&
-          !project(s, s + job.projected_steps < end ? s + job.projected_steps : end))
-        return false;
+      if constexpr (!Cell::layer_norm)
+        if (job.projected && (s - begin) % job.projected_steps == 0 &&
+            !project(s, s + job.projected_steps < end ? s + job.projected_steps : end))
+          return false;
       select_rows(s);
       for (int phase = 1; phase <= Cell::phases; ++phase) {
-        if (!step(phase)) return false;
+        if constexpr (Cell::layer_norm) {
+          if (!normed_step(*this)) return false;
+        } else {
+          if (!step(phase)) return false;
+        }
         if (!worker.by_rows && !worker.barrier()) return false;
       }
       if (job.borders) keep_border(s + 1);

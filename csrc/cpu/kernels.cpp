@@ -29,10 +29,22 @@ bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
   return BackwardLoop<Cell, Vec<T>>(job, worker).run();
 }
 
+// Layer norm is not built together with it: such a cell stands for itself, and src/module.cpp refuses it.
+template <class Cell, bool kBuilt = !Cell::layer_norm>
+struct RegularizedCell {
+  using type = Regularized<Cell>;
+};
+template <class Cell>
+struct RegularizedCell<Cell, false> {
+  using type = Cell;
+};
+template <class Cell>
+using RegularizedOf = typename RegularizedCell<Cell>::type;
+
 template <class Cell>
 constexpr cpu::CellShape shape_of() {
-  return {Cell::gates,      Cell::accumulators, Cell::saved,     Cell::phases,    Cell::has_c,
-          Cell::has_direct, Cell::input,        Cell::recurrent, Cell::recurrent2};
+  return {Cell::gates,      Cell::accumulators, Cell::saved, Cell::phases,    Cell::has_c,
+          Cell::has_direct, Cell::layer_norm,   Cell::input, Cell::recurrent, Cell::recurrent2};
 }
 
 Index forward_scratch(Index B, Index projected_steps) {
@@ -79,17 +91,17 @@ const cpu::Kernels<T> table = {
 #undef X
     },
     {
-#define X(id, type) shape_of<Regularized<type>>(),
+#define X(id, type) shape_of<RegularizedOf<type>>(),
 #include "cells/cells.def"
 #undef X
     },
     {
-#define X(id, type) &run_forward<Regularized<type>>,
+#define X(id, type) &run_forward<RegularizedOf<type>>,
 #include "cells/cells.def"
 #undef X
     },
     {
-#define X(id, type) &run_backward<Regularized<type>>,
+#define X(id, type) &run_backward<RegularizedOf<type>>,
 #include "cells/cells.def"
 #undef X
     },

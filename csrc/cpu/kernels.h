@@ -23,7 +23,7 @@ constexpr int kCells = 0
 // What allocation and packing know of a cell without knowing its maths.
 struct CellShape {
   int gates, accumulators, saved, phases;
-  bool has_c, has_direct;
+  bool has_c, has_direct, layer_norm;
   Part input, recurrent, recurrent2;
 };
 
@@ -88,6 +88,13 @@ struct Regularization {
   T* scratch;        // per thread: three arrays of [B][blocks*16]
 };
 
+// Of layer norm; null without it.
+template <class T>
+struct NormWeights {
+  const T *gain, *bias;      // [block][accumulator][16]
+  const T *gain_c, *bias_c;  // [blocks*16], cells with c
+};
+
 template <class T>
 struct ForwardJob {
   Steps steps;
@@ -111,6 +118,7 @@ struct ForwardJob {
   T* projected;
   Index projected_steps;
   T *hT, *cT, *h_states, *c_states;
+  NormWeights<T> norm;
   bool rows_outside;
   char* scratch;  // per thread
   Index scratch_step;
@@ -136,6 +144,9 @@ struct BackwardJob {
   T* dpacked;  // [block][group of columns][column][accumulator][16]
   Index dpacked_block;
   T *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh;
+  NormWeights<T> norm;
+  T* norm_sums;  // [B][blocks*16*kNormSums], or null: no gradient of a gain or bias is needed
+  T *dgain_ih, *dgain_hh, *dgain_c, *dbias_c;
   T* da;  // a chunk's valid rows: [row][da_row]
   Index da_row;
   T* border;  // [B][da_row]: each row's latest da, kept across chunks

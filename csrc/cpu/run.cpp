@@ -25,6 +25,7 @@ struct PackedWeights {
   Buffer memory;
   cpu::Packed<T> input, recurrent, recurrent2;
   const T* bias;
+  cpu::NormWeights<T> norm;
 };
 
 template <class T>
@@ -134,6 +135,7 @@ Split split_for(const CellShape& shape, const Sizes& n, int threads) {
   const bool worth = thresholds.load(std::memory_order_relaxed);
   const int by_rows = limit(step * double(n.T), worth ? SplitRule::call : 1, n.B);
   const int by_units = limit(step, worth ? SplitRule::step : 1, blocks_of(n.H));
+  if (shape.layer_norm) return {by_rows, true};  // a norm takes all units of a row
   const bool rows = by_rows >= threads
                         ? weight_bytes<T>(shape, n) <= SplitRule::core_cache || n.B >= SplitRule::rows * Index(threads)
                         : by_rows >= by_units;
@@ -168,7 +170,7 @@ template <class T>
 Index projected_steps(const CellShape& shape, const Sizes& n) {
   constexpr Index kRows = 96;  // enough to pay for reading the weights, and their sums stay in the cache
   const bool large = !thresholds || weight_bytes<T>(shape, n) > SplitRule::core_cache;
-  if (n.I < kBlock || n.B < 1 || n.B > (large ? kRows / 4 : 1)) return 0;
+  if (shape.layer_norm || n.I < kBlock || n.B < 1 || n.B > (large ? kRows / 4 : 1)) return 0;
   const Index steps = std::min(n.T, kRows / n.B);
   return steps > 1 ? steps : 0;
 }
@@ -260,8 +262,41 @@ struct PackAll {
 template <class T>
 void set_weights(cpu::ForwardJob<T>& job, const PackedWeights<T>& packed) {
   job.input = packed.input, job.recurrent = packed.recurrent, job.recurrent2 = packed.recurrent2,
-  job.bias = packed.bias;
+  job.bias = packed.bias, job.norm = packed.norm;
 }
+
+// Gains or biases in the order of the accumulators; each adds to what its part's accumulators have.
+template <class T>
+void pack_vectors(const CellShape& shape, Index H, const T* ih, const T* hh, T* out) {
+  std::fill(out, out + blocks_of(H) * shape.accumulators * kBlock, T(0));
+  const auto add = [&](const T* from, const Part& part) {
+    for (int s = 0; from && s < part.count; ++s)
+      for (Index u = 0; u < H; ++u)
+        out[(u / kBlock * shape.accumulators + part.first + s) * kBlock + u % kBlock] += from[part.gate[s] * H + u];
+  };
+  add(ih, shape.input);
+  add(hh, shape.recurrent);
+  add(hh, shape.recurrent2);
+}
+
+// What layer norm multiplies and adds, in memory of its own kind.
+template <class T>
+struct PackedNorm {
+  T *gain, *gain_c, *bias_c;
+  void take(Layout<T>& layout, const CellShape& shape, Index blocks) {
+    const Index some = shape.layer_norm ? blocks : 0, states = shape.has_c ? some : 0;
+    gain = layout.take({some, shape.accumulators, kBlock});
+    gain_c = layout.take({states, kBlock}), bias_c = layout.take({states, kBlock});
+  }
+  cpu::NormWeights<T> fill(const CellShape& shape, Index H, const Weights<const T>& weights, const T* bias) {
+    if (!shape.layer_norm) return {};
+    pack_vectors(shape, H, weights.gain_ih, weights.gain_hh, gain);
+    if (!shape.has_c) return {gain, bias, nullptr, nullptr};
+    pad_rows(weights.gain_c, 1, H, blocks_of(H) * kBlock, gain_c);
+    pad_rows(weights.bias_c, 1, H, blocks_of(H) * kBlock, bias_c);
+    return {gain, bias, gain_c, bias_c};
+  }
+};
 
 }  // namespace
 
@@ -286,11 +321,13 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
   const Index input_step = block_step<T>(I, shape.input.count),
               recurrent_step = block_step<T>(P, shape.recurrent.count),
               recurrent2_step = shape.recurrent2.count ? block_step<T>(P, shape.recurrent2.count) : 0;
+  PackedNorm<T> norm;
   for (int pass = 0; pass < 2; ++pass) {
     input = layout.take({blocks, input_step});
     recurrent = layout.take({blocks, recurrent_step});
     recurrent2 = layout.take({blocks, recurrent2_step});
     bias = layout.take({blocks, shape.accumulators, kBlock});
+    norm.take(layout, shape, blocks);
     if (pass == 0) packed->memory = layout.allocate();
   }
   packed->input = {input, input_step}, packed->recurrent = {recurrent, recurrent_step},
@@ -305,15 +342,8 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
   all.run(double(shape.gates) * double(H) * double(I + P), poll);
 
   const cpu::ControlWord word(flush_subnormals.load());
-  std::fill(bias, bias + blocks * shape.accumulators * kBlock, T(0));
-  const auto add = [&](const T* from, const Part& part) {
-    for (int s = 0; from && s < part.count; ++s)
-      for (Index u = 0; u < H; ++u)
-        bias[(u / kBlock * shape.accumulators + part.first + s) * kBlock + u % kBlock] += from[part.gate[s] * H + u];
-  };
-  add(weights.bias_ih, shape.input);
-  add(weights.bias_hh, shape.recurrent);
-  add(weights.bias_hh, shape.recurrent2);
+  pack_vectors(shape, H, weights.bias_ih, weights.bias_hh, bias);
+  packed->norm = norm.fill(shape, H, weights, bias);
   return packed;
 }
 
@@ -341,9 +371,10 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const Index ahead = projected_steps<T>(shape, n);
   const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B, ahead)) + 64;
   Buffer memory;
+  const bool keeps = all || shape.phases == 2 || shape.layer_norm;  // read again in the same step
   for (int pass = 0; pass < 2; ++pass) {
     Layout<T>& kept_in = all ? tape_layout : scratch;
-    saved = kept_in.take({!outside && (all || shape.phases == 2) ? rows : 0, shape.saved, units});
+    saved = kept_in.take({!outside && keeps ? rows : 0, shape.saved, units});
     c = kept_in.take({!outside && shape.has_c ? rows : 0, units});
     borders = tape_layout.take({borders_count, n.B, units});
     c0 = scratch.take({call.c0 ? n.B : 0, units});
@@ -380,12 +411,12 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
               n.T,
               all ? n.B : 0,
               all && problem.lengths ? tape->starts.data() : nullptr,
-              shape.saved && (all || shape.phases == 2) ? saved : nullptr,
+              shape.saved && keeps ? saved : nullptr,
               c,
               nullptr};
-  // Written through a cache that cannot hold it, a line would be read first. Phase 2 reads it again at once.
-  job.stream =
-      all && shape.phases == 1 && (!thresholds || rows * shape.saved * units * Index(sizeof(T)) > kSharedCache);
+  // Written through a cache that cannot hold it, a line would be read first. Phase 2 and norms read it again at once.
+  job.stream = all && shape.phases == 1 && !shape.layer_norm &&
+               (!thresholds || rows * shape.saved * units * Index(sizeof(T)) > kSharedCache);
   job.borders = borders_count ? borders : nullptr, job.chunk_steps = chunk.steps;
   job.middle = shape.phases == 2 ? middle : nullptr;
   job.projected = ahead ? projected : nullptr, job.projected_steps = ahead;
@@ -418,7 +449,9 @@ void backward(const BackwardCall<T>& call) {
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
   const Weights<T>& dw = call.dweights;
-  const bool need_weights = dw.weight_ih || dw.weight_hh || dw.bias_ih || dw.bias_hh;
+  const bool need_biases = dw.bias_ih || dw.bias_hh, need_matrices = dw.weight_ih || dw.weight_hh;
+  const bool need_norms = shape.layer_norm && (need_biases || dw.gain_ih || dw.gain_hh || dw.gain_c || dw.bias_c);
+  const bool need_weights = need_matrices || (need_biases && !shape.layer_norm);
 
   const Chunk<T> chunk(shape, n);
   const bool replay = call.tape->save == Save::borders && shape.saved;  // an Elman cell saves nothing but y
@@ -426,7 +459,8 @@ void backward(const BackwardCall<T>& call) {
   Layout<T> layout;
   T *c0 = nullptr, *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr,
     *da = nullptr, *border = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr,
-    *c = nullptr, *middle = nullptr, *h_out = nullptr, *masks = nullptr;
+    *c = nullptr, *middle = nullptr, *h_out = nullptr, *bias = nullptr, *norm_sums = nullptr, *masks = nullptr;
+  PackedNorm<T> norm;
   char *threads = nullptr, *replay_threads = nullptr;
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
   const Index input_step = block_step<T>(units, k_input), recurrent_step = block_step<T>(units, k_recurrent),
@@ -456,6 +490,9 @@ void backward(const BackwardCall<T>& call) {
     dc = layout.take({shape.has_c ? n.B : 0, units});
     direct = layout.take({shape.has_direct ? n.B : 0, units});
     masks = layout.take({regularization_memory(problem, split.threads), n.B, units});
+    bias = layout.take({shape.layer_norm ? blocks : 0, shape.accumulators, kBlock});
+    norm.take(layout, shape, blocks);
+    norm_sums = layout.take({need_norms ? n.B : 0, units, 2 * shape.accumulators + 2 * shape.has_c});
     threads =
         reinterpret_cast<char*>(layout.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     if (pass == 0) memory = layout.allocate();
@@ -511,6 +548,13 @@ void backward(const BackwardCall<T>& call) {
   job.need_weights = need_weights;
   job.dpacked = dpacked, job.dpacked_block = dpacked_block;
   job.dweight_ih = dw.weight_ih, job.dweight_hh = dw.weight_hh, job.dbias_ih = dw.bias_ih, job.dbias_hh = dw.bias_hh;
+  if (shape.layer_norm) {
+    const cpu::ControlWord word(flush_subnormals.load());
+    pack_vectors(shape, n.H, call.weights.bias_ih, call.weights.bias_hh, bias);
+    job.norm = norm.fill(shape, n.H, call.weights, bias);
+    job.norm_sums = need_norms ? norm_sums : nullptr;
+    job.dgain_ih = dw.gain_ih, job.dgain_hh = dw.gain_hh, job.dgain_c = dw.gain_c, job.dbias_c = dw.bias_c;
+  }
   job.da = da, job.da_row = chunk.da_row, job.border = border, job.inputs = inputs, job.inputs_row = chunk.inputs_row;
   job.dc = dc, job.direct = direct;
   job.chunk_steps = chunk.steps;

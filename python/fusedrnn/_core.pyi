@@ -20,7 +20,15 @@ class Tape:
     def sizes(self) -> tuple[int, int, int, int, int]: ...  # T, B, I, H, P
 
 def pack(
-    cell: int, weight_ih: _Array, weight_hh: _Array, bias_ih: _Array | None, bias_hh: _Array | None
+    cell: int,
+    weight_ih: _Array,
+    weight_hh: _Array,
+    bias_ih: _Array | None,
+    bias_hh: _Array | None,
+    gain_ih: _Array | None = None,
+    gain_hh: _Array | None = None,
+    gain_c: _Array | None = None,
+    bias_c: _Array | None = None,
 ) -> Packed: ...
 def forward(
     packed: Packed,
@@ -46,6 +54,10 @@ def tape(
     weight_hh: _Array,
     bias_ih: _Array | None,
     bias_hh: _Array | None,
+    gain_ih: _Array | None,
+    gain_hh: _Array | None,
+    gain_c: _Array | None,
+    bias_c: _Array | None,
     lengths: npt.NDArray[np.int64] | None,
     reset: npt.NDArray[np.bool_] | None,
     reverse: bool,
@@ -61,7 +73,7 @@ def backward(
     dh_states: _Array | None,
     dc_states: _Array | None,
     need: Sequence[bool],
-) -> tuple[Any, ...]: ...  # dx, the four dweights, dh0, dc0; None for what was not needed
+) -> tuple[Any, ...]: ...  # dx, the dweights, dh0, dc0; None for what was not needed
 def info() -> dict[str, Any]: ...
 def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None: ...

@@ -154,13 +154,15 @@ def forward(
 
     Formulas and their sources are in ``fusedrnn.cells``: Elman 1990 for ``RNN``, Hochreiter and Schmidhuber
     1997 with the forget gate of Gers et al. 2000 for ``LSTM``, Cho et al. 2014 for
-    ``GRU(reset_after=False)``, and PyTorch's and cuDNN's form for ``GRU()``.
+    ``GRU(reset_after=False)``, and PyTorch's and cuDNN's form for ``GRU()``; Ba, Kiros and Hinton 2016 for
+    ``layer_norm=True``, as in ``fusedrnn.cells.layer_norm``.
 
     Args:
         cell: ``RNN()``, ``LSTM()`` or ``GRU()`` with its options.
         x: (T, B, I), any strides over T and B; float32 or float64 (long double and complex in the reference).
         weights: ``Weights`` in PyTorch's layout, weight_ih (G*H, I), weight_hh (G*H, P), bias_ih and bias_hh
-            (G*H,) or None, of x's dtype; or what ``pack`` returned.
+            (G*H,) or None, of x's dtype; of a cell with ``layer_norm`` also gain_ih and gain_hh (G*H,), of an
+            LSTM gain_c and bias_c (H,); or what ``pack`` returned.
         state0: (h,) or (h, c), each (B, ·), of x's dtype; None is zeros.
         lengths: (B,) integers from 0 to T. From its length on a row's state stands still and y is 0.
         reset: (T, B) bool, true where step t is the first of a new segment: the state is cut between t-1

@@ -23,7 +23,7 @@ from fusedrnn import backends as registry
 from fusedrnn import functional
 from fusedrnn import stack as layered
 from fusedrnn.backends.protocol import Array, Regularization, Weights
-from fusedrnn.cells import CELLS, Cell
+from fusedrnn.cells import CELLS, Cell, layer_norm
 from fusedrnn.gradcheck import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
 from fusedrnn.problems import Shape
 
@@ -44,6 +44,7 @@ class Option:
     save: str = "all"
     recurrent_dropout: float = 0.0
     zoneout: float = 0.0  # of h, and of c where there is one
+    layer_norm: bool = False
 
 
 OPTIONS = {
@@ -63,6 +64,8 @@ OPTIONS = {
     "both of them, all": Option("both", True, True, True, True, True, recurrent_dropout=0.25, zoneout=0.25),
     "2 layers": Option(layers=2, dropout=0.3),
     "2 layers, both directions, all": Option("both", True, True, True, False, True, 2, True, 0.3),
+    "layer norm": Option(layer_norm=True),
+    "layer norm, all together": Option("both", True, True, True, True, True, layer_norm=True),
 }
 DTYPES = ("float32", "float64")
 SIZES = (Shape(13, 5, 3, 7), Shape(37, 19, 5, 17), Shape(256, 2, 1, 31))
@@ -95,6 +98,7 @@ def variants() -> dict[str, Cell]:
     found: dict[str, Cell] = {}
     for name, cell in CELLS.items():
         switches = [f for f in dataclasses.fields(cell) if isinstance(f.default, bool)]
+        switches = [f for f in switches if f.name != "layer_norm"]  # that is one of OPTIONS
         for values in itertools.product(*([f.default, not f.default] for f in switches)):
             chosen: dict[str, Any] = {f.name: v for f, v in zip(switches, values, strict=True)}
             other = [f" {f.name}={chosen[f.name]}" for f in switches if chosen[f.name] != f.default]
@@ -242,7 +246,8 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
     D = 2 if option.bidirectional else 1
     N = option.layers * D
     rng = np.random.default_rng([seed, T, B, I, H])
-    own = "both" if len(cell.saves) > cell.gates else "ih"  # GRU reset-after, whose bias_hh is no mere addend
+    cell = dataclasses.replace(cell, layer_norm=option.layer_norm)
+    own = "both" if "q" in cell.saves else "ih"  # GRU reset-after, whose bias_hh is no mere addend
     biases = own if option.biases == "own" else option.biases
 
     def normal(*shape: int) -> Array:
@@ -261,6 +266,7 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
         )
         for n in range(N)
     )
+    weights = tuple(w._replace(**_norm_weights(cell, H, rng)) for w in weights)
     lengths = rng.integers(1, T + 1, B) if option.lengths else None
     if lengths is not None:
         lengths[: min(2, B)] = (T, 0)[: min(2, B)]
@@ -282,6 +288,15 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
         dstates=tuple(normal(N, T, B, H) for _ in range(states)) if option.return_states else None,
     )
     return problem.cast(dtype)
+
+
+def _norm_weights(cell: Cell, H: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Of layer norm: gains about 0.1, as in Cooijmans et al. 2016 (about 1 many problems are chaotic)."""
+    drawn = {
+        name: rng.standard_normal(H if name.endswith("_c") else cell.gates * H) / 4
+        for name in layer_norm.weights(cell)
+    }
+    return drawn | {name: 0.1 * (1 + drawn[name]) for name in drawn if name.startswith("gain")}
 
 
 def _poisoned(problem: _Problem) -> _Problem:
@@ -440,7 +455,7 @@ def _prove(cell_name: str, cell: Cell, option: str, size: Shape, seed: int) -> R
         steps = [1j * h * v for v in directions]
         if name == "dx":
             moved = dataclasses.replace(lifted, x=lifted.x + steps[0])
-        elif name.startswith(("dweight", "dbias")):
+        elif name[1:] in Weights._fields:
             moved = dataclasses.replace(
                 lifted,
                 weights=tuple(

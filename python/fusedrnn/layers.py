@@ -8,6 +8,7 @@ call with ``(B, I)`` is one time step, one with ``(T, B, I)`` a whole sequence i
 # NumPy methods on arrays of open dtype give Any
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from fusedrnn import cells, cuda, npz
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable, config
 from fusedrnn.backends.arguments import check_regularization
-from fusedrnn.backends.protocol import Regularization
+from fusedrnn.backends.protocol import Regularization, Weights
 
 PathLike = str | os.PathLike[str]
 State = tuple[Variable, ...]
@@ -211,13 +212,17 @@ class Recurrent(Layer):
         fused: one node per call, by a kernel. False: one node per operation, to read and to compare with.
         backend: the name of a backend; None: the best one.
         recompute: keep few states for backward and run forward again there, to save memory.
+        layer_norm: normalise the gates' input and recurrent parts, and an LSTM's c on its way to h
+            (``fusedrnn.cells.layer_norm``; Ba, Kiros and Hinton 2016).
 
-    Parameters: ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, H), ``bias_ih`` (G*H,), ``bias_hh`` (G*H,). With
-        several layers or directions their names end in ``_l0``, ``_l1_reverse`` and so on, as in PyTorch.
+    Parameters: ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, H), ``bias_ih`` (G*H,), ``bias_hh`` (G*H,); with
+        ``layer_norm`` also ``gain_ih`` (G*H,), ``gain_hh`` (G*H,), and of an LSTM ``gain_c`` (H,) and
+        ``bias_c`` (H,). With several layers or directions their names end in ``_l0``, ``_l1_reverse`` and so
+        on, as in PyTorch.
 
     Every matrix of a gate starts as ``randn(I, H) * sqrt(1 / I)`` and lies transposed in its place; biases
-    start at zero. Drawn from NumPy's global generator, layer by layer: first the input matrices, then the
-    hidden ones; what depends on an unknown ``in_size`` is drawn at the first call.
+    start at zero, gains at one. Drawn from NumPy's global generator, layer by layer: first the input
+    matrices, then the hidden ones; what depends on an unknown ``in_size`` is drawn at the first call.
     """
 
     draws: ClassVar[tuple[int, ...]]  # the gates in the order they are drawn
@@ -244,8 +249,9 @@ class Recurrent(Layer):
         fused: bool = True,
         backend: str | None = None,
         recompute: bool = False,
+        layer_norm: bool = False,
     ) -> None:
-        self.cell = cell
+        self.cell = dataclasses.replace(cell, layer_norm=bool(layer_norm))
         self.hidden_size = _size("hidden_size", hidden_size)
         self.in_size = None if in_size is None else _size("in_size", in_size)
         self.num_layers = _size("num_layers", num_layers)
@@ -269,16 +275,17 @@ class Recurrent(Layer):
             ends = ("", "_reverse") if bidirectional else ("",)
             self.suffixes = [f"_l{k}{end}" for k in range(num_layers) for end in ends]
         rows = cell.gates * hidden_size
+        biases = ("bias_ih", "bias_hh") if self.two_biases else ("bias_ih",)
+        vectors = (*(biases if bias else ()), *cells.layer_norm.weights(self.cell))
         for suffix in self.suffixes:
-            for name in ("weight_ih", "weight_hh"):
-                setattr(self, name + suffix, Parameter(None, name=name + suffix))
-            for name in ("bias_ih", "bias_hh"):
-                if bias and (name == "bias_ih" or self.two_biases):
+            for name in Weights._fields:
+                parameter = None
+                if name.startswith("weight") or name in vectors:
                     parameter = Parameter(None, name=name + suffix)
-                    parameter.assign(np.zeros(rows, self.dtype))
-                    setattr(self, name + suffix, parameter)
-                else:
-                    setattr(self, name + suffix, None)
+                if parameter is not None and name in vectors:
+                    size = hidden_size if name.endswith("_c") else rows
+                    parameter.assign(np.full(size, name.startswith("gain"), self.dtype))
+                setattr(self, name + suffix, parameter)
         self._packed: tuple[Any, Any] | None = None
         self._draw(hidden=self.in_size is not None or not self.draws_hidden_late)
         self.reset_state()
@@ -509,7 +516,7 @@ class Recurrent(Layer):
         own = vars(self)
         names: list[str] = []
         weights: list[Variable] = []
-        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        for name in Weights._fields:
             parameter = own[name + suffix]
             if parameter is not None:
                 names.append(name)
@@ -524,6 +531,21 @@ class Recurrent(Layer):
     def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
         """One step of one layer, spelled out; ``w`` holds the weights, transposed, or None."""
         raise NotImplementedError(f"{type(self).__name__}.operations")
+
+    def _part(self, w: Mapping[str, Any], part: str, v: Variable, gates: slice = slice(None)) -> Variable:
+        """``weight v + bias``, of part "ih" or "hh", of some gates; with layer norm of the product."""
+        H, (first, last, _) = self.hidden_size, gates.indices(self.cell.gates)
+        weight, bias, gain = (w[f"{kind}_{part}"] for kind in ("weight", "bias", "gain"))
+        if gates != slice(None):
+            rows = slice(first * H, last * H)
+            weight = weight[:, rows]
+            bias, gain = (None if b is None else b[rows] for b in (bias, gain))
+        if not self.cell.layer_norm:
+            return F.linear(v, weight, bias)
+        a = F.linear(v, weight)
+        groups = [(k - first, end - first) for k, end in self.cell.norms if first <= k and end <= last]
+        a = F.concatenate([_normalised(a[:, k * H : end * H]) for k, end in groups], axis=1) * gain
+        return a if bias is None else a + bias
 
     def _unfused(
         self,
@@ -578,7 +600,7 @@ class Recurrent(Layer):
     ) -> tuple[list[Variable], State, list[State]]:
         """One layer in one direction: its y at every step, the final state, the state after every step."""
         names, weights = self._slots(suffix)
-        w: dict[str, Variable | None] = {"bias_ih": None, "bias_hh": None}
+        w: dict[str, Variable | None] = dict.fromkeys(Weights._fields)
         w |= {name: p.T if p.ndim == 2 else p for name, p in zip(names, weights, strict=True)}
         T = len(inputs)
         ys: list[Any] = [None] * T
@@ -637,7 +659,7 @@ class Recurrent(Layer):
             columns = self.in_size if k < D else H * D
             rows = self.cell.gates * H
             full: dict[str, tuple[int | None, ...]] = {"weight_ih": (rows, columns), "weight_hh": (rows, H)}
-            full |= {"bias_ih": (rows,), "bias_hh": (rows,)}
+            full |= {n: (H if n.endswith("_c") else rows,) for n in Weights._fields[2:]}
             shapes |= {n + suffix: s for n, s in full.items() if vars(self)[n + suffix] is not None}
         return shapes
 
@@ -686,6 +708,7 @@ class RNN(Recurrent):
     draws = (0,)
     framework_names = ("h",)
     draws_hidden_late = True
+    cell: cells.RNN
 
     def __init__(
         self, hidden_size: int, in_size: int | None = None, *, relu: bool = False, **options: Any
@@ -693,8 +716,8 @@ class RNN(Recurrent):
         super().__init__(hidden_size, in_size, cell=cells.RNN(relu=relu), **options)
 
     def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
-        a = F.linear(x, w["weight_ih"], w["bias_ih"]) + F.linear(state[0], w["weight_hh"], w["bias_hh"])
-        return (F.relu(a) if self.cell == cells.RNN(relu=True) else F.tanh(a),)
+        a = self._part(w, "ih", x) + self._part(w, "hh", state[0])
+        return (F.relu(a) if self.cell.relu else F.tanh(a),)
 
 
 class LSTM(Recurrent):
@@ -722,10 +745,10 @@ class LSTM(Recurrent):
 
     def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
         h, c = state
-        a = F.linear(x, w["weight_ih"], w["bias_ih"]) + F.linear(h, w["weight_hh"], w["bias_hh"])
-        ai, af, ag, ao = _gates(a, 4)
+        ai, af, ag, ao = _gates(self._part(w, "ih", x) + self._part(w, "hh", h), 4)
         c = F.sigmoid(af) * c + F.sigmoid(ai) * F.tanh(ag)
-        return F.sigmoid(ao) * F.tanh(c), c
+        m = _normalised(c) * w["gain_c"] + w["bias_c"] if self.cell.layer_norm else c
+        return F.sigmoid(ao) * F.tanh(m), c
 
 
 class GRU(Recurrent):
@@ -750,16 +773,15 @@ class GRU(Recurrent):
 
     def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
         (h,) = state
-        H = self.hidden_size
-        xr, xz, xn = _gates(F.linear(x, w["weight_ih"], w["bias_ih"]), 3)
+        xr, xz, xn = _gates(self._part(w, "ih", x), 3)
         if self.cell.reset_after:
-            hr, hz, hn = _gates(F.linear(h, w["weight_hh"], w["bias_hh"]), 3)
+            hr, hz, hn = _gates(self._part(w, "hh", h), 3)
             r, z = F.sigmoid(xr + hr), F.sigmoid(xz + hz)
             n = F.tanh(xn + r * hn)
         else:
-            hr, hz = _gates(F.linear(h, w["weight_hh"][:, : 2 * H]), 2)
+            hr, hz = _gates(self._part(w, "hh", h, slice(2)), 2)
             r, z = F.sigmoid(xr + hr), F.sigmoid(xz + hz)
-            n = F.tanh(xn + F.linear(r * h, w["weight_hh"][:, 2 * H :]))
+            n = F.tanh(xn + self._part(w, "hh", r * h, slice(2, 3)))
         return ((1 - z) * n + z * h,)
 
 
@@ -767,6 +789,12 @@ def _gates(a: Variable, count: int) -> tuple[Variable, ...]:
     """The gates, side by side on the last axis."""
     H = a.shape[-1] // count
     return tuple(a[:, k * H : (k + 1) * H] for k in range(count))
+
+
+def _normalised(v: Variable) -> Variable:
+    """What a gain of layer norm multiplies, one operation after the other."""
+    d = v - v.sum(axis=1, keepdims=True) / v.shape[1]
+    return d / ((d * d).sum(axis=1, keepdims=True) / v.shape[1] + cells.layer_norm.EPSILON) ** 0.5
 
 
 def _draw(in_size: int, out_size: int, dtype: np.dtype[Any]) -> Array:

@@ -44,16 +44,19 @@ struct Options {
 
 template <class T>
 std::uint64_t run(CellId cell, Sizes n, const Options& o) {
-  const Index G = cell == CellId::lstm                                                  ? 4
-                  : cell == CellId::gru_reset_after || cell == CellId::gru_reset_before ? 3
-                                                                                        : 1;
-  const bool c = cell == CellId::lstm;
+  const bool norm = cell >= CellId::rnn_tanh_layer_norm;
+  const bool c = cell == CellId::lstm || cell == CellId::lstm_layer_norm;
+  const bool rnn = cell == CellId::rnn_tanh || cell == CellId::rnn_relu || cell == CellId::rnn_tanh_layer_norm ||
+                   cell == CellId::rnn_relu_layer_norm;
+  const Index G = c ? 4 : rnn ? 1 : 3;
   const double scale = 0.25;
   Draw draw;
   const Index rows = n.T * n.B;
   const auto x = draw.array<T>(rows * n.I), dy = draw.array<T>(rows * n.H), ds = draw.array<T>(rows * n.H);
   const auto w_ih = draw.array<T>(G * n.H * n.I, scale), w_hh = draw.array<T>(G * n.H * n.H, scale);
   const auto b_ih = draw.array<T>(G * n.H), b_hh = draw.array<T>(G * n.H);
+  const auto g_ih = draw.array<T>(G * n.H), g_hh = draw.array<T>(G * n.H), g_c = draw.array<T>(n.H),
+             b_c = draw.array<T>(n.H);
   const auto h0 = draw.array<T>(n.B * n.H), c0 = draw.array<T>(n.B * n.H), dhT = draw.array<T>(n.B * n.H);
   std::vector<Index> lengths(static_cast<std::size_t>(n.B));
   for (Index b = 0; b < n.B; ++b) lengths[std::size_t(b)] = (b * 5) % (n.T + 1);
@@ -61,9 +64,11 @@ std::uint64_t run(CellId cell, Sizes n, const Options& o) {
   for (unsigned char& r : reset) r = draw.next() > 0.5;
   std::vector<T> y(x.size() / std::size_t(n.I) * std::size_t(n.H)), hT(h0.size()), cT(h0.size()), hs(y.size()),
       cs(y.size()), dx(x.size()), dw_ih(w_ih.size()), dw_hh(w_hh.size()), db_ih(b_ih.size()), db_hh(b_hh.size()),
-      dh0(h0.size()), dc0(h0.size());
+      dh0(h0.size()), dc0(h0.size()), dg_ih(g_ih.size()), dg_hh(g_hh.size()), dg_c(g_c.size()), db_c(b_c.size());
 
-  const Weights<const T> weights = {w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()};
+  Weights<const T> weights = {w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()};
+  if (norm) weights.gain_ih = g_ih.data(), weights.gain_hh = g_hh.data();
+  if (norm && c) weights.gain_c = g_c.data(), weights.bias_c = b_c.data();
   const auto packed = pack<T>(cell, n.I, n.H, n.P, weights);
   ForwardCall<T> f{};
   f.problem = {cell,          n, o.ragged ? lengths.data() : nullptr, o.reset ? reset.data() : nullptr, o.reverse,
@@ -82,11 +87,15 @@ std::uint64_t run(CellId cell, Sizes n, const Options& o) {
   b.dy = {dy.data(), n.B * n.H, n.H}, b.dhT = dhT.data();
   if (o.states) b.dh_states = {ds.data(), n.B * n.H, n.H};
   b.dx = dx.data(), b.dweights = {dw_ih.data(), dw_hh.data(), db_ih.data(), db_hh.data()};
+  if (norm) b.dweights.gain_ih = dg_ih.data(), b.dweights.gain_hh = dg_hh.data();
+  if (norm && c) b.dweights.gain_c = dg_c.data(), b.dweights.bias_c = db_c.data();
   b.dh0 = dh0.data(), b.dc0 = c ? dc0.data() : nullptr;
   backward<T>(b);
 
   Digest digest;
-  for (const auto* a : {&y, &hT, &cT, &hs, &cs, &dx, &dw_ih, &dw_hh, &db_ih, &db_hh, &dh0, &dc0}) digest.add(*a);
+  for (const auto* a :
+       {&y, &hT, &cT, &hs, &cs, &dx, &dw_ih, &dw_hh, &db_ih, &db_hh, &dh0, &dc0, &dg_ih, &dg_hh, &dg_c, &db_c})
+    digest.add(*a);
   return digest.value;
 }
 
@@ -95,8 +104,15 @@ std::uint64_t run(CellId cell, Sizes n, const Options& o) {
 int main() {
   set_thresholds(false);
   cpu::set_num_threads(2);
-  const CellId cells[] = {CellId::rnn_tanh, CellId::rnn_relu, CellId::lstm, CellId::gru_reset_after,
-                          CellId::gru_reset_before};
+  const CellId cells[] = {CellId::rnn_tanh,
+                          CellId::rnn_relu,
+                          CellId::lstm,
+                          CellId::gru_reset_after,
+                          CellId::gru_reset_before,
+                          CellId::rnn_tanh_layer_norm,
+                          CellId::rnn_relu_layer_norm,
+                          CellId::lstm_layer_norm,
+                          CellId::gru_reset_after_layer_norm};
   const Sizes sizes[] = {{2, 3, 5, 7, 7},     {7, 7, 3, 17, 17},    {3, 13, 17, 31, 31},
                          {11, 2, 18, 33, 33}, {4, 1, 16, 100, 100}, {40, 30, 5, 20, 20}};
   const Options options[] = {{false, false, false, false, 0, Save::all, false},
@@ -107,6 +123,7 @@ int main() {
   for (CellId cell : cells)
     for (const Sizes& n : sizes)
       for (const Options& o : options) {
+        if (o.regularized && cell >= CellId::rnn_tanh_layer_norm) continue;  // not built
         const auto of = [](std::uint64_t digest) { return static_cast<unsigned long long>(digest); };
         std::printf("%d %lld,%lld,%lld,%lld %d%d%d%d%lld%d%d %016llx %016llx\n", int(cell), (long long)n.T,
                     (long long)n.B, (long long)n.I, (long long)n.H, o.ragged, o.reset, o.reverse, o.states,

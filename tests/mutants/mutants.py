@@ -23,6 +23,7 @@ FORWARD, BACKWARD, STEPS, PACK, TILE, MASKS = (
     f"cpu/{f}.h" for f in ("forward", "backward", "steps", "pack", "tile", "masks")
 )
 RUN, MATH, TRANSPOSE, PHILOX = "cpu/run.cpp", "simd/math.h", "simd/transpose.h", "simd/philox.h"
+NORM = "cpu/layer_norm.h"
 
 MUTANTS = [
     # the cells, forward
@@ -384,10 +385,10 @@ MUTANTS = [
     Mutant(
         "run: bias_hh twice",
         RUN,
-        "add(weights.bias_hh, shape.recurrent2);",
-        "add(weights.bias_hh, shape.recurrent); add(weights.bias_hh, shape.recurrent2);",
+        "add(hh, shape.recurrent2);",
+        "add(hh, shape.recurrent); add(hh, shape.recurrent2);",
     ),
-    Mutant("run: bias_ih forgotten", RUN, "add(weights.bias_ih, shape.input);", ""),
+    Mutant("run: bias_ih forgotten", RUN, "add(ih, shape.input);", ""),
     Mutant(
         "run: h0 forgotten in backward",
         RUN,
@@ -399,6 +400,66 @@ MUTANTS = [
         RUN,
         "job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr,",
         "job.h0 = call.h0, job.c0 = nullptr,",
+    ),
+    # layer norm
+    Mutant(
+        "norm: units that do not exist count for the variance",
+        NORM,
+        "V::load(mean[n], in_row);",
+        "V::load(mean[n]);",
+    ),
+    Mutant("norm: no epsilon", NORM, "/ count[n] + T(kEpsilon));", "/ count[n]);"),
+    Mutant("norm: gradient keeps its mean", NORM, "dx - V::set(mean[n]));", "dx);"),
+    Mutant(
+        "norm: gradient keeps its part along x",
+        NORM,
+        "fnma(norm.x(u, s), V::set(mean_x[n]), dx - V::set(mean[n]));",
+        "(dx - V::set(mean[n]));",
+    ),
+    Mutant("norm: gradient not scaled", NORM, "return V::set(norm.inverse[n]) * fnma(", "return fnma("),
+    Mutant(
+        "norm: gradient not through the gain",
+        NORM,
+        "dx = dp[s] * V::load(weights.gain + Norm::at(u, s));",
+        "dx = dp[s];",
+    ),
+    Mutant(
+        "norm: gain's gradient without x",
+        NORM,
+        "add_to(sum_at(u, s), dp[s] * x)",
+        "add_to(sum_at(u, s), dp[s])",
+    ),
+    Mutant(
+        "norm: gain_c's gradient of c",
+        NORM,
+        "add_to(sum_at(u, 2 * A), dm * x)",
+        "add_to(sum_at(u, 2 * A), dm)",
+    ),
+    Mutant("norm: carried dc lost", NORM, "(V::load(dc) + back.da(", "(back.da("),
+    Mutant(
+        "norm: h by c without its norm",
+        NORM,
+        "state.parts(weights.gain_c, weights.bias_c, u, &m);\n      Cell::forward_output",
+        "m = V::load(c_out + u);\n      Cell::forward_output",
+    ),
+    Mutant(
+        "norm: sums of the first row alone",
+        NORM,
+        "for (Index b = 0; b < job.steps.B; ++b)",
+        "for (Index b = 0; b < 1; ++b)",
+    ),
+    Mutant(
+        "norm: gru's gates all in one",
+        GRU,
+        "return accumulator / 3 * 2 + accumulator % 3 / 2;",
+        "return accumulator / 3;",
+    ),
+    Mutant("norm: dm without tanh'", LSTM, "dm = dh * o * fnma(u, u, one);", "dm = dh * o;"),
+    Mutant(
+        "norm: bias of the forward pass lost in backward",
+        RUN,
+        "pack_vectors(shape, n.H, call.weights.bias_ih, call.weights.bias_hh, bias);",
+        "pack_vectors<T>(shape, n.H, nullptr, nullptr, bias);",
     ),
     # the activations
     Mutant("math: sigmoid overflows", MATH, "min(V::set(C::sigmoid_one), x)", "x"),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn.backends.protocol import NEED, Array, Regularization, State, Weights
-from fusedrnn.cells import CELLS, Cell
+from fusedrnn.cells import CELLS, Cell, layer_norm
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # what compiled backends take
 
@@ -51,7 +51,7 @@ class BackwardArguments(NamedTuple):
     dy: Array | None
     dstateT: tuple[Array | None, ...] | None
     dstates: tuple[Array | None, ...] | None
-    need: frozenset[str]  # without the biases that the weights lack
+    need: frozenset[str]  # without what the weights lack
 
 
 def check_cell(cell: Any) -> Cell:
@@ -85,9 +85,19 @@ def check_weights(
             f"got {weights.weight_ih.shape}"
         )
     H = rows // gates
-    shapes = {"weight_ih": (rows, I), "weight_hh": (rows, H), "bias_ih": (rows,), "bias_hh": (rows,)}
+    normed = layer_norm.weights(cell)
+    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, I), "weight_hh": (rows, H)}
+    shapes |= dict.fromkeys(("bias_ih", "bias_hh", "gain_ih", "gain_hh"), (rows,))
+    shapes |= dict.fromkeys(("gain_c", "bias_c"), (H,))
+    for name in layer_norm.WEIGHTS:
+        if getattr(weights, name) is not None and name not in normed:
+            raise ValueError(f"{name}: expected None for {cell}, got {_kind(getattr(weights, name))}")
+        if getattr(weights, name) is None and name in normed:
+            raise ValueError(f"{name}: expected an array of shape {shapes[name]} for {cell}, got None")
     checked = [
-        None if value is None and name.startswith("bias") else _checked(name, value, dtype, shapes[name])
+        None
+        if value is None and name not in ("weight_ih", "weight_hh")
+        else _checked(name, value, dtype, shapes[name])
         for name, value in weights._asdict().items()
     ]
     return Weights(*checked), I, H
@@ -245,7 +255,7 @@ def check_backward(
 
 
 def check_need(need: Any, weights: Weights | None = None) -> frozenset[str]:
-    """The names wanted, without the biases that ``weights`` lacks; None means all."""
+    """The names wanted, without those that ``weights`` lacks; None means all."""
     if need is None:
         need = NEED
     if isinstance(need, str) or not isinstance(need, Collection):

@@ -66,6 +66,10 @@ def _cell_id(cell: Cell) -> int:
             name = "lstm"
         case GRU():
             name = "gru_reset_after" if cell.reset_after else "gru_reset_before"
+    if cell.layer_norm:
+        name += "_layer_norm"
+        if name not in _core.CELLS:
+            raise ValueError(f"layer_norm: {cell} is not built in the cpu backend; use the reference")
     return int(_core.CELLS.index(name))
 
 

@@ -92,10 +92,12 @@ class NumbaBackend:
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         checked, I, H = check_weights(cell, weights)
+        if cell.layer_norm:
+            raise ValueError("layer_norm: is not built in the numba backend; use cpu or reference")
         G = cell.gates
         x_gates = list(range(G))
         bias_ih, bias_hh = (
-            np.zeros((G, H), checked.weight_ih.dtype) if b is None else b.reshape(G, H) for b in checked[2:]
+            np.zeros((G, H), checked.weight_ih.dtype) if b is None else b.reshape(G, H) for b in checked[2:4]
         )
         bias = bias_ih + bias_hh
         if _reset_after(cell):

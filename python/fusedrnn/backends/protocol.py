@@ -42,6 +42,10 @@ class Weights(NamedTuple):
     weight_hh: Any  # (G*H, P)
     bias_ih: Any = None  # (G*H,) or None
     bias_hh: Any = None  # (G*H,) or None
+    gain_ih: Any = None  # (G*H,), with layer_norm, else None; so are those below
+    gain_hh: Any = None  # (G*H,)
+    gain_c: Any = None  # (H,), LSTM only
+    bias_c: Any = None  # (H,), LSTM only
 
 
 class Regularization(NamedTuple):
@@ -78,7 +82,7 @@ class Gradients(NamedTuple):
     dstate0: State | None
 
 
-NEED = ("x", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "state0")
+NEED = ("x", *Weights._fields, "state0")
 
 
 class Backend(Protocol):

@@ -7,6 +7,7 @@ does to the gates is in ``fusedrnn.cells``; the derivation is in docs/bptt.md.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from fusedrnn import masks
 from fusedrnn.backends.arguments import ForwardArguments, check_backward, check_forward, check_weights
 from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Weights
-from fusedrnn.cells import Cell
+from fusedrnn.cells import Cell, layer_norm
 
 DTYPES = tuple(np.dtype(d) for d in "fdgFDG")
 
@@ -36,7 +37,7 @@ class Run(NamedTuple):
 
     states: list[State]
     new: list[tuple[Array, ...]]  # what the cell made of each step's rows, before zoneout
-    saved: list[tuple[Array, ...]]
+    saved: list[tuple[_Parts, tuple[Array, ...]]]
 
 
 @dataclass(frozen=True)
@@ -147,53 +148,108 @@ class ReferenceBackend:
                         for c, ds in zip(chain, upstream, strict=True)
                     )
                     before = _cleared(step, states[k])
-                    recurrent, keeps = _Recurrent(a, step), _keeps(a, step)
+                    parts, gates = saved[k]
+                    norm = functools.partial(parts.norm_backward, dweights=dweights)
+                    keeps = _keeps(a, step)
                     dnew = _each(keeps, lambda keep, d: keep * d, dstate)
                     dbefore, da_x, da_h = a.cell.step_backward(
-                        dnew, saved[k], before, new[k], recurrent.product
+                        dnew, gates, before, new[k], parts.product, norm
                     )
                     dbefore = _each(keeps, lambda keep, d, all_d: d + (1 - keep) * all_d, dbefore, dstate)
                     dbefore = _stopped(step, dbefore)
                     chain = tuple(_put(c, rows, d) for c, d in zip(chain, dbefore, strict=True))
+                    _add_bias_and_gain_gradients(dweights, parts, da_x, da_h)
+                    dproducts_x, dproducts_h = parts.products("ih", da_x), parts.products("hh", da_h)
                     if dx is not None:
-                        dx[t, rows] = np.concatenate(da_x, axis=-1) @ a.weights.weight_ih
+                        dx[t, rows] = np.concatenate(dproducts_x, axis=-1) @ a.weights.weight_ih
                     operands = [
-                        (first, last, recurrent.dropped(v))
-                        for first, last, v in a.cell.operands(saved[k], before[0])
+                        (first, last, parts.dropped(v))
+                        for first, last, v in a.cell.operands(gates, before[0])
                     ]
-                    _add_weight_gradients(dweights, a.x[t, rows], operands, da_x, da_h)
+                    _add_weight_gradients(dweights, a.x[t, rows], operands, dproducts_x, dproducts_h)
         return Gradients(dx, dweights, chain if "state0" in b.need else None)
 
 
-class _Recurrent:
-    """The products with weight_hh of one step, over the gates first..last-1."""
+class _Parts:
+    """The products of one step with the weights, with layer norm each normalised; recurrent dropout.
+
+    What is normalised is remembered for the way back, where gradients of the gates come in and lead through
+    the norms to those of the products.
+    """
 
     def __init__(self, a: ForwardArguments, step: Step) -> None:
-        self.weights, self.H = a.weights, a.sizes.H
-        self.mask = None  # (rows, H): recurrent dropout
+        self.cell, self.weights, self.H = a.cell, a.weights, a.sizes.H
+        self.mask = None  # (rows, H)
         r = a.regularization
         if r is not None and r.seed is not None and r.recurrent_dropout:
             rate = r.recurrent_dropout
             kept = masks.keep(rate, "recurrent_dropout", r.seed, r.stream, 0, _numbers(a, step), self.H)
             self.mask = np.where(kept, 1 / (1 - rate) if rate < 1 else 0, 0).astype(a.x.dtype)
+        self.normed: dict[tuple[str, int], layer_norm.Normed] = {}  # by part, "ih" or "hh", and first gate
+        self.c: layer_norm.Normed
+
+    def input(self, x: Array) -> list[Array]:
+        """weight_ih x + bias_ih, one array for each gate."""
+        return self._gates("ih", x, 0, self.cell.gates)
+
+    def hidden(self, v: Array, first: int, last: int) -> list[Array]:
+        """weight_hh v + bias_hh, one array for each of the gates first..last-1."""
+        return self._gates("hh", self.dropped(v), first, last)
 
     def dropped(self, v: Array) -> Array:
         """v as weight_hh meets it, and the gradient of that as one of v."""
         masked: Array = v if self.mask is None else v * self.mask
         return masked
 
-    def hidden(self, v: Array, first: int, last: int) -> list[Array]:
-        """weight_hh v + bias_hh, one array for each gate."""
-        gates = slice(first * self.H, last * self.H)
-        a = self.dropped(v) @ self.weights.weight_hh[gates].T
-        if self.weights.bias_hh is not None:
-            a = a + self.weights.bias_hh[gates]
-        return np.split(a, last - first, axis=-1)
+    def norm(self, c: Array) -> Array:
+        """LN(c; gain_c) + bias_c."""
+        self.c = layer_norm.forward(c)
+        m: Array = self.weights.gain_c * self.c.x + self.weights.bias_c
+        return m
 
     def product(self, da: Sequence[Array], first: int, last: int) -> Array:
-        """The way back: da weight_hh, summed over the gates."""
+        """The way back through ``hidden``, summed over the gates."""
+        da = self.products("hh", da, first)
         dv: Array = np.concatenate(da, axis=-1) @ self.weights.weight_hh[first * self.H : last * self.H]
         return self.dropped(dv)
+
+    def norm_backward(self, dm: Array, dweights: Weights) -> Array:
+        """The way back through ``norm``; adds this step's part to the gradients of its weights."""
+        _add_to(dweights.gain_c, dm * self.c.x)
+        _add_to(dweights.bias_c, dm)
+        dc: Array = layer_norm.backward(dm * self.weights.gain_c, self.c)
+        return dc
+
+    def products(self, part: str, da: Sequence[Array], first: int = 0) -> Sequence[Array]:
+        """The gradients of the products ``weight v`` from those of the gates from ``first`` on."""
+        if not self.cell.layer_norm:
+            return da
+        found: list[Array] = []
+        for k, end in self._groups(first, first + len(da)):
+            gain = getattr(self.weights, f"gain_{part}")[k * self.H : end * self.H]
+            dx = np.concatenate(da[k - first : end - first], axis=-1) * gain
+            found += np.split(layer_norm.backward(dx, self.normed[part, k]), end - k, axis=-1)
+        return found
+
+    def normalised(self, part: str) -> Array:
+        """What a gain multiplied."""
+        return np.concatenate([self.normed[part, k].x for k, _ in self.cell.norms], axis=-1)
+
+    def _groups(self, first: int, last: int) -> list[tuple[int, int]]:
+        return [(k, end) for k, end in self.cell.norms if first <= k and end <= last]
+
+    def _gates(self, part: str, v: Array, first: int, last: int) -> list[Array]:
+        weight, bias = getattr(self.weights, f"weight_{part}"), getattr(self.weights, f"bias_{part}")
+        rows = slice(first * self.H, last * self.H)
+        a = v @ weight[rows].T
+        if self.cell.layer_norm:
+            for k, end in self._groups(first, last):
+                self.normed[part, k] = layer_norm.forward(a[:, (k - first) * self.H : (end - first) * self.H])
+            normed = [self.normed[part, k].x for k, _ in self._groups(first, last)]
+            a = np.concatenate(normed, axis=-1) * getattr(self.weights, f"gain_{part}")[rows]
+        if bias is not None:
+            a = a + bias[rows]
+        return np.split(a, last - first, axis=-1)
 
 
 def _numbers(a: ForwardArguments, step: Step) -> Array:
@@ -234,16 +290,15 @@ def _run(a: ForwardArguments, steps: list[Step], state: State) -> Run:
     """Forward over some steps from a state."""
     run = Run([state], [], [])
     for step in steps:
-        ax = a.x[step.t, step.rows] @ a.weights.weight_ih.T
-        if a.weights.bias_ih is not None:
-            ax = ax + a.weights.bias_ih
+        parts = _Parts(a, step)
         before = _cleared(step, state)
-        new, saved = a.cell.step(np.split(ax, a.cell.gates, axis=-1), before, _Recurrent(a, step).hidden)
+        ax = parts.input(a.x[step.t, step.rows])
+        new, gates = a.cell.step(ax, before, parts.hidden, parts.norm)
         after = _each(_keeps(a, step), lambda keep, n, s: keep * n + (1 - keep) * s, new, before)
         state = tuple(_put(s, step.rows, n) for s, n in zip(state, after, strict=True))
         run.states.append(state)
         run.new.append(new)
-        run.saved.append(saved)
+        run.saved.append((parts, gates))
     return run
 
 
@@ -320,14 +375,28 @@ def _add_weight_gradients(
     da_x: Sequence[Array],
     da_h: Sequence[Array],
 ) -> None:
-    """Add one step's part to those of the gradients that are wanted (not None)."""
+    """Add one step's part to those of the gradients of the matrices that are wanted (not None)."""
     if dweights.weight_ih is not None:
         dweights.weight_ih[...] += np.concatenate(da_x, axis=-1).T @ x
     if dweights.weight_hh is not None:
         H = dweights.weight_hh.shape[1]
         for first, last, v in operands:
             dweights.weight_hh[first * H : last * H] += np.concatenate(da_h[first:last], axis=-1).T @ v
-    if dweights.bias_ih is not None:
-        dweights.bias_ih[...] += np.concatenate(da_x, axis=-1).sum(axis=0)
-    if dweights.bias_hh is not None:
-        dweights.bias_hh[...] += np.concatenate(da_h, axis=-1).sum(axis=0)
+
+
+def _add_bias_and_gain_gradients(
+    dweights: Weights, parts: _Parts, da_x: Sequence[Array], da_h: Sequence[Array]
+) -> None:
+    """Add one step's part; the gradients are those of the gates, after any norm."""
+    ax, ah = np.concatenate(da_x, axis=-1), np.concatenate(da_h, axis=-1)
+    _add_to(dweights.bias_ih, ax)
+    _add_to(dweights.bias_hh, ah)
+    if parts.cell.layer_norm:
+        _add_to(dweights.gain_ih, ax * parts.normalised("ih"))
+        _add_to(dweights.gain_hh, ah * parts.normalised("hh"))
+
+
+def _add_to(sum_: Array | None, rows: Array) -> None:
+    """Add the sum over the rows, where it is wanted (not None)."""
+    if sum_ is not None:
+        sum_[...] += rows.sum(axis=0)

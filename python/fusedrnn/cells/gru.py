@@ -69,12 +69,17 @@ def backward_before_gates(drh: Any, direct: Any, r: Any, h_prev: Any) -> tuple[A
 
 @dataclass(frozen=True)
 class GRU:
-    """GRU cell; ``reset_after`` says whether r multiplies the recurrent product (PyTorch) or h before it."""
+    """GRU cell; ``reset_after`` says whether r multiplies the recurrent product (PyTorch) or h before it.
+
+    ``layer_norm``: see ``layer_norm.py``; r and z are normalised together, n by itself.
+    """
 
     reset_after: bool = True
+    layer_norm: bool = False
 
     name: ClassVar[str] = "gru"
     gates: ClassVar[int] = 3
+    norms: ClassVar[tuple[tuple[int, int], ...]] = ((0, 2), (2, 3))
     states: ClassVar[tuple[str, ...]] = ("h",)
 
     @property
@@ -83,7 +88,11 @@ class GRU:
         return ("r", "z", "n", "q") if self.reset_after else ("r", "z", "n")
 
     def step(
-        self, ax: Sequence[Any], state: tuple[Any, ...], hidden: Callable[[Any, int, int], list[Any]]
+        self,
+        ax: Sequence[Any],
+        state: tuple[Any, ...],
+        hidden: Callable[[Any, int, int], list[Any]],
+        norm: Callable[[Any], Any],
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """One step on whole gates; see ``fusedrnn.cells``."""
         (h_prev,) = state
@@ -104,6 +113,7 @@ class GRU:
         before: tuple[Any, ...],
         after: tuple[Any, ...],
         product: Callable[[Sequence[Any], int, int], Any],
+        norm: Callable[[Any], Any],
     ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """One step back on whole gates; see ``fusedrnn.cells``."""
         (dh,) = dstate

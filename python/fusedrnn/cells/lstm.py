@@ -5,7 +5,8 @@
     h = o * tanh(c)
 
 where each ``a`` is ``weight_ih x + bias_ih + weight_hh h_prev + bias_hh`` of its gate. Saves i f g o, and
-c of every step.
+c of every step. With layer norm ``h = o * tanh(m)``, ``m = LN(c; gain_c) + bias_c``, which needs c of all
+units: two phases.
 
 Source: Hochreiter and Schmidhuber 1997, forget gate by Gers et al. 2000; layout as in ``torch.nn.LSTM``.
 """
@@ -43,25 +44,61 @@ def backward(
     return dai, daf, dag, dao, dc * f
 
 
+def forward_state(ai: Any, af: Any, ag: Any, c_prev: Any) -> tuple[Any, Any, Any, Any]:
+    """First phase with layer norm -> c, i, f, g"""
+    i = sigmoid(ai)
+    f = sigmoid(af)
+    g = tanh(ag)
+    return f * c_prev + i * g, i, f, g
+
+
+def forward_output(ao: Any, m: Any) -> tuple[Any, Any, Any]:
+    """Second phase, from the normalised state -> h, o, tanh(m)"""
+    o = sigmoid(ao)
+    u = tanh(m)
+    return o * u, o, u
+
+
+def backward_output(dh: Any, o: Any, u: Any) -> tuple[Any, Any]:
+    """Second phase back -> dao, dm"""
+    return dh * u * o * (ONE - o), dh * o * (ONE - u * u)
+
+
+def backward_state(dc: Any, i: Any, f: Any, g: Any, c_prev: Any) -> tuple[Any, Any, Any, Any]:
+    """First phase back, from the whole gradient of c -> dai, daf, dag, dc_prev"""
+    return dc * g * i * (ONE - i), dc * c_prev * f * (ONE - f), dc * i * (ONE - g * g), dc * f
+
+
 @dataclass(frozen=True)
 class LSTM:
-    """LSTM cell with input, forget and output gate."""
+    """LSTM cell with input, forget and output gate; ``layer_norm``: see ``layer_norm.py``."""
+
+    layer_norm: bool = False
 
     name: ClassVar[str] = "lstm"
     gates: ClassVar[int] = 4
+    norms: ClassVar[tuple[tuple[int, int], ...]] = ((0, 4),)
     states: ClassVar[tuple[str, ...]] = ("h", "c")
 
     @property
     def saves(self) -> tuple[str, ...]:
         """What a step saves for backward beside its states."""
-        return ("i", "f", "g", "o")
+        return ("i", "f", "g", "o", "tanh(m)") if self.layer_norm else ("i", "f", "g", "o")
 
     def step(
-        self, ax: Sequence[Any], state: tuple[Any, ...], hidden: Callable[[Any, int, int], list[Any]]
+        self,
+        ax: Sequence[Any],
+        state: tuple[Any, ...],
+        hidden: Callable[[Any, int, int], list[Any]],
+        norm: Callable[[Any], Any],
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """One step on whole gates; see ``fusedrnn.cells``."""
         h_prev, c_prev = state
         ai, af, ag, ao = (p + q for p, q in zip(ax, hidden(h_prev, 0, 4), strict=True))
+        if self.layer_norm:
+            c, *gates = forward_state(ai, af, ag, c_prev)
+            h, *output = forward_output(ao, norm(c))
+            return (h, c), (*gates, *output)
         h, c, *saved = forward(ai, af, ag, ao, c_prev)
         return (h, c), tuple(saved)
 
@@ -72,12 +109,20 @@ class LSTM:
         before: tuple[Any, ...],
         after: tuple[Any, ...],
         product: Callable[[Sequence[Any], int, int], Any],
+        norm: Callable[[Any], Any],
     ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """One step back on whole gates; see ``fusedrnn.cells``."""
         dh, dc = dstate
-        i, f, g, o = saved
-        *gates, dc_prev = backward(dh, dc, i, f, g, o, before[1], after[1])
-        da = tuple(gates)
+        da: tuple[Any, ...]
+        if self.layer_norm:
+            i, f, g, o, u = saved
+            dao, dm = backward_output(dh, o, u)
+            dai, daf, dag, dc_prev = backward_state(dc + norm(dm), i, f, g, before[1])
+            da = (dai, daf, dag, dao)
+        else:
+            i, f, g, o = saved
+            *gates, dc_prev = backward(dh, dc, i, f, g, o, before[1], after[1])
+            da = tuple(gates)
         return (product(da, 0, 4), dc_prev), da, da
 
     def operands(self, saved: tuple[Any, ...], h_prev: Any) -> list[tuple[int, int, Any]]:

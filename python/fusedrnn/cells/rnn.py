@@ -38,12 +38,17 @@ def backward_relu(dh: Any, h: Any) -> Any:
 
 @dataclass(frozen=True)
 class RNN:
-    """Elman cell: ``h = tanh(a)``, or ``relu(a)`` with ``relu=True``."""
+    """Elman cell: ``h = tanh(a)``, or ``relu(a)`` with ``relu=True``.
+
+    ``layer_norm``: see ``layer_norm.py``.
+    """
 
     relu: bool = False
+    layer_norm: bool = False
 
     name: ClassVar[str] = "rnn"
     gates: ClassVar[int] = 1
+    norms: ClassVar[tuple[tuple[int, int], ...]] = ((0, 1),)
     states: ClassVar[tuple[str, ...]] = ("h",)
 
     @property
@@ -52,7 +57,11 @@ class RNN:
         return ()
 
     def step(
-        self, ax: Sequence[Any], state: tuple[Any, ...], hidden: Callable[[Any, int, int], list[Any]]
+        self,
+        ax: Sequence[Any],
+        state: tuple[Any, ...],
+        hidden: Callable[[Any, int, int], list[Any]],
+        norm: Callable[[Any], Any],
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """One step on whole gates; see ``fusedrnn.cells``."""
         (ah,) = hidden(state[0], 0, 1)
@@ -66,6 +75,7 @@ class RNN:
         before: tuple[Any, ...],
         after: tuple[Any, ...],
         product: Callable[[Sequence[Any], int, int], Any],
+        norm: Callable[[Any], Any],
     ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         """One step back on whole gates; see ``fusedrnn.cells``."""
         backward = backward_relu if self.relu else backward_tanh

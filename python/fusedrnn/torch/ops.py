@@ -28,6 +28,8 @@ _INPUTS = (
     " Tensor? lengths, Tensor? reset"
 )
 
+_NEED = (*NEED[:5], "state0")  # of cells without layer norm
+
 torch.library.define(
     "fusedrnn::recurrence",
     f"({_INPUTS}, str cell, bool reverse, bool return_states, bool save)"
@@ -186,9 +188,9 @@ def _backward(
         _sequence(dy),
         (_whole(dhT), _whole(dcT))[:n],
         (_sequence(dh_states), _sequence(dc_states))[:n] if states else None,
-        need=[name for name, wanted in zip(NEED, need, strict=True) if wanted],
+        need=[name for name, wanted in zip(_NEED, need, strict=True) if wanted],
     )
-    found = (dx, *dweights, *_pair(dstate0))
+    found = (dx, *dweights[:4], *_pair(dstate0))
     return tuple(x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found)
 
 

@@ -97,7 +97,7 @@ class PackedWeights:
             return reason
         rows = cell.gates * H
         shapes = ((rows, I), (rows, H), (rows,), (rows,))
-        for name, w, shape in zip(Weights._fields, weights, shapes, strict=True):
+        for name, w, shape in zip(Weights._fields[:4], weights, shapes, strict=True):
             if w is not None and w.shape != shape:  # PyTorch's own may read past the end of such a one
                 raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(w.shape)}")
         # A tensor of inference mode has no version.
@@ -224,7 +224,9 @@ class Recurrence(torch.autograd.Function):
             [
                 None if a is None or not want else torch.from_numpy(a)
                 for a, want in zip(
-                    (dx, *((dstate0 or (None,) * states) if states else ()), *dweights), wanted, strict=True
+                    (dx, *((dstate0 or (None,) * states) if states else ()), *dweights[:4]),
+                    wanted,
+                    strict=True,
                 )
             ]
         )

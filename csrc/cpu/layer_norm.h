@@ -1,0 +1,321 @@
+// Layer norm, row by row: forward and backward side by side, for any cell that has it. SPDX-License-Identifier:
+// Apache-2.0
+//
+//   x = (a - mean) / sqrt(variance + epsilon),  p = gain * x + bias
+//
+// A row's mean and variance need the bare products of all its units, so the tile's sums go to memory first (to the
+// tape, where backward finds them and makes x again: two passes over a row in the nearest cache against twice the
+// tape). Threads have whole rows. The derivation is in docs/bptt.md.
+#pragma once
+#include "cpu/tile.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+using cpu::kBlock;
+
+// A sum over the units of a row. Its order depends on no lane width: one part for each place in a block of 16, blocks
+// in ascending order, then the 16 parts by halves.
+template <class V>
+struct UnitSum {
+  using T = typename V::scalar;
+  V part[kBlock / V::lanes];
+
+  UnitSum() {
+    for (V& p : part) p = V::zero();
+  }
+  T total() const {
+    alignas(64) T t[kBlock];
+    for (int k = 0; k < int(kBlock / V::lanes); ++k) part[k].store(t + k * V::lanes);
+    for (int n = kBlock / 2; n > 0; n /= 2)
+      for (int i = 0; i < n; ++i) t[i] += t[i + n];
+    return t[0];
+  }
+};
+
+// then(u, k, in_row) for every vector of units: its first unit, which part of a UnitSum it belongs to, and how many of
+// its units exist, if those are fewer than lanes.
+template <class V, class Then>
+FUSEDRNN_INLINE void each_vector(Index H, Then&& then) {
+  for (Index block = 0; block < H; block += kBlock)
+#pragma GCC unroll 8
+    for (int k = 0; k < int(kBlock / V::lanes); ++k) {
+      const Index u = block + k * V::lanes;
+      then(u, k, H - u);
+    }
+}
+
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
+
+// c of an LSTM as something to be normalised: one accumulator.
+struct CellState {
+  static constexpr int accumulators = 1;
+  static constexpr int norm_of(int) { return 0; }
+};
+
+// Mean and 1 / sqrt(variance + epsilon) of each norm of a row [block][accumulator][16], and what is made with them.
+template <class Cell, class V>
+struct RowNorm {
+  using T = typename V::scalar;
+  static constexpr int A = Cell::accumulators, kNorms = Cell::norm_of(A - 1) + 1;
+  static constexpr double kEpsilon = 1e-5;
+
+  const T* const row;
+  alignas(64) T mean[kNorms][V::lanes];
+  T inverse[kNorms];
+  T count[kNorms] = {};  // values that a norm takes together
+
+  static FUSEDRNN_INLINE Index at(Index u, int s) { return u / kBlock * (A * kBlock) + s * kBlock + u % kBlock; }
+
+  RowNorm(const T* row_, Index H) : row(row_) {
+    UnitSum<V> sums[kNorms], squares[kNorms];
+    each_vector<V>(H, [&](Index u, int k, Index in_row) {
+#pragma GCC unroll 8
+      for (int s = 0; s < A; ++s) {
+        V& part = sums[Cell::norm_of(s)].part[k];
+        part = part + V::load(row + at(u, s), in_row);
+      }
+    });
+    for (int s = 0; s < A; ++s) count[Cell::norm_of(s)] += T(H);
+    for (int n = 0; n < kNorms; ++n) V::set(sums[n].total() / count[n]).store(mean[n]);
+    each_vector<V>(H, [&](Index u, int k, Index in_row) {
+#pragma GCC unroll 8
+      for (int s = 0; s < A; ++s) {
+        const int n = Cell::norm_of(s);
+        const V d = V::load(row + at(u, s), in_row) - V::load(mean[n], in_row);  // 0 for units that do not exist
+        squares[n].part[k] = fma(d, d, squares[n].part[k]);
+      }
+    });
+    for (int n = 0; n < kNorms; ++n) inverse[n] = T(1) / square_root(squares[n].total() / count[n] + T(kEpsilon));
+  }
+
+  FUSEDRNN_INLINE V x(Index u, int s) const {
+    const int n = Cell::norm_of(s);
+    return (V::load(row + at(u, s)) - V::set(mean[n][0])) * V::set(inverse[n]);
+  }
+  // p of all accumulators of a vector of units.
+  FUSEDRNN_INLINE void parts(const T* gain, const T* bias, Index u, V* p) const {
+#pragma GCC unroll 8
+    for (int s = 0; s < A; ++s) p[s] = fma(x(u, s), V::load(gain + at(u, s)), V::load(bias + at(u, s)));
+  }
+};
+
+// The way back through the norms of a row: less the mean of dx, and less its part along x, which the variance keeps
+// fixed.
+template <class Cell, class V>
+struct RowNormBackward {
+  using T = typename V::scalar;
+  static constexpr int A = Cell::accumulators;
+
+  const RowNorm<Cell, V>& norm;
+  UnitSum<V> sum[RowNorm<Cell, V>::kNorms], sum_x[RowNorm<Cell, V>::kNorms];
+  T mean[RowNorm<Cell, V>::kNorms], mean_x[RowNorm<Cell, V>::kNorms];
+
+  explicit RowNormBackward(const RowNorm<Cell, V>& norm_) : norm(norm_) {}
+
+  FUSEDRNN_INLINE void add(int s, int k, V dx, V x) {
+    const int n = Cell::norm_of(s);
+    sum[n].part[k] = sum[n].part[k] + dx;
+    sum_x[n].part[k] = fma(dx, x, sum_x[n].part[k]);
+  }
+  void finish() {
+    for (int n = 0; n < RowNorm<Cell, V>::kNorms; ++n)
+      mean[n] = sum[n].total() / norm.count[n], mean_x[n] = sum_x[n].total() / norm.count[n];
+  }
+  FUSEDRNN_INLINE V da(Index u, int s, V dx) const {
+    const int n = Cell::norm_of(s);
+    return V::set(norm.inverse[n]) * fnma(norm.x(u, s), V::set(mean_x[n]), dx - V::set(mean[n]));
+  }
+};
+
+// One row of a step, from its bare products.
+template <class Loop>
+void normed_row(const Loop& loop, Index i) {
+  using V = typename Loop::Vector;
+  using Cell = typename Loop::CellType;
+  using T = typename V::scalar;
+  const auto& job = loop.job;
+  const auto& weights = job.norm;
+  const Index H = job.H;
+  const T *const h_prev = loop.rows.h[i], *const c_prev = loop.rows.c[i];
+  T *const h_out = loop.rows.h_out[i], *const c_out = loop.rows.c_out[i], *const c_state = loop.rows.c_state[i];
+  const RowNorm<Cell, V> norm(loop.rows.saved[i], H);
+  each_vector<V>(H, [&](Index u, int, Index in_row) {
+    V p[Cell::accumulators], h;
+    norm.parts(weights.gain, weights.bias, u, p);
+    if constexpr (Cell::has_c) {
+      V c;
+      Cell::forward_state(p, V::load(c_prev + u), c, h);  // h is o for now
+      c.store(c_out + u);
+      if (c_state) c.store(c_state + u, in_row);
+    } else {
+      V saved[Cell::accumulators];
+      Cell::forward(p, Cell::reads_h_prev ? V::load(h_prev + u, in_row) : V::zero(), saved, h);
+    }
+    h.store(h_out + u, in_row);
+  });
+  if constexpr (Cell::has_c) {
+    const RowNorm<CellState, V> state(c_out, H);
+    each_vector<V>(H, [&](Index u, int, Index in_row) {
+      V m;
+      state.parts(weights.gain_c, weights.bias_c, u, &m);
+      Cell::forward_output(V::load(h_out + u, in_row), m).store(h_out + u, in_row);
+    });
+  }
+}
+
+// A step of all rows of the loop's thread: the tiles of both parts, then the rows.
+template <class Loop>
+bool normed_step(const Loop& loop) {
+  using V = typename Loop::Vector;
+  using Cell = typename Loop::CellType;
+  using T = typename V::scalar;
+  const auto& job = loop.job;
+  const auto products = [&](const auto& weights, const Part& part, const T* const* a, Index k, Index first, int m,
+                            Index block, int wide, Index lane) {
+    alignas(64) T acc[kMaxTile * V::lanes];
+    for (int n = 0; n < wide * part.count * m; ++n) V::zero().store(acc + n * V::lanes);
+    const Product<T> p = Loop::product(weights, part, a + first, k, block, lane);
+    Loop::tile_of(m, part, wide)(&p, 1, acc);
+    for (int w = 0; w < wide; ++w)
+      for (int s = 0; s < part.count; ++s)
+        for (int i = 0; i < m; ++i)
+          V::load(acc + ((w * part.count + s) * m + i) * V::lanes)
+              .store(loop.rows.saved[first + i] + ((block + w) * Cell::accumulators + part.first + s) * kBlock + lane);
+  };
+  const Cut tiles(loop.rows.count, Loop::kRows), panels(job.blocks, loop.width(1));
+  const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
+              inner = job.rows_outside ? panels.pieces : tiles.pieces;
+  for (Index o = 0; o < outer; ++o) {
+    for (Index n = 0; n < inner; ++n) {
+      const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
+      const Index first = tiles.begin(i), block = panels.begin(j);
+      const int m = int(tiles.begin(i + 1) - first), wide = int(panels.begin(j + 1) - block);
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        products(job.input, Cell::input, loop.rows.x, job.I, first, m, block, wide, lane);
+        products(job.recurrent, Cell::recurrent, loop.rows.h, job.P, first, m, block, wide, lane);
+      }
+    }
+    if (job.rows_outside)  // while its products are in the nearest cache
+      for (Index i = tiles.begin(o); i < tiles.begin(o + 1); ++i) normed_row(loop, i);
+    if (!loop.worker.poll()) return false;
+  }
+  if (!job.rows_outside)
+    for (Index i = 0; i < loop.rows.count; ++i) normed_row(loop, i);
+  return true;
+}
+
+// The gradients of gains and biases, summed by themselves for each row of the batch: [block][sum][16], those of the
+// gains, of the biases, of gain_c and of bias_c.
+template <class Cell>
+constexpr int kNormSums = 2 * Cell::accumulators + (Cell::has_c ? 2 : 0);
+
+template <class V>
+FUSEDRNN_INLINE void add_to(typename V::scalar* sum, V v) {
+  (V::load(sum) + v).store(sum);
+}
+
+// One row of a step, back. The gradients of h and c wait in the first accumulators of its da (dh, dc), and are replaced
+// by those of the bare products.
+template <class Loop, class Row>
+void normed_row_backward(const Loop& loop, const Row& row) {
+  using V = typename Loop::Vector;
+  using Cell = typename Loop::CellType;
+  using T = typename V::scalar;
+  constexpr int A = Cell::accumulators, N = kNormSums<Cell>;
+  const auto& job = loop.job;
+  const auto& weights = job.norm;
+  const Index H = job.H, units = job.blocks * kBlock;
+  using Norm = RowNorm<Cell, V>;
+  const Norm norm(row.saved, H);
+  T* const da = row.da;
+  T* const sums = job.norm_sums ? job.norm_sums + row.b * units * N : nullptr;
+  const auto sum_at = [&](Index u, int n) { return sums + u / kBlock * (N * kBlock) + n * kBlock + u % kBlock; };
+
+  if constexpr (Cell::has_c) {  // through h and the norm of c: da of gate o and the whole gradient of c
+    const RowNorm<CellState, V> state(row.c, H);
+    RowNormBackward<CellState, V> back(state);
+    each_vector<V>(H, [&](Index u, int k, Index) {
+      V p[A], m, da_o, dm;
+      norm.parts(weights.gain, weights.bias, u, p);
+      state.parts(weights.gain_c, weights.bias_c, u, &m);
+      Cell::backward_output(p, m, V::load(da + Norm::at(u, 0)), da_o, dm);
+      const V x = state.x(u, 0), dx = dm * V::load(weights.gain_c + u);
+      if (sums) add_to(sum_at(u, 2 * A), dm * x), add_to(sum_at(u, 2 * A + 1), dm);
+      back.add(0, k, dx, x);
+      dx.store(da + Norm::at(u, 0));
+      da_o.store(da + Norm::at(u, 2));
+    });
+    back.finish();
+    each_vector<V>(H, [&](Index u, int, Index) {
+      T* const dc = da + Norm::at(u, 1);
+      (V::load(dc) + back.da(u, 0, V::load(da + Norm::at(u, 0)))).store(dc);
+    });
+  }
+
+  RowNormBackward<Cell, V> back(norm);
+  each_vector<V>(H, [&](Index u, int k, Index in_row) {
+    V p[A], dp[A], dc_prev = V::zero(), direct = V::zero();
+    norm.parts(weights.gain, weights.bias, u, p);
+    if constexpr (Cell::has_c) {
+      Cell::backward_state(p, V::load(row.c_prev + u), V::load(da + Norm::at(u, 1)), V::load(da + Norm::at(u, 2)), dp,
+                           dc_prev);
+      dc_prev.store(job.dc + row.b * units + u);
+    } else {
+      Cell::backward(p, Cell::reads_h_prev ? V::load(row.h_prev + u, in_row) : V::zero(),
+                     Cell::reads_h ? V::load(row.h + u, in_row) : V::zero(), V::load(da + Norm::at(u, 0)), dp, direct);
+    }
+    if (Cell::has_direct) direct.store(job.direct + row.b * units + u);
+#pragma GCC unroll 8
+    for (int s = 0; s < A; ++s) {
+      const V x = norm.x(u, s), dx = dp[s] * V::load(weights.gain + Norm::at(u, s));
+      if (sums) add_to(sum_at(u, s), dp[s] * x), add_to(sum_at(u, A + s), dp[s]);
+      back.add(s, k, dx, x);
+      dx.store(da + Norm::at(u, s));
+    }
+  });
+  back.finish();
+  each_vector<V>(H, [&](Index u, int, Index) {
+#pragma GCC unroll 8
+    for (int s = 0; s < A; ++s) {
+      T* const at = da + Norm::at(u, s);
+      back.da(u, s, V::load(at)).store(at);
+    }
+  });
+}
+
+// The sums of all rows of the batch, in ascending order, of this thread's share of the blocks.
+template <class Loop>
+void unpack_norm_sums(const Loop& loop) {
+  using V = typename Loop::Vector;
+  using Cell = typename Loop::CellType;
+  using T = typename V::scalar;
+  constexpr int A = Cell::accumulators, N = kNormSums<Cell>;
+  const auto& job = loop.job;
+  const Index n = loop.worker.region.threads, i = loop.worker.region.thread;
+  for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block) {
+    const Index first = block * kBlock, lanes = job.H - first < kBlock ? job.H - first : kBlock;
+    const auto unpack = [&](T* out, int sum) {
+      if (!out) return;
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        V all = V::zero();
+        for (Index b = 0; b < job.steps.B; ++b)
+          all = all + V::load(job.norm_sums + ((b * job.blocks + block) * N + sum) * kBlock + lane);
+        all.store(out + first + lane, lanes - lane);
+      }
+    };
+    const auto unpack_part = [&](const Part& part, T* dgain, T* dbias) {
+      for (int s = 0; s < part.count; ++s) {
+        unpack(dgain ? dgain + part.gate[s] * job.H : nullptr, part.first + s);
+        unpack(dbias ? dbias + part.gate[s] * job.H : nullptr, A + part.first + s);
+      }
+    };
+    unpack_part(Cell::input, job.dgain_ih, job.dbias_ih);
+    unpack_part(Cell::recurrent, job.dgain_hh, job.dbias_hh);
+    if (Cell::has_c) unpack(job.dgain_c, 2 * A), unpack(job.dbias_c, 2 * A + 1);
+  }
+}
+
+}  // namespace FUSEDRNN_LEVEL
+}  // namespace fusedrnn
