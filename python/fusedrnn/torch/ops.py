@@ -7,21 +7,14 @@ output of its own, whose size follows from the sizes of the inputs. A missing re
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedrnn import backends, cells
-from fusedrnn.backends.protocol import NEED, Array, State, Weights
-from fusedrnn.torch.recurrence import TWICE, array
-
-CELLS: dict[str, cells.Cell] = {
-    "LSTM": cells.LSTM(),
-    "GRU": cells.GRU(),
-    "RNN_TANH": cells.RNN(),
-    "RNN_RELU": cells.RNN(relu=True),
-}
+from fusedrnn import backends
+from fusedrnn.backends.protocol import NEED, Weights
+from fusedrnn.torch.recurrence import CELLS, TWICE, known, sequence, whole
 
 _INPUTS = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
@@ -44,31 +37,42 @@ torch.library.define(
 )
 
 
-def _sequence(t: Tensor | None) -> Any:
-    """As an array that kernels read where it lies, if its features are contiguous."""
-    if t is None:
-        return None
-    t = t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
-    return array(t) if t.requires_grad else t.numpy()
+class Inputs(NamedTuple):
+    """The arguments that both operators begin with; what there is not is None."""
+
+    x: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    lengths: Tensor | None
+    reset: Tensor | None
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """x, the weights and the initial state as the backends take them."""
+        state0 = tuple([whole(s) for s in (self.h0, self.c0) if s is not None])
+        return sequence(self.x), Weights(*map(whole, self.weights)), state0 or None
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        """Those of the backends' forward."""
+        return known({"lengths": self.lengths, "reset": self.reset, **more}, self.x.size(0))
 
 
-def _whole(t: Tensor | None) -> Any:
-    if t is None:
-        return None
-    t = t.contiguous()
-    return array(t) if t.requires_grad else t.numpy()
+def _split(arguments: tuple[Any, ...]) -> tuple[Inputs, tuple[Any, ...]]:
+    n = len(Inputs._fields)
+    return Inputs(*arguments[:n]), arguments[n:]
 
 
-def _state0(h0: Tensor | None, c0: Tensor | None) -> State | None:
-    return None if h0 is None else (_whole(h0),) if c0 is None else (_whole(h0), _whole(c0))
-
-
-def _rows(lengths: Tensor | None, reset: Tensor | None) -> tuple[Array | None, Array | None]:
-    if reset is not None and reset.dtype is not torch.bool:
-        if not bool(((reset == 0) | (reset == 1)).all()):
-            raise ValueError("reset: expected booleans, or 0 and 1 alone, got other values")
-        reset = reset != 0
-    return _whole(None if lengths is None else lengths.to(torch.int64)), _whole(reset)
+def results(cell: str, return_states: bool) -> tuple[bool, ...]:
+    """Which there are of y, hT, cT, h_states and c_states."""
+    two = cell == "LSTM"
+    return True, True, two, return_states, two and return_states
 
 
 def tape_width(cell: str, hidden_size: int) -> int:
@@ -78,39 +82,24 @@ def tape_width(cell: str, hidden_size: int) -> int:
 
 
 @torch.library.impl("fusedrnn::recurrence", "cpu")
-def _forward(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    cell: str,
-    reverse: bool,
-    return_states: bool,
-    save: bool,
-) -> tuple[Tensor, ...]:
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    given, (cell, reverse, return_states, save) = _split(arguments)
     backend, kind = backends.usable(None), CELLS[cell]
-    rows, cuts = _rows(lengths, reset)
+    x, weights, state0 = given.arrays()
     save = save and hasattr(backend, "tape_width")
     out = backend.forward(
         kind,
-        _sequence(x),
-        backend.pack(kind, Weights(*map(_whole, (weight_ih, weight_hh, bias_ih, bias_hh)))),
-        _state0(h0, c0),
-        lengths=rows,
-        reset=cuts,
+        x,
+        backend.pack(kind, weights),
+        state0,
         reverse=reverse,
-        return_states=return_states,
         save="array" if save else None,
+        **given.options(return_states=return_states),
     )
     found = (out.y, *_pair(out.stateT), *_pair(out.states), out.tape if save else None)
-    tensors = [x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found]
+    tensors = [given.x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found]
     if not save:
-        tensors[-1] = x.new_empty((*x.shape[:2], 0))
+        tensors[-1] = given.x.new_empty((*given.x.shape[:2], 0))
     return tuple(tensors)
 
 
@@ -119,124 +108,60 @@ def _pair(states: Any) -> tuple[Any, Any]:
 
 
 @torch.library.register_fake("fusedrnn::recurrence")  # type: ignore[untyped-decorator]
-def _forward_fake(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    cell: str,
-    reverse: bool,
-    return_states: bool,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    T, B, H = x.size(0), x.size(1), weight_hh.size(1)
-    two = cell == "LSTM"
-    sizes: tuple[tuple[Any, ...], ...] = (
-        (T, B, H),
-        (B, H),
-        (B, H) if two else (0,),
-        (T, B, H) if return_states else (0,),
-        (T, B, H) if return_states and two else (0,),
-        (T, B, tape_width(cell, int(H)) if save else 0),
-    )
-    return tuple(map(x.new_empty, sizes))
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given, (cell, _, return_states, save) = _split(arguments)
+    T, B, H = given.x.size(0), given.x.size(1), given.weight_hh.size(1)
+    every, one = (T, B, H), (B, H)
+    sizes = [
+        size if there else (0,)
+        for size, there in zip((every, one, one, every, every), results(cell, return_states), strict=True)
+    ]
+    sizes.append((T, B, tape_width(cell, int(H)) if save else 0))
+    return tuple([given.x.new_empty(size) for size in sizes])
 
 
 @torch.library.impl("fusedrnn::recurrence_backward", "cpu")
-def _backward(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    y: Tensor,
-    tape: Tensor,
-    dy: Tensor | None,
-    dhT: Tensor | None,
-    dcT: Tensor | None,
-    dh_states: Tensor | None,
-    dc_states: Tensor | None,
-    cell: str,
-    reverse: bool,
-    need: list[bool],
-) -> tuple[Tensor, ...]:
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    given, rest = _split(arguments)
+    y, tape, dy, dhT, dcT, dh_states, dc_states, cell, reverse, need = rest
     backend: Any = backends.usable(None)
     kind = CELLS[cell]
     n = len(kind.states)
-    rows, cuts = _rows(lengths, reset)
-    weights = Weights(*map(_whole, (weight_ih, weight_hh, bias_ih, bias_hh)))
     states = dh_states is not None or dc_states is not None
-    common = {"lengths": rows, "reset": cuts, "reverse": reverse, "return_states": states}
-    arguments = (_sequence(x), weights, _state0(h0, c0))
-    if hasattr(backend, "tape") and tape.size(2) == tape_width(cell, weight_hh.size(1)):
-        kept = backend.tape(kind, _whole(tape), _whole(y), *arguments, **common)
+    options = given.options(return_states=states)
+    arrays = given.arrays()
+    if hasattr(backend, "tape") and tape.size(2) == tape_width(cell, given.weight_hh.size(1)):
+        kept = backend.tape(kind, whole(tape), whole(y), *arrays, reverse=reverse, **options)
     else:
-        kept = backend.forward(kind, *arguments, **common).tape
+        kept = backend.forward(kind, *arrays, reverse=reverse, **options).tape
     dx, dweights, dstate0 = backend.backward(
         kept,
-        _sequence(dy),
-        (_whole(dhT), _whole(dcT))[:n],
-        (_sequence(dh_states), _sequence(dc_states))[:n] if states else None,
+        sequence(dy),
+        (whole(dhT), whole(dcT))[:n],
+        (sequence(dh_states), sequence(dc_states))[:n] if states else None,
         need=[name for name, wanted in zip(NEED, need, strict=True) if wanted],
     )
     found = (dx, *dweights, *_pair(dstate0))
-    return tuple(x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found)
+    return tuple([given.x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found])
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")  # type: ignore[untyped-decorator]
-def _backward_fake(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    y: Tensor,
-    tape: Tensor,
-    dy: Tensor | None,
-    dhT: Tensor | None,
-    dcT: Tensor | None,
-    dh_states: Tensor | None,
-    dc_states: Tensor | None,
-    cell: str,
-    reverse: bool,
-    need: list[bool],
-) -> tuple[Tensor, ...]:
-    state = (x.size(1), weight_hh.size(1))
-    sizes: tuple[tuple[Any, ...], ...] = (
-        tuple(x.shape) if need[0] else (0,),
-        tuple(weight_ih.shape) if need[1] else (0,),
-        tuple(weight_hh.shape) if need[2] else (0,),
-        tuple(bias_ih.shape) if need[3] and bias_ih is not None else (0,),
-        tuple(bias_hh.shape) if need[4] and bias_hh is not None else (0,),
-        state if need[5] else (0,),
-        state if need[5] and cell == "LSTM" else (0,),
-    )
-    return tuple(map(x.new_empty, sizes))
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given, (*_, cell, _, need) = _split(arguments)
+    state = (given.x.size(1), given.weight_hh.size(1))
+    sizes = [
+        (0,) if t is None or not wanted else tuple(t.shape)
+        for t, wanted in zip((given.x, *given.weights), need[:5], strict=True)
+    ]
+    sizes += [state if need[5] else (0,), state if need[5] and cell == "LSTM" else (0,)]
+    return tuple([given.x.new_empty(size) for size in sizes])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.cell, ctx.reverse, return_states, _ = inputs
-    y, _, cT, h_states, c_states, tape = output
-    two = ctx.cell == "LSTM"
-    empty = [
-        t
-        for t, there in ((cT, two), (h_states, return_states), (c_states, two and return_states))
-        if not there
-    ]
-    ctx.mark_non_differentiable(*empty, tape)
+    y, tape = output[0], output[-1]
+    missing = [t for t, there in zip(output, results(ctx.cell, return_states), strict=False) if not there]
+    ctx.mark_non_differentiable(*missing, tape)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, y, tape)
 
