@@ -122,6 +122,16 @@ def test_opcheck_of_backward(mode, options, dtype, reverse):
         torch.library.opcheck(op, (*args, y, tape, *grads, mode, reverse, need))
 
 
+def test_opcheck_of_detach_every():
+    args = inputs("LSTM")
+    torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, (*args, "LSTM", False, True, True, 2))
+    args = inputs("LSTM", grad=False)
+    y, *_, tape = torch.ops.fusedrnn.recurrence(*args, "LSTM", False, False, True, 2)
+    options = ("LSTM", False, [True] * 6, 2)
+    grads = (y, None, None, None, None)
+    torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, (*args, y, tape, *grads, *options))
+
+
 @pytest.mark.parametrize("save", [True, False], ids=["tape", "again"])
 @options_of
 @pytest.mark.parametrize("mode", MODES)
@@ -286,6 +296,23 @@ def test_training_steps(backend):
     assert losses[0][-1] < losses[0][0]
 
 
+def test_detach_every_with_dynamic_shapes():
+    """Compiled anew for another number of steps, not for another sequence."""
+    model = compilable.LSTM(I, H)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for t, every in ((5, 2), (9, 2), (9, 3)):
+        x = torch.randn(t, B, I)
+        grads = []
+        for f in (model, compiled):
+            model.zero_grad()
+            f(x, detach_every=every)[0].sum().backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["LSTM", "GRU"])
 def test_dynamic_shapes(mode, backend):
@@ -298,12 +325,13 @@ def test_dynamic_shapes(mode, backend):
     assert counter.frame_count == 1
 
 
-def test_lengths_reset_and_states():
+def test_lengths_reset_detach_every_and_states():
     for name, kind in (("LSTM", compilable.LSTM), ("GRU", compilable.GRU)):
         model = kind(I, H, num_layers=2, bidirectional=True, batch_first=True)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         x, lengths, reset = torch.randn(B, T, I), torch.tensor([T, 2, 0]), torch.rand(B, T) < 0.3
-        for options in ({"lengths": lengths}, {"reset": reset.float()}, {"lengths": lengths, "reset": reset}):
+        every = {"lengths": lengths, "reset": reset, "detach_every": 2}
+        for options in ({"lengths": lengths}, {"reset": reset.float()}, {"detach_every": 2}, every):
             results = []
             for f in (model, compiled):
                 model.zero_grad()
@@ -343,6 +371,10 @@ def test_what_is_wrong_is_said():
         compiled(x, reset=torch.full((T, B), 2))
     with pytest.raises(ValueError, match="reset"):
         compiled(x, reset=torch.ones(B, T + 1))
+    with pytest.raises(TypeError, match="detach_every"):
+        compiled(x, detach_every=2.0)
+    with pytest.raises(ValueError, match="detach_every"):
+        compiled(x, detach_every=0)
     with pytest.raises(RuntimeError, match="input"):
         compiled(torch.randn(T, B, I + 1))
     with pytest.raises(RuntimeError, match="hidden"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from fusedrnn import cells
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.torch import compiled, paths
+from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.recurrence import CELLS, Call, Packed, PackedWeights, recurrence, weights_of
 
 # From x (B, I) and the state before it to the state after it.
@@ -89,10 +90,22 @@ class CellMixin(torch.nn.RNNCellBase):
         return None
 
 
-class LSTMCell(CellMixin, torch.nn.LSTMCell):
-    """``torch.nn.LSTMCell`` on our kernels."""
+class LSTMCell(ForgetBias, CellMixin, torch.nn.LSTMCell):
+    """``torch.nn.LSTMCell`` on our kernels. See ``ForgetBias`` for what is added."""
 
     mode = "LSTM"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        forget_bias: float | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype, forget_bias=forget_bias)
 
 
 class GRUCell(CellMixin, torch.nn.GRUCell):

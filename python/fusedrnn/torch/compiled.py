@@ -47,8 +47,20 @@ def recurrence(
     h0, c0 = (*(state0 or ()), None, None)[:2]
     inputs = [t for t in (x, h0, c0, *weights) if t is not None]
     save = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    lengths, reset, states = options.get("lengths"), options.get("reset"), options.get("return_states", False)
-    found = torch.ops.fusedrnn.recurrence(x, h0, c0, *weights, lengths, reset, cell, reverse, states, save)
+    states = options.get("return_states", False)
+    found = torch.ops.fusedrnn.recurrence(
+        x,
+        h0,
+        c0,
+        *weights,
+        options.get("lengths"),
+        options.get("reset"),
+        cell,
+        reverse,
+        states,
+        save,
+        options.get("detach_every"),
+    )
     return tuple([t for t, there in zip(found, ops.results(cell, states), strict=False) if there])
 
 

@@ -86,7 +86,7 @@ def to_torch(model: M) -> M:
     for layer in model.modules():
         kind = type(layer)
         if kind in OURS:
-            for name in ("_fusedrnn_packed", "last_path", "recompute"):
+            for name in ("_fusedrnn_packed", "last_path", "recompute", "forget_bias"):
                 layer.__dict__.pop(name, None)
             layer.__class__ = OURS[kind]
     return model

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import cells
+from fusedrnn.backends.arguments import check_detach_every
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.torch import compiled, paths
+from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.recurrence import CELLS, Call, Packed, PackedWeights, known, recurrence, weights_of
 
 # One layer in one direction, of number j: from (j, reverse, x, initial state) to y, the final state, and with
@@ -60,6 +62,7 @@ class Recurrent(torch.nn.RNNBase):
         lengths: Any = None,
         reset: Any = None,
         return_states: bool = False,
+        detach_every: int | None = None,
     ) -> Any:
         """As PyTorch's, with more by keyword.
 
@@ -73,17 +76,23 @@ class Recurrent(torch.nn.RNNBase):
             return_states: Also return the states of every step, 0 at padding: h, for the LSTM (h, c), each
                 (L*D, T, B, H), with ``batch_first`` (L*D, B, T, H), unbatched (L*D, T, H). Not with a
                 PackedSequence.
+            detach_every: Truncate back-propagation: after every so many steps, in each layer and direction
+                counted as it runs, the state goes on and the gradient stops. Not with a PackedSequence.
 
         Returns:
             output, h_n (for the LSTM (h_n, c_n)), and with ``return_states`` the states.
 
         Raises:
-            What ``torch.nn`` raises; TypeError, ValueError: lengths, reset or return_states is wrong; the
-            message names it.
-            RuntimeError: lengths, reset or return_states where PyTorch's own implementation has to run.
+            What ``torch.nn`` raises; TypeError, ValueError: a keyword is wrong; the message names it.
+            RuntimeError: a keyword where PyTorch's own implementation has to run.
         """
         # The names and values are those of the backends' forward, which gets them all.
-        options = {"lengths": lengths, "reset": reset, "return_states": bool(return_states)}
+        options = {
+            "lengths": lengths,
+            "reset": reset,
+            "return_states": bool(return_states),
+            "detach_every": detach_every,
+        }
         if torch.compiler.is_compiling():
             return compiled.layer(self, input, hx, options)
         weights = self._weights()
@@ -236,6 +245,8 @@ class Recurrent(torch.nn.RNNBase):
             elif self.batch_first:
                 reset = reset.transpose(0, 1)
             options = {**options, "reset": reset}
+        if options["detach_every"] is not None:
+            options = {**options, "detach_every": check_detach_every(options["detach_every"])}
         return x, state0, options
 
     def _from_kernels(self, input: Tensor, options: dict[str, Any], results: Results) -> Any:
@@ -288,8 +299,8 @@ def _given(options: dict[str, Any]) -> str | None:
     return next((name for name, value in options.items() if value is not None and value is not False), None)
 
 
-class LSTM(Recurrent, torch.nn.LSTM):
-    """``torch.nn.LSTM`` on our kernels. See ``Recurrent`` for what is added."""
+class LSTM(ForgetBias, Recurrent, torch.nn.LSTM):
+    """``torch.nn.LSTM`` on our kernels. See ``Recurrent`` and ``ForgetBias`` for what is added."""
 
 
 class GRU(Recurrent, torch.nn.GRU):

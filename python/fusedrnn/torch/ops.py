@@ -7,7 +7,7 @@ output of its own, whose size follows from the sizes of the inputs. A missing re
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from fusedrnn import backends
 from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.torch.recurrence import CELLS, TWICE, known, sequence, whole
 
+More = TypeVar("More", "ForwardInputs", "BackwardInputs")
+
 _INPUTS = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
     " Tensor? lengths, Tensor? reset"
@@ -23,14 +25,14 @@ _INPUTS = (
 
 torch.library.define(
     "fusedrnn::recurrence",
-    f"({_INPUTS}, str cell, bool reverse, bool return_states, bool save)"
+    f"({_INPUTS}, str cell, bool reverse, bool return_states, bool save, int? detach_every=None)"
     " -> (Tensor y, Tensor hT, Tensor cT, Tensor h_states, Tensor c_states, Tensor tape)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "fusedrnn::recurrence_backward",
     f"({_INPUTS}, Tensor y, Tensor tape, Tensor? dy, Tensor? dhT, Tensor? dcT, Tensor? dh_states,"
-    " Tensor? dc_states, str cell, bool reverse, bool[6] need)"
+    " Tensor? dc_states, str cell, bool reverse, bool[6] need, int? detach_every=None)"
     " -> (Tensor dx, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih, Tensor dbias_hh, Tensor dh0,"
     " Tensor dc0)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -60,13 +62,39 @@ class Inputs(NamedTuple):
         return sequence(self.x), Weights(*map(whole, self.weights)), state0 or None
 
     def options(self, **more: Any) -> dict[str, Any]:
-        """Those of the backends' forward."""
+        """Those of the backends' forward, but ``reverse``."""
         return known({"lengths": self.lengths, "reset": self.reset, **more}, self.x.size(0))
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Inputs, tuple[Any, ...]]:
+class ForwardInputs(NamedTuple):
+    """What else ``recurrence`` takes. Arguments that have their default may be left out in a call."""
+
+    cell: str
+    reverse: bool
+    return_states: bool
+    save: bool
+    detach_every: int | None = None
+
+
+class BackwardInputs(NamedTuple):
+    """What else ``recurrence_backward`` takes."""
+
+    y: Tensor
+    tape: Tensor
+    dy: Tensor | None
+    dhT: Tensor | None
+    dcT: Tensor | None
+    dh_states: Tensor | None
+    dc_states: Tensor | None
+    cell: str
+    reverse: bool
+    need: list[bool]  # x, the weights, the state
+    detach_every: int | None = None
+
+
+def _split(arguments: tuple[Any, ...], rest: type[More]) -> tuple[Inputs, More]:
     n = len(Inputs._fields)
-    return Inputs(*arguments[:n]), arguments[n:]
+    return Inputs(*arguments[:n]), rest(*arguments[n:])
 
 
 def results(cell: str, return_states: bool) -> tuple[bool, ...]:
@@ -83,18 +111,18 @@ def tape_width(cell: str, hidden_size: int) -> int:
 
 @torch.library.impl("fusedrnn::recurrence", "cpu")
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    given, (cell, reverse, return_states, save) = _split(arguments)
-    backend, kind = backends.usable(None), CELLS[cell]
+    given, call = _split(arguments, ForwardInputs)
+    backend, kind = backends.usable(None), CELLS[call.cell]
     x, weights, state0 = given.arrays()
-    save = save and hasattr(backend, "tape_width")
+    save = call.save and hasattr(backend, "tape_width")
     out = backend.forward(
         kind,
         x,
         backend.pack(kind, weights),
         state0,
-        reverse=reverse,
+        reverse=call.reverse,
         save="array" if save else None,
-        **given.options(return_states=return_states),
+        **given.options(return_states=call.return_states, detach_every=call.detach_every),
     )
     found = (out.y, *_pair(out.stateT), *_pair(out.states), out.tape if save else None)
     tensors = [given.x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found]
@@ -109,37 +137,37 @@ def _pair(states: Any) -> tuple[Any, Any]:
 
 @torch.library.register_fake("fusedrnn::recurrence")  # type: ignore[untyped-decorator]
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    given, (cell, _, return_states, save) = _split(arguments)
+    given, call = _split(arguments, ForwardInputs)
     T, B, H = given.x.size(0), given.x.size(1), given.weight_hh.size(1)
     every, one = (T, B, H), (B, H)
     sizes = [
         size if there else (0,)
-        for size, there in zip((every, one, one, every, every), results(cell, return_states), strict=True)
+        for size, there in zip(
+            (every, one, one, every, every), results(call.cell, call.return_states), strict=True
+        )
     ]
-    sizes.append((T, B, tape_width(cell, int(H)) if save else 0))
+    sizes.append((T, B, tape_width(call.cell, int(H)) if call.save else 0))
     return tuple([given.x.new_empty(size) for size in sizes])
 
 
 @torch.library.impl("fusedrnn::recurrence_backward", "cpu")
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    given, rest = _split(arguments)
-    y, tape, dy, dhT, dcT, dh_states, dc_states, cell, reverse, need = rest
+    given, call = _split(arguments, BackwardInputs)
     backend: Any = backends.usable(None)
-    kind = CELLS[cell]
+    kind, arrays = CELLS[call.cell], given.arrays()
     n = len(kind.states)
-    states = dh_states is not None or dc_states is not None
-    options = given.options(return_states=states)
-    arrays = given.arrays()
-    if hasattr(backend, "tape") and tape.size(2) == tape_width(cell, given.weight_hh.size(1)):
-        kept = backend.tape(kind, whole(tape), whole(y), *arrays, reverse=reverse, **options)
+    states = call.dh_states is not None or call.dc_states is not None
+    options = given.options(return_states=states, detach_every=call.detach_every)
+    if hasattr(backend, "tape") and call.tape.size(2) == tape_width(call.cell, given.weight_hh.size(1)):
+        kept = backend.tape(kind, whole(call.tape), whole(call.y), *arrays, reverse=call.reverse, **options)
     else:
-        kept = backend.forward(kind, *arrays, reverse=reverse, **options).tape
+        kept = backend.forward(kind, *arrays, reverse=call.reverse, **options).tape
     dx, dweights, dstate0 = backend.backward(
         kept,
-        sequence(dy),
-        (whole(dhT), whole(dcT))[:n],
-        (sequence(dh_states), sequence(dc_states))[:n] if states else None,
-        need=[name for name, wanted in zip(NEED, need, strict=True) if wanted],
+        sequence(call.dy),
+        (whole(call.dhT), whole(call.dcT))[:n],
+        (sequence(call.dh_states), sequence(call.dc_states))[:n] if states else None,
+        need=[name for name, wanted in zip(NEED, call.need, strict=True) if wanted],
     )
     found = (dx, *dweights, *_pair(dstate0))
     return tuple([given.x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found])
@@ -147,18 +175,19 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    given, (*_, cell, _, need) = _split(arguments)
+    given, call = _split(arguments, BackwardInputs)
     state = (given.x.size(1), given.weight_hh.size(1))
-    sizes = [
+    *of_inputs, of_state = call.need
+    sizes: list[tuple[Any, ...]] = [
         (0,) if t is None or not wanted else tuple(t.shape)
-        for t, wanted in zip((given.x, *given.weights), need[:5], strict=True)
+        for t, wanted in zip((given.x, *given.weights), of_inputs, strict=True)
     ]
-    sizes += [state if need[5] else (0,), state if need[5] and cell == "LSTM" else (0,)]
+    sizes += [state if of_state else (0,), state if of_state and call.cell == "LSTM" else (0,)]
     return tuple([given.x.new_empty(size) for size in sizes])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.cell, ctx.reverse, return_states, _ = inputs
+    *tensors, ctx.cell, ctx.reverse, return_states, _, ctx.detach_every = inputs
     y, tape = output[0], output[-1]
     missing = [t for t, there in zip(output, results(ctx.cell, return_states), strict=False) if not there]
     ctx.mark_non_differentiable(*missing, tape)
@@ -171,10 +200,10 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     wanted = ctx.needs_input_grad[:7]  # x, h0, c0, the weights
     need = [wanted[0], *wanted[3:7], wanted[1] or wanted[2]]
     dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0 = torch.ops.fusedrnn.recurrence_backward(
-        x, h0, c0, *rest, *grads[:5], ctx.cell, ctx.reverse, need
+        x, h0, c0, *rest, *grads[:5], ctx.cell, ctx.reverse, need, ctx.detach_every
     )
     found = (dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh)
-    return (*(g if w else None for g, w in zip(found, wanted, strict=True)), *(None,) * 6)
+    return (*(g if w else None for g, w in zip(found, wanted, strict=True)), *(None,) * 7)
 
 
 def _twice(ctx: Any, *grads: Tensor | None) -> None:
