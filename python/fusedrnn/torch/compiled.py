@@ -43,7 +43,8 @@ def recurrence(
     reverse: bool = False,
     recompute: bool = False,
 ) -> tuple[Tensor, ...]:
-    """``recurrence.recurrence`` by the operator."""
+    """One layer in one direction by the operator: y, the final state, and of every step with
+    ``return_states``."""
     h0, c0 = (*(state0 or ()), None, None)[:2]
     inputs = [t for t in (x, h0, c0, *weights) if t is not None]
     save = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
@@ -91,7 +92,8 @@ def layer(module: Any, input: Any, hx: Any, options: dict[str, Any]) -> Any:
     x, state0, options = module._to_kernels(input, state0, options)
 
     def run(j: int, reverse: bool, x: Tensor, begin: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        return recurrence(module.mode, x, begin, weights[j], options, reverse, module.recompute)
+        y, *states = recurrence(module.mode, x, begin, weights[j], options, reverse, module.recompute)
+        return y, *[s[None] for s in states]
 
     return module._from_kernels(input, options, module._stack(x, state0, run))
 

@@ -287,10 +287,7 @@ class Recurrent(torch.nn.RNNBase):
                 halves.append(y)
                 ends.append(tuple(rest))
             x = halves[0] if D == 1 else torch.cat(halves, 2)
-        if len(ends) == 1:
-            gathered = tuple([s.unsqueeze(0) for s in ends[0]])
-        else:
-            gathered = tuple([torch.stack(s) for s in zip(*ends, strict=True)])
+        gathered = ends[0] if len(ends) == 1 else tuple([torch.cat(s) for s in zip(*ends, strict=True)])
         return x, gathered[:n], gathered[n:]
 
 

@@ -198,7 +198,8 @@ class Call:
 
     def tensors(self, out: Forward) -> tuple[Tensor, ...]:
         """What ``recurrence`` returns."""
-        found = [*([] if self.step else [out.y]), *out.stateT, *(out.states or ())]
+        # With the axis that several layers and directions are joined by: to add it here costs least.
+        found = out.stateT if self.step else [out.y, *[s[None] for s in (*out.stateT, *(out.states or ()))]]
         return tuple([torch.from_numpy(a) for a in found])
 
 
@@ -214,8 +215,8 @@ def recurrence(
         weights: The tensors that were packed, for their gradients.
 
     Returns:
-        y (T, B, H), but not with ``call.step``; then the final state, (B, H) each; then with
-        ``return_states`` those of every step, (T, B, H) each.
+        y (T, B, H); then the final state, (1, B, H) each; then with ``return_states`` those of every step,
+        (1, T, B, H) each. With ``call.step`` the final state alone, (B, H) each.
     """
     if torch.is_grad_enabled():
         inputs = (x, *(state0 or ()), *weights)
@@ -249,12 +250,14 @@ class Recurrence(torch.autograd.Function):
         names = ("x", *["state0"] * states, *Weights._fields)
         need = {name for name, want in zip(names, wanted, strict=True) if want}
         n = len(call.packed.cell.states)
-        dy, final, every = (None, grads, ()) if call.step else (grads[0], grads[1 : 1 + n], grads[1 + n :])
+        dy, of_states = None, grads
+        if not call.step:
+            dy, of_states = grads[0], tuple([None if g is None else g[0] for g in grads[1:]])
         dx, dweights, dstate0 = call.packed.backend.backward(
             tape,
             sequence(dy),
-            tuple([whole(g) for g in final]),
-            tuple([sequence(g) for g in every]) or None,
+            tuple([whole(g) for g in of_states[:n]]),
+            tuple([sequence(g) for g in of_states[n:]]) or None,
             need=need,
         )
         if call.step and dx is not None:
