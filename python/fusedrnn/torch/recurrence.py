@@ -46,7 +46,7 @@ class Trace(NamedTuple):
     @classmethod
     def of(cls, w: Tensor) -> Trace:
         n = w.numel()
-        sample = array(w).reshape(-1)[:: 1 if n <= SMALL else n // SAMPLE | 1]  # odd: of more than one column
+        sample = whole(w).reshape(-1)[:: 1 if n <= SMALL else n // SAMPLE | 1]  # odd: of more than one column
         return cls(weakref.ref(w), w._version, w.data_ptr(), sample, sample.tobytes())
 
 
@@ -127,20 +127,16 @@ class PackedWeights:
         return PackedWeights, ()
 
 
-def array(t: Tensor) -> Array:
-    """The tensor's memory as an array."""
-    found: Array = (t.detach() if t.requires_grad else t).numpy()
-    return found
-
-
 def whole(t: Tensor | None) -> Any:
-    """The tensor as an array in one piece."""
-    return None if t is None else array(t.contiguous())
+    """The tensor's memory as an array in one piece, copied only where it is not."""
+    return None if t is None else (t.detach() if t.requires_grad else t).contiguous().numpy()
 
 
 def sequence(t: Tensor | None) -> Any:
-    """The tensor as an array that the kernels read where it lies: all they ask is contiguous features."""
-    return None if t is None else array(t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous())
+    """The tensor's memory as an array with contiguous features, which is all that the kernels ask."""
+    if t is None or (t.stride(-1) != 1 and t.size(-1) != 1):
+        return whole(t)
+    return (t.detach() if t.requires_grad else t).numpy()
 
 
 def known(options: dict[str, Any], T: int) -> dict[str, Any]:
