@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import parametrizations, rnn
 
-from torch_twins import (  # noqa: F401
+from torch_twins import (
     DTYPES,
     LAYERS,
     assert_close,
@@ -28,11 +28,11 @@ from torch_twins import (  # noqa: F401
     flat,
     ft,
     gradients,
-    no_fallback,
     state_of,
     twins,
-    warned,
 )
+
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 T, B, I, H = 5, 3, 4, 7
 
@@ -474,7 +474,8 @@ def test_wrong_lengths_and_resets(kind):
 
 @every_layer
 @pytest.mark.parametrize("more", [{}, {"lengths": True}, {"reset": True}, {"return_states": True},
-    {"lengths": True, "reset": True, "return_states": True}, {"packed": True}], ids=str)  # fmt: skip
+    {"lengths": True, "reset": True, "return_states": True}, {"packed": True}, {"detach_every": True}],
+    ids=str)  # fmt: skip
 @pytest.mark.parametrize(
     "options",
     [{}, {"recompute": True}, pytest.param({"bidirectional": True, "num_layers": 2}, marks=pytest.mark.slow)],
@@ -488,6 +489,7 @@ def test_gradcheck(kind, more, options):
     x, hx = inputs(ours, torch.float64, (4, 3, 2))
     names, weights = zip(*ours.named_parameters(), strict=True)
     values = {"lengths": torch.tensor([4, 0, 2]), "reset": torch.rand(4, 3) < 0.4, "return_states": True}
+    values["detach_every"] = 4  # of 4 steps: no cut, else it were no derivative
     call = {name: values[name] for name in more if name in values}
 
     def f(x, *rest):
@@ -996,7 +998,7 @@ def test_several_threads_in_one_layer(kind):
 
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_falls_back(kind, dtype, warned):  # noqa: F811
+def test_half_precision_falls_back(kind, dtype, warned):
     theirs, ours = twins(kind, I, H, dtype=dtype)
     x, hx = inputs(ours, dtype)
     with pytest.warns(
@@ -1017,7 +1019,7 @@ def test_half_precision_falls_back(kind, dtype, warned):  # noqa: F811
     assert ours.last_path == "fused"
 
 
-def test_projections_fall_back(warned):  # noqa: F811
+def test_projections_fall_back(warned):
     theirs, ours = twins("LSTM", I, H, proj_size=3)
     x = torch.randn(T, B, I)
     with warnings.catch_warnings(action="ignore"):  # PyTorch's own
@@ -1029,7 +1031,7 @@ def test_projections_fall_back(warned):  # noqa: F811
 
 
 @every_layer
-def test_the_meta_device_falls_back(kind, warned):  # noqa: F811
+def test_the_meta_device_falls_back(kind, warned):
     ours = getattr(ft, kind)(I, H, device="meta")
     with pytest.warns(ft.Fallback, match="the device is meta"):
         y, _ = ours(torch.zeros(T, B, I, device="meta"))
@@ -1043,7 +1045,7 @@ def test_the_meta_device_falls_back(kind, warned):  # noqa: F811
 
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_autocast(kind, dtype, warned):  # noqa: F811
+def test_autocast(kind, dtype, warned):
     wide = torch.promote_types(dtype, torch.float32)
     theirs, ours = twins(kind, I, H, num_layers=2, bidirectional=True, dtype=wide)
     x = torch.randn(T, B, I, dtype=dtype)
@@ -1060,7 +1062,7 @@ def test_autocast(kind, dtype, warned):  # noqa: F811
 
 
 @every_layer
-def test_tracing_falls_back(kind, warned):  # noqa: F811
+def test_tracing_falls_back(kind, warned):
     _, ours = twins(kind, I, H)
     x = torch.randn(T, B, I)
     with warnings.catch_warnings():
@@ -1071,7 +1073,7 @@ def test_tracing_falls_back(kind, warned):  # noqa: F811
 
 
 @every_layer
-def test_transforms_fall_back(kind, warned):  # noqa: F811
+def test_transforms_fall_back(kind, warned):
     theirs, ours = twins(kind, I, H, dtype=torch.float64)
     x, v = torch.randn(2, T, B, I, dtype=torch.float64), torch.randn(T, B, I, dtype=torch.float64)
 
