@@ -71,3 +71,23 @@ def poison():
     testing.poison(True)
     yield
     testing.poison(False)
+
+
+@pytest.fixture
+def no_fallback(monkeypatch):
+    """No warning was given before, a fallback that a test does not expect is an error, and a seed."""
+    import torch
+
+    from fusedrnn.torch import paths
+
+    monkeypatch.setattr(paths, "_told", set())
+    monkeypatch.setattr(paths, "_errors", True)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def warned(no_fallback, monkeypatch):
+    """Fallbacks warn, as they do by themselves."""
+    from fusedrnn.torch import paths
+
+    monkeypatch.setattr(paths, "_errors", False)

@@ -93,38 +93,7 @@ def test_the_openmp_team_starts_no_threads_and_the_own_pool_is_as_before():
 @needs_torch
 @pytest.mark.parametrize("kind", ["forward", "forward by rows", "backward"])
 def test_ctrl_c_is_honoured_within_100_ms(kind):
-    """The middle one of five, as on our own pool."""
-    out = on_openmp(
-        f"""
-        kind = {kind!r}
-        if kind == "forward":
-            work = long_forward()
-        elif kind == "forward by rows":
-            work = long_forward(T=60_000, H=64, B=33)
-        else:
-            p = problem(LSTM(), 2, 1, 3, 512, dtype=np.float32)
-            x = np.broadcast_to(p.x[:1], (8_000, 1, 3))
-            tape = CPU.forward(p.cell, x, p.weights).tape
-            work = lambda: [CPU.backward(tape, None, (np.ones((1, 512), np.float32), None)) for _ in range(9)]
-        delays = []
-        for _ in range(5):
-            sent = []
-            def send():
-                sent.append(time.monotonic())
-                os.kill(os.getpid(), signal.SIGINT)
-            timer = threading.Timer(0.15, send)
-            timer.start()
-            try:
-                work()
-                raise SystemExit("finished before the signal: too short to tell")
-            except KeyboardInterrupt:
-                delays.append(time.monotonic() - sent[0])
-            timer.join()
-            check()
-            numbers.sum()
-        print(sorted(delays)[2])
-        """
-    )
+    out = on_openmp(f"print(delay_of_ctrl_c(long_work({kind!r}), lambda: (check(), numbers.sum())))")
     assert float(out) < 0.1
 
 
@@ -182,44 +151,12 @@ def test_a_forked_child_is_on_its_own_threads():
 
 @needs_torch
 def test_fork_while_another_thread_computes():
-    on_openmp(
-        """
-        stop = threading.Event()
-        def loop():
-            while not stop.is_set():
-                check()
-        thread = threading.Thread(target=loop)
-        thread.start()
-        for _ in range(5):
-            in_child(check)
-        stop.set()
-        thread.join()
-        check()
-        """
-    )
+    on_openmp("fork_beside(threads=1, times=5)")
 
 
 @needs_torch
 def test_fork_in_a_signal_handler_within_a_kernel():
-    """The child lacks the other threads: its call fails, the next one works. The parent's call goes on."""
-    on_openmp(
-        """
-        children = []
-        signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        try:
-            long_forward(T=1500)()
-            failed = False
-        except RuntimeError as error:
-            assert "fork" in str(error)
-            failed = True
-        check()
-        if children == [0]:
-            os._exit(0 if failed else 1)
-        assert not failed
-        assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
-        """
-    )
+    on_openmp("fork_in_a_handler()")
 
 
 @needs_torch

@@ -55,6 +55,70 @@ def long_forward(T=40_000, H=512, B=1):  # some seconds; no copy of x is made
     x = np.broadcast_to(p.x[:1], (8 * T, B, 3))  # long enough for a timer on a quiet machine
     return lambda: CPU.forward(p.cell, x, p.weights, p.state0, save=None)
 
+def long_work(kind):  # some seconds each
+    if kind == "forward":
+        return long_forward()
+    if kind == "forward by rows":
+        return long_forward(T=60_000, H=64, B=33)
+    if kind == "pack":
+        square = np.ones((6000, 6000), np.float32)  # some tenths of a second each
+        return lambda: [CPU.pack(RNN(), Weights(square, square)) for _ in range(99)]
+    p = problem(LSTM(), 2, 1, 3, 512, dtype=np.float32)
+    x = np.broadcast_to(p.x[:1], {"backward": (8_000, 1, 3), "weights of a large batch": (40, 800, 3)}[kind])
+    tape = CPU.forward(p.cell, x, p.weights).tape
+    dhT = np.ones((x.shape[1], 512), np.float32)
+    return lambda: [CPU.backward(tape, None, (dhT, None)) for _ in range(9)]
+
+def delay_of_ctrl_c(work, then):
+    "The middle one of five: from the signal to the handler's KeyboardInterrupt. Afterwards then() runs."
+    delays = []
+    for _ in range(5):
+        sent = []
+        def send():
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+        timer = threading.Timer(0.15, send)
+        timer.start()
+        try:
+            work()
+            raise SystemExit("finished before the signal: too short to tell")
+        except KeyboardInterrupt:
+            delays.append(time.monotonic() - sent[0])
+        timer.join()
+        then()
+    return sorted(delays)[2]
+
+def fork_beside(threads, times):
+    "Forks while so many threads compute."
+    stop = threading.Event()
+    def loop():
+        while not stop.is_set():
+            check()
+    threads = [threading.Thread(target=loop) for _ in range(threads)]
+    for t in threads: t.start()
+    for _ in range(times):
+        in_child(check)
+    stop.set()
+    for t in threads: t.join()
+    check()
+
+def fork_in_a_handler():
+    "The child lacks the other threads: its call fails, the next one works. The parent's call goes on."
+    children = []
+    signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        long_forward(T=1500)()
+        failed = False
+    except RuntimeError as error:
+        assert "fork" in str(error)
+        failed = True
+    check()
+    if children == [0]:
+        os._exit(0 if failed else 1)
+    assert not failed
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
+
 def in_child(what):
     "Runs what() in a forked child; its exit code, or a failure after ten seconds."
     pid = os.fork()
@@ -130,45 +194,7 @@ def test_gil_is_released_in_kernels(direction):
     "kind", ["forward", "forward by rows", "backward", "weights of a large batch", "pack"]
 )
 def test_ctrl_c_is_honoured_within_100_ms(kind, threads):
-    """The middle one of five: from the signal to the handler's KeyboardInterrupt, out of a kernel of
-    seconds.
-    """
-    out = python(
-        f"""
-        kind = {kind!r}
-        if kind == "forward":
-            work = long_forward()
-        elif kind == "forward by rows":
-            work = long_forward(T=60_000, H=64, B=33)
-        elif kind == "pack":
-            square = np.ones((6000, 6000), np.float32)  # some tenths of a second each
-            work = lambda: [CPU.pack(RNN(), Weights(square, square)) for _ in range(99)]
-        else:
-            p = problem(LSTM(), 2, 1, 3, 512, dtype=np.float32)
-            size = (8_000, 1, 3) if kind == "backward" else (40, 800, 3)
-            x = np.broadcast_to(p.x[:1], size)
-            tape = CPU.forward(p.cell, x, p.weights).tape
-            dhT = np.ones((size[1], 512), np.float32)
-            work = lambda: [CPU.backward(tape, None, (dhT, None)) for _ in range(9)]
-        delays = []
-        for _ in range(5):
-            sent = []
-            def send():
-                sent.append(time.monotonic())
-                os.kill(os.getpid(), signal.SIGINT)
-            timer = threading.Timer(0.15, send)
-            timer.start()
-            try:
-                work()
-                raise SystemExit("finished before the signal: too short to tell")
-            except KeyboardInterrupt:
-                delays.append(time.monotonic() - sent[0])
-            timer.join()
-            check()
-        print(sorted(delays)[2])
-        """,
-        TEST_THREADS=threads,
-    )
+    out = python(f"print(delay_of_ctrl_c(long_work({kind!r}), check))", TEST_THREADS=threads)
     assert float(out) < 0.1
 
 
@@ -264,43 +290,11 @@ def test_fork_without_a_call_before_it():
 
 
 def test_fork_while_another_thread_computes():
-    python(
-        """
-        stop = threading.Event()
-        def loop():
-            while not stop.is_set():
-                check()
-        threads = [threading.Thread(target=loop) for _ in range(3)]
-        for t in threads: t.start()
-        for _ in range(20):
-            in_child(check)
-        stop.set()
-        for t in threads: t.join()
-        check()
-        """
-    )
+    python("fork_beside(threads=3, times=20)")
 
 
 def test_fork_in_a_signal_handler_within_a_kernel():
-    """The child lacks the other threads: its call fails, the next one works. The parent's call goes on."""
-    python(
-        """
-        children = []
-        signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
-        try:
-            long_forward(T=1500)()
-            failed = False
-        except RuntimeError as error:
-            assert "fork" in str(error)
-            failed = True
-        check()
-        if children == [0]:
-            os._exit(0 if failed else 1)
-        assert not failed
-        assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
-        """
-    )
+    python("fork_in_a_handler()")
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])

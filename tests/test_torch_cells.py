@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_twins import (  # noqa: F401
+from torch_twins import (
     CELLS,
     DTYPES,
     assert_close,
@@ -23,12 +23,11 @@ from torch_twins import (  # noqa: F401
     every_dtype,
     flat,
     ft,
-    gradients,
-    no_fallback,
     state_of,
     twins,
-    warned,
 )
+
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 B, I, H = 3, 4, 7
 
@@ -144,7 +143,7 @@ def test_copies_and_packed_weights(kind):
 
 
 @every_cell
-def test_fallbacks(kind, warned):  # noqa: F811
+def test_fallbacks(kind, warned):
     theirs, ours = twins(kind, I, H)
     x, hx = inputs(ours)
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
@@ -184,7 +183,7 @@ def test_second_derivatives(kind):
 
 
 @every_cell
-def test_no_units_and_no_rows(kind, warned):  # noqa: F811
+def test_no_units_and_no_rows(kind, warned):
     theirs, ours = twins(kind, I, 0)
     with pytest.warns(ft.Fallback, match="there are no units"):
         assert flat(ours(torch.zeros(B, I)))[0].shape == (B, 0)

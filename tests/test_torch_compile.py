@@ -16,8 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedrnn.torch as ours
 from fusedrnn import backends
-from fusedrnn.functional import Weights
+from fusedrnn.functional import Regularization, Weights
 from fusedrnn.torch import compilable, ops
+from fusedrnn.torch.recurrence import NORMED
 
 # What PyTorch itself warns of while it compiles is no concern of these tests.
 pytestmark = [
@@ -64,8 +65,22 @@ def breaks(model, *args, **options) -> int:
     return torch._dynamo.explain(model)(*args, **options).graph_break_count
 
 
-def inputs(mode, dtype=torch.float64, *, bias=True, state=True, lengths=False, reset=False, grad=True):
-    """x, h0, c0, the weights, lengths and reset, as the operators take them."""
+TENSORS = 3 + len(Weights._fields)  # the first inputs: x, h0, c0, the weights
+
+
+def inputs(
+    mode,
+    dtype=torch.float64,
+    *,
+    bias=True,
+    state=True,
+    lengths=False,
+    reset=False,
+    normed=False,
+    regularized=False,
+    grad=True,
+):
+    """x, h0, c0, the weights, lengths, reset and the seed, as the operators take them."""
     G = MODES[mode]
 
     def draw(*size):
@@ -74,9 +89,22 @@ def inputs(mode, dtype=torch.float64, *, bias=True, state=True, lengths=False, r
     h0 = draw(B, H) if state else None
     c0 = draw(B, H) if state and mode == "LSTM" else None
     biases = (draw(G * H), draw(G * H)) if bias else (None, None)
+    gains = (draw(G * H), draw(G * H)) if normed else (None, None)
+    of_c = (draw(H), draw(H)) if normed and mode == "LSTM" else (None, None)
     rows = torch.tensor([T, 2, 0]) if lengths else None
     cuts = torch.rand(T, B) < 0.3 if reset else None
-    return draw(T, B, I), h0, c0, draw(G * H, I), draw(G * H, H), *biases, rows, cuts
+    seed = torch.tensor(2**40 + 3) if regularized else None
+    return draw(T, B, I), h0, c0, draw(G * H, I), draw(G * H, H), *biases, *gains, *of_c, rows, cuts, seed
+
+
+def cell_of(mode, options):
+    """The name of the cell."""
+    return mode + NORMED if options.get("normed") else mode
+
+
+def more_of(mode, options):
+    """The last arguments: detach_every, rates, stream."""
+    return (None, [0.25, 0.2, 0.1 if mode == "LSTM" else 0.0], 3) if options.get("regularized") else ()
 
 
 # --- the operators ------------------------------------------------------------------------------------------
@@ -85,6 +113,8 @@ OPTIONS = {
     "all": {},
     "bare": {"bias": False, "state": False},
     "ragged": {"lengths": True, "reset": True},
+    "normed": {"normed": True},
+    "regularized": {"regularized": True, "lengths": True},
 }
 options_of = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -105,22 +135,33 @@ def test_opcheck_of_forward(mode, options, dtype, reverse):
     args = inputs(mode, dtype, **options)
     op = torch.ops.fusedrnn.recurrence.default
     for return_states, save in ((True, True), (False, False)):
-        torch.library.opcheck(op, (*args, mode, reverse, return_states, save))
+        more = more_of(mode, options)
+        torch.library.opcheck(op, (*args, cell_of(mode, options), reverse, return_states, save, *more))
 
 
 @pytest.mark.parametrize(("mode", "options", "dtype", "reverse"), list(cases()))
 def test_opcheck_of_backward(mode, options, dtype, reverse):
     args = inputs(mode, dtype, **options, grad=False)
     op = torch.ops.fusedrnn.recurrence_backward.default
-    two = mode == "LSTM"
+    two, cell, more = mode == "LSTM", cell_of(mode, options), more_of(mode, options)
     for save in (True, False):
-        y, *_, tape = torch.ops.fusedrnn.recurrence(*args, mode, reverse, True, save)
+        y, *_, tape = torch.ops.fusedrnn.recurrence(*args, cell, reverse, True, save, *more)
         dy, dhT, dh_states = torch.randn_like(y), torch.randn(B, H, dtype=dtype), torch.randn_like(y)
         if save:
-            grads, need = (dy, dhT, dhT if two else None, dh_states, dh_states if two else None), [True] * 6
+            grads, need = (dy, dhT, dhT if two else None, dh_states, dh_states if two else None), [True] * 10
         else:
-            grads, need = (dy, *[None] * 4), [False, True, False, False, True, False]
-        torch.library.opcheck(op, (*args, y, tape, *grads, mode, reverse, need))
+            grads, need = (dy, *[None] * 4), [False, True, False, False, True, *[False] * 5]
+        torch.library.opcheck(op, (*args, y, tape, *grads, cell, reverse, need, *more))
+
+
+def test_opcheck_of_detach_every():
+    args = inputs("LSTM")
+    torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, (*args, "LSTM", False, True, True, 2))
+    args = inputs("LSTM", grad=False)
+    y, *_, tape = torch.ops.fusedrnn.recurrence(*args, "LSTM", False, False, True, 2)
+    options = ("LSTM", False, [True] * 10, 2)
+    grads = (y, None, None, None, None)
+    torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, (*args, y, tape, *grads, *options))
 
 
 @pytest.mark.parametrize("save", [True, False], ids=["tape", "again"])
@@ -128,15 +169,17 @@ def test_opcheck_of_backward(mode, options, dtype, reverse):
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck_of_the_operator(mode, options, save):
     args = inputs(mode, **options)
-    tensors = [t for t in args[:7] if t is not None]
+    tensors = [t for t in args[:TENSORS] if t is not None]
+    cell, more = cell_of(mode, options), more_of(mode, options)
 
     def run(*given):
         rest = iter(given)
-        filled = [None if t is None else next(rest) for t in args[:7]]
-        found = torch.ops.fusedrnn.recurrence(*filled, *args[7:], mode, True, True, save)[:5]
+        filled = [None if t is None else next(rest) for t in args[:TENSORS]]
+        found = torch.ops.fusedrnn.recurrence(*filled, *args[TENSORS:], cell, True, True, save, *more)[:5]
         found = [t for t in found if t.numel() and t.requires_grad]
-        if args[7] is not None:  # the kernels take no gradient of held states
-            valid = (torch.arange(T)[:, None] < args[7])[:, :, None]
+        lengths = args[TENSORS]
+        if lengths is not None:  # the kernels take no gradient of held states
+            valid = (torch.arange(T)[:, None] < lengths)[:, :, None]
             found = [t * valid if t.dim() == 3 else t for t in found]
         return tuple(found)
 
@@ -148,19 +191,28 @@ def test_gradcheck_of_the_operator(mode, options, save):
 def test_the_tape_in_an_array_gives_the_same_bits(mode, options, poison):
     """As the kernels' own tape; the array may lie anywhere."""
     args = inputs(mode, torch.float32, **options, grad=False)
-    y, *_, tape = torch.ops.fusedrnn.recurrence(*args, mode, False, False, True)
-    assert tape.shape == (T, B, ops.tape_width(mode, H))
+    cell, more = cell_of(mode, options), more_of(mode, options)
+    y, *_, tape = torch.ops.fusedrnn.recurrence(*args, cell, False, False, True, *more)
+    assert tape.shape == (T, B, ops.tape_width(ops.ForwardInputs(cell, False, False, True, *more), H))
     backend = backends.usable(None)
     moved = torch.empty(tape.numel() + 1, dtype=tape.dtype)[1:].view_as(tape).copy_(tape)
     for kept in (tape, moved):
         found = torch.ops.fusedrnn.recurrence_backward(
-            *args, y, kept, y, None, None, None, None, mode, False, [True] * 6
+            *args, y, kept, y, None, None, None, None, cell, False, [True] * 10, *more
         )
         arrays = [None if t is None else t.numpy() for t in args]
-        x, h0, c0, *weights = arrays[:7]
+        x, h0, c0, *weights = arrays[:TENSORS]
+        lengths, reset, seed = arrays[TENSORS:]
         state = None if h0 is None else (h0,) if c0 is None else (h0, c0)
+        regularization = Regularization(*more[1], int(seed), more[2]) if more else None
         out = backend.forward(
-            ops.CELLS[mode], x, Weights(*weights), state, lengths=arrays[7], reset=arrays[8]
+            ops.CELLS[cell],
+            x,
+            Weights(*weights),
+            state,
+            lengths=lengths,
+            reset=reset,
+            regularization=regularization,
         )
         dx, dweights, dstate0 = backend.backward(out.tape, out.y)
         expected = (dx, *dweights, *dstate0)
@@ -174,12 +226,13 @@ def test_another_backend_runs_forward_again(monkeypatch):
     y, *_, tape = torch.ops.fusedrnn.recurrence(*args, "LSTM", False, False, True)
     assert tape.shape == (T, B, 0)
     y.sum().backward()
-    found = [t.grad.clone() for t in args[:7]]
+    given = [t for t in args[:TENSORS] if t is not None]
+    found = [t.grad.clone() for t in given]
     monkeypatch.delenv("FUSEDRNN_BACKEND")
-    for t in args[:7]:
+    for t in given:
         t.grad = None
     torch.ops.fusedrnn.recurrence(*args, "LSTM", False, False, True)[0].sum().backward()
-    for a, t in zip(found, args[:7], strict=True):
+    for a, t in zip(found, given, strict=True):
         torch.testing.assert_close(a, t.grad)
 
 
@@ -287,6 +340,23 @@ def test_training_steps(backend):
     assert losses[0][-1] < losses[0][0]
 
 
+def test_detach_every_with_dynamic_shapes():
+    """Compiled anew for another number of steps, not for another sequence."""
+    model = compilable.LSTM(I, H)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for t, every in ((5, 2), (9, 2), (9, 3)):
+        x = torch.randn(t, B, I)
+        grads = []
+        for f in (model, compiled):
+            model.zero_grad()
+            f(x, detach_every=every)[0].sum().backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["LSTM", "GRU"])
 def test_dynamic_shapes(mode, backend):
@@ -299,12 +369,13 @@ def test_dynamic_shapes(mode, backend):
     assert counter.frame_count == 1
 
 
-def test_lengths_reset_and_states():
+def test_lengths_reset_detach_every_and_states():
     for name, kind in (("LSTM", compilable.LSTM), ("GRU", compilable.GRU)):
         model = kind(I, H, num_layers=2, bidirectional=True, batch_first=True)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         x, lengths, reset = torch.randn(B, T, I), torch.tensor([T, 2, 0]), torch.rand(B, T) < 0.3
-        for options in ({"lengths": lengths}, {"reset": reset.float()}, {"lengths": lengths, "reset": reset}):
+        every = {"lengths": lengths, "reset": reset, "detach_every": 2}
+        for options in ({"lengths": lengths}, {"reset": reset.float()}, {"detach_every": 2}, every):
             results = []
             for f in (model, compiled):
                 model.zero_grad()
@@ -344,6 +415,10 @@ def test_what_is_wrong_is_said():
         compiled(x, reset=torch.full((T, B), 2))
     with pytest.raises(ValueError, match="reset"):
         compiled(x, reset=torch.ones(B, T + 1))
+    with pytest.raises(TypeError, match="detach_every"):
+        compiled(x, detach_every=2.0)
+    with pytest.raises(ValueError, match="detach_every"):
+        compiled(x, detach_every=0)
     with pytest.raises(RuntimeError, match="input"):
         compiled(torch.randn(T, B, I + 1))
     with pytest.raises(RuntimeError, match="hidden"):

@@ -10,7 +10,9 @@ pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import torch
 
-from torch_twins import CELLS, LAYERS, assert_close, every_kind, flat, ft, no_fallback  # noqa: F401
+from torch_twins import CELLS, LAYERS, assert_close, every_kind, flat, ft
+
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 
 class Wrapped(torch.nn.Module):

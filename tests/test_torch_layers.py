@@ -8,6 +8,7 @@ import pickle
 import threading
 import warnings
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import parametrizations, rnn
 
-from torch_twins import (  # noqa: F401
+from torch_twins import (
     DTYPES,
     LAYERS,
     assert_close,
@@ -27,11 +28,11 @@ from torch_twins import (  # noqa: F401
     flat,
     ft,
     gradients,
-    no_fallback,
     state_of,
     twins,
-    warned,
 )
+
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 T, B, I, H = 5, 3, 4, 7
 
@@ -296,7 +297,7 @@ def test_2000_random_configurations(c):
 # --- what only ours have: lengths, reset, return_states -------------------------------------------------
 
 
-def stepwise(layer, x, hx, lengths, reset):
+def stepwise(layer, x, hx, lengths, reset, detach_every=None):
     """The layer as a plain loop over PyTorch's cells: output, final states, states of every step."""
     L, D = layer.num_layers, 1 + layer.bidirectional
     steps = len(x)
@@ -316,8 +317,11 @@ def stepwise(layer, x, hx, lengths, reset):
                 setattr(cell, name, getattr(layer, name + suffix))
             state = tuple(s[k * D + d] for s in hx)
             seen = [None] * steps
-            for t in reversed(range(steps)) if d else range(steps):
+            for k_run, t in enumerate(reversed(range(steps)) if d else range(steps)):
                 there, cut = valid[t, :, None], (reset[t] & valid[t])[:, None]
+                if detach_every and k_run and k_run % detach_every == 0:
+                    begins = (t == lengths - 1)[:, None] & bool(d)  # the initial state is not cut off
+                    state = tuple(torch.where(there & ~begins, s.detach(), s) for s in state)
                 if not d:
                     state = tuple(torch.where(cut, 0, s) for s in state)
                 new = cell(x[t], state if pair else state[0])
@@ -336,7 +340,11 @@ def stepwise(layer, x, hx, lengths, reset):
 
 @every_dtype
 @every_layer
-@pytest.mark.parametrize("used", [("lengths",), ("reset",), ("lengths", "reset")], ids="+".join)
+@pytest.mark.parametrize(
+    "used",
+    [("lengths",), ("reset",), ("lengths", "reset"), ("detach_every",), ("lengths", "reset", "detach_every")],
+    ids="+".join,
+)
 @pytest.mark.parametrize("form", ["time first", "batch first", "unbatched"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_lengths_reset_and_states_against_a_loop(kind, dtype, used, form, recompute):
@@ -360,7 +368,11 @@ def test_lengths_reset_and_states_against_a_loop(kind, dtype, used, form, recomp
             "unbatched": lambda a: a[:, 0],
         }
         drop = (lambda s: s[:, 0]) if form == "unbatched" else lambda s: s
-        more = {"lengths": lengths if batch > 1 else int(lengths), "reset": take[form](reset)}
+        more = {
+            "lengths": lengths if batch > 1 else int(lengths),
+            "reset": take[form](reset),
+            "detach_every": 2,
+        }
         state = tuple(map(drop, hx)) if kind == "LSTM" else drop(hx)
         y, final, every = ours(take[form](x), state, **{k: more[k] for k in used}, return_states=True)
         assert ours.last_path == "fused"
@@ -371,7 +383,8 @@ def test_lengths_reset_and_states_against_a_loop(kind, dtype, used, form, recomp
             return y[:, None], [s[:, None] for s in flat(final)], [s[:, :, None] for s in every]
         return y, flat(final), every
 
-    expected, got = stepwise(ours, x, hx, lengths, reset), forward()
+    every = 2 if "detach_every" in used else None
+    expected, got = stepwise(ours, x, hx, lengths, reset, every), forward()
     for a, b in zip(flat(got), flat(expected), strict=True):
         assert_close(a, b)
     n = len(flat(got))
@@ -385,6 +398,29 @@ def test_lengths_reset_and_states_against_a_loop(kind, dtype, used, form, recomp
         found = gradients(ours, forward(), (x, hx), chosen)
         for name, g in wanted.items():
             assert_close(found[name], g, f"{name} from {chosen}")
+
+
+@every_dtype
+@every_layer
+@pytest.mark.parametrize("every", [1, 2, 4, 5, 9])
+def test_detach_every_is_cutting_by_hand(kind, dtype, every):
+    """PyTorch's layer, called with one chunk after another, the state detached between."""
+    theirs, ours = twins(kind, I, H, num_layers=2, dtype=dtype)
+    x, hx = inputs(ours, dtype)
+    state, outputs = hx, []
+    for chunk in x.split(every):
+        y, state = theirs(chunk, state)
+        outputs.append(y)
+        last, state = state, tuple(s.detach() for s in state) if kind == "LSTM" else state.detach()
+    expected, got = (torch.cat(outputs), last), ours(x, hx, detach_every=every)
+    assert ours.last_path == "fused"
+    for a, b in zip(flat(got), flat(expected), strict=True):
+        assert_close(a, b)
+    wanted, found = gradients(theirs, expected, (x, hx)), gradients(ours, got, (x, hx))
+    whole = gradients(ours, ours(x, hx), (x, hx))
+    for name, g in wanted.items():
+        assert_close(found[name], g, name)
+    assert torch.equal(found["weight_hh_l0"], whole["weight_hh_l0"]) == (every >= T)
 
 
 @every_layer
@@ -415,10 +451,18 @@ def test_wrong_lengths_and_resets(kind):
         (ValueError, "reset: expected booleans, or 0 and 1", {"reset": torch.full((T, B), torch.nan)}),
         (NotImplementedError, "meta", {"lengths": torch.zeros(B, dtype=torch.int64, device="meta")}),
         (NotImplementedError, "meta", {"reset": torch.zeros(T, B, device="meta")}),
+        (ValueError, "detach_every: expected at least 1, got 0", {"detach_every": 0}),
+        (TypeError, "detach_every: expected a whole number or None, got float", {"detach_every": 2.0}),
+        (TypeError, "detach_every: expected a whole number or None, got bool", {"detach_every": True}),
     ):
         with pytest.raises(error, match=words):
             ours(x, **more)
-    for more in ({"lengths": [1, 1, 1]}, {"reset": torch.zeros(T, B)}, {"return_states": True}):
+    for more in (
+        {"lengths": [1, 1, 1]},
+        {"reset": torch.zeros(T, B)},
+        {"return_states": True},
+        {"detach_every": 2},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(more))}: expected none with a PackedSequence"):
             ours(packed, **more)
         with (
@@ -430,7 +474,8 @@ def test_wrong_lengths_and_resets(kind):
 
 @every_layer
 @pytest.mark.parametrize("more", [{}, {"lengths": True}, {"reset": True}, {"return_states": True},
-    {"lengths": True, "reset": True, "return_states": True}, {"packed": True}], ids=str)  # fmt: skip
+    {"lengths": True, "reset": True, "return_states": True}, {"packed": True}, {"detach_every": True}],
+    ids=str)  # fmt: skip
 @pytest.mark.parametrize(
     "options",
     [{}, {"recompute": True}, pytest.param({"bidirectional": True, "num_layers": 2}, marks=pytest.mark.slow)],
@@ -444,6 +489,7 @@ def test_gradcheck(kind, more, options):
     x, hx = inputs(ours, torch.float64, (4, 3, 2))
     names, weights = zip(*ours.named_parameters(), strict=True)
     values = {"lengths": torch.tensor([4, 0, 2]), "reset": torch.rand(4, 3) < 0.4, "return_states": True}
+    values["detach_every"] = 4  # of 4 steps: no cut, else it were no derivative
     call = {name: values[name] for name in more if name in values}
 
     def f(x, *rest):
@@ -473,6 +519,68 @@ def test_the_same_seed_gives_the_same_weights_and_names(kind):
     for (n, p), (m, q) in zip(theirs.named_parameters(), ours.named_parameters(), strict=True):
         assert n == m
         assert torch.equal(p, q)
+
+
+def forget_biases(layer):
+    """The sum of the two, for each layer and direction."""
+    H = layer.hidden_size
+    both = [[p for n, p in layer.named_parameters() if n.startswith(b)] for b in ("bias_ih", "bias_hh")]
+    return [(b + c)[H : 2 * H] for b, c in zip(*both, strict=True)]
+
+
+@pytest.mark.parametrize("kind", [ft.LSTM, ft.compilable.LSTM, ft.LSTMCell])
+def test_forget_bias(kind):
+    """Initial values alone; the others are those of PyTorch for the seed."""
+    more = {} if kind is ft.LSTMCell else {"num_layers": 2, "bidirectional": True}
+    torch.manual_seed(5)
+    theirs = getattr(torch.nn, kind.__name__)(I, H, **more)
+    torch.manual_seed(5)
+    ours = kind(I, H, **more, forget_bias=1.5)
+    gate = torch.arange(4 * H) // H
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        same = (gate != 1) if "bias" in name else slice(None)
+        assert torch.equal(p[same], q[same])
+    for start in forget_biases(ours):
+        assert (start == 1.5).all()
+    assert repr(ours) == repr(theirs)[:-1] + ", forget_bias=1.5)"
+    drawn = ours.state_dict()["bias_hh" + ("" if kind is ft.LSTMCell else "_l0")].clone()
+    ours.reset_parameters()
+    for start in forget_biases(ours):
+        assert (start == 1.5).all()
+    assert not torch.equal(ours.state_dict()["bias_hh" + ("" if kind is ft.LSTMCell else "_l0")], drawn)
+    x = torch.randn(*(() if kind is ft.LSTMCell else (T,)), B, I)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), copy.copy(ours)):
+        assert other.forget_bias == 1.5
+        for a, b in zip(flat(other(x)), flat(ours(x)), strict=True):
+            assert torch.equal(a, b)
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    for a, b in zip(flat(theirs(x)), flat(ours(x)), strict=True):
+        assert_close(b, a)
+    converted = ft.convert(torch.nn.ModuleList([ours]), compilable=True).model[0]
+    assert converted.forget_bias == 1.5
+    plain = ft.to_torch(ours)
+    assert type(plain) is type(theirs)
+    assert repr(plain) == repr(theirs)
+    assert vars(plain).keys() == vars(theirs).keys()
+    ft.convert(plain)
+    assert plain.forget_bias is None
+    plain.reset_parameters()
+    assert not any((start == 1.5).any() for start in forget_biases(plain))
+
+
+def test_wrong_forget_biases():
+    for kind in (ft.LSTM, ft.compilable.LSTM, ft.LSTMCell):
+        for wrong in ("1", True, torch.ones(H), [1.0]):
+            with pytest.raises(TypeError, match="forget_bias: expected a number or None, got "):
+                kind(I, H, forget_bias=wrong)
+        with pytest.raises(ValueError, match="forget_bias: expected None in a layer with bias=False, got 1"):
+            kind(I, H, bias=False, forget_bias=1)
+        assert kind(I, H, bias=False).forget_bias is None
+        assert kind(I, H, forget_bias=np.float32(2), device="meta").forget_bias == 2
+    for kind in (ft.GRU, ft.RNN, ft.GRUCell):
+        with pytest.raises(TypeError, match="forget_bias"):
+            kind(I, H, forget_bias=1.0)
 
 
 @every_layer
@@ -890,7 +998,7 @@ def test_several_threads_in_one_layer(kind):
 
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_falls_back(kind, dtype, warned):  # noqa: F811
+def test_half_precision_falls_back(kind, dtype, warned):
     theirs, ours = twins(kind, I, H, dtype=dtype)
     x, hx = inputs(ours, dtype)
     with pytest.warns(
@@ -911,7 +1019,7 @@ def test_half_precision_falls_back(kind, dtype, warned):  # noqa: F811
     assert ours.last_path == "fused"
 
 
-def test_projections_fall_back(warned):  # noqa: F811
+def test_projections_fall_back(warned):
     theirs, ours = twins("LSTM", I, H, proj_size=3)
     x = torch.randn(T, B, I)
     with warnings.catch_warnings(action="ignore"):  # PyTorch's own
@@ -923,7 +1031,7 @@ def test_projections_fall_back(warned):  # noqa: F811
 
 
 @every_layer
-def test_the_meta_device_falls_back(kind, warned):  # noqa: F811
+def test_the_meta_device_falls_back(kind, warned):
     ours = getattr(ft, kind)(I, H, device="meta")
     with pytest.warns(ft.Fallback, match="the device is meta"):
         y, _ = ours(torch.zeros(T, B, I, device="meta"))
@@ -937,7 +1045,7 @@ def test_the_meta_device_falls_back(kind, warned):  # noqa: F811
 
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_autocast(kind, dtype, warned):  # noqa: F811
+def test_autocast(kind, dtype, warned):
     wide = torch.promote_types(dtype, torch.float32)
     theirs, ours = twins(kind, I, H, num_layers=2, bidirectional=True, dtype=wide)
     x = torch.randn(T, B, I, dtype=dtype)
@@ -954,7 +1062,7 @@ def test_autocast(kind, dtype, warned):  # noqa: F811
 
 
 @every_layer
-def test_tracing_falls_back(kind, warned):  # noqa: F811
+def test_tracing_falls_back(kind, warned):
     _, ours = twins(kind, I, H)
     x = torch.randn(T, B, I)
     with warnings.catch_warnings():
@@ -965,7 +1073,7 @@ def test_tracing_falls_back(kind, warned):  # noqa: F811
 
 
 @every_layer
-def test_transforms_fall_back(kind, warned):  # noqa: F811
+def test_transforms_fall_back(kind, warned):
     theirs, ours = twins(kind, I, H, dtype=torch.float64)
     x, v = torch.randn(2, T, B, I, dtype=torch.float64), torch.randn(T, B, I, dtype=torch.float64)
 

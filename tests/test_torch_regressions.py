@@ -19,8 +19,7 @@ pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import torch
 from torch.nn.utils import rnn
 
-from torch_twins import (  # noqa: F401
-    LAYERS,
+from torch_twins import (
     assert_close,
     assert_same,
     every_cell,
@@ -28,11 +27,11 @@ from torch_twins import (  # noqa: F401
     flat,
     ft,
     gradients,
-    no_fallback,
     state_of,
     twins,
-    warned,
 )
+
+pytestmark = pytest.mark.usefixtures("no_fallback")
 
 T, B, I, H = 5, 3, 2, 7
 
@@ -311,7 +310,7 @@ def test_regression_R37_combinations_of_dtypes(kind, weights, data):
 
 
 @every_layer
-def test_regression_R38_no_fallback_goes_unseen(kind, warned):  # noqa: F811
+def test_regression_R38_no_fallback_goes_unseen(kind, warned):
     """keras PR 22279."""
     _, ours = twins(kind, I, H, dtype=torch.bfloat16)
     assert ours.last_path is None

@@ -24,24 +24,6 @@ every_kind = pytest.mark.parametrize("kind", LAYERS + CELLS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "float64"))
 
 
-@pytest.fixture(autouse=True)
-def no_fallback(monkeypatch):
-    """No warning was given before, a fallback that a test does not expect is an error, and a seed."""
-    from fusedrnn.torch import paths
-
-    monkeypatch.setattr(paths, "_told", set())
-    monkeypatch.setattr(paths, "_errors", True)
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def warned(monkeypatch):
-    """Fallbacks warn, as they do by themselves."""
-    from fusedrnn.torch import paths
-
-    monkeypatch.setattr(paths, "_errors", False)
-
-
 def twins(kind: str, *sizes: int, **options: Any) -> tuple[Any, Any]:
     """PyTorch's layer and ours with the same weights, which are large enough for the gates to saturate."""
     theirs = getattr(torch.nn, kind)(*sizes, **options)

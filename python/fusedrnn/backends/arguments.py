@@ -181,11 +181,7 @@ def check_forward(
     for name, flag in (("reverse", reverse), ("return_states", return_states)):
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{name}: expected True or False, got {_kind(flag)}")
-    if detach_every is not None:
-        if isinstance(detach_every, bool) or not isinstance(detach_every, int | np.integer):
-            raise TypeError(f"detach_every: expected a whole number or None, got {_kind(detach_every)}")
-        if detach_every < 1:
-            raise ValueError(f"detach_every: expected at least 1, got {detach_every}")
+    detach_every = check_detach_every(detach_every)
     if save is not None and not isinstance(save, str):
         raise TypeError(f'save: expected "all", "borders" or None, got {_kind(save)}')
     if save not in ("all", "borders", None):
@@ -199,11 +195,22 @@ def check_forward(
         reset,
         bool(reverse),
         bool(return_states),
-        None if detach_every is None else int(detach_every),
+        detach_every,
         check_regularization(cell, regularization),
         save,
         Sizes(T, B, I, H, H),
     )
+
+
+def check_detach_every(value: Any) -> int | None:
+    """None, or the number of steps."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"detach_every: expected a whole number or None, got {_kind(value)}")
+    if value < 1:
+        raise ValueError(f"detach_every: expected at least 1, got {value}")
+    return int(value)
 
 
 def check_backward(

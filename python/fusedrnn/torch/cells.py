@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedrnn import cells
+from fusedrnn.backends.protocol import Weights
 from fusedrnn.torch import compiled, paths
-from fusedrnn.torch.recurrence import Call, Packed, PackedWeights, recurrence
+from fusedrnn.torch.forget_bias import ForgetBias
+from fusedrnn.torch.recurrence import CELLS, Call, Packed, PackedWeights, recurrence, weights_of
 
-TANH, RELU = cells.RNN(), cells.RNN(relu=True)
+# From x (B, I) and the state before it to the state after it.
+Run = Callable[[Tensor, tuple[Tensor, ...] | None], tuple[Tensor, ...]]
 
 
 class CellMixin(torch.nn.RNNCellBase):
     """What the three have in common. ``last_path`` and ``refresh()`` are as in ``layers.Recurrent``."""
 
     last_path: str | None = None
-    cell: cells.Cell
+    mode: str  # the cell by PyTorch's name, as layers have it
     _bfloat16_in_autocast = False  # what PyTorch's own returns for float32
+
+    @property
+    def cell(self) -> cells.Cell:
+        return CELLS[self.mode]
 
     def refresh(self) -> None:
         """Forget packed weights: needed after a write to a few elements through a parameter's ``.data``."""
@@ -29,35 +37,25 @@ class CellMixin(torch.nn.RNNCellBase):
         """One step: input (B, I) or (I,); hx as PyTorch's, (B, H) or (H,) each; None is zeros."""
         if torch.compiler.is_compiling():
             return compiled.cell(self, input, hx)
-        state0 = None if hx is None else paths.state(hx, self._pair)
-        weights = self._weights()
+        state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
+        weights = weights_of(self, Weights._fields)
         packed = self._ready(input, state0, weights)
         if isinstance(packed, str):
-            output = super().forward(input, hx)  # its twin's; raises where something is wrong
-            self.__dict__["last_path"] = f"fallback: {packed}"
-            if not paths.forced():
-                paths.tell(type(self).__name__, packed)
-            return output
+            return paths.fall_back(self, packed, super().forward, input, hx)
         self.__dict__["last_path"] = paths.FUSED
+        call = Call(packed, {}, step=True)
+        return self._batched(input, state0, lambda x, begin: recurrence(call, x, begin, weights))
+
+    def _batched(self, input: Tensor, state0: tuple[Tensor, ...] | None, run: Run) -> Any:
+        """What ``forward`` returns, of a step that knows batches alone."""
         if input.dim() == 2:
-            after = recurrence(Call(packed, step=True), input, state0, weights)
+            after = run(input, state0)
         else:
-            state0 = None if state0 is None else tuple([s.unsqueeze(0) for s in state0])
-            after = recurrence(Call(packed, step=True), input.unsqueeze(0), state0, weights)
-            after = tuple([s.squeeze(0) for s in after])
-        return after if self._pair else after[0]
+            begin = None if state0 is None else tuple([s.unsqueeze(0) for s in state0])
+            after = tuple([s.squeeze(0) for s in run(input.unsqueeze(0), begin)])
+        return after if self.mode == "LSTM" else after[0]
 
-    @property
-    def _pair(self) -> bool:
-        return len(self.cell.states) == 2
-
-    def _weights(self) -> list[Tensor | None]:
-        """As they are now; see ``layers.Recurrent._weights``."""
-        own = self._parameters
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        return [own[name] if name in own else getattr(self, name) for name in names]
-
-    def _ready(self, input: Any, state: Any, weights: list[Tensor | None]) -> Packed | str:
+    def _ready(self, input: Any, state: Any, weights: Weights) -> Packed | str:
         """The packed weights, or why the kernels cannot take this call; what is wrong raises in PyTorch's."""
         reason = paths.mode()
         if reason is not None:
@@ -92,16 +90,28 @@ class CellMixin(torch.nn.RNNCellBase):
         return None
 
 
-class LSTMCell(CellMixin, torch.nn.LSTMCell):
-    """``torch.nn.LSTMCell`` on our kernels."""
+class LSTMCell(ForgetBias, CellMixin, torch.nn.LSTMCell):
+    """``torch.nn.LSTMCell`` on our kernels. See ``ForgetBias`` for what is added."""
 
-    cell = cells.LSTM()
+    mode = "LSTM"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        forget_bias: float | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype, forget_bias=forget_bias)
 
 
 class GRUCell(CellMixin, torch.nn.GRUCell):
     """``torch.nn.GRUCell`` on our kernels."""
 
-    cell = cells.GRU()
+    mode = "GRU"
 
 
 class RNNCell(CellMixin, torch.nn.RNNCell):
@@ -110,6 +120,6 @@ class RNNCell(CellMixin, torch.nn.RNNCell):
     _bfloat16_in_autocast = True
 
     @property
-    def cell(self) -> cells.Cell:  # type: ignore[override]
+    def mode(self) -> str:  # type: ignore[override]
         """By the nonlinearity."""
-        return RELU if self.nonlinearity == "relu" else TANH
+        return "RNN_RELU" if self.nonlinearity == "relu" else "RNN_TANH"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.layers import Recurrent
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -26,7 +27,7 @@ class _Twin(torch.nn.RNNBase):
         return self.twin.forward(self, input, hx)
 
 
-class LSTM(Recurrent, _Twin):
+class LSTM(ForgetBias, Recurrent, _Twin):
     """``fusedrnn.torch.LSTM`` for compiled models: no ``isinstance`` of ``torch.nn.LSTM``, else the same."""
 
     twin = torch.nn.LSTM

@@ -27,6 +27,17 @@ COMPILABLE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.GRU: _compilable.GRU,
     torch.nn.RNN: _compilable.RNN,
 }
+# What our layers have of their own, beside their class.
+OWN = (
+    "_fusedrnn_packed",
+    "last_path",
+    "recompute",
+    "forget_bias",
+    "recurrent_dropout",
+    "zoneout_h",
+    "zoneout_c",
+    "layer_norm",
+)
 OURS = {ours: theirs for twins in (TWINS, COMPILABLE) for theirs, ours in twins.items()}
 
 
@@ -78,15 +89,25 @@ def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
 def to_torch(model: M) -> M:
     """Make each of our layers in a model ``torch.nn``'s again, in place: for TorchScript and ONNX export.
 
+    Recurrent dropout, which is for training, is left behind.
+
     Returns:
         The model.
+
+    Raises:
+        ValueError: A layer has zoneout or layer norm, which ``torch.nn`` lacks; the message names both, and
+            nothing was changed.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for path, layer in model.named_modules():
+        for name in ("zoneout_h", "zoneout_c", "layer_norm"):
+            if type(layer) in OURS and getattr(layer, name, False):
+                raise ValueError(f"{path or 'the model'}: torch.nn has no {name}")
     for layer in model.modules():
         kind = type(layer)
         if kind in OURS:
-            for name in ("_fusedrnn_packed", "last_path", "recompute"):
+            for name in OWN:
                 layer.__dict__.pop(name, None)
             layer.__class__ = OURS[kind]
     return model

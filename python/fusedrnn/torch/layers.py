@@ -6,6 +6,7 @@ Formulas and their sources are in ``fusedrnn.cells``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,30 +14,117 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import cells
-from fusedrnn.backends.protocol import Array
+from fusedrnn.backends.arguments import check_detach_every, check_regularization
+from fusedrnn.backends.protocol import Regularization, Weights
 from fusedrnn.torch import compiled, paths
-from fusedrnn.torch.recurrence import Call, Packed, PackedWeights, recurrence
+from fusedrnn.torch.forget_bias import ForgetBias
+from fusedrnn.torch.recurrence import (
+    CELLS,
+    NORMED,
+    Call,
+    Packed,
+    PackedWeights,
+    known,
+    of_stream,
+    recurrence,
+    weights_of,
+)
+
+# One layer in one direction, of number j: from (j, reverse, x, initial state) to y, the final state, and with
+# return_states the states of every step, as ``recurrence`` returns them.
+Run = Callable[[int, bool, Tensor, tuple[Tensor, ...] | None], tuple[Tensor, ...]]
+# y (T, B, D*H), the final states (L*D, B, H), those of every step (L*D, T, B, H)
+Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 class Recurrent(torch.nn.RNNBase):
     """What the three have in common.
 
     Args:
-        recompute: Keep few states for backward and run forward again there, to save memory (by keyword).
+        recompute: Keep few states for backward and run forward again there, to save memory.
+        recurrent_dropout: In training, the probability with which each unit of what weight_hh multiplies is
+            zeroed, the others scaled by 1 / (1 - recurrent_dropout): one mask for each row, layer and
+            direction, the same at every step of a call (Gal and Ghahramani 2016).
+        zoneout_h, zoneout_c: In training, the probability with which a unit of h or c keeps its value at a
+            step, drawn for each step; in evaluation the mean of old and new, so weighted (Krueger et al.
+            2016). ``zoneout_c`` is for the LSTM.
+        layer_norm: Normalise the input's and the recurrent part of the gates, and the LSTM's c on its way to
+            h (Ba, Kiros and Hinton 2016; the formulas are in docs/bptt.md). More parameters: ``gain_ih_l0``
+            and ``gain_hh_l0`` (G*H,), of the LSTM ``gain_c_l0`` and ``bias_c_l0`` (H,), and so on as the
+            weights; gains start as 1, ``bias_c`` as 0.
 
+    All these by keyword. Masks are drawn from PyTorch's default generator, by one seed a call.
     ``last_path`` is "fused" after a call that ran our kernels, else "fallback: " and why PyTorch's ran.
     """
 
     last_path: str | None = None
-    recompute = False
+    # As they are in a layer of torch.nn that becomes one of ours.
+    recompute = layer_norm = False
+    recurrent_dropout = zoneout_h = zoneout_c = 0.0
 
-    def __init__(self, *args: Any, recompute: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        layer_norm: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        self.recompute = bool(recompute)
+        self.recompute, self.layer_norm = bool(recompute), bool(layer_norm)
+        rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)
+        check_regularization(self.cell, rates)
+        self.recurrent_dropout, self.zoneout_h, self.zoneout_c = map(float, rates[:3])
+        if self.layer_norm:
+            if self.proj_size:
+                raise ValueError(f"layer_norm: expected False with proj_size, got {layer_norm}")
+            self._add_norms()
+
+    def _add_norms(self) -> None:
+        for names in self._all_weights:
+            suffix = names[0].removeprefix("weight_ih")
+            weight_hh = getattr(self, f"weight_hh{suffix}").detach()
+            rows, H = weight_hh.shape
+            sizes = {"gain_ih": rows, "gain_hh": rows}
+            if self.mode == "LSTM":
+                sizes |= {"gain_c": H, "bias_c": H}
+            for name, size in sizes.items():
+                self.register_parameter(name + suffix, torch.nn.Parameter(weight_hh.new_empty(size)))
+        self._set_norms()
+
+    def _set_norms(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.startswith(("gain", "bias_c")):
+                torch.nn.init.constant_(parameter, 0.0 if name.startswith("bias_c") else 1.0)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        super().reset_parameters()
+        self._set_norms()
+
+    def extra_repr(self) -> str:
+        names = ("recurrent_dropout", "zoneout_h", "zoneout_c", "layer_norm", "recompute")
+        more = [f"{name}={value}" for name in names if (value := getattr(self, name))]
+        return ", ".join([super().extra_repr(), *more])
+
+    @property
+    def kind(self) -> str:
+        """The name of its cell in ``CELLS``."""
+        return self.mode + NORMED if self.layer_norm else self.mode
 
     @property
     def cell(self) -> cells.Cell:
-        return _CELLS[self.mode]
+        return CELLS[self.kind]
+
+    def _regularization(self) -> Regularization | None:
+        """Of one call. Its seed is a tensor, so that it can be drawn in compiled code."""
+        rates = self.recurrent_dropout, self.zoneout_h, self.zoneout_c
+        if not any(rates if self.training else rates[1:]):
+            return None
+        seed: Any = torch.randint(2**63 - 1, ()) if self.training else None
+        return Regularization(*rates, seed)
 
     def flatten_parameters(self) -> None:
         """Nothing: it serves cuDNN alone, and its flat memory is what safetensors refuses."""
@@ -53,6 +141,7 @@ class Recurrent(torch.nn.RNNBase):
         lengths: Any = None,
         reset: Any = None,
         return_states: bool = False,
+        detach_every: int | None = None,
     ) -> Any:
         """As PyTorch's, with more by keyword.
 
@@ -66,75 +155,68 @@ class Recurrent(torch.nn.RNNBase):
             return_states: Also return the states of every step, 0 at padding: h, for the LSTM (h, c), each
                 (L*D, T, B, H), with ``batch_first`` (L*D, B, T, H), unbatched (L*D, T, H). Not with a
                 PackedSequence.
+            detach_every: Truncate back-propagation: after every so many steps, in each layer and direction
+                counted as it runs, the state goes on and the gradient stops. Not with a PackedSequence.
 
         Returns:
             output, h_n (for the LSTM (h_n, c_n)), and with ``return_states`` the states.
 
         Raises:
-            What ``torch.nn`` raises; TypeError, ValueError: lengths, reset or return_states is wrong; the
-            message names it.
-            RuntimeError: lengths, reset or return_states where PyTorch's own implementation has to run.
+            What ``torch.nn`` raises; TypeError, ValueError: a keyword is wrong; the message names it.
+            RuntimeError: a keyword where PyTorch's own implementation has to run.
         """
+        # The names and values are those of the backends' forward, which gets them all.
+        options = {
+            "lengths": lengths,
+            "reset": reset,
+            "return_states": bool(return_states),
+            "detach_every": detach_every,
+        }
         if torch.compiler.is_compiling():
-            return compiled.layer(self, input, hx, lengths, reset, return_states)
+            return compiled.layer(self, input, hx, options)
         weights = self._weights()
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         packed = self._ready(input, state0, weights)
-        what = "lengths" if lengths is not None else "reset" if reset is not None else "return_states"
-        more = lengths is not None or reset is not None or return_states
         if isinstance(packed, str):
-            if more:
-                raise RuntimeError(f"{what}: only our kernels have it, and they cannot run: {packed}")
-            output = super().forward(input, hx)  # its twin's; raises where input is wrong
-            self.__dict__["last_path"] = f"fallback: {packed}"
-            if not paths.forced():
-                paths.tell(type(self).__name__, packed)
-            return output
+            if given := _given(options) or self._given():
+                raise RuntimeError(f"{given}: only our kernels have it, and they cannot run: {packed}")
+            return paths.fall_back(self, packed, super().forward, input, hx)
         self.__dict__["last_path"] = paths.FUSED
         if isinstance(input, PackedSequence):
-            if more:
+            if given := _given(options):
                 raise ValueError(
-                    f"{what}: expected none with a PackedSequence; pass padded input and lengths="
+                    f"{given}: expected none with a PackedSequence; pass padded input and lengths="
                 )
             return self._packed_sequence(input, state0, packed, weights)
-        batched = input.dim() == 3
-        x = input if batched else input.unsqueeze(1)
-        if batched and self.batch_first:
-            x = x.transpose(0, 1)
-        if state0 is not None and not batched:
-            state0 = tuple(s.unsqueeze(1) for s in state0)
-        T, B, _ = x.shape
-        lengths = _lengths(lengths, T, B, batched)
-        reset = _reset(reset, T, B, batched, self.batch_first)
-        y, final, states = self._stack(x, state0, packed, weights, lengths, reset, bool(return_states))
-        if lengths is not None and return_states:  # the kernels hold them there, and take no gradient of that
-            padding = torch.arange(T)[:, None] >= torch.from_numpy(lengths)
-            states = tuple(s.masked_fill(padding[:, :, None], 0) for s in states)
-        if not batched:
-            y, final = y.squeeze(1), tuple(s.squeeze(1) for s in final)
-            states = tuple(s.squeeze(2) for s in states)
-        elif self.batch_first:
-            y, states = y.transpose(0, 1), tuple(s.transpose(1, 2) for s in states)
-        lstm = len(final) == 2
-        if return_states:
-            return y, final if lstm else final[0], states if lstm else states[0]
-        return y, final if lstm else final[0]
+        options["regularization"] = self._regularization()
+        x, state0, options = self._to_kernels(input, state0, options)
+        run = self._kernels(packed, weights, known(options, len(x)))
+        return self._from_kernels(input, options, self._stack(x, state0, run))
 
-    def _weights(self) -> list[Tensor | None]:
-        """Four for each layer and direction, None where there is none, as they are now: a parametrization, a
-        functional call or a tied weight may have put others in place of the parameters."""
-        own = self._parameters
-        found: list[Tensor | None] = []
-        for names in self._all_weights:
-            for name in names:
-                w = own.get(name)
-                found.append(getattr(self, name, None) if w is None else w)
-            found += [None] * (4 - len(names))
-        return found
+    def _kernels(self, packed: list[Packed], weights: list[Weights], options: dict[str, Any]) -> Run:
+        """The kernels in autograd."""
 
-    def _ready(
-        self, input: Any, state: tuple[Any, ...] | None, weights: list[Tensor | None]
-    ) -> list[Packed] | str:
+        def run(j: int, reverse: bool, x: Tensor, state0: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+            call = Call(packed[j], of_stream(options, j), reverse, self.recompute)
+            return recurrence(call, x, state0, weights[j])
+
+        return run
+
+    def _weights(self) -> list[Weights]:
+        """Of each layer and direction; none with projections, which are PyTorch's own to run."""
+        if self.proj_size:
+            return []
+        if not self.layer_norm:
+            return [weights_of(self, names) for names in self._all_weights]
+        suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
+        return [weights_of(self, [name + suffix for name in Weights._fields]) for suffix in suffixes]
+
+    def _given(self) -> str | None:
+        """The name of the first option that PyTorch's own implementation would leave out."""
+        names = ["layer_norm", "zoneout_h", "zoneout_c", *(["recurrent_dropout"] if self.training else [])]
+        return next((name for name in names if getattr(self, name)), None)
+
+    def _ready(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> list[Packed] | str:
         """The packed weights of each layer and direction, or why the kernels cannot take this call.
 
         What is wrong is left to PyTorch's own errors.
@@ -142,8 +224,6 @@ class Recurrent(torch.nn.RNNBase):
         reason = paths.mode()
         if reason is not None:
             return reason
-        if self.proj_size:
-            return "proj_size"
         data = input.data if isinstance(input, PackedSequence) else input
         if not isinstance(data, Tensor):
             return f"the input is a {type(input).__name__}"
@@ -163,7 +243,7 @@ class Recurrent(torch.nn.RNNBase):
         D, H = 2 if self.bidirectional else 1, self.hidden_size
         for j, pack in enumerate(packs):
             I = self.input_size if j < D else D * H
-            packed = pack.of(self.cell, dtype, weights[4 * j : 4 * j + 4], I, H)
+            packed = pack.of(self.cell, dtype, weights[j], I, H)
             if isinstance(packed, str):
                 return packed
             found.append(packed)
@@ -171,6 +251,8 @@ class Recurrent(torch.nn.RNNBase):
 
     def _misshapen(self, input: Any, state: tuple[Tensor, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""
+        if self.proj_size:
+            return "proj_size"
         if isinstance(input, PackedSequence):
             shape, rows = input.data.shape, input.batch_sizes[:1].tolist()
             if len(shape) != 2:
@@ -205,7 +287,7 @@ class Recurrent(torch.nn.RNNBase):
         input: PackedSequence,
         state0: tuple[Tensor, ...] | None,
         packed: list[Packed],
-        weights: list[Tensor | None],
+        weights: list[Weights],
     ) -> Any:
         """Rows of different lengths, longest first: padded for the kernel, whose results are packed again."""
         sizes = input.batch_sizes
@@ -214,30 +296,76 @@ class Recurrent(torch.nn.RNNBase):
         if state0 is not None and input.sorted_indices is not None:
             state0 = tuple(s.index_select(1, input.sorted_indices) for s in state0)
         x = input.data.new_zeros(T, B, input.data.size(-1)).masked_scatter(valid[:, :, None], input.data)
-        y, final, _ = self._stack(x, state0, packed, weights, valid.sum(0).numpy(), None, False, valid)
+        options = {"lengths": valid.sum(0), "reset": None, "regularization": self._regularization()}
+        run = self._kernels(packed, weights, known(options, T))
+        y, final, _ = self._stack(x, state0, run, valid)
         if input.unsorted_indices is not None:
             final = tuple(s.index_select(1, input.unsorted_indices) for s in final)
         output = PackedSequence(y[valid], sizes, input.sorted_indices, input.unsorted_indices)
         return output, final if len(final) == 2 else final[0]
 
+    def _to_kernels(
+        self, input: Tensor, state0: tuple[Tensor, ...] | None, options: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, dict[str, Any]]:
+        """A call's input, time first and batched: x (T, B, I), the state (L*D, B, H) each, and the options.
+
+        ``lengths`` (B,) and ``reset`` (T, B) become tensors; their values are not looked at: a compiler that
+        traces knows none.
+        """
+        batched = input.dim() == 3
+        x = input if batched else input.unsqueeze(1)
+        if batched and self.batch_first:
+            x = x.transpose(0, 1)
+        if state0 is not None and not batched:
+            state0 = tuple([s.unsqueeze(1) for s in state0])
+        if options["lengths"] is not None:
+            lengths = torch.as_tensor(options["lengths"], device="cpu")
+            expected: tuple[int, ...] = (x.size(1),) if batched else ()
+            other = lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool
+            if other and lengths.numel():  # an empty list has no dtype
+                raise TypeError(f"lengths: expected whole numbers, got {lengths.dtype}")
+            if lengths.shape != expected:
+                raise ValueError(f"lengths: expected shape {expected}, got {tuple(lengths.shape)}")
+            options = {**options, "lengths": lengths if batched else lengths.unsqueeze(0)}
+        if options["reset"] is not None:
+            reset = torch.as_tensor(options["reset"], device="cpu").detach()
+            expected = tuple(input.shape[:-1])
+            if reset.shape != expected:
+                raise ValueError(f"reset: expected shape {expected}, got {tuple(reset.shape)}")
+            if not batched:
+                reset = reset.unsqueeze(1)
+            elif self.batch_first:
+                reset = reset.transpose(0, 1)
+            options = {**options, "reset": reset}
+        if options["detach_every"] is not None:
+            options = {**options, "detach_every": check_detach_every(options["detach_every"])}
+        return x, state0, options
+
+    def _from_kernels(self, input: Tensor, options: dict[str, Any], results: Results) -> Any:
+        """What ``forward`` returns."""
+        y, final, states = results
+        if states and options["lengths"] is not None:  # held there, and the kernels take no gradient of that
+            padding = torch.arange(y.size(0))[:, None] >= options["lengths"]
+            states = tuple([s.masked_fill(padding[:, :, None], 0) for s in states])
+        if input.dim() == 2:
+            y, final = y.squeeze(1), tuple([s.squeeze(1) for s in final])
+            states = tuple([s.squeeze(2) for s in states])
+        elif self.batch_first:
+            y, states = y.transpose(0, 1), tuple([s.transpose(1, 2) for s in states])
+        if self.mode == "LSTM":
+            return (y, final, states) if states else (y, final)
+        return (y, final[0], states[0]) if states else (y, final[0])
+
     def _stack(
-        self,
-        x: Tensor,
-        state0: tuple[Tensor, ...] | None,
-        packed: list[Packed],
-        weights: list[Tensor | None],
-        lengths: Array | None,
-        reset: Array | None,
-        return_states: bool,
-        valid: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Layers and directions: y (T, B, D*H); the final states (L*D, B, H); those of every step.
+        self, x: Tensor, state0: tuple[Tensor, ...] | None, run: Run, valid: Tensor | None = None
+    ) -> Results:
+        """Layers and directions.
 
         With ``valid`` (T, B) dropout draws for those steps alone, as PyTorch's does for a PackedSequence.
         """
         D, n = 2 if self.bidirectional else 1, len(self.cell.states)
         ends: list[tuple[Tensor, ...]] = []
-        for k in range(0, len(packed), D):
+        for k in range(0, len(self._all_weights), D):
             if k and self.dropout:
                 if valid is None:
                     x = torch.nn.functional.dropout(x, self.dropout, self.training)
@@ -246,55 +374,22 @@ class Recurrent(torch.nn.RNNBase):
                     x = x.masked_scatter(valid[:, :, None], kept)
             halves = []
             for j in range(k, k + D):
-                call = Call(packed[j], False, lengths, reset, j > k, return_states, self.recompute)
-                begin = None if state0 is None else tuple(s[j] for s in state0)
-                y, *rest = recurrence(call, x, begin, weights[4 * j : 4 * j + 4])
+                begin = None if state0 is None else tuple([s[j] for s in state0])
+                y, *rest = run(j, j > k, x, begin)
                 halves.append(y)
                 ends.append(tuple(rest))
             x = halves[0] if D == 1 else torch.cat(halves, 2)
-        gathered = (
-            [s.unsqueeze(0) for s in ends[0]] if len(ends) == 1 else map(torch.stack, zip(*ends, strict=True))
-        )
-        all_states = tuple(gathered)
-        return x, all_states[:n], all_states[n:]
+        gathered = ends[0] if len(ends) == 1 else tuple([torch.cat(s) for s in zip(*ends, strict=True)])
+        return x, gathered[:n], gathered[n:]
 
 
-def _lengths(value: Any, T: int, B: int, batched: bool) -> Array | None:
-    if value is None:
-        return None
-    lengths = torch.as_tensor(value, device="cpu")
-    if not lengths.numel():  # an empty list has no dtype
-        lengths = lengths.to(torch.int64)
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
-        raise TypeError(f"lengths: expected whole numbers, got {lengths.dtype}")
-    expected = (B,) if batched else ()
-    if lengths.shape != expected:
-        raise ValueError(f"lengths: expected shape {expected}, got {tuple(lengths.shape)}")
-    lengths = lengths.reshape(B).to(torch.int64)
-    if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
-        raise ValueError(f"lengths: expected 0 to T = {T}, got {int(lengths.min())} to {int(lengths.max())}")
-    found: Array = lengths.numpy()
-    return found
+def _given(options: dict[str, Any]) -> str | None:
+    """The name of the first option that a call asked for."""
+    return next((name for name, value in options.items() if value is not None and value is not False), None)
 
 
-def _reset(value: Any, T: int, B: int, batched: bool, batch_first: bool) -> Array | None:
-    if value is None:
-        return None
-    reset = torch.as_tensor(value, device="cpu").detach()
-    expected = (T,) if not batched else (B, T) if batch_first else (T, B)
-    if reset.shape != expected:
-        raise ValueError(f"reset: expected shape {expected}, got {tuple(reset.shape)}")
-    if reset.dtype is not torch.bool:
-        if not bool(((reset == 0) | (reset == 1)).all()):
-            raise ValueError("reset: expected booleans, or 0 and 1 alone, got other values")
-        reset = reset != 0
-    reset = reset.reshape(T, 1) if not batched else reset.transpose(0, 1) if batch_first else reset
-    found: Array = reset.contiguous().numpy()
-    return found
-
-
-class LSTM(Recurrent, torch.nn.LSTM):
-    """``torch.nn.LSTM`` on our kernels. See ``Recurrent`` for what is added."""
+class LSTM(ForgetBias, Recurrent, torch.nn.LSTM):
+    """``torch.nn.LSTM`` on our kernels. See ``Recurrent`` and ``ForgetBias`` for what is added."""
 
 
 class GRU(Recurrent, torch.nn.GRU):
@@ -303,11 +398,3 @@ class GRU(Recurrent, torch.nn.GRU):
 
 class RNN(Recurrent, torch.nn.RNN):
     """``torch.nn.RNN`` on our kernels. See ``Recurrent`` for what is added."""
-
-
-_CELLS: dict[str, cells.Cell] = {
-    "LSTM": cells.LSTM(),
-    "GRU": cells.GRU(),
-    "RNN_TANH": cells.RNN(),
-    "RNN_RELU": cells.RNN(relu=True),
-}

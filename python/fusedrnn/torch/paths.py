@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,21 +43,20 @@ def fallback() -> Iterator[None]:
         _settings.forced = before
 
 
-def forced() -> bool:
-    """Whether the calling thread is within ``fallback()``."""
-    return _settings.forced
-
-
-def tell(kind: str, reason: str) -> None:
-    """Say that a layer falls back, or refuse."""
+def fall_back(module: torch.nn.Module, reason: str, twin: Callable[..., Any], *args: Any) -> Any:
+    """What PyTorch's own implementation returns, or raises; says so, or refuses. For ``forward`` alone."""
+    output = twin(*args)
+    module.__dict__["last_path"] = f"fallback: {reason}"
+    if _settings.forced:
+        return output
+    kind = type(module).__name__
     text = f"{kind} runs PyTorch's own implementation: {reason}"
     if _errors:
         raise RuntimeError(text)
     if (kind, reason) not in _told:
         _told.add((kind, reason))
-        warnings.warn(
-            text, Fallback, stacklevel=5
-        )  # the caller of the module, which calls forward by two frames
+        warnings.warn(text, Fallback, stacklevel=5)  # whoever calls the module, two frames above forward
+    return output
 
 
 def mode() -> str | None:

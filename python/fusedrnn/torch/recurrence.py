@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrnn import backends
-from fusedrnn.backends.protocol import NEED, Array, Backend, Forward, Weights
+from fusedrnn import backends, cells
+from fusedrnn.backends.protocol import Array, Backend, Forward, Weights
 from fusedrnn.cells import Cell
 from fusedrnn.torch import paths
 
@@ -23,6 +23,14 @@ TWICE = (
     "fusedrnn: the kernels have no second derivatives; use fusedrnn.torch.to_torch(model), or run forward "
     "within fusedrnn.torch.fallback()"
 )
+CELLS: dict[str, Cell] = {  # by PyTorch's name
+    "LSTM": cells.LSTM(),
+    "GRU": cells.GRU(),
+    "RNN_TANH": cells.RNN(),
+    "RNN_RELU": cells.RNN(relu=True),
+}
+NORMED = "_LAYER_NORM"  # ends the names of cells with layer norm
+CELLS |= {f"{name}{NORMED}": dataclasses.replace(cell, layer_norm=True) for name, cell in CELLS.items()}
 # Of each weight this many elements are compared at every call; all of a small one, because gradient checks
 # write single elements through .data.
 SAMPLE, SMALL = 32, 512
@@ -40,7 +48,7 @@ class Trace(NamedTuple):
     @classmethod
     def of(cls, w: Tensor) -> Trace:
         n = w.numel()
-        sample = array(w).reshape(-1)[:: 1 if n <= SMALL else n // SAMPLE | 1]  # odd: of more than one column
+        sample = whole(w).reshape(-1)[:: 1 if n <= SMALL else n // SAMPLE | 1]  # odd: of more than one column
         return cls(weakref.ref(w), w._version, w.data_ptr(), sample, sample.tobytes())
 
 
@@ -96,15 +104,15 @@ class PackedWeights:
         if reason is not None:
             return reason
         rows = cell.gates * H
-        shapes = ((rows, I), (rows, H), (rows,), (rows,))
-        for name, w, shape in zip(Weights._fields[:4], weights, shapes, strict=True):
+        shapes = ((rows, I), (rows, H), (rows,), (rows,), (rows,), (rows,), (H,), (H,))
+        for name, w, shape in zip(Weights._fields, weights, shapes, strict=True):
             if w is not None and w.shape != shape:  # PyTorch's own may read past the end of such a one
                 raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(w.shape)}")
         # A tensor of inference mode has no version.
         keep = not any(w is not None and (w.is_inference() or not w.is_contiguous()) for w in weights)
         traces = tuple(Trace.of(w) if keep and w is not None else None for w in weights)
         backend = backends.usable(None)
-        arrays = Weights(*(None if w is None else array(w.contiguous()) for w in weights))
+        arrays = Weights(*map(whole, weights))
         packed = Packed(cell, dtype, backend, backend.pack(cell, arrays), traces)
         if keep:
             self._kept = packed
@@ -121,43 +129,88 @@ class PackedWeights:
         return PackedWeights, ()
 
 
-def array(t: Tensor) -> Array:
-    """The tensor's memory as an array."""
-    found: Array = (t.detach() if t.requires_grad else t).numpy()
-    return found
+def whole(t: Tensor | None) -> Any:
+    """The tensor's memory as an array in one piece, copied only where it is not."""
+    return None if t is None else (t.detach() if t.requires_grad else t).contiguous().numpy()
+
+
+def sequence(t: Tensor | None) -> Any:
+    """The tensor's memory as an array with contiguous features, which is all that the kernels ask."""
+    if t is None or (t.stride(-1) != 1 and t.size(-1) != 1):
+        return whole(t)
+    return (t.detach() if t.requires_grad else t).numpy()
+
+
+def known(options: dict[str, Any], T: int) -> dict[str, Any]:
+    """The options of a call with ``lengths``, ``reset`` and ``regularization`` as the backends take them,
+    values checked."""
+    lengths, reset, regularization = options["lengths"], options["reset"], options["regularization"]
+    if lengths is None and reset is None and regularization is None:
+        return options
+    if regularization is not None and regularization.seed is not None:
+        regularization = regularization._replace(seed=int(regularization.seed))
+    if lengths is not None:
+        lengths = whole(lengths.to(torch.int64))
+        if lengths.size and (lengths.min() < 0 or lengths.max() > T):
+            raise ValueError(f"lengths: expected 0 to T = {T}, got {lengths.min()} to {lengths.max()}")
+    if reset is not None:
+        if reset.dtype is not torch.bool:
+            if not bool(((reset == 0) | (reset == 1)).all()):
+                raise ValueError("reset: expected booleans, or 0 and 1 alone, got other values")
+            reset = reset != 0
+        reset = whole(reset)
+    return {**options, "lengths": lengths, "reset": reset, "regularization": regularization}
+
+
+def of_stream(options: dict[str, Any], j: int) -> dict[str, Any]:
+    """The options for layer and direction number j: masks differ."""
+    regularization = options["regularization"]
+    return (
+        options
+        if regularization is None
+        else {**options, "regularization": regularization._replace(stream=j)}
+    )
+
+
+def weights_of(module: torch.nn.Module, names: Sequence[str]) -> Weights:
+    """The weights of one layer and direction, None where there is none, as they are now: a parametrization, a
+    functional call or a tied weight may have put others in place of the parameters."""
+    own = module._parameters
+    return Weights(*[own[name] if name in own else getattr(module, name, None) for name in names])
 
 
 @dataclasses.dataclass(slots=True)
 class Call:
-    """What there is beside tensors; ``lengths`` (B,) int64 and ``reset`` (T, B) bool are arrays."""
+    """What there is beside tensors."""
 
     packed: Packed
-    step: bool = False  # x is one step, (B, I), and y is not returned: it is the final h
-    lengths: Array | None = None
-    reset: Array | None = None
+    options: dict[str, Any]  # of the backend's forward, for every layer and direction
     reverse: bool = False
-    return_states: bool = False
     recompute: bool = False
+    step: bool = False  # x is one step, (B, I), and y is not returned: it is the final h
+
+    @property
+    def save(self) -> str:
+        """What a tape keeps."""
+        return "borders" if self.recompute else "all"
 
     def run(self, x: Tensor, state0: Sequence[Tensor] | None, save: str | None) -> Forward:
         """The kernel forward."""
-        packed = self.packed
-        data = array(x if x.is_contiguous() or x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous())
+        packed, data = self.packed, sequence(x)
         return packed.backend.forward(
             packed.cell,
             data[None] if self.step else data,
             packed.weights,
-            None if state0 is None else tuple([array(s.contiguous()) for s in state0]),
-            lengths=self.lengths,
-            reset=self.reset,
+            None if state0 is None else tuple([whole(s) for s in state0]),
             reverse=self.reverse,
-            return_states=self.return_states,
             save=save,
+            **self.options,
         )
 
     def tensors(self, out: Forward) -> tuple[Tensor, ...]:
         """What ``recurrence`` returns."""
-        found = [*([] if self.step else [out.y]), *out.stateT, *(out.states or ())]
+        # With the axis that several layers and directions are joined by: to add it here costs least.
+        found = out.stateT if self.step else [out.y, *[s[None] for s in (*out.stateT, *(out.states or ()))]]
         return tuple([torch.from_numpy(a) for a in found])
 
 
@@ -173,8 +226,8 @@ def recurrence(
         weights: The tensors that were packed, for their gradients.
 
     Returns:
-        y (T, B, H), but not with ``call.step``; then the final state, (B, H) each; then with
-        ``return_states`` those of every step, (T, B, H) each.
+        y (T, B, H); then the final state, (1, B, H) each; then with ``return_states`` those of every step,
+        (1, T, B, H) each. With ``call.step`` the final state alone, (B, H) each.
     """
     if torch.is_grad_enabled():
         inputs = (x, *(state0 or ()), *weights)
@@ -190,7 +243,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, states: int, *inputs: Any) -> tuple[Tensor, ...]:
-        out = call.run(inputs[0], inputs[1 : 1 + states] or None, "borders" if call.recompute else "all")
+        out = call.run(inputs[0], inputs[1 : 1 + states] or None, call.save)
         outputs = call.tensors(out)
         ctx.call, ctx.states = call, states
         tape = torch.empty(0)  # carries ours, so that autograd lets go of it when it lets go of the rest
@@ -205,17 +258,17 @@ class Recurrence(torch.autograd.Function):
         call, states = ctx.call, ctx.states
         tape = _tape(call, states, ctx.saved_tensors)
         wanted = ctx.needs_input_grad[2:]
-        need = [name for name, want in zip(NEED, (wanted[0], *wanted[1 + states :]), strict=False) if want]
-        if states and any(wanted[1 : 1 + states]):
-            need.append("state0")
+        names = ("x", *["state0"] * states, *Weights._fields)
+        need = {name for name, want in zip(names, wanted, strict=True) if want}
         n = len(call.packed.cell.states)
-        dy, final, every = (None, grads, ()) if call.step else (grads[0], grads[1 : 1 + n], grads[1 + n :])
+        dy, of_states = None, grads
+        if not call.step:
+            dy, of_states = grads[0], tuple([None if g is None else g[0] for g in grads[1:]])
         dx, dweights, dstate0 = call.packed.backend.backward(
             tape,
-            None if dy is None else array(dy if dy.stride(-1) == 1 else dy.contiguous()),
-            tuple([None if g is None else array(g.contiguous()) for g in final]),
-            tuple([None if g is None else array(g if g.stride(-1) == 1 else g.contiguous()) for g in every])
-            or None,
+            sequence(dy),
+            tuple([whole(g) for g in of_states[:n]]),
+            tuple([sequence(g) for g in of_states[n:]]) or None,
             need=need,
         )
         if call.step and dx is not None:
@@ -224,7 +277,7 @@ class Recurrence(torch.autograd.Function):
             [
                 None if a is None or not want else torch.from_numpy(a)
                 for a, want in zip(
-                    (dx, *((dstate0 or (None,) * states) if states else ()), *dweights[:4]),
+                    (dx, *((dstate0 or (None,) * states) if states else ()), *dweights),
                     wanted,
                     strict=True,
                 )
@@ -245,10 +298,9 @@ def _tape(call: Call, states: int, saved: tuple[Any, ...]) -> Any:
     if found is not None:
         return found
     x, *rest = saved[1 if call.step else 2 :]
-    arrays = Weights(*(None if w is None else array(w.contiguous()) for w in rest[states:]))
+    arrays = Weights(*map(whole, rest[states:]))
     packed = call.packed._replace(weights=call.packed.backend.pack(call.packed.cell, arrays))
-    again = dataclasses.replace(call, packed=packed)
-    return again.run(x, rest[:states] or None, "borders" if call.recompute else "all").tape
+    return dataclasses.replace(call, packed=packed).run(x, rest[:states] or None, call.save).tape
 
 
 def _delayed(results: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
