@@ -257,7 +257,10 @@ struct BackwardLoop {
     const bool done = chains(n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) { cell_at(row, u, dh, dc); });
     if (!done) return false;
     if constexpr (Cell::layer_norm)
-      for (Index i = 0; i < n; ++i) normed_row_backward(*this, rows.at[i]);
+      for (Index i = 0; i < n; ++i) {
+        normed_row_backward(*this, rows.at[i]);
+        if ((i & 15) == 0 && !worker.poll()) return false;
+      }
     for (Index i = 0; i < n; ++i) rows.latest[rows.at[i].b] = rows.at[i].da;
     if constexpr (Cell::phases == 2) {
       if (!worker.by_rows && !worker.barrier()) return false;

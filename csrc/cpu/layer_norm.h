@@ -201,8 +201,11 @@ bool normed_step(const Loop& loop) {
       for (Index i = tiles.begin(o); i < tiles.begin(o + 1); ++i) normed_row(loop, i);
     if (!loop.worker.poll()) return false;
   }
-  if (!job.rows_outside)
-    for (Index i = 0; i < loop.rows.count; ++i) normed_row(loop, i);
+  if (job.rows_outside) return true;
+  for (Index i = 0; i < loop.rows.count; ++i) {
+    normed_row(loop, i);
+    if ((i & 15) == 0 && !loop.worker.poll()) return false;
+  }
   return true;
 }
 

@@ -399,6 +399,11 @@ def _row(
     limits = {name: limit(name, dtype) for name in names}
     errors, numpys = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     notes: list[str] = []
+    isa = ""
+    if backend == "cpu":
+        from fusedrnn import _core
+
+        isa = _core.info()["isa"]
     start = time.perf_counter()
     seconds = 0.0
     for problem, truth, same in zip(problems, truths, plain, strict=True):
@@ -408,7 +413,7 @@ def _row(
             found = _errors(_results(poisoned, backend), truth, kind)
         except Exception as error:  # of any kind: this row has failed, the others are still of interest
             if isinstance(error, ValueError) and "is not built" in str(error):
-                return Row(cell, backend, "", dtype, option, {}, {}, {}, None, 0.0, str(error))
+                return Row(cell, backend, isa, dtype, option, {}, {}, {}, None, 0.0, str(error))
             found = dict.fromkeys(names, float("inf"))
             notes.append(f"{type(error).__name__}: {error}")
         seconds += time.perf_counter() - start
@@ -421,11 +426,6 @@ def _row(
                 notes.append(f"{name} {found[name]:.2g}, NumPy {numpy[name]:.2g} at {Shape(T, B, I, H)}")
             errors[name] = max(errors[name], found[name])
             numpys[name] = max(numpys[name], numpy[name])
-    isa = ""
-    if backend == "cpu":
-        from fusedrnn import _core
-
-        isa = _core.info()["isa"]
     return Row(
         cell, backend, isa, dtype, option, errors, numpys, limits, not notes, seconds, "; ".join(notes)
     )

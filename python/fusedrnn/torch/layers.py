@@ -60,7 +60,10 @@ class Recurrent(torch.nn.RNNBase):
     last_path: str | None = None
     # As they are in a layer of torch.nn that becomes one of ours.
     recompute = layer_norm = False
-    recurrent_dropout = zoneout_h = zoneout_c = 0.0
+    # 0, not 0.0: a compiler would make an input of its graph of a float, and compile anew.
+    recurrent_dropout: float = 0
+    zoneout_h: float = 0
+    zoneout_c: float = 0
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class Recurrent(torch.nn.RNNBase):
         self.recompute, self.layer_norm = bool(recompute), bool(layer_norm)
         rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)
         check_regularization(self.cell, rates)
-        self.recurrent_dropout, self.zoneout_h, self.zoneout_c = map(float, rates[:3])
+        self.recurrent_dropout, self.zoneout_h, self.zoneout_c = (float(r) if r else 0 for r in rates[:3])
         if self.layer_norm:
             if self.proj_size:
                 raise ValueError(f"layer_norm: expected False with proj_size, got {layer_norm}")
