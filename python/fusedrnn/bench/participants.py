@@ -72,8 +72,8 @@ def named(
 ) -> Results:
     """What a participant computed, under the names and in the shapes in which ``check`` compares it.
 
-    ``dweights`` has an entry per layer and direction in the order of ``Weights``; the gradient of a bias that
-    the problem does not have is left out.
+    ``dweights`` has an entry per layer and direction in the order of ``Weights``, as far as the participant
+    knows them; the gradient of a bias that the problem does not have is left out.
     """
     case = data.case
     T, B, _, H = case.shape
@@ -83,7 +83,7 @@ def named(
     if dx is not None:
         results["dx"] = dx
     for n, (weights, gradients) in enumerate(zip(data.weights, dweights, strict=False)):
-        for key, weight, gradient in zip(weights._fields, weights, gradients, strict=True):
+        for key, weight, gradient in zip(weights._fields, weights, gradients, strict=False):
             if weight is not None:
                 results[f"d{key}[{n}]" if N > 1 else f"d{key}"] = gradient
     return results

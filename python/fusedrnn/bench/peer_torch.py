@@ -27,7 +27,7 @@ class Torch:
         self.data = data
         case = data.case
         self.module = self.build()
-        values = [value for weights in data.weights for value in weights]
+        values = [value for weights in data.weights for value in weights[:4]]  # PyTorch has no layer norm
         with torch.no_grad():
             for parameter, value in zip(self.module.parameters(), values, strict=True):
                 if value is None:
