@@ -198,6 +198,17 @@ class TestKernels:
             threads(count)
             standard(problem(cell, *size, **EVERYTHING))
 
+    @kernels
+    def test_threads_have_whole_rows(self, cell, cpu):
+        """A norm takes all units of a row: split by units, threads would have to meet twice a step more."""
+        from fusedrnn import _core
+        from fusedrnn.backends.cpu import _cell_id
+
+        plain, normed = (_cell_id(replace(cell, layer_norm=norm)) for norm in (False, True))
+        size = (20, 4, 1500, 1500, 8)
+        assert not _core.testing.split(plain, *size)[1]
+        assert _core.testing.split(normed, *size)[:2] == (4, True)
+
     @pytest.mark.parametrize("size", [(0, 3, 2, 7), (4, 0, 2, 7), (0, 0, 1, 17)], ids=str)
     @kernels
     def test_empty(self, cell, size, standard):

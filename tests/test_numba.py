@@ -20,7 +20,7 @@ import pytest
 
 from fusedrnn.backends import get
 from fusedrnn.backends import numba as module
-from fusedrnn.backends.protocol import NEED, Weights
+from fusedrnn.backends.protocol import NEED
 from fusedrnn.cells import GRU, LSTM, RNN, activations, layer_norm
 from problems import (
     CELLS,
@@ -288,7 +288,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match="x: expected dtype float64"):
         NUMBA.forward(p.cell, p.x.astype(np.float32), p.weights)
     with pytest.raises(TypeError, match="weight_ih: expected dtype float32 or float64"):
-        NUMBA.forward(p.cell, p.x, Weights(*(w.astype(np.longdouble) for w in p.weights)))
+        NUMBA.forward(p.cell, p.x, p.astype(np.longdouble).weights)
     with pytest.raises(ValueError, match=r"dy: expected shape \(4, 3, 7\)"):
         NUMBA.backward(forward.tape, p.dy[1:])
     with pytest.raises(TypeError, match="tape: expected what forward of the numba backend returned"):
