@@ -24,9 +24,11 @@ void draw_mask(const MaskRule<T>& rule, uint64_t seed, uint32_t stream, MaskKind
       for (Index u = first; u < first + count; ++u) out[i * units + u] = rule.kept;
     return;
   }
+  const uint32_t threshold = rule.threshold;
+  const T kept = rule.kept;
   constexpr int kLanes = 64;
   uint32_t group[kLanes] = {}, row[kLanes] = {}, words[4 * kLanes];
-  T* to[kLanes];
+  T entries[4 * kLanes], *to[kLanes];
   const Index total = n * (count / 4);
   Index i = 0, u = 0;
   for (Index done = 0; done < total; done += kLanes) {
@@ -37,8 +39,8 @@ void draw_mask(const MaskRule<T>& rule, uint64_t seed, uint32_t stream, MaskKind
       if ((u += 4) == count) u = 0, ++i;
     }
     philox<kLanes>(seed, group, row, uint32_t(t), uint32_t(kind) + 4 * stream, words);
-    for (int k = 0; k < lanes; ++k)
-      for (int w = 0; w < 4; ++w) to[k][w] = words[4 * k + w] >= rule.threshold ? rule.kept : T(0);
+    for (int w = 0; w < 4 * kLanes; ++w) entries[w] = words[w] >= threshold ? kept : T(0);
+    for (int k = 0; k < lanes; ++k) __builtin_memcpy(to[k], entries + 4 * k, 4 * sizeof(T));
   }
 }
 

@@ -323,7 +323,7 @@ MUTANTS = [
         "0, uint32_t(kind) + 4 * stream",
     ),
     Mutant("masks: by place in the step for row", MASKS, "uint32_t(rows ? rows[i] : i);", "uint32_t(i);"),
-    Mutant("masks: kept and dropped exchanged", MASKS, ">= rule.threshold", "< rule.threshold"),
+    Mutant("masks: kept and dropped exchanged", MASKS, ">= threshold", "< threshold"),
     Mutant("philox: one round too few", PHILOX, "round < 10;", "round < 9;"),
     Mutant("dropout: h not masked", FORWARD, "(kRegularized<Cell> ? rows.operand : rows.h)", "rows.h"),
     Mutant("dropout: r*h not masked", FORWARD, "h = masks().dropped(rows.b[first + i], u, h);", ";"),
