@@ -17,6 +17,7 @@ from measured import ROOT, update
 
 from fusedrnn.bench import report
 
+TORCH = "torch,torch-cell,torch-packed,torch-masked"
 # The file, and what the run was asked for.
 RUNS = {
     "lstm-float32": "--cell lstm --peers torch,torch-cell,jax --memory",
@@ -30,7 +31,9 @@ RUNS = {
     "gru-float32-numba": "--cell gru --peers numba",
     "rnn-float32-numba": "--cell rnn --peers numba",
     "programs-float32": "--suite programs --peers torch,jax",
-    "rl-float32": "--suite rl --peers torch,torch-cell,torch-packed,torch-masked,onnxruntime --memory",
+    "pytorch-float32": f"--suite pytorch --peers {TORCH}",
+    "pytorch-float32-1-thread": f"--suite pytorch --peers {TORCH} --threads 1",
+    "rl-float32": f"--suite rl --peers {TORCH},onnxruntime --memory",
 }
 
 

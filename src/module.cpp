@@ -185,10 +185,7 @@ Regularization regularization_of(const PyRegularization& given, CellId cell) {
     if (!(rate >= 0 && rate <= 1))
       throw RefusedValue("regularization: expected rates from 0 to 1, got " + std::to_string(rate));
   if (zoneout_c > 0 && !has_c(cell)) throw RefusedValue("zoneout_c: expected 0 for a cell without c");
-  const Regularization found = {recurrent_dropout, zoneout_h, zoneout_c, seed.has_value(), seed.value_or(0), stream};
-  if (found.acts() && layer_norm(cell))
-    throw RefusedValue("regularization: not built together with layer norm in the cpu backend; use the reference");
-  return found;
+  return {recurrent_dropout, zoneout_h, zoneout_c, seed.has_value(), seed.value_or(0), stream};
 }
 
 void set_rows(PyTape& tape, const py::object& lengths, const py::object& reset) {

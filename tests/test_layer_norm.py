@@ -20,7 +20,7 @@ import problems
 from fusedrnn import checkpoint, functional
 from fusedrnn import layers as L
 from fusedrnn.backends import get
-from fusedrnn.backends.protocol import NEED, Regularization, Weights
+from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN, layer_norm
 from fusedrnn.gradcheck import gradcheck
@@ -441,10 +441,3 @@ def test_recompute_of_a_layer_gives_the_same_bits():
         (y * y).sum().backward()
         grads.append({p.name: p.grad.data for p in layer.params()})
     assert_same_bits(grads[1], grads[0])
-
-
-@pytest.mark.parametrize("cell", [LSTM(layer_norm=True), GRU(layer_norm=True), RNN(layer_norm=True)], ids=str)
-def test_the_cpu_backend_refuses_it_together_with_regularization(cell):
-    p = problem(cell, 3, 2, 4, 5)
-    with pytest.raises(ValueError, match="regularization: not built together with layer norm"):
-        get("cpu").forward(cell, p.x, p.weights, regularization=Regularization(zoneout_h=0.1))

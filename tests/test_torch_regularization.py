@@ -27,7 +27,11 @@ RATES = {
     "zoneout": {"zoneout_h": 0.3},
     "both": {"recurrent_dropout": 0.2, "zoneout_h": 0.4},
 }
-OPTIONS = {**RATES, "layer norm": {"layer_norm": True}}
+OPTIONS = {
+    **RATES,
+    "layer norm": {"layer_norm": True},
+    "all": {"recurrent_dropout": 0.2, "zoneout_h": 0.4, "layer_norm": True},
+}
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 every_rate = pytest.mark.parametrize("options", RATES.values(), ids=RATES)
 
@@ -296,7 +300,7 @@ def test_torch_nn_would_leave_them_out(kind):
     x = torch.randn(T, B, I, dtype=torch.float64)
     for options in OPTIONS.values():
         layer = build(kind, options)
-        name = next(iter(options)) if "layer_norm" in options or "zoneout_h" not in options else "zoneout_h"
+        name = next(n for n in ("layer_norm", "zoneout_h", "recurrent_dropout") if n in options)
         with ft.fallback(), pytest.raises(RuntimeError, match=f"{name}: only our kernels have it"):
             layer(x)
         model = torch.nn.Sequential(layer)
@@ -326,9 +330,6 @@ def test_wrong_rates():
         if kind != "LSTM":
             with pytest.raises(ValueError, match="zoneout_c: expected 0 for a"):
                 getattr(ft, kind)(I, H, zoneout_c=0.1)
-    both = ft.LSTM(I, H, layer_norm=True, zoneout_h=0.1)
-    with pytest.raises(ValueError, match="not built together with layer norm"):
-        both(torch.randn(T, B, I))
 
 
 @pytest.mark.usefixtures("fresh_compiler")

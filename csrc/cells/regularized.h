@@ -11,7 +11,9 @@ namespace FUSEDRNN_LEVEL {
 
 template <class Cell>
 struct Regularized : Cell {
-  static constexpr int saved = Cell::saved + Cell::reads_h;  // the candidate h, where the cell's backward reads it
+  // The candidate h, where the cell's backward reads it. With layer norm that of c: its gates are not kept to make it
+  // again.
+  static constexpr int saved = Cell::saved + (Cell::reads_h || (Cell::layer_norm && Cell::has_c));
   static constexpr bool has_direct = true, reads_h_prev = true, reads_h = false;
 
   template <class V>
@@ -46,6 +48,15 @@ template <class Cell>
 constexpr bool kRegularized = false;
 template <class Cell>
 constexpr bool kRegularized<Regularized<Cell>> = true;
+
+template <class Cell>
+struct Plain {
+  using type = Cell;
+};
+template <class Cell>
+struct Plain<Regularized<Cell>> {
+  using type = Cell;
+};
 
 }  // namespace FUSEDRNN_LEVEL
 }  // namespace fusedrnn

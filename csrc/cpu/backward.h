@@ -315,6 +315,13 @@ struct BackwardLoop {
     if (row.dh_state) dh = dh + V::load(row.dh_state + u, in_row);
     if (Cell::has_c && row.dc_state) dc = dc + V::load(row.dc_state + u, in_row);
     if constexpr (Cell::layer_norm) {  // needs all units: normed_row_backward
+      if constexpr (kRegularized<Cell>) {
+        V dh_before = V::zero(), dc_before = V::zero();
+        if (row.keep_h) dh_before = Cell::zoneout_backward(V::load(row.keep_h + u), dh);
+        if (row.keep_c) dc_before = Cell::zoneout_backward(V::load(row.keep_c + u), dc);
+        dh_before.store(job.direct + row.b * units + u);
+        if (Cell::has_c) dc_before.store(job.dc + row.b * units + u);
+      }
       dh.store(row.da + offset(u, A));
       if (Cell::has_c) dc.store(row.da + offset(u, A) + kBlock);
     } else {

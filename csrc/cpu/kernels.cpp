@@ -29,18 +29,6 @@ bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
   return BackwardLoop<Cell, Vec<T>>(job, worker).run();
 }
 
-// Layer norm is not built together with it: such a cell stands for itself, and src/module.cpp refuses it.
-template <class Cell, bool kBuilt = !Cell::layer_norm>
-struct RegularizedCell {
-  using type = Regularized<Cell>;
-};
-template <class Cell>
-struct RegularizedCell<Cell, false> {
-  using type = Cell;
-};
-template <class Cell>
-using RegularizedOf = typename RegularizedCell<Cell>::type;
-
 template <class Cell>
 constexpr cpu::CellShape shape_of() {
   return {Cell::gates,      Cell::accumulators, Cell::saved, Cell::phases,    Cell::has_c,
@@ -91,17 +79,17 @@ const cpu::Kernels<T> table = {
 #undef X
     },
     {
-#define X(id, type) shape_of<RegularizedOf<type>>(),
+#define X(id, type) shape_of<Regularized<type>>(),
 #include "cells/cells.def"
 #undef X
     },
     {
-#define X(id, type) &run_forward<RegularizedOf<type>>,
+#define X(id, type) &run_forward<Regularized<type>>,
 #include "cells/cells.def"
 #undef X
     },
     {
-#define X(id, type) &run_backward<RegularizedOf<type>>,
+#define X(id, type) &run_backward<Regularized<type>>,
 #include "cells/cells.def"
 #undef X
     },

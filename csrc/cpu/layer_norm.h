@@ -7,6 +7,7 @@
 // tape, where backward finds them and makes x again: two passes over a row in the nearest cache against twice the
 // tape). Threads have whole rows. The derivation is in docs/bptt.md.
 #pragma once
+#include "cells/regularized.h"
 #include "cpu/tile.h"
 
 namespace fusedrnn {
@@ -129,38 +130,58 @@ struct RowNormBackward {
   }
 };
 
+// Of a regularized cell, behind a row's products: the candidate that backward reads.
+template <class Cell, class T>
+T* candidate_of(T* saved, Index units) {
+  return saved + units * Cell::accumulators;
+}
+
 // One row of a step, from its bare products.
 template <class Loop>
 void normed_row(const Loop& loop, Index i) {
   using V = typename Loop::Vector;
   using Cell = typename Loop::CellType;
+  using Maths = typename Plain<Cell>::type;
   using T = typename V::scalar;
   const auto& job = loop.job;
   const auto& weights = job.norm;
   const Index H = job.H;
   const T *const h_prev = loop.rows.h[i], *const c_prev = loop.rows.c[i];
   T *const h_out = loop.rows.h_out[i], *const c_out = loop.rows.c_out[i], *const c_state = loop.rows.c_state[i];
+  [[maybe_unused]] T* const candidate = candidate_of<Cell>(loop.rows.saved[i], job.blocks * kBlock);
   const RowNorm<Cell, V> norm(loop.rows.saved[i], H);
   each_vector<V>(H, [&](Index u, int, Index in_row) {
     V p[Cell::accumulators], h;
     norm.parts(weights.gain, weights.bias, u, p);
     if constexpr (Cell::has_c) {
+      const V before = V::load(c_prev + u);
       V c;
-      Cell::forward_state(p, V::load(c_prev + u), c, h);  // h is o for now
+      Cell::forward_state(p, before, c, h);  // h is o for now
+      if constexpr (kRegularized<Cell>) {
+        c.store(candidate + u);
+        c = loop.zoned(loop.rows.keep_c, i, u, c, before);
+      }
       c.store(c_out + u);
       if (c_state) c.store(c_state + u, in_row);
     } else {
+      const V before = Cell::reads_h_prev ? V::load(h_prev + u, in_row) : V::zero();
       V saved[Cell::accumulators];
-      Cell::forward(p, Cell::reads_h_prev ? V::load(h_prev + u, in_row) : V::zero(), saved, h);
+      Maths::forward(p, before, saved, h);
+      if constexpr (kRegularized<Cell>) {
+        if constexpr (Maths::reads_h) h.store(candidate + u);
+        h = loop.zoned(loop.rows.keep_h, i, u, h, before);
+      }
     }
     h.store(h_out + u, in_row);
   });
   if constexpr (Cell::has_c) {
-    const RowNorm<CellState, V> state(c_out, H);
+    const RowNorm<CellState, V> state(kRegularized<Cell> ? candidate : c_out, H);
     each_vector<V>(H, [&](Index u, int, Index in_row) {
       V m;
       state.parts(weights.gain_c, weights.bias_c, u, &m);
-      Cell::forward_output(V::load(h_out + u, in_row), m).store(h_out + u, in_row);
+      V h = Cell::forward_output(V::load(h_out + u, in_row), m);
+      if constexpr (kRegularized<Cell>) h = loop.zoned(loop.rows.keep_h, i, u, h, V::load(h_prev + u, in_row));
+      h.store(h_out + u, in_row);
     });
   }
 }
@@ -194,7 +215,8 @@ bool normed_step(const Loop& loop) {
       const int m = int(tiles.begin(i + 1) - first), wide = int(panels.begin(j + 1) - block);
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
         products(job.input, Cell::input, loop.rows.x, job.I, first, m, block, wide, lane);
-        products(job.recurrent, Cell::recurrent, loop.rows.h, job.P, first, m, block, wide, lane);
+        products(job.recurrent, Cell::recurrent, kRegularized<Cell> ? loop.rows.operand : loop.rows.h, job.P, first, m,
+                 block, wide, lane);
       }
     }
     if (job.rows_outside)  // while its products are in the nearest cache
@@ -220,11 +242,13 @@ FUSEDRNN_INLINE void add_to(typename V::scalar* sum, V v) {
 }
 
 // One row of a step, back. The gradients of h and c wait in the first accumulators of its da (dh, dc), and are replaced
-// by those of the bare products.
+// by those of the bare products. Of a regularized cell they are those of the candidates, and what goes past them to the
+// state before waits in `direct` and `dc`.
 template <class Loop, class Row>
 void normed_row_backward(const Loop& loop, const Row& row) {
   using V = typename Loop::Vector;
   using Cell = typename Loop::CellType;
+  using Maths = typename Plain<Cell>::type;
   using T = typename V::scalar;
   constexpr int A = Cell::accumulators, N = kNormSums<Cell>;
   const auto& job = loop.job;
@@ -232,12 +256,13 @@ void normed_row_backward(const Loop& loop, const Row& row) {
   const Index H = job.H, units = job.blocks * kBlock;
   using Norm = RowNorm<Cell, V>;
   const Norm norm(row.saved, H);
+  [[maybe_unused]] const T* const candidate = candidate_of<Cell>(row.saved, units);
   T* const da = row.da;
   T* const sums = job.norm_sums ? job.norm_sums + row.b * units * N : nullptr;
   const auto sum_at = [&](Index u, int n) { return sums + u / kBlock * (N * kBlock) + n * kBlock + u % kBlock; };
 
   if constexpr (Cell::has_c) {  // through h and the norm of c: da of gate o and the whole gradient of c
-    const RowNorm<CellState, V> state(row.c, H);
+    const RowNorm<CellState, V> state(kRegularized<Cell> ? candidate : row.c, H);
     RowNormBackward<CellState, V> back(state);
     each_vector<V>(H, [&](Index u, int k, Index) {
       V p[A], m, da_o, dm;
@@ -264,11 +289,14 @@ void normed_row_backward(const Loop& loop, const Row& row) {
     if constexpr (Cell::has_c) {
       Cell::backward_state(p, V::load(row.c_prev + u), V::load(da + Norm::at(u, 1)), V::load(da + Norm::at(u, 2)), dp,
                            dc_prev);
+      if constexpr (kRegularized<Cell>) dc_prev = dc_prev + V::load(job.dc + row.b * units + u);
       dc_prev.store(job.dc + row.b * units + u);
     } else {
-      Cell::backward(p, Cell::reads_h_prev ? V::load(row.h_prev + u, in_row) : V::zero(),
-                     Cell::reads_h ? V::load(row.h + u, in_row) : V::zero(), V::load(da + Norm::at(u, 0)), dp, direct);
+      const T* const h = kRegularized<Cell> ? candidate : row.h;
+      Maths::backward(p, Cell::reads_h_prev ? V::load(row.h_prev + u, in_row) : V::zero(),
+                      Maths::reads_h ? V::load(h + u, in_row) : V::zero(), V::load(da + Norm::at(u, 0)), dp, direct);
     }
+    if constexpr (kRegularized<Cell>) direct = direct + V::load(job.direct + row.b * units + u);
     if (Cell::has_direct) direct.store(job.direct + row.b * units + u);
 #pragma GCC unroll 8
     for (int s = 0; s < A; ++s) {

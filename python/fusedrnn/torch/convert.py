@@ -101,7 +101,7 @@ def to_torch(model: M) -> M:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for path, layer in model.named_modules():
-        for name in ("zoneout_h", "zoneout_c", "layer_norm"):
+        for name in ("layer_norm", "zoneout_h", "zoneout_c"):
             if type(layer) in OURS and getattr(layer, name, False):
                 raise ValueError(f"{path or 'the model'}: torch.nn has no {name}")
     for layer in model.modules():
