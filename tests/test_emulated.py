@@ -61,6 +61,7 @@ def build(folder, compiler, level, *flags):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_neon_gives_the_same_bits(tmp_path):
     for program in ("g++", CROSS, EMULATOR):
         if shutil.which(program) is None:
