@@ -439,8 +439,8 @@ MUTANTS = [
     Mutant(
         "norm: h by c without its norm",
         NORM,
-        "state.parts(weights.gain_c, weights.bias_c, u, &m);\n      Cell::forward_output",
-        "m = V::load(c_out + u);\n      Cell::forward_output",
+        "state.parts(weights.gain_c, weights.bias_c, u, &m);\n      V h = Cell::forward_output",
+        "m = V::load(c_out + u);\n      V h = Cell::forward_output",
     ),
     Mutant(
         "norm: sums of the first row alone",
