@@ -35,6 +35,7 @@ from problems import (
     problem,
     run,
 )
+from test_reference import assert_right_along_a_direction
 
 REFERENCE = ReferenceBackend()
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
@@ -64,14 +65,7 @@ def test_the_reference_against_complex_steps(cell, options):
 @normed
 def test_the_reference_along_a_direction_at_real_sizes(cell):
     p = problem(cell, 24, 3, 7, 64, seed=4, **EVERYTHING, reverse=True, detach_every=9)
-    got = run(REFERENCE, p)
-    rng = np.random.default_rng(5)
-    gradients = {key: got[key] for key in oracle.variables(p)}
-    directions = {key: rng.choice([-1.0, 1.0], a.shape) for key, a in gradients.items()}
-    for key, value in oracle.directional(p, directions).items():
-        norm = np.linalg.norm(gradients[key])
-        assert norm > 0
-        assert abs((gradients[key] * directions[key]).sum() - value) <= 1e-13 * norm, key
+    assert_right_along_a_direction(p)
 
 
 def torch_step(torch, cell, w, x, state):

@@ -27,6 +27,18 @@ cells = pytest.mark.parametrize("cell", problems.CELLS, ids=name)
 options = pytest.mark.parametrize("options", problems.OPTIONS, ids=lambda o: name(LSTM(), o)[5:] or "plain")
 
 
+def assert_right_along_a_direction(p: Any) -> None:
+    """The reference's gradients, times random signs, against one complex step in that direction."""
+    got = run(REFERENCE, p)
+    rng = np.random.default_rng(5)
+    gradients = {key: got[key] for key in oracle.variables(p)}
+    directions = {key: rng.choice([-1.0, 1.0], a.shape) for key, a in gradients.items()}
+    for key, value in oracle.directional(p, directions).items():
+        norm = np.linalg.norm(gradients[key])
+        assert norm > 0
+        assert abs((gradients[key] * directions[key]).sum() - value) <= 1e-13 * norm, key
+
+
 def oracle_results(p: problems.Problem) -> dict[str, np.ndarray]:
     """What ``run`` should return, from the oracle in long double."""
     forward = oracle.forward(oracle.with_states(p).astype(np.longdouble))
@@ -72,14 +84,7 @@ class TestOracle:
     @cells
     def test_along_a_direction_at_real_sizes(self, cell: Any) -> None:
         p = problem(cell, 48, 3, 7, 64, seed=4, lengths=True, reset=True, return_states=True)
-        got = run(REFERENCE, p)
-        rng = np.random.default_rng(5)
-        gradients = {key: got[key] for key in oracle.variables(p)}
-        directions = {key: rng.choice([-1.0, 1.0], a.shape) for key, a in gradients.items()}
-        for key, value in oracle.directional(p, directions).items():
-            norm = np.linalg.norm(gradients[key])
-            assert norm > 0
-            assert abs((gradients[key] * directions[key]).sum() - value) <= 1e-13 * norm, key
+        assert_right_along_a_direction(p)
 
 
 class TestPrecision:

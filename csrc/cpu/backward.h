@@ -314,22 +314,24 @@ struct BackwardLoop {
     if (row.dy) dh = dh + V::load(row.dy + u, in_row);
     if (row.dh_state) dh = dh + V::load(row.dh_state + u, in_row);
     if (Cell::has_c && row.dc_state) dc = dc + V::load(row.dc_state + u, in_row);
+    V dh_before = V::zero(), dc_before = V::zero();  // what goes past the cell to the state before
+    if constexpr (kRegularized<Cell>) {
+      if (row.keep_h) dh_before = Cell::zoneout_backward(V::load(row.keep_h + u), dh);
+      if (row.keep_c) dc_before = Cell::zoneout_backward(V::load(row.keep_c + u), dc);
+    }
     if constexpr (Cell::layer_norm) {  // needs all units: normed_row_backward
       if constexpr (kRegularized<Cell>) {
-        V dh_before = V::zero(), dc_before = V::zero();
-        if (row.keep_h) dh_before = Cell::zoneout_backward(V::load(row.keep_h + u), dh);
-        if (row.keep_c) dc_before = Cell::zoneout_backward(V::load(row.keep_c + u), dc);
         dh_before.store(job.direct + row.b * units + u);
         if (Cell::has_c) dc_before.store(job.dc + row.b * units + u);
       }
       dh.store(row.da + offset(u, A));
       if (Cell::has_c) dc.store(row.da + offset(u, A) + kBlock);
     } else {
-      gates_at(row, u, dh, dc);
+      gates_at(row, u, dh, dc, dh_before, dc_before);
     }
   }
 
-  FUSEDRNN_INLINE void gates_at(const BackwardRow<T>& row, Index u, V dh, V dc) const {
+  FUSEDRNN_INLINE void gates_at(const BackwardRow<T>& row, Index u, V dh, V dc, V dh_before, V dc_before) const {
     const Index in_row = job.H - u;
     V saved[Cell::saved + 1], da[A], dc_prev = V::zero(), direct = V::zero();
     for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row.saved + offset(u, Cell::saved) + s * kBlock);
@@ -337,11 +339,6 @@ struct BackwardLoop {
     const V h = Cell::reads_h ? V::load(row.h + u, in_row) : V::zero();
     const V c_prev = Cell::has_c ? V::load(row.c_prev + u) : V::zero();
     const V c = Cell::has_c ? V::load(row.c + u) : V::zero();
-    [[maybe_unused]] V dh_before = V::zero(), dc_before = V::zero();
-    if constexpr (kRegularized<Cell>) {
-      if (row.keep_h) dh_before = Cell::zoneout_backward(V::load(row.keep_h + u), dh);
-      if (row.keep_c) dc_before = Cell::zoneout_backward(V::load(row.keep_c + u), dc);
-    }
     Cell::backward(saved, h_prev, h, c_prev, c, dh, dc, da, dc_prev, direct);
     if constexpr (kRegularized<Cell>) direct = direct + dh_before, dc_prev = dc_prev + dc_before;
     for (int s = 0; s < A; ++s) da[s].store(row.da + offset(u, A) + s * kBlock);

@@ -1,5 +1,4 @@
-// Layer norm, row by row: forward and backward side by side, for any cell that has it. SPDX-License-Identifier:
-// Apache-2.0
+// Layer norm, row by row: forward beside backward, for any cell. SPDX-License-Identifier: Apache-2.0
 //
 //   x = (a - mean) / sqrt(variance + epsilon),  p = gain * x + bias
 //

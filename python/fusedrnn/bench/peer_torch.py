@@ -234,19 +234,22 @@ class TorchMasked(Torch):
         return [self.torch.cat(ys), *state]
 
 
-class FaceLayer(Torch):
-    """The layers of ``fusedrnn.torch``, with its lengths and resets."""
+class Face(Torch):
+    """Our modules in the place of PyTorch's; the path says whether our kernels ran, or why PyTorch's did."""
 
     modules = "fusedrnn.torch"
+
+    @property
+    def path(self) -> str:
+        return str(self.module.last_path)
+
+
+class FaceLayer(Face):
+    """The layers of ``fusedrnn.torch``, with its lengths and resets."""
 
     @classmethod
     def refuses(cls, case: Case, dtype: str) -> str | None:
         return None
-
-    @property
-    def path(self) -> str:
-        """Our kernels, or why PyTorch's ran."""
-        return str(self.module.last_path)
 
     def outputs(self) -> list[Any]:
         more = {"lengths": self.data.lengths, "reset": self.data.reset}
@@ -254,12 +257,5 @@ class FaceLayer(Torch):
         return [y, *state] if isinstance(state, tuple) else [y, state]
 
 
-class FaceCell(TorchCell):
+class FaceCell(Face, TorchCell):
     """The cells of ``fusedrnn.torch``, one call a step."""
-
-    modules = "fusedrnn.torch"
-
-    @property
-    def path(self) -> str:
-        """Our kernels, or why PyTorch's ran."""
-        return str(self.module.last_path)

@@ -10,7 +10,7 @@ import torch
 
 from fusedrnn.torch import compilable as _compilable
 from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
-from fusedrnn.torch.layers import GRU, LSTM, RNN
+from fusedrnn.torch.layers import ALWAYS, GRU, LSTM, OPTIONS, RNN
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -28,16 +28,7 @@ COMPILABLE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.RNN: _compilable.RNN,
 }
 # What our layers have of their own, beside their class.
-OWN = (
-    "_fusedrnn_packed",
-    "last_path",
-    "recompute",
-    "forget_bias",
-    "recurrent_dropout",
-    "zoneout_h",
-    "zoneout_c",
-    "layer_norm",
-)
+OWN = ("_fusedrnn_packed", "last_path", "forget_bias", *OPTIONS)
 OURS = {ours: theirs for twins in (TWINS, COMPILABLE) for theirs, ours in twins.items()}
 
 
@@ -101,7 +92,7 @@ def to_torch(model: M) -> M:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for path, layer in model.named_modules():
-        for name in ("layer_norm", "zoneout_h", "zoneout_c"):
+        for name in ALWAYS:
             if type(layer) in OURS and getattr(layer, name, False):
                 raise ValueError(f"{path or 'the model'}: torch.nn has no {name}")
     for layer in model.modules():

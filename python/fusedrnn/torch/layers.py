@@ -36,6 +36,9 @@ Run = Callable[[int, bool, Tensor, tuple[Tensor, ...] | None], tuple[Tensor, ...
 # y (T, B, D*H), the final states (L*D, B, H), those of every step (L*D, T, B, H)
 Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
+OPTIONS = ("recurrent_dropout", "zoneout_h", "zoneout_c", "layer_norm", "recompute")  # of a layer, ours alone
+ALWAYS = ("layer_norm", "zoneout_h", "zoneout_c")  # those that change results, in evaluation too
+
 
 class Recurrent(torch.nn.RNNBase):
     """What the three have in common.
@@ -108,8 +111,7 @@ class Recurrent(torch.nn.RNNBase):
         self._set_norms()
 
     def extra_repr(self) -> str:
-        names = ("recurrent_dropout", "zoneout_h", "zoneout_c", "layer_norm", "recompute")
-        more = [f"{name}={value}" for name in names if (value := getattr(self, name))]
+        more = [f"{name}={value}" for name in OPTIONS if (value := getattr(self, name))]
         return ", ".join([super().extra_repr(), *more])
 
     @property
@@ -181,7 +183,7 @@ class Recurrent(torch.nn.RNNBase):
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         packed = self._ready(input, state0, weights)
         if isinstance(packed, str):
-            if given := _given(options) or self._given():
+            if given := _given(options) or self._only_ours():
                 raise RuntimeError(f"{given}: only our kernels have it, and they cannot run: {packed}")
             return paths.fall_back(self, packed, super().forward, input, hx)
         self.__dict__["last_path"] = paths.FUSED
@@ -214,9 +216,9 @@ class Recurrent(torch.nn.RNNBase):
         suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
         return [weights_of(self, [name + suffix for name in Weights._fields]) for suffix in suffixes]
 
-    def _given(self) -> str | None:
+    def _only_ours(self) -> str | None:
         """The name of the first option that PyTorch's own implementation would leave out."""
-        names = ["layer_norm", "zoneout_h", "zoneout_c", *(["recurrent_dropout"] if self.training else [])]
+        names = (*ALWAYS, "recurrent_dropout") if self.training else ALWAYS
         return next((name for name in names if getattr(self, name)), None)
 
     def _ready(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> list[Packed] | str:
