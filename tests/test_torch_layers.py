@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import threading
 import warnings
 
@@ -1052,7 +1053,13 @@ def test_autocast(kind, dtype, warned):
     fused = dtype is torch.float64 or (kind == "GRU" and dtype is torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("ignore", ft.Fallback)
-        got, expected = ours(x), theirs(x)
+        try:
+            expected = theirs(x)
+        except RuntimeError as error:  # oneDNN has no bfloat16 LSTM for processors without AVX-512
+            with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                ours(x)
+            return
+        got = ours(x)
     assert (ours.last_path == "fused") == fused
     for a, b in zip(flat(got), flat(expected), strict=True):
         assert a.dtype == b.dtype
