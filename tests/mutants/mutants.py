@@ -3,7 +3,8 @@
 The classes are those of errors that were published or shipped: a lost carry, a gradient of the wrong
 variable, a wrong slice, a mask that acts in one direction only, stale memory, strides ignored, tails
 skipped, overflow, NaN swallowed. ``old`` occurs exactly once in its file, else the list is out of date and
-the tests fail.
+the tests fail. ``old`` and ``new`` are whole, so that a switch can choose between them: statements where
+``old`` ends with a semicolon (a declaration is one of ``const T name = ...;``), else expressions.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ MUTANTS = [
     Mutant(
         "lstm: tanh of the previous c", LSTM, "const V tanh_c = tanh(c);", "const V tanh_c = tanh(c_prev);"
     ),
-    Mutant("lstm: forget gate without its derivative", LSTM, "da[1] = dc * c_prev * (f * (one - f));", "da[1] = dc * c_prev * f;"),
+    Mutant(
+        "lstm: forget gate without its derivative",
+        LSTM,
+        "da[1] = dc * c_prev * (f * (one - f));",
+        "da[1] = dc * c_prev * f;",
+    ),
     Mutant(
         "lstm: carried dc lost",
         LSTM,
@@ -49,8 +55,18 @@ MUTANTS = [
         "dc = dh * o * fnma(tanh_c, tanh_c, one);",
     ),
     Mutant("lstm: dc not through the forget gate", LSTM, "dc_prev = dc * f;", "dc_prev = dc;"),
-    Mutant("lstm: output gate by c for tanh(c)", LSTM, "da[3] = dh * tanh_c * (o * (one - o));", "da[3] = dh * c * (o * (one - o));"),
-    Mutant("lstm: gradient of i by i for g", LSTM, "da[0] = dc * g * (i * (one - i));", "da[0] = dc * i * (i * (one - i));"),
+    Mutant(
+        "lstm: output gate by c for tanh(c)",
+        LSTM,
+        "da[3] = dh * tanh_c * (o * (one - o));",
+        "da[3] = dh * c * (o * (one - o));",
+    ),
+    Mutant(
+        "lstm: gradient of i by i for g",
+        LSTM,
+        "da[0] = dc * g * (i * (one - i));",
+        "da[0] = dc * i * (i * (one - i));",
+    ),
     Mutant(
         "lstm: 1 - tanh(g)^2 for 1 - g^2",
         LSTM,
@@ -63,11 +79,23 @@ MUTANTS = [
         "da[3] = dn * r;\n    direct = dh * z;",
         "da[3] = dn * r;\n    direct = dh * (one - z);",
     ),
-    Mutant("gru: r by n for q", GRU, "da[1] = dn * q * (r * (one - r));", "da[1] = dn * n * (r * (one - r));"),
-    Mutant("gru: sign of z", GRU, "da[2] = dh * (h_prev - n) * (z * (one - z));", "da[2] = dh * (n - h_prev) * (z * (one - z));"),
+    Mutant(
+        "gru: r by n for q", GRU, "da[1] = dn * q * (r * (one - r));", "da[1] = dn * n * (r * (one - r));"
+    ),
+    Mutant(
+        "gru: sign of z",
+        GRU,
+        "da[2] = dh * (h_prev - n) * (z * (one - z));",
+        "da[2] = dh * (n - h_prev) * (z * (one - z));",
+    ),
     Mutant("gru: dq not through r", GRU, "da[3] = dn * r;", "da[3] = dn;"),
     Mutant("gru before: direct part of r*h lost", GRU, "direct = fma(dmiddle, r, direct);", ""),
-    Mutant("gru before: r without h_prev", GRU, "da_r = dmiddle * h_prev * (r * (V::set(1) - r));", "da_r = dmiddle * (r * (V::set(1) - r));"),
+    Mutant(
+        "gru before: r without h_prev",
+        GRU,
+        "da_r = dmiddle * h_prev * (r * (V::set(1) - r));",
+        "da_r = dmiddle * (r * (V::set(1) - r));",
+    ),
     Mutant("rnn: derivative 1 - h", RNN, "dh * fnma(h, h, V::set(1))", "dh * (V::set(1) - h)"),
     Mutant("rnn: relu without its mask", RNN, "zero_where(greater_equal(V::zero(), h), dh)", "dh"),
     # rows, cuts, ends
@@ -262,8 +290,8 @@ MUTANTS = [
     Mutant(
         "backward: x of another step",
         BACKWARD,
-        "__builtin_memcpy(row + 1, job.x + t * job.x_step + b * job.x_row, size_t(job.I) * sizeof(T));",
-        "__builtin_memcpy(row + 1, job.x + (t ? t - 1 : t) * job.x_step + b * job.x_row, size_t(job.I) * sizeof(T));",
+        "job.x + t * job.x_step + b * job.x_row",
+        "job.x + (t ? t - 1 : t) * job.x_step + b * job.x_row",
     ),
     Mutant(
         "backward: r lost in the gradient of weight_hn",
@@ -357,7 +385,8 @@ MUTANTS = [
         "pack: weight_hh for its transpose",
         PACK,
         "out[j] = j < columns ? row[column + j] : T(0);",
-        "out[j] = j < columns ? job.weight[(job.part.gate[s] * job.H + (column + j) % job.H) * job.K + u % job.K] : T(0);",
+        "out[j] = j >= columns ? T(0) : "
+        "job.weight[(job.part.gate[s] * job.H + (column + j) % job.H) * job.K + u % job.K];",
     ),
     Mutant(
         "transpose: one round too few",
@@ -409,7 +438,12 @@ MUTANTS = [
         "V::load(mean[n], in_row)",
         "V::load(mean[n])",
     ),
-    Mutant("norm: no epsilon", NORM, "squares[n].total() / count[n] + T(kEpsilon)", "squares[n].total() / count[n]"),
+    Mutant(
+        "norm: no epsilon",
+        NORM,
+        "squares[n].total() / count[n] + T(kEpsilon)",
+        "squares[n].total() / count[n]",
+    ),
     Mutant("norm: gradient keeps its mean", NORM, "dx - V::set(mean[n])", "dx"),
     Mutant(
         "norm: gradient keeps its part along x",
@@ -436,7 +470,12 @@ MUTANTS = [
         "add_to(sum_at(u, 2 * A), dm * x)",
         "add_to(sum_at(u, 2 * A), dm)",
     ),
-    Mutant("norm: carried dc lost", NORM, "V::load(dc) + back.da(u, 0, V::load(da + Norm::at(u, 0)))", "back.da(u, 0, V::load(da + Norm::at(u, 0)))"),
+    Mutant(
+        "norm: carried dc lost",
+        NORM,
+        "V::load(dc) + back.da(u, 0, V::load(da + Norm::at(u, 0)))",
+        "back.da(u, 0, V::load(da + Norm::at(u, 0)))",
+    ),
     Mutant(
         "norm: h by c without its norm",
         NORM,
@@ -472,5 +511,7 @@ MUTANTS = [
         "min(abs(x), V::set(C::tanh_one))",
     ),
     Mutant("math: tanh without its sign", MATH, "return copysign(ratio, x);", "return ratio;"),
-    Mutant("math: one coefficient off in its last digits", MATH, "0x1.5554bp-3f", "0x1.5544bp-3f", constant=True),
+    Mutant(
+        "math: one coefficient off in its last digits", MATH, "0x1.5554bp-3f", "0x1.5544bp-3f", constant=True
+    ),
 ]
