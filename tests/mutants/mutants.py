@@ -19,10 +19,10 @@ class Mutant(NamedTuple):
 
 
 LSTM, GRU, RNN, REGULARIZED = (f"cells/{f}.h" for f in ("lstm", "gru", "rnn", "regularized"))
-FORWARD, BACKWARD, STEPS, PACK, TILE, MASKS = (
-    f"cpu/{f}.h" for f in ("forward", "backward", "steps", "pack", "tile", "masks")
+FORWARD, BACKWARD, PACK, TILE, MASKS = (
+    f"cpu/{f}.h" for f in ("forward", "backward", "pack", "tile", "masks")
 )
-RUN, MATH, TRANSPOSE, PHILOX = "cpu/run.cpp", "simd/math.h", "simd/transpose.h", "simd/philox.h"
+STEPS, RUN, MATH, TRANSPOSE, PHILOX = "steps.h", "cpu/run.cpp", "simd/math.h", "simd/transpose.h", "simd/philox.h"
 NORM = "cpu/layer_norm.h"
 
 MUTANTS = [

@@ -1,0 +1,53 @@
+// What the kernels ask of the machine, one small function each. Everything that orders memory between threads is here.
+//
+// Compiled for a GPU these are a few instructions. With FUSEDRNN_EMULATED the same kernels are compiled for a CPU, and
+// a header "emulation.h" (tests/cuda) provides the same names. Nothing but CUDA's built-in names is used, so NVRTC
+// needs no header of a toolkit. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <stdint.h>
+
+#if defined(FUSEDRNN_EMULATED)
+#include "emulation.h"
+#else
+
+#define FUSEDRNN_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+
+namespace fusedrnn {
+namespace cuda {
+
+constexpr int kWarp = 32;
+
+// Memory that the threads of a block share, of the size the launch asked for.
+FUSEDRNN_INLINE char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+// All threads of the block have come here, and see what the others wrote before.
+FUSEDRNN_INLINE void sync_block() { __syncthreads(); }
+
+// What the lane whose number differs in the bits of `mask` passes; all lanes of the warp call it together.
+template <class T>
+FUSEDRNN_INLINE T from_lane(T x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+
+// A load that does not take what an earlier one left in this multiprocessor's own cache: of what other blocks write.
+template <class T>
+FUSEDRNN_INLINE T load_shared_by_blocks(const T* p) {
+  return __ldcg(p);
+}
+
+// Counting up, after everything that this thread knows to be written; and the count, before everything that follows.
+FUSEDRNN_INLINE void add_release(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+FUSEDRNN_INLINE unsigned load_acquire(const unsigned* counter) {
+  unsigned count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  return count;
+}
+
+}  // namespace cuda
+}  // namespace fusedrnn
+#endif

@@ -1,0 +1,304 @@
+// All steps of the recurrence in one launch. SPDX-License-Identifier: Apache-2.0
+//
+// A block has some hidden units, with all their gates, of one tile of the batch, from the first step to the last. Their
+// weights and their state stay in its shared memory; what the other blocks need, h going forward and da going back, lies
+// in the results themselves. Blocks of one tile of the batch count themselves in after every step and wait until all
+// have. So all blocks must run at once: the caller launches no more than fit.
+//
+// The product of a step: a warp has a tile of 8 rows x 8 columns, a lane every 32nd k of it. What is multiplied is
+// brought to shared memory in chunks of k; warps left over share the k of a chunk.
+#pragma once
+#include "cuda/unit.h"
+
+namespace fusedrnn {
+namespace cuda {
+
+#if !defined(FUSEDRNN_WARPS)
+#define FUSEDRNN_WARPS 8
+#endif
+constexpr int kWarps = FUSEDRNN_WARPS, kThreads = kWarps * kWarp;
+constexpr int kTile = 8;
+constexpr int kSums = kTile * kTile;  // two for each lane
+constexpr int kChunk = 8 * kWarp;
+
+FUSEDRNN_INLINE constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
+
+// How the warps share a product of `rows` x `columns`, at most kWarps * kTile columns.
+struct Layout {
+  int column_tiles, row_tiles, splits;  // together kWarps
+  FUSEDRNN_INLINE Layout(Index rows, Index columns) : column_tiles(1), row_tiles(1) {
+    while (column_tiles * kTile < columns) column_tiles *= 2;
+    while (row_tiles * kTile < rows && row_tiles * column_tiles < kWarps) row_tiles *= 2;
+    splits = kWarps / (column_tiles * row_tiles);
+  }
+  FUSEDRNN_INLINE Index rows() const { return row_tiles * kTile; }
+  FUSEDRNN_INLINE Index columns() const { return column_tiles * kTile; }
+};
+
+// The shared memory of a block. backends/cuda_plan.py counts the same.
+template <class T>
+struct Shared {
+  T* weights;  // [column][k], k rounded up; only where they are resident
+  T* staged;   // [row][kChunk]
+  T* sums;     // [split][row][column]
+  T *h, *c;    // [row of the tile of the batch][unit]
+  FUSEDRNN_INLINE Shared(const Layout& layout, Index K, Index rows, Index units, bool resident) {
+    T* p = reinterpret_cast<T*>(shared_memory());
+    weights = p, p += resident ? layout.columns() * round_up(K, kWarp) : 0;
+    staged = p, p += layout.rows() * kChunk;
+    sums = p, p += layout.splits * layout.rows() * layout.columns();
+    h = p, p += rows * units;
+    c = p;
+  }
+};
+
+// sums of products of rows and columns, both along k. `Weight` gives a column's k-th weight.
+template <class T>
+struct Product {
+  const Layout& layout;
+  const Shared<T>& shared;
+  Index K;
+
+  // Sums of the rows whose memory row(r) gives, null for zeros. Ends with all sums in shared memory.
+  template <class Row, class Weight>
+  FUSEDRNN_INLINE void run(Row row, Weight weight) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int split = warp % layout.splits, tile = warp / layout.splits;
+    const int first_row = tile % layout.row_tiles * kTile, first_column = tile / layout.row_tiles * kTile;
+    T sums[kSums];
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] = T(0);
+    for (Index k0 = 0; k0 < K; k0 += kChunk) {
+      sync_block();  // what was staged before has been read
+      stage(k0, row);
+      sync_block();
+      for (int k = split * kWarp + lane; k < kChunk && k0 + k - lane < K; k += layout.splits * kWarp)
+        multiply(sums, shared.staged + first_row * kChunk + k, first_column, k0 + k, weight);
+    }
+    reduce(sums, lane);
+    T* out = shared.sums + (split * layout.rows() + first_row) * layout.columns() + first_column;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int sum = 2 * lane + i;
+      out[sum / kTile * layout.columns() + sum % kTile] = sums[i];
+    }
+    sync_block();
+  }
+
+  template <class Row>
+  FUSEDRNN_INLINE void stage(Index k0, Row row) const {
+    for (Index i = threadIdx.x; i < layout.rows() * kChunk; i += kThreads) {
+      const Index r = i / kChunk, k = k0 + i % kChunk;
+      const T* p = row(r);
+      shared.staged[i] = p && k < K ? load_shared_by_blocks(p + k) : T(0);
+    }
+  }
+
+  template <class Weight>
+  FUSEDRNN_INLINE void multiply(T* sums, const T* staged, int first_column, Index k, Weight weight) const {
+    T x[kTile], w[kTile];
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) x[i] = staged[i * kChunk], w[i] = weight(first_column + i, k);
+#pragma unroll
+    for (int i = 0; i < kTile; ++i)
+#pragma unroll
+      for (int j = 0; j < kTile; ++j) sums[i * kTile + j] = Native<T>::fma(x[i], w[j], sums[i * kTile + j]);
+  }
+
+  // Over the lanes: each gives half of its sums away and takes the other half, five times. Lane i is left with the
+  // sums 2i and 2i + 1.
+  template <int n = kSums / 2>
+  FUSEDRNN_INLINE static void reduce(T* sums, int lane) {
+    constexpr int mask = n / 2;
+    const bool upper = lane & mask;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const T kept = upper ? sums[i + n] : sums[i], given = upper ? sums[i] : sums[i + n];
+      sums[i] = kept + from_lane(given, mask);
+    }
+    if constexpr (n > 2) reduce<n / 2>(sums, lane);
+  }
+
+  // Of a row and column, over the splits.
+  FUSEDRNN_INLINE T sum(Index r, Index column) const {
+    T all = T(0);
+    for (int split = 0; split < layout.splits; ++split)
+      all += shared.sums[(split * layout.rows() + r) * layout.columns() + column];
+    return all;
+  }
+};
+
+// What forward and backward have in common. `Loop` gives the product's rows and weights.
+template <class Job>
+struct Grid {
+  const Job& job;
+  Index first_unit, first_row, rows;  // of this block
+  unsigned* arrived;
+
+  FUSEDRNN_INLINE explicit Grid(const Job& job)
+      : job(job), first_unit(blockIdx.x * job.units), first_row(blockIdx.y * job.rows), arrived(job.arrived + blockIdx.y) {
+    rows = job.steps.B - first_row < job.rows ? job.steps.B - first_row : job.rows;
+  }
+
+  // Everything that the blocks of this tile of the batch wrote in their first `steps` steps can be read.
+  FUSEDRNN_INLINE void wait(Index steps) const {
+    if (threadIdx.x == 0)
+      while (load_acquire(arrived) < unsigned(steps * gridDim.x)) {
+      }
+    sync_block();
+  }
+  FUSEDRNN_INLINE void arrive() const {
+    sync_block();
+    if (threadIdx.x == 0) add_release(arrived);
+  }
+
+  // Calls f(row of the tile of the batch, unit of the block) for those that there are, of `count` rows from `begin`.
+  template <class F>
+  FUSEDRNN_INLINE void each(Index begin, Index count, F f) const {
+    for (Index i = threadIdx.x; i < count * job.units; i += kThreads) {
+      const Index r = begin + i / job.units, j = i % job.units;
+      if (r < rows && first_unit + j < job.H) f(r, j);
+    }
+  }
+};
+
+template <class Cell, class T, bool resident>
+FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
+  const Grid<ForwardJob<T>> grid(job);
+  const Index K = job.H, pitch = round_up(K, kWarp), columns = job.units * kRecurrent<Cell>;
+  const Layout layout(job.rows, columns);
+  const Shared<T> shared(layout, K, job.rows, job.units, resident);
+  const Product<T> product{layout, shared, K};
+  // The weight that multiplies element k for a column: gate by gate the units of the block.
+  const auto load = [&](Index column, Index k) {
+    const Index u = grid.first_unit + column % job.units;
+    if (column >= columns || u >= job.H || k >= K) return T(0);
+    return job.weight[(column / job.units * job.H + u) * K + k];
+  };
+  if (resident)
+    for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads) shared.weights[i] = load(i / pitch, i % pitch);
+  grid.each(0, job.rows, [&](Index r, Index j) {
+    const ForwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+    shared.h[r * job.units + j] = unit.start_h();
+    if (Cell::has_c) shared.c[r * job.units + j] = unit.start_c();
+  });
+  for (Index s = 0; s < job.steps.T; ++s) {
+    const Index t = time_of(job.steps, s);
+    if (s > 0) grid.wait(s);
+    for (Index group = 0; group < grid.rows; group += layout.rows()) {
+      const auto row = [&](Index r) -> const T* {
+        if (group + r >= grid.rows) return nullptr;
+        const Index b = grid.first_row + group + r;
+        if (!valid(job.steps, t, b)) return nullptr;
+        switch (before(job.steps, t, b)) {
+          case Before::start:
+            return job.h0 ? job.h0 + b * job.H : nullptr;
+          case Before::previous:
+            return job.y + ((job.steps.reverse ? t + 1 : t - 1) * job.steps.B + b) * job.H;
+          default:
+            return nullptr;
+        }
+      };
+      if (resident)
+        product.run(row, [&](Index column, Index k) { return shared.weights[column * pitch + k]; });
+      else
+        product.run(row, load);
+      grid.each(group, layout.rows(), [&](Index r, Index j) {
+        T products[kRecurrent<Cell>];
+        for (int a = 0; a < kRecurrent<Cell>; ++a) products[a] = product.sum(r - group, a * job.units + j);
+        T c = Cell::has_c ? shared.c[r * job.units + j] : T(0);
+        ForwardUnit<Cell, T>{job, grid.first_row + r, grid.first_unit + j}.step(t, products, 1,
+                                                                               shared.h[r * job.units + j], c);
+        if (Cell::has_c) shared.c[r * job.units + j] = c;
+      });
+    }
+    grid.arrive();
+  }
+  grid.each(0, job.rows, [&](Index r, Index j) {
+    const Index i = (grid.first_row + r) * job.H + grid.first_unit + j;
+    job.hT[i] = shared.h[r * job.units + j];
+    if (Cell::has_c) job.cT[i] = shared.c[r * job.units + j];
+  });
+}
+
+template <class Cell, class T, bool resident>
+FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
+  const Grid<BackwardJob<T>> grid(job);
+  const Index K = kRecurrent<Cell> * job.H, pitch = round_up(K, kWarp);
+  const Layout layout(job.rows, job.units);
+  const Shared<T> shared(layout, K, job.rows, job.units, resident);
+  const Product<T> product{layout, shared, K};
+  const auto load = [&](Index column, Index k) {
+    const Index u = grid.first_unit + column;
+    return column >= job.units || u >= job.H || k >= K ? T(0) : job.weight[u * K + k];
+  };
+  if (resident)
+    for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads) shared.weights[i] = load(i / pitch, i % pitch);
+  T *const direct = shared.h, *const dc = shared.c;
+  grid.each(0, job.rows, [&](Index r, Index j) {
+    const BackwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+    direct[r * job.units + j] = unit.start(job.dhT);
+    if (Cell::has_c) dc[r * job.units + j] = unit.start(job.dcT);
+  });
+  for (Index s = job.steps.T - 1; s >= -1; --s) {  // -1: the initial state
+    if (s < 0 && !job.dh0) break;
+    const bool follows = s + 1 < job.steps.T;
+    if (follows) grid.wait(job.steps.T - 1 - s);
+    for (Index group = 0; group < grid.rows; group += layout.rows()) {
+      if (follows) {
+        const Index next = time_of(job.steps, s + 1);
+        const auto row = [&](Index r) -> const T* {
+          if (group + r >= grid.rows) return nullptr;
+          const Index b = grid.first_row + group + r;
+          if (!BackwardUnit<Cell, T>{job, b, 0}.chained(s + 1)) return nullptr;
+          return job.da + ((next * job.steps.B + b) * Cell::accumulators + Cell::recurrent.first) * job.H;
+        };
+        if (resident)
+          product.run(row, [&](Index column, Index k) { return shared.weights[column * pitch + k]; });
+        else
+          product.run(row, load);
+      } else {
+        sync_block();
+      }
+      grid.each(group, layout.rows(), [&](Index r, Index j) {
+        const BackwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+        const Index i = r * job.units + j;
+        const T chain = follows && unit.chained(s + 1) ? product.sum(r - group, j) : T(0);
+        if (s < 0) {
+          job.dh0[unit.at(0)] = direct[i] + chain;
+          if (Cell::has_c) job.dc0[unit.at(0)] = dc[i];
+          return;
+        }
+        const Index t = time_of(job.steps, s);
+        T dc_carried = Cell::has_c ? dc[i] : T(0);
+        T* da = job.da + ((t * job.steps.B + unit.b) * Cell::accumulators) * job.H + unit.u;
+        unit.step(t, chain, direct[i], dc_carried, da, job.H);
+        if (Cell::has_c) dc[i] = dc_carried;
+      });
+    }
+    if (s >= 0) grid.arrive();
+  }
+}
+
+// A cell of two phases would need two products and two waits a step: it runs step by step.
+template <class Cell, int phases = Cell::phases>
+struct GridKernels {
+  template <class T, bool resident>
+  FUSEDRNN_INLINE static void forward(const ForwardJob<T>& job) {
+    grid_forward<Cell, T, resident>(job);
+  }
+  template <class T, bool resident>
+  FUSEDRNN_INLINE static void backward(const BackwardJob<T>& job) {
+    grid_backward<Cell, T, resident>(job);
+  }
+};
+template <class Cell>
+struct GridKernels<Cell, 2> {
+  template <class T, bool resident>
+  FUSEDRNN_INLINE static void forward(const ForwardJob<T>&) {}
+  template <class T, bool resident>
+  FUSEDRNN_INLINE static void backward(const BackwardJob<T>&) {}
+};
+
+}  // namespace cuda
+}  // namespace fusedrnn
