@@ -1,9 +1,9 @@
 // All steps of the recurrence in one launch. SPDX-License-Identifier: Apache-2.0
 //
 // A block has some hidden units, with all their gates, of one tile of the batch, from the first step to the last. Their
-// weights and their state stay in its shared memory; what the other blocks need, h going forward and da going back, lies
-// in the results themselves. Blocks of one tile of the batch count themselves in after every step and wait until all
-// have. So all blocks must run at once: the caller launches no more than fit.
+// weights and their state stay in its shared memory; what the other blocks need, h going forward and da going back,
+// lies in the results themselves. Blocks of one tile of the batch count themselves in after every step and wait until
+// all have. So all blocks must run at once: the caller launches no more than fit.
 //
 // The product of a step: a warp has a tile of 8 rows x 8 columns, a lane every 32nd k of it. What is multiplied is
 // brought to shared memory in chunks of k; warps left over share the k of a chunk.
@@ -136,7 +136,10 @@ struct Grid {
   unsigned* arrived;
 
   FUSEDRNN_INLINE explicit Grid(const Job& job)
-      : job(job), first_unit(blockIdx.x * job.units), first_row(blockIdx.y * job.rows), arrived(job.arrived + blockIdx.y) {
+      : job(job),
+        first_unit(blockIdx.x * job.units),
+        first_row(blockIdx.y * job.rows),
+        arrived(job.arrived + blockIdx.y) {
     rows = job.steps.B - first_row < job.rows ? job.steps.B - first_row : job.rows;
   }
 
@@ -176,7 +179,8 @@ FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
     return job.weight[(column / job.units * job.H + u) * K + k];
   };
   if (resident)
-    for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads) shared.weights[i] = load(i / pitch, i % pitch);
+    for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads)
+      shared.weights[i] = load(i / pitch, i % pitch);
   grid.each(0, job.rows, [&](Index r, Index j) {
     const ForwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
     shared.h[r * job.units + j] = unit.start_h();
@@ -208,7 +212,7 @@ FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
         for (int a = 0; a < kRecurrent<Cell>; ++a) products[a] = product.sum(r - group, a * job.units + j);
         T c = Cell::has_c ? shared.c[r * job.units + j] : T(0);
         ForwardUnit<Cell, T>{job, grid.first_row + r, grid.first_unit + j}.step(t, products, 1,
-                                                                               shared.h[r * job.units + j], c);
+                                                                                shared.h[r * job.units + j], c);
         if (Cell::has_c) shared.c[r * job.units + j] = c;
       });
     }
@@ -233,7 +237,8 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
     return column >= job.units || u >= job.H || k >= K ? T(0) : job.weight[u * K + k];
   };
   if (resident)
-    for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads) shared.weights[i] = load(i / pitch, i % pitch);
+    for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads)
+      shared.weights[i] = load(i / pitch, i % pitch);
   T *const direct = shared.h, *const dc = shared.c;
   grid.each(0, job.rows, [&](Index r, Index j) {
     const BackwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};

@@ -14,12 +14,12 @@ template <class T>
 struct ForwardJob {
   Steps steps;
   Index H;
-  const T* projected;  // (T, B, X*H): weight_ih x
-  const T* bias;       // (A*H): bias_ih and bias_hh of what feeds the accumulator
-  const T* weight;     // (R*H, H): weight_hh, its gates in the order of the accumulators
-  const T *h0, *c0;    // (B, H) or null: zeros
-  T* y;                // (T, B, H)
-  T *hT, *cT;          // (B, H); step by step the state as it stands
+  const T* projected;      // (T, B, X*H): weight_ih x
+  const T* bias;           // (A*H): bias_ih and bias_hh of what feeds the accumulator
+  const T* weight;         // (R*H, H): weight_hh, its gates in the order of the accumulators
+  const T *h0, *c0;        // (B, H) or null: zeros
+  T* y;                    // (T, B, H)
+  T *hT, *cT;              // (B, H); step by step the state as it stands
   T *h_states, *c_states;  // (T, B, H) or null
   T* c;                    // (T, B, H) of every step, for backward; or null
   T* saved;                // (T, B, S*H), or with saved_step 0 (B, S*H), for a step's two phases; or null

@@ -1,7 +1,7 @@
 // The kernels of one cell and dtype: compiled once for each. SPDX-License-Identifier: Apache-2.0
 //
-// FUSEDRNN_CELL is a type of cells/cells.def, FUSEDRNN_DTYPE float or double. Compile without contraction (-fmad=false):
-// every FMA is written out.
+// FUSEDRNN_CELL is a type of cells/cells.def, FUSEDRNN_DTYPE float or double. Compile without contraction
+// (-fmad=false): every FMA is written out.
 #define FUSEDRNN_LEVEL cuda
 #define FUSEDRNN_LEVEL_CUDA
 #include "simd/inline.h"
@@ -47,7 +47,6 @@ FUSEDRNN_KERNEL(kThreads) operands(const BackwardJob<T> job, T* h, T* middle) {
             [&](Index i, Index u) { BackwardStep<Cell, T>{job}.operands(i, u, h, middle); });
 }
 
-
 // Of cells with two phases.
 FUSEDRNN_KERNEL(kThreads) step_forward2(const ForwardJob<T> job, Index s) {
   FUSEDRNN_EACH(job, (ForwardStep<Cell, T>{job}.step2(s, b, u)));
@@ -60,4 +59,6 @@ FUSEDRNN_KERNEL(kThreads) step_backward2(const BackwardJob<T> job, Index s) {
 FUSEDRNN_KERNEL(kThreads) grid_forward(const ForwardJob<T> job) { GridKernels<Cell>::forward<T, true>(job); }
 FUSEDRNN_KERNEL(kThreads) grid_backward(const BackwardJob<T> job) { GridKernels<Cell>::backward<T, true>(job); }
 FUSEDRNN_KERNEL(kThreads) grid_forward_streamed(const ForwardJob<T> job) { GridKernels<Cell>::forward<T, false>(job); }
-FUSEDRNN_KERNEL(kThreads) grid_backward_streamed(const BackwardJob<T> job) { GridKernels<Cell>::backward<T, false>(job); }
+FUSEDRNN_KERNEL(kThreads) grid_backward_streamed(const BackwardJob<T> job) {
+  GridKernels<Cell>::backward<T, false>(job);
+}

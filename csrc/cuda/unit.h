@@ -26,15 +26,16 @@ struct ForwardUnit {
   FUSEDRNN_INLINE T start_h() const { return job.h0 ? job.h0[b * job.H + u] : T(0); }
   FUSEDRNN_INLINE T start_c() const { return Cell::has_c && job.c0 ? job.c0[b * job.H + u] : T(0); }
 
-  // The state of the row becomes that after step t. `products` are weight_hh times the state before, R of them, `stride`
-  // elements from one to the next. A cell of two phases gets h in the second and leaves r*h in h here.
+  // The state of the row becomes that after step t. `products` are weight_hh times the state before, R of them,
+  // `stride` elements from one to the next. A cell of two phases gets h in the second and leaves r*h in h here.
   FUSEDRNN_INLINE void step(Index t, const T* products, Index stride, T& h, T& c) const {
     if (valid(job.steps, t, b)) {
       const bool cut = before(job.steps, t, b) == Before::nothing;
       const T* projected = job.projected + ((t * job.steps.B + b) * kInput<Cell>)*job.H + u;
       V a[Cell::accumulators], state_h = cut ? T(0) : h, state_c = cut ? T(0) : c, new_h = V::zero(), new_c = V::zero();
       for (int s = 0; s < Cell::accumulators; ++s) a[s] = job.bias[s * job.H + u];
-      for (int s = 0; s < kInput<Cell>; ++s) a[Cell::input.first + s] = a[Cell::input.first + s] + V(projected[s * job.H]);
+      for (int s = 0; s < kInput<Cell>; ++s)
+        a[Cell::input.first + s] = a[Cell::input.first + s] + V(projected[s * job.H]);
       for (int s = 0; s < kRecurrent<Cell>; ++s)
         a[Cell::recurrent.first + s] = a[Cell::recurrent.first + s] + V(products[s * stride]);
       V save[Cell::saved + 1];
@@ -108,9 +109,7 @@ struct BackwardUnit {
     }
   }
   // h before step t: what the gradient of weight_hh is taken with. Zero at padding.
-  FUSEDRNN_INLINE T operand(Index t) const {
-    return valid(job.steps, t, b) ? previous(t, job.y, job.h0).v : T(0);
-  }
+  FUSEDRNN_INLINE T operand(Index t) const { return valid(job.steps, t, b) ? previous(t, job.y, job.h0).v : T(0); }
 
   // Step t. `chain` is weight_hh^T da of the step that follows in time of the recurrence, where there is one; `direct`
   // and `dc` are what else came from it, and become what goes on. da is written to `out`, `stride` elements from one

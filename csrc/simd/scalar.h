@@ -8,27 +8,48 @@ namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
 template <class T>
-struct Native;
+struct Native;  // one FMA, its bits as an integer, and where the exponent starts
+#if defined(__CUDACC__)
+template <>
+struct Native<float> {
+  using Bits = uint32_t;
+  static constexpr int mantissa = 23;
+  static FUSEDRNN_INLINE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+  static FUSEDRNN_INLINE Bits bits(float x) { return __float_as_uint(x); }
+  static FUSEDRNN_INLINE float of_bits(Bits x) { return __uint_as_float(x); }
+};
+template <>
+struct Native<double> {
+  using Bits = uint64_t;
+  static constexpr int mantissa = 52;
+  static FUSEDRNN_INLINE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
+  static FUSEDRNN_INLINE Bits bits(double x) { return Bits(__double_as_longlong(x)); }
+  static FUSEDRNN_INLINE double of_bits(Bits x) { return __longlong_as_double((long long)x); }
+};
+#else
+template <class To, class From>
+FUSEDRNN_INLINE To same_bits(From from) {
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
 template <>
 struct Native<float> {
   using Bits = uint32_t;
   static constexpr int mantissa = 23;
   static FUSEDRNN_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  static FUSEDRNN_INLINE Bits bits(float x) { return same_bits<Bits>(x); }
+  static FUSEDRNN_INLINE float of_bits(Bits x) { return same_bits<float>(x); }
 };
 template <>
 struct Native<double> {
   using Bits = uint64_t;
   static constexpr int mantissa = 52;
   static FUSEDRNN_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+  static FUSEDRNN_INLINE Bits bits(double x) { return same_bits<Bits>(x); }
+  static FUSEDRNN_INLINE double of_bits(Bits x) { return same_bits<double>(x); }
 };
-
-template <class To, class From>
-FUSEDRNN_INLINE To same_bits(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof to);
-  return to;
-}
+#endif
 
 template <class T>
 struct Vec {
@@ -48,8 +69,8 @@ struct Vec {
   static FUSEDRNN_INLINE Vec load(const T* p) { return *p; }
   FUSEDRNN_INLINE void store(T* p) const { *p = v; }
 
-  FUSEDRNN_INLINE Bits bits() const { return same_bits<Bits>(v); }
-  static FUSEDRNN_INLINE Vec of_bits(Bits bits) { return same_bits<T>(bits); }
+  FUSEDRNN_INLINE Bits bits() const { return Native<T>::bits(v); }
+  static FUSEDRNN_INLINE Vec of_bits(Bits bits) { return Native<T>::of_bits(bits); }
 
   friend FUSEDRNN_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
   friend FUSEDRNN_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }

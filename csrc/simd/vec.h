@@ -22,6 +22,7 @@
 //   exponent_bits(x)                   the lowest bits of x moved into the exponent's place
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 #include "inline.h"
