@@ -48,6 +48,33 @@ FUSEDRNN_INLINE unsigned load_acquire(const unsigned* counter) {
   return count;
 }
 
+// Of a cluster of blocks, which is the x axis of the grid (sm_90 and later): to the place in another block's shared
+// memory that p is in this one's; and all its threads have come here and see what the others wrote before.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kClusters = true;
+FUSEDRNN_INLINE uint32_t address_in_block(const void* p, unsigned rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(uint32_t(__cvta_generic_to_shared(p))), "r"(rank));
+  return address;
+}
+FUSEDRNN_INLINE void store_to_block(float* p, unsigned rank, float x) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_in_block(p, rank)), "f"(x) : "memory");
+}
+FUSEDRNN_INLINE void store_to_block(double* p, unsigned rank, double x) {
+  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address_in_block(p, rank)), "d"(x) : "memory");
+}
+FUSEDRNN_INLINE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+#else
+constexpr bool kClusters = false;
+FUSEDRNN_INLINE void store_to_block(float*, unsigned, float) {}
+FUSEDRNN_INLINE void store_to_block(double*, unsigned, double) {}
+FUSEDRNN_INLINE void sync_cluster() {}
+#endif
+
 }  // namespace cuda
 }  // namespace fusedrnn
 #endif

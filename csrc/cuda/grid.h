@@ -165,6 +165,21 @@ struct Grid {
   }
 };
 
+// The weight that multiplies element k for a column of the block: forward gate by gate its units, and h; backward its
+// units, and da gate by gate. Zero where there is none.
+template <class Cell, class T>
+FUSEDRNN_INLINE T forward_weight(const Grid<ForwardJob<T>>& grid, Index column, Index k) {
+  const auto& job = grid.job;
+  const Index gate = column / job.units, u = grid.first_unit + column % job.units;
+  return gate >= kRecurrent<Cell> || u >= job.H || k >= job.H ? T(0) : job.weight[(gate * job.H + u) * job.H + k];
+}
+template <class Cell, class T>
+FUSEDRNN_INLINE T backward_weight(const Grid<BackwardJob<T>>& grid, Index column, Index k) {
+  const auto& job = grid.job;
+  const Index K = kRecurrent<Cell> * job.H, u = grid.first_unit + column;
+  return column >= job.units || u >= job.H || k >= K ? T(0) : job.weight[u * K + k];
+}
+
 template <class Cell, class T, bool resident>
 FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
   const Grid<ForwardJob<T>> grid(job);
@@ -172,12 +187,7 @@ FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
   const Layout layout(job.rows, columns);
   const Shared<T> shared(layout, K, job.rows, job.units, resident);
   const Product<T> product{layout, shared, K};
-  // The weight that multiplies element k for a column: gate by gate the units of the block.
-  const auto load = [&](Index column, Index k) {
-    const Index u = grid.first_unit + column % job.units;
-    if (column >= columns || u >= job.H || k >= K) return T(0);
-    return job.weight[(column / job.units * job.H + u) * K + k];
-  };
+  const auto load = [&](Index column, Index k) { return forward_weight<Cell>(grid, column, k); };
   if (resident)
     for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads)
       shared.weights[i] = load(i / pitch, i % pitch);
@@ -232,10 +242,7 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
   const Layout layout(job.rows, job.units);
   const Shared<T> shared(layout, K, job.rows, job.units, resident);
   const Product<T> product{layout, shared, K};
-  const auto load = [&](Index column, Index k) {
-    const Index u = grid.first_unit + column;
-    return column >= job.units || u >= job.H || k >= K ? T(0) : job.weight[u * K + k];
-  };
+  const auto load = [&](Index column, Index k) { return backward_weight<Cell>(grid, column, k); };
   if (resident)
     for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads)
       shared.weights[i] = load(i / pitch, i % pitch);
@@ -269,15 +276,10 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
         const BackwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
         const Index i = r * job.units + j;
         const T chain = follows && unit.chained(s + 1) ? product.sum(r - group, j) : T(0);
-        if (s < 0) {
-          job.dh0[unit.at(0)] = direct[i] + chain;
-          if (Cell::has_c) job.dc0[unit.at(0)] = dc[i];
-          return;
-        }
+        if (s < 0) return unit.finish(chain, direct[i], Cell::has_c ? dc[i] : T(0));
         const Index t = time_of(job.steps, s);
         T dc_carried = Cell::has_c ? dc[i] : T(0);
-        T* da = job.da + ((t * job.steps.B + unit.b) * Cell::accumulators) * job.H + unit.u;
-        unit.step(t, chain, direct[i], dc_carried, da, job.H);
+        unit.step(t, chain, direct[i], dc_carried, unit.da(t), job.H);
         if (Cell::has_c) dc[i] = dc_carried;
       });
     }
@@ -285,7 +287,7 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
   }
 }
 
-// A cell of two phases would need two products and two waits a step: it runs step by step.
+// What kernels.cu calls. A cell of two phases would need two products and two waits a step: it runs step by step.
 template <class Cell, int phases = Cell::phases>
 struct GridKernels {
   template <class T, bool resident>

@@ -11,6 +11,9 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
+#if !defined(FUSEDRNN_EMULATED) || defined(FUSEDRNN_EMULATED_CLUSTERS)
+#include "cuda/cluster.h"
+#endif
 #include "cuda/grid.h"
 #include "cuda/step.h"
 
@@ -62,3 +65,9 @@ FUSEDRNN_KERNEL(kThreads) grid_forward_streamed(const ForwardJob<T> job) { GridK
 FUSEDRNN_KERNEL(kThreads) grid_backward_streamed(const BackwardJob<T> job) {
   GridKernels<Cell>::backward<T, false>(job);
 }
+
+// Of cells with one phase, from sm_90 on; the blocks of a tile of the batch are a cluster.
+#if !defined(FUSEDRNN_EMULATED) || defined(FUSEDRNN_EMULATED_CLUSTERS)
+FUSEDRNN_KERNEL(kThreads) cluster_forward(const ForwardJob<T> job) { ClusterKernels<Cell>::forward(job); }
+FUSEDRNN_KERNEL(kThreads) cluster_backward(const BackwardJob<T> job) { ClusterKernels<Cell>::backward(job); }
+#endif

@@ -59,10 +59,6 @@ template <class Cell, class T>
 struct BackwardStep {
   const BackwardJob<T>& job;
 
-  FUSEDRNN_INLINE T* da(Index t, Index b, Index u) const {
-    return job.da + ((t * job.steps.B + b) * Cell::accumulators) * job.H + u;
-  }
-
   FUSEDRNN_INLINE void begin(Index b, Index u) const {
     const Index i = b * job.H + u;
     const BackwardUnit<Cell, T> unit{job, b, u};
@@ -74,20 +70,21 @@ struct BackwardStep {
     const Index i = b * job.H + u, t = time_of(job.steps, s);
     const BackwardUnit<Cell, T> unit{job, b, u};
     T direct = job.direct[i], dc = Cell::has_c ? job.dc[i] : T(0);
-    unit.step(t, unit.chained(s + 1) ? job.chain[i] : T(0), direct, dc, da(t, b, u), job.H);
+    unit.step(t, unit.chained(s + 1) ? job.chain[i] : T(0), direct, dc, unit.da(t), job.H);
     job.direct[i] = direct;
     if (Cell::has_c) job.dc[i] = dc;
   }
 
   FUSEDRNN_INLINE void step2(Index s, Index b, Index u) const {
     const Index i = b * job.H + u, t = time_of(job.steps, s);
-    BackwardUnit<Cell, T>{job, b, u}.step2(t, job.chain[i], job.direct[i], da(t, b, u), job.H);
+    const BackwardUnit<Cell, T> unit{job, b, u};
+    unit.step2(t, job.chain[i], job.direct[i], unit.da(t), job.H);
   }
 
   FUSEDRNN_INLINE void finish(Index b, Index u) const {
     const Index i = b * job.H + u;
-    job.dh0[i] = job.direct[i] + (BackwardUnit<Cell, T>{job, b, u}.chained(0) ? job.chain[i] : T(0));
-    if (Cell::has_c) job.dc0[i] = job.dc[i];
+    const BackwardUnit<Cell, T> unit{job, b, u};
+    unit.finish(unit.chained(0) ? job.chain[i] : T(0), job.direct[i], Cell::has_c ? job.dc[i] : T(0));
   }
 
   // What da is multiplied with for the gradient of weight_hh: h before each step; of the second phase r times it.

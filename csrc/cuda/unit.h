@@ -84,6 +84,7 @@ struct BackwardUnit {
 
   FUSEDRNN_INLINE Index at(Index t) const { return (t * job.steps.B + b) * job.H + u; }
   FUSEDRNN_INLINE T start(const T* state0) const { return state0 ? state0[b * job.H + u] : T(0); }
+  FUSEDRNN_INLINE T* da(Index t) const { return job.da + (t * job.steps.B + b) * Cell::accumulators * job.H + u; }
   FUSEDRNN_INLINE Index time_before(Index t) const { return job.steps.reverse ? t + 1 : t - 1; }
 
   // Whether a gradient goes from step t to the state before it, also where that is the initial state.
@@ -147,6 +148,12 @@ struct BackwardUnit {
       out[0] = da_r.v;
       direct = linked(t) ? direct_before.v : T(0);
     }
+  }
+
+  // What reaches the initial state; chain is of step 0.
+  FUSEDRNN_INLINE void finish(T chain, T direct, T dc) const {
+    job.dh0[at(0)] = direct + chain;
+    if (Cell::has_c) job.dc0[at(0)] = dc;
   }
 
   FUSEDRNN_INLINE void load_saved(Index t, V* saved) const {
