@@ -78,7 +78,7 @@ struct BackwardStep {
   FUSEDRNN_INLINE void step2(Index s, Index b, Index u) const {
     const Index i = b * job.H + u, t = time_of(job.steps, s);
     const BackwardUnit<Cell, T> unit{job, b, u};
-    unit.step2(t, job.chain[i], job.direct[i], unit.da(t), job.H);
+    unit.step2(t, job.chain[i], job.direct[i], unit.da(t));
   }
 
   FUSEDRNN_INLINE void finish(Index b, Index u) const {

@@ -139,7 +139,7 @@ struct BackwardUnit {
   }
 
   // The second phase: `dmiddle` is d(r*h).
-  FUSEDRNN_INLINE void step2(Index t, T dmiddle, T& direct, T* out, Index stride) const {
+  FUSEDRNN_INLINE void step2(Index t, T dmiddle, T& direct, T* out) const {
     if constexpr (Cell::phases == 2) {
       if (!valid(job.steps, t, b)) return;
       V saved[Cell::saved + 1], da_r = V::zero(), direct_before = direct;
