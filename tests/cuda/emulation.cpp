@@ -1,0 +1,437 @@
+// Fibers and who runs next. Never instrumented, also where ThreadSanitizer watches the kernels: what it knows of this
+// file are the calls to its own interface. SPDX-License-Identifier: Apache-2.0
+#include "emulation.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <vector>
+
+#if !defined(__x86_64__) || defined(FUSEDRNN_UCONTEXT)
+#include <ucontext.h>
+#define FUSEDRNN_SWITCH_BY_UCONTEXT
+#endif
+#if defined(FUSEDRNN_RACES)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+emulation::Dim threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kBlocksAtOnce = 3;  // of a launch that is not cooperative
+constexpr unsigned char kNan = 0xff;   // all bits set: NaN as float and as double
+constexpr size_t kGuard = 256;         // bytes on both sides of shared memory that nobody may write
+#if defined(FUSEDRNN_RACES)
+constexpr size_t kStack = 256 << 10;  // a report is made on the stack where the race is seen
+#else
+constexpr size_t kStack = 64 << 10;
+#endif
+
+// --- one stack that runs something, and how to leave it for another ---------------------------------------------
+
+void run_fibers();  // what every stack runs, without end
+
+#if defined(FUSEDRNN_SWITCH_BY_UCONTEXT)
+struct Context {
+  ucontext_t context;
+  void start(char* stack) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack, context.uc_stack.ss_size = kStack, context.uc_link = nullptr;
+    makecontext(&context, run_fibers, 0);
+  }
+  void leave_for(Context& to) { swapcontext(&context, &to.context); }
+};
+#else
+extern "C" void fusedrnn_emulation_switch(void** from, void* to);
+asm(R"(
+.text
+.hidden fusedrnn_emulation_switch
+.globl fusedrnn_emulation_switch
+.type fusedrnn_emulation_switch, @function
+fusedrnn_emulation_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fusedrnn_emulation_switch, .-fusedrnn_emulation_switch
+)");
+struct Context {
+  void* top;
+  void start(char* stack) {
+    void** p = reinterpret_cast<void**>(stack + kStack) - 2;  // aligned as at a call
+    *p = reinterpret_cast<void*>(run_fibers);
+    top = p - 6;
+  }
+  void leave_for(Context& to) { fusedrnn_emulation_switch(&top, to.top); }
+};
+#endif
+
+struct Stack {
+  char* memory;
+  Context context;
+#if defined(FUSEDRNN_RACES)
+  void* thread = nullptr;
+#endif
+  Stack() {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    void* p = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED || mprotect(p, page, PROT_NONE) != 0) {
+      std::fprintf(stderr, "no memory for the stacks of the emulation\n");
+      std::abort();
+    }
+    memory = static_cast<char*>(p) + page;
+  }
+};
+
+// --- what runs ----------------------------------------------------------------------------------------------------
+
+enum class State { ready, barrier, lanes, polls, ended };
+constexpr const char* kStates[] = {"can run", "wait in sync_block", "wait in from_lane", "wait for a count", "ended"};
+
+struct Block;
+struct Fiber {
+  Block* block;
+  unsigned thread;
+  Stack* stack = nullptr;
+  State state = State::ready;
+  Place place{"", 0};
+  // what it polled last, with nothing else in between, and whether it does so again
+  const unsigned* counter = nullptr;
+  unsigned count = 0;
+  bool again = false;
+};
+
+struct Warp {
+  uint64_t values[2][kWarp];  // of this exchange and of the last
+  unsigned round = 0, arrived = 0;
+  int mask = 0;
+  Place place{"", 0};
+};
+
+struct Block {
+  Dim index;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<char> memory;
+  unsigned round, arrived, live;
+  Place place;
+  char order[2];  // addresses that stand for the barriers of even and odd rounds
+};
+
+struct Scheduler {
+  Launch launch;
+  void (*kernel)(void*);
+  void* argument;
+  Context main;
+  std::string error;
+  std::vector<std::unique_ptr<Block>> blocks;  // those that have begun
+  std::vector<std::unique_ptr<Block>> spare;   // kept for later launches
+  std::vector<Fiber*> ready, polling;
+  std::vector<Stack*> stacks;  // free ones
+  Fiber* current;
+  uint64_t random;
+  unsigned run_ahead;   // of 8 choices so many are the fiber that became ready last: a warp runs ahead
+  unsigned begun, ended;
+  char order[2];  // addresses that stand for the beginning and the end of the launch
+#if defined(FUSEDRNN_RACES)
+  void* main_thread;
+#endif
+
+  uint64_t draw() {
+    random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+    return random * 0x2545f4914f6cdd1dull >> 32;
+  }
+
+  unsigned block_count() const { return launch.grid.x * launch.grid.y; }
+
+  void begin_block() {
+    if (spare.empty()) spare.push_back(std::make_unique<Block>());
+    Block& block = *spare.back();
+    blocks.push_back(std::move(spare.back()));
+    spare.pop_back();
+    block.index = {begun % launch.grid.x, begun / launch.grid.x, 0};
+    ++begun;
+    block.memory.assign(launch.shared + 2 * kGuard, char(kNan));
+    block.round = block.arrived = 0, block.live = launch.threads;
+    block.warps.assign(launch.threads / kWarp, Warp());
+    block.fibers.assign(launch.threads, Fiber());
+    for (unsigned i = 0; i < launch.threads; ++i) {
+      block.fibers[i].block = &block, block.fibers[i].thread = i;
+      ready.push_back(&block.fibers[i]);
+#if defined(FUSEDRNN_RACES)
+      give_stack(block.fibers[i]);
+      block.fibers[i].stack->thread = __tsan_create_fiber(0);
+#endif
+    }
+  }
+
+  void give_stack(Fiber& fiber) {
+    if (stacks.empty()) stacks.push_back(new Stack);  // kept for all launches
+    fiber.stack = stacks.back();
+    stacks.pop_back();
+    fiber.stack->context.start(fiber.stack->memory);
+  }
+
+  // Takes one of those that can run; null where nobody can.
+  Fiber* pick() {
+    const bool poll = !polling.empty() && (ready.empty() || draw() % 16 == 0);
+    if (!poll) {
+      if (ready.empty()) return nullptr;
+      const size_t i = draw() % 8 < run_ahead ? ready.size() - 1 : draw() % ready.size();
+      Fiber* fiber = ready[i];
+      ready[i] = ready.back();
+      ready.pop_back();
+      return fiber;
+    }
+    if (ready.empty()) {
+      bool vain = true;
+      for (const Fiber* fiber : polling) vain = vain && fiber->again && *fiber->counter == fiber->count;
+      if (vain) return nullptr;
+    }
+    const size_t i = draw() % polling.size();
+    Fiber* fiber = polling[i];
+    polling[i] = polling.back();
+    polling.pop_back();
+    return fiber;
+  }
+
+  void become(Fiber* fiber) {
+    current = fiber;
+    fiber->state = State::ready;
+    threadIdx = {fiber->thread, 0, 0};
+    blockIdx = fiber->block->index;
+  }
+
+  // Leaves the current fiber for another; comes back when somebody picks it.
+  void leave() {
+    Fiber *from = current, *to = pick();
+    if (!to) fail_without_progress();
+    if (to != from) {
+      if (!to->stack) give_stack(*to);
+      become(to);
+      switch_stack(from->stack->context, *to->stack);
+    } else {
+      become(to);
+    }
+  }
+
+  void switch_stack(Context& from, Stack& to) {
+#if defined(FUSEDRNN_RACES)
+    __tsan_switch_to_fiber(to.thread, __tsan_switch_to_fiber_no_sync);
+#endif
+    from.leave_for(to.context);
+  }
+
+  void return_to_main() {
+#if defined(FUSEDRNN_RACES)
+    __tsan_switch_to_fiber(main_thread, __tsan_switch_to_fiber_no_sync);
+#endif
+    Context nowhere;
+    nowhere.leave_for(main);
+  }
+
+  void fail(const std::string& what) {
+    error = what;
+    return_to_main();
+  }
+
+  void fail_without_progress() {
+    std::map<std::string, unsigned> counts;
+    for (const auto& block : blocks)
+      for (const Fiber& fiber : block->fibers) ++counts[describe(fiber)];
+    std::string all = "no thread can go on:";
+    for (const auto& entry : counts) all += "\n  " + std::to_string(entry.second) + " threads of " + entry.first;
+    fail(all);
+  }
+
+  static std::string describe(const Fiber& fiber) {
+    std::string what = "block (" + std::to_string(fiber.block->index.x) + ", " + std::to_string(fiber.block->index.y) +
+                       ") " + kStates[int(fiber.state)];
+    if (fiber.place.line && (fiber.state == State::barrier || fiber.state == State::lanes))
+      what += " at " + name(fiber.place);
+    return what;
+  }
+
+  static std::string name(Place place) {
+    const char* slash = std::strrchr(place.file, '/');
+    return std::string(slash ? slash + 1 : place.file) + ":" + std::to_string(place.line);
+  }
+
+  void wake(Fiber& fiber) {
+    fiber.state = State::ready;
+    ready.push_back(&fiber);
+  }
+
+  void expect_same(const char* what, Place here, Place there, bool same) {
+    if (!same || here.line != there.line || std::strcmp(here.file, there.file) != 0)
+      fail(std::string(what) + " diverges: threads of one are at " + name(here) + " and at " + name(there));
+  }
+
+  void end_fiber() {
+    Block& block = *current->block;
+    current->state = State::ended;
+#if defined(FUSEDRNN_RACES)
+    __tsan_release(&order[1]);
+#endif
+    if (--block.live == 0) {
+      const size_t end = block.memory.size();
+      for (size_t i = 0; i < kGuard; ++i)
+        if (block.memory[i] != char(kNan) || block.memory[end - 1 - i] != char(kNan))
+          fail("a thread wrote outside the block's shared memory of " + std::to_string(launch.shared) + " bytes");
+      ++ended;
+      if (begun < block_count()) begin_block();
+      if (ended == block_count()) return_to_main();
+    }
+  }
+};
+
+Scheduler scheduler;
+
+void run_fibers() {
+  for (;;) {
+#if defined(FUSEDRNN_RACES)
+    __tsan_acquire(&scheduler.order[0]);
+#endif
+    scheduler.kernel(scheduler.argument);
+    scheduler.end_fiber();
+    Fiber *from = scheduler.current, *to = scheduler.pick();
+    if (!to) scheduler.fail_without_progress();
+    scheduler.become(to);
+#if defined(FUSEDRNN_RACES)
+    scheduler.switch_stack(from->stack->context, *to->stack);
+#else
+    Stack* stack = from->stack;
+    from->stack = nullptr;
+    if (to->stack) {
+      scheduler.stacks.push_back(stack);
+      scheduler.switch_stack(stack->context, *to->stack);
+    }
+    to->stack = stack;  // and goes on here
+#endif
+  }
+}
+
+}  // namespace
+
+std::string launch(const Launch& launch, void (*kernel)(void*), void* argument) {
+  Scheduler& s = scheduler;
+  if (launch.threads == 0 || launch.threads % kWarp) return "a block has whole warps";
+  if (launch.grid.x == 0 || launch.grid.y == 0) return "a grid has at least one block";
+  s.launch = launch, s.kernel = kernel, s.argument = argument;
+  s.error.clear(), s.ready.clear(), s.polling.clear();
+  s.random = (launch.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
+  for (int i = 0; i < 4; ++i) s.draw();
+  s.run_ahead = unsigned(s.draw() % 9);
+  s.begun = s.ended = 0;
+  blockDim = {launch.threads, 1, 1}, gridDim = {launch.grid.x, launch.grid.y, 1};
+  unsigned at_once = launch.cooperative ? s.block_count() : kBlocksAtOnce;
+#if defined(FUSEDRNN_RACES)
+  at_once = s.block_count();  // no stack is used twice: it would be a race of its own
+  s.main_thread = __tsan_get_current_fiber();
+  __tsan_release(&s.order[0]);
+#endif
+  while (s.begun < s.block_count() && s.begun < at_once) s.begin_block();
+  Fiber* first = s.pick();
+  if (!first->stack) s.give_stack(*first);
+  s.become(first);
+  s.switch_stack(s.main, *first->stack);
+  // back: all have ended, or an error
+#if defined(FUSEDRNN_RACES)
+  __tsan_acquire(&s.order[1]);
+#endif
+  for (auto& block : s.blocks) {
+    for (Fiber& fiber : block->fibers)
+      if (fiber.stack) {
+        s.stacks.push_back(fiber.stack);
+#if defined(FUSEDRNN_RACES)
+        __tsan_destroy_fiber(fiber.stack->thread);
+#endif
+      }
+    s.spare.push_back(std::move(block));
+  }
+  s.blocks.clear();
+  return s.error;
+}
+
+char* shared_memory() { return scheduler.current->block->memory.data() + kGuard; }
+
+void sync_block(Place place) {
+  Scheduler& s = scheduler;
+  Fiber& self = *s.current;
+  Block& block = *self.block;
+  if (block.arrived) s.expect_same("a barrier", place, block.place, true);
+  self.place = block.place = place;
+  self.counter = nullptr;
+#if defined(FUSEDRNN_RACES)
+  char* order = &block.order[block.round % 2];
+  __tsan_release(order);
+#endif
+  if (++block.arrived == block.fibers.size()) {
+    block.arrived = 0;
+    ++block.round;
+    for (Fiber& other : block.fibers)
+      if (&other != &self) s.wake(other);
+  } else {
+    self.state = State::barrier;
+    s.leave();
+  }
+#if defined(FUSEDRNN_RACES)
+  __tsan_acquire(order);
+#endif
+}
+
+uint64_t exchange(uint64_t bits, int mask, Place place) {
+  Scheduler& s = scheduler;
+  Fiber& self = *s.current;
+  Block& block = *self.block;
+  const unsigned lane = self.thread % kWarp, first = self.thread - lane;
+  Warp& warp = block.warps[self.thread / kWarp];
+  if (warp.arrived) s.expect_same("an exchange of lanes", place, warp.place, mask == warp.mask);
+  warp.mask = mask;
+  self.place = warp.place = place;
+  self.counter = nullptr;
+  uint64_t* values = warp.values[warp.round % 2];
+  values[lane] = bits;
+  if (++warp.arrived == kWarp) {
+    warp.arrived = 0;
+    ++warp.round;
+    for (unsigned i = first; i < first + kWarp; ++i)
+      if (i != self.thread) s.wake(block.fibers[i]);
+  } else {
+    self.state = State::lanes;
+    s.leave();
+  }
+  return values[(lane ^ unsigned(mask)) % kWarp];
+}
+
+void poll(const unsigned* counter) {
+  Scheduler& s = scheduler;
+  Fiber& self = *s.current;
+  self.again = self.counter == counter && self.count == *counter;
+  self.counter = counter, self.count = *counter;
+  self.state = State::polls;
+  s.polling.push_back(&self);
+  s.leave();
+  self.count = *counter;  // what is loaded now
+}
+
+}  // namespace emulation
