@@ -14,15 +14,16 @@ namespace cuda {
 // The shared memory of a block. backends/cuda_plan.py counts the same.
 template <class T>
 struct ClusterShared {
-  Index pitch, rows, columns;  // of k, rounded up; rounded up to whole tiles
-  int splits;                  // warps that share the k of a tile, where there are fewer tiles than warps
-  T* weights;                  // [column][k]
-  T* operands;                 // two of [row][k]
-  T* sums;                     // [split][row][column]
-  T *h, *c;                    // [row][unit]
-  FUSEDRNN_INLINE ClusterShared(Index K, Index rows, Index columns, Index units)
-      : pitch(round_up(K, kWarp)), rows(round_up(rows, kTile)), columns(round_up(columns, kTile)), splits(1) {
-    while (splits * 2 * tiles() <= kWarps) splits *= 2;
+  Index pitch, rows, columns, tiles;  // of k; rounded up to whole tiles
+  int splits;                         // warps that share the k of a tile, where there are fewer tiles than warps
+  T* weights;                         // [column][k]
+  T* operands;                        // two of [row][k]
+  T* sums;                            // [split][row][column]
+  T *h, *c;                           // [row][unit]
+  FUSEDRNN_INLINE ClusterShared(Index K, Index rows, Index columns, Index units, int tile_columns)
+      : pitch(pitch_of(K)), rows(round_up(rows, kRows)), columns(round_up(columns, tile_columns)), splits(1) {
+    tiles = this->rows / kRows * (this->columns / tile_columns);
+    while (splits * 2 * tiles <= kWarps) splits *= 2;
     T* p = reinterpret_cast<T*>(shared_memory());
     weights = p, p += this->columns * pitch;
     operands = p, p += 2 * this->rows * pitch;
@@ -32,53 +33,35 @@ struct ClusterShared {
   }
   // What the product multiplies when so many steps have run.
   FUSEDRNN_INLINE T* operand(Index steps) const { return operands + steps % 2 * rows * pitch; }
-  FUSEDRNN_INLINE Index tiles() const { return rows / kTile * (columns / kTile); }
   FUSEDRNN_INLINE T* sum(Index split, Index r, Index column) const {
     return sums + (split * rows + r) * columns + column;
   }
 };
 
-template <class T>
+template <class T, class Tile>
 struct ClusterProduct {
   const ClusterShared<T>& shared;
+  Index K;
 
   // Sums of all rows; of those where present(r) is false, which are not read, zeros. Ends with all sums in shared
   // memory.
   template <class Present>
   FUSEDRNN_INLINE void run(const T* operand, Present present) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const Index row_tiles = shared.rows / kTile;
-    for (Index i = warp; i < shared.tiles() * shared.splits; i += kWarps) {
+    const Index row_tiles = shared.rows / kRows;
+    for (Index i = threadIdx.x / kWarp; i < shared.tiles * shared.splits; i += kWarps) {
       const Index split = i % shared.splits, tile = i / shared.splits;
-      const Index first_row = tile % row_tiles * kTile, first_column = tile / row_tiles * kTile;
+      const Index first_row = tile % row_tiles * kRows, first_column = tile / row_tiles * Tile::columns;
       unsigned rows = 0;
-      for (int r = 0; r < kTile; ++r) rows |= unsigned(present(first_row + r)) << r;
-      T sums[kSums];
-#pragma unroll
-      for (int n = 0; n < kSums; ++n) sums[n] = T(0);
-      for (Index k = split * kWarp + lane; k < shared.pitch; k += shared.splits * kWarp)
-        multiply(sums, operand + first_row * shared.pitch + k, rows, shared.weights + first_column * shared.pitch + k);
-      Product<T>::reduce(sums, lane);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int sum = 2 * lane + n;
-        *shared.sum(split, first_row + sum / kTile, first_column + sum % kTile) = sums[n];
+      for (int r = 0; r < kRows; ++r) rows |= unsigned(present(first_row + r)) << r;
+      Tile sums;
+      for (Index k = split * kWarp; k < K; k += shared.splits * kWarp) {
+        const T *x = operand + first_row * shared.pitch + k, *w = shared.weights + first_column * shared.pitch + k;
+        sums.add([&](int r, int n) { return rows >> r & 1 ? x[r * shared.pitch + n] : T(0); },
+                 [&](int column, int n) { return w[column * shared.pitch + n]; });
       }
+      sums.store(shared.sum(split, first_row, first_column), shared.columns);
     }
     sync_block();
-  }
-
-  FUSEDRNN_INLINE void multiply(T* sums, const T* operand, unsigned rows, const T* weights) const {
-    T x[kTile], w[kTile];
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      x[i] = rows >> i & 1 ? operand[i * shared.pitch] : T(0);
-      w[i] = weights[i * shared.pitch];
-    }
-#pragma unroll
-    for (int i = 0; i < kTile; ++i)
-#pragma unroll
-      for (int j = 0; j < kTile; ++j) sums[i * kTile + j] = Native<T>::fma(x[i], w[j], sums[i * kTile + j]);
   }
 
   FUSEDRNN_INLINE T sum(Index r, Index column) const {
@@ -106,12 +89,12 @@ FUSEDRNN_INLINE void give(T* operand, Index i, T value) {
   for (unsigned rank = 0; rank < gridDim.x; ++rank) store_to_block(operand + i, rank, value);
 }
 
-template <class Cell, class T>
+template <class Cell, class T, class Tile>
 FUSEDRNN_INLINE void cluster_forward(const ForwardJob<T>& job) {
   const Grid<ForwardJob<T>> grid(job);
   const Index K = job.H, columns = job.units * kRecurrent<Cell>;
-  const ClusterShared<T> shared(K, job.rows, columns, job.units);
-  const ClusterProduct<T> product{shared};
+  const ClusterShared<T> shared(K, job.rows, columns, job.units, Tile::columns);
+  const ClusterProduct<T, Tile> product{shared, K};
   begin_cluster(
       shared, K, [&](Index column, Index k) { return forward_weight<Cell>(grid, column, k); },
       [&](Index r, Index k) { return r < grid.rows && job.h0 ? job.h0[(grid.first_row + r) * job.H + k] : T(0); });
@@ -145,12 +128,12 @@ FUSEDRNN_INLINE void cluster_forward(const ForwardJob<T>& job) {
   });
 }
 
-template <class Cell, class T>
+template <class Cell, class T, class Tile>
 FUSEDRNN_INLINE void cluster_backward(const BackwardJob<T>& job) {
   const Grid<BackwardJob<T>> grid(job);
   const Index K = kRecurrent<Cell> * job.H;
-  const ClusterShared<T> shared(K, job.rows, job.units, job.units);
-  const ClusterProduct<T> product{shared};
+  const ClusterShared<T> shared(K, job.rows, job.units, job.units, Tile::columns);
+  const ClusterProduct<T, Tile> product{shared, K};
   T *const direct = shared.h, *const dc = shared.c;
   begin_cluster(
       shared, K, [&](Index column, Index k) { return backward_weight<Cell>(grid, column, k); },
@@ -188,20 +171,20 @@ FUSEDRNN_INLINE void cluster_backward(const BackwardJob<T>& job) {
 // What kernels.cu calls; nothing where there are no clusters, or with two phases.
 template <class Cell, bool runs = kClusters && Cell::phases == 1>
 struct ClusterKernels {
-  template <class T>
+  template <class Tile, class T>
   FUSEDRNN_INLINE static void forward(const ForwardJob<T>& job) {
-    cluster_forward<Cell>(job);
+    cluster_forward<Cell, T, Tile>(job);
   }
-  template <class T>
+  template <class Tile, class T>
   FUSEDRNN_INLINE static void backward(const BackwardJob<T>& job) {
-    cluster_backward<Cell>(job);
+    cluster_backward<Cell, T, Tile>(job);
   }
 };
 template <class Cell>
 struct ClusterKernels<Cell, false> {
-  template <class T>
+  template <class Tile, class T>
   FUSEDRNN_INLINE static void forward(const ForwardJob<T>&) {}
-  template <class T>
+  template <class Tile, class T>
   FUSEDRNN_INLINE static void backward(const BackwardJob<T>&) {}
 };
 

@@ -10,7 +10,7 @@
 #include "emulation.h"
 #else
 
-#define FUSEDRNN_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define FUSEDRNN_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 
 namespace fusedrnn {
 namespace cuda {
@@ -48,6 +48,42 @@ FUSEDRNN_INLINE unsigned load_acquire(const unsigned* counter) {
   return count;
 }
 
+// sums += a b by the matrix units; a (16, k), b (k, 8), sums (16, 8), over the lanes of a warp as PTX lays it down. k
+// is 8 for tf32, 16 for the pairs of bf16 and fp16.
+FUSEDRNN_INLINE void multiply_tf32(float* sums, const uint32_t* a, const uint32_t* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+FUSEDRNN_INLINE void multiply_bf16(float* sums, const uint32_t* a, const uint32_t* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+FUSEDRNN_INLINE void multiply_fp16(float* sums, const uint32_t* a, const uint32_t* b) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Rounded to 10 bits of mantissa; two rounded to nearest, the first in the lower half.
+FUSEDRNN_INLINE uint32_t to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+FUSEDRNN_INLINE uint32_t pack_bf16(float low, float high) {
+  uint32_t two;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  return two;
+}
+FUSEDRNN_INLINE uint32_t pack_fp16(float low, float high) {
+  uint32_t two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  return two;
+}
+
 // Of a cluster of blocks, which is the x axis of the grid (sm_90 and later): to the place in another block's shared
 // memory that p is in this one's; and all its threads have come here and see what the others wrote before.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -78,3 +114,11 @@ FUSEDRNN_INLINE void sync_cluster() {}
 }  // namespace cuda
 }  // namespace fusedrnn
 #endif
+
+namespace fusedrnn {
+namespace cuda {
+
+FUSEDRNN_INLINE int lane() { return int(threadIdx.x % kWarp); }
+
+}  // namespace cuda
+}  // namespace fusedrnn

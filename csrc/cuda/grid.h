@@ -5,9 +5,10 @@
 // lies in the results themselves. Blocks of one tile of the batch count themselves in after every step and wait until
 // all have. So all blocks must run at once: the caller launches no more than fit.
 //
-// The product of a step: a warp has a tile of 8 rows x 8 columns, a lane every 32nd k of it. What is multiplied is
-// brought to shared memory in chunks of k; warps left over share the k of a chunk.
+// The product of a step: a warp has a tile (tile.h). What is multiplied is brought to shared memory in chunks of k;
+// warps left over share the k of a chunk.
 #pragma once
+#include "cuda/tile.h"
 #include "cuda/unit.h"
 
 namespace fusedrnn {
@@ -17,23 +18,26 @@ namespace cuda {
 #define FUSEDRNN_WARPS 8
 #endif
 constexpr int kWarps = FUSEDRNN_WARPS, kThreads = kWarps * kWarp;
-constexpr int kTile = 8;
-constexpr int kSums = kTile * kTile;  // two for each lane
 constexpr int kChunk = 8 * kWarp;
+// Between rows of factors in shared memory, so that the lanes of a matrix product meet different banks.
+constexpr int kPad = 4;
 
 FUSEDRNN_INLINE constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
-// How the warps share a product of `rows` x `columns`, at most kWarps * kTile columns.
+// How the warps share a product of `rows` x `columns`, at most kWarps tiles of columns.
 struct Layout {
-  int column_tiles, row_tiles, splits;  // together kWarps
-  FUSEDRNN_INLINE Layout(Index rows, Index columns) : column_tiles(1), row_tiles(1) {
-    while (column_tiles * kTile < columns) column_tiles *= 2;
-    while (row_tiles * kTile < rows && row_tiles * column_tiles < kWarps) row_tiles *= 2;
+  int tile_columns, column_tiles, row_tiles, splits;  // the tiles and splits together kWarps
+  FUSEDRNN_INLINE Layout(Index rows, Index columns, int tile_columns)
+      : tile_columns(tile_columns), column_tiles(1), row_tiles(1) {
+    while (column_tiles * tile_columns < columns) column_tiles *= 2;
+    while (row_tiles * kRows < rows && row_tiles * column_tiles < kWarps) row_tiles *= 2;
     splits = kWarps / (column_tiles * row_tiles);
   }
-  FUSEDRNN_INLINE Index rows() const { return row_tiles * kTile; }
-  FUSEDRNN_INLINE Index columns() const { return column_tiles * kTile; }
+  FUSEDRNN_INLINE Index rows() const { return row_tiles * kRows; }
+  FUSEDRNN_INLINE Index columns() const { return column_tiles * tile_columns; }
 };
+
+FUSEDRNN_INLINE Index pitch_of(Index K) { return round_up(K, kWarp) + kPad; }
 
 // The shared memory of a block. backends/cuda_plan.py counts the same.
 template <class T>
@@ -44,16 +48,16 @@ struct Shared {
   T *h, *c;    // [row of the tile of the batch][unit]
   FUSEDRNN_INLINE Shared(const Layout& layout, Index K, Index rows, Index units, bool resident) {
     T* p = reinterpret_cast<T*>(shared_memory());
-    weights = p, p += resident ? layout.columns() * round_up(K, kWarp) : 0;
-    staged = p, p += layout.rows() * kChunk;
+    weights = p, p += resident ? layout.columns() * pitch_of(K) : 0;
+    staged = p, p += layout.rows() * (kChunk + kPad);
     sums = p, p += layout.splits * layout.rows() * layout.columns();
     h = p, p += rows * units;
     c = p;
   }
 };
 
-// sums of products of rows and columns, both along k. `Weight` gives a column's k-th weight.
-template <class T>
+// sums of products of rows and columns, both along k. `weight(column, k)` is a column's k-th weight.
+template <class T, class Tile>
 struct Product {
   const Layout& layout;
   const Shared<T>& shared;
@@ -62,61 +66,30 @@ struct Product {
   // Sums of the rows whose memory row(r) gives, null for zeros. Ends with all sums in shared memory.
   template <class Row, class Weight>
   FUSEDRNN_INLINE void run(Row row, Weight weight) const {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int split = warp % layout.splits, tile = warp / layout.splits;
-    const int first_row = tile % layout.row_tiles * kTile, first_column = tile / layout.row_tiles * kTile;
-    T sums[kSums];
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] = T(0);
+    const int warp = threadIdx.x / kWarp, split = warp % layout.splits, tile = warp / layout.splits;
+    const int first_row = tile % layout.row_tiles * kRows, first_column = tile / layout.row_tiles * Tile::columns;
+    Tile sums;
     for (Index k0 = 0; k0 < K; k0 += kChunk) {
       sync_block();  // what was staged before has been read
       stage(k0, row);
       sync_block();
-      for (int k = split * kWarp + lane; k < kChunk && k0 + k - lane < K; k += layout.splits * kWarp)
-        multiply(sums, shared.staged + first_row * kChunk + k, first_column, k0 + k, weight);
+      for (int k = split * kWarp; k < kChunk && k0 + k < K; k += layout.splits * kWarp) {
+        const T* x = shared.staged + first_row * (kChunk + kPad) + k;
+        sums.add([&](int r, int i) { return x[r * (kChunk + kPad) + i]; },
+                 [&](int column, int i) { return weight(first_column + column, k0 + k + i); });
+      }
     }
-    reduce(sums, lane);
-    T* out = shared.sums + (split * layout.rows() + first_row) * layout.columns() + first_column;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int sum = 2 * lane + i;
-      out[sum / kTile * layout.columns() + sum % kTile] = sums[i];
-    }
+    sums.store(shared.sums + (split * layout.rows() + first_row) * layout.columns() + first_column, layout.columns());
     sync_block();
   }
 
   template <class Row>
   FUSEDRNN_INLINE void stage(Index k0, Row row) const {
     for (Index i = threadIdx.x; i < layout.rows() * kChunk; i += kThreads) {
-      const Index r = i / kChunk, k = k0 + i % kChunk;
+      const Index r = i / kChunk, k = i % kChunk;
       const T* p = row(r);
-      shared.staged[i] = p && k < K ? load_shared_by_blocks(p + k) : T(0);
+      shared.staged[r * (kChunk + kPad) + k] = p && k0 + k < K ? load_shared_by_blocks(p + k0 + k) : T(0);
     }
-  }
-
-  template <class Weight>
-  FUSEDRNN_INLINE void multiply(T* sums, const T* staged, int first_column, Index k, Weight weight) const {
-    T x[kTile], w[kTile];
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) x[i] = staged[i * kChunk], w[i] = weight(first_column + i, k);
-#pragma unroll
-    for (int i = 0; i < kTile; ++i)
-#pragma unroll
-      for (int j = 0; j < kTile; ++j) sums[i * kTile + j] = Native<T>::fma(x[i], w[j], sums[i * kTile + j]);
-  }
-
-  // Over the lanes: each gives half of its sums away and takes the other half, five times. Lane i is left with the
-  // sums 2i and 2i + 1.
-  template <int n = kSums / 2>
-  FUSEDRNN_INLINE static void reduce(T* sums, int lane) {
-    constexpr int mask = n / 2;
-    const bool upper = lane & mask;
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const T kept = upper ? sums[i + n] : sums[i], given = upper ? sums[i] : sums[i + n];
-      sums[i] = kept + from_lane(given, mask);
-    }
-    if constexpr (n > 2) reduce<n / 2>(sums, lane);
   }
 
   // Of a row and column, over the splits.
@@ -180,13 +153,13 @@ FUSEDRNN_INLINE T backward_weight(const Grid<BackwardJob<T>>& grid, Index column
   return column >= job.units || u >= job.H || k >= K ? T(0) : job.weight[u * K + k];
 }
 
-template <class Cell, class T, bool resident>
+template <class Cell, class T, class Tile, bool resident>
 FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
   const Grid<ForwardJob<T>> grid(job);
-  const Index K = job.H, pitch = round_up(K, kWarp), columns = job.units * kRecurrent<Cell>;
-  const Layout layout(job.rows, columns);
+  const Index K = job.H, pitch = pitch_of(K), columns = job.units * kRecurrent<Cell>;
+  const Layout layout(job.rows, columns, Tile::columns);
   const Shared<T> shared(layout, K, job.rows, job.units, resident);
-  const Product<T> product{layout, shared, K};
+  const Product<T, Tile> product{layout, shared, K};
   const auto load = [&](Index column, Index k) { return forward_weight<Cell>(grid, column, k); };
   if (resident)
     for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads)
@@ -235,13 +208,13 @@ FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
   });
 }
 
-template <class Cell, class T, bool resident>
+template <class Cell, class T, class Tile, bool resident>
 FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
   const Grid<BackwardJob<T>> grid(job);
-  const Index K = kRecurrent<Cell> * job.H, pitch = round_up(K, kWarp);
-  const Layout layout(job.rows, job.units);
+  const Index K = kRecurrent<Cell> * job.H, pitch = pitch_of(K);
+  const Layout layout(job.rows, job.units, Tile::columns);
   const Shared<T> shared(layout, K, job.rows, job.units, resident);
-  const Product<T> product{layout, shared, K};
+  const Product<T, Tile> product{layout, shared, K};
   const auto load = [&](Index column, Index k) { return backward_weight<Cell>(grid, column, k); };
   if (resident)
     for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads)
@@ -290,20 +263,20 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
 // What kernels.cu calls. A cell of two phases would need two products and two waits a step: it runs step by step.
 template <class Cell, int phases = Cell::phases>
 struct GridKernels {
-  template <class T, bool resident>
+  template <class Tile, bool resident, class T>
   FUSEDRNN_INLINE static void forward(const ForwardJob<T>& job) {
-    grid_forward<Cell, T, resident>(job);
+    grid_forward<Cell, T, Tile, resident>(job);
   }
-  template <class T, bool resident>
+  template <class Tile, bool resident, class T>
   FUSEDRNN_INLINE static void backward(const BackwardJob<T>& job) {
-    grid_backward<Cell, T, resident>(job);
+    grid_backward<Cell, T, Tile, resident>(job);
   }
 };
 template <class Cell>
 struct GridKernels<Cell, 2> {
-  template <class T, bool resident>
+  template <class Tile, bool resident, class T>
   FUSEDRNN_INLINE static void forward(const ForwardJob<T>&) {}
-  template <class T, bool resident>
+  template <class Tile, bool resident, class T>
   FUSEDRNN_INLINE static void backward(const BackwardJob<T>&) {}
 };
 

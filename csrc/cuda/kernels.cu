@@ -1,6 +1,7 @@
 // The kernels of one cell and dtype: compiled once for each. SPDX-License-Identifier: Apache-2.0
 //
-// FUSEDRNN_CELL is a type of cells/cells.def, FUSEDRNN_DTYPE float or double. Compile without contraction
+// FUSEDRNN_CELL is a type of cells/cells.def, FUSEDRNN_DTYPE float or double; FUSEDRNN_PRECISION is that of the
+// products within a launch (cuda/tile.h), for double ieee alone. Compile without contraction
 // (-fmad=false): every FMA is written out.
 #define FUSEDRNN_LEVEL cuda
 #define FUSEDRNN_LEVEL_CUDA
@@ -21,6 +22,10 @@ namespace fusedrnn {
 namespace cuda {
 using Cell = FUSEDRNN_CELL;
 using T = FUSEDRNN_DTYPE;
+#if !defined(FUSEDRNN_PRECISION)
+#define FUSEDRNN_PRECISION ieee
+#endif
+using Tile = TileOf<T, Precision::FUSEDRNN_PRECISION>::type;
 }  // namespace cuda
 }  // namespace fusedrnn
 
@@ -59,15 +64,17 @@ FUSEDRNN_KERNEL(kThreads) step_backward2(const BackwardJob<T> job, Index s) {
 }
 
 // Of cells with one; `streamed`: where the weights of a block do not fit its shared memory.
-FUSEDRNN_KERNEL(kThreads) grid_forward(const ForwardJob<T> job) { GridKernels<Cell>::forward<T, true>(job); }
-FUSEDRNN_KERNEL(kThreads) grid_backward(const BackwardJob<T> job) { GridKernels<Cell>::backward<T, true>(job); }
-FUSEDRNN_KERNEL(kThreads) grid_forward_streamed(const ForwardJob<T> job) { GridKernels<Cell>::forward<T, false>(job); }
+FUSEDRNN_KERNEL(kThreads) grid_forward(const ForwardJob<T> job) { GridKernels<Cell>::forward<Tile, true>(job); }
+FUSEDRNN_KERNEL(kThreads) grid_backward(const BackwardJob<T> job) { GridKernels<Cell>::backward<Tile, true>(job); }
+FUSEDRNN_KERNEL(kThreads) grid_forward_streamed(const ForwardJob<T> job) {
+  GridKernels<Cell>::forward<Tile, false>(job);
+}
 FUSEDRNN_KERNEL(kThreads) grid_backward_streamed(const BackwardJob<T> job) {
-  GridKernels<Cell>::backward<T, false>(job);
+  GridKernels<Cell>::backward<Tile, false>(job);
 }
 
 // Of cells with one phase, from sm_90 on; the blocks of a tile of the batch are a cluster.
 #if !defined(FUSEDRNN_EMULATED) || defined(FUSEDRNN_EMULATED_CLUSTERS)
-FUSEDRNN_KERNEL(kThreads) cluster_forward(const ForwardJob<T> job) { ClusterKernels<Cell>::forward(job); }
-FUSEDRNN_KERNEL(kThreads) cluster_backward(const BackwardJob<T> job) { ClusterKernels<Cell>::backward(job); }
+FUSEDRNN_KERNEL(kThreads) cluster_forward(const ForwardJob<T> job) { ClusterKernels<Cell>::forward<Tile>(job); }
+FUSEDRNN_KERNEL(kThreads) cluster_backward(const BackwardJob<T> job) { ClusterKernels<Cell>::backward<Tile>(job); }
 #endif

@@ -85,3 +85,5 @@ inline unsigned load_relaxed(const unsigned* counter) {
 
 }  // namespace cuda
 }  // namespace fusedrnn
+
+#include "emulation_matrix.h"
