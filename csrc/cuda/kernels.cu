@@ -12,9 +12,7 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
-#if !defined(FUSEDRNN_EMULATED) || defined(FUSEDRNN_EMULATED_CLUSTERS)
 #include "cuda/cluster.h"
-#endif
 #include "cuda/grid.h"
 #include "cuda/step.h"
 
@@ -74,7 +72,5 @@ FUSEDRNN_KERNEL(kThreads) grid_backward_streamed(const BackwardJob<T> job) {
 }
 
 // Of cells with one phase, from sm_90 on; the blocks of a tile of the batch are a cluster.
-#if !defined(FUSEDRNN_EMULATED) || defined(FUSEDRNN_EMULATED_CLUSTERS)
 FUSEDRNN_KERNEL(kThreads) cluster_forward(const ForwardJob<T> job) { ClusterKernels<Cell>::forward<Tile>(job); }
 FUSEDRNN_KERNEL(kThreads) cluster_backward(const BackwardJob<T> job) { ClusterKernels<Cell>::backward<Tile>(job); }
-#endif
