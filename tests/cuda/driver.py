@@ -42,19 +42,26 @@ def round_up(n, to):
     return -(-n // to) * to
 
 
-def shared_bytes(rows, columns, units, K, warps, size, resident):
+def grid_shared(rows, columns, units, K, warps, size, resident, tile):
     ct = rt = 1
-    while ct * 8 < columns:
+    while ct * tile < columns:
         ct *= 2
     while rt * 8 < rows and rt * ct < warps:
         rt *= 2
     splits = warps // (ct * rt)
     assert splits >= 1
-    n = ct * 8 * round_up(K, 32) if resident else 0
-    return size * (n + rt * 8 * 256 + splits * rt * 8 * ct * 8 + 2 * rows * units)
+    n = ct * tile * (round_up(K, 32) + 4) if resident else 0
+    return size * (n + rt * 8 * 260 + splits * rt * 8 * ct * tile + 2 * rows * units)
 
 
-def run(device: Any, p: Any, mode: str = "steps", units: int = 2, rows: int = 4, blocks: int = 2) -> dict[str, Any]:
+def cluster_shared(rows, columns, units, K, warps, size, tile):
+    pitch, r, c, splits = round_up(K, 32) + 4, round_up(rows, 8), round_up(columns, tile), 1
+    while splits * 2 * (r // 8) * (c // tile) <= warps:
+        splits *= 2
+    return size * (c * pitch + 2 * r * pitch + splits * r * c + 2 * rows * units)
+
+
+def run(device: Any, p: Any, mode: str = "steps", units: int = 2, rows: int = 4, blocks: int = 2, tile: int = 8) -> dict[str, Any]:
     name, A, (i0, ig), (r0, rg), second, S = TABLE[p.cell]
     T, B, I = p.x.shape
     w = p.weights
@@ -129,9 +136,13 @@ def run(device: Any, p: Any, mode: str = "steps", units: int = 2, rows: int = 4,
                 device.matmul(operand, w_hh2.T, products2)
                 launch("step_forward2", g, fjob(products2), N(s))
     else:
-        resident = mode == "grid"
-        n = shared_bytes(rows, units * R, units, H, device.warps, dt.itemsize, resident)
-        launch("grid_forward" if resident else "grid_forward_streamed", grid, fjob(), shared=n, cooperative=True)
+        suffix = "_streamed" if mode == "streamed" else ""
+        kernel = "cluster" if mode == "cluster" else "grid"
+        if mode == "cluster":
+            n = cluster_shared(rows, units * R, units, H, device.warps, dt.itemsize, tile)
+        else:
+            n = grid_shared(rows, units * R, units, H, device.warps, dt.itemsize, mode == "grid", tile)
+        launch(kernel + "_forward" + suffix, grid, fjob(), shared=n, cooperative=mode != "cluster")
 
     dy = dev(p.dy)
     dT = [dev(d) for d in p.dstateT] if p.dstateT is not None else []
@@ -158,8 +169,11 @@ def run(device: Any, p: Any, mode: str = "steps", units: int = 2, rows: int = 4,
             device.matmul(da[t][:, r0 * H : (r0 + R) * H], w_hh, chain)
         launch("finish_backward", g, bjob)
     else:
-        n = shared_bytes(rows, units, units, R * H, device.warps, dt.itemsize, resident)
-        launch("grid_backward" if resident else "grid_backward_streamed", grid, bjob, shared=n, cooperative=True)
+        if mode == "cluster":
+            n = cluster_shared(rows, units, units, R * H, device.warps, dt.itemsize, tile)
+        else:
+            n = grid_shared(rows, units, units, R * H, device.warps, dt.itemsize, mode == "grid", tile)
+        launch(kernel + "_backward" + suffix, grid, bjob, shared=n, cooperative=mode != "cluster")
     hp = e((T, B, H), dt)
     mid = e((T, B, H), dt) if second is not None else None
     launch("operands", (blocks, 1), bjob, P(ptr(hp)), P(ptr(mid)))

@@ -26,7 +26,8 @@ HERE = Path(__file__).parent
 CSRC = Path(os.environ.get("FUSEDRNN_TEST_CSRC", HERE.parents[1] / "csrc"))  # another one: a mutant's
 COMPILER = shutil.which("g++") or shutil.which("c++")
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off",
-         "-fno-math-errno", "-DFUSEDRNN_EMULATED", f"-I{HERE}", f"-I{CSRC}"]  # fmt: skip
+         "-fno-math-errno", "-DFUSEDRNN_EMULATED",
+         f"-I{HERE}", f"-I{CSRC}"]  # fmt: skip
 GUARD = 256  # bytes on both sides of every array, NaN, that no kernel may write
 
 Argument = ctypes.Structure | ctypes._SimpleCData
@@ -69,10 +70,11 @@ def _version(compiler: str) -> bytes:
 
 
 @functools.cache
-def library(cell: str, dtype: str, warps: int) -> ctypes.CDLL:
+def library(cell: str, dtype: str, warps: int, precision: str = "ieee") -> ctypes.CDLL:
     """The kernels of one cell and dtype."""
     flags = ["-fPIC", "-shared", "-fvisibility=hidden", f"-DFUSEDRNN_CELL={cell}",
-             f"-DFUSEDRNN_DTYPE={dtype}", f"-DFUSEDRNN_WARPS={warps}", *fma()]  # fmt: skip
+             f"-DFUSEDRNN_DTYPE={dtype}", f"-DFUSEDRNN_WARPS={warps}",
+             f"-DFUSEDRNN_PRECISION={precision}", *fma()]  # fmt: skip
     found = ctypes.CDLL(str(build([HERE / "library.cpp", HERE / "emulation.cpp"], flags)))
     found.fusedrnn_launch.argtypes = [
         ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint64,

@@ -92,24 +92,30 @@ struct Stack {
   void* thread = nullptr;
 #endif
   Stack() {
+    static size_t made = 0;
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
     void* p = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED || mprotect(p, page, PROT_NONE) != 0) {
       std::fprintf(stderr, "no memory for the stacks of the emulation\n");
       std::abort();
     }
-    memory = static_cast<char*>(p) + page;
+    // not all at the same distance from a page's beginning: they would share a few lines of the cache
+    memory = static_cast<char*>(p) + page - made++ * 1600 % page / 64 * 64;
   }
 };
 
 // --- what runs ----------------------------------------------------------------------------------------------------
 
-enum class State { ready, barrier, lanes, polls, ended };
-constexpr const char* kStates[] = {"can run", "wait in sync_block", "wait in from_lane", "wait for a count", "ended"};
+enum class State { ready, block, cluster, lanes, polls, ended };
+constexpr const char* kStates[] = {
+    "can run",   "wait for their block", "wait for their cluster", "wait for their warp", "wait for a count",
+    "have ended"};
 
 struct Block;
+struct Warp;
 struct Fiber {
   Block* block;
+  Warp* warp;
   unsigned thread;
   Stack* stack = nullptr;
   State state = State::ready;
@@ -121,10 +127,20 @@ struct Fiber {
 };
 
 struct Warp {
-  uint64_t values[2][kWarp];  // of this exchange and of the last
+  Fiber* fibers;       // 32 of them
+  uint32_t ready = 0;  // a bit for each that can run
+  size_t place_in_ready;
+  Words words[2];  // of this exchange and of the last
   unsigned round = 0, arrived = 0;
-  int mask = 0;
+  int kind = 0;
   Place place{"", 0};
+};
+
+// A barrier of a block or of a cluster.
+struct Barrier {
+  unsigned round = 0, arrived = 0;
+  Place place{"", 0};
+  char order[2];  // addresses that stand for its even and odd rounds
 };
 
 struct Block {
@@ -132,9 +148,13 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<char> memory;
-  unsigned round, arrived, live;
-  Place place;
-  char order[2];  // addresses that stand for the barriers of even and odd rounds
+  unsigned live;
+  Barrier barrier;
+};
+
+struct Cluster {
+  std::vector<Block*> blocks;
+  Barrier barrier;
 };
 
 struct Scheduler {
@@ -145,11 +165,13 @@ struct Scheduler {
   std::string error;
   std::vector<std::unique_ptr<Block>> blocks;  // those that have begun
   std::vector<std::unique_ptr<Block>> spare;   // kept for later launches
-  std::vector<Fiber*> ready, polling;
+  std::vector<Cluster> clusters;
+  std::vector<Warp*> ready;  // that have somebody who can run
+  std::vector<Fiber*> polling;
   std::vector<Stack*> stacks;  // free ones
   Fiber* current;
   uint64_t random;
-  unsigned run_ahead;   // of 8 choices so many are the fiber that became ready last: a warp runs ahead
+  unsigned stay;  // of 64 choices so many are another lane of the same warp, where one can run: a warp runs ahead
   unsigned begun, ended;
   char order[2];  // addresses that stand for the beginning and the end of the launch
 #if defined(FUSEDRNN_RACES)
@@ -171,15 +193,18 @@ struct Scheduler {
     block.index = {begun % launch.grid.x, begun / launch.grid.x, 0};
     ++begun;
     block.memory.assign(launch.shared + 2 * kGuard, char(kNan));
-    block.round = block.arrived = 0, block.live = launch.threads;
+    block.barrier = Barrier(), block.live = launch.threads;
+    if (launch.clusters) clusters[block.index.y].blocks.push_back(&block);
     block.warps.assign(launch.threads / kWarp, Warp());
     block.fibers.assign(launch.threads, Fiber());
     for (unsigned i = 0; i < launch.threads; ++i) {
-      block.fibers[i].block = &block, block.fibers[i].thread = i;
-      ready.push_back(&block.fibers[i]);
+      Fiber& fiber = block.fibers[i];
+      fiber.block = &block, fiber.thread = i, fiber.warp = &block.warps[i / kWarp];
+      if (i % kWarp == 0) fiber.warp->fibers = &fiber;
+      wake(fiber);
 #if defined(FUSEDRNN_RACES)
-      give_stack(block.fibers[i]);
-      block.fibers[i].stack->thread = __tsan_create_fiber(0);
+      give_stack(fiber);
+      fiber.stack->thread = __tsan_create_fiber(0);
 #endif
     }
   }
@@ -196,10 +221,17 @@ struct Scheduler {
     const bool poll = !polling.empty() && (ready.empty() || draw() % 16 == 0);
     if (!poll) {
       if (ready.empty()) return nullptr;
-      const size_t i = draw() % 8 < run_ahead ? ready.size() - 1 : draw() % ready.size();
-      Fiber* fiber = ready[i];
-      ready[i] = ready.back();
-      ready.pop_back();
+      Warp* warp = current ? current->warp : nullptr;
+      if (!warp || !warp->ready || draw() % 64 >= stay) warp = ready[draw() % ready.size()];
+      const unsigned turn = unsigned(draw() % kWarp);
+      const uint32_t turned = warp->ready >> turn | (turn ? warp->ready << (kWarp - turn) : 0);
+      Fiber* fiber = warp->fibers + (unsigned(__builtin_ctz(turned)) + turn) % kWarp;
+      warp->ready &= ~(1u << (fiber - warp->fibers));
+      if (!warp->ready) {
+        ready[warp->place_in_ready] = ready.back();
+        ready[warp->place_in_ready]->place_in_ready = warp->place_in_ready;
+        ready.pop_back();
+      }
       return fiber;
     }
     if (ready.empty()) {
@@ -266,7 +298,7 @@ struct Scheduler {
   static std::string describe(const Fiber& fiber) {
     std::string what = "block (" + std::to_string(fiber.block->index.x) + ", " + std::to_string(fiber.block->index.y) +
                        ") " + kStates[int(fiber.state)];
-    if (fiber.place.line && (fiber.state == State::barrier || fiber.state == State::lanes))
+    if (fiber.state == State::block || fiber.state == State::cluster || fiber.state == State::lanes)
       what += " at " + name(fiber.place);
     return what;
   }
@@ -278,11 +310,16 @@ struct Scheduler {
 
   void wake(Fiber& fiber) {
     fiber.state = State::ready;
-    ready.push_back(&fiber);
+    Warp& warp = *fiber.warp;
+    if (!warp.ready) {
+      warp.place_in_ready = ready.size();
+      ready.push_back(&warp);
+    }
+    warp.ready |= 1u << (&fiber - warp.fibers);
   }
 
   void expect_same(const char* what, Place here, Place there, bool same) {
-    if (!same || here.line != there.line || std::strcmp(here.file, there.file) != 0)
+    if (!same || here.line != there.line || (here.file != there.file && std::strcmp(here.file, there.file) != 0))
       fail(std::string(what) + " diverges: threads of one are at " + name(here) + " and at " + name(there));
   }
 
@@ -340,10 +377,14 @@ std::string launch(const Launch& launch, void (*kernel)(void*), void* argument) 
   s.error.clear(), s.ready.clear(), s.polling.clear();
   s.random = (launch.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
   for (int i = 0; i < 4; ++i) s.draw();
-  s.run_ahead = unsigned(s.draw() % 9);
+  constexpr unsigned kStay[] = {0, 32, 60, 63, 63, 63, 64, 64};
+  s.stay = kStay[s.draw() % 8];
+  s.current = nullptr;
   s.begun = s.ended = 0;
   blockDim = {launch.threads, 1, 1}, gridDim = {launch.grid.x, launch.grid.y, 1};
+  s.clusters.assign(launch.clusters ? launch.grid.y : 0, Cluster());
   unsigned at_once = launch.cooperative ? s.block_count() : kBlocksAtOnce;
+  if (launch.clusters && at_once < launch.grid.x) at_once = launch.grid.x;
 #if defined(FUSEDRNN_RACES)
   at_once = s.block_count();  // no stack is used twice: it would be a race of its own
   s.main_thread = __tsan_get_current_fiber();
@@ -374,24 +415,28 @@ std::string launch(const Launch& launch, void (*kernel)(void*), void* argument) 
 
 char* shared_memory() { return scheduler.current->block->memory.data() + kGuard; }
 
-void sync_block(Place place) {
+namespace {
+
+// Waits until `count` fibers are here; `all` calls its argument on each of them.
+template <class All>
+void wait_for(Barrier& barrier, State state, size_t count, Place place, const char* what, All all) {
   Scheduler& s = scheduler;
   Fiber& self = *s.current;
-  Block& block = *self.block;
-  if (block.arrived) s.expect_same("a barrier", place, block.place, true);
-  self.place = block.place = place;
+  if (barrier.arrived) s.expect_same(what, place, barrier.place, true);
+  self.place = barrier.place = place;
   self.counter = nullptr;
 #if defined(FUSEDRNN_RACES)
-  char* order = &block.order[block.round % 2];
+  char* order = &barrier.order[barrier.round % 2];
   __tsan_release(order);
 #endif
-  if (++block.arrived == block.fibers.size()) {
-    block.arrived = 0;
-    ++block.round;
-    for (Fiber& other : block.fibers)
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.round;
+    all([&](Fiber& other) {
       if (&other != &self) s.wake(other);
+    });
   } else {
-    self.state = State::barrier;
+    self.state = state;
     s.leave();
   }
 #if defined(FUSEDRNN_RACES)
@@ -399,28 +444,63 @@ void sync_block(Place place) {
 #endif
 }
 
-uint64_t exchange(uint64_t bits, int mask, Place place) {
+}  // namespace
+
+void sync_block(Place place) {
+  Block& block = *scheduler.current->block;
+  wait_for(block.barrier, State::block, block.fibers.size(), place, "a barrier of a block", [&](auto wake) {
+    for (Fiber& fiber : block.fibers) wake(fiber);
+  });
+}
+
+void sync_cluster(Place place) {
+  Scheduler& s = scheduler;
+  if (!s.launch.clusters) s.fail("a barrier of a cluster in a launch without clusters");
+  Cluster& cluster = s.clusters[s.current->block->index.y];
+  const size_t count = size_t(s.launch.grid.x) * s.launch.threads;
+  wait_for(cluster.barrier, State::cluster, count, place, "a barrier of a cluster", [&](auto wake) {
+    for (Block* block : cluster.blocks)
+      for (Fiber& fiber : block->fibers) wake(fiber);
+  });
+}
+
+void* in_block(void* p, unsigned rank) {
+  Scheduler& s = scheduler;
+  Block& block = *s.current->block;
+  const ptrdiff_t offset = static_cast<char*>(p) - block.memory.data();
+  if (offset < ptrdiff_t(kGuard) || offset >= ptrdiff_t(kGuard + s.launch.shared))
+    s.fail("an address that is not in the block's shared memory is given to another block");
+  if (!s.launch.clusters || rank >= s.launch.grid.x) s.fail("there is no block " + std::to_string(rank));
+  for (Block* other : s.clusters[block.index.y].blocks)
+    if (other->index.x == rank) {
+      if (other->live < other->fibers.size()) s.fail("a thread of the block has ended that another one writes to");
+      return other->memory.data() + offset;
+    }
+  s.fail("a block is written to that has not begun");
+  return nullptr;
+}
+
+const Words& exchange(const uint32_t* words, int count, int kind, Place place) {
   Scheduler& s = scheduler;
   Fiber& self = *s.current;
-  Block& block = *self.block;
-  const unsigned lane = self.thread % kWarp, first = self.thread - lane;
-  Warp& warp = block.warps[self.thread / kWarp];
-  if (warp.arrived) s.expect_same("an exchange of lanes", place, warp.place, mask == warp.mask);
-  warp.mask = mask;
+  const unsigned lane = self.thread % kWarp;
+  Warp& warp = *self.warp;
+  if (warp.arrived) s.expect_same("an exchange between lanes", place, warp.place, kind == warp.kind);
+  warp.kind = kind;
   self.place = warp.place = place;
   self.counter = nullptr;
-  uint64_t* values = warp.values[warp.round % 2];
-  values[lane] = bits;
+  Words& all = warp.words[warp.round % 2];
+  for (int i = 0; i < count; ++i) all.of_lane[lane][i] = words[i];
   if (++warp.arrived == kWarp) {
     warp.arrived = 0;
     ++warp.round;
-    for (unsigned i = first; i < first + kWarp; ++i)
-      if (i != self.thread) s.wake(block.fibers[i]);
+    for (unsigned i = 0; i < kWarp; ++i)
+      if (i != lane) s.wake(warp.fibers[i]);
   } else {
     self.state = State::lanes;
     s.leave();
   }
-  return values[(lane ^ unsigned(mask)) % kWarp];
+  return all;
 }
 
 void poll(const unsigned* counter) {

@@ -1,10 +1,11 @@
 // The kernels on a CPU: what csrc/cuda/device.h includes with FUSEDRNN_EMULATED. SPDX-License-Identifier: Apache-2.0
 //
 // Every CUDA thread is a fiber; all fibers of a launch share one thread of the operating system (emulation.cpp). A
-// fiber runs until it must wait for others: in sync_block, from_lane and load_acquire. Who goes on then is drawn.
+// fiber runs until it must wait for others: for its block or cluster, for the other lanes of its warp, for a count. Who
+// goes on then is drawn.
 //
-// With FUSEDRNN_RACES every fiber is a thread to ThreadSanitizer, and only sync_block, add_release with load_acquire,
-// and the beginning and end of a launch order memory. What passes between lanes does not.
+// With FUSEDRNN_RACES every fiber is a thread to ThreadSanitizer, and only sync_block, sync_cluster, add_release with
+// load_acquire, and the beginning and end of a launch order memory. What passes between lanes does not.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -22,6 +23,7 @@ struct Launch {
   unsigned threads;  // of a block: whole warps
   size_t shared;     // bytes of a block's shared memory, NaN at first
   bool cooperative;  // all blocks run at once; otherwise only some
+  bool clusters;     // the blocks along x are a cluster, and run at once
   uint64_t seed;     // of the order in which threads run
 };
 
@@ -33,9 +35,18 @@ struct Place {
   int line;
 };
 
+constexpr int kWords = 6;  // that a lane passes at once
+struct Words {
+  uint32_t of_lane[32][kWords];
+};
+
 char* shared_memory();
+void* in_block(void* p, unsigned rank);  // what lies there in the shared memory of another block of the cluster
 void sync_block(Place);
-uint64_t exchange(uint64_t bits, int mask, Place);
+void sync_cluster(Place);
+// Waits for the other lanes of the warp, which must come from the same place with the same `kind`; what all brought.
+// Stays as it is until the exchange after the next.
+const Words& exchange(const uint32_t* words, int count, int kind, Place);
 void poll(const unsigned* counter);  // before every load of a counter that another thread may be waited for with
 
 }  // namespace emulation
@@ -57,11 +68,11 @@ inline void sync_block(const char* file = __builtin_FILE(), int line = __builtin
 
 template <class T>
 inline T from_lane(T x, int mask, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  static_assert(sizeof(T) <= sizeof(uint64_t), "a lane passes a number");
-  uint64_t bits = 0;
-  __builtin_memcpy(&bits, &x, sizeof x);
-  bits = emulation::exchange(bits, mask, {file, line});
-  __builtin_memcpy(&x, &bits, sizeof x);
+  constexpr int count = sizeof(T) / sizeof(uint32_t);
+  uint32_t words[count];
+  __builtin_memcpy(words, &x, sizeof x);
+  const emulation::Words& all = emulation::exchange(words, count, mask, {file, line});
+  __builtin_memcpy(&x, all.of_lane[(int(threadIdx.x) ^ mask) % kWarp], sizeof x);
   return x;
 }
 
@@ -81,6 +92,15 @@ inline void add_relaxed(unsigned* counter) { __atomic_fetch_add(counter, 1u, __A
 inline unsigned load_relaxed(const unsigned* counter) {
   emulation::poll(counter);
   return __atomic_load_n(counter, __ATOMIC_RELAXED);
+}
+
+constexpr bool kClusters = true;
+template <class T>
+inline void store_to_block(T* p, unsigned rank, T x) {
+  *static_cast<T*>(emulation::in_block(p, rank)) = x;
+}
+inline void sync_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulation::sync_cluster({file, line});
 }
 
 }  // namespace cuda

@@ -62,6 +62,8 @@ std::string run(const char* name, const emulation::Launch& launch, const Argumen
   FUSEDRNN_NAMED(grid_backward);
   FUSEDRNN_NAMED(grid_forward_streamed);
   FUSEDRNN_NAMED(grid_backward_streamed);
+  FUSEDRNN_NAMED(cluster_forward);
+  FUSEDRNN_NAMED(cluster_backward);
   return std::string("there is no kernel ") + name;
 }
 
@@ -73,7 +75,8 @@ extern "C" __attribute__((visibility("default"))) int fusedrnn_launch(const char
                                                                       uint64_t seed, void** addresses,
                                                                       const size_t* sizes, size_t count, char* error,
                                                                       size_t error_size) {
-  const emulation::Launch launch{{grid_x, grid_y, 1}, unsigned(kThreads), shared, cooperative != 0, seed};
+  const bool clusters = strncmp(kernel, "cluster", 7) == 0;
+  const emulation::Launch launch{{grid_x, grid_y, 1}, unsigned(kThreads), shared, cooperative != 0, clusters, seed};
   const std::string what = run(kernel, launch, Arguments{addresses, sizes, count});
   snprintf(error, error_size, "%s", what.c_str());
   return what.empty() ? 0 : 1;
