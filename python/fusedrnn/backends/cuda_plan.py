@@ -100,8 +100,8 @@ def choose(
     if forced is None:
         return steps
     raise ValueError(
-        f"kernel: {forced!r} cannot run {cell.type} with B = {B}, H = {H} on this GPU: its "
-        f"{device.multiprocessors} multiprocessors of {device.shared_bytes} bytes of shared memory do not hold it"
+        f"kernel: {forced!r} cannot run {cell.type} with B = {B}, H = {H} on this GPU, of "
+        f"{device.multiprocessors} multiprocessors with {device.shared_bytes} bytes of shared memory a block"
     )
 
 
