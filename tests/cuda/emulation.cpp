@@ -26,6 +26,7 @@ namespace emulation {
 namespace {
 
 constexpr unsigned kWarp = 32;
+constexpr size_t kStacksKept = 1024;   // for the next launch
 constexpr unsigned kBlocksAtOnce = 3;  // of a launch that is not cooperative
 constexpr unsigned char kNan = 0xff;   // all bits set: NaN as float and as double
 constexpr size_t kGuard = 256;         // bytes on both sides of shared memory that nobody may write
@@ -86,7 +87,7 @@ struct Context {
 #endif
 
 struct Stack {
-  char* memory;
+  char *mapped, *memory;
   Context context;
 #if defined(FUSEDRNN_RACES)
   void* thread = nullptr;
@@ -100,8 +101,10 @@ struct Stack {
       std::abort();
     }
     // not all at the same distance from a page's beginning: they would share a few lines of the cache
-    memory = static_cast<char*>(p) + page - made++ * 1600 % page / 64 * 64;
+    mapped = static_cast<char*>(p);
+    memory = mapped + page - made++ * 1600 % page / 64 * 64;
   }
+  ~Stack() { munmap(mapped, kStack + size_t(sysconf(_SC_PAGESIZE))); }
 };
 
 // --- what runs ----------------------------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ struct Scheduler {
   }
 
   void give_stack(Fiber& fiber) {
-    if (stacks.empty()) stacks.push_back(new Stack);  // kept for all launches
+    if (stacks.empty()) stacks.push_back(new Stack);
     fiber.stack = stacks.back();
     stacks.pop_back();
     fiber.stack->context.start(fiber.stack->memory);
@@ -410,6 +413,7 @@ std::string launch(const Launch& launch, void (*kernel)(void*), void* argument) 
     s.spare.push_back(std::move(block));
   }
   s.blocks.clear();
+  for (; s.stacks.size() > kStacksKept; s.stacks.pop_back()) delete s.stacks.back();
   return s.error;
 }
 
