@@ -1,8 +1,8 @@
 """One layer in one direction on tensors: the kernels behind ``torch.autograd``.
 
-Tensors on the CPU go to the backend in use there, tensors on a GPU to ``cuda``. Tensors and arrays share their
-memory, so nothing is copied that a kernel can read where it lies: x may be batch first, sliced or expanded
-over time and batch.
+Tensors on the CPU go to the backend in use there, tensors on a GPU to ``cuda``. Tensors and arrays share
+their memory, so nothing is copied that a kernel can read where it lies: x may be batch first, sliced or
+expanded over time and batch.
 """
 
 from __future__ import annotations
