@@ -18,7 +18,6 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cuda.emulated import EmulatedDevice  # noqa: E402
-
 from fusedrnn import torch as face  # noqa: E402
 from fusedrnn.backends.cuda import CudaBackend  # noqa: E402
 from fusedrnn.torch import gpu, paths, recurrence  # noqa: E402
@@ -41,7 +40,7 @@ def device(monkeypatch):
     def unsupported(dtype, where, tensors):
         for t in tensors:
             assert t is None or not t.is_cpu
-        return None
+        return
 
     monkeypatch.setattr(paths, "unsupported", unsupported)
     monkeypatch.setattr(gpu, "backend", lambda: backend)
