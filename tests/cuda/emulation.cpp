@@ -90,7 +90,7 @@ struct Stack {
   char *mapped, *memory;
   Context context;
 #if defined(FUSEDRNN_RACES)
-  void* thread = nullptr;
+  void* thread = __tsan_create_fiber(0);
 #endif
   Stack() {
     static size_t made = 0;
@@ -104,7 +104,12 @@ struct Stack {
     mapped = static_cast<char*>(p);
     memory = mapped + page - made++ * 1600 % page / 64 * 64;
   }
-  ~Stack() { munmap(mapped, kStack + size_t(sysconf(_SC_PAGESIZE))); }
+  ~Stack() {
+#if defined(FUSEDRNN_RACES)
+    __tsan_destroy_fiber(thread);
+#endif
+    munmap(mapped, kStack + size_t(sysconf(_SC_PAGESIZE)));
+  }
 };
 
 // --- what runs ----------------------------------------------------------------------------------------------------
@@ -207,7 +212,6 @@ struct Scheduler {
       wake(fiber);
 #if defined(FUSEDRNN_RACES)
       give_stack(fiber);
-      fiber.stack->thread = __tsan_create_fiber(0);
 #endif
     }
   }
@@ -378,6 +382,8 @@ std::string launch(const Launch& launch, void (*kernel)(void*), void* argument) 
   if (launch.grid.x == 0 || launch.grid.y == 0) return "a grid has at least one block";
   s.launch = launch, s.kernel = kernel, s.argument = argument;
   s.error.clear(), s.ready.clear(), s.polling.clear();
+  const size_t threads = size_t(s.block_count()) * launch.threads;
+  s.ready.reserve(threads / kWarp), s.polling.reserve(threads);  // nothing is allocated while fibers run
   s.random = (launch.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
   for (int i = 0; i < 4; ++i) s.draw();
   constexpr unsigned kStay[] = {0, 32, 60, 63, 63, 63, 64, 64};
@@ -391,9 +397,11 @@ std::string launch(const Launch& launch, void (*kernel)(void*), void* argument) 
 #if defined(FUSEDRNN_RACES)
   at_once = s.block_count();  // no stack is used twice: it would be a race of its own
   s.main_thread = __tsan_get_current_fiber();
-  __tsan_release(&s.order[0]);
 #endif
   while (s.begun < s.block_count() && s.begun < at_once) s.begin_block();
+#if defined(FUSEDRNN_RACES)
+  __tsan_release(&s.order[0]);
+#endif
   Fiber* first = s.pick();
   if (!first->stack) s.give_stack(*first);
   s.become(first);
@@ -404,12 +412,7 @@ std::string launch(const Launch& launch, void (*kernel)(void*), void* argument) 
 #endif
   for (auto& block : s.blocks) {
     for (Fiber& fiber : block->fibers)
-      if (fiber.stack) {
-        s.stacks.push_back(fiber.stack);
-#if defined(FUSEDRNN_RACES)
-        __tsan_destroy_fiber(fiber.stack->thread);
-#endif
-      }
+      if (fiber.stack) s.stacks.push_back(fiber.stack);
     s.spare.push_back(std::move(block));
   }
   s.blocks.clear();
