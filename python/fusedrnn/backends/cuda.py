@@ -99,9 +99,9 @@ class CudaBackend:
             raise ValueError(f"kernel: expected one of {cuda_plan.KERNELS} or None, got {kernel!r}")
         self._device = device
         self._kernel = kernel
-        self._tested: set[tuple[int, str | None]] = set()  # devices and kernels whose self-test passed
+        self._tested: list[tuple[Device, str | None]] = []  # devices and kernels whose self-test passed
         if _tested:
-            self._tested.add((id(device), kernel))
+            self._tested.append((self.device, kernel))
         self.last_plan: Plan | None = None
 
     def unavailable(self) -> str | None:
@@ -219,7 +219,8 @@ class CudaBackend:
         run = _Launches(packed, a)
         T, B, I, H, _ = a.sizes
         device, kernels, dtype = packed.device, run.kernels, a.x.dtype
-        da = device.empty((T, B, kernels.accumulators * H), dtype)
+        rows = device.empty((T * B, kernels.accumulators * H), dtype)
+        da = rows.reshape(T, B, kernels.accumulators * H)
         dstate0 = tuple(device.empty((B, H), dtype) for _ in a.cell.states)
         wanted = "state0" in b.need
         final, every, initial = ((*(s or ()), None, None) for s in (b.dstateT, b.dstates, a.state0))
@@ -248,7 +249,6 @@ class CudaBackend:
             job.weight = run.pointer(packed.hh_t)
             run.whole(plan, "backward", job)
 
-        rows = da.reshape(T * B, -1)
         dweights: dict[str, Array] = {}
         if "weight_ih" in b.need:
             dweights["weight_ih"] = device.empty((a.cell.gates * H, I), dtype)
@@ -278,7 +278,10 @@ class CudaBackend:
             dx = device.empty((T, B, I), dtype)
             part = kernels.input
             _product(
-                device, rows[:, part.first * H : (part.first + part.count) * H], packed.ih, dx.reshape(-1, I)
+                device,
+                rows[:, part.first * H : (part.first + part.count) * H],
+                packed.ih,
+                dx.reshape(T * B, I),
             )
             if run.padding is not None:
                 dx[run.padding] = 0  # a weight may be infinite
@@ -396,9 +399,9 @@ class CudaBackend:
     def _ready(self) -> Device:
         """The device, which has passed the self-test of how it will be used."""
         device, kernel = self.device, self._forced()
-        if (id(device), kernel) not in self._tested:  # the device lives as long as this
+        if not any(d is device and k == kernel for d, k in self._tested):
             _self_test(device, kernel)
-            self._tested.add((id(device), kernel))
+            self._tested.append((device, kernel))
         return device
 
 

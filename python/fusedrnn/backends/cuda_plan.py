@@ -11,9 +11,9 @@ from typing import NamedTuple
 from fusedrnn.backends.cuda_jobs import CellKernels
 
 KERNELS = ("steps", "grid", "grid_streamed")
-TILE = 8  # rows and columns of a warp's product; kTile in csrc/cuda/grid.h
+TILE = 8  # rows and columns of a warp's tile; IeeeTile in csrc/cuda/tile.h
 WARP = 32
-CHUNK = 8 * WARP  # of k, brought to shared memory at a time; kChunk there
+CHUNK = 8 * WARP  # of k, brought to shared memory at a time; kChunk in csrc/cuda/grid.h
 PAD = 4  # elements between rows of factors; kPad there
 
 
