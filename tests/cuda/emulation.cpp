@@ -28,6 +28,7 @@ namespace {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStacksKept = 1024;   // for the next launch
 constexpr unsigned kBlocksAtOnce = 3;  // of a launch that is not cooperative
+constexpr unsigned kVain = 64;         // polls that find the same, one after the other: it waits for ever
 constexpr unsigned char kNan = 0xff;   // all bits set: NaN as float and as double
 constexpr size_t kGuard = 256;         // bytes on both sides of shared memory that nobody may write
 #if defined(FUSEDRNN_RACES)
@@ -128,10 +129,10 @@ struct Fiber {
   Stack* stack = nullptr;
   State state = State::ready;
   Place place{"", 0};
-  // what it polled last, with nothing else in between, and whether it does so again
+  // what it polled last, with nothing else in between, and how often it found the same count
   const unsigned* counter = nullptr;
   unsigned count = 0;
-  bool again = false;
+  unsigned again = 0;
 };
 
 struct Warp {
@@ -243,7 +244,7 @@ struct Scheduler {
     }
     if (ready.empty()) {
       bool vain = true;
-      for (const Fiber* fiber : polling) vain = vain && fiber->again && *fiber->counter == fiber->count;
+      for (const Fiber* fiber : polling) vain = vain && fiber->again >= kVain && *fiber->counter == fiber->count;
       if (vain) return nullptr;
     }
     const size_t i = draw() % polling.size();
@@ -513,7 +514,7 @@ const Words& exchange(const uint32_t* words, int count, int kind, Place place) {
 void poll(const unsigned* counter) {
   Scheduler& s = scheduler;
   Fiber& self = *s.current;
-  self.again = self.counter == counter && self.count == *counter;
+  self.again = self.counter == counter && self.count == *counter ? self.again + 1 : 0;
   self.counter = counter, self.count = *counter;
   self.state = State::polls;
   s.polling.push_back(&self);
