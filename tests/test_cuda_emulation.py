@@ -19,10 +19,8 @@ SEEDS = range(20)
 
 @functools.cache
 def library(*flags: str) -> ctypes.CDLL:
-    made = emulated.build(
-        [emulated.HERE / name for name in ("small_kernels.cpp", "emulation.cpp")],
-        ["-fPIC", "-shared", "-fvisibility=hidden", *flags],
-    )
+    sources = [emulated.HERE / "small_kernels.cpp", emulated.runtime(*flags)]
+    made = emulated.build(sources, ["-fPIC", "-shared", "-fvisibility=hidden"])
     return ctypes.CDLL(str(made))
 
 
@@ -63,7 +61,7 @@ def launch(request: Any) -> Any:
     return run
 
 
-# --- barriers ------------------------------------------------------------------------------------------------
+# --- barriers ----------------------------------------------------------------------------------------------
 
 
 def test_a_right_kernel_gives_the_same_in_any_order(launch):
@@ -103,7 +101,7 @@ def test_a_barrier_that_not_all_reach_is_reported(launch, kernel):
         assert re.search(r"\d+ threads of block \(0, 0\) have ended", error)
 
 
-# --- lanes ---------------------------------------------------------------------------------------------------
+# --- lanes -------------------------------------------------------------------------------------------------
 
 
 def test_lanes_exchange(launch):
@@ -124,7 +122,7 @@ def test_lanes_that_do_not_agree_are_reported(launch):
         assert "32 threads of block (0, 0) have ended" in launch("half_a_warp", seed=seed)[1]
 
 
-# --- counts --------------------------------------------------------------------------------------------------
+# --- counts ------------------------------------------------------------------------------------------------
 
 
 def test_blocks_wait_for_counts(launch):
@@ -152,7 +150,7 @@ def test_only_a_cooperative_launch_runs_all_blocks_at_once(launch):
         assert "no thread can go on" in launch("meet", (5, 1), seed=seed)[1]
 
 
-# --- memory --------------------------------------------------------------------------------------------------
+# --- memory ------------------------------------------------------------------------------------------------
 
 
 def test_shared_memory_is_nan_before_each_block(launch):
@@ -187,7 +185,7 @@ def test_clusters(launch):
     assert "there is no block" in launch("ring_without_first_barrier", (3, 2))[1]
 
 
-# --- matrix units --------------------------------------------------------------------------------------------
+# --- matrix units ------------------------------------------------------------------------------------------
 
 
 def rounded(precision: str, x: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from problems import (
     SIZES,
     assert_close,
     assert_same_bits,
+    errors,
     expected_names,
     name,
     named,
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ c
 REFERENCE = ReferenceBackend()
 FORWARD = {np.float32: 2e-6, np.float64: 1e-14}
 GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
-KERNELS = ("steps", "grid", "grid_streamed")
+KERNELS = ("steps", "grid", "grid_streamed", "cluster")
 ONE_PHASE = tuple(cell for cell in CELLS if cell != GRU(reset_after=False))
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "detach_every": 2}
 
@@ -53,34 +54,64 @@ def pairs(kernels: Any) -> Any:
     )
 
 
-def fit(device, cell, sizes, itemsize, backward, kernel, units, rows):
-    """A plan with about so many units and rows of a block: no more than its warps can have."""
-    _, B, H = sizes
-    kernels = kernels_of(cell)
-    R = kernels.recurrent.count
-    K, per_unit = (R * H, 1) if backward else (H, R)
-    units = min(units, cuda_plan.TILE * device.warps // per_unit)
-    blocks = -(-H // units), -(-B // rows)
-    layout = cuda_plan.Layout.of(rows, units * per_unit, device.warps)
-    elements = cuda_plan.shared_elements(layout, K, rows, units, kernel == "grid")
-    return cuda_plan.Plan(kernel, units, rows, blocks, itemsize * elements)
+def elements(kernel, rows, columns, units, K, warps, tile):
+    """Of a block's shared memory: Shared and ClusterShared in csrc/cuda, for any width of a tile."""
+
+    def up(n, to):
+        return -(-n // to) * to
+
+    pitch, splits = up(K, 32) + 4, 1
+    if kernel == "cluster":
+        rows_up, columns_up = up(rows, 8), up(columns, tile)
+        while splits * 2 * (rows_up // 8) * (columns_up // tile) <= warps:
+            splits *= 2
+        return (columns_up + 2 * rows_up) * pitch + splits * rows_up * columns_up + 2 * rows * units
+    column_tiles = row_tiles = 1
+    while column_tiles * tile < columns:
+        column_tiles *= 2
+    while row_tiles * 8 < rows and row_tiles * column_tiles < warps:
+        row_tiles *= 2
+    splits = warps // (column_tiles * row_tiles)
+    weights = column_tiles * tile * pitch if kernel == "grid" else 0
+    return weights + row_tiles * 8 * 260 + splits * row_tiles * 8 * column_tiles * tile + 2 * rows * units
+
+
+class Device(EmulatedDevice):
+    """Launches clusters where the backend, which does not plan them, launches a grid; of any precision."""
+
+    def __init__(self, clusters: bool, precision: str = "ieee", **options: Any) -> None:
+        super().__init__(multiprocessors=256, cluster=16, **options)
+        self.clusters, self.precision = clusters, precision
+
+    def launch(self, cell, dtype, kernel, grid, args, shared=0, cooperative=False):
+        if self.clusters and kernel.startswith("grid"):
+            kernel, cooperative = kernel.replace("grid", "cluster"), False
+        super().launch(cell, dtype, kernel, grid, args, shared, cooperative, self.precision)
 
 
 class Cut(CudaBackend):
-    """The backend with the work cut as a test wants it, instead of by cuda_plan."""
+    """The backend with the work cut as a test wants it, instead of by cuda_plan: about so many units and rows
+    of a block, no more units than its warps can have, no more blocks than a cluster can."""
 
-    def __init__(self, device: EmulatedDevice, kernel: str, units: int = 3, rows: int = 5) -> None:
-        super().__init__(device, kernel, _tested=True)
+    def __init__(self, kernel: str, units: int = 3, rows: int = 5, **options: Any) -> None:
+        device = Device(kernel == "cluster", **options)
+        super().__init__(device, "grid" if device.clusters else kernel, _tested=True)
         self.units, self.rows = units, rows
 
     def _plan(self, device, cell, sizes, dtype, kernel, backward):
         if kernel == "steps" or min(sizes) == 0:
             return cuda_plan.Plan("steps")
-        return fit(device, cell, sizes, dtype.itemsize, backward, kernel, self.units, self.rows)
-
-
-def device(**options: Any) -> EmulatedDevice:
-    return EmulatedDevice(multiprocessors=256, **options)
+        _, B, H = sizes
+        R = kernels_of(cell).recurrent.count
+        K, per_unit = (R * H, 1) if backward else (H, R)
+        tile = 8 if device.precision == "ieee" else 16
+        if device.clusters:
+            wanted, units = "cluster", max(self.units, -(-H // device.cluster))
+        else:
+            wanted, units = kernel, min(self.units, tile * device.warps // per_unit)
+        shared = elements(wanted, self.rows, units * per_unit, units, K, device.warps, tile)
+        blocks = -(-H // units), -(-B // self.rows)
+        return cuda_plan.Plan(kernel, units, self.rows, blocks, dtype.itemsize * shared)
 
 
 def shapes() -> list[tuple[tuple[int, ...], int, int]]:
@@ -119,14 +150,14 @@ def assert_right(backend, cell, sizes, dtype=np.float64, **options):
     return got
 
 
-# --- right ---------------------------------------------------------------------------------------------------
+# --- right -------------------------------------------------------------------------------------------------
 
 
 @pairs(KERNELS)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: name(LSTM(), o)[5:] or "plain")
 def test_options(cell, kernel, options):
     sizes = SIZES[OPTIONS.index(options) % len(SIZES)]
-    assert_right(Cut(device(), kernel), cell, sizes, **options)
+    assert_right(Cut(kernel), cell, sizes, **options)
 
 
 @pairs(KERNELS)
@@ -134,7 +165,7 @@ def test_options(cell, kernel, options):
 def test_shapes(cell, kernel, part):
     for k in range(part, len(SHAPES), 4):
         sizes, units, rows = SHAPES[k]
-        assert_right(Cut(device(seed=k), kernel, units, rows), cell, sizes, **OPTIONS[k * 4 % len(OPTIONS)])
+        assert_right(Cut(kernel, units, rows, seed=k), cell, sizes, **OPTIONS[k * 4 % len(OPTIONS)])
 
 
 @pairs(KERNELS)
@@ -142,53 +173,61 @@ def test_float32(cell, kernel):
     for k in (7, 12, 22, 34):
         sizes, units, rows = SHAPES[k]
         for options in ({}, EVERYTHING, {**EVERYTHING, "reverse": True}):
-            assert_right(Cut(device(seed=k), kernel, units, rows), cell, sizes, np.float32, **options)
+            assert_right(Cut(kernel, units, rows, seed=k), cell, sizes, np.float32, **options)
 
 
-@pairs(KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=name)
 def test_eight_warps(cell, kernel):
     """As on a GPU: warps share the rows, the columns and k."""
     for units, rows in ((5, 9), (40, 17), (16, 4)):
         for reverse in (False, True):
-            backend = Cut(device(warps=8, seed=units), kernel, units, rows)
-            assert_right(backend, cell, (4, 17, 3, 40), reverse=reverse, **EVERYTHING)
+            assert_right(
+                Cut(kernel, units, rows, warps=8, seed=units),
+                cell,
+                (4, 17, 3, 40),
+                reverse=reverse,
+                **EVERYTHING,
+            )
 
 
 @pairs(KERNELS)
 @pytest.mark.parametrize(
-    "upstream", [u for n in range(4) for u in itertools.combinations(("dy", "dstateT", "dstates"), n)], ids=str
+    "upstream",
+    [u for n in range(4) for u in itertools.combinations(("dy", "dstateT", "dstates"), n)],
+    ids=str,
 )
 def test_any_upstream_gradient_may_be_missing(cell, kernel, upstream):
-    assert_right(Cut(device(), kernel), cell, (4, 5, 3, 9), upstream=upstream, **EVERYTHING)
+    assert_right(Cut(kernel), cell, (4, 5, 3, 9), upstream=upstream, **EVERYTHING)
 
 
 @pairs(KERNELS)
 def test_no_initial_state(cell, kernel):
     for reverse in (False, True):
-        assert_right(Cut(device(), kernel), cell, (5, 7, 2, 9), state0=False, reverse=reverse, **EVERYTHING)
+        assert_right(Cut(kernel), cell, (5, 7, 2, 9), state0=False, reverse=reverse, **EVERYTHING)
 
 
-@pairs(KERNELS)
+@pairs(KERNELS[:3])  # a cluster does not cut k
 def test_k_of_several_chunks(cell, kernel):
     """More elements than are staged at once, and no multiple of a warp."""
-    assert_right(Cut(device(warps=8), kernel, units=15, rows=3), cell, (2, 3, 2, 261), lengths=True)
+    assert_right(Cut(kernel, units=15, rows=3, warps=8), cell, (2, 3, 2, 261), lengths=True)
 
 
-# --- the same bits -------------------------------------------------------------------------------------------
+# --- the same bits -----------------------------------------------------------------------------------------
 
 
 @pairs(KERNELS)
 def test_the_same_bits_in_any_order_of_the_threads(cell, kernel):
     p = problem(cell, 5, 11, 3, 19, **EVERYTHING)
-    first = run(Cut(device(seed=0), kernel, 7, 6), p)
+    first = run(Cut(kernel, 7, 6, seed=0), p)
     for seed in (0, *range(1, 8)):
-        assert_same_bits(run(Cut(device(seed=seed), kernel, 7, 6), p), first)
+        assert_same_bits(run(Cut(kernel, 7, 6, seed=seed), p), first)
 
 
 @pairs(KERNELS)
 def test_backward_twice(cell, kernel):
     p = problem(cell, 5, 7, 3, 9, **EVERYTHING)
-    backend = Cut(device(), kernel)
+    backend = Cut(kernel)
     f = backend.forward(p.cell, p.x, p.weights, p.state0, **p.options)
     first, second = (
         named(cell, None, backend.backward(f.tape, p.dy, p.dstateT, p.dstates)) for _ in range(2)
@@ -199,4 +238,22 @@ def test_backward_twice(cell, kernel):
 @pytest.mark.parametrize("cell", ONE_PHASE, ids=name)
 def test_resident_and_streamed_weights_give_the_same_bits(cell):
     p = problem(cell, 5, 11, 3, 19, **EVERYTHING)
-    assert_same_bits(run(Cut(device(), "grid", 7, 6), p), run(Cut(device(), "grid_streamed", 7, 6), p))
+    assert_same_bits(run(Cut("grid", 7, 6), p), run(Cut("grid_streamed", 7, 6), p))
+
+
+# --- products by the matrix units --------------------------------------------------------------------------
+
+# How much a factor may be off, relatively; tf32x3 keeps all but the product of two such errors.
+UNITS = {"tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11, "tf32x3": 2.0**-20}
+
+
+@pytest.mark.parametrize("kernel", KERNELS[1:])
+@pytest.mark.parametrize("precision", UNITS)
+def test_precisions(precision, kernel):
+    cell = LSTM()
+    for sizes, units, rows in (((5, 11, 3, 19), 7, 6), ((3, 17, 4, 40), 16, 17)):
+        p = problem(cell, *sizes, dtype=np.float32, **EVERYTHING)
+        got = run(Cut(kernel, units, rows, precision=precision), p)
+        worst = max(errors(got, truth(cell, sizes, tuple(EVERYTHING.items()))).values())
+        assert worst <= 4 * UNITS[precision]
+        assert precision == "tf32x3" or worst >= UNITS[precision] / 16  # the factors are rounded

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import itertools
 import os
 import shutil
 import subprocess
@@ -39,7 +38,7 @@ def fma() -> list[str]:
     return ["-mfma"] if cpu.exists() and " fma " in cpu.read_text() else []
 
 
-def build(sources: Sequence[Path], flags: Sequence[str], inputs: Sequence[Path] = ()) -> Path:
+def build(sources: Sequence[Path], flags: Sequence[str]) -> Path:
     """What g++ makes of the sources, from a folder of this user's where it stays between runs.
 
     It is found again by a hash of the flags and of everything that it may be made of: all of csrc's headers
@@ -51,17 +50,24 @@ def build(sources: Sequence[Path], flags: Sequence[str], inputs: Sequence[Path] 
     for part in [*command, *map(str, sources)]:
         digest.update(part.encode() + b"\0")
     folders = [HERE, *(CSRC / name for name in ("", "cuda", "cells", "simd"))]
-    for path in sorted(p for folder in folders for p in folder.iterdir() if p.suffix in (".h", ".cu", ".cpp")):
+    for path in sorted(
+        p for folder in folders for p in folder.iterdir() if p.suffix in (".h", ".cu", ".cpp")
+    ):
         digest.update(path.read_bytes() + b"\0")
     folder = Path(tempfile.gettempdir()) / f"fusedrnn-emulation-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    target = folder / digest.hexdigest()[:32]
+    target = folder / f"{digest.hexdigest()[:32]}{'.o' if '-c' in flags else ''}"
     if not target.exists():
         made = folder / f"{target.name}.{os.getpid()}.{threading.get_ident()}"
         done = subprocess.run([*command, *sources, "-o", made], capture_output=True, text=True)
         assert done.returncode == 0, f"does not compile: {done.stderr[:3000]}"
         made.replace(target)  # at once: other processes may do the same
     return target
+
+
+def runtime(*flags: str) -> Path:
+    """The object of emulation.cpp."""
+    return build([HERE / "emulation.cpp"], ["-c", "-fPIC", "-fvisibility=hidden", *flags])
 
 
 @functools.cache
@@ -71,11 +77,11 @@ def _version(compiler: str) -> bytes:
 
 @functools.cache
 def library(cell: str, dtype: str, warps: int, precision: str = "ieee") -> ctypes.CDLL:
-    """The kernels of one cell and dtype."""
+    """The kernels of one cell, dtype and precision."""
     flags = ["-fPIC", "-shared", "-fvisibility=hidden", f"-DFUSEDRNN_CELL={cell}",
              f"-DFUSEDRNN_DTYPE={dtype}", f"-DFUSEDRNN_WARPS={warps}",
              f"-DFUSEDRNN_PRECISION={precision}", *fma()]  # fmt: skip
-    found = ctypes.CDLL(str(build([HERE / "library.cpp", HERE / "emulation.cpp"], flags)))
+    found = ctypes.CDLL(str(build([HERE / "library.cpp", runtime()], flags)))
     found.fusedrnn_launch.argtypes = [
         ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint64,
         ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t), ctypes.c_size_t,
@@ -92,17 +98,24 @@ class EmulatedDevice:
         shared_bytes: How much dynamic shared memory a block may have.
         warps: Of a block.
         seed: Of the order in which threads run; each launch draws another one from it.
+        cluster: How many blocks a cluster may have.
     """
 
     _lock = threading.Lock()  # one launch at a time: the fibers are those of one thread
 
     def __init__(
-        self, multiprocessors: int = 4, shared_bytes: int = 227 * 1024, warps: int = 2, seed: int = 0
+        self,
+        multiprocessors: int = 4,
+        shared_bytes: int = 227 * 1024,
+        warps: int = 2,
+        seed: int = 0,
+        cluster: int = 8,
     ) -> None:
         self.multiprocessors = multiprocessors
         self.shared_bytes = shared_bytes
         self.warps = warps
         self.seed = seed
+        self.cluster = cluster
         self.launches: list[str] = []  # the names of the kernels that ran
         self._guarded: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
@@ -159,6 +172,7 @@ class EmulatedDevice:
         args: Sequence[Argument],
         shared: int = 0,
         cooperative: bool = False,
+        precision: str = "ieee",
     ) -> None:
         """Runs a kernel to its end.
 
@@ -170,6 +184,7 @@ class EmulatedDevice:
             args: By value.
             shared: Bytes of a block's dynamic shared memory.
             cooperative: All blocks run at once.
+            precision: Of csrc/cuda/tile.h.
 
         Raises:
             RuntimeError: The launch is impossible, or its threads wait for each other for ever, or
@@ -177,6 +192,8 @@ class EmulatedDevice:
         """
         if shared > self.shared_bytes:
             raise RuntimeError(f"{kernel}: {shared} bytes of shared memory, there are {self.shared_bytes}")
+        if kernel.startswith("cluster") and grid[0] > self.cluster:
+            raise RuntimeError(f"{kernel}: a cluster of {grid[0]} blocks, there are {self.cluster} places")
         if cooperative and grid[0] * grid[1] > self.multiprocessors:
             raise RuntimeError(
                 f"{kernel}: {grid[0]} x {grid[1]} blocks at once, there are {self.multiprocessors} places"
@@ -185,7 +202,7 @@ class EmulatedDevice:
         addresses = (ctypes.c_void_p * count)(*map(ctypes.addressof, args))
         sizes = (ctypes.c_size_t * count)(*map(ctypes.sizeof, args))
         error = ctypes.create_string_buffer(4096)
-        run = library(cell, dtype, self.warps).fusedrnn_launch
+        run = library(cell, dtype, self.warps, precision).fusedrnn_launch
         seed = self.seed * 1_000_003 + len(self.launches)
         with self._lock:
             failed = run(
@@ -194,7 +211,7 @@ class EmulatedDevice:
         self.launches.append(kernel)
         if failed:
             raise RuntimeError(f"{kernel}: {error.value.decode()}")
-        for memory, size in list(itertools.chain(self._guarded.values())):
+        for memory, size in list(self._guarded.values()):
             whole = memory()
             if whole is not None and (whole[:GUARD].min() != 0xFF or whole[GUARD + size :].min() != 0xFF):
                 raise RuntimeError(f"{kernel}: a thread wrote outside an array of {size} bytes")
