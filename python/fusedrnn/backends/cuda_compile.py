@@ -17,6 +17,7 @@ from typing import Any
 
 WARPS = 8  # of a block; FUSEDRNN_WARPS
 DTYPES = ("float", "double")
+PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16")  # of csrc/cuda/tile.h
 _HERE = Path(__file__).resolve()
 
 
@@ -29,13 +30,14 @@ def sources() -> Path:
     raise RuntimeError(f"the sources of the CUDA kernels, csrc/cuda, are not beside {_HERE.parents[1]}")
 
 
-def cubin(cell: str, dtype: str, architecture: str) -> bytes:
+def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee") -> bytes:
     """Code for a GPU.
 
     Args:
         cell: A type of csrc/cells/cells.def.
         dtype: "float" or "double".
         architecture: Such as "sm_90".
+        precision: Of the products within a launch, out of ``PRECISIONS``; for double "ieee" alone.
 
     Raises:
         RuntimeError: NVRTC refuses; the message is its own.
@@ -46,9 +48,10 @@ def cubin(cell: str, dtype: str, architecture: str) -> bytes:
         "--fmad=false",
         f"--define-macro=FUSEDRNN_CELL={cell}",
         f"--define-macro=FUSEDRNN_DTYPE={dtype}",
+        f"--define-macro=FUSEDRNN_PRECISION={precision}",
         f"--define-macro=FUSEDRNN_WARPS={WARPS}",
     ]
-    path = _cache() / f"{cell}-{dtype}-{architecture}-{_key(options)}.cubin"
+    path = _cache() / f"{cell}-{dtype}-{precision}-{architecture}-{_key(options)}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
     folder = sources()
@@ -56,8 +59,13 @@ def cubin(cell: str, dtype: str, architecture: str) -> bytes:
     with contextlib.suppress(OSError):  # a folder that cannot be written to is no error
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)  # at once: other processes may do the same
+            try:
+                file.write(code)
+                file.flush()
+                os.replace(file.name, path)  # at once: other processes may do the same
+            except BaseException:
+                os.unlink(file.name)
+                raise
     return code
 
 
