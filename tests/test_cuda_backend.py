@@ -27,7 +27,7 @@ from fusedrnn import functions as F
 from fusedrnn import layers as L
 from fusedrnn.backends import cuda_cupy, cuda_plan
 from fusedrnn.backends import get as get_backend
-from fusedrnn.backends.cuda import ENVIRONMENT, CudaBackend, Tape
+from fusedrnn.backends.cuda import KERNEL, CudaBackend, Tape
 from fusedrnn.backends.cuda_jobs import kernels_of
 from fusedrnn.backends.protocol import NEED, Regularization, Weights
 from fusedrnn.cells import GRU, LSTM, RNN
@@ -52,7 +52,7 @@ FORWARD = {np.float32: 2e-6, np.float64: 1e-14}
 GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
 cells = pytest.mark.parametrize("cell", CELLS, ids=name)
-H100 = cuda_plan.Device(132, 227 * 1024, 8)
+H100 = cuda_plan.Device(132, 227 * 1024, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +99,19 @@ def test_every_kernel_by_argument_and_by_environment(device, monkeypatch, cell, 
     by_argument = CudaBackend(device, kernel)
     if kernel != "steps" and cell == GRU(reset_after=False):
         with pytest.raises(
-            ValueError, match=r"^kernel: 'grid\w*' cannot run GruResetBefore, which has two phases"
+            ValueError, match=rf"^kernel: '{kernel}' cannot run GruResetBefore, which has two phases"
         ):
             run(by_argument, p)
         return
     device.launches.clear()
     got = assert_right(by_argument, p)
     assert by_argument.last_plan.kernel == kernel
-    grids = {launch for launch in device.launches if launch.startswith("grid")}
-    end = kernel.removeprefix("grid")
-    assert grids == (set() if kernel == "steps" else {f"grid_forward{end}", f"grid_backward{end}"})
+    wholes = {launch for launch in device.launches if launch.startswith(("grid", "cluster"))}
+    name, _, streamed = kernel.partition("_")
+    ends = [f"{way}{streamed and '_streamed'}" for way in ("forward", "backward")]
+    assert wholes == (set() if kernel == "steps" else {f"{name}_{end}" for end in ends})
     by_environment = CudaBackend(device)
-    monkeypatch.setenv(ENVIRONMENT, kernel)
+    monkeypatch.setenv(KERNEL, kernel)
     assert_same_bits(run(by_environment, p), got)
     assert by_environment.last_plan.kernel == kernel
 
@@ -340,10 +341,8 @@ def test_wrong_arguments(backend, monkeypatch):
     assert isinstance(out.tape, Tape)
     with pytest.raises(ValueError, match=r"^dstates: expected None"):
         backend.backward(out.tape, None, None, (p.dy, None))
-    monkeypatch.setenv(ENVIRONMENT, "warp")
-    with pytest.raises(
-        ValueError, match=rf"^environment variable {ENVIRONMENT}: expected one of .* got 'warp'"
-    ):
+    monkeypatch.setenv(KERNEL, "warp")
+    with pytest.raises(ValueError, match=rf"^environment variable {KERNEL}: expected one of .* got 'warp'"):
         backend.forward(p.cell, p.x, p.weights)
 
 
@@ -370,24 +369,29 @@ def test_a_tape_and_packed_weights_belong_to_one_gpu(device, monkeypatch):
 def test_every_plan_can_run(cell, backward):
     kernels = kernels_of(cell)
     seen = set()
-    for B, H, itemsize, (sms, shared, warps) in itertools.product(
+    for B, H, itemsize, tile, (sms, shared, warps, cluster) in itertools.product(
         (1, 2, 7, 64, 300),
         (1, 5, 33, 100, 256, 1000, 4096),
         (4, 8),
-        (H100, (2, 40_000, 2), (48, 99 * 1024, 8)),
+        (8, 16),
+        (H100, (2, 40_000, 2, 0), (48, 99 * 1024, 8, 0)),
     ):
-        device = cuda_plan.Device(sms, shared, warps)
-        plan = cuda_plan.choose(kernels, 10, B, H, itemsize, device, backward=backward)
+        device = cuda_plan.Device(sms, shared, warps, cluster)
+        precision = "ieee" if tile == 8 else "tf32"
+        plan = cuda_plan.choose(kernels, 10, B, H, itemsize, device, precision=precision, backward=backward)
         seen.add(plan.kernel)
         if plan.kernel == "steps":
             continue
         across, tiles = plan.blocks
-        assert across * tiles <= sms
         assert plan.shared <= shared
         assert across == -(-H // plan.units)
         assert tiles == -(-B // plan.rows)
-        per_unit = 1 if backward else kernels.recurrent.count
-        assert plan.units * per_unit <= cuda_plan.TILE * warps
+        if plan.kernel == "cluster":
+            assert across <= cluster
+        else:
+            assert across * tiles <= sms
+            per_unit = 1 if backward else kernels.recurrent.count
+            assert plan.units * per_unit <= tile * warps
     assert seen == ({"steps"} if kernels.two_phases else set(cuda_plan.KERNELS))
 
 
@@ -397,7 +401,8 @@ def test_the_choice():
 
     assert kernel(LSTM(), 1, 16, 256) == "steps"  # one step
     assert kernel(GRU(reset_after=False), 50, 16, 256) == "steps"
-    assert kernel(LSTM(), 50, 16, 256) == "grid"
+    assert kernel(LSTM(), 50, 16, 64) == "cluster"
+    assert kernel(LSTM(), 50, 16, 512) == "grid"
     assert kernel(LSTM(), 50, 16, 1024) == "grid"
     assert kernel(LSTM(), 50, 16, 4096) == "steps"  # no place for all blocks at once
     assert kernel(RNN(), 50, 8, 8000) == "grid_streamed"
@@ -414,7 +419,7 @@ def test_more_batch_or_units_cost_no_less():
     for cell, backward in itertools.product((RNN(), LSTM(), GRU()), (False, True)):
 
         def cost(B, H, cell=cell, backward=backward):
-            return min(cuda_plan._plans("grid_streamed", kernels_of(cell), B, H, 4, H100, backward))[0]
+            return min(cuda_plan._grids("grid_streamed", kernels_of(cell), B, H, 4, H100, 8, backward))[0]
 
         for B, H in itertools.product((1, 16, 128), (64, 256, 512)):
             assert cost(2 * B, H) >= cost(B, H)
@@ -896,7 +901,9 @@ def driver(monkeypatch):
                         "block": (config.blockDimX, config.blockDimY, config.blockDimZ),
                         "shared": config.sharedMemBytes,
                         "stream": int(config.hStream),
-                        "attributes": [(a.id, a.value.cooperative) for a in config.attrs],
+                        "attributes": [
+                            (a.id, a.value.cooperative, a.value.clusterDim.x) for a in config.attrs
+                        ],
                         "count": config.numAttrs,
                         "parameters": ctypes.c_void_p.from_address(parameters).value,
                         "first": ctypes.c_int64.from_address(
@@ -910,6 +917,9 @@ def driver(monkeypatch):
                     arguments = (function, launch)
                 calls.append((name, *arguments))
                 answers = {"cuOccupancyMaxActiveBlocksPerMultiprocessor": 1, "cuModuleLoadData": "module"}
+                answers["cuOccupancyMaxActiveClusters"] = (
+                    1 if name != "cuOccupancyMaxActiveClusters" else (int(arguments[-1].gridDimX <= 8))
+                )
                 value = arguments[-1] if name == "cuModuleGetFunction" else answers.get(name)
                 return (failing.get(name, real.CUresult.CUDA_SUCCESS), *(() if value is None else (value,)))
 
@@ -953,12 +963,27 @@ def test_launches(driver):
     assert plain["parameters"] == ctypes.addressof(job)
     flag = real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
     assert (cooperative["grid"], cooperative["shared"]) == ((2, 2, 1), 50_000)
-    assert (cooperative["attributes"], cooperative["count"]) == ([(flag, 1)], 1)
+    ((found, value, _),) = cooperative["attributes"]
+    assert (found, value, cooperative["count"]) == (flag, 1, 1)
     loads = [call for call in calls if call[0] == "cuModuleLoadData"]
-    assert loads == [("cuModuleLoadData", b"Lstm float sm_90")]  # once for both
+    assert loads == [("cuModuleLoadData", b"Lstm float sm_90 ieee")]  # once for both
     beyond = real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     assert ("cuFuncSetAttribute", b"grid_forward", beyond, 99_000) in calls
     assert [call for call in calls if call[0] == "setDevice"] == [("setDevice", 1)] * 2
+
+
+@bindings
+def test_a_cluster_is_a_row_of_the_grid(driver):
+    device, calls, _, real = driver
+    job, step = ctypes.c_int64(123), ctypes.c_int64(456)
+    device.launch("Lstm", "float", "cluster_forward", (3, 50), (job, step), 60_000, precision="tf32")
+    (launch,) = (call[2] for call in calls if call[0] == "cuLaunchKernelEx")
+    ((found, _, blocks),) = launch["attributes"]
+    assert found == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    assert (blocks, launch["grid"], launch["shared"]) == (3, (3, 50, 1), 60_000)
+    assert ("cuModuleLoadData", b"Lstm float sm_90 tf32") in calls
+    with pytest.raises(RuntimeError, match=r"^cluster_forward: a cluster of 9 blocks does not run on this"):
+        device.launch("Lstm", "float", "cluster_forward", (9, 1), (job, step))
 
 
 @bindings

@@ -101,6 +101,12 @@ def test_all_compile(monkeypatch):
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("precision", cuda_compile.PRECISIONS[1:])
+def test_each_precision_compiles(precision):
+    compile_all(("Lstm", "float", architecture, precision) for architecture in ("sm_80", "sm_90"))
+
+
+@needs_nvrtc
 def test_what_does_not_compile_says_why(tmp_path):
     with pytest.raises(
         RuntimeError, match=r'nvrtcCompileProgram: NVRTC_ERROR_COMPILATION, .* "Abacus" is undef'
@@ -128,7 +134,7 @@ def test_the_cache(compiled, tmp_path, monkeypatch):
         assert cuda_compile.cubin("Lstm", "float", "sm_90") == b"code"
     assert len(compiled) == 1
     (file,) = tmp_path.rglob("*.cubin")
-    assert file.name.startswith("Lstm-float-sm_90-")
+    assert file.name.startswith("Lstm-float-ieee-sm_90-")
     cuda_compile.cubin("Lstm", "double", "sm_90")
     cuda_compile.cubin("Lstm", "float", "sm_80")
     assert len(compiled) == 3
@@ -196,10 +202,12 @@ def test_the_sources_are_found_in_the_tree_and_in_an_installed_package(tmp_path,
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_float32_keeps_to_its_registers(tmp_path):
     """No kernel spills; all steps in one launch run with a whole block on a multiprocessor."""
-    for cell in TYPES:
+    ways = [(cell, "ieee") for cell in TYPES] + [("Lstm", name) for name in cuda_compile.PRECISIONS[1:]]
+    for cell, precision in ways:
         done = subprocess.run(
             ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-std=c++17", "-fmad=false",
              "-I", ROOT / "csrc", f"-DFUSEDRNN_CELL={cell}", "-DFUSEDRNN_DTYPE=float",
+             f"-DFUSEDRNN_PRECISION={precision}",
              ROOT / "csrc/cuda/kernels.cu", "-o", tmp_path / "kernels.cubin"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
@@ -213,7 +221,7 @@ def test_float32_keeps_to_its_registers(tmp_path):
         assert set(KERNELS) <= set(kernels)
         for kernel in KERNELS:
             stores, loads, count = kernels[kernel]
-            assert (stores, loads) == (0, 0), (cell, kernel)
+            assert (stores, loads) == (0, 0), (cell, precision, kernel)
             assert count * 256 <= 65536
 
 
@@ -229,7 +237,7 @@ PROGRAM = """
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
-#include "cuda/grid.h"
+#include "cuda/cluster.h"
 using namespace fusedrnn;
 using namespace fusedrnn::cuda;
 static char memory[1 << 24];
@@ -245,13 +253,22 @@ static void cell(const char* name) {
   part(Cell::input), part(Cell::recurrent), part(Cell::recurrent2);
   printf("\\n");
 }
-template <class T>
-static void shared(Index rows, Index columns, Index K, Index units, bool resident) {
-  const Layout layout(rows, columns, 8);
-  const Shared<T> s(layout, K, rows, units, resident);
-  const size_t bytes = size_t(reinterpret_cast<char*>(s.c + rows * units) - memory);
-  printf("shared %d %d %d %d %d %d %d %d %zu\\n", int(rows), int(columns), int(K), int(units), resident,
-         layout.column_tiles, layout.row_tiles, layout.splits, bytes / sizeof(T));
+static void print(const char* kernel, int tile, Index rows, Index columns, Index K, int column_tiles,
+                  int row_tiles, int splits, const void* end) {
+  printf("shared %s %d %d %d %d %d %d %d %zu\\n", kernel, tile, int(rows), int(columns), int(K), column_tiles,
+         row_tiles, splits, size_t(reinterpret_cast<const char*>(end) - memory));
+}
+static void shared(int tile, Index rows, Index columns, Index K) {
+  const Index units = 5;
+  const Layout layout(rows, columns, tile);
+  for (bool resident : {false, true}) {
+    const Shared<float> s(layout, K, rows, units, resident);
+    print(resident ? "grid" : "grid_streamed", tile, rows, columns, K, layout.column_tiles, layout.row_tiles,
+          layout.splits, s.c + rows * units);
+  }
+  const ClusterShared<float> s(K, rows, columns, units, tile);
+  print("cluster", tile, rows, columns, K, int(s.columns / tile), int(s.rows / kRows), s.splits,
+        s.c + rows * units);
 }
 int main() {
   @FIELDS@
@@ -260,8 +277,7 @@ int main() {
   for (Index rows : {1, 7, 8, 9, 31, 64, 200})
     for (Index columns : {1, 8, 12, 33, 64})
       for (Index K : {1, 31, 32, 100, 1000})
-        for (bool resident : {false, true})
-          shared<float>(rows, columns, K, 5, resident), shared<double>(rows, columns, K, 5, resident);
+        for (int tile : {8, 16}) shared(tile, rows, columns, K);
 }
 """
 
@@ -329,9 +345,10 @@ def test_cells(printed, cell):
 
 @needs_compiler
 def test_shared_memory(printed):
-    assert len(printed["shared"]) == 7 * 5 * 5 * 2 * 2
-    for line in printed["shared"]:
-        rows, columns, K, units, resident, *shares, elements = map(int, line)
-        layout = Layout.of(rows, columns, 8)
-        assert list(layout) == shares
-        assert shared_elements(layout, K, rows, units, bool(resident)) == elements
+    assert len(printed["shared"]) == 7 * 5 * 5 * 2 * 3
+    for kernel, *line in printed["shared"]:
+        tile, rows, columns, K, *shares, size = map(int, line)
+        of = Layout.of_cluster if kernel == "cluster" else Layout.of
+        layout = of(rows, columns, tile, 8)
+        assert list(layout) == [tile, *shares]
+        assert 4 * shared_elements(kernel, layout, K, rows, 5) == size

@@ -16,9 +16,9 @@ import pytest
 
 from cuda import emulated
 from cuda.emulated import EmulatedDevice
-from fusedrnn.backends import cuda_plan
 from fusedrnn.backends.cuda import CudaBackend
 from fusedrnn.backends.cuda_jobs import kernels_of
+from fusedrnn.backends.cuda_plan import Layout, Plan, shared_elements, tile_columns
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM
 from problems import (
@@ -54,64 +54,31 @@ def pairs(kernels: Any) -> Any:
     )
 
 
-def elements(kernel, rows, columns, units, K, warps, tile):
-    """Of a block's shared memory: Shared and ClusterShared in csrc/cuda, for any width of a tile."""
-
-    def up(n, to):
-        return -(-n // to) * to
-
-    pitch, splits = up(K, 32) + 4, 1
-    if kernel == "cluster":
-        rows_up, columns_up = up(rows, 8), up(columns, tile)
-        while splits * 2 * (rows_up // 8) * (columns_up // tile) <= warps:
-            splits *= 2
-        return (columns_up + 2 * rows_up) * pitch + splits * rows_up * columns_up + 2 * rows * units
-    column_tiles = row_tiles = 1
-    while column_tiles * tile < columns:
-        column_tiles *= 2
-    while row_tiles * 8 < rows and row_tiles * column_tiles < warps:
-        row_tiles *= 2
-    splits = warps // (column_tiles * row_tiles)
-    weights = column_tiles * tile * pitch if kernel == "grid" else 0
-    return weights + row_tiles * 8 * 260 + splits * row_tiles * 8 * column_tiles * tile + 2 * rows * units
-
-
-class Device(EmulatedDevice):
-    """Launches clusters where the backend, which does not plan them, launches a grid; of any precision."""
-
-    def __init__(self, clusters: bool, precision: str = "ieee", **options: Any) -> None:
-        super().__init__(multiprocessors=256, cluster=16, **options)
-        self.clusters, self.precision = clusters, precision
-
-    def launch(self, cell, dtype, kernel, grid, args, shared=0, cooperative=False):
-        if self.clusters and kernel.startswith("grid"):
-            kernel, cooperative = kernel.replace("grid", "cluster"), False
-        super().launch(cell, dtype, kernel, grid, args, shared, cooperative, self.precision)
-
-
 class Cut(CudaBackend):
     """The backend with the work cut as a test wants it, instead of by cuda_plan: about so many units and rows
     of a block, no more units than its warps can have, no more blocks than a cluster can."""
 
-    def __init__(self, kernel: str, units: int = 3, rows: int = 5, **options: Any) -> None:
-        device = Device(kernel == "cluster", **options)
-        super().__init__(device, "grid" if device.clusters else kernel, _tested=True)
+    def __init__(
+        self, kernel: str, units: int = 3, rows: int = 5, precision: str = "ieee", **options: Any
+    ) -> None:
+        device = EmulatedDevice(multiprocessors=256, cluster=16, **options)
+        super().__init__(device, kernel, precision, _tested=True)
         self.units, self.rows = units, rows
 
-    def _plan(self, device, cell, sizes, dtype, kernel, backward):
-        if kernel == "steps" or min(sizes) == 0:
-            return cuda_plan.Plan("steps")
+    def _plan(self, device, cell, sizes, dtype, way, backward):
+        if way.kernel == "steps" or min(sizes) == 0:
+            return Plan("steps")
         _, B, H = sizes
         R = kernels_of(cell).recurrent.count
         K, per_unit = (R * H, 1) if backward else (H, R)
-        tile = 8 if device.precision == "ieee" else 16
-        if device.clusters:
-            wanted, units = "cluster", max(self.units, -(-H // device.cluster))
+        tile = tile_columns(way.precision)
+        if way.kernel == "cluster":
+            units, of = max(self.units, -(-H // device.cluster)), Layout.of_cluster
         else:
-            wanted, units = kernel, min(self.units, tile * device.warps // per_unit)
-        shared = elements(wanted, self.rows, units * per_unit, units, K, device.warps, tile)
-        blocks = -(-H // units), -(-B // self.rows)
-        return cuda_plan.Plan(kernel, units, self.rows, blocks, dtype.itemsize * shared)
+            units, of = min(self.units, tile * device.warps // per_unit), Layout.of
+        layout = of(self.rows, units * per_unit, tile, device.warps)
+        shared = dtype.itemsize * shared_elements(way.kernel, layout, K, self.rows, units)
+        return Plan(way.kernel, units, self.rows, (-(-H // units), -(-B // self.rows)), shared)
 
 
 def shapes() -> list[tuple[tuple[int, ...], int, int]]:

@@ -27,7 +27,7 @@ COMPILER = shutil.which("g++") or shutil.which("c++")
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off",
          "-fno-math-errno", "-DFUSEDRNN_EMULATED",
          f"-I{HERE}", f"-I{CSRC}"]  # fmt: skip
-GUARD = 256  # bytes on both sides of every array, NaN, that no kernel may write
+GUARD = 8192  # bytes on both sides of every array, NaN, that no kernel may write
 
 Argument = ctypes.Structure | ctypes._SimpleCData
 
@@ -101,6 +101,7 @@ class EmulatedDevice:
         cluster: How many blocks a cluster may have.
     """
 
+    matrix_units = True
     _lock = threading.Lock()  # one launch at a time: the fibers are those of one thread
 
     def __init__(

@@ -11,11 +11,11 @@ import functools
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn.backends import cuda_cupy, cuda_plan
+from fusedrnn.backends import cuda_compile, cuda_cupy, cuda_plan
 from fusedrnn.backends.arguments import (
     ForwardArguments,
     Kind,
@@ -39,7 +39,16 @@ from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import LSTM, Cell
 
-ENVIRONMENT = "FUSEDRNN_CUDA_KERNEL"
+KERNEL, PRECISION = "FUSEDRNN_CUDA_KERNEL", "FUSEDRNN_CUDA_PRECISION"  # of the environment
+# What the self-test takes for right, relative to the largest entry; factors lose 2^-11, in bf16 2^-9.
+TOLERANCE = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
+
+
+class Way(NamedTuple):
+    """How a call is to run, as far as somebody has said."""
+
+    kernel: str | None  # out of cuda_plan.KERNELS; None: the plan chooses
+    precision: str  # out of cuda_compile.PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Tape:
 
     arguments: ForwardArguments
     packed: Packed
-    kernel: str | None  # the one that was forced
+    way: Way
     y: Array
     c: Array | None  # (T, B, H)
     saved: Array | None  # (T, B, S*H)
@@ -86,22 +95,30 @@ class CudaBackend:
 
     Args:
         device: Where the arrays are; None: CuPy's current GPU, asked at each call.
-        kernel: Out of ``cuda_plan.KERNELS``, or None: the environment variable
-            FUSEDRNN_CUDA_KERNEL, and where that is not set the plan chooses.
+        kernel: Out of ``cuda_plan.KERNELS``, or None: the environment variable FUSEDRNN_CUDA_KERNEL, and
+            where that is not set the plan chooses.
+        precision: Of weight_hh's products in float32 where all steps are one launch, out of
+            ``cuda_compile.PRECISIONS``, or None: the environment variable FUSEDRNN_CUDA_PRECISION, and where
+            that is not set "ieee". All other products are IEEE float32, and float64 always is its own.
     """
 
     name = "cuda"
 
     def __init__(
-        self, device: Device | None = None, kernel: str | None = None, *, _tested: bool = False
+        self,
+        device: Device | None = None,
+        kernel: str | None = None,
+        precision: str | None = None,
+        *,
+        _tested: bool = False,
     ) -> None:
-        if kernel is not None and kernel not in cuda_plan.KERNELS:
-            raise ValueError(f"kernel: expected one of {cuda_plan.KERNELS} or None, got {kernel!r}")
+        _known("kernel", kernel, cuda_plan.KERNELS)
+        _known("precision", precision, cuda_compile.PRECISIONS)
         self._device = device
-        self._kernel = kernel
-        self._tested: list[tuple[Device, str | None]] = []  # devices and kernels whose self-test passed
+        self._kernel, self._precision = kernel, precision
+        self._tested: list[tuple[Device, Way]] = []  # devices and ways whose self-test passed
         if _tested:
-            self._tested.append((self.device, kernel))
+            self._tested.append((self.device, self._way()))
         self.last_plan: Plan | None = None
 
     def unavailable(self) -> str | None:
@@ -115,7 +132,7 @@ class CudaBackend:
 
     def plan(self, cell: Cell, T: int, B: int, H: int, dtype: Any, *, backward: bool = False) -> Plan:
         """How a pass of these sizes would run here."""
-        return self._plan(self.device, check_cell(cell), (T, B, H), np.dtype(dtype), self._forced(), backward)
+        return self._plan(self.device, check_cell(cell), (T, B, H), np.dtype(dtype), self._way(), backward)
 
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
@@ -180,9 +197,9 @@ class CudaBackend:
             raise ValueError("regularization: is not built in the cuda backend; cpu and reference have it")
         if a.state0 is not None and a.save is not None:
             a = a._replace(state0=tuple(s.copy() for s in a.state0))  # a tape does not borrow it
-        kernel = self._forced()
-        y, stateT, states, c, saved = self._run(a, packed, kernel, a.save == "all")
-        tape = None if a.save is None else Tape(a, packed, kernel, y, c, saved)
+        way = self._way()
+        y, stateT, states, c, saved = self._run(a, packed, way, a.save == "all")
+        tape = None if a.save is None else Tape(a, packed, way, y, c, saved)
         return Forward(y, stateT, states, tape)
 
     def backward(
@@ -214,9 +231,9 @@ class CudaBackend:
         )
         if a.save == "borders":
             again = a._replace(return_states=False)
-            y, _, _, c, saved = self._run(again, packed, tape.kernel, True)
-            tape = Tape(a, packed, tape.kernel, y, c, saved)
-        run = _Launches(packed, a)
+            y, _, _, c, saved = self._run(again, packed, tape.way, True)
+            tape = Tape(a, packed, tape.way, y, c, saved)
+        run = _Launches(packed, a, tape.way.precision)
         T, B, I, H, _ = a.sizes
         device, kernels, dtype = packed.device, run.kernels, a.x.dtype
         rows = device.empty((T * B, kernels.accumulators * H), dtype)
@@ -241,7 +258,7 @@ class CudaBackend:
             dh0=run.pointer(dstate0[0] if wanted else None),
             dc0=run.pointer(dstate0[1] if wanted and kernels.has_c else None),
         )
-        plan = self._plan(device, a.cell, (T, B, H), dtype, tape.kernel, True)
+        plan = self._plan(device, a.cell, (T, B, H), dtype, tape.way, True)
         self.last_plan = plan
         if plan.kernel == "steps":
             self._steps_back(run, job, da, wanted)
@@ -289,10 +306,10 @@ class CudaBackend:
         return Gradients(dx, given, dstate0 if wanted else None)
 
     def _run(
-        self, a: ForwardArguments, packed: Packed, kernel: str | None, save: bool
+        self, a: ForwardArguments, packed: Packed, way: Way, save: bool
     ) -> tuple[Array, State, State | None, Array | None, Array | None]:
         """y, stateT, states, and with ``save`` c and what the cell saves."""
-        run = _Launches(packed, a)
+        run = _Launches(packed, a, way.precision)
         T, B, I, H, _ = a.sizes
         device, kernels, dtype = packed.device, run.kernels, a.x.dtype
         y = device.empty((T, B, H), dtype)
@@ -324,7 +341,7 @@ class CudaBackend:
             saved=run.pointer(saved),
             saved_step=B * kernels.saved * H if save else 0,
         )
-        plan = self._plan(device, a.cell, (T, B, H), dtype, kernel, False)
+        plan = self._plan(device, a.cell, (T, B, H), dtype, way, False)
         self.last_plan = plan
         if plan.kernel == "steps":
             self._steps(run, job)
@@ -379,40 +396,50 @@ class CudaBackend:
         cell: Cell,
         sizes: tuple[int, int, int],
         dtype: np.dtype[Any],
-        kernel: str | None,
+        way: Way,
         backward: bool,
     ) -> Plan:
-        facts = cuda_plan.Device(device.multiprocessors, device.shared_bytes, device.warps)
+        facts = cuda_plan.Device(device.multiprocessors, device.shared_bytes, device.warps, device.cluster)
         return cuda_plan.choose(
-            kernels_of(cell), *sizes, dtype.itemsize, facts, backward=backward, forced=kernel
+            kernels_of(cell),
+            *sizes,
+            dtype.itemsize,
+            facts,
+            precision=way.precision if dtype == np.float32 else "ieee",
+            backward=backward,
+            forced=way.kernel,
         )
 
-    def _forced(self) -> str | None:
-        """The kernel that the constructor or the environment wants."""
-        kernel = self._kernel or os.environ.get(ENVIRONMENT) or None
-        if kernel is not None and kernel not in cuda_plan.KERNELS:
+    def _way(self) -> Way:
+        """What the constructor or the environment wants."""
+        kernel = self._kernel or os.environ.get(KERNEL) or None
+        precision = self._precision or os.environ.get(PRECISION) or "ieee"
+        _known(f"environment variable {KERNEL}", kernel, cuda_plan.KERNELS)
+        _known(f"environment variable {PRECISION}", precision, cuda_compile.PRECISIONS)
+        if precision != "ieee" and not self.device.matrix_units:
             raise ValueError(
-                f"environment variable {ENVIRONMENT}: expected one of {cuda_plan.KERNELS}, got {kernel!r}"
+                f"precision: expected 'ieee' on this GPU, which has no others, got {precision!r}"
             )
-        return kernel
+        return Way(kernel, precision)
 
     def _ready(self) -> Device:
         """The device, which has passed the self-test of how it will be used."""
-        device, kernel = self.device, self._forced()
-        if not any(d is device and k == kernel for d, k in self._tested):
-            _self_test(device, kernel)
-            self._tested.append((device, kernel))
+        device, way = self.device, self._way()
+        if not any(d is device and w == way for d, w in self._tested):
+            _self_test(device, way)
+            self._tested.append((device, way))
         return device
 
 
 class _Launches:
     """The launches of one call: what they share, and the arrays they use, which live as long."""
 
-    def __init__(self, packed: Packed, a: ForwardArguments) -> None:
+    def __init__(self, packed: Packed, a: ForwardArguments, precision: str) -> None:
         self.packed, self.a = packed, a
         self.device = packed.device
         self.kernels = kernels_of(a.cell)
         self.dtype = "float" if a.x.dtype == np.float32 else "double"
+        self.precision = precision if self.dtype == "float" else "ieee"
         self.kept: list[Array] = []
         self.steps = Steps(
             a.sizes.T,
@@ -437,14 +464,27 @@ class _Launches:
         threads = 32 * self.device.warps
         blocks = min(-(-rows * self.a.sizes.H // threads), 32 * self.device.multiprocessors)
         if blocks:
-            self.device.launch(self.kernels.type, self.dtype, kernel, (blocks, 1), args)
+            self.device.launch(
+                self.kernels.type, self.dtype, kernel, (blocks, 1), args, precision=self.precision
+            )
 
     def whole(self, plan: Plan, direction: str, job: ForwardJob | BackwardJob) -> None:
         """All steps in one launch."""
-        arrived = self.device.zeros((plan.blocks[1],), np.uint32)
-        job.arrived, job.units, job.rows = self.pointer(arrived), plan.units, plan.rows
-        kernel = f"grid_{direction}" + plan.kernel.removeprefix("grid")
-        self.device.launch(self.kernels.type, self.dtype, kernel, plan.blocks, (job,), plan.shared, True)
+        job.units, job.rows = plan.units, plan.rows
+        name, _, streamed = plan.kernel.partition("_")
+        if name == "grid":
+            self.kept.append(self.device.zeros((plan.blocks[1],), np.uint32))
+            job.arrived = self.pointer(self.kept[-1])
+        self.device.launch(
+            self.kernels.type,
+            self.dtype,
+            f"{name}_{direction}{streamed and '_streamed'}",
+            plan.blocks,
+            (job,),
+            plan.shared,
+            cooperative=name == "grid",
+            precision=self.precision,
+        )
 
     @functools.cached_property
     def padding(self) -> Array | None:
@@ -506,7 +546,12 @@ def _check_current(device: Device, packed: Packed, name: str) -> None:
         raise ValueError(f"{name}: expected that of the current GPU, got another's")
 
 
-def _self_test(device: Device, kernel: str | None) -> None:
+def _known(name: str, value: str | None, names: Collection[str]) -> None:
+    if value is not None and value not in names:
+        raise ValueError(f"{name}: expected one of {tuple(names)} or None, got {value!r}")
+
+
+def _self_test(device: Device, way: Way) -> None:
     """A small LSTM against the reference, in every way that a call may go.
 
     Raises:
@@ -533,11 +578,11 @@ def _self_test(device: Device, kernel: str | None) -> None:
         return {name: get(a) for name, a in found.items()}
 
     want = results(ReferenceBackend(), np.asarray, np.asarray)
-    for way in (kernel,) if kernel else ("steps", None):
-        tested = CudaBackend(device, way, _tested=True)
+    for kernel in (way.kernel,) if way.kernel else ("steps", None):
+        tested = CudaBackend(device, kernel, way.precision, _tested=True)
         for name, got in results(tested, device.asarray, _on_host).items():
             error = float(np.abs(got - want[name]).max() / np.abs(want[name]).max())
-            if not error <= 1e-5:
+            if not error <= TOLERANCE[way.precision]:
                 raise RuntimeError(
                     f"the cuda backend's self-test failed on this GPU, with {tested.last_plan}: {name} is "
                     f"off by {error:.1e} of its largest entry; do not use it here, and please report this"

@@ -22,6 +22,7 @@ from fusedrnn.backends.protocol import Array
 
 INSTALL = "pip install 'fusedrnn[cuda13]', or 'fusedrnn[cuda12]' for a driver of CUDA 12"
 OLDEST = (7, 0)  # compute capability of the instructions that order memory
+CLUSTER = 8  # blocks that every GPU that has clusters runs as one
 
 
 @functools.cache
@@ -82,10 +83,13 @@ class CupyDevice:
         handle = _call("cuDeviceGet", number)
         self.multiprocessors = _attribute("MULTIPROCESSOR_COUNT", handle)
         self.shared_bytes = _attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", handle)
-        self.architecture = "sm_{}{}".format(*_capability(handle))
-        self._modules: dict[tuple[str, str], Any] = {}
-        self._functions: dict[tuple[str, str, str], Any] = {}
-        self._places: dict[tuple[str, str, str, int], int] = {}  # blocks of a kernel that run at once
+        capability = _capability(handle)
+        self.architecture = "sm_{}{}".format(*capability)
+        self.cluster = CLUSTER if capability >= (9, 0) else 0
+        self.matrix_units = capability >= (8, 0)
+        self._modules: dict[tuple[str, str, str], Any] = {}
+        self._functions: dict[tuple[str, str, str, str], Any] = {}
+        self._places: dict[tuple[Any, ...], int] = {}  # blocks, or clusters, of a kernel that run at once
         self._lock = threading.Lock()
 
     def is_array(self, a: Any) -> bool:
@@ -138,21 +142,39 @@ class CupyDevice:
         args: Sequence[Any],
         shared: int = 0,
         cooperative: bool = False,
+        precision: str = "ieee",
     ) -> None:
         """Run a kernel on CuPy's current stream."""
         driver = _driver()
         self._cupy.cuda.runtime.setDevice(self.number)  # its context becomes this thread's
-        function = self._function(cell, dtype, kernel)
+        function = self._function(cell, dtype, precision, kernel)
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = 32 * self.warps, 1, 1
         config.sharedMemBytes = shared
         config.hStream = driver.CUstream(self._cupy.cuda.get_current_stream().ptr)
-        if cooperative:
-            places = self._at_once((cell, dtype, kernel), function, shared)
-            if grid[0] * grid[1] > places:
+        if kernel.startswith("cluster"):
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x = grid[0]
+            attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+            config.attrs, config.numAttrs = [attribute], 1
+            clusters = (cell, dtype, precision, kernel, grid[0], shared)
+            if clusters not in self._places:
+                self._places[clusters] = _call("cuOccupancyMaxActiveClusters", function, config)
+            if self._places[clusters] == 0:
+                raise RuntimeError(f"{kernel}: a cluster of {grid[0]} blocks does not run on this GPU")
+        elif cooperative:
+            key = (cell, dtype, precision, kernel, shared)
+            if key not in self._places:
+                of_one = _call(
+                    "cuOccupancyMaxActiveBlocksPerMultiprocessor", function, 32 * self.warps, shared
+                )
+                self._places[key] = of_one * self.multiprocessors
+            if grid[0] * grid[1] > self._places[key]:
                 raise RuntimeError(
-                    f"{kernel}: {grid[0]} x {grid[1]} blocks do not run at once on this GPU, {places} do"
+                    f"{kernel}: {grid[0]} x {grid[1]} blocks do not run at once on this GPU, "
+                    f"{self._places[key]} do"
                 )
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
@@ -161,27 +183,20 @@ class CupyDevice:
         addresses = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
         _call("cuLaunchKernelEx", config, function, ctypes.addressof(addresses), 0)
 
-    def _function(self, cell: str, dtype: str, kernel: str) -> Any:
+    def _function(self, cell: str, dtype: str, precision: str, kernel: str) -> Any:
         """A kernel, loaded; what it is compiled from is cached by ``cuda_compile``."""
+        module = (cell, dtype, precision)
         with self._lock:
-            if (cell, dtype, kernel) not in self._functions:
-                if (cell, dtype) not in self._modules:
-                    code = cuda_compile.cubin(cell, dtype, self.architecture)
-                    self._modules[cell, dtype] = _call("cuModuleLoadData", code)
-                function = _call("cuModuleGetFunction", self._modules[cell, dtype], kernel.encode())
-                if kernel.startswith("grid"):  # beyond 48 KiB only when asked for
+            if (*module, kernel) not in self._functions:
+                if module not in self._modules:
+                    code = cuda_compile.cubin(cell, dtype, self.architecture, precision)
+                    self._modules[module] = _call("cuModuleLoadData", code)
+                function = _call("cuModuleGetFunction", self._modules[module], kernel.encode())
+                if kernel.startswith(("grid", "cluster")):  # beyond 48 KiB only when asked for
                     attribute = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                     _call("cuFuncSetAttribute", function, attribute, self.shared_bytes)
-                self._functions[cell, dtype, kernel] = function
-            return self._functions[cell, dtype, kernel]
-
-    def _at_once(self, name: tuple[str, str, str], function: Any, shared: int) -> int:
-        """How many blocks run at once."""
-        key = (*name, shared)
-        if key not in self._places:
-            of_one = _call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, 32 * self.warps, shared)
-            self._places[key] = of_one * self.multiprocessors
-        return self._places[key]
+                self._functions[*module, kernel] = function
+            return self._functions[*module, kernel]
 
 
 @functools.cache

@@ -19,6 +19,8 @@ class Device(Protocol):
     multiprocessors: int
     shared_bytes: int  # most dynamic shared memory that a block may ask for
     warps: int  # of a block; FUSEDRNN_WARPS of the kernels
+    cluster: int  # most blocks of a cluster; 0 where there are none
+    matrix_units: bool  # whether there are precisions but ieee
 
     def is_array(self, a: Any) -> bool:
         """Whether this is an array in the device's memory."""
@@ -51,10 +53,12 @@ class Device(Protocol):
         args: Sequence[Any],
         shared: int = 0,
         cooperative: bool = False,
+        precision: str = "ieee",
     ) -> None:
-        """Run a kernel of csrc/cuda/kernels.cu, compiled for a type of csrc/cells/cells.def and "float" or
-        "double", in blocks of 32 * ``warps`` threads.
+        """Run a kernel of csrc/cuda/kernels.cu, compiled for a type of csrc/cells/cells.def, "float" or
+        "double", and a precision of csrc/cuda/tile.h, in blocks of 32 * ``warps`` threads.
 
         ``args`` are ctypes structures and numbers, passed by value; ``shared`` is in bytes. ``cooperative``:
-        all blocks run at once, or it is a RuntimeError.
+        all blocks run at once, or it is a RuntimeError. Of a kernel whose name begins with cluster each row
+        of the grid is a cluster.
         """
