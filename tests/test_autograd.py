@@ -10,6 +10,7 @@ import fusedrnn
 import fusedrnn.functions as F
 from fusedrnn import Function, Parameter, Variable, no_grad, using_config
 from fusedrnn import optimizers as O
+from fusedrnn.backends import cuda_cupy
 
 
 def central_difference(f, arrays, dy, k, h=1e-6):
@@ -450,13 +451,14 @@ def test_sgd_clipping_and_weight_decay():
         O.SGD().update()
 
 
-def test_the_gpu_is_a_named_error():
+def test_the_gpu_is_a_named_error(monkeypatch):
+    monkeypatch.setattr(cuda_cupy, "unavailable", lambda: "CuPy is not installed: pip install it")
     for call in (
         lambda: fusedrnn.Model().to_gpu(),
         lambda: fusedrnn.DataLoader(fusedrnn.datasets.SinCurve(), 10, gpu=True),
         lambda: fusedrnn.DataLoader(fusedrnn.datasets.SinCurve(), 10).to_gpu(),
     ):
-        with pytest.raises(NotImplementedError, match="the CUDA backend does not exist yet"):
+        with pytest.raises(RuntimeError, match=r"(to_gpu|gpu=True): CuPy is not installed"):
             call()
     assert fusedrnn.cuda.get_array_module(np.ones(1)) is np
     assert not fusedrnn.cuda.gpu_enable

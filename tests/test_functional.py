@@ -117,7 +117,7 @@ class TestPack:
 
 class TestChoice:
     def test_names(self) -> None:
-        assert backends.NAMES == ("cpu", "numba", "reference")
+        assert backends.NAMES == ("cpu", "numba", "reference", "cuda")
         assert backends.get("reference").unavailable() is None
         assert backends.get("reference").name == "reference"
 

@@ -43,7 +43,7 @@ MARKS = {"cpu": [pytest.mark.kernel], "numba": [pytest.mark.slow]}
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(
-    "backend", [pytest.param(name, marks=MARKS.get(name, [])) for name in backends.NAMES]
+    "backend", [pytest.param(name, marks=MARKS.get(name, [])) for name in backends.FOR_NUMPY]
 )
 def test_every_backend_passes(cell, backend):
     if (reason := backends.get(backend).unavailable()) is not None:

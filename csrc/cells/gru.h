@@ -39,7 +39,7 @@ struct GruResetAfterLayerNorm {
   static constexpr int gates = 3, accumulators = 6, saved = 6, phases = 1;
   static constexpr bool has_c = false, has_direct = true, reads_h_prev = true, reads_h = false, layer_norm = true;
   static constexpr Part input = {0, 3, {0, 1, 2}}, recurrent = {3, 3, {0, 1, 2}}, recurrent2 = {0, 0, {}};
-  static constexpr int norm_of(int accumulator) { return accumulator / 3 * 2 + accumulator % 3 / 2; }
+  FUSEDRNN_INLINE static constexpr int norm_of(int accumulator) { return accumulator / 3 * 2 + accumulator % 3 / 2; }
 
   // The plain cell's saved values, from its accumulators n_x, r, z, q.
   template <class V>

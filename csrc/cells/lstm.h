@@ -54,7 +54,7 @@ struct LstmLayerNorm {
   static constexpr int gates = 4, accumulators = 8, saved = 8, phases = 1;
   static constexpr bool has_c = true, has_direct = false, reads_h_prev = false, reads_h = false, layer_norm = true;
   static constexpr Part input = {0, 4, {0, 1, 2, 3}}, recurrent = {4, 4, {0, 1, 2, 3}}, recurrent2 = {0, 0, {}};
-  static constexpr int norm_of(int accumulator) { return accumulator / 4; }
+  FUSEDRNN_INLINE static constexpr int norm_of(int accumulator) { return accumulator / 4; }
 
   template <class V>
   FUSEDRNN_INLINE static void gates_of(const V* p, V* a) {

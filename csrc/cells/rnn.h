@@ -40,7 +40,7 @@ struct RnnLayerNorm {
   static constexpr int gates = 1, accumulators = 2, saved = 2, phases = 1;
   static constexpr bool has_c = false, has_direct = false, reads_h_prev = false, reads_h = true, layer_norm = true;
   static constexpr Part input = {0, 1, {0}}, recurrent = {1, 1, {0}}, recurrent2 = {0, 0, {}};
-  static constexpr int norm_of(int accumulator) { return accumulator; }
+  FUSEDRNN_INLINE static constexpr int norm_of(int accumulator) { return accumulator; }
 
   template <class V>
   FUSEDRNN_INLINE static void forward(const V* p, V, V*, V& h) {

@@ -6,7 +6,6 @@
 // T. Only valid rows take part: they lie one after another in the chunk.
 #pragma once
 #include "cpu/forward.h"
-#include "cpu/steps.h"
 #include "cpu/tile.h"
 #include "simd/transpose.h"
 

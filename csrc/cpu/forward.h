@@ -3,7 +3,6 @@
 #include "cells/regularized.h"
 #include "cpu/layer_norm.h"
 #include "cpu/masks.h"
-#include "cpu/steps.h"
 #include "cpu/tile.h"
 
 namespace fusedrnn {

@@ -6,6 +6,7 @@
 
 #include "cells/cell.h"
 #include "cpu/threads.h"
+#include "steps.h"
 
 namespace fusedrnn {
 namespace cpu {
@@ -42,15 +43,6 @@ template <class T>
 struct Packed {
   const T* data;
   Index block_step;
-};
-
-// Time, rows and where each row's previous state comes from; shared by forward and backward.
-struct Steps {
-  Index T, B;
-  const Index* lengths;        // or null
-  const unsigned char* reset;  // (T, B) or null
-  bool reverse;
-  Index detach_every;  // in the order of the recurrence; 0: nowhere
 };
 
 // The saved values of the time steps [first, first + count), and the cell state of the one step before or after them.

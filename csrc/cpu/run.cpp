@@ -219,7 +219,7 @@ Index regularization_memory(const Problem& problem, int threads) {
 }
 
 // Without rows there is nothing to walk through, however many steps.
-cpu::Steps steps_of(const Problem& p) {
+Steps steps_of(const Problem& p) {
   return {p.sizes.B ? p.sizes.T : 0, p.sizes.B, p.lengths, p.reset, p.reverse, p.detach_every};
 }
 

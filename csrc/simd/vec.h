@@ -2,7 +2,7 @@
 //
 // A level is chosen by two macros: FUSEDRNN_LEVEL is its bare name, which is also the namespace (so that nothing
 // compiled for one instruction set is ever linked for another), and one of FUSEDRNN_LEVEL_PORTABLE, _PORTABLE_FMA,
-// _AVX2, _AVX512, _NEON is defined. Compile with -ffp-contract=off: every FMA is written out.
+// _AVX2, _AVX512, _NEON, _CUDA is defined. Compile with -ffp-contract=off: every FMA is written out.
 //
 // The interface, the same on every level (T is float or double):
 //   scalar, lanes, registers           the element type, elements per vector, vector registers of the machine
@@ -25,7 +25,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#include "inline.h"
 
 #if defined(FUSEDRNN_LEVEL_AVX512)
 #include "avx512.h"
@@ -35,6 +35,8 @@
 #include "neon.h"
 #elif defined(FUSEDRNN_LEVEL_PORTABLE) || defined(FUSEDRNN_LEVEL_PORTABLE_FMA)
 #include "portable.h"
+#elif defined(FUSEDRNN_LEVEL_CUDA)
+#include "scalar.h"
 #else
 #error "define FUSEDRNN_LEVEL and one FUSEDRNN_LEVEL_..."
 #endif

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusedrnn import cuda
+
 Array = npt.NDArray[Any]
 
 
@@ -125,7 +127,7 @@ class Variable:
                 "above all, has a differentiable backward pass"
             )
         if self.grad is None:
-            self.grad = Variable(np.ones_like(self._data))
+            self.grad = Variable(cuda.get_array_module(self._data).ones_like(self._data))
         if self.creator is None:
             return
         heap = [(-self.creator.order, self.creator)]  # newest first; the order is unique
@@ -251,21 +253,22 @@ class Parameter(Variable):
 def _checked(data: Any) -> Any:
     if isinstance(data, np.generic):  # what NumPy makes of sums of arrays without axes
         return np.asarray(data)
-    if data is not None and not isinstance(data, np.ndarray):
-        raise TypeError(f"data is a {type(data).__name__}, expected a NumPy array or None")
+    if data is not None and not cuda.is_array(data):
+        raise TypeError(f"data is a {type(data).__name__}, expected a NumPy array, CuPy's or None")
     return data
 
 
 def as_array(x: Any) -> Array:
     """Plain numbers as arrays without axes."""
-    return np.asarray(x)
+    array: Array = cuda.as_array(x)
+    return array
 
 
 def as_variable(x: Any) -> Variable:
     """Variables as they are; arrays and numbers as constants, which nobody asks a gradient of."""
     if isinstance(x, Variable):
         return x
-    variable = Variable(np.asarray(x))
+    variable = Variable(cuda.as_array(x))
     variable.requires_grad = False
     return variable
 
@@ -273,7 +276,8 @@ def as_variable(x: Any) -> Variable:
 def as_operand(x: Any, other: Variable) -> Variable:
     """As ``as_variable``; a plain number takes the other operand's precision."""
     if type(x) in (int, float, bool):
-        return as_variable(np.asarray(x, dtype=np.result_type(other.dtype, x)))
+        xp = cuda.get_array_module(other)
+        return as_variable(xp.asarray(x, dtype=np.result_type(other.dtype, x)))
     return as_variable(x)
 
 
@@ -315,7 +319,7 @@ class Function:
         ys = self.forward(*arrays)
         outputs, references = [], []
         for array in ys if isinstance(ys, tuple) else (ys,):
-            y = Variable(np.asarray(array))
+            y = Variable(array if type(array) is np.ndarray else cuda.as_array(array))
             outputs.append(y)
             if needed:
                 y.creator = self
@@ -359,7 +363,7 @@ class Function:
 def _gradient(gradient: Any, x: Variable, name: str) -> Variable | None:
     if gradient is None:
         return None
-    array = gradient._data if isinstance(gradient, Variable) else np.asarray(gradient)
+    array = gradient._data if isinstance(gradient, Variable) else cuda.as_array(gradient)
     if array.shape != x.shape:
         raise ValueError(
             f"{name}.backward gave a gradient of shape {array.shape}, expected {x.shape}, as its input"
@@ -436,7 +440,7 @@ class Pow(Function):
     """A plain number as exponent."""
 
     def __init__(self, exponent: float) -> None:
-        if isinstance(exponent, Variable | np.ndarray):
+        if isinstance(exponent, Variable) or cuda.is_array(exponent):
             raise TypeError(f"exponent is a {type(exponent).__name__}, expected a plain number")
         self.exponent = exponent
 
@@ -469,10 +473,10 @@ class Sum(Function):
         return a.sum(axis=self.axis, keepdims=self.keepdims)
 
     def backward(self, gy: Variable) -> Array:
-        gradient = gy._data
+        gradient, xp = gy._data, cuda.get_array_module(gy)
         if self.axis is not None and not self.keepdims:
-            gradient = np.expand_dims(gradient, self.axis)
-        return np.broadcast_to(gradient, self.inputs[0].shape)
+            gradient = xp.expand_dims(gradient, self.axis)
+        return xp.broadcast_to(gradient, self.inputs[0].shape)
 
 
 class Reshape(Function):
@@ -505,10 +509,11 @@ class GetItem(Function):
         return a[self.index]
 
     def backward(self, gy: Variable) -> Array:
-        gradient = np.zeros(self.inputs[0].shape, gy.dtype)
+        xp = cuda.get_array_module(gy)
+        gradient: Array = xp.zeros(self.inputs[0].shape, gy.dtype)
         index = self.index if isinstance(self.index, tuple) else (self.index,)
         if all(isinstance(k, int | slice | None) or k is Ellipsis for k in index):
             gradient[self.index] = gy._data
         else:
-            np.add.at(gradient, self.index, gy._data)  # such an index may name an element twice
+            xp.add.at(gradient, self.index, gy._data)  # such an index may name an element twice
         return gradient

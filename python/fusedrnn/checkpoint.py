@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import npz
+from fusedrnn import cuda, npz
 from fusedrnn.autograd import Array, Parameter, Variable
 from fusedrnn.dataloaders import DataLoader
 from fusedrnn.layers import Layer
@@ -58,14 +58,14 @@ def save(
         arrays |= {f"optimizer/{name}": array for name, array in optimizer.state().items()}
     if loader is not None:
         arrays["loader/index"] = loader.index
-    arrays |= {f"progress/{k}": v for k, v in progress.items() if isinstance(v, np.ndarray)}
+    arrays |= {f"progress/{k}": cuda.as_numpy(v) for k, v in progress.items() if cuda.is_array(v)}
     plain = {
         "format": FORMAT,
         "random": _random_state(),
         "generators": [_plain(g.bit_generator.state) for g in generators],
         "iteration": None if loader is None else loader.iteration,
         "optimizer": None if optimizer is None else type(optimizer).__name__,
-        "progress": {k: v for k, v in progress.items() if not isinstance(v, np.ndarray)},
+        "progress": {k: v for k, v in progress.items() if not cuda.is_array(v)},
     }
     arrays["plain"] = np.frombuffer(json.dumps(plain).encode(), np.uint8)
     npz.write(path, arrays, previous=previous(path))
@@ -127,8 +127,7 @@ def previous(path: npz.PathLike) -> Path:
 def _values(name: str, p: Parameter) -> Array:
     if p._data is None:
         raise ValueError(f"{name} has no values yet: its size is known at the first call")
-    values: Array = p._data
-    return values
+    return cuda.as_numpy(p._data)
 
 
 def _carried(model: Layer) -> dict[str, Array]:
@@ -143,7 +142,7 @@ def _carried(model: Layer) -> dict[str, Array]:
                         f"the state {key} still leads back into a graph, which a checkpoint cannot hold: "
                         "save after unchain_backward() or reset_state()"
                     )
-                found[key] = value._data
+                found[key] = cuda.as_numpy(value._data)
     return found
 
 
@@ -155,7 +154,7 @@ def _set_carried(model: Layer, states: dict[str, Array]) -> None:
                 setattr(layer, name, None)
     for key, array in states.items():
         path, _, name = key.rpartition("/")
-        setattr(layers[path], name, Variable(array))
+        setattr(layers[path], name, Variable(layers[path].place(array)))
 
 
 def _random_state() -> list[Any]:

@@ -78,7 +78,8 @@ def note(text: str) -> None:
 def add_info(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Shows the version, the compiler, the instruction sets that were built, that this processor has and "
-        "that is in use, the number of threads, and each backend; where one cannot run here, why."
+        "that is in use, the number of threads, and each backend; where one cannot run here, why. With "
+        "a GPU also how the cuda backend would run some sizes."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
 
@@ -105,6 +106,7 @@ def run_info(args: argparse.Namespace) -> None:
     for name, why in found["backends"].items():
         default = ", the default here" if name == found["backend"] else ""
         rows.append((f"backend {name}", f"absent: {why}" if why else f"available{default}"))
+    rows += [(f"cuda, {size}", plans) for size, plans in found["cuda"].items()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:{width}}  {value}")
@@ -147,7 +149,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help=f"out of {','.join(bench.PEERS)} (default: all that are installed, without the last two)",
     )
-    parser.add_argument("--backend", choices=backends.NAMES, help="our backend (default: the fastest)")
+    parser.add_argument("--backend", choices=backends.FOR_NUMPY, help="our backend (default: the fastest)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads for everybody (default: all)")
     parser.add_argument("--memory", action="store_true", help="also show bytes saved and peak memory")
     parser.add_argument("--quick", action="store_true", help="a few small cases, few repetitions")

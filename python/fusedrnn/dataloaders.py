@@ -19,7 +19,8 @@ class DataLoader:
     The loader is its own iterator. A round that was broken off goes on where it stopped, until ``reset()``:
     so does one that a checkpoint took up. The order is drawn from NumPy's global generator, at the start and
     after each round. ``index`` is the order, ``iteration`` the number of batches given in this round,
-    ``max_iter`` that of a whole round, ``data_size`` the number of samples.
+    ``max_iter`` that of a whole round, ``data_size`` the number of samples. With ``gpu=True`` the batches are
+    CuPy arrays; the data set stays in NumPy's.
     """
 
     def __init__(self, dataset: Any, batch_size: int, shuffle: bool = True, gpu: bool = False) -> None:
@@ -47,9 +48,9 @@ class DataLoader:
         if self.iteration >= self.max_iter:
             self.reset()
             raise StopIteration
-        batch = self.batch(self.iteration)
+        x, t = self.batch(self.iteration)
         self.iteration += 1
-        return batch
+        return (cuda.as_cupy(x), cuda.as_cupy(t)) if self.gpu else (x, t)
 
     next = __next__
 
@@ -67,10 +68,17 @@ class DataLoader:
         return x.reshape(index.shape + x.shape[1:]), t.reshape(index.shape + t.shape[1:])
 
     def to_cpu(self) -> None:
-        """Nothing to do: batches are NumPy arrays."""
+        """Batches are NumPy arrays from here on."""
+        self.gpu = False
 
     def to_gpu(self) -> None:
+        """Batches are CuPy arrays from here on.
+
+        Raises:
+            RuntimeError: There is no GPU, or something is missing; the message says what.
+        """
         cuda.require_gpu("DataLoader.to_gpu")
+        self.gpu = True
 
 
 class SeqDataLoader(DataLoader):

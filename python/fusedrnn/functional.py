@@ -5,7 +5,8 @@
 
 Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (= H), ``G`` gates. What a
 call means in detail (padding, resets, direction) is in ``fusedrnn.backends.protocol``; several layers are in
-``fusedrnn.stack``.
+``fusedrnn.stack``. With CuPy arrays in place of NumPy's a call runs on their GPU (docs/cuda.md); all arrays
+of a call are of one kind.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn import backends
+from fusedrnn import backends, cuda
 from fusedrnn.backends.protocol import (
     NEED,
     Array,
@@ -97,20 +98,26 @@ class Ragged:
 
     def pad(self, name: str, rows: Any, rank: int = 2) -> Array:
         """Packed rows (sum, ...) as a padded sequence (T, B, ...)."""
-        if not isinstance(rows, np.ndarray):
-            raise TypeError(f"{name}: expected a NumPy array, got {type(rows).__name__}")
+        if not cuda.is_array(rows):
+            raise TypeError(f"{name}: expected a NumPy array or CuPy's, got {type(rows).__name__}")
         total = int(self.valid.sum())
         if rows.ndim != rank or len(rows) != total:
             shape = f"({total},{' ·' if rank == 2 else ''})"
             raise ValueError(f"{name}: expected packed rows of shape {shape}, got {rows.shape}")
-        padded: Array = np.zeros((*self.valid.shape, *rows.shape[1:]), rows.dtype)
-        padded[self.valid] = rows
+        xp = cuda.get_array_module(rows)
+        padded: Array = xp.zeros((*self.valid.shape, *rows.shape[1:]), rows.dtype)
+        padded[xp.asarray(self.valid)] = rows
         return padded
 
     def rows(self, padded: Array) -> Array:
         """A padded sequence (T, B, ...) as packed rows (sum, ...)."""
-        packed: Array = padded[self.valid]
+        packed: Array = padded[cuda.get_array_module(padded).asarray(self.valid)]
         return packed
+
+
+def _chosen(backend: str | None, array: Any) -> Backend:
+    """The backend of this name, else that for the array."""
+    return backends.usable("cuda" if backend is None and cuda.on_gpu(array) else backend)
 
 
 def pack(cell: Cell, weights: Weights, backend: str | None = None) -> Packed:
@@ -121,7 +128,7 @@ def pack(cell: Cell, weights: Weights, backend: str | None = None) -> Packed:
     Args:
         cell: ``RNN()``, ``LSTM()`` or ``GRU()`` with its options.
         weights: As in ``forward``.
-        backend: Name of the backend, see ``fusedrnn.backends.get``.
+        backend: As in ``forward``.
 
     Returns:
         What ``forward`` takes in place of the weights; it then runs on the same backend.
@@ -130,7 +137,7 @@ def pack(cell: Cell, weights: Weights, backend: str | None = None) -> Packed:
         TypeError, ValueError: An argument is wrong; the message names it.
         RuntimeError: The backend cannot run here.
     """
-    chosen = backends.usable(backend)
+    chosen = _chosen(backend, getattr(weights, "weight_ih", None))
     return Packed(chosen, cell, chosen.pack(cell, weights))
 
 
@@ -167,8 +174,8 @@ def forward(
         lengths: (B,) integers from 0 to T. From its length on a row's state stands still and y is 0.
         reset: (T, B) bool, true where step t is the first of a new segment: the state is cut between t-1
             and t.
-        batch_sizes: (T,) integers, never increasing: x, y, states and reset are then packed rows (sum, ·), as
-            in ``torch.nn.utils.rnn.PackedSequence``; not together with ``lengths``.
+        batch_sizes: (T,) integers, never increasing, NumPy's: x, y, states and reset are then packed rows
+            (sum, ·), as in ``torch.nn.utils.rnn.PackedSequence``; not together with ``lengths``.
         reverse: Run from each row's last step down to step 0.
         return_states: Also return the states of every step, those of padding held.
         detach_every: Truncate back-propagation: after every so many steps, counted as they run, the state
@@ -178,7 +185,8 @@ def forward(
             where that is None, as in evaluation. The same seed gives the same masks.
         save: What the tape keeps: "all"; "borders", some states only, and run forward again in backward
             (recompute); or None for no tape.
-        backend: "cpu", "numba", "reference", or None: see ``fusedrnn.backends.get``.
+        backend: "cpu", "numba", "reference", "cuda", or None: "cuda" for CuPy arrays, for others see
+            ``fusedrnn.backends.get``.
 
     Returns:
         y (T, B, P); stateT like state0; states (T, B, ·) each, or None; tape for ``backward``, or None. The
@@ -196,7 +204,7 @@ def forward(
             raise ValueError(f"cell: expected {weights.cell}, for which the weights were packed, got {cell}")
         weights = weights.weights
     else:
-        chosen = backends.usable(backend)
+        chosen = _chosen(backend, x)
     ragged = None
     if batch_sizes is not None:
         if lengths is not None:
@@ -204,7 +212,7 @@ def forward(
         ragged = Ragged.of(batch_sizes)
         x = ragged.pad("x", x)
         reset = None if reset is None else ragged.pad("reset", reset, rank=1)
-        lengths = ragged.lengths
+        lengths = cuda.get_array_module(x).asarray(ragged.lengths)
     out = chosen.forward(
         cell,
         x,

@@ -4,12 +4,13 @@
 # NumPy methods on arrays of open dtype give Any
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fusedrnn import autograd, functional
+from fusedrnn import autograd, cuda, functional
 from fusedrnn import stack as layered
 from fusedrnn.autograd import Array, Function, Variable, as_variable, config, sum_to
 from fusedrnn.backends.protocol import Weights
@@ -18,7 +19,7 @@ from fusedrnn.cells import Cell
 
 class Exp(Function):
     def forward(self, x: Array) -> Array:
-        self.y = np.exp(x)
+        self.y = cuda.get_array_module(x).exp(x)
         return self.y
 
     def backward(self, gy: Variable) -> Array:
@@ -27,7 +28,7 @@ class Exp(Function):
 
 class Log(Function):
     def forward(self, x: Array) -> Array:
-        return np.log(x)
+        return cuda.get_array_module(x).log(x)
 
     def backward(self, gy: Variable) -> Array:
         return gy._data / self.inputs[0]._data
@@ -35,7 +36,7 @@ class Log(Function):
 
 class Tanh(Function):
     def forward(self, x: Array) -> Array:
-        self.y = np.tanh(x)
+        self.y = cuda.get_array_module(x).tanh(x)
         return self.y
 
     def backward(self, gy: Variable) -> Array:
@@ -46,8 +47,9 @@ class Sigmoid(Function):
     """1 / (1 + exp(-x)), by exp(-|x|), which cannot overflow."""
 
     def forward(self, x: Array) -> Array:
-        e = np.exp(-np.abs(x))
-        self.y = np.where(x < 0, e, 1) / (1 + e)
+        xp = cuda.get_array_module(x)
+        e = xp.exp(-xp.abs(x))
+        self.y = xp.where(x < 0, e, 1) / (1 + e)
         return self.y
 
     def backward(self, gy: Variable) -> Array:
@@ -58,10 +60,12 @@ class ReLU(Function):
     """x where it is positive or NaN, else 0."""
 
     def forward(self, x: Array) -> Array:
-        return np.where(x <= 0, np.zeros_like(x), x)
+        xp = cuda.get_array_module(x)
+        return xp.where(x <= 0, xp.zeros_like(x), x)
 
     def backward(self, gy: Variable) -> Array:
-        return np.where(self.inputs[0]._data <= 0, np.zeros_like(gy._data), gy._data)
+        xp = cuda.get_array_module(gy)
+        return xp.where(self.inputs[0]._data <= 0, xp.zeros_like(gy._data), gy._data)
 
 
 class Concatenate(Function):
@@ -69,11 +73,11 @@ class Concatenate(Function):
         self.axis = axis
 
     def forward(self, *xs: Array) -> Array:
-        self.cuts = np.cumsum([x.shape[self.axis] for x in xs])[:-1]
-        return np.concatenate(xs, self.axis)
+        self.cuts = list(itertools.accumulate(x.shape[self.axis] for x in xs))[:-1]
+        return cuda.get_array_module(xs[0]).concatenate(xs, self.axis)
 
     def backward(self, gy: Variable) -> tuple[Array, ...]:
-        return tuple(np.split(gy._data, self.cuts, self.axis))
+        return tuple(cuda.get_array_module(gy).split(gy._data, self.cuts, self.axis))
 
 
 class Stack(Function):
@@ -81,10 +85,10 @@ class Stack(Function):
         self.axis = axis
 
     def forward(self, *xs: Array) -> Array:
-        return np.stack(xs, self.axis)
+        return cuda.get_array_module(xs[0]).stack(xs, self.axis)
 
     def backward(self, gy: Variable) -> tuple[Array, ...]:
-        return tuple(np.moveaxis(gy._data, self.axis, 0))
+        return tuple(cuda.get_array_module(gy).moveaxis(gy._data, self.axis, 0))
 
 
 class Where(Function):
@@ -94,14 +98,15 @@ class Where(Function):
         self.condition = condition
 
     def forward(self, a: Array, b: Array) -> Array:
-        return np.where(self.condition, a, b)
+        return cuda.get_array_module(a).where(self.condition, a, b)
 
     def backward(self, gy: Variable) -> tuple[Array, ...]:
         a, b = self.inputs
-        zero = np.zeros_like(gy._data)
+        xp = cuda.get_array_module(gy)
+        zero = xp.zeros_like(gy._data)
         return (
-            sum_to(np.where(self.condition, gy._data, zero), a.shape),
-            sum_to(np.where(self.condition, zero, gy._data), b.shape),
+            sum_to(xp.where(self.condition, gy._data, zero), a.shape),
+            sum_to(xp.where(self.condition, zero, gy._data), b.shape),
         )
 
 
@@ -111,7 +116,9 @@ class Linear(Function):
     def forward(self, x: Array, W: Array, b: Array | None = None) -> Array:
         if x.ndim == 0 or W.ndim != 2 or x.shape[-1] != W.shape[0]:
             raise ValueError(f"linear: x has shape {x.shape}, expected (..., I) with W {W.shape} = (I, O)")
-        self.x = np.asarray(x, W.dtype)
+        if cuda.on_gpu(x) != cuda.on_gpu(W):
+            raise TypeError(f"linear: x is an array of {_module(x)}, expected one of {_module(W)}, as W")
+        self.x = cuda.as_array(x, W.dtype)
         y: Array = self.x.reshape(-1, W.shape[0]) @ W
         if b is not None:
             y += b
@@ -120,7 +127,8 @@ class Linear(Function):
     def backward(self, gy: Variable) -> tuple[Array | None, ...]:
         x, W = self.inputs[:2]
         rows = gy._data.reshape(-1, W.shape[1])
-        back = np.multiply if W.shape[1] == 1 else np.matmul  # an outer product takes BLAS four times as long
+        xp = cuda.get_array_module(gy)
+        back = xp.multiply if W.shape[1] == 1 else xp.matmul  # an outer product takes BLAS four times as long
         gradients = (
             back(rows, W._data.T).reshape(x.shape) if x.requires_grad else None,
             self.x.reshape(-1, W.shape[0]).T @ rows if W.requires_grad else None,
@@ -134,12 +142,14 @@ class Dropout(Function):
         self.ratio = ratio
 
     def forward(self, x: Array) -> Array:
-        self.keep = np.random.rand(*x.shape) > self.ratio
+        xp = cuda.get_array_module(x)
+        self.keep = xp.asarray(np.random.rand(*x.shape) > self.ratio)
         self.scale = x.dtype.type(1 / (1 - self.ratio))
-        return np.where(self.keep, x * self.scale, np.zeros_like(x))
+        return xp.where(self.keep, x * self.scale, xp.zeros_like(x))
 
     def backward(self, gy: Variable) -> Array:
-        return np.where(self.keep, gy._data * self.scale, np.zeros_like(gy._data))
+        xp = cuda.get_array_module(gy)
+        return xp.where(self.keep, gy._data * self.scale, xp.zeros_like(gy._data))
 
 
 class MeanSquaredError(Function):
@@ -152,7 +162,7 @@ class MeanSquaredError(Function):
             raise ValueError(f"mean_squared_error: t has shape {t.shape}, expected that of y, {y.shape}")
         self.difference = y - t
         self.batch = y.shape[1] if y.ndim == 3 else y.shape[0]
-        return np.asarray((self.difference * self.difference).sum() / self.batch)
+        return cuda.as_array((self.difference * self.difference).sum() / self.batch)
 
     def backward(self, gy: Variable) -> tuple[Array | None, ...]:
         t = self.inputs[1]
@@ -169,14 +179,16 @@ class SoftmaxCrossEntropy(Function):
             )
         if t.size and not (t.min() >= 0 and t.max() < x.shape[1]):
             raise ValueError(f"softmax_cross_entropy: t has values outside 0..{x.shape[1] - 1}")
+        xp = cuda.get_array_module(x)
         shifted = x - x.max(axis=1, keepdims=True)
-        self.log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-        return np.asarray(-self.log_p[np.arange(len(t)), t].sum() / len(t))
+        self.log_p = shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
+        return cuda.as_array(-self.log_p[xp.arange(len(t)), t].sum() / len(t))
 
     def backward(self, gy: Variable) -> tuple[Array, None]:
         t = self.inputs[1]._data
-        gradient = np.exp(self.log_p)
-        gradient[np.arange(len(t)), t] -= 1
+        xp = cuda.get_array_module(gy)
+        gradient: Array = xp.exp(self.log_p)
+        gradient[xp.arange(len(t)), t] -= 1
         return gradient * (gy._data / len(t)), None
 
 
@@ -207,10 +219,10 @@ class Fused(Function):
 
     def forward(self, x: Array, *arrays: Array) -> tuple[Array, ...]:
         dtype = arrays[0].dtype
-        x = np.asarray(x, dtype)
+        x = cuda.as_array(x, dtype)
         state: list[Array] = []
         for s in arrays[len(self.flat) :]:
-            state.append(np.asarray(s, dtype))
+            state.append(cuda.as_array(s, dtype))
         state0 = tuple(state) or None
         if self.step:
             x = x[np.newaxis]
@@ -236,7 +248,7 @@ class Fused(Function):
         if any(wanted[1 + len(self.flat) :]):
             need.add("state0")
         dtype = self.inputs[1].dtype
-        gradients = [None if g is None else np.asarray(g._data, dtype, order="C") for g in gys]
+        gradients = [None if g is None else _contiguous(g._data, dtype) for g in gys]
         if self.step:
             gradients = [None, *gradients]
         dy, dstateT, dstates = gradients[0], tuple(gradients[1 : 1 + n]), tuple(gradients[1 + n :]) or None
@@ -251,6 +263,15 @@ class Fused(Function):
         found = [getattr(slot, name) for slot, names in zip(slots, self.names, strict=True) for name in names]
         states = () if len(self.inputs) == 1 + len(self.flat) else dstate0 or (None,) * n
         return dx, *found, *states
+
+
+def _module(x: Any) -> str:
+    return cuda.get_array_module(x).__name__
+
+
+def _contiguous(array: Any, dtype: Any) -> Array:
+    contiguous: Array = cuda.get_array_module(array).asarray(array, dtype, order="C")
+    return contiguous
 
 
 def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> functional.Packed:
@@ -306,7 +327,7 @@ def stack(xs: Sequence[Any], axis: int = 0) -> Variable:
 
 def where(condition: Array, a: Any, b: Any) -> Variable:
     """a where the condition holds, else b."""
-    return Where(np.asarray(condition, bool))(a, b)
+    return Where(cuda.as_array(condition, bool))(a, b)
 
 
 def matmul(a: Any, b: Any) -> Variable:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import backends as registry
-from fusedrnn import functional
+from fusedrnn import cuda, functional
 from fusedrnn import stack as layered
 from fusedrnn.backends.protocol import Array, Regularization, Weights
 from fusedrnn.cells import CELLS, Cell, layer_norm
@@ -322,6 +322,10 @@ Results = dict[str, tuple[Any, ...]]
 
 def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
     """Outputs and gradients by name, each a tuple with one array for each layer and direction, or one."""
+    if backend == "cuda":
+        p = p.map(cuda.as_cupy)
+        rest = {n: cuda.as_cupy(a) for n in ("lengths", "reset") if (a := getattr(p, n)) is not None}
+        p = dataclasses.replace(p, **rest)
     option, names = p.option, p.cell.states
     zoneout_c = option.zoneout if "c" in names else 0.0
     shared: dict[str, Any] = {
@@ -344,7 +348,7 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
     found |= {f"{n}T": (s,) for n, s in zip(names, out.stateT, strict=True)}
     found |= {f"{n} states": (s,) for n, s in zip(names, out.states or (), strict=False)}
     if not upstream:
-        return found
+        return _on_host(found)
     if option.layers == 1 and not option.bidirectional:
         dstates = None if p.dstates is None else tuple(s[0] for s in p.dstates)
         g = functional.backward(out.tape, p.dy, tuple(s[0] for s in p.dstateT), dstates)
@@ -356,7 +360,11 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
         if w is not None:
             found[f"d{name}"] = tuple(getattr(d, name) for d in dweights)
     found |= {f"d{n}0": (s,) for n, s in zip(names, dstate0 or (None,) * len(names), strict=True)}
-    return found
+    return _on_host(found)
+
+
+def _on_host(found: Results) -> Results:
+    return {name: tuple(map(cuda.as_numpy, arrays)) for name, arrays in found.items()}
 
 
 def _error(got: Any, truth: Array, dtype: np.dtype[Any]) -> float:

@@ -9,6 +9,7 @@ call with ``(B, I)`` is one time step, one with ``(T, B, I)`` a whole sequence i
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -28,6 +29,8 @@ State = tuple[Variable, ...]
 
 class Layer:
     """Attributes that are a ``Parameter`` or a ``Layer`` belong to it, in the order of assignment."""
+
+    gpu = False  # whether parameters are, and states begin, on a GPU
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self.forward(*inputs, **options)
@@ -68,7 +71,7 @@ class Layer:
         for name, p in self.named_params():
             if p._data is None:
                 raise ValueError(f"{name} has no values yet: its size is known at the first call")
-            arrays[name] = p._data
+            arrays[name] = cuda.as_numpy(p._data)
         npz.write(path, arrays)
 
     def load_weights(self, path: PathLike) -> None:
@@ -83,7 +86,7 @@ class Layer:
         """Set every parameter from its array; all are checked before the first is set."""
         left = dict(arrays)
         done: set[int] = set()
-        moves: list[tuple[Parameter, Array]] = []
+        moves: list[tuple[Layer, Parameter, Array]] = []
         sized: list[tuple[Layer, dict[str, Array]]] = []
         for path, layer in self.walk():
             prefix = f"{path}/" if path else ""
@@ -98,23 +101,59 @@ class Layer:
                     if key not in left:
                         raise ValueError(f"{source}: entry {key!r} is missing")
                     taken[name] = npz.checked(left.pop(key), shape, key, source)
-                moves.append((parameter, taken[name].astype(layer.dtype_of(name, taken[name]), order="C")))
+                values = taken[name].astype(layer.dtype_of(name, taken[name]), order="C")
+                moves.append((layer, parameter, values))
             sized.append((layer, taken))
         if left:
             extra = ", ".join(map(repr, sorted(left)))
             raise ValueError(f"{source}: extra entries that the model does not have: {extra}")
         for layer, taken in sized:
             layer.check_sizes(taken, source)
-        for parameter, array in moves:
-            parameter.assign(array)
+        for layer, parameter, array in moves:
+            parameter.assign(layer.place(array))
         for layer, taken in sized:
             layer.take_sizes(taken)
 
     def to_cpu(self) -> None:
-        """Nothing to do: parameters are NumPy arrays."""
+        """Parameters, their gradients and carried states become NumPy arrays."""
+        self._move(False)
 
     def to_gpu(self) -> None:
+        """Parameters, their gradients and carried states become CuPy arrays, on the current GPU. What is not
+        known yet is drawn as on the CPU and then goes there too. A carried state leaves its graph.
+
+        Raises:
+            RuntimeError: There is no GPU, or something is missing; the message says what.
+        """
         cuda.require_gpu(f"{type(self).__name__}.to_gpu")
+        self._move(True)
+
+    def _move(self, gpu: bool) -> None:
+        for _, layer in self.walk():
+            layer.gpu = gpu
+            for name, value in list(vars(layer).items()):
+                if (
+                    isinstance(value, Variable)
+                    and value._data is not None
+                    and cuda.on_gpu(value._data) != gpu
+                ):
+                    moved = layer.place(value._data)
+                    if not isinstance(value, Parameter):
+                        setattr(layer, name, Variable(moved))
+                        continue
+                    value.assign(moved)
+                    if value.grad is not None:
+                        value.grad = Variable(layer.place(value.grad._data))
+
+    @property
+    def xp(self) -> Any:
+        """The array module of the parameters."""
+        return importlib.import_module("cupy") if self.gpu else np
+
+    def place(self, array: Array) -> Array:
+        """The array where the parameters are."""
+        placed: Array = cuda.as_cupy(array) if self.gpu else cuda.as_numpy(array)
+        return placed
 
     # What load_weights asks; a layer whose sizes may be open, or that can read another layout, overrides it.
 
@@ -167,7 +206,7 @@ class Linear(Layer):
         x = as_variable(x)
         if self.W._data is None:
             self.in_size = _size("the last axis of x", x.shape[-1] if x.ndim else 0)
-            self.W.assign(_draw(self.in_size, self.out_size, self.dtype))
+            self.W.assign(self.place(_draw(self.in_size, self.out_size, self.dtype)))
         return F.linear(x, self.W, self.b)
 
     def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
@@ -309,8 +348,8 @@ class Recurrent(Layer):
             return None if h is None else (as_variable(h),)
         if h is None and c is None:
             return None
-        h = np.zeros_like(as_variable(c)._data) if h is None else h
-        c = np.zeros_like(as_variable(h)._data) if c is None else c
+        h = _zeros_like(c) if h is None else h
+        c = _zeros_like(h) if c is None else c
         return as_variable(h), as_variable(c)
 
     @state.setter
@@ -336,8 +375,9 @@ class Recurrent(Layer):
         layers = len(self.suffixes)
         expected = (batch, self.hidden_size) if layers == 1 else (layers, batch, self.hidden_size)
         for s in given:
+            what = "the carried state" if state is None else "the state passed in"
+            self._check_place(what, s)
             if s._data.shape != expected:
-                what = "the carried state" if state is None else "the state passed in"
                 hint = "; call reset_state() before a batch of another size" if state is None else ""
                 name = "h" if s is given[0] else "c"
                 raise ValueError(f"{what} {name} has shape {s.shape}, expected {expected}{hint}")
@@ -427,7 +467,7 @@ class Recurrent(Layer):
             shape = (*x.shape[:2], self.hidden_size * (2 if self.bidirectional else 1))
             scale = 1 / (1 - self.dropout)
             keeps = [np.random.rand(*shape) >= self.dropout for _ in range(self.num_layers - 1)]
-            masks = [np.where(keep, scale, 0).astype(self.dtype) for keep in keeps]
+            masks = [self.place(np.where(keep, scale, 0).astype(self.dtype)) for keep in keeps]
         if self.fused:
             return self._fused(x, begin, lengths, reset, return_states, detach_every, masks)
         return self._unfused(x, begin, lengths, reset, masks)
@@ -440,18 +480,26 @@ class Recurrent(Layer):
             raise ValueError(f"x has shape {x.shape}, expected {expected}")
         if x._data.dtype.kind not in "fiub":
             raise TypeError(f"x has dtype {x.dtype}, expected real numbers")
+        self._check_place("x", x)
 
-    @staticmethod
-    def _per_row(name: str, value: Any, shape: tuple[int, ...], kinds: str) -> Array | None:
+    def _check_place(self, what: str, x: Variable) -> None:
+        if cuda.on_gpu(x._data) != self.gpu:
+            module = "cupy" if self.gpu else "numpy"
+            raise TypeError(
+                f"{what} is an array of {cuda.get_array_module(x).__name__}, expected one of {module}, as "
+                "the layer's parameters are (to_gpu and to_cpu move them)"
+            )
+
+    def _per_row(self, name: str, value: Any, shape: tuple[int, ...], kinds: str) -> Array | None:
         if value is None:
             return None
-        array = np.asarray(value)
+        array: Array = cuda.as_array(value)
         if array.dtype.kind not in kinds:
             expected = "booleans" if kinds == "b" else "integers"
             raise TypeError(f"{name} has dtype {array.dtype}, expected {expected}")
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
-        return array
+        return self.place(array)
 
     # Fused: one node
 
@@ -523,7 +571,7 @@ class Recurrent(Layer):
                 weights.append(parameter)
         if weights[1]._data is None:  # not drawn before a state needs it
             rows = self.cell.gates * self.hidden_size
-            weights[1] = as_variable(np.zeros((rows, self.hidden_size), self.dtype))
+            weights[1] = as_variable(self.xp.zeros((rows, self.hidden_size), self.dtype))
         return names, weights
 
     # Unfused: one node per operation
@@ -559,7 +607,7 @@ class Recurrent(Layer):
         n, D = len(self.cell.states), 2 if self.bidirectional else 1
         if T == 0:
             raise ValueError("x has no time steps; fused=False needs at least one")
-        active = None if lengths is None else np.arange(T)[:, np.newaxis] < lengths
+        active = None if lengths is None else self.xp.arange(T)[:, np.newaxis] < lengths
         inputs = [x[t] for t in range(T)]
         ends: list[State] = []
         states: list[list[State]] = []  # of each layer and direction, step by step
@@ -585,7 +633,7 @@ class Recurrent(Layer):
     def _first(self, begin: State | None, k: int, batch: int) -> State:
         if begin is None:
             return tuple(
-                as_variable(np.zeros((batch, self.hidden_size), self.dtype)) for _ in self.cell.states
+                as_variable(self.xp.zeros((batch, self.hidden_size), self.dtype)) for _ in self.cell.states
             )
         return begin if len(self.suffixes) == 1 else tuple(s[k] for s in begin)
 
@@ -627,7 +675,7 @@ class Recurrent(Layer):
 
     @property
     def _zero(self) -> Array:
-        return np.zeros((), self.dtype)
+        return self.xp.zeros((), self.dtype)
 
     # Sizes, start, files
 
@@ -642,7 +690,7 @@ class Recurrent(Layer):
                     matrix = np.empty((self.cell.gates * H, size), self.dtype)
                     for gate in self.draws:
                         matrix[gate * H : (gate + 1) * H] = _draw(size, H, self.dtype).T
-                    p.assign(matrix)
+                    p.assign(self.place(matrix))
 
     def _settle(self, in_size: int, needs_hidden: bool) -> None:
         """Draw what was open, at a call."""
@@ -783,6 +831,11 @@ class GRU(Recurrent):
             r, z = F.sigmoid(xr + hr), F.sigmoid(xz + hz)
             n = F.tanh(xn + self._part(w, "hh", r * h, slice(2, 3)))
         return ((1 - z) * n + z * h,)
+
+
+def _zeros_like(x: Any) -> Variable:
+    data = as_variable(x)._data
+    return as_variable(cuda.get_array_module(data).zeros_like(data))
 
 
 def _gates(a: Variable, count: int) -> tuple[Variable, ...]:

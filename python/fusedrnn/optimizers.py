@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from fusedrnn import cuda
 from fusedrnn.autograd import Array, Parameter
 from fusedrnn.layers import Layer
 
@@ -39,10 +40,12 @@ class Optimizer:
         """One step."""
         if self.target is None:
             raise RuntimeError("update before setup(model)")
-        pairs = [(p, np.asarray(p.grad._data, p.dtype)) for p in self.target.params() if p.grad is not None]
+        pairs = [
+            (p, cuda.as_array(p.grad._data, p.dtype)) for p in self.target.params() if p.grad is not None
+        ]
         self.t += 1
         if self.max_norm is not None:
-            norm = math.sqrt(math.fsum(float(np.square(g, dtype=np.float64).sum()) for _, g in pairs))
+            norm = math.sqrt(math.fsum(_square_sum(g) for _, g in pairs))
             if norm > self.max_norm:
                 pairs = [(p, g * (self.max_norm / norm)) for p, g in pairs]
         for p, g in pairs:
@@ -55,11 +58,19 @@ class Optimizer:
         """Change ``p._data`` in place by the gradient g."""
         raise NotImplementedError(f"{type(self).__name__}.move")
 
+    def slot(self, p: Parameter) -> dict[str, Array]:
+        """What is kept for the parameter, where its array is."""
+        slot = self.slots.setdefault(p, {})
+        for name, array in slot.items():
+            if cuda.on_gpu(array) != cuda.on_gpu(p._data):
+                slot[name] = cuda.like(array, p._data)
+        return slot
+
     def state(self) -> dict[str, Any]:
         """What an exact resume needs: the count of steps and arrays named ``slot/parameter``."""
         assert self.target is not None
         return {"t": np.asarray(self.t)} | {
-            f"{slot}/{name}": array
+            f"{slot}/{name}": cuda.as_numpy(array)
             for name, p in self.target.named_params()
             for slot, array in self.slots.get(p, {}).items()
         }
@@ -76,7 +87,7 @@ class Optimizer:
             slot, _, name = key.partition("/")
             if name not in params or params[name].shape != array.shape:
                 raise ValueError(f"optimiser state {key}: shape {array.shape} fits no parameter of the model")
-            slots.setdefault(params[name], {})[slot] = array.copy()
+            slots.setdefault(params[name], {})[slot] = array.copy()  # moved where the parameter is when used
         self.slots, self.t = slots, int(state["t"])
 
 
@@ -112,19 +123,25 @@ class Adam(Optimizer):
         self.alpha, self.beta1, self.beta2, self.eps = alpha, beta1, beta2, eps
 
     def move(self, p: Parameter, g: Array) -> None:
-        if p not in self.slots:
-            self.slots[p] = {"m": np.zeros_like(p._data), "v": np.zeros_like(p._data)}
-        m, v = self.slots[p]["m"], self.slots[p]["v"]
+        xp = cuda.get_array_module(p)
+        slot = self.slot(p)
+        if not slot:
+            slot |= {"m": xp.zeros_like(p._data), "v": xp.zeros_like(p._data)}
+        m, v = slot["m"], slot["v"]
         step = self.alpha * math.sqrt(1 - self.beta2**self.t) / (1 - self.beta1**self.t)
         work = g - m
         work *= 1 - self.beta1
         m += work
-        np.multiply(g, g, out=work)
+        xp.multiply(g, g, out=work)
         work -= v
         work *= 1 - self.beta2
         v += work
-        np.sqrt(v, out=work)
+        xp.sqrt(v, out=work)
         work += self.eps
-        np.divide(m, work, out=work)
+        xp.divide(m, work, out=work)
         work *= step
         p._data -= work
+
+
+def _square_sum(g: Any) -> float:
+    return float(cuda.get_array_module(g).square(g, dtype=np.float64).sum())

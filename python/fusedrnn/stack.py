@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn import functional
+from fusedrnn import cuda, functional
 from fusedrnn.backends.arguments import check_cell, check_need, check_regularization, entries
 from fusedrnn.backends.protocol import Array, Forward, Regularization, State, Weights
 from fusedrnn.cells import Cell
@@ -102,6 +102,7 @@ def forward_stack(
     if masks is None and dropout > 0 and L > 1 and not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng: expected a numpy Generator where dropout acts, got {type(rng).__name__}")
 
+    xp = cuda.get_array_module(x)
     results: list[Forward] = []
     used: list[Array | None] = []
     y = x
@@ -111,7 +112,7 @@ def forward_stack(
             if mask is not None:
                 _check_mask(f"masks[{layer - 1}]", mask, y)
             elif masks is None and dropout > 0 and rng is not None:
-                mask = dropout_mask(rng, dropout, y.shape, y.dtype)
+                mask = xp.asarray(dropout_mask(rng, dropout, y.shape, y.dtype))
             used.append(mask)
             y = y if mask is None else y * mask
         outs = [
@@ -132,10 +133,10 @@ def forward_stack(
             for n in range(layer * D, layer * D + D)
         ]
         results += outs
-        y = outs[0].y if D == 1 else np.concatenate([out.y for out in outs], axis=2)
-    stateT = tuple(np.stack([r.stateT[k] for r in results]) for k in range(len(cell.states)))
+        y = outs[0].y if D == 1 else xp.concatenate([out.y for out in outs], axis=2)
+    stateT = tuple(xp.stack([r.stateT[k] for r in results]) for k in range(len(cell.states)))
     all_states = [r.states for r in results if r.states is not None]
-    states = tuple(np.stack(s) for s in zip(*all_states, strict=True)) if all_states else None
+    states = tuple(xp.stack(s) for s in zip(*all_states, strict=True)) if all_states else None
     tape = Tape(cell, [r.tape for r in results], D, used, y.shape) if save is not None else None
     return Forward(y, stateT, states, tape)
 
@@ -177,7 +178,7 @@ def backward_stack(
     dweights: list[Weights] = []
     dstate0: list[State] = []
     for layer in reversed(range(N // D)):
-        dys = [None] * D if dx is None else np.split(dx, D, axis=2)
+        dys = [None] * D if dx is None else cuda.get_array_module(dx).split(dx, D, axis=2)
         need_layer = wanted if layer == 0 else wanted | {"x"}
         gradients = [
             functional.backward(
@@ -192,9 +193,8 @@ def backward_stack(
         mask = tape.masks[layer - 1] if layer > 0 else None
         if dx is not None and mask is not None:
             dx = dx * mask
-    return StackGradients(
-        dx, dweights, tuple(np.stack(s) for s in zip(*dstate0, strict=True)) if "state0" in wanted else None
-    )
+    stacked = (cuda.get_array_module(s[0]).stack(s) for s in zip(*dstate0, strict=True))
+    return StackGradients(dx, dweights, tuple(stacked) if "state0" in wanted else None)
 
 
 def _entry(states: tuple[Array | None, ...] | None, n: int) -> tuple[Array | None, ...] | None:
@@ -210,20 +210,24 @@ def _check_states(name: str, cell: Cell, states: Any, N: int) -> None:
     for state, s in zip(cell.states, entries(name, cell, states), strict=True):
         if s is None and name != "state0":
             continue
-        if not isinstance(s, np.ndarray):
-            raise TypeError(f"{name} {state}: expected a NumPy array, got {type(s).__name__}")
+        if not cuda.is_array(s):
+            raise TypeError(f"{name} {state}: expected a NumPy array or CuPy's, got {type(s).__name__}")
         if s.ndim == 0 or len(s) != N:
             raise ValueError(f"{name} {state}: expected {N} layers x directions first, got shape {s.shape}")
 
 
 def _check_mask(name: str, mask: Any, y: Array) -> None:
     _check_like(name, mask, y.shape)
+    if cuda.on_gpu(mask) != cuda.on_gpu(y):
+        raise TypeError(
+            f"{name}: expected an array like x, {type(y).__module__}'s, got {type(mask).__module__}'s"
+        )
     if mask.dtype != y.dtype:
         raise TypeError(f"{name}: expected dtype {y.dtype} (that of x), got {mask.dtype}")
 
 
 def _check_like(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name}: expected a NumPy array, got {type(value).__name__}")
+    if not cuda.is_array(value):
+        raise TypeError(f"{name}: expected a NumPy array or CuPy's, got {type(value).__name__}")
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")

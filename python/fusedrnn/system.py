@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import backends
+from fusedrnn.cells import LSTM
 from fusedrnn.threads import get_num_threads, get_team
+
+PLANNED = ((100, 1, 64), (50, 16, 256), (100, 64, 512), (25, 128, 1024))  # T, B, H whose plans info shows
 
 
 def version() -> str:
@@ -31,7 +34,7 @@ def info() -> dict[str, Any]:
 
     Keys: ``version``, ``python``, ``numpy``, ``compiler``, ``built`` and ``detected`` (instruction sets),
     ``isa`` (the one in use), ``threads``, ``team`` (whose threads), ``backends`` (name -> None or why not),
-    ``backend`` (the default).
+    ``backend`` (the default), ``cuda`` (how that backend would run some sizes; empty where it cannot run).
     """
     found: dict[str, Any] = {
         "version": version(),
@@ -52,12 +55,27 @@ def info() -> dict[str, Any]:
         found |= {key: value for key, value in _core.info().items() if key != "version"}
     found["backends"] = {name: backends.get(name).unavailable() for name in backends.NAMES}
     found["backend"] = backends.get().name
+    found["cuda"] = _cuda_plans() if found["backends"]["cuda"] is None else {}
     return found
+
+
+def _cuda_plans() -> dict[str, str]:
+    """The plans of an LSTM in float32, forward and backward, by its sizes."""
+    backend: Any = backends.get("cuda")
+    plans = {}
+    for T, B, H in PLANNED:
+        forward, backward = (
+            backend.plan(LSTM(), T, B, H, "float32", backward=back) for back in (False, True)
+        )
+        plans[f"LSTM T={T} B={B} H={H}"] = f"{forward}; back {backward}"
+    return plans
 
 
 def environment() -> dict[str, Any]:
     """What a measurement has to say beside its figures."""
-    found = {key: value for key, value in info().items() if key not in ("backends", "backend", "threads")}
+    found = {
+        key: value for key, value in info().items() if key not in ("backends", "backend", "threads", "cuda")
+    }
     found |= {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),

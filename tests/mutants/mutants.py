@@ -21,11 +21,11 @@ class Mutant(NamedTuple):
 
 
 LSTM, GRU, RNN, REGULARIZED = (f"cells/{f}.h" for f in ("lstm", "gru", "rnn", "regularized"))
-FORWARD, BACKWARD, STEPS, PACK, TILE, MASKS = (
-    f"cpu/{f}.h" for f in ("forward", "backward", "steps", "pack", "tile", "masks")
+FORWARD, BACKWARD, PACK, TILE, MASKS = (
+    f"cpu/{f}.h" for f in ("forward", "backward", "pack", "tile", "masks")
 )
 RUN, MATH, TRANSPOSE, PHILOX = "cpu/run.cpp", "simd/math.h", "simd/transpose.h", "simd/philox.h"
-NORM = "cpu/layer_norm.h"
+STEPS, NORM = "steps.h", "cpu/layer_norm.h"
 
 MUTANTS = [
     # the cells, forward

@@ -13,13 +13,19 @@ from typing import cast
 
 from fusedrnn.backends.protocol import Backend
 
-_CLASSES = {"cpu": "CpuBackend", "numba": "NumbaBackend", "reference": "ReferenceBackend"}
+_CLASSES = {
+    "cpu": "CpuBackend",
+    "numba": "NumbaBackend",
+    "reference": "ReferenceBackend",
+    "cuda": "CudaBackend",
+}
 
-NAMES = tuple(_CLASSES)  # in the order in which they are tried
+NAMES = tuple(_CLASSES)
+FOR_NUMPY = NAMES[:-1]  # in the order in which they are tried; the last one is for arrays on a GPU
 
 
 def get(name: str | None = None) -> Backend:
-    """The backend of this name, else that in FUSEDRNN_BACKEND, else the first of ``NAMES`` that can run.
+    """The backend of this name, else that in FUSEDRNN_BACKEND, else the first of ``FOR_NUMPY`` that can run.
 
     A named backend is returned even where it cannot run, so that ``get(name).unavailable()`` can say why.
 
@@ -63,4 +69,4 @@ def _load(name: str) -> Backend:
 
 @functools.cache
 def _first() -> Backend:
-    return next(b for b in map(_load, NAMES) if b.unavailable() is None)
+    return next(b for b in map(_load, FOR_NUMPY) if b.unavailable() is None)

@@ -2,12 +2,13 @@
 
 Every wrong argument is a TypeError (wrong kind of thing, wrong dtype) or a ValueError (wrong shape or value)
 that names the argument, what it got and what was expected. Arrays come out aligned and C-contiguous (``x``
-only along its last axis: any strides over T and B, in whole elements), and are copied only where needed.
+only along its last axis: any strides over T and B, in whole elements), and are copied only where needed. They
+are NumPy's, or of the kind that a backend says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,23 @@ from fusedrnn.backends.protocol import NEED, Array, Regularization, State, Weigh
 from fusedrnn.cells import CELLS, Cell, layer_norm
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # what compiled backends take
+
+
+class Kind(NamedTuple):
+    """The arrays that a backend takes."""
+
+    words: str
+    is_array: Callable[[Any], bool]
+    plain: Callable[[Any], Array]  # the array without a subclass
+    copy: Callable[[Any], Array]  # a C-contiguous one
+
+
+NUMPY = Kind(
+    "a NumPy array",
+    lambda a: isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray),
+    np.asarray,
+    lambda a: np.array(a, order="C", subok=False),
+)
 
 
 class Sizes(NamedTuple):
@@ -63,7 +81,7 @@ def check_cell(cell: Any) -> Cell:
 
 
 def check_weights(
-    cell: Cell, weights: Any, dtypes: Collection[np.dtype[Any]] = FLOATS
+    cell: Cell, weights: Any, dtypes: Collection[np.dtype[Any]] = FLOATS, kind: Kind = NUMPY
 ) -> tuple[Weights, int, int]:
     """The checked weights with their I and H."""
     check_cell(cell)
@@ -71,7 +89,7 @@ def check_weights(
         raise TypeError(
             f"weights: expected Weights (or what pack of this backend returned), got {_kind(weights)}"
         )
-    _array("weight_ih", weights.weight_ih)
+    _array("weight_ih", weights.weight_ih, kind)
     dtype = weights.weight_ih.dtype
     if dtype not in dtypes:
         raise TypeError(f"weight_ih: expected dtype {_names(dtypes)}, got {dtype}")
@@ -97,7 +115,7 @@ def check_weights(
     checked = [
         None
         if value is None and name not in ("weight_ih", "weight_hh")
-        else _checked(name, value, dtype, shapes[name])
+        else _checked(name, value, dtype, shapes[name], kind)
         for name, value in weights._asdict().items()
     ]
     return Weights(*checked), I, H
@@ -151,19 +169,20 @@ def check_forward(
     regularization: Any = None,
     save: Any = "all",
     dtypes: Collection[np.dtype[Any]] = FLOATS,
+    kind: Kind = NUMPY,
 ) -> ForwardArguments:
-    """Check and normalise the arguments of ``forward``; ``dtypes`` are those that the backend takes."""
-    weights, I, H = check_weights(cell, weights, dtypes)
+    """Check and normalise the arguments of ``forward``; ``dtypes`` and ``kind``: what the backend takes."""
+    weights, I, H = check_weights(cell, weights, dtypes, kind)
     dtype = weights.weight_ih.dtype
-    x = _sequence(x, dtype, I)
+    x = _sequence(x, dtype, I, kind)
     T, B, _ = x.shape
     if state0 is not None:
         given = entries("state0", cell, state0)
         state0 = tuple(
-            _checked(f"state0 {n}", s, dtype, (B, H)) for n, s in zip(cell.states, given, strict=True)
+            _checked(f"state0 {n}", s, dtype, (B, H), kind) for n, s in zip(cell.states, given, strict=True)
         )
     if lengths is not None:
-        _array("lengths", lengths)
+        _array("lengths", lengths, kind)
         if lengths.dtype.kind not in "iu":
             raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
         _shape("lengths", lengths, (B,))
@@ -173,11 +192,11 @@ def check_forward(
             )
         lengths = lengths.astype(np.int64)
     if reset is not None:
-        _array("reset", reset)
+        _array("reset", reset, kind)
         if reset.dtype != np.bool_:
             raise TypeError(f"reset: expected dtype bool (not 0/1 of another dtype), got {reset.dtype}")
         _shape("reset", reset, (T, B))
-        reset = np.array(reset, order="C")
+        reset = kind.copy(reset)
     for name, flag in (("reverse", reverse), ("return_states", return_states)):
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{name}: expected True or False, got {_kind(flag)}")
@@ -223,6 +242,7 @@ def check_backward(
     *,
     need: Any = None,
     return_states: bool,
+    kind: Kind = NUMPY,
 ) -> BackwardArguments:
     """Check and normalise the arguments of ``backward`` against what ``forward`` saw.
 
@@ -235,22 +255,23 @@ def check_backward(
         dstates: One entry per state, (T, B, ·) or None each, or None; only after return_states.
         need: Names out of NEED, or None for all.
         return_states: What the forward call was given.
+        kind: The arrays that the backend takes.
     """
     T, B, _, H, P = sizes
     dtype = weights.weight_ih.dtype
     if dy is not None:
-        dy = _checked("dy", dy, dtype, (T, B, P))
+        dy = _checked("dy", dy, dtype, (T, B, P), kind)
     width = {"h": P, "c": H}
     if dstateT is not None:
         given = entries("dstateT", cell, dstateT)
         dstateT = tuple(
-            None if d is None else _checked(f"dstateT {n}", d, dtype, (B, width[n]))
+            None if d is None else _checked(f"dstateT {n}", d, dtype, (B, width[n]), kind)
             for n, d in zip(cell.states, given, strict=True)
         )
     if dstates is not None:
         given = entries("dstates", cell, dstates)
         dstates = tuple(
-            None if d is None else _checked(f"dstates {n}", d, dtype, (T, B, width[n]))
+            None if d is None else _checked(f"dstates {n}", d, dtype, (T, B, width[n]), kind)
             for n, d in zip(cell.states, given, strict=True)
         )
     dstateT, dstates = (None if d is None or all(e is None for e in d) else d for d in (dstateT, dstates))
@@ -282,9 +303,9 @@ def _names(dtypes: Collection[np.dtype[Any]]) -> str:
     return " or ".join(str(d) for d in dtypes)
 
 
-def _array(name: str, value: Any) -> None:
-    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected a NumPy array, got {_kind(value)}")
+def _array(name: str, value: Any, kind: Kind) -> None:
+    if not kind.is_array(value):
+        raise TypeError(f"{name}: expected {kind.words}, got {_kind(value)}")
     if not value.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got dtype {value.dtype.str}")
 
@@ -294,29 +315,29 @@ def _shape(name: str, value: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")
 
 
-def _checked(name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+def _aligned(value: Array) -> bool:
+    return getattr(value.flags, "aligned", True)  # CuPy's always are
+
+
+def _checked(name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...], kind: Kind) -> Array:
     """The array, C-contiguous and aligned."""
-    _array(name, value)
+    _array(name, value, kind)
     if value.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype} (that of weight_ih), got {value.dtype}")
     _shape(name, value, shape)
-    if value.flags.c_contiguous and value.flags.aligned:
-        return np.asarray(value)
-    return np.array(value, order="C", subok=False)
+    return (kind.plain if value.flags.c_contiguous and _aligned(value) else kind.copy)(value)
 
 
-def _sequence(x: Any, dtype: np.dtype[Any], I: int) -> Array:
+def _sequence(x: Any, dtype: np.dtype[Any], I: int, kind: Kind) -> Array:
     """x with any strides over T and B, in whole elements."""
-    _array("x", x)
+    _array("x", x, kind)
     if x.dtype != dtype:
         raise TypeError(f"x: expected dtype {dtype} (that of weight_ih), got {x.dtype}")
     if x.ndim != 3 or x.shape[2] != I:
         raise ValueError(f"x: expected shape (T, B, {I}), got {x.shape}")
     size = x.itemsize
-    whole = x.flags.aligned and all(stride % size == 0 for stride in x.strides)
-    if not whole or (x.strides[2] != size and I > 1):
-        return np.array(x, order="C", subok=False)
-    return np.asarray(x)
+    whole = _aligned(x) and all(stride % size == 0 for stride in x.strides)
+    return (kind.plain if whole and (x.strides[2] == size or I == 1) else kind.copy)(x)
 
 
 def entries(name: str, cell: Cell, value: Any) -> Sequence[Any]:

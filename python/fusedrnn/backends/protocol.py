@@ -86,7 +86,7 @@ NEED = ("x", *Weights._fields, "state0")
 
 
 class Backend(Protocol):
-    """One backend: ``reference``, ``cpu``, ``numba``."""
+    """One backend: ``reference``, ``cpu``, ``numba``, ``cuda``."""
 
     name: str
 

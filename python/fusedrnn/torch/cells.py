@@ -62,11 +62,10 @@ class CellMixin(torch.nn.RNNCellBase):
             return reason
         if not isinstance(input, Tensor):
             return f"the input is a {type(input).__name__}"
-        dtype = input.dtype
-        reason = paths.unsupported(dtype, (input, *(state or ())))
+        reason = paths.unsupported(input.dtype, input.device, (input, *(state or ())))
         if reason is not None:
             return reason
-        if self._bfloat16_in_autocast and paths.autocast(dtype):
+        if self._bfloat16_in_autocast and paths.autocast(input):
             return "autocast is on"
         reason = self._misshapen(input, state)
         if reason is not None:
@@ -74,7 +73,7 @@ class CellMixin(torch.nn.RNNCellBase):
         packed = self.__dict__.get("_fusedrnn_packed")
         if packed is None:
             packed = self.__dict__["_fusedrnn_packed"] = PackedWeights()
-        return packed.of(self.cell, dtype, weights, self.input_size, self.hidden_size)
+        return packed.of(self.cell, input, weights, self.input_size, self.hidden_size)
 
     def _misshapen(self, input: Tensor, state: tuple[Any, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""

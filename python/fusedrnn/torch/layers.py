@@ -195,7 +195,7 @@ class Recurrent(torch.nn.RNNBase):
             return self._packed_sequence(input, state0, packed, weights)
         options["regularization"] = self._regularization()
         x, state0, options = self._to_kernels(input, state0, options)
-        run = self._kernels(packed, weights, known(options, len(x)))
+        run = self._kernels(packed, weights, known(options, x))
         return self._from_kernels(input, options, self._stack(x, state0, run))
 
     def _kernels(self, packed: list[Packed], weights: list[Weights], options: dict[str, Any]) -> Run:
@@ -232,15 +232,16 @@ class Recurrent(torch.nn.RNNBase):
         data = input.data if isinstance(input, PackedSequence) else input
         if not isinstance(data, Tensor):
             return f"the input is a {type(input).__name__}"
-        dtype = data.dtype
-        reason = paths.unsupported(dtype, (data, *(state or ())))
+        reason = paths.unsupported(data.dtype, data.device, (data, *(state or ())))
         if reason is not None:
             return reason
-        if self.mode != "GRU" and paths.autocast(dtype):  # PyTorch's GRU returns float32 all the same
+        if self.mode != "GRU" and paths.autocast(data):  # PyTorch's GRU returns float32 all the same
             return "autocast is on"
         reason = self._misshapen(input, state)
         if reason is not None:
             return reason
+        if not data.is_cpu and (option := self._only_ours()) is not None:
+            return f"{option} is not built for a GPU"
         packs = self.__dict__.get("_fusedrnn_packed")
         if packs is None:
             packs = self.__dict__["_fusedrnn_packed"] = [PackedWeights() for _ in self._all_weights]
@@ -248,7 +249,7 @@ class Recurrent(torch.nn.RNNBase):
         D, H = 2 if self.bidirectional else 1, self.hidden_size
         for j, pack in enumerate(packs):
             I = self.input_size if j < D else D * H
-            packed = pack.of(self.cell, dtype, weights[j], I, H)
+            packed = pack.of(self.cell, data, weights[j], I, H)
             if isinstance(packed, str):
                 return packed
             found.append(packed)
@@ -297,12 +298,13 @@ class Recurrent(torch.nn.RNNBase):
         """Rows of different lengths, longest first: padded for the kernel, whose results are packed again."""
         sizes = input.batch_sizes
         B, T = int(sizes[0]), len(sizes)
-        valid = torch.arange(B) < sizes[:, None]  # (T, B)
+        running = torch.arange(B) < sizes[:, None]  # (T, B), on the CPU, as PyTorch's batch sizes are
+        valid = running.to(input.data.device)
         if state0 is not None and input.sorted_indices is not None:
             state0 = tuple(s.index_select(1, input.sorted_indices) for s in state0)
         x = input.data.new_zeros(T, B, input.data.size(-1)).masked_scatter(valid[:, :, None], input.data)
-        options = {"lengths": valid.sum(0), "reset": None, "regularization": self._regularization()}
-        run = self._kernels(packed, weights, known(options, T))
+        options = {"lengths": running.sum(0), "reset": None, "regularization": self._regularization()}
+        run = self._kernels(packed, weights, known(options, x))
         y, final, _ = self._stack(x, state0, run, valid)
         if input.unsorted_indices is not None:
             final = tuple(s.index_select(1, input.unsorted_indices) for s in final)
@@ -350,7 +352,7 @@ class Recurrent(torch.nn.RNNBase):
         """What ``forward`` returns."""
         y, final, states = results
         if states and options["lengths"] is not None:  # held there, and the kernels take no gradient of that
-            padding = torch.arange(y.size(0))[:, None] >= options["lengths"]
+            padding = (torch.arange(y.size(0))[:, None] >= options["lengths"]).to(y.device)
             states = tuple([s.masked_fill(padding[:, :, None], 0) for s in states])
         if input.dim() == 2:
             y, final = y.squeeze(1), tuple([s.squeeze(1) for s in final])

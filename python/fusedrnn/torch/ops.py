@@ -79,7 +79,7 @@ class Inputs(NamedTuple):
             "detach_every": call.detach_every,
             "regularization": _regularization(call, self.seed),
         }
-        return known(options, self.x.size(0))
+        return known(options, self.x)
 
 
 class ForwardInputs(NamedTuple):

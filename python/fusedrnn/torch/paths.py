@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedrnn.torch import gpu
+
 FUSED = "fused"
 
 
@@ -72,17 +74,23 @@ def mode() -> str | None:
     return None
 
 
-def unsupported(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> str | None:
-    """Why the kernels cannot take these tensors, or None; all have to be of the dtype, the input's."""
+def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tensor | None]) -> str | None:
+    """Why the kernels cannot take these tensors, or None; all have to be of the input's dtype and device."""
     if dtype is not torch.float32 and dtype is not torch.float64:
         return f"the dtype is {dtype}"
+    on_cpu = device.type == "cpu"
+    if not on_cpu:
+        if device.type != "cuda":
+            return f"the device is {device.type}"
+        if (reason := gpu.unavailable()) is not None:
+            return f"the device is cuda: {reason}"
     for t in tensors:
         if t is None:
             continue
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return f"there is a {type(t).__name__} in a tensor's place"
-        if not t.is_cpu:
-            return f"the device is {t.device.type}"
+        if not t.is_cpu if on_cpu else t.device != device:
+            return f"the devices are {device} and {t.device}"
         if t.layout is not torch.strided or t.is_nested or t.is_neg():
             return "a tensor's memory is not plainly strided"
         if t.dtype is not dtype:
@@ -90,9 +98,9 @@ def unsupported(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> str | N
     return None
 
 
-def autocast(dtype: torch.dtype) -> bool:
-    """Whether autocast would lower this dtype."""
-    return dtype is torch.float32 and torch.is_autocast_enabled("cpu")
+def autocast(t: Tensor) -> bool:
+    """Whether autocast would lower this tensor's dtype."""
+    return t.dtype is torch.float32 and torch.is_autocast_enabled(t.device.type)
 
 
 def state(hx: Any, pair: bool) -> tuple[Any, ...]:

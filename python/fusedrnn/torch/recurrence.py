@@ -1,23 +1,26 @@
 """One layer in one direction on tensors: the kernels behind ``torch.autograd``.
 
-Tensors and arrays share their memory, so nothing is copied that a kernel can read where it lies: x may be
-batch first, sliced or expanded over time and batch.
+Tensors on the CPU go to the backend in use there, tensors on a GPU to ``cuda``. Tensors and arrays share
+their memory, so nothing is copied that a kernel can read where it lies: x may be batch first, sliced or
+expanded over time and batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fusedrnn import backends, cells
 from fusedrnn.backends.protocol import Array, Backend, Forward, Weights
 from fusedrnn.cells import Cell
-from fusedrnn.torch import paths
+from fusedrnn.torch import gpu, paths
 
 TWICE = (
     "fusedrnn: the kernels have no second derivatives; use fusedrnn.torch.to_torch(model), or run forward "
@@ -42,12 +45,14 @@ class Trace(NamedTuple):
     tensor: weakref.ref[Tensor]
     version: int
     place: int
-    sample: Array  # a view of some elements
+    sample: Array | None  # a view of some elements; none on a GPU, for which the CPU would have to wait
     were: bytes
 
     @classmethod
     def of(cls, w: Tensor) -> Trace:
         n = w.numel()
+        if not w.is_cpu:
+            return cls(weakref.ref(w), w._version, w.data_ptr(), None, b"")
         sample = whole(w).reshape(-1)[:: 1 if n <= SMALL else n // SAMPLE | 1]  # odd: of more than one column
         return cls(weakref.ref(w), w._version, w.data_ptr(), sample, sample.tobytes())
 
@@ -57,6 +62,7 @@ class Packed(NamedTuple):
 
     cell: Cell
     dtype: torch.dtype
+    device: torch.device
     backend: Backend
     weights: Any  # what the backend packed
     traces: tuple[Trace | None, ...]
@@ -74,7 +80,7 @@ class Packed(NamedTuple):
                 or w._version != version
                 or w.data_ptr() != place
                 or not w.is_contiguous()
-                or sample.tobytes() != were
+                or (sample is not None and sample.tobytes() != were)
             ):
                 return False
         return True
@@ -93,14 +99,15 @@ class PackedWeights:
     def __init__(self) -> None:
         self._kept: Packed | None = None
 
-    def of(
-        self, cell: Cell, dtype: torch.dtype, weights: Sequence[Tensor | None], I: int, H: int
-    ) -> Packed | str:
-        """The packed weights, made anew where they have changed; or why the kernels cannot take them."""
-        kept = self._kept
+    def of(self, cell: Cell, input: Tensor, weights: Sequence[Tensor | None], I: int, H: int) -> Packed | str:
+        """The packed weights, made anew where they have changed; or why the kernels cannot take them beside
+        such an input."""
+        kept, dtype, device = self._kept, input.dtype, input.device
         if kept is not None and kept.fresh(weights) and kept.cell is cell:
-            return kept if kept.dtype is dtype else "dtypes differ"
-        reason = paths.unsupported(dtype, weights)
+            if kept.dtype is not dtype:
+                return "dtypes differ"
+            return kept if kept.device == device else f"the devices are {device} and {kept.device}"
+        reason = paths.unsupported(dtype, device, weights)
         if reason is not None:
             return reason
         rows = cell.gates * H
@@ -111,9 +118,7 @@ class PackedWeights:
         # A tensor of inference mode has no version.
         keep = not any(w is not None and (w.is_inference() or not w.is_contiguous()) for w in weights)
         traces = tuple(Trace.of(w) if keep and w is not None else None for w in weights)
-        backend = backends.usable(None)
-        arrays = Weights(*map(whole, weights))
-        packed = Packed(cell, dtype, backend, backend.pack(cell, arrays), traces)
+        packed = Packed(cell, dtype, device, *_packed(cell, weights), traces)
         if keep:
             self._kept = packed
         return packed
@@ -129,36 +134,60 @@ class PackedWeights:
         return PackedWeights, ()
 
 
+def _packed(cell: Cell, weights: Sequence[Tensor | None]) -> tuple[Backend, Any]:
+    """The backend of where the weights are, and what it packs."""
+    first = weights[0]
+    assert first is not None, "every cell has weight_ih"
+    if first.is_cpu:
+        backend = backends.usable(None)
+        return backend, backend.pack(cell, Weights(*map(whole, weights)))
+    with gpu.on(first):
+        backend = gpu.backend()
+        return backend, backend.pack(cell, Weights(*map(whole, weights)))
+
+
+def array(t: Tensor) -> Any:
+    """The tensor's memory as an array of the backend."""
+    t = t.detach() if t.requires_grad else t
+    return t.numpy() if t.is_cpu else gpu.array(t)
+
+
+def tensor(a: Any) -> Tensor:
+    """The memory of a backend's array as a tensor."""
+    return torch.from_numpy(a) if type(a) is np.ndarray else gpu.tensor(a)
+
+
 def whole(t: Tensor | None) -> Any:
     """The tensor's memory as an array in one piece, copied only where it is not."""
-    return None if t is None else (t.detach() if t.requires_grad else t).contiguous().numpy()
+    return None if t is None else array(t.contiguous())
 
 
 def sequence(t: Tensor | None) -> Any:
     """The tensor's memory as an array with contiguous features, which is all that the kernels ask."""
     if t is None or (t.stride(-1) != 1 and t.size(-1) != 1):
         return whole(t)
-    return (t.detach() if t.requires_grad else t).numpy()
+    return array(t)
 
 
-def known(options: dict[str, Any], T: int) -> dict[str, Any]:
-    """The options of a call with ``lengths``, ``reset`` and ``regularization`` as the backends take them,
-    values checked."""
+def known(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
+    """The options of a call on x (T, B, I) with ``lengths``, ``reset`` and ``regularization`` as the backend
+    of its device takes them, values checked."""
     lengths, reset, regularization = options["lengths"], options["reset"], options["regularization"]
     if lengths is None and reset is None and regularization is None:
         return options
     if regularization is not None and regularization.seed is not None:
         regularization = regularization._replace(seed=int(regularization.seed))
     if lengths is not None:
-        lengths = whole(lengths.to(torch.int64))
-        if lengths.size and (lengths.min() < 0 or lengths.max() > T):
-            raise ValueError(f"lengths: expected 0 to T = {T}, got {lengths.min()} to {lengths.max()}")
+        found, T = whole(lengths.to(torch.int64)), len(x)
+        if found.size and (found.min() < 0 or found.max() > T):
+            raise ValueError(f"lengths: expected 0 to T = {T}, got {found.min()} to {found.max()}")
+        lengths = found if x.is_cpu else whole(lengths.to(x.device, torch.int64))
     if reset is not None:
         if reset.dtype is not torch.bool:
             if not bool(((reset == 0) | (reset == 1)).all()):
                 raise ValueError("reset: expected booleans, or 0 and 1 alone, got other values")
             reset = reset != 0
-        reset = whole(reset)
+        reset = whole(reset.to(x.device))
     return {**options, "lengths": lengths, "reset": reset, "regularization": regularization}
 
 
@@ -196,6 +225,12 @@ class Call:
 
     def run(self, x: Tensor, state0: Sequence[Tensor] | None, save: str | None) -> Forward:
         """The kernel forward."""
+        if x.is_cpu:
+            return self._run(x, state0, save)
+        with gpu.on(x):
+            return self._run(x, state0, save)
+
+    def _run(self, x: Tensor, state0: Sequence[Tensor] | None, save: str | None) -> Forward:
         packed, data = self.packed, sequence(x)
         return packed.backend.forward(
             packed.cell,
@@ -211,7 +246,7 @@ class Call:
         """What ``recurrence`` returns."""
         # With the axis that several layers and directions are joined by: to add it here costs least.
         found = out.stateT if self.step else [out.y, *[s[None] for s in (*out.stateT, *(out.states or ()))]]
-        return tuple([torch.from_numpy(a) for a in found])
+        return tuple([tensor(a) for a in found])
 
 
 def recurrence(
@@ -264,18 +299,20 @@ class Recurrence(torch.autograd.Function):
         dy, of_states = None, grads
         if not call.step:
             dy, of_states = grads[0], tuple([None if g is None else g[0] for g in grads[1:]])
-        dx, dweights, dstate0 = call.packed.backend.backward(
-            tape,
-            sequence(dy),
-            tuple([whole(g) for g in of_states[:n]]),
-            tuple([sequence(g) for g in of_states[n:]]) or None,
-            need=need,
-        )
+        given = next(t for t in ctx.saved_tensors[1:] if t is not None)
+        with contextlib.nullcontext() if given.is_cpu else gpu.on(given):
+            dx, dweights, dstate0 = call.packed.backend.backward(
+                tape,
+                sequence(dy),
+                tuple([whole(g) for g in of_states[:n]]),
+                tuple([sequence(g) for g in of_states[n:]]) or None,
+                need=need,
+            )
         if call.step and dx is not None:
             dx = dx[0]
         results = tuple(
             [
-                None if a is None or not want else torch.from_numpy(a)
+                None if a is None or not want else tensor(a)
                 for a, want in zip(
                     (dx, *((dstate0 or (None,) * states) if states else ()), *dweights),
                     wanted,
@@ -298,8 +335,7 @@ def _tape(call: Call, states: int, saved: tuple[Any, ...]) -> Any:
     if found is not None:
         return found
     x, *rest = saved[1 if call.step else 2 :]
-    arrays = Weights(*map(whole, rest[states:]))
-    packed = call.packed._replace(weights=call.packed.backend.pack(call.packed.cell, arrays))
+    packed = call.packed._replace(weights=_packed(call.packed.cell, rest[states:])[1])
     return dataclasses.replace(call, packed=packed).run(x, rest[:states] or None, call.save).tape
 
 

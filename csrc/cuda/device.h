@@ -1,0 +1,124 @@
+// What the kernels ask of the machine, one small function each. Everything that orders memory between threads is here.
+//
+// Compiled for a GPU these are a few instructions. With FUSEDRNN_EMULATED the same kernels are compiled for a CPU, and
+// a header "emulation.h" (tests/cuda) provides the same names. Nothing but CUDA's built-in names is used, so NVRTC
+// needs no header of a toolkit. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <stdint.h>
+
+#if defined(FUSEDRNN_EMULATED)
+#include "emulation.h"
+#else
+
+#define FUSEDRNN_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+
+namespace fusedrnn {
+namespace cuda {
+
+constexpr int kWarp = 32;
+
+// Memory that the threads of a block share, of the size the launch asked for.
+FUSEDRNN_INLINE char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+// All threads of the block have come here, and see what the others wrote before.
+FUSEDRNN_INLINE void sync_block() { __syncthreads(); }
+
+// What the lane whose number differs in the bits of `mask` passes; all lanes of the warp call it together.
+template <class T>
+FUSEDRNN_INLINE T from_lane(T x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+
+// A load that does not take what an earlier one left in this multiprocessor's own cache: of what other blocks write.
+template <class T>
+FUSEDRNN_INLINE T load_shared_by_blocks(const T* p) {
+  return __ldcg(p);
+}
+
+// Counting up, after everything that this thread knows to be written; and the count, before everything that follows.
+FUSEDRNN_INLINE void add_release(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+FUSEDRNN_INLINE unsigned load_acquire(const unsigned* counter) {
+  unsigned count;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+  return count;
+}
+
+// sums += a b by the matrix units; a (16, k), b (k, 8), sums (16, 8), over the lanes of a warp as PTX lays it down. k
+// is 8 for tf32, 16 for the pairs of bf16 and fp16.
+FUSEDRNN_INLINE void multiply_tf32(float* sums, const uint32_t* a, const uint32_t* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+FUSEDRNN_INLINE void multiply_bf16(float* sums, const uint32_t* a, const uint32_t* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+FUSEDRNN_INLINE void multiply_fp16(float* sums, const uint32_t* a, const uint32_t* b) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Rounded to 10 bits of mantissa; two rounded to nearest, the first in the lower half.
+FUSEDRNN_INLINE uint32_t to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+FUSEDRNN_INLINE uint32_t pack_bf16(float low, float high) {
+  uint32_t two;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  return two;
+}
+FUSEDRNN_INLINE uint32_t pack_fp16(float low, float high) {
+  uint32_t two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+  return two;
+}
+
+// Of a cluster of blocks, which is the x axis of the grid (sm_90 and later): to the place in another block's shared
+// memory that p is in this one's; and all its threads have come here and see what the others wrote before.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kClusters = true;
+FUSEDRNN_INLINE uint32_t address_in_block(const void* p, unsigned rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(uint32_t(__cvta_generic_to_shared(p))), "r"(rank));
+  return address;
+}
+FUSEDRNN_INLINE void store_to_block(float* p, unsigned rank, float x) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_in_block(p, rank)), "f"(x) : "memory");
+}
+FUSEDRNN_INLINE void store_to_block(double* p, unsigned rank, double x) {
+  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address_in_block(p, rank)), "d"(x) : "memory");
+}
+FUSEDRNN_INLINE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+#else
+constexpr bool kClusters = false;
+FUSEDRNN_INLINE void store_to_block(float*, unsigned, float) {}
+FUSEDRNN_INLINE void store_to_block(double*, unsigned, double) {}
+FUSEDRNN_INLINE void sync_cluster() {}
+#endif
+
+}  // namespace cuda
+}  // namespace fusedrnn
+#endif
+
+namespace fusedrnn {
+namespace cuda {
+
+FUSEDRNN_INLINE int lane() { return int(threadIdx.x % kWarp); }
+
+}  // namespace cuda
+}  // namespace fusedrnn

@@ -1,0 +1,284 @@
+// All steps of the recurrence in one launch. SPDX-License-Identifier: Apache-2.0
+//
+// A block has some hidden units, with all their gates, of one tile of the batch, from the first step to the last. Their
+// weights and their state stay in its shared memory; what the other blocks need, h going forward and da going back,
+// lies in the results themselves. Blocks of one tile of the batch count themselves in after every step and wait until
+// all have. So all blocks must run at once: the caller launches no more than fit.
+//
+// The product of a step: a warp has a tile (tile.h). What is multiplied is brought to shared memory in chunks of k;
+// warps left over share the k of a chunk.
+#pragma once
+#include "cuda/tile.h"
+#include "cuda/unit.h"
+
+namespace fusedrnn {
+namespace cuda {
+
+#if !defined(FUSEDRNN_WARPS)
+#define FUSEDRNN_WARPS 8
+#endif
+constexpr int kWarps = FUSEDRNN_WARPS, kThreads = kWarps * kWarp;
+constexpr int kChunk = 8 * kWarp;
+// Between rows of factors in shared memory, so that the lanes of a matrix product meet different banks.
+constexpr int kPad = 4;
+
+FUSEDRNN_INLINE constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
+
+// How the warps share a product of `rows` x `columns`, at most kWarps tiles of columns.
+struct Layout {
+  int tile_columns, column_tiles, row_tiles, splits;  // the tiles and splits together kWarps
+  FUSEDRNN_INLINE Layout(Index rows, Index columns, int tile_columns)
+      : tile_columns(tile_columns), column_tiles(1), row_tiles(1) {
+    while (column_tiles * tile_columns < columns) column_tiles *= 2;
+    while (row_tiles * kRows < rows && row_tiles * column_tiles < kWarps) row_tiles *= 2;
+    splits = kWarps / (column_tiles * row_tiles);
+  }
+  FUSEDRNN_INLINE Index rows() const { return row_tiles * kRows; }
+  FUSEDRNN_INLINE Index columns() const { return column_tiles * tile_columns; }
+};
+
+FUSEDRNN_INLINE Index pitch_of(Index K) { return round_up(K, kWarp) + kPad; }
+
+// The shared memory of a block. backends/cuda_plan.py counts the same.
+template <class T>
+struct Shared {
+  T* weights;  // [column][k], k rounded up; only where they are resident
+  T* staged;   // [row][kChunk]
+  T* sums;     // [split][row][column]
+  T *h, *c;    // [row of the tile of the batch][unit]
+  FUSEDRNN_INLINE Shared(const Layout& layout, Index K, Index rows, Index units, bool resident) {
+    T* p = reinterpret_cast<T*>(shared_memory());
+    weights = p, p += resident ? layout.columns() * pitch_of(K) : 0;
+    staged = p, p += layout.rows() * (kChunk + kPad);
+    sums = p, p += layout.splits * layout.rows() * layout.columns();
+    h = p, p += rows * units;
+    c = p;
+  }
+};
+
+// sums of products of rows and columns, both along k. `weight(column, k)` is a column's k-th weight.
+template <class T, class Tile>
+struct Product {
+  const Layout& layout;
+  const Shared<T>& shared;
+  Index K;
+
+  // Sums of the rows whose memory row(r) gives, null for zeros. Ends with all sums in shared memory.
+  template <class Row, class Weight>
+  FUSEDRNN_INLINE void run(Row row, Weight weight) const {
+    const int warp = threadIdx.x / kWarp, split = warp % layout.splits, tile = warp / layout.splits;
+    const int first_row = tile % layout.row_tiles * kRows, first_column = tile / layout.row_tiles * Tile::columns;
+    Tile sums;
+    for (Index k0 = 0; k0 < K; k0 += kChunk) {
+      sync_block();  // what was staged before has been read
+      stage(k0, row);
+      sync_block();
+      for (int k = split * kWarp; k < kChunk && k0 + k < K; k += layout.splits * kWarp) {
+        const T* x = shared.staged + first_row * (kChunk + kPad) + k;
+        sums.add([&](int r, int i) { return x[r * (kChunk + kPad) + i]; },
+                 [&](int column, int i) { return weight(first_column + column, k0 + k + i); });
+      }
+    }
+    sums.store(shared.sums + (split * layout.rows() + first_row) * layout.columns() + first_column, layout.columns());
+    sync_block();
+  }
+
+  template <class Row>
+  FUSEDRNN_INLINE void stage(Index k0, Row row) const {
+    for (Index i = threadIdx.x; i < layout.rows() * kChunk; i += kThreads) {
+      const Index r = i / kChunk, k = i % kChunk;
+      const T* p = row(r);
+      shared.staged[r * (kChunk + kPad) + k] = p && k0 + k < K ? load_shared_by_blocks(p + k0 + k) : T(0);
+    }
+  }
+
+  // Of a row and column, over the splits.
+  FUSEDRNN_INLINE T sum(Index r, Index column) const {
+    T all = T(0);
+    for (int split = 0; split < layout.splits; ++split)
+      all += shared.sums[(split * layout.rows() + r) * layout.columns() + column];
+    return all;
+  }
+};
+
+// What forward and backward have in common. `Loop` gives the product's rows and weights.
+template <class Job>
+struct Grid {
+  const Job& job;
+  Index first_unit, first_row, rows;  // of this block
+  unsigned* arrived;
+
+  FUSEDRNN_INLINE explicit Grid(const Job& job)
+      : job(job),
+        first_unit(blockIdx.x * job.units),
+        first_row(blockIdx.y * job.rows),
+        arrived(job.arrived + blockIdx.y) {
+    rows = job.steps.B - first_row < job.rows ? job.steps.B - first_row : job.rows;
+  }
+
+  // Everything that the blocks of this tile of the batch wrote in their first `steps` steps can be read.
+  FUSEDRNN_INLINE void wait(Index steps) const {
+    if (threadIdx.x == 0)
+      while (load_acquire(arrived) < unsigned(steps * gridDim.x)) {
+      }
+    sync_block();
+  }
+  FUSEDRNN_INLINE void arrive() const {
+    sync_block();
+    if (threadIdx.x == 0) add_release(arrived);
+  }
+
+  // Calls f(row of the tile of the batch, unit of the block) for those that there are, of `count` rows from `begin`.
+  template <class F>
+  FUSEDRNN_INLINE void each(Index begin, Index count, F f) const {
+    for (Index i = threadIdx.x; i < count * job.units; i += kThreads) {
+      const Index r = begin + i / job.units, j = i % job.units;
+      if (r < rows && first_unit + j < job.H) f(r, j);
+    }
+  }
+};
+
+// The weight that multiplies element k for a column of the block: forward gate by gate its units, and h; backward its
+// units, and da gate by gate. Zero where there is none.
+template <class Cell, class T>
+FUSEDRNN_INLINE T forward_weight(const Grid<ForwardJob<T>>& grid, Index column, Index k) {
+  const auto& job = grid.job;
+  const Index gate = column / job.units, u = grid.first_unit + column % job.units;
+  return gate >= kRecurrent<Cell> || u >= job.H || k >= job.H ? T(0) : job.weight[(gate * job.H + u) * job.H + k];
+}
+template <class Cell, class T>
+FUSEDRNN_INLINE T backward_weight(const Grid<BackwardJob<T>>& grid, Index column, Index k) {
+  const auto& job = grid.job;
+  const Index K = kRecurrent<Cell> * job.H, u = grid.first_unit + column;
+  return column >= job.units || u >= job.H || k >= K ? T(0) : job.weight[u * K + k];
+}
+
+template <class Cell, class T, class Tile, bool resident>
+FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
+  const Grid<ForwardJob<T>> grid(job);
+  const Index K = job.H, pitch = pitch_of(K), columns = job.units * kRecurrent<Cell>;
+  const Layout layout(job.rows, columns, Tile::columns);
+  const Shared<T> shared(layout, K, job.rows, job.units, resident);
+  const Product<T, Tile> product{layout, shared, K};
+  const auto load = [&](Index column, Index k) { return forward_weight<Cell>(grid, column, k); };
+  if (resident)
+    for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads)
+      shared.weights[i] = load(i / pitch, i % pitch);
+  grid.each(0, job.rows, [&](Index r, Index j) {
+    const ForwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+    shared.h[r * job.units + j] = unit.start_h();
+    if (Cell::has_c) shared.c[r * job.units + j] = unit.start_c();
+  });
+  for (Index s = 0; s < job.steps.T; ++s) {
+    const Index t = time_of(job.steps, s);
+    if (s > 0) grid.wait(s);
+    for (Index group = 0; group < grid.rows; group += layout.rows()) {
+      const auto row = [&](Index r) -> const T* {
+        if (group + r >= grid.rows) return nullptr;
+        const Index b = grid.first_row + group + r;
+        if (!valid(job.steps, t, b)) return nullptr;
+        switch (before(job.steps, t, b)) {
+          case Before::start:
+            return job.h0 ? job.h0 + b * job.H : nullptr;
+          case Before::previous:
+            return job.y + ((job.steps.reverse ? t + 1 : t - 1) * job.steps.B + b) * job.H;
+          default:
+            return nullptr;
+        }
+      };
+      if (resident)
+        product.run(row, [&](Index column, Index k) { return shared.weights[column * pitch + k]; });
+      else
+        product.run(row, load);
+      grid.each(group, layout.rows(), [&](Index r, Index j) {
+        T products[kRecurrent<Cell>];
+        for (int a = 0; a < kRecurrent<Cell>; ++a) products[a] = product.sum(r - group, a * job.units + j);
+        T c = Cell::has_c ? shared.c[r * job.units + j] : T(0);
+        ForwardUnit<Cell, T>{job, grid.first_row + r, grid.first_unit + j}.step(t, products, 1,
+                                                                                shared.h[r * job.units + j], c);
+        if (Cell::has_c) shared.c[r * job.units + j] = c;
+      });
+    }
+    grid.arrive();
+  }
+  grid.each(0, job.rows, [&](Index r, Index j) {
+    const Index i = (grid.first_row + r) * job.H + grid.first_unit + j;
+    job.hT[i] = shared.h[r * job.units + j];
+    if (Cell::has_c) job.cT[i] = shared.c[r * job.units + j];
+  });
+}
+
+template <class Cell, class T, class Tile, bool resident>
+FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
+  const Grid<BackwardJob<T>> grid(job);
+  const Index K = kRecurrent<Cell> * job.H, pitch = pitch_of(K);
+  const Layout layout(job.rows, job.units, Tile::columns);
+  const Shared<T> shared(layout, K, job.rows, job.units, resident);
+  const Product<T, Tile> product{layout, shared, K};
+  const auto load = [&](Index column, Index k) { return backward_weight<Cell>(grid, column, k); };
+  if (resident)
+    for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads)
+      shared.weights[i] = load(i / pitch, i % pitch);
+  T *const direct = shared.h, *const dc = shared.c;
+  grid.each(0, job.rows, [&](Index r, Index j) {
+    const BackwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+    direct[r * job.units + j] = unit.start(job.dhT);
+    if (Cell::has_c) dc[r * job.units + j] = unit.start(job.dcT);
+  });
+  for (Index s = job.steps.T - 1; s >= -1; --s) {  // -1: the initial state
+    if (s < 0 && !job.dh0) break;
+    const bool follows = s + 1 < job.steps.T;
+    if (follows) grid.wait(job.steps.T - 1 - s);
+    for (Index group = 0; group < grid.rows; group += layout.rows()) {
+      if (follows) {
+        const Index next = time_of(job.steps, s + 1);
+        const auto row = [&](Index r) -> const T* {
+          if (group + r >= grid.rows) return nullptr;
+          const Index b = grid.first_row + group + r;
+          if (!BackwardUnit<Cell, T>{job, b, 0}.chained(s + 1)) return nullptr;
+          return job.da + ((next * job.steps.B + b) * Cell::accumulators + Cell::recurrent.first) * job.H;
+        };
+        if (resident)
+          product.run(row, [&](Index column, Index k) { return shared.weights[column * pitch + k]; });
+        else
+          product.run(row, load);
+      } else {
+        sync_block();
+      }
+      grid.each(group, layout.rows(), [&](Index r, Index j) {
+        const BackwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+        const Index i = r * job.units + j;
+        const T chain = follows && unit.chained(s + 1) ? product.sum(r - group, j) : T(0);
+        if (s < 0) return unit.finish(chain, direct[i], Cell::has_c ? dc[i] : T(0));
+        const Index t = time_of(job.steps, s);
+        T dc_carried = Cell::has_c ? dc[i] : T(0);
+        unit.step(t, chain, direct[i], dc_carried, unit.da(t), job.H);
+        if (Cell::has_c) dc[i] = dc_carried;
+      });
+    }
+    if (s >= 0) grid.arrive();
+  }
+}
+
+// What kernels.cu calls. A cell of two phases would need two products and two waits a step: it runs step by step.
+template <class Cell, int phases = Cell::phases>
+struct GridKernels {
+  template <class Tile, bool resident, class T>
+  FUSEDRNN_INLINE static void forward(const ForwardJob<T>& job) {
+    grid_forward<Cell, T, Tile, resident>(job);
+  }
+  template <class Tile, bool resident, class T>
+  FUSEDRNN_INLINE static void backward(const BackwardJob<T>& job) {
+    grid_backward<Cell, T, Tile, resident>(job);
+  }
+};
+template <class Cell>
+struct GridKernels<Cell, 2> {
+  template <class Tile, bool resident, class T>
+  FUSEDRNN_INLINE static void forward(const ForwardJob<T>&) {}
+  template <class Tile, bool resident, class T>
+  FUSEDRNN_INLINE static void backward(const BackwardJob<T>&) {}
+};
+
+}  // namespace cuda
+}  // namespace fusedrnn

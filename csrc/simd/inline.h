@@ -1,0 +1,9 @@
+// How the small functions of cells and loops are compiled: into their callers, on a GPU for the device.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#if defined(__CUDACC__)
+#define FUSEDRNN_INLINE __device__ __forceinline__
+#else
+#define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#endif

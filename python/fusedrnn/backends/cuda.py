@@ -1,0 +1,589 @@
+"""The CUDA backend: the kernels of csrc/cuda on arrays in a GPU's memory, CuPy's.
+
+Experimental: no kernel has run on a GPU yet (docs/cuda.md). Importing this file imports no CuPy. Everything
+here goes through a ``cuda_device.Device``; the large products before and after the recurrence are the
+device's, the recurrence itself is launched as ``cuda_plan`` chooses.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedrnn.backends import cuda_compile, cuda_cupy, cuda_plan
+from fusedrnn.backends.arguments import (
+    ForwardArguments,
+    Kind,
+    check_backward,
+    check_cell,
+    check_forward,
+    check_weights,
+)
+from fusedrnn.backends.cuda_device import Device
+from fusedrnn.backends.cuda_jobs import (
+    BackwardJob,
+    ForwardJob,
+    Index,
+    Part,
+    Pointer,
+    Steps,
+    kernels_of,
+)
+from fusedrnn.backends.cuda_plan import Plan
+from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Weights
+from fusedrnn.backends.reference import ReferenceBackend
+from fusedrnn.cells import LSTM, Cell
+
+KERNEL, PRECISION = "FUSEDRNN_CUDA_KERNEL", "FUSEDRNN_CUDA_PRECISION"  # of the environment
+# What the self-test takes for right, relative to the largest entry; factors lose 2^-11, in bf16 2^-9.
+TOLERANCE = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
+
+
+class Way(NamedTuple):
+    """How a call is to run, as far as somebody has said."""
+
+    kernel: str | None  # out of cuda_plan.KERNELS; None: the plan chooses
+    precision: str  # out of cuda_compile.PRECISIONS
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights in the order of the accumulators, and the arrays they were made of."""
+
+    device: Device
+    cell: Cell
+    weights: Weights
+    bias: Array  # (A*H,)
+    ih: Array  # (X*H, I)
+    hh: Array  # (R*H, H)
+    hh2: Array | None  # (H, H), of cells of two phases
+
+    @functools.cached_property
+    def hh_t(self) -> Array:
+        """hh transposed: what all steps in one launch read going back."""
+        hh_t = self.device.empty(self.hh.shape[::-1], self.hh.dtype)
+        hh_t[...] = self.hh.T
+        return hh_t
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What backward needs. x, y and the weights are borrowed."""
+
+    arguments: ForwardArguments
+    packed: Packed
+    way: Way
+    y: Array
+    c: Array | None  # (T, B, H)
+    saved: Array | None  # (T, B, S*H)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes saved for backward beside x, y and the weights."""
+        return sum(int(a.nbytes) for a in (self.c, self.saved) if a is not None)
+
+
+class CudaBackend:
+    """Every cell in float32 and float64, on a GPU; see ``protocol`` for the methods. Experimental.
+
+    ``last_plan`` is the ``cuda_plan.Plan`` of the last pass, forward or backward.
+
+    Args:
+        device: Where the arrays are; None: CuPy's current GPU, asked at each call.
+        kernel: Out of ``cuda_plan.KERNELS``, or None: the environment variable FUSEDRNN_CUDA_KERNEL, and
+            where that is not set the plan chooses.
+        precision: Of weight_hh's products in float32 where all steps are one launch, out of
+            ``cuda_compile.PRECISIONS``, or None: the environment variable FUSEDRNN_CUDA_PRECISION, and where
+            that is not set "ieee". All other products are IEEE float32, and float64 always is its own.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        device: Device | None = None,
+        kernel: str | None = None,
+        precision: str | None = None,
+        *,
+        _tested: bool = False,
+    ) -> None:
+        _known("kernel", kernel, cuda_plan.KERNELS)
+        _known("precision", precision, cuda_compile.PRECISIONS)
+        self._device = device
+        self._kernel, self._precision = kernel, precision
+        self._tested: list[tuple[Device, Way]] = []  # devices and ways whose self-test passed
+        if _tested:
+            self._tested.append((self.device, self._way()))
+        self.last_plan: Plan | None = None
+
+    def unavailable(self) -> str | None:
+        """None, or what is missing or too old."""
+        return None if self._device is not None else cuda_cupy.unavailable()
+
+    @property
+    def device(self) -> Device:
+        """The device that calls run on."""
+        return cuda_cupy.current() if self._device is None else self._device
+
+    def plan(self, cell: Cell, T: int, B: int, H: int, dtype: Any, *, backward: bool = False) -> Plan:
+        """How a pass of these sizes would run here."""
+        return self._plan(self.device, check_cell(cell), (T, B, H), np.dtype(dtype), self._way(), backward)
+
+    def pack(self, cell: Cell, weights: Weights) -> Packed:
+        """Weights prepared for repeated calls, stale as soon as one of them changes."""
+        device = self._ready()
+        w, _, H = check_weights(cell, weights, kind=_kind(device))
+        if cell.layer_norm:
+            raise ValueError("layer_norm: is not built in the cuda backend; cpu and reference have it")
+        kernels = kernels_of(cell)
+        dtype = w.weight_ih.dtype
+        bias = device.zeros((kernels.accumulators, H), dtype)
+        for part, given in (
+            (kernels.input, w.bias_ih),
+            (kernels.recurrent, w.bias_hh),
+            (kernels.recurrent2, w.bias_hh),
+        ):
+            for k, gate, n in part.runs() if given is not None else ():
+                first = part.first + k
+                bias[first : first + n] += given.reshape(-1, H)[gate : gate + n]
+        ih = _ordered(device, w.weight_ih, kernels.input.gates, H)
+        hh = w.weight_hh[: kernels.recurrent.count * H]  # in their own order in every cell
+        hh2 = w.weight_hh[kernels.recurrent2.gates[0] * H :] if kernels.two_phases else None
+        return Packed(device, cell, w, bias.reshape(-1), ih, hh, hh2)
+
+    def forward(
+        self,
+        cell: Cell,
+        x: Array,
+        weights: Weights | Packed,
+        state0: State | None = None,
+        *,
+        lengths: Array | None = None,
+        reset: Array | None = None,
+        reverse: bool = False,
+        return_states: bool = False,
+        detach_every: int | None = None,
+        regularization: Regularization | None = None,
+        save: str | None = "all",
+    ) -> Forward:
+        """One layer, one direction, the whole sequence.
+
+        With ``save="borders"`` the tape keeps no more than with None, and backward runs all of forward again.
+        """
+        packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
+        if packed.cell != check_cell(cell):
+            raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
+        _check_current(self.device, packed, "weights")
+        a = check_forward(
+            cell,
+            x,
+            packed.weights,
+            state0,
+            lengths=lengths,
+            reset=reset,
+            reverse=reverse,
+            return_states=return_states,
+            detach_every=detach_every,
+            regularization=regularization,
+            save=save,
+            kind=_kind(packed.device),
+        )
+        if a.regularization is not None:
+            raise ValueError("regularization: is not built in the cuda backend; cpu and reference have it")
+        if a.state0 is not None and a.save is not None:
+            a = a._replace(state0=tuple(s.copy() for s in a.state0))  # a tape does not borrow it
+        way = self._way()
+        y, stateT, states, c, saved = self._run(a, packed, way, a.save == "all")
+        tape = None if a.save is None else Tape(a, packed, way, y, c, saved)
+        return Forward(y, stateT, states, tape)
+
+    def backward(
+        self,
+        tape: Tape,
+        dy: Array | None = None,
+        dstateT: tuple[Array | None, ...] | None = None,
+        dstates: tuple[Array | None, ...] | None = None,
+        *,
+        need: Collection[str] | None = None,
+    ) -> Gradients:
+        """Gradients of everything in ``need``."""
+        if not isinstance(tape, Tape):
+            raise TypeError(
+                f"tape: expected what forward of the cuda backend returned, got {type(tape).__name__}"
+            )
+        a, packed = tape.arguments, tape.packed
+        _check_current(self.device, packed, "tape")
+        b = check_backward(
+            a.cell,
+            a.weights,
+            a.sizes,
+            dy,
+            dstateT,
+            dstates,
+            need=need,
+            return_states=a.return_states,
+            kind=_kind(packed.device),
+        )
+        if a.save == "borders":
+            again = a._replace(return_states=False)
+            y, _, _, c, saved = self._run(again, packed, tape.way, True)
+            tape = Tape(a, packed, tape.way, y, c, saved)
+        run = _Launches(packed, a, tape.way.precision)
+        T, B, I, H, _ = a.sizes
+        device, kernels, dtype = packed.device, run.kernels, a.x.dtype
+        rows = device.empty((T * B, kernels.accumulators * H), dtype)
+        da = rows.reshape(T, B, kernels.accumulators * H)
+        dstate0 = tuple(device.empty((B, H), dtype) for _ in a.cell.states)
+        wanted = "state0" in b.need
+        final, every, initial = ((*(s or ()), None, None) for s in (b.dstateT, b.dstates, a.state0))
+        job = BackwardJob(
+            run.steps,
+            H,
+            y=run.pointer(tape.y),
+            h0=run.pointer(initial[0]),
+            c0=run.pointer(initial[1]),
+            c=run.pointer(tape.c),
+            saved=run.pointer(tape.saved),
+            dy=run.pointer(b.dy),
+            dhT=run.pointer(final[0]),
+            dcT=run.pointer(final[1]),
+            dh_states=run.pointer(every[0]),
+            dc_states=run.pointer(every[1]),
+            da=run.pointer(da),
+            dh0=run.pointer(dstate0[0] if wanted else None),
+            dc0=run.pointer(dstate0[1] if wanted and kernels.has_c else None),
+        )
+        plan = self._plan(device, a.cell, (T, B, H), dtype, tape.way, True)
+        self.last_plan = plan
+        if plan.kernel == "steps":
+            self._steps_back(run, job, da, wanted)
+        else:
+            job.weight = run.pointer(packed.hh_t)
+            run.whole(plan, "backward", job)
+
+        dweights: dict[str, Array] = {}
+        if "weight_ih" in b.need:
+            dweights["weight_ih"] = device.empty((a.cell.gates * H, I), dtype)
+            _weight_gradient(device, rows, kernels.input, H, run.valid_x(), dweights["weight_ih"])
+        if "weight_hh" in b.need:
+            h = device.empty((T, B, H), dtype)
+            middle = device.empty((T, B, H), dtype) if kernels.two_phases else None
+            run.each("operands", T * B, job, Pointer(run.pointer(h)), Pointer(run.pointer(middle)))
+            dweights["weight_hh"] = out = device.empty((a.cell.gates * H, H), dtype)
+            _weight_gradient(device, rows, kernels.recurrent, H, h.reshape(T * B, H), out)
+            if middle is not None:
+                _weight_gradient(device, rows, kernels.recurrent2, H, middle.reshape(T * B, H), out)
+        if b.need & {"bias_ih", "bias_hh"}:
+            sums = rows.sum(axis=0).reshape(-1, H)
+            for name, parts in (
+                ("bias_ih", (kernels.input,)),
+                ("bias_hh", (kernels.recurrent, kernels.recurrent2)),
+            ):
+                if name in b.need:
+                    dweights[name] = bias = device.empty((a.cell.gates * H,), dtype)
+                    for part in parts:
+                        for k, gate, n in part.runs():
+                            first = part.first + k
+                            bias.reshape(-1, H)[gate : gate + n] = sums[first : first + n]
+        dx = None
+        if "x" in b.need:
+            dx = device.empty((T, B, I), dtype)
+            part = kernels.input
+            _product(
+                device,
+                rows[:, part.first * H : (part.first + part.count) * H],
+                packed.ih,
+                dx.reshape(T * B, I),
+            )
+            if run.padding is not None:
+                dx[run.padding] = 0  # a weight may be infinite
+        given = Weights(**{name: dweights.get(name) for name in Weights._fields})
+        return Gradients(dx, given, dstate0 if wanted else None)
+
+    def _run(
+        self, a: ForwardArguments, packed: Packed, way: Way, save: bool
+    ) -> tuple[Array, State, State | None, Array | None, Array | None]:
+        """y, stateT, states, and with ``save`` c and what the cell saves."""
+        run = _Launches(packed, a, way.precision)
+        T, B, I, H, _ = a.sizes
+        device, kernels, dtype = packed.device, run.kernels, a.x.dtype
+        y = device.empty((T, B, H), dtype)
+        stateT = tuple(device.empty((B, H), dtype) for _ in a.cell.states)
+        states = tuple(device.empty((T, B, H), dtype) for _ in a.cell.states) if a.return_states else None
+        c = device.empty((T, B, H), dtype) if save and kernels.has_c else None
+        saved = None
+        if kernels.saved and (save or kernels.two_phases):
+            saved = device.empty((T if save else 1, B, kernels.saved * H), dtype)
+        projected = device.empty((T * B, kernels.input.count * H), dtype)
+        _product(device, a.x.reshape(T * B, I), packed.ih.T, projected)
+        (h0, c0, *_), (hT, cT, *_), (h_states, c_states, *_) = (
+            (*(s or ()), None, None) for s in (a.state0, stateT, states)
+        )
+        job = ForwardJob(
+            run.steps,
+            H,
+            projected=run.pointer(projected),
+            bias=run.pointer(packed.bias),
+            weight=run.pointer(packed.hh),
+            h0=run.pointer(h0),
+            c0=run.pointer(c0),
+            y=run.pointer(y),
+            hT=run.pointer(hT),
+            cT=run.pointer(cT),
+            h_states=run.pointer(h_states),
+            c_states=run.pointer(c_states),
+            c=run.pointer(c),
+            saved=run.pointer(saved),
+            saved_step=B * kernels.saved * H if save else 0,
+        )
+        plan = self._plan(device, a.cell, (T, B, H), dtype, way, False)
+        self.last_plan = plan
+        if plan.kernel == "steps":
+            self._steps(run, job)
+        else:
+            run.whole(plan, "forward", job)
+        return y, stateT, states, c, saved if save else None
+
+    def _steps(self, run: _Launches, job: ForwardJob) -> None:
+        """Forward, one launch a step, its product between the launches."""
+        packed, kernels = run.packed, run.kernels
+        T, B, _, H, _ = run.a.sizes
+        operand = run.scratch((B, H))
+        products = run.scratch((B, kernels.recurrent.count * H))
+        job.operand, job.products = run.pointer(operand), run.pointer(products)
+        job2 = job
+        if packed.hh2 is not None:
+            products2 = run.scratch((B, H))
+            job2 = ForwardJob.from_buffer_copy(job)
+            job2.products = run.pointer(products2)
+        run.each("begin_forward", B, job)
+        for s in range(T):
+            _product(packed.device, operand, packed.hh.T, products)
+            run.each("step_forward", B, job, Index(s))
+            if packed.hh2 is not None:
+                _product(packed.device, operand, packed.hh2.T, products2)
+                run.each("step_forward2", B, job2, Index(s))
+
+    def _steps_back(self, run: _Launches, job: BackwardJob, da: Array, finish: bool) -> None:
+        """Backward, one launch a step, its product between the launches."""
+        packed, recurrent, second = run.packed, run.kernels.recurrent, run.kernels.recurrent2
+        T, B, _, H, _ = run.a.sizes
+        chain, direct = run.scratch((B, H)), run.scratch((B, H))
+        job.chain, job.direct = run.pointer(chain), run.pointer(direct)
+        if run.kernels.has_c:
+            job.dc = run.pointer(run.scratch((B, H)))
+        run.each("begin_backward", B, job)
+        for s in reversed(range(T)):
+            da_t = da[T - 1 - s if run.a.reverse else s]
+            run.each("step_backward", B, job, Index(s))
+            if packed.hh2 is not None:
+                _product(packed.device, da_t[:, second.first * H :], packed.hh2, chain)
+                run.each("step_backward2", B, job, Index(s))
+            if s or finish:
+                columns = slice(recurrent.first * H, (recurrent.first + recurrent.count) * H)
+                _product(packed.device, da_t[:, columns], packed.hh, chain)
+        if finish:
+            run.each("finish_backward", B, job)
+
+    def _plan(
+        self,
+        device: Device,
+        cell: Cell,
+        sizes: tuple[int, int, int],
+        dtype: np.dtype[Any],
+        way: Way,
+        backward: bool,
+    ) -> Plan:
+        facts = cuda_plan.Device(device.multiprocessors, device.shared_bytes, device.warps, device.cluster)
+        return cuda_plan.choose(
+            kernels_of(cell),
+            *sizes,
+            dtype.itemsize,
+            facts,
+            precision=way.precision if dtype == np.float32 else "ieee",
+            backward=backward,
+            forced=way.kernel,
+        )
+
+    def _way(self) -> Way:
+        """What the constructor or the environment wants."""
+        kernel = self._kernel or os.environ.get(KERNEL) or None
+        precision = self._precision or os.environ.get(PRECISION) or "ieee"
+        _known(f"environment variable {KERNEL}", kernel, cuda_plan.KERNELS)
+        _known(f"environment variable {PRECISION}", precision, cuda_compile.PRECISIONS)
+        if precision != "ieee" and not self.device.matrix_units:
+            raise ValueError(
+                f"precision: expected 'ieee' on this GPU, which has no others, got {precision!r}"
+            )
+        return Way(kernel, precision)
+
+    def _ready(self) -> Device:
+        """The device, which has passed the self-test of how it will be used."""
+        device, way = self.device, self._way()
+        if not any(d is device and w == way for d, w in self._tested):
+            _self_test(device, way)
+            self._tested.append((device, way))
+        return device
+
+
+class _Launches:
+    """The launches of one call: what they share, and the arrays they use, which live as long."""
+
+    def __init__(self, packed: Packed, a: ForwardArguments, precision: str) -> None:
+        self.packed, self.a = packed, a
+        self.device = packed.device
+        self.kernels = kernels_of(a.cell)
+        self.dtype = "float" if a.x.dtype == np.float32 else "double"
+        self.precision = precision if self.dtype == "float" else "ieee"
+        self.kept: list[Array] = []
+        self.steps = Steps(
+            a.sizes.T,
+            a.sizes.B,
+            self.pointer(a.lengths),
+            self.pointer(a.reset),
+            a.reverse,
+            a.detach_every or 0,
+        )
+
+    def pointer(self, array: Array | None) -> int | None:
+        """The address of an array, or of nothing."""
+        return None if array is None else self.device.pointer(array)
+
+    def scratch(self, shape: tuple[int, ...]) -> Array:
+        """An array that lives as long as this does."""
+        self.kept.append(self.device.empty(shape, self.a.x.dtype))
+        return self.kept[-1]
+
+    def each(self, kernel: str, rows: int, *args: Any) -> None:
+        """A kernel that has a thread for each unit of so many rows."""
+        threads = 32 * self.device.warps
+        blocks = min(-(-rows * self.a.sizes.H // threads), 32 * self.device.multiprocessors)
+        if blocks:
+            self.device.launch(
+                self.kernels.type, self.dtype, kernel, (blocks, 1), args, precision=self.precision
+            )
+
+    def whole(self, plan: Plan, direction: str, job: ForwardJob | BackwardJob) -> None:
+        """All steps in one launch."""
+        job.units, job.rows = plan.units, plan.rows
+        name, _, streamed = plan.kernel.partition("_")
+        if name == "grid":
+            self.kept.append(self.device.zeros((plan.blocks[1],), np.uint32))
+            job.arrived = self.pointer(self.kept[-1])
+        self.device.launch(
+            self.kernels.type,
+            self.dtype,
+            f"{name}_{direction}{streamed and '_streamed'}",
+            plan.blocks,
+            (job,),
+            plan.shared,
+            cooperative=name == "grid",
+            precision=self.precision,
+        )
+
+    @functools.cached_property
+    def padding(self) -> Array | None:
+        """(T, B) true at padding; None where there is none."""
+        if self.a.lengths is None:
+            return None
+        times = self.device.asarray(np.arange(self.a.sizes.T)[:, np.newaxis])
+        padding: Array = times >= self.a.lengths
+        return padding
+
+    def valid_x(self) -> Array:
+        """x as (T*B, I), with zeros at padding."""
+        T, B, I, _, _ = self.a.sizes
+        if self.padding is None:
+            return self.a.x.reshape(T * B, I)
+        x = self.a.x.copy()
+        x[self.padding] = 0
+        return x.reshape(T * B, I)
+
+
+def _kind(device: Device) -> Kind:
+    return Kind("an array of the GPU (CuPy)", device.is_array, lambda a: a, lambda a: a.copy(order="C"))
+
+
+def _ordered(device: Device, weight: Array, gates: tuple[int, ...], H: int) -> Array:
+    """The rows of a weight in the order of the accumulators; the array itself where that is its own."""
+    if gates == tuple(range(len(gates))):
+        return weight
+    ordered = device.empty(weight.shape, weight.dtype)
+    for k, gate in enumerate(gates):
+        ordered[k * H : (k + 1) * H] = weight[gate * H : (gate + 1) * H]
+    return ordered
+
+
+def _product(device: Device, a: Array, b: Array, out: Array) -> None:
+    """out = a b, for all sizes."""
+    if out.size and a.shape[1]:
+        device.matmul(a, b, out)
+    else:
+        out[...] = 0
+
+
+def _weight_gradient(device: Device, da: Array, part: Part, H: int, operand: Array, out: Array) -> None:
+    """The gates of a weight's gradient that a part of the accumulators (T*B, A*H) gives, in PyTorch's
+    order."""
+    for k, gate, n in part.runs():
+        first = part.first + k
+        _product(device, da[:, first * H : (first + n) * H].T, operand, out[gate * H : (gate + n) * H])
+
+
+def _on_host(a: Any) -> Array:
+    """A device array's copy; the emulated device's are NumPy's."""
+    host: Array = a.get() if hasattr(a, "get") else a
+    return host
+
+
+def _check_current(device: Device, packed: Packed, name: str) -> None:
+    if device is not packed.device:
+        raise ValueError(f"{name}: expected that of the current GPU, got another's")
+
+
+def _known(name: str, value: str | None, names: Collection[str]) -> None:
+    if value is not None and value not in names:
+        raise ValueError(f"{name}: expected one of {tuple(names)} or None, got {value!r}")
+
+
+def _self_test(device: Device, way: Way) -> None:
+    """A small LSTM against the reference, in every way that a call may go.
+
+    Raises:
+        RuntimeError: The results are wrong.
+    """
+    draw = np.random.default_rng(0).standard_normal
+    T, B, I, H = 4, 3, 5, 13
+    x, ih, hh, bias, h0, c0, dy = (
+        draw(shape).astype(np.float32)
+        for shape in [(T, B, I), (4 * H, I), (4 * H, H), (4 * H,), (B, H), (B, H), (T, B, H)]
+    )
+    lengths, reset = np.array([T, 2, 3]), np.zeros((T, B), bool)
+    reset[2, 0] = True
+
+    def results(backend: Any, put: Any, get: Any) -> dict[str, Array]:
+        weights = Weights(put(ih), put(hh / 4), put(bias))
+        out = backend.forward(
+            LSTM(), put(x), weights, (put(h0), put(c0)), lengths=put(lengths), reset=put(reset)
+        )
+        back = backend.backward(out.tape, put(dy))
+        found = {"y": out.y, "h": out.stateT[0], "c": out.stateT[1], "dx": back.dx}
+        found |= {f"d{name}": d for name, d in back.dweights._asdict().items() if d is not None}
+        found |= {"dh0": back.dstate0[0], "dc0": back.dstate0[1]}
+        return {name: get(a) for name, a in found.items()}
+
+    want = results(ReferenceBackend(), np.asarray, np.asarray)
+    for kernel in (way.kernel,) if way.kernel else ("steps", None):
+        tested = CudaBackend(device, kernel, way.precision, _tested=True)
+        for name, got in results(tested, device.asarray, _on_host).items():
+            error = float(np.abs(got - want[name]).max() / np.abs(want[name]).max())
+            if not error <= TOLERANCE[way.precision]:
+                raise RuntimeError(
+                    f"the cuda backend's self-test failed on this GPU, with {tested.last_plan}: {name} is "
+                    f"off by {error:.1e} of its largest entry; do not use it here, and please report this"
+                )

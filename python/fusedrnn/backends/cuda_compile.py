@@ -1,0 +1,126 @@
+"""csrc/cuda made into code for a GPU by NVRTC: no nvcc, no header of a toolkit, and no GPU needed.
+
+The code of a cell, dtype and architecture is kept on disk in ``$FUSEDRNN_CACHE``, else in
+``$XDG_CACHE_HOME/fusedrnn``, else in ``~/.cache/fusedrnn``, under a hash of all that it depends on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+WARPS = 8  # of a block; FUSEDRNN_WARPS
+DTYPES = ("float", "double")
+PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16")  # of csrc/cuda/tile.h
+_HERE = Path(__file__).resolve()
+
+
+@functools.cache
+def sources() -> Path:
+    """The folder csrc: in the installed package, or in a source tree."""
+    for folder in (_HERE.parents[1] / "csrc", _HERE.parents[3] / "csrc"):
+        if (folder / "cuda" / "kernels.cu").is_file():
+            return folder
+    raise RuntimeError(f"the sources of the CUDA kernels, csrc/cuda, are not beside {_HERE.parents[1]}")
+
+
+def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee") -> bytes:
+    """Code for a GPU.
+
+    Args:
+        cell: A type of csrc/cells/cells.def.
+        dtype: "float" or "double".
+        architecture: Such as "sm_90".
+        precision: Of the products within a launch, out of ``PRECISIONS``; for double "ieee" alone.
+
+    Raises:
+        RuntimeError: NVRTC refuses; the message is its own.
+    """
+    options = [
+        f"--gpu-architecture={architecture}",
+        "--std=c++17",
+        "--fmad=false",
+        f"--define-macro=FUSEDRNN_CELL={cell}",
+        f"--define-macro=FUSEDRNN_DTYPE={dtype}",
+        f"--define-macro=FUSEDRNN_PRECISION={precision}",
+        f"--define-macro=FUSEDRNN_WARPS={WARPS}",
+    ]
+    path = _cache() / f"{cell}-{dtype}-{precision}-{architecture}-{_key(options)}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    folder = sources()
+    code = _compile([*options, f"--include-path={folder}", f"--include-path={folder / 'cuda' / 'nvrtc'}"])
+    with contextlib.suppress(OSError):  # a folder that cannot be written to is no error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                file.write(code)
+                file.flush()
+                os.replace(file.name, path)  # at once: other processes may do the same
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    return code
+
+
+def _cache() -> Path:
+    if own := os.environ.get("FUSEDRNN_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base) / "fusedrnn" if base else Path("~/.cache/fusedrnn").expanduser()
+
+
+def _key(options: list[str]) -> str:
+    """Of everything that the code depends on."""
+    digest = hashlib.sha256(repr((options, version())).encode())
+    folder = sources()
+    used = [
+        folder / "steps.h",
+        *(p for part in ("cuda", "cells", "simd") for p in (folder / part).rglob("*")),
+    ]
+    for path in sorted(p for p in used if p.suffix in (".h", ".cu")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+@functools.cache
+def _nvrtc() -> Any:
+    return importlib.import_module("cuda.bindings.nvrtc")
+
+
+def version() -> tuple[int, int]:
+    """Of NVRTC: major, minor."""
+    major, minor = _call("nvrtcVersion")
+    return major, minor
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """A function of NVRTC: what it gives beside its status, which is checked."""
+    status, *values = getattr(_nvrtc(), name)(*arguments)
+    if status != _nvrtc().nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"{name}: {status.name}")
+    return values[0] if len(values) == 1 else values
+
+
+def _compile(options: list[str]) -> bytes:
+    text = (sources() / "cuda" / "kernels.cu").read_bytes()
+    program = _call("nvrtcCreateProgram", text, b"kernels.cu", 0, [], [])
+    try:
+        try:
+            _call("nvrtcCompileProgram", program, len(options), [o.encode() for o in options])
+        except RuntimeError as error:
+            log = b" " * _call("nvrtcGetProgramLogSize", program)
+            _call("nvrtcGetProgramLog", program, log)
+            said = log.decode(errors="replace").strip(" \0")
+            raise RuntimeError(f"{error}, with {' '.join(options)}: {said}") from None
+        code: bytes = b" " * _call("nvrtcGetCUBINSize", program)
+        _call("nvrtcGetCUBIN", program, code)
+        return code
+    finally:
+        _call("nvrtcDestroyProgram", program)

@@ -1,0 +1,252 @@
+"""A GPU as the CUDA backend's device: CuPy's arrays, streams and products, launches by cuda-bindings.
+
+CuPy launches no clusters, and cuts a cooperative grid that does not fit; the driver's own cuLaunchKernelEx,
+which takes a job by value, does neither. Work goes to CuPy's current stream. Importing this file imports
+neither package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fusedrnn.backends import cuda_compile
+from fusedrnn.backends.protocol import Array
+
+INSTALL = "pip install 'fusedrnn[cuda13]', or 'fusedrnn[cuda12]' for a driver of CUDA 12"
+OLDEST = (7, 0)  # compute capability of the instructions that order memory
+CLUSTER = 8  # blocks that every GPU that has clusters runs as one
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None, or what is missing or too old, in one line."""
+    for package, module in (("CuPy", "cupy"), ("cuda-bindings", "cuda.bindings")):
+        if not _installed(module):
+            return f"{package} is not installed: {INSTALL}"
+    try:
+        import cupy
+
+        majors = {
+            "CuPy": cupy.cuda.runtime.runtimeGetVersion() // 1000,
+            "cuda-bindings": int(importlib.import_module("cuda.bindings").__version__.split(".")[0]),
+            "NVRTC": cuda_compile.version()[0],
+        }
+    except Exception as error:  # of many kinds: a missing library, another version
+        return f"CuPy, cuda-bindings or NVRTC cannot be loaded ({_line(error)}): {INSTALL}"
+    if len(set(majors.values())) > 1:
+        listed = ", ".join(f"{name} {major}" for name, major in majors.items())
+        return f"packages for different versions of CUDA ({listed}): {INSTALL}"
+    try:
+        _call("cuInit", 0)
+        newest = _call("cuDriverGetVersion") // 1000
+        if _call("cuDeviceGetCount") == 0:
+            return "there is no NVIDIA GPU"
+        if newest < majors["CuPy"]:
+            return f"the driver is of CUDA {newest}, the packages of CUDA {majors['CuPy']}: {INSTALL}"
+        capability = _capability(_call("cuDeviceGet", cupy.cuda.runtime.getDevice()))
+    except Exception as error:  # RuntimeError by the driver; another where there is none
+        return f"there is no NVIDIA driver, or no GPU ({_line(error)})"
+    if capability < OLDEST:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, expected at least 7.0"
+    try:
+        _ = cupy.cuda.cublas  # loads the library
+    except (ImportError, AttributeError) as error:
+        return f"cuBLAS cannot be loaded ({_line(error)}): {INSTALL}"
+    return None
+
+
+def current() -> CupyDevice:
+    """CuPy's current GPU."""
+    import cupy
+
+    return _device(cupy.cuda.runtime.getDevice())
+
+
+class CupyDevice:
+    """One GPU; see ``cuda_device.Device``."""
+
+    warps = cuda_compile.WARPS
+
+    def __init__(self, number: int) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self.number = number
+        handle = _call("cuDeviceGet", number)
+        self.multiprocessors = _attribute("MULTIPROCESSOR_COUNT", handle)
+        self.shared_bytes = _attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", handle)
+        capability = _capability(handle)
+        self.architecture = "sm_{}{}".format(*capability)
+        self.cluster = CLUSTER if capability >= (9, 0) else 0
+        self.matrix_units = capability >= (8, 0)
+        self._modules: dict[tuple[str, str, str], Any] = {}
+        self._functions: dict[tuple[str, str, str, str], Any] = {}
+        self._places: dict[tuple[Any, ...], int] = {}  # blocks, or clusters, of a kernel that run at once
+        self._lock = threading.Lock()
+
+    def is_array(self, a: Any) -> bool:
+        """Whether this is a CuPy array on this GPU."""
+        return isinstance(a, self._cupy.ndarray) and a.device.id == self.number
+
+    def dtype(self, a: Array) -> np.dtype[Any]:
+        """Its dtype."""
+        return a.dtype
+
+    def empty(self, shape: Any, dtype: Any) -> Array:
+        """A new array."""
+        made: Array = self._cupy.empty(shape, dtype)
+        return made
+
+    def zeros(self, shape: Any, dtype: Any) -> Array:
+        """A new array of zeros."""
+        made: Array = self._cupy.zeros(shape, dtype)
+        return made
+
+    def asarray(self, a: Array) -> Array:
+        """A copy of a NumPy array."""
+        made: Array = self._cupy.asarray(a)
+        return made
+
+    def pointer(self, a: Any) -> int:
+        """The address of the first element."""
+        return int(a.data.ptr)
+
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        """By cuBLAS in its default mode, which keeps float32's precision. Its matrices lie column by column:
+        to it this is ``out.T = b.T a.T``."""
+        cublas = self._cupy.cuda.cublas
+        gemm = cublas.sgemm if a.dtype == np.float32 else cublas.dgemm
+        one, zero = np.ones(1, a.dtype), np.zeros(1, a.dtype)
+        (a_op, a_step), (b_op, b_step) = _as_columns(a), _as_columns(b)
+        (m, n), k = out.shape, a.shape[1]
+        handle = self._cupy.cuda.device.get_cublas_handle()
+        gemm(
+            handle, b_op, a_op, n, m, k, one.ctypes.data, self.pointer(b), b_step, self.pointer(a), a_step,
+            zero.ctypes.data, self.pointer(out), n,
+        )  # fmt: skip
+
+    def launch(
+        self,
+        cell: str,
+        dtype: str,
+        kernel: str,
+        grid: tuple[int, int],
+        args: Sequence[Any],
+        shared: int = 0,
+        cooperative: bool = False,
+        precision: str = "ieee",
+    ) -> None:
+        """Run a kernel on CuPy's current stream."""
+        driver = _driver()
+        self._cupy.cuda.runtime.setDevice(self.number)  # its context becomes this thread's
+        function = self._function(cell, dtype, precision, kernel)
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * self.warps, 1, 1
+        config.sharedMemBytes = shared
+        config.hStream = driver.CUstream(self._cupy.cuda.get_current_stream().ptr)
+        if kernel.startswith("cluster"):
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x = grid[0]
+            attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+            config.attrs, config.numAttrs = [attribute], 1
+            clusters = (cell, dtype, precision, kernel, grid[0], shared)
+            if clusters not in self._places:
+                self._places[clusters] = _call("cuOccupancyMaxActiveClusters", function, config)
+            if self._places[clusters] == 0:
+                raise RuntimeError(f"{kernel}: a cluster of {grid[0]} blocks does not run on this GPU")
+        elif cooperative:
+            key = (cell, dtype, precision, kernel, shared)
+            if key not in self._places:
+                of_one = _call(
+                    "cuOccupancyMaxActiveBlocksPerMultiprocessor", function, 32 * self.warps, shared
+                )
+                self._places[key] = of_one * self.multiprocessors
+            if grid[0] * grid[1] > self._places[key]:
+                raise RuntimeError(
+                    f"{kernel}: {grid[0]} x {grid[1]} blocks do not run at once on this GPU, "
+                    f"{self._places[key]} do"
+                )
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attribute.value.cooperative = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        addresses = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
+        _call("cuLaunchKernelEx", config, function, ctypes.addressof(addresses), 0)
+
+    def _function(self, cell: str, dtype: str, precision: str, kernel: str) -> Any:
+        """A kernel, loaded; what it is compiled from is cached by ``cuda_compile``."""
+        module = (cell, dtype, precision)
+        with self._lock:
+            if (*module, kernel) not in self._functions:
+                if module not in self._modules:
+                    code = cuda_compile.cubin(cell, dtype, self.architecture, precision)
+                    self._modules[module] = _call("cuModuleLoadData", code)
+                function = _call("cuModuleGetFunction", self._modules[module], kernel.encode())
+                if kernel.startswith(("grid", "cluster")):  # beyond 48 KiB only when asked for
+                    attribute = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    _call("cuFuncSetAttribute", function, attribute, self.shared_bytes)
+                self._functions[*module, kernel] = function
+            return self._functions[*module, kernel]
+
+
+@functools.cache
+def _device(number: int) -> CupyDevice:
+    return CupyDevice(number)
+
+
+@functools.cache
+def _driver() -> Any:
+    return importlib.import_module("cuda.bindings.driver")
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """A function of the driver: what it gives beside its status, which is checked."""
+    status, *values = getattr(_driver(), name)(*arguments)
+    if status != _driver().CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{name}: {status.name}")
+    return values[0] if len(values) == 1 else None
+
+
+def _attribute(name: str, handle: Any) -> int:
+    attribute = getattr(_driver().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    return int(_call("cuDeviceGetAttribute", attribute, handle))
+
+
+def _capability(handle: Any) -> tuple[int, int]:
+    return (
+        _attribute("COMPUTE_CAPABILITY_MAJOR", handle),
+        _attribute("COMPUTE_CAPABILITY_MINOR", handle),
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even what it is part of
+        return False
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _as_columns(a: Any) -> tuple[int, int]:
+    """For a matrix read column by column: 0 where it so is the transpose, else 1; and its column's step."""
+    row, column = (stride // a.itemsize for stride in a.strides)
+    rows, columns = a.shape
+    if column == 1 or columns == 1:
+        return 0, max(row if rows > 1 else 1, columns)
+    if row == 1 or rows == 1:
+        return 1, max(column, rows)
+    raise ValueError(f"matmul: expected an axis of neighbours, got strides {a.strides} of {a.itemsize} B")

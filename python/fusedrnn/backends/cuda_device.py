@@ -1,0 +1,64 @@
+"""What the CUDA backend asks of a device: arrays, products, launches. The protocol alone; CuPy is elsewhere.
+
+Two devices exist: ``cuda_cupy.CupyDevice``, a GPU, and the emulation of the tests, whose memory is NumPy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from fusedrnn.backends.protocol import Array
+
+
+class Device(Protocol):
+    """A GPU. Its arrays have the methods that NumPy's and CuPy's share; work runs in the order of calls."""
+
+    multiprocessors: int
+    shared_bytes: int  # most dynamic shared memory that a block may ask for
+    warps: int  # of a block; FUSEDRNN_WARPS of the kernels
+    cluster: int  # most blocks of a cluster; 0 where there are none
+    matrix_units: bool  # whether there are precisions but ieee
+
+    def is_array(self, a: Any) -> bool:
+        """Whether this is an array in the device's memory."""
+
+    def dtype(self, a: Array) -> np.dtype[Any]:
+        """Its dtype."""
+
+    def empty(self, shape: Any, dtype: Any) -> Array:
+        """A C-contiguous array of whatever was there."""
+
+    def zeros(self, shape: Any, dtype: Any) -> Array:
+        """A C-contiguous array of zeros."""
+
+    def asarray(self, a: Array) -> Array:
+        """A NumPy array's copy in the device's memory."""
+
+    def pointer(self, a: Array) -> int:
+        """The address of the first element."""
+
+    def matmul(self, a: Array, b: Array, out: Array) -> None:
+        """``out = a b`` in the arrays' own precision (no TF32): 2-D, each of ``a`` and ``b`` with one axis
+        contiguous (a transpose, a slice of columns), ``out`` C-contiguous; no size is 0."""
+
+    def launch(
+        self,
+        cell: str,
+        dtype: str,
+        kernel: str,
+        grid: tuple[int, int],
+        args: Sequence[Any],
+        shared: int = 0,
+        cooperative: bool = False,
+        precision: str = "ieee",
+    ) -> None:
+        """Run a kernel of csrc/cuda/kernels.cu, compiled for a type of csrc/cells/cells.def, "float" or
+        "double", and a precision of csrc/cuda/tile.h, in blocks of 32 * ``warps`` threads.
+
+        ``args`` are ctypes structures and numbers, passed by value; ``shared`` is in bytes. ``cooperative``:
+        all blocks run at once, or it is a RuntimeError. Of a kernel whose name begins with cluster each row
+        of the grid is a cluster.
+        """

@@ -1,0 +1,117 @@
+"""What the CUDA kernels are told: the structures of csrc/cuda/jobs.h, and what the host must know of a cell.
+
+``tests/test_cuda_compile.py`` compares both with the C++ sources.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fusedrnn.cells import GRU, LSTM, RNN, Cell
+
+Pointer = ctypes.c_void_p
+Index = ctypes.c_int64
+
+
+class Steps(ctypes.Structure):
+    """csrc/steps.h"""
+
+    _fields_ = (
+        ("T", Index),
+        ("B", Index),
+        ("lengths", Pointer),
+        ("reset", Pointer),
+        ("reverse", ctypes.c_bool),
+        ("detach_every", Index),
+    )
+
+
+def _pointers(names: str) -> list[tuple[str, type[Pointer]]]:
+    return [(name, Pointer) for name in re.findall(r"\w+", names)]
+
+
+class ForwardJob(ctypes.Structure):
+    """Of either dtype: the pointers alone know it."""
+
+    _fields_ = (
+        ("steps", Steps),
+        ("H", Index),
+        *_pointers("projected bias weight h0 c0 y hT cT h_states c_states c saved"),
+        ("saved_step", Index),
+        *_pointers("operand products arrived"),
+        ("units", Index),
+        ("rows", Index),
+    )
+
+
+class BackwardJob(ctypes.Structure):
+    """Of either dtype: the pointers alone know it."""
+
+    _fields_ = (
+        ("steps", Steps),
+        ("H", Index),
+        *_pointers("weight y h0 c0 c saved dy dhT dcT dh_states dc_states da"),
+        *_pointers("dh0 dc0 chain direct dc arrived"),
+        ("units", Index),
+        ("rows", Index),
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which accumulators a part of a cell feeds: ``first`` and the ones after it, each from one gate."""
+
+    first: int
+    gates: tuple[int, ...]  # of PyTorch's order, one for each accumulator
+
+    @property
+    def count(self) -> int:
+        """Accumulators that the part feeds."""
+        return len(self.gates)
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """``(k, gate, n)``: accumulators k to k+n-1 of the part are gates ``gate`` to ``gate``+n-1."""
+        k = 0
+        while k < self.count:
+            n = 1
+            while k + n < self.count and self.gates[k + n] == self.gates[k] + n:
+                n += 1
+            yield k, self.gates[k], n
+            k += n
+
+
+class CellKernels(NamedTuple):
+    """A cell as csrc/cells has it."""
+
+    type: str  # of csrc/cells/cells.def
+    accumulators: int
+    saved: int
+    has_c: bool
+    input: Part
+    recurrent: Part
+    recurrent2: Part = Part(0, ())  # of cells of two phases
+
+    @property
+    def two_phases(self) -> bool:
+        """Whether a step needs a second product, of what the first has made."""
+        return self.recurrent2.count > 0
+
+
+def kernels_of(cell: Cell) -> CellKernels:
+    """The cell's name and layout in csrc/cells; not of one with layer norm, which has no kernels."""
+    match cell:
+        case RNN():
+            return CellKernels(
+                "RnnRelu" if cell.relu else "RnnTanh", 1, 0, False, Part(0, (0,)), Part(0, (0,))
+            )
+        case LSTM():
+            return CellKernels("Lstm", 4, 4, True, Part(0, (0, 1, 2, 3)), Part(0, (0, 1, 2, 3)))
+        case GRU(reset_after=True):
+            return CellKernels("GruResetAfter", 4, 4, False, Part(0, (2, 0, 1)), Part(1, (0, 1, 2)))
+        case GRU():
+            three = Part(0, (0, 1, 2))
+            return CellKernels("GruResetBefore", 3, 3, False, three, Part(0, (0, 1)), Part(2, (2,)))

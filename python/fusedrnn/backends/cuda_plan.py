@@ -1,0 +1,210 @@
+"""How a call runs on a GPU: step by step, or all steps in one launch, and then how the work is cut.
+
+The choice follows a rough count of the work of a step (``_cost``). It has never been measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from fusedrnn.backends.cuda_jobs import CellKernels
+
+KERNELS = ("steps", "grid", "grid_streamed", "cluster")
+ROWS = 8  # of a warp's tile; kRows in csrc/cuda/tile.h
+WARP = 32
+CHUNK = 8 * WARP  # of k, brought to shared memory at a time; kChunk in csrc/cuda/grid.h
+PAD = 4  # elements between rows of factors; kPad there
+
+
+class Device(NamedTuple):
+    """What the plan depends on; see ``cuda_device.Device``."""
+
+    multiprocessors: int
+    shared_bytes: int
+    warps: int
+    cluster: int
+
+
+class Plan(NamedTuple):
+    """``kernel`` is one of ``KERNELS``; the rest is of those with all steps in one launch."""
+
+    kernel: str
+    units: int = 0  # hidden units of a block
+    rows: int = 0  # of the batch, of a block
+    blocks: tuple[int, int] = (0, 0)
+    shared: int = 0  # bytes of a block
+
+    def __str__(self) -> str:
+        if self.kernel == "steps":
+            return "steps"
+        x, y = self.blocks
+        return f"{self.kernel}, {x}x{y} blocks of {self.units} units and {self.rows} rows, {self.shared} B"
+
+
+class Layout(NamedTuple):
+    """How the warps of a block share a product; the same as ``Layout`` in csrc/cuda/grid.h."""
+
+    tile_columns: int
+    column_tiles: int
+    row_tiles: int
+    splits: int  # of k
+
+    @classmethod
+    def of(cls, rows: int, columns: int, tile_columns: int, warps: int) -> Layout:
+        column_tiles = row_tiles = 1
+        while column_tiles * tile_columns < columns:
+            column_tiles *= 2
+        while row_tiles * ROWS < rows and row_tiles * column_tiles < warps:
+            row_tiles *= 2
+        return cls(tile_columns, column_tiles, row_tiles, warps // (column_tiles * row_tiles))
+
+    @classmethod
+    def of_cluster(cls, rows: int, columns: int, tile_columns: int, warps: int) -> Layout:
+        """That of ``ClusterShared`` in csrc/cuda/cluster.h, where a warp may have several tiles."""
+        column_tiles, row_tiles, splits = -(-columns // tile_columns), -(-rows // ROWS), 1
+        while splits * 2 * column_tiles * row_tiles <= warps:
+            splits *= 2
+        return cls(tile_columns, column_tiles, row_tiles, splits)
+
+    @property
+    def rows(self) -> int:
+        """That the tiles have together."""
+        return self.row_tiles * ROWS
+
+    @property
+    def columns(self) -> int:
+        """That the tiles have together."""
+        return self.column_tiles * self.tile_columns
+
+
+def tile_columns(precision: str) -> int:
+    """Of a warp's tile; csrc/cuda/tile.h."""
+    return 8 if precision == "ieee" else 16
+
+
+def shared_elements(kernel: str, layout: Layout, K: int, rows: int, units: int) -> int:
+    """Elements of a block's shared memory; ``Shared`` in csrc/cuda/grid.h, ``ClusterShared`` in cluster.h."""
+    pitch = -(-K // WARP) * WARP + PAD
+    weights = layout.columns * pitch
+    operands = layout.rows * (CHUNK + PAD)
+    if kernel == "grid_streamed":
+        weights = 0
+    if kernel == "cluster":
+        operands = 2 * layout.rows * pitch
+    return weights + operands + layout.splits * layout.rows * layout.columns + 2 * rows * units
+
+
+def choose(
+    cell: CellKernels,
+    T: int,
+    B: int,
+    H: int,
+    itemsize: int,
+    device: Device,
+    *,
+    precision: str = "ieee",
+    backward: bool = False,
+    forced: str | None = None,
+) -> Plan:
+    """The plan of one pass.
+
+    Unless ``forced``: step by step where there is a single step or the cell has two phases; else all steps in
+    one launch, by clusters or by the whole grid where the weights fit the blocks' shared memory, or where
+    every block passes once through its weights in a step, as the product of step by step does too.
+
+    Raises:
+        ValueError: The kernel that is forced cannot run this.
+    """
+    steps = Plan("steps")
+    if T == 0 or B == 0 or forced == "steps" or (forced is None and (T == 1 or cell.two_phases)):
+        return steps
+    if cell.two_phases:
+        raise ValueError(f"kernel: {forced!r} cannot run {cell.type}, which has two phases; use 'steps'")
+    tile = tile_columns(precision)
+    for kernels in (("cluster", "grid"), ("grid_streamed",)) if forced is None else ((forced,),):
+        plans = [
+            found
+            for kernel in kernels
+            for found in (_clusters if kernel == "cluster" else _grids)(
+                kernel, cell, B, H, itemsize, device, tile, backward
+            )
+        ]
+        if forced is None and kernels == ("grid_streamed",):
+            plans = [(cost, groups, plan) for cost, groups, plan in plans if groups == 1]
+        if plans:
+            return min(plans)[2]
+    if forced is None:
+        return steps
+    raise ValueError(
+        f"kernel: {forced!r} cannot run {cell.type} with B = {B}, H = {H} on this GPU: its "
+        f"{device.multiprocessors} multiprocessors of {device.shared_bytes} bytes of shared memory"
+        f"{'' if device.cluster else ', without clusters,'} do not hold it"
+    )
+
+
+def _grids(
+    kernel: str,
+    cell: CellKernels,
+    B: int,
+    H: int,
+    itemsize: int,
+    device: Device,
+    tile: int,
+    backward: bool,
+) -> Iterator[tuple[float, int, Plan]]:
+    """Every cut of the work that runs at once, one block on each multiprocessor: its cost, groups, plan."""
+    R, warps = cell.recurrent.count, device.warps
+    K, per_unit = (R * H, 1) if backward else (H, R)
+    for units in range(1, min(H, tile * warps // per_unit) + 1):
+        across = -(-H // units)
+        for tiles in range(1, min(B, device.multiprocessors // across) + 1):
+            rows = -(-B // tiles)
+            if -(-B // rows) != tiles:
+                continue  # fewer tiles of as many rows do
+            layout = Layout.of(rows, units * per_unit, tile, warps)
+            shared = itemsize * shared_elements(kernel, layout, K, rows, units)
+            if shared <= device.shared_bytes:
+                groups = -(-rows // layout.rows)
+                plan = Plan(kernel, units, rows, (across, tiles), shared)
+                stage = 4 * layout.rows * K / (WARP * warps)
+                yield groups * (_cost(layout, K, warps) + stage) + across * tiles, groups, plan
+
+
+def _clusters(
+    kernel: str,
+    cell: CellKernels,
+    B: int,
+    H: int,
+    itemsize: int,
+    device: Device,
+    tile: int,
+    backward: bool,
+) -> Iterator[tuple[float, int, Plan]]:
+    """Every cut into clusters: its cost, 1, plan. Clusters that find no place wait for others to end."""
+    R, warps = cell.recurrent.count, device.warps
+    K, per_unit = (R * H, 1) if backward else (H, R)
+    for across in range(1, min(H, device.cluster) + 1):
+        units = -(-H // across)
+        if -(-H // units) != across:
+            continue
+        for rows in range(1, B + 1):
+            tiles = -(-B // rows)
+            if rows % ROWS and tiles > 1:
+                continue
+            layout = Layout.of_cluster(rows, units * per_unit, tile, warps)
+            shared = itemsize * shared_elements(kernel, layout, K, rows, units)
+            if shared > device.shared_bytes:
+                break
+            waves = -(-across * tiles // device.multiprocessors)
+            # Of the exchange: a store for each unit, row and block of the cluster.
+            give = 4 * across * units * rows * (R if backward else 1) / (WARP * warps)
+            cost = waves * (_cost(layout, K, warps) + give + 16)
+            yield cost, 1, Plan(kernel, units, rows, (across, tiles), shared)
+
+
+def _cost(layout: Layout, K: int, warps: int) -> float:
+    """Rough count of a block's instructions for the product of a step: multiplications, sums."""
+    tiles = layout.column_tiles * layout.row_tiles * layout.splits
+    multiply = ROWS * layout.tile_columns * -(-K // (WARP * layout.splits))
+    return -(-tiles // warps) * (multiply + 8 * ROWS * layout.tile_columns)

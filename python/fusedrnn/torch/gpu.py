@@ -1,0 +1,67 @@
+"""Tensors on a GPU as the arrays of the CUDA backend, which are CuPy's: both share their memory.
+
+Experimental: no kernel has run on a GPU yet (docs/cuda.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from fusedrnn import backends
+from fusedrnn.backends.protocol import Backend
+
+
+def unavailable() -> str | None:
+    """Why no kernel can run on a GPU here, or None."""
+    return backends.get("cuda").unavailable()
+
+
+def backend() -> Backend:
+    """The CUDA backend."""
+    return backends.get("cuda")
+
+
+@contextlib.contextmanager
+def on(t: Tensor) -> Iterator[None]:
+    """Within the block CuPy works on the tensor's GPU, on PyTorch's current stream and with PyTorch's memory.
+
+    So nothing waits, a graph that PyTorch captures has it all, and memory goes back to where it came from.
+    """
+    import cupy
+
+    stream = torch.cuda.current_stream(t.device)
+    with (
+        torch.cuda.device(t.device),
+        cupy.cuda.Device(t.device.index),
+        cupy.cuda.ExternalStream(stream.cuda_stream, t.device.index),
+        cupy.cuda.using_allocator(_allocate),
+    ):
+        yield
+
+
+def _allocate(size: int) -> Any:
+    """Memory of PyTorch's allocator for CuPy."""
+    import cupy
+
+    memory = torch.empty(size, dtype=torch.uint8, device="cuda")
+    unowned = cupy.cuda.UnownedMemory(memory.data_ptr(), size, memory, memory.device.index)
+    return cupy.cuda.MemoryPointer(unowned, 0)
+
+
+def array(t: Tensor) -> Any:
+    """The tensor's memory as an array, strides and all."""
+    import cupy
+
+    return cupy.from_dlpack(t)
+
+
+def tensor(a: Any) -> Tensor:
+    """The array's memory as a tensor."""
+    made: Tensor = from_dlpack(a)
+    return made

@@ -1,0 +1,218 @@
+"""A device for the CUDA backend that is this computer's CPU: the kernels' sources, compiled by g++.
+
+Every CUDA thread is a fiber (``emulation.h``). Device arrays are NumPy arrays. Nothing here is fast; what
+runs is right or wrong as on a GPU, and in every order of its threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+CSRC = Path(os.environ.get("FUSEDRNN_TEST_CSRC", HERE.parents[1] / "csrc"))  # another one: a mutant's
+COMPILER = shutil.which("g++") or shutil.which("c++")
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off",
+         "-fno-math-errno", "-DFUSEDRNN_EMULATED",
+         f"-I{HERE}", f"-I{CSRC}"]  # fmt: skip
+GUARD = 8192  # bytes on both sides of every array, NaN, that no kernel may write
+
+Argument = ctypes.Structure | ctypes._SimpleCData
+
+
+def fma() -> list[str]:
+    """The flag for FMA as an instruction, where this computer has it; the bits are the same without."""
+    cpu = Path("/proc/cpuinfo")
+    return ["-mfma"] if cpu.exists() and " fma " in cpu.read_text() else []
+
+
+def build(sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """What g++ makes of the sources, from a folder of this user's where it stays between runs.
+
+    It is found again by a hash of the flags and of everything that it may be made of: all of csrc's headers
+    and of this folder's.
+    """
+    assert COMPILER is not None, "needs a C++ compiler"
+    command = [COMPILER, *FLAGS, *flags]
+    digest = hashlib.sha256(_version(COMPILER))
+    for part in [*command, *map(str, sources)]:
+        digest.update(part.encode() + b"\0")
+    folders = [HERE, *(CSRC / name for name in ("", "cuda", "cells", "simd"))]
+    for path in sorted(
+        p for folder in folders for p in folder.iterdir() if p.suffix in (".h", ".cu", ".cpp")
+    ):
+        digest.update(path.read_bytes() + b"\0")
+    folder = Path(tempfile.gettempdir()) / f"fusedrnn-emulation-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    target = folder / f"{digest.hexdigest()[:32]}{'.o' if '-c' in flags else ''}"
+    if not target.exists():
+        made = folder / f"{target.name}.{os.getpid()}.{threading.get_ident()}"
+        done = subprocess.run([*command, *sources, "-o", made], capture_output=True, text=True)
+        assert done.returncode == 0, f"does not compile: {done.stderr[:3000]}"
+        made.replace(target)  # at once: other processes may do the same
+    return target
+
+
+def runtime(*flags: str) -> Path:
+    """The object of emulation.cpp."""
+    return build([HERE / "emulation.cpp"], ["-c", "-fPIC", "-fvisibility=hidden", *flags])
+
+
+@functools.cache
+def _version(compiler: str) -> bytes:
+    return subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+
+
+@functools.cache
+def library(cell: str, dtype: str, warps: int, precision: str = "ieee") -> ctypes.CDLL:
+    """The kernels of one cell, dtype and precision."""
+    flags = ["-fPIC", "-shared", "-fvisibility=hidden", f"-DFUSEDRNN_CELL={cell}",
+             f"-DFUSEDRNN_DTYPE={dtype}", f"-DFUSEDRNN_WARPS={warps}",
+             f"-DFUSEDRNN_PRECISION={precision}", *fma()]  # fmt: skip
+    found = ctypes.CDLL(str(build([HERE / "library.cpp", runtime()], flags)))
+    found.fusedrnn_launch.argtypes = [
+        ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint64,
+        ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t), ctypes.c_size_t,
+        ctypes.c_char_p, ctypes.c_size_t,
+    ]  # fmt: skip
+    return found
+
+
+class EmulatedDevice:
+    """Implements ``fusedrnn.backends.cuda_device.Device``.
+
+    Args:
+        multiprocessors: How many blocks a cooperative launch may have.
+        shared_bytes: How much dynamic shared memory a block may have.
+        warps: Of a block.
+        seed: Of the order in which threads run; each launch draws another one from it.
+        cluster: How many blocks a cluster may have.
+    """
+
+    matrix_units = True
+    _lock = threading.Lock()  # one launch at a time: the fibers are those of one thread
+
+    def __init__(
+        self,
+        multiprocessors: int = 4,
+        shared_bytes: int = 227 * 1024,
+        warps: int = 2,
+        seed: int = 0,
+        cluster: int = 8,
+    ) -> None:
+        self.multiprocessors = multiprocessors
+        self.shared_bytes = shared_bytes
+        self.warps = warps
+        self.seed = seed
+        self.cluster = cluster
+        self.launches: list[str] = []  # the names of the kernels that ran
+        self._guarded: dict[int, tuple[weakref.ref[Any], Any]] = {}
+
+    def is_array(self, a: Any) -> bool:
+        """Whether it lies in the device's memory."""
+        return isinstance(a, np.ndarray)
+
+    def dtype(self, a: Any) -> np.dtype[Any]:
+        """The dtype of a device array."""
+        return np.dtype(a.dtype)
+
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
+        """A C-contiguous array whose content is not used: NaN, and of integers large numbers."""
+        dtype = np.dtype(dtype)
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = np.full(size + 2 * GUARD, 0xFF, np.uint8)
+        if dtype.kind in "iub":
+            memory[GUARD : GUARD + size] = 0x55 if dtype.kind != "b" else 1
+        made = memory[GUARD : GUARD + size].view(dtype).reshape(shape)
+        key = id(memory)
+        self._guarded[key] = weakref.ref(memory, lambda _: self._guarded.pop(key, None)), size
+        return made
+
+    def zeros(self, shape: int | Sequence[int], dtype: Any) -> Any:
+        """A C-contiguous array of zeros."""
+        made = self.empty(shape, dtype)
+        made[...] = 0
+        return made
+
+    def asarray(self, a: Any) -> Any:
+        """A copy of a host array."""
+        made = self.empty(a.shape, a.dtype)
+        made[...] = a
+        return made
+
+    def pointer(self, a: Any) -> int:
+        """The address of the first element."""
+        return int(a.ctypes.data)
+
+    def matmul(self, a: Any, b: Any, out: Any) -> None:
+        """The product of two matrices of any strides, into a C-contiguous one."""
+        assert a.ndim == b.ndim == out.ndim == 2
+        assert out.flags.c_contiguous
+        with np.errstate(all="ignore"):
+            np.matmul(a, b, out=out)
+
+    def launch(
+        self,
+        cell: str,
+        dtype: str,
+        kernel: str,
+        grid: tuple[int, int],
+        args: Sequence[Argument],
+        shared: int = 0,
+        cooperative: bool = False,
+        precision: str = "ieee",
+    ) -> None:
+        """Runs a kernel to its end.
+
+        Args:
+            cell: A type of csrc/cells/cells.def.
+            dtype: "float" or "double".
+            kernel: Its name in csrc/cuda/kernels.cu.
+            grid: Blocks along x and y.
+            args: By value.
+            shared: Bytes of a block's dynamic shared memory.
+            cooperative: All blocks run at once.
+            precision: Of csrc/cuda/tile.h.
+
+        Raises:
+            RuntimeError: The launch is impossible, or its threads wait for each other for ever, or
+                diverge, or wrote where they must not.
+        """
+        if shared > self.shared_bytes:
+            raise RuntimeError(f"{kernel}: {shared} bytes of shared memory, there are {self.shared_bytes}")
+        if kernel.startswith("cluster") and grid[0] > self.cluster:
+            raise RuntimeError(f"{kernel}: a cluster of {grid[0]} blocks, there are {self.cluster} places")
+        if cooperative and grid[0] * grid[1] > self.multiprocessors:
+            raise RuntimeError(
+                f"{kernel}: {grid[0]} x {grid[1]} blocks at once, there are {self.multiprocessors} places"
+            )
+        count = len(args)
+        addresses = (ctypes.c_void_p * count)(*map(ctypes.addressof, args))
+        sizes = (ctypes.c_size_t * count)(*map(ctypes.sizeof, args))
+        error = ctypes.create_string_buffer(4096)
+        run = library(cell, dtype, self.warps, precision).fusedrnn_launch
+        seed = self.seed * 1_000_003 + len(self.launches)
+        with self._lock:
+            failed = run(
+                kernel.encode(), *grid, shared, cooperative, seed, addresses, sizes, count, error, len(error)
+            )
+        self.launches.append(kernel)
+        if failed:
+            raise RuntimeError(f"{kernel}: {error.value.decode()}")
+        for memory, size in list(self._guarded.values()):
+            whole = memory()
+            if whole is not None and (whole[:GUARD].min() != 0xFF or whole[GUARD + size :].min() != 0xFF):
+                raise RuntimeError(f"{kernel}: a thread wrote outside an array of {size} bytes")

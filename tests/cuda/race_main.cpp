@@ -1,0 +1,150 @@
+// Runs every kernel of one cell on small problems where ThreadSanitizer watches each CUDA thread. Compiled with
+// -fsanitize=thread, linked with emulation.cpp that is not. Values are not looked at: they say nothing about races, and
+// no order of the threads depends on them. SPDX-License-Identifier: Apache-2.0
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/kernels.cu"
+
+namespace {
+
+struct Problem {
+  Index T, B, H, units, rows;
+  bool reverse, lengths, resets, state0;
+  uint64_t seed;
+};
+
+// Memory of the device, each array on its own.
+class Memory {
+ public:
+  template <class Number>
+  Number* operator()(Index count, Number value) {
+    arrays.emplace_back(new char[size_t(count + 1) * sizeof(Number)]);
+    Number* p = reinterpret_cast<Number*>(arrays.back().get());
+    for (Index i = 0; i < count; ++i) p[i] = value;
+    return p;
+  }
+
+ private:
+  std::vector<std::unique_ptr<char[]>> arrays;
+};
+
+Index tiles_of(Index n, Index size) { return (n + size - 1) / size; }
+
+// Calls a kernel for every thread of a grid.
+template <class... A>
+void launch(const char* name, unsigned x, unsigned y, size_t elements, uint64_t seed, void (*kernel)(A...),
+            typename std::common_type<A>::type... arguments) {
+  auto call = [&] { kernel(arguments...); };
+  const std::string kind(name);
+  const emulation::Launch launch{
+      {x, y, 1}, unsigned(kThreads), elements * sizeof(T), kind.rfind("grid", 0) == 0, kind.rfind("cluster", 0) == 0,
+      seed};
+  const std::string error = emulation::launch(launch, [](void* p) { (*static_cast<decltype(call)*>(p))(); }, &call);
+  if (!error.empty()) {
+    fprintf(stderr, "%s: %s\n", name, error.c_str());
+    exit(3);
+  }
+}
+
+size_t grid_elements(Index rows, Index columns, Index units, Index K, bool resident) {
+  const Layout layout(rows, columns, Tile::columns);
+  return size_t((resident ? layout.columns() * pitch_of(K) : 0) + layout.rows() * (kChunk + kPad) +
+                layout.splits * layout.rows() * layout.columns() + 2 * rows * units);
+}
+
+size_t cluster_elements(Index rows, Index columns, Index units, Index K) {
+  const Index all_rows = round_up(rows, kRows), all_columns = round_up(columns, Tile::columns);
+  Index splits = 1;
+  while (splits * 2 * (all_rows / kRows) * (all_columns / Tile::columns) <= kWarps) splits *= 2;
+  return size_t((all_columns + 2 * all_rows) * pitch_of(K) + splits * all_rows * all_columns + 2 * rows * units);
+}
+
+void run(const Problem& p) {
+  constexpr Index A = Cell::accumulators, X = Cell::input.count, R = Cell::recurrent.count, S = Cell::saved;
+  const Index T_ = p.T, B = p.B, H = p.H, n = B * H;
+  Memory memory;
+  uint64_t draws = p.seed * 2 + 1;
+  const auto draw = [&] { return draws = draws * 6364136223846793005u + 1442695040888963407u, draws >> 33; };
+  Index* lengths = p.lengths ? memory(B, T_) : nullptr;
+  unsigned char* reset = p.resets ? memory(T_ * B, (unsigned char)(0)) : nullptr;
+  if (lengths)
+    for (Index b = 0; b + 1 < B; ++b) lengths[b] = Index(draw() % uint64_t(T_ + 1));
+  if (reset)
+    for (Index i = 0; i < T_ * B; ++i) reset[i] = draw() % 4 == 0;
+  const fusedrnn::Steps steps{T_, B, lengths, reset, p.reverse, p.seed % 3 == 0 ? 2 : 0};
+  const T one = T(0.5);
+
+  ForwardJob<T> f{};
+  f.steps = steps, f.H = H;
+  f.projected = memory(T_ * B * X * H, one), f.bias = memory(A * H, one), f.weight = memory(R * H * H, one);
+  f.h0 = p.state0 ? memory(n, one) : nullptr, f.c0 = p.state0 && Cell::has_c ? memory(n, one) : nullptr;
+  f.y = memory(T_ * n, one), f.hT = memory(n, one), f.h_states = memory(T_ * n, one);
+  if (Cell::has_c) f.cT = memory(n, one), f.c_states = memory(T_ * n, one), f.c = memory(T_ * n, one);
+  if (S) f.saved = memory(T_ * n * S, one), f.saved_step = n * S;
+  f.operand = memory(n, one), f.products = memory(n * R, one);
+  f.units = p.units, f.rows = p.rows;
+
+  BackwardJob<T> b{};
+  b.steps = steps, b.H = H;
+  b.weight = f.weight, b.y = f.y, b.h0 = f.h0, b.c0 = f.c0, b.c = f.c, b.saved = f.saved;
+  b.dy = memory(T_ * n, one), b.dhT = memory(n, one), b.dh_states = memory(T_ * n, one);
+  if (Cell::has_c) b.dcT = memory(n, one), b.dc_states = memory(T_ * n, one), b.dc0 = memory(n, one);
+  b.da = memory(T_ * n * A, one), b.dh0 = memory(n, one);
+  b.chain = memory(n, one), b.direct = memory(n, one), b.dc = memory(n, one);
+  b.units = p.units, b.rows = p.rows;
+
+  uint64_t seed = p.seed * 100;
+  const auto elementwise = [&](const char* name, auto kernel, auto... arguments) {
+    launch(name, 2, 1, 0, ++seed, kernel, arguments...);
+  };
+  elementwise("begin_forward", begin_forward, f);
+  for (Index s = 0; s < T_; ++s) {
+    elementwise("step_forward", step_forward, f, s);
+    if (Cell::phases == 2) elementwise("step_forward2", step_forward2, f, s);
+  }
+  elementwise("begin_backward", begin_backward, b);
+  for (Index s = T_ - 1; s >= 0; --s) {
+    elementwise("step_backward", step_backward, b, s);
+    if (Cell::phases == 2) elementwise("step_backward2", step_backward2, b, s);
+  }
+  elementwise("finish_backward", finish_backward, b);
+  elementwise("operands", operands, b, memory(T_ * n, one), Cell::phases == 2 ? memory(T_ * n, one) : nullptr);
+  if (Cell::phases == 2) return;
+
+  const unsigned x = unsigned(tiles_of(H, p.units)), y = unsigned(tiles_of(B, p.rows));
+  const auto whole = [&](const char* name, auto kernel, auto job, size_t elements) {
+    job.arrived = memory(y, 0u);
+    launch(name, x, y, elements, ++seed, kernel, job);
+  };
+  const Index columns = p.units * R;
+  whole("grid_forward", ::grid_forward, f, grid_elements(p.rows, columns, p.units, H, true));
+  whole("grid_forward_streamed", grid_forward_streamed, f, grid_elements(p.rows, columns, p.units, H, false));
+  whole("cluster_forward", ::cluster_forward, f, cluster_elements(p.rows, columns, p.units, H));
+  whole("grid_backward", ::grid_backward, b, grid_elements(p.rows, p.units, p.units, R * H, true));
+  whole("grid_backward_streamed", grid_backward_streamed, b, grid_elements(p.rows, p.units, p.units, R * H, false));
+  whole("cluster_backward", ::cluster_backward, b, cluster_elements(p.rows, p.units, p.units, R * H));
+}
+
+}  // namespace
+
+int main() {
+  // Rows of several groups in a tile, several tiles, k of several splits, in the last one of several chunks; units that
+  // do not divide H.
+  constexpr Index R = Cell::recurrent.count;
+  const Problem problems[] = {
+      {3, 11, 5, 3, 9, false, false, false, true, 1},
+      {3, 11, 5, 3, 9, true, true, true, true, 2},
+      {2, 3, 7, 4, 2, false, true, true, false, 3},
+      {4, 2, 9, 3, 2, true, false, true, true, 4},
+      {2, 9, kChunk / R + 1, 16 / R, 9, false, false, false, false, 5},
+  };
+  for (const Problem& problem : problems) run(problem);
+  puts("ran");
+}
