@@ -12,7 +12,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
-    sources = session.run("git", "ls-files", "*.h", "*.cpp", external=True, silent=True, log=False)
+    sources = session.run("git", "ls-files", "*.h", "*.cpp", "*.cu", external=True, silent=True, log=False)
     session.run("clang-format", "--dry-run", "-Werror", *sources.split())
 
 

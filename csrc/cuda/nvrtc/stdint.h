@@ -1,4 +1,5 @@
-// The integers that the kernels use, for NVRTC, which has no headers of a C library. SPDX-License-Identifier: Apache-2.0
+// The integers that the kernels use, for NVRTC, which has no headers of a C library. SPDX-License-Identifier:
+// Apache-2.0
 #pragma once
 typedef int int32_t;
 typedef unsigned uint32_t;
