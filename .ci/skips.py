@@ -8,6 +8,8 @@ ALLOWED = (
     r"the processor has no \w+",
     r"needs 12 GB of free memory",
     r"nox -s thirdparty installs",
+    r"needs an NVIDIA GPU",
+    r"needs nvcc",
 )
 
 
