@@ -24,6 +24,7 @@ from problems import CELLS
 pytestmark = [
     pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler"),
     pytest.mark.timeout(1200),
+    pytest.mark.alone,  # it takes two cores, and each of two workers would do all of it
 ]
 
 TESTS = Path(__file__).parent
