@@ -86,6 +86,30 @@ def _output(command: list[str]) -> str:
     return done.stdout.strip() if done.returncode == 0 else f"failed: {done.stderr.strip()[-300:]}"
 
 
+def compiled(run: Run) -> dict[str, float]:
+    """Seconds that NVRTC takes for each cell and dtype, of one for each precision, with nothing cached."""
+    import tempfile
+
+    from fusedrnn.backends import cuda_compile, cuda_cupy
+    from fusedrnn.backends.cuda_jobs import kernels_of
+    from fusedrnn.cells import GRU, LSTM, RNN
+
+    architecture, kept = cuda_cupy.current().architecture, os.environ.get("FUSEDRNN_CACHE")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FUSEDRNN_CACHE"] = folder
+        for cell in (RNN(), RNN(relu=True), LSTM(), GRU(), GRU(reset_after=False)):
+            for dtype in cuda_compile.DTYPES:
+                for precision in cuda_compile.PRECISIONS if (cell, dtype) == (LSTM(), "float") else ("ieee",):
+                    begin = time.monotonic()
+                    cuda_compile.cubin(kernels_of(cell).type, dtype, architecture, precision)
+                    found[f"{cell} {dtype} {precision}"] = round(time.monotonic() - begin, 2)
+    os.environ.pop("FUSEDRNN_CACHE")
+    if kept is not None:
+        os.environ["FUSEDRNN_CACHE"] = kept
+    return found
+
+
 # --- right ------------------------------------------------------------------------------------------------
 
 
@@ -96,7 +120,7 @@ def checks(run: Run) -> dict[str, Any]:
         command = [sys.executable, "-m", "fusedrnn", "gradcheck", "--backend", "cuda"]
         environment = {**os.environ, "FUSEDRNN_CUDA_KERNEL": kernel}
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=max(1.0, min(150.0, run.left()))
+            command, capture_output=True, text=True, env=environment, timeout=max(1.0, min(45.0, run.left()))
         )
         lines = done.stdout.strip().splitlines()
         end = (lines or [""])[-1]
@@ -313,11 +337,12 @@ def timing(run: Run) -> list[dict[str, Any]]:
 
     backend: Any = gpu.backend()
     rows: list[dict[str, Any]] = []
+    end = min(run.end - 120, time.monotonic() + 250)  # what comes after wants some too
     for kind in ("LSTM", "GRU", "RNN"):
         for shape in SHAPES:
             for training in (False, True):
                 for dtype, tf32, precision in PEERS:
-                    if run.left() < 30:
+                    if time.monotonic() > end:
                         return rows
                     torch.backends.cudnn.allow_tf32 = tf32
                     row: dict[str, Any] = {"cell": kind, "shape": shape, "backward": training}
@@ -326,12 +351,14 @@ def timing(run: Run) -> list[dict[str, Any]]:
                         row["cudnn"] = _median_ms(_layer(kind, shape, dtype, False, training), 0.3)
                     except RuntimeError as error:
                         row["cudnn failed"] = str(error)[:200]
+                    os.environ["FUSEDRNN_CUDA_PRECISION"] = precision
                     try:  # in float32 memory whatever the products' precision
-                        with backend.using(precision=precision):
-                            row["ours"] = _median_ms(_layer(kind, shape, "float32", True, training), 0.3)
-                            row["plan"] = str(backend.last_plan)
+                        row["ours"] = _median_ms(_layer(kind, shape, "float32", True, training), 0.3)
+                        row["plan"] = str(backend.last_plan)
                     except (RuntimeError, ValueError) as error:
                         row["ours failed"] = str(error)[:200]
+                    finally:
+                        del os.environ["FUSEDRNN_CUDA_PRECISION"]
                     rows.append(row)
                     print(_line(row), flush=True)
     return rows
@@ -372,13 +399,14 @@ def bounds(run: Run) -> dict[str, Any]:
     return found
 
 
-PARTS: dict[str, Callable[[Run], Any]] = {
+PARTS: dict[str, Callable[[Run], Any]] = {  # what is wanted most first
     "machine": machine,
     "checks": checks,
-    "promises": promises,
-    "sanitizers": sanitizers,
     "bounds": bounds,
     "timing": timing,
+    "promises": promises,
+    "sanitizers": sanitizers,
+    "compiled": compiled,
 }
 
 
