@@ -139,12 +139,9 @@ int main() {
   // do not divide H.
   constexpr Index R = Cell::recurrent.count;
   const Problem problems[] = {
-      {3, 11, 5, 3, 9, false, false, false, true, 1},
-      {3, 11, 5, 3, 9, true, true, true, true, 2},
-      {2, 3, 7, 4, 2, false, true, true, false, 3},
-      {4, 2, 9, 3, 2, true, false, true, true, 4},
-      {3, 20, 5, 3, 19, false, false, false, true, 6},
-      {2, 9, kChunk / R + 1, 16 / R, 9, false, false, false, false, 5},
+      {3, 11, 5, 3, 9, false, false, false, true, 1},  {3, 11, 5, 3, 9, true, true, true, true, 2},
+      {2, 3, 7, 4, 2, false, true, true, false, 3},    {4, 2, 9, 3, 2, true, false, true, true, 4},
+      {3, 20, 5, 3, 19, false, false, false, true, 6}, {2, 9, kChunk / R + 1, 16 / R, 9, false, false, false, false, 5},
   };
   for (const Problem& problem : problems) run(problem);
   puts("ran");
