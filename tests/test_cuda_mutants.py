@@ -46,21 +46,19 @@ def check(csrc: Path, cell: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr[-2000:]
 
 
-def race(csrc: Path, folder: Path, cell: str, dtype: str = "float") -> tuple[int, str]:
+def race(csrc: Path, cell: str, dtype: str = "float") -> tuple[int, str]:
     """cuda/race_main.cpp on these sources -> exit code and what it said."""
-    flags = [flag for flag in emulated.FLAGS if not flag.startswith("-I")]
-    flags += ["-g", "-w", "-DFUSEDRNN_RACES", "-DFUSEDRNN_WARPS=2", f"-I{TESTS / 'cuda'}", f"-I{csrc}"]
-    program, object_ = folder / f"race-{cell}-{dtype}", folder / f"emulation-{cell}-{dtype}.o"
-    source = TESTS / "cuda" / "race_main.cpp"
-    kernels = [f"-DFUSEDRNN_CELL={cell}", f"-DFUSEDRNN_DTYPE={dtype}", "-fsanitize=thread", *emulated.fma()]
-    for command in (
-        [emulated.COMPILER, *flags, "-c", TESTS / "cuda" / "emulation.cpp", "-o", object_],
-        [emulated.COMPILER, *flags, *kernels, source, object_, "-o", program],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"does not compile: {done.stderr[:2000]}"
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    options = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+    races = ["-DFUSEDRNN_RACES", "-g"]
+    flags = [*races, "-w", "-fsanitize=thread", "-DFUSEDRNN_WARPS=2", f"-DFUSEDRNN_CELL={cell}",
+             f"-DFUSEDRNN_DTYPE={dtype}", *emulated.fma()]  # fmt: skip
+    sources = [TESTS / "cuda" / "race_main.cpp", emulated.runtime(*races)]
+    program = emulated.build(sources, flags, csrc, csrc.parent)
+    options = {
+        "env": {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},
+        "capture_output": True,
+        "text": True,
+        "timeout": 300,
+    }
     done = subprocess.run([program], **options)
     if (
         "unexpected memory mapping" in done.stderr
@@ -87,7 +85,7 @@ def try_out(mutant: Mutant, original: Path, folder: Path) -> dict[str, tuple[int
     if mutant.by != ("races",):
         said["check"] = check(csrc, mutant.cell)
     if "races" in mutant.by:
-        said["races"] = race(csrc, folder, mutant.cell)
+        said["races"] = race(csrc, mutant.cell)
     shutil.rmtree(folder)
     return said
 
@@ -111,9 +109,9 @@ def outcomes(original):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", TYPES)
-def test_the_kernels_as_they_are_have_no_race(original, tmp_path, cell):
+def test_the_kernels_as_they_are_have_no_race(original, cell):
     for dtype in ("float", "double") if cell == "Lstm" else ("float",):
-        assert race(original, tmp_path, cell, dtype) == (0, "ran\n")
+        assert race(original, cell, dtype) == (0, "ran\n")
 
 
 @pytest.mark.slow

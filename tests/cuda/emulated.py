@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-CSRC = Path(os.environ.get("FUSEDRNN_TEST_CSRC", HERE.parents[1] / "csrc"))  # another one: a mutant's
-MUTANT = "FUSEDRNN_TEST_CSRC" in os.environ
+MUTANT = os.environ.get("FUSEDRNN_TEST_CSRC")  # other sources than those of this tree
+CSRC = Path(MUTANT or HERE.parents[1] / "csrc")
 COMPILER = shutil.which("g++") or shutil.which("c++")
-FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-w" if MUTANT else "-Werror", "-Wno-unknown-pragmas",
-         "-ffp-contract=off", "-fno-math-errno", "-DFUSEDRNN_EMULATED", f"-I{HERE}", f"-I{CSRC}"]  # fmt: skip
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off",
+         "-fno-math-errno", "-DFUSEDRNN_EMULATED", f"-I{HERE}"]  # fmt: skip
 GUARD = 8192  # bytes on both sides of every array, NaN, that no kernel may write
 
 Argument = ctypes.Structure | ctypes._SimpleCData
@@ -38,23 +38,25 @@ def fma() -> list[str]:
     return ["-mfma"] if cpu.exists() and " fma " in cpu.read_text() else []
 
 
-def build(sources: Sequence[Path], flags: Sequence[str]) -> Path:
-    """What g++ makes of the sources, from a folder of this user's where it stays between runs.
+def build(
+    sources: Sequence[Path], flags: Sequence[str], csrc: Path | None = None, folder: Path | None = None
+) -> Path:
+    """What g++ makes of the sources, which may include what is in this folder and in ``csrc``.
 
-    It is found again by a hash of the flags and of everything that it may be made of: all of csrc's headers
-    and of this folder's.
+    It stays in a folder of this user's, or in the one given, and is found again by a hash of all that it is
+    made of.
     """
     assert COMPILER is not None, "needs a C++ compiler"
-    command = [COMPILER, *FLAGS, *flags]
+    command = [COMPILER, *FLAGS, *([f"-I{csrc}"] if csrc else []), *flags]
     digest = hashlib.sha256(_version(COMPILER))
     for part in [*command, *map(str, sources)]:
         digest.update(part.encode() + b"\0")
-    folders = [HERE, *(CSRC / name for name in ("", "cuda", "cells", "simd"))]
+    folders = [HERE, *(csrc / name for name in ("", "cuda", "cells", "simd"))] if csrc else [HERE]
     for path in sorted(
         p for folder in folders for p in folder.iterdir() if p.suffix in (".h", ".cu", ".cpp")
     ):
         digest.update(path.read_bytes() + b"\0")
-    folder = Path(tempfile.gettempdir()) / f"fusedrnn-emulation-{os.getuid()}"
+    folder = folder or Path(tempfile.gettempdir()) / f"fusedrnn-emulation-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     target = folder / f"{digest.hexdigest()[:32]}{'.o' if '-c' in flags else ''}"
     if not target.exists():
@@ -81,7 +83,9 @@ def library(cell: str, dtype: str, warps: int, precision: str = "ieee") -> ctype
     flags = ["-fPIC", "-shared", "-fvisibility=hidden", f"-DFUSEDRNN_CELL={cell}",
              f"-DFUSEDRNN_DTYPE={dtype}", f"-DFUSEDRNN_WARPS={warps}",
              f"-DFUSEDRNN_PRECISION={precision}", *fma()]  # fmt: skip
-    found = ctypes.CDLL(str(build([HERE / "library.cpp", runtime()], flags)))
+    sources = [HERE / "library.cpp", runtime()]
+    made = build(sources, [*flags, "-w"], CSRC, CSRC.parent) if MUTANT else build(sources, flags, CSRC)
+    found = ctypes.CDLL(str(made))
     found.fusedrnn_launch.argtypes = [
         ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint64,
         ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t), ctypes.c_size_t,

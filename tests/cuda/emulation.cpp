@@ -12,7 +12,7 @@
 #include <memory>
 #include <vector>
 
-#if !defined(__x86_64__) || defined(FUSEDRNN_UCONTEXT)
+#if !defined(__x86_64__) || !defined(__ELF__) || defined(FUSEDRNN_UCONTEXT)
 #include <ucontext.h>
 #define FUSEDRNN_SWITCH_BY_UCONTEXT
 #endif
