@@ -27,6 +27,7 @@ from problems import (
     SIZES,
     assert_close,
     assert_same_bits,
+    error,
     errors,
     expected_names,
     name,
@@ -105,15 +106,18 @@ def truth(cell, sizes, options):
 
 
 def assert_right(backend, cell, sizes, dtype=np.float64, **options):
-    """Within the promised figures."""
+    """Within the promised figures. They are for H >= 7; below, 4 times plain NumPy's error will do."""
     p = problem(cell, *sizes, dtype=dtype, **options)
     want = truth(cell, sizes, tuple(options.items()))
     got = run(backend, p)
     assert got.keys() == want.keys() == expected_names(p)
     assert {a.dtype for a in got.values()} == {np.dtype(dtype)}
     for gradient, tolerance in ((False, FORWARD[dtype]), (True, GRADIENT[dtype])):
-        named = [key for key in want if key.startswith("d") == gradient]
-        assert_close({key: got[key] for key in named}, {key: want[key] for key in named}, tolerance)
+        named = {key: a for key, a in want.items() if key.startswith("d") == gradient}
+        if sizes[3] < 7:
+            plain = run(REFERENCE, p)
+            tolerance = max(tolerance, 4 * max(error(plain[key], a) for key, a in named.items()))
+        assert_close({key: got[key] for key in named}, named, tolerance)
     return got
 
 
@@ -127,12 +131,17 @@ def test_options(cell, kernel, options):
     assert_right(Cut(kernel), cell, sizes, **options)
 
 
-@pairs(KERNELS)
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-def test_shapes(cell, kernel, part):
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_every_option_at_every_shape(cell, part):
+    """The kernels take turns."""
+    kernels = KERNELS if cell in ONE_PHASE else KERNELS[:1]
     for k in range(part, len(SHAPES), 4):
         sizes, units, rows = SHAPES[k]
-        assert_right(Cut(kernel, units, rows, seed=k), cell, sizes, **OPTIONS[k * 4 % len(OPTIONS)])
+        for j, options in enumerate(OPTIONS):
+            kernel = kernels[(k // 4 + j) % len(kernels)]
+            assert_right(Cut(kernel, units, rows, seed=k), cell, sizes, **options)
 
 
 @pairs(KERNELS)
