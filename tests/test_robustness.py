@@ -151,8 +151,9 @@ def set_control_word(word):  # the last field of x86-64's fenv_t
 """
 
 
-def python(code, limit=60, **environment):
-    """Runs PRELUDE and the code in a fresh interpreter; its output."""
+def python(code, limit=240, **environment):
+    """Runs PRELUDE and the code in a fresh interpreter; its output. What takes longer hangs: under the
+    sanitizers a long call takes a minute on a slow machine."""
     out = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + textwrap.dedent(code)],
         cwd=Path(__file__).parent, env={**os.environ, **environment}, capture_output=True, text=True,
