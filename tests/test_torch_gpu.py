@@ -44,7 +44,7 @@ def device(monkeypatch):
 
     monkeypatch.setattr(paths, "unsupported", unsupported)
     monkeypatch.setattr(gpu, "backend", lambda: backend)
-    monkeypatch.setattr(gpu, "on", lambda t: contextlib.nullcontext())
+    monkeypatch.setattr(gpu, "on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(gpu, "array", lambda t: t.as_subclass(torch.Tensor).numpy())
     monkeypatch.setattr(gpu, "tensor", lambda a: torch.from_numpy(a).as_subclass(Elsewhere))
     monkeypatch.setattr(recurrence, "tensor", gpu.tensor)

@@ -16,6 +16,8 @@ from torch.utils.dlpack import from_dlpack
 from fusedrnn import backends
 from fusedrnn.backends.protocol import Backend
 
+NOTHING = contextlib.nullcontext()
+
 
 def unavailable() -> str | None:
     """Why no kernel can run on a GPU here, or None."""
@@ -27,19 +29,24 @@ def backend() -> Backend:
     return backends.get("cuda")
 
 
-@contextlib.contextmanager
-def on(t: Tensor) -> Iterator[None]:
-    """Within the block CuPy works on the tensor's GPU, on PyTorch's current stream and with PyTorch's memory.
+def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within the block CuPy works on this GPU, on PyTorch's current stream and with PyTorch's memory; for the
+    CPU there is nothing to do.
 
     So nothing waits, a graph that PyTorch captures has it all, and memory goes back to where it came from.
     """
+    return NOTHING if device.type == "cpu" else _on(device)
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
     import cupy
 
-    stream = torch.cuda.current_stream(t.device)
+    stream = torch.cuda.current_stream(device)
     with (
-        torch.cuda.device(t.device),
-        cupy.cuda.Device(t.device.index),
-        cupy.cuda.ExternalStream(stream.cuda_stream, t.device.index),
+        torch.cuda.device(device),
+        cupy.cuda.Device(device.index),
+        cupy.cuda.ExternalStream(stream.cuda_stream, device.index),
         cupy.cuda.using_allocator(_allocate),
     ):
         yield

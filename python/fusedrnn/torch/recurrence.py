@@ -7,7 +7,6 @@ expanded over time and batch.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import weakref
 from collections.abc import Sequence
@@ -141,7 +140,7 @@ def _packed(cell: Cell, weights: Sequence[Tensor | None]) -> tuple[Backend, Any]
     if first.is_cpu:
         backend = backends.usable(None)
         return backend, backend.pack(cell, Weights(*map(whole, weights)))
-    with gpu.on(first):
+    with gpu.on(first.device):
         backend = gpu.backend()
         return backend, backend.pack(cell, Weights(*map(whole, weights)))
 
@@ -227,7 +226,7 @@ class Call:
         """The kernel forward."""
         if x.is_cpu:
             return self._run(x, state0, save)
-        with gpu.on(x):
+        with gpu.on(x.device):
             return self._run(x, state0, save)
 
     def _run(self, x: Tensor, state0: Sequence[Tensor] | None, save: str | None) -> Forward:
@@ -299,8 +298,7 @@ class Recurrence(torch.autograd.Function):
         dy, of_states = None, grads
         if not call.step:
             dy, of_states = grads[0], tuple([None if g is None else g[0] for g in grads[1:]])
-        given = next(t for t in ctx.saved_tensors[1:] if t is not None)
-        with contextlib.nullcontext() if given.is_cpu else gpu.on(given):
+        with gpu.on(call.packed.device):
             dx, dweights, dstate0 = call.packed.backend.backward(
                 tape,
                 sequence(dy),
