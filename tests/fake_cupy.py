@@ -153,8 +153,8 @@ class HiddenDevice(EmulatedDevice):
     def pointer(self, a: Any) -> int:
         return super().pointer(a._array)
 
-    def matmul(self, a: Any, b: Any, out: Any) -> None:
-        super().matmul(a._array, b._array, out._array)
+    def matmul(self, a: Any, b: Any, out: Any, precision: str = "ieee") -> None:
+        super().matmul(a._array, b._array, out._array, precision)
 
     def asarray(self, a: Any) -> Any:
         return _asarray(a)

@@ -25,7 +25,7 @@ from cuda.emulated import EmulatedDevice
 from fusedrnn import backends, checkpoint, cli, functional, gradmatrix, optimizers, stack, system
 from fusedrnn import functions as F
 from fusedrnn import layers as L
-from fusedrnn.backends import cuda_cupy, cuda_plan
+from fusedrnn.backends import cuda_compile, cuda_cupy, cuda_plan
 from fusedrnn.backends import get as get_backend
 from fusedrnn.backends.cuda import KERNEL, CudaBackend, Tape
 from fusedrnn.backends.cuda_jobs import kernels_of
@@ -432,8 +432,8 @@ def test_more_batch_or_units_cost_no_less():
 @pytest.mark.parametrize("kernel", [None, "steps"])
 def test_a_device_that_computes_wrongly_is_refused(kernel):
     class Wrong(EmulatedDevice):
-        def matmul(self, a, b, out):
-            super().matmul(a, b, out)
+        def matmul(self, a, b, out, precision="ieee"):
+            super().matmul(a, b, out, precision)
             out *= 1 + 1e-3
 
     backend = CudaBackend(Wrong(16), kernel)
@@ -846,13 +846,32 @@ def cublas(monkeypatch):
 
         return run
 
-    made = types.SimpleNamespace(sgemm=gemm(np.dtype("f4")), dgemm=gemm(np.dtype("f8")))
+    def gemm_ex(
+        handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, how, algo
+    ):
+        assert (a_type, b_type, c_type, algo) == ("real", "real", "real", "any")
+        asked.append(how)
+        gemm(np.dtype("f4"))(handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
+
+    asked = []
+    made = types.SimpleNamespace(
+        sgemm=gemm(np.dtype("f4")),
+        dgemm=gemm(np.dtype("f8")),
+        gemmEx=gemm_ex,
+        asked=asked,  # of gemmEx: how it was to compute
+        CUBLAS_COMPUTE_32F_FAST_TF32="tf32",
+        CUBLAS_COMPUTE_32F_FAST_16BF="bf16",
+        CUBLAS_COMPUTE_32F_FAST_16F="fp16",
+        CUBLAS_GEMM_DEFAULT="any",
+    )
     device = types.SimpleNamespace(get_cublas_handle=lambda: "handle")
-    return types.SimpleNamespace(cuda=types.SimpleNamespace(cublas=made, device=device))
+    runtime = types.SimpleNamespace(CUDA_R_32F="real")
+    return types.SimpleNamespace(cuda=types.SimpleNamespace(cublas=made, device=device, runtime=runtime))
 
 
+@pytest.mark.parametrize("precision", cuda_compile.PRECISIONS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_products_by_cublas(monkeypatch, dtype):
+def test_products_by_cublas(monkeypatch, dtype, precision):
     device = object.__new__(cuda_cupy.CupyDevice)
     device._cupy = cublas(monkeypatch)
     monkeypatch.setattr(device, "pointer", lambda a: a.ctypes.data, raising=False)
@@ -870,8 +889,10 @@ def test_products_by_cublas(monkeypatch, dtype):
     for m, n, k in itertools.product((1, 2, 5), (1, 3), (1, 4)):
         for a, b in itertools.product(shapes(m, k), shapes(k, n)):
             out = np.full((m, n), np.nan, dtype)
-            device.matmul(a, b, out)
+            device.matmul(a, b, out, precision)
             np.testing.assert_allclose(out, a @ b, rtol=1e-5)
+    rounds = dtype == np.float32 and precision in ("tf32", "bf16", "fp16")
+    assert set(device._cupy.cuda.cublas.asked) == ({precision} if rounds else set())
     with pytest.raises(ValueError, match="matmul: expected an axis of neighbours"):
         device.matmul(np.zeros((6, 6), dtype)[::2, ::2], np.zeros((3, 3), dtype), np.zeros((3, 3), dtype))
 

@@ -223,13 +223,23 @@ def test_resident_and_streamed_weights_give_the_same_bits(cell):
 UNITS = {"tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11, "tf32x3": 2.0**-20}
 
 
-@pytest.mark.parametrize("kernel", KERNELS[1:])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("precision", UNITS)
 def test_precisions(precision, kernel):
     cell = LSTM()
     for sizes, units, rows in (((5, 11, 3, 19), 7, 6), ((3, 17, 4, 40), 16, 17)):
         p = problem(cell, *sizes, dtype=np.float32, **EVERYTHING)
-        got = run(Cut(kernel, units, rows, precision=precision), p)
+        backend = Cut(kernel, units, rows, precision=precision)
+        got = run(backend, p)
+        assert set(backend.device.products) == {precision}
         worst = max(errors(got, truth(cell, sizes, tuple(EVERYTHING.items()))).values())
         assert worst <= 4 * UNITS[precision]
         assert precision == "tf32x3" or worst >= UNITS[precision] / 16  # the factors are rounded
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_float64_has_no_precisions(kernel):
+    p = problem(LSTM(), 3, 2, 3, 7, dtype=np.float64)
+    backend = Cut(kernel, precision="bf16")
+    assert_same_bits(run(backend, p), run(Cut(kernel), p))
+    assert set(backend.device.products) == {"ieee"}

@@ -94,6 +94,19 @@ def library(cell: str, dtype: str, warps: int, precision: str = "ieee") -> ctype
     return found
 
 
+def rounded(a: Any, precision: str) -> Any:
+    """Float32 as the matrix units take it, to nearest and ties to even; ieee and tf32x3 leave it."""
+    if precision == "fp16":
+        return a.astype(np.float16).astype(np.float32)
+    lost = {"tf32": 13, "bf16": 16}.get(precision)  # bits of the mantissa
+    if lost is None:
+        return a
+    bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
+    last = bits >> lost & 1
+    nearest = (bits + ((1 << lost - 1) - 1) + last) >> lost << lost
+    return np.where(np.isfinite(a), nearest.astype(np.uint32).view(np.float32), a)
+
+
 class EmulatedDevice:
     """Implements ``fusedrnn.backends.cuda_device.Device``.
 
@@ -122,6 +135,7 @@ class EmulatedDevice:
         self.seed = seed
         self.cluster = cluster
         self.launches: list[str] = []  # the names of the kernels that ran
+        self.products: list[str] = []  # the precisions of the products that ran
         self._guarded: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
     def is_array(self, a: Any) -> bool:
@@ -161,12 +175,13 @@ class EmulatedDevice:
         """The address of the first element."""
         return int(a.ctypes.data)
 
-    def matmul(self, a: Any, b: Any, out: Any) -> None:
-        """The product of two matrices of any strides, into a C-contiguous one."""
+    def matmul(self, a: Any, b: Any, out: Any, precision: str = "ieee") -> None:
+        """The product of two matrices of any strides, into a C-contiguous one; of tf32x3 in float32."""
         assert a.ndim == b.ndim == out.ndim == 2
         assert out.flags.c_contiguous
+        self.products.append(precision)
         with np.errstate(all="ignore"):
-            np.matmul(a, b, out=out)
+            np.matmul(rounded(a, precision), rounded(b, precision), out=out)
 
     def launch(
         self,

@@ -97,9 +97,9 @@ class CudaBackend:
         device: Where the arrays are; None: CuPy's current GPU, asked at each call.
         kernel: Out of ``cuda_plan.KERNELS``, or None: the environment variable FUSEDRNN_CUDA_KERNEL, and
             where that is not set the plan chooses.
-        precision: Of weight_hh's products in float32 where all steps are one launch, out of
-            ``cuda_compile.PRECISIONS``, or None: the environment variable FUSEDRNN_CUDA_PRECISION, and where
-            that is not set "ieee". All other products are IEEE float32, and float64 always is its own.
+        precision: Of all products of matrices in float32, out of ``cuda_compile.PRECISIONS``, or None: the
+            environment variable FUSEDRNN_CUDA_PRECISION, and where that is not set "ieee". Sums are float32
+            and so is everything else; float64 always is its own.
     """
 
     name = "cuda"
@@ -269,15 +269,15 @@ class CudaBackend:
         dweights: dict[str, Array] = {}
         if "weight_ih" in b.need:
             dweights["weight_ih"] = device.empty((a.cell.gates * H, I), dtype)
-            _weight_gradient(device, rows, kernels.input, H, run.valid_x(), dweights["weight_ih"])
+            run.weight_gradient(rows, kernels.input, run.valid_x(), dweights["weight_ih"])
         if "weight_hh" in b.need:
             h = device.empty((T, B, H), dtype)
             middle = device.empty((T, B, H), dtype) if kernels.two_phases else None
             run.each("operands", T * B, job, Pointer(run.pointer(h)), Pointer(run.pointer(middle)))
             dweights["weight_hh"] = out = device.empty((a.cell.gates * H, H), dtype)
-            _weight_gradient(device, rows, kernels.recurrent, H, h.reshape(T * B, H), out)
+            run.weight_gradient(rows, kernels.recurrent, h.reshape(T * B, H), out)
             if middle is not None:
-                _weight_gradient(device, rows, kernels.recurrent2, H, middle.reshape(T * B, H), out)
+                run.weight_gradient(rows, kernels.recurrent2, middle.reshape(T * B, H), out)
         if b.need & {"bias_ih", "bias_hh"}:
             sums = rows.sum(axis=0).reshape(-1, H)
             for name, parts in (
@@ -294,8 +294,7 @@ class CudaBackend:
         if "x" in b.need:
             dx = device.empty((T, B, I), dtype)
             part = kernels.input
-            _product(
-                device,
+            run.product(
                 rows[:, part.first * H : (part.first + part.count) * H],
                 packed.ih,
                 dx.reshape(T * B, I),
@@ -320,7 +319,7 @@ class CudaBackend:
         if kernels.saved and (save or kernels.two_phases):
             saved = device.empty((T if save else 1, B, kernels.saved * H), dtype)
         projected = device.empty((T * B, kernels.input.count * H), dtype)
-        _product(device, a.x.reshape(T * B, I), packed.ih.T, projected)
+        run.product(a.x.reshape(T * B, I), packed.ih.T, projected)
         (h0, c0, *_), (hT, cT, *_), (h_states, c_states, *_) = (
             (*(s or ()), None, None) for s in (a.state0, stateT, states)
         )
@@ -363,10 +362,10 @@ class CudaBackend:
             job2.products = run.pointer(products2)
         run.each("begin_forward", B, job)
         for s in range(T):
-            _product(packed.device, operand, packed.hh.T, products)
+            run.product(operand, packed.hh.T, products)
             run.each("step_forward", B, job, Index(s))
             if packed.hh2 is not None:
-                _product(packed.device, operand, packed.hh2.T, products2)
+                run.product(operand, packed.hh2.T, products2)
                 run.each("step_forward2", B, job2, Index(s))
 
     def _steps_back(self, run: _Launches, job: BackwardJob, da: Array, finish: bool) -> None:
@@ -382,11 +381,11 @@ class CudaBackend:
             da_t = da[T - 1 - s if run.a.reverse else s]
             run.each("step_backward", B, job, Index(s))
             if packed.hh2 is not None:
-                _product(packed.device, da_t[:, second.first * H :], packed.hh2, chain)
+                run.product(da_t[:, second.first * H :], packed.hh2, chain)
                 run.each("step_backward2", B, job, Index(s))
             if s or finish:
                 columns = slice(recurrent.first * H, (recurrent.first + recurrent.count) * H)
-                _product(packed.device, da_t[:, columns], packed.hh, chain)
+                run.product(da_t[:, columns], packed.hh, chain)
         if finish:
             run.each("finish_backward", B, job)
 
@@ -486,6 +485,21 @@ class _Launches:
             precision=self.precision,
         )
 
+    def product(self, a: Array, b: Array, out: Array) -> None:
+        """out = a b in the precision of the call, for all sizes."""
+        if out.size and a.shape[1]:
+            self.device.matmul(a, b, out, self.precision)
+        else:
+            out[...] = 0
+
+    def weight_gradient(self, da: Array, part: Part, operand: Array, out: Array) -> None:
+        """The gates of a weight's gradient that a part of the accumulators (T*B, A*H) gives, in PyTorch's
+        order."""
+        H = self.a.sizes.H
+        for k, gate, n in part.runs():
+            first = part.first + k
+            self.product(da[:, first * H : (first + n) * H].T, operand, out[gate * H : (gate + n) * H])
+
     @functools.cached_property
     def padding(self) -> Array | None:
         """(T, B) true at padding; None where there is none."""
@@ -517,22 +531,6 @@ def _ordered(device: Device, weight: Array, gates: tuple[int, ...], H: int) -> A
     for k, gate in enumerate(gates):
         ordered[k * H : (k + 1) * H] = weight[gate * H : (gate + 1) * H]
     return ordered
-
-
-def _product(device: Device, a: Array, b: Array, out: Array) -> None:
-    """out = a b, for all sizes."""
-    if out.size and a.shape[1]:
-        device.matmul(a, b, out)
-    else:
-        out[...] = 0
-
-
-def _weight_gradient(device: Device, da: Array, part: Part, H: int, operand: Array, out: Array) -> None:
-    """The gates of a weight's gradient that a part of the accumulators (T*B, A*H) gives, in PyTorch's
-    order."""
-    for k, gate, n in part.runs():
-        first = part.first + k
-        _product(device, da[:, first * H : (first + n) * H].T, operand, out[gate * H : (gate + n) * H])
 
 
 def _on_host(a: Any) -> Array:

@@ -22,6 +22,11 @@ from fusedrnn.backends.protocol import Array
 
 INSTALL = "pip install 'fusedrnn[cuda13]', or 'fusedrnn[cuda12]' for a driver of CUDA 12"
 OLDEST = (7, 0)  # compute capability of the instructions that order memory
+FAST = {  # cuBLAS's name for float32 factors that are rounded for the matrix units
+    "tf32": "CUBLAS_COMPUTE_32F_FAST_TF32",
+    "bf16": "CUBLAS_COMPUTE_32F_FAST_16BF",
+    "fp16": "CUBLAS_COMPUTE_32F_FAST_16F",
+}
 CLUSTER = 8  # blocks that every GPU that has clusters runs as one
 
 
@@ -119,19 +124,27 @@ class CupyDevice:
         """The address of the first element."""
         return int(a.data.ptr)
 
-    def matmul(self, a: Array, b: Array, out: Array) -> None:
-        """By cuBLAS in its default mode, which keeps float32's precision. Its matrices lie column by column:
-        to it this is ``out.T = b.T a.T``."""
+    def matmul(self, a: Array, b: Array, out: Array, precision: str = "ieee") -> None:
+        """By cuBLAS, whose default mode keeps float32's precision; it has no tf32x3, which takes that too.
+
+        Its matrices lie column by column: to it this is ``out.T = b.T a.T``.
+        """
         cublas = self._cupy.cuda.cublas
-        gemm = cublas.sgemm if a.dtype == np.float32 else cublas.dgemm
-        one, zero = np.ones(1, a.dtype), np.zeros(1, a.dtype)
+        scales = np.ones(1, a.dtype), np.zeros(1, a.dtype)
+        one, zero = (scale.ctypes.data for scale in scales)
         (a_op, a_step), (b_op, b_step) = _as_columns(a), _as_columns(b)
         (m, n), k = out.shape, a.shape[1]
-        handle = self._cupy.cuda.device.get_cublas_handle()
-        gemm(
-            handle, b_op, a_op, n, m, k, one.ctypes.data, self.pointer(b), b_step, self.pointer(a), a_step,
-            zero.ctypes.data, self.pointer(out), n,
-        )  # fmt: skip
+        sizes = self._cupy.cuda.device.get_cublas_handle(), b_op, a_op, n, m, k
+        a_at, b_at, out_at = map(self.pointer, (a, b, out))
+        if a.dtype == np.float32 and precision in FAST:
+            real, how = self._cupy.cuda.runtime.CUDA_R_32F, getattr(cublas, FAST[precision])
+            cublas.gemmEx(
+                *sizes, one, b_at, real, b_step, a_at, real, a_step, zero, out_at, real, n,
+                how, cublas.CUBLAS_GEMM_DEFAULT,
+            )  # fmt: skip
+        else:
+            gemm = cublas.sgemm if a.dtype == np.float32 else cublas.dgemm
+            gemm(*sizes, one, b_at, b_step, a_at, a_step, zero, out_at, n)
 
     def launch(
         self,

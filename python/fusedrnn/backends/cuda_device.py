@@ -40,9 +40,13 @@ class Device(Protocol):
     def pointer(self, a: Array) -> int:
         """The address of the first element."""
 
-    def matmul(self, a: Array, b: Array, out: Array) -> None:
-        """``out = a b`` in the arrays' own precision (no TF32): 2-D, each of ``a`` and ``b`` with one axis
-        contiguous (a transpose, a slice of columns), ``out`` C-contiguous; no size is 0."""
+    def matmul(self, a: Array, b: Array, out: Array, precision: str = "ieee") -> None:
+        """``out = a b``: 2-D, each of ``a`` and ``b`` with one axis contiguous (a transpose, a slice of
+        columns), ``out`` C-contiguous; no size is 0.
+
+        ``precision``: what float32 factors are rounded to, out of ``cuda_compile.PRECISIONS``, or better:
+        sums are of the arrays' own precision always.
+        """
 
     def launch(
         self,
