@@ -443,6 +443,15 @@ def test_a_device_that_computes_wrongly_is_refused(kernel):
             run(backend, p)
 
 
+@pytest.mark.parametrize("precision", cuda_compile.PRECISIONS)
+def test_the_self_test_takes_every_precision(precision):
+    device = EmulatedDevice(multiprocessors=16)
+    p = problem(LSTM(), 3, 2, 3, 7, dtype=np.float32)
+    run(CudaBackend(device, precision=precision), p)
+    assert set(device.products) == {precision}
+    assert {"step_forward", "grid_forward", "cluster_backward"} <= set(device.launches)
+
+
 def test_the_self_test_runs_every_kernel_that_may_be_chosen_once():
     device = EmulatedDevice(multiprocessors=16)
     backend = CudaBackend(device)

@@ -119,6 +119,7 @@ FUSEDRNN_INLINE void cluster_forward(const ForwardJob<T>& job) {
       if (Cell::has_c) shared.c[r * job.units + j] = c;
       give(shared.operand(s + 1), r * shared.pitch + grid.first_unit + j, h);
     });
+    if (s + 1 < job.steps.T) grid.template prefetch_step<ForwardUnit<Cell, T>>(s + 1);
     sync_cluster();
   }
   grid.each(0, job.rows, [&](Index r, Index j) {
@@ -164,6 +165,7 @@ FUSEDRNN_INLINE void cluster_backward(const BackwardJob<T>& job) {
       for (int a = 0; a < kRecurrent<Cell>; ++a)
         give(shared.operand(s), r * shared.pitch + a * job.H + unit.u, da[Cell::recurrent.first + a]);
     });
+    if (s > 0) grid.template prefetch_step<BackwardUnit<Cell, T>>(s - 1);
     sync_cluster();
   }
 }

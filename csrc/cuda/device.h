@@ -38,6 +38,12 @@ FUSEDRNN_INLINE T load_shared_by_blocks(const T* p) {
   return __ldcg(p);
 }
 
+// Into this multiprocessor's cache, while the thread goes on: of what no thread of the launch writes.
+template <class T>
+FUSEDRNN_INLINE void prefetch(const T* p) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+}
+
 // Counting up, after everything that this thread knows to be written; and the count, before everything that follows.
 FUSEDRNN_INLINE void add_release(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");

@@ -136,6 +136,14 @@ struct Grid {
       if (r < rows && first_unit + j < job.H) f(r, j);
     }
   }
+
+  // Each thread its own share of what the pointwise part of step s reads: it comes while the other blocks are waited
+  // for, not after.
+  template <class Unit>
+  FUSEDRNN_INLINE void prefetch_step(Index s) const {
+    const Index t = time_of(job.steps, s);
+    each(0, job.rows, [&](Index r, Index j) { Unit{job, first_row + r, first_unit + j}.prefetch_step(t); });
+  }
 };
 
 // The weight that multiplies element k for a column of the block: forward gate by gate its units, and h; backward its
@@ -200,6 +208,7 @@ FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
       });
     }
     grid.arrive();
+    if (s + 1 < job.steps.T) grid.template prefetch_step<ForwardUnit<Cell, T>>(s + 1);
   }
   grid.each(0, job.rows, [&](Index r, Index j) {
     const Index i = (grid.first_row + r) * job.H + grid.first_unit + j;
@@ -257,6 +266,7 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
       });
     }
     if (s >= 0) grid.arrive();
+    if (s > 0) grid.template prefetch_step<BackwardUnit<Cell, T>>(s - 1);
   }
 }
 

@@ -50,6 +50,12 @@ struct ForwardUnit {
     if (Cell::phases == 1) finish(t, h, c);
   }
 
+  // What step t reads beside products and state.
+  FUSEDRNN_INLINE void prefetch_step(Index t) const {
+    for (int s = 0; s < kInput<Cell>; ++s)
+      prefetch(job.projected + ((t * job.steps.B + b) * kInput<Cell> + s) * job.H + u);
+  }
+
   // The second phase: `product` is weight_hh times r*h.
   FUSEDRNN_INLINE void step2(Index t, T product, T& h) const {
     if constexpr (Cell::phases == 2) {
@@ -136,6 +142,18 @@ struct BackwardUnit {
     const bool goes_on = linked(t);
     direct = Cell::has_direct && goes_on ? direct_before.v : T(0);
     dc = Cell::has_c && goes_on ? dc_before.v : T(0);
+  }
+
+  // What step t reads beside products and state, and the step before it has not brought already.
+  FUSEDRNN_INLINE void prefetch_step(Index t) const {
+    for (int s = 0; s < Cell::saved; ++s) prefetch(job.saved + ((t * job.steps.B + b) * Cell::saved + s) * job.H + u);
+    if (job.dy) prefetch(job.dy + at(t));
+    const Index from = time_before(t);
+    if (from >= 0 && from < job.steps.T) {
+      if (Cell::has_c) prefetch(job.c + at(from));
+      if (Cell::reads_h_prev) prefetch(job.y + at(from));
+    }
+    if (Cell::reads_h) prefetch(job.y + at(t));
   }
 
   // The second phase: `dmiddle` is d(r*h).

@@ -81,6 +81,12 @@ inline T load_shared_by_blocks(const T* p) {
   return *p;
 }
 
+// Reads, so that the race detector sees it.
+template <class T>
+inline void prefetch(const T* p) {
+  (void)*static_cast<const volatile T*>(p);
+}
+
 inline void add_release(unsigned* counter) { __atomic_fetch_add(counter, 1u, __ATOMIC_RELEASE); }
 inline unsigned load_acquire(const unsigned* counter) {
   emulation::poll(counter);

@@ -81,22 +81,22 @@ MUTANTS = [
     Mutant(
         "cluster: no barrier after a step",
         CLUSTER,
-        "r * shared.pitch + grid.first_unit + j, h);\n    });\n    sync_cluster();",
-        "r * shared.pitch + grid.first_unit + j, h);\n    });",
+        "prefetch_step<ForwardUnit<Cell, T>>(s + 1);\n    sync_cluster();",
+        "prefetch_step<ForwardUnit<Cell, T>>(s + 1);",
         ("emulation", "races"),
     ),
     Mutant(
         "cluster: going back, no barrier after a step",
         CLUSTER,
-        "da[Cell::recurrent.first + a]);\n    });\n    sync_cluster();",
-        "da[Cell::recurrent.first + a]);\n    });",
+        "prefetch_step<BackwardUnit<Cell, T>>(s - 1);\n    sync_cluster();",
+        "prefetch_step<BackwardUnit<Cell, T>>(s - 1);",
         ("emulation",),
     ),
     Mutant(
         "cluster: a barrier of the block for one of the cluster",
         CLUSTER,
-        "r * shared.pitch + grid.first_unit + j, h);\n    });\n    sync_cluster();",
-        "r * shared.pitch + grid.first_unit + j, h);\n    });\n    sync_block();",
+        "prefetch_step<ForwardUnit<Cell, T>>(s + 1);\n    sync_cluster();",
+        "prefetch_step<ForwardUnit<Cell, T>>(s + 1);\n    sync_block();",
         ("emulation",),
     ),
     Mutant(
