@@ -23,6 +23,10 @@ struct ForwardUnit {
     return job.saved ? job.saved + t * job.saved_step + b * Cell::saved * job.H + u : nullptr;
   }
 
+  FUSEDRNN_INLINE const T* projected(Index t) const {
+    return job.projected + (t * job.steps.B + b) * kInput<Cell> * job.H + u;
+  }
+
   FUSEDRNN_INLINE T start_h() const { return job.h0 ? job.h0[b * job.H + u] : T(0); }
   FUSEDRNN_INLINE T start_c() const { return Cell::has_c && job.c0 ? job.c0[b * job.H + u] : T(0); }
 
@@ -31,17 +35,16 @@ struct ForwardUnit {
   FUSEDRNN_INLINE void step(Index t, const T* products, Index stride, T& h, T& c) const {
     if (valid(job.steps, t, b)) {
       const bool cut = before(job.steps, t, b) == Before::nothing;
-      const T* projected = job.projected + ((t * job.steps.B + b) * kInput<Cell>)*job.H + u;
+      const T* p = projected(t);
       V a[Cell::accumulators], state_h = cut ? T(0) : h, state_c = cut ? T(0) : c, new_h = V::zero(), new_c = V::zero();
       for (int s = 0; s < Cell::accumulators; ++s) a[s] = job.bias[s * job.H + u];
-      for (int s = 0; s < kInput<Cell>; ++s)
-        a[Cell::input.first + s] = a[Cell::input.first + s] + V(projected[s * job.H]);
+      for (int s = 0; s < kInput<Cell>; ++s) a[Cell::input.first + s] = a[Cell::input.first + s] + V(p[s * job.H]);
       for (int s = 0; s < kRecurrent<Cell>; ++s)
         a[Cell::recurrent.first + s] = a[Cell::recurrent.first + s] + V(products[s * stride]);
       V save[Cell::saved + 1];
       Cell::forward(a, state_h, state_c, save, new_h, new_c);
-      if (T* p = saved(t))
-        for (int s = 0; s < Cell::saved; ++s) p[s * job.H] = save[s].v;
+      if (T* kept = saved(t))
+        for (int s = 0; s < Cell::saved; ++s) kept[s * job.H] = save[s].v;
       h = new_h.v;
       if (Cell::has_c) c = new_c.v;
     } else if (Cell::phases == 2) {
@@ -52,8 +55,7 @@ struct ForwardUnit {
 
   // What step t reads beside products and state.
   FUSEDRNN_INLINE void prefetch_step(Index t) const {
-    for (int s = 0; s < kInput<Cell>; ++s)
-      prefetch(job.projected + ((t * job.steps.B + b) * kInput<Cell> + s) * job.H + u);
+    for (int s = 0; s < kInput<Cell>; ++s) prefetch(projected(t) + s * job.H);
   }
 
   // The second phase: `product` is weight_hh times r*h.
@@ -91,6 +93,7 @@ struct BackwardUnit {
   FUSEDRNN_INLINE Index at(Index t) const { return (t * job.steps.B + b) * job.H + u; }
   FUSEDRNN_INLINE T start(const T* state0) const { return state0 ? state0[b * job.H + u] : T(0); }
   FUSEDRNN_INLINE T* da(Index t) const { return job.da + (t * job.steps.B + b) * Cell::accumulators * job.H + u; }
+  FUSEDRNN_INLINE const T* saved(Index t) const { return job.saved + (t * job.steps.B + b) * Cell::saved * job.H + u; }
   FUSEDRNN_INLINE Index time_before(Index t) const { return job.steps.reverse ? t + 1 : t - 1; }
 
   // Whether a gradient goes from step t to the state before it, also where that is the initial state.
@@ -146,7 +149,7 @@ struct BackwardUnit {
 
   // What step t reads beside products and state, and the step before it has not brought already.
   FUSEDRNN_INLINE void prefetch_step(Index t) const {
-    for (int s = 0; s < Cell::saved; ++s) prefetch(job.saved + ((t * job.steps.B + b) * Cell::saved + s) * job.H + u);
+    for (int s = 0; s < Cell::saved; ++s) prefetch(saved(t) + s * job.H);
     if (job.dy) prefetch(job.dy + at(t));
     const Index from = time_before(t);
     if (from >= 0 && from < job.steps.T) {
@@ -175,7 +178,7 @@ struct BackwardUnit {
   }
 
   FUSEDRNN_INLINE void load_saved(Index t, V* saved) const {
-    const T* p = job.saved + (t * job.steps.B + b) * Cell::saved * job.H + u;
+    const T* p = this->saved(t);
     for (int s = 0; s < Cell::saved; ++s) saved[s] = p[s * job.H];
   }
 };
