@@ -15,6 +15,7 @@ import threading
 import types
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -53,6 +54,7 @@ GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
 cells = pytest.mark.parametrize("cell", CELLS, ids=name)
 H100 = cuda_plan.Device(132, 227 * 1024, 8, 8)
+FLOAT = cuda_plan.Bytes.of(4, "ieee")
 
 
 @pytest.fixture(scope="module")
@@ -308,11 +310,39 @@ def test_an_array_of_numpy_among_those_of_a_gpu(argument):
         run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), mixed)
 
 
-@pytest.mark.parametrize("dtype", ["f2", "g", "i8", ">f4"])
+@pytest.mark.parametrize("dtype", ["g", "i8", ">f4", ">f2"])
 def test_wrong_dtypes(backend, dtype):
     p = problem(LSTM(), 3, 2, 3, 7).astype(dtype)
     with pytest.raises(TypeError, match=r"^weight_ih: expected"):
         run(backend, p)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_16_bits_need_matrix_units(dtype):
+    class Old(EmulatedDevice):
+        matrix_units = False
+
+    p = problem(LSTM(), 3, 2, 3, 7)
+    with pytest.raises(TypeError, match=r"^weight_ih: expected dtype float32 or float64, got b?float16$"):
+        run(CudaBackend(Old(16), _tested=True), p.astype(dtype))
+
+
+def test_bfloat16_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    p = problem(LSTM(), 3, 2, 3, 7)
+    backend = CudaBackend(EmulatedDevice(16), _tested=True)
+    run(backend, p.astype(np.float16))
+    with pytest.raises(TypeError, match=r"^weight_ih: expected .* or float16, got bfloat16$"):
+        run(backend, p.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@cells
+def test_16_bits(backend, cell, dtype):
+    for options in ({}, EVERYTHING):
+        p = problem(cell, *SIZES[2], **options).astype(dtype)
+        tolerance = 4 * float(ml_dtypes.finfo(dtype).eps)
+        assert_close(run(backend, p), run(REFERENCE, p.astype(np.longdouble)), tolerance)
 
 
 def test_what_is_not_built_names_who_has_it(backend):
@@ -419,7 +449,7 @@ def test_more_batch_or_units_cost_no_less():
     for cell, backward in itertools.product((RNN(), LSTM(), GRU()), (False, True)):
 
         def cost(B, H, cell=cell, backward=backward):
-            return min(cuda_plan._grids("grid_streamed", kernels_of(cell), B, H, 4, H100, 8, backward))[0]
+            return min(cuda_plan._grids("grid_streamed", kernels_of(cell), B, H, FLOAT, H100, 8, backward))[0]
 
         for B, H in itertools.product((1, 16, 128), (64, 256, 512)):
             assert cost(2 * B, H) >= cost(B, H)
@@ -841,28 +871,31 @@ def cublas(monkeypatch):
         )
         return flat.view(dtype).reshape(columns, step)[:, :rows].T
 
-    def gemm(dtype):
+    def gemm(dtype, result=None):
+        scale = np.dtype("f8" if dtype == "f8" else "f4")
+
         def run(handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
             assert handle == "handle"
-            assert read(alpha, dtype, 1, 1, 1)[0, 0] == 1
-            assert read(beta, dtype, 1, 1, 1)[0, 0] == 0
+            assert read(alpha, scale, 1, 1, 1)[0, 0] == 1
+            assert read(beta, scale, 1, 1, 1)[0, 0] == 0
             assert lda >= (k if op_a else m)
             assert ldb >= (n if op_b else k)
             assert ldc >= m
             left = read(a, dtype, k, m, lda).T if op_a else read(a, dtype, m, k, lda)
             right = read(b, dtype, n, k, ldb).T if op_b else read(b, dtype, k, n, ldb)
-            read(c, dtype, m, n, ldc)[...] = left @ right
+            read(c, result or dtype, m, n, ldc)[...] = left.astype(scale) @ right.astype(scale)
 
         return run
 
     def gemm_ex(
         handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, how, algo
     ):
-        assert (a_type, b_type, c_type, algo) == ("real", "real", "real", "any")
+        assert (a_type, algo) == (b_type, "any")
         asked.append(how)
-        gemm(np.dtype("f4"))(handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
+        gemm(reals[a_type], reals[c_type])(handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
 
     asked = []
+    reals = {cupy_type: np.dtype(name) for name, cupy_type in CUDA_TYPES.items()}
     made = types.SimpleNamespace(
         sgemm=gemm(np.dtype("f4")),
         dgemm=gemm(np.dtype("f8")),
@@ -871,16 +904,20 @@ def cublas(monkeypatch):
         CUBLAS_COMPUTE_32F_FAST_TF32="tf32",
         CUBLAS_COMPUTE_32F_FAST_16BF="bf16",
         CUBLAS_COMPUTE_32F_FAST_16F="fp16",
+        CUBLAS_COMPUTE_32F="sums in float32",
         CUBLAS_GEMM_DEFAULT="any",
     )
     device = types.SimpleNamespace(get_cublas_handle=lambda: "handle")
-    runtime = types.SimpleNamespace(CUDA_R_32F="real")
-    return types.SimpleNamespace(cuda=types.SimpleNamespace(cublas=made, device=device, runtime=runtime))
+    return types.SimpleNamespace(cuda=types.SimpleNamespace(cublas=made, device=device))
+
+
+CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType, of the toolkit's library_types.h
 
 
 @pytest.mark.parametrize("precision", cuda_compile.PRECISIONS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 def test_products_by_cublas(monkeypatch, dtype, precision):
+    halves = np.dtype(dtype).itemsize == 2
     device = object.__new__(cuda_cupy.CupyDevice)
     device._cupy = cublas(monkeypatch)
     monkeypatch.setattr(device, "pointer", lambda a: a.ctypes.data, raising=False)
@@ -897,11 +934,15 @@ def test_products_by_cublas(monkeypatch, dtype, precision):
 
     for m, n, k in itertools.product((1, 2, 5), (1, 3), (1, 4)):
         for a, b in itertools.product(shapes(m, k), shapes(k, n)):
-            out = np.full((m, n), np.nan, dtype)
-            device.matmul(a, b, out, precision)
-            np.testing.assert_allclose(out, a @ b, rtol=1e-5)
+            want = a.astype(float) @ b.astype(float)
+            for result in (dtype, np.float32) if halves else (dtype,):
+                out = np.full((m, n), np.nan, result)
+                device.matmul(a, b, out, precision)
+                rtol = 2 * float(ml_dtypes.finfo(result).eps) if result in (dtype,) and halves else 1e-5
+                np.testing.assert_allclose(out.astype(float), want, rtol=rtol, atol=1e-5)
     rounds = dtype == np.float32 and precision in ("tf32", "bf16", "fp16")
-    assert set(device._cupy.cuda.cublas.asked) == ({precision} if rounds else set())
+    how = {"sums in float32"} if halves else {precision} if rounds else set()
+    assert set(device._cupy.cuda.cublas.asked) == how
     with pytest.raises(ValueError, match="matmul: expected an axis of neighbours"):
         device.matmul(np.zeros((6, 6), dtype)[::2, ::2], np.zeros((3, 3), dtype), np.zeros((3, 3), dtype))
 
@@ -1054,12 +1095,16 @@ def test_on_a_gpu(cell):
     """The one test here that a GPU runs: all options and kernels, CuPy's arrays."""
     import cupy
 
-    for options, size, dtype in itertools.product(OPTIONS, SIZES, (np.float32, np.float64)):
-        p = problem(cell, *size, dtype=dtype, **options)
+    halves = (np.float16, ml_dtypes.bfloat16)
+    for options, size, dtype in itertools.product(OPTIONS, SIZES, (np.float32, np.float64, *halves)):
+        p = problem(cell, *size, **options).astype(dtype)
         q = moved(p, cupy.asarray)
         want = run(REFERENCE, p.astype(np.longdouble))
         for kernel in cuda_plan.KERNELS if cell != GRU(reset_after=False) else (None,):
             got = {key: a.get() for key, a in run(CudaBackend(kernel=kernel), q).items()}
             for key, a in got.items():
-                tolerance = (GRADIENT if key.startswith("d") else FORWARD)[dtype]
+                if dtype in halves:
+                    tolerance = 4 * float(ml_dtypes.finfo(dtype).eps)
+                else:
+                    tolerance = (GRADIENT if key.startswith("d") else FORWARD)[dtype]
                 assert_close({key: a}, {key: want[key]}, tolerance)

@@ -19,7 +19,7 @@ import pytest
 
 from fusedrnn.backends import cuda_compile, cuda_cupy
 from fusedrnn.backends.cuda_jobs import BackwardJob, ForwardJob, Steps, kernels_of
-from fusedrnn.backends.cuda_plan import Layout, shared_elements
+from fusedrnn.backends.cuda_plan import Bytes, Layout, shared_bytes, tile_columns
 from problems import CELLS, name
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,7 @@ KERNELS = [
     "finish_backward", "operands", "grid_forward", "grid_backward", "grid_forward_streamed",
     "grid_backward_streamed",
 ]  # fmt: skip
+KINDS = (("float", "ieee"), ("double", "ieee"), ("Half", "fp16"), ("Bfloat16", "bf16"))  # dtypes, precisions
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
 
@@ -69,7 +70,8 @@ def compile_all(cases) -> None:
     def work(mine) -> None:
         try:
             for case in mine:
-                assert_has_kernels(cuda_compile.cubin(*case))
+                cell, dtype, precision, architecture = case
+                assert_has_kernels(cuda_compile.cubin(cell, dtype, architecture, precision))
         except BaseException as error:  # handed to the test
             errors.append(error)
 
@@ -84,10 +86,9 @@ def compile_all(cases) -> None:
 
 @needs_nvrtc
 def test_each_cell_compiles():
-    """As for a user, each cell in one dtype, on an old or a new architecture."""
+    """As for a user, each cell in a dtype, on an old or a new architecture."""
     compile_all(
-        (cell, cuda_compile.DTYPES[k % 2], ("sm_80", "sm_90", "sm_120")[k % 3])
-        for k, cell in enumerate(TYPES)
+        (cell, *KINDS[k % len(KINDS)], ("sm_80", "sm_90", "sm_120")[k % 3]) for k, cell in enumerate(TYPES)
     )
 
 
@@ -97,13 +98,13 @@ def test_all_compile(monkeypatch):
     """Every cell and dtype for every architecture; with little optimisation, which takes most of the time."""
     compile_ = cuda_compile._compile
     monkeypatch.setattr(cuda_compile, "_compile", lambda options: compile_([*options, "--Ofast-compile=max"]))
-    compile_all(itertools.product(TYPES, cuda_compile.DTYPES, ARCHITECTURES))
+    compile_all((cell, *kind, a) for cell, kind, a in itertools.product(TYPES, KINDS, ARCHITECTURES))
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("precision", cuda_compile.PRECISIONS[1:])
 def test_each_precision_compiles(precision):
-    compile_all(("Lstm", "float", architecture, precision) for architecture in ("sm_80", "sm_90"))
+    compile_all(("Lstm", "float", precision, architecture) for architecture in ("sm_80", "sm_90"))
 
 
 @needs_nvrtc
@@ -200,13 +201,15 @@ def test_the_sources_are_found_in_the_tree_and_in_an_installed_package(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_float32_keeps_to_its_registers(tmp_path):
+def test_kernels_keep_to_their_registers(tmp_path):
     """No kernel spills; all steps in one launch run with a whole block on a multiprocessor."""
-    ways = [(cell, "ieee") for cell in TYPES] + [("Lstm", name) for name in cuda_compile.PRECISIONS[1:]]
-    for cell, precision in ways:
+    ways = [(cell, "float", "ieee") for cell in TYPES]
+    ways += [("Lstm", "float", name) for name in cuda_compile.PRECISIONS[1:]]
+    ways += [("Lstm", *kind) for kind in KINDS[2:]]
+    for cell, dtype, precision in ways:
         done = subprocess.run(
             ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-std=c++17", "-fmad=false",
-             "-I", ROOT / "csrc", f"-DFUSEDRNN_CELL={cell}", "-DFUSEDRNN_DTYPE=float",
+             "-I", ROOT / "csrc", f"-DFUSEDRNN_CELL={cell}", f"-DFUSEDRNN_DTYPE={dtype}",
              f"-DFUSEDRNN_PRECISION={precision}",
              ROOT / "csrc/cuda/kernels.cu", "-o", tmp_path / "kernels.cubin"],
             capture_output=True, text=True, check=True,
@@ -221,7 +224,7 @@ def test_float32_keeps_to_its_registers(tmp_path):
         assert set(KERNELS) <= set(kernels)
         for kernel in KERNELS:
             stores, loads, count = kernels[kernel]
-            assert (stores, loads) == (0, 0), (cell, precision, kernel)
+            assert (stores, loads) == (0, 0), (cell, dtype, precision, kernel)
             assert count * 256 <= 65536
 
 
@@ -253,21 +256,25 @@ static void cell(const char* name) {
   part(Cell::input), part(Cell::recurrent), part(Cell::recurrent2);
   printf("\\n");
 }
-static void print(const char* kernel, int tile, Index rows, Index columns, Index K, int column_tiles,
-                  int row_tiles, int splits, const void* end) {
-  printf("shared %s %d %d %d %d %d %d %d %zu\\n", kernel, tile, int(rows), int(columns), int(K), column_tiles,
-         row_tiles, splits, size_t(reinterpret_cast<const char*>(end) - memory));
+static void print(const char* kernel, const char* precision, int tile, Index rows, Index columns, Index K,
+                  int column_tiles, int row_tiles, int splits, const void* end) {
+  printf("shared %s %s %d %d %d %d %d %d %d %zu\\n", kernel, precision, tile, int(rows), int(columns), int(K),
+         column_tiles, row_tiles, splits, size_t(reinterpret_cast<const char*>(end) - memory));
 }
-static void shared(int tile, Index rows, Index columns, Index K) {
+template <class S, Precision precision>
+static void shared(const char* name, Index rows, Index columns, Index K) {
+  using Tile = typename TileOf<S, precision>::type;
+  using F = typename Tile::Factor;
   const Index units = 5;
+  const int tile = Tile::columns;
   const Layout layout(rows, columns, tile);
   for (bool resident : {false, true}) {
-    const Shared<float> s(layout, K, rows, units, resident);
-    print(resident ? "grid" : "grid_streamed", tile, rows, columns, K, layout.column_tiles, layout.row_tiles,
-          layout.splits, s.c + rows * units);
+    const Shared<Compute<S>, F> s(layout, K, 96, rows, units, resident);
+    print(resident ? "grid" : "grid_streamed", name, tile, rows, columns, K, layout.column_tiles,
+          layout.row_tiles, layout.splits, s.c + rows * units);
   }
-  const ClusterShared<float> s(K, rows, columns, units, tile);
-  print("cluster", tile, rows, columns, K, int(s.columns / tile), int(s.rows / kRows), s.splits,
+  const ClusterShared<Compute<S>, F> s(K, rows, columns, units, tile);
+  print("cluster", name, tile, rows, columns, K, int(s.columns / tile), int(s.rows / kRows), s.splits,
         s.c + rows * units);
 }
 int main() {
@@ -277,7 +284,12 @@ int main() {
   for (Index rows : {1, 7, 8, 9, 31, 64, 200})
     for (Index columns : {1, 8, 12, 33, 64})
       for (Index K : {1, 31, 32, 100, 1000})
-        for (int tile : {8, 16}) shared(tile, rows, columns, K);
+        shared<float, Precision::ieee>("ieee", rows, columns, K),
+            shared<double, Precision::ieee>("float64", rows, columns, K),
+            shared<float, Precision::tf32>("tf32", rows, columns, K),
+            shared<float, Precision::tf32x3>("tf32x3", rows, columns, K),
+            shared<float, Precision::fp16>("fp16", rows, columns, K),
+            shared<Bfloat16, Precision::bf16>("bf16", rows, columns, K);
 }
 """
 
@@ -345,10 +357,12 @@ def test_cells(printed, cell):
 
 @needs_compiler
 def test_shared_memory(printed):
-    assert len(printed["shared"]) == 7 * 5 * 5 * 2 * 3
-    for kernel, *line in printed["shared"]:
+    assert len(printed["shared"]) == 7 * 5 * 5 * 6 * 3
+    for kernel, precision, *line in printed["shared"]:
         tile, rows, columns, K, *shares, size = map(int, line)
+        assert tile == tile_columns("ieee" if precision == "float64" else precision)
         of = Layout.of_cluster if kernel == "cluster" else Layout.of
         layout = of(rows, columns, tile, 8)
         assert list(layout) == [tile, *shares]
-        assert 4 * shared_elements(kernel, layout, K, rows, 5) == size
+        each = Bytes.of(8, "ieee") if precision == "float64" else Bytes.of(4, precision)
+        assert shared_bytes(kernel, layout, K, 96, rows, 5, each) == size

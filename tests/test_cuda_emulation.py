@@ -7,6 +7,7 @@ import functools
 import re
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -233,6 +234,21 @@ def test_rounding_to_half_precision():
     x = numbers()
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(rounded("fp16", x), x.astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", ml_dtypes.bfloat16), ("fp16", np.float16)])
+def test_all_numbers_of_16_bits(precision, dtype):
+    bits = np.arange(2**16, dtype=np.uint16)
+    x = np.empty(bits.shape, np.float32)
+    library().widen_small(
+        precision.encode(),
+        ctypes.c_void_p(bits.ctypes.data),
+        ctypes.c_void_p(x.ctypes.data),
+        ctypes.c_size_t(bits.size),
+    )
+    np.testing.assert_array_equal(x, bits.view(dtype).astype(np.float32))
+    numbers = ~np.isnan(x)
+    np.testing.assert_array_equal(rounded(precision, x)[numbers].view(np.uint32), x[numbers].view(np.uint32))
 
 
 @pytest.mark.parametrize(("precision", "k"), [("tf32", 8), ("bf16", 16), ("fp16", 16)])

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from cuda import emulated
 from cuda.emulated import EmulatedDevice
-from fusedrnn.backends.cuda import CudaBackend
+from fusedrnn.backends.cuda import CudaBackend, _precision, compute
 from fusedrnn.backends.cuda_jobs import kernels_of
-from fusedrnn.backends.cuda_plan import Layout, Plan, shared_elements, tile_columns
+from fusedrnn.backends.cuda_plan import Bytes, Layout, Plan, shared_bytes, tile_columns
+from fusedrnn.backends.protocol import Weights
 from fusedrnn.backends.reference import ReferenceBackend
-from fusedrnn.cells import GRU, LSTM
+from fusedrnn.cells import GRU, LSTM, RNN
 from problems import (
     CELLS,
     OPTIONS,
@@ -57,14 +60,21 @@ def pairs(kernels: Any) -> Any:
 
 class Cut(CudaBackend):
     """The backend with the work cut as a test wants it, instead of by cuda_plan: about so many units and rows
-    of a block, no more units than its warps can have, no more blocks than a cluster can."""
+    of a block, no more units than its warps can have, no more blocks than a cluster can; and so much of k
+    staged at a time."""
 
     def __init__(
-        self, kernel: str, units: int = 3, rows: int = 5, precision: str = "ieee", **options: Any
+        self,
+        kernel: str,
+        units: int = 3,
+        rows: int = 5,
+        precision: str = "ieee",
+        chunk: int = 64,
+        **options: Any,
     ) -> None:
         device = EmulatedDevice(multiprocessors=256, cluster=16, **options)
         super().__init__(device, kernel, precision, _tested=True)
-        self.units, self.rows = units, rows
+        self.units, self.rows, self.chunk = units, rows, chunk
 
     def _plan(self, device, cell, sizes, dtype, way, backward):
         if way.kernel == "steps" or min(sizes) == 0:
@@ -72,14 +82,15 @@ class Cut(CudaBackend):
         _, B, H = sizes
         R = kernels_of(cell).recurrent.count
         K, per_unit = (R * H, 1) if backward else (H, R)
-        tile = tile_columns(way.precision)
+        precision = _precision(dtype, way.precision)
+        tile, each = tile_columns(precision), Bytes.of(compute(dtype).itemsize, precision)
         if way.kernel == "cluster":
             units, of = max(self.units, -(-H // device.cluster)), Layout.of_cluster
         else:
             units, of = min(self.units, tile * device.warps // per_unit), Layout.of
         layout = of(self.rows, units * per_unit, tile, device.warps)
-        shared = dtype.itemsize * shared_elements(way.kernel, layout, K, self.rows, units)
-        return Plan(way.kernel, units, self.rows, (-(-H // units), -(-B // self.rows)), shared)
+        shared = shared_bytes(way.kernel, layout, K, self.chunk, self.rows, units, each)
+        return Plan(way.kernel, units, self.rows, (-(-H // units), -(-B // self.rows)), shared, self.chunk)
 
 
 def shapes() -> list[tuple[tuple[int, ...], int, int]]:
@@ -243,3 +254,65 @@ def test_float64_has_no_precisions(kernel):
     backend = Cut(kernel, precision="bf16")
     assert_same_bits(run(backend, p), run(Cut(kernel), p))
     assert set(backend.device.products) == {"ieee"}
+
+
+# --- arrays of 16 bits -------------------------------------------------------------------------------------
+
+HALVES = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the distance between neighbours, relatively
+
+
+def of_halves(cell, sizes, half, **options):
+    """A problem in the dtype; and the reference's results, in long double, for the numbers in it."""
+    p = problem(cell, *sizes, **options).astype(np.float16 if half == "float16" else ml_dtypes.bfloat16)
+    return p, run(REFERENCE, p.astype(np.longdouble))
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pairs(KERNELS)
+def test_halves(cell, kernel, half):
+    """Beside the reference on the same numbers: off by the roundings of what is stored, and no more."""
+    for sizes, units, rows in (((5, 11, 3, 19), 7, 6), ((3, 17, 4, 40), 16, 17), ((4, 3, 9, 72), 24, 3)):
+        if cell == RNN(relu=True) and sizes[3] == 72:
+            continue  # rounding puts a sum on the other side of 0, where the gradient is another
+        for options in ({}, EVERYTHING, {**EVERYTHING, "reverse": True}):
+            p, want = of_halves(cell, sizes, half, **options)
+            got = run(Cut(kernel, units, rows), p)
+            assert {a.dtype.name for a in got.values()} == {half}
+            assert_close(got, want, 3 * HALVES[half])
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_halves_leave_c_and_its_gradient_in_float32(kernel, half):
+    """1 and many parts, each so small that in 16 bits it would be lost."""
+    T, B, H, part = 400, 2, 3, 2.0**-13
+    bias = np.repeat([30, 30, part, 30], H)  # i = f = o = 1; every step adds about g = 2^-13 to c
+    p = problem(LSTM(), T, B, 1, H, return_states=True)
+    zeros = [None if a is None else np.zeros_like(a) for a in p.weights]
+    p = replace(
+        p,
+        weights=Weights(*zeros)._replace(bias_ih=bias),
+        state0=(np.zeros((B, H)), np.ones((B, H))),
+        dy=None,
+        dstateT=(None, np.ones((B, H))),
+        dstates=(None, np.full((T, B, H), part)),
+    )
+    p = p.astype(np.float16 if half == "float16" else ml_dtypes.bfloat16)
+    got = run(Cut(kernel), p)
+    for found in ("cT", "dc0"):
+        np.testing.assert_allclose(got[found].astype(float), 1 + T * part, rtol=2 * HALVES[half])
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("cell", ONE_PHASE, ids=name)
+def test_resident_and_streamed_halves_give_the_same_bits(cell, half):
+    p, _ = of_halves(cell, (5, 11, 3, 19), half, **EVERYTHING)
+    assert_same_bits(run(Cut("grid", 7, 6), p), run(Cut("grid_streamed", 7, 6), p))
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_halves_have_no_other_precision(half):
+    p, _ = of_halves(LSTM(), (3, 2, 3, 7), half)
+    backend = Cut("grid", precision="tf32")
+    assert_same_bits(run(backend, p), run(Cut("grid"), p))
+    assert set(backend.device.products) == {"fp16" if half == "float16" else "bf16"}

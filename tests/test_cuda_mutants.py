@@ -46,11 +46,11 @@ def check(csrc: Path, cell: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr[-2000:]
 
 
-def race(csrc: Path, cell: str, dtype: str = "float") -> tuple[int, str]:
+def race(csrc: Path, cell: str, dtype: str = "float", precision: str = "ieee") -> tuple[int, str]:
     """cuda/race_main.cpp on these sources -> exit code and what it said."""
     races = ["-DFUSEDRNN_RACES", "-g"]
     flags = [*races, "-w", "-fsanitize=thread", "-DFUSEDRNN_WARPS=2", f"-DFUSEDRNN_CELL={cell}",
-             f"-DFUSEDRNN_DTYPE={dtype}", *emulated.fma()]  # fmt: skip
+             f"-DFUSEDRNN_DTYPE={dtype}", f"-DFUSEDRNN_PRECISION={precision}", *emulated.fma()]  # fmt: skip
     sources = [TESTS / "cuda" / "race_main.cpp", emulated.runtime(*races)]
     program = emulated.build(sources, flags, csrc, csrc.parent)
     options = {
@@ -110,8 +110,9 @@ def outcomes(original):
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", TYPES)
 def test_the_kernels_as_they_are_have_no_race(original, cell):
-    for dtype in ("float", "double") if cell == "Lstm" else ("float",):
-        assert race(original, cell, dtype) == (0, "ran\n")
+    more = [("double", "ieee"), ("Half", "fp16"), ("Bfloat16", "bf16"), ("float", "tf32")]
+    for dtype, precision in [("float", "ieee"), *(more if cell == "Lstm" else ())]:
+        assert race(original, cell, dtype, precision) == (0, "ran\n")
 
 
 @pytest.mark.slow

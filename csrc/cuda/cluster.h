@@ -12,53 +12,61 @@ namespace fusedrnn {
 namespace cuda {
 
 // The shared memory of a block. backends/cuda_plan.py counts the same.
-template <class T>
+template <class T, class F>
 struct ClusterShared {
   Index pitch, rows, columns, tiles;  // of k; rounded up to whole tiles
   int splits;                         // warps that share the k of a tile, where there are fewer tiles than warps
-  T* weights;                         // [column][k]
-  T* operands;                        // two of [row][k]
+  F* weights;                         // [column][k]
+  F* operands;                        // two of [row][k]
   T* sums;                            // [split][row][column]
   T *h, *c;                           // [row][unit]
   FUSEDRNN_INLINE ClusterShared(Index K, Index rows, Index columns, Index units, int tile_columns)
-      : pitch(pitch_of(K)), rows(round_up(rows, kRows)), columns(round_up(columns, tile_columns)), splits(1) {
+      : pitch(pitch_of<F>(K)), rows(round_up(rows, kRows)), columns(round_up(columns, tile_columns)), splits(1) {
     tiles = this->rows / kRows * (this->columns / tile_columns);
     while (splits * 2 * tiles <= kWarps) splits *= 2;
-    T* p = reinterpret_cast<T*>(shared_memory());
-    weights = p, p += this->columns * pitch;
-    operands = p, p += 2 * this->rows * pitch;
+    weights = reinterpret_cast<F*>(shared_memory());
+    operands = weights + this->columns * pitch;
+    T* p = reinterpret_cast<T*>(operands + 2 * this->rows * pitch);
     sums = p, p += splits * this->rows * this->columns;
     h = p, p += rows * units;
     c = p;
   }
   // What the product multiplies when so many steps have run.
-  FUSEDRNN_INLINE T* operand(Index steps) const { return operands + steps % 2 * rows * pitch; }
+  FUSEDRNN_INLINE F* operand(Index steps) const { return operands + steps % 2 * rows * pitch; }
   FUSEDRNN_INLINE T* sum(Index split, Index r, Index column) const {
     return sums + (split * rows + r) * columns + column;
   }
 };
 
+// Factors of the rows that are there, and zeros.
+template <class F>
+struct Masked {
+  Factors<F> factors;
+  unsigned rows;  // a bit each
+  FUSEDRNN_INLINE F one(Index r, Index k) const { return rows >> r & 1 ? factors.one(r, k) : F(0); }
+  FUSEDRNN_INLINE uint32_t two(Index r, Index k) const { return rows >> r & 1 ? factors.two(r, k) : 0; }
+};
+
 template <class T, class Tile>
 struct ClusterProduct {
-  const ClusterShared<T>& shared;
+  using F = typename Tile::Factor;
+  const ClusterShared<T, F>& shared;
   Index K;
 
   // Sums of all rows; of those where present(r) is false, which are not read, zeros. Ends with all sums in shared
   // memory.
   template <class Present>
-  FUSEDRNN_INLINE void run(const T* operand, Present present) const {
-    const Index row_tiles = shared.rows / kRows;
+  FUSEDRNN_INLINE void run(const F* operand, Present present) const {
+    const Index row_tiles = shared.rows / kRows, pitch = shared.pitch;
     for (Index i = threadIdx.x / kWarp; i < shared.tiles * shared.splits; i += kWarps) {
       const Index split = i % shared.splits, tile = i / shared.splits;
       const Index first_row = tile % row_tiles * kRows, first_column = tile / row_tiles * Tile::columns;
       unsigned rows = 0;
       for (int r = 0; r < kRows; ++r) rows |= unsigned(present(first_row + r)) << r;
       Tile sums;
-      for (Index k = split * kWarp; k < K; k += shared.splits * kWarp) {
-        const T *x = operand + first_row * shared.pitch + k, *w = shared.weights + first_column * shared.pitch + k;
-        sums.add([&](int r, int n) { return rows >> r & 1 ? x[r * shared.pitch + n] : T(0); },
-                 [&](int column, int n) { return w[column * shared.pitch + n]; });
-      }
+      for (Index k = split * kWarp; k < K; k += shared.splits * kWarp)
+        sums.add(Masked<F>{{operand + first_row * pitch + k, pitch}, rows},
+                 Factors<F>{shared.weights + first_column * pitch + k, pitch});
       sums.store(shared.sum(split, first_row, first_column), shared.columns);
     }
     sync_block();
@@ -72,34 +80,35 @@ struct ClusterProduct {
 };
 
 // Before the first step: weights, zeros where k is rounded up, and what the first step multiplies.
-template <class T, class Load, class Start>
-FUSEDRNN_INLINE void begin_cluster(const ClusterShared<T>& shared, Index K, Load load, Start start) {
+template <class Tile, class T, class F, class Load, class Start>
+FUSEDRNN_INLINE void begin_cluster(const ClusterShared<T, F>& shared, Index K, Load load, Start start) {
   for (Index i = threadIdx.x; i < shared.columns * shared.pitch; i += kThreads)
-    shared.weights[i] = load(i / shared.pitch, i % shared.pitch);
+    shared.weights[i] = Tile::factor(load(i / shared.pitch, i % shared.pitch));
   for (Index i = threadIdx.x; i < shared.rows * shared.pitch; i += kThreads) {
     const Index k = i % shared.pitch;
-    shared.operand(0)[i] = k < K ? start(i / shared.pitch, k) : T(0);
-    shared.operand(1)[i] = T(0);
+    shared.operand(0)[i] = Tile::factor(k < K ? start(i / shared.pitch, k) : T(0));
+    shared.operand(1)[i] = Tile::factor(T(0));
   }
 }
 
 // To element i of the next step's operand, of every block of the cluster.
-template <class T>
-FUSEDRNN_INLINE void give(T* operand, Index i, T value) {
+template <class F>
+FUSEDRNN_INLINE void give(F* operand, Index i, F value) {
   for (unsigned rank = 0; rank < gridDim.x; ++rank) store_to_block(operand + i, rank, value);
 }
 
-template <class Cell, class T, class Tile>
-FUSEDRNN_INLINE void cluster_forward(const ForwardJob<T>& job) {
-  const Grid<ForwardJob<T>> grid(job);
+template <class Cell, class S, class Tile>
+FUSEDRNN_INLINE void cluster_forward(const ForwardJob<S>& job) {
+  using T = Compute<S>;
+  const Grid<ForwardJob<S>> grid(job);
   const Index K = job.H, columns = job.units * kRecurrent<Cell>;
-  const ClusterShared<T> shared(K, job.rows, columns, job.units, Tile::columns);
+  const ClusterShared<T, typename Tile::Factor> shared(K, job.rows, columns, job.units, Tile::columns);
   const ClusterProduct<T, Tile> product{shared, K};
-  begin_cluster(
+  begin_cluster<Tile>(
       shared, K, [&](Index column, Index k) { return forward_weight<Cell>(grid, column, k); },
-      [&](Index r, Index k) { return r < grid.rows && job.h0 ? job.h0[(grid.first_row + r) * job.H + k] : T(0); });
+      [&](Index r, Index k) { return r < grid.rows && job.h0 ? T(job.h0[(grid.first_row + r) * job.H + k]) : T(0); });
   grid.each(0, job.rows, [&](Index r, Index j) {
-    const ForwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+    const ForwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
     shared.h[r * job.units + j] = unit.start_h();
     if (Cell::has_c) shared.c[r * job.units + j] = unit.start_c();
   });
@@ -114,33 +123,34 @@ FUSEDRNN_INLINE void cluster_forward(const ForwardJob<T>& job) {
       T products[kRecurrent<Cell>];
       for (int a = 0; a < kRecurrent<Cell>; ++a) products[a] = product.sum(r, a * job.units + j);
       T h = shared.h[r * job.units + j], c = Cell::has_c ? shared.c[r * job.units + j] : T(0);
-      ForwardUnit<Cell, T>{job, grid.first_row + r, grid.first_unit + j}.step(t, products, 1, h, c);
+      ForwardUnit<Cell, S>{job, grid.first_row + r, grid.first_unit + j}.step(t, products, 1, h, c);
       shared.h[r * job.units + j] = h;
       if (Cell::has_c) shared.c[r * job.units + j] = c;
-      give(shared.operand(s + 1), r * shared.pitch + grid.first_unit + j, h);
+      give(shared.operand(s + 1), r * shared.pitch + grid.first_unit + j, Tile::factor(h));
     });
-    if (s + 1 < job.steps.T) grid.template prefetch_step<ForwardUnit<Cell, T>>(s + 1);
+    if (s + 1 < job.steps.T) grid.template prefetch_step<ForwardUnit<Cell, S>>(s + 1);
     sync_cluster();
   }
   grid.each(0, job.rows, [&](Index r, Index j) {
     const Index i = (grid.first_row + r) * job.H + grid.first_unit + j;
-    job.hT[i] = shared.h[r * job.units + j];
-    if (Cell::has_c) job.cT[i] = shared.c[r * job.units + j];
+    job.hT[i] = S(shared.h[r * job.units + j]);
+    if (Cell::has_c) job.cT[i] = S(shared.c[r * job.units + j]);
   });
 }
 
-template <class Cell, class T, class Tile>
-FUSEDRNN_INLINE void cluster_backward(const BackwardJob<T>& job) {
-  const Grid<BackwardJob<T>> grid(job);
+template <class Cell, class S, class Tile>
+FUSEDRNN_INLINE void cluster_backward(const BackwardJob<S>& job) {
+  using T = Compute<S>;
+  const Grid<BackwardJob<S>> grid(job);
   const Index K = kRecurrent<Cell> * job.H;
-  const ClusterShared<T> shared(K, job.rows, job.units, job.units, Tile::columns);
+  const ClusterShared<T, typename Tile::Factor> shared(K, job.rows, job.units, job.units, Tile::columns);
   const ClusterProduct<T, Tile> product{shared, K};
   T *const direct = shared.h, *const dc = shared.c;
-  begin_cluster(
+  begin_cluster<Tile>(
       shared, K, [&](Index column, Index k) { return backward_weight<Cell>(grid, column, k); },
       [](Index, Index) { return T(0); });
   grid.each(0, job.rows, [&](Index r, Index j) {
-    const BackwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+    const BackwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
     direct[r * job.units + j] = unit.start(job.dhT);
     if (Cell::has_c) dc[r * job.units + j] = unit.start(job.dcT);
   });
@@ -150,22 +160,23 @@ FUSEDRNN_INLINE void cluster_backward(const BackwardJob<T>& job) {
     const bool follows = s + 1 < job.steps.T;
     if (follows)
       product.run(shared.operand(s + 1), [&](Index r) {
-        return r < grid.rows && BackwardUnit<Cell, T>{job, grid.first_row + r, 0}.chained(s + 1);
+        return r < grid.rows && BackwardUnit<Cell, S>{job, grid.first_row + r, 0}.chained(s + 1);
       });
     grid.each(0, job.rows, [&](Index r, Index j) {
-      const BackwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+      const BackwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
       const Index i = r * job.units + j;
       const T chain = follows && unit.chained(s + 1) ? product.sum(r, j) : T(0);
       if (s < 0) return unit.finish(chain, direct[i], Cell::has_c ? dc[i] : T(0));
-      T da[Cell::accumulators], dc_carried = Cell::has_c ? dc[i] : T(0);
+      S da[Cell::accumulators];
+      T dc_carried = Cell::has_c ? dc[i] : T(0);
       unit.step(time_of(job.steps, s), chain, direct[i], dc_carried, da, 1);
       if (Cell::has_c) dc[i] = dc_carried;
-      T* out = unit.da(time_of(job.steps, s));
+      S* out = unit.da(time_of(job.steps, s));
       for (int a = 0; a < Cell::accumulators; ++a) out[a * job.H] = da[a];
       for (int a = 0; a < kRecurrent<Cell>; ++a)
-        give(shared.operand(s), r * shared.pitch + a * job.H + unit.u, da[Cell::recurrent.first + a]);
+        give(shared.operand(s), r * shared.pitch + a * job.H + unit.u, Tile::factor(da[Cell::recurrent.first + a]));
     });
-    if (s > 0) grid.template prefetch_step<BackwardUnit<Cell, T>>(s - 1);
+    if (s > 0) grid.template prefetch_step<BackwardUnit<Cell, S>>(s - 1);
     sync_cluster();
   }
 }
@@ -173,21 +184,21 @@ FUSEDRNN_INLINE void cluster_backward(const BackwardJob<T>& job) {
 // What kernels.cu calls; nothing where there are no clusters, or with two phases.
 template <class Cell, bool runs = kClusters && Cell::phases == 1>
 struct ClusterKernels {
-  template <class Tile, class T>
-  FUSEDRNN_INLINE static void forward(const ForwardJob<T>& job) {
-    cluster_forward<Cell, T, Tile>(job);
+  template <class Tile, class S>
+  FUSEDRNN_INLINE static void forward(const ForwardJob<S>& job) {
+    cluster_forward<Cell, S, Tile>(job);
   }
-  template <class Tile, class T>
-  FUSEDRNN_INLINE static void backward(const BackwardJob<T>& job) {
-    cluster_backward<Cell, T, Tile>(job);
+  template <class Tile, class S>
+  FUSEDRNN_INLINE static void backward(const BackwardJob<S>& job) {
+    cluster_backward<Cell, S, Tile>(job);
   }
 };
 template <class Cell>
 struct ClusterKernels<Cell, false> {
-  template <class Tile, class T>
-  FUSEDRNN_INLINE static void forward(const ForwardJob<T>&) {}
-  template <class Tile, class T>
-  FUSEDRNN_INLINE static void backward(const BackwardJob<T>&) {}
+  template <class Tile, class S>
+  FUSEDRNN_INLINE static void forward(const ForwardJob<S>&) {}
+  template <class Tile, class S>
+  FUSEDRNN_INLINE static void backward(const BackwardJob<S>&) {}
 };
 
 }  // namespace cuda

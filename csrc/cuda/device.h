@@ -6,6 +6,16 @@
 #pragma once
 #include <stdint.h>
 
+namespace fusedrnn {
+namespace cuda {
+template <class S>
+struct alignas(16) Sixteen {  // bytes
+  static constexpr int count = 16 / sizeof(S);
+  S of[count];
+};
+}  // namespace cuda
+}  // namespace fusedrnn
+
 #if defined(FUSEDRNN_EMULATED)
 #include "emulation.h"
 #else
@@ -33,10 +43,23 @@ FUSEDRNN_INLINE T from_lane(T x, int mask) {
 }
 
 // A load that does not take what an earlier one left in this multiprocessor's own cache: of what other blocks write.
-template <class T>
-FUSEDRNN_INLINE T load_shared_by_blocks(const T* p) {
-  return __ldcg(p);
+FUSEDRNN_INLINE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
+FUSEDRNN_INLINE double load_shared_by_blocks(const double* p) { return __ldcg(p); }
+template <class S>  // of 16 bits
+FUSEDRNN_INLINE S load_shared_by_blocks(const S* p) {
+  S x;
+  x.bits = __ldcg(&p->bits);
+  return x;
 }
+// The same of 16 bytes at once; p is aligned to them.
+template <class S>
+FUSEDRNN_INLINE Sixteen<S> load_sixteen_shared_by_blocks(const S* p) {
+  const uint4 words = __ldcg(reinterpret_cast<const uint4*>(p));
+  return *reinterpret_cast<const Sixteen<S>*>(&words);
+}
+
+// Two neighbours in one word, the first in the lower half; p is aligned to it.
+FUSEDRNN_INLINE uint32_t load_two(const uint16_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
 
 // Into this multiprocessor's cache, while the thread goes on: of what no thread of the launch writes.
 template <class T>
@@ -73,21 +96,28 @@ FUSEDRNN_INLINE void multiply_fp16(float* sums, const uint32_t* a, const uint32_
                : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// Rounded to 10 bits of mantissa; two rounded to nearest, the first in the lower half.
+// Rounded to 10 bits of mantissa.
 FUSEDRNN_INLINE uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
 }
-FUSEDRNN_INLINE uint32_t pack_bf16(float low, float high) {
-  uint32_t two;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-  return two;
+// Rounded to nearest, and back.
+FUSEDRNN_INLINE uint16_t to_bf16(float x) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
 }
-FUSEDRNN_INLINE uint32_t pack_fp16(float low, float high) {
-  uint32_t two;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-  return two;
+FUSEDRNN_INLINE uint16_t to_fp16(float x) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+FUSEDRNN_INLINE float of_bf16(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+FUSEDRNN_INLINE float of_fp16(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
 }
 
 // Of a cluster of blocks, which is the x axis of the grid (sm_90 and later): to the place in another block's shared
@@ -107,6 +137,9 @@ FUSEDRNN_INLINE void store_to_block(float* p, unsigned rank, float x) {
 FUSEDRNN_INLINE void store_to_block(double* p, unsigned rank, double x) {
   asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address_in_block(p, rank)), "d"(x) : "memory");
 }
+FUSEDRNN_INLINE void store_to_block(uint16_t* p, unsigned rank, uint16_t x) {
+  asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(address_in_block(p, rank)), "h"(x) : "memory");
+}
 FUSEDRNN_INLINE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -114,6 +147,7 @@ FUSEDRNN_INLINE void sync_cluster() {
 constexpr bool kClusters = false;
 FUSEDRNN_INLINE void store_to_block(float*, unsigned, float) {}
 FUSEDRNN_INLINE void store_to_block(double*, unsigned, double) {}
+FUSEDRNN_INLINE void store_to_block(uint16_t*, unsigned, uint16_t) {}
 FUSEDRNN_INLINE void sync_cluster() {}
 #endif
 

@@ -18,9 +18,6 @@ namespace cuda {
 #define FUSEDRNN_WARPS 8
 #endif
 constexpr int kWarps = FUSEDRNN_WARPS, kThreads = kWarps * kWarp;
-constexpr int kChunk = 8 * kWarp;
-// Between rows of factors in shared memory, so that the lanes of a matrix product meet different banks.
-constexpr int kPad = 4;
 
 FUSEDRNN_INLINE constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
@@ -37,58 +34,74 @@ struct Layout {
   FUSEDRNN_INLINE Index columns() const { return column_tiles * tile_columns; }
 };
 
-FUSEDRNN_INLINE Index pitch_of(Index K) { return round_up(K, kWarp) + kPad; }
+// From one row of K factors in shared memory to the next: whole lines of all banks and 16 bytes more, so that lanes
+// with 8 rows and 4 neighbours of each meet different banks.
+template <class F>
+FUSEDRNN_INLINE Index pitch_of(Index K) {
+  return round_up(K, sizeof(F) < 4 ? 2 * kWarp : kWarp) + 16 / Index(sizeof(F));
+}
 
 // The shared memory of a block. backends/cuda_plan.py counts the same.
-template <class T>
+template <class T, class F>
 struct Shared {
-  T* weights;  // [column][k], k rounded up; only where they are resident
-  T* staged;   // [row][kChunk]
+  F* weights;  // [column][k], k rounded up; only where they are resident
+  F* staged;   // [row][k of a chunk]
   T* sums;     // [split][row][column]
   T *h, *c;    // [row of the tile of the batch][unit]
-  FUSEDRNN_INLINE Shared(const Layout& layout, Index K, Index rows, Index units, bool resident) {
-    T* p = reinterpret_cast<T*>(shared_memory());
-    weights = p, p += resident ? layout.columns() * pitch_of(K) : 0;
-    staged = p, p += layout.rows() * (kChunk + kPad);
+  FUSEDRNN_INLINE Shared(const Layout& layout, Index K, Index chunk, Index rows, Index units, bool resident) {
+    weights = reinterpret_cast<F*>(shared_memory());
+    staged = weights + (resident ? layout.columns() * pitch_of<F>(K) : 0);
+    T* p = reinterpret_cast<T*>(staged + layout.rows() * pitch_of<F>(chunk));
     sums = p, p += layout.splits * layout.rows() * layout.columns();
     h = p, p += rows * units;
     c = p;
   }
 };
 
-// sums of products of rows and columns, both along k. `weight(column, k)` is a column's k-th weight.
-template <class T, class Tile>
+// Sums of products of rows and columns, both along k.
+template <class S, class Tile>
 struct Product {
+  using T = Compute<S>;
+  using F = typename Tile::Factor;
   const Layout& layout;
-  const Shared<T>& shared;
-  Index K;
+  const Shared<T, F>& shared;
+  Index K, chunk;
 
-  // Sums of the rows whose memory row(r) gives, null for zeros. Ends with all sums in shared memory.
-  template <class Row, class Weight>
-  FUSEDRNN_INLINE void run(Row row, Weight weight) const {
+  // Sums of the rows whose memory row(r) gives, null for zeros; weights(column, k) are the factors from there on. Ends
+  // with all sums in shared memory.
+  template <class Row, class Weights>
+  FUSEDRNN_INLINE void run(Row row, Weights weights) const {
     const int warp = threadIdx.x / kWarp, split = warp % layout.splits, tile = warp / layout.splits;
     const int first_row = tile % layout.row_tiles * kRows, first_column = tile / layout.row_tiles * Tile::columns;
+    const Index pitch = pitch_of<F>(chunk);
     Tile sums;
-    for (Index k0 = 0; k0 < K; k0 += kChunk) {
+    for (Index k0 = 0; k0 < K; k0 += chunk) {
       sync_block();  // what was staged before has been read
       stage(k0, row);
       sync_block();
-      for (int k = split * kWarp; k < kChunk && k0 + k < K; k += layout.splits * kWarp) {
-        const T* x = shared.staged + first_row * (kChunk + kPad) + k;
-        sums.add([&](int r, int i) { return x[r * (kChunk + kPad) + i]; },
-                 [&](int column, int i) { return weight(first_column + column, k0 + k + i); });
-      }
+      for (Index k = split * kWarp; k < chunk && k0 + k < K; k += layout.splits * kWarp)
+        sums.add(Factors<F>{shared.staged + first_row * pitch + k, pitch}, weights(first_column, k0 + k));
     }
     sums.store(shared.sums + (split * layout.rows() + first_row) * layout.columns() + first_column, layout.columns());
     sync_block();
   }
 
+  // 16 bytes at a time, where they are aligned.
   template <class Row>
   FUSEDRNN_INLINE void stage(Index k0, Row row) const {
-    for (Index i = threadIdx.x; i < layout.rows() * kChunk; i += kThreads) {
-      const Index r = i / kChunk, k = i % kChunk;
-      const T* p = row(r);
-      shared.staged[r * (kChunk + kPad) + k] = p && k0 + k < K ? load_shared_by_blocks(p + k0 + k) : T(0);
+    constexpr int n = Sixteen<S>::count;
+    const Index pitch = pitch_of<F>(chunk), across = chunk / n;
+    for (Index i = threadIdx.x; i < layout.rows() * across; i += kThreads) {
+      const Index r = i / across, k = k0 + i % across * n;
+      const S* p = row(r);
+      F* to = shared.staged + r * pitch + (k - k0);
+      if (p && k + n <= K && reinterpret_cast<uintptr_t>(p + k) % 16 == 0) {
+        const Sixteen<S> all = load_sixteen_shared_by_blocks(p + k);
+#pragma unroll
+        for (int j = 0; j < n; ++j) to[j] = Tile::factor(all.of[j]);
+      } else {
+        for (int j = 0; j < n; ++j) to[j] = Tile::factor(p && k + j < K ? T(load_shared_by_blocks(p + k + j)) : T(0));
+      }
     }
   }
 
@@ -116,12 +129,12 @@ struct Grid {
     rows = job.steps.B - first_row < job.rows ? job.steps.B - first_row : job.rows;
   }
 
-  // Everything that the blocks of this tile of the batch wrote in their first `steps` steps can be read.
+  // Everything that the blocks of this tile of the batch wrote in their first `steps` steps can be read after the
+  // block's next barrier.
   FUSEDRNN_INLINE void wait(Index steps) const {
     if (threadIdx.x == 0)
       while (load_acquire(arrived) < unsigned(steps * gridDim.x)) {
       }
-    sync_block();
   }
   FUSEDRNN_INLINE void arrive() const {
     sync_block();
@@ -148,32 +161,69 @@ struct Grid {
 
 // The weight that multiplies element k for a column of the block: forward gate by gate its units, and h; backward its
 // units, and da gate by gate. Zero where there is none.
-template <class Cell, class T>
-FUSEDRNN_INLINE T forward_weight(const Grid<ForwardJob<T>>& grid, Index column, Index k) {
+template <class Cell, class S>
+FUSEDRNN_INLINE Compute<S> forward_weight(const Grid<ForwardJob<S>>& grid, Index column, Index k) {
   const auto& job = grid.job;
   const Index gate = column / job.units, u = grid.first_unit + column % job.units;
-  return gate >= kRecurrent<Cell> || u >= job.H || k >= job.H ? T(0) : job.weight[(gate * job.H + u) * job.H + k];
+  const bool none = gate >= kRecurrent<Cell> || u >= job.H || k >= job.H;
+  return none ? 0 : Compute<S>(job.weight[(gate * job.H + u) * job.H + k]);
 }
-template <class Cell, class T>
-FUSEDRNN_INLINE T backward_weight(const Grid<BackwardJob<T>>& grid, Index column, Index k) {
+template <class Cell, class S>
+FUSEDRNN_INLINE Compute<S> backward_weight(const Grid<BackwardJob<S>>& grid, Index column, Index k) {
   const auto& job = grid.job;
   const Index K = kRecurrent<Cell> * job.H, u = grid.first_unit + column;
-  return column >= job.units || u >= job.H || k >= K ? T(0) : job.weight[u * K + k];
+  return column >= job.units || u >= job.H || k >= K ? 0 : Compute<S>(job.weight[u * K + k]);
 }
 
-template <class Cell, class T, class Tile, bool resident>
-FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
-  const Grid<ForwardJob<T>> grid(job);
-  const Index K = job.H, pitch = pitch_of(K), columns = job.units * kRecurrent<Cell>;
+// Factors that are loaded one by one, load(column, k), from a column and k on.
+template <class Tile, class Load>
+struct Loaded {
+  using F = typename Tile::Factor;
+  const Load& load;
+  Index column, k;
+  FUSEDRNN_INLINE F one(Index c, Index i) const { return Tile::factor(load(column + c, k + i)); }
+  FUSEDRNN_INLINE uint32_t two(Index c, Index i) const { return uint32_t(one(c, i)) | uint32_t(one(c, i + 1)) << 16; }
+};
+
+// The block's weights: load(column, k), or what of them is in shared memory.
+template <class Tile, bool resident, class Load>
+struct BlockWeights {
+  using F = typename Tile::Factor;
+  const Load& load;
+  F* kept;
+  Index pitch;
+
+  FUSEDRNN_INLINE BlockWeights(const Load& load, F* kept, Index columns, Index K)
+      : load(load), kept(kept), pitch(pitch_of<F>(K)) {
+    if constexpr (resident)
+      for (Index i = threadIdx.x; i < columns * pitch; i += kThreads)
+        kept[i] = Tile::factor(load(i / pitch, i % pitch));
+  }
+  FUSEDRNN_INLINE auto operator()(Index column, Index k) const {
+    if constexpr (resident)
+      return Factors<F>{kept + column * pitch + k, pitch};
+    else
+      return Loaded<Tile, Load>{load, column, k};
+  }
+};
+template <class Tile, bool resident, class Load>
+FUSEDRNN_INLINE BlockWeights<Tile, resident, Load> block_weights(const Load& load, typename Tile::Factor* kept,
+                                                                 Index columns, Index K) {
+  return {load, kept, columns, K};
+}
+
+template <class Cell, class S, class Tile, bool resident>
+FUSEDRNN_INLINE void grid_forward(const ForwardJob<S>& job) {
+  using T = Compute<S>;
+  const Grid<ForwardJob<S>> grid(job);
+  const Index K = job.H, columns = job.units * kRecurrent<Cell>;
   const Layout layout(job.rows, columns, Tile::columns);
-  const Shared<T> shared(layout, K, job.rows, job.units, resident);
-  const Product<T, Tile> product{layout, shared, K};
+  const Shared<T, typename Tile::Factor> shared(layout, K, job.chunk, job.rows, job.units, resident);
+  const Product<S, Tile> product{layout, shared, K, job.chunk};
   const auto load = [&](Index column, Index k) { return forward_weight<Cell>(grid, column, k); };
-  if (resident)
-    for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads)
-      shared.weights[i] = load(i / pitch, i % pitch);
+  const auto weights = block_weights<Tile, resident>(load, shared.weights, layout.columns(), K);
   grid.each(0, job.rows, [&](Index r, Index j) {
-    const ForwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+    const ForwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
     shared.h[r * job.units + j] = unit.start_h();
     if (Cell::has_c) shared.c[r * job.units + j] = unit.start_c();
   });
@@ -181,7 +231,7 @@ FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
     const Index t = time_of(job.steps, s);
     if (s > 0) grid.wait(s);
     for (Index group = 0; group < grid.rows; group += layout.rows()) {
-      const auto row = [&](Index r) -> const T* {
+      const auto row = [&](Index r) -> const S* {
         if (group + r >= grid.rows) return nullptr;
         const Index b = grid.first_row + group + r;
         if (!valid(job.steps, t, b)) return nullptr;
@@ -194,43 +244,39 @@ FUSEDRNN_INLINE void grid_forward(const ForwardJob<T>& job) {
             return nullptr;
         }
       };
-      if (resident)
-        product.run(row, [&](Index column, Index k) { return shared.weights[column * pitch + k]; });
-      else
-        product.run(row, load);
+      product.run(row, weights);
       grid.each(group, layout.rows(), [&](Index r, Index j) {
         T products[kRecurrent<Cell>];
         for (int a = 0; a < kRecurrent<Cell>; ++a) products[a] = product.sum(r - group, a * job.units + j);
         T c = Cell::has_c ? shared.c[r * job.units + j] : T(0);
-        ForwardUnit<Cell, T>{job, grid.first_row + r, grid.first_unit + j}.step(t, products, 1,
+        ForwardUnit<Cell, S>{job, grid.first_row + r, grid.first_unit + j}.step(t, products, 1,
                                                                                 shared.h[r * job.units + j], c);
         if (Cell::has_c) shared.c[r * job.units + j] = c;
       });
     }
     grid.arrive();
-    if (s + 1 < job.steps.T) grid.template prefetch_step<ForwardUnit<Cell, T>>(s + 1);
+    if (s + 1 < job.steps.T) grid.template prefetch_step<ForwardUnit<Cell, S>>(s + 1);
   }
   grid.each(0, job.rows, [&](Index r, Index j) {
     const Index i = (grid.first_row + r) * job.H + grid.first_unit + j;
-    job.hT[i] = shared.h[r * job.units + j];
-    if (Cell::has_c) job.cT[i] = shared.c[r * job.units + j];
+    job.hT[i] = S(shared.h[r * job.units + j]);
+    if (Cell::has_c) job.cT[i] = S(shared.c[r * job.units + j]);
   });
 }
 
-template <class Cell, class T, class Tile, bool resident>
-FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
-  const Grid<BackwardJob<T>> grid(job);
-  const Index K = kRecurrent<Cell> * job.H, pitch = pitch_of(K);
+template <class Cell, class S, class Tile, bool resident>
+FUSEDRNN_INLINE void grid_backward(const BackwardJob<S>& job) {
+  using T = Compute<S>;
+  const Grid<BackwardJob<S>> grid(job);
+  const Index K = kRecurrent<Cell> * job.H;
   const Layout layout(job.rows, job.units, Tile::columns);
-  const Shared<T> shared(layout, K, job.rows, job.units, resident);
-  const Product<T, Tile> product{layout, shared, K};
+  const Shared<T, typename Tile::Factor> shared(layout, K, job.chunk, job.rows, job.units, resident);
+  const Product<S, Tile> product{layout, shared, K, job.chunk};
   const auto load = [&](Index column, Index k) { return backward_weight<Cell>(grid, column, k); };
-  if (resident)
-    for (Index i = threadIdx.x; i < layout.columns() * pitch; i += kThreads)
-      shared.weights[i] = load(i / pitch, i % pitch);
+  const auto weights = block_weights<Tile, resident>(load, shared.weights, layout.columns(), K);
   T *const direct = shared.h, *const dc = shared.c;
   grid.each(0, job.rows, [&](Index r, Index j) {
-    const BackwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+    const BackwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
     direct[r * job.units + j] = unit.start(job.dhT);
     if (Cell::has_c) dc[r * job.units + j] = unit.start(job.dcT);
   });
@@ -241,21 +287,18 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
     for (Index group = 0; group < grid.rows; group += layout.rows()) {
       if (follows) {
         const Index next = time_of(job.steps, s + 1);
-        const auto row = [&](Index r) -> const T* {
+        const auto row = [&](Index r) -> const S* {
           if (group + r >= grid.rows) return nullptr;
           const Index b = grid.first_row + group + r;
-          if (!BackwardUnit<Cell, T>{job, b, 0}.chained(s + 1)) return nullptr;
+          if (!BackwardUnit<Cell, S>{job, b, 0}.chained(s + 1)) return nullptr;
           return job.da + ((next * job.steps.B + b) * Cell::accumulators + Cell::recurrent.first) * job.H;
         };
-        if (resident)
-          product.run(row, [&](Index column, Index k) { return shared.weights[column * pitch + k]; });
-        else
-          product.run(row, load);
+        product.run(row, weights);
       } else {
         sync_block();
       }
       grid.each(group, layout.rows(), [&](Index r, Index j) {
-        const BackwardUnit<Cell, T> unit{job, grid.first_row + r, grid.first_unit + j};
+        const BackwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
         const Index i = r * job.units + j;
         const T chain = follows && unit.chained(s + 1) ? product.sum(r - group, j) : T(0);
         if (s < 0) return unit.finish(chain, direct[i], Cell::has_c ? dc[i] : T(0));
@@ -266,28 +309,28 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<T>& job) {
       });
     }
     if (s >= 0) grid.arrive();
-    if (s > 0) grid.template prefetch_step<BackwardUnit<Cell, T>>(s - 1);
+    if (s > 0) grid.template prefetch_step<BackwardUnit<Cell, S>>(s - 1);
   }
 }
 
 // What kernels.cu calls. A cell of two phases would need two products and two waits a step: it runs step by step.
 template <class Cell, int phases = Cell::phases>
 struct GridKernels {
-  template <class Tile, bool resident, class T>
-  FUSEDRNN_INLINE static void forward(const ForwardJob<T>& job) {
-    grid_forward<Cell, T, Tile, resident>(job);
+  template <class Tile, bool resident, class S>
+  FUSEDRNN_INLINE static void forward(const ForwardJob<S>& job) {
+    grid_forward<Cell, S, Tile, resident>(job);
   }
-  template <class Tile, bool resident, class T>
-  FUSEDRNN_INLINE static void backward(const BackwardJob<T>& job) {
-    grid_backward<Cell, T, Tile, resident>(job);
+  template <class Tile, bool resident, class S>
+  FUSEDRNN_INLINE static void backward(const BackwardJob<S>& job) {
+    grid_backward<Cell, S, Tile, resident>(job);
   }
 };
 template <class Cell>
 struct GridKernels<Cell, 2> {
-  template <class Tile, bool resident, class T>
-  FUSEDRNN_INLINE static void forward(const ForwardJob<T>&) {}
-  template <class Tile, bool resident, class T>
-  FUSEDRNN_INLINE static void backward(const BackwardJob<T>&) {}
+  template <class Tile, bool resident, class S>
+  FUSEDRNN_INLINE static void forward(const ForwardJob<S>&) {}
+  template <class Tile, bool resident, class S>
+  FUSEDRNN_INLINE static void backward(const BackwardJob<S>&) {}
 };
 
 }  // namespace cuda

@@ -13,62 +13,66 @@ FUSEDRNN_INLINE void each_unit(Index B, Index H, F f) {
   for (Index i = Index(blockIdx.x) * blockDim.x + threadIdx.x; i < B * H; i += step) f(i / H, i % H);
 }
 
-template <class Cell, class T>
+template <class Cell, class S>
 struct ForwardStep {
-  const ForwardJob<T>& job;
+  using T = Compute<S>;
+  const ForwardJob<S>& job;
 
   // What the product of step s multiplies: the state before it.
   FUSEDRNN_INLINE void prepare(Index s, Index b, Index u, T h) const {
     if (s >= job.steps.T) return;
     const Index t = time_of(job.steps, s);
     const bool zero = !valid(job.steps, t, b) || before(job.steps, t, b) == Before::nothing;
-    job.operand[b * job.H + u] = zero ? T(0) : h;
+    job.operand[b * job.H + u] = S(zero ? T(0) : h);
   }
 
   FUSEDRNN_INLINE void begin(Index b, Index u) const {
-    const ForwardUnit<Cell, T> unit{job, b, u};
+    const ForwardUnit<Cell, S> unit{job, b, u};
     const Index i = b * job.H + u;
-    job.hT[i] = unit.start_h();
-    if (Cell::has_c) job.cT[i] = unit.start_c();
-    prepare(0, b, u, job.hT[i]);
+    const T h = unit.start_h(), c = unit.start_c();
+    job.hT[i] = S(h);
+    if (Cell::has_c) job.state_c[i] = c, job.cT[i] = S(c);
+    prepare(0, b, u, h);
   }
 
   FUSEDRNN_INLINE void step(Index s, Index b, Index u) const {
     const Index i = b * job.H + u, t = time_of(job.steps, s);
-    T h = job.hT[i], c = Cell::has_c ? job.cT[i] : T(0);
-    ForwardUnit<Cell, T>{job, b, u}.step(t, job.products + b * kRecurrent<Cell> * job.H + u, job.H, h, c);
+    T h = T(job.hT[i]), c = Cell::has_c ? job.state_c[i] : T(0);
+    ForwardUnit<Cell, S>{job, b, u}.step(t, job.products + b * kRecurrent<Cell> * job.H + u, job.H, h, c);
     if (Cell::phases == 2) {  // h is r*h, or where the row is over the state, which the second phase does not read
-      job.operand[i] = h;
+      job.operand[i] = S(h);
       return;
     }
-    job.hT[i] = h;
-    if (Cell::has_c) job.cT[i] = c;
+    job.hT[i] = S(h);
+    if (Cell::has_c) job.state_c[i] = c;
+    if (Cell::has_c && s + 1 == job.steps.T) job.cT[i] = S(c);
     prepare(s + 1, b, u, h);
   }
 
   FUSEDRNN_INLINE void step2(Index s, Index b, Index u) const {
     const Index i = b * job.H + u;
-    T h = job.hT[i];
-    ForwardUnit<Cell, T>{job, b, u}.step2(time_of(job.steps, s), job.products[i], h);
-    job.hT[i] = h;
+    T h = T(job.hT[i]);
+    ForwardUnit<Cell, S>{job, b, u}.step2(time_of(job.steps, s), job.products[i], h);
+    job.hT[i] = S(h);
     prepare(s + 1, b, u, h);
   }
 };
 
-template <class Cell, class T>
+template <class Cell, class S>
 struct BackwardStep {
-  const BackwardJob<T>& job;
+  using T = Compute<S>;
+  const BackwardJob<S>& job;
 
   FUSEDRNN_INLINE void begin(Index b, Index u) const {
     const Index i = b * job.H + u;
-    const BackwardUnit<Cell, T> unit{job, b, u};
+    const BackwardUnit<Cell, S> unit{job, b, u};
     job.direct[i] = unit.start(job.dhT);
     if (Cell::has_c) job.dc[i] = unit.start(job.dcT);
   }
 
   FUSEDRNN_INLINE void step(Index s, Index b, Index u) const {
     const Index i = b * job.H + u, t = time_of(job.steps, s);
-    const BackwardUnit<Cell, T> unit{job, b, u};
+    const BackwardUnit<Cell, S> unit{job, b, u};
     T direct = job.direct[i], dc = Cell::has_c ? job.dc[i] : T(0);
     unit.step(t, unit.chained(s + 1) ? job.chain[i] : T(0), direct, dc, unit.da(t), job.H);
     job.direct[i] = direct;
@@ -77,26 +81,26 @@ struct BackwardStep {
 
   FUSEDRNN_INLINE void step2(Index s, Index b, Index u) const {
     const Index i = b * job.H + u, t = time_of(job.steps, s);
-    const BackwardUnit<Cell, T> unit{job, b, u};
+    const BackwardUnit<Cell, S> unit{job, b, u};
     unit.step2(t, job.chain[i], job.direct[i], unit.da(t));
   }
 
   FUSEDRNN_INLINE void finish(Index b, Index u) const {
     const Index i = b * job.H + u;
-    const BackwardUnit<Cell, T> unit{job, b, u};
+    const BackwardUnit<Cell, S> unit{job, b, u};
     unit.finish(unit.chained(0) ? job.chain[i] : T(0), job.direct[i], Cell::has_c ? job.dc[i] : T(0));
   }
 
   // What da is multiplied with for the gradient of weight_hh: h before each step; of the second phase r times it.
-  FUSEDRNN_INLINE void operands(Index i, Index u, T* h, T* middle) const {  // i: t*B + b
+  FUSEDRNN_INLINE void operands(Index i, Index u, S* h, S* middle) const {  // i: t*B + b
     const Index t = i / job.steps.B, b = i % job.steps.B;
-    const BackwardUnit<Cell, T> unit{job, b, u};
+    const BackwardUnit<Cell, S> unit{job, b, u};
     const T value = unit.operand(t);
-    h[unit.at(t)] = value;
+    h[unit.at(t)] = S(value);
     if (Cell::phases == 2) {
       Vec<T> saved[Cell::saved + 1];
       unit.load_saved(t, saved);
-      middle[unit.at(t)] = valid(job.steps, t, b) ? saved[0].v * value : T(0);
+      middle[unit.at(t)] = S(valid(job.steps, t, b) ? saved[0].v * value : T(0));
     }
   }
 };

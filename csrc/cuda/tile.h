@@ -2,15 +2,15 @@
 // Apache-2.0
 //
 //   columns        of the tile
-//   add(x, w)      32 more k: x(row, k) and w(column, k) give the factors
+//   Factor         what the factors are kept as; factor(x) makes one, rounded
+//   add(x, w)      32 more k of rows and columns: x.one(row, k) is a factor, x.two(row, k) it and the next in one word
 //   store(sums, pitch)   sums[row * pitch + column], each by the lane that has it, after the last add
 //
 // IeeeTile multiplies in T itself. MatrixTile has the matrix units multiply rounded factors and add in float:
 //   tf32     10 bits of mantissa     tf32x3   each factor as a sum of two such, the product of the smaller parts left
 //   out bf16     7 bits                  fp16     10 bits, to 65504
 #pragma once
-#include "cuda/device.h"
-#include "simd/vec.h"
+#include "cuda/half.h"
 #include "steps.h"
 
 namespace fusedrnn {
@@ -18,10 +18,22 @@ namespace cuda {
 
 constexpr int kRows = 8;  // of a tile
 
+// Factors in memory.
+template <class F>
+struct Factors {
+  const F* p;
+  Index pitch;
+  FUSEDRNN_INLINE F one(Index row, Index k) const { return p[row * pitch + k]; }
+  FUSEDRNN_INLINE uint32_t two(Index row, Index k) const { return load_two(p + row * pitch + k); }  // k is even
+};
+
 template <class T>
 struct IeeeTile {
+  using Factor = T;
   static constexpr int columns = 8, count = kRows * columns;  // two sums for each lane
   T sums[count];
+
+  FUSEDRNN_INLINE static Factor factor(T x) { return x; }
 
   FUSEDRNN_INLINE IeeeTile() {
 #pragma unroll
@@ -34,7 +46,7 @@ struct IeeeTile {
     const int k = lane();
     T row[kRows], column[columns];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) row[i] = x(i, k), column[i] = w(i, k);
+    for (int i = 0; i < kRows; ++i) row[i] = x.one(i, k), column[i] = w.one(i, k);
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -66,50 +78,77 @@ struct IeeeTile {
   }
 };
 
+template <bool first, class A, class B>
+struct Choose {
+  using type = A;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  using type = B;
+};
+
 enum class Precision { ieee, tf32, tf32x3, bf16, fp16 };
 
 // The columns are the rows of the first factor, so that the few rows of a batch fill the shorter side. Which lane has
 // which element of the factors and of the sums is laid down with the instructions (PTX, mma.m16n8k8 and m16n8k16).
 template <Precision precision>
 struct MatrixTile {
+  static constexpr bool pairs = precision == Precision::bf16 || precision == Precision::fp16;
+  using Factor = typename Choose<pairs, uint16_t, float>::type;
   static constexpr int columns = 16;
   float sums[4] = {0, 0, 0, 0};
+
+  FUSEDRNN_INLINE static Factor factor(float x) {
+    if constexpr (precision == Precision::bf16) return to_bf16(x);
+    if constexpr (precision == Precision::fp16) return to_fp16(x);
+    if constexpr (precision == Precision::tf32) return Native<float>::of_bits(to_tf32(x));
+    return Factor(x);
+  }
+  // What is kept as it is: Half is multiplied as fp16 and Bfloat16 as bf16 alone.
+  FUSEDRNN_INLINE static uint16_t factor(Half x) { return x.bits; }
+  FUSEDRNN_INLINE static uint16_t factor(Bfloat16 x) { return x.bits; }
 
   template <class X, class W>
   FUSEDRNN_INLINE void add(X x, W w) {
     const int g = lane() / 4, t = lane() % 4;
-    if constexpr (precision == Precision::tf32 || precision == Precision::tf32x3) {
-#pragma unroll
-      for (int k = 0; k < kWarp; k += 8) {
-        const float first[4] = {w(g, k + t), w(g + 8, k + t), w(g, k + t + 4), w(g + 8, k + t + 4)};
-        const float second[2] = {x(g, k + t), x(g, k + t + 4)};
-        uint32_t a[4], b[2];
-        for (int i = 0; i < 4; ++i) a[i] = to_tf32(first[i]);
-        for (int i = 0; i < 2; ++i) b[i] = to_tf32(second[i]);
-        if constexpr (precision == Precision::tf32x3) {
-          uint32_t a_rest[4], b_rest[2];
-          for (int i = 0; i < 4; ++i) a_rest[i] = to_tf32(first[i] - Native<float>::of_bits(a[i]));
-          for (int i = 0; i < 2; ++i) b_rest[i] = to_tf32(second[i] - Native<float>::of_bits(b[i]));
-          multiply_tf32(sums, a_rest, b);
-          multiply_tf32(sums, a, b_rest);
-        }
-        multiply_tf32(sums, a, b);
-      }
-    } else {
+    if constexpr (pairs) {
 #pragma unroll
       for (int k = 0; k < kWarp; k += 16) {
-        const auto two = [](float low, float high) {
-          return precision == Precision::bf16 ? pack_bf16(low, high) : pack_fp16(low, high);
-        };
         const int first = k + 2 * t, second = first + 8;
-        const uint32_t a[4] = {two(w(g, first), w(g, first + 1)), two(w(g + 8, first), w(g + 8, first + 1)),
-                               two(w(g, second), w(g, second + 1)), two(w(g + 8, second), w(g + 8, second + 1))};
-        const uint32_t b[2] = {two(x(g, first), x(g, first + 1)), two(x(g, second), x(g, second + 1))};
+        const uint32_t a[4] = {w.two(g, first), w.two(g + 8, first), w.two(g, second), w.two(g + 8, second)};
+        const uint32_t b[2] = {x.two(g, first), x.two(g, second)};
         if constexpr (precision == Precision::bf16)
           multiply_bf16(sums, a, b);
         else
           multiply_fp16(sums, a, b);
       }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWarp; k += 8) {
+        const float first[4] = {w.one(g, k + t), w.one(g + 8, k + t), w.one(g, k + t + 4), w.one(g + 8, k + t + 4)};
+        const float second[2] = {x.one(g, k + t), x.one(g, k + t + 4)};
+        uint32_t a[4], b[2];
+        if constexpr (precision == Precision::tf32x3) {
+          uint32_t a_rest[4], b_rest[2];
+          split<4>(first, a, a_rest), split<2>(second, b, b_rest);
+          multiply_tf32(sums, a_rest, b);
+          multiply_tf32(sums, a, b_rest);
+        } else {
+          for (int i = 0; i < 4; ++i) a[i] = Native<float>::bits(first[i]);
+          for (int i = 0; i < 2; ++i) b[i] = Native<float>::bits(second[i]);
+        }
+        multiply_tf32(sums, a, b);
+      }
+    }
+  }
+
+  // Each as a sum of two that the units take.
+  template <int n>
+  FUSEDRNN_INLINE static void split(const float* x, uint32_t* larger, uint32_t* rest) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      larger[i] = to_tf32(x[i]);
+      rest[i] = to_tf32(x[i] - Native<float>::of_bits(larger[i]));
     }
   }
 
@@ -122,13 +161,13 @@ struct MatrixTile {
   }
 };
 
-template <class T, Precision precision>
+template <class S, Precision precision>
 struct TileOf {
   using type = MatrixTile<precision>;
 };
-template <class T>
-struct TileOf<T, Precision::ieee> {
-  using type = IeeeTile<T>;
+template <class S>
+struct TileOf<S, Precision::ieee> {
+  using type = IeeeTile<Compute<S>>;
 };
 
 }  // namespace cuda

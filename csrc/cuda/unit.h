@@ -12,10 +12,11 @@ constexpr int kInput = Cell::input.count;
 template <class Cell>
 constexpr int kRecurrent = Cell::recurrent.count;
 
-template <class Cell, class T>
+template <class Cell, class S>
 struct ForwardUnit {
+  using T = Compute<S>;
   using V = Vec<T>;
-  const ForwardJob<T>& job;
+  const ForwardJob<S>& job;
   Index b, u;
 
   FUSEDRNN_INLINE Index at(Index t) const { return (t * job.steps.B + b) * job.H + u; }
@@ -27,8 +28,8 @@ struct ForwardUnit {
     return job.projected + (t * job.steps.B + b) * kInput<Cell> * job.H + u;
   }
 
-  FUSEDRNN_INLINE T start_h() const { return job.h0 ? job.h0[b * job.H + u] : T(0); }
-  FUSEDRNN_INLINE T start_c() const { return Cell::has_c && job.c0 ? job.c0[b * job.H + u] : T(0); }
+  FUSEDRNN_INLINE T start_h() const { return job.h0 ? T(job.h0[b * job.H + u]) : T(0); }
+  FUSEDRNN_INLINE T start_c() const { return Cell::has_c && job.c0 ? T(job.c0[b * job.H + u]) : T(0); }
 
   // The state of the row becomes that after step t. `products` are weight_hh times the state before, R of them,
   // `stride` elements from one to the next. A cell of two phases gets h in the second and leaves r*h in h here.
@@ -45,7 +46,7 @@ struct ForwardUnit {
       Cell::forward(a, state_h, state_c, save, new_h, new_c);
       if (T* kept = saved(t))
         for (int s = 0; s < Cell::saved; ++s) kept[s * job.H] = save[s].v;
-      h = new_h.v;
+      h = T(S(new_h.v));
       if (Cell::has_c) c = new_c.v;
     } else if (Cell::phases == 2) {
       return;
@@ -68,7 +69,7 @@ struct ForwardUnit {
         for (int s = 0; s < Cell::saved; ++s) save[s] = p[s * job.H];
         Cell::forward2(save[Cell::recurrent2.first] + V(product), V(cut ? T(0) : h), save, new_h);
         for (int s = 0; s < Cell::saved; ++s) p[s * job.H] = save[s].v;
-        h = new_h.v;
+        h = T(S(new_h.v));
       }
       T c = T(0);
       finish(t, h, c);
@@ -77,22 +78,23 @@ struct ForwardUnit {
 
   // What others read of the step.
   FUSEDRNN_INLINE void finish(Index t, T h, T c) const {
-    job.y[at(t)] = valid(job.steps, t, b) ? h : T(0);
-    if (job.h_states) job.h_states[at(t)] = h;
-    if (Cell::has_c && job.c_states) job.c_states[at(t)] = c;
+    job.y[at(t)] = S(valid(job.steps, t, b) ? h : T(0));
+    if (job.h_states) job.h_states[at(t)] = S(h);
+    if (Cell::has_c && job.c_states) job.c_states[at(t)] = S(c);
     if (Cell::has_c && job.c) job.c[at(t)] = c;
   }
 };
 
-template <class Cell, class T>
+template <class Cell, class S>
 struct BackwardUnit {
+  using T = Compute<S>;
   using V = Vec<T>;
-  const BackwardJob<T>& job;
+  const BackwardJob<S>& job;
   Index b, u;
 
   FUSEDRNN_INLINE Index at(Index t) const { return (t * job.steps.B + b) * job.H + u; }
-  FUSEDRNN_INLINE T start(const T* state0) const { return state0 ? state0[b * job.H + u] : T(0); }
-  FUSEDRNN_INLINE T* da(Index t) const { return job.da + (t * job.steps.B + b) * Cell::accumulators * job.H + u; }
+  FUSEDRNN_INLINE T start(const S* state0) const { return state0 ? T(state0[b * job.H + u]) : T(0); }
+  FUSEDRNN_INLINE S* da(Index t) const { return job.da + (t * job.steps.B + b) * Cell::accumulators * job.H + u; }
   FUSEDRNN_INLINE const T* saved(Index t) const { return job.saved + (t * job.steps.B + b) * Cell::saved * job.H + u; }
   FUSEDRNN_INLINE Index time_before(Index t) const { return job.steps.reverse ? t + 1 : t - 1; }
 
@@ -108,12 +110,13 @@ struct BackwardUnit {
     return valid(job.steps, t, b) && linked(t);
   }
 
-  FUSEDRNN_INLINE V previous(Index t, const T* states, const T* state0) const {
+  template <class Number>  // S or T
+  FUSEDRNN_INLINE V previous(Index t, const Number* states, const S* state0) const {
     switch (before(job.steps, t, b)) {
       case Before::start:
         return start(state0);
       case Before::previous:
-        return states[at(time_before(t))];
+        return T(states[at(time_before(t))]);
       default:
         return V::zero();
     }
@@ -124,24 +127,24 @@ struct BackwardUnit {
   // Step t. `chain` is weight_hh^T da of the step that follows in time of the recurrence, where there is one; `direct`
   // and `dc` are what else came from it, and become what goes on. da is written to `out`, `stride` elements from one
   // accumulator to the next.
-  FUSEDRNN_INLINE void step(Index t, T chain, T& direct, T& dc, T* out, Index stride) const {
+  FUSEDRNN_INLINE void step(Index t, T chain, T& direct, T& dc, S* out, Index stride) const {
     T dh = direct + chain;
     if (!valid(job.steps, t, b)) {
-      for (int s = 0; s < Cell::accumulators; ++s) out[s * stride] = T(0);
+      for (int s = 0; s < Cell::accumulators; ++s) out[s * stride] = S(T(0));
       direct = dh;
       return;
     }
-    if (job.dy) dh += job.dy[at(t)];
-    if (job.dh_states) dh += job.dh_states[at(t)];
-    if (Cell::has_c && job.dc_states) dc += job.dc_states[at(t)];
+    if (job.dy) dh += T(job.dy[at(t)]);
+    if (job.dh_states) dh += T(job.dh_states[at(t)]);
+    if (Cell::has_c && job.dc_states) dc += T(job.dc_states[at(t)]);
     V saved[Cell::saved + 1], da[Cell::accumulators], dc_before = V::zero(), direct_before = V::zero();
     load_saved(t, saved);
     const V h_prev = Cell::reads_h_prev ? previous(t, job.y, job.h0) : V::zero();
-    const V h = Cell::reads_h ? V(job.y[at(t)]) : V::zero();
+    const V h = Cell::reads_h ? V(T(job.y[at(t)])) : V::zero();
     const V c_prev = Cell::has_c ? previous(t, job.c, job.c0) : V::zero();
     const V c = Cell::has_c ? V(job.c[at(t)]) : V::zero();
     Cell::backward(saved, h_prev, h, c_prev, c, V(dh), V(dc), da, dc_before, direct_before);
-    for (int s = 0; s < Cell::accumulators; ++s) out[s * stride] = da[s].v;
+    for (int s = 0; s < Cell::accumulators; ++s) out[s * stride] = S(da[s].v);
     const bool goes_on = linked(t);
     direct = Cell::has_direct && goes_on ? direct_before.v : T(0);
     dc = Cell::has_c && goes_on ? dc_before.v : T(0);
@@ -160,21 +163,21 @@ struct BackwardUnit {
   }
 
   // The second phase: `dmiddle` is d(r*h).
-  FUSEDRNN_INLINE void step2(Index t, T dmiddle, T& direct, T* out) const {
+  FUSEDRNN_INLINE void step2(Index t, T dmiddle, T& direct, S* out) const {
     if constexpr (Cell::phases == 2) {
       if (!valid(job.steps, t, b)) return;
       V saved[Cell::saved + 1], da_r = V::zero(), direct_before = direct;
       load_saved(t, saved);
       Cell::backward2(saved, previous(t, job.y, job.h0), V(dmiddle), da_r, direct_before);
-      out[0] = da_r.v;
+      out[0] = S(da_r.v);
       direct = linked(t) ? direct_before.v : T(0);
     }
   }
 
   // What reaches the initial state; chain is of step 0.
   FUSEDRNN_INLINE void finish(T chain, T direct, T dc) const {
-    job.dh0[at(0)] = direct + chain;
-    if (Cell::has_c) job.dc0[at(0)] = dc;
+    job.dh0[at(0)] = S(direct + chain);
+    if (Cell::has_c) job.dc0[at(0)] = S(dc);
   }
 
   FUSEDRNN_INLINE void load_saved(Index t, V* saved) const {

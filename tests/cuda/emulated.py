@@ -181,7 +181,10 @@ class EmulatedDevice:
         assert out.flags.c_contiguous
         self.products.append(precision)
         with np.errstate(all="ignore"):
-            np.matmul(rounded(a, precision), rounded(b, precision), out=out)
+            if a.dtype.itemsize == 2:
+                out[...] = np.matmul(a.astype(np.float32), b.astype(np.float32))
+            else:
+                np.matmul(rounded(a, precision), rounded(b, precision), out=out)
 
     def launch(
         self,
@@ -198,7 +201,7 @@ class EmulatedDevice:
 
         Args:
             cell: A type of csrc/cells/cells.def.
-            dtype: "float" or "double".
+            dtype: By its name in C++, out of ``cuda_compile.DTYPES``.
             kernel: Its name in csrc/cuda/kernels.cu.
             grid: Blocks along x and y.
             args: By value.

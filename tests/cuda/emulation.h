@@ -81,6 +81,16 @@ inline T load_shared_by_blocks(const T* p) {
   return *p;
 }
 
+template <class S>
+struct Sixteen;  // device.h
+template <class S>
+inline Sixteen<S> load_sixteen_shared_by_blocks(const S* p) {
+  Sixteen<S> all;
+  for (int i = 0; i < all.count; ++i) all.of[i] = p[i];
+  return all;
+}
+inline uint32_t load_two(const uint16_t* p) { return p[0] | uint32_t(p[1]) << 16; }
+
 // Reads, so that the race detector sees it.
 template <class T>
 inline void prefetch(const T* p) {

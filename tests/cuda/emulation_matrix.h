@@ -19,15 +19,6 @@ inline uint32_t as_bits(float x) {
   __builtin_memcpy(&bits, &x, sizeof x);
   return bits;
 }
-inline float of_bf16(uint32_t half) { return as_float(half << 16); }
-inline float of_fp16(uint32_t half) {
-  const int exponent = half >> 10 & 31, mantissa = half & 1023;
-  const float size = exponent == 31  ? (mantissa ? NAN : INFINITY)
-                     : exponent == 0 ? std::ldexp(float(mantissa), -24)
-                                     : std::ldexp(float(mantissa + 1024), exponent - 25);
-  return half >> 15 ? -size : size;
-}
-
 // sums += a b with factors value(word, half); `halves` is 2 where a word has two elements.
 template <class Value>
 inline void multiply(float* sums, const uint32_t* a, const uint32_t* b, int halves, Value value,
@@ -50,20 +41,27 @@ inline void multiply(float* sums, const uint32_t* a, const uint32_t* b, int halv
 
 }  // namespace matrix
 
+inline float of_bf16(uint16_t bits) { return matrix::as_float(uint32_t(bits) << 16); }
+inline float of_fp16(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const float size = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                     : exponent == 0 ? std::ldexp(float(mantissa), -24)
+                                     : std::ldexp(float(mantissa + 1024), exponent - 25);
+  return bits >> 15 ? -size : size;
+}
+
 inline void multiply_tf32(float* sums, const uint32_t* a, const uint32_t* b, const char* file = __builtin_FILE(),
                           int line = __builtin_LINE()) {
   matrix::multiply(sums, a, b, 1, [](uint32_t word, int) { return matrix::as_float(word & ~0x1fffu); }, {file, line});
 }
 inline void multiply_bf16(float* sums, const uint32_t* a, const uint32_t* b, const char* file = __builtin_FILE(),
                           int line = __builtin_LINE()) {
-  matrix::multiply(sums, a, b, 2,
-                   [](uint32_t word, int half) { return matrix::of_bf16(half ? word >> 16 : word & 0xffff); },
+  matrix::multiply(sums, a, b, 2, [](uint32_t word, int half) { return of_bf16(uint16_t(half ? word >> 16 : word)); },
                    {file, line});
 }
 inline void multiply_fp16(float* sums, const uint32_t* a, const uint32_t* b, const char* file = __builtin_FILE(),
                           int line = __builtin_LINE()) {
-  matrix::multiply(sums, a, b, 2,
-                   [](uint32_t word, int half) { return matrix::of_fp16(half ? word >> 16 : word & 0xffff); },
+  matrix::multiply(sums, a, b, 2, [](uint32_t word, int half) { return of_fp16(uint16_t(half ? word >> 16 : word)); },
                    {file, line});
 }
 
@@ -73,26 +71,20 @@ inline uint32_t to_tf32(float x) {
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
 }
 // To nearest, ties to even.
-inline uint32_t pack_bf16(float low, float high) {
-  const auto one = [](float x) {
-    const uint32_t bits = matrix::as_bits(x);
-    return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-  };
-  return one(low) | one(high) << 16;
+inline uint16_t to_bf16(float x) {
+  const uint32_t bits = matrix::as_bits(x);
+  return uint16_t(x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
-inline uint32_t pack_fp16(float low, float high) {
-  const auto one = [](float x) -> uint32_t {
-    const uint32_t sign = matrix::as_bits(x) >> 16 & 0x8000u;
-    const float size = std::fabs(x);
-    if (x != x) return 0x7fffu;
-    if (size >= 65520.0f) return sign | 0x7c00u;
-    if (size < std::ldexp(1.0f, -14)) return sign | uint32_t(std::nearbyint(std::ldexp(size, 24)));
-    int exponent;
-    const float mantissa = std::frexp(size, &exponent);  // from 1/2 to 1
-    // A mantissa that rounds up to 2048 carries into the exponent by itself.
-    return sign | ((uint32_t(exponent + 13) << 10) + uint32_t(std::nearbyint(std::ldexp(mantissa, 11))));
-  };
-  return one(low) | one(high) << 16;
+inline uint16_t to_fp16(float x) {
+  const uint32_t sign = matrix::as_bits(x) >> 16 & 0x8000u;
+  const float size = std::fabs(x);
+  if (x != x) return 0x7fff;
+  if (size >= 65520.0f) return uint16_t(sign | 0x7c00u);
+  if (size < std::ldexp(1.0f, -14)) return uint16_t(sign | uint32_t(std::nearbyint(std::ldexp(size, 24))));
+  int exponent;
+  const float mantissa = std::frexp(size, &exponent);  // from 1/2 to 1
+  // A mantissa that rounds up to 2048 carries into the exponent by itself.
+  return uint16_t(sign | ((uint32_t(exponent + 13) << 10) + uint32_t(std::nearbyint(std::ldexp(mantissa, 11)))));
 }
 
 }  // namespace cuda

@@ -39,13 +39,12 @@ Index tiles_of(Index n, Index size) { return (n + size - 1) / size; }
 
 // Calls a kernel for every thread of a grid.
 template <class... A>
-void launch(const char* name, unsigned x, unsigned y, size_t elements, uint64_t seed, void (*kernel)(A...),
+void launch(const char* name, unsigned x, unsigned y, size_t bytes, uint64_t seed, void (*kernel)(A...),
             typename std::common_type<A>::type... arguments) {
   auto call = [&] { kernel(arguments...); };
   const std::string kind(name);
   const emulation::Launch launch{
-      {x, y, 1}, unsigned(kThreads), elements * sizeof(T), kind.rfind("grid", 0) == 0, kind.rfind("cluster", 0) == 0,
-      seed};
+      {x, y, 1}, unsigned(kThreads), bytes, kind.rfind("grid", 0) == 0, kind.rfind("cluster", 0) == 0, seed};
   const std::string error = emulation::launch(launch, [](void* p) { (*static_cast<decltype(call)*>(p))(); }, &call);
   if (!error.empty()) {
     fprintf(stderr, "%s: %s\n", name, error.c_str());
@@ -53,21 +52,28 @@ void launch(const char* name, unsigned x, unsigned y, size_t elements, uint64_t 
   }
 }
 
-size_t grid_elements(Index rows, Index columns, Index units, Index K, bool resident) {
+using Scalar = fusedrnn::cuda::Compute<S>;  // what is computed in
+using Factor = Tile::Factor;
+constexpr Index kChunk = 64;
+
+size_t grid_bytes(Index rows, Index columns, Index units, Index K, bool resident) {
   const Layout layout(rows, columns, Tile::columns);
-  return size_t((resident ? layout.columns() * pitch_of(K) : 0) + layout.rows() * (kChunk + kPad) +
-                layout.splits * layout.rows() * layout.columns() + 2 * rows * units);
+  const Index factors =
+      (resident ? layout.columns() * pitch_of<Factor>(K) : 0) + layout.rows() * pitch_of<Factor>(kChunk);
+  return size_t(factors) * sizeof(Factor) +
+         size_t(layout.splits * layout.rows() * layout.columns() + 2 * rows * units) * sizeof(Scalar);
 }
 
-size_t cluster_elements(Index rows, Index columns, Index units, Index K) {
+size_t cluster_bytes(Index rows, Index columns, Index units, Index K) {
   const Index all_rows = round_up(rows, kRows), all_columns = round_up(columns, Tile::columns);
   Index splits = 1;
   while (splits * 2 * (all_rows / kRows) * (all_columns / Tile::columns) <= kWarps) splits *= 2;
-  return size_t((all_columns + 2 * all_rows) * pitch_of(K) + splits * all_rows * all_columns + 2 * rows * units);
+  return size_t((all_columns + 2 * all_rows) * pitch_of<Factor>(K)) * sizeof(Factor) +
+         size_t(splits * all_rows * all_columns + 2 * rows * units) * sizeof(Scalar);
 }
 
 void run(const Problem& p) {
-  constexpr Index A = Cell::accumulators, X = Cell::input.count, R = Cell::recurrent.count, S = Cell::saved;
+  constexpr Index A = Cell::accumulators, X = Cell::input.count, R = Cell::recurrent.count, K = Cell::saved;
   const Index T_ = p.T, B = p.B, H = p.H, n = B * H;
   Memory memory;
   uint64_t draws = p.seed * 2 + 1;
@@ -79,26 +85,28 @@ void run(const Problem& p) {
   if (reset)
     for (Index i = 0; i < T_ * B; ++i) reset[i] = draw() % 4 == 0;
   const fusedrnn::Steps steps{T_, B, lengths, reset, p.reverse, p.seed % 3 == 0 ? 2 : 0};
-  const T one = T(0.5);
+  const Scalar one = Scalar(0.5);  // and stored:
+  const S half = S(one);
 
-  ForwardJob<T> f{};
+  ForwardJob<S> f{};
   f.steps = steps, f.H = H;
-  f.projected = memory(T_ * B * X * H, one), f.bias = memory(A * H, one), f.weight = memory(R * H * H, one);
-  f.h0 = p.state0 ? memory(n, one) : nullptr, f.c0 = p.state0 && Cell::has_c ? memory(n, one) : nullptr;
-  f.y = memory(T_ * n, one), f.hT = memory(n, one), f.h_states = memory(T_ * n, one);
-  if (Cell::has_c) f.cT = memory(n, one), f.c_states = memory(T_ * n, one), f.c = memory(T_ * n, one);
-  if (S) f.saved = memory(T_ * n * S, one), f.saved_step = n * S;
-  f.operand = memory(n, one), f.products = memory(n * R, one);
-  f.units = p.units, f.rows = p.rows;
+  f.projected = memory(T_ * B * X * H, one), f.bias = memory(A * H, one), f.weight = memory(R * H * H, half);
+  f.h0 = p.state0 ? memory(n, half) : nullptr, f.c0 = p.state0 && Cell::has_c ? memory(n, half) : nullptr;
+  f.y = memory(T_ * n, half), f.hT = memory(n, half), f.h_states = memory(T_ * n, half);
+  if (Cell::has_c) f.cT = memory(n, half), f.c_states = memory(T_ * n, half), f.c = memory(T_ * n, one);
+  if (Cell::has_c) f.state_c = memory(n, one);
+  if (K) f.saved = memory(T_ * n * K, one), f.saved_step = n * K;
+  f.operand = memory(n, half), f.products = memory(n * R, one);
+  f.units = p.units, f.rows = p.rows, f.chunk = kChunk;
 
-  BackwardJob<T> b{};
+  BackwardJob<S> b{};
   b.steps = steps, b.H = H;
   b.weight = f.weight, b.y = f.y, b.h0 = f.h0, b.c0 = f.c0, b.c = f.c, b.saved = f.saved;
-  b.dy = memory(T_ * n, one), b.dhT = memory(n, one), b.dh_states = memory(T_ * n, one);
-  if (Cell::has_c) b.dcT = memory(n, one), b.dc_states = memory(T_ * n, one), b.dc0 = memory(n, one);
-  b.da = memory(T_ * n * A, one), b.dh0 = memory(n, one);
+  b.dy = memory(T_ * n, half), b.dhT = memory(n, half), b.dh_states = memory(T_ * n, half);
+  if (Cell::has_c) b.dcT = memory(n, half), b.dc_states = memory(T_ * n, half), b.dc0 = memory(n, half);
+  b.da = memory(T_ * n * A, half), b.dh0 = memory(n, half);
   b.chain = memory(n, one), b.direct = memory(n, one), b.dc = memory(n, one);
-  b.units = p.units, b.rows = p.rows;
+  b.units = p.units, b.rows = p.rows, b.chunk = kChunk;
 
   uint64_t seed = p.seed * 100;
   const auto elementwise = [&](const char* name, auto kernel, auto... arguments) {
@@ -115,21 +123,21 @@ void run(const Problem& p) {
     if (Cell::phases == 2) elementwise("step_backward2", step_backward2, b, s);
   }
   elementwise("finish_backward", finish_backward, b);
-  elementwise("operands", operands, b, memory(T_ * n, one), Cell::phases == 2 ? memory(T_ * n, one) : nullptr);
+  elementwise("operands", operands, b, memory(T_ * n, half), Cell::phases == 2 ? memory(T_ * n, half) : nullptr);
   if (Cell::phases == 2) return;
 
   const unsigned x = unsigned(tiles_of(H, p.units)), y = unsigned(tiles_of(B, p.rows));
-  const auto whole = [&](const char* name, auto kernel, auto job, size_t elements) {
+  const auto whole = [&](const char* name, auto kernel, auto job, size_t bytes) {
     job.arrived = memory(y, 0u);
-    launch(name, x, y, elements, ++seed, kernel, job);
+    launch(name, x, y, bytes, ++seed, kernel, job);
   };
   const Index columns = p.units * R;
-  whole("grid_forward", ::grid_forward, f, grid_elements(p.rows, columns, p.units, H, true));
-  whole("grid_forward_streamed", grid_forward_streamed, f, grid_elements(p.rows, columns, p.units, H, false));
-  whole("cluster_forward", ::cluster_forward, f, cluster_elements(p.rows, columns, p.units, H));
-  whole("grid_backward", ::grid_backward, b, grid_elements(p.rows, p.units, p.units, R * H, true));
-  whole("grid_backward_streamed", grid_backward_streamed, b, grid_elements(p.rows, p.units, p.units, R * H, false));
-  whole("cluster_backward", ::cluster_backward, b, cluster_elements(p.rows, p.units, p.units, R * H));
+  whole("grid_forward", ::grid_forward, f, grid_bytes(p.rows, columns, p.units, H, true));
+  whole("grid_forward_streamed", grid_forward_streamed, f, grid_bytes(p.rows, columns, p.units, H, false));
+  whole("cluster_forward", ::cluster_forward, f, cluster_bytes(p.rows, columns, p.units, H));
+  whole("grid_backward", ::grid_backward, b, grid_bytes(p.rows, p.units, p.units, R * H, true));
+  whole("grid_backward_streamed", grid_backward_streamed, b, grid_bytes(p.rows, p.units, p.units, R * H, false));
+  whole("cluster_backward", ::cluster_backward, b, cluster_bytes(p.rows, p.units, p.units, R * H));
 }
 
 }  // namespace

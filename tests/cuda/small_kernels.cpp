@@ -210,7 +210,9 @@ FUSEDRNN_EXPORT void multiply_small(const char* precision, const float* a, const
           multiply_tf32(sums, a, b);
         } else {
           const bool bf16 = strcmp(job.precision, "bf16") == 0;
-          const auto pack = [&](float x, float y) { return bf16 ? pack_bf16(x, y) : pack_fp16(x, y); };
+          const auto pack = [&](float x, float y) {
+            return bf16 ? to_bf16(x) | uint32_t(to_bf16(y)) << 16 : to_fp16(x) | uint32_t(to_fp16(y)) << 16;
+          };
           for (int i = 0; i < 4; ++i) {
             const float* p = job.a + (g + i % 2 * 8) * 16 + 2 * t + i / 2 * 8;
             a[i] = pack(p[0], p[1]);
@@ -232,6 +234,9 @@ FUSEDRNN_EXPORT void multiply_small(const char* precision, const float* a, const
 FUSEDRNN_EXPORT void round_small(const char* precision, const float* x, uint32_t* bits, size_t n) {
   for (size_t i = 0; i < n; ++i)
     bits[i] = strcmp(precision, "tf32") == 0   ? to_tf32(x[i])
-              : strcmp(precision, "bf16") == 0 ? pack_bf16(x[i], 0)
-                                               : pack_fp16(x[i], 0);
+              : strcmp(precision, "bf16") == 0 ? to_bf16(x[i])
+                                               : to_fp16(x[i]);
+}
+FUSEDRNN_EXPORT void widen_small(const char* precision, const uint16_t* bits, float* x, size_t n) {
+  for (size_t i = 0; i < n; ++i) x[i] = strcmp(precision, "bf16") == 0 ? of_bf16(bits[i]) : of_fp16(bits[i]);
 }

@@ -81,22 +81,22 @@ MUTANTS = [
     Mutant(
         "cluster: no barrier after a step",
         CLUSTER,
-        "prefetch_step<ForwardUnit<Cell, T>>(s + 1);\n    sync_cluster();",
-        "prefetch_step<ForwardUnit<Cell, T>>(s + 1);",
+        "prefetch_step<ForwardUnit<Cell, S>>(s + 1);\n    sync_cluster();",
+        "prefetch_step<ForwardUnit<Cell, S>>(s + 1);",
         ("emulation", "races"),
     ),
     Mutant(
         "cluster: going back, no barrier after a step",
         CLUSTER,
-        "prefetch_step<BackwardUnit<Cell, T>>(s - 1);\n    sync_cluster();",
-        "prefetch_step<BackwardUnit<Cell, T>>(s - 1);",
+        "prefetch_step<BackwardUnit<Cell, S>>(s - 1);\n    sync_cluster();",
+        "prefetch_step<BackwardUnit<Cell, S>>(s - 1);",
         ("emulation",),
     ),
     Mutant(
         "cluster: a barrier of the block for one of the cluster",
         CLUSTER,
-        "prefetch_step<ForwardUnit<Cell, T>>(s + 1);\n    sync_cluster();",
-        "prefetch_step<ForwardUnit<Cell, T>>(s + 1);\n    sync_block();",
+        "prefetch_step<ForwardUnit<Cell, S>>(s + 1);\n    sync_cluster();",
+        "prefetch_step<ForwardUnit<Cell, S>>(s + 1);\n    sync_block();",
         ("emulation",),
     ),
     Mutant(
@@ -163,12 +163,20 @@ MUTANTS = [
     ),
     # the product
     Mutant("grid: one split of k alone", GRID, "split < layout.splits", "split < 1", ("values",)),
-    Mutant("grid: beyond the last k", GRID, "p && k0 + k < K ?", "p ?", ("values",)),
+    Mutant("grid: beyond the last k", GRID, "p && k + j < K ?", "p ?", ("values",)),
     Mutant(
         "grid: chunks of k from the first",
         GRID,
-        "load_shared_by_blocks(p + k0 + k)",
-        "load_shared_by_blocks(p + k)",
+        "load_shared_by_blocks(p + k + j)",
+        "load_shared_by_blocks(p + k - k0 + j)",
+        ("values",),
+    ),
+    Mutant("grid: 16 bytes beyond the last k", GRID, "p && k + n <= K &&", "p &&", ("values",)),
+    Mutant(
+        "grid: 16 bytes of the chunk before",
+        GRID,
+        "load_sixteen_shared_by_blocks(p + k)",
+        "load_sixteen_shared_by_blocks(p + k - k0)",
         ("values",),
     ),
     Mutant(
@@ -216,13 +224,17 @@ MUTANTS = [
     Mutant(
         "cluster: rows that are cut off are not zero",
         CLUSTER,
-        "rows >> r & 1 ? x[r * shared.pitch + n] : T(0)",
-        "x[r * shared.pitch + n]",
+        "rows >> r & 1 ? factors.one(r, k) : F(0)",
+        "factors.one(r, k)",
         ("values",),
     ),
     Mutant("cluster: only the first block gets h", CLUSTER, "rank < gridDim.x", "rank < 1", ("values",)),
     Mutant(
-        "cluster: no zeros where k is rounded up", CLUSTER, "shared.operand(1)[i] = T(0);", "", ("values",)
+        "cluster: no zeros where k is rounded up",
+        CLUSTER,
+        "shared.operand(1)[i] = Tile::factor(T(0));",
+        "",
+        ("values",),
     ),
     # rows, units, states
     Mutant(
@@ -288,8 +300,8 @@ MUTANTS = [
     Mutant(
         "step: c is not carried on",
         STEP,
-        "    job.hT[i] = h;\n    if (Cell::has_c) job.cT[i] = c;\n    prepare",
-        "    job.hT[i] = h;\n    prepare",
+        "    if (Cell::has_c) job.state_c[i] = c;\n",
+        "",
         ("values",),
     ),
     Mutant(
@@ -318,7 +330,7 @@ MUTANTS = [
     Mutant(
         "step: gru before, r*h of the step before",
         STEP,
-        "      job.operand[i] = h;\n      return;",
+        "      job.operand[i] = S(h);\n      return;",
         "      return;",
         ("values",),
         "GruResetBefore",
@@ -327,14 +339,14 @@ MUTANTS = [
     Mutant(
         "unit: y at padding",
         UNIT,
-        "job.y[at(t)] = valid(job.steps, t, b) ? h : T(0);",
-        "job.y[at(t)] = h;",
+        "job.y[at(t)] = S(valid(job.steps, t, b) ? h : T(0));",
+        "job.y[at(t)] = S(h);",
         ("values",),
     ),
     Mutant(
         "unit: da at padding left as it was",
         UNIT,
-        "for (int s = 0; s < Cell::accumulators; ++s) out[s * stride] = T(0);\n",
+        "for (int s = 0; s < Cell::accumulators; ++s) out[s * stride] = S(T(0));\n",
         "",
         ("values",),
     ),
@@ -357,7 +369,7 @@ MUTANTS = [
     Mutant(
         "unit: gradient of the c of every step lost",
         UNIT,
-        "if (Cell::has_c && job.dc_states) dc += job.dc_states[at(t)];",
+        "if (Cell::has_c && job.dc_states) dc += T(job.dc_states[at(t)]);",
         "",
         ("values",),
     ),
@@ -366,6 +378,13 @@ MUTANTS = [
         UNIT,
         "T dh = direct + chain;\n",
         "T dh = direct + chain + (job.dy ? T(0) * job.dy[at(t)] : T(0));\n",
+        ("values",),
+    ),
+    Mutant(
+        "step: c at the end is not the last",
+        STEP,
+        "if (Cell::has_c && s + 1 == job.steps.T) job.cT[i] = S(c);",
+        "",
         ("values",),
     ),
     Mutant(

@@ -7,7 +7,9 @@ device's, the recurrence itself is launched as ``cuda_plan`` chooses.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import numpy as np
 
 from fusedrnn.backends import cuda_compile, cuda_cupy, cuda_plan
 from fusedrnn.backends.arguments import (
+    FLOATS,
     ForwardArguments,
     Kind,
     check_backward,
@@ -40,6 +43,8 @@ from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import LSTM, Cell
 
 KERNEL, PRECISION = "FUSEDRNN_CUDA_KERNEL", "FUSEDRNN_CUDA_PRECISION"  # of the environment
+# Arrays of 16 bits are multiplied as they are, by the matrix units, and summed in float32.
+OF_16_BITS = {"float16": "fp16", "bfloat16": "bf16"}
 # What the self-test takes for right, relative to the largest entry; factors lose 2^-11, in bf16 2^-9.
 TOLERANCE = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 
@@ -58,7 +63,7 @@ class Packed:
     device: Device
     cell: Cell
     weights: Weights
-    bias: Array  # (A*H,)
+    bias: Array  # (A*H,), in what is computed in
     ih: Array  # (X*H, I)
     hh: Array  # (R*H, H)
     hh2: Array | None  # (H, H), of cells of two phases
@@ -79,8 +84,8 @@ class Tape:
     packed: Packed
     way: Way
     y: Array
-    c: Array | None  # (T, B, H)
-    saved: Array | None  # (T, B, S*H)
+    c: Array | None  # (T, B, H), in what is computed in
+    saved: Array | None  # (T, B, K*H), the same
 
     @property
     def bytes(self) -> int:
@@ -89,7 +94,11 @@ class Tape:
 
 
 class CudaBackend:
-    """Every cell in float32 and float64, on a GPU; see ``protocol`` for the methods. Experimental.
+    """Every cell in float32 and float64, float16 and bfloat16, on a GPU; see ``protocol`` for the methods.
+    Experimental.
+
+    Of float16 and bfloat16 are the arrays, h included, which is rounded in every step; sums, c, and what is
+    saved for backward are float32.
 
     ``last_plan`` is the ``cuda_plan.Plan`` of the last pass, forward or backward.
 
@@ -99,7 +108,7 @@ class CudaBackend:
             where that is not set the plan chooses.
         precision: Of all products of matrices in float32, out of ``cuda_compile.PRECISIONS``, or None: the
             environment variable FUSEDRNN_CUDA_PRECISION, and where that is not set "ieee". Sums are float32
-            and so is everything else; float64 always is its own.
+            and so is everything else; the other dtypes have none but their own.
     """
 
     name = "cuda"
@@ -137,12 +146,12 @@ class CudaBackend:
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         device = self._ready()
-        w, _, H = check_weights(cell, weights, kind=_kind(device))
+        w, _, H = check_weights(cell, weights, dtypes_of(device), kind=_kind(device))
         if cell.layer_norm:
             raise ValueError("layer_norm: is not built in the cuda backend; cpu and reference have it")
         kernels = kernels_of(cell)
         dtype = w.weight_ih.dtype
-        bias = device.zeros((kernels.accumulators, H), dtype)
+        bias = device.zeros((kernels.accumulators, H), compute(dtype))
         for part, given in (
             (kernels.input, w.bias_ih),
             (kernels.recurrent, w.bias_hh),
@@ -150,7 +159,7 @@ class CudaBackend:
         ):
             for k, gate, n in part.runs() if given is not None else ():
                 first = part.first + k
-                bias[first : first + n] += given.reshape(-1, H)[gate : gate + n]
+                bias[first : first + n] += given.reshape(-1, H)[gate : gate + n].astype(bias.dtype)
         ih = _ordered(device, w.weight_ih, kernels.input.gates, H)
         hh = w.weight_hh[: kernels.recurrent.count * H]  # in their own order in every cell
         hh2 = w.weight_hh[kernels.recurrent2.gates[0] * H :] if kernels.two_phases else None
@@ -191,6 +200,7 @@ class CudaBackend:
             detach_every=detach_every,
             regularization=regularization,
             save=save,
+            dtypes=dtypes_of(packed.device),
             kind=_kind(packed.device),
         )
         if a.regularization is not None:
@@ -279,7 +289,7 @@ class CudaBackend:
             if middle is not None:
                 run.weight_gradient(rows, kernels.recurrent2, middle.reshape(T * B, H), out)
         if b.need & {"bias_ih", "bias_hh"}:
-            sums = rows.sum(axis=0).reshape(-1, H)
+            sums = run.sum(rows).reshape(-1, H)
             for name, parts in (
                 ("bias_ih", (kernels.input,)),
                 ("bias_hh", (kernels.recurrent, kernels.recurrent2)),
@@ -314,11 +324,11 @@ class CudaBackend:
         y = device.empty((T, B, H), dtype)
         stateT = tuple(device.empty((B, H), dtype) for _ in a.cell.states)
         states = tuple(device.empty((T, B, H), dtype) for _ in a.cell.states) if a.return_states else None
-        c = device.empty((T, B, H), dtype) if save and kernels.has_c else None
+        c = device.empty((T, B, H), run.compute) if save and kernels.has_c else None
         saved = None
         if kernels.saved and (save or kernels.two_phases):
-            saved = device.empty((T if save else 1, B, kernels.saved * H), dtype)
-        projected = device.empty((T * B, kernels.input.count * H), dtype)
+            saved = device.empty((T if save else 1, B, kernels.saved * H), run.compute)
+        projected = device.empty((T * B, kernels.input.count * H), run.compute)
         run.product(a.x.reshape(T * B, I), packed.ih.T, projected)
         (h0, c0, *_), (hT, cT, *_), (h_states, c_states, *_) = (
             (*(s or ()), None, None) for s in (a.state0, stateT, states)
@@ -352,9 +362,11 @@ class CudaBackend:
         """Forward, one launch a step, its product between the launches."""
         packed, kernels = run.packed, run.kernels
         T, B, _, H, _ = run.a.sizes
-        operand = run.scratch((B, H))
+        operand = run.scratch((B, H), run.a.x.dtype)
         products = run.scratch((B, kernels.recurrent.count * H))
         job.operand, job.products = run.pointer(operand), run.pointer(products)
+        if kernels.has_c:
+            job.state_c = run.pointer(run.scratch((B, H)))
         job2 = job
         if packed.hh2 is not None:
             products2 = run.scratch((B, H))
@@ -402,9 +414,9 @@ class CudaBackend:
         return cuda_plan.choose(
             kernels_of(cell),
             *sizes,
-            dtype.itemsize,
+            compute(dtype).itemsize,
             facts,
-            precision=way.precision if dtype == np.float32 else "ieee",
+            precision=_precision(dtype, way.precision),
             backward=backward,
             forced=way.kernel,
         )
@@ -437,8 +449,8 @@ class _Launches:
         self.packed, self.a = packed, a
         self.device = packed.device
         self.kernels = kernels_of(a.cell)
-        self.dtype = "float" if a.x.dtype == np.float32 else "double"
-        self.precision = precision if self.dtype == "float" else "ieee"
+        self.dtype, self.compute = cuda_compile.DTYPES[a.x.dtype.name], compute(a.x.dtype)
+        self.precision = _precision(a.x.dtype, precision)
         self.kept: list[Array] = []
         self.steps = Steps(
             a.sizes.T,
@@ -453,9 +465,9 @@ class _Launches:
         """The address of an array, or of nothing."""
         return None if array is None else self.device.pointer(array)
 
-    def scratch(self, shape: tuple[int, ...]) -> Array:
-        """An array that lives as long as this does."""
-        self.kept.append(self.device.empty(shape, self.a.x.dtype))
+    def scratch(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
+        """An array that lives as long as this does; of the dtype that is computed in unless told."""
+        self.kept.append(self.device.empty(shape, dtype or self.compute))
         return self.kept[-1]
 
     def each(self, kernel: str, rows: int, *args: Any) -> None:
@@ -469,7 +481,7 @@ class _Launches:
 
     def whole(self, plan: Plan, direction: str, job: ForwardJob | BackwardJob) -> None:
         """All steps in one launch."""
-        job.units, job.rows = plan.units, plan.rows
+        job.units, job.rows, job.chunk = plan.units, plan.rows, plan.chunk
         name, _, streamed = plan.kernel.partition("_")
         if name == "grid":
             self.kept.append(self.device.zeros((plan.blocks[1],), np.uint32))
@@ -491,6 +503,17 @@ class _Launches:
             self.device.matmul(a, b, out, self.precision)
         else:
             out[...] = 0
+
+    def sum(self, rows: Array) -> Array:
+        """Over the rows, in what is computed in: of 16 bits by a product, whose sums are of no more."""
+        if self.compute == rows.dtype:
+            sums: Array = rows.sum(axis=0)
+            return sums
+        ones = self.scratch((1, rows.shape[0]), rows.dtype)
+        ones[...] = 1
+        sums = self.scratch((1, rows.shape[1]))
+        self.product(ones, rows, sums)
+        return sums
 
     def weight_gradient(self, da: Array, part: Part, operand: Array, out: Array) -> None:
         """The gates of a weight's gradient that a part of the accumulators (T*B, A*H) gives, in PyTorch's
@@ -517,6 +540,26 @@ class _Launches:
         x = self.a.x.copy()
         x[self.padding] = 0
         return x.reshape(T * B, I)
+
+
+def dtypes_of(device: Device) -> tuple[np.dtype[Any], ...]:
+    """What arrays may be of."""
+    if not device.matrix_units:
+        return FLOATS
+    halves = [np.dtype(np.float16)]
+    with contextlib.suppress(ImportError):
+        halves.append(np.dtype(importlib.import_module("ml_dtypes").bfloat16))
+    return (*FLOATS, *halves)
+
+
+def compute(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """What sums, c and what is saved are of."""
+    return dtype if dtype in FLOATS else np.dtype(np.float32)
+
+
+def _precision(dtype: np.dtype[Any], wanted: str) -> str:
+    """How matrices of a dtype are multiplied."""
+    return wanted if dtype == np.float32 else OF_16_BITS.get(dtype.name, "ieee")
 
 
 def _kind(device: Device) -> Kind:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 WARPS = 8  # of a block; FUSEDRNN_WARPS
-DTYPES = ("float", "double")
+DTYPES = {"float32": "float", "float64": "double", "float16": "Half", "bfloat16": "Bfloat16"}  # in C++
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16")  # of csrc/cuda/tile.h
 _HERE = Path(__file__).resolve()
 
@@ -35,9 +35,10 @@ def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee") -> 
 
     Args:
         cell: A type of csrc/cells/cells.def.
-        dtype: "float" or "double".
+        dtype: Out of the values of ``DTYPES``.
         architecture: Such as "sm_90".
-        precision: Of the products within a launch, out of ``PRECISIONS``; for double "ieee" alone.
+        precision: Of the products within a launch, out of ``PRECISIONS``; for double "ieee", for Half "fp16"
+            and for Bfloat16 "bf16" alone.
 
     Raises:
         RuntimeError: NVRTC refuses; the message is its own.

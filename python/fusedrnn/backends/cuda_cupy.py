@@ -27,6 +27,11 @@ FAST = {  # cuBLAS's name for float32 factors that are rounded for the matrix un
     "bf16": "CUBLAS_COMPUTE_32F_FAST_16BF",
     "fp16": "CUBLAS_COMPUTE_32F_FAST_16F",
 }
+REAL = {
+    "float32": 0,
+    "float16": 2,
+    "bfloat16": 14,
+}  # CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF: cuBLAS's for dtypes
 CLUSTER = 8  # blocks that every GPU that has clusters runs as one
 
 
@@ -130,17 +135,19 @@ class CupyDevice:
         Its matrices lie column by column: to it this is ``out.T = b.T a.T``.
         """
         cublas = self._cupy.cuda.cublas
-        scales = np.ones(1, a.dtype), np.zeros(1, a.dtype)
+        computed = np.float64 if a.dtype == np.float64 else np.float32
+        scales = np.ones(1, computed), np.zeros(1, computed)
         one, zero = (scale.ctypes.data for scale in scales)
         (a_op, a_step), (b_op, b_step) = _as_columns(a), _as_columns(b)
         (m, n), k = out.shape, a.shape[1]
         sizes = self._cupy.cuda.device.get_cublas_handle(), b_op, a_op, n, m, k
         a_at, b_at, out_at = map(self.pointer, (a, b, out))
-        if a.dtype == np.float32 and precision in FAST:
-            real, how = self._cupy.cuda.runtime.CUDA_R_32F, getattr(cublas, FAST[precision])
+        if a.dtype.itemsize == 2 or (a.dtype == np.float32 and precision in FAST):
+            factor, sums = (REAL[array.dtype.name] for array in (a, out))
+            how = FAST[precision] if a.dtype == np.float32 else "CUBLAS_COMPUTE_32F"
             cublas.gemmEx(
-                *sizes, one, b_at, real, b_step, a_at, real, a_step, zero, out_at, real, n,
-                how, cublas.CUBLAS_GEMM_DEFAULT,
+                *sizes, one, b_at, factor, b_step, a_at, factor, a_step, zero, out_at, sums, n,
+                getattr(cublas, how), cublas.CUBLAS_GEMM_DEFAULT,
             )  # fmt: skip
         else:
             gemm = cublas.sgemm if a.dtype == np.float32 else cublas.dgemm

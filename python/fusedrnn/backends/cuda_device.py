@@ -42,10 +42,10 @@ class Device(Protocol):
 
     def matmul(self, a: Array, b: Array, out: Array, precision: str = "ieee") -> None:
         """``out = a b``: 2-D, each of ``a`` and ``b`` with one axis contiguous (a transpose, a slice of
-        columns), ``out`` C-contiguous; no size is 0.
+        columns), ``out`` C-contiguous, of their dtype or, where that is of 16 bits, float32; no size is 0.
 
         ``precision``: what float32 factors are rounded to, out of ``cuda_compile.PRECISIONS``, or better:
-        sums are of the arrays' own precision always.
+        sums are float32, or of float64 float64, always.
         """
 
     def launch(
@@ -59,8 +59,9 @@ class Device(Protocol):
         cooperative: bool = False,
         precision: str = "ieee",
     ) -> None:
-        """Run a kernel of csrc/cuda/kernels.cu, compiled for a type of csrc/cells/cells.def, "float" or
-        "double", and a precision of csrc/cuda/tile.h, in blocks of 32 * ``warps`` threads.
+        """Run a kernel of csrc/cuda/kernels.cu, compiled for a type of csrc/cells/cells.def, a dtype by its
+        name in C++ (``cuda_compile.DTYPES``), and a precision of csrc/cuda/tile.h, in blocks of 32 times
+        ``warps`` threads.
 
         ``args`` are ctypes structures and numbers, passed by value; ``shared`` is in bytes. ``cooperative``:
         all blocks run at once, or it is a RuntimeError. Of a kernel whose name begins with cluster each row

@@ -35,21 +35,22 @@ def _pointers(names: str) -> list[tuple[str, type[Pointer]]]:
 
 
 class ForwardJob(ctypes.Structure):
-    """Of either dtype: the pointers alone know it."""
+    """Of every dtype: the pointers alone know it."""
 
     _fields_ = (
         ("steps", Steps),
         ("H", Index),
         *_pointers("projected bias weight h0 c0 y hT cT h_states c_states c saved"),
         ("saved_step", Index),
-        *_pointers("operand products arrived"),
+        *_pointers("operand products state_c arrived"),
         ("units", Index),
         ("rows", Index),
+        ("chunk", Index),
     )
 
 
 class BackwardJob(ctypes.Structure):
-    """Of either dtype: the pointers alone know it."""
+    """Of every dtype: the pointers alone know it."""
 
     _fields_ = (
         ("steps", Steps),
@@ -58,6 +59,7 @@ class BackwardJob(ctypes.Structure):
         *_pointers("dh0 dc0 chain direct dc arrived"),
         ("units", Index),
         ("rows", Index),
+        ("chunk", Index),
     )
 
 

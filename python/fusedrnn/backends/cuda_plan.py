@@ -13,8 +13,7 @@ from fusedrnn.backends.cuda_jobs import CellKernels
 KERNELS = ("steps", "grid", "grid_streamed", "cluster")
 ROWS = 8  # of a warp's tile; kRows in csrc/cuda/tile.h
 WARP = 32
-CHUNK = 8 * WARP  # of k, brought to shared memory at a time; kChunk in csrc/cuda/grid.h
-PAD = 4  # elements between rows of factors; kPad there
+CHUNK = 8 * WARP  # of k, that a block must be able to bring to shared memory at a time, or all
 
 
 class Device(NamedTuple):
@@ -34,6 +33,7 @@ class Plan(NamedTuple):
     rows: int = 0  # of the batch, of a block
     blocks: tuple[int, int] = (0, 0)
     shared: int = 0  # bytes of a block
+    chunk: int = 0  # of k, brought to shared memory at a time; not of clusters, which have it all there
 
     def __str__(self) -> str:
         if self.kernel == "steps":
@@ -83,16 +83,38 @@ def tile_columns(precision: str) -> int:
     return 8 if precision == "ieee" else 16
 
 
-def shared_elements(kernel: str, layout: Layout, K: int, rows: int, units: int) -> int:
-    """Elements of a block's shared memory; ``Shared`` in csrc/cuda/grid.h, ``ClusterShared`` in cluster.h."""
-    pitch = -(-K // WARP) * WARP + PAD
-    weights = layout.columns * pitch
-    operands = layout.rows * (CHUNK + PAD)
-    if kernel == "grid_streamed":
-        weights = 0
-    if kernel == "cluster":
-        operands = 2 * layout.rows * pitch
-    return weights + operands + layout.splits * layout.rows * layout.columns + 2 * rows * units
+class Bytes(NamedTuple):
+    """Of a number in shared memory."""
+
+    compute: int  # sums and states
+    factor: int  # of a product; ``Factor`` in csrc/cuda/tile.h
+
+    @classmethod
+    def of(cls, compute: int, precision: str) -> Bytes:
+        return cls(compute, {"ieee": compute, "fp16": 2, "bf16": 2}.get(precision, 4))
+
+    def row(self, K: int) -> int:
+        """Of K factors; ``pitch_of`` in csrc/cuda/grid.h."""
+        whole = WARP if self.factor >= 4 else 2 * WARP
+        return -(-K // whole) * whole * self.factor + 16
+
+
+def shared_bytes(kernel: str, layout: Layout, K: int, chunk: int, rows: int, units: int, each: Bytes) -> int:
+    """Of a block's shared memory; ``Shared`` in csrc/cuda/grid.h, ``ClusterShared`` in cluster.h."""
+    weights = 0 if kernel == "grid_streamed" else layout.columns * each.row(K)
+    operands = 2 * layout.rows * each.row(K) if kernel == "cluster" else layout.rows * each.row(chunk)
+    sums = layout.splits * layout.rows * layout.columns
+    return weights + operands + each.compute * (sums + 2 * rows * units)
+
+
+def _chunk(kernel: str, layout: Layout, K: int, rows: int, units: int, each: Bytes, most: int) -> int:
+    """As much of k at a time as so much shared memory holds, in equal parts; 0 where that is too little."""
+    left = most - shared_bytes(kernel, layout, K, 0, rows, units, each) + layout.rows * each.row(0)
+    fit = (left // layout.rows - each.row(0)) // each.factor // (2 * WARP) * (2 * WARP)
+    if fit < min(CHUNK, K):
+        return 0
+    parts = -(-K // fit)
+    return -(-K // (parts * WARP)) * WARP
 
 
 def choose(
@@ -100,14 +122,14 @@ def choose(
     T: int,
     B: int,
     H: int,
-    itemsize: int,
+    compute: int,
     device: Device,
     *,
     precision: str = "ieee",
     backward: bool = False,
     forced: str | None = None,
 ) -> Plan:
-    """The plan of one pass.
+    """The plan of one pass; ``compute``: bytes of a number that is computed in.
 
     Unless ``forced``: step by step where there is a single step or the cell has two phases; else all steps in
     one launch, by clusters or by the whole grid where the weights fit the blocks' shared memory, or where
@@ -121,13 +143,13 @@ def choose(
         return steps
     if cell.two_phases:
         raise ValueError(f"kernel: {forced!r} cannot run {cell.type}, which has two phases; use 'steps'")
-    tile = tile_columns(precision)
+    tile, each = tile_columns(precision), Bytes.of(compute, precision)
     for kernels in (("cluster", "grid"), ("grid_streamed",)) if forced is None else ((forced,),):
         plans = [
             found
             for kernel in kernels
             for found in (_clusters if kernel == "cluster" else _grids)(
-                kernel, cell, B, H, itemsize, device, tile, backward
+                kernel, cell, B, H, each, device, tile, backward
             )
         ]
         if forced is None and kernels == ("grid_streamed",):
@@ -148,7 +170,7 @@ def _grids(
     cell: CellKernels,
     B: int,
     H: int,
-    itemsize: int,
+    each: Bytes,
     device: Device,
     tile: int,
     backward: bool,
@@ -163,10 +185,11 @@ def _grids(
             if -(-B // rows) != tiles:
                 continue  # fewer tiles of as many rows do
             layout = Layout.of(rows, units * per_unit, tile, warps)
-            shared = itemsize * shared_elements(kernel, layout, K, rows, units)
-            if shared <= device.shared_bytes:
+            chunk = _chunk(kernel, layout, K, rows, units, each, device.shared_bytes)
+            if chunk:
                 groups = -(-rows // layout.rows)
-                plan = Plan(kernel, units, rows, (across, tiles), shared)
+                shared = shared_bytes(kernel, layout, K, chunk, rows, units, each)
+                plan = Plan(kernel, units, rows, (across, tiles), shared, chunk)
                 stage = 4 * layout.rows * K / (WARP * warps)
                 yield groups * (_cost(layout, K, warps) + stage) + across * tiles, groups, plan
 
@@ -176,7 +199,7 @@ def _clusters(
     cell: CellKernels,
     B: int,
     H: int,
-    itemsize: int,
+    each: Bytes,
     device: Device,
     tile: int,
     backward: bool,
@@ -193,7 +216,7 @@ def _clusters(
             if rows % ROWS and tiles > 1:
                 continue
             layout = Layout.of_cluster(rows, units * per_unit, tile, warps)
-            shared = itemsize * shared_elements(kernel, layout, K, rows, units)
+            shared = shared_bytes(kernel, layout, K, 0, rows, units, each)
             if shared > device.shared_bytes:
                 break
             waves = -(-across * tiles // device.multiprocessors)
