@@ -45,8 +45,8 @@ def device(monkeypatch):
     monkeypatch.setattr(paths, "unsupported", unsupported)
     monkeypatch.setattr(gpu, "backend", lambda: backend)
     monkeypatch.setattr(gpu, "on", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(gpu, "array", lambda t: t.as_subclass(torch.Tensor).numpy())
-    monkeypatch.setattr(gpu, "tensor", lambda a: torch.from_numpy(a).as_subclass(Elsewhere))
+    monkeypatch.setattr(gpu, "_array", lambda t: t.as_subclass(torch.Tensor).numpy())
+    monkeypatch.setattr(gpu, "_tensor", lambda a: torch.from_numpy(a).as_subclass(Elsewhere))
     monkeypatch.setattr(recurrence, "tensor", gpu.tensor)
     torch.manual_seed(0)
     return emulated
@@ -156,6 +156,82 @@ def test_cells(name, device):
     assert ours.last_path == "fused"
     for want, got in zip(*[r if isinstance(r, tuple) else (r,) for r in (y, z)], strict=True):
         assert torch.allclose(here(got), want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", paths.HALVES)
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_16_bits(name, dtype, device):
+    """Beside PyTorch's own in float32, on the same numbers."""
+    theirs = getattr(torch.nn, name)(3, 7).to(dtype)
+    ours = getattr(face, name)(3, 7).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    moved(ours)
+    theirs.float()
+    x = torch.randn(*((4, 3) if "Cell" in name else (5, 4, 3))).to(dtype)
+    a, b = x.float().requires_grad_(), x.clone().as_subclass(Elsewhere).requires_grad_()
+    y, z = first_of(theirs(a)), first_of(ours(b))
+    assert ours.last_path == "fused"
+    assert z.dtype is dtype
+    dy = torch.randn_like(y).to(dtype)
+    y.backward(dy.float())
+    z.backward(dy.as_subclass(Elsewhere))
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert largest(here(z).float() - y) <= tolerance
+    assert b.grad.dtype is dtype
+    for want, got in [(a, b), *zip(theirs.parameters(), ours.parameters(), strict=True)]:
+        assert largest(here(got.grad).float() - want.grad) <= tolerance * largest(want.grad)
+
+
+@pytest.mark.parametrize("dtype", paths.HALVES)
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_autocast(name, dtype, device):
+    """As on the rounded numbers; gradients come back in the parameters' dtype."""
+    layer = getattr(face, name)(3, 7)
+    rounded = getattr(face, name)(3, 7).to(dtype)
+    rounded.load_state_dict(layer.state_dict())
+    moved(layer), moved(rounded)
+    x = torch.randn(*((4, 3) if "Cell" in name else (5, 4, 3))).as_subclass(Elsewhere).requires_grad_()
+    h = torch.randn(4, 7).as_subclass(Elsewhere)
+    h = h if "Cell" in name else h[None]
+    state = (h, 2 * h) if "LSTM" in name else h
+    with torch.autocast("cpu", dtype):  # these tensors say that they are on the CPU's device
+        z = first_of(layer(x, state))
+        assert layer.last_path == "fused"
+    low = (h.to(dtype), (2 * h).to(dtype)) if "LSTM" in name else h.to(dtype)
+    w = first_of(rounded(x.detach().to(dtype), low))
+    assert z.dtype is w.dtype is dtype
+    assert torch.equal(here(z), here(w))
+    dz = torch.randn_like(z)
+    z.backward(dz), w.backward(dz)
+    assert x.grad.dtype is torch.float32
+    for p, q in zip(layer.parameters(), rounded.parameters(), strict=True):
+        assert p.grad.dtype is torch.float32
+        assert torch.equal(here(p.grad), here(q.grad).float())
+
+
+def test_autocast_of_a_packed_sequence(device):
+    layer = moved(face.LSTM(3, 7))
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (5, 4, 1)])
+    elsewhere = packed._replace(data=packed.data.as_subclass(Elsewhere))
+    with torch.autocast("cpu", torch.bfloat16):
+        z, _ = layer(elsewhere)
+    assert layer.last_path == "fused"
+    assert z.data.dtype is torch.bfloat16
+
+
+def test_autocast_leaves_float64(device):
+    layer = moved(face.LSTM(3, 7, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        z, _ = layer(torch.randn(5, 4, 3, dtype=torch.float64).as_subclass(Elsewhere))
+    assert z.dtype is torch.float64
+
+
+def first_of(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+def largest(t):
+    return float(t.detach().as_subclass(torch.Tensor).abs().max())
 
 
 @pytest.mark.parametrize("option", ["recurrent_dropout", "zoneout_h", "layer_norm"])

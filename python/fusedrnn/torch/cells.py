@@ -39,9 +39,14 @@ class CellMixin(torch.nn.RNNCellBase):
             return compiled.cell(self, input, hx)
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         weights = weights_of(self, Weights._fields)
+        given = input
+        if isinstance(input, Tensor) and (dtype := paths.lowered(input)) is not None:
+            input = paths.lower(input, dtype)
+            state0 = None if state0 is None else tuple([paths.lower(s, dtype) for s in state0])
+            weights = Weights(*[paths.lower(w, dtype) for w in weights])
         packed = self._ready(input, state0, weights)
         if isinstance(packed, str):
-            return paths.fall_back(self, packed, super().forward, input, hx)
+            return paths.fall_back(self, packed, super().forward, given, hx)
         self.__dict__["last_path"] = paths.FUSED
         call = Call(packed, {}, step=True)
         return self._batched(input, state0, lambda x, begin: recurrence(call, x, begin, weights))

@@ -6,14 +6,17 @@ Experimental: no kernel has run on a GPU yet (docs/cuda.md).
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fusedrnn import backends
+from fusedrnn.backends import cuda, cuda_cupy
 from fusedrnn.backends.protocol import Backend
 
 NOTHING = contextlib.nullcontext()
@@ -61,14 +64,36 @@ def _allocate(size: int) -> Any:
     return cupy.cuda.MemoryPointer(unowned, 0)
 
 
+def lacks(dtype: torch.dtype) -> str | None:
+    """Why the current GPU's kernels do not take this dtype, or None."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return None
+    names = [found.name for found in cuda.dtypes_of(cuda_cupy.current())]
+    if str(dtype).removeprefix("torch.") in names:
+        return None
+    return "ml_dtypes is not installed" if "float16" in names else "the GPU's compute capability is below 8.0"
+
+
 def array(t: Tensor) -> Any:
     """The tensor's memory as an array, strides and all."""
+    if t.dtype is torch.bfloat16:  # of which NumPy knows only through another package
+        return _array(t.view(torch.int16)).view(importlib.import_module("ml_dtypes").bfloat16)
+    return _array(t)
+
+
+def tensor(a: Any) -> Tensor:
+    """The array's memory as a tensor."""
+    if a.dtype.name == "bfloat16":
+        return _tensor(a.view(np.int16)).view(torch.bfloat16)
+    return _tensor(a)
+
+
+def _array(t: Tensor) -> Any:
     import cupy
 
     return cupy.from_dlpack(t)
 
 
-def tensor(a: Any) -> Tensor:
-    """The array's memory as a tensor."""
+def _tensor(a: Any) -> Tensor:
     made: Tensor = from_dlpack(a)
     return made

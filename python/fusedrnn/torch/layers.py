@@ -181,11 +181,12 @@ class Recurrent(torch.nn.RNNBase):
             return compiled.layer(self, input, hx, options)
         weights = self._weights()
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
+        given_input, input, state0, weights = input, *self._lowered(input, state0, weights)
         packed = self._ready(input, state0, weights)
         if isinstance(packed, str):
             if given := _given(options) or self._only_ours():
                 raise RuntimeError(f"{given}: only our kernels have it, and they cannot run: {packed}")
-            return paths.fall_back(self, packed, super().forward, input, hx)
+            return paths.fall_back(self, packed, super().forward, given_input, hx)
         self.__dict__["last_path"] = paths.FUSED
         if isinstance(input, PackedSequence):
             if given := _given(options):
@@ -197,6 +198,19 @@ class Recurrent(torch.nn.RNNBase):
         x, state0, options = self._to_kernels(input, state0, options)
         run = self._kernels(packed, weights, known(options, x))
         return self._from_kernels(input, options, self._stack(x, state0, run))
+
+    def _lowered(self, input: Any, state0: Any, weights: list[Weights]) -> tuple[Any, Any, list[Weights]]:
+        """A call's tensors in the dtype of autocast, on a GPU; else as they are."""
+        data = input.data if isinstance(input, PackedSequence) else input
+        dtype = paths.lowered(data) if isinstance(data, Tensor) else None
+        if dtype is None:
+            return input, state0, weights
+        data = paths.lower(data, dtype)
+        return (
+            input._replace(data=data) if isinstance(input, PackedSequence) else data,
+            None if state0 is None else tuple([paths.lower(s, dtype) for s in state0]),
+            [Weights(*[paths.lower(w, dtype) for w in given]) for given in weights],
+        )
 
     def _kernels(self, packed: list[Packed], weights: list[Weights], options: dict[str, Any]) -> Run:
         """The kernels in autograd."""

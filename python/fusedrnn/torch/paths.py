@@ -14,6 +14,7 @@ from torch import Tensor
 from fusedrnn.torch import gpu
 
 FUSED = "fused"
+HALVES = (torch.float16, torch.bfloat16)  # dtypes that only a GPU's kernels take
 
 
 class Fallback(UserWarning):
@@ -76,14 +77,16 @@ def mode() -> str | None:
 
 def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tensor | None]) -> str | None:
     """Why the kernels cannot take these tensors, or None; all have to be of the input's dtype and device."""
-    if dtype is not torch.float32 and dtype is not torch.float64:
-        return f"the dtype is {dtype}"
     on_cpu = device.type == "cpu"
+    if dtype is not torch.float32 and dtype is not torch.float64 and (on_cpu or dtype not in HALVES):
+        return f"the dtype is {dtype}"
     if not on_cpu:
         if device.type != "cuda":
             return f"the device is {device.type}"
         if (reason := gpu.unavailable()) is not None:
             return f"the device is cuda: {reason}"
+        if (reason := gpu.lacks(dtype)) is not None:
+            return f"the dtype is {dtype}: {reason}"
     for t in tensors:
         if t is None:
             continue
@@ -101,6 +104,21 @@ def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tens
 def autocast(t: Tensor) -> bool:
     """Whether autocast would lower this tensor's dtype."""
     return t.dtype is torch.float32 and torch.is_autocast_enabled(t.device.type)
+
+
+def lowered(t: Tensor) -> torch.dtype | None:
+    """What the tensors of a call on a GPU become in autocast, whose input this is; None: they stay."""
+    kind = t.device.type
+    if t.is_cpu or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def lower(t: Any, dtype: torch.dtype) -> Any:
+    """A floating-point tensor in the dtype; as autocast, leaves float64, and what is no such tensor."""
+    if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype is torch.float64:
+        return t
+    return t.to(dtype)
 
 
 def state(hx: Any, pair: bool) -> tuple[Any, ...]:
