@@ -19,7 +19,6 @@ import pytest
 from cuda import emulated
 from cuda.emulated import EmulatedDevice
 from fusedrnn.backends.cuda import CudaBackend, _precision, compute
-from fusedrnn.backends.cuda_jobs import kernels_of
 from fusedrnn.backends.cuda_plan import Bytes, Layout, Plan, shared_bytes, tile_columns
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.backends.reference import ReferenceBackend
@@ -76,11 +75,11 @@ class Cut(CudaBackend):
         super().__init__(device, kernel, precision, _tested=True)
         self.units, self.rows, self.chunk = units, rows, chunk
 
-    def _plan(self, device, cell, sizes, dtype, way, backward):
+    def _plan(self, device, kernels, sizes, dtype, way, backward):
         if way.kernel == "steps" or min(sizes) == 0:
             return Plan("steps")
         _, B, H = sizes
-        R = kernels_of(cell).recurrent.count
+        R = kernels.recurrent.count
         K, per_unit = (R * H, 1) if backward else (H, R)
         precision = _precision(dtype, way.precision)
         tile, each = tile_columns(precision), Bytes.of(compute(dtype).itemsize, precision)

@@ -181,8 +181,8 @@ FUSEDRNN_INLINE void cluster_backward(const BackwardJob<S>& job) {
   }
 }
 
-// What kernels.cu calls; nothing where there are no clusters, or with two phases.
-template <class Cell, bool runs = kClusters && Cell::phases == 1>
+// What kernels.cu calls; nothing where there are no clusters, or for cells that run step by step alone.
+template <class Cell, bool runs = kClusters && kWhole<Cell>>
 struct ClusterKernels {
   template <class Tile, class S>
   FUSEDRNN_INLINE static void forward(const ForwardJob<S>& job) {

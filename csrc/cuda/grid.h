@@ -313,8 +313,13 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<S>& job) {
   }
 }
 
-// What kernels.cu calls. A cell of two phases would need two products and two waits a step: it runs step by step.
-template <class Cell, int phases = Cell::phases>
+// Which cells can run all steps in one launch. A cell of two phases would need two products and two waits a step;
+// recurrent dropout changes what other blocks read of h.
+template <class Cell>
+constexpr bool kWhole = Cell::phases == 1 && !kRegularized<Cell>;
+
+// What kernels.cu calls; nothing for cells that run step by step alone.
+template <class Cell, bool runs = kWhole<Cell>>
 struct GridKernels {
   template <class Tile, bool resident, class S>
   FUSEDRNN_INLINE static void forward(const ForwardJob<S>& job) {
@@ -326,7 +331,7 @@ struct GridKernels {
   }
 };
 template <class Cell>
-struct GridKernels<Cell, 2> {
+struct GridKernels<Cell, false> {
   template <class Tile, bool resident, class S>
   FUSEDRNN_INLINE static void forward(const ForwardJob<S>&) {}
   template <class Tile, bool resident, class S>

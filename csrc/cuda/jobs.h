@@ -14,6 +14,20 @@
 namespace fusedrnn {
 namespace cuda {
 
+// The entries of a mask: `kept` where the random word is at least the threshold, else 0; not drawn: `kept` everywhere.
+struct MaskRule {
+  bool acts, drawn;
+  uint32_t threshold;
+  double kept;
+};
+
+// Of a call, for regularized cells; of others it is not read.
+struct Regularization {
+  uint64_t seed;
+  uint32_t stream;
+  MaskRule dropout, zoneout_h, zoneout_c;
+};
+
 template <class S, class T = Compute<S>>
 struct ForwardJob {
   Steps steps;
@@ -32,6 +46,7 @@ struct ForwardJob {
   S* operand;         // (B, H): what the recurrent product of the next step multiplies
   const T* products;  // (B, R*H): weight_hh times it; of the second phase (B, H)
   T* state_c;         // (B, H): c as it stands
+  Regularization rules;
   // all steps in one launch
   unsigned* arrived;  // one count for each tile of the batch, zero before the launch
   Index units;        // of each block
@@ -52,6 +67,7 @@ struct BackwardJob {
   // step by step
   const T* chain;  // (B, H): weight_hh^T da of the step before in this direction; of the second phase d(r*h)
   T *direct, *dc;  // (B, H): what reaches the state before beside the product
+  Regularization rules;
   // all steps in one launch
   unsigned* arrived;
   Index units, rows, chunk;

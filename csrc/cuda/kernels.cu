@@ -1,8 +1,8 @@
 // The kernels of one cell and dtype: compiled once for each. SPDX-License-Identifier: Apache-2.0
 //
-// FUSEDRNN_CELL is a type of cells/cells.def, FUSEDRNN_DTYPE float, double, Half or Bfloat16; FUSEDRNN_PRECISION is
-// that of the products within a launch (cuda/tile.h): for double ieee, for Half fp16 and for Bfloat16 bf16 alone.
-// Compile without contraction
+// FUSEDRNN_CELL is a type of cells/cells.def, or Regularized<> of one, FUSEDRNN_DTYPE float, double, Half or Bfloat16;
+// FUSEDRNN_PRECISION is that of the products within a launch (cuda/tile.h): for double ieee, for Half fp16 and for
+// Bfloat16 bf16 alone. Compile without contraction
 // (-fmad=false): every FMA is written out.
 #define FUSEDRNN_LEVEL cuda
 #define FUSEDRNN_LEVEL_CUDA
@@ -62,7 +62,7 @@ FUSEDRNN_KERNEL(kThreads) step_backward2(const BackwardJob<S> job, Index s) {
   FUSEDRNN_EACH(job, (BackwardStep<Cell, S>{job}.step2(s, b, u)));
 }
 
-// Of cells with one; `streamed`: where the weights of a block do not fit its shared memory.
+// Of plain cells with one; `streamed`: where the weights of a block do not fit its shared memory.
 FUSEDRNN_KERNEL(kThreads) grid_forward(const ForwardJob<S> job) { GridKernels<Cell>::forward<Tile, true>(job); }
 FUSEDRNN_KERNEL(kThreads) grid_backward(const BackwardJob<S> job) { GridKernels<Cell>::backward<Tile, true>(job); }
 FUSEDRNN_KERNEL(kThreads) grid_forward_streamed(const ForwardJob<S> job) {
@@ -72,6 +72,6 @@ FUSEDRNN_KERNEL(kThreads) grid_backward_streamed(const BackwardJob<S> job) {
   GridKernels<Cell>::backward<Tile, false>(job);
 }
 
-// Of cells with one phase, from sm_90 on; the blocks of a tile of the batch are a cluster.
+// Of plain cells with one phase, from sm_90 on; the blocks of a tile of the batch are a cluster.
 FUSEDRNN_KERNEL(kThreads) cluster_forward(const ForwardJob<S> job) { ClusterKernels<Cell>::forward<Tile>(job); }
 FUSEDRNN_KERNEL(kThreads) cluster_backward(const BackwardJob<S> job) { ClusterKernels<Cell>::backward<Tile>(job); }

@@ -23,7 +23,7 @@ struct ForwardStep {
     if (s >= job.steps.T) return;
     const Index t = time_of(job.steps, s);
     const bool zero = !valid(job.steps, t, b) || before(job.steps, t, b) == Before::nothing;
-    job.operand[b * job.H + u] = S(zero ? T(0) : h);
+    job.operand[b * job.H + u] = S(zero ? T(0) : Rules<Cell, T>{job.rules, b, u}.dropped(h));
   }
 
   FUSEDRNN_INLINE void begin(Index b, Index u) const {
@@ -74,7 +74,7 @@ struct BackwardStep {
     const Index i = b * job.H + u, t = time_of(job.steps, s);
     const BackwardUnit<Cell, S> unit{job, b, u};
     T direct = job.direct[i], dc = Cell::has_c ? job.dc[i] : T(0);
-    unit.step(t, unit.chained(s + 1) ? job.chain[i] : T(0), direct, dc, unit.da(t), job.H);
+    unit.step(t, unit.chained(s + 1) ? unit.rules().dropped(job.chain[i]) : T(0), direct, dc, unit.da(t), job.H);
     job.direct[i] = direct;
     if (Cell::has_c) job.dc[i] = dc;
   }
@@ -82,13 +82,14 @@ struct BackwardStep {
   FUSEDRNN_INLINE void step2(Index s, Index b, Index u) const {
     const Index i = b * job.H + u, t = time_of(job.steps, s);
     const BackwardUnit<Cell, S> unit{job, b, u};
-    unit.step2(t, job.chain[i], job.direct[i], unit.da(t));
+    unit.step2(t, unit.rules().dropped(job.chain[i]), job.direct[i], unit.da(t));
   }
 
   FUSEDRNN_INLINE void finish(Index b, Index u) const {
     const Index i = b * job.H + u;
     const BackwardUnit<Cell, S> unit{job, b, u};
-    unit.finish(unit.chained(0) ? job.chain[i] : T(0), job.direct[i], Cell::has_c ? job.dc[i] : T(0));
+    unit.finish(unit.chained(0) ? unit.rules().dropped(job.chain[i]) : T(0), job.direct[i],
+                Cell::has_c ? job.dc[i] : T(0));
   }
 
   // What da is multiplied with for the gradient of weight_hh: h before each step; of the second phase r times it.
@@ -96,11 +97,12 @@ struct BackwardStep {
     const Index t = i / job.steps.B, b = i % job.steps.B;
     const BackwardUnit<Cell, S> unit{job, b, u};
     const T value = unit.operand(t);
-    h[unit.at(t)] = S(value);
+    const auto rules = unit.rules();
+    h[unit.at(t)] = S(rules.dropped(value));
     if (Cell::phases == 2) {
       Vec<T> saved[Cell::saved + 1];
       unit.load_saved(t, saved);
-      middle[unit.at(t)] = S(valid(job.steps, t, b) ? saved[0].v * value : T(0));
+      middle[unit.at(t)] = S(valid(job.steps, t, b) ? rules.dropped(saved[0].v * value) : T(0));
     }
   }
 };

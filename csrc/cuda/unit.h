@@ -1,7 +1,7 @@
 // One hidden unit of one row at one step: what a thread does between the products. Forward beside backward; the maths
 // is the cell's (cells/), which state goes in is steps.h's. SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include "cuda/jobs.h"
+#include "cuda/masks.h"
 #include "simd/vec.h"
 
 namespace fusedrnn {
@@ -20,6 +20,7 @@ struct ForwardUnit {
   Index b, u;
 
   FUSEDRNN_INLINE Index at(Index t) const { return (t * job.steps.B + b) * job.H + u; }
+  FUSEDRNN_INLINE Rules<Cell, T> rules() const { return {job.rules, b, u}; }
   FUSEDRNN_INLINE T* saved(Index t) const {
     return job.saved ? job.saved + t * job.saved_step + b * Cell::saved * job.H + u : nullptr;
   }
@@ -44,6 +45,11 @@ struct ForwardUnit {
         a[Cell::recurrent.first + s] = a[Cell::recurrent.first + s] + V(products[s * stride]);
       V save[Cell::saved + 1];
       Cell::forward(a, state_h, state_c, save, new_h, new_c);
+      if (Cell::phases == 2)
+        new_h = rules().dropped(new_h.v);
+      else
+        new_h = rules().zoned_h(t, new_h, state_h);
+      if (Cell::has_c) new_c = rules().zoned_c(t, new_c, state_c);
       if (T* kept = saved(t))
         for (int s = 0; s < Cell::saved; ++s) kept[s * job.H] = save[s].v;
       h = T(S(new_h.v));
@@ -67,7 +73,9 @@ struct ForwardUnit {
         T* p = saved(t);
         V save[Cell::saved], new_h = V::zero();
         for (int s = 0; s < Cell::saved; ++s) save[s] = p[s * job.H];
-        Cell::forward2(save[Cell::recurrent2.first] + V(product), V(cut ? T(0) : h), save, new_h);
+        const V state_h = cut ? T(0) : h;
+        Cell::forward2(save[Cell::recurrent2.first] + V(product), state_h, save, new_h);
+        new_h = rules().zoned_h(t, new_h, state_h);
         for (int s = 0; s < Cell::saved; ++s) p[s * job.H] = save[s].v;
         h = T(S(new_h.v));
       }
@@ -93,6 +101,7 @@ struct BackwardUnit {
   Index b, u;
 
   FUSEDRNN_INLINE Index at(Index t) const { return (t * job.steps.B + b) * job.H + u; }
+  FUSEDRNN_INLINE Rules<Cell, T> rules() const { return {job.rules, b, u}; }
   FUSEDRNN_INLINE T start(const S* state0) const { return state0 ? T(state0[b * job.H + u]) : T(0); }
   FUSEDRNN_INLINE S* da(Index t) const { return job.da + (t * job.steps.B + b) * Cell::accumulators * job.H + u; }
   FUSEDRNN_INLINE const T* saved(Index t) const { return job.saved + (t * job.steps.B + b) * Cell::saved * job.H + u; }
@@ -124,9 +133,9 @@ struct BackwardUnit {
   // h before step t: what the gradient of weight_hh is taken with. Zero at padding.
   FUSEDRNN_INLINE T operand(Index t) const { return valid(job.steps, t, b) ? previous(t, job.y, job.h0).v : T(0); }
 
-  // Step t. `chain` is weight_hh^T da of the step that follows in time of the recurrence, where there is one; `direct`
-  // and `dc` are what else came from it, and become what goes on. da is written to `out`, `stride` elements from one
-  // accumulator to the next.
+  // Step t. `chain` is weight_hh^T da, through dropout, of the step that follows in time of the recurrence, where there
+  // is one; `direct` and `dc` are what else came from it, and become what goes on. da is written to `out`, `stride`
+  // elements from one accumulator to the next.
   FUSEDRNN_INLINE void step(Index t, T chain, T& direct, T& dc, S* out, Index stride) const {
     T dh = direct + chain;
     if (!valid(job.steps, t, b)) {
@@ -143,7 +152,10 @@ struct BackwardUnit {
     const V h = Cell::reads_h ? V(T(job.y[at(t)])) : V::zero();
     const V c_prev = Cell::has_c ? previous(t, job.c, job.c0) : V::zero();
     const V c = Cell::has_c ? V(job.c[at(t)]) : V::zero();
-    Cell::backward(saved, h_prev, h, c_prev, c, V(dh), V(dc), da, dc_before, direct_before);
+    V new_dh = dh, new_dc = dc;
+    const V past_h = rules().past_h(t, new_dh), past_c = Cell::has_c ? rules().past_c(t, new_dc) : V::zero();
+    Cell::backward(saved, h_prev, h, c_prev, c, new_dh, new_dc, da, dc_before, direct_before);
+    direct_before = direct_before + past_h, dc_before = dc_before + past_c;
     for (int s = 0; s < Cell::accumulators; ++s) out[s * stride] = S(da[s].v);
     const bool goes_on = linked(t);
     direct = Cell::has_direct && goes_on ? direct_before.v : T(0);
@@ -164,7 +176,7 @@ struct BackwardUnit {
 
   // The second phase: `dmiddle` is d(r*h).
   FUSEDRNN_INLINE void step2(Index t, T dmiddle, T& direct, S* out) const {
-    if constexpr (Cell::phases == 2) {
+    if constexpr (Cell::phases == 2) {  // dmiddle through dropout
       if (!valid(job.steps, t, b)) return;
       V saved[Cell::saved + 1], da_r = V::zero(), direct_before = direct;
       load_saved(t, saved);

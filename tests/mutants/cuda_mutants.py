@@ -307,14 +307,14 @@ MUTANTS = [
     Mutant(
         "step: a product that was never made",
         STEP,
-        "unit.chained(s + 1) ? job.chain[i] : T(0), direct",
+        "unit.chained(s + 1) ? unit.rules().dropped(job.chain[i]) : T(0), direct",
         "job.chain[i], direct",
         ("values",),
     ),
     Mutant(
         "step: the initial state's gradient passes a cut",
         STEP,
-        "unit.chained(0) ? job.chain[i] : T(0)",
+        "unit.chained(0) ? unit.rules().dropped(job.chain[i]) : T(0)",
         "job.chain[i]",
         ("values",),
     ),
@@ -322,7 +322,7 @@ MUTANTS = [
     Mutant(
         "step: gru before without r",
         STEP,
-        "saved[0].v * value : T(0)",
+        "rules.dropped(saved[0].v * value) : T(0)",
         "value : T(0)",
         ("values",),
         "GruResetBefore",

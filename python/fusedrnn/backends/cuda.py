@@ -30,10 +30,12 @@ from fusedrnn.backends.arguments import (
 from fusedrnn.backends.cuda_device import Device
 from fusedrnn.backends.cuda_jobs import (
     BackwardJob,
+    CellKernels,
     ForwardJob,
     Index,
     Part,
     Pointer,
+    Rules,
     Steps,
     kernels_of,
 )
@@ -141,7 +143,8 @@ class CudaBackend:
 
     def plan(self, cell: Cell, T: int, B: int, H: int, dtype: Any, *, backward: bool = False) -> Plan:
         """How a pass of these sizes would run here."""
-        return self._plan(self.device, check_cell(cell), (T, B, H), np.dtype(dtype), self._way(), backward)
+        kernels = kernels_of(check_cell(cell))
+        return self._plan(self.device, kernels, (T, B, H), np.dtype(dtype), self._way(), backward)
 
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
@@ -203,8 +206,6 @@ class CudaBackend:
             dtypes=dtypes_of(packed.device),
             kind=_kind(packed.device),
         )
-        if a.regularization is not None:
-            raise ValueError("regularization: is not built in the cuda backend; cpu and reference have it")
         if a.state0 is not None and a.save is not None:
             a = a._replace(state0=tuple(s.copy() for s in a.state0))  # a tape does not borrow it
         way = self._way()
@@ -267,8 +268,9 @@ class CudaBackend:
             da=run.pointer(da),
             dh0=run.pointer(dstate0[0] if wanted else None),
             dc0=run.pointer(dstate0[1] if wanted and kernels.has_c else None),
+            rules=run.rules,
         )
-        plan = self._plan(device, a.cell, (T, B, H), dtype, tape.way, True)
+        plan = self._plan(device, kernels, (T, B, H), dtype, tape.way, True)
         self.last_plan = plan
         if plan.kernel == "steps":
             self._steps_back(run, job, da, wanted)
@@ -346,11 +348,12 @@ class CudaBackend:
             cT=run.pointer(cT),
             h_states=run.pointer(h_states),
             c_states=run.pointer(c_states),
+            rules=run.rules,
             c=run.pointer(c),
             saved=run.pointer(saved),
             saved_step=B * kernels.saved * H if save else 0,
         )
-        plan = self._plan(device, a.cell, (T, B, H), dtype, way, False)
+        plan = self._plan(device, kernels, (T, B, H), dtype, way, False)
         self.last_plan = plan
         if plan.kernel == "steps":
             self._steps(run, job)
@@ -404,7 +407,7 @@ class CudaBackend:
     def _plan(
         self,
         device: Device,
-        cell: Cell,
+        kernels: CellKernels,
         sizes: tuple[int, int, int],
         dtype: np.dtype[Any],
         way: Way,
@@ -412,7 +415,7 @@ class CudaBackend:
     ) -> Plan:
         facts = cuda_plan.Device(device.multiprocessors, device.shared_bytes, device.warps, device.cluster)
         return cuda_plan.choose(
-            kernels_of(cell),
+            kernels,
             *sizes,
             compute(dtype).itemsize,
             facts,
@@ -448,7 +451,8 @@ class _Launches:
     def __init__(self, packed: Packed, a: ForwardArguments, precision: str) -> None:
         self.packed, self.a = packed, a
         self.device = packed.device
-        self.kernels = kernels_of(a.cell)
+        self.kernels = kernels_of(a.cell, a.regularization is not None)
+        self.rules = Rules.of(a.regularization)
         self.dtype, self.compute = cuda_compile.DTYPES[a.x.dtype.name], compute(a.x.dtype)
         self.precision = _precision(a.x.dtype, precision)
         self.kept: list[Array] = []

@@ -34,7 +34,7 @@ def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee") -> 
     """Code for a GPU.
 
     Args:
-        cell: A type of csrc/cells/cells.def.
+        cell: A type of csrc/cells/cells.def, or Regularized<> of one.
         dtype: Out of the values of ``DTYPES``.
         architecture: Such as "sm_90".
         precision: Of the products within a launch, out of ``PRECISIONS``; for double "ieee", for Half "fp16"
@@ -52,7 +52,8 @@ def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee") -> 
         f"--define-macro=FUSEDRNN_PRECISION={precision}",
         f"--define-macro=FUSEDRNN_WARPS={WARPS}",
     ]
-    path = _cache() / f"{cell}-{dtype}-{precision}-{architecture}-{_key(options)}.cubin"
+    name = cell.replace("<", "-").rstrip(">")  # Regularized<Lstm>
+    path = _cache() / f"{name}-{dtype}-{precision}-{architecture}-{_key(options)}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
     folder = sources()

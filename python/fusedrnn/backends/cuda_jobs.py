@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
 
 Pointer = ctypes.c_void_p
@@ -30,6 +31,52 @@ class Steps(ctypes.Structure):
     )
 
 
+class MaskRule(ctypes.Structure):
+    """csrc/cuda/jobs.h"""
+
+    _fields_ = (
+        ("acts", ctypes.c_bool),
+        ("drawn", ctypes.c_bool),
+        ("threshold", ctypes.c_uint32),
+        ("kept", ctypes.c_double),
+    )
+
+    @classmethod
+    def of(cls, rate: float, kept: float, drawn: bool) -> MaskRule:
+        """That keeps a unit with probability 1 - rate, and gives it ``kept``; not drawn: gives that to all."""
+        threshold = round(rate * 2**32)
+        if drawn and threshold >= 2**32:
+            return cls(True, False, 0, 0.0)
+        return cls(True, drawn, threshold if drawn else 0, kept)
+
+
+class Rules(ctypes.Structure):
+    """``Regularization`` of csrc/cuda/jobs.h."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("stream", ctypes.c_uint32),
+        ("dropout", MaskRule),
+        ("zoneout_h", MaskRule),
+        ("zoneout_c", MaskRule),
+    )
+
+    @classmethod
+    def of(cls, r: Regularization | None) -> Rules:
+        """What the kernels are told of it; None is nothing."""
+        rules = cls()
+        if r is None:
+            return rules
+        rules.seed, rules.stream = r.seed or 0, r.stream
+        training, dropped = r.seed is not None, r.recurrent_dropout
+        if training and dropped:
+            rules.dropout = MaskRule.of(dropped, 1 / (1 - dropped) if dropped < 1 else 0, True)
+        for name in ("zoneout_h", "zoneout_c"):
+            if rate := getattr(r, name):
+                setattr(rules, name, MaskRule.of(rate, 1 if training else 1 - rate, training))
+        return rules
+
+
 def _pointers(names: str) -> list[tuple[str, type[Pointer]]]:
     return [(name, Pointer) for name in re.findall(r"\w+", names)]
 
@@ -42,7 +89,9 @@ class ForwardJob(ctypes.Structure):
         ("H", Index),
         *_pointers("projected bias weight h0 c0 y hT cT h_states c_states c saved"),
         ("saved_step", Index),
-        *_pointers("operand products state_c arrived"),
+        *_pointers("operand products state_c"),
+        ("rules", Rules),
+        *_pointers("arrived"),
         ("units", Index),
         ("rows", Index),
         ("chunk", Index),
@@ -56,7 +105,9 @@ class BackwardJob(ctypes.Structure):
         ("steps", Steps),
         ("H", Index),
         *_pointers("weight y h0 c0 c saved dy dhT dcT dh_states dc_states da"),
-        *_pointers("dh0 dc0 chain direct dc arrived"),
+        *_pointers("dh0 dc0 chain direct dc"),
+        ("rules", Rules),
+        *_pointers("arrived"),
         ("units", Index),
         ("rows", Index),
         ("chunk", Index),
@@ -89,7 +140,7 @@ class Part:
 class CellKernels(NamedTuple):
     """A cell as csrc/cells has it."""
 
-    type: str  # of csrc/cells/cells.def
+    type: str  # of csrc/cells/cells.def, or Regularized<> of one
     accumulators: int
     saved: int
     has_c: bool
@@ -97,14 +148,31 @@ class CellKernels(NamedTuple):
     recurrent: Part
     recurrent2: Part = Part(0, ())  # of cells of two phases
 
+    regularized: bool = False  # recurrent dropout, zoneout
+
+    @property
+    def whole(self) -> bool:
+        """Whether all steps can run in one launch; ``kWhole`` of csrc/cuda/grid.h."""
+        return not (self.two_phases or self.regularized)
+
     @property
     def two_phases(self) -> bool:
         """Whether a step needs a second product, of what the first has made."""
         return self.recurrent2.count > 0
 
 
-def kernels_of(cell: Cell) -> CellKernels:
+def kernels_of(cell: Cell, regularized: bool = False) -> CellKernels:
     """The cell's name and layout in csrc/cells; not of one with layer norm, which has no kernels."""
+    plain = _plain(cell)
+    if not regularized:
+        return plain
+    candidate = isinstance(cell, RNN)  # h before zoneout, which backward reads
+    return plain._replace(
+        type=f"Regularized<{plain.type}>", saved=plain.saved + candidate, regularized=True
+    )
+
+
+def _plain(cell: Cell) -> CellKernels:
     match cell:
         case RNN():
             return CellKernels(

@@ -131,7 +131,7 @@ def choose(
 ) -> Plan:
     """The plan of one pass; ``compute``: bytes of a number that is computed in.
 
-    Unless ``forced``: step by step where there is a single step or the cell has two phases; else all steps in
+    Unless ``forced``: step by step where there is a single step or the cell knows no other way; else all steps in
     one launch, by clusters or by the whole grid where the weights fit the blocks' shared memory, or where
     every block passes once through its weights in a step, as the product of step by step does too.
 
@@ -139,10 +139,11 @@ def choose(
         ValueError: The kernel that is forced cannot run this.
     """
     steps = Plan("steps")
-    if T == 0 or B == 0 or forced == "steps" or (forced is None and (T == 1 or cell.two_phases)):
+    if T == 0 or B == 0 or forced == "steps" or (forced is None and (T == 1 or not cell.whole)):
         return steps
-    if cell.two_phases:
-        raise ValueError(f"kernel: {forced!r} cannot run {cell.type}, which has two phases; use 'steps'")
+    if not cell.whole:
+        why = "recurrent dropout or zoneout" if cell.regularized else "two phases"
+        raise ValueError(f"kernel: {forced!r} cannot run {cell.type}, which has {why}; use 'steps'")
     tile, each = tile_columns(precision), Bytes.of(compute, precision)
     for kernels in (("cluster", "grid"), ("grid_streamed",)) if forced is None else ((forced,),):
         plans = [
