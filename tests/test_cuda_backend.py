@@ -346,15 +346,24 @@ def test_16_bits(backend, cell, dtype):
 
 
 def test_what_is_not_built_names_who_has_it(backend):
-    p = problem(LSTM(), 3, 2, 3, 7)
-    with pytest.raises(
-        ValueError, match=r"^regularization: is not built in the cuda backend; cpu and reference"
-    ):
-        backend.forward(p.cell, p.x, p.weights, regularization=Regularization(0.5, seed=1))
-    backend.forward(p.cell, p.x, p.weights, regularization=Regularization())  # does nothing
-    p = problem(LSTM(layer_norm=True), 3, 2, 3, 7)
-    with pytest.raises(ValueError, match=r"^layer_norm: is not built in the cuda backend; cpu and reference"):
+    p = problem(GRU(reset_after=False, layer_norm=True), 3, 2, 3, 7)
+    with pytest.raises(ValueError, match=r"^layer_norm: GRU.* is not built in the cuda backend; use the ref"):
         backend.forward(p.cell, p.x, p.weights)
+
+
+@pytest.mark.parametrize("kernel", ["grid", "grid_streamed", "cluster"])
+def test_what_runs_step_by_step_alone_says_so(device, kernel):
+    r = Regularization(0.5, seed=1)
+    for p, why in (
+        (problem(LSTM(), 3, 2, 3, 7, regularization=r), "Regularized<Lstm>, which has recurrent dropout or"),
+        (problem(LSTM(layer_norm=True), 3, 2, 3, 7), "LstmLayerNorm, which has layer norm;"),
+        (problem(GRU(reset_after=False), 3, 2, 3, 7), "GruResetBefore, which has two phases;"),
+    ):
+        with pytest.raises(ValueError, match=rf"^kernel: '{kernel}' cannot run {why}.* use 'steps'$"):
+            run(CudaBackend(device, kernel, _tested=True), p)
+        chosen = CudaBackend(device, _tested=True)
+        run(chosen, p)
+        assert chosen.last_plan == cuda_plan.Plan("steps")
 
 
 def test_wrong_arguments(backend, monkeypatch):
@@ -836,14 +845,21 @@ def test_loaders(gpu):
 
 def test_the_gradient_matrix(gpu):
     """What ``fusedrnn gradcheck --backend cuda`` runs."""
-    unbuilt = ["zoneout", "layer norm"]
+    options = [
+        "plain",
+        "all together",
+        "recompute",
+        "2 layers, both directions, all",
+        "zoneout",
+        "layer norm",
+    ]
     rows = gradmatrix.run_matrix(
-        cells=["lstm", "gru"], backends=["cuda"], sizes=gradmatrix.QUICK[:1],
-        options=["plain", "all together", "recompute", "2 layers, both directions, all", *unbuilt],
-    )  # fmt: skip
+        cells=["lstm", "gru"], backends=["cuda"], sizes=gradmatrix.QUICK[:1], options=options
+    )
     assert [r for r in rows if r.passed is False] == []
-    assert {r.option for r in rows if r.passed is None} == set(unbuilt)
-    assert sum(r.passed is True for r in rows) == 3 * 2 * 4
+    unbuilt = {(r.cell, r.option) for r in rows if r.passed is None}
+    assert unbuilt == {("gru reset_after=False", "layer norm")}
+    assert sum(r.passed is True for r in rows) == 3 * 2 * len(options) - 2
 
 
 def test_info_shows_plans(gpu, capsys):

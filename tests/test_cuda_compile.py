@@ -18,13 +18,16 @@ from pathlib import Path
 import pytest
 
 from fusedrnn.backends import cuda_compile, cuda_cupy
-from fusedrnn.backends.cuda_jobs import BackwardJob, ForwardJob, Steps, kernels_of
+from fusedrnn.backends.cuda import MOST_SUMS
+from fusedrnn.backends.cuda_jobs import BackwardJob, ForwardJob, MaskRule, Rules, Steps, kernels_of
 from fusedrnn.backends.cuda_plan import Bytes, Layout, shared_bytes, tile_columns
-from problems import CELLS, name
+from problems import CELLS, NORMED, name
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 TYPES = tuple(kernels_of(cell).type for cell in CELLS)
+NORMED_TYPES = tuple(kernels_of(cell).type for cell in NORMED[:4])
+STEPPED_TYPES = (*NORMED_TYPES, *(f"Regularized<{type_}>" for type_ in (*TYPES, *NORMED_TYPES)))
 KERNELS = [
     "begin_forward", "step_forward", "step_forward2", "begin_backward", "step_backward", "step_backward2",
     "finish_backward", "operands", "grid_forward", "grid_backward", "grid_forward_streamed",
@@ -95,10 +98,12 @@ def test_each_cell_compiles():
 @needs_nvrtc
 @pytest.mark.slow
 def test_all_compile(monkeypatch):
-    """Every cell and dtype for every architecture; with little optimisation, which takes most of the time."""
+    """For every architecture each cell and dtype, of what runs step by step alone float; with little
+    optimisation, which takes most of the time."""
     compile_ = cuda_compile._compile
     monkeypatch.setattr(cuda_compile, "_compile", lambda options: compile_([*options, "--Ofast-compile=max"]))
-    compile_all((cell, *kind, a) for cell, kind, a in itertools.product(TYPES, KINDS, ARCHITECTURES))
+    cases = [*itertools.product(TYPES, KINDS), *itertools.product(STEPPED_TYPES, KINDS[:1])]
+    compile_all((cell, *kind, a) for (cell, kind), a in itertools.product(cases, ARCHITECTURES))
 
 
 @needs_nvrtc
@@ -206,6 +211,7 @@ def test_kernels_keep_to_their_registers(tmp_path):
     ways = [(cell, "float", "ieee") for cell in TYPES]
     ways += [("Lstm", "float", name) for name in cuda_compile.PRECISIONS[1:]]
     ways += [("Lstm", *kind) for kind in KINDS[2:]]
+    ways += [("LstmLayerNorm", "float", "ieee"), ("Regularized<LstmLayerNorm>", "float", "ieee")]
     for cell, dtype, precision in ways:
         done = subprocess.run(
             ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-std=c++17", "-fmad=false",
@@ -241,6 +247,7 @@ PROGRAM = """
 #include "cells/lstm.h"
 #include "cells/rnn.h"
 #include "cuda/cluster.h"
+#include "cuda/norm.h"
 using namespace fusedrnn;
 using namespace fusedrnn::cuda;
 static char memory[1 << 24];
@@ -251,10 +258,21 @@ static void part(const Part& p) {
   for (int k = 0; k < p.count; ++k) printf(",%d", p.gate[k]);
 }
 template <class Cell>
-static void cell(const char* name) {
-  printf("cell %s %d %d %d", name, Cell::accumulators, Cell::saved, Cell::has_c);
+static void one(const char* open, const char* name, const char* close, int sums) {
+  printf("cell %s%s%s %d %d %d %d %d", open, name, close, Cell::accumulators, Cell::saved, Cell::has_c,
+         kWhole<Cell>, sums);
   part(Cell::input), part(Cell::recurrent), part(Cell::recurrent2);
   printf("\\n");
+}
+template <class Cell>
+static void cell(const char* name) {
+  constexpr int sums = kNormSums<Cell>;
+  one<Cell>("", name, "", sums), one<Regularized<Cell>>("Regularized<", name, ">", sums);
+}
+template <class Cell>
+static void normed(const char* name) {
+  static_assert(2 * RowNorm<Cell, float>::kNorms <= @MOST_SUMS@, "of a block's shared memory");
+  cell<Cell>(name);
 }
 static void print(const char* kernel, const char* precision, int tile, Index rows, Index columns, Index K,
                   int column_tiles, int row_tiles, int splits, const void* end) {
@@ -281,6 +299,8 @@ int main() {
   @FIELDS@
   cell<RnnTanh>("RnnTanh"), cell<RnnRelu>("RnnRelu"), cell<Lstm>("Lstm");
   cell<GruResetAfter>("GruResetAfter"), cell<GruResetBefore>("GruResetBefore");
+  normed<RnnTanhLayerNorm>("RnnTanhLayerNorm"), normed<RnnReluLayerNorm>("RnnReluLayerNorm");
+  normed<LstmLayerNorm>("LstmLayerNorm"), normed<GruResetAfterLayerNorm>("GruResetAfterLayerNorm");
   for (Index rows : {1, 7, 8, 9, 31, 64, 200})
     for (Index columns : {1, 8, 12, 33, 64})
       for (Index K : {1, 31, 32, 100, 1000})
@@ -292,6 +312,9 @@ int main() {
             shared<Bfloat16, Precision::bf16>("bf16", rows, columns, K);
 }
 """
+
+
+STRUCTURES = (Steps, MaskRule, Rules, ForwardJob, BackwardJob)
 
 
 def fields(type_: str, structure: type[ctypes.Structure]) -> str:
@@ -309,8 +332,15 @@ def fields(type_: str, structure: type[ctypes.Structure]) -> str:
 def printed(tmp_path_factory):
     """The lines of the program, by their first word."""
     folder = tmp_path_factory.mktemp("picture")
-    structures = (("Steps", Steps), ("ForwardJob<float>", ForwardJob), ("BackwardJob<double>", BackwardJob))
+    structures = (
+        ("Steps", Steps),
+        ("cuda::MaskRule", MaskRule),
+        ("cuda::Regularization", Rules),
+        ("ForwardJob<float>", ForwardJob),
+        ("BackwardJob<double>", BackwardJob),
+    )
     text = PROGRAM.replace("@FIELDS@", "\n  ".join(fields(*pair) for pair in structures))
+    text = text.replace("@MOST_SUMS@", str(MOST_SUMS))
     (folder / "picture.cpp").write_text(text)
     subprocess.run(
         [COMPILER, "-std=c++17", "-DFUSEDRNN_EMULATED", "-Wno-invalid-offsetof", f"-I{ROOT / 'tests/cuda'}",
@@ -324,7 +354,7 @@ def printed(tmp_path_factory):
 
 @needs_compiler
 def test_structures(printed):
-    here = {s.__name__: s for s in (Steps, ForwardJob, BackwardJob)}
+    here = {s.__name__: s for s in STRUCTURES}
     assert {n: int(size) for n, size in printed["size"]} == {n: ctypes.sizeof(s) for n, s in here.items()}
     assert len(printed["field"]) == sum(len(s._fields_) for s in here.values())
     for structure, field, offset, size in printed["field"]:
@@ -335,24 +365,27 @@ def test_structures(printed):
 def test_no_field_is_left_out():
     """Sizes and offsets would not show two fields of a kind that have changed places."""
     text = (ROOT / "csrc/cuda/jobs.h").read_text() + (ROOT / "csrc/steps.h").read_text()
-    for structure in (Steps, ForwardJob, BackwardJob):
-        body = re.search(rf"struct {structure.__name__} {{\n(.*?)\n}};", text, re.DOTALL)[1]
+    for structure in STRUCTURES:
+        name = {Rules: "Regularization"}.get(structure, structure.__name__)
+        body = re.search(rf"struct {name} {{\n(.*?)\n}};", text, re.DOTALL)[1]
         body = re.sub(r"//.*", "", body)
         names = re.findall(r"\*?(\w+)\s*(?=[,;])", body)
         assert names == [field for field, *_ in structure._fields_]
 
 
 @needs_compiler
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_cells(printed, cell):
-    kernels = kernels_of(cell)
+@pytest.mark.parametrize("regularized", [False, True], ids=["", "regularized"])
+@pytest.mark.parametrize("cell", [*CELLS, *NORMED[:4]], ids=name)
+def test_cells(printed, cell, regularized):
+    kernels = kernels_of(cell, regularized)
     (line,) = (line for line in printed["cell"] if line[0] == kernels.type)
     parts = [
         ",".join(map(str, (p.first, *p.gates)))
         for p in (kernels.input, kernels.recurrent, kernels.recurrent2)
     ]
-    assert line[1:] == [*map(str, (kernels.accumulators, kernels.saved, int(kernels.has_c))), *parts]
-    assert f", {kernels.type})" in (ROOT / "csrc/cells/cells.def").read_text()
+    counts = kernels.accumulators, kernels.saved, kernels.has_c, kernels.whole, kernels.norm_sums
+    assert line[1:] == [*(str(int(n)) for n in counts), *parts]
+    assert f", {kernels_of(cell).type})" in (ROOT / "csrc/cells/cells.def").read_text()
 
 
 @needs_compiler

@@ -25,6 +25,7 @@ from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
 from problems import (
     CELLS,
+    NORMED,
     OPTIONS,
     SIZES,
     assert_close,
@@ -37,6 +38,7 @@ from problems import (
     problem,
     run,
 )
+from test_regularization import KINDS, WAYS, of
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
@@ -315,3 +317,48 @@ def test_halves_have_no_other_precision(half):
     backend = Cut("grid", precision="tf32")
     assert_same_bits(run(backend, p), run(Cut("grid"), p))
     assert set(backend.device.products) == {"fp16" if half == "float16" else "bf16"}
+
+
+# --- recurrent dropout, zoneout, layer norm ----------------------------------------------------------------
+
+KERNEL_NORMED = NORMED[:4]  # not of GRU with reset before
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["plain", "all", "reverse"])
+@pytest.mark.parametrize(
+    ("cell", "kind"),
+    [
+        pytest.param(cell, kind, id=f"{name(cell)}-{kind}")
+        for cell in (*CELLS, *KERNEL_NORMED)
+        for kind in ("none", *KINDS)
+        if (kind == "none" and cell.layer_norm) or (kind != "none" and of(kind, cell))
+    ],
+)
+def test_regularization_and_layer_norm(cell, kind, way):
+    r = None if kind == "none" else of(kind, cell)
+    for sizes in ((5, 11, 3, 19), (3, 4, 2, 70)):
+        assert_right(Cut("steps"), cell, sizes, regularization=r, **way)
+
+
+@pytest.mark.parametrize("warps", [1, 8])
+def test_layer_norm_in_blocks_of_other_sizes(warps):
+    assert_right(Cut("steps", warps=warps), LSTM(layer_norm=True), (3, 4, 2, 300), **EVERYTHING)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("cell", [LSTM(), GRU(), RNN(layer_norm=True), LSTM(layer_norm=True)], ids=name)
+def test_regularization_and_layer_norm_in_other_dtypes(cell, dtype):
+    p = problem(cell, 5, 11, 3, 19, regularization=of("all", cell), **EVERYTHING).astype(dtype)
+    tolerance = (4 if dtype == np.float32 else 1.5) * float(ml_dtypes.finfo(dtype).eps)
+    got, want = run(Cut("steps"), p), run(REFERENCE, p.astype(np.longdouble))
+    assert {a.dtype for a in got.values()} == {np.dtype(dtype)}
+    assert_close(got, want, tolerance)
+
+
+@pytest.mark.parametrize("cell", [*CELLS, *KERNEL_NORMED], ids=name)
+def test_regularization_and_layer_norm_give_the_same_bits_in_any_order(cell):
+    p = problem(cell, 5, 11, 3, 19, regularization=of("all", cell), **EVERYTHING)
+    first = run(Cut("steps", seed=0), p)
+    for seed in range(1, 5):
+        assert_same_bits(run(Cut("steps", seed=seed), p), first)
+    assert_same_bits(run(Cut("steps"), p, save="borders"), first)

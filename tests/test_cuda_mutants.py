@@ -19,7 +19,7 @@ import pytest
 from cuda import emulated
 from fusedrnn.backends.cuda_jobs import kernels_of
 from mutants.cuda_mutants import MUTANTS, Mutant
-from problems import CELLS
+from problems import CELLS, NORMED
 
 pytestmark = [
     pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler"),
@@ -30,7 +30,8 @@ pytestmark = [
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 RACE = 66  # the exit code with which ThreadSanitizer reports one
-TYPES = [kernels_of(cell).type for cell in CELLS]
+TYPES = [kernels_of(cell).type for cell in (*CELLS, *NORMED[:4])]
+TYPES += ["Regularized<Lstm>", "Regularized<LstmLayerNorm>", "Regularized<GruResetBefore>"]
 
 
 def check(csrc: Path, cell: str) -> tuple[int, str]:

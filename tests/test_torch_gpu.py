@@ -234,12 +234,27 @@ def largest(t):
     return float(t.detach().as_subclass(torch.Tensor).abs().max())
 
 
-@pytest.mark.parametrize("option", ["recurrent_dropout", "zoneout_h", "layer_norm"])
-def test_an_option_that_is_not_built_is_refused_by_name(option, device):
-    ours = moved(face.LSTM(3, 7, **{option: True if option == "layer_norm" else 0.5}))
-    with pytest.raises(RuntimeError, match=f"{option}: .*not built for a GPU"):
-        ours(torch.randn(2, 3, 3).as_subclass(Elsewhere))
-    assert not device.launches
+@pytest.mark.parametrize("options", [{"recurrent_dropout": 0.3, "zoneout_h": 0.2}, {"layer_norm": True}])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_options_of_our_own(name, options, request):
+    """As on the CPU, masks included."""
+    cpu = getattr(face, name)(3, 7, num_layers=2, dtype=torch.float64, **options)
+    there = getattr(face, name)(3, 7, num_layers=2, dtype=torch.float64, **options)
+    there.load_state_dict(cpu.state_dict())
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    torch.manual_seed(5)
+    y, _ = cpu(x)
+    y.square().sum().backward()
+    device = request.getfixturevalue("device")
+    moved(there)
+    torch.manual_seed(5)
+    z, _ = there(x.as_subclass(Elsewhere))
+    z.square().sum().backward()
+    assert there.last_path == "fused"
+    assert "step_forward" in device.launches
+    assert largest(here(z) - y) <= 1e-13
+    for p, q in zip(cpu.parameters(), there.parameters(), strict=True):
+        assert largest(here(q.grad) - p.grad) <= 1e-12
 
 
 def test_weights_that_changed_are_packed_anew(device):

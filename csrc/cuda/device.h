@@ -58,6 +58,10 @@ FUSEDRNN_INLINE Sixteen<S> load_sixteen_shared_by_blocks(const S* p) {
   return *reinterpret_cast<const Sixteen<S>*>(&words);
 }
 
+// Rounded correctly.
+FUSEDRNN_INLINE float square_root(float x) { return __fsqrt_rn(x); }
+FUSEDRNN_INLINE double square_root(double x) { return __dsqrt_rn(x); }
+
 // Two neighbours in one word, the first in the lower half; p is aligned to it.
 FUSEDRNN_INLINE uint32_t load_two(const uint16_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
 
@@ -157,6 +161,11 @@ FUSEDRNN_INLINE void sync_cluster() {}
 
 namespace fusedrnn {
 namespace cuda {
+
+#if !defined(FUSEDRNN_WARPS)
+#define FUSEDRNN_WARPS 8
+#endif
+constexpr int kWarps = FUSEDRNN_WARPS, kThreads = kWarps * kWarp;  // of a block
 
 FUSEDRNN_INLINE int lane() { return int(threadIdx.x % kWarp); }
 

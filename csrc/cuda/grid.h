@@ -14,11 +14,6 @@
 namespace fusedrnn {
 namespace cuda {
 
-#if !defined(FUSEDRNN_WARPS)
-#define FUSEDRNN_WARPS 8
-#endif
-constexpr int kWarps = FUSEDRNN_WARPS, kThreads = kWarps * kWarp;
-
 FUSEDRNN_INLINE constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
 // How the warps share a product of `rows` x `columns`, at most kWarps tiles of columns.
@@ -314,9 +309,9 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<S>& job) {
 }
 
 // Which cells can run all steps in one launch. A cell of two phases would need two products and two waits a step;
-// recurrent dropout changes what other blocks read of h.
+// recurrent dropout changes what other blocks read of h; layer norm needs sums over all units of a row.
 template <class Cell>
-constexpr bool kWhole = Cell::phases == 1 && !kRegularized<Cell>;
+constexpr bool kWhole = Cell::phases == 1 && !kRegularized<Cell> && !Cell::layer_norm;
 
 // What kernels.cu calls; nothing for cells that run step by step alone.
 template <class Cell, bool runs = kWhole<Cell>>

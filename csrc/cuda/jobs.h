@@ -43,9 +43,10 @@ struct ForwardJob {
   T* saved;                // (T, B, K*H), or with saved_step 0 (B, K*H), for a step's two phases; or null
   Index saved_step;        // elements from one time step to the next
   // step by step
-  S* operand;         // (B, H): what the recurrent product of the next step multiplies
-  const T* products;  // (B, R*H): weight_hh times it; of the second phase (B, H)
-  T* state_c;         // (B, H): c as it stands
+  S* operand;                       // (B, H): what the recurrent product of the next step multiplies
+  const T* products;                // (B, R*H): weight_hh times it; of the second phase (B, H)
+  T* state_c;                       // (B, H): c as it stands
+  const T *gain, *gain_c, *bias_c;  // (A*H), (H), (H): of layer norm
   Regularization rules;
   // all steps in one launch
   unsigned* arrived;  // one count for each tile of the batch, zero before the launch
@@ -67,6 +68,9 @@ struct BackwardJob {
   // step by step
   const T* chain;  // (B, H): weight_hh^T da of the step before in this direction; of the second phase d(r*h)
   T *direct, *dc;  // (B, H): what reaches the state before beside the product
+  const T *gain, *bias, *gain_c, *bias_c;  // of layer norm, as going forward
+  T* row;                                  // (B, A*H): room for a row's values
+  T* norm_sums;                            // (B, N*H), zeros before the first step; kNormSums in norm.h
   Regularization rules;
   // all steps in one launch
   unsigned* arrived;

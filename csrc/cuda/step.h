@@ -43,6 +43,12 @@ struct ForwardStep {
       job.operand[i] = S(h);
       return;
     }
+    finish(s, b, u, h, c);
+  }
+
+  // The state after step s.
+  FUSEDRNN_INLINE void finish(Index s, Index b, Index u, T h, T c) const {
+    const Index i = b * job.H + u;
     job.hT[i] = S(h);
     if (Cell::has_c) job.state_c[i] = c;
     if (Cell::has_c && s + 1 == job.steps.T) job.cT[i] = S(c);
@@ -53,8 +59,7 @@ struct ForwardStep {
     const Index i = b * job.H + u;
     T h = T(job.hT[i]);
     ForwardUnit<Cell, S>{job, b, u}.step2(time_of(job.steps, s), job.products[i], h);
-    job.hT[i] = S(h);
-    prepare(s + 1, b, u, h);
+    finish(s, b, u, h, T(0));
   }
 };
 

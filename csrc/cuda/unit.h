@@ -143,9 +143,7 @@ struct BackwardUnit {
       direct = dh;
       return;
     }
-    if (job.dy) dh += T(job.dy[at(t)]);
-    if (job.dh_states) dh += T(job.dh_states[at(t)]);
-    if (Cell::has_c && job.dc_states) dc += T(job.dc_states[at(t)]);
+    add_upstream(t, dh, dc);
     V saved[Cell::saved + 1], da[Cell::accumulators], dc_before = V::zero(), direct_before = V::zero();
     load_saved(t, saved);
     const V h_prev = Cell::reads_h_prev ? previous(t, job.y, job.h0) : V::zero();
@@ -160,6 +158,12 @@ struct BackwardUnit {
     const bool goes_on = linked(t);
     direct = Cell::has_direct && goes_on ? direct_before.v : T(0);
     dc = Cell::has_c && goes_on ? dc_before.v : T(0);
+  }
+
+  FUSEDRNN_INLINE void add_upstream(Index t, T& dh, T& dc) const {
+    if (job.dy) dh += T(job.dy[at(t)]);
+    if (job.dh_states) dh += T(job.dh_states[at(t)]);
+    if (Cell::has_c && job.dc_states) dc += T(job.dc_states[at(t)]);
   }
 
   // What step t reads beside products and state, and the step before it has not brought already.

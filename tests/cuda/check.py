@@ -1,11 +1,12 @@
 """Whether the kernels of one cell are right: what a mutant of them has to fail. Run by test_cuda_mutants.py.
 
-Usage: check.py CELL, of cells.def. The sources are those of FUSEDRNN_TEST_CSRC. Prints what is wrong in one
-line that begins with "values" or "emulation"; exit code 1.
+Usage: check.py CELL, of cells.def, or Regularized<> of one. The sources are those of FUSEDRNN_TEST_CSRC. Prints
+what is wrong in one line that begins with "values" or "emulation"; exit code 1.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -14,23 +15,25 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fusedrnn.backends.cuda_jobs import kernels_of
 from fusedrnn.backends.reference import ReferenceBackend
-from problems import CELLS, errors, problem, run
+from problems import CELLS, NORMED, errors, problem, run
 from test_cuda_kernels import EVERYTHING, KERNELS, ONE_PHASE, Cut
+from test_regularization import of
 
 # Sizes, units and rows of a block: several groups of rows in a tile, tiles, splits and chunks of k.
 CUTS = (((5, 11, 3, 11), 4, 9), ((2, 19, 2, 7), 3, 18), ((3, 5, 2, 33), 2, 3), ((2, 9, 2, 65), 4, 9))
 
 
-def check(cell) -> str:
+def check(cell, regularized) -> str:
     """What is wrong, or nothing."""
     for n, (sizes, units, rows) in enumerate(CUTS):
         small = n < 2
         for options in ({**EVERYTHING, "reverse": True}, EVERYTHING, {"return_states": True})[
             : 3 if small else 1
         ]:
-            p = problem(cell, *sizes, **options)
+            r = of("all", cell) if regularized else None
+            p = problem(cell, *sizes, regularization=r, **options)
             want = run(ReferenceBackend(), p)
-            for kernel in KERNELS if cell in ONE_PHASE else ("steps",):
+            for kernel in KERNELS if cell in ONE_PHASE and not regularized else ("steps",):
                 for seed in range(3 if small and kernel != "steps" else 1):
                     try:
                         got = run(Cut(kernel, units, rows, seed=seed), p)
@@ -44,7 +47,8 @@ def check(cell) -> str:
 
 if __name__ == "__main__":
     np.seterr(all="ignore")
-    (cell,) = (cell for cell in CELLS if kernels_of(cell).type == sys.argv[1])
-    found = check(cell)
+    pairs = itertools.product((*CELLS, *NORMED[:4]), (False, True))
+    (pair,) = (pair for pair in pairs if kernels_of(*pair).type == sys.argv[1])
+    found = check(*pair)
     print(found)
     sys.exit(1 if found else 0)

@@ -91,6 +91,9 @@ inline Sixteen<S> load_sixteen_shared_by_blocks(const S* p) {
 }
 inline uint32_t load_two(const uint16_t* p) { return p[0] | uint32_t(p[1]) << 16; }
 
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
+
 // Reads, so that the race detector sees it.
 template <class T>
 inline void prefetch(const T* p) {

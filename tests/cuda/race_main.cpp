@@ -72,6 +72,11 @@ size_t cluster_bytes(Index rows, Index columns, Index units, Index K) {
          size_t(splits * all_rows * all_columns + 2 * rows * units) * sizeof(Scalar);
 }
 
+fusedrnn::cuda::Regularization rules_of(uint64_t seed) {
+  const MaskRule rule{true, true, 1u << 31, 1};
+  return {seed, 0, rule, rule, rule};
+}
+
 void run(const Problem& p) {
   constexpr Index A = Cell::accumulators, X = Cell::input.count, R = Cell::recurrent.count, K = Cell::saved;
   const Index T_ = p.T, B = p.B, H = p.H, n = B * H;
@@ -97,6 +102,8 @@ void run(const Problem& p) {
   if (Cell::has_c) f.state_c = memory(n, one);
   if (K) f.saved = memory(T_ * n * K, one), f.saved_step = n * K;
   f.operand = memory(n, half), f.products = memory(n * R, one);
+  f.gain = f.bias, f.rules = rules_of(p.seed);
+  if (Cell::has_c) f.gain_c = f.bias_c = memory(H, one);
   f.units = p.units, f.rows = p.rows, f.chunk = kChunk;
 
   BackwardJob<S> b{};
@@ -106,11 +113,13 @@ void run(const Problem& p) {
   if (Cell::has_c) b.dcT = memory(n, half), b.dc_states = memory(T_ * n, half), b.dc0 = memory(n, half);
   b.da = memory(T_ * n * A, half), b.dh0 = memory(n, half);
   b.chain = memory(n, one), b.direct = memory(n, one), b.dc = memory(n, one);
+  b.gain = f.gain, b.bias = f.bias, b.gain_c = f.gain_c, b.bias_c = f.bias_c, b.rules = f.rules;
+  b.row = memory(n * A, one), b.norm_sums = memory(n * kNormSums<Cell>, Scalar(0));
   b.units = p.units, b.rows = p.rows, b.chunk = kChunk;
 
   uint64_t seed = p.seed * 100;
   const auto elementwise = [&](const char* name, auto kernel, auto... arguments) {
-    launch(name, 2, 1, 0, ++seed, kernel, arguments...);
+    launch(name, 2, 1, 64 * kWarps, ++seed, kernel, arguments...);
   };
   elementwise("begin_forward", begin_forward, f);
   for (Index s = 0; s < T_; ++s) {
@@ -124,7 +133,7 @@ void run(const Problem& p) {
   }
   elementwise("finish_backward", finish_backward, b);
   elementwise("operands", operands, b, memory(T_ * n, half), Cell::phases == 2 ? memory(T_ * n, half) : nullptr);
-  if (Cell::phases == 2) return;
+  if (!kWhole<Cell>) return;
 
   const unsigned x = unsigned(tiles_of(H, p.units)), y = unsigned(tiles_of(B, p.rows));
   const auto whole = [&](const char* name, auto kernel, auto job, size_t bytes) {

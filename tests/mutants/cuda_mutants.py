@@ -19,6 +19,7 @@ class Mutant(NamedTuple):
 
 
 GRID, CLUSTER, STEP, UNIT, TILE = ("grid.h", "cluster.h", "step.h", "unit.h", "tile.h")
+NORM, MASKS = "norm.h", "masks.h"
 
 MUTANTS = [
     # barriers
@@ -400,5 +401,128 @@ MUTANTS = [
         "previous(t, job.c, job.c0)",
         "previous(t, job.c, job.h0)",
         ("values",),
+    ),
+    # layer norm
+    Mutant(
+        "norm: sums of the last pass are overwritten while they are read",
+        NORM,
+        "  sync_block();  // what was there before has been read\n",
+        "",
+        ("values", "races"),
+        "LstmLayerNorm",
+    ),
+    Mutant(
+        "norm: sums read before they are there",
+        NORM,
+        "of_warps[threadIdx.x / kWarp * count + n] = sums[n];\n  sync_block();",
+        "of_warps[threadIdx.x / kWarp * count + n] = sums[n];",
+        ("values", "races"),
+        "LstmLayerNorm",
+    ),
+    Mutant(
+        "norm: the last exchange between lanes left out",
+        NORM,
+        "mask > 0; mask /= 2",
+        "mask > 1; mask /= 2",
+        ("values",),
+        "RnnTanhLayerNorm",
+    ),
+    Mutant(
+        "norm: a row goes on only where it is valid, in some threads",
+        NORM,
+        "    const RowNorm<CellState, T> norm_c(candidate, H);",
+        "    if (threadIdx.x >= H) return;\n    const RowNorm<CellState, T> norm_c(candidate, H);",
+        ("emulation",),
+        "LstmLayerNorm",
+    ),
+    Mutant(
+        "norm: a reset lost",
+        NORM,
+        "const bool cut = before(job.steps, t, b) == Before::nothing;",
+        "const bool cut = false;",
+        ("values",),
+        "LstmLayerNorm",
+    ),
+    Mutant(
+        "norm: dx keeps its part along x",
+        NORM,
+        "fnma(norm.x(u, s), V(sums[kNorms + n]), dx - V(sums[n]))",
+        "(dx - V(sums[n]))",
+        ("values",),
+        "GruResetAfterLayerNorm",
+    ),
+    Mutant(
+        "norm: sums over steps start anew",
+        NORM,
+        "sums[n * H + u] += x.v;",
+        "sums[n * H + u] = x.v;",
+        ("values",),
+        "RnnTanhLayerNorm",
+    ),
+    Mutant(
+        "norm: the gradient of c lacks what comes through its norm",
+        NORM,
+        "kept_dc[u] += back.da(u, 0, V(kept[u])).v;",
+        "back.da(u, 0, V(kept[u]));",
+        ("values",),
+        "LstmLayerNorm",
+    ),
+    Mutant(
+        "norm: dc passes a cut",
+        NORM,
+        "dc[u] = goes_on ? dc[u] + dc_before.v : T(0);",
+        "dc[u] = dc[u] + dc_before.v;",
+        ("values",),
+        "LstmLayerNorm",
+    ),
+    Mutant(
+        "norm: da at padding left as it was",
+        NORM,
+        "        for (int a = 0; a < A; ++a) da[a * H + u] = S(T(0));\n",
+        "",
+        ("values",),
+        "RnnTanhLayerNorm",
+    ),
+    # masks
+    Mutant("masks: of another unit", MASKS, "words[u % 4]", "words[0]", ("values",), "Regularized<Lstm>"),
+    Mutant(
+        "masks: zoneout the same at every step",
+        MASKS,
+        "uint32_t(t), uint32_t(kind)",
+        "0, uint32_t(kind)",
+        ("values",),
+        "Regularized<Lstm>",
+    ),
+    Mutant(
+        "masks: one for h and c",
+        MASKS,
+        "zoned(rules.zoneout_c, MaskKind::zoneout_c",
+        "zoned(rules.zoneout_c, MaskKind::zoneout_h",
+        ("values",),
+        "Regularized<Lstm>",
+    ),
+    Mutant(
+        "masks: dropout going forward alone",
+        STEP,
+        "unit.chained(s + 1) ? unit.rules().dropped(job.chain[i]) : T(0), direct",
+        "unit.chained(s + 1) ? job.chain[i] : T(0), direct",
+        ("values",),
+        "Regularized<Lstm>",
+    ),
+    Mutant(
+        "masks: what goes past the cell is lost",
+        UNIT,
+        "direct_before = direct_before + past_h, dc_before = dc_before + past_c;",
+        "dc_before = dc_before + past_c;",
+        ("values",),
+        "Regularized<Lstm>",
+    ),
+    Mutant(
+        "masks: r*h without dropout in the gradient of the weights",
+        STEP,
+        "rules.dropped(saved[0].v * value) : T(0)",
+        "saved[0].v * value : T(0)",
+        ("values",),
+        "Regularized<GruResetBefore>",
     ),
 ]

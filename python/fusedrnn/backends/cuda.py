@@ -12,7 +12,7 @@ import functools
 import importlib
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +44,7 @@ from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import LSTM, Cell
 
+MOST_SUMS = 8  # that a block of csrc/cuda/norm.h makes at once: two for each of four norms
 KERNEL, PRECISION = "FUSEDRNN_CUDA_KERNEL", "FUSEDRNN_CUDA_PRECISION"  # of the environment
 # Arrays of 16 bits are multiplied as they are, by the matrix units, and summed in float32.
 OF_16_BITS = {"float16": "fp16", "bfloat16": "bf16"}
@@ -69,6 +70,9 @@ class Packed:
     ih: Array  # (X*H, I)
     hh: Array  # (R*H, H)
     hh2: Array | None  # (H, H), of cells of two phases
+    gain: Array | None = None  # (A*H,), this and what follows of layer norm, in what is computed in
+    gain_c: Array | None = None  # (H,)
+    bias_c: Array | None = None  # (H,)
 
     @functools.cached_property
     def hh_t(self) -> Array:
@@ -150,8 +154,6 @@ class CudaBackend:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         device = self._ready()
         w, _, H = check_weights(cell, weights, dtypes_of(device), kind=_kind(device))
-        if cell.layer_norm:
-            raise ValueError("layer_norm: is not built in the cuda backend; cpu and reference have it")
         kernels = kernels_of(cell)
         dtype = w.weight_ih.dtype
         bias = device.zeros((kernels.accumulators, H), compute(dtype))
@@ -166,7 +168,13 @@ class CudaBackend:
         ih = _ordered(device, w.weight_ih, kernels.input.gates, H)
         hh = w.weight_hh[: kernels.recurrent.count * H]  # in their own order in every cell
         hh2 = w.weight_hh[kernels.recurrent2.gates[0] * H :] if kernels.two_phases else None
-        return Packed(device, cell, w, bias.reshape(-1), ih, hh, hh2)
+        packed = Packed(device, cell, w, bias.reshape(-1), ih, hh, hh2)
+        if not cell.layer_norm:
+            return packed
+        gain = device.empty((kernels.accumulators * H,), bias.dtype)
+        gain[: cell.gates * H], gain[cell.gates * H :] = w.gain_ih, w.gain_hh
+        gain_c, bias_c = (None if a is None else a.astype(bias.dtype) for a in (w.gain_c, w.bias_c))
+        return replace(packed, gain=gain, gain_c=gain_c, bias_c=bias_c)
 
     def forward(
         self,
@@ -279,6 +287,8 @@ class CudaBackend:
             run.whole(plan, "backward", job)
 
         dweights: dict[str, Array] = {}
+        if a.cell.layer_norm:
+            dweights |= run.norm_gradients(b.need)
         if "weight_ih" in b.need:
             dweights["weight_ih"] = device.empty((a.cell.gates * H, I), dtype)
             run.weight_gradient(rows, kernels.input, run.valid_x(), dweights["weight_ih"])
@@ -290,7 +300,7 @@ class CudaBackend:
             run.weight_gradient(rows, kernels.recurrent, h.reshape(T * B, H), out)
             if middle is not None:
                 run.weight_gradient(rows, kernels.recurrent2, middle.reshape(T * B, H), out)
-        if b.need & {"bias_ih", "bias_hh"}:
+        if not a.cell.layer_norm and b.need & {"bias_ih", "bias_hh"}:
             sums = run.sum(rows).reshape(-1, H)
             for name, parts in (
                 ("bias_ih", (kernels.input,)),
@@ -328,7 +338,7 @@ class CudaBackend:
         states = tuple(device.empty((T, B, H), dtype) for _ in a.cell.states) if a.return_states else None
         c = device.empty((T, B, H), run.compute) if save and kernels.has_c else None
         saved = None
-        if kernels.saved and (save or kernels.two_phases):
+        if kernels.saved and (save or kernels.two_phases or kernels.layer_norm):
             saved = device.empty((T if save else 1, B, kernels.saved * H), run.compute)
         projected = device.empty((T * B, kernels.input.count * H), run.compute)
         run.product(a.x.reshape(T * B, I), packed.ih.T, projected)
@@ -370,6 +380,8 @@ class CudaBackend:
         job.operand, job.products = run.pointer(operand), run.pointer(products)
         if kernels.has_c:
             job.state_c = run.pointer(run.scratch((B, H)))
+        for name in ("gain", "gain_c", "bias_c"):
+            setattr(job, name, run.pointer(getattr(packed, name)))
         job2 = job
         if packed.hh2 is not None:
             products2 = run.scratch((B, H))
@@ -378,7 +390,7 @@ class CudaBackend:
         run.each("begin_forward", B, job)
         for s in range(T):
             run.product(operand, packed.hh.T, products)
-            run.each("step_forward", B, job, Index(s))
+            run.step("step_forward", job, s)
             if packed.hh2 is not None:
                 run.product(operand, packed.hh2.T, products2)
                 run.each("step_forward2", B, job2, Index(s))
@@ -391,10 +403,16 @@ class CudaBackend:
         job.chain, job.direct = run.pointer(chain), run.pointer(direct)
         if run.kernels.has_c:
             job.dc = run.pointer(run.scratch((B, H)))
+        if run.kernels.layer_norm:
+            for name in ("gain", "bias", "gain_c", "bias_c"):
+                setattr(job, name, run.pointer(getattr(packed, name)))
+            job.row = run.pointer(run.scratch((B, run.kernels.accumulators * H)))
+            run.norm_sums[...] = 0
+            job.norm_sums = run.pointer(run.norm_sums)
         run.each("begin_backward", B, job)
         for s in reversed(range(T)):
             da_t = da[T - 1 - s if run.a.reverse else s]
-            run.each("step_backward", B, job, Index(s))
+            run.step("step_backward", job, s)
             if packed.hh2 is not None:
                 run.product(da_t[:, second.first * H :], packed.hh2, chain)
                 run.each("step_backward2", B, job, Index(s))
@@ -479,9 +497,21 @@ class _Launches:
         threads = 32 * self.device.warps
         blocks = min(-(-rows * self.a.sizes.H // threads), 32 * self.device.multiprocessors)
         if blocks:
-            self.device.launch(
-                self.kernels.type, self.dtype, kernel, (blocks, 1), args, precision=self.precision
-            )
+            self._launch(kernel, (blocks, 1), args)
+
+    def step(self, kernel: str, job: ForwardJob | BackwardJob, s: int) -> None:
+        """Step s: each unit by itself, or with layer norm a block for each row."""
+        blocks = min(self.a.sizes.B, 32 * self.device.multiprocessors)
+        if not self.kernels.layer_norm:
+            self.each(kernel, self.a.sizes.B, job, Index(s))
+        elif blocks:
+            shared = self.device.warps * MOST_SUMS * 8
+            self._launch(kernel, (blocks, 1), (job, Index(s)), shared)
+
+    def _launch(self, kernel: str, blocks: tuple[int, int], args: Any, shared: int = 0) -> None:
+        self.device.launch(
+            self.kernels.type, self.dtype, kernel, blocks, args, shared, precision=self.precision
+        )
 
     def whole(self, plan: Plan, direction: str, job: ForwardJob | BackwardJob) -> None:
         """All steps in one launch."""
@@ -518,6 +548,21 @@ class _Launches:
         sums = self.scratch((1, rows.shape[1]))
         self.product(ones, rows, sums)
         return sums
+
+    @functools.cached_property
+    def norm_sums(self) -> Array:
+        """(B, N, H): of layer norm, what ``norm_gradients`` is made of, for each row of the batch."""
+        return self.scratch((self.a.sizes.B, self.kernels.norm_sums, self.a.sizes.H))
+
+    def norm_gradients(self, need: Collection[str]) -> dict[str, Array]:
+        """Of the gains and biases."""
+        A, gates, dtype = self.kernels.accumulators, self.a.cell.gates, self.a.x.dtype
+        sums = self.norm_sums.sum(axis=0)  # gains, then biases: of the input part, of the recurrent one; of c
+        firsts = {"gain_ih": 0, "gain_hh": gates, "bias_ih": A, "bias_hh": A + gates}
+        found = {name: sums[first : first + gates].reshape(-1) for name, first in firsts.items()}
+        if self.kernels.has_c:
+            found |= {"gain_c": sums[2 * A], "bias_c": sums[2 * A + 1]}
+        return {name: d.astype(dtype) for name, d in found.items() if name in need}
 
     def weight_gradient(self, da: Array, part: Part, operand: Array, out: Array) -> None:
         """The gates of a weight's gradient that a part of the accumulators (T*B, A*H) gives, in PyTorch's

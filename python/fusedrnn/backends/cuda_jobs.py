@@ -43,7 +43,7 @@ class MaskRule(ctypes.Structure):
 
     @classmethod
     def of(cls, rate: float, kept: float, drawn: bool) -> MaskRule:
-        """That keeps a unit with probability 1 - rate, and gives it ``kept``; not drawn: gives that to all."""
+        """Gives ``kept`` to a unit with probability 1 - rate; not drawn: to all."""
         threshold = round(rate * 2**32)
         if drawn and threshold >= 2**32:
             return cls(True, False, 0, 0.0)
@@ -89,7 +89,7 @@ class ForwardJob(ctypes.Structure):
         ("H", Index),
         *_pointers("projected bias weight h0 c0 y hT cT h_states c_states c saved"),
         ("saved_step", Index),
-        *_pointers("operand products state_c"),
+        *_pointers("operand products state_c gain gain_c bias_c"),
         ("rules", Rules),
         *_pointers("arrived"),
         ("units", Index),
@@ -105,7 +105,7 @@ class BackwardJob(ctypes.Structure):
         ("steps", Steps),
         ("H", Index),
         *_pointers("weight y h0 c0 c saved dy dhT dcT dh_states dc_states da"),
-        *_pointers("dh0 dc0 chain direct dc"),
+        *_pointers("dh0 dc0 chain direct dc gain bias gain_c bias_c row norm_sums"),
         ("rules", Rules),
         *_pointers("arrived"),
         ("units", Index),
@@ -149,11 +149,17 @@ class CellKernels(NamedTuple):
     recurrent2: Part = Part(0, ())  # of cells of two phases
 
     regularized: bool = False  # recurrent dropout, zoneout
+    layer_norm: bool = False
 
     @property
     def whole(self) -> bool:
         """Whether all steps can run in one launch; ``kWhole`` of csrc/cuda/grid.h."""
-        return not (self.two_phases or self.regularized)
+        return not (self.two_phases or self.regularized or self.layer_norm)
+
+    @property
+    def norm_sums(self) -> int:
+        """``kNormSums`` of csrc/cuda/norm.h."""
+        return 2 * self.accumulators + 2 * self.has_c
 
     @property
     def two_phases(self) -> bool:
@@ -162,14 +168,17 @@ class CellKernels(NamedTuple):
 
 
 def kernels_of(cell: Cell, regularized: bool = False) -> CellKernels:
-    """The cell's name and layout in csrc/cells; not of one with layer norm, which has no kernels."""
-    plain = _plain(cell)
+    """The cell's name and layout in csrc/cells.
+
+    Raises:
+        ValueError: There are no kernels for it.
+    """
+    found = _normed(cell) if cell.layer_norm else _plain(cell)
     if not regularized:
-        return plain
-    candidate = isinstance(cell, RNN)  # h before zoneout, which backward reads
-    return plain._replace(
-        type=f"Regularized<{plain.type}>", saved=plain.saved + candidate, regularized=True
-    )
+        return found
+    # What zoneout is made of, where backward reads it: h, and with layer norm c.
+    candidate = isinstance(cell, RNN) or (cell.layer_norm and found.has_c)
+    return found._replace(type=f"Regularized<{found.type}>", saved=found.saved + candidate, regularized=True)
 
 
 def _plain(cell: Cell) -> CellKernels:
@@ -185,3 +194,20 @@ def _plain(cell: Cell) -> CellKernels:
         case GRU():
             three = Part(0, (0, 1, 2))
             return CellKernels("GruResetBefore", 3, 3, False, three, Part(0, (0, 1)), Part(2, (2,)))
+
+
+def _normed(cell: Cell) -> CellKernels:
+    """An accumulator for each part of each gate, the input part's first."""
+    if isinstance(cell, GRU) and not cell.reset_after:
+        raise ValueError(f"layer_norm: {cell} is not built in the cuda backend; use the reference")
+    gates, plain = cell.gates, _plain(cell)
+    order = tuple(range(gates))
+    return CellKernels(
+        f"{plain.type}LayerNorm",
+        2 * gates,
+        2 * gates,
+        plain.has_c,
+        Part(0, order),
+        Part(gates, order),
+        layer_norm=True,
+    )

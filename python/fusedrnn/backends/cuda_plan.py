@@ -131,9 +131,9 @@ def choose(
 ) -> Plan:
     """The plan of one pass; ``compute``: bytes of a number that is computed in.
 
-    Unless ``forced``: step by step where there is a single step or the cell knows no other way; else all steps in
-    one launch, by clusters or by the whole grid where the weights fit the blocks' shared memory, or where
-    every block passes once through its weights in a step, as the product of step by step does too.
+    Unless ``forced``: step by step where there is a single step or the cell knows no other way; else all
+    steps in one launch, by clusters or by the whole grid where the weights fit the blocks' shared memory, or
+    where every block passes once through its weights in a step, as the product of step by step does too.
 
     Raises:
         ValueError: The kernel that is forced cannot run this.
@@ -142,7 +142,8 @@ def choose(
     if T == 0 or B == 0 or forced == "steps" or (forced is None and (T == 1 or not cell.whole)):
         return steps
     if not cell.whole:
-        why = "recurrent dropout or zoneout" if cell.regularized else "two phases"
+        options = {"recurrent dropout or zoneout": cell.regularized, "layer norm": cell.layer_norm}
+        why = next((name for name, there in options.items() if there), "two phases")
         raise ValueError(f"kernel: {forced!r} cannot run {cell.type}, which has {why}; use 'steps'")
     tile, each = tile_columns(precision), Bytes.of(compute, precision)
     for kernels in (("cluster", "grid"), ("grid_streamed",)) if forced is None else ((forced,),):

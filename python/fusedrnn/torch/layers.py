@@ -254,8 +254,6 @@ class Recurrent(torch.nn.RNNBase):
         reason = self._misshapen(input, state)
         if reason is not None:
             return reason
-        if not data.is_cpu and (option := self._only_ours()) is not None:
-            return f"{option} is not built for a GPU"
         packs = self.__dict__.get("_fusedrnn_packed")
         if packs is None:
             packs = self.__dict__["_fusedrnn_packed"] = [PackedWeights() for _ in self._all_weights]
