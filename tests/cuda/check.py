@@ -1,7 +1,7 @@
 """Whether the kernels of one cell are right: what a mutant of them has to fail. Run by test_cuda_mutants.py.
 
-Usage: check.py CELL, of cells.def, or Regularized<> of one. The sources are those of FUSEDRNN_TEST_CSRC. Prints
-what is wrong in one line that begins with "values" or "emulation"; exit code 1.
+Usage: check.py CELL, of cells.def, or Regularized<> of one. The sources are those of FUSEDRNN_TEST_CSRC.
+Prints what is wrong in one line that begins with "values" or "emulation"; exit code 1.
 """
 
 from __future__ import annotations
