@@ -25,11 +25,12 @@ def algorithm(
     _, B, I, H = case.shape
     elman = case.cell.name == "rnn"
     forward_up_to, back_up_to = (384, 256) if elman else (192, 128)
-    if case.shape.H <= (back_up_to if backward else forward_up_to):
+    small = back_up_to if backward else forward_up_to
+    if small >= H:
         return SMALL_H
-    wide_enough = H <= 1024 and H % 128 == 0 and I % 128 == 0
+    fitting = H <= 1024 and H % 128 == 0 and I % 128 == 0
     one_layer = case.layers == 1 and not case.bidirectional
-    if dtype == "float16" and wide_enough and one_layer and _fits(case, B, H, capability, multiprocessors):
+    if dtype == "float16" and fitting and one_layer and _fits(case, B, H, capability, multiprocessors):
         return STATIC
     return STANDARD
 

@@ -96,7 +96,7 @@ def summary(report: dict[str, Any]) -> list[str]:
     rates = report["rates"]
     for mode, rate in rates["operations"].items():
         if rate is not None:
-            lines.append(f"matrix product, {mode}: {rate / 1e12:.1f} TFLOP/s (8192 cubed)")
+            lines.append(f"matrix product, {mode}: {rate / 1e12:.1f} TFLOP/s")
     if rates["bytes"] is not None:
         lines.append(f"memory: {rates['bytes'] / 1e9:.0f} GB/s (a copy, read and written)")
     if rates["step"] is not None:
