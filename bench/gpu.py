@@ -283,7 +283,7 @@ def epochs(run: Run) -> dict[str, Any]:
 
 
 def goals(run: Run) -> list[dict[str, Any]]:
-    """How far what was timed reaches what was promised."""
+    """How far what was timed reaches what is wanted."""
     from fusedrnn.bench import cuda
 
     return cuda.judge(run.rows, run.epoch)
