@@ -33,12 +33,7 @@ emulated = test_torch_gpu.device
 
 def test_the_suite_has_what_the_goals_speak_of():
     """Each goal has a row for every size it must be shown at, before anything is measured."""
-    rows = [
-        problems.describe(part) | {"mode": mode}
-        for case in problems.SUITES["gpu"]
-        for part in runner.passes(case)
-        for mode in modes.MODES
-    ]
+    rows = runner.expected(problems.SUITES["gpu"], list(modes.MODES))
     for goal in goals.GOALS:
         chosen = [row["shape"] for row in rows if goal.rows(row)]
         assert chosen, goal.name
@@ -342,7 +337,7 @@ ROWS = [
 
 
 def test_goals():
-    judged = {each["goal"]: each for each in cuda.judge(ROWS, epoch=25.0)}
+    judged = {each["goal"]: each for each in cuda.judge(ROWS, ROWS, epoch=25.0)}
     assert len(judged) == len(goals.GOALS) + 1
 
     def of(name):
@@ -353,7 +348,7 @@ def test_goals():
     assert of(f"LSTM fp16, forward, {range_}") == pytest.approx((2.0 / 1.5, 2.0 / 3.0, 1, 2, False))
     assert judged[f"LSTM fp16, forward, {range_}"]["row"] == "lstm 1024,16,768,768 forward fp16"
     assert of(f"LSTM fp16, forward + backward, {range_}") == pytest.approx((2.1, 1.05, 1, 1, True))
-    assert of(f"GRU bf16, forward, {range_}") == (None, None, 0, 0, False)
+    assert of(f"GRU bf16, forward, {range_}") == (None, None, 0, 1, False)
     assert judged[f"GRU bf16, forward, {range_}"]["failed"] == ["gru 256,1,256,256 forward bf16: no bfloat16"]
     assert of(f"GRU tf32, forward, {range_}") == (None, None, 0, 0, None)
     flash = "LSTM fp16, H = 768, B = 16, T = 1024"
@@ -363,7 +358,25 @@ def test_goals():
     assert of("ragged lengths: time / time of full") == (None, None, 0, 0, None)
     assert of("T = 1, B = 8, H = 256: times LSTMCell") == pytest.approx((2.0, 2.0, 1, 1, True))
     assert of(goals.EPOCH[0]) == pytest.approx((25.0, 1.25, 1, 1, True))
-    assert {each["goal"]: each["holds"] for each in cuda.judge(ROWS)}[goals.EPOCH[0]] is None
+    assert {each["goal"]: each["holds"] for each in cuda.judge(ROWS, ROWS)}[goals.EPOCH[0]] is None
+
+
+def test_a_goal_holds_only_where_all_of_it_was_measured():
+    (goal,) = (each for each in goals.GOALS if each.name.startswith("LSTM fp16, forward + backward, 192"))
+    second = row(Case(LSTM(), Shape(256, 1, 256, 256)), "fp16", ours=1.0, torch=4.0)
+    no_peer = row(Case(LSTM(), Shape(256, 1, 256, 256)), "fp16", {"torch": "no cuDNN"}, ours=1.0)
+    rows = [each for each in ROWS if goal.rows(each)]
+    assert len(rows) == 1
+
+    def of(rows, expected):
+        (found,) = (each for each in cuda.judge(rows, expected) if each["goal"] == goal.name)
+        return found["holds"], found["held"], found["rows"], found["not_measured"]
+
+    assert of([*rows, second], [*rows, second]) == (True, 2, 2, 0)
+    assert of(rows, [*rows, second]) == (None, 1, 2, 1)
+    assert of([*rows, no_peer], [*rows, second]) == (None, 1, 2, 1)
+    slow = row(Case(LSTM(), Shape(256, 2, 256, 256)), "fp16", ours=1.0, torch=1.9)
+    assert of([*rows, slow], [*rows, second]) == (False, 1, 3, 1)
 
 
 REPORT = {
@@ -392,9 +405,9 @@ def test_table():
     assert cells[0][-2:] == ["PERSIST_STATIC / STANDARD", "cluster / steps"]
     assert cells[5][2:8] == ["failed", "–", "–", "steps", "4.00", "–"]
     assert cells[6][header.index("against full")] == "+2%"
-    _, header, cells = cuda.goal_table(cuda.judge(ROWS))
+    _, header, cells = cuda.goal_table(cuda.judge(ROWS, ROWS))
     assert all(len(line) == len(header) for line in cells)
-    assert {line[-1] for line in cells} == {"yes", "no", "not measured"}
+    assert {line[-1] for line in cells} == {"yes", "no", "not all measured"}
 
 
 def test_summary():
@@ -457,7 +470,15 @@ def test_the_command(monkeypatch, tmp_path, capsys):
         options["progress"]("the bounds", 1, 2)
         return REPORT
 
+    def judge(rows, expected):
+        gru = [case for case in problems.SUITES["gpu"] if case.cell == GRU()]
+        if "goals" not in asked:
+            assert expected == runner.expected(gru, ["fp16", "tf32"])
+            asked["goals"] = goals.judge(rows, expected)
+        return asked["goals"]
+
     monkeypatch.setattr(cuda, "run", run)
+    monkeypatch.setattr(cuda, "judge", judge)
     file = tmp_path / "gpu.json"
     command = ["bench", "--device", "cuda", "--precision", "fp16,tf32", "--cell", "gru", "--json", str(file)]
     assert cli.main(command) == 0
@@ -467,7 +488,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "PERSIST_STATIC / STANDARD" in out
     assert "times LSTMCell" in out
-    assert bench.load(str(file)) == json.loads(json.dumps(REPORT | {"goals": cuda.judge(ROWS)}))
+    assert bench.load(str(file)) == json.loads(json.dumps(REPORT | {"goals": asked["goals"]}))
     assert cli.main(["bench", "--device", "cuda", "--shape", "5,3,2,17", "--forward"]) == 0
     assert asked["cases"] == (Case(LSTM(), Shape(5, 3, 2, 17), "forward"),)
     assert asked["suite"] is None
@@ -510,9 +531,10 @@ def test_the_script_writes_after_every_part(script, tmp_path, monkeypatch, capsy
     (file,) = tmp_path.iterdir()
     assert file.name.startswith("gpu-nvidia-h100-")
     found = json.loads(file.read_text())
+    every = runner.expected(problems.SUITES["gpu"], list(modes.MODES))
     assert list(found) == ["machine", "checks", "timing", "goals"]
     assert found["checks"]["result"] == {"failed": "RuntimeError: no such kernel"}
-    assert found["goals"]["result"] == json.loads(json.dumps(cuda.judge(ROWS, 25.0)))
+    assert found["goals"]["result"] == json.loads(json.dumps(cuda.judge(ROWS, every, 25.0)))
     lines = "\n".join(script.table(found))
     assert "checks: failed: RuntimeError: no such kernel" in lines
     assert "PERSIST_STATIC / STANDARD" in lines

@@ -245,15 +245,16 @@ def run_cuda(
     """The report of a run on a GPU, and how far it reaches the goals."""
     from fusedrnn.bench import cuda
 
+    modes = args.precision or list(cuda.MODES)
     report = cuda.run(
         cases,
         suite=suite,
-        modes=args.precision or list(cuda.MODES),
+        modes=modes,
         forward=args.forward,
         quick=args.quick,
         progress=progress,
     )
-    return report | {"goals": cuda.judge(report["rows"])}
+    return report | {"goals": cuda.judge(report["rows"], cuda.expected(cases, modes, args.forward))}
 
 
 def print_cuda(report: dict[str, Any]) -> None:

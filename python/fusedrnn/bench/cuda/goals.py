@@ -105,38 +105,51 @@ GOALS = (
 EPOCH = ("an epoch of the air pollution program: times PyTorch", 20.0)
 
 
-def judge(rows: Sequence[Row], epoch: float | None = None) -> list[dict[str, Any]]:
+def judge(rows: Sequence[Row], expected: Sequence[Row], epoch: float | None = None) -> list[dict[str, Any]]:
     """Each goal with its figure, that of the row that is furthest from it, and whether it holds.
 
-    ``ratio`` says how far it is reached, from 1 on it is. A goal without a figure holds neither way: None.
-    Where ours failed in a row of it, it does not hold.
+    ``ratio`` says how far it is reached, from 1 on it is. Where ours failed in a row, or one is too slow, the
+    goal does not hold; else, where a row was not measured, nobody knows: None.
 
     Args:
         rows: Of a run's report.
+        expected: What ``runner.expected`` says of the same cases: a run may end before all of them.
         epoch: The time of PyTorch's epoch divided by ours, where it was measured.
     """
-    return [*(_judged(goal, rows) for goal in GOALS), _verdict(*EPOCH, True, [(epoch, "")], [])]
+    measured = {(row["case"], row["mode"]) for row in rows}
+    absent = [row for row in expected if (row["case"], row["mode"]) not in measured]
+    of_epoch = _verdict(*EPOCH, True, [(epoch, "")], [], int(epoch is None))
+    return [*(_judged(goal, rows, absent) for goal in GOALS), of_epoch]
 
 
-def _judged(goal: Goal, rows: Sequence[Row]) -> dict[str, Any]:
+def _judged(goal: Goal, rows: Sequence[Row], absent: Sequence[Row]) -> dict[str, Any]:
     chosen = [row for row in rows if goal.rows(row)]
     figures = [(goal.value(row), f"{row['case']} {row['mode']}") for row in chosen]
     failed = [
         f"{row['case']} {row['mode']}: {row['failed'][OURS]}" for row in chosen if OURS in row["failed"]
     ]
-    return _verdict(goal.name, goal.wanted, goal.at_least, figures, failed)
+    without = sum(value is None for value, _ in figures) - len(failed) + sum(map(goal.rows, absent))
+    return _verdict(goal.name, goal.wanted, goal.at_least, figures, failed, without)
 
 
 def _verdict(
-    name: str, wanted: float, at_least: bool, figures: Sequence[tuple[float | None, str]], failed: list[str]
+    name: str,
+    wanted: float,
+    at_least: bool,
+    figures: Sequence[tuple[float | None, str]],
+    failed: list[str],
+    without: int,
 ) -> dict[str, Any]:
+    """``without``: the number of rows that nobody measured."""
     reached = sorted(_reached(figures, wanted, at_least))
     found: dict[str, Any] = {"goal": name, "wanted": wanted, "at_least": at_least}
     found |= {"figure": None, "ratio": None, "row": None}
     if reached:
         found["ratio"], found["figure"], found["row"] = reached[0]
-    found |= {"rows": len(reached), "held": sum(each[0] >= 1 for each in reached), "failed": failed}
-    found["holds"] = False if failed else bool(found["ratio"] >= 1) if reached else None
+    held = sum(each[0] >= 1 for each in reached)
+    found |= {"rows": len(reached) + len(failed) + without, "held": held, "failed": failed}
+    found["not_measured"] = without
+    found["holds"] = False if failed or held < len(reached) else None if without or not reached else True
     return found
 
 

@@ -73,9 +73,9 @@ def goal_table(judged: Sequence[dict[str, Any]]) -> Table:
     cells = []
     for goal in judged:
         sign = ">=" if goal["at_least"] else "<="
-        holds = {True: "yes", False: "no", None: "not measured"}[goal["holds"]]
+        holds = {True: "yes", False: "no", None: "not all measured"}[goal["holds"]]
         figures = [f"{goal[key]:.2f}" if goal[key] is not None else "–" for key in ("figure", "ratio")]
-        rows = f"{goal['held']} of {goal['rows'] + len(goal['failed'])}"
+        rows = f"{goal['held']} of {goal['rows']}"
         cells.append([goal["goal"], goal["row"] or "–", f"{sign} {goal['wanted']:g}", *figures, rows, holds])
     return "goals (a ratio of 1 or more: it holds)", header, cells
 

@@ -107,6 +107,12 @@ def passes(case: Case, forward: bool = False) -> list[Case]:
     return [alone] if forward else [alone, case]
 
 
+def expected(cases: Sequence[Case], modes: Sequence[str], forward: bool = False) -> list[Row]:
+    """What says of each row of a run which one it is."""
+    parts = [part for case in cases for part in passes(case, forward)]
+    return [problems.describe(part) | {"mode": mode} for part in parts for mode in modes]
+
+
 def ways(case: Case) -> list[str]:
     """PyTorch's ways to run it: the layer, where it can; a loop of cells only for a single step."""
     return [
