@@ -4,7 +4,7 @@
     python bench/gpu.py checks timing    some parts
 
 Needs PyTorch with CUDA and ``fusedrnn[cuda13]`` (or ``cuda12``). A part that fails is written down as failed,
-and the next one begins. cuDNN is timed through PyTorch, in the same run, in turn with ours.
+and the next one begins. What is timed is ``fusedrnn.bench.cuda``'s, as in ``fusedrnn bench --device cuda``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
@@ -37,6 +36,8 @@ class Run:
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
         self.found: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []  # of the timing
+        self.epoch: float | None = None  # the time of PyTorch's epoch divided by ours
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -99,11 +100,13 @@ def compiled(run: Run) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FUSEDRNN_CACHE"] = folder
         for cell in (RNN(), RNN(relu=True), LSTM(), GRU(), GRU(reset_after=False)):
-            for dtype in cuda_compile.DTYPES:
-                for precision in cuda_compile.PRECISIONS if (cell, dtype) == (LSTM(), "float") else ("ieee",):
-                    begin = time.monotonic()
-                    cuda_compile.cubin(kernels_of(cell).type, dtype, architecture, precision)
-                    found[f"{cell} {dtype} {precision}"] = round(time.monotonic() - begin, 2)
+            floats = cuda_compile.PRECISIONS if cell == LSTM() else ("ieee",)
+            ways = [*(("float", precision) for precision in floats), ("double", "ieee")]
+            ways += [("Half", "fp16"), ("Bfloat16", "bf16")]
+            for dtype, precision in ways:
+                begin = time.monotonic()
+                cuda_compile.cubin(kernels_of(cell).type, dtype, architecture, precision)
+                found[f"{cell} {dtype} {precision}"] = round(time.monotonic() - begin, 2)
     os.environ.pop("FUSEDRNN_CACHE")
     if kept is not None:
         os.environ["FUSEDRNN_CACHE"] = kept
@@ -258,152 +261,43 @@ def sanitizers(run: Run) -> dict[str, Any]:
 
 # --- fast -------------------------------------------------------------------------------------------------
 
-# (T, B, I, H): public results, what cuDNN's own kernels are made for and what not, odd sizes, one step.
-SHAPES = (
-    (1024, 16, 768, 768),
-    (256, 1, 256, 256),
-    (256, 16, 256, 256),
-    (256, 64, 256, 256),
-    (256, 16, 512, 512),
-    (256, 1, 1024, 1024),
-    (256, 16, 1024, 1024),
-    (256, 64, 1024, 1024),
-    (256, 32, 100, 300),
-    (30, 128, 7, 100),
-    (1, 8, 64, 256),
-)
-# cuDNN's name, dtype, whether its float32 products may be TF32; which of ours it is beside.
-PEERS = (
-    ("float32", False, "ieee"),
-    ("float32", True, "tf32"),
-    ("float16", False, "fp16"),
-    ("bfloat16", False, "bf16"),
-)
+
+def timing(run: Run) -> dict[str, Any]:
+    """``fusedrnn bench --device cuda``, with few repetitions and as far as the time goes."""
+    from fusedrnn import problems
+    from fusedrnn.bench import cuda
+
+    def note(row: dict[str, Any]) -> None:
+        run.rows.append(row)
+        print(cuda.line(row), flush=True)
+
+    limit = max(0.0, min(run.left() - 150, 270))  # what comes after wants some too
+    return cuda.run(problems.SUITES["gpu"], suite="gpu", quick=True, limit=limit, each=note)
 
 
-def _median_ms(work: Callable[[], Any], seconds: float) -> tuple[float, float, int]:
-    """Median and spread of a call's time by events, in milliseconds."""
-    import torch
+def epochs(run: Run) -> dict[str, Any]:
+    """An epoch of ``fusedrnn train pollution`` on the GPU beside the same in PyTorch."""
+    import pollution_epoch
 
-    for _ in range(3):
-        work()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    end = time.monotonic() + seconds
-    while len(times) < 5 or (time.monotonic() < end and len(times) < 200):
-        begin, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        after.record()
-        after.synchronize()
-        times.append(begin.elapsed_time(after))
-    quarter = statistics.quantiles(times, n=4)
-    return statistics.median(times), quarter[2] - quarter[0], len(times)
-
-
-def _layer(kind: str, shape: tuple[int, ...], dtype: str, ours: bool, training: bool) -> Callable[[], Any]:
-    """One call of a layer."""
-    import torch
-
-    from fusedrnn import torch as face
-
-    T, B, I, H = shape
-    module = getattr(face if ours else torch.nn, kind)(I, H, device="cuda", dtype=getattr(torch, dtype))
-    x = torch.randn(T, B, I, device="cuda", dtype=getattr(torch, dtype), requires_grad=training)
-    dy = torch.randn(T, B, H, device="cuda", dtype=getattr(torch, dtype))
-
-    def forward() -> None:
-        with torch.no_grad():
-            module(x)
-
-    def both() -> None:
-        y = module(x)[0]
-        torch.autograd.backward(y, dy)
-        module.zero_grad(set_to_none=True)
-        x.grad = None
-
-    work = both if training else forward
-    work()
-    if ours and module.last_path != "fused":
-        raise RuntimeError(module.last_path)
-    return work
-
-
-def timing(run: Run) -> list[dict[str, Any]]:
-    """cuDNN through PyTorch beside ours, forward and with backward."""
-    import torch
-
-    from fusedrnn.torch import gpu
-
-    backend: Any = gpu.backend()
-    rows: list[dict[str, Any]] = []
-    end = min(run.end - 120, time.monotonic() + 250)  # what comes after wants some too
-    for kind in ("LSTM", "GRU", "RNN"):
-        for shape in SHAPES:
-            for training in (False, True):
-                for dtype, tf32, precision in PEERS:
-                    if time.monotonic() > end:
-                        return rows
-                    torch.backends.cudnn.allow_tf32 = tf32
-                    row: dict[str, Any] = {"cell": kind, "shape": shape, "backward": training}
-                    row |= {"dtype": dtype, "tf32": tf32, "precision": precision}
-                    try:
-                        row["cudnn"] = _median_ms(_layer(kind, shape, dtype, False, training), 0.3)
-                    except RuntimeError as error:
-                        row["cudnn failed"] = str(error)[:200]
-                    os.environ["FUSEDRNN_CUDA_PRECISION"] = precision
-                    try:  # in float32 memory whatever the products' precision
-                        row["ours"] = _median_ms(_layer(kind, shape, "float32", True, training), 0.3)
-                        row["plan"] = str(backend.last_plan)
-                    except (RuntimeError, ValueError) as error:
-                        row["ours failed"] = str(error)[:200]
-                    finally:
-                        del os.environ["FUSEDRNN_CUDA_PRECISION"]
-                    rows.append(row)
-                    print(_line(row), flush=True)
-    return rows
-
-
-def _line(row: dict[str, Any]) -> str:
-    T = row["shape"][0]
-    both = "forward + backward" if row["backward"] else "forward"
-    peer = f"{row['dtype']}{' tf32' if row['tf32'] else ''}"
-    parts = [f"{row['cell']:4} {row['shape']!s:22} {both:18} {peer:13}"]
-    for who in ("cudnn", "ours"):
-        if who in row:
-            parts.append(f"{who} {row[who][0]:8.3f} ms {1000 * row[who][0] / T:8.2f} us a step")
-        else:
-            parts.append(f"{who} failed")
-    if "cudnn" in row and "ours" in row:
-        parts.append(f"ratio {row['cudnn'][0] / row['ours'][0]:5.2f}  {row['plan']}")
-    return "  ".join(parts)
-
-
-def bounds(run: Run) -> dict[str, Any]:
-    """Rates of cuBLAS, and of one step of almost no arithmetic, all blocks waiting for each other."""
-    import torch
-
-    found: dict[str, Any] = {}
-    for dtype, tf32 in (("float32", False), ("float32", True), ("bfloat16", False), ("float16", False)):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        a = torch.randn(8192, 8192, device="cuda", dtype=getattr(torch, dtype))
-        ms = _median_ms(lambda a=a: a @ a, 0.5)[0]
-        found[f"cuBLAS {dtype}{' tf32' if tf32 else ''}, TFLOP/s"] = 2 * 8192**3 / ms / 1e9
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for H in (8, 132, 1056):
-        p = small(4000, 1, 1, H, "rnn")
-        from fusedrnn.functional import forward
-
-        ms = _median_ms(lambda p=p: forward(p.cell, p.x, p.weights, save=None), 0.5)[0]
-        found[f"RNN, B = 1, H = {H}, us a step"] = ms / 4
+    found: dict[str, Any] = pollution_epoch.measure("cuda")
+    run.epoch = found["ratio"]
     return found
+
+
+def goals(run: Run) -> list[dict[str, Any]]:
+    """How far what was timed reaches what is wanted."""
+    from fusedrnn import problems
+    from fusedrnn.bench import cuda
+
+    return cuda.judge(run.rows, cuda.expected(problems.SUITES["gpu"], list(cuda.MODES)), run.epoch)
 
 
 PARTS: dict[str, Callable[[Run], Any]] = {  # what is wanted most first
     "machine": machine,
     "checks": checks,
-    "bounds": bounds,
     "timing": timing,
+    "epochs": epochs,
+    "goals": goals,
     "promises": promises,
     "sanitizers": sanitizers,
     "compiled": compiled,
@@ -412,11 +306,17 @@ PARTS: dict[str, Callable[[Run], Any]] = {  # what is wanted most first
 
 def table(found: dict[str, Any]) -> Iterator[str]:
     """What to read first."""
+    from fusedrnn.bench import cuda
+    from fusedrnn.terminal import plain_table
+
     for name, part in found.items():
         result = part["result"]
-        if name == "timing" and isinstance(result, list):
-            yield from map(_line, result)
-        elif isinstance(result, dict):
+        if name == "timing" and "rows" in result:
+            yield plain_table(*cuda.table(result), left=2)
+            yield from cuda.summary(result)
+        elif isinstance(result, list):
+            yield plain_table(*cuda.goal_table(result), left=2)
+        else:
             for key, value in result.items():
                 yield f"{name}: {key}: {value}"
 
@@ -432,14 +332,16 @@ def main() -> None:
     if unknown:
         parser.error(f"expected parts out of {', '.join(PARTS)}, got {', '.join(unknown)}")
     run = Run(given.seconds)
-    for name, work in PARTS.items():
-        if name == "machine" or not given.parts or name in given.parts:
-            run.part(name, work)
-    facts = run.found["machine"]["result"]
-    name = re.sub(r"[^a-z0-9]+", "-", str(facts.get("gpu", "none")).lower()).strip("-")
     given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"gpu-{name}-{datetime.date.today():%Y-%m-%d}.json"
-    path.write_text(json.dumps(run.found, indent=1, default=str) + "\n")
+    path = given.out / "gpu-none.json"
+    for name, work in PARTS.items():
+        if name != "machine" and given.parts and name not in given.parts:
+            continue
+        run.part(name, work)
+        if name == "machine":
+            gpu = re.sub(r"[^a-z0-9]+", "-", str(run.found[name]["result"].get("gpu", "none")).lower())
+            path = given.out / f"gpu-{gpu.strip('-')}-{datetime.date.today():%Y-%m-%d}.json"
+        path.write_text(json.dumps(run.found, indent=1, default=str) + "\n")  # so far; a part may hang
     print("\n".join(table(run.found)))
     print(f"written: {path}")
 

@@ -862,6 +862,16 @@ def test_the_gradient_matrix(gpu):
     assert sum(r.passed is True for r in rows) == 3 * 2 * len(options) - 2
 
 
+def test_the_gradient_matrix_of_a_forced_kernel_leaves_out_what_it_cannot_run(gpu, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_CUDA_KERNEL", "grid_streamed")
+    rows = gradmatrix.run_matrix(
+        cells=["gru"], backends=["cuda"], sizes=gradmatrix.QUICK[:1], options=["plain", "zoneout"]
+    )
+    ran = {(r.cell, r.option): r.passed for r in rows}
+    assert ran.pop(("gru", "plain")) is True
+    assert set(ran.values()) == {None}
+
+
 def test_info_shows_plans(gpu, capsys):
     found = system.info()
     assert found["backends"]["cuda"] is None

@@ -12,6 +12,7 @@ import pytest
 
 import fusedrnn.cells.lstm
 from fusedrnn import backends, gradmatrix
+from fusedrnn.backends.protocol import NotBuilt
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import CELLS
 from fusedrnn.gradmatrix import (
@@ -224,7 +225,7 @@ def test_one_that_raises_fails_and_the_others_still_run(broken):
 
 def test_what_is_not_built_is_not_run(broken):
     def forward(out):
-        raise ValueError('save: "borders" is not built in this backend')
+        raise NotBuilt('save: "borders" is not built in this backend')
 
     broken(forward)
     (row,) = run_broken()

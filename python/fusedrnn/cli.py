@@ -112,24 +112,33 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name:{width}}  {value}")
 
 
+# What of ``bench`` is for one device alone.
+OF_A_DEVICE = {"cpu": ("dtype", "peers", "backend", "threads", "memory", "plot"), "cuda": ("precision",)}
+
+
 def add_bench(parser: argparse.ArgumentParser) -> None:
     from fusedrnn import bench, problems
+    from fusedrnn.bench.cuda import MODES
 
     parser.description = (
         "Times a layer beside its peers: PyTorch's ways to run it, ONNX Runtime, JAX and DeZero, as far as "
         "they are installed and can do the same. All take part in one run with the same numbers and the same "
         "count of threads; each result is checked before it is timed. A ratio above 1 means that fusedrnn is "
-        "faster."
+        "faster. With --device cuda our PyTorch modules beside PyTorch's own, which run cuDNN, forward and "
+        "with backward: microseconds a step, and per cent of what this GPU allows."
+    )
+    parser.add_argument(
+        "--device", choices=list(OF_A_DEVICE), default="cpu", help="where it runs (default: %(default)s)"
     )
     cases = parser.add_mutually_exclusive_group()
     cases.add_argument(
         "--suite",
         choices=list(problems.SUITES),
-        default="core",
         help="the list of cases: core, eleven shapes in training; programs, published models; rl, ragged "
         "sequences, resets and single steps; pytorch, our PyTorch modules in the place of PyTorch's, also in "
-        "whole training steps; wide and deepbench, larger shapes of other benchmarks; of each, "
-        "cases of more than about 5 s a call are left out (default: %(default)s)",
+        "whole training steps; wide and deepbench, larger shapes of other benchmarks; gpu, what a GPU is "
+        "compared at; of each, on a CPU, cases of more than about 5 s a call are left out (default: core; "
+        "with --device cuda gpu)",
     )
     cases.add_argument(
         "--shape",
@@ -140,7 +149,13 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cell", choices=list(CELLS), help="the cell (default: as the suite lists them)")
     parser.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float32", help="the dtype (default: %(default)s)"
+        "--dtype", choices=("float32", "float64"), help="the dtype (default: float32); on a CPU"
+    )
+    parser.add_argument(
+        "--precision",
+        type=names(list(MODES)),
+        metavar="NAMES",
+        help=f"out of {','.join(MODES)} (default: all); on a GPU",
     )
     parser.add_argument("--forward", action="store_true", help="forward only in place of forward + backward")
     parser.add_argument(
@@ -166,12 +181,17 @@ def check_writable(option: str, path: str | None) -> None:
 def run_bench(args: argparse.Namespace) -> None:
     from fusedrnn import bench, problems
 
+    for device, options in OF_A_DEVICE.items():
+        for option in options if device != args.device else ():
+            if getattr(args, option) not in (None, False):
+                raise ValueError(f"--{option}: not with --device {args.device}")
     check_writable("--json", args.json)
     check_writable("--plot", args.plot)
     if args.plot:
         from fusedrnn.bench import plot  # says what to install where matplotlib is missing
     cell = CELLS[args.cell]() if args.cell else None
-    listed = problems.SUITES[args.suite]
+    suite = args.suite or ("core" if args.device == "cpu" else "gpu")
+    listed = problems.SUITES[suite]
     if args.shape:
         listed = tuple(problems.Case(cell or CELLS["lstm"](), each) for each in args.shape)
     cases = problems.select(listed, cell, args.forward)
@@ -187,20 +207,26 @@ def run_bench(args: argparse.Namespace) -> None:
             else:
                 bar.advance(what)
 
-        report = bench.run(
-            cases,
-            suite=None if args.shape else args.suite,
-            dtype=args.dtype,
-            peers=args.peers,
-            backend=args.backend,
-            threads=args.threads,
-            quick=args.quick,
-            peaks=args.memory,
-            progress=progress,
-        )
+        if args.device == "cuda":
+            report = run_cuda(args, cases, None if args.shape else suite, progress)
+        else:
+            report = bench.run(
+                cases,
+                suite=None if args.shape else suite,
+                dtype=args.dtype or "float32",
+                peers=args.peers,
+                backend=args.backend,
+                threads=args.threads,
+                quick=args.quick,
+                peaks=args.memory,
+                progress=progress,
+            )
     note("")
     if args.json:
         bench.save(report, args.json)
+    if args.device == "cuda":
+        print_cuda(report)
+        return
     terminal.table(*bench.table(report))
     if args.memory:
         terminal.table(*bench.memory_table(report))
@@ -208,6 +234,38 @@ def run_bench(args: argparse.Namespace) -> None:
         print(line)
     if args.plot:
         plot.draw(report, args.plot)
+
+
+def run_cuda(
+    args: argparse.Namespace,
+    cases: Sequence[Any],
+    suite: str | None,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """The report of a run on a GPU, and how far it reaches the goals."""
+    from fusedrnn.bench import cuda
+
+    modes = args.precision or list(cuda.MODES)
+    report = cuda.run(
+        cases,
+        suite=suite,
+        modes=modes,
+        forward=args.forward,
+        quick=args.quick,
+        progress=progress,
+    )
+    return report | {"goals": cuda.judge(report["rows"], cuda.expected(cases, modes, args.forward))}
+
+
+def print_cuda(report: dict[str, Any]) -> None:
+    """Tables and lines of a run on a GPU."""
+    from fusedrnn.bench import cuda
+
+    terminal.table(*cuda.table(report), left=2)
+    for line in cuda.summary(report):
+        print(line)
+    if report["suite"] == "gpu":
+        terminal.table(*cuda.goal_table(report["goals"]), left=2)
 
 
 def add_gradcheck(parser: argparse.ArgumentParser) -> None:

@@ -136,6 +136,23 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case(LSTM(), Shape(629, 128, 128, 128), name="benchdnn paddlepaddle"),
         Case(LSTM(), Shape(2000, 8, 256, 256), name="PyTorch issue 81634", layers=2),
     ),
+    "gpu": (
+        # The published comparison on an H100: NX-AI/flashrnn, speed_experiments/kernel_speed_benchmark.py.
+        *(Case(cell, Shape(1024, 16, 768, 768), name="FlashRNN") for cell in (LSTM(), GRU())),
+        # Beyond what cuDNN's kernels of all steps hold, and multiples of 128, which its fp16 LSTM wants.
+        *(
+            Case(cell, Shape(256, B, H, H))
+            for H, B in ((256, 64), (512, 16), (1024, 16), (256, 1), (1024, 64), (256, 16), (1024, 1))
+            for cell in (LSTM(), GRU())
+        ),
+        *(Case(LSTM(), Shape(1, 8, 64, 256), "step", face=face) for face in ("cell", "layer")),
+        *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (LSTM(), GRU()) for B in (8, 128)),
+        *(Case(cell, Shape(100, 64, 64, 256), ragged=True) for cell in (LSTM(), GRU())),
+        *(Case(cell, Shape(256, 32, 100, 300)) for cell in (LSTM(), GRU())),  # sizes that are no multiples
+        Case(LSTM(), Shape(30, 128, 7, 100), name="pollution"),
+        *(Case(LSTM(), Shape(256, B, 128, 128)) for B in (1, 64)),  # cuDNN's kernel for small H
+        Case(RNN(), Shape(256, 16, 512, 512)),
+    ),
     "deepbench": tuple(Case(cell, Shape(T, B, H, H)) for cell, T, B, H in _DEEPBENCH),
 }
 

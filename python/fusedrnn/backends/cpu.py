@@ -19,7 +19,16 @@ from fusedrnn.backends.arguments import (
     check_regularization,
     check_weights,
 )
-from fusedrnn.backends.protocol import NEED, Array, Forward, Gradients, Regularization, State, Weights
+from fusedrnn.backends.protocol import (
+    NEED,
+    Array,
+    Forward,
+    Gradients,
+    NotBuilt,
+    Regularization,
+    State,
+    Weights,
+)
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
 
 try:
@@ -69,7 +78,7 @@ def _cell_id(cell: Cell) -> int:
     if cell.layer_norm:
         name += "_layer_norm"
         if name not in _core.CELLS:
-            raise ValueError(f"layer_norm: {cell} is not built in the cpu backend; use the reference")
+            raise NotBuilt(f"layer_norm: {cell} is not built in the cpu backend; use the reference")
     return int(_core.CELLS.index(name))
 
 

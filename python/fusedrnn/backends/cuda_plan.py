@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fusedrnn.backends.cuda_jobs import CellKernels
+from fusedrnn.backends.protocol import NotBuilt
 
 KERNELS = ("steps", "grid", "grid_streamed", "cluster")
 ROWS = 8  # of a warp's tile; kRows in csrc/cuda/tile.h
@@ -144,7 +145,7 @@ def choose(
     if not cell.whole:
         options = {"recurrent dropout or zoneout": cell.regularized, "layer norm": cell.layer_norm}
         why = next((name for name, there in options.items() if there), "two phases")
-        raise ValueError(f"kernel: {forced!r} cannot run {cell.type}, which has {why}; use 'steps'")
+        raise NotBuilt(f"kernel: {forced!r} cannot run {cell.type}, which has {why}; use 'steps'")
     tile, each = tile_columns(precision), Bytes.of(compute, precision)
     for kernels in (("cluster", "grid"), ("grid_streamed",)) if forced is None else ((forced,),):
         plans = [

@@ -35,6 +35,10 @@ Array = npt.NDArray[Any]
 State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; h is (B, P), c is (B, H)
 
 
+class NotBuilt(ValueError):
+    """This backend, or the kernel that was asked for, does not have it; another one does."""
+
+
 class Weights(NamedTuple):
     """Weights of one layer and direction, laid out as in PyTorch; gradients of them use the same tuple."""
 

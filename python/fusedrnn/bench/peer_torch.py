@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusedrnn.bench.participants import Results, named, not_installed
 from fusedrnn.cells import RNN
 from fusedrnn.problems import Case, Data
+
+
+class Place(NamedTuple):
+    """Where a participant's tensors are, and of what dtype."""
+
+    device: str = "cpu"
+    dtype: str | None = None  # None: that of the numbers as they were drawn
+
+
+CPU = Place()
 
 
 class Torch:
@@ -20,11 +30,13 @@ class Torch:
 
     modules = "torch.nn"  # where they come from
 
-    def __init__(self, data: Data, threads: int) -> None:
+    def __init__(self, data: Data, threads: int, place: Place = CPU) -> None:
         import torch
 
         self.torch = torch
         self.data = data
+        self.place = place
+        self.dtype = getattr(torch, place.dtype or str(data.x.dtype))
         case = data.case
         self.module = self.build()
         values = [value for weights in data.weights for value in weights[:4]]  # PyTorch has no layer norm
@@ -35,13 +47,13 @@ class Torch:
                 else:
                     parameter.copy_(torch.from_numpy(value))
         self.training = case.kind in ("training", "update")
-        self.x = torch.from_numpy(data.x).requires_grad_(self.training)
+        self.x = self.tensor(data.x).requires_grad_(self.training)
         self.inputs = [self.x, *self.module.parameters()]
-        self.upstream = [torch.from_numpy(d) for d in (data.dy, *data.dstateT)]
-        self.state0 = None if data.state0 is None else tuple(map(torch.from_numpy, data.state0))
+        self.upstream = [self.tensor(d) for d in (data.dy, *data.dstateT)]
+        self.state0 = None if data.state0 is None else tuple(map(self.tensor, data.state0))
         if data.reset is not None:  # as replay buffers keep it
-            self.starts = torch.from_numpy(data.reset.astype(data.x.dtype))
-        if data.lengths is not None:
+            self.starts = self.tensor(data.reset.astype(data.x.dtype))
+        if data.lengths is not None:  # on the CPU, where PyTorch wants them
             self.lengths = torch.from_numpy(data.lengths)
         self.update = Update(self) if case.kind == "update" else None
 
@@ -54,6 +66,10 @@ class Torch:
         if case.ragged or case.resets:
             return "the layer by itself knows no lengths and no resets"
         return None
+
+    def tensor(self, array: Any) -> Any:
+        """An array's numbers at the place."""
+        return self.torch.from_numpy(array).to(self.place.device, self.dtype)
 
     def build(self) -> Any:
         """The module, its parameters in the order of ``data.weights``."""
@@ -69,7 +85,7 @@ class Torch:
 
     def options(self) -> dict[str, Any]:
         """What layers and cells take alike."""
-        found: dict[str, Any] = {"dtype": getattr(self.torch, str(self.data.x.dtype))}
+        found: dict[str, Any] = {"dtype": self.dtype, "device": self.place.device}
         if isinstance(self.data.case.cell, RNN):
             found["nonlinearity"] = "relu" if self.data.case.cell.relu else "tanh"
         return found
@@ -96,12 +112,17 @@ class Torch:
         if self.update is not None:
             return {"losses": np.array([self.update() for _ in range(5)])}
         outputs, gradients = self()
-        y, *stateT = [o.detach().numpy() for o in outputs]
+        y, *stateT = map(self.array, outputs)
         if gradients is None:
             return named(self.data, y, stateT)
-        dx, *rest = [g.numpy() for g in gradients]
+        dx, *rest = map(self.array, gradients)
         dweights = [rest[k : k + 4] for k in range(0, len(rest), 4)]
         return named(self.data, y, stateT, dx, dweights)
+
+    def array(self, tensor: Any) -> Any:
+        """A result as an array; NumPy has no bfloat16."""
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.dtype is self.torch.bfloat16 else tensor).numpy()
 
     @property
     def path(self) -> str:
@@ -166,8 +187,8 @@ class Update:
 class TorchCell(Torch):
     """A loop over time that calls ``LSTMCell``, ``GRUCell`` or ``RNNCell``; states times a mask at resets."""
 
-    def __init__(self, data: Data, threads: int) -> None:
-        super().__init__(data, threads)
+    def __init__(self, data: Data, threads: int, place: Place = CPU) -> None:
+        super().__init__(data, threads, place)
         self.upstream[1:] = [d[0] for d in self.upstream[1:]]
         self.state0 = None if self.state0 is None else tuple(s[0] for s in self.state0)
 
@@ -247,13 +268,18 @@ class Face(Torch):
 class FaceLayer(Face):
     """The layers of ``fusedrnn.torch``, with its lengths and resets."""
 
+    def __init__(self, data: Data, threads: int, place: Place = CPU) -> None:
+        super().__init__(data, threads, place)
+        reset = None if data.reset is None else self.torch.from_numpy(data.reset).to(place.device)
+        lengths = None if data.lengths is None else self.lengths
+        self.more = {"lengths": lengths, "reset": reset}
+
     @classmethod
     def refuses(cls, case: Case, dtype: str) -> str | None:
         return None
 
     def outputs(self) -> list[Any]:
-        more = {"lengths": self.data.lengths, "reset": self.data.reset}
-        y, state = self.module(self.x, self.pair(self.state0), **more)
+        y, state = self.module(self.x, self.pair(self.state0), **self.more)
         return [y, *state] if isinstance(state, tuple) else [y, state]
 
 
