@@ -947,6 +947,7 @@ def driver(monkeypatch):
                     arguments = (function, launch)
                 calls.append((name, *arguments))
                 answers = {"cuOccupancyMaxActiveBlocksPerMultiprocessor": 1, "cuModuleLoadData": "module"}
+                answers["cuDriverGetVersion"] = 13010  # CUDA 13.1
                 answers["cuOccupancyMaxActiveClusters"] = (
                     1 if name != "cuOccupancyMaxActiveClusters" else (int(arguments[-1].gridDimX <= 8))
                 )
@@ -1000,6 +1001,16 @@ def test_launches(driver):
     beyond = real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     assert ("cuFuncSetAttribute", b"grid_forward", beyond, 99_000) in calls
     assert [call for call in calls if call[0] == "setDevice"] == [("setDevice", 1)] * 2
+
+
+@bindings
+def test_a_fatbin_of_the_package_is_loaded_where_the_driver_takes_it(driver, monkeypatch):
+    device, calls, _, _ = driver
+    asked = []
+    monkeypatch.setattr(cuda_cupy.cuda_compile, "shipped", lambda *key: asked.append(key) or b"fatbin")
+    device.launch("Lstm", "float", "step_forward", (7, 1), (ctypes.c_int64(), ctypes.c_int64()))
+    assert asked == [("Lstm", "float", "sm_90", "ieee", (13, 1))]
+    assert ("cuModuleLoadData", b"fatbin") in calls
 
 
 @bindings
