@@ -32,6 +32,7 @@ from fusedrnn.backends.cuda import KERNEL, CudaBackend, Tape
 from fusedrnn.backends.cuda_jobs import kernels_of
 from fusedrnn.backends.protocol import NEED, Regularization, Weights
 from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.gradcheck import GradcheckError, gradcheck
 from problems import (
     CELLS,
     OPTIONS,
@@ -872,6 +873,80 @@ def test_the_gradient_matrix_of_a_forced_kernel_leaves_out_what_it_cannot_run(gp
     assert set(ran.values()) == {None}
 
 
+GRADCHECKS = pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (L.RNN, {}),
+        (L.LSTM, {"num_layers": 2, "dropout": 0.5}),
+        (L.GRU, {"num_layers": 2, "bidirectional": True}),
+        (L.LSTM, {"fused": False, "layer_norm": True, "num_layers": 2, "dropout": 0.5}),
+    ],
+    ids=["rnn", "lstm-2", "gru-bi", "unfused-norm"],
+)
+
+
+@GRADCHECKS
+@pytest.mark.parametrize("method", ["oracle", "central"])
+def test_gradcheck_of_a_layer(gpu, kind, options, method):
+    """With lengths and a reset; afterwards the layer is as it was, and where it was."""
+    np.random.seed(0)
+    layer = kind(3, dtype=np.float64, **options)
+    layer.to_gpu()
+    reset = np.zeros((4, 3), bool)
+    reset[2, 0] = True
+    calls = {"lengths": [4, 2, 3], "reset": put(reset)}
+    x = put(np.random.randn(4, 3, 2))
+    layer(x)  # its sizes are known from here on, and where it can it carries a state
+    before = {n: p._data for n, p in layer.named_params()}
+    h = layer.h
+    assert gradcheck(layer, x, method=method, options=calls, fast_mode=method == "central")
+    assert layer.gpu
+    assert layer.h is h
+    assert all(p._data is before[n] for n, p in layer.named_params())
+
+
+@pytest.mark.parametrize("method", ["oracle", "central"])
+def test_gradcheck_of_one_step_and_a_state(gpu, method):
+    np.random.seed(0)
+    layer = L.LSTM(3, in_size=2, dtype=np.float64)
+    layer.to_gpu()
+    x, h, c = put(*(np.random.randn(2, n) for n in (2, 3, 3)))
+    assert gradcheck(layer, (x, (h, c)), method=method)
+
+
+@pytest.mark.parametrize("method", ["oracle", "central"])
+@pytest.mark.parametrize("tensor", ["dx", "dweights"])
+def test_gradcheck_finds_a_wrong_gradient(gpu, monkeypatch, method, tensor):
+    """Of the backend that runs there: that is what was evaluated."""
+    backend = backends.get("cuda")
+    backward = backend.backward
+
+    def wrong(*args, **kwargs):
+        found = backward(*args, **kwargs)
+        array = found.dx if tensor == "dx" else found.dweights.weight_hh
+        array[(0,) * array.ndim] = array[(0,) * array.ndim] * 1.01
+        return found
+
+    monkeypatch.setattr(backend, "backward", wrong)
+    layer = L.GRU(3, in_size=2, dtype=np.float64)
+    layer.to_gpu()
+    name = {"dx": r"gradient of x|/ d inputs\[0\]", "dweights": "(gradient of|/ d) weight_hh"}[tensor]
+    with pytest.raises(GradcheckError, match=name):
+        gradcheck(layer, put(np.random.randn(4, 3, 2)), method=method)
+
+
+def test_gradcheck_of_a_function_of_variables(gpu):
+    a, b = (fusedrnn.Variable(put(np.random.randn(3, 2))) for _ in range(2))
+    assert gradcheck(lambda a, b: F.tanh(a) * b, (a, b))
+
+
+def test_gradcheck_of_a_model(gpu):
+    np.random.seed(0)
+    net = Net(L.GRU, dtype=np.float64)
+    net.to_gpu()
+    assert gradcheck(net, put(np.random.randn(3, 2, 2)))
+
+
 def test_info_shows_plans(gpu, capsys):
     found = system.info()
     assert found["backends"]["cuda"] is None
@@ -1014,6 +1089,7 @@ def driver(monkeypatch):
                     arguments = (function, launch)
                 calls.append((name, *arguments))
                 answers = {"cuOccupancyMaxActiveBlocksPerMultiprocessor": 1, "cuModuleLoadData": "module"}
+                answers["cuDriverGetVersion"] = 13010  # CUDA 13.1
                 answers["cuOccupancyMaxActiveClusters"] = (
                     1 if name != "cuOccupancyMaxActiveClusters" else (int(arguments[-1].gridDimX <= 8))
                 )
@@ -1067,6 +1143,16 @@ def test_launches(driver):
     beyond = real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     assert ("cuFuncSetAttribute", b"grid_forward", beyond, 99_000) in calls
     assert [call for call in calls if call[0] == "setDevice"] == [("setDevice", 1)] * 2
+
+
+@bindings
+def test_a_fatbin_of_the_package_is_loaded_where_the_driver_takes_it(driver, monkeypatch):
+    device, calls, _, _ = driver
+    asked = []
+    monkeypatch.setattr(cuda_cupy.cuda_compile, "shipped", lambda *key: asked.append(key) or b"fatbin")
+    device.launch("Lstm", "float", "step_forward", (7, 1), (ctypes.c_int64(), ctypes.c_int64()))
+    assert asked == [("Lstm", "float", "sm_90", "ieee", (13, 1))]
+    assert ("cuModuleLoadData", b"fatbin") in calls
 
 
 @bindings

@@ -33,7 +33,9 @@ KERNELS = [
     "finish_backward", "operands", "grid_forward", "grid_backward", "grid_forward_streamed",
     "grid_backward_streamed",
 ]  # fmt: skip
-KINDS = (("float", "ieee"), ("double", "ieee"), ("Half", "fp16"), ("Bfloat16", "bf16"))  # dtypes, precisions
+KINDS = [
+    way for way in cuda_compile.WAYS if way[0] != "float" or way[1] == "ieee"
+]  # dtypes, each its own way
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from fusedrnn import cuda
 from fusedrnn import stack as layered
 from fusedrnn.autograd import Parameter, Variable
 from fusedrnn.backends.protocol import Array, Regularization, Weights
@@ -70,7 +71,7 @@ def gradcheck(
         inputs: One input or a tuple of them, nested as the function takes them. Checked are arrays of float32
             or float64, of Variables and tensors those that require a gradient. A recurrent layer of ours
             takes ``x`` or ``(x, state)``, x (B, I) or (T, B, I); without a state it begins with the one it
-            carries.
+            carries. A layer on a GPU takes CuPy's arrays; it is evaluated there and compared on the CPU.
         eps: ``central``: the step. None: the cube root of the machine epsilon times max(1, abs(x)).
         atol, rtol: ``central``: passed where ``abs(a - n) <= atol + rtol * abs(n)`` for every element, as in
             PyTorch; rtol None: 300 * epsilon**(2/3) (1.1e-8 in float64, 7e-3 in float32); atol None: that,
@@ -246,7 +247,12 @@ def _rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype in (np.float32, np.float64)
+    return cuda.is_array(value) and value.dtype in (np.float32, np.float64)
+
+
+def _host(value: Any) -> Array:
+    """A copy as a NumPy array, of an array or of a variable's."""
+    return np.array(cuda.as_numpy(value._data if isinstance(value, Variable) else value))
 
 
 class _World:
@@ -326,18 +332,18 @@ class _World:
 
 
 class _VariableWorld(_World):
-    """Our Variables; of a layer also its parameters."""
+    """Our Variables; of a layer also its parameters. On a GPU are theirs; all that is compared is NumPy's."""
 
     def __init__(self, func: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         super().__init__(func, inputs, options)
         self.layer = func if isinstance(func, Layer) else None
         self.kept = _Kept(self.layer)
         if self.layer is not None and any(p._data is None for p in self.kept.params.values()):
-            self._call(self.arguments([Variable(v.copy()) for v in self.values]))  # settles lazy sizes
+            self._call(self.arguments(self.given(self.values)))  # settles lazy sizes
         wanted = {n: p for n, p in self.kept.params.items() if p._data is not None and p.requires_grad}
         self.params = list(wanted.values())
         self.names += wanted
-        self.values += [p._data.copy() for p in self.params]
+        self.values += map(_host, self.params)
 
     def __enter__(self) -> _World:
         self.kept.remember()
@@ -351,7 +357,13 @@ class _VariableWorld(_World):
         return _is_float(leaf) or (isinstance(leaf, Variable) and leaf.requires_grad and _is_float(leaf.data))
 
     def to_array(self, leaf: Any) -> Array:
-        return np.array(leaf.data if isinstance(leaf, Variable) else leaf)
+        return _host(leaf)
+
+    def given(self, values: Sequence[Array]) -> list[Variable]:
+        """What to call with, each where its leaf is: the first values; the others are the parameters'."""
+        leaves = [self.leaves[k][1] for k in self.slots]
+        arrays = [leaf._data if isinstance(leaf, Variable) else leaf for leaf in leaves]
+        return [Variable(cuda.like(v.copy(), a)) for v, a in zip(values, arrays, strict=False)]
 
     def _call(self, arguments: Any) -> list[Any]:
         if isinstance(self.layer, Recurrent):
@@ -359,32 +371,33 @@ class _VariableWorld(_World):
             lengths = self.options.get("lengths")
             if lengths is not None and "y" in found and found["y"].ndim == 3:
                 # states are held past a row's end, but what comes in there as gradient is never read
-                valid = np.arange(len(found["y"]))[:, np.newaxis] < np.asarray(lengths)
-                at = valid if len(self.layer.suffixes) == 1 else (slice(None), valid)
+                valid = np.nonzero(np.arange(len(found["y"]))[:, np.newaxis] < cuda.as_numpy(lengths))
+                at = tuple(cuda.like(index, found["y"]._data) for index in valid)
+                at = at if len(self.layer.suffixes) == 1 else (slice(None), *at)
                 found = {n: v[at] if n.endswith("every step") else v for n, v in found.items()}
             return list(found.values())
         return [leaf for _, leaf in _flatten(self.func(*arguments, **self.options)) if leaf is not None]
 
     def run(self, values: Sequence[Array]) -> tuple[list[Array], Pull]:
         self.kept.restore_states()
-        given = [Variable(v.copy()) for v in values[: len(self.slots)]]
+        given = self.given(values)
         for p, v in zip(self.params, values[len(self.slots) :], strict=True):
-            p.assign(v.copy())
+            p.assign(cuda.like(v.copy(), p._data))
         everything = [*given, *self.params]
         outputs = self._call(self.arguments(given))
         for y in outputs:
             if not isinstance(y, Variable):
                 raise GradcheckError(f"outputs: got {type(y).__name__}, expected Variables")
-        self._check_unchanged([v._data for v in everything], values)
+        self._check_unchanged([cuda.as_numpy(v._data) for v in everything], values)
 
         def pull(upstream: list[Array]) -> list[Any]:
             for v in everything:
                 v.cleargrad()
             _backward(list(zip(outputs, upstream, strict=True)))
-            self._check_unchanged([v._data for v in everything], values)
-            return [None if v.grad is None else v.grad._data for v in everything]
+            self._check_unchanged([cuda.as_numpy(v._data) for v in everything], values)
+            return [None if v.grad is None else cuda.as_numpy(v.grad._data) for v in everything]
 
-        return [np.array(y._data) for y in outputs], pull
+        return [_host(y) for y in outputs], pull
 
 
 class _TorchWorld(_World):
@@ -516,7 +529,7 @@ def _x_and_state(layer: Recurrent, arguments: Sequence[Any]) -> tuple[Any, Any]:
 
 def _backward(pairs: Sequence[tuple[Variable, Array]]) -> None:
     """Gradients of the sum of ``(output * upstream).sum()``; the upstream gradients arrive exactly."""
-    terms = [(y * u).sum() for y, u in pairs if y.requires_grad]
+    terms = [(y * cuda.like(u, y._data)).sum() for y, u in pairs if y.requires_grad]
     if terms:
         total = terms[0]
         for term in terms[1:]:
@@ -677,12 +690,12 @@ def _oracle(
         begin = layer.state if state is None and not layer.bidirectional else state
         call = _Call(
             layer,
-            _array(x).astype(layer.dtype),
-            None if begin is None else [_array(s).astype(layer.dtype) for s in begin],
-            *_drawn(layer, world, (x, state), options, seed),
+            _host(x).astype(layer.dtype),
+            None if begin is None else [_host(s).astype(layer.dtype) for s in begin],
+            *_drawn(layer, world, x, state, options, seed),
             options,
         )
-        variables = [Variable(v.copy()) for v in world.values[: len(world.slots)]]
+        variables = world.given(world.values)
         everything = [*variables, *world.params]
         # leaf 0 of the inputs is x, the others are the state
         tensors = ["x" if k == 0 else layer.cell.states[k - 1] for k in world.slots]
@@ -697,9 +710,12 @@ def _oracle(
                 outputs = _call_recurrent(layer, world.arguments(variables), options)
                 with _breaking_off():
                     _backward([(outputs[name], u) for name, u in upstream.items() if name in outputs])
-            world._check_unchanged([v._data for v in everything], world.values)
-            gradients = {n: v.grad and v.grad._data for n, v in zip(tensors, everything, strict=True)}
-            return {n: y._data for n, y in outputs.items()}, gradients
+            world._check_unchanged([cuda.as_numpy(v._data) for v in everything], world.values)
+            gradients = {
+                n: None if v.grad is None else cuda.as_numpy(v.grad._data)
+                for n, v in zip(tensors, everything, strict=True)
+            }
+            return {n: cuda.as_numpy(y._data) for n, y in outputs.items()}, gradients
 
         rng = np.random.default_rng(seed)
         shapes = {name: y.shape for name, y in call.reference({}, layer.dtype)[0].items()}
@@ -728,12 +744,8 @@ def _oracle(
                     _same(label, got, again[k][name], nondet_tol)
 
 
-def _array(value: Any) -> Array:
-    return np.asarray(value.data if isinstance(value, Variable) else value)
-
-
 def _drawn(
-    layer: Recurrent, world: _VariableWorld, arguments: Any, options: Mapping[str, Any], seed: int
+    layer: Recurrent, world: _VariableWorld, x: Any, state: Any, options: Mapping[str, Any], seed: int
 ) -> tuple[Sequence[Array] | None, Regularization | None]:
     """What the layer draws: the masks of dropout between layers, and its regularization with the seed.
 
@@ -744,8 +756,11 @@ def _drawn(
     world.kept.restore_states()
     twin = copy.copy(layer)
     twin.fused, twin.backend = True, "reference"
+    twin.to_cpu()  # with the parameters, which are the layer's own
     with _fixed_random(seed):
-        node = _call_recurrent(twin, arguments, options)["y"].creator
+        node = _call_recurrent(twin, (_host(x), state and tuple(map(_host, state))), options)["y"].creator
+    if layer.gpu:
+        layer.to_gpu()
     while not isinstance(node, Fused):
         assert node is not None
         node = node.inputs[0].creator
@@ -781,10 +796,12 @@ class _Call:
             return stacked(upstream[name]) if name in upstream else None
 
         def widened(p: Variable) -> Array:
-            return np.asarray(p._data).astype(dtype)
+            return cuda.as_numpy(p._data).astype(dtype)
 
         slots = [layer._slots(suffix) for suffix in layer.suffixes]
-        options: dict[str, Any] = {n: None if a is None else np.asarray(a) for n, a in self.options.items()}
+        options: dict[str, Any] = {
+            n: None if a is None else cuda.as_numpy(a) for n, a in self.options.items()
+        }
         out = layered.forward_stack(
             layer.cell,
             self.x.astype(dtype)[np.newaxis] if step else self.x.astype(dtype),

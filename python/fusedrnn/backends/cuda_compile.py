@@ -2,6 +2,10 @@
 
 The code of a cell, dtype and architecture is kept on disk in ``$FUSEDRNN_CACHE``, else in
 ``$XDG_CACHE_HOME/fusedrnn``, else in ``~/.cache/fusedrnn``, under a hash of all that it depends on.
+
+A package may bring such code: fatbins, made by nvcc from the same sources with the same flags when it was
+built. cmake/fatbin.py makes them and takes flags and key from here, so this file imports the standard library
+alone.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +23,9 @@ from typing import Any
 WARPS = 8  # of a block; FUSEDRNN_WARPS
 DTYPES = {"float32": "float", "float64": "double", "float16": "Half", "bfloat16": "Bfloat16"}  # in C++
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16")  # of csrc/cuda/tile.h
+# In C++ the dtypes, each with the precisions that it knows.
+WAYS = (*(("float", p) for p in PRECISIONS), ("double", "ieee"), ("Half", "fp16"), ("Bfloat16", "bf16"))
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # of a fatbin, and PTX of the last
 _HERE = Path(__file__).resolve()
 
 
@@ -30,8 +38,61 @@ def sources() -> Path:
     raise RuntimeError(f"the sources of the CUDA kernels, csrc/cuda, are not beside {_HERE.parents[1]}")
 
 
+def code(cell: str, dtype: str, architecture: str, precision: str, driver: tuple[int, int]) -> bytes:
+    """What a driver of this version of CUDA loads: the fatbin that came with the package, else a cubin."""
+    return shipped(cell, dtype, architecture, precision, driver) or cubin(
+        cell, dtype, architecture, precision
+    )
+
+
+def shipped(
+    cell: str, dtype: str, architecture: str, precision: str, driver: tuple[int, int]
+) -> bytes | None:
+    """The fatbin that came with the package, if it is of these sources and the driver takes it.
+
+    A driver loads machine code by every toolkit of its own major version or an older one, and compiles PTX
+    by those that are not newer than itself. PTX is for GPUs newer than every architecture of the fatbin. Any
+    other is left to NVRTC, though some would take a neighbour's machine code: sm_87 need not take sm_86's.
+    """
+    folder = sources() / "cuda" / "fatbin"
+    name = f"{cell}-{dtype}-{precision}"
+    try:
+        made = json.loads((folder / f"{name}.json").read_text())
+    except OSError:
+        return None
+    toolkit = tuple(made["cuda"])
+    if architecture in ARCHITECTURES:
+        taken = driver[0] >= toolkit[0]
+    else:
+        taken = _number(architecture) > max(map(_number, ARCHITECTURES)) and driver >= toolkit
+    if not taken or made["key"] != fatbin_key(cell, dtype, precision):
+        return None
+    return (folder / f"{name}.fatbin").read_bytes()
+
+
+def fatbin_key(cell: str, dtype: str, precision: str) -> str:
+    """Of everything that a fatbin depends on but nvcc itself."""
+    return _key(flags(cell, dtype, precision), ARCHITECTURES)
+
+
+def _number(architecture: str) -> int:
+    return int(architecture.removeprefix("sm_"))
+
+
+def flags(cell: str, dtype: str, precision: str) -> list[str]:
+    """What NVRTC and nvcc are told alike; beside it they get architectures and the folders of headers."""
+    return [
+        "--std=c++17",
+        "--fmad=false",
+        f"--define-macro=FUSEDRNN_CELL={cell}",
+        f"--define-macro=FUSEDRNN_DTYPE={dtype}",
+        f"--define-macro=FUSEDRNN_PRECISION={precision}",
+        f"--define-macro=FUSEDRNN_WARPS={WARPS}",
+    ]
+
+
 def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee") -> bytes:
-    """Code for a GPU.
+    """Code for a GPU by NVRTC, of this run or of an earlier one.
 
     Args:
         cell: A type of csrc/cells/cells.def, or Regularized<> of one.
@@ -43,17 +104,9 @@ def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee") -> 
     Raises:
         RuntimeError: NVRTC refuses; the message is its own.
     """
-    options = [
-        f"--gpu-architecture={architecture}",
-        "--std=c++17",
-        "--fmad=false",
-        f"--define-macro=FUSEDRNN_CELL={cell}",
-        f"--define-macro=FUSEDRNN_DTYPE={dtype}",
-        f"--define-macro=FUSEDRNN_PRECISION={precision}",
-        f"--define-macro=FUSEDRNN_WARPS={WARPS}",
-    ]
+    options = [f"--gpu-architecture={architecture}", *flags(cell, dtype, precision)]
     name = cell.replace("<", "-").rstrip(">")  # Regularized<Lstm>
-    path = _cache() / f"{name}-{dtype}-{precision}-{architecture}-{_key(options)}.cubin"
+    path = _cache() / f"{name}-{dtype}-{precision}-{architecture}-{_key(options, version())}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
     folder = sources()
@@ -78,9 +131,9 @@ def _cache() -> Path:
     return Path(base) / "fusedrnn" if base else Path("~/.cache/fusedrnn").expanduser()
 
 
-def _key(options: list[str]) -> str:
-    """Of everything that the code depends on."""
-    digest = hashlib.sha256(repr((options, version())).encode())
+def _key(*said: Any) -> str:
+    """A hash of the sources, and of what a compiler is told and is."""
+    digest = hashlib.sha256(repr(said).encode())
     folder = sources()
     used = [
         folder / "steps.h",

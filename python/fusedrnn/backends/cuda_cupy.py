@@ -204,12 +204,14 @@ class CupyDevice:
         _call("cuLaunchKernelEx", config, function, ctypes.addressof(addresses), 0)
 
     def _function(self, cell: str, dtype: str, precision: str, kernel: str) -> Any:
-        """A kernel, loaded; what it is compiled from is cached by ``cuda_compile``."""
+        """A kernel, loaded; ``cuda_compile`` finds or makes its code."""
         module = (cell, dtype, precision)
         with self._lock:
             if (*module, kernel) not in self._functions:
                 if module not in self._modules:
-                    code = cuda_compile.cubin(cell, dtype, self.architecture, precision)
+                    version = _call("cuDriverGetVersion")
+                    driver = version // 1000, version % 1000 // 10
+                    code = cuda_compile.code(cell, dtype, self.architecture, precision, driver)
                     self._modules[module] = _call("cuModuleLoadData", code)
                 function = _call("cuModuleGetFunction", self._modules[module], kernel.encode())
                 if kernel.startswith(("grid", "cluster")):  # beyond 48 KiB only when asked for

@@ -1,0 +1,62 @@
+"""csrc/cuda made by nvcc into a fatbin: code for all of ``cuda_compile.ARCHITECTURES`` in one file.
+
+CMakeLists.txt runs it, in a build that may have no package but the standard library:
+
+    fatbin.py                      prints the names of all that can be made
+    fatbin.py NAME NVCC FOLDER     makes FOLDER/NAME.fatbin, and NAME.json, by which ``shipped`` knows it
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+# Flags and key come from the module that compiles at run time; at the end of the path, where its neighbours
+# hide nothing.
+sys.path.append(str(Path(__file__).parents[1] / "python" / "fusedrnn" / "backends"))
+import cuda_compile
+
+TYPES = ("RnnTanh", "RnnRelu", "Lstm", "GruResetAfter", "GruResetBefore")
+
+
+def names() -> list[str]:
+    """Every plain cell, dtype and precision."""
+    return [f"{cell}-{dtype}-{precision}" for cell in TYPES for dtype, precision in cuda_compile.WAYS]
+
+
+def build(name: str, nvcc: str, folder: Path) -> None:
+    """Code of every architecture, and PTX of the last, which drivers compile for newer GPUs."""
+    cell, dtype, precision = name.split("-")
+    numbers = [architecture.removeprefix("sm_") for architecture in cuda_compile.ARCHITECTURES]
+    targets = [(f"compute_{n}", f"sm_{n}") for n in numbers]
+    targets.append((f"compute_{numbers[-1]}", f"compute_{numbers[-1]}"))
+    csrc = cuda_compile.sources()
+    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    version = re.search(r"release (\d+)\.(\d+)", said)
+    if version is None:
+        raise SystemExit(f"{nvcc} --version: expected a line with its release, got {said!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [
+            nvcc,
+            "--fatbin",
+            *cuda_compile.flags(cell, dtype, precision),
+            *(f"--generate-code=arch={virtual},code={real}" for virtual, real in targets),
+            f"--include-path={csrc}",
+            str(csrc / "cuda" / "kernels.cu"),
+            f"--output-file={folder / name}.fatbin",
+        ],
+        check=True,
+    )
+    made = {"key": cuda_compile.fatbin_key(cell, dtype, precision), "cuda": [*map(int, version.groups())]}
+    (folder / f"{name}.json").write_text(json.dumps(made))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print(*names(), sep=";", end="")
+    else:
+        build(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
