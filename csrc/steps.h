@@ -30,11 +30,11 @@ FUSEDRNN_INLINE bool valid(const Steps& steps, Index t, Index b) { return t < le
 FUSEDRNN_INLINE Index first_time(const Steps& steps, Index b) { return steps.reverse ? length_of(steps, b) - 1 : 0; }
 FUSEDRNN_INLINE Index last_time(const Steps& steps, Index b) { return steps.reverse ? 0 : length_of(steps, b) - 1; }
 
-// A cut lies between t-1 and t in time, in both directions; in reverse the state enters t from t+1.
+// A cut lies between t-1 and t in time, in both directions; in reverse the state enters t from t+1. It is noted there:
+FUSEDRNN_INLINE Index cut_of(const Steps& steps, Index t, Index b) { return (steps.reverse ? t + 1 : t) * steps.B + b; }
 FUSEDRNN_INLINE Before before(const Steps& steps, Index t, Index b) {
   const bool first = t == first_time(steps, b);
-  const Index cut = steps.reverse ? t + 1 : t;
-  if (steps.reset && !(steps.reverse && first) && steps.reset[cut * steps.B + b]) return Before::nothing;
+  if (steps.reset && !(steps.reverse && first) && steps.reset[cut_of(steps, t, b)]) return Before::nothing;
   return first ? Before::start : Before::previous;
 }
 

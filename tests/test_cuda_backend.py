@@ -296,7 +296,7 @@ def test_all_arrays_stay_on_the_device(cell, backend):
 
 
 @pytest.mark.parametrize(
-    "argument", ["x", "lengths", "reset", "weight_hh", "bias_ih", "state0", "dy", "dstateT", "dstates"]
+    "argument", ["x", "reset", "weight_hh", "bias_ih", "state0", "dy", "dstateT", "dstates"]
 )
 def test_an_array_of_numpy_among_those_of_a_gpu(argument):
     p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
@@ -309,6 +309,15 @@ def test_an_array_of_numpy_among_those_of_a_gpu(argument):
         TypeError, match=rf"^{argument}( h)?: expected an array of the GPU \(CuPy\), got numpy.ndarray"
     ):
         run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), mixed)
+
+
+def test_lengths_may_be_numpys(backend):
+    p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
+    mixed = replace(hidden(p), lengths=p.lengths)
+    got = run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), mixed)
+    assert_same_bits({key: a.get() for key, a in got.items()}, run(backend, p))
+    with pytest.raises(ValueError, match=r"^lengths: expected 0 <= lengths <= T = 3"):
+        run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), replace(mixed, lengths=p.lengths + 1))
 
 
 @pytest.mark.parametrize("dtype", ["g", "i8", ">f4", ">f2"])

@@ -149,7 +149,9 @@ struct Grid {
   // for, not after.
   template <class Unit>
   FUSEDRNN_INLINE void prefetch_step(Index s) const {
-    const Index t = time_of(job.steps, s);
+    const Index t = time_of(job.steps, s), cut = cut_of(job.steps, t, first_row);
+    if (job.steps.reset && threadIdx.x < rows && cut + threadIdx.x < job.steps.T * job.steps.B)
+      prefetch(job.steps.reset + cut + threadIdx.x);
     each(0, job.rows, [&](Index r, Index j) { Unit{job, first_row + r, first_unit + j}.prefetch_step(t); });
   }
 };

@@ -3,7 +3,7 @@
 Every wrong argument is a TypeError (wrong kind of thing, wrong dtype) or a ValueError (wrong shape or value)
 that names the argument, what it got and what was expected. Arrays come out aligned and C-contiguous (``x``
 only along its last axis: any strides over T and B, in whole elements), and are copied only where needed. They
-are NumPy's, or of the kind that a backend says.
+are NumPy's, or of the kind that a backend says; ``lengths`` may always be NumPy's.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def check_forward(
             _checked(f"state0 {n}", s, dtype, (B, H), kind) for n, s in zip(cell.states, given, strict=True)
         )
     if lengths is not None:
-        _array("lengths", lengths, kind)
+        _array("lengths", lengths, NUMPY if isinstance(lengths, np.ndarray) else kind)
         if lengths.dtype.kind not in "iu":
             raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
         _shape("lengths", lengths, (B,))

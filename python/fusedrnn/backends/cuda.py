@@ -193,7 +193,8 @@ class CudaBackend:
     ) -> Forward:
         """One layer, one direction, the whole sequence.
 
-        With ``save="borders"`` the tape keeps no more than with None, and backward runs all of forward again.
+        ``lengths`` may be NumPy's: then nothing waits for the GPU to know their values. With
+        ``save="borders"`` the tape keeps no more than with None, and backward runs all of forward again.
         """
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if packed.cell != check_cell(cell):
@@ -214,6 +215,8 @@ class CudaBackend:
             dtypes=dtypes_of(packed.device),
             kind=_kind(packed.device),
         )
+        if isinstance(a.lengths, np.ndarray):  # whose values were checked without waiting for the GPU
+            a = a._replace(lengths=packed.device.asarray(a.lengths))
         if a.state0 is not None and a.save is not None:
             a = a._replace(state0=tuple(s.copy() for s in a.state0))  # a tape does not borrow it
         way = self._way()

@@ -347,7 +347,10 @@ class Recurrent(torch.nn.RNNBase):
                 raise ValueError(f"lengths: expected shape {expected}, got {tuple(lengths.shape)}")
             options = {**options, "lengths": lengths if batched else lengths.unsqueeze(0)}
         if options["reset"] is not None:
-            reset = torch.as_tensor(options["reset"], device="cpu").detach()
+            reset = options["reset"]
+            if not isinstance(reset, Tensor) or reset.device != input.device:
+                reset = torch.as_tensor(reset, device="cpu")
+            reset = reset.detach()
             expected = tuple(input.shape[:-1])
             if reset.shape != expected:
                 raise ValueError(f"reset: expected shape {expected}, got {tuple(reset.shape)}")

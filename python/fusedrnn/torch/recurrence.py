@@ -170,7 +170,8 @@ def sequence(t: Tensor | None) -> Any:
 
 def known(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
     """The options of a call on x (T, B, I) with ``lengths``, ``reset`` and ``regularization`` as the backend
-    of its device takes them, values checked."""
+    of its device takes them, values checked. ``lengths`` stay on the CPU, where nobody waits for
+    their values."""
     lengths, reset, regularization = options["lengths"], options["reset"], options["regularization"]
     if lengths is None and reset is None and regularization is None:
         return options
@@ -180,7 +181,7 @@ def known(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
         found, T = whole(lengths.to(torch.int64)), len(x)
         if found.size and (found.min() < 0 or found.max() > T):
             raise ValueError(f"lengths: expected 0 to T = {T}, got {found.min()} to {found.max()}")
-        lengths = found if x.is_cpu else whole(lengths.to(x.device, torch.int64))
+        lengths = found
     if reset is not None:
         if reset.dtype is not torch.bool:
             if not bool(((reset == 0) | (reset == 1)).all()):
