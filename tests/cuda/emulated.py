@@ -17,9 +17,11 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from fusedrnn.backends.cuda_graph import Graphs
 
 HERE = Path(__file__).parent
 MUTANT = os.environ.get("FUSEDRNN_TEST_CSRC")  # other sources than those of this tree
@@ -107,6 +109,26 @@ def rounded(a: Any, precision: str) -> Any:
     return np.where(np.isfinite(a), nearest.astype(np.uint32).view(np.float32), a)
 
 
+class _Place(NamedTuple):
+    """Where an array lies, and how."""
+
+    address: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, a: Any) -> _Place:
+        return cls(a.ctypes.data, a.dtype, a.shape, a.strides)
+
+    def array(self) -> Any:
+        size = self.dtype.itemsize + sum(
+            (n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)
+        )
+        memory = (ctypes.c_char * size).from_address(self.address)
+        return np.ndarray(self.shape, self.dtype, memory, 0, self.strides)
+
+
 class EmulatedDevice:
     """Implements ``fusedrnn.backends.cuda_device.Device``.
 
@@ -136,6 +158,9 @@ class EmulatedDevice:
         self.cluster = cluster
         self.launches: list[str] = []  # the names of the kernels that ran
         self.products: list[str] = []  # the precisions of the products that ran
+        self.replays = 0  # of what was recorded
+        self.graphs = Graphs(self._record)
+        self._recorded: list[Any] | None = None  # what is launched, while it is only recorded
         self._guarded: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
     def is_array(self, a: Any) -> bool:
@@ -179,12 +204,35 @@ class EmulatedDevice:
         """The product of two matrices of any strides, into a C-contiguous one; of tf32x3 in float32."""
         assert a.ndim == b.ndim == out.ndim == 2
         assert out.flags.c_contiguous
+        if self._recorded is not None:
+            views = [_Place.of(array) for array in (a, b, out)]
+            product = EmulatedDevice.matmul  # whatever arrays a subclass has
+            self._recorded.append(lambda: product(self, *(view.array() for view in views), precision))
+            return
         self.products.append(precision)
         with np.errstate(all="ignore"):
             if a.dtype.itemsize == 2:
                 out[...] = np.matmul(a.astype(np.float32), b.astype(np.float32))
             else:
                 np.matmul(rounded(a, precision), rounded(b, precision), out=out)
+
+    def repeat(self, key: Any, work: Any) -> None:
+        """Again under the same key: from what was recorded, addresses and numbers."""
+        self.graphs.run(key, work)
+
+    def _record(self, work: Any) -> Any:
+        self._recorded = recorded = []
+        try:
+            work()
+        finally:
+            self._recorded = None
+
+        def run() -> None:
+            self.replays += 1
+            for do in recorded:
+                do()
+
+        return run
 
     def launch(
         self,
@@ -221,6 +269,12 @@ class EmulatedDevice:
             raise RuntimeError(
                 f"{kernel}: {grid[0]} x {grid[1]} blocks at once, there are {self.multiprocessors} places"
             )
+        if self._recorded is not None:
+            copies = [type(arg).from_buffer_copy(arg) for arg in args]
+            self._recorded.append(
+                lambda: self.launch(cell, dtype, kernel, grid, copies, shared, cooperative, precision)
+            )
+            return
         count = len(args)
         addresses = (ctypes.c_void_p * count)(*map(ctypes.addressof, args))
         sizes = (ctypes.c_size_t * count)(*map(ctypes.sizeof, args))

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -217,8 +217,8 @@ class CudaBackend:
         )
         if isinstance(a.lengths, np.ndarray):  # whose values were checked without waiting for the GPU
             a = a._replace(lengths=packed.device.asarray(a.lengths))
-        if a.state0 is not None and a.save is not None:
-            a = a._replace(state0=tuple(s.copy() for s in a.state0))  # a tape does not borrow it
+        if a.state0 is not None and a.save is not None:  # a tape does not borrow it
+            a = a._replace(state0=tuple(_copy(packed.device, s) for s in a.state0))
         way = self._way()
         y, stateT, states, c, saved = self._run(a, packed, way, a.save == "all")
         tape = None if a.save is None else Tape(a, packed, way, y, c, saved)
@@ -390,13 +390,17 @@ class CudaBackend:
             products2 = run.scratch((B, H))
             job2 = ForwardJob.from_buffer_copy(job)
             job2.products = run.pointer(products2)
-        run.each("begin_forward", B, job)
-        for s in range(T):
-            run.product(operand, packed.hh.T, products)
-            run.step("step_forward", job, s)
-            if packed.hh2 is not None:
-                run.product(operand, packed.hh2.T, products2)
-                run.each("step_forward2", B, job2, Index(s))
+
+        def work() -> None:
+            run.each("begin_forward", B, job)
+            for s in range(T):
+                run.product(operand, packed.hh.T, products)
+                run.step("step_forward", job, s)
+                if packed.hh2 is not None:
+                    run.product(operand, packed.hh2.T, products2)
+                    run.each("step_forward2", B, job2, Index(s))
+
+        run.repeat(work, job, job2)
 
     def _steps_back(self, run: _Launches, job: BackwardJob, da: Array, finish: bool) -> None:
         """Backward, one launch a step, its product between the launches."""
@@ -412,18 +416,22 @@ class CudaBackend:
             job.row = run.pointer(run.scratch((B, run.kernels.accumulators * H)))
             run.norm_sums[...] = 0
             job.norm_sums = run.pointer(run.norm_sums)
-        run.each("begin_backward", B, job)
-        for s in reversed(range(T)):
-            da_t = da[T - 1 - s if run.a.reverse else s]
-            run.step("step_backward", job, s)
-            if packed.hh2 is not None:
-                run.product(da_t[:, second.first * H :], packed.hh2, chain)
-                run.each("step_backward2", B, job, Index(s))
-            if s or finish:
-                columns = slice(recurrent.first * H, (recurrent.first + recurrent.count) * H)
-                run.product(da_t[:, columns], packed.hh, chain)
-        if finish:
-            run.each("finish_backward", B, job)
+
+        def work() -> None:
+            run.each("begin_backward", B, job)
+            for s in reversed(range(T)):
+                da_t = da[T - 1 - s if run.a.reverse else s]
+                run.step("step_backward", job, s)
+                if packed.hh2 is not None:
+                    run.product(da_t[:, second.first * H :], packed.hh2, chain)
+                    run.each("step_backward2", B, job, Index(s))
+                if s or finish:
+                    columns = slice(recurrent.first * H, (recurrent.first + recurrent.count) * H)
+                    run.product(da_t[:, columns], packed.hh, chain)
+            if finish:
+                run.each("finish_backward", B, job)
+
+        run.repeat(work, job, finish=finish)
 
     def _plan(
         self,
@@ -515,6 +523,14 @@ class _Launches:
         self.device.launch(
             self.kernels.type, self.dtype, kernel, blocks, args, shared, precision=self.precision
         )
+
+    def repeat(self, work: Callable[[], None], *jobs: ForwardJob | BackwardJob, finish: bool = False) -> None:
+        """Launches and products of all steps. The jobs know all sizes and addresses but the weights'."""
+        if self.a.sizes.B == 0:
+            return
+        weights = self.pointer(self.packed.hh), self.pointer(self.packed.hh2)
+        key = (self.kernels.type, self.dtype, self.precision, finish, *weights, *map(bytes, jobs))
+        self.device.repeat(key, work)
 
     def whole(self, plan: Plan, direction: str, job: ForwardJob | BackwardJob) -> None:
         """All steps in one launch."""
@@ -615,7 +631,13 @@ def _precision(dtype: np.dtype[Any], wanted: str) -> str:
 
 
 def _kind(device: Device) -> Kind:
-    return Kind("an array of the GPU (CuPy)", device.is_array, lambda a: a, lambda a: a.copy(order="C"))
+    return Kind("an array of the GPU (CuPy)", device.is_array, lambda a: a, lambda a: _copy(device, a))
+
+
+def _copy(device: Device, a: Array) -> Array:
+    made = device.empty(a.shape, a.dtype)
+    made[...] = a
+    return made
 
 
 def _ordered(device: Device, weight: Array, gates: tuple[int, ...], H: int) -> Array:

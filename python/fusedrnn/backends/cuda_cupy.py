@@ -12,12 +12,13 @@ import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fusedrnn.backends import cuda_compile
+from fusedrnn.backends.cuda_graph import Graphs, Work
 from fusedrnn.backends.protocol import Array
 
 INSTALL = "pip install 'fusedrnn[cuda13]', or 'fusedrnn[cuda12]' for a driver of CUDA 12"
@@ -101,6 +102,8 @@ class CupyDevice:
         self._functions: dict[tuple[str, str, str, str], Any] = {}
         self._places: dict[tuple[Any, ...], int] = {}  # blocks, or clusters, of a kernel that run at once
         self._lock = threading.Lock()
+        self._graphs = Graphs(self._record)
+        self._recording = cupy.cuda.Stream(non_blocking=True)  # where nothing ever runs
 
     def is_array(self, a: Any) -> bool:
         """Whether this is a CuPy array on this GPU."""
@@ -152,6 +155,35 @@ class CupyDevice:
         else:
             gemm = cublas.sgemm if a.dtype == np.float32 else cublas.dgemm
             gemm(*sizes, one, b_at, b_step, a_at, a_step, zero, out_at, n)
+
+    def repeat(self, key: Hashable, work: Work) -> None:
+        """By a CUDA graph, when it comes again; not within a graph that somebody else records."""
+        stream = self._cupy.cuda.get_current_stream()
+        try:
+            recorded = stream.is_capturing()
+        except Exception:  # of the oldest stream nobody may ask that while any other is recorded
+            recorded = True
+        if recorded:
+            work()
+        else:
+            self._graphs.run(key, work)
+
+    def _record(self, work: Work) -> Work:
+        """A graph of the work, to be launched on CuPy's current stream.
+
+        cuBLAS takes its workspace within the graph: CuPy sets the stream before every product, which makes
+        cuBLAS forget any other.
+        """
+        cuda = self._cupy.cuda
+        cuda.device.get_cublas_handle()  # made for each thread, which cannot be recorded
+        with self._recording as stream:
+            stream.begin_capture(cuda.runtime.streamCaptureModeThreadLocal)
+            try:
+                work()
+            finally:
+                graph = stream.end_capture()
+        launch: Work = graph.launch
+        return launch
 
     def launch(
         self,

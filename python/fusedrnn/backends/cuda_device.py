@@ -5,7 +5,7 @@ Two devices exist: ``cuda_cupy.CupyDevice``, a GPU, and the emulation of the tes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +47,9 @@ class Device(Protocol):
         ``precision``: what float32 factors are rounded to, out of ``cuda_compile.PRECISIONS``, or better:
         sums are float32, or of float64 float64, always.
         """
+
+    def repeat(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Do what ``work`` launches and multiplies, which for the same key, on this device, is the same."""
 
     def launch(
         self,
