@@ -115,9 +115,9 @@ def test_weights_may_change_in_place():
         lambda p: replace(p, x=p.x[:4].copy(), dy=p.dy[:4].copy()),
         lambda p: replace(p, reverse=True),
         lambda p: replace(p, detach_every=2),
-        lambda p: replace(p, state0=tuple(s.copy() for s in p.state0)),
-        lambda p: replace(p, dy=p.dy.copy()),
-        lambda p: replace(p, weights=p.weights._replace(weight_hh=p.weights.weight_hh.copy())),
+        lambda p: replace(p, state0=tuple(2 * s for s in p.state0)),
+        lambda p: replace(p, dy=2 * p.dy),
+        lambda p: replace(p, weights=p.weights._replace(weight_hh=2 * p.weights.weight_hh)),
         lambda p: replace(p, reset=np.ones(p.x.shape[:2], bool)),
     ],
     ids=["T", "reverse", "detach_every", "state0", "dy", "weight_hh", "reset"],
@@ -130,6 +130,16 @@ def test_another_call_is_not_taken_for_the_same(change):
     for q in (p, p, other, p, other):
         device.rewind()
         assert_same_bits(call(backend, q, q.weights), run(plain, q))
+
+
+@needs_compiler
+def test_another_precision_is_another_call():
+    device = Rewinding()
+    p = problem(LSTM(), 5, 4, 3, 7, dtype=np.float32)
+    for precision in ("ieee", "ieee", "bf16", "ieee", "bf16", "bf16"):
+        device.rewind()
+        backend, plain = (CudaBackend(d, "steps", precision, _tested=True) for d in (device, Plain(16)))
+        assert_same_bits(call(backend, p, p.weights), run(plain, p))
 
 
 @needs_compiler

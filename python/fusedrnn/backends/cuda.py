@@ -431,7 +431,7 @@ class CudaBackend:
             if finish:
                 run.each("finish_backward", B, job)
 
-        run.repeat(work, job, finish=finish)
+        run.repeat(work, job)
 
     def _plan(
         self,
@@ -524,12 +524,12 @@ class _Launches:
             self.kernels.type, self.dtype, kernel, blocks, args, shared, precision=self.precision
         )
 
-    def repeat(self, work: Callable[[], None], *jobs: ForwardJob | BackwardJob, finish: bool = False) -> None:
+    def repeat(self, work: Callable[[], None], *jobs: ForwardJob | BackwardJob) -> None:
         """Launches and products of all steps. The jobs know all sizes and addresses but the weights'."""
         if self.a.sizes.B == 0:
             return
         weights = self.pointer(self.packed.hh), self.pointer(self.packed.hh2)
-        key = (self.kernels.type, self.dtype, self.precision, finish, *weights, *map(bytes, jobs))
+        key = (self.kernels.type, self.dtype, self.precision, *weights, *map(bytes, jobs))
         self.device.repeat(key, work)
 
     def whole(self, plan: Plan, direction: str, job: ForwardJob | BackwardJob) -> None:
