@@ -15,10 +15,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import test_torch_gpu  # noqa: E402
+from cuda.emulated import EmulatedDevice  # noqa: E402
 from fusedrnn import bench, cli, problems  # noqa: E402
+from fusedrnn.backends import cuda_plan  # noqa: E402
 from fusedrnn.backends.cuda import PRECISION  # noqa: E402
 from fusedrnn.bench import cuda, peer_torch  # noqa: E402
-from fusedrnn.bench.cuda import bounds, cudnn, goals, modes, runner, timing  # noqa: E402
+from fusedrnn.bench.cuda import bounds, cudnn, cuts, goals, modes, runner, timing  # noqa: E402
 from fusedrnn.bench.peer_torch import Place, Torch  # noqa: E402
 from fusedrnn.bench.runner import FULL, OURS  # noqa: E402
 from fusedrnn.cells import GRU, LSTM, RNN  # noqa: E402
@@ -539,3 +541,46 @@ def test_the_script_writes_after_every_part(script, tmp_path, monkeypatch, capsy
     assert "checks: failed: RuntimeError: no such kernel" in lines
     assert "PERSIST_STATIC / STANDARD" in lines
     assert "times LSTMCell" in lines
+
+
+# --- how the work is cut ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_cuts_are_timed_beside_what_was_chosen():
+    device = EmulatedDevice(multiprocessors=6)
+
+    def make_backend(kind, precision):
+        return kind(device, precision=precision, _tested=True)
+
+    size = cuts.Size(LSTM(), "tf32", 3, 4, 9)
+    found = cuts.measure(size, make_backend, device.asarray, timing.by_clock)
+    assert found["size"] == "LSTM(layer_norm=False) tf32 T=3 B=4 H=9"
+    for direction in ("forward", "back"):
+        rows = found[direction]["cuts"]
+        kernels = [row["plan"].split(",")[0] for row in rows]
+        assert kernels[0] == "steps"
+        assert set(kernels) == set(cuda_plan.KERNELS)
+        assert all(row["us_per_step"] > 0 and row["failed"] is None for row in rows)
+        assert len({row["plan"] for row in rows}) == len(rows) <= 1 + 3 * cuts.EACH
+        least = min((row for row in rows[1:] if "streamed" not in row["plan"]), key=lambda row: row["cost"])
+        assert found[direction]["chosen"] == least["plan"]
+    ran = {"step_forward", "grid_forward", "grid_backward_streamed", "cluster_backward"}
+    assert ran <= set(device.launches)
+
+
+def test_a_cut_that_cannot_run_is_a_line(monkeypatch):
+    class Broken(EmulatedDevice):
+        def launch(self, cell, dtype, kernel, *args, **options):
+            if kernel.startswith("cluster"):
+                raise RuntimeError("no clusters today")
+            super().launch(cell, dtype, kernel, *args, **options)
+
+    device = Broken(multiprocessors=6)
+    size = cuts.Size(RNN(), "ieee", 2, 1, 5)
+    found = cuts.measure(
+        size, lambda k, p: k(device, precision=p, _tested=True), device.asarray, timing.by_clock
+    )
+    failed = {row["plan"].split(",")[0]: row["failed"] for row in found["forward"]["cuts"]}
+    assert failed["cluster"] == "no clusters today"
+    assert failed["grid"] is None

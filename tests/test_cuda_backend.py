@@ -55,7 +55,6 @@ GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
 cells = pytest.mark.parametrize("cell", CELLS, ids=name)
 H100 = cuda_plan.Device(132, 227 * 1024, 8, 8)
-FLOAT = cuda_plan.Bytes.of(4, "ieee")
 
 
 @pytest.fixture(scope="module")
@@ -468,7 +467,8 @@ def test_more_batch_or_units_cost_no_less():
     for cell, backward in itertools.product((RNN(), LSTM(), GRU()), (False, True)):
 
         def cost(B, H, cell=cell, backward=backward):
-            return min(cuda_plan._grids("grid_streamed", kernels_of(cell), B, H, FLOAT, H100, 8, backward))[0]
+            cuts = cuda_plan.cuts("grid_streamed", kernels_of(cell), B, H, 4, H100, backward=backward)
+            return min(cuts).cost
 
         for B, H in itertools.product((1, 16, 128), (64, 256, 512)):
             assert cost(2 * B, H) >= cost(B, H)

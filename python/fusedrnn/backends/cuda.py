@@ -150,6 +150,24 @@ class CudaBackend:
         kernels = kernels_of(check_cell(cell))
         return self._plan(self.device, kernels, (T, B, H), np.dtype(dtype), self._way(), backward)
 
+    def cuts(
+        self, kernel: str, cell: Cell, B: int, H: int, dtype: Any, *, backward: bool = False
+    ) -> list[cuda_plan.Cut]:
+        """What ``plan`` chooses from of one kernel of all steps."""
+        dtype, way = np.dtype(dtype), self._way()
+        return list(
+            cuda_plan.cuts(
+                kernel,
+                kernels_of(check_cell(cell)),
+                B,
+                H,
+                compute(dtype).itemsize,
+                _facts(self.device),
+                precision=_precision(dtype, way.precision),
+                backward=backward,
+            )
+        )
+
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         device = self._ready()
@@ -442,12 +460,11 @@ class CudaBackend:
         way: Way,
         backward: bool,
     ) -> Plan:
-        facts = cuda_plan.Device(device.multiprocessors, device.shared_bytes, device.warps, device.cluster)
         return cuda_plan.choose(
             kernels,
             *sizes,
             compute(dtype).itemsize,
-            facts,
+            _facts(device),
             precision=_precision(dtype, way.precision),
             backward=backward,
             forced=way.kernel,
@@ -623,6 +640,10 @@ def dtypes_of(device: Device) -> tuple[np.dtype[Any], ...]:
 def compute(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """What sums, c and what is saved are of."""
     return dtype if dtype in FLOATS else np.dtype(np.float32)
+
+
+def _facts(device: Device) -> cuda_plan.Device:
+    return cuda_plan.Device(device.multiprocessors, device.shared_bytes, device.warps, device.cluster)
 
 
 def _precision(dtype: np.dtype[Any], wanted: str) -> str:

@@ -5,6 +5,7 @@ The choice follows a rough count of the work of a step (``_cost``). It has never
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -146,21 +147,9 @@ def choose(
         options = {"recurrent dropout or zoneout": cell.regularized, "layer norm": cell.layer_norm}
         why = next((name for name, there in options.items() if there), "two phases")
         raise NotBuilt(f"kernel: {forced!r} cannot run {cell.type}, which has {why}; use 'steps'")
-    tile, each = tile_columns(precision), Bytes.of(compute, precision)
-    for kernels in (("cluster", "grid"), ("grid_streamed",)) if forced is None else ((forced,),):
-        plans = [
-            found
-            for kernel in kernels
-            for found in (_clusters if kernel == "cluster" else _grids)(
-                kernel, cell, B, H, each, device, tile, backward
-            )
-        ]
-        if forced is None and kernels == ("grid_streamed",):
-            plans = [(cost, groups, plan) for cost, groups, plan in plans if groups == 1]
-        if plans:
-            return min(plans)[2]
-    if forced is None:
-        return steps
+    plan = _best(cell, B, H, compute, device, precision, backward, forced)
+    if plan is not None or forced is None:
+        return plan or steps
     raise ValueError(
         f"kernel: {forced!r} cannot run {cell.type} with B = {B}, H = {H} on this GPU: its "
         f"{device.multiprocessors} multiprocessors of {device.shared_bytes} bytes of shared memory"
@@ -168,65 +157,81 @@ def choose(
     )
 
 
-def _grids(
+@functools.lru_cache(1024)  # to go through all cuts takes milliseconds
+def _best(
+    cell: CellKernels,
+    B: int,
+    H: int,
+    compute: int,
+    device: Device,
+    precision: str,
+    backward: bool,
+    forced: str | None,
+) -> Plan | None:
+    """The plan of all steps in one launch, if there is one."""
+    for kernels in (("cluster", "grid"), ("grid_streamed",)) if forced is None else ((forced,),):
+        found = [
+            cut
+            for kernel in kernels
+            for cut in cuts(kernel, cell, B, H, compute, device, precision=precision, backward=backward)
+        ]
+        if forced is None and kernels == ("grid_streamed",):
+            found = [cut for cut in found if cut.groups == 1]
+        if found:
+            return min(found).plan
+    return None
+
+
+class Cut(NamedTuple):
+    """A plan of all steps in one launch; the least is the best."""
+
+    cost: float  # a rough count, see ``_cost``
+    groups: int  # of rows, that a block takes one after the other
+    plan: Plan
+
+
+def cuts(
     kernel: str,
     cell: CellKernels,
     B: int,
     H: int,
-    each: Bytes,
+    compute: int,
     device: Device,
-    tile: int,
-    backward: bool,
-) -> Iterator[tuple[float, int, Plan]]:
-    """Every cut of the work that runs at once, one block on each multiprocessor: its cost, groups, plan."""
+    *,
+    precision: str = "ieee",
+    backward: bool = False,
+) -> Iterator[Cut]:
+    """Every way to cut the work that this kernel, of all steps, can run; arguments as for ``choose``."""
+    tile, each = tile_columns(precision), Bytes.of(compute, precision)
     R, warps = cell.recurrent.count, device.warps
     K, per_unit = (R * H, 1) if backward else (H, R)
-    for units in range(1, min(H, tile * warps // per_unit) + 1):
+    cluster = kernel == "cluster"
+    widest = H if cluster else min(H, tile * warps // per_unit)  # a warp of a grid has one tile of columns
+    for units in range(1, widest + 1):
         across = -(-H // units)
-        for tiles in range(1, min(B, device.multiprocessors // across) + 1):
+        if cluster and (across > device.cluster or -(-H // across) != units):
+            continue
+        # Clusters that find no place wait for others to end; the blocks of a grid all run at once.
+        for tiles in range(1, (B if cluster else min(B, device.multiprocessors // across)) + 1):
             rows = -(-B // tiles)
             if -(-B // rows) != tiles:
                 continue  # fewer tiles of as many rows do
-            layout = Layout.of(rows, units * per_unit, tile, warps)
-            chunk = _chunk(kernel, layout, K, rows, units, each, device.shared_bytes)
-            if chunk:
-                groups = -(-rows // layout.rows)
-                shared = shared_bytes(kernel, layout, K, chunk, rows, units, each)
-                plan = Plan(kernel, units, rows, (across, tiles), shared, chunk)
-                stage = 4 * layout.rows * K / (WARP * warps)
-                yield groups * (_cost(layout, K, warps) + stage) + across * tiles, groups, plan
-
-
-def _clusters(
-    kernel: str,
-    cell: CellKernels,
-    B: int,
-    H: int,
-    each: Bytes,
-    device: Device,
-    tile: int,
-    backward: bool,
-) -> Iterator[tuple[float, int, Plan]]:
-    """Every cut into clusters: its cost, 1, plan. Clusters that find no place wait for others to end."""
-    R, warps = cell.recurrent.count, device.warps
-    K, per_unit = (R * H, 1) if backward else (H, R)
-    for across in range(1, min(H, device.cluster) + 1):
-        units = -(-H // across)
-        if -(-H // units) != across:
-            continue
-        for rows in range(1, B + 1):
-            tiles = -(-B // rows)
-            if rows % ROWS and tiles > 1:
+            layout = (Layout.of_cluster if cluster else Layout.of)(rows, units * per_unit, tile, warps)
+            chunk = 0 if cluster else _chunk(kernel, layout, K, rows, units, each, device.shared_bytes)
+            shared = shared_bytes(kernel, layout, K, chunk, rows, units, each)
+            if shared > device.shared_bytes or (not cluster and not chunk):
                 continue
-            layout = Layout.of_cluster(rows, units * per_unit, tile, warps)
-            shared = shared_bytes(kernel, layout, K, 0, rows, units, each)
-            if shared > device.shared_bytes:
-                break
-            waves = -(-across * tiles // device.multiprocessors)
-            # Of the exchange: a store for each unit, row and block of the cluster.
-            give = 4 * across * units * rows * (R if backward else 1) / (WARP * warps)
-            cost = waves * (_cost(layout, K, warps) + give + 16)
-            yield cost, 1, Plan(kernel, units, rows, (across, tiles), shared)
+            plan = Plan(kernel, units, rows, (across, tiles), shared, chunk)
+            groups, work = 1, _cost(layout, K, warps)
+            if cluster:
+                # Of the exchange: a store for each unit, row and block of the cluster.
+                give = 4 * across * units * rows * (R if backward else 1) / (WARP * warps)
+                cost = -(-across * tiles // device.multiprocessors) * (work + give + 16)
+            else:
+                groups = -(-rows // layout.rows)
+                stage = 4 * layout.rows * K / (WARP * warps)
+                cost = groups * (work + stage) + across * tiles
+            yield Cut(cost, groups, plan)
 
 
 def _cost(layout: Layout, K: int, warps: int) -> float:
