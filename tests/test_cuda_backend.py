@@ -488,7 +488,9 @@ def test_a_device_that_computes_wrongly_is_refused(kernel):
     backend = CudaBackend(Wrong(16), kernel)
     p = problem(RNN(), 3, 2, 3, 7)
     for _ in range(2):  # not only the first time
-        with pytest.raises(RuntimeError, match=r"self-test failed on this GPU, with steps: \w+ is off by"):
+        with pytest.raises(
+            RuntimeError, match=r"self-test failed on this GPU, in float32 with steps: \w+ is off"
+        ):
             run(backend, p)
 
 
@@ -499,6 +501,22 @@ def test_the_self_test_takes_every_precision(precision):
     run(CudaBackend(device, precision=precision), p)
     assert set(device.products) == {precision}
     assert {"step_forward", "grid_forward", "cluster_backward"} <= set(device.launches)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_the_self_test_is_of_each_dtype_of_16_bits(dtype):
+    class Wrong(EmulatedDevice):
+        def matmul(self, a, b, out, precision="ieee"):
+            super().matmul(a, b, out, precision)
+            if a.dtype == dtype:
+                out[...] = out * np.float32(1.2)
+
+    backend = CudaBackend(Wrong(16))
+    p = problem(RNN(), 3, 2, 3, 7, dtype=np.float32)
+    run(backend, p)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"self-test failed on this GPU, in {np.dtype(dtype)} with"):
+            run(backend, p.astype(dtype))
 
 
 def test_the_self_test_runs_every_kernel_that_may_be_chosen_once():

@@ -131,9 +131,8 @@ class CudaBackend:
         _known("precision", precision, cuda_compile.PRECISIONS)
         self._device = device
         self._kernel, self._precision = kernel, precision
-        self._tested: list[tuple[Device, Way]] = []  # devices and ways whose self-test passed
-        if _tested:
-            self._tested.append((self.device, self._way()))
+        self._test = not _tested
+        self._tested: list[tuple[Device, Way, str]] = []  # devices, ways and dtypes whose self-test passed
         self.last_plan: Plan | None = None
 
     def unavailable(self) -> str | None:
@@ -170,8 +169,10 @@ class CudaBackend:
 
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
-        device = self._ready()
+        device = self.device
         w, _, H = check_weights(cell, weights, dtypes_of(device), kind=_kind(device))
+        if self._test:
+            self._pass(device, w.weight_ih.dtype)
         kernels = kernels_of(cell)
         dtype = w.weight_ih.dtype
         bias = device.zeros((kernels.accumulators, H), compute(dtype))
@@ -482,13 +483,12 @@ class CudaBackend:
             )
         return Way(kernel, precision)
 
-    def _ready(self) -> Device:
-        """The device, which has passed the self-test of how it will be used."""
-        device, way = self.device, self._way()
-        if not any(d is device and w == way for d, w in self._tested):
-            _self_test(device, way)
-            self._tested.append((device, way))
-        return device
+    def _pass(self, device: Device, dtype: np.dtype[Any]) -> None:
+        """The self-test of how the device will be used, the first time; float64 is float32's code."""
+        way, dtype = self._way(), np.dtype(np.float32) if dtype in FLOATS else dtype
+        if not any(d is device and (w, name) == (way, dtype.name) for d, w, name in self._tested):
+            _self_test(device, way, dtype)
+            self._tested.append((device, way, dtype.name))
 
 
 class _Launches:
@@ -687,7 +687,7 @@ def _known(name: str, value: str | None, names: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {tuple(names)} or None, got {value!r}")
 
 
-def _self_test(device: Device, way: Way) -> None:
+def _self_test(device: Device, way: Way, dtype: np.dtype[Any]) -> None:
     """A small LSTM against the reference, in every way that a call may go.
 
     Raises:
@@ -696,14 +696,15 @@ def _self_test(device: Device, way: Way) -> None:
     draw = np.random.default_rng(0).standard_normal
     T, B, I, H = 4, 3, 5, 13
     x, ih, hh, bias, h0, c0, dy = (
-        draw(shape).astype(np.float32)
+        draw(shape).astype(dtype)
         for shape in [(T, B, I), (4 * H, I), (4 * H, H), (4 * H,), (B, H), (B, H), (T, B, H)]
     )
     lengths, reset = np.array([T, 2, 3]), np.zeros((T, B), bool)
     reset[2, 0] = True
+    hh /= dtype.type(4)
 
     def results(backend: Any, put: Any, get: Any) -> dict[str, Array]:
-        weights = Weights(put(ih), put(hh / 4), put(bias))
+        weights = Weights(put(ih), put(hh), put(bias))
         out = backend.forward(
             LSTM(), put(x), weights, (put(h0), put(c0)), lengths=put(lengths), reset=put(reset)
         )
@@ -713,13 +714,18 @@ def _self_test(device: Device, way: Way) -> None:
         found |= {"dh0": back.dstate0[0], "dc0": back.dstate0[1]}
         return {name: get(a) for name, a in found.items()}
 
-    want = results(ReferenceBackend(), np.asarray, np.asarray)
+    def wide(a: Array) -> Array:
+        return a.astype(np.float32) if a.dtype == dtype else a
+
+    want = results(ReferenceBackend(), wide, np.asarray)
+    tolerance = TOLERANCE[_precision(dtype, way.precision)]
     for kernel in (way.kernel,) if way.kernel else ("steps", None):
         tested = CudaBackend(device, kernel, way.precision, _tested=True)
         for name, got in results(tested, device.asarray, _on_host).items():
-            error = float(np.abs(got - want[name]).max() / np.abs(want[name]).max())
-            if not error <= TOLERANCE[way.precision]:
+            error = float(np.abs(got.astype(np.float32) - want[name]).max() / np.abs(want[name]).max())
+            if not error <= tolerance:
                 raise RuntimeError(
-                    f"the cuda backend's self-test failed on this GPU, with {tested.last_plan}: {name} is "
-                    f"off by {error:.1e} of its largest entry; do not use it here, and please report this"
+                    f"the cuda backend's self-test failed on this GPU, in {dtype} with {tested.last_plan}: "
+                    f"{name} is off by {error:.1e} of its largest entry; do not use it here, and please "
+                    "report this"
                 )
