@@ -102,8 +102,8 @@ MUTANTS = [
     Mutant(
         "steps: reset at the wrong step in reverse",
         STEPS,
-        "const Index cut = steps.reverse ? t + 1 : t;",
-        "const Index cut = t;",
+        "return (steps.reverse ? t + 1 : t) * steps.B + b;",
+        "return t * steps.B + b;",
     ),
     Mutant("steps: reset ignored in reverse", STEPS, "!(steps.reverse && first)", "!steps.reverse"),
     Mutant(
