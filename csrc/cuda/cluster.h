@@ -14,15 +14,16 @@ namespace cuda {
 // The shared memory of a block. backends/cuda_plan.py counts the same.
 template <class T, class F>
 struct ClusterShared {
-  Index pitch, rows, columns, tiles;  // of k; rounded up to whole tiles
-  int splits;                         // warps that share the k of a tile, where there are fewer tiles than warps
-  F* weights;                         // [column][k]
-  F* operands;                        // two of [row][k]
-  T* sums;                            // [split][row][column]
-  T *h, *c;                           // [row][unit]
+  Index pitch, rows, columns;  // of k; rounded up to whole tiles
+  int tiles;
+  int splits;   // warps that share the k of a tile, where there are fewer tiles than warps
+  F* weights;   // [column][k]
+  F* operands;  // two of [row][k]
+  T* sums;      // [split][row][column]
+  T *h, *c;     // [row][unit]
   FUSEDRNN_INLINE ClusterShared(Index K, Index rows, Index columns, Index units, int tile_columns)
       : pitch(pitch_of<F>(K)), rows(round_up(rows, kRows)), columns(round_up(columns, tile_columns)), splits(1) {
-    tiles = this->rows / kRows * (this->columns / tile_columns);
+    tiles = int(this->rows / kRows * (this->columns / tile_columns));
     while (splits * 2 * tiles <= kWarps) splits *= 2;
     weights = reinterpret_cast<F*>(shared_memory());
     operands = weights + this->columns * pitch;
@@ -51,20 +52,21 @@ template <class T, class Tile>
 struct ClusterProduct {
   using F = typename Tile::Factor;
   const ClusterShared<T, F>& shared;
-  Index K;
+  int K;
 
   // Sums of all rows; of those where present(r) is false, which are not read, zeros. Ends with all sums in shared
   // memory.
   template <class Present>
   FUSEDRNN_INLINE void run(const F* operand, Present present) const {
-    const Index row_tiles = shared.rows / kRows, pitch = shared.pitch;
-    for (Index i = threadIdx.x / kWarp; i < shared.tiles * shared.splits; i += kWarps) {
-      const Index split = i % shared.splits, tile = i / shared.splits;
-      const Index first_row = tile % row_tiles * kRows, first_column = tile / row_tiles * Tile::columns;
+    const int row_tiles = int(shared.rows) / kRows;
+    const Index pitch = shared.pitch;
+    for (int i = threadIdx.x / kWarp; i < shared.tiles * shared.splits; i += kWarps) {
+      const int split = i % shared.splits, tile = i / shared.splits;
+      const int first_row = tile % row_tiles * kRows, first_column = tile / row_tiles * Tile::columns;
       unsigned rows = 0;
       for (int r = 0; r < kRows; ++r) rows |= unsigned(present(first_row + r)) << r;
       Tile sums;
-      for (Index k = split * kWarp; k < K; k += shared.splits * kWarp)
+      for (int k = split * kWarp; k < K; k += shared.splits * kWarp)
         sums.add(Masked<F>{{operand + first_row * pitch + k, pitch}, rows},
                  Factors<F>{shared.weights + first_column * pitch + k, pitch});
       sums.store(shared.sum(split, first_row, first_column), shared.columns);
@@ -79,16 +81,15 @@ struct ClusterProduct {
   }
 };
 
-// Before the first step: weights, zeros where k is rounded up, and what the first step multiplies.
-template <class Tile, class T, class F, class Load, class Start>
-FUSEDRNN_INLINE void begin_cluster(const ClusterShared<T, F>& shared, Index K, Load load, Start start) {
-  for (Index i = threadIdx.x; i < shared.columns * shared.pitch; i += kThreads)
-    shared.weights[i] = Tile::factor(load(i / shared.pitch, i % shared.pitch));
-  for (Index i = threadIdx.x; i < shared.rows * shared.pitch; i += kThreads) {
-    const Index k = i % shared.pitch;
-    shared.operand(0)[i] = Tile::factor(k < K ? start(i / shared.pitch, k) : T(0));
-    shared.operand(1)[i] = Tile::factor(T(0));
-  }
+// Before the first step: weights of(column), zeros where k is rounded up, and what the first step multiplies.
+template <class Tile, class T, class F, class Of, class Start>
+FUSEDRNN_INLINE void begin_cluster(const ClusterShared<T, F>& shared, int K, Of of, Start start) {
+  bring_weights<Tile>(shared.weights, int(shared.columns), K, of);
+  for (Index r = threadIdx.x / kWarp; r < shared.rows; r += kWarps)
+    for (int k = lane(); k < shared.pitch; k += kWarp) {
+      shared.operand(0)[r * shared.pitch + k] = Tile::factor(k < K ? start(r, k) : T(0));
+      shared.operand(1)[r * shared.pitch + k] = Tile::factor(T(0));
+    }
 }
 
 // To element i of the next step's operand, of every block of the cluster.
@@ -101,11 +102,11 @@ template <class Cell, class S, class Tile>
 FUSEDRNN_INLINE void cluster_forward(const ForwardJob<S>& job) {
   using T = Compute<S>;
   const Grid<ForwardJob<S>> grid(job);
-  const Index K = job.H, columns = job.units * kRecurrent<Cell>;
+  const int K = int(job.H), columns = int(job.units) * kRecurrent<Cell>;
   const ClusterShared<T, typename Tile::Factor> shared(K, job.rows, columns, job.units, Tile::columns);
   const ClusterProduct<T, Tile> product{shared, K};
   begin_cluster<Tile>(
-      shared, K, [&](Index column, Index k) { return forward_weight<Cell>(grid, column, k); },
+      shared, K, [&](int column) { return forward_weights<Cell>(grid, column); },
       [&](Index r, Index k) { return r < grid.rows && job.h0 ? T(job.h0[(grid.first_row + r) * job.H + k]) : T(0); });
   grid.each(0, job.rows, [&](Index r, Index j) {
     const ForwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
@@ -142,13 +143,12 @@ template <class Cell, class S, class Tile>
 FUSEDRNN_INLINE void cluster_backward(const BackwardJob<S>& job) {
   using T = Compute<S>;
   const Grid<BackwardJob<S>> grid(job);
-  const Index K = kRecurrent<Cell> * job.H;
+  const int K = kRecurrent<Cell> * int(job.H);
   const ClusterShared<T, typename Tile::Factor> shared(K, job.rows, job.units, job.units, Tile::columns);
   const ClusterProduct<T, Tile> product{shared, K};
   T *const direct = shared.h, *const dc = shared.c;
   begin_cluster<Tile>(
-      shared, K, [&](Index column, Index k) { return backward_weight<Cell>(grid, column, k); },
-      [](Index, Index) { return T(0); });
+      shared, K, [&](int column) { return backward_weights<Cell>(grid, column); }, [](Index, Index) { return T(0); });
   grid.each(0, job.rows, [&](Index r, Index j) {
     const BackwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
     direct[r * job.units + j] = unit.start(job.dhT);

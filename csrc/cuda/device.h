@@ -8,11 +8,15 @@
 
 namespace fusedrnn {
 namespace cuda {
-template <class S>
-struct alignas(16) Sixteen {  // bytes
-  static constexpr int count = 16 / sizeof(S);
-  S of[count];
+// Neighbours in memory, moved at once; at most 16 bytes are.
+template <class F, int n>
+struct alignas(n * sizeof(F) < 16 ? n * sizeof(F) : 16) Several {
+  F of[n];
 };
+template <class S>
+constexpr int kSixteenBytes = 16 / sizeof(S);  // so many are
+template <class S>
+using Sixteen = Several<S, kSixteenBytes<S>>;
 }  // namespace cuda
 }  // namespace fusedrnn
 

@@ -53,6 +53,40 @@ struct Shared {
   }
 };
 
+// By a warp: to shared memory the factors of `count` numbers from p on, null for zeros, and zeros up to `room`, which
+// is whole warps. Groups of 16 bytes where they are aligned, four on their way at a time: they come from the L2 cache.
+template <class Tile, class S>
+FUSEDRNN_INLINE void bring(typename Tile::Factor* to, const S* p, int count, int room) {
+  using T = Compute<S>;
+  constexpr int n = kSixteenBytes<S>, kAhead = 4;
+  using Group = Several<typename Tile::Factor, n>;
+  Group* const groups = reinterpret_cast<Group*>(to);
+  const int full = p && reinterpret_cast<uintptr_t>(p) % 16 == 0 ? count / n : 0;
+  for (int g = lane(); g < full; g += kAhead * kWarp) {
+    Sixteen<S> all[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (g + i * kWarp < full) all[i] = load_sixteen_shared_by_blocks(p + (g + i * kWarp) * n);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (g + i * kWarp < full) {
+        Group group;
+#pragma unroll
+        for (int j = 0; j < n; ++j) group.of[j] = Tile::factor(all[i].of[j]);
+        groups[g + i * kWarp] = group;
+      }
+  }
+  for (int g = full + ((lane() - full) & (kWarp - 1)); g * n < room; g += kWarp) {
+    Group group;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+      const int k = g * n + j;
+      group.of[j] = Tile::factor(p && k < count ? T(load_shared_by_blocks(p + k)) : T(0));
+    }
+    groups[g] = group;
+  }
+}
+
 // Sums of products of rows and columns, both along k.
 template <class S, class Tile>
 struct Product {
@@ -60,7 +94,7 @@ struct Product {
   using F = typename Tile::Factor;
   const Layout& layout;
   const Shared<T, F>& shared;
-  Index K, chunk;
+  int K, chunk;
 
   // Sums of the rows whose memory row(r) gives, null for zeros; weights(column, k) are the factors from there on. Ends
   // with all sums in shared memory.
@@ -68,36 +102,21 @@ struct Product {
   FUSEDRNN_INLINE void run(Row row, Weights weights) const {
     const int warp = threadIdx.x / kWarp, split = warp % layout.splits, tile = warp / layout.splits;
     const int first_row = tile % layout.row_tiles * kRows, first_column = tile / layout.row_tiles * Tile::columns;
-    const Index pitch = pitch_of<F>(chunk);
+    const int pitch = int(pitch_of<F>(chunk)), rows = int(layout.rows());
     Tile sums;
-    for (Index k0 = 0; k0 < K; k0 += chunk) {
+    for (int k0 = 0; k0 < K; k0 += chunk) {
+      const int count = K - k0 < chunk ? K - k0 : chunk;
       sync_block();  // what was staged before has been read
-      stage(k0, row);
-      sync_block();
-      for (Index k = split * kWarp; k < chunk && k0 + k < K; k += layout.splits * kWarp)
+      for (int r = warp; r < rows; r += kWarps) {
+        const S* p = row(r);
+        bring<Tile>(shared.staged + r * pitch, p ? p + k0 : p, count, int(round_up(count, kWarp)));
+      }
+      sync_block();  // it is there
+      for (int k = split * kWarp; k < count; k += layout.splits * kWarp)
         sums.add(Factors<F>{shared.staged + first_row * pitch + k, pitch}, weights(first_column, k0 + k));
     }
     sums.store(shared.sums + (split * layout.rows() + first_row) * layout.columns() + first_column, layout.columns());
     sync_block();
-  }
-
-  // 16 bytes at a time, where they are aligned.
-  template <class Row>
-  FUSEDRNN_INLINE void stage(Index k0, Row row) const {
-    constexpr int n = Sixteen<S>::count;
-    const Index pitch = pitch_of<F>(chunk), across = chunk / n;
-    for (Index i = threadIdx.x; i < layout.rows() * across; i += kThreads) {
-      const Index r = i / across, k = k0 + i % across * n;
-      const S* p = row(r);
-      F* to = shared.staged + r * pitch + (k - k0);
-      if (p && k + n <= K && reinterpret_cast<uintptr_t>(p + k) % 16 == 0) {
-        const Sixteen<S> all = load_sixteen_shared_by_blocks(p + k);
-#pragma unroll
-        for (int j = 0; j < n; ++j) to[j] = Tile::factor(all.of[j]);
-      } else {
-        for (int j = 0; j < n; ++j) to[j] = Tile::factor(p && k + j < K ? T(load_shared_by_blocks(p + k + j)) : T(0));
-      }
-    }
   }
 
   // Of a row and column, over the splits.
@@ -139,8 +158,9 @@ struct Grid {
   // Calls f(row of the tile of the batch, unit of the block) for those that there are, of `count` rows from `begin`.
   template <class F>
   FUSEDRNN_INLINE void each(Index begin, Index count, F f) const {
-    for (Index i = threadIdx.x; i < count * job.units; i += kThreads) {
-      const Index r = begin + i / job.units, j = i % job.units;
+    const int units = int(job.units), all = int(count) * units;  // 64 bits take ten times as long to divide
+    for (int i = threadIdx.x; i < all; i += kThreads) {
+      const Index r = begin + i / units, j = i % units;
       if (r < rows && first_unit + j < job.H) f(r, j);
     }
   }
@@ -156,69 +176,76 @@ struct Grid {
   }
 };
 
-// The weight that multiplies element k for a column of the block: forward gate by gate its units, and h; backward its
-// units, and da gate by gate. Zero where there is none.
+// The weights that multiply what goes forward, h, for a column of the block: gate by gate its units; and what goes
+// back, da gate by gate: its units. Null where there are none.
 template <class Cell, class S>
-FUSEDRNN_INLINE Compute<S> forward_weight(const Grid<ForwardJob<S>>& grid, Index column, Index k) {
+FUSEDRNN_INLINE const S* forward_weights(const Grid<ForwardJob<S>>& grid, int column) {
   const auto& job = grid.job;
-  const Index gate = column / job.units, u = grid.first_unit + column % job.units;
-  const bool none = gate >= kRecurrent<Cell> || u >= job.H || k >= job.H;
-  return none ? 0 : Compute<S>(job.weight[(gate * job.H + u) * job.H + k]);
+  const int gate = column / int(job.units);
+  const Index u = grid.first_unit + column % int(job.units);
+  return gate >= kRecurrent<Cell> || u >= job.H ? nullptr : job.weight + (gate * job.H + u) * job.H;
 }
 template <class Cell, class S>
-FUSEDRNN_INLINE Compute<S> backward_weight(const Grid<BackwardJob<S>>& grid, Index column, Index k) {
+FUSEDRNN_INLINE const S* backward_weights(const Grid<BackwardJob<S>>& grid, int column) {
   const auto& job = grid.job;
-  const Index K = kRecurrent<Cell> * job.H, u = grid.first_unit + column;
-  return column >= job.units || u >= job.H || k >= K ? 0 : Compute<S>(job.weight[u * K + k]);
+  const Index u = grid.first_unit + column;
+  return column >= job.units || u >= job.H ? nullptr : job.weight + u * kRecurrent<Cell> * job.H;
 }
 
-// Factors that are loaded one by one, load(column, k), from a column and k on.
-template <class Tile, class Load>
+// Those of all columns to shared memory.
+template <class Tile, class Of>
+FUSEDRNN_INLINE void bring_weights(typename Tile::Factor* to, int columns, int K, Of of) {
+  for (int column = threadIdx.x / kWarp; column < columns; column += kWarps)
+    bring<Tile>(to + column * pitch_of<typename Tile::Factor>(K), of(column), K, int(round_up(K, kWarp)));
+}
+
+// Factors that are loaded one by one, of(column)[k], from a column and k on.
+template <class Tile, class Of>
 struct Loaded {
   using F = typename Tile::Factor;
-  const Load& load;
-  Index column, k;
-  FUSEDRNN_INLINE F one(Index c, Index i) const { return Tile::factor(load(column + c, k + i)); }
-  FUSEDRNN_INLINE uint32_t two(Index c, Index i) const { return uint32_t(one(c, i)) | uint32_t(one(c, i + 1)) << 16; }
+  const Of& of;
+  int K, column, k;
+  FUSEDRNN_INLINE F one(int c, int i) const {
+    const auto* p = of(column + c);
+    return p && k + i < K ? Tile::factor(p[k + i]) : F(0);
+  }
+  FUSEDRNN_INLINE uint32_t two(int c, int i) const { return uint32_t(one(c, i)) | uint32_t(one(c, i + 1)) << 16; }
 };
 
-// The block's weights: load(column, k), or what of them is in shared memory.
-template <class Tile, bool resident, class Load>
+// The block's weights, of(column): where they are, or in shared memory.
+template <class Tile, bool resident, class Of>
 struct BlockWeights {
   using F = typename Tile::Factor;
-  const Load& load;
+  const Of& of;
   F* kept;
-  Index pitch;
+  int K;
 
-  FUSEDRNN_INLINE BlockWeights(const Load& load, F* kept, Index columns, Index K)
-      : load(load), kept(kept), pitch(pitch_of<F>(K)) {
-    if constexpr (resident)
-      for (Index i = threadIdx.x; i < columns * pitch; i += kThreads)
-        kept[i] = Tile::factor(load(i / pitch, i % pitch));
+  FUSEDRNN_INLINE BlockWeights(const Of& of, F* kept, int columns, int K) : of(of), kept(kept), K(K) {
+    if constexpr (resident) bring_weights<Tile>(kept, columns, K, of);
   }
-  FUSEDRNN_INLINE auto operator()(Index column, Index k) const {
+  FUSEDRNN_INLINE auto operator()(int column, int k) const {
     if constexpr (resident)
-      return Factors<F>{kept + column * pitch + k, pitch};
+      return Factors<F>{kept + column * pitch_of<F>(K) + k, pitch_of<F>(K)};
     else
-      return Loaded<Tile, Load>{load, column, k};
+      return Loaded<Tile, Of>{of, K, column, k};
   }
 };
-template <class Tile, bool resident, class Load>
-FUSEDRNN_INLINE BlockWeights<Tile, resident, Load> block_weights(const Load& load, typename Tile::Factor* kept,
-                                                                 Index columns, Index K) {
-  return {load, kept, columns, K};
+template <class Tile, bool resident, class Of>
+FUSEDRNN_INLINE BlockWeights<Tile, resident, Of> block_weights(const Of& of, typename Tile::Factor* kept, int columns,
+                                                               int K) {
+  return {of, kept, columns, K};
 }
 
 template <class Cell, class S, class Tile, bool resident>
 FUSEDRNN_INLINE void grid_forward(const ForwardJob<S>& job) {
   using T = Compute<S>;
   const Grid<ForwardJob<S>> grid(job);
-  const Index K = job.H, columns = job.units * kRecurrent<Cell>;
+  const int K = int(job.H), columns = int(job.units) * kRecurrent<Cell>;
   const Layout layout(job.rows, columns, Tile::columns);
   const Shared<T, typename Tile::Factor> shared(layout, K, job.chunk, job.rows, job.units, resident);
-  const Product<S, Tile> product{layout, shared, K, job.chunk};
-  const auto load = [&](Index column, Index k) { return forward_weight<Cell>(grid, column, k); };
-  const auto weights = block_weights<Tile, resident>(load, shared.weights, layout.columns(), K);
+  const Product<S, Tile> product{layout, shared, K, int(job.chunk)};
+  const auto of = [&](int column) { return forward_weights<Cell>(grid, column); };
+  const auto weights = block_weights<Tile, resident>(of, shared.weights, int(layout.columns()), K);
   grid.each(0, job.rows, [&](Index r, Index j) {
     const ForwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
     shared.h[r * job.units + j] = unit.start_h();
@@ -265,12 +292,12 @@ template <class Cell, class S, class Tile, bool resident>
 FUSEDRNN_INLINE void grid_backward(const BackwardJob<S>& job) {
   using T = Compute<S>;
   const Grid<BackwardJob<S>> grid(job);
-  const Index K = kRecurrent<Cell> * job.H;
+  const int K = kRecurrent<Cell> * int(job.H);
   const Layout layout(job.rows, job.units, Tile::columns);
   const Shared<T, typename Tile::Factor> shared(layout, K, job.chunk, job.rows, job.units, resident);
-  const Product<S, Tile> product{layout, shared, K, job.chunk};
-  const auto load = [&](Index column, Index k) { return backward_weight<Cell>(grid, column, k); };
-  const auto weights = block_weights<Tile, resident>(load, shared.weights, layout.columns(), K);
+  const Product<S, Tile> product{layout, shared, K, int(job.chunk)};
+  const auto of = [&](int column) { return backward_weights<Cell>(grid, column); };
+  const auto weights = block_weights<Tile, resident>(of, shared.weights, int(layout.columns()), K);
   T *const direct = shared.h, *const dc = shared.c;
   grid.each(0, job.rows, [&](Index r, Index j) {
     const BackwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};

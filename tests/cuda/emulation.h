@@ -81,12 +81,12 @@ inline T load_shared_by_blocks(const T* p) {
   return *p;
 }
 
+template <class F, int n>
+struct Several;  // device.h
 template <class S>
-struct Sixteen;  // device.h
-template <class S>
-inline Sixteen<S> load_sixteen_shared_by_blocks(const S* p) {
-  Sixteen<S> all;
-  for (int i = 0; i < all.count; ++i) all.of[i] = p[i];
+inline Several<S, 16 / sizeof(S)> load_sixteen_shared_by_blocks(const S* p) {
+  Several<S, 16 / sizeof(S)> all;
+  for (size_t i = 0; i < 16 / sizeof(S); ++i) all.of[i] = p[i];
   return all;
 }
 inline uint32_t load_two(const uint16_t* p) { return p[0] | uint32_t(p[1]) << 16; }

@@ -33,8 +33,8 @@ MUTANTS = [
     Mutant(
         "grid: staged factors read before they are there",
         GRID,
-        "stage(k0, row);\n      sync_block();",
-        "stage(k0, row);",
+        "sync_block();  // it is there",
+        "",
         ("values",),
     ),
     Mutant(
@@ -61,8 +61,8 @@ MUTANTS = [
     Mutant(
         "grid: a barrier that only half of the threads reach",
         GRID,
-        "stage(k0, row);\n      sync_block();",
-        "stage(k0, row);\n      if (threadIdx.x < kThreads / 2) sync_block();",
+        "sync_block();  // it is there",
+        "if (threadIdx.x < kThreads / 2) sync_block();",
         ("emulation",),
     ),
     Mutant(
@@ -164,27 +164,33 @@ MUTANTS = [
     ),
     # the product
     Mutant("grid: one split of k alone", GRID, "split < layout.splits", "split < 1", ("values",)),
-    Mutant("grid: beyond the last k", GRID, "p && k + j < K ?", "p ?", ("values",)),
+    Mutant("grid: beyond the last k", GRID, "p && k < count ?", "p ?", ("values",)),
     Mutant(
         "grid: chunks of k from the first",
         GRID,
-        "load_shared_by_blocks(p + k + j)",
-        "load_shared_by_blocks(p + k - k0 + j)",
+        "p ? p + k0 : p",
+        "p",
         ("values",),
     ),
-    Mutant("grid: 16 bytes beyond the last k", GRID, "p && k + n <= K &&", "p &&", ("values",)),
     Mutant(
-        "grid: 16 bytes of the chunk before",
+        "grid: 16 bytes beyond the last k",
         GRID,
-        "load_sixteen_shared_by_blocks(p + k)",
-        "load_sixteen_shared_by_blocks(p + k - k0)",
+        "% 16 == 0 ? count / n : 0",
+        "% 16 == 0 ? round_up(count, n) / n : 0",
+        ("values",),
+    ),
+    Mutant(
+        "grid: a lane leaves out the groups that are not whole",
+        GRID,
+        "full + ((lane() - full) & (kWarp - 1))",
+        "full + lane() + 1",
         ("values",),
     ),
     Mutant(
         "grid: weights of the wrong gate",
         GRID,
-        "(gate * job.H + u) * job.H + k",
-        "(gate * job.units + u) * job.H + k",
+        "(gate * job.H + u) * job.H;",
+        "(gate * job.units + u) * job.H;",
         ("values",),
     ),
     Mutant(
@@ -233,7 +239,7 @@ MUTANTS = [
     Mutant(
         "cluster: no zeros where k is rounded up",
         CLUSTER,
-        "shared.operand(1)[i] = Tile::factor(T(0));",
+        "shared.operand(1)[r * shared.pitch + k] = Tile::factor(T(0));",
         "",
         ("values",),
     ),
