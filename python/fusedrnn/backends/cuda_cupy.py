@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn.backends import cuda_compile
+from fusedrnn.backends import cuda_compile, cuda_cublas
 from fusedrnn.backends.cuda_graph import Graphs, Work
 from fusedrnn.backends.protocol import Array
 
@@ -103,6 +103,7 @@ class CupyDevice:
         self._places: dict[tuple[Any, ...], int] = {}  # blocks, or clusters, of a kernel that run at once
         self._lock = threading.Lock()
         self._graphs = Graphs(self._record)
+        self._of_thread = threading.local()  # workspace: of the work that is repeated
         self._recording = cupy.cuda.Stream(non_blocking=True)  # where nothing ever runs
 
     def is_array(self, a: Any) -> bool:
@@ -143,18 +144,33 @@ class CupyDevice:
         one, zero = (scale.ctypes.data for scale in scales)
         (a_op, a_step), (b_op, b_step) = _as_columns(a), _as_columns(b)
         (m, n), k = out.shape, a.shape[1]
-        sizes = self._cupy.cuda.device.get_cublas_handle(), b_op, a_op, n, m, k
+        arguments: tuple[Any, ...] = self._cupy.cuda.device.get_cublas_handle(), b_op, a_op, n, m, k, one
         a_at, b_at, out_at = map(self.pointer, (a, b, out))
         if a.dtype.itemsize == 2 or (a.dtype == np.float32 and precision in FAST):
             factor, sums = (REAL[array.dtype.name] for array in (a, out))
             how = FAST[precision] if a.dtype == np.float32 else "CUBLAS_COMPUTE_32F"
-            cublas.gemmEx(
-                *sizes, one, b_at, factor, b_step, a_at, factor, a_step, zero, out_at, sums, n,
-                getattr(cublas, how), cublas.CUBLAS_GEMM_DEFAULT,
-            )  # fmt: skip
+            name = "gemmEx"
+            arguments += b_at, factor, b_step, a_at, factor, a_step, zero, out_at, sums, n
+            arguments += getattr(cublas, how), cublas.CUBLAS_GEMM_DEFAULT
         else:
-            gemm = cublas.sgemm if a.dtype == np.float32 else cublas.dgemm
-            gemm(*sizes, one, b_at, b_step, a_at, a_step, zero, out_at, n)
+            name = "sgemm" if a.dtype == np.float32 else "dgemm"
+            arguments += b_at, b_step, a_at, a_step, zero, out_at, n
+        try:
+            getattr(cublas, name)(*arguments)
+        except NotImplementedError:  # by CuPy, where the stream is being captured
+            self._captured(name, arguments)
+
+    def _captured(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """A product that a graph records, ours or another's."""
+        workspace = getattr(self._of_thread, "workspace", None)
+        if workspace is None:
+            workspace = self._new_workspace()
+        stream = self._cupy.cuda.get_current_stream().ptr
+        cuda_cublas.captured(name, arguments, stream, self.pointer(workspace), workspace.nbytes)
+
+    def _new_workspace(self) -> Array:
+        """What cuBLAS works in, as large as its own where it has one."""
+        return self.empty(((32 if self.cluster else 4) << 20,), np.uint8)
 
     def repeat(self, key: Hashable, work: Work) -> None:
         """By a CUDA graph, when it comes again; not within a graph that somebody else records."""
@@ -163,17 +179,18 @@ class CupyDevice:
             recorded = stream.is_capturing()
         except Exception:  # of the oldest stream nobody may ask that while any other is recorded
             recorded = True
-        if recorded:
-            work()
-        else:
-            self._graphs.run(key, work)
+        # Memory of this call, as all that the work depends on: part of the key, free again after it.
+        self._of_thread.workspace = workspace = self._new_workspace()
+        try:
+            if recorded:
+                work()
+            else:
+                self._graphs.run((key, self.pointer(workspace)), work)
+        finally:
+            self._of_thread.workspace = None
 
     def _record(self, work: Work) -> Work:
-        """A graph of the work, to be launched on CuPy's current stream.
-
-        cuBLAS takes its workspace within the graph: CuPy sets the stream before every product, which makes
-        cuBLAS forget any other.
-        """
+        """A graph of the work, to be launched on CuPy's current stream."""
         cuda = self._cupy.cuda
         cuda.device.get_cublas_handle()  # made for each thread, which cannot be recorded
         with self._recording as stream:
