@@ -1,7 +1,7 @@
 """CuPy's place taken by NumPy, for computers without a GPU: an array type that mixes with nothing of NumPy's.
 
 Code that runs on these arrays makes no implicit copy, calls the array's own module, and uses of CuPy only
-what ``NAMES`` and ``METHODS`` list, which ``test_cuda_backend`` looks up in CuPy itself where that is
+what ``NAMES`` and ``METHODS`` list, which ``test_cuda_native`` looks up in CuPy itself where that is
 installed. What CuPy computes is not tested here.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import operator
 import types
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cuda.emulated import EmulatedDevice
+from fusedrnn.backends.protocol import Weights
 
 # What the package may use.
 NAMES = [
@@ -158,3 +160,22 @@ class HiddenDevice(EmulatedDevice):
 
     def asarray(self, a: Any) -> Any:
         return _asarray(a)
+
+
+ONE = ("x", "dy", "lengths", "reset")  # of a problem, beside tuples
+
+
+def moved(p: Any, put: Any) -> Any:
+    """The problem with all its arrays elsewhere."""
+
+    def all_of(arrays: Any) -> Any:
+        return None if arrays is None else tuple(None if a is None else put(a) for a in arrays)
+
+    tuples = {n: all_of(getattr(p, n)) for n in ("state0", "dstateT", "dstates")}
+    ones = dict(zip(ONE, all_of(getattr(p, n) for n in ONE), strict=True))
+    return replace(p, weights=Weights(*all_of(p.weights)), **tuples, **ones)
+
+
+def hidden(p: Any) -> Any:
+    """The problem with arrays of a device that are not NumPy's."""
+    return moved(p, _asarray)

@@ -1,0 +1,321 @@
+"""The device that is a GPU, without one: what is missing, and what goes to CuPy, cuBLAS and the driver."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import sys
+import threading
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fusedrnn
+from fusedrnn import backends, functional
+from fusedrnn import layers as L
+from fusedrnn.backends import cuda_compile, cuda_cupy
+from fusedrnn.cells import LSTM
+from problems import (
+    problem,
+)
+
+# --- what is missing ----------------------------------------------------------------------------------------
+
+
+def unavailable(
+    monkeypatch, *, absent=(), majors=(13, 13, 13), driver=13, count=1, capability=(9, 0), cublas=True
+):
+    """``cuda_cupy.unavailable()`` on a computer of such a kind."""
+    runtime = types.SimpleNamespace(runtimeGetVersion=lambda: majors[0] * 1000, getDevice=lambda: 0)
+    fake_cuda = types.SimpleNamespace(runtime=runtime, **({"cublas": None} if cublas else {}))
+    bindings = types.SimpleNamespace(__version__=f"{majors[1]}.1.0")
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=fake_cuda))
+    monkeypatch.setattr(cuda_cupy, "_installed", lambda module: module not in absent)
+    import_module = importlib.import_module
+    monkeypatch.setattr(
+        importlib, "import_module", lambda n, *a: bindings if n == "cuda.bindings" else import_module(n, *a)
+    )
+    monkeypatch.setattr(cuda_cupy.cuda_compile, "version", lambda: (majors[2], 0))
+    answers = {"cuInit": None, "cuDeviceGetCount": count, "cuDeviceGet": 0}
+    answers["cuDriverGetVersion"] = 1000 * (driver or 0)
+
+    def call(function, *_):
+        if driver is None:
+            raise RuntimeError(f"{function}: CUDA_ERROR_NO_DEVICE")
+        return answers[function]
+
+    monkeypatch.setattr(cuda_cupy, "_call", call)
+    monkeypatch.setattr(cuda_cupy, "_capability", lambda handle: capability)
+    return cuda_cupy.unavailable.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("computer", "reason"),
+    [
+        ({"absent": ("cupy",)}, "CuPy is not installed: pip install 'fusedrnn[cuda13]'"),
+        ({"absent": ("cuda.bindings",)}, "cuda-bindings is not installed: pip install 'fusedrnn[cuda13]'"),
+        (
+            {"majors": (12, 13, 13)},
+            "packages for different versions of CUDA (CuPy 12, cuda-bindings 13, NVRTC 13)",
+        ),
+        ({"driver": None}, "there is no NVIDIA driver, or no GPU (cuInit: CUDA_ERROR_NO_DEVICE)"),
+        ({"driver": 12}, "the driver is of CUDA 12, the packages of CUDA 13: pip install"),
+        ({"count": 0}, "there is no NVIDIA GPU"),
+        ({"capability": (6, 1)}, "the GPU has compute capability 6.1, expected at least 7.0"),
+        ({"cublas": False}, "cuBLAS cannot be loaded"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_why_it_cannot_run_is_one_line(monkeypatch, computer, reason):
+    said = unavailable(monkeypatch, **computer)
+    assert said.startswith(reason)
+    assert "\n" not in said
+
+
+def test_it_can_run_where_nothing_is_missing(monkeypatch):
+    assert unavailable(monkeypatch) is None
+
+
+def test_named_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(cuda_cupy, "unavailable", lambda: "the moon is full")
+    p = problem(LSTM(), 3, 2, 3, 7)
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: the moon is full"):
+        functional.forward(p.cell, p.x, p.weights, backend="cuda")
+    for call in (
+        lambda: L.LSTM(3).to_gpu(),
+        lambda: fusedrnn.DataLoader(fusedrnn.datasets.SinCurve(), 10, gpu=True),
+        lambda: fusedrnn.DataLoader(fusedrnn.datasets.SinCurve(), 10).to_gpu(),
+        lambda: fusedrnn.cuda.as_cupy(np.zeros(3)),
+    ):
+        with pytest.raises(RuntimeError, match="the moon is full"):
+            call()
+    assert not fusedrnn.cuda.gpu_enable
+    assert backends.get().name != "cuda"
+
+
+# --- the device that is a GPU: what can be seen of it without one -------------------------------------------
+
+
+def cublas(monkeypatch):
+    """CuPy with a cuBLAS that follows its manual on this computer's memory."""
+
+    def read(pointer, dtype, rows, columns, step):
+        """A matrix that lies column by column."""
+        flat = np.ctypeslib.as_array(
+            (ctypes.c_char * (step * columns * dtype.itemsize)).from_address(pointer)
+        )
+        return flat.view(dtype).reshape(columns, step)[:, :rows].T
+
+    def gemm(dtype, result=None):
+        scale = np.dtype("f8" if dtype == "f8" else "f4")
+
+        def run(handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+            assert handle == "handle"
+            assert read(alpha, scale, 1, 1, 1)[0, 0] == 1
+            assert read(beta, scale, 1, 1, 1)[0, 0] == 0
+            assert lda >= (k if op_a else m)
+            assert ldb >= (n if op_b else k)
+            assert ldc >= m
+            left = read(a, dtype, k, m, lda).T if op_a else read(a, dtype, m, k, lda)
+            right = read(b, dtype, n, k, ldb).T if op_b else read(b, dtype, k, n, ldb)
+            read(c, result or dtype, m, n, ldc)[...] = left.astype(scale) @ right.astype(scale)
+
+        return run
+
+    def gemm_ex(
+        handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, how, algo
+    ):
+        assert (a_type, algo) == (b_type, "any")
+        asked.append(how)
+        gemm(reals[a_type], reals[c_type])(handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
+
+    asked = []
+    reals = {cupy_type: np.dtype(name) for name, cupy_type in CUDA_TYPES.items()}
+    made = types.SimpleNamespace(
+        sgemm=gemm(np.dtype("f4")),
+        dgemm=gemm(np.dtype("f8")),
+        gemmEx=gemm_ex,
+        asked=asked,  # of gemmEx: how it was to compute
+        CUBLAS_COMPUTE_32F_FAST_TF32="tf32",
+        CUBLAS_COMPUTE_32F_FAST_16BF="bf16",
+        CUBLAS_COMPUTE_32F_FAST_16F="fp16",
+        CUBLAS_COMPUTE_32F="sums in float32",
+        CUBLAS_GEMM_DEFAULT="any",
+    )
+    device = types.SimpleNamespace(get_cublas_handle=lambda: "handle")
+    return types.SimpleNamespace(cuda=types.SimpleNamespace(cublas=made, device=device))
+
+
+CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType, of the toolkit's library_types.h
+
+
+@pytest.mark.parametrize("precision", cuda_compile.PRECISIONS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_products_by_cublas(monkeypatch, dtype, precision):
+    halves = np.dtype(dtype).itemsize == 2
+    device = object.__new__(cuda_cupy.CupyDevice)
+    device._cupy = cublas(monkeypatch)
+    monkeypatch.setattr(device, "pointer", lambda a: a.ctypes.data, raising=False)
+    rng = np.random.default_rng(0)
+
+    def shapes(rows, columns):
+        """A matrix in every form that the backend passes; the room about it is NaN."""
+        values = rng.standard_normal((rows, columns)).astype(dtype)
+        wide = np.full((rows + 2, columns + 5), np.nan, dtype)
+        wide[:rows, 3 : 3 + columns] = values
+        tall = np.full((columns + 1, rows + 5), np.nan, dtype)
+        tall[:columns, 3 : 3 + rows] = values.T
+        return values, np.asfortranarray(values), wide[:rows, 3 : 3 + columns], tall[:columns, 3 : 3 + rows].T
+
+    for m, n, k in itertools.product((1, 2, 5), (1, 3), (1, 4)):
+        for a, b in itertools.product(shapes(m, k), shapes(k, n)):
+            want = a.astype(float) @ b.astype(float)
+            for result in (dtype, np.float32) if halves else (dtype,):
+                out = np.full((m, n), np.nan, result)
+                device.matmul(a, b, out, precision)
+                rtol = 2 * float(ml_dtypes.finfo(result).eps) if result in (dtype,) and halves else 1e-5
+                np.testing.assert_allclose(out.astype(float), want, rtol=rtol, atol=1e-5)
+    rounds = dtype == np.float32 and precision in ("tf32", "bf16", "fp16")
+    how = {"sums in float32"} if halves else {precision} if rounds else set()
+    assert set(device._cupy.cuda.cublas.asked) == how
+    with pytest.raises(ValueError, match="matmul: expected an axis of neighbours"):
+        device.matmul(np.zeros((6, 6), dtype)[::2, ::2], np.zeros((3, 3), dtype), np.zeros((3, 3), dtype))
+
+
+bindings = pytest.mark.skipif(
+    not cuda_cupy._installed("cuda.bindings"), reason="cuda-bindings is not installed"
+)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A device on NVIDIA's own bindings, with the calls into the driver recorded instead of made."""
+    real = importlib.import_module("cuda.bindings.driver")
+    calls = []
+
+    class Driver:
+        def __getattr__(self, name):
+            if not name.startswith("cu"):
+                return getattr(real, name)
+            assert callable(getattr(real, name))
+
+            def call(*arguments):
+                if name == "cuLaunchKernelEx":
+                    config, function, parameters, extra = arguments
+                    launch = {
+                        "grid": (config.gridDimX, config.gridDimY, config.gridDimZ),
+                        "block": (config.blockDimX, config.blockDimY, config.blockDimZ),
+                        "shared": config.sharedMemBytes,
+                        "stream": int(config.hStream),
+                        "attributes": [
+                            (a.id, a.value.cooperative, a.value.clusterDim.x) for a in config.attrs
+                        ],
+                        "count": config.numAttrs,
+                        "parameters": ctypes.c_void_p.from_address(parameters).value,
+                        "first": ctypes.c_int64.from_address(
+                            ctypes.c_void_p.from_address(parameters).value
+                        ).value,
+                        "second": ctypes.c_int64.from_address(
+                            ctypes.c_void_p.from_address(parameters + 8).value
+                        ).value,
+                        "extra": extra,
+                    }
+                    arguments = (function, launch)
+                calls.append((name, *arguments))
+                answers = {"cuOccupancyMaxActiveBlocksPerMultiprocessor": 1, "cuModuleLoadData": "module"}
+                answers["cuDriverGetVersion"] = 13010  # CUDA 13.1
+                answers["cuOccupancyMaxActiveClusters"] = (
+                    1 if name != "cuOccupancyMaxActiveClusters" else (int(arguments[-1].gridDimX <= 8))
+                )
+                value = arguments[-1] if name == "cuModuleGetFunction" else answers.get(name)
+                return (failing.get(name, real.CUresult.CUDA_SUCCESS), *(() if value is None else (value,)))
+
+            return call
+
+    failing = {}
+    fake = Driver()
+    monkeypatch.setattr(cuda_cupy, "_driver", lambda: fake)
+    monkeypatch.setattr(cuda_cupy.cuda_compile, "cubin", lambda *key: " ".join(key).encode())
+    device = object.__new__(cuda_cupy.CupyDevice)
+    streams = types.SimpleNamespace(
+        runtime=types.SimpleNamespace(setDevice=lambda n: calls.append(("setDevice", n))),
+        get_current_stream=lambda: types.SimpleNamespace(ptr=4711),
+    )
+    device._cupy = types.SimpleNamespace(cuda=streams)
+    device.number, device.multiprocessors, device.shared_bytes, device.architecture = 1, 4, 99_000, "sm_90"
+    device._modules, device._functions, device._places = {}, {}, {}
+    device._lock = threading.Lock()
+    return device, calls, failing, real
+
+
+@bindings
+def test_launches(driver):
+    device, calls, _, real = driver
+    job, step = ctypes.c_int64(123), ctypes.c_int64(456)
+    device.launch("Lstm", "float", "step_forward", (7, 1), (job, step))
+    device.launch("Lstm", "float", "grid_forward", (2, 2), (job, step), 50_000, cooperative=True)
+    launches = [call for call in calls if call[0] == "cuLaunchKernelEx"]
+    (_, function, plain), (_, grid_function, cooperative) = launches
+    assert (function, grid_function) == (b"step_forward", b"grid_forward")
+    expected = {
+        "grid": (7, 1, 1),
+        "block": (256, 1, 1),
+        "shared": 0,
+        "stream": 4711,
+        "attributes": [],
+        "count": 0,
+    }
+    assert plain | expected == plain
+    assert (plain["first"], plain["second"], plain["extra"]) == (123, 456, 0)
+    assert plain["parameters"] == ctypes.addressof(job)
+    flag = real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    assert (cooperative["grid"], cooperative["shared"]) == ((2, 2, 1), 50_000)
+    ((found, value, _),) = cooperative["attributes"]
+    assert (found, value, cooperative["count"]) == (flag, 1, 1)
+    loads = [call for call in calls if call[0] == "cuModuleLoadData"]
+    assert loads == [("cuModuleLoadData", b"Lstm float sm_90 ieee")]  # once for both
+    beyond = real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    assert ("cuFuncSetAttribute", b"grid_forward", beyond, 99_000) in calls
+    assert [call for call in calls if call[0] == "setDevice"] == [("setDevice", 1)] * 2
+
+
+@bindings
+def test_a_fatbin_of_the_package_is_loaded_where_the_driver_takes_it(driver, monkeypatch):
+    device, calls, _, _ = driver
+    asked = []
+    monkeypatch.setattr(cuda_cupy.cuda_compile, "shipped", lambda *key: asked.append(key) or b"fatbin")
+    device.launch("Lstm", "float", "step_forward", (7, 1), (ctypes.c_int64(), ctypes.c_int64()))
+    assert asked == [("Lstm", "float", "sm_90", "ieee", (13, 1))]
+    assert ("cuModuleLoadData", b"fatbin") in calls
+
+
+@bindings
+def test_a_cluster_is_a_row_of_the_grid(driver):
+    device, calls, _, real = driver
+    job, step = ctypes.c_int64(123), ctypes.c_int64(456)
+    device.launch("Lstm", "float", "cluster_forward", (3, 50), (job, step), 60_000, precision="tf32")
+    (launch,) = (call[2] for call in calls if call[0] == "cuLaunchKernelEx")
+    ((found, _, blocks),) = launch["attributes"]
+    assert found == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    assert (blocks, launch["grid"], launch["shared"]) == (3, (3, 50, 1), 60_000)
+    assert ("cuModuleLoadData", b"Lstm float sm_90 tf32") in calls
+    with pytest.raises(RuntimeError, match=r"^cluster_forward: a cluster of 9 blocks does not run on this"):
+        device.launch("Lstm", "float", "cluster_forward", (9, 1), (job, step))
+
+
+@bindings
+def test_a_grid_that_does_not_run_at_once_is_an_error(driver):
+    device, calls, failing, real = driver
+    args, too_many = (
+        (ctypes.c_int64(), ctypes.c_int64()),
+        r"5 x 1 blocks do not run at once on this GPU, 4 do",
+    )
+    with pytest.raises(RuntimeError, match=rf"^grid_forward: {too_many}"):
+        device.launch("Lstm", "float", "grid_forward", (5, 1), args, cooperative=True)
+    assert not any(call[0] == "cuLaunchKernelEx" for call in calls)
+    failing["cuLaunchKernelEx"] = real.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(RuntimeError, match=r"^cuLaunchKernelEx: CUDA_ERROR_INVALID_VALUE"):
+        device.launch("Lstm", "float", "step_forward", (1, 1), args)
