@@ -400,6 +400,25 @@ def test_a_device_that_computes_wrongly_is_refused(kernel):
             run(backend, p)
 
 
+def test_a_first_call_cannot_be_captured():
+    class Captured(EmulatedDevice):
+        now = True
+
+        def captured(self):
+            return self.now
+
+    device = Captured(16)
+    backend = CudaBackend(device)
+    p = problem(RNN(), 3, 2, 3, 7, dtype=np.float32)
+    with pytest.raises(RuntimeError, match=r"^the first call in float32 on a GPU cannot be captured"):
+        run(backend, p)
+    assert device.launches == []
+    device.now = False
+    run(backend, p)
+    device.now = True
+    run(backend, p)
+
+
 @pytest.mark.parametrize("precision", cuda_compile.PRECISIONS)
 def test_the_self_test_takes_every_precision(precision):
     device = EmulatedDevice(multiprocessors=16)

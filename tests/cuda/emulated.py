@@ -216,6 +216,10 @@ class EmulatedDevice:
             else:
                 np.matmul(rounded(a, precision), rounded(b, precision), out=out)
 
+    def captured(self) -> bool:
+        """Nobody records what runs here but ``repeat`` itself."""
+        return False
+
     def repeat(self, key: Any, work: Any) -> None:
         """Again under the same key: from what was recorded, addresses and numbers."""
         self.graphs.run(key, work)

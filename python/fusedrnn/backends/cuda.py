@@ -487,6 +487,11 @@ class CudaBackend:
         """The self-test of how the device will be used, the first time; float64 is float32's code."""
         way, dtype = self._way(), np.dtype(np.float32) if dtype in FLOATS else dtype
         if not any(d is device and (w, name) == (way, dtype.name) for d, w, name in self._tested):
+            if device.captured():
+                raise RuntimeError(
+                    f"the first call in {dtype.name} on a GPU cannot be captured, since it compiles, tests and "
+                    "waits: make one before, backward too"
+                )
             _self_test(device, way, dtype)
             self._tested.append((device, way, dtype.name))
 

@@ -172,17 +172,19 @@ class CupyDevice:
         """What cuBLAS works in, as large as its own where it has one."""
         return self.empty(((32 if self.cluster else 4) << 20,), np.uint8)
 
+    def captured(self) -> bool:
+        """Whether somebody records what goes to CuPy's current stream."""
+        try:
+            return bool(self._cupy.cuda.get_current_stream().is_capturing())
+        except Exception:  # of the oldest stream nobody may ask that while any other is recorded
+            return True
+
     def repeat(self, key: Hashable, work: Work) -> None:
         """By a CUDA graph, when it comes again; not within a graph that somebody else records."""
-        stream = self._cupy.cuda.get_current_stream()
-        try:
-            recorded = stream.is_capturing()
-        except Exception:  # of the oldest stream nobody may ask that while any other is recorded
-            recorded = True
         # Memory of this call, as all that the work depends on: part of the key, free again after it.
         self._of_thread.workspace = workspace = self._new_workspace()
         try:
-            if recorded:
+            if self.captured():
                 work()
             else:
                 self._graphs.run((key, self.pointer(workspace)), work)

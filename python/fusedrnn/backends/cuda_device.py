@@ -48,6 +48,9 @@ class Device(Protocol):
         sums are float32, or of float64 float64, always.
         """
 
+    def captured(self) -> bool:
+        """Whether somebody records what runs now, in a graph for later."""
+
     def repeat(self, key: Hashable, work: Callable[[], None]) -> None:
         """Do what ``work`` launches and multiplies, which for the same key, on this device, is the same."""
 
