@@ -489,8 +489,8 @@ class CudaBackend:
         if not any(d is device and (w, name) == (way, dtype.name) for d, w, name in self._tested):
             if device.captured():
                 raise RuntimeError(
-                    f"the first call in {dtype.name} on a GPU cannot be captured, since it compiles, tests and "
-                    "waits: make one before, backward too"
+                    f"the first call in {dtype.name} on a GPU cannot be captured, since it compiles, tests "
+                    "and waits: make one before, backward too"
                 )
             _self_test(device, way, dtype)
             self._tested.append((device, way, dtype.name))
