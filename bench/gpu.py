@@ -126,6 +126,42 @@ def checks(run: Run) -> dict[str, Any]:
         end = (lines or [""])[-1]
         found[kernel] = {"exit code": done.returncode, "end": end, "errors": done.stderr[-2000:]}
         print(kernel, found[kernel]["exit code"], found[kernel]["end"], flush=True)
+    found["float16 and bfloat16"] = of_16_bits()
+    return found
+
+
+def of_16_bits() -> dict[str, float]:
+    """The worst difference from the reference on the same numbers, in units of the dtype's precision, for
+    each way to run: below 1 where all is right."""
+    import cupy
+    import ml_dtypes
+
+    from fusedrnn.backends.cuda import CudaBackend
+    from fusedrnn.backends.protocol import Weights
+    from fusedrnn.backends.reference import ReferenceBackend
+    from fusedrnn.cells import CELLS
+    from fusedrnn.problems import Case, Shape, make
+
+    def results(backend: Any, cell: Any, put: Callable[[Any], Any], data: Any) -> list[Any]:
+        weights = Weights(*(None if w is None else put(w) for w in data.weights[0]))
+        forward = backend.forward(cell, put(data.x), weights)
+        gradients = backend.backward(forward.tape, put(data.dy))
+        return [forward.y, *forward.stateT, gradients.dx, *(w for w in gradients.dweights if w is not None)]
+
+    found = {}
+    for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
+        for name in ("lstm", "gru", "rnn"):
+            cell = CELLS[name]()
+            data = make(Case(cell, Shape(20, 9, 7, 72)), "float64")
+            truth = results(ReferenceBackend(), cell, lambda a, d=dtype: a.astype(d).astype(float), data)
+            for kernel in ("steps", "grid", "grid_streamed", "cluster"):
+                put = lambda a, d=dtype: cupy.asarray(a.astype(d))  # noqa: E731
+                got = results(CudaBackend(kernel=kernel), cell, put, data)
+                worst = max(
+                    float(np.abs(a.get().astype(float) - b).max() / np.abs(b).max())
+                    for a, b in zip(got, truth, strict=True)
+                )
+                found[f"{dtype} {name} {kernel}"] = worst / float(ml_dtypes.finfo(dtype).eps)
     return found
 
 
@@ -160,8 +196,10 @@ def once(p: Small, **options: Any) -> list[Any]:
 
 
 def promises(run: Run) -> dict[str, Any]:
-    """Run to run the same bits, the CPU backend's results, flat memory, streams, threads, large sizes."""
+    """Run to run the same bits, graphs, the CPU backend's results, flat memory, streams, threads, sizes."""
     import cupy
+
+    from fusedrnn.backends.cuda import CudaBackend
 
     found: dict[str, Any] = {}
     rng = np.random.default_rng(0)
@@ -171,6 +209,15 @@ def promises(run: Run) -> dict[str, Any]:
     found["same bits in 20 runs"] = all(
         all(np.array_equal(a, b.get()) for a, b in zip(first, once(p), strict=True)) for _ in range(20)
     )
+
+    backend = CudaBackend(kernel="steps")
+    packed = backend.pack(p.cell, p.weights)
+    again = []
+    for _ in range(6):  # plain, recorded and repeated, repeated
+        forward = backend.forward(p.cell, p.x, packed)
+        again.append([forward.y.get(), backend.backward(forward.tape, p.dy).dx.get()])
+    same = all(np.array_equal(a, b) for one in again for a, b in zip(one, again[0], strict=True))
+    found["graphs: recorded, and the same bits as one by one"] = [len(backend.device._graphs), same]
 
     worst = 0.0
     for name in ("lstm", "gru", "rnn"):
