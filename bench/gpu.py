@@ -3,8 +3,9 @@
     python bench/gpu.py                  all parts, into bench/results/gpu-NAME-DATE.json, and a table
     python bench/gpu.py checks timing    some parts
 
-Needs PyTorch with CUDA and ``fusedrnn[cuda13]`` (or ``cuda12``). A part that fails is written down as failed,
-and the next one begins. What is timed is ``fusedrnn.bench.cuda``'s, as in ``fusedrnn bench --device cuda``.
+Needs PyTorch with CUDA and ``fusedrnn[cuda13]`` (or ``cuda12``); DeZero for one goal. A part that fails is
+written down as failed, and the next one begins. What is timed is ``fusedrnn.bench.cuda``'s, as in ``fusedrnn
+bench --device cuda``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Run:
         self.end = time.monotonic() + seconds
         self.found: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []  # of the timing
-        self.epoch: float | None = None  # the time of PyTorch's epoch divided by ours
+        self.epoch: float | None = None  # the time of the public framework's divided by ours
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -339,11 +340,12 @@ def cuts(run: Run) -> dict[str, Any]:
 
 
 def epochs(run: Run) -> dict[str, Any]:
-    """An epoch of ``fusedrnn train pollution`` on the GPU beside the same in PyTorch."""
+    """An epoch of ``fusedrnn train pollution`` on the GPU beside the same in PyTorch, and in DeZero if it is
+    installed."""
     import pollution_epoch
 
     found: dict[str, Any] = pollution_epoch.measure("cuda")
-    run.epoch = found["ratio"]
+    run.epoch = found.get("ratio to dezero")  # of the goal; PyTorch's is beside it
     return found
 
 

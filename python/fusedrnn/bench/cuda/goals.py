@@ -102,7 +102,7 @@ GOALS = (
     Goal("ragged lengths: time / time of full", lambda row: bool(row["ragged"]), against_full, 1.05, False),
     Goal("T = 1, B = 8, H = 256: times LSTMCell", one_step, against("torch-cell"), 1.0, True),
 )
-EPOCH = ("an epoch of the air pollution program: times PyTorch", 20.0)
+EPOCH = ("an epoch of the air pollution program: times the public framework (DeZero)", 20.0)
 
 
 def judge(rows: Sequence[Row], expected: Sequence[Row], epoch: float | None = None) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def judge(rows: Sequence[Row], expected: Sequence[Row], epoch: float | None = No
     Args:
         rows: Of a run's report.
         expected: What ``runner.expected`` says of the same cases: a run may end before all of them.
-        epoch: The time of PyTorch's epoch divided by ours, where it was measured.
+        epoch: The time of DeZero's epoch divided by ours, where it was measured.
     """
     measured = {(row["case"], row["mode"]) for row in rows}
     absent = [row for row in expected if (row["case"], row["mode"]) not in measured]
