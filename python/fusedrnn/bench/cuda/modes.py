@@ -33,16 +33,17 @@ def use(mode: Mode) -> Iterator[None]:
     """Within the block PyTorch and our backend multiply as the mode says."""
     import torch
 
-    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [switch.allow_tf32 for switch in switches]
+    # Not by torch.backends.cudnn.allow_tf32, which refuses once somebody has called disable_global_flags().
+    products: Any = torch.backends.cuda.matmul
+    before = torch.backends.cudnn.allow_tf32, products.allow_tf32
     with environment(PRECISION, mode.precision):
         try:
-            for switch in switches:
-                switch.allow_tf32 = mode.tf32
+            torch._C._set_cudnn_allow_tf32(mode.tf32)
+            products.allow_tf32 = mode.tf32
             yield
         finally:
-            for switch, was in zip(switches, before, strict=True):
-                switch.allow_tf32 = was
+            torch._C._set_cudnn_allow_tf32(before[0])
+            products.allow_tf32 = before[1]
 
 
 @contextlib.contextmanager
