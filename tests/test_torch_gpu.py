@@ -158,7 +158,7 @@ def test_cells(name, device):
         assert torch.allclose(here(got), want, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", paths.HALVES)
+@pytest.mark.parametrize("dtype", gpu.HALVES)
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
 def test_16_bits(name, dtype, device):
     """Beside PyTorch's own in float32, on the same numbers."""
@@ -182,7 +182,7 @@ def test_16_bits(name, dtype, device):
         assert largest(here(got.grad).float() - want.grad) <= tolerance * largest(want.grad)
 
 
-@pytest.mark.parametrize("dtype", paths.HALVES)
+@pytest.mark.parametrize("dtype", gpu.HALVES)
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
 def test_autocast(name, dtype, device):
     """As on the rounded numbers; gradients come back in the parameters' dtype."""

@@ -42,7 +42,7 @@ class CellMixin(torch.nn.RNNCellBase):
         given = input
         if isinstance(input, Tensor) and (dtype := paths.lowered(input)) is not None:
             input = paths.lower(input, dtype)
-            state0 = None if state0 is None else tuple([paths.lower(s, dtype) for s in state0])
+            state0 = paths.lower_state(state0, dtype)
             weights = Weights(*[paths.lower(w, dtype) for w in weights])
         packed = self._ready(input, state0, weights)
         if isinstance(packed, str):

@@ -20,6 +20,7 @@ from fusedrnn.backends import cuda, cuda_cupy
 from fusedrnn.backends.protocol import Backend
 
 NOTHING = contextlib.nullcontext()
+HALVES = (torch.float16, torch.bfloat16)  # dtypes that only a GPU's kernels take
 
 
 def unavailable() -> str | None:
@@ -66,7 +67,7 @@ def _allocate(size: int) -> Any:
 
 def lacks(dtype: torch.dtype) -> str | None:
     """Why the current GPU's kernels do not take this dtype, or None."""
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in HALVES:
         return None
     names = [found.name for found in cuda.dtypes_of(cuda_cupy.current())]
     if str(dtype).removeprefix("torch.") in names:

@@ -208,7 +208,7 @@ class Recurrent(torch.nn.RNNBase):
         data = paths.lower(data, dtype)
         return (
             input._replace(data=data) if isinstance(input, PackedSequence) else data,
-            None if state0 is None else tuple([paths.lower(s, dtype) for s in state0]),
+            paths.lower_state(state0, dtype),
             [Weights(*[paths.lower(w, dtype) for w in given]) for given in weights],
         )
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from fusedrnn.torch import gpu
 
 FUSED = "fused"
-HALVES = (torch.float16, torch.bfloat16)  # dtypes that only a GPU's kernels take
 
 
 class Fallback(UserWarning):
@@ -78,7 +77,7 @@ def mode() -> str | None:
 def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tensor | None]) -> str | None:
     """Why the kernels cannot take these tensors, or None; all have to be of the input's dtype and device."""
     on_cpu = device.type == "cpu"
-    if dtype is not torch.float32 and dtype is not torch.float64 and (on_cpu or dtype not in HALVES):
+    if dtype is not torch.float32 and dtype is not torch.float64 and (on_cpu or dtype not in gpu.HALVES):
         return f"the dtype is {dtype}"
     if not on_cpu:
         if device.type != "cuda":
@@ -119,6 +118,11 @@ def lower(t: Any, dtype: torch.dtype) -> Any:
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype is torch.float64:
         return t
     return t.to(dtype)
+
+
+def lower_state(tensors: Iterable[Any] | None, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    """All of a state; None stays None."""
+    return None if tensors is None else tuple([lower(t, dtype) for t in tensors])
 
 
 def state(hx: Any, pair: bool) -> tuple[Any, ...]:
