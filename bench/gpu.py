@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusedrnn.backends.cuda_plan import KERNELS
+
 RESULTS = Path(__file__).parent / "results"
 TOTAL = 570.0  # seconds
 
@@ -89,7 +91,8 @@ def _output(command: list[str]) -> str:
 
 
 def compiled(run: Run) -> dict[str, float]:
-    """Seconds that NVRTC takes for each cell and dtype, of one for each precision, with nothing cached."""
+    """Seconds that NVRTC takes for each cell and dtype, of one for each precision and each way to run by
+    itself, as calls compile them; nothing is cached."""
     import tempfile
 
     from fusedrnn.backends import cuda_compile, cuda_cupy
@@ -102,9 +105,12 @@ def compiled(run: Run) -> dict[str, float]:
         os.environ["FUSEDRNN_CACHE"] = folder
         for cell in (RNN(), RNN(relu=True), LSTM(), GRU(), GRU(reset_after=False)):
             for dtype, precision in cuda_compile.WAYS if cell == LSTM() else (("float", "ieee"),):
-                begin = time.monotonic()
-                cuda_compile.cubin(kernels_of(cell).type, dtype, architecture, precision)
-                found[f"{cell} {dtype} {precision}"] = round(time.monotonic() - begin, 2)
+                for way in KERNELS if (cell, precision) == (LSTM(), "ieee") else (None,):
+                    begin = time.monotonic()
+                    cuda_compile.cubin(kernels_of(cell).type, dtype, architecture, precision, way)
+                    found[f"{cell} {dtype} {precision} {way or ''}".strip()] = round(
+                        time.monotonic() - begin, 2
+                    )
     os.environ.pop("FUSEDRNN_CACHE")
     if kept is not None:
         os.environ["FUSEDRNN_CACHE"] = kept
@@ -117,7 +123,7 @@ def compiled(run: Run) -> dict[str, float]:
 def checks(run: Run) -> dict[str, Any]:
     """``fusedrnn gradcheck`` of the CUDA backend, once for each way to run."""
     found = {}
-    for kernel in ("steps", "grid", "grid_streamed", "cluster"):
+    for kernel in KERNELS:
         command = [sys.executable, "-m", "fusedrnn", "gradcheck", "--backend", "cuda"]
         environment = {**os.environ, "FUSEDRNN_CUDA_KERNEL": kernel}
         done = subprocess.run(
@@ -155,7 +161,7 @@ def of_16_bits() -> dict[str, float]:
             cell = CELLS[name]()
             data = make(Case(cell, Shape(20, 9, 7, 72)), "float64")
             truth = results(ReferenceBackend(), cell, lambda a, d=dtype: a.astype(d).astype(float), data)
-            for kernel in ("steps", "grid", "grid_streamed", "cluster"):
+            for kernel in KERNELS:
                 put = lambda a, d=dtype: cupy.asarray(a.astype(d))  # noqa: E731
                 got = results(CudaBackend(kernel=kernel), cell, put, data)
                 worst = max(
@@ -290,7 +296,7 @@ def sanitizers(run: Run) -> dict[str, Any]:
         return {"not run": "compute-sanitizer is not installed"}
     found = {}
     for kind in ("memcheck", "racecheck"):
-        for kernel in ("steps", "grid", "cluster"):
+        for kernel in KERNELS:
             code = SMALL_RUN.format(folder=str(Path(__file__).parent))
             done = subprocess.run(
                 [tool, f"--tool={kind}", "--error-exitcode=9", sys.executable, "-c", code],

@@ -562,7 +562,7 @@ def test_cuts_are_timed_beside_what_was_chosen():
         assert kernels[0] == "steps"
         assert set(kernels) == set(cuda_plan.KERNELS)
         assert all(row["us_per_step"] > 0 and row["failed"] is None for row in rows)
-        assert len({row["plan"] for row in rows}) == len(rows) <= 1 + 3 * cuts.EACH
+        assert len({row["plan"] for row in rows}) == len(rows) <= 1 + 5 * cuts.EACH
         least = min((row for row in rows[1:] if "streamed" not in row["plan"]), key=lambda row: row["cost"])
         assert found[direction]["chosen"] == least["plan"]
     ran = {"step_forward", "grid_forward", "grid_backward_streamed", "cluster_backward"}

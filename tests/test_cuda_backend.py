@@ -85,6 +85,15 @@ def test_sizes(backend, cell):
         assert_right(backend, problem(cell, *size, **EVERYTHING, reverse=k % 2 == 0))
 
 
+def launches_of(kernel):
+    """Of all steps, forward and back."""
+    name, _, weights = kernel.partition("_")
+    return [f"{name}_{way}{weights and '_' + weights}" for way in ("forward", "backward") if name != "steps"]
+
+
+WHOLES = {launch for kernel in cuda_plan.KERNELS for launch in launches_of(kernel)}
+
+
 @pytest.mark.parametrize("kernel", cuda_plan.KERNELS)
 @cells
 def test_every_kernel_by_argument_and_by_environment(device, monkeypatch, cell, kernel):
@@ -99,10 +108,7 @@ def test_every_kernel_by_argument_and_by_environment(device, monkeypatch, cell, 
     device.launches.clear()
     got = assert_right(by_argument, p)
     assert by_argument.last_plan.kernel == kernel
-    wholes = {launch for launch in device.launches if launch.startswith(("grid", "cluster"))}
-    name, _, streamed = kernel.partition("_")
-    ends = [f"{way}{streamed and '_streamed'}" for way in ("forward", "backward")]
-    assert wholes == (set() if kernel == "steps" else {f"{name}_{end}" for end in ends})
+    assert set(device.launches) & WHOLES == set(launches_of(kernel))
     by_environment = CudaBackend(device)
     monkeypatch.setenv(KERNEL, kernel)
     assert_same_bits(run(by_environment, p), got)
@@ -332,7 +338,7 @@ def test_what_is_not_built_names_who_has_it(backend):
         backend.forward(p.cell, p.x, p.weights)
 
 
-@pytest.mark.parametrize("kernel", ["grid", "grid_streamed", "cluster"])
+@pytest.mark.parametrize("kernel", cuda_plan.KERNELS[1:])
 def test_what_runs_step_by_step_alone_says_so(device, kernel):
     r = Regularization(0.5, seed=1)
     for p, why in (
@@ -395,7 +401,7 @@ def test_a_device_that_computes_wrongly_is_refused(kernel):
     p = problem(RNN(), 3, 2, 3, 7)
     for _ in range(2):  # not only the first time
         with pytest.raises(
-            RuntimeError, match=r"self-test failed on this GPU, in float32 with steps: \w+ is off"
+            RuntimeError, match=r"self-test failed on this GPU, in float32 with \w+[^:]*: \w+ is off"
         ):
             run(backend, p)
 
@@ -410,22 +416,28 @@ def test_a_first_call_cannot_be_captured():
     device = Captured(16)
     backend = CudaBackend(device)
     p = problem(RNN(), 3, 2, 3, 7, dtype=np.float32)
-    with pytest.raises(RuntimeError, match=r"^the first call in float32 on a GPU cannot be captured"):
+    with pytest.raises(
+        RuntimeError, match=r"^the first call in float32 with kernel 'cluster_reg.*' on a GPU"
+    ):
         run(backend, p)
     assert device.launches == []
     device.now = False
     run(backend, p)
     device.now = True
     run(backend, p)
+    backend._kernel = "steps"
+    with pytest.raises(RuntimeError, match=r"^the first call in float32 with kernel 'steps' on a GPU cannot"):
+        run(backend, p)
 
 
 @pytest.mark.parametrize("precision", cuda_compile.PRECISIONS)
 def test_the_self_test_takes_every_precision(precision):
     device = EmulatedDevice(multiprocessors=16)
     p = problem(LSTM(), 3, 2, 3, 7, dtype=np.float32)
-    run(CudaBackend(device, precision=precision), p)
+    backend = CudaBackend(device, precision=precision)
+    run(backend, p)
     assert set(device.products) == {precision}
-    assert {"step_forward", "grid_forward", "cluster_backward"} <= set(device.launches)
+    assert set(launches_of(backend.last_plan.kernel)) <= set(device.launches)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -444,18 +456,16 @@ def test_the_self_test_is_of_each_dtype_of_16_bits(dtype):
             run(backend, p.astype(dtype))
 
 
-def test_the_self_test_runs_every_kernel_that_may_be_chosen_once():
+@pytest.mark.parametrize("kernel", cuda_plan.KERNELS)
+def test_each_way_to_run_has_its_self_test_once(kernel):
     device = EmulatedDevice(multiprocessors=16)
-    backend = CudaBackend(device)
+    backend = CudaBackend(device, kernel)
     p = problem(RNN(), 3, 2, 3, 7)
-    run(backend, p)
-    tested = list(device.launches)
-    assert {"step_forward", "step_backward", "grid_forward", "grid_backward"} <= set(tested)
-    run(backend, p)
-    assert device.launches[len(tested) :] == ["grid_forward", "grid_backward", "operands"]
-    forced = EmulatedDevice(multiprocessors=16)
-    run(CudaBackend(forced, "steps"), p)
-    assert not any(k.startswith("grid") for k in forced.launches)
+    mine = set(launches_of(kernel)) or {"begin_forward", "begin_backward"}
+    for calls in (2, 3):  # the first goes before the call's own
+        run(backend, p)
+        assert {name: device.launches.count(name) for name in mine} == dict.fromkeys(mine, calls)
+    assert set(device.launches) & WHOLES <= mine
 
 
 needs_gpu = pytest.mark.skipif(get_backend("cuda").unavailable() is not None, reason="needs an NVIDIA GPU")

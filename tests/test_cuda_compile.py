@@ -20,7 +20,7 @@ import pytest
 from fusedrnn.backends import cuda_compile, cuda_cupy
 from fusedrnn.backends.cuda import MOST_SUMS
 from fusedrnn.backends.cuda_jobs import BackwardJob, ForwardJob, MaskRule, Rules, Steps, kernels_of
-from fusedrnn.backends.cuda_plan import Bytes, Layout, shared_bytes, tile_columns
+from fusedrnn.backends.cuda_plan import Bytes, Tile, layout_of, shared_bytes
 from problems import CELLS, NORMED, name
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,8 @@ STEPPED_TYPES = (*NORMED_TYPES, *(f"Regularized<{type_}>" for type_ in (*TYPES, 
 KERNELS = [
     "begin_forward", "step_forward", "step_forward2", "begin_backward", "step_backward", "step_backward2",
     "finish_backward", "operands", "grid_forward", "grid_backward", "grid_forward_streamed",
-    "grid_backward_streamed",
+    "grid_backward_streamed", "grid_forward_registers", "grid_backward_registers", "cluster_forward",
+    "cluster_backward", "cluster_forward_registers", "cluster_backward_registers",
 ]  # fmt: skip
 KINDS = [
     way for way in cuda_compile.WAYS if way[0] != "float" or way[1] == "ieee"
@@ -62,10 +63,10 @@ def own_cache(tmp_path, monkeypatch):
 # --- NVRTC -------------------------------------------------------------------------------------------------
 
 
-def assert_has_kernels(code: bytes) -> None:
-    """It is an ELF file with every kernel's symbol."""
+def kernels_in(code: bytes) -> set[str]:
+    """Those of ``KERNELS`` whose symbols this ELF file has."""
     assert code.startswith(b"\x7fELF")
-    assert all(f"\0{kernel}\0".encode() in code for kernel in KERNELS)
+    return {kernel for kernel in KERNELS if f"\0{kernel}\0".encode() in code}
 
 
 def compile_all(cases) -> None:
@@ -76,7 +77,7 @@ def compile_all(cases) -> None:
         try:
             for case in mine:
                 cell, dtype, precision, architecture = case
-                assert_has_kernels(cuda_compile.cubin(cell, dtype, architecture, precision))
+                assert kernels_in(cuda_compile.cubin(cell, dtype, architecture, precision)) == set(KERNELS)
         except BaseException as error:  # handed to the test
             errors.append(error)
 
@@ -115,6 +116,17 @@ def test_each_precision_compiles(precision):
 
 
 @needs_nvrtc
+def test_each_way_to_run_compiles_by_itself():
+    """As for a user; together they have every kernel."""
+    seen = []
+    for way in cuda_compile.KERNELS:
+        found = kernels_in(cuda_compile.cubin("Lstm", "float", "sm_90", "ieee", way))
+        assert {cuda_compile.way_of(kernel) for kernel in found} == {way}
+        seen += found
+    assert sorted(seen) == sorted(KERNELS)
+
+
+@needs_nvrtc
 def test_what_does_not_compile_says_why(tmp_path):
     with pytest.raises(
         RuntimeError, match=r'nvrtcCompileProgram: NVRTC_ERROR_COMPILATION, .* "Abacus" is undef'
@@ -146,6 +158,11 @@ def test_the_cache(compiled, tmp_path, monkeypatch):
     cuda_compile.cubin("Lstm", "double", "sm_90")
     cuda_compile.cubin("Lstm", "float", "sm_80")
     assert len(compiled) == 3
+    for _ in range(2):
+        cuda_compile.cubin("Lstm", "float", "sm_80", "ieee", "cluster")
+    assert "--define-macro=FUSEDRNN_ONLY=4" in compiled.pop()
+    assert len(compiled) == 3
+    assert len([*tmp_path.rglob("Lstm-cluster-float-ieee-sm_80-*.cubin")]) == 1
     monkeypatch.setattr(cuda_compile, "version", lambda: (13, 1))  # another NVRTC
     cuda_compile.cubin("Lstm", "float", "sm_90")
     assert len(compiled) == 4
@@ -276,10 +293,11 @@ static void normed(const char* name) {
   static_assert(2 * RowNorm<Cell, float>::kNorms <= @MOST_SUMS@, "of a block's shared memory");
   cell<Cell>(name);
 }
-static void print(const char* kernel, const char* precision, int tile, Index rows, Index columns, Index K,
-                  int column_tiles, int row_tiles, int splits, const void* end) {
-  printf("shared %s %s %d %d %d %d %d %d %d %zu\\n", kernel, precision, tile, int(rows), int(columns), int(K),
-         column_tiles, row_tiles, splits, size_t(reinterpret_cast<const char*>(end) - memory));
+static void print(const char* kernel, const char* precision, int tile, int kept, Index rows, Index columns,
+                  Index K, int column_tiles, int row_tiles, int splits, const void* end) {
+  printf("shared %s %s %d %d %d %d %d %d %d %d %zu\\n", kernel, precision, tile, kept, int(rows),
+         int(columns), int(K), column_tiles, row_tiles, splits,
+         size_t(reinterpret_cast<const char*>(end) - memory));
 }
 template <class S, Precision precision>
 static void shared(const char* name, Index rows, Index columns, Index K) {
@@ -287,15 +305,18 @@ static void shared(const char* name, Index rows, Index columns, Index K) {
   using F = typename Tile::Factor;
   const Index units = 5;
   const int tile = Tile::columns;
-  const Layout layout(rows, columns, tile);
-  for (bool resident : {false, true}) {
-    const Shared<Compute<S>, F> s(layout, K, 96, rows, units, resident);
-    print(resident ? "grid" : "grid_streamed", name, tile, rows, columns, K, layout.column_tiles,
-          layout.row_tiles, layout.splits, s.c + rows * units);
+  for (Weights in : {Weights::shared, Weights::registers, Weights::streamed}) {
+    const bool registers = in == Weights::registers;
+    const char* kernels[] = {"grid_registers", "grid", "grid_streamed", "cluster_registers", "cluster"};
+    const Layout layout(rows, columns, tile, registers);
+    const Shared<Compute<S>, F> s(layout, columns, K, 96, rows, units, in);
+    print(kernels[int(in)], name, tile, Tile::kept, rows, columns, K, layout.column_tiles, layout.row_tiles,
+          layout.splits, s.end);
+    if (in == Weights::streamed) continue;
+    const ClusterShared<Compute<S>, F> c(layout, K, rows, columns, units, registers);
+    print(kernels[3 + int(in)], name, tile, Tile::kept, rows, columns, K, int(c.columns / tile),
+          int(c.rows / kRows), c.splits, c.end);
   }
-  const ClusterShared<Compute<S>, F> s(K, rows, columns, units, tile);
-  print("cluster", name, tile, rows, columns, K, int(s.columns / tile), int(s.rows / kRows), s.splits,
-        s.c + rows * units);
 }
 int main() {
   @FIELDS@
@@ -392,12 +413,11 @@ def test_cells(printed, cell, regularized):
 
 @needs_compiler
 def test_shared_memory(printed):
-    assert len(printed["shared"]) == 7 * 5 * 5 * 6 * 3
+    assert len(printed["shared"]) == 7 * 5 * 5 * 6 * 5
     for kernel, precision, *line in printed["shared"]:
-        tile, rows, columns, K, *shares, size = map(int, line)
-        assert tile == tile_columns("ieee" if precision == "float64" else precision)
-        of = Layout.of_cluster if kernel == "cluster" else Layout.of
-        layout = of(rows, columns, tile, 8)
+        tile, kept, rows, columns, K, *shares, size = map(int, line)
+        of = (8, "ieee") if precision == "float64" else (4, precision)
+        assert (tile, kept) == (Tile.of(*of).columns, Tile.of(*of).kept)
+        layout = layout_of(kernel, rows, columns, tile, 8)
         assert list(layout) == [tile, *shares]
-        each = Bytes.of(8, "ieee") if precision == "float64" else Bytes.of(4, precision)
-        assert shared_bytes(kernel, layout, K, 96, rows, 5, each) == size
+        assert shared_bytes(kernel, layout, columns, K, 96, rows, 5, Bytes.of(*of)) == size

@@ -276,7 +276,7 @@ def test_launches(driver):
     ((found, value, _),) = cooperative["attributes"]
     assert (found, value, cooperative["count"]) == (flag, 1, 1)
     loads = [call for call in calls if call[0] == "cuModuleLoadData"]
-    assert loads == [("cuModuleLoadData", b"Lstm float sm_90 ieee")]  # once for both
+    assert [code for _, code in loads] == [b"Lstm float sm_90 ieee steps", b"Lstm float sm_90 ieee grid"]
     beyond = real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     assert ("cuFuncSetAttribute", b"grid_forward", beyond, 99_000) in calls
     assert [call for call in calls if call[0] == "setDevice"] == [("setDevice", 1)] * 2
@@ -301,7 +301,7 @@ def test_a_cluster_is_a_row_of_the_grid(driver):
     ((found, _, blocks),) = launch["attributes"]
     assert found == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
     assert (blocks, launch["grid"], launch["shared"]) == (3, (3, 50, 1), 60_000)
-    assert ("cuModuleLoadData", b"Lstm float sm_90 tf32") in calls
+    assert ("cuModuleLoadData", b"Lstm float sm_90 tf32 cluster") in calls
     with pytest.raises(RuntimeError, match=r"^cluster_forward: a cluster of 9 blocks does not run on this"):
         device.launch("Lstm", "float", "cluster_forward", (9, 1), (job, step))
 

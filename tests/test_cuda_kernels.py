@@ -19,7 +19,7 @@ import pytest
 from cuda import emulated
 from cuda.emulated import EmulatedDevice
 from fusedrnn.backends.cuda import CudaBackend, _precision, compute
-from fusedrnn.backends.cuda_plan import Bytes, Layout, Plan, shared_bytes, tile_columns
+from fusedrnn.backends.cuda_plan import KERNELS, WARP, Bytes, Layout, Plan, Tile, layout_of, shared_bytes
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
@@ -45,7 +45,6 @@ pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ c
 REFERENCE = ReferenceBackend()
 FORWARD = {np.float32: 2e-6, np.float64: 1e-14}
 GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
-KERNELS = ("steps", "grid", "grid_streamed", "cluster")
 ONE_PHASE = tuple(cell for cell in CELLS if cell != GRU(reset_after=False))
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "detach_every": 2}
 
@@ -84,14 +83,26 @@ class Cut(CudaBackend):
         R = kernels.recurrent.count
         K, per_unit = (R * H, 1) if backward else (H, R)
         precision = _precision(dtype, way.precision)
-        tile, each = tile_columns(precision), Bytes.of(compute(dtype).itemsize, precision)
-        if way.kernel == "cluster":
-            units, of = max(self.units, -(-H // device.cluster)), Layout.of_cluster
-        else:
-            units, of = min(self.units, tile * device.warps // per_unit), Layout.of
-        layout = of(self.rows, units * per_unit, tile, device.warps)
-        shared = shared_bytes(way.kernel, layout, K, self.chunk, self.rows, units, each)
-        return Plan(way.kernel, units, self.rows, (-(-H // units), -(-B // self.rows)), shared, self.chunk)
+        size = compute(dtype).itemsize
+        tile, each = Tile.of(size, precision), Bytes.of(size, precision)
+        units, rows, chunk = self.units, self.rows, self.chunk
+        if way.kernel != "cluster":
+            units = min(units, tile.columns * device.warps // per_unit)
+        if way.kernel.startswith("cluster"):
+            units = max(units, -(-H // device.cluster))
+
+        def layout() -> Layout:
+            return layout_of(way.kernel, rows, units * per_unit, tile.columns, device.warps)
+
+        if way.kernel.endswith("_registers"):  # k is one chunk; a thread has two units
+            chunk = -(-K // WARP) * WARP
+            while tile.kept * WARP * layout().splits < K:
+                units -= 1
+                assert units, "more than registers hold"
+            rows = min(rows, 2 * WARP * device.warps // units)
+            assert -(-H // units) <= device.cluster or way.kernel == "grid_registers"
+        shared = shared_bytes(way.kernel, layout(), units * per_unit, K, chunk, rows, units, each)
+        return Plan(way.kernel, units, rows, (-(-H // units), -(-B // rows)), shared, chunk)
 
 
 def shapes() -> list[tuple[tuple[int, ...], int, int]]:
@@ -195,10 +206,29 @@ def test_no_initial_state(cell, kernel):
         assert_right(Cut(kernel), cell, (5, 7, 2, 9), state0=False, reverse=reverse, **EVERYTHING)
 
 
-@pairs(KERNELS[:3])  # a cluster does not cut k
+@pairs(("steps", "grid", "grid_streamed"))  # the others do not cut k
 def test_k_of_several_chunks(cell, kernel):
     """More elements than are staged at once, and no multiple of a warp."""
     assert_right(Cut(kernel, units=15, rows=3, warps=8), cell, (2, 3, 2, 261), lengths=True)
+
+
+@pytest.mark.parametrize("less", [0, 1, 33])
+@pytest.mark.parametrize(
+    ("kernel", "cell", "H", "units"),
+    [
+        ("grid_registers", RNN(), 256, 8),
+        ("grid_registers", LSTM(), 64, 4),
+        ("cluster_registers", LSTM(), 64, 4),
+    ],
+    ids=str,
+)
+def test_as_much_as_registers_hold(kernel, cell, H, units, less):
+    """In float64 a lane keeps 4 times 32 k: here all of them are taken, the last not whole, the last not."""
+    backend = Cut(kernel, units, rows=8)
+    tile = Tile.of(8, "ieee")
+    K = cell.gates * H
+    assert tile.kept * WARP * layout_of(kernel, 8, units, tile.columns, 2).splits == K
+    assert_right(backend, cell, (3, 9, 2, H - less), **EVERYTHING)
 
 
 # --- the same bits -----------------------------------------------------------------------------------------

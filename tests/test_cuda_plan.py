@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
@@ -40,13 +41,23 @@ def test_every_plan_can_run(cell, backward):
         assert plan.shared <= shared
         assert across == -(-H // plan.units)
         assert tiles == -(-B // plan.rows)
-        if plan.kernel == "cluster":
+        per_unit = 1 if backward else kernels.recurrent.count
+        K = kernels.recurrent.count * H if backward else H
+        if plan.kernel.startswith("cluster"):
             assert across <= cluster
         else:
             assert across * tiles <= sms
-            per_unit = 1 if backward else kernels.recurrent.count
+            assert plan.chunk > 0 == plan.chunk % 32
+        if plan.kernel != "cluster":
             assert plan.units * per_unit <= tile * warps
-    assert seen == ({"steps"} if kernels.two_phases else set(cuda_plan.KERNELS))
+        if plan.kernel.endswith("_registers"):
+            assert plan.rows * plan.units <= 2 * 32 * warps
+            column_tiles = 2 ** max(0, math.ceil(math.log2(plan.units * per_unit / tile)))
+            kept = 4 if itemsize == 8 else 128 // tile
+            assert kept * (warps // column_tiles) >= -(-K // 32)
+            assert plan.chunk >= K or plan.kernel == "cluster_registers"
+    # "cluster" is where there is no room in registers, which test_the_choice has a case of.
+    assert seen | {"cluster"} == ({"steps", "cluster"} if kernels.two_phases else set(cuda_plan.KERNELS))
 
 
 def test_the_choice():
@@ -55,9 +66,12 @@ def test_the_choice():
 
     assert kernel(LSTM(), 1, 16, 256) == "steps"  # one step
     assert kernel(GRU(reset_after=False), 50, 16, 256) == "steps"
-    assert kernel(LSTM(), 50, 16, 64) == "cluster"
-    assert kernel(LSTM(), 50, 16, 512) == "grid"
-    assert kernel(LSTM(), 50, 16, 1024) == "grid"
+    assert kernel(LSTM(), 50, 16, 64) == "cluster_registers"
+    assert kernel(RNN(), 50, 300, 192, 8) == "cluster"
+    assert kernel(LSTM(), 50, 16, 512) == "grid_registers"
+    assert kernel(LSTM(), 50, 16, 1024) == "grid_registers"
+    assert kernel(LSTM(), 50, 16, 1024, backward=True) == "grid"  # two tiles of rows with all k do not fit
+    assert kernel(LSTM(), 50, 16, 1024, precision="tf32", backward=True) == "grid"
     assert kernel(LSTM(), 50, 16, 4096) == "steps"  # no place for all blocks at once
     assert kernel(RNN(), 50, 8, 8000) == "grid_streamed"
     assert kernel(RNN(), 50, 200, 8000) == "steps"  # would read its weights many times a step

@@ -1,12 +1,13 @@
 // All steps of the recurrence in one launch. SPDX-License-Identifier: Apache-2.0
 //
 // A block has some hidden units, with all their gates, of one tile of the batch, from the first step to the last. Their
-// weights and their state stay in its shared memory; what the other blocks need, h going forward and da going back,
-// lies in the results themselves. Blocks of one tile of the batch count themselves in after every step and wait until
-// all have. So all blocks must run at once: the caller launches no more than fit.
+// weights and their state stay with it; what the other blocks need, h going forward and da going back, lies in the
+// results themselves. Blocks of one tile of the batch count themselves in after every step and wait until all have. So
+// all blocks must run at once: the caller launches no more than fit.
 //
 // The product of a step: a warp has a tile (tile.h). What is multiplied is brought to shared memory in chunks of k;
-// warps left over share the k of a chunk.
+// warps left over share the k of a chunk. With the weights in registers a warp keeps its columns and its k of them, and
+// takes one tile of rows after the other.
 #pragma once
 #include "cuda/tile.h"
 #include "cuda/unit.h"
@@ -16,14 +17,21 @@ namespace cuda {
 
 FUSEDRNN_INLINE constexpr Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
+// Where a block has its weights. Registers are read at no cost, where loads from shared memory take as long as the
+// multiplications in float, and longer than those of the matrix units; but a thread has room for Tile::kept alone.
+// With them goes the state, of at most two units for each thread. Streamed: read anew in every step.
+enum class Weights { registers, shared, streamed };
+
 // How the warps share a product of `rows` x `columns`, at most kWarps tiles of columns.
 struct Layout {
-  int tile_columns, column_tiles, row_tiles, splits;  // the tiles and splits together kWarps
-  FUSEDRNN_INLINE Layout(Index rows, Index columns, int tile_columns)
+  int tile_columns, column_tiles, row_tiles,
+      splits;  // the tiles and splits together kWarps; in registers those of columns
+  FUSEDRNN_INLINE Layout(Index rows, Index columns, int tile_columns, bool registers)
       : tile_columns(tile_columns), column_tiles(1), row_tiles(1) {
     while (column_tiles * tile_columns < columns) column_tiles *= 2;
+    if (registers) row_tiles = int((rows + kRows - 1) / kRows);
     while (row_tiles * kRows < rows && row_tiles * column_tiles < kWarps) row_tiles *= 2;
-    splits = kWarps / (column_tiles * row_tiles);
+    splits = kWarps / (column_tiles * (registers ? 1 : row_tiles));
   }
   FUSEDRNN_INLINE Index rows() const { return row_tiles * kRows; }
   FUSEDRNN_INLINE Index columns() const { return column_tiles * tile_columns; }
@@ -39,17 +47,49 @@ FUSEDRNN_INLINE Index pitch_of(Index K) {
 // The shared memory of a block. backends/cuda_plan.py counts the same.
 template <class T, class F>
 struct Shared {
-  F* weights;  // [column][k], k rounded up; only where they are resident
+  F* weights;  // [column][k], k rounded up; only where they are here
   F* staged;   // [row][k of a chunk]
   T* sums;     // [split][row][column]
-  T *h, *c;    // [row of the tile of the batch][unit]
-  FUSEDRNN_INLINE Shared(const Layout& layout, Index K, Index chunk, Index rows, Index units, bool resident) {
+  T *h, *c;    // [row of the tile of the batch][unit]; not where they are in registers
+  T* end;
+  FUSEDRNN_INLINE Shared(const Layout& layout, Index columns, Index K, Index chunk, Index rows, Index units,
+                         Weights in) {
     weights = reinterpret_cast<F*>(shared_memory());
-    staged = weights + (resident ? layout.columns() * pitch_of<F>(K) : 0);
+    staged = weights + (in == Weights::shared ? columns * pitch_of<F>(K) : 0);
     T* p = reinterpret_cast<T*>(staged + layout.rows() * pitch_of<F>(chunk));
     sums = p, p += layout.splits * layout.rows() * layout.columns();
-    h = p, p += rows * units;
-    c = p;
+    const Index state = in == Weights::registers ? 0 : rows * units;
+    h = p, p += state;
+    c = p, p += state;
+    end = p;
+  }
+};
+
+// What a unit of a row hands from step to step: h and c, or going back what reaches them beside the product.
+template <class T>
+struct State {
+  T h, c;
+};
+// That of all of a block: in shared memory, or in the registers of the thread that Grid::each gives it to.
+template <class Cell, class T, bool registers>
+struct States {
+  T *h, *c;
+  FUSEDRNN_INLINE State<T> get(Index i) const { return {h[i], Cell::has_c ? c[i] : T(0)}; }
+  FUSEDRNN_INLINE void set(Index i, State<T> x) {
+    h[i] = x.h;
+    if (Cell::has_c) c[i] = x.c;
+  }
+};
+template <class Cell, class T>
+struct States<Cell, T, true> {
+  State<T> first, second;
+  FUSEDRNN_INLINE States(T*, T*) : first{}, second{} {}
+  FUSEDRNN_INLINE State<T> get(Index i) const { return i < kThreads ? first : second; }
+  FUSEDRNN_INLINE void set(Index i, State<T> x) {
+    if (i < kThreads)
+      first = x;
+    else
+      second = x;
   }
 };
 
@@ -87,6 +127,69 @@ FUSEDRNN_INLINE void bring(typename Tile::Factor* to, const S* p, int count, int
   }
 }
 
+// Factors that are loaded one by one, of(column)[k], from a column and k on.
+template <class Tile, class Of>
+struct Loaded {
+  using F = typename Tile::Factor;
+  const Of& of;
+  int K, column, k;
+  FUSEDRNN_INLINE F one(int c, int i) const {
+    const auto* p = of(column + c);
+    return p && k + i < K ? Tile::factor(p[k + i]) : F(0);
+  }
+  FUSEDRNN_INLINE uint32_t two(int c, int i) const { return uint32_t(one(c, i)) | uint32_t(one(c, i + 1)) << 16; }
+};
+
+// Those of a block's columns in shared memory, from a column on. A tile goes beyond the last of them: that one stands
+// in for what is not there, whose sums nobody takes.
+template <class F>
+struct ColumnsInMemory {
+  const F* p;
+  Index pitch;
+  int column, last;
+  FUSEDRNN_INLINE Index begin(int c) const { return (column + c < last ? column + c : last) * pitch; }
+  FUSEDRNN_INLINE F one(int c, int k) const { return p[begin(c) + k]; }
+  FUSEDRNN_INLINE uint32_t two(int c, int k) const { return load_two(p + begin(c) + k); }
+};
+
+// The weights of a warp in the registers of its lanes: of its tile of columns, 32 k of every `splits` times 32.
+template <class Tile>
+struct WeightsInRegisters {
+  typename Tile::Columns of[Tile::kept];
+  int K, first_k, step, first_column, split;
+
+  template <class Of>
+  FUSEDRNN_INLINE WeightsInRegisters(const Layout& layout, int K, const Of& weights) : K(K) {
+    const int warp = threadIdx.x / kWarp;
+    split = warp % layout.splits, first_column = warp / layout.splits * Tile::columns;
+    first_k = split * kWarp, step = layout.splits * kWarp;
+#pragma unroll 1
+    for (int i = 0; i < Tile::kept; ++i) {
+#pragma unroll
+      for (int j = 1; j < Tile::kept; ++j) of[j - 1] = of[j];
+      of[Tile::kept - 1] = Tile::columns_of(Loaded<Tile, Of>{weights, K, first_column, first_k + i * step});
+    }
+  }
+
+  // rows(k): what they are multiplied with, from k on. It comes while what came before is multiplied.
+  template <class Rows>
+  FUSEDRNN_INLINE Tile sums(Rows rows) const {
+    Tile sums;
+    typename Tile::Rows next;
+    if (first_k < K) next = Tile::rows_of(rows(first_k));
+#pragma unroll
+    for (int i = 0; i < Tile::kept; ++i) {
+      const int k = first_k + i * step;
+      if (k < K) {
+        const typename Tile::Rows now = next;
+        if (i + 1 < Tile::kept && k + step < K) next = Tile::rows_of(rows(k + step));
+        sums.add(now, of[i]);
+      }
+    }
+    return sums;
+  }
+};
+
 // Sums of products of rows and columns, both along k.
 template <class S, class Tile>
 struct Product {
@@ -98,25 +201,44 @@ struct Product {
 
   // Sums of the rows whose memory row(r) gives, null for zeros; weights(column, k) are the factors from there on. Ends
   // with all sums in shared memory.
-  template <class Row, class Weights>
-  FUSEDRNN_INLINE void run(Row row, Weights weights) const {
+  template <class Row, class Columns>
+  FUSEDRNN_INLINE void run(Row row, const Columns& weights) const {
     const int warp = threadIdx.x / kWarp, split = warp % layout.splits, tile = warp / layout.splits;
     const int first_row = tile % layout.row_tiles * kRows, first_column = tile / layout.row_tiles * Tile::columns;
-    const int pitch = int(pitch_of<F>(chunk)), rows = int(layout.rows());
     Tile sums;
     for (int k0 = 0; k0 < K; k0 += chunk) {
       const int count = K - k0 < chunk ? K - k0 : chunk;
-      sync_block();  // what was staged before has been read
-      for (int r = warp; r < rows; r += kWarps) {
-        const S* p = row(r);
-        bring<Tile>(shared.staged + r * pitch, p ? p + k0 : p, count, int(round_up(count, kWarp)));
-      }
-      sync_block();  // it is there
+      stage(row, k0, count);
       for (int k = split * kWarp; k < count; k += layout.splits * kWarp)
-        sums.add(Factors<F>{shared.staged + first_row * pitch + k, pitch}, weights(first_column, k0 + k));
+        sums.add(Tile::rows_of(staged(first_row, k)), Tile::columns_of(weights(first_column, k0 + k)));
     }
-    sums.store(shared.sums + (split * layout.rows() + first_row) * layout.columns() + first_column, layout.columns());
+    store(sums, split, first_row, first_column);
     sync_block();
+  }
+  // With the weights in registers k is one chunk.
+  template <class Row>
+  FUSEDRNN_INLINE void run(Row row, const WeightsInRegisters<Tile>& weights) const {
+    stage(row, 0, K);
+    for (int first_row = 0; first_row < layout.rows(); first_row += kRows)
+      store(weights.sums([&](int k) { return staged(first_row, k); }), weights.split, first_row, weights.first_column);
+    sync_block();
+  }
+
+  // To shared memory: so many k of all rows.
+  template <class Row>
+  FUSEDRNN_INLINE void stage(Row row, int k0, int count) const {
+    sync_block();  // what was staged before has been read
+    for (int r = threadIdx.x / kWarp; r < layout.rows(); r += kWarps) {
+      const S* p = row(r);
+      bring<Tile>(shared.staged + r * pitch_of<F>(chunk), p ? p + k0 : p, count, int(round_up(count, kWarp)));
+    }
+    sync_block();  // it is there
+  }
+  FUSEDRNN_INLINE Factors<F> staged(int row, int k) const {
+    return {shared.staged + row * pitch_of<F>(chunk) + k, pitch_of<F>(chunk)};
+  }
+  FUSEDRNN_INLINE void store(Tile sums, int split, int row, int column) const {
+    sums.store(shared.sums + (split * layout.rows() + row) * layout.columns() + column, layout.columns());
   }
 
   // Of a row and column, over the splits.
@@ -199,57 +321,47 @@ FUSEDRNN_INLINE void bring_weights(typename Tile::Factor* to, int columns, int K
     bring<Tile>(to + column * pitch_of<typename Tile::Factor>(K), of(column), K, int(round_up(K, kWarp)));
 }
 
-// Factors that are loaded one by one, of(column)[k], from a column and k on.
-template <class Tile, class Of>
-struct Loaded {
-  using F = typename Tile::Factor;
-  const Of& of;
-  int K, column, k;
-  FUSEDRNN_INLINE F one(int c, int i) const {
-    const auto* p = of(column + c);
-    return p && k + i < K ? Tile::factor(p[k + i]) : F(0);
-  }
-  FUSEDRNN_INLINE uint32_t two(int c, int i) const { return uint32_t(one(c, i)) | uint32_t(one(c, i + 1)) << 16; }
-};
-
 // The block's weights, of(column): where they are, or in shared memory.
-template <class Tile, bool resident, class Of>
+template <class Tile, bool streamed, class Of>
 struct BlockWeights {
   using F = typename Tile::Factor;
   const Of& of;
   F* kept;
-  int K;
+  int columns, K;
 
-  FUSEDRNN_INLINE BlockWeights(const Of& of, F* kept, int columns, int K) : of(of), kept(kept), K(K) {
-    if constexpr (resident) bring_weights<Tile>(kept, columns, K, of);
-  }
   FUSEDRNN_INLINE auto operator()(int column, int k) const {
-    if constexpr (resident)
-      return Factors<F>{kept + column * pitch_of<F>(K) + k, pitch_of<F>(K)};
-    else
+    if constexpr (streamed)
       return Loaded<Tile, Of>{of, K, column, k};
+    else
+      return ColumnsInMemory<F>{kept + k, pitch_of<F>(K), column, columns - 1};
   }
 };
-template <class Tile, bool resident, class Of>
-FUSEDRNN_INLINE BlockWeights<Tile, resident, Of> block_weights(const Of& of, typename Tile::Factor* kept, int columns,
-                                                               int K) {
-  return {of, kept, columns, K};
+// The weights as Product::run takes them.
+template <class Tile, Weights in, class Of>
+FUSEDRNN_INLINE auto block_weights(const Of& of, typename Tile::Factor* kept, const Layout& layout, int columns,
+                                   int K) {
+  if constexpr (in == Weights::registers) {
+    return WeightsInRegisters<Tile>(layout, K, of);
+  } else {
+    if constexpr (in == Weights::shared) bring_weights<Tile>(kept, columns, K, of);
+    return BlockWeights<Tile, in == Weights::streamed, Of>{of, kept, columns, K};
+  }
 }
 
-template <class Cell, class S, class Tile, bool resident>
+template <class Cell, class S, class Tile, Weights in>
 FUSEDRNN_INLINE void grid_forward(const ForwardJob<S>& job) {
   using T = Compute<S>;
   const Grid<ForwardJob<S>> grid(job);
   const int K = int(job.H), columns = int(job.units) * kRecurrent<Cell>;
-  const Layout layout(job.rows, columns, Tile::columns);
-  const Shared<T, typename Tile::Factor> shared(layout, K, job.chunk, job.rows, job.units, resident);
+  const Layout layout(job.rows, columns, Tile::columns, in == Weights::registers);
+  const Shared<T, typename Tile::Factor> shared(layout, columns, K, job.chunk, job.rows, job.units, in);
   const Product<S, Tile> product{layout, shared, K, int(job.chunk)};
   const auto of = [&](int column) { return forward_weights<Cell>(grid, column); };
-  const auto weights = block_weights<Tile, resident>(of, shared.weights, int(layout.columns()), K);
+  const auto weights = block_weights<Tile, in>(of, shared.weights, layout, columns, K);
+  States<Cell, T, in == Weights::registers> states{shared.h, shared.c};
   grid.each(0, job.rows, [&](Index r, Index j) {
     const ForwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
-    shared.h[r * job.units + j] = unit.start_h();
-    if (Cell::has_c) shared.c[r * job.units + j] = unit.start_c();
+    states.set(r * job.units + j, {unit.start_h(), Cell::has_c ? unit.start_c() : T(0)});
   });
   for (Index s = 0; s < job.steps.T; ++s) {
     const Index t = time_of(job.steps, s);
@@ -272,10 +384,10 @@ FUSEDRNN_INLINE void grid_forward(const ForwardJob<S>& job) {
       grid.each(group, layout.rows(), [&](Index r, Index j) {
         T products[kRecurrent<Cell>];
         for (int a = 0; a < kRecurrent<Cell>; ++a) products[a] = product.sum(r - group, a * job.units + j);
-        T c = Cell::has_c ? shared.c[r * job.units + j] : T(0);
-        ForwardUnit<Cell, S>{job, grid.first_row + r, grid.first_unit + j}.step(t, products, 1,
-                                                                                shared.h[r * job.units + j], c);
-        if (Cell::has_c) shared.c[r * job.units + j] = c;
+        State<T> state = states.get(r * job.units + j);
+        const ForwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
+        unit.step(t, products, 1, state.h, state.c);
+        states.set(r * job.units + j, state);
       });
     }
     grid.arrive();
@@ -283,26 +395,26 @@ FUSEDRNN_INLINE void grid_forward(const ForwardJob<S>& job) {
   }
   grid.each(0, job.rows, [&](Index r, Index j) {
     const Index i = (grid.first_row + r) * job.H + grid.first_unit + j;
-    job.hT[i] = S(shared.h[r * job.units + j]);
-    if (Cell::has_c) job.cT[i] = S(shared.c[r * job.units + j]);
+    const State<T> state = states.get(r * job.units + j);
+    job.hT[i] = S(state.h);
+    if (Cell::has_c) job.cT[i] = S(state.c);
   });
 }
 
-template <class Cell, class S, class Tile, bool resident>
+template <class Cell, class S, class Tile, Weights in>
 FUSEDRNN_INLINE void grid_backward(const BackwardJob<S>& job) {
   using T = Compute<S>;
   const Grid<BackwardJob<S>> grid(job);
   const int K = kRecurrent<Cell> * int(job.H);
-  const Layout layout(job.rows, job.units, Tile::columns);
-  const Shared<T, typename Tile::Factor> shared(layout, K, job.chunk, job.rows, job.units, resident);
+  const Layout layout(job.rows, job.units, Tile::columns, in == Weights::registers);
+  const Shared<T, typename Tile::Factor> shared(layout, job.units, K, job.chunk, job.rows, job.units, in);
   const Product<S, Tile> product{layout, shared, K, int(job.chunk)};
   const auto of = [&](int column) { return backward_weights<Cell>(grid, column); };
-  const auto weights = block_weights<Tile, resident>(of, shared.weights, int(layout.columns()), K);
-  T *const direct = shared.h, *const dc = shared.c;
+  const auto weights = block_weights<Tile, in>(of, shared.weights, layout, int(job.units), K);
+  States<Cell, T, in == Weights::registers> states{shared.h, shared.c};
   grid.each(0, job.rows, [&](Index r, Index j) {
     const BackwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
-    direct[r * job.units + j] = unit.start(job.dhT);
-    if (Cell::has_c) dc[r * job.units + j] = unit.start(job.dcT);
+    states.set(r * job.units + j, {unit.start(job.dhT), Cell::has_c ? unit.start(job.dcT) : T(0)});
   });
   for (Index s = job.steps.T - 1; s >= -1; --s) {  // -1: the initial state
     if (s < 0 && !job.dh0) break;
@@ -323,13 +435,12 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<S>& job) {
       }
       grid.each(group, layout.rows(), [&](Index r, Index j) {
         const BackwardUnit<Cell, S> unit{job, grid.first_row + r, grid.first_unit + j};
-        const Index i = r * job.units + j;
         const T chain = follows && unit.chained(s + 1) ? product.sum(r - group, j) : T(0);
-        if (s < 0) return unit.finish(chain, direct[i], Cell::has_c ? dc[i] : T(0));
+        State<T> state = states.get(r * job.units + j);
+        if (s < 0) return unit.finish(chain, state.h, state.c);
         const Index t = time_of(job.steps, s);
-        T dc_carried = Cell::has_c ? dc[i] : T(0);
-        unit.step(t, chain, direct[i], dc_carried, unit.da(t), job.H);
-        if (Cell::has_c) dc[i] = dc_carried;
+        unit.step(t, chain, state.h, state.c, unit.da(t), job.H);
+        states.set(r * job.units + j, state);
       });
     }
     if (s >= 0) grid.arrive();
@@ -345,20 +456,20 @@ constexpr bool kWhole = Cell::phases == 1 && !kRegularized<Cell> && !Cell::layer
 // What kernels.cu calls; nothing for cells that run step by step alone.
 template <class Cell, bool runs = kWhole<Cell>>
 struct GridKernels {
-  template <class Tile, bool resident, class S>
+  template <class Tile, Weights in, class S>
   FUSEDRNN_INLINE static void forward(const ForwardJob<S>& job) {
-    grid_forward<Cell, S, Tile, resident>(job);
+    grid_forward<Cell, S, Tile, in>(job);
   }
-  template <class Tile, bool resident, class S>
+  template <class Tile, Weights in, class S>
   FUSEDRNN_INLINE static void backward(const BackwardJob<S>& job) {
-    grid_backward<Cell, S, Tile, resident>(job);
+    grid_backward<Cell, S, Tile, in>(job);
   }
 };
 template <class Cell>
 struct GridKernels<Cell, false> {
-  template <class Tile, bool resident, class S>
+  template <class Tile, Weights in, class S>
   FUSEDRNN_INLINE static void forward(const ForwardJob<S>&) {}
-  template <class Tile, bool resident, class S>
+  template <class Tile, Weights in, class S>
   FUSEDRNN_INLINE static void backward(const BackwardJob<S>&) {}
 };
 

@@ -31,6 +31,13 @@ using Tile = TileOf<S, Precision::FUSEDRNN_PRECISION>::type;
 using namespace fusedrnn::cuda;
 using fusedrnn::Index;
 
+// FUSEDRNN_ONLY, where it is defined: the kernels of one way to run, its place in KERNELS of backends/cuda_compile.py.
+#if !defined(FUSEDRNN_ONLY)
+#define FUSEDRNN_ONLY -1
+#endif
+#define FUSEDRNN_HAS(way) (FUSEDRNN_ONLY < 0 || FUSEDRNN_ONLY == way)
+
+#if FUSEDRNN_HAS(0)
 #define FUSEDRNN_EACH(job, call) each_unit(job.steps.B, job.H, [&](Index b, Index u) { call; })
 
 FUSEDRNN_KERNEL(kThreads) begin_forward(const ForwardJob<S> job) {
@@ -58,16 +65,29 @@ FUSEDRNN_KERNEL(kThreads) step_backward2(const BackwardJob<S> job, Index s) {
   FUSEDRNN_EACH(job, (BackwardStep<Cell, S>{job}.step2(s, b, u)));
 }
 
-// Of plain cells with one; `streamed`: where the weights of a block do not fit its shared memory.
-FUSEDRNN_KERNEL(kThreads) grid_forward(const ForwardJob<S> job) { GridKernels<Cell>::forward<Tile, true>(job); }
-FUSEDRNN_KERNEL(kThreads) grid_backward(const BackwardJob<S> job) { GridKernels<Cell>::backward<Tile, true>(job); }
-FUSEDRNN_KERNEL(kThreads) grid_forward_streamed(const ForwardJob<S> job) {
-  GridKernels<Cell>::forward<Tile, false>(job);
-}
-FUSEDRNN_KERNEL(kThreads) grid_backward_streamed(const BackwardJob<S> job) {
-  GridKernels<Cell>::backward<Tile, false>(job);
-}
+#endif
 
-// Of plain cells with one phase, from sm_90 on; the blocks of a tile of the batch are a cluster.
-FUSEDRNN_KERNEL(kThreads) cluster_forward(const ForwardJob<S> job) { ClusterKernels<Cell>::forward<Tile>(job); }
-FUSEDRNN_KERNEL(kThreads) cluster_backward(const BackwardJob<S> job) { ClusterKernels<Cell>::backward<Tile>(job); }
+// Of plain cells with one, all steps in one launch: by all blocks at once, and from sm_90 on by clusters. The names say
+// where a block has its weights, if not in shared memory.
+#define FUSEDRNN_WHOLE(kernel, ending, Kernels, weights)                          \
+  FUSEDRNN_KERNEL(kThreads) kernel##_forward##ending(const ForwardJob<S> job) {   \
+    Kernels<Cell>::forward<Tile, weights>(job);                                   \
+  }                                                                               \
+  FUSEDRNN_KERNEL(kThreads) kernel##_backward##ending(const BackwardJob<S> job) { \
+    Kernels<Cell>::backward<Tile, weights>(job);                                  \
+  }
+#if FUSEDRNN_HAS(1)
+FUSEDRNN_WHOLE(grid, , GridKernels, Weights::shared)
+#endif
+#if FUSEDRNN_HAS(2)
+FUSEDRNN_WHOLE(grid, _registers, GridKernels, Weights::registers)
+#endif
+#if FUSEDRNN_HAS(3)
+FUSEDRNN_WHOLE(grid, _streamed, GridKernels, Weights::streamed)
+#endif
+#if FUSEDRNN_HAS(4)
+FUSEDRNN_WHOLE(cluster, , ClusterKernels, Weights::shared)
+#endif
+#if FUSEDRNN_HAS(5)
+FUSEDRNN_WHOLE(cluster, _registers, ClusterKernels, Weights::registers)
+#endif

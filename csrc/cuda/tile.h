@@ -3,8 +3,11 @@
 //
 //   columns        of the tile
 //   Factor         what the factors are kept as; factor(x) makes one, rounded
-//   add(x, w)      32 more k of rows and columns: x.one(row, k) is a factor, x.two(row, k) it and the next in one word
+//   Rows, Columns  what a lane multiplies of 32 k: rows_of(x), columns_of(w). x.one(row, k) is a factor, x.two(row, k)
+//                  it and the next in one word
+//   add(Rows, Columns)   32 more k
 //   store(sums, pitch)   sums[row * pitch + column], each by the lane that has it, after the last add
+//   kept           so many Columns may stay in a lane's registers: half of them
 //
 // IeeeTile multiplies in T itself. MatrixTile has the matrix units multiply rounded factors and add in float:
 //   tf32     10 bits of mantissa     tf32x3   each factor as a sum of two such, the product of the smaller parts left
@@ -27,10 +30,13 @@ struct Factors {
   FUSEDRNN_INLINE uint32_t two(Index row, Index k) const { return load_two(p + row * pitch + k); }  // k is even
 };
 
+constexpr int kKeptBytes = 512;  // of the 1020 in a lane's registers
+
 template <class T>
 struct IeeeTile {
   using Factor = T;
   static constexpr int columns = 8, count = kRows * columns;  // two sums for each lane
+  static constexpr int kept = (kKeptBytes - (sizeof(T) - 4) * count) / (columns * sizeof(T));
   T sums[count];
 
   FUSEDRNN_INLINE static Factor factor(T x) { return x; }
@@ -41,17 +47,31 @@ struct IeeeTile {
   }
 
   // A lane has one of the k, of all rows and columns.
-  template <class X, class W>
-  FUSEDRNN_INLINE void add(X x, W w) {
-    const int k = lane();
-    T row[kRows], column[columns];
+  struct Rows {
+    T of[kRows];
+  };
+  struct Columns {
+    T of[columns];
+  };
+  template <class X>
+  FUSEDRNN_INLINE static Rows rows_of(X x) {
+    Rows rows;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) row[i] = x.one(i, k), column[i] = w.one(i, k);
+    for (int i = 0; i < kRows; ++i) rows.of[i] = x.one(i, lane());
+    return rows;
+  }
+  template <class W>
+  FUSEDRNN_INLINE static Columns columns_of(W w) {
+    Columns all;
+#pragma unroll
+    for (int i = 0; i < columns; ++i) all.of[i] = w.one(i, lane());
+    return all;
+  }
+  FUSEDRNN_INLINE void add(const Rows& x, const Columns& w) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < columns; ++j)
-        sums[i * columns + j] = Native<T>::fma(row[i], column[j], sums[i * columns + j]);
+      for (int j = 0; j < columns; ++j) sums[i * columns + j] = Native<T>::fma(x.of[i], w.of[j], sums[i * columns + j]);
   }
 
   FUSEDRNN_INLINE void store(T* out, Index pitch) {
@@ -95,8 +115,12 @@ template <Precision precision>
 struct MatrixTile {
   static constexpr bool pairs = precision == Precision::bf16 || precision == Precision::fp16;
   using Factor = typename Choose<pairs, uint16_t, float>::type;
+  using Word = typename Choose<pairs, uint32_t, float>::type;  // of neighbours along k
   static constexpr int columns = 16;
-  float sums[4] = {0, 0, 0, 0};
+  static constexpr int kNeighbours = pairs ? 2 : 1, kSteps = kWarp / (8 * kNeighbours);  // of 8 words of k
+  // Of tf32x3 both parts stay.
+  static constexpr int kept = precision == Precision::tf32x3 ? 3 : kKeptBytes / (kSteps * 4 * sizeof(Word));
+  float sums[2][4] = {};  // take turns: an instruction need not wait for the sums of the one before
 
   FUSEDRNN_INLINE static Factor factor(float x) {
     if constexpr (precision == Precision::bf16) return to_bf16(x);
@@ -108,36 +132,55 @@ struct MatrixTile {
   FUSEDRNN_INLINE static uint16_t factor(Half x) { return x.bits; }
   FUSEDRNN_INLINE static uint16_t factor(Bfloat16 x) { return x.bits; }
 
-  template <class X, class W>
-  FUSEDRNN_INLINE void add(X x, W w) {
+  struct Rows {
+    Word of[kSteps][2];
+  };
+  struct Columns {
+    Word of[kSteps][4];
+  };
+  template <class X>
+  FUSEDRNN_INLINE static Word word(X x, int row, int k) {
+    if constexpr (pairs)
+      return x.two(row, kNeighbours * k);
+    else
+      return x.one(row, k);
+  }
+  template <class X>
+  FUSEDRNN_INLINE static Rows rows_of(X x) {
     const int g = lane() / 4, t = lane() % 4;
-    if constexpr (pairs) {
+    Rows rows;
 #pragma unroll
-      for (int k = 0; k < kWarp; k += 16) {
-        const int first = k + 2 * t, second = first + 8;
-        const uint32_t a[4] = {w.two(g, first), w.two(g + 8, first), w.two(g, second), w.two(g + 8, second)};
-        const uint32_t b[2] = {x.two(g, first), x.two(g, second)};
-        if constexpr (precision == Precision::bf16)
-          multiply_bf16(sums, a, b);
-        else
-          multiply_fp16(sums, a, b);
-      }
-    } else {
+    for (int i = 0; i < kSteps; ++i) rows.of[i][0] = word(x, g, 8 * i + t), rows.of[i][1] = word(x, g, 8 * i + t + 4);
+    return rows;
+  }
+  template <class W>
+  FUSEDRNN_INLINE static Columns columns_of(W w) {
+    const int g = lane() / 4, t = lane() % 4;
+    Columns all;
 #pragma unroll
-      for (int k = 0; k < kWarp; k += 8) {
-        const float first[4] = {w.one(g, k + t), w.one(g + 8, k + t), w.one(g, k + t + 4), w.one(g + 8, k + t + 4)};
-        const float second[2] = {x.one(g, k + t), x.one(g, k + t + 4)};
+    for (int i = 0; i < kSteps; ++i) {
+      all.of[i][0] = word(w, g, 8 * i + t), all.of[i][1] = word(w, g + 8, 8 * i + t);
+      all.of[i][2] = word(w, g, 8 * i + t + 4), all.of[i][3] = word(w, g + 8, 8 * i + t + 4);
+    }
+    return all;
+  }
+  FUSEDRNN_INLINE void add(const Rows& x, const Columns& w) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if constexpr (precision == Precision::bf16) multiply_bf16(sums[i % 2], w.of[i], x.of[i]);
+      if constexpr (precision == Precision::fp16) multiply_fp16(sums[i % 2], w.of[i], x.of[i]);
+      if constexpr (!pairs) {
         uint32_t a[4], b[2];
         if constexpr (precision == Precision::tf32x3) {
           uint32_t a_rest[4], b_rest[2];
-          split<4>(first, a, a_rest), split<2>(second, b, b_rest);
-          multiply_tf32(sums, a_rest, b);
-          multiply_tf32(sums, a, b_rest);
+          split<4>(w.of[i], a, a_rest), split<2>(x.of[i], b, b_rest);
+          multiply_tf32(sums[i % 2], a_rest, b);
+          multiply_tf32(sums[i % 2], a, b_rest);
         } else {
-          for (int i = 0; i < 4; ++i) a[i] = Native<float>::bits(first[i]);
-          for (int i = 0; i < 2; ++i) b[i] = Native<float>::bits(second[i]);
+          for (int j = 0; j < 4; ++j) a[j] = Native<float>::bits(w.of[i][j]);
+          for (int j = 0; j < 2; ++j) b[j] = Native<float>::bits(x.of[i][j]);
         }
-        multiply_tf32(sums, a, b);
+        multiply_tf32(sums[i % 2], a, b);
       }
     }
   }
@@ -154,10 +197,8 @@ struct MatrixTile {
 
   FUSEDRNN_INLINE void store(float* out, Index pitch) const {
     const int g = lane() / 4, t = lane() % 4;
-    out[2 * t * pitch + g] = sums[0];
-    out[(2 * t + 1) * pitch + g] = sums[1];
-    out[2 * t * pitch + g + 8] = sums[2];
-    out[(2 * t + 1) * pitch + g + 8] = sums[3];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[(2 * t + i % 2) * pitch + g + i / 2 * 8] = sums[0][i] + sums[1][i];
   }
 };
 

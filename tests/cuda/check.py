@@ -19,8 +19,9 @@ from problems import CELLS, NORMED, errors, problem, run
 from test_cuda_kernels import EVERYTHING, KERNELS, ONE_PHASE, Cut
 from test_regularization import of
 
-# Sizes, units and rows of a block: several groups of rows in a tile, tiles, splits and chunks of k.
-CUTS = (((5, 11, 3, 11), 4, 9), ((2, 19, 2, 7), 3, 18), ((3, 5, 2, 33), 2, 3), ((2, 9, 2, 65), 4, 9))
+# Sizes, units and rows of a block: several groups of rows in a tile, tiles, splits and chunks
+# of k, two units of a thread.
+CUTS = (((5, 11, 3, 11), 4, 9), ((2, 19, 2, 7), 4, 18), ((3, 5, 2, 33), 2, 3), ((2, 9, 2, 65), 4, 9))
 
 
 def check(cell, regularized) -> str:
@@ -34,6 +35,8 @@ def check(cell, regularized) -> str:
             p = problem(cell, *sizes, regularization=r, **options)
             want = run(ReferenceBackend(), p)
             for kernel in KERNELS if cell in ONE_PHASE and not regularized else ("steps",):
+                if kernel.endswith("_registers") and sizes[3] > 64:
+                    continue  # going back, an LSTM's do not fit
                 for seed in range(3 if small and kernel != "steps" else 1):
                     try:
                         got = run(Cut(kernel, units, rows, seed=seed), p)

@@ -56,21 +56,29 @@ using Scalar = fusedrnn::cuda::Compute<S>;  // what is computed in
 using Factor = Tile::Factor;
 constexpr Index kChunk = 64;
 
-size_t grid_bytes(Index rows, Index columns, Index units, Index K, bool resident) {
-  const Layout layout(rows, columns, Tile::columns);
-  const Index factors =
-      (resident ? layout.columns() * pitch_of<Factor>(K) : 0) + layout.rows() * pitch_of<Factor>(kChunk);
-  return size_t(factors) * sizeof(Factor) +
-         size_t(layout.splits * layout.rows() * layout.columns() + 2 * rows * units) * sizeof(Scalar);
-}
+// What a launch needs beside the job, and of its block.
+struct Way {
+  Weights in;
+  Index rows, units, columns, K;
 
-size_t cluster_bytes(Index rows, Index columns, Index units, Index K) {
-  const Index all_rows = round_up(rows, kRows), all_columns = round_up(columns, Tile::columns);
-  Index splits = 1;
-  while (splits * 2 * (all_rows / kRows) * (all_columns / Tile::columns) <= kWarps) splits *= 2;
-  return size_t((all_columns + 2 * all_rows) * pitch_of<Factor>(K)) * sizeof(Factor) +
-         size_t(splits * all_rows * all_columns + 2 * rows * units) * sizeof(Scalar);
-}
+  bool registers() const { return in == Weights::registers; }
+  Layout layout() const { return {rows, columns, Tile::columns, registers()}; }
+  Index chunk() const { return registers() ? round_up(K, kWarp) : kChunk; }
+  Index state() const { return registers() ? 0 : 2 * rows * units; }
+  size_t grid_bytes() const {
+    const Index weights = in == Weights::shared ? columns * pitch_of<Factor>(K) : 0;
+    return size_t(weights + layout().rows() * pitch_of<Factor>(chunk())) * sizeof(Factor) +
+           size_t(layout().splits * layout().rows() * layout().columns() + state()) * sizeof(Scalar);
+  }
+  size_t cluster_bytes() const {
+    const Index all_rows = round_up(rows, kRows), tiles = tiles_of(columns, Tile::columns);
+    Index splits = 1, all_columns = tiles * Tile::columns;
+    while (splits * 2 * (all_rows / kRows) * tiles <= kWarps) splits *= 2;
+    if (registers()) splits = layout().splits, all_columns = layout().columns();
+    return size_t((registers() ? 0 : columns) + 2 * all_rows) * size_t(pitch_of<Factor>(K)) * sizeof(Factor) +
+           size_t(splits * all_rows * all_columns + state()) * sizeof(Scalar);
+  }
+};
 
 fusedrnn::cuda::Regularization rules_of(uint64_t seed) {
   const MaskRule rule{true, true, 1u << 31, 1};
@@ -104,7 +112,7 @@ void run(const Problem& p) {
   f.operand = memory(n, half), f.products = memory(n * R, one);
   f.gain = f.bias, f.rules = rules_of(p.seed);
   if (Cell::has_c) f.gain_c = f.bias_c = memory(H, one);
-  f.units = p.units, f.rows = p.rows, f.chunk = kChunk;
+  f.units = p.units, f.rows = p.rows;
 
   BackwardJob<S> b{};
   b.steps = steps, b.H = H;
@@ -115,7 +123,7 @@ void run(const Problem& p) {
   b.chain = memory(n, one), b.direct = memory(n, one), b.dc = memory(n, one);
   b.gain = f.gain, b.bias = f.bias, b.gain_c = f.gain_c, b.bias_c = f.bias_c, b.rules = f.rules;
   b.row = memory(n * A, one), b.norm_sums = memory(n * kNormSums<Cell>, Scalar(0));
-  b.units = p.units, b.rows = p.rows, b.chunk = kChunk;
+  b.units = p.units, b.rows = p.rows;
 
   uint64_t seed = p.seed * 100;
   const auto elementwise = [&](const char* name, auto kernel, auto... arguments) {
@@ -136,17 +144,23 @@ void run(const Problem& p) {
   if (!kWhole<Cell>) return;
 
   const unsigned x = unsigned(tiles_of(H, p.units)), y = unsigned(tiles_of(B, p.rows));
-  const auto whole = [&](const char* name, auto kernel, auto job, size_t bytes) {
-    job.arrived = memory(y, 0u);
-    launch(name, x, y, bytes, ++seed, kernel, job);
+  const auto whole = [&](const char* name, auto kernel, auto job, const Way& way) {
+    job.arrived = memory(y, 0u), job.chunk = way.chunk();
+    launch(name, x, y, name[0] == 'g' ? way.grid_bytes() : way.cluster_bytes(), ++seed, kernel, job);
   };
-  const Index columns = p.units * R;
-  whole("grid_forward", ::grid_forward, f, grid_bytes(p.rows, columns, p.units, H, true));
-  whole("grid_forward_streamed", grid_forward_streamed, f, grid_bytes(p.rows, columns, p.units, H, false));
-  whole("cluster_forward", ::cluster_forward, f, cluster_bytes(p.rows, columns, p.units, H));
-  whole("grid_backward", ::grid_backward, b, grid_bytes(p.rows, p.units, p.units, R * H, true));
-  whole("grid_backward_streamed", grid_backward_streamed, b, grid_bytes(p.rows, p.units, p.units, R * H, false));
-  whole("cluster_backward", ::cluster_backward, b, cluster_bytes(p.rows, p.units, p.units, R * H));
+  const auto forward = [&](Weights in) { return Way{in, p.rows, p.units, p.units * R, H}; };
+  const auto backward = [&](Weights in) { return Way{in, p.rows, p.units, p.units, R * H}; };
+  whole("grid_forward", ::grid_forward, f, forward(Weights::shared));
+  whole("grid_forward_streamed", grid_forward_streamed, f, forward(Weights::streamed));
+  whole("cluster_forward", ::cluster_forward, f, forward(Weights::shared));
+  whole("grid_backward", ::grid_backward, b, backward(Weights::shared));
+  whole("grid_backward_streamed", grid_backward_streamed, b, backward(Weights::streamed));
+  whole("cluster_backward", ::cluster_backward, b, backward(Weights::shared));
+  if (p.rows * p.units > 2 * kThreads) return;
+  whole("grid_forward_registers", grid_forward_registers, f, forward(Weights::registers));
+  whole("cluster_forward_registers", cluster_forward_registers, f, forward(Weights::registers));
+  whole("grid_backward_registers", grid_backward_registers, b, backward(Weights::registers));
+  whole("cluster_backward_registers", cluster_backward_registers, b, backward(Weights::registers));
 }
 
 }  // namespace

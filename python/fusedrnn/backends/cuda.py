@@ -132,7 +132,7 @@ class CudaBackend:
         self._device = device
         self._kernel, self._precision = kernel, precision
         self._test = not _tested
-        self._tested: list[tuple[Device, Way, str]] = []  # devices, ways and dtypes whose self-test passed
+        self._tested: list[tuple[Device, tuple[str, str, str]]] = []  # where and what passed its self-test
         self.last_plan: Plan | None = None
 
     def unavailable(self) -> str | None:
@@ -171,8 +171,6 @@ class CudaBackend:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         device = self.device
         w, _, H = check_weights(cell, weights, dtypes_of(device), kind=_kind(device))
-        if self._test:
-            self._pass(device, w.weight_ih.dtype)
         kernels = kernels_of(cell)
         dtype = w.weight_ih.dtype
         bias = device.zeros((kernels.accumulators, H), compute(dtype))
@@ -301,6 +299,7 @@ class CudaBackend:
             rules=run.rules,
         )
         plan = self._plan(device, kernels, (T, B, H), dtype, tape.way, True)
+        self._pass(device, dtype, tape.way.precision, plan.kernel)
         self.last_plan = plan
         if plan.kernel == "steps":
             self._steps_back(run, job, da, wanted)
@@ -386,6 +385,7 @@ class CudaBackend:
             saved_step=B * kernels.saved * H if save else 0,
         )
         plan = self._plan(device, kernels, (T, B, H), dtype, way, False)
+        self._pass(device, dtype, way.precision, plan.kernel)
         self.last_plan = plan
         if plan.kernel == "steps":
             self._steps(run, job)
@@ -483,17 +483,20 @@ class CudaBackend:
             )
         return Way(kernel, precision)
 
-    def _pass(self, device: Device, dtype: np.dtype[Any]) -> None:
-        """The self-test of how the device will be used, the first time; float64 is float32's code."""
-        way, dtype = self._way(), np.dtype(np.float32) if dtype in FLOATS else dtype
-        if not any(d is device and (w, name) == (way, dtype.name) for d, w, name in self._tested):
+    def _pass(self, device: Device, dtype: np.dtype[Any], precision: str, kernel: str) -> None:
+        """The self-test of a way to run, the first time; float64 is float32's code."""
+        if not self._test:
+            return
+        dtype = np.dtype(np.float32) if dtype in FLOATS else dtype
+        new = dtype.name, precision, kernel
+        if not any(d is device and passed == new for d, passed in self._tested):
             if device.captured():
                 raise RuntimeError(
-                    f"the first call in {dtype.name} on a GPU cannot be captured, since it compiles, tests "
-                    "and waits: make one before, backward too"
+                    f"the first call in {dtype.name} with kernel {kernel!r} on a GPU cannot be captured, "
+                    "since it compiles, tests and waits: make one before, backward too"
                 )
-            _self_test(device, way, dtype)
-            self._tested.append((device, way, dtype.name))
+            _self_test(device, dtype, precision, kernel)
+            self._tested.append((device, new))
 
 
 class _Launches:
@@ -557,14 +560,14 @@ class _Launches:
     def whole(self, plan: Plan, direction: str, job: ForwardJob | BackwardJob) -> None:
         """All steps in one launch."""
         job.units, job.rows, job.chunk = plan.units, plan.rows, plan.chunk
-        name, _, streamed = plan.kernel.partition("_")
+        name, _, weights = plan.kernel.partition("_")
         if name == "grid":
             self.kept.append(self.device.zeros((plan.blocks[1],), np.uint32))
             job.arrived = self.pointer(self.kept[-1])
         self.device.launch(
             self.kernels.type,
             self.dtype,
-            f"{name}_{direction}{streamed and '_streamed'}",
+            f"{name}_{direction}{weights and '_' + weights}",
             plan.blocks,
             (job,),
             plan.shared,
@@ -692,8 +695,8 @@ def _known(name: str, value: str | None, names: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {tuple(names)} or None, got {value!r}")
 
 
-def _self_test(device: Device, way: Way, dtype: np.dtype[Any]) -> None:
-    """A small LSTM against the reference, in every way that a call may go.
+def _self_test(device: Device, dtype: np.dtype[Any], precision: str, kernel: str) -> None:
+    """A small LSTM against the reference.
 
     Raises:
         RuntimeError: The results are wrong.
@@ -723,14 +726,13 @@ def _self_test(device: Device, way: Way, dtype: np.dtype[Any]) -> None:
         return a.astype(np.float32) if a.dtype == dtype else a
 
     want = results(ReferenceBackend(), wide, np.asarray)
-    tolerance = TOLERANCE[_precision(dtype, way.precision)]
-    for kernel in (way.kernel,) if way.kernel else ("steps", None):
-        tested = CudaBackend(device, kernel, way.precision, _tested=True)
-        for name, got in results(tested, device.asarray, _on_host).items():
-            error = float(np.abs(got.astype(np.float32) - want[name]).max() / np.abs(want[name]).max())
-            if not error <= tolerance:
-                raise RuntimeError(
-                    f"the cuda backend's self-test failed on this GPU, in {dtype} with {tested.last_plan}: "
-                    f"{name} is off by {error:.1e} of its largest entry; do not use it here, and please "
-                    "report this"
-                )
+    tolerance = TOLERANCE[_precision(dtype, precision)]
+    tested = CudaBackend(device, kernel, precision, _tested=True)
+    for name, got in results(tested, device.asarray, _on_host).items():
+        error = float(np.abs(got.astype(np.float32) - want[name]).max() / np.abs(want[name]).max())
+        if not error <= tolerance:
+            raise RuntimeError(
+                f"the cuda backend's self-test failed on this GPU, in {dtype} with {tested.last_plan}: "
+                f"{name} is off by {error:.1e} of its largest entry; do not use it here, and please report "
+                "this"
+            )

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 WARPS = 8  # of a block; FUSEDRNN_WARPS
+# The ways to run, each by kernels of its own. They are compiled one by one: a call needs two or three.
+KERNELS = ("steps", "grid", "grid_registers", "grid_streamed", "cluster", "cluster_registers")
 DTYPES = {"float32": "float", "float64": "double", "float16": "Half", "bfloat16": "Bfloat16"}  # in C++
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16")  # of csrc/cuda/tile.h
 # In C++ the dtypes, each with the precisions that it knows.
@@ -38,10 +40,19 @@ def sources() -> Path:
     raise RuntimeError(f"the sources of the CUDA kernels, csrc/cuda, are not beside {_HERE.parents[1]}")
 
 
-def code(cell: str, dtype: str, architecture: str, precision: str, driver: tuple[int, int]) -> bytes:
-    """What a driver of this version of CUDA loads: the fatbin that came with the package, else a cubin."""
+def way_of(kernel: str) -> str:
+    """Out of ``KERNELS``, the one that a kernel of csrc/cuda/kernels.cu belongs to."""
+    way = kernel.replace("_forward", "").replace("_backward", "")
+    return way if way in KERNELS else "steps"
+
+
+def code(
+    cell: str, dtype: str, architecture: str, precision: str, driver: tuple[int, int], way: str
+) -> bytes:
+    """What a driver of this version of CUDA loads: the fatbin that came with the package, which has the
+    kernels of every way, else a cubin of this one."""
     return shipped(cell, dtype, architecture, precision, driver) or cubin(
-        cell, dtype, architecture, precision
+        cell, dtype, architecture, precision, way
     )
 
 
@@ -91,7 +102,7 @@ def flags(cell: str, dtype: str, precision: str) -> list[str]:
     ]
 
 
-def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee") -> bytes:
+def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee", way: str | None = None) -> bytes:
     """Code for a GPU by NVRTC, of this run or of an earlier one.
 
     Args:
@@ -100,12 +111,16 @@ def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee") -> 
         architecture: Such as "sm_90".
         precision: Of the products within a launch, out of ``PRECISIONS``; for double "ieee", for Half "fp16"
             and for Bfloat16 "bf16" alone.
+        way: Whose kernels, out of ``KERNELS``; None: all.
 
     Raises:
         RuntimeError: NVRTC refuses; the message is its own.
     """
     options = [f"--gpu-architecture={architecture}", *flags(cell, dtype, precision)]
     name = cell.replace("<", "-").rstrip(">")  # Regularized<Lstm>
+    if way:
+        options.append(f"--define-macro=FUSEDRNN_ONLY={KERNELS.index(way)}")
+        name += f"-{way}"
     path = _cache() / f"{name}-{dtype}-{precision}-{architecture}-{_key(options, version())}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()

@@ -98,8 +98,8 @@ class CupyDevice:
         self.architecture = "sm_{}{}".format(*capability)
         self.cluster = CLUSTER if capability >= (9, 0) else 0
         self.matrix_units = capability >= (8, 0)
-        self._modules: dict[tuple[str, str, str], Any] = {}
-        self._functions: dict[tuple[str, str, str, str], Any] = {}
+        self._modules: dict[tuple[str, str, str, str], Any] = {}
+        self._functions: dict[tuple[str, str, str, str, str], Any] = {}
         self._places: dict[tuple[Any, ...], int] = {}  # blocks, or clusters, of a kernel that run at once
         self._lock = threading.Lock()
         self._graphs = Graphs(self._record)
@@ -256,13 +256,14 @@ class CupyDevice:
 
     def _function(self, cell: str, dtype: str, precision: str, kernel: str) -> Any:
         """A kernel, loaded; ``cuda_compile`` finds or makes its code."""
-        module = (cell, dtype, precision)
+        way = cuda_compile.way_of(kernel)
+        module = (cell, dtype, precision, way)
         with self._lock:
             if (*module, kernel) not in self._functions:
                 if module not in self._modules:
                     version = _call("cuDriverGetVersion")
                     driver = version // 1000, version % 1000 // 10
-                    code = cuda_compile.code(cell, dtype, self.architecture, precision, driver)
+                    code = cuda_compile.code(cell, dtype, self.architecture, precision, driver, way)
                     self._modules[module] = _call("cuModuleLoadData", code)
                 function = _call("cuModuleGetFunction", self._modules[module], kernel.encode())
                 if kernel.startswith(("grid", "cluster")):  # beyond 48 KiB only when asked for

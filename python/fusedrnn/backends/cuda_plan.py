@@ -9,10 +9,11 @@ import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from fusedrnn.backends import cuda_compile
 from fusedrnn.backends.cuda_jobs import CellKernels
 from fusedrnn.backends.protocol import NotBuilt
 
-KERNELS = ("steps", "grid", "grid_streamed", "cluster")
+KERNELS = cuda_compile.KERNELS
 ROWS = 8  # of a warp's tile; kRows in csrc/cuda/tile.h
 WARP = 32
 CHUNK = 8 * WARP  # of k, that a block must be able to bring to shared memory at a time, or all
@@ -44,6 +45,37 @@ class Plan(NamedTuple):
         return f"{self.kernel}, {x}x{y} blocks of {self.units} units and {self.rows} rows, {self.shared} B"
 
 
+class Tile(NamedTuple):
+    """Of a warp's product, csrc/cuda/tile.h; counts are of a lane, for 32 k."""
+
+    columns: int
+    row_words: int  # that are loaded
+    column_words: int
+    multiply: int  # in time: multiplications in float that a lane can do meanwhile
+    end: int  # the same, of the sums once all k are added
+    kept: int  # times 32 k that fit into registers
+
+    @classmethod
+    def of(cls, compute: int, precision: str) -> Tile:
+        """``compute``: bytes of a number that is computed in."""
+        return TILES["float64" if compute == 8 else precision]
+
+
+# A matrix instruction counts as eight multiplications in float: as often as a multiprocessor begins one.
+TILES = {
+    "ieee": Tile(8, 8, 8, 64, 400, 16),
+    "float64": Tile(8, 16, 16, 128, 800, 4),
+    "tf32": Tile(16, 8, 16, 4 * 8, 20, 8),
+    "tf32x3": Tile(16, 8, 16, 3 * 4 * 8, 20, 3),
+    "bf16": Tile(16, 4, 8, 2 * 8, 20, 16),
+    "fp16": Tile(16, 4, 8, 2 * 8, 20, 16),
+}
+LOAD = 4  # a word from shared memory, in multiplications: a multiprocessor does so many more of these
+# The end of a step, in the same unit, which is two clocks. To release, to see the count and to read what the
+# others wrote are three ways through the L2 cache, of over 300 clocks each; a cluster has one, of over 200.
+GRID_BARRIER, CLUSTER_BARRIER = 500, 120
+
+
 class Layout(NamedTuple):
     """How the warps of a block share a product; the same as ``Layout`` in csrc/cuda/grid.h."""
 
@@ -53,10 +85,12 @@ class Layout(NamedTuple):
     splits: int  # of k
 
     @classmethod
-    def of(cls, rows: int, columns: int, tile_columns: int, warps: int) -> Layout:
+    def of(cls, rows: int, columns: int, tile_columns: int, warps: int, registers: bool = False) -> Layout:
         column_tiles = row_tiles = 1
         while column_tiles * tile_columns < columns:
             column_tiles *= 2
+        if registers:
+            return cls(tile_columns, column_tiles, -(-rows // ROWS), warps // column_tiles)
         while row_tiles * ROWS < rows and row_tiles * column_tiles < warps:
             row_tiles *= 2
         return cls(tile_columns, column_tiles, row_tiles, warps // (column_tiles * row_tiles))
@@ -80,9 +114,11 @@ class Layout(NamedTuple):
         return self.column_tiles * self.tile_columns
 
 
-def tile_columns(precision: str) -> int:
-    """Of a warp's tile; csrc/cuda/tile.h."""
-    return 8 if precision == "ieee" else 16
+def layout_of(kernel: str, rows: int, columns: int, tile_columns: int, warps: int) -> Layout:
+    """That of the kernel's blocks."""
+    if kernel == "cluster":
+        return Layout.of_cluster(rows, columns, tile_columns, warps)
+    return Layout.of(rows, columns, tile_columns, warps, kernel.endswith("_registers"))
 
 
 class Bytes(NamedTuple):
@@ -101,22 +137,33 @@ class Bytes(NamedTuple):
         return -(-K // whole) * whole * self.factor + 16
 
 
-def shared_bytes(kernel: str, layout: Layout, K: int, chunk: int, rows: int, units: int, each: Bytes) -> int:
+def shared_bytes(
+    kernel: str, layout: Layout, columns: int, K: int, chunk: int, rows: int, units: int, each: Bytes
+) -> int:
     """Of a block's shared memory; ``Shared`` in csrc/cuda/grid.h, ``ClusterShared`` in cluster.h."""
-    weights = 0 if kernel == "grid_streamed" else layout.columns * each.row(K)
-    operands = 2 * layout.rows * each.row(K) if kernel == "cluster" else layout.rows * each.row(chunk)
+    name, _, elsewhere = kernel.partition("_")
+    weights = 0 if elsewhere else columns * each.row(K)
+    operands = 2 * layout.rows * each.row(K) if name == "cluster" else layout.rows * each.row(chunk)
     sums = layout.splits * layout.rows * layout.columns
-    return weights + operands + each.compute * (sums + 2 * rows * units)
+    state = 0 if elsewhere == "registers" else 2 * rows * units
+    return weights + operands + each.compute * (sums + state)
 
 
-def _chunk(kernel: str, layout: Layout, K: int, rows: int, units: int, each: Bytes, most: int) -> int:
+def _chunk(
+    kernel: str, layout: Layout, columns: int, K: int, rows: int, units: int, each: Bytes, most: int
+) -> int:
     """As much of k at a time as so much shared memory holds, in equal parts; 0 where that is too little."""
-    left = most - shared_bytes(kernel, layout, K, 0, rows, units, each) + layout.rows * each.row(0)
+    left = most - shared_bytes(kernel, layout, columns, K, 0, rows, units, each) + layout.rows * each.row(0)
     fit = (left // layout.rows - each.row(0)) // each.factor // (2 * WARP) * (2 * WARP)
-    if fit < min(CHUNK, K):
+    if fit < (K if kernel == "grid_registers" else min(CHUNK, K)):
         return 0
     parts = -(-K // fit)
     return -(-K // (parts * WARP)) * WARP
+
+
+def _fits_registers(layout: Layout, K: int, rows: int, units: int, tile: Tile, warps: int) -> bool:
+    """Whether threads can keep the weights, and the state of two units each; see csrc/cuda/grid.h."""
+    return layout.splits * tile.kept * WARP >= K and rows * units <= 2 * WARP * warps
 
 
 def choose(
@@ -169,7 +216,8 @@ def _best(
     forced: str | None,
 ) -> Plan | None:
     """The plan of all steps in one launch, if there is one."""
-    for kernels in (("cluster", "grid"), ("grid_streamed",)) if forced is None else ((forced,),):
+    resident = ("cluster_registers", "cluster", "grid_registers", "grid")
+    for kernels in (resident, ("grid_streamed",)) if forced is None else ((forced,),):
         found = [
             cut
             for kernel in kernels
@@ -202,11 +250,12 @@ def cuts(
     backward: bool = False,
 ) -> Iterator[Cut]:
     """Every way to cut the work that this kernel, of all steps, can run; arguments as for ``choose``."""
-    tile, each = tile_columns(precision), Bytes.of(compute, precision)
+    tile, each = Tile.of(compute, precision), Bytes.of(compute, precision)
     R, warps = cell.recurrent.count, device.warps
     K, per_unit = (R * H, 1) if backward else (H, R)
-    cluster = kernel == "cluster"
-    widest = H if cluster else min(H, tile * warps // per_unit)  # a warp of a grid has one tile of columns
+    cluster, registers = kernel.startswith("cluster"), kernel.endswith("_registers")
+    # A warp has one tile of columns, or as many as there are.
+    widest = H if kernel == "cluster" else min(H, tile.columns * warps // per_unit)
     for units in range(1, widest + 1):
         across = -(-H // units)
         if cluster and (across > device.cluster or -(-H // across) != units):
@@ -216,26 +265,31 @@ def cuts(
             rows = -(-B // tiles)
             if -(-B // rows) != tiles:
                 continue  # fewer tiles of as many rows do
-            layout = (Layout.of_cluster if cluster else Layout.of)(rows, units * per_unit, tile, warps)
-            chunk = 0 if cluster else _chunk(kernel, layout, K, rows, units, each, device.shared_bytes)
-            shared = shared_bytes(kernel, layout, K, chunk, rows, units, each)
+            columns = units * per_unit
+            layout = layout_of(kernel, rows, columns, tile.columns, warps)
+            if registers and not _fits_registers(layout, K, rows, units, tile, warps):
+                continue
+            chunk = 0
+            if not cluster:
+                chunk = _chunk(kernel, layout, columns, K, rows, units, each, device.shared_bytes)
+            shared = shared_bytes(kernel, layout, columns, K, chunk, rows, units, each)
             if shared > device.shared_bytes or (not cluster and not chunk):
                 continue
             plan = Plan(kernel, units, rows, (across, tiles), shared, chunk)
-            groups, work = 1, _cost(layout, K, warps)
+            groups, work = 1, _cost(layout, K, warps, tile, registers)
             if cluster:
                 # Of the exchange: a store for each unit, row and block of the cluster.
                 give = 4 * across * units * rows * (R if backward else 1) / (WARP * warps)
-                cost = -(-across * tiles // device.multiprocessors) * (work + give + 16)
+                cost = -(-across * tiles // device.multiprocessors) * (work + give + CLUSTER_BARRIER)
             else:
                 groups = -(-rows // layout.rows)
                 stage = 4 * layout.rows * K / (WARP * warps)
-                cost = groups * (work + stage) + across * tiles
+                cost = groups * (work + stage) + across * tiles + GRID_BARRIER
             yield Cut(cost, groups, plan)
 
 
-def _cost(layout: Layout, K: int, warps: int) -> float:
-    """Rough count of a block's instructions for the product of a step: multiplications, sums."""
-    tiles = layout.column_tiles * layout.row_tiles * layout.splits
-    multiply = ROWS * layout.tile_columns * -(-K // (WARP * layout.splits))
-    return -(-tiles // warps) * (multiply + 8 * ROWS * layout.tile_columns)
+def _cost(layout: Layout, K: int, warps: int, tile: Tile, registers: bool) -> float:
+    """Rough count of the product of a step, in multiplications of a lane: loads, multiplications, sums."""
+    tiles = -(-layout.column_tiles * layout.row_tiles * layout.splits // warps)  # of a warp
+    words = tile.row_words + (0 if registers else tile.column_words)
+    return tiles * (-(-K // (WARP * layout.splits)) * (tile.multiply + LOAD * words) + tile.end)

@@ -54,7 +54,7 @@ def measure(
     moved = per_second(2.0 * a.numel() * 4, lambda: b.copy_(a))
     found = {
         f"{kernel}, H = {H}": between_steps(place, timer, backend, kernel, H, steps)
-        for kernel in ("cluster", "grid")
+        for kernel in ("cluster", "cluster_registers", "grid", "grid_registers")
         for H in WIDTHS
     }
     known = [each["seconds"] for each in found.values() if "seconds" in each]

@@ -30,7 +30,7 @@ SIZES = tuple(
     for H in (256, 512, 768, 1024)
     for B in (1, 16, 64)
 )
-EACH = 3  # cuts of a kernel, those of least cost
+EACH = 2  # cuts of a kernel, those of least cost
 
 
 class Fixed(CudaBackend):
