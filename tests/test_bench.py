@@ -171,6 +171,13 @@ def test_what_others_take_is_seen():
     assert 0.3 / os.cpu_count() < busy <= 1  # a child that has not been waited for is somebody else
 
 
+def test_others_cannot_take_more_than_there_is(monkeypatch):
+    # 1.01 seconds of 1.01; in float64 the first difference is the larger one.
+    reads = iter([(30000.1, 90000.3), (30001.11, 90001.31)])
+    monkeypatch.setattr(timing.Others, "read", staticmethod(lambda: next(reads)))
+    assert timing.Others().share() == 1.0
+
+
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
 def test_what_we_take_is_not_that_of_others(monkeypatch):
     monkeypatch.setattr(os, "times", lambda: (0.0, 0.0, 0.0, 0.0, 0.0))

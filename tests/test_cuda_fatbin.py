@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 import os
 import shutil
 import struct
@@ -36,9 +35,7 @@ printf fatbin > "${last#--output-file=}"
 @pytest.fixture
 def built(tmp_path):
     """A package's csrc with the fatbin of one cell, by something in the place of nvcc 13.1."""
-    nvcc, csrc = tmp_path / "nvcc", tmp_path / "csrc"
-    nvcc.write_text(NVCC)
-    nvcc.chmod(0o755)
+    nvcc, csrc = script(tmp_path / "nvcc", NVCC), tmp_path / "csrc"
     shutil.copytree(cuda_compile.sources(), csrc)
     subprocess.run([*SCRIPT, "Lstm-float-ieee", nvcc, csrc / "cuda" / "fatbin"], check=True)
     return csrc
@@ -53,7 +50,7 @@ def package(built, monkeypatch):
 
 
 def test_what_came_with_the_package_is_taken(package):
-    assert cuda_compile.code(*LSTM, (13, 1)) == b"fatbin"
+    assert cuda_compile.code(*LSTM, (13, 1), "grid") == b"fatbin"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +62,7 @@ def test_what_came_with_the_package_is_taken(package):
     ],
 )
 def test_what_did_not_come_is_compiled(package, other):
-    assert cuda_compile.code(*other, (13, 1)) == b"cubin"
+    assert cuda_compile.code(*other, (13, 1), "grid") == b"cubin"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +80,7 @@ def test_what_did_not_come_is_compiled(package, other):
     ],
 )
 def test_the_driver_has_to_take_it(package, architecture, driver, taken):
-    assert cuda_compile.code("Lstm", "float", architecture, "ieee", driver) == (
+    assert cuda_compile.code("Lstm", "float", architecture, "ieee", driver, "grid") == (
         b"fatbin" if taken else b"cubin"
     )
 
@@ -92,17 +89,17 @@ def test_the_driver_has_to_take_it(package, architecture, driver, taken):
 def test_other_sources_are_compiled(package, file):
     with open(package / file, "a") as text:
         text.write("// changed\n")
-    assert cuda_compile.code(*LSTM, (13, 1)) == b"cubin"
+    assert cuda_compile.code(*LSTM, (13, 1), "grid") == b"cubin"
 
 
 @pytest.mark.parametrize(("name", "value"), [("WARPS", 4), ("ARCHITECTURES", ("sm_80", "sm_90"))])
 def test_other_flags_and_architectures_are_compiled(package, monkeypatch, name, value):
     monkeypatch.setattr(cuda_compile, name, value)
-    assert cuda_compile.code(*LSTM, (13, 1)) == b"cubin"
+    assert cuda_compile.code(*LSTM, (13, 1), "grid") == b"cubin"
 
 
 def test_nvcc_is_told_what_nvrtc_is(built, tmp_path, monkeypatch):
-    """All but the architectures, the folders of headers, and what goes in and out."""
+    """All but the architectures, its own threads, the folders of headers, and what goes in and out."""
     monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cuda_compile, "version", lambda: (13, 1))
     told = []
@@ -110,7 +107,14 @@ def test_nvcc_is_told_what_nvrtc_is(built, tmp_path, monkeypatch):
     cuda_compile.cubin("Lstm", "float", "sm_90")
     nvrtc = [o for o in told if not o.startswith(("--gpu-architecture=", "--include-path="))]
     by_nvcc = (tmp_path / "nvcc.arguments").read_text().splitlines()
-    alone = ("--fatbin", "--generate-code=", "--include-path=", "--output-file=", str(ROOT / "csrc"))
+    alone = (
+        "--fatbin",
+        "--generate-code=",
+        "--threads=",
+        "--include-path=",
+        "--output-file=",
+        str(ROOT / "csrc"),
+    )
     assert [o for o in by_nvcc if not o.startswith(alone)] == nvrtc
     assert "--fmad=false" in nvrtc
 
@@ -129,19 +133,102 @@ def test_everything_can_be_made():
     assert len(said.split(";")) == len(expected)
 
 
-# --- nvcc itself, by CMake
+def test_what_hangs_is_ended(tmp_path):
+    """With what it has started, which would keep this test waiting for the end of its output."""
+    nvcc = script(tmp_path / "nvcc", "sleep 100 & sleep 100")
+    told = f"import fatbin; fatbin.LIMIT = 0.5; fatbin.main([{str(nvcc)!r}])"
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", told], cwd=ROOT / "cmake", capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    assert done.stderr == f"{nvcc} does not answer within 0.5 s\n"
+
+
+# --- by CMake
 
 CMAKE = shutil.which("cmake")
+REAL = shutil.which("nvcc")
+NAMES = ["GruResetAfter-float-ieee", "Lstm-float-ieee", "RnnTanh-float-ieee"]  # of AUTO
+AUTO = "-- FUSEDRNN_CUDA_FATBIN=AUTO: "
+
+needs_cmake = pytest.mark.skipif(
+    CMAKE is None or importlib.util.find_spec("pybind11") is None, reason="needs cmake and pybind11"
+)
+needs_nvcc = pytest.mark.skipif(REAL is None, reason="needs nvcc")
+
+# What nvcc says of itself, and does otherwise.
+BROKEN = {
+    "exit 1": "fails here: status 1",
+    "echo 'Cuda compilation tools, release 11.8, V11.8.89'": "is of CUDA 11.8, and it takes 12.8 or later",
+    "[ $1 = --version ] && echo release 13.1 && exit\n"
+    "echo nvcc warning; echo 'host_config.h:151:2: error: #error -- unsupported GNU version!'; exit 1": (
+        "fails here: host_config.h:151:2: error: #error -- unsupported GNU version!"
+    ),
+}
 
 
-def configure(build: Path, wanted: str, **environment: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """One for all, in which CMake gets to know the C++ compiler once."""
+    return tmp_path_factory.mktemp("build")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Where to put an nvcc that CMake takes before any other."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    return tmp_path / "bin" / "nvcc"
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(text if text.startswith("#!") else f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:
     import pybind11
 
     return subprocess.run(
         [CMAKE, "-S", ROOT, "-B", build, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-         f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEDRNN_CUDA_FATBIN={wanted}"],
-        capture_output=True, text=True, env=os.environ | environment,
+         f"-DPython_EXECUTABLE={sys.executable}", "-UFUSEDRNN_*", "-USKBUILD_STATE", "-UCMAKE_IGNORE_PATH",
+         *options],
+        capture_output=True, text=True,
     )  # fmt: skip
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """What a build says of AUTO, which is a line, and nothing is wrong."""
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.removeprefix(AUTO) for line in done.stdout.splitlines() if "FATBIN" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def has_target(build: Path) -> bool:
+    done = subprocess.run([CMAKE, "--build", build, "--target", "help"], capture_output=True, text=True)
+    assert "_core" in done.stdout
+    return "fatbin" in done.stdout
+
+
+def install(build: Path, site: Path) -> Path:
+    """Make and install the code for GPUs; the folder of it."""
+    subprocess.run([CMAKE, "--build", build, "--target", "fatbin"], check=True)
+    subprocess.run([CMAKE, "--install", build, "--component", "fatbin", "--prefix", site], check=True)
+    shutil.copytree(cuda_compile.sources(), site / "fusedrnn" / "csrc", dirs_exist_ok=True)
+    return site / "fusedrnn" / "csrc" / "cuda" / "fatbin"
+
+
+def found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """By name what the loader finds of a driver that takes all."""
+    monkeypatch.setattr(cuda_compile, "sources", lambda: folder.parents[1])
+    every = subprocess.run(SCRIPT, check=True, capture_output=True, text=True).stdout.split(";")
+    files = {}
+    for name in every:
+        cell, dtype, precision = name.split("-")
+        files[name] = cuda_compile.shipped(cell, dtype, "sm_90", precision, (99, 0))
+    return {name: file for name, file in files.items() if file is not None}
 
 
 def images(fatbin: bytes) -> list[tuple[str, str]]:
@@ -157,38 +244,96 @@ def images(fatbin: bytes) -> list[tuple[str, str]]:
     return found
 
 
-needs_cmake = pytest.mark.skipif(
-    CMAKE is None or importlib.util.find_spec("pybind11") is None, reason="needs cmake and pybind11"
-)
-
-
 @needs_cmake
+@needs_nvcc
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_cmake_makes_and_installs_it(tmp_path, monkeypatch):
-    build, site = tmp_path / "build", tmp_path / "site-packages"
-    done = configure(build, "GruResetBefore-float-ieee")
+def test_a_list_is_made_by_nvcc(build, tmp_path, monkeypatch):
+    done = configure(build, "-DFUSEDRNN_CUDA_FATBIN=GruResetBefore-float-ieee")
     assert done.returncode == 0, done.stderr
-    subprocess.run([CMAKE, "--build", build, "--target", "fatbin"], check=True)
-    subprocess.run([CMAKE, "--install", build, "--component", "fatbin", "--prefix", site], check=True)
-    folder = site / "fusedrnn" / "csrc" / "cuda" / "fatbin"
+    folder = install(build, tmp_path)
     assert sorted(os.listdir(folder)) == [
         "GruResetBefore-float-ieee.fatbin",
         "GruResetBefore-float-ieee.json",
     ]
-
-    shutil.copytree(cuda_compile.sources(), site / "fusedrnn" / "csrc", dirs_exist_ok=True)
-    monkeypatch.setattr(cuda_compile, "sources", lambda: site / "fusedrnn" / "csrc")
-    toolkit = tuple(json.loads((folder / "GruResetBefore-float-ieee.json").read_text())["cuda"])
-    fatbin = cuda_compile.shipped("GruResetBefore", "float", "sm_90", "ieee", toolkit)
-    assert fatbin is not None
+    files = found(folder, monkeypatch)
     expected = [("elf", architecture) for architecture in cuda_compile.ARCHITECTURES]
-    assert sorted(images(fatbin)) == sorted([*expected, ("ptx", cuda_compile.ARCHITECTURES[-1])])
+    assert sorted(images(files["GruResetBefore-float-ieee"])) == sorted(
+        [*expected, ("ptx", cuda_compile.ARCHITECTURES[-1])]
+    )
 
 
 @needs_cmake
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_an_unknown_name_is_an_error(tmp_path):
-    done = configure(tmp_path, "Abacus-float-ieee")
+@needs_nvcc
+def test_an_unknown_name_is_an_error(build):
+    done = configure(build, "-DFUSEDRNN_CUDA_FATBIN=Abacus-float-ieee")
     assert done.returncode != 0
-    assert "expected ON, OFF or names out of RnnTanh-float-ieee;" in " ".join(done.stderr.split())
+    assert "expected AUTO, ON, OFF or names out of RnnTanh-float-ieee;" in " ".join(done.stderr.split())
+
+
+@needs_cmake
+@needs_nvcc
+@pytest.mark.slow
+def test_auto_makes_three_by_nvcc(build, place, tmp_path, monkeypatch):
+    """For sm_90 alone, which leaves six sevenths of the time."""
+    script(
+        place,
+        "for a; do shift\n"
+        'case "$a" in --generate-code=*,code=sm_90) ;; --generate-code=*) continue ;; esac\n'
+        f'set -- "$@" "$a"; done; exec {REAL} "$@"',
+    )
+    assert said(configure(build)).startswith(f"{place} makes ")
+    files = found(install(build, tmp_path), monkeypatch)
+    assert sorted(files) == NAMES
+    assert [images(file) for file in files.values()] == [[("elf", "sm_90")]] * 3
+
+
+@needs_cmake
+def test_auto_makes_three(build, place, tmp_path, monkeypatch):
+    script(place, NVCC)
+    assert said(configure(build)).startswith(f"{place} makes ")
+    folder = install(build, tmp_path)
+    assert sorted(found(folder, monkeypatch)) == NAMES
+    assert len(os.listdir(folder)) == 6
+
+
+@needs_cmake
+def test_auto_without_nvcc(build, monkeypatch):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    folders = [*os.environ["PATH"].split(os.pathsep), "/usr/local/cuda/bin"]
+    hidden = [folder for folder in folders if Path(folder, "nvcc").exists()]
+    assert "there is no nvcc" in said(configure(build, f"-DCMAKE_IGNORE_PATH={';'.join(hidden)}"))
+    assert not has_target(build)
+
+
+@needs_cmake
+@pytest.mark.parametrize("broken", BROKEN, ids=["silent", "old", "host compiler"])
+def test_auto_where_nvcc_is_of_no_use(build, place, broken):
+    script(place, broken)
+    assert f"{place} {BROKEN[broken]} (ON" in said(configure(build))
+    assert not has_target(build)
+
+
+@needs_cmake
+def test_auto_where_nvcc_fails_later(build, place, tmp_path):
+    """At the kernels themselves, and what it made before is gone."""
+    script(place, NVCC)
+    configure(build)
+    install(build, tmp_path / "before")
+    script(place, NVCC.replace("printf", 'case "$*" in *kernels.cu*) exit 1 ;; esac\nprintf', 1))
+    said(configure(build))
+    for file in (build / "fatbin").glob("*.json"):
+        file.unlink()
+    folder = install(build, tmp_path / "after")
+    assert not folder.exists() or os.listdir(folder) == []
+
+
+@needs_cmake
+@pytest.mark.parametrize("option", ["-DFUSEDRNN_CUDA_FATBIN=OFF", "-DSKBUILD_STATE=editable"])
+def test_nvcc_is_left_alone(build, place, option):
+    script(place, 'touch "$0.was-here"')
+    done = configure(build, option)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("editable" in done.stdout) == ("editable" in option)
+    assert not has_target(build)
+    assert not place.with_name("nvcc.was-here").exists()

@@ -136,7 +136,9 @@ class Others:
         now = self.read()
         if now is None or self.start is None:
             return None
-        return max(0.0, now[0] - self.start[0]) / max(now[1] - self.start[1], 1e-9)
+        # Differences of large numbers are rounded, and a share of all would come out as a little more.
+        share = (now[0] - self.start[0]) / max(now[1] - self.start[1], 1e-9)
+        return min(max(0.0, share), 1.0)
 
 
 def numpy_rates(dtype: str, sizes: Sequence[int]) -> None:
