@@ -90,6 +90,34 @@ def _output(command: list[str]) -> str:
     return done.stdout.strip() if done.returncode == 0 else f"failed: {done.stderr.strip()[-300:]}"
 
 
+def to_compile(architecture: str) -> Iterator[tuple[str, str, str, str, str]]:
+    """The arguments of ``cuda_compile.cubin`` of all that the parts run, but for layer norm and dropout."""
+    from fusedrnn.backends.cuda_compile import WAYS
+    from fusedrnn.backends.cuda_jobs import kernels_of
+    from fusedrnn.cells import GRU, LSTM, RNN
+
+    for cell in (LSTM(), GRU(), RNN(), RNN(relu=True), GRU(reset_after=False)):
+        kernels = kernels_of(cell)
+        in_all = cell in (LSTM(), GRU(), RNN())
+        for dtype, precision in WAYS if in_all else [way for way in WAYS if way[1] == "ieee"]:
+            for way in KERNELS if kernels.whole else ("steps",):
+                yield kernels.type, dtype, architecture, precision, way
+
+
+def prepared(run: Run) -> dict[str, float]:
+    """That compiled on all cores, into the cache: one by one, as calls do it, it would take minutes."""
+    import concurrent.futures
+    import multiprocessing
+
+    from fusedrnn.backends import cuda_compile, cuda_cupy
+
+    jobs = list(to_compile(cuda_cupy.current().architecture))
+    begin, workers = time.monotonic(), os.cpu_count() or 1
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        count = sum(1 for _ in pool.map(cuda_compile.cubin, *zip(*jobs, strict=True)))
+    return {"files": count, "processes": workers, "seconds": round(time.monotonic() - begin, 1)}
+
+
 def compiled(run: Run) -> dict[str, float]:
     """Seconds that NVRTC takes for each cell and dtype, of one for each precision and each way to run by
     itself, as calls compile them; nothing is cached."""
@@ -363,8 +391,10 @@ def goals(run: Run) -> list[dict[str, Any]]:
     return cuda.judge(run.rows, cuda.expected(problems.SUITES["gpu"], list(cuda.MODES)), run.epoch)
 
 
+ALWAYS = ("machine", "prepared")  # also where only others are asked for
 PARTS: dict[str, Callable[[Run], Any]] = {  # what is wanted most first
     "machine": machine,
+    "prepared": prepared,
     "checks": checks,
     "timing": timing,
     "epochs": epochs,
@@ -407,7 +437,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "gpu-none.json"
     for name, work in PARTS.items():
-        if name != "machine" and given.parts and name not in given.parts:
+        if name not in ALWAYS and given.parts and name not in given.parts:
             continue
         run.part(name, work)
         if name == "machine":

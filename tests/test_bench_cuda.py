@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 import test_torch_gpu  # noqa: E402
 from cuda.emulated import EmulatedDevice  # noqa: E402
 from fusedrnn import bench, cli, problems  # noqa: E402
-from fusedrnn.backends import cuda_plan  # noqa: E402
+from fusedrnn.backends import cuda_cupy, cuda_plan  # noqa: E402
 from fusedrnn.backends.cuda import PRECISION  # noqa: E402
 from fusedrnn.bench import cuda, peer_torch  # noqa: E402
 from fusedrnn.bench.cuda import bounds, cudnn, cuts, goals, modes, runner, timing  # noqa: E402
@@ -25,6 +26,7 @@ from fusedrnn.bench.peer_torch import Place, Torch  # noqa: E402
 from fusedrnn.bench.runner import FULL, OURS  # noqa: E402
 from fusedrnn.cells import GRU, LSTM, RNN  # noqa: E402
 from fusedrnn.problems import Case, Shape  # noqa: E402
+from test_cuda_compile import needs_nvrtc  # noqa: E402
 
 RATES = bounds.Rates(dict.fromkeys(modes.MODES, 1e12), 1e11, 1e-6, {})
 emulated = test_torch_gpu.device
@@ -541,6 +543,26 @@ def test_the_script_writes_after_every_part(script, tmp_path, monkeypatch, capsy
     assert "checks: failed: RuntimeError: no such kernel" in lines
     assert "PERSIST_STATIC / STANDARD" in lines
     assert "times LSTMCell" in lines
+
+
+def test_the_script_compiles_what_it_will_run(script):
+    jobs = list(script.to_compile("sm_90"))
+    assert len(set(jobs)) == len(jobs)
+    assert {way for *_, way in jobs} == set(cuda_plan.KERNELS)
+    assert ("GruResetAfter", "float", "sm_90", "tf32", "grid_registers") in jobs
+    assert ("RnnRelu", "double", "sm_90", "ieee", "cluster") in jobs
+    assert {way for cell, *_, way in jobs if cell == "GruResetBefore"} == {"steps"}
+
+
+@needs_nvrtc
+def test_the_script_fills_the_cache_by_processes(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda_cupy, "current", lambda: SimpleNamespace(architecture="sm_80"))
+    two = [("RnnTanh", "float", "sm_80", "ieee", "steps"), ("RnnRelu", "float", "sm_80", "ieee", "steps")]
+    monkeypatch.setattr(script, "to_compile", lambda architecture: two)
+    assert script.prepared(None)["files"] == 2
+    names = sorted(file.name.rsplit("-", 1)[0] for file in tmp_path.iterdir())
+    assert names == ["RnnRelu-steps-float-ieee-sm_80", "RnnTanh-steps-float-ieee-sm_80"]
 
 
 # --- how the work is cut ----------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ enum class Weights { registers, shared, streamed };
 
 // How the warps share a product of `rows` x `columns`, at most kWarps tiles of columns.
 struct Layout {
-  int tile_columns, column_tiles, row_tiles,
-      splits;  // the tiles and splits together kWarps; in registers those of columns
+  // Tiles times splits are kWarps; with the weights in registers the tiles of columns alone.
+  int tile_columns, column_tiles, row_tiles, splits;
   FUSEDRNN_INLINE Layout(Index rows, Index columns, int tile_columns, bool registers)
       : tile_columns(tile_columns), column_tiles(1), row_tiles(1) {
     while (column_tiles * tile_columns < columns) column_tiles *= 2;
@@ -163,6 +163,8 @@ struct WeightsInRegisters {
     const int warp = threadIdx.x / kWarp;
     split = warp % layout.splits, first_column = warp / layout.splits * Tile::columns;
     first_k = split * kWarp, step = layout.splits * kWarp;
+    // They move up one place each time, so that the loads are there once: copies of them, a place each, would all be
+    // begun together, which takes more registers than there are, and most of the time to compile.
 #pragma unroll 1
     for (int i = 0; i < Tile::kept; ++i) {
 #pragma unroll
