@@ -313,7 +313,7 @@ static void shared(const char* name, Index rows, Index columns, Index K) {
     print(kernels[int(in)], name, tile, Tile::kept, rows, columns, K, layout.column_tiles, layout.row_tiles,
           layout.splits, s.end);
     if (in == Weights::streamed) continue;
-    const ClusterShared<Compute<S>, F> c(layout, K, rows, columns, units, registers);
+    const ClusterShared<Compute<S>, F> c(K, rows, columns, units, tile, registers);
     print(kernels[3 + int(in)], name, tile, Tile::kept, rows, columns, K, int(c.columns / tile),
           int(c.rows / kRows), c.splits, c.end);
   }

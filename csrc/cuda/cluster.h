@@ -14,6 +14,7 @@ namespace cuda {
 // The shared memory of a block. backends/cuda_plan.py counts the same.
 template <class T, class F>
 struct ClusterShared {
+  Layout layout;               // with the weights in registers; else a warp has any of the tiles
   Index pitch, rows, columns;  // of k; rounded up to whole tiles
   int tiles;
   int splits;   // warps that share the k of a tile, where there are fewer tiles than warps
@@ -22,17 +23,22 @@ struct ClusterShared {
   T* sums;      // [split][row][column]
   T *h, *c;     // [row][unit]; not where they are in registers
   T* end;
-  FUSEDRNN_INLINE ClusterShared(const Layout& layout, Index K, Index rows, Index columns, Index units, bool registers)
-      : pitch(pitch_of<F>(K)), rows(round_up(rows, kRows)), columns(round_up(columns, layout.tile_columns)), splits(1) {
-    tiles = int(this->rows / kRows * (this->columns / layout.tile_columns));
+  FUSEDRNN_INLINE ClusterShared(Index K, Index rows, Index columns, Index units, int tile_columns, bool registers)
+      : layout(rows, columns, tile_columns, registers),
+        pitch(pitch_of<F>(K)),
+        rows(round_up(rows, kRows)),
+        columns(round_up(columns, tile_columns)),
+        splits(1) {
+    tiles = int(this->rows / kRows * (this->columns / tile_columns));
     while (splits * 2 * tiles <= kWarps) splits *= 2;
     if (registers) this->columns = layout.columns(), splits = layout.splits;
+    const Index state = registers ? 0 : rows * units;
     weights = reinterpret_cast<F*>(shared_memory());
     operands = weights + (registers ? 0 : columns * pitch);
     T* p = reinterpret_cast<T*>(operands + 2 * this->rows * pitch);
     sums = p, p += splits * this->rows * this->columns;
-    h = p, p += registers ? 0 : rows * units;
-    c = p, p += registers ? 0 : rows * units;
+    h = p, p += state;
+    c = p, p += state;
     end = p;
   }
   // What the product multiplies when so many steps have run.
@@ -121,12 +127,11 @@ FUSEDRNN_INLINE void cluster_forward(const ForwardJob<S>& job) {
   using T = Compute<S>;
   const Grid<ForwardJob<S>> grid(job);
   const int K = int(job.H), columns = int(job.units) * kRecurrent<Cell>;
-  const Layout layout(job.rows, columns, Tile::columns, true);
-  const ClusterShared<T, typename Tile::Factor> shared(layout, K, job.rows, columns, job.units,
+  const ClusterShared<T, typename Tile::Factor> shared(K, job.rows, columns, job.units, Tile::columns,
                                                        in == Weights::registers);
   const ClusterProduct<T, Tile> product{shared, K};
   const auto of = [&](int column) { return forward_weights<Cell>(grid, column); };
-  const auto weights = block_weights<Tile, in>(of, shared.weights, layout, columns, K);
+  const auto weights = block_weights<Tile, in>(of, shared.weights, shared.layout, columns, K);
   States<Cell, T, in == Weights::registers> states{shared.h, shared.c};
   begin_cluster<Tile>(shared, K, [&](Index r, Index k) {
     return r < grid.rows && job.h0 ? T(job.h0[(grid.first_row + r) * job.H + k]) : T(0);
@@ -167,12 +172,11 @@ FUSEDRNN_INLINE void cluster_backward(const BackwardJob<S>& job) {
   using T = Compute<S>;
   const Grid<BackwardJob<S>> grid(job);
   const int K = kRecurrent<Cell> * int(job.H);
-  const Layout layout(job.rows, job.units, Tile::columns, true);
-  const ClusterShared<T, typename Tile::Factor> shared(layout, K, job.rows, job.units, job.units,
+  const ClusterShared<T, typename Tile::Factor> shared(K, job.rows, job.units, job.units, Tile::columns,
                                                        in == Weights::registers);
   const ClusterProduct<T, Tile> product{shared, K};
   const auto of = [&](int column) { return backward_weights<Cell>(grid, column); };
-  const auto weights = block_weights<Tile, in>(of, shared.weights, layout, int(job.units), K);
+  const auto weights = block_weights<Tile, in>(of, shared.weights, shared.layout, int(job.units), K);
   States<Cell, T, in == Weights::registers> states{shared.h, shared.c};
   begin_cluster<Tile>(shared, K, [](Index, Index) { return T(0); });
   grid.each(0, job.rows, [&](Index r, Index j) {
