@@ -309,7 +309,7 @@ static void shared(const char* name, Index rows, Index columns, Index K) {
     const bool registers = in == Weights::registers;
     const char* kernels[] = {"grid_registers", "grid", "grid_streamed", "cluster_registers", "cluster"};
     const Layout layout(rows, columns, tile, registers);
-    const Shared<Compute<S>, F> s(layout, columns, K, 96, rows, units, in);
+    const Shared<Compute<S>, F> s(layout, columns, K, 24, 96, rows, units, in);
     print(kernels[int(in)], name, tile, Tile::kept, rows, columns, K, layout.column_tiles, layout.row_tiles,
           layout.splits, s.end);
     if (in == Weights::streamed) continue;
@@ -420,4 +420,4 @@ def test_shared_memory(printed):
         assert (tile, kept) == (Tile.of(*of).columns, Tile.of(*of).kept)
         layout = layout_of(kernel, rows, columns, tile, 8)
         assert list(layout) == [tile, *shares]
-        assert shared_bytes(kernel, layout, columns, K, 96, rows, 5, Bytes.of(*of)) == size
+        assert shared_bytes(kernel, layout, columns, K, (24, 96), rows, 5, Bytes.of(*of)) == size

@@ -61,7 +61,7 @@ def pairs(kernels: Any) -> Any:
 class Cut(CudaBackend):
     """The backend with the work cut as a test wants it, instead of by cuda_plan: about so many units and rows
     of a block, no more units than its warps can have, no more blocks than a cluster can; and so much of k
-    staged at a time."""
+    staged at a time, or with the weights in registers so many rows."""
 
     def __init__(
         self,
@@ -70,11 +70,12 @@ class Cut(CudaBackend):
         rows: int = 5,
         precision: str = "ieee",
         chunk: int = 64,
+        at_once: int = 8,
         **options: Any,
     ) -> None:
         device = EmulatedDevice(multiprocessors=256, cluster=16, **options)
         super().__init__(device, kernel, precision, _tested=True)
-        self.units, self.rows, self.chunk = units, rows, chunk
+        self.units, self.rows, self.staged = units, rows, (at_once, chunk)
 
     def _plan(self, device, kernels, sizes, dtype, way, backward):
         if way.kernel == "steps" or min(sizes) == 0:
@@ -85,7 +86,7 @@ class Cut(CudaBackend):
         precision = _precision(dtype, way.precision)
         size = compute(dtype).itemsize
         tile, each = Tile.of(size, precision), Bytes.of(size, precision)
-        units, rows, chunk = self.units, self.rows, self.chunk
+        units, rows, (at_once, chunk) = self.units, self.rows, self.staged
         if way.kernel != "cluster":
             units = min(units, tile.columns * device.warps // per_unit)
         if way.kernel.startswith("cluster"):
@@ -101,8 +102,10 @@ class Cut(CudaBackend):
                 assert units, "more than registers hold"
             rows = min(rows, 2 * WARP * device.warps // units)
             assert -(-H // units) <= device.cluster or way.kernel == "grid_registers"
-        shared = shared_bytes(way.kernel, layout(), units * per_unit, K, chunk, rows, units, each)
-        return Plan(way.kernel, units, rows, (-(-H // units), -(-B // rows)), shared, chunk)
+        else:
+            at_once = layout().rows
+        shared = shared_bytes(way.kernel, layout(), units * per_unit, K, (at_once, chunk), rows, units, each)
+        return Plan(way.kernel, units, rows, (-(-H // units), -(-B // rows)), shared, at_once, chunk)
 
 
 def shapes() -> list[tuple[tuple[int, ...], int, int]]:
@@ -210,6 +213,13 @@ def test_no_initial_state(cell, kernel):
 def test_k_of_several_chunks(cell, kernel):
     """More elements than are staged at once, and no multiple of a warp."""
     assert_right(Cut(kernel, units=15, rows=3, warps=8), cell, (2, 3, 2, 261), lengths=True)
+
+
+@pytest.mark.parametrize("at_once", [8, 16, 24])
+def test_rows_of_several_groups(at_once):
+    """With the weights in registers: three tiles of rows, brought one by one, by two or all."""
+    backend = Cut("grid_registers", units=5, rows=24, warps=8, at_once=at_once)
+    assert_right(backend, LSTM(), (3, 24, 2, 40), **EVERYTHING)
 
 
 @pytest.mark.parametrize("less", [0, 1, 33])

@@ -48,6 +48,7 @@ def test_every_plan_can_run(cell, backward):
         else:
             assert across * tiles <= sms
             assert plan.chunk > 0 == plan.chunk % 32
+            assert plan.at_once > 0 == plan.at_once % 8
         if plan.kernel != "cluster":
             assert plan.units * per_unit <= tile * warps
         if plan.kernel.endswith("_registers"):
@@ -70,7 +71,7 @@ def test_the_choice():
     assert kernel(RNN(), 50, 300, 192, 8) == "cluster"
     assert kernel(LSTM(), 50, 16, 512) == "grid_registers"
     assert kernel(LSTM(), 50, 16, 1024) == "grid_registers"
-    assert kernel(LSTM(), 50, 16, 1024, backward=True) == "grid"  # two tiles of rows with all k do not fit
+    assert kernel(LSTM(), 50, 16, 1024, backward=True) == "grid_registers"  # one tile of rows at a time
     assert kernel(LSTM(), 50, 16, 1024, precision="tf32", backward=True) == "grid"
     assert kernel(LSTM(), 50, 16, 4096) == "steps"  # no place for all blocks at once
     assert kernel(RNN(), 50, 8, 8000) == "grid_streamed"

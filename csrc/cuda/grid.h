@@ -7,7 +7,7 @@
 //
 // The product of a step: a warp has a tile (tile.h). What is multiplied is brought to shared memory in chunks of k;
 // warps left over share the k of a chunk. With the weights in registers a warp keeps its columns and its k of them, and
-// takes one tile of rows after the other.
+// takes one tile of rows after the other, of as many as are brought at a time with all of k.
 #pragma once
 #include "cuda/tile.h"
 #include "cuda/unit.h"
@@ -52,11 +52,11 @@ struct Shared {
   T* sums;     // [split][row][column]
   T *h, *c;    // [row of the tile of the batch][unit]; not where they are in registers
   T* end;
-  FUSEDRNN_INLINE Shared(const Layout& layout, Index columns, Index K, Index chunk, Index rows, Index units,
-                         Weights in) {
+  FUSEDRNN_INLINE Shared(const Layout& layout, Index columns, Index K, Index at_once, Index chunk, Index rows,
+                         Index units, Weights in) {
     weights = reinterpret_cast<F*>(shared_memory());
     staged = weights + (in == Weights::shared ? columns * pitch_of<F>(K) : 0);
-    T* p = reinterpret_cast<T*>(staged + layout.rows() * pitch_of<F>(chunk));
+    T* p = reinterpret_cast<T*>(staged + at_once * pitch_of<F>(chunk));
     sums = p, p += layout.splits * layout.rows() * layout.columns();
     const Index state = in == Weights::registers ? 0 : rows * units;
     h = p, p += state;
@@ -173,18 +173,18 @@ struct WeightsInRegisters {
     }
   }
 
-  // rows(k): what they are multiplied with, from k on. It comes while what came before is multiplied.
+  // rows(k): what they are multiplied with, from k on.
   template <class Rows>
   FUSEDRNN_INLINE Tile sums(Rows rows) const {
     Tile sums;
-    typename Tile::Rows next;
-    if (first_k < K) next = Tile::rows_of(rows(first_k));
+    typename Tile::Rows next{};
+    if (Tile::ahead && first_k < K) next = Tile::rows_of(rows(first_k));
 #pragma unroll
     for (int i = 0; i < Tile::kept; ++i) {
       const int k = first_k + i * step;
       if (k < K) {
-        const typename Tile::Rows now = next;
-        if (i + 1 < Tile::kept && k + step < K) next = Tile::rows_of(rows(k + step));
+        const typename Tile::Rows now = Tile::ahead ? next : Tile::rows_of(rows(k));
+        if (Tile::ahead && i + 1 < Tile::kept && k + step < K) next = Tile::rows_of(rows(k + step));
         sums.add(now, of[i]);
       }
     }
@@ -199,7 +199,7 @@ struct Product {
   using F = typename Tile::Factor;
   const Layout& layout;
   const Shared<T, F>& shared;
-  int K, chunk;
+  int K, chunk, at_once;  // of k; rows
 
   // Sums of the rows whose memory row(r) gives, null for zeros; weights(column, k) are the factors from there on. Ends
   // with all sums in shared memory.
@@ -210,7 +210,7 @@ struct Product {
     Tile sums;
     for (int k0 = 0; k0 < K; k0 += chunk) {
       const int count = K - k0 < chunk ? K - k0 : chunk;
-      stage(row, k0, count);
+      stage(row, 0, k0, count);
       for (int k = split * kWarp; k < count; k += layout.splits * kWarp)
         sums.add(Tile::rows_of(staged(first_row, k)), Tile::columns_of(weights(first_column, k0 + k)));
     }
@@ -220,24 +220,27 @@ struct Product {
   // With the weights in registers k is one chunk.
   template <class Row>
   FUSEDRNN_INLINE void run(Row row, const WeightsInRegisters<Tile>& weights) const {
-    stage(row, 0, K);
-    for (int first_row = 0; first_row < layout.rows(); first_row += kRows)
-      store(weights.sums([&](int k) { return staged(first_row, k); }), weights.split, first_row, weights.first_column);
+    for (int r = 0; r < layout.rows(); r += kRows) {
+      const int place = r % at_once;
+      if (place == 0) stage(row, r, 0, K);
+      store(weights.sums([&](int k) { return staged(place, k); }), weights.split, r, weights.first_column);
+    }
     sync_block();
   }
 
-  // To shared memory: so many k of all rows.
+  // To shared memory: `count` k of the rows from `first` on.
   template <class Row>
-  FUSEDRNN_INLINE void stage(Row row, int k0, int count) const {
+  FUSEDRNN_INLINE void stage(Row row, int first, int k0, int count) const {
     sync_block();  // what was staged before has been read
-    for (int r = threadIdx.x / kWarp; r < layout.rows(); r += kWarps) {
-      const S* p = row(r);
+    for (int r = threadIdx.x / kWarp; r < at_once; r += kWarps) {
+      const S* p = row(first + r);
       bring<Tile>(shared.staged + r * pitch_of<F>(chunk), p ? p + k0 : p, count, int(round_up(count, kWarp)));
     }
     sync_block();  // it is there
   }
   FUSEDRNN_INLINE Factors<F> staged(int row, int k) const {
-    return {shared.staged + row * pitch_of<F>(chunk) + k, pitch_of<F>(chunk)};
+    const int pitch = int(pitch_of<F>(chunk));
+    return {shared.staged + row * pitch + k, pitch};
   }
   FUSEDRNN_INLINE void store(Tile sums, int split, int row, int column) const {
     sums.store(shared.sums + (split * layout.rows() + row) * layout.columns() + column, layout.columns());
@@ -356,8 +359,8 @@ FUSEDRNN_INLINE void grid_forward(const ForwardJob<S>& job) {
   const Grid<ForwardJob<S>> grid(job);
   const int K = int(job.H), columns = int(job.units) * kRecurrent<Cell>;
   const Layout layout(job.rows, columns, Tile::columns, in == Weights::registers);
-  const Shared<T, typename Tile::Factor> shared(layout, columns, K, job.chunk, job.rows, job.units, in);
-  const Product<S, Tile> product{layout, shared, K, int(job.chunk)};
+  const Shared<T, typename Tile::Factor> shared(layout, columns, K, job.at_once, job.chunk, job.rows, job.units, in);
+  const Product<S, Tile> product{layout, shared, K, int(job.chunk), int(job.at_once)};
   const auto of = [&](int column) { return forward_weights<Cell>(grid, column); };
   const auto weights = block_weights<Tile, in>(of, shared.weights, layout, columns, K);
   States<Cell, T, in == Weights::registers> states{shared.h, shared.c};
@@ -409,8 +412,8 @@ FUSEDRNN_INLINE void grid_backward(const BackwardJob<S>& job) {
   const Grid<BackwardJob<S>> grid(job);
   const int K = kRecurrent<Cell> * int(job.H);
   const Layout layout(job.rows, job.units, Tile::columns, in == Weights::registers);
-  const Shared<T, typename Tile::Factor> shared(layout, job.units, K, job.chunk, job.rows, job.units, in);
-  const Product<S, Tile> product{layout, shared, K, int(job.chunk)};
+  const Shared<T, typename Tile::Factor> shared(layout, job.units, K, job.at_once, job.chunk, job.rows, job.units, in);
+  const Product<S, Tile> product{layout, shared, K, int(job.chunk), int(job.at_once)};
   const auto of = [&](int column) { return backward_weights<Cell>(grid, column); };
   const auto weights = block_weights<Tile, in>(of, shared.weights, layout, int(job.units), K);
   States<Cell, T, in == Weights::registers> states{shared.h, shared.c};

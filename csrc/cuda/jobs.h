@@ -52,7 +52,8 @@ struct ForwardJob {
   unsigned* arrived;  // one count for each tile of the batch, zero before the launch
   Index units;        // of each block
   Index rows;         // of the batch, of each tile
-  Index chunk;        // of k, that a block brings to shared memory at a time; a multiple of 32
+  // What a block of a grid brings to shared memory at a time: rows of a tile, a multiple of 8; k, a multiple of 32.
+  Index at_once, chunk;
 };
 
 template <class S, class T = Compute<S>>
@@ -74,7 +75,7 @@ struct BackwardJob {
   Regularization rules;
   // all steps in one launch
   unsigned* arrived;
-  Index units, rows, chunk;
+  Index units, rows, at_once, chunk;
 };
 
 }  // namespace cuda

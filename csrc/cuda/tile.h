@@ -8,6 +8,7 @@
 //   add(Rows, Columns)   32 more k
 //   store(sums, pitch)   sums[row * pitch + column], each by the lane that has it, after the last add
 //   kept           so many Columns may stay in a lane's registers: half of them
+//   ahead          then Rows are loaded while those before are multiplied
 //
 // IeeeTile multiplies in T itself. MatrixTile has the matrix units multiply rounded factors and add in float:
 //   tf32     10 bits of mantissa     tf32x3   each factor as a sum of two such, the product of the smaller parts left
@@ -36,6 +37,7 @@ template <class T>
 struct IeeeTile {
   using Factor = T;
   static constexpr int columns = 8, count = kRows * columns;  // two sums for each lane
+  static constexpr bool ahead = false;  // no registers left, and 64 multiplications to hide a load behind
   static constexpr int kept = (kKeptBytes - (sizeof(T) - 4) * count) / (columns * sizeof(T));
   T sums[count];
 
@@ -118,6 +120,7 @@ struct MatrixTile {
   using Word = typename Choose<pairs, uint32_t, float>::type;  // of neighbours along k
   static constexpr int columns = 16;
   static constexpr int kNeighbours = pairs ? 2 : 1, kSteps = kWarp / (8 * kNeighbours);  // of 8 words of k
+  static constexpr bool ahead = true;
   // Of tf32x3 both parts stay.
   static constexpr int kept = precision == Precision::tf32x3 ? 3 : kKeptBytes / (kSteps * 4 * sizeof(Word));
   float sums[2][4] = {};  // take turns: an instruction need not wait for the sums of the one before

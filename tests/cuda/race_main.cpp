@@ -63,11 +63,12 @@ struct Way {
 
   bool registers() const { return in == Weights::registers; }
   Layout layout() const { return {rows, columns, Tile::columns, registers()}; }
+  Index at_once() const { return registers() ? kRows : layout().rows(); }
   Index chunk() const { return registers() ? round_up(K, kWarp) : kChunk; }
   Index state() const { return registers() ? 0 : 2 * rows * units; }
   size_t grid_bytes() const {
     const Index weights = in == Weights::shared ? columns * pitch_of<Factor>(K) : 0;
-    return size_t(weights + layout().rows() * pitch_of<Factor>(chunk())) * sizeof(Factor) +
+    return size_t(weights + at_once() * pitch_of<Factor>(chunk())) * sizeof(Factor) +
            size_t(layout().splits * layout().rows() * layout().columns() + state()) * sizeof(Scalar);
   }
   size_t cluster_bytes() const {
@@ -145,7 +146,7 @@ void run(const Problem& p) {
 
   const unsigned x = unsigned(tiles_of(H, p.units)), y = unsigned(tiles_of(B, p.rows));
   const auto whole = [&](const char* name, auto kernel, auto job, const Way& way) {
-    job.arrived = memory(y, 0u), job.chunk = way.chunk();
+    job.arrived = memory(y, 0u), job.at_once = way.at_once(), job.chunk = way.chunk();
     launch(name, x, y, name[0] == 'g' ? way.grid_bytes() : way.cluster_bytes(), ++seed, kernel, job);
   };
   const auto forward = [&](Weights in) { return Way{in, p.rows, p.units, p.units * R, H}; };

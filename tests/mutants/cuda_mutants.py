@@ -290,8 +290,8 @@ MUTANTS = [
     Mutant(
         "registers: sums read before they are there",
         GRID,
-        "first_row, weights.first_column);\n    sync_block();",
-        "first_row, weights.first_column);",
+        "weights.split, r, weights.first_column);\n    }\n    sync_block();",
+        "weights.split, r, weights.first_column);\n    }",
         ("values",),
     ),
     Mutant(
@@ -318,8 +318,8 @@ MUTANTS = [
     Mutant(
         "registers: rows of the k before",
         GRID,
-        "next = Tile::rows_of(rows(k + step));",
-        "next = Tile::rows_of(rows(k));",
+        "Tile::ahead ? next : Tile::rows_of(rows(k));",
+        "Tile::ahead ? next : Tile::rows_of(rows(first_k));",
         ("values",),
     ),
     Mutant(
@@ -339,8 +339,15 @@ MUTANTS = [
     Mutant(
         "registers: one tile of rows alone",
         GRID,
-        "first_row < layout.rows(); first_row += kRows)",
-        "first_row < kRows; first_row += kRows)",
+        "r < layout.rows(); r += kRows) {",
+        "r < kRows; r += kRows) {",
+        ("values",),
+    ),
+    Mutant(
+        "registers: the first rows once more",
+        GRID,
+        "const S* p = row(first + r);",
+        "const S* p = row(r);",
         ("values",),
     ),
     Mutant(

@@ -559,7 +559,7 @@ class _Launches:
 
     def whole(self, plan: Plan, direction: str, job: ForwardJob | BackwardJob) -> None:
         """All steps in one launch."""
-        job.units, job.rows, job.chunk = plan.units, plan.rows, plan.chunk
+        job.units, job.rows, job.at_once, job.chunk = plan.units, plan.rows, plan.at_once, plan.chunk
         name, _, weights = plan.kernel.partition("_")
         if name == "grid":
             self.kept.append(self.device.zeros((plan.blocks[1],), np.uint32))

@@ -94,6 +94,7 @@ class ForwardJob(ctypes.Structure):
         *_pointers("arrived"),
         ("units", Index),
         ("rows", Index),
+        ("at_once", Index),
         ("chunk", Index),
     )
 
@@ -110,6 +111,7 @@ class BackwardJob(ctypes.Structure):
         *_pointers("arrived"),
         ("units", Index),
         ("rows", Index),
+        ("at_once", Index),
         ("chunk", Index),
     )
 

@@ -36,7 +36,9 @@ class Plan(NamedTuple):
     rows: int = 0  # of the batch, of a block
     blocks: tuple[int, int] = (0, 0)
     shared: int = 0  # bytes of a block
-    chunk: int = 0  # of k, brought to shared memory at a time; not of clusters, which have it all there
+    # Brought to shared memory at a time, rows and k; not of clusters, which have it all there.
+    at_once: int = 0
+    chunk: int = 0
 
     def __str__(self) -> str:
         if self.kernel == "steps":
@@ -71,9 +73,11 @@ TILES = {
     "fp16": Tile(16, 4, 8, 2 * 8, 20, 16),
 }
 LOAD = 4  # a word from shared memory, in multiplications: a multiprocessor does so many more of these
-# The end of a step, in the same unit, which is two clocks. To release, to see the count and to read what the
-# others wrote are three ways through the L2 cache, of over 300 clocks each; a cluster has one, of over 200.
-GRID_BARRIER, CLUSTER_BARRIER = 500, 120
+# In the same unit, which is two clocks: a way through the L2 cache, of over 300 clocks. The end of a step is
+# three of them, to release, to see the count and to read what the others wrote; a cluster has one between its
+# blocks, of over 200.
+L2_TRIP = 160
+GRID_BARRIER, CLUSTER_BARRIER = 3 * L2_TRIP, 120
 
 
 class Layout(NamedTuple):
@@ -138,27 +142,43 @@ class Bytes(NamedTuple):
 
 
 def shared_bytes(
-    kernel: str, layout: Layout, columns: int, K: int, chunk: int, rows: int, units: int, each: Bytes
+    kernel: str,
+    layout: Layout,
+    columns: int,
+    K: int,
+    staged: tuple[int, int],
+    rows: int,
+    units: int,
+    each: Bytes,
 ) -> int:
-    """Of a block's shared memory; ``Shared`` in csrc/cuda/grid.h, ``ClusterShared`` in cluster.h."""
+    """Of a block's shared memory, ``staged`` rows and k at a time; ``Shared`` in csrc/cuda/grid.h,
+    ``ClusterShared`` in cluster.h."""
     name, _, elsewhere = kernel.partition("_")
     weights = 0 if elsewhere else columns * each.row(K)
-    operands = 2 * layout.rows * each.row(K) if name == "cluster" else layout.rows * each.row(chunk)
+    at_once, chunk = staged
+    operands = 2 * layout.rows * each.row(K) if name == "cluster" else at_once * each.row(chunk)
     sums = layout.splits * layout.rows * layout.columns
     state = 0 if elsewhere == "registers" else 2 * rows * units
     return weights + operands + each.compute * (sums + state)
 
 
-def _chunk(
+def _staged(
     kernel: str, layout: Layout, columns: int, K: int, rows: int, units: int, each: Bytes, most: int
-) -> int:
-    """As much of k at a time as so much shared memory holds, in equal parts; 0 where that is too little."""
-    left = most - shared_bytes(kernel, layout, columns, K, 0, rows, units, each) + layout.rows * each.row(0)
+) -> tuple[int, int] | None:
+    """As many rows, with all k, or as much of k, of all rows of a layout, at a time as so much shared memory
+    holds, in equal parts; None where that is too little."""
+    left = most - shared_bytes(kernel, layout, columns, K, (0, 0), rows, units, each)
+    if kernel == "grid_registers":
+        fit = left // (ROWS * each.row(K))
+        if fit < 1:
+            return None
+        parts = -(-layout.row_tiles // fit)
+        return ROWS * -(-layout.row_tiles // parts), -(-K // WARP) * WARP
     fit = (left // layout.rows - each.row(0)) // each.factor // (2 * WARP) * (2 * WARP)
-    if fit < (K if kernel == "grid_registers" else min(CHUNK, K)):
-        return 0
+    if fit < min(CHUNK, K):
+        return None
     parts = -(-K // fit)
-    return -(-K // (parts * WARP)) * WARP
+    return layout.rows, -(-K // (parts * WARP)) * WARP
 
 
 def _fits_registers(layout: Layout, K: int, rows: int, units: int, tile: Tile, warps: int) -> bool:
@@ -269,13 +289,15 @@ def cuts(
             layout = layout_of(kernel, rows, columns, tile.columns, warps)
             if registers and not _fits_registers(layout, K, rows, units, tile, warps):
                 continue
-            chunk = 0
+            staged: tuple[int, int] | None = (0, 0)
             if not cluster:
-                chunk = _chunk(kernel, layout, columns, K, rows, units, each, device.shared_bytes)
-            shared = shared_bytes(kernel, layout, columns, K, chunk, rows, units, each)
-            if shared > device.shared_bytes or (not cluster and not chunk):
+                staged = _staged(kernel, layout, columns, K, rows, units, each, device.shared_bytes)
+            if staged is None:
                 continue
-            plan = Plan(kernel, units, rows, (across, tiles), shared, chunk)
+            shared = shared_bytes(kernel, layout, columns, K, staged, rows, units, each)
+            if shared > device.shared_bytes:
+                continue
+            plan = Plan(kernel, units, rows, (across, tiles), shared, *staged)
             groups, work = 1, _cost(layout, K, warps, tile, registers)
             if cluster:
                 # Of the exchange: a store for each unit, row and block of the cluster.
@@ -284,7 +306,10 @@ def cuts(
             else:
                 groups = -(-rows // layout.rows)
                 stage = 4 * layout.rows * K / (WARP * warps)
-                cost = groups * (work + stage) + across * tiles + GRID_BARRIER
+                trips = (
+                    groups * -(-layout.rows // staged[0]) - 1
+                )  # beside the first, each through the L2 cache
+                cost = groups * (work + stage) + trips * L2_TRIP + across * tiles + GRID_BARRIER
             yield Cut(cost, groups, plan)
 
 
