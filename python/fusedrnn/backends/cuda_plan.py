@@ -306,10 +306,9 @@ def cuts(
             else:
                 groups = -(-rows // layout.rows)
                 stage = 4 * layout.rows * K / (WARP * warps)
-                trips = (
-                    groups * -(-layout.rows // staged[0]) - 1
-                )  # beside the first, each through the L2 cache
-                cost = groups * (work + stage) + trips * L2_TRIP + across * tiles + GRID_BARRIER
+                at_once, chunk = staged
+                trips = groups * -(-layout.rows // at_once) * -(-K // chunk)  # the first is in the barrier
+                cost = groups * (work + stage) + (trips - 1) * L2_TRIP + across * tiles + GRID_BARRIER
             yield Cut(cost, groups, plan)
 
 
