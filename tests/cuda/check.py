@@ -21,7 +21,7 @@ from test_regularization import of
 
 # Sizes, units and rows of a block: several groups of rows in a tile, tiles, splits and chunks
 # of k, two units of a thread.
-CUTS = (((5, 11, 3, 11), 4, 9), ((2, 19, 2, 7), 4, 18), ((3, 5, 2, 33), 2, 3), ((2, 9, 2, 65), 4, 9))
+CUTS = (((5, 11, 3, 11), 4, 9), ((2, 24, 2, 7), 3, 23), ((3, 5, 2, 33), 2, 3), ((2, 9, 2, 65), 4, 9))
 
 
 def check(cell, regularized) -> str:
