@@ -20,7 +20,8 @@ from test_cuda_kernels import EVERYTHING, KERNELS, ONE_PHASE, Cut
 from test_regularization import of
 
 # Sizes, units and rows of a block: several groups of rows in a tile, tiles, splits and chunks
-# of k, two units of a thread.
+# of k, two units of a thread. With 3 units, not 4, the second group's rows belong to other threads
+# than when the state is set: else no missing barrier between the two could be noticed.
 CUTS = (((5, 11, 3, 11), 4, 9), ((2, 24, 2, 7), 3, 23), ((3, 5, 2, 33), 2, 3), ((2, 9, 2, 65), 4, 9))
 
 
