@@ -32,11 +32,17 @@ printf fatbin > "${last#--output-file=}"
 """
 
 
+def copy_sources(csrc: Path) -> None:
+    """The package's, without the fatbins that it has where a real nvcc was at hand when it was built."""
+    without = shutil.ignore_patterns("fatbin")
+    shutil.copytree(cuda_compile.sources(), csrc, ignore=without, dirs_exist_ok=True)
+
+
 @pytest.fixture
 def built(tmp_path):
     """A package's csrc with the fatbin of one cell, by something in the place of nvcc 13.1."""
     nvcc, csrc = script(tmp_path / "nvcc", NVCC), tmp_path / "csrc"
-    shutil.copytree(cuda_compile.sources(), csrc)
+    copy_sources(csrc)
     subprocess.run([*SCRIPT, "Lstm-float-ieee", nvcc, csrc / "cuda" / "fatbin"], check=True)
     return csrc
 
@@ -216,7 +222,7 @@ def install(build: Path, site: Path) -> Path:
     """Make and install the code for GPUs; the folder of it."""
     subprocess.run([CMAKE, "--build", build, "--target", "fatbin"], check=True)
     subprocess.run([CMAKE, "--install", build, "--component", "fatbin", "--prefix", site], check=True)
-    shutil.copytree(cuda_compile.sources(), site / "fusedrnn" / "csrc", dirs_exist_ok=True)
+    copy_sources(site / "fusedrnn" / "csrc")
     return site / "fusedrnn" / "csrc" / "cuda" / "fatbin"
 
 
