@@ -13,6 +13,7 @@ namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
 using cpu::BackwardJob;
+using cpu::CellShape;
 using cpu::kBlock;
 using cpu::Kept;
 using cpu::Packed;
@@ -26,28 +27,25 @@ struct Group {
   Index offset;      // of the group in a block of dpacked
 };
 
-template <class Cell>
 struct Groups {
-  static constexpr bool joint =
-      Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count;
-  static constexpr int count = (joint ? 1 : Cell::layer_norm ? 2 : 3) + (Cell::phases == 2);
   Group group[4];
+  int count = 0;
   Index block_step = 0;
   // Column ranges, in the order of the joint rows.
-  Groups(Index I, Index P) {
-    int n = 0;
-    const auto add = [&](Index column, Index columns, int first, int accumulators) {
-      group[n++] = {column, columns, first, accumulators, block_step};
-      block_step += columns * accumulators * kBlock;
-    };
-    if (joint) {
-      add(0, 1 + I + P, 0, Cell::accumulators);
+  Groups(const CellShape& shape, Index I, Index P) {
+    const Part &input = shape.input, &recurrent = shape.recurrent;
+    if (input.first == recurrent.first && input.count == recurrent.count) {
+      add(0, 1 + I + P, 0, shape.accumulators);
     } else {
-      if (!Cell::layer_norm) add(0, 1, 0, Cell::accumulators);
-      add(1, I, Cell::input.first, Cell::input.count);
-      add(1 + I, P, Cell::recurrent.first, Cell::recurrent.count);
+      if (!shape.layer_norm) add(0, 1, 0, shape.accumulators);
+      add(1, I, input.first, input.count);
+      add(1 + I, P, recurrent.first, recurrent.count);
     }
-    if (Cell::phases == 2) add(1 + I + P, P, Cell::recurrent2.first, Cell::recurrent2.count);
+    if (shape.phases == 2) add(1 + I + P, P, shape.recurrent2.first, shape.recurrent2.count);
+  }
+  void add(Index column, Index columns, int first, int accumulators) {
+    group[count++] = {column, columns, first, accumulators, block_step};
+    block_step += columns * accumulators * kBlock;
   }
   // Where dpacked holds the gradient of (column, accumulator) for the first unit of a block.
   const Group& of_column(Index column) const {
@@ -88,28 +86,31 @@ struct BackwardRows {
   }
 };
 
-template <class Cell, class V>
-struct BackwardLoop {
+// What the time loop backward needs around a cell, compiled once for all of them.
+template <class V>
+struct BackwardSteps {
   using T = typename V::scalar;
-  using CellType = Cell;
-  using Vector = V;
-  static constexpr int A = Cell::accumulators;
 
   const BackwardJob<T>& job;
   const Worker& worker;
+  const CellShape& shape;
+  const bool regularized;
   BackwardRows<T> rows;
-  const Groups<Cell> groups;
+  const Groups groups;
   const Index B, units;  // units: blocks * 16
   Index row_begin, row_end, block_begin, block_end;
   Kept<T> kept;     // what forward saved, or of this chunk if it has to be made again
   Index count = 0;  // valid rows of the chunk
 
-  BackwardLoop(const BackwardJob<T>& job_, const Worker& worker_)
+  FUSEDRNN_NOINLINE BackwardSteps(const BackwardJob<T>& job_, const Worker& worker_, const CellShape& shape_,
+                                  bool regularized_)
       : job(job_),
         worker(worker_),
+        shape(shape_),
+        regularized(regularized_),
         rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B, job_.chunk_steps * job_.steps.B,
              job_.chunk_steps),
-        groups(job_.I, job_.P),
+        groups(shape_, job_.I, job_.P),
         B(job_.steps.B),
         units(job_.blocks * kBlock),
         kept(job_.kept) {
@@ -119,10 +120,6 @@ struct BackwardLoop {
     block_begin = worker.by_rows ? 0 : job.blocks * i / n,
     block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
     for (Index b = 0; b < B; ++b) rows.latest[b] = nullptr;
-    if constexpr (Cell::layer_norm)
-      if (job.norm_sums)
-        __builtin_memset(job.norm_sums + row_begin * units * kNormSums<Cell>, 0,
-                         size_t((row_end - row_begin) * units * kNormSums<Cell>) * sizeof(T));
   }
 
   Index later(Index t) const { return job.steps.reverse ? t - 1 : t + 1; }
@@ -132,7 +129,7 @@ struct BackwardLoop {
     return kept.has(t) ? kept.c + kept.row(t, b) * units : kept.c_border + b * units;
   }
   const T* saved_row(Index t, Index b) const {
-    return kept.saved ? kept.saved + kept.row(t, b) * job.blocks * (Cell::saved * kBlock) : nullptr;
+    return kept.saved ? kept.saved + kept.row(t, b) * job.blocks * (shape.saved * kBlock) : nullptr;
   }
   const T* h_row(Index t, Index b) const { return job.y + (t * B + b) * job.P; }
 
@@ -161,7 +158,7 @@ struct BackwardLoop {
   Masks<T> masks() const { return {job.regularization, worker.region.thread, B, units, block_begin, block_end}; }
 
   // The chunk's valid rows, in the order in which they are walked: every thread makes the same list.
-  void list_rows(Index s_end, Index s_begin) {
+  FUSEDRNN_NOINLINE void list_rows(Index s_end, Index s_begin) {
     count = 0;
     Index k = 0;
     for (Index s = s_end - 1; s >= s_begin; --s, ++k) {
@@ -174,7 +171,7 @@ struct BackwardLoop {
   }
 
   // The part of [begin, end) that is this thread's: rows are listed by ascending b within a step.
-  void own_rows(Index& begin, Index& end) const {
+  FUSEDRNN_NOINLINE void own_rows(Index& begin, Index& end) const {
     while (begin < end && rows.b[begin] < row_begin) ++begin;
     Index last = begin;
     while (last < end && rows.b[last] < row_end) ++last;
@@ -189,8 +186,9 @@ struct BackwardLoop {
 
   // acc[wide][m] = what a part's accumulators in m rows of da have for the weights of blocks [block, block+wide). Of
   // the last block of units only the H % 16 that exist.
-  void multiply(const Packed<T>& weights, const Part& part, const T* const* da, Index block, Index lane, int m,
-                int wide, T* acc) const {
+  FUSEDRNN_NOINLINE void multiply(const Packed<T>& weights, const Part& part, const T* const* da, Index block,
+                                  Index lane, int m, int wide, T* acc) const {
+    const int A = shape.accumulators;
     for (int i = 0; i < m * wide; ++i) V::zero().store(acc + i * V::lanes);
     const T* b = weights.data + block * weights.block_step + lane;
     const Index full = job.H / kBlock, rest = job.H % kBlock, block_run = part.count * kBlock;
@@ -206,7 +204,9 @@ struct BackwardLoop {
   }
 
   // Blocks per panel. Four of large weights would leave no room in the cache for the rows they meet.
-  int width() const { return job.blocks * (4 * A * kBlock * kBlock) * Index(sizeof(T)) < kLargePanel ? 4 : 3; }
+  int width() const {
+    return job.blocks * (4 * shape.accumulators * kBlock * kBlock) * Index(sizeof(T)) < kLargePanel ? 4 : 3;
+  }
   static constexpr Index kLargePanel = 512 << 10;
 
   template <class Epilogue>
@@ -234,8 +234,8 @@ struct BackwardLoop {
             saved_row(t, b),
             h_before(t, b),
             h_row(t, b),
-            Cell::has_c ? c_before(t, b) : nullptr,
-            Cell::has_c ? c_row(t, b) : nullptr,
+            shape.has_c ? c_before(t, b) : nullptr,
+            shape.has_c ? c_row(t, b) : nullptr,
             in(job.dy, job.dy_step, job.dy_row),
             in(job.dh_states, job.dh_states_step, job.dh_states_row),
             in(job.dc_states, job.dc_states_step, job.dc_states_row),
@@ -243,9 +243,261 @@ struct BackwardLoop {
             nullptr};
   }
 
+  // The gradient that reaches the n rows of rows.at from later steps, for every vector of units of this thread:
+  // then(row, u, dh, dc). Selection, never multiplication: what a cut or a row's end leaves out is never read.
+  template <class Then>
+  FUSEDRNN_INLINE bool chains(const CellShape& shape, bool regularized, Index n, Then&& then) const {
+    bool any = false;  // does any row need the product?
+    for (Index i = 0; i < n; ++i) {
+      const bool follows = rows.at[i].after == After::product;
+      rows.da[i] = follows ? rows.latest[rows.at[i].b] + shape.recurrent.first * kBlock : job.zeros;
+      any |= follows;
+    }
+    return tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
+      alignas(64) T acc[kMaxTile * V::lanes];
+      if (any) multiply(job.recurrent, shape.recurrent, rows.da + first, block, lane, m, wide, acc);
+      for (int i = 0; i < m; ++i)
+        for (int w = 0; w < wide; ++w) {
+          const BackwardRow<T>& row = rows.at[first + i];
+          const Index u = (block + w) * kBlock + lane, b = row.b, in_row = job.H - u;
+          V dh = V::zero(), dc = V::zero();
+          if (row.after == After::product) {
+            dh = V::load(acc + (w * m + i) * V::lanes);
+            if (regularized) dh = masks().dropped(b, u, dh);
+            if (shape.has_direct) dh = dh + V::load(job.direct + b * units + u);
+            if (shape.has_c) dc = V::load(job.dc + b * units + u);
+          } else if (row.after == After::final_state) {
+            if (job.dhT) dh = V::load(job.dhT + b * job.P + u, in_row);
+            if (shape.has_c && job.dcT) dc = V::load(job.dcT + b * job.H + u, in_row);
+          }
+          then(row, u, dh, dc);
+        }
+    });
+  }
+
+  // Where unit u's first of n vectors lies in a row of [block][n][16].
+  static Index offset(Index u, int n) { return u / kBlock * (n * kBlock) + u % kBlock; }
+
+  // Rows that the next chunk still needs are about to be overwritten: keep this thread's part of them.
+  void keep_border() {
+    const Index begin = block_begin * shape.accumulators * kBlock,
+                bytes = (block_end - block_begin) * shape.accumulators * kBlock * Index(sizeof(T));
+    for (Index b = row_begin; b < row_end; ++b) {
+      T* border = job.border + b * job.da_row;
+      if (!rows.latest[b] || rows.latest[b] == border) continue;
+      __builtin_memcpy(border + begin, rows.latest[b] + begin, size_t(bytes));
+      rows.latest[b] = border;
+    }
+  }
+
+  // [1 | x | h_prev | middle] of this thread's share of the chunk's rows.
+  void gather_inputs() {
+    const Index n = worker.region.threads, i = worker.region.thread;
+    for (Index r = count * i / n; r < count * (i + 1) / n; ++r) {
+      const Index t = rows.t[r], b = rows.b[r];
+      T* row = job.inputs + r * job.inputs_row;
+      const T* h_prev = h_before(t, b);
+      row[0] = T(1);
+      __builtin_memcpy(row + 1, job.x + t * job.x_step + b * job.x_row, size_t(job.I) * sizeof(T));
+      __builtin_memcpy(row + 1 + job.I, h_prev, size_t(job.P) * sizeof(T));
+      if (shape.phases == 2) {
+        const T* saved = saved_row(t, b);  // r comes first
+        for (Index u = 0; u < job.P; ++u) row[1 + job.I + job.P + u] = saved[offset(u, shape.saved)] * h_prev[u];
+      }
+      if (regularized)
+        if (const T* dropout = masks().dropout(b))
+          for (int part = 0; part < shape.phases; ++part)
+            for (Index u = 0; u < job.P; ++u) row[1 + job.I + part * job.P + u] *= dropout[u];
+    }
+  }
+
+  // dx of this thread's share of the chunk's rows.
+  bool input_gradients() {
+    const Index n = worker.region.threads, share_begin = count * worker.region.thread / n,
+                share = count * (worker.region.thread + 1) / n - share_begin;
+    const Index blocks = (job.I + kBlock - 1) / kBlock;
+    const Cut panels(blocks, width());
+    const int widest = int(panels.pieces ? panels.begin(1) : 1);
+    const Cut row_tiles(share, max_rows<V>(widest));
+    const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
+                inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
+    for (Index o = 0; o < outer; ++o) {
+      for (Index k = 0; k < inner; ++k) {
+        const Index i = job.rows_outside ? o : k, j = job.rows_outside ? k : o;
+        const Index first = share_begin + row_tiles.begin(i);
+        const int m = int(share_begin + row_tiles.begin(i + 1) - first);
+        const T* da[kMaxTile];
+        for (int r = 0; r < m; ++r) da[r] = da_row(first + r) + shape.input.first * kBlock;
+        const Index block = panels.begin(j);
+        const int wide = int(panels.begin(j + 1) - block);
+        for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+          alignas(64) T acc[kMaxTile * V::lanes];
+          multiply(job.input, shape.input, da, block, lane, m, wide, acc);
+          for (int r = 0; r < m; ++r)
+            for (int w = 0; w < wide; ++w) {
+              const Index column = (block + w) * kBlock + lane;
+              T* row = job.dx + (rows.t[first + r] * B + rows.b[first + r]) * job.I;
+              V::load(acc + (w * m + r) * V::lanes).store(row + column, job.I - column);
+            }
+        }
+      }
+      if (!worker.poll()) return false;
+    }
+    return true;
+  }
+
+  // Adds the chunk's part of the weight gradients: the joint rows, transposed, times da. Threads take whole output
+  // tiles.
+  bool weight_gradients(bool first_chunk) {
+    const Cut panels(job.blocks, panel_blocks(shape));
+    Index total = 0;
+    for (int g = 0; g < groups.count; ++g) total += column_tiles(groups.group[g]).pieces;
+    const Index n = worker.region.threads, i = worker.region.thread;
+    const Index begin = total * panels.pieces * i / n, end = total * panels.pieces * (i + 1) / n;
+    for (Index item = begin; item < end; ++item) {
+      const Index panel = item / total;
+      Index at = item % total;
+      int g = 0;
+      for (;; ++g) {
+        const Index pieces = column_tiles(groups.group[g]).pieces;
+        if (at < pieces) break;
+        at -= pieces;
+      }
+      const Index block = panels.begin(panel);
+      weight_tile(groups.group[g], at, block, int(panels.begin(panel + 1) - block), first_chunk);
+      if ((item & 15) == 0 && !worker.poll()) return false;
+    }
+    return true;
+  }
+
+  // A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
+  static constexpr Index kSumRows = 4096;
+
+  Cut column_tiles(const Group& group) const {
+    return Cut(group.columns, max_rows<V>(group.count * panel_blocks(shape)));
+  }
+
+  void weight_tile(const Group& group, Index at, Index block, int wide, bool first_chunk) {
+    const Cut columns = column_tiles(group);
+    const Index first = columns.begin(at);
+    const int m = int(columns.begin(at + 1) - first), vectors = group.count * wide, A = shape.accumulators;
+    const T* a[kMaxTile];
+    Index row = 0;
+    do {
+      const Index rows_here = count - row < kSumRows ? count - row : kSumRows;
+      const bool overwrite = first_chunk && row == 0;
+      for (int r = 0; r < m; ++r) a[r] = job.inputs + row * job.inputs_row + group.column + first + r;
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        alignas(64) T acc[kMaxTile * V::lanes];
+        for (int v = 0; v < m * vectors; ++v) V::zero().store(acc + v * V::lanes);
+        const Product<T> p = {a,
+                              0,
+                              job.inputs_row,
+                              0,
+                              job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
+                              job.da_row,
+                              panel_blocks(shape) > 1 ? A * kBlock : kBlock,
+                              1,
+                              rows_here};
+        tile_for<V>(m, vectors)(&p, 1, acc);
+        for (int r = 0; r < m; ++r)
+          for (int w = 0; w < wide; ++w)
+            for (int s = 0; s < group.count; ++s) {
+              T* sum = job.dpacked + (block + w) * job.dpacked_block + group.offset +
+                       ((first + r) * group.count + s) * kBlock + lane;
+              const V part = V::load(acc + ((w * group.count + s) * m + r) * V::lanes);
+              (overwrite ? part : V::load(sum) + part).store(sum);
+            }
+      }
+      row += kSumRows;
+    } while (row < count);
+  }
+
+  // dpacked back to PyTorch's layout: gate rows of (G*H, columns), from joint columns [column, column + columns).
+  void unpack(T* out, Index column, Index columns, const Part& part) const {
+    if (!out || !part.count) return;
+    const Group& group = groups.of_column(column);
+    const Index n = worker.region.threads, i = worker.region.thread;
+    const Index step = group.count * kBlock;
+    for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block)
+      for (int s = 0; s < part.count; ++s) {
+        const T* from = job.dpacked + block * job.dpacked_block + group.offset + (column - group.column) * step +
+                        (part.first - group.first + s) * kBlock;
+        T* to = out + (part.gate[s] * job.H + block * kBlock) * columns;
+        const Index lanes = job.H - block * kBlock < kBlock ? job.H - block * kBlock : kBlock;
+        Index k = 0;
+        if (lanes == kBlock)
+          for (; k + kBlock <= columns; k += kBlock) transpose(from + k * step, step, to + k, columns);
+        for (; k < columns; ++k)
+          for (Index lane = 0; lane < lanes; ++lane) to[lane * columns + k] = from[k * step + lane];
+      }
+  }
+
+  // The gradient of the initial state: one more product, no cell.
+  FUSEDRNN_NOINLINE bool initial_state() {
+    Index n = 0;
+    for (Index b = row_begin; b < row_end; ++b) {
+      const bool empty = length_of(job.steps, b) == 0;
+      const bool cut = !empty && before(job.steps, first_time(job.steps, b), b) == Before::nothing;
+      rows.at[n] = {};
+      rows.at[n].b = b;
+      rows.at[n++].after = empty ? After::final_state : cut ? After::nothing : After::product;
+    }
+    return chains(shape, regularized, n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) {
+      if (job.dh0) dh.store(job.dh0 + row.b * job.P + u, job.H - u);
+      if (shape.has_c && job.dc0) dc.store(job.dc0 + row.b * job.H + u, job.H - u);
+    });
+  }
+
+  FUSEDRNN_NOINLINE void zero_padding() const {
+    const Index n = worker.region.threads, i = worker.region.thread;
+    for (Index b = B * i / n; b < B * (i + 1) / n; ++b)
+      for (Index t = length_of(job.steps, b); t < job.steps.T; ++t)
+        __builtin_memset(job.dx + (t * B + b) * job.I, 0, size_t(job.I) * sizeof(T));
+  }
+
+  // dx and the chunk's part of the weight gradients, of its rows of da.
+  FUSEDRNN_NOINLINE bool chunk_gradients(bool first_chunk) {
+    keep_border();
+    if (job.need_weights) gather_inputs();
+    if (!worker.barrier()) return false;
+    if (job.dx && !input_gradients()) return false;
+    if (job.need_weights && !weight_gradients(first_chunk)) return false;
+    return worker.barrier();
+  }
+
+  FUSEDRNN_NOINLINE void unpack_weights() const {
+    if (!shape.layer_norm) {
+      unpack(job.dbias_ih, 0, 1, shape.input);
+      unpack(job.dbias_hh, 0, 1, shape.recurrent);
+      unpack(job.dbias_hh, 0, 1, shape.recurrent2);
+    }
+    unpack(job.dweight_ih, 1, job.I, shape.input);
+    unpack(job.dweight_hh, 1 + job.I, job.P, shape.recurrent);
+    unpack(job.dweight_hh, 1 + job.I + job.P, job.P, shape.recurrent2);
+  }
+};
+
+template <class Cell, class V>
+struct BackwardLoop : BackwardSteps<V> {
+  using Base = BackwardSteps<V>;
+  using T = typename V::scalar;
+  using CellType = Cell;
+  using Vector = V;
+  using Base::job, Base::worker, Base::rows, Base::B, Base::units, Base::masks, Base::offset;
+  static constexpr int A = Cell::accumulators;
+  static constexpr CellShape shape = shape_of<Cell>();
+
+  BackwardLoop(const BackwardJob<T>& job_, const Worker& worker_) : Base(job_, worker_, shape, kRegularized<Cell>) {
+    if constexpr (Cell::layer_norm)
+      if (job.norm_sums)
+        __builtin_memset(job.norm_sums + this->row_begin * units * kNormSums<Cell>, 0,
+                         size_t((this->row_end - this->row_begin) * units * kNormSums<Cell>) * sizeof(T));
+  }
+
   bool step(Index t, Index begin, Index end) {
     const Index n = end - begin;
-    for (Index i = 0; i < n; ++i) rows.at[i] = row_at(t, rows.b[begin + i], da_row(begin + i));
+    for (Index i = 0; i < n; ++i) rows.at[i] = this->row_at(t, rows.b[begin + i], this->da_row(begin + i));
     if constexpr (kRegularized<Cell>) {
       const T *keep_h = masks().keep_h(t, rows.b + begin, n), *keep_c = masks().keep_c(t, rows.b + begin, n);
       for (Index i = 0; i < n; ++i) {
@@ -253,7 +505,8 @@ struct BackwardLoop {
         rows.at[i].keep_c = keep_c ? keep_c + i * units : nullptr;
       }
     }
-    const bool done = chains(n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) { cell_at(row, u, dh, dc); });
+    const bool done = this->chains(shape, kRegularized<Cell>, n,
+                                   [&](const BackwardRow<T>& row, Index u, V dh, V dc) { cell_at(row, u, dh, dc); });
     if (!done) return false;
     if constexpr (Cell::layer_norm)
       for (Index i = 0; i < n; ++i) {
@@ -264,47 +517,15 @@ struct BackwardLoop {
     if constexpr (Cell::phases == 2) {
       if (!worker.by_rows && !worker.barrier()) return false;
       for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + Cell::recurrent2.first * kBlock;
-      return tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
+      return this->tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
         alignas(64) T acc[kMaxTile * V::lanes];
-        multiply(job.recurrent2, Cell::recurrent2, rows.da + first, block, lane, m, wide, acc);
+        this->multiply(job.recurrent2, Cell::recurrent2, rows.da + first, block, lane, m, wide, acc);
         for (int i = 0; i < m; ++i)
           for (int w = 0; w < wide; ++w)
             cell2_at(rows.at[first + i], (block + w) * kBlock + lane, V::load(acc + (w * m + i) * V::lanes));
       });
     }
     return true;
-  }
-
-  // The gradient that reaches the n rows of rows.at from later steps, for every vector of units of this thread:
-  // then(row, u, dh, dc). Selection, never multiplication: what a cut or a row's end leaves out is never read.
-  template <class Then>
-  bool chains(Index n, Then&& then) const {
-    bool any = false;  // does any row need the product?
-    for (Index i = 0; i < n; ++i) {
-      const bool follows = rows.at[i].after == After::product;
-      rows.da[i] = follows ? rows.latest[rows.at[i].b] + Cell::recurrent.first * kBlock : job.zeros;
-      any |= follows;
-    }
-    return tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
-      alignas(64) T acc[kMaxTile * V::lanes];
-      if (any) multiply(job.recurrent, Cell::recurrent, rows.da + first, block, lane, m, wide, acc);
-      for (int i = 0; i < m; ++i)
-        for (int w = 0; w < wide; ++w) {
-          const BackwardRow<T>& row = rows.at[first + i];
-          const Index u = (block + w) * kBlock + lane, b = row.b, in_row = job.H - u;
-          V dh = V::zero(), dc = V::zero();
-          if (row.after == After::product) {
-            dh = V::load(acc + (w * m + i) * V::lanes);
-            if constexpr (kRegularized<Cell>) dh = masks().dropped(b, u, dh);
-            if (Cell::has_direct) dh = dh + V::load(job.direct + b * units + u);
-            if (Cell::has_c) dc = V::load(job.dc + b * units + u);
-          } else if (row.after == After::final_state) {
-            if (job.dhT) dh = V::load(job.dhT + b * job.P + u, in_row);
-            if (Cell::has_c && job.dcT) dc = V::load(job.dcT + b * job.H + u, in_row);
-          }
-          then(row, u, dh, dc);
-        }
-    });
   }
 
   // One vector of units of one row: the upstream gradients, then the cell.
@@ -356,232 +577,38 @@ struct BackwardLoop {
     }
   }
 
-  // Where unit u's first of n vectors lies in a row of [block][n][16].
-  static Index offset(Index u, int n) { return u / kBlock * (n * kBlock) + u % kBlock; }
-
-  // Rows that the next chunk still needs are about to be overwritten: keep this thread's part of them.
-  void keep_border() {
-    const Index begin = block_begin * A * kBlock, bytes = (block_end - block_begin) * A * kBlock * Index(sizeof(T));
-    for (Index b = row_begin; b < row_end; ++b) {
-      T* border = job.border + b * job.da_row;
-      if (!rows.latest[b] || rows.latest[b] == border) continue;
-      __builtin_memcpy(border + begin, rows.latest[b] + begin, size_t(bytes));
-      rows.latest[b] = border;
-    }
-  }
-
-  // [1 | x | h_prev | middle] of this thread's share of the chunk's rows.
-  void gather_inputs() {
-    const Index n = worker.region.threads, i = worker.region.thread;
-    for (Index r = count * i / n; r < count * (i + 1) / n; ++r) {
-      const Index t = rows.t[r], b = rows.b[r];
-      T* row = job.inputs + r * job.inputs_row;
-      const T* h_prev = h_before(t, b);
-      row[0] = T(1);
-      __builtin_memcpy(row + 1, job.x + t * job.x_step + b * job.x_row, size_t(job.I) * sizeof(T));
-      __builtin_memcpy(row + 1 + job.I, h_prev, size_t(job.P) * sizeof(T));
-      if constexpr (Cell::phases == 2) {
-        const T* saved = saved_row(t, b);  // r comes first
-        for (Index u = 0; u < job.P; ++u) row[1 + job.I + job.P + u] = saved[offset(u, Cell::saved)] * h_prev[u];
-      }
-      if constexpr (kRegularized<Cell>)
-        if (const T* dropout = masks().dropout(b))
-          for (int part = 0; part < Cell::phases; ++part)
-            for (Index u = 0; u < job.P; ++u) row[1 + job.I + part * job.P + u] *= dropout[u];
-    }
-  }
-
-  // dx of this thread's share of the chunk's rows.
-  bool input_gradients() {
-    const Index n = worker.region.threads, share_begin = count * worker.region.thread / n,
-                share = count * (worker.region.thread + 1) / n - share_begin;
-    const Index blocks = (job.I + kBlock - 1) / kBlock;
-    const Cut panels(blocks, width());
-    const int widest = int(panels.pieces ? panels.begin(1) : 1);
-    const Cut row_tiles(share, max_rows<V>(widest));
-    const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
-                inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
-    for (Index o = 0; o < outer; ++o) {
-      for (Index k = 0; k < inner; ++k) {
-        const Index i = job.rows_outside ? o : k, j = job.rows_outside ? k : o;
-        const Index first = share_begin + row_tiles.begin(i);
-        const int m = int(share_begin + row_tiles.begin(i + 1) - first);
-        const T* da[kMaxTile];
-        for (int r = 0; r < m; ++r) da[r] = da_row(first + r) + Cell::input.first * kBlock;
-        const Index block = panels.begin(j);
-        const int wide = int(panels.begin(j + 1) - block);
-        for (Index lane = 0; lane < kBlock; lane += V::lanes) {
-          alignas(64) T acc[kMaxTile * V::lanes];
-          multiply(job.input, Cell::input, da, block, lane, m, wide, acc);
-          for (int r = 0; r < m; ++r)
-            for (int w = 0; w < wide; ++w) {
-              const Index column = (block + w) * kBlock + lane;
-              T* row = job.dx + (rows.t[first + r] * B + rows.b[first + r]) * job.I;
-              V::load(acc + (w * m + r) * V::lanes).store(row + column, job.I - column);
-            }
-        }
-      }
-      if (!worker.poll()) return false;
-    }
-    return true;
-  }
-
-  // Adds the chunk's part of the weight gradients: the joint rows, transposed, times da. Threads take whole output
-  // tiles.
-  bool weight_gradients(bool first_chunk) {
-    const Cut panels(job.blocks, kWide);
-    Index total = 0;
-    for (int g = 0; g < groups.count; ++g) total += column_tiles(groups.group[g]).pieces;
-    const Index n = worker.region.threads, i = worker.region.thread;
-    const Index begin = total * panels.pieces * i / n, end = total * panels.pieces * (i + 1) / n;
-    for (Index item = begin; item < end; ++item) {
-      const Index panel = item / total;
-      Index at = item % total;
-      int g = 0;
-      for (;; ++g) {
-        const Index pieces = column_tiles(groups.group[g]).pieces;
-        if (at < pieces) break;
-        at -= pieces;
-      }
-      const Index block = panels.begin(panel);
-      weight_tile(groups.group[g], at, block, int(panels.begin(panel + 1) - block), first_chunk);
-      if ((item & 15) == 0 && !worker.poll()) return false;
-    }
-    return true;
-  }
-
-  // A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
-  static constexpr Index kSumRows = 4096;
-  static constexpr int kWide = ForwardLoop<Cell, V>::kWide;  // blocks in a tile
-
-  static Cut column_tiles(const Group& group) { return Cut(group.columns, max_rows<V>(group.count * kWide)); }
-
-  void weight_tile(const Group& group, Index at, Index block, int wide, bool first_chunk) {
-    const Cut columns = column_tiles(group);
-    const Index first = columns.begin(at);
-    const int m = int(columns.begin(at + 1) - first), vectors = group.count * wide;
-    const T* a[kMaxTile];
-    Index row = 0;
-    do {
-      const Index rows_here = count - row < kSumRows ? count - row : kSumRows;
-      const bool overwrite = first_chunk && row == 0;
-      for (int r = 0; r < m; ++r) a[r] = job.inputs + row * job.inputs_row + group.column + first + r;
-      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
-        alignas(64) T acc[kMaxTile * V::lanes];
-        for (int v = 0; v < m * vectors; ++v) V::zero().store(acc + v * V::lanes);
-        const Product<T> p = {a,
-                              0,
-                              job.inputs_row,
-                              0,
-                              job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
-                              job.da_row,
-                              kWide > 1 ? A * kBlock : kBlock,
-                              1,
-                              rows_here};
-        tile_for<V>(m, vectors)(&p, 1, acc);
-        for (int r = 0; r < m; ++r)
-          for (int w = 0; w < wide; ++w)
-            for (int s = 0; s < group.count; ++s) {
-              T* sum = job.dpacked + (block + w) * job.dpacked_block + group.offset +
-                       ((first + r) * group.count + s) * kBlock + lane;
-              const V part = V::load(acc + ((w * group.count + s) * m + r) * V::lanes);
-              (overwrite ? part : V::load(sum) + part).store(sum);
-            }
-      }
-      row += kSumRows;
-    } while (row < count);
-  }
-
-  // dpacked back to PyTorch's layout: gate rows of (G*H, columns), from joint columns [column, column + columns).
-  void unpack(T* out, Index column, Index columns, const Part& part) const {
-    if (!out || !part.count) return;
-    const Group& group = groups.of_column(column);
-    const Index n = worker.region.threads, i = worker.region.thread;
-    const Index step = group.count * kBlock;
-    for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block)
-      for (int s = 0; s < part.count; ++s) {
-        const T* from = job.dpacked + block * job.dpacked_block + group.offset + (column - group.column) * step +
-                        (part.first - group.first + s) * kBlock;
-        T* to = out + (part.gate[s] * job.H + block * kBlock) * columns;
-        const Index lanes = job.H - block * kBlock < kBlock ? job.H - block * kBlock : kBlock;
-        Index k = 0;
-        if (lanes == kBlock)
-          for (; k + kBlock <= columns; k += kBlock) transpose(from + k * step, step, to + k, columns);
-        for (; k < columns; ++k)
-          for (Index lane = 0; lane < lanes; ++lane) to[lane * columns + k] = from[k * step + lane];
-      }
-  }
-
-  // The gradient of the initial state: one more product, no cell.
-  bool initial_state() {
-    Index n = 0;
-    for (Index b = row_begin; b < row_end; ++b) {
-      const bool empty = length_of(job.steps, b) == 0;
-      const bool cut = !empty && before(job.steps, first_time(job.steps, b), b) == Before::nothing;
-      rows.at[n] = {};
-      rows.at[n].b = b;
-      rows.at[n++].after = empty ? After::final_state : cut ? After::nothing : After::product;
-    }
-    return chains(n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) {
-      if (job.dh0) dh.store(job.dh0 + row.b * job.P + u, job.H - u);
-      if (Cell::has_c && job.dc0) dc.store(job.dc0 + row.b * job.H + u, job.H - u);
-    });
-  }
-
   // Runs forward again over a chunk, from the state before it.
   bool replay(Index s_begin, Index s_end) {
-    kept.first = job.steps.reverse ? job.steps.T - s_end : s_begin;
-    kept.count = s_end - s_begin;
-    kept.c_border = const_cast<T*>(job.borders) + (job.steps.T - s_end) / job.chunk_steps * B * units;
+    this->kept.first = job.steps.reverse ? job.steps.T - s_end : s_begin;
+    this->kept.count = s_end - s_begin;
+    this->kept.c_border = const_cast<T*>(job.borders) + (job.steps.T - s_end) / job.chunk_steps * B * units;
     ForwardJob<T> again = *job.replay;
-    again.kept = kept;
+    again.kept = this->kept;
     return ForwardLoop<Cell, V>(again, worker).walk(s_begin, s_end);
-  }
-
-  void zero_padding() const {
-    const Index n = worker.region.threads, i = worker.region.thread;
-    for (Index b = B * i / n; b < B * (i + 1) / n; ++b)
-      for (Index t = length_of(job.steps, b); t < job.steps.T; ++t)
-        __builtin_memset(job.dx + (t * B + b) * job.I, 0, size_t(job.I) * sizeof(T));
   }
 
   bool run() {
     Index s_end = job.steps.T;
     do {
       const Index s_begin = s_end > job.chunk_steps ? s_end - job.chunk_steps : 0;
-      list_rows(s_end, s_begin);
+      this->list_rows(s_end, s_begin);
       if (job.replay && !replay(s_begin, s_end)) return false;
       for (Index s = s_end - 1, k = 0; s >= s_begin; --s, ++k) {
         Index begin = rows.first_of_step[k], end = rows.first_of_step[k + 1];
-        own_rows(begin, end);
+        this->own_rows(begin, end);
         if (!step(time_of(job.steps, s), begin, end)) return false;
         if (!worker.by_rows && !worker.barrier()) return false;
       }
-      keep_border();
-      if (job.need_weights) gather_inputs();
-      if (!worker.barrier()) return false;
-      if (job.dx && !input_gradients()) return false;
-      if (job.need_weights && !weight_gradients(s_end == job.steps.T)) return false;
-      if (!worker.barrier()) return false;
+      if (!this->chunk_gradients(s_end == job.steps.T)) return false;
       s_end = s_begin;
     } while (s_end > 0);
-    if ((job.dh0 || job.dc0) && !initial_state()) return false;
-    if (job.dx && job.steps.lengths) zero_padding();
+    if ((job.dh0 || job.dc0) && !this->initial_state()) return false;
+    if (job.dx && job.steps.lengths) this->zero_padding();
     if constexpr (Cell::layer_norm)
       if (job.norm_sums) unpack_norm_sums(*this);
-    if (job.need_weights) {
-      if constexpr (!Cell::layer_norm) {
-        unpack(job.dbias_ih, 0, 1, Cell::input);
-        unpack(job.dbias_hh, 0, 1, Cell::recurrent);
-        unpack(job.dbias_hh, 0, 1, Cell::recurrent2);
-      }
-      unpack(job.dweight_ih, 1, job.I, Cell::input);
-      unpack(job.dweight_hh, 1 + job.I, job.P, Cell::recurrent);
-      unpack(job.dweight_hh, 1 + job.I + job.P, job.P, Cell::recurrent2);
-    }
+    if (job.need_weights) this->unpack_weights();
     return true;
   }
 };
-
 }  // namespace FUSEDRNN_LEVEL
 }  // namespace fusedrnn

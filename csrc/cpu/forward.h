@@ -8,6 +8,7 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
+using cpu::CellShape;
 using cpu::ForwardJob;
 using cpu::kBlock;
 using cpu::Packed;
@@ -35,19 +36,26 @@ struct ForwardRows {
   }
 };
 
-template <class Cell, class V>
-struct ForwardLoop {
+// Vectors of a block in a tile (with layer norm those of one part), and blocks per panel: an Elman tile takes several
+// blocks to fill the registers.
+constexpr int tile_vectors(const CellShape& shape) { return shape.layer_norm ? shape.gates : shape.accumulators; }
+constexpr int panel_blocks(const CellShape& shape) { return tile_vectors(shape) == 1 ? 4 : 1; }
+
+template <class Cell>
+constexpr CellShape shape_of() {
+  return {Cell::gates,      Cell::accumulators, Cell::saved, Cell::phases,    Cell::has_c,
+          Cell::has_direct, Cell::layer_norm,   Cell::input, Cell::recurrent, Cell::recurrent2};
+}
+
+// What the time loop needs around a cell, compiled once for all of them: compiling it for each took half of the build.
+template <class V>
+struct ForwardSteps {
   using T = typename V::scalar;
-  using CellType = Cell;
-  using Vector = V;
-  static constexpr int A = Cell::accumulators;
-  static constexpr int kTile = Cell::layer_norm ? Cell::gates : A;  // vectors of a block in a tile: one part or both
-  static constexpr int kWide =
-      kTile == 1 ? 4 : 1;  // blocks per panel: an Elman tile takes several blocks to fill the registers
-  static constexpr int kRows = max_rows<V>(kTile * kWide);
 
   const ForwardJob<T>& job;
   const Worker& worker;
+  const CellShape& shape;
+  const bool regularized;
   ForwardRows<T> rows;
   ForwardRows<T> ahead;          // the rows of several steps, for their projection
   Index ahead_begin = 0;         // the first of these steps
@@ -59,9 +67,12 @@ struct ForwardLoop {
     return {job.regularization, worker.region.thread, job.steps.B, job.blocks * kBlock, block_begin, block_end};
   }
 
-  ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_)
+  FUSEDRNN_NOINLINE ForwardSteps(const ForwardJob<T>& job_, const Worker& worker_, const CellShape& shape_,
+                                 bool regularized_)
       : job(job_),
         worker(worker_),
+        shape(shape_),
+        regularized(regularized_),
         rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B),
         ahead(job_.scratch + worker_.region.thread * job_.scratch_step + ForwardRows<T>::bytes(job_.steps.B),
               job_.projected_steps * job_.steps.B) {
@@ -74,21 +85,21 @@ struct ForwardLoop {
 
   // Null for cells without c.
   T* c_row(Index t, Index b) const {
-    if (!Cell::has_c) return nullptr;
+    if (!shape.has_c) return nullptr;
     const Index units = job.blocks * kBlock;
     return job.kept.has(t) ? job.kept.c + job.kept.row(t, b) * units : job.kept.c_border + b * units;
   }
   T* saved_row(Index t, Index b) const {
-    return job.kept.saved ? job.kept.saved + job.kept.row(t, b) * job.blocks * (Cell::saved * kBlock) : nullptr;
+    return job.kept.saved ? job.kept.saved + job.kept.row(t, b) * job.blocks * (shape.saved * kBlock) : nullptr;
   }
   T* projected_row(Index s, Index b) const {
     return job.projected
-               ? job.projected + ((s - ahead_begin) * job.steps.B + b) * job.blocks * (Cell::input.count * kBlock)
+               ? job.projected + ((s - ahead_begin) * job.steps.B + b) * job.blocks * (shape.input.count * kBlock)
                : nullptr;
   }
   T* h_out(Index t, Index b) const { return job.h_out + t * job.h_out_step + b * job.P; }
 
-  void select_rows(Index s) {
+  FUSEDRNN_NOINLINE void select_rows(Index s) {
     const Steps& steps = job.steps;
     const Index t = time_of(steps, s);
     const Index before_t = steps.reverse ? t + 1 : t - 1, B = steps.B;
@@ -102,7 +113,7 @@ struct ForwardLoop {
       rows.c_out[i] = c_row(t, b);
       rows.projected[i] = projected_row(s, b);
       rows.saved[i] = saved_row(t, b);
-      rows.c_state[i] = Cell::has_c && job.c_states ? job.c_states + (t * B + b) * job.H : nullptr;
+      rows.c_state[i] = shape.has_c && job.c_states ? job.c_states + (t * B + b) * job.H : nullptr;
       switch (before(steps, t, b)) {
         case Before::previous:
           rows.h[i] = job.y + (before_t * B + b) * job.P;
@@ -116,21 +127,21 @@ struct ForwardLoop {
           rows.h[i] = rows.c[i] = job.zeros;
           break;
       }
-      if constexpr (kRegularized<Cell>) {
+      if (regularized) {
         rows.b[i] = b;
         rows.operand[i] = masks().operand(i, b, rows.h[i], job.P);
       }
     }
-    if constexpr (kRegularized<Cell>) {
+    if (regularized) {
       rows.keep_h = masks().keep_h(t, rows.b, rows.count);
       rows.keep_c = masks().keep_c(t, rows.b, rows.count);
     }
   }
 
   // Adds one part's product: rows [first, first+m) times the weights of `wide` blocks, from lane `lane` of each block.
-  static Product<T> product(const Packed<T>& weights, const Part& part, const T* const* a, Index k, Index block,
-                            Index lane) {
-    const Index gap = kWide > 1 ? weights.block_step : kBlock;
+  static FUSEDRNN_INLINE Product<T> product(const CellShape& shape, const Packed<T>& weights, const Part& part,
+                                            const T* const* a, Index k, Index block, Index lane) {
+    const Index gap = panel_blocks(shape) > 1 ? weights.block_step : kBlock;
     return {a,
             0,
             1,
@@ -141,21 +152,17 @@ struct ForwardLoop {
             1,
             k,
             weights.block_step,
-            kTile};
+            tile_vectors(shape)};
   }
 
-  static TileFn<T> tile_of(int m, const Part& part, int wide) {
-    return kWide == 1 && wide == 2 ? tile_for_two_blocks<V>(part.count) : tile_for<V>(m, part.count * wide);
-  }
-
-  static FUSEDRNN_INLINE void keep(V v, T* to, [[maybe_unused]] bool stream) {
-    if constexpr (V::whole_lines)
-      if (stream) return v.stream(to);
-    v.store(to);
+  static FUSEDRNN_INLINE TileFn<T> tile_of(const CellShape& shape, int m, const Part& part, int wide) {
+    return panel_blocks(shape) == 1 && wide == 2 ? tile_for_two_blocks<V>(part.count)
+                                                 : tile_for<V>(m, part.count * wide);
   }
 
   // acc[wide][A][m] = bias.
-  void start(Index block, int wide, int m, Index lane, T* acc) const {
+  FUSEDRNN_NOINLINE void start(Index block, int wide, int m, Index lane, T* acc) const {
+    const int A = shape.accumulators;
     for (int n = 0; n < wide * A; ++n) {
       const V bias = V::load(job.bias + (block * A + n) * kBlock + lane);
       for (int i = 0; i < m; ++i) bias.store(acc + (n * m + i) * V::lanes);
@@ -164,16 +171,21 @@ struct ForwardLoop {
 
   // Where the input's accumulators of tile row i lie in acc, and in a row of `projected`: then(acc, row).
   template <class Then>
-  static void each_projected(T* const* to, Index block, int wide, int m, Index lane, T* acc, Then&& then) {
+  FUSEDRNN_INLINE void each_projected(T* const* to, Index block, int wide, int m, Index lane, T* acc,
+                                      Then&& then) const {
     for (int w = 0; w < wide; ++w)
-      for (int s = 0; s < Cell::input.count; ++s)
+      for (int s = 0; s < shape.input.count; ++s)
         for (int i = 0; i < m; ++i)
-          then(acc + ((w * A + Cell::input.first + s) * m + i) * V::lanes,
-               to[i] + ((block + w) * Cell::input.count + s) * kBlock + lane);
+          then(acc + ((w * shape.accumulators + shape.input.first + s) * m + i) * V::lanes,
+               to[i] + ((block + w) * shape.input.count + s) * kBlock + lane);
+  }
+  // The projection of rows, made before, to where the tile sums it up.
+  FUSEDRNN_NOINLINE void load_projected(T* const* from, Index block, int wide, int m, Index lane, T* acc) const {
+    each_projected(from, block, wide, m, lane, acc, [](T* sum, const T* row) { V::load(row).store(sum); });
   }
 
   // bias + W x of steps [begin, end): few rows a step would read W from afar once a step.
-  bool project(Index begin, Index end) {
+  FUSEDRNN_NOINLINE bool project(Index begin, Index end) {
     ahead_begin = begin;
     Index n = 0;
     for (Index s = begin; s < end; ++s) {
@@ -182,7 +194,8 @@ struct ForwardLoop {
         if (valid(job.steps, t, b))
           ahead.x[n] = job.x + t * job.x_step + b * job.x_row, ahead.projected[n++] = projected_row(s, b);
     }
-    const Cut tiles(n, kRows), panels(block_end - block_begin, kWide);
+    const Cut tiles(n, max_rows<V>(tile_vectors(shape) * panel_blocks(shape))),
+        panels(block_end - block_begin, panel_blocks(shape));
     for (Index j = 0; j < panels.pieces; ++j) {
       const Index block = block_begin + panels.begin(j);
       const int wide = int(block_begin + panels.begin(j + 1) - block);
@@ -192,8 +205,8 @@ struct ForwardLoop {
         for (Index lane = 0; lane < kBlock; lane += V::lanes) {
           alignas(64) T acc[kMaxTile * V::lanes];
           start(block, wide, m, lane, acc);
-          const Product<T> p = product(job.input, Cell::input, ahead.x + first, job.I, block, lane);
-          tile_of(m, Cell::input, wide)(&p, 1, acc + Cell::input.first * m * V::lanes);
+          const Product<T> p = product(shape, job.input, shape.input, ahead.x + first, job.I, block, lane);
+          tile_of(shape, m, shape.input, wide)(&p, 1, acc + shape.input.first * m * V::lanes);
           each_projected(ahead.projected + first, block, wide, m, lane, acc,
                          [](const T* sum, T* row) { V::load(sum).store(row); });
         }
@@ -203,22 +216,76 @@ struct ForwardLoop {
     return true;
   }
 
+  // Padding of y and of the all-step states, and the final states, for this thread's rows.
+  FUSEDRNN_NOINLINE void finish() {
+    const Steps& steps = job.steps;
+    const Index B = steps.B, P = job.P, H = job.H, n = worker.region.threads, i = worker.region.thread;
+    const auto copy = [](T* to, const T* from, Index count) { __builtin_memcpy(to, from, size_t(count) * sizeof(T)); };
+    for (Index b = B * i / n; b < B * (i + 1) / n; ++b) {
+      const Index length = length_of(steps, b), last = length ? last_time(steps, b) : 0;
+      const T* h = length ? job.y + (last * B + b) * P : job.h0 ? job.h0 + b * P : job.zeros;
+      const T* c = length ? c_row(last, b) : job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros;
+      copy(job.hT + b * P, h, P);
+      if (shape.has_c) copy(job.cT + b * H, c, H);
+      // In reverse the padding comes before the first step: there the initial state is held.
+      const T* held_h = steps.reverse ? (job.h0 ? job.h0 + b * P : job.zeros) : h;
+      const T* held_c = steps.reverse ? (job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros) : c;
+      for (Index t = length; t < steps.T; ++t) __builtin_memset(h_out(t, b), 0, size_t(P) * sizeof(T));
+      if (job.h_states)
+        for (Index t = 0; t < steps.T; ++t)
+          copy(job.h_states + (t * B + b) * P, t < length ? job.y + (t * B + b) * P : held_h, P);
+      if (job.c_states)
+        for (Index t = length; t < steps.T; ++t) copy(job.c_states + (t * B + b) * H, held_c, H);
+    }
+  }
+
+  // c before step s, if a chunk begins there: chunks are counted from the end.
+  FUSEDRNN_NOINLINE void keep_border(Index s) {
+    const Index left = job.steps.T - s, units = job.blocks * kBlock;
+    if (!left || left % job.chunk_steps) return;
+    T* border = job.borders + (left / job.chunk_steps - 1) * job.steps.B * units;
+    for (Index b = row_begin; b < row_end; ++b)
+      __builtin_memcpy(border + b * units + block_begin * kBlock, job.kept.c + b * units + block_begin * kBlock,
+                       size_t((block_end - block_begin) * kBlock) * sizeof(T));
+  }
+};
+
+template <class Cell, class V>
+struct ForwardLoop : ForwardSteps<V> {
+  using Base = ForwardSteps<V>;
+  using T = typename V::scalar;
+  using CellType = Cell;
+  using Vector = V;
+  using Base::job, Base::worker, Base::rows, Base::block_begin, Base::block_end, Base::masks;
+  static constexpr int A = Cell::accumulators;
+  static constexpr CellShape shape = shape_of<Cell>();
+  static constexpr int kWide = panel_blocks(shape);
+  static constexpr int kRows = max_rows<V>(tile_vectors(shape) * kWide);
+
+  ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_) : Base(job_, worker_, shape, kRegularized<Cell>) {}
+
+  static FUSEDRNN_INLINE void keep(V v, T* to, [[maybe_unused]] bool stream) {
+    if constexpr (V::whole_lines)
+      if (stream) return v.stream(to);
+    v.store(to);
+  }
+
   // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
   void phase1(Index first, int m, Index block, int wide, Index lane) {
     alignas(64) T acc[kMaxTile * V::lanes];
-    start(block, wide, m, lane, acc);
-    const Product<T> products[2] = {product(job.input, Cell::input, rows.x + first, job.I, block, lane),
-                                    product(job.recurrent, Cell::recurrent,
-                                            (kRegularized<Cell> ? rows.operand : rows.h) + first, job.P, block, lane)};
+    this->start(block, wide, m, lane, acc);
+    const Product<T> products[2] = {
+        Base::product(shape, job.input, Cell::input, rows.x + first, job.I, block, lane),
+        Base::product(shape, job.recurrent, Cell::recurrent, (kRegularized<Cell> ? rows.operand : rows.h) + first,
+                      job.P, block, lane)};
     if (job.projected) {
-      each_projected(rows.projected + first, block, wide, m, lane, acc,
-                     [](T* sum, const T* row) { V::load(row).store(sum); });
-      tile_of(m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
+      this->load_projected(rows.projected + first, block, wide, m, lane, acc);
+      Base::tile_of(shape, m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
     } else if constexpr (Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count) {
-      tile_of(m, Cell::input, wide)(products, 2, acc + Cell::input.first * m * V::lanes);
+      Base::tile_of(shape, m, Cell::input, wide)(products, 2, acc + Cell::input.first * m * V::lanes);
     } else {
-      tile_of(m, Cell::input, wide)(products, 1, acc + Cell::input.first * m * V::lanes);
-      tile_of(m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
+      Base::tile_of(shape, m, Cell::input, wide)(products, 1, acc + Cell::input.first * m * V::lanes);
+      Base::tile_of(shape, m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
     }
     // Local: a store could change whatever is reached through a pointer, and it would be read again for every vector.
     const T *const *h_prevs = rows.h + first, *const *c_prevs = rows.c + first;
@@ -267,7 +334,7 @@ struct ForwardLoop {
       for (int w = 0; w < wide; ++w)
         for (int i = 0; i < m; ++i)
           V::load(rows.saved[first + i] + at + (w * Cell::saved + slot) * kBlock).store(acc + (w * m + i) * V::lanes);
-      Product<T> p = product(job.recurrent2, Cell::recurrent2, rows.middle + first, job.P, block, lane);
+      Product<T> p = Base::product(shape, job.recurrent2, Cell::recurrent2, rows.middle + first, job.P, block, lane);
       p.b_gap = job.recurrent2.block_step;
       tile_for<V>(m, wide)(&p, 1, acc);
       for (int w = 0; w < wide; ++w) {
@@ -309,37 +376,14 @@ struct ForwardLoop {
     return true;
   }
 
-  // Padding of y and of the all-step states, and the final states, for this thread's rows.
-  void finish() {
-    const Steps& steps = job.steps;
-    const Index B = steps.B, P = job.P, H = job.H, n = worker.region.threads, i = worker.region.thread;
-    const auto copy = [](T* to, const T* from, Index count) { __builtin_memcpy(to, from, size_t(count) * sizeof(T)); };
-    for (Index b = B * i / n; b < B * (i + 1) / n; ++b) {
-      const Index length = length_of(steps, b), last = length ? last_time(steps, b) : 0;
-      const T* h = length ? job.y + (last * B + b) * P : job.h0 ? job.h0 + b * P : job.zeros;
-      const T* c = length ? c_row(last, b) : job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros;
-      copy(job.hT + b * P, h, P);
-      if (Cell::has_c) copy(job.cT + b * H, c, H);
-      // In reverse the padding comes before the first step: there the initial state is held.
-      const T* held_h = steps.reverse ? (job.h0 ? job.h0 + b * P : job.zeros) : h;
-      const T* held_c = steps.reverse ? (job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros) : c;
-      for (Index t = length; t < steps.T; ++t) __builtin_memset(h_out(t, b), 0, size_t(P) * sizeof(T));
-      if (job.h_states)
-        for (Index t = 0; t < steps.T; ++t)
-          copy(job.h_states + (t * B + b) * P, t < length ? job.y + (t * B + b) * P : held_h, P);
-      if (job.c_states)
-        for (Index t = length; t < steps.T; ++t) copy(job.c_states + (t * B + b) * H, held_c, H);
-    }
-  }
-
-  // Steps [begin, end) of the recurrence.
-  bool walk(Index begin, Index end) {
+  // Steps [begin, end) of the recurrence. Not inlined: run() and the backward loop share one copy.
+  FUSEDRNN_NOINLINE bool walk(Index begin, Index end) {
     for (Index s = begin; s < end; ++s) {
       if constexpr (!Cell::layer_norm)
         if (job.projected && (s - begin) % job.projected_steps == 0 &&
-            !project(s, s + job.projected_steps < end ? s + job.projected_steps : end))
+            !this->project(s, s + job.projected_steps < end ? s + job.projected_steps : end))
           return false;
-      select_rows(s);
+      this->select_rows(s);
       for (int phase = 1; phase <= Cell::phases; ++phase) {
         if constexpr (Cell::layer_norm) {
           if (!normed_step(*this)) return false;
@@ -348,26 +392,16 @@ struct ForwardLoop {
         }
         if (!worker.by_rows && !worker.barrier()) return false;
       }
-      if (job.borders) keep_border(s + 1);
+      if (job.borders) this->keep_border(s + 1);
     }
     if constexpr (V::whole_lines)
       if (job.stream) V::fence();
     return worker.barrier();
   }
 
-  // c before step s, if a chunk begins there: chunks are counted from the end.
-  void keep_border(Index s) {
-    const Index left = job.steps.T - s, units = job.blocks * kBlock;
-    if (!left || left % job.chunk_steps) return;
-    T* border = job.borders + (left / job.chunk_steps - 1) * job.steps.B * units;
-    for (Index b = row_begin; b < row_end; ++b)
-      __builtin_memcpy(border + b * units + block_begin * kBlock, job.kept.c + b * units + block_begin * kBlock,
-                       size_t((block_end - block_begin) * kBlock) * sizeof(T));
-  }
-
   bool run() {
     if (!walk(0, job.steps.T)) return false;
-    finish();
+    this->finish();
     return true;
   }
 };

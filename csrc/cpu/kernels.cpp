@@ -29,12 +29,6 @@ bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
   return BackwardLoop<Cell, Vec<T>>(job, worker).run();
 }
 
-template <class Cell>
-constexpr cpu::CellShape shape_of() {
-  return {Cell::gates,      Cell::accumulators, Cell::saved, Cell::phases,    Cell::has_c,
-          Cell::has_direct, Cell::layer_norm,   Cell::input, Cell::recurrent, Cell::recurrent2};
-}
-
 Index forward_scratch(Index B, Index projected_steps) {
   return ForwardRows<T>::bytes(B) + ForwardRows<T>::bytes(projected_steps * B);
 }

@@ -196,8 +196,8 @@ bool normed_step(const Loop& loop) {
                             Index block, int wide, Index lane) {
     alignas(64) T acc[kMaxTile * V::lanes];
     for (int n = 0; n < wide * part.count * m; ++n) V::zero().store(acc + n * V::lanes);
-    const Product<T> p = Loop::product(weights, part, a + first, k, block, lane);
-    Loop::tile_of(m, part, wide)(&p, 1, acc);
+    const Product<T> p = Loop::product(Loop::shape, weights, part, a + first, k, block, lane);
+    Loop::tile_of(Loop::shape, m, part, wide)(&p, 1, acc);
     for (int w = 0; w < wide; ++w)
       for (int s = 0; s < part.count; ++s)
         for (int i = 0; i < m; ++i)

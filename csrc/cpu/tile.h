@@ -118,8 +118,9 @@ FUSEDRNN_INLINE TileFn<typename V::scalar> tile_of_rows(int rows) {
 // One row alone: its few sums would wait for each other, so a tile takes up to 8 vectors, or two blocks.
 constexpr int kOneRow = 8;
 
+// Not inlined: its comparisons would stand in every loop of every cell.
 template <class V>
-TileFn<typename V::scalar> tile_for(int rows, int n) {
+FUSEDRNN_NOINLINE TileFn<typename V::scalar> tile_for(int rows, int n) {
   if (n > 4) return n == 5 ? &tile<V, 1, 5> : n == 6 ? &tile<V, 1, 6> : n == 7 ? &tile<V, 1, 7> : &tile<V, 1, 8>;
   switch (n) {
     case 1:

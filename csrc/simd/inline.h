@@ -7,3 +7,6 @@
 #else
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
 #endif
+
+// For what every cell's loop calls: one copy of it, or the build takes twice as long.
+#define FUSEDRNN_NOINLINE __attribute__((noinline))
