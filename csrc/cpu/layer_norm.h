@@ -24,7 +24,7 @@ struct UnitSum {
   UnitSum() {
     for (V& p : part) p = V::zero();
   }
-  T total() const {
+  FUSEDRNN_NOINLINE T total() const {
     alignas(64) T t[kBlock];
     for (int k = 0; k < int(kBlock / V::lanes); ++k) part[k].store(t + k * V::lanes);
     for (int n = kBlock / 2; n > 0; n /= 2)
@@ -68,7 +68,7 @@ struct RowNorm {
 
   static FUSEDRNN_INLINE Index at(Index u, int s) { return u / kBlock * (A * kBlock) + s * kBlock + u % kBlock; }
 
-  RowNorm(const T* row_, Index H) : row(row_) {
+  FUSEDRNN_NOINLINE RowNorm(const T* row_, Index H) : row(row_) {
     UnitSum<V> sums[kNorms], squares[kNorms];
     each_vector<V>(H, [&](Index u, int k, Index in_row) {
 #pragma GCC unroll 8
@@ -119,7 +119,7 @@ struct RowNormBackward {
     sum[n].part[k] = sum[n].part[k] + dx;
     sum_x[n].part[k] = fma(dx, x, sum_x[n].part[k]);
   }
-  void finish() {
+  FUSEDRNN_NOINLINE void finish() {
     for (int n = 0; n < RowNorm<Cell, V>::kNorms; ++n)
       mean[n] = sum[n].total() / norm.count[n], mean_x[n] = sum_x[n].total() / norm.count[n];
   }
@@ -148,7 +148,7 @@ void normed_row(const Loop& loop, Index i) {
   const T *const h_prev = loop.rows.h[i], *const c_prev = loop.rows.c[i];
   T *const h_out = loop.rows.h_out[i], *const c_out = loop.rows.c_out[i], *const c_state = loop.rows.c_state[i];
   [[maybe_unused]] T* const candidate = candidate_of<Cell>(loop.rows.saved[i], job.blocks * kBlock);
-  const RowNorm<Cell, V> norm(loop.rows.saved[i], H);
+  const RowNorm<Maths, V> norm(loop.rows.saved[i], H);
   each_vector<V>(H, [&](Index u, int, Index in_row) {
     V p[Cell::accumulators], h;
     norm.parts(weights.gain, weights.bias, u, p);
@@ -253,7 +253,7 @@ void normed_row_backward(const Loop& loop, const Row& row) {
   const auto& job = loop.job;
   const auto& weights = job.norm;
   const Index H = job.H, units = job.blocks * kBlock;
-  using Norm = RowNorm<Cell, V>;
+  using Norm = RowNorm<Maths, V>;
   const Norm norm(row.saved, H);
   [[maybe_unused]] const T* const candidate = candidate_of<Cell>(row.saved, units);
   T* const da = row.da;
@@ -281,7 +281,7 @@ void normed_row_backward(const Loop& loop, const Row& row) {
     });
   }
 
-  RowNormBackward<Cell, V> back(norm);
+  RowNormBackward<Maths, V> back(norm);
   each_vector<V>(H, [&](Index u, int k, Index in_row) {
     V p[A], dp[A], dc_prev = V::zero(), direct = V::zero();
     norm.parts(weights.gain, weights.bias, u, p);
