@@ -28,7 +28,7 @@ def thirdparty(session: nox.Session) -> None:
     """Suites and libraries of others on our layers (docs/third_party.md)."""
     session.install(".[torch,test]", "expecttest", "onnx", "onnxruntime", "sb3-contrib", "neuralhydrology")
     files = ("torch_moduleinfo", "onnx_cases", "torch_libraries")
-    session.run("pytest", *(f"tests/test_{name}.py" for name in files), *session.posargs)
+    session.run("pytest", *(f"tests/torch/test_{name}.py" for name in files), *session.posargs)
 
 
 @nox.session

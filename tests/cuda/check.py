@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from fusedrnn.backends.cuda_jobs import kernels_of
 from fusedrnn.backends.reference import ReferenceBackend
 from problems import CELLS, NORMED, errors, problem, run

@@ -1,6 +1,6 @@
 """What the CUDA kernels are told: the structures of csrc/cuda/jobs.h, and what the host must know of a cell.
 
-``tests/test_cuda_compile.py`` compares both with the C++ sources.
+``tests/cuda/test_cuda_compile.py`` compares both with the C++ sources.
 """
 
 from __future__ import annotations

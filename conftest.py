@@ -1,0 +1,104 @@
+"""What every test shares: where helper modules lie, and settings put back as they were.
+
+Not in tests/: its folders ``torch`` and ``numba`` would then be importable, as empty packages of these names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Seeded: a failure is the same on every run. Deadlines would measure the machine.
+settings.register_profile(
+    "fusedrnn", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("fusedrnn")
+
+
+# Tests import from each other and from tests/support, in child processes too.
+FOLDERS = [
+    str(Path(__file__).parent / "tests" / name) for name in ("support", "core", "cpu", "cuda", "torch")
+]
+sys.path[:0] = FOLDERS
+os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+
+if other := os.environ.get(
+    "FUSEDRNN_TEST_CORE"
+):  # a compiled module in place of the installed one: a mutant's
+    spec = importlib.util.spec_from_file_location("fusedrnn._core", other)
+    sys.modules["fusedrnn._core"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["fusedrnn._core"])
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "mutation: the small fast selection that has to kill every mutant")
+
+
+@pytest.fixture(autouse=True)
+def no_thresholds(request):
+    """Kernels do with the small problems of tests what only large ones are worth: all threads, for one."""
+    if not request.node.get_closest_marker("kernel"):
+        yield
+        return
+    testing = pytest.importorskip("fusedrnn._core", reason="the compiled module is not built").testing
+    testing.thresholds(False)
+    yield
+    testing.thresholds(True)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the old one comes back after the test, and our own team."""
+    from fusedrnn.threads import get_num_threads, set_num_threads, set_team
+
+    before = get_num_threads()
+    yield set_num_threads
+    set_num_threads(before)
+    set_team("own")
+
+
+@pytest.fixture
+def openmp_team():
+    """PyTorch's threads run the kernels, as after ``import fusedrnn.torch``; afterwards our own again."""
+    from fusedrnn.threads import set_team
+
+    with contextlib.suppress(RuntimeError):  # where there is no OpenMP, they stay on our own
+        set_team("openmp")
+    yield
+    set_team("own")
+
+
+@pytest.fixture
+def poison():
+    """Every buffer of the kernels starts as NaN: what is read before it is written shows."""
+    from fusedrnn._core import testing
+
+    testing.poison(True)
+    yield
+    testing.poison(False)
+
+
+@pytest.fixture
+def no_fallback(monkeypatch):
+    """No warning was given before, a fallback that a test does not expect is an error, and a seed."""
+    import torch
+
+    from fusedrnn.torch import paths
+
+    monkeypatch.setattr(paths, "_told", set())
+    monkeypatch.setattr(paths, "_errors", True)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def warned(no_fallback, monkeypatch):
+    """Fallbacks warn, as they do by themselves."""
+    from fusedrnn.torch import paths
+
+    monkeypatch.setattr(paths, "_errors", False)

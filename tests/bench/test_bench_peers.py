@@ -1,0 +1,203 @@
+"""Who takes part in the benchmark: every peer computes the same problem, and who does not is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusedrnn import bench, cli, problems
+from fusedrnn.bench import participants, registry, runner
+from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.problems import Case, Shape
+from fusedrnn.threads import get_num_threads
+
+SMALL = Case(LSTM(), Shape(6, 5, 3, 17))
+OUTSIDE = [name for name in bench.PEERS if name not in bench.OWN]
+
+
+def truth(case: Case, dtype: str) -> participants.Results:
+    return runner.truth(case, dtype, get_num_threads())
+
+
+# --- the check before the timing --------------------------------------------------------------------------
+
+VARIANTS = {
+    "training": {},
+    "forward": {"kind": "forward"},
+    "step": {"kind": "step", "shape": Shape(1, 5, 3, 17)},
+    "stack": {"layers": 2, "bidirectional": True},
+    "ragged": {"ragged": True},
+    "ragged forward": {"ragged": True, "kind": "forward", "layers": 2, "bidirectional": True},
+    "resets": {"resets": 0.3},
+    "update": {"kind": "update", "layers": 2, "bidirectional": True},
+}
+EXPECTED = {"training": {"y", "h", "dx"}, "forward": {"y", "h"}, "step": {"y", "h"}, "update": {"losses"}}
+
+
+CASES = [
+    dataclasses.replace(SMALL, cell=cell, **options)
+    for cell in (LSTM(), GRU(), RNN(), RNN(relu=True))
+    for options in VARIANTS.values()
+]
+
+
+def dtypes_of(peer: str, case: Case) -> list[str]:
+    dtypes = ("float32", "float64") if case.kind == "training" and case.layers == 1 else ("float32",)
+    return [dtype for dtype in dtypes if registry.PEERS[peer].refuses(case, dtype) is None]
+
+
+@pytest.mark.parametrize(
+    ("peer", "case"),
+    [
+        pytest.param(peer, case, id=f"{peer} {case.cell} {case}")
+        for peer in OUTSIDE
+        for case in CASES
+        if dtypes_of(peer, case)
+    ],
+)
+def test_the_peers_compute_the_same_problem(peer, case):
+    """Each peer, set up by the benchmark, agrees with the reference in every result."""
+    if (why := registry.PEERS[peer].missing()) is not None:
+        pytest.skip(why)
+    for dtype in dtypes_of(peer, case):
+        exact = truth(case, dtype)
+        found = registry.PEERS[peer](problems.make(case, dtype), get_num_threads()).results()
+        assert participants.check(peer, found, exact, participants.TOLERANCE[dtype]) > 0
+        assert set(exact) >= EXPECTED[case.kind]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.cell} {case}")
+@pytest.mark.parametrize("face", registry.FACES)
+def test_our_pytorch_modules_compute_the_same_problem(face, case):
+    """As what is measured; the path says that our kernels ran."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    if face == "cell" and registry.FACES[face].refuses(case, "float32") is not None:
+        return  # as PyTorch's cells
+    case = dataclasses.replace(case, face=face)
+    ours = registry.ours(problems.make(case, "float32"), "cpu", get_num_threads())
+    exact = truth(case, "float32")
+    assert participants.check(face, ours.results(), exact, participants.TOLERANCE["float32"]) > 0
+    assert ours.path == "fused"
+
+
+def test_our_pytorch_modules_are_timed_beside_pytorch(monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    cases = [dataclasses.replace(SMALL, kind=kind, face="layer") for kind in ("training", "update")]
+    rows = runner.run(cases, peers=["torch"], quick=True)["rows"]
+    for row in rows:
+        assert row["participants"][runner.OURS]["path"] == "fused"
+        assert row["participants"]["torch"]["ratio"] > 0
+    with pytest.raises(ValueError, match="backend: our PyTorch modules take the fastest, got reference"):
+        runner.run(cases, backend="reference")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(RuntimeError, match="our PyTorch modules: PyTorch is not installed"):
+        runner.run(cases)
+
+
+def test_every_peer_takes_part_in_something():
+    for name in registry.PEERS:
+        assert any(dtypes_of(name, case) for case in CASES), name
+
+
+@pytest.mark.parametrize("spoil", ["nan", "shape", "one element", "missing", "extra"])
+def test_the_check_fails_when_it_must(spoil):
+    exact = truth(SMALL, "float64")
+    got = {key: value.copy() for key, value in exact.items()}
+    assert participants.check("same", got, exact, 1e-15) == 0
+    if spoil == "nan":
+        got["dx"][1, 2, 0] = np.nan
+    elif spoil == "shape":
+        got["dx"] = got["dx"][:1]
+    elif spoil == "one element":
+        got["dweight_hh"][3, 2] *= 1 + 1e-6
+    elif spoil == "missing":
+        del got["c"]
+    else:
+        got["more"] = got["c"]
+    with pytest.raises(RuntimeError, match="spoiled"):
+        participants.check("spoiled", got, exact, 1e-9)
+
+
+class Wrong(participants.Reference):
+    """A peer with one wrong gradient."""
+
+    def results(self):
+        found = super().results()
+        found["dweight_ih"] = found["dweight_ih"] * (1 + 1e-3)
+        return found
+
+
+def test_a_wrong_participant_is_refused_and_not_timed(monkeypatch):
+    monkeypatch.setitem(registry.PEERS, "wrong", Wrong)
+    monkeypatch.setattr(runner, "time_blocks", lambda *arguments: pytest.fail("it was timed"))
+    with pytest.raises(RuntimeError, match="wrong: dweight_ih is off by 1"):
+        runner.run([SMALL], peers=["wrong"], quick=True)
+
+
+# --- who takes part ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_peer_is_a_line_unless_it_was_asked_for(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    taken, left_out = registry.choose(None, [SMALL], "float32", "cpu")
+    assert "torch" not in taken
+    assert "without torch: PyTorch is not installed: pip install 'fusedrnn[torch]'" in left_out
+    assert cli.main(["bench", "--quick", "--peers", "torch"]) == 1
+    err = capsys.readouterr().err
+    assert "pip install 'fusedrnn[torch]'" in err
+    assert err.count("\n") == 1
+
+
+def test_a_peer_that_takes_part_in_nothing_is_an_error(capsys):
+    assert cli.main(["bench", "--quick", "--peers", "onnxruntime"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fusedrnn bench: --peers onnxruntime: it takes part in none of these cases")
+    assert err.count("\n") == 1
+
+
+def test_the_measured_backend_is_no_peer_of_its_own():
+    assert registry.choose(["reference"], [SMALL], "float32", "reference") == ([], [])
+
+
+def test_xla_keeps_its_threads():
+    pytest.importorskip("jax", reason="JAX is not installed")
+    from fusedrnn.bench import peer_jax
+
+    peer_jax.load(get_num_threads())
+    with pytest.raises(RuntimeError, match="in this process"):
+        peer_jax.load(get_num_threads() + 1)
+    assert "NPROC" not in os.environ
+
+
+# --- a training step in PyTorch ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_step():
+    """bench/torch_step.py as a module."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    path = Path(__file__).parents[2] / "bench" / "torch_step.py"
+    spec = importlib.util.spec_from_file_location("torch_step", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_our_kernels_learn_the_same_inside_a_pytorch_step(torch_step, threads):
+    found = torch_step.measure((5, 3, 2, 8), get_num_threads(), blocks=3, seconds=0.001)
+    assert set(found) == {"nn.LSTM", "ours, own pool", "ours, OpenMP team", "ours, one thread"}
+    assert found["nn.LSTM"]["ratio"] == 1
+    assert all(each["ms"] > 0 for each in found.values())
+
+
+def test_a_step_that_learns_something_else_is_refused(torch_step, threads, monkeypatch):
+    right = torch_step.Fused.backward
+    monkeypatch.setattr(torch_step.Fused, "backward", staticmethod(lambda ctx, dy: right(ctx, -dy)))
+    with pytest.raises(AssertionError, match="ours, own pool"):
+        torch_step.measure((5, 3, 2, 8), 1, blocks=3, seconds=0.001)

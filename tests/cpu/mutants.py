@@ -1,0 +1,520 @@
+"""Seeded mistakes: each is one change of a kernel that the fast selection of tests has to notice.
+
+The classes are those of errors that were published or shipped: a lost carry, a gradient of the wrong
+variable, a wrong slice, a mask that acts in one direction only, stale memory, strides ignored, tails
+skipped, overflow, NaN swallowed. ``old`` occurs exactly once in its file, else the list is out of date and
+the tests fail. ``old`` and ``new`` are whole, so that a switch can choose between them: statements where
+``old`` ends with a semicolon (a declaration is one of ``const T name = ...;``), else expressions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str  # below csrc
+    old: str
+    new: str
+    constant: bool = False  # in an expression that the compiler evaluates: no switch can be there
+
+
+LSTM, GRU, RNN, REGULARIZED = (f"cells/{f}.h" for f in ("lstm", "gru", "rnn", "regularized"))
+FORWARD, BACKWARD, PACK, TILE, MASKS = (
+    f"cpu/{f}.h" for f in ("forward", "backward", "pack", "tile", "masks")
+)
+RUN, MATH, TRANSPOSE, PHILOX = "cpu/run.cpp", "simd/math.h", "simd/transpose.h", "simd/philox.h"
+STEPS, NORM = "steps.h", "cpu/layer_norm.h"
+
+MUTANTS = [
+    # the cells, forward
+    Mutant(
+        "lstm: input and forget gate exchanged",
+        LSTM,
+        "c = fma(f, c_prev, i * g);",
+        "c = fma(i, c_prev, f * g);",
+    ),
+    Mutant("lstm: h without tanh", LSTM, "h = o * tanh(c);", "h = o * c;"),
+    Mutant("gru: r not applied before the product", GRU, "middle = saved[0] * h_prev;", "middle = h_prev;"),
+    Mutant("gru: r on the input part", GRU, "tanh(fma(r, q, a[0]))", "tanh(fma(r, a[0], q))"),
+    # the cells, backward
+    Mutant(
+        "lstm: tanh of the previous c", LSTM, "const V tanh_c = tanh(c);", "const V tanh_c = tanh(c_prev);"
+    ),
+    Mutant(
+        "lstm: forget gate without its derivative",
+        LSTM,
+        "da[1] = dc * c_prev * (f * (one - f));",
+        "da[1] = dc * c_prev * f;",
+    ),
+    Mutant(
+        "lstm: carried dc lost",
+        LSTM,
+        "dc = fma(dh * o, fnma(tanh_c, tanh_c, one), dc);",
+        "dc = dh * o * fnma(tanh_c, tanh_c, one);",
+    ),
+    Mutant("lstm: dc not through the forget gate", LSTM, "dc_prev = dc * f;", "dc_prev = dc;"),
+    Mutant(
+        "lstm: output gate by c for tanh(c)",
+        LSTM,
+        "da[3] = dh * tanh_c * (o * (one - o));",
+        "da[3] = dh * c * (o * (one - o));",
+    ),
+    Mutant(
+        "lstm: gradient of i by i for g",
+        LSTM,
+        "da[0] = dc * g * (i * (one - i));",
+        "da[0] = dc * i * (i * (one - i));",
+    ),
+    Mutant(
+        "lstm: 1 - tanh(g)^2 for 1 - g^2",
+        LSTM,
+        "da[2] = dc * i * fnma(g, g, one);",
+        "da[2] = dc * i * fnma(tanh(g), tanh(g), one);",
+    ),
+    Mutant(
+        "gru: direct part by 1 - z",
+        GRU,
+        "da[3] = dn * r;\n    direct = dh * z;",
+        "da[3] = dn * r;\n    direct = dh * (one - z);",
+    ),
+    Mutant(
+        "gru: r by n for q", GRU, "da[1] = dn * q * (r * (one - r));", "da[1] = dn * n * (r * (one - r));"
+    ),
+    Mutant(
+        "gru: sign of z",
+        GRU,
+        "da[2] = dh * (h_prev - n) * (z * (one - z));",
+        "da[2] = dh * (n - h_prev) * (z * (one - z));",
+    ),
+    Mutant("gru: dq not through r", GRU, "da[3] = dn * r;", "da[3] = dn;"),
+    Mutant("gru before: direct part of r*h lost", GRU, "direct = fma(dmiddle, r, direct);", ""),
+    Mutant(
+        "gru before: r without h_prev",
+        GRU,
+        "da_r = dmiddle * h_prev * (r * (V::set(1) - r));",
+        "da_r = dmiddle * (r * (V::set(1) - r));",
+    ),
+    Mutant("rnn: derivative 1 - h", RNN, "dh * fnma(h, h, V::set(1))", "dh * (V::set(1) - h)"),
+    Mutant("rnn: relu without its mask", RNN, "zero_where(greater_equal(V::zero(), h), dh)", "dh"),
+    # rows, cuts, ends
+    Mutant(
+        "steps: reset at the wrong step in reverse",
+        STEPS,
+        "return (steps.reverse ? t + 1 : t) * steps.B + b;",
+        "return t * steps.B + b;",
+    ),
+    Mutant("steps: reset ignored in reverse", STEPS, "!(steps.reverse && first)", "!steps.reverse"),
+    Mutant(
+        "steps: reverse starts at T",
+        STEPS,
+        "return steps.reverse ? length_of(steps, b) - 1 : 0;",
+        "return steps.reverse ? steps.T - 1 : 0;",
+    ),
+    Mutant(
+        "steps: final state at T",
+        STEPS,
+        "return steps.reverse ? 0 : length_of(steps, b) - 1;",
+        "return steps.reverse ? 0 : steps.T - 1;",
+    ),
+    Mutant(
+        "steps: one step too many",
+        STEPS,
+        "return t < length_of(steps, b);",
+        "return t <= length_of(steps, b);",
+    ),
+    # the loop forward
+    Mutant(
+        "forward: recurrence lost",
+        FORWARD,
+        "rows.h[i] = job.y + (before_t * B + b) * job.P;",
+        "rows.h[i] = job.zeros;",
+    ),
+    Mutant(
+        "forward: h0 ignored",
+        FORWARD,
+        "rows.h[i] = job.h0 ? job.h0 + b * job.P : job.zeros;",
+        "rows.h[i] = job.zeros;",
+    ),
+    Mutant(
+        "forward: c not cut",
+        FORWARD,
+        "rows.h[i] = rows.c[i] = job.zeros;",
+        "rows.h[i] = job.zeros, rows.c[i] = job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros;",
+    ),
+    Mutant(
+        "forward: strides of x ignored",
+        FORWARD,
+        "rows.x[i] = job.x + t * job.x_step + b * job.x_row;",
+        "rows.x[i] = job.x + (t * B + b) * job.I;",
+    ),
+    Mutant(
+        "forward: x of another step projected",
+        FORWARD,
+        "ahead.x[n] = job.x + t * job.x_step + b * job.x_row",
+        "ahead.x[n] = job.x + (t ? t - 1 : t) * job.x_step + b * job.x_row",
+    ),
+    Mutant(
+        "forward: one row's projection for all",
+        FORWARD,
+        "((s - ahead_begin) * job.steps.B + b) * job.blocks",
+        "((s - ahead_begin) * job.steps.B + 0 * b) * job.blocks",
+    ),
+    Mutant(
+        "forward: last lane of the tail skipped",
+        FORWARD,
+        "Cell::phases == 2 ? Index(kBlock) : in_row",
+        "Cell::phases == 2 ? Index(kBlock) : in_row - 1",
+    ),
+    Mutant(
+        "forward: y at padding not zeroed",
+        FORWARD,
+        "__builtin_memset(h_out(t, b), 0, size_t(P) * sizeof(T));",
+        ";",
+    ),
+    Mutant(
+        "forward: states of padding in reverse",
+        FORWARD,
+        "const T* held_h = steps.reverse ? (job.h0 ? job.h0 + b * P : job.zeros) : h;",
+        "const T* held_h = h;",
+    ),
+    Mutant(
+        "forward: final state of an empty row",
+        FORWARD,
+        "const T* h = length ? job.y + (last * B + b) * P : job.h0 ? job.h0 + b * P : job.zeros;",
+        "const T* h = length ? job.y + (last * B + b) * P : job.zeros;",
+    ),
+    # the loop backward
+    Mutant(
+        "backward: carried dh lost",
+        BACKWARD,
+        "dh = V::load(acc + (w * m + i) * V::lanes);",
+        "dh = V::zero();",
+    ),
+    Mutant(
+        "backward: direct part lost",
+        BACKWARD,
+        "if (shape.has_direct) dh = dh + V::load(job.direct + b * units + u);",
+        "",
+    ),
+    Mutant(
+        "backward: dc of the later step lost",
+        BACKWARD,
+        "if (shape.has_c) dc = V::load(job.dc + b * units + u);",
+        "",
+    ),
+    Mutant("backward: dhT lost", BACKWARD, "if (job.dhT) dh = V::load(job.dhT + b * job.P + u, in_row);", ""),
+    Mutant(
+        "backward: dcT lost",
+        BACKWARD,
+        "if (shape.has_c && job.dcT) dc = V::load(job.dcT + b * job.H + u, in_row);",
+        "",
+    ),
+    Mutant(
+        "backward: dy replaces the chain",
+        BACKWARD,
+        "dh = dh + V::load(row.dy + u, in_row);",
+        "dh = V::load(row.dy + u, in_row);",
+    ),
+    Mutant(
+        "backward: dh of the states lost",
+        BACKWARD,
+        "if (row.dh_state) dh = dh + V::load(row.dh_state + u, in_row);",
+        "",
+    ),
+    Mutant(
+        "backward: dc of the states lost",
+        BACKWARD,
+        "if (Cell::has_c && row.dc_state) dc = dc + V::load(row.dc_state + u, in_row);",
+        "",
+    ),
+    Mutant(
+        "backward: strides of dy ignored",
+        BACKWARD,
+        "in(job.dy, job.dy_step, job.dy_row)",
+        "in(job.dy, B * job.P, job.P + 1)",
+    ),
+    Mutant(
+        "backward: cuts in forward only",
+        BACKWARD,
+        "cut || detached(job.steps, later(t))",
+        "detached(job.steps, later(t))",
+    ),
+    Mutant(
+        "backward: gradient not stopped",
+        BACKWARD,
+        "cut || detached(job.steps, later(t))",
+        "cut",
+    ),
+    Mutant(
+        "steps: gradient stopped one step early",
+        STEPS,
+        "time_of(steps, t) % steps.detach_every == 0",
+        "(time_of(steps, t) + 1) % steps.detach_every == 0",
+    ),
+    Mutant(
+        "backward: state0 not cut off", BACKWARD, "cut ? After::nothing : After::product", "After::product"
+    ),
+    Mutant(
+        "backward: no gradient through an empty row",
+        BACKWARD,
+        "empty ? After::final_state : cut ? After::nothing : After::product",
+        "empty ? After::nothing : cut ? After::nothing : After::product",
+    ),
+    Mutant(
+        "backward: dh0 missing",
+        BACKWARD,
+        "if (job.dh0) dh.store(job.dh0 + row.b * job.P + u, job.H - u);",
+        "",
+    ),
+    Mutant(
+        "backward: dc0 missing",
+        BACKWARD,
+        "if (shape.has_c && job.dc0) dc.store(job.dc0 + row.b * job.H + u, job.H - u);",
+        "",
+    ),
+    Mutant(
+        "backward: accumulators not reset",
+        BACKWARD,
+        "for (int i = 0; i < m * wide; ++i) V::zero().store(acc + i * V::lanes);",
+        "",
+    ),
+    Mutant("backward: bias counted twice", BACKWARD, "row[0] = T(1);", "row[0] = T(2);"),
+    Mutant(
+        "backward: h for h_prev",
+        BACKWARD,
+        "const T* h_prev = h_before(t, b);",
+        "const T* h_prev = h_row(t, b);",
+    ),
+    Mutant(
+        "backward: x of another step",
+        BACKWARD,
+        "job.x + t * job.x_step + b * job.x_row",
+        "job.x + (t ? t - 1 : t) * job.x_step + b * job.x_row",
+    ),
+    Mutant(
+        "backward: r lost in the gradient of weight_hn",
+        BACKWARD,
+        "saved[offset(u, shape.saved)] * h_prev[u]",
+        "h_prev[u]",
+    ),
+    Mutant("backward: nothing carried between chunks", BACKWARD, "rows.latest[b] = border;", ""),
+    Mutant(
+        "backward: every chunk begins at zero",
+        BACKWARD,
+        "const bool overwrite = first_chunk && row == 0;",
+        "const bool overwrite = row == 0;",
+    ),
+    Mutant(
+        "backward: sums begin with stale memory",
+        BACKWARD,
+        "const bool overwrite = first_chunk && row == 0;",
+        "const bool overwrite = false && first_chunk;",
+    ),
+    Mutant("backward: wrong slice of the gates", BACKWARD, "part.first - group.first + s", "s"),
+    Mutant(
+        "backward: dx at padding not zeroed",
+        BACKWARD,
+        "if (job.dx && job.steps.lengths) this->zero_padding();",
+        "",
+    ),
+    Mutant(
+        "backward: last column of dx skipped",
+        BACKWARD,
+        "V::load(acc + (w * m + r) * V::lanes).store(row + column, job.I - column);",
+        "V::load(acc + (w * m + r) * V::lanes).store(row + column, job.I - column - 1);",
+    ),
+    # recurrent dropout and zoneout
+    Mutant(
+        "zoneout: what is kept and what is new exchanged",
+        REGULARIZED,
+        "return fma(keep, candidate, (V::set(1) - keep) * before);",
+        "return fma(keep, before, (V::set(1) - keep) * candidate);",
+    ),
+    Mutant("zoneout: all of the gradient to the candidate", REGULARIZED, "d = keep * d;", ""),
+    Mutant("zoneout: the zoned c for the candidate", REGULARIZED, "c = Cell::new_c(saved, c_prev);", ";"),
+    Mutant("zoneout: the candidate h lost", REGULARIZED, "h = saved[Cell::saved];", ";"),
+    Mutant(
+        "zoneout: dh of the state before lost",
+        BACKWARD,
+        "direct = direct + dh_before, dc_prev = dc_prev + dc_before;",
+        "dc_prev = dc_prev + dc_before;",
+    ),
+    Mutant(
+        "zoneout: dc of the state before lost",
+        BACKWARD,
+        "direct = direct + dh_before, dc_prev = dc_prev + dc_before;",
+        "direct = direct + dh_before;",
+    ),
+    Mutant("zoneout: c and h by one mask", MASKS, "MaskKind::zoneout_c", "MaskKind::zoneout_h"),
+    Mutant(
+        "masks: the same at every step",
+        MASKS,
+        "uint32_t(t)",
+        "0",
+    ),
+    Mutant("masks: by place in the step for row", MASKS, "uint32_t(rows ? rows[i] : i)", "uint32_t(i)"),
+    Mutant("masks: kept and dropped exchanged", MASKS, "words[w] >= threshold", "words[w] < threshold"),
+    Mutant("philox: one round too few", PHILOX, "round < 10", "round < 9"),
+    Mutant("dropout: h not masked", FORWARD, "(kRegularized<Cell> ? rows.operand : rows.h)", "rows.h"),
+    Mutant("dropout: r*h not masked", FORWARD, "h = masks().dropped(rows.b[first + i], u, h);", ";"),
+    Mutant("dropout: chain not masked", BACKWARD, "dh = masks().dropped(b, u, dh);", ";"),
+    Mutant(
+        "dropout: mask on the direct part",
+        BACKWARD,
+        """if (regularized) dh = masks().dropped(b, u, dh);
+            if (shape.has_direct) dh = dh + V::load(job.direct + b * units + u);""",
+        """if (shape.has_direct) dh = dh + V::load(job.direct + b * units + u);
+            if (regularized) dh = masks().dropped(b, u, dh);""",
+    ),
+    Mutant("dropout: d(r*h) not masked", BACKWARD, "dmiddle = masks().dropped(row.b, u, dmiddle);", ";"),
+    Mutant(
+        "dropout: weight gradient by the whole h",
+        BACKWARD,
+        "row[1 + job.I + part * job.P + u] *= dropout[u];",
+        ";",
+    ),
+    Mutant("dropout: not scaled", RUN, "1 / (1 - r.recurrent_dropout)", "1"),
+    Mutant("zoneout: evaluation by the rate", RUN, "T(1 - rate)", "T(rate)"),
+    # weights, products, sizes
+    Mutant(
+        "pack: gates in the wrong order",
+        PACK,
+        "(job.part.gate[s] * job.H + block * kBlock) * job.K",
+        "(s * job.H + block * kBlock) * job.K",
+    ),
+    Mutant(
+        "pack: weight_hh for its transpose",
+        PACK,
+        "out[j] = j < columns ? row[column + j] : T(0);",
+        "out[j] = j >= columns ? T(0) : "
+        "job.weight[(job.part.gate[s] * job.H + (column + j) % job.H) * job.K + u % job.K];",
+    ),
+    Mutant(
+        "transpose: one round too few",
+        TRANSPOSE,
+        "round < 4",
+        "round < 3",
+    ),
+    Mutant(
+        "tile: last k skipped",
+        TILE,
+        "begin + product.run * a_step",
+        "begin + (product.run - 1) * a_step",
+    ),
+    Mutant(
+        "tile: gaps in a row ignored",
+        TILE,
+        "product.a_begin + r * product.a_run",
+        "product.a_begin + r * product.run * product.a_step",
+    ),
+    Mutant(
+        "tile: rows left over when cut",
+        TILE,
+        "return i * small + (i < larger ? i : larger);",
+        "return i * small;",
+    ),
+    Mutant(
+        "run: bias_hh twice",
+        RUN,
+        "add(hh, shape.recurrent2);",
+        "add(hh, shape.recurrent); add(hh, shape.recurrent2);",
+    ),
+    Mutant("run: bias_ih forgotten", RUN, "add(ih, shape.input);", ""),
+    Mutant(
+        "run: h0 forgotten in backward",
+        RUN,
+        "job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr",
+        "job.h0 = nullptr, job.c0 = call.c0 && shape.has_c ? c0 : nullptr",
+    ),
+    Mutant(
+        "run: c0 forgotten in backward",
+        RUN,
+        "job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr",
+        "job.h0 = call.h0, job.c0 = nullptr",
+    ),
+    # layer norm
+    Mutant(
+        "norm: units that do not exist count for the variance",
+        NORM,
+        "V::load(mean[n], in_row)",
+        "V::load(mean[n])",
+    ),
+    Mutant(
+        "norm: no epsilon",
+        NORM,
+        "squares[n].total() / count[n] + T(kEpsilon)",
+        "squares[n].total() / count[n]",
+    ),
+    Mutant("norm: gradient keeps its mean", NORM, "dx - V::set(mean[n])", "dx"),
+    Mutant(
+        "norm: gradient keeps its part along x",
+        NORM,
+        "fnma(norm.x(u, s), V::set(mean_x[n]), dx - V::set(mean[n]))",
+        "dx - V::set(mean[n])",
+    ),
+    Mutant("norm: gradient not scaled", NORM, "V::set(norm.inverse[n])", "V::set(1)"),
+    Mutant(
+        "norm: gradient not through the gain",
+        NORM,
+        "dp[s] * V::load(weights.gain + Norm::at(u, s))",
+        "dp[s]",
+    ),
+    Mutant(
+        "norm: gain's gradient without x",
+        NORM,
+        "add_to(sum_at(u, s), dp[s] * x)",
+        "add_to(sum_at(u, s), dp[s])",
+    ),
+    Mutant(
+        "norm: gain_c's gradient of c",
+        NORM,
+        "add_to(sum_at(u, 2 * A), dm * x)",
+        "add_to(sum_at(u, 2 * A), dm)",
+    ),
+    Mutant(
+        "norm: carried dc lost",
+        NORM,
+        "V::load(dc) + back.da(u, 0, V::load(da + Norm::at(u, 0)))",
+        "back.da(u, 0, V::load(da + Norm::at(u, 0)))",
+    ),
+    Mutant(
+        "norm: h by c without its norm",
+        NORM,
+        "Cell::forward_output(V::load(h_out + u, in_row), m)",
+        "Cell::forward_output(V::load(h_out + u, in_row), V::load(c_out + u))",
+    ),
+    Mutant(
+        "norm: sums of the first row alone",
+        NORM,
+        "b < job.steps.B",
+        "b < 1",
+    ),
+    Mutant(
+        "norm: gru's gates all in one",
+        GRU,
+        "return accumulator / 3 * 2 + accumulator % 3 / 2;",
+        "return accumulator / 3;",
+        constant=True,
+    ),
+    Mutant("norm: dm without tanh'", LSTM, "dm = dh * o * fnma(u, u, one);", "dm = dh * o;"),
+    Mutant(
+        "norm: bias of the forward pass lost in backward",
+        RUN,
+        "pack_vectors(shape, n.H, call.weights.bias_ih, call.weights.bias_hh, bias);",
+        "pack_vectors<T>(shape, n.H, nullptr, nullptr, bias);",
+    ),
+    # the activations
+    Mutant("math: sigmoid overflows", MATH, "min(V::set(C::sigmoid_one), x)", "x"),
+    Mutant(
+        "math: min swallows NaN",
+        MATH,
+        "min(V::set(C::tanh_one), abs(x))",
+        "min(abs(x), V::set(C::tanh_one))",
+    ),
+    Mutant("math: tanh without its sign", MATH, "return copysign(ratio, x);", "return ratio;"),
+    Mutant(
+        "math: one coefficient off in its last digits", MATH, "0x1.5554bp-3f", "0x1.5544bp-3f", constant=True
+    ),
+]

@@ -1,0 +1,553 @@
+"""torch.compile: the operators as PyTorch checks them, and models compiled without a graph break."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="needs PyTorch")
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fusedrnn.torch as ours
+from fusedrnn import backends
+from fusedrnn.functional import Regularization, Weights
+from fusedrnn.torch import compilable, ops
+from fusedrnn.torch.recurrence import NORMED
+
+# What PyTorch itself warns of while it compiles is no concern of these tests.
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning"),  # on Python 3.13.0
+]
+
+MODES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+LAYERS = {
+    "LSTM": (compilable.LSTM, {}),
+    "GRU": (compilable.GRU, {}),
+    "RNN_TANH": (compilable.RNN, {}),
+    "RNN_RELU": (compilable.RNN, {"nonlinearity": "relu"}),
+}
+T, B, I, H = 5, 3, 2, 4
+
+COMPILER = any(map(shutil.which, ("g++", "clang++", "c++")))
+INDUCTOR = pytest.param(  # compiles C++ for seconds
+    "inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")]
+)
+BACKENDS = ["aot_eager", INDUCTOR]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Every test compiles anew."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def allow_rnn():
+    before, torch._dynamo.config.allow_rnn = torch._dynamo.config.allow_rnn, True
+    yield
+    torch._dynamo.config.allow_rnn = before
+
+
+def breaks(model, *args, **options) -> int:
+    return torch._dynamo.explain(model)(*args, **options).graph_break_count
+
+
+TENSORS = 3 + len(Weights._fields)  # the first inputs: x, h0, c0, the weights
+
+
+def inputs(
+    mode,
+    dtype=torch.float64,
+    *,
+    bias=True,
+    state=True,
+    lengths=False,
+    reset=False,
+    normed=False,
+    regularized=False,
+    grad=True,
+):
+    """x, h0, c0, the weights, lengths, reset and the seed, as the operators take them."""
+    G = MODES[mode]
+
+    def draw(*size):
+        return torch.randn(*size, dtype=dtype).mul_(0.5).requires_grad_(grad)
+
+    h0 = draw(B, H) if state else None
+    c0 = draw(B, H) if state and mode == "LSTM" else None
+    biases = (draw(G * H), draw(G * H)) if bias else (None, None)
+    gains = (draw(G * H), draw(G * H)) if normed else (None, None)
+    of_c = (draw(H), draw(H)) if normed and mode == "LSTM" else (None, None)
+    rows = torch.tensor([T, 2, 0]) if lengths else None
+    cuts = torch.rand(T, B) < 0.3 if reset else None
+    seed = torch.tensor(2**40 + 3) if regularized else None
+    return draw(T, B, I), h0, c0, draw(G * H, I), draw(G * H, H), *biases, *gains, *of_c, rows, cuts, seed
+
+
+def cell_of(mode, options):
+    """The name of the cell."""
+    return mode + NORMED if options.get("normed") else mode
+
+
+def more_of(mode, options):
+    """The last arguments: detach_every, rates, stream."""
+    return (None, [0.25, 0.2, 0.1 if mode == "LSTM" else 0.0], 3) if options.get("regularized") else ()
+
+
+# --- the operators ------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "all": {},
+    "bare": {"bias": False, "state": False},
+    "ragged": {"lengths": True, "reset": True},
+    "normed": {"normed": True},
+    "regularized": {"regularized": True, "lengths": True},
+}
+options_of = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def cases():
+    """Every cell with every option, in both dtypes and directions; all products of these are slow."""
+    for i, mode in enumerate(MODES):
+        for j, name in enumerate(OPTIONS):
+            for k, dtype in enumerate((torch.float32, torch.float64)):
+                for reverse in (False, True):
+                    marks = () if (i + j + k) % 2 == 0 and reverse == (j % 2 == 0) else pytest.mark.slow
+                    label = f"{mode}-{name}-{str(dtype)[6:]}-{'reverse' if reverse else 'forward'}"
+                    yield pytest.param(mode, OPTIONS[name], dtype, reverse, id=label, marks=marks)
+
+
+@pytest.mark.parametrize(("mode", "options", "dtype", "reverse"), list(cases()))
+def test_opcheck_of_forward(mode, options, dtype, reverse):
+    args = inputs(mode, dtype, **options)
+    op = torch.ops.fusedrnn.recurrence.default
+    for return_states, save in ((True, True), (False, False)):
+        more = more_of(mode, options)
+        torch.library.opcheck(op, (*args, cell_of(mode, options), reverse, return_states, save, *more))
+
+
+@pytest.mark.parametrize(("mode", "options", "dtype", "reverse"), list(cases()))
+def test_opcheck_of_backward(mode, options, dtype, reverse):
+    args = inputs(mode, dtype, **options, grad=False)
+    op = torch.ops.fusedrnn.recurrence_backward.default
+    two, cell, more = mode == "LSTM", cell_of(mode, options), more_of(mode, options)
+    for save in (True, False):
+        y, *_, tape = torch.ops.fusedrnn.recurrence(*args, cell, reverse, True, save, *more)
+        dy, dhT, dh_states = torch.randn_like(y), torch.randn(B, H, dtype=dtype), torch.randn_like(y)
+        if save:
+            grads, need = (dy, dhT, dhT if two else None, dh_states, dh_states if two else None), [True] * 10
+        else:
+            grads, need = (dy, *[None] * 4), [False, True, False, False, True, *[False] * 5]
+        torch.library.opcheck(op, (*args, y, tape, *grads, cell, reverse, need, *more))
+
+
+def test_opcheck_of_detach_every():
+    args = inputs("LSTM")
+    torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, (*args, "LSTM", False, True, True, 2))
+    args = inputs("LSTM", grad=False)
+    y, *_, tape = torch.ops.fusedrnn.recurrence(*args, "LSTM", False, False, True, 2)
+    options = ("LSTM", False, [True] * 10, 2)
+    grads = (y, None, None, None, None)
+    torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, (*args, y, tape, *grads, *options))
+
+
+@pytest.mark.parametrize("save", [True, False], ids=["tape", "again"])
+@options_of
+@pytest.mark.parametrize("mode", MODES)
+def test_gradcheck_of_the_operator(mode, options, save):
+    args = inputs(mode, **options)
+    tensors = [t for t in args[:TENSORS] if t is not None]
+    cell, more = cell_of(mode, options), more_of(mode, options)
+
+    def run(*given):
+        rest = iter(given)
+        filled = [None if t is None else next(rest) for t in args[:TENSORS]]
+        found = torch.ops.fusedrnn.recurrence(*filled, *args[TENSORS:], cell, True, True, save, *more)[:5]
+        found = [t for t in found if t.numel() and t.requires_grad]
+        lengths = args[TENSORS]
+        if lengths is not None:  # the kernels take no gradient of held states
+            valid = (torch.arange(T)[:, None] < lengths)[:, :, None]
+            found = [t * valid if t.dim() == 3 else t for t in found]
+        return tuple(found)
+
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
+
+
+@options_of
+@pytest.mark.parametrize("mode", MODES)
+def test_the_tape_in_an_array_gives_the_same_bits(mode, options, poison):
+    """As the kernels' own tape; the array may lie anywhere."""
+    args = inputs(mode, torch.float32, **options, grad=False)
+    cell, more = cell_of(mode, options), more_of(mode, options)
+    y, *_, tape = torch.ops.fusedrnn.recurrence(*args, cell, False, False, True, *more)
+    assert tape.shape == (T, B, ops.tape_width(ops.ForwardInputs(cell, False, False, True, *more), H))
+    backend = backends.usable(None)
+    moved = torch.empty(tape.numel() + 1, dtype=tape.dtype)[1:].view_as(tape).copy_(tape)
+    for kept in (tape, moved):
+        found = torch.ops.fusedrnn.recurrence_backward(
+            *args, y, kept, y, None, None, None, None, cell, False, [True] * 10, *more
+        )
+        arrays = [None if t is None else t.numpy() for t in args]
+        x, h0, c0, *weights = arrays[:TENSORS]
+        lengths, reset, seed = arrays[TENSORS:]
+        state = None if h0 is None else (h0,) if c0 is None else (h0, c0)
+        regularization = Regularization(*more[1], int(seed), more[2]) if more else None
+        out = backend.forward(
+            ops.CELLS[cell],
+            x,
+            Weights(*weights),
+            state,
+            lengths=lengths,
+            reset=reset,
+            regularization=regularization,
+        )
+        dx, dweights, dstate0 = backend.backward(out.tape, out.y)
+        expected = (dx, *dweights, *dstate0)
+        for ours_, own in zip(found, expected, strict=False):
+            assert own is None or np.array_equal(ours_.numpy(), own)
+
+
+def test_another_backend_runs_forward_again(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "reference")
+    args = inputs("LSTM", lengths=True)
+    y, *_, tape = torch.ops.fusedrnn.recurrence(*args, "LSTM", False, False, True)
+    assert tape.shape == (T, B, 0)
+    y.sum().backward()
+    given = [t for t in args[:TENSORS] if t is not None]
+    found = [t.grad.clone() for t in given]
+    monkeypatch.delenv("FUSEDRNN_BACKEND")
+    for t in given:
+        t.grad = None
+    torch.ops.fusedrnn.recurrence(*args, "LSTM", False, False, True)[0].sum().backward()
+    for a, t in zip(found, given, strict=True):
+        torch.testing.assert_close(a, t.grad)
+
+
+def test_a_second_derivative_names_the_way_out():
+    args = inputs("GRU")
+    y = torch.ops.fusedrnn.recurrence(*args, "GRU", False, False, True)[0]
+    (dx,) = torch.autograd.grad(y.sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"to_torch.*fallback"):
+        dx.sum().backward()
+
+
+# --- the layers ---------------------------------------------------------------------------------------------
+
+
+class Tagger(torch.nn.Module):
+    """Something around the layer, for the compiler to work on."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.embed = torch.nn.Linear(I, I)
+        self.rnn = kind(I, H, **options)
+        self.head = torch.nn.Linear(H * (2 if self.rnn.bidirectional else 1), 1)
+
+    def forward(self, x, hx=None):
+        y, end = self.rnn(torch.tanh(self.embed(x)), hx)
+        return self.head(y).relu(), end
+
+
+def same(model, compiled, x, *args):
+    """Outputs and gradients, eager and compiled."""
+    results = []
+    for f in (model, compiled):
+        model.zero_grad()
+        given = x.clone().requires_grad_()
+        y, end = f(given, *args)
+        end = end if isinstance(end, tuple) else (end,)
+        (y.sum() + sum((s * s).sum() for s in end)).backward()
+        results.append([y, *end, given.grad, *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", LAYERS)
+def test_compiled_equals_eager(mode, backend):
+    kind, options = LAYERS[mode]
+    model = Tagger(kind, num_layers=2, bidirectional=True, batch_first=True, **options)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    same(model, compiled, torch.randn(B, T, I))
+    same(model.double(), compiled, torch.randn(B, T, I).double())
+    assert model.rnn.last_path == "fused"
+
+
+@pytest.mark.parametrize("mode", LAYERS)
+def test_no_graph_break(mode):
+    kind, options = LAYERS[mode]
+    model = Tagger(kind, **options)
+    assert breaks(model, torch.randn(T, B, I)) == 0
+    state = torch.randn(1, B, H)
+    assert breaks(model, torch.randn(T, B, I), (state, state) if mode == "LSTM" else state) == 0
+    state = state[:, 0]
+    assert breaks(model, torch.randn(T, I), (state, state) if mode == "LSTM" else state) == 0
+    with torch.no_grad():
+        assert breaks(model, torch.randn(T, B, I)) == 0
+
+
+@pytest.mark.parametrize("mode", LAYERS)
+def test_state_frozen_weights_and_no_bias(mode):
+    kind, options = LAYERS[mode]
+    model = Tagger(kind, bias=False, **options)
+    model.embed.requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    grads = []
+    model.rnn.weight_ih_l0.requires_grad_(False)
+    for f in (model, compiled):
+        model.zero_grad()
+        state = [torch.ones(1, B, H, requires_grad=True) for _ in range(2 if mode == "LSTM" else 1)]
+        f(torch.ones(T, B, I), tuple(state) if mode == "LSTM" else state[0])[0].sum().backward()
+        assert model.rnn.weight_ih_l0.grad is None
+        grads.append([model.rnn.weight_hh_l0.grad.clone(), *(s.grad for s in state)])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_steps(backend):
+    """Adam, a carried and detached state: the same losses."""
+    losses = []
+    first = Tagger(compilable.LSTM)
+    x, target = torch.randn(4, T, B, I), torch.rand(T, B, 1)
+    for compiling in (False, True):
+        model = copy.deepcopy(first)
+        step = torch.compile(model, fullgraph=True, backend=backend) if compiling else model
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
+        state, found = tuple(torch.zeros(1, B, H) for _ in range(2)), []
+        for batch in x.repeat(3, 1, 1, 1):
+            y, state = step(batch, tuple(s.detach() for s in state))
+            loss = torch.nn.functional.mse_loss(y, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        losses.append(found)
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_detach_every_with_dynamic_shapes():
+    """Compiled anew for another number of steps, not for another sequence."""
+    model = compilable.LSTM(I, H)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for t, every in ((5, 2), (9, 2), (9, 3)):
+        x = torch.randn(t, B, I)
+        grads = []
+        for f in (model, compiled):
+            model.zero_grad()
+            f(x, detach_every=every)[0].sum().backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+def test_dynamic_shapes(mode, backend):
+    """One graph for every T and B; sizes alike to inductor, which tells small ones apart."""
+    model = Tagger(LAYERS[mode][0])
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for t, b in ((5, 7), (12, 3), (9, 4)):
+        same(model, compiled, torch.randn(t, b, I))
+    assert counter.frame_count == 1
+
+
+def test_lengths_reset_detach_every_and_states():
+    for name, kind in (("LSTM", compilable.LSTM), ("GRU", compilable.GRU)):
+        model = kind(I, H, num_layers=2, bidirectional=True, batch_first=True)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        x, lengths, reset = torch.randn(B, T, I), torch.tensor([T, 2, 0]), torch.rand(B, T) < 0.3
+        every = {"lengths": lengths, "reset": reset, "detach_every": 2}
+        for options in ({"lengths": lengths}, {"reset": reset.float()}, {"detach_every": 2}, every):
+            results = []
+            for f in (model, compiled):
+                model.zero_grad()
+                y, end, states = f(x, return_states=True, **options)
+                flat = [y, *(end if name == "LSTM" else (end,)), *(states if name == "LSTM" else (states,))]
+                sum((t * t).sum() for t in flat).backward()
+                results.append([*flat, *(p.grad.clone() for p in model.parameters())])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_dropout_and_recompute():
+    model = compilable.GRU(I, H, num_layers=2, dropout=0.5, recompute=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(T, B, I)
+    compiled(x)[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    torch.manual_seed(1)
+    a = model(x)[0]
+    torch.manual_seed(1)
+    torch.testing.assert_close(compiled(x)[0], a)
+    model.eval()
+    torch.testing.assert_close(compiled(x)[0], model(x)[0])
+
+
+def test_what_is_wrong_is_said():
+    model = compilable.LSTM(I, H)
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(T, B, I)
+    with pytest.raises(ValueError, match="lengths"):
+        compiled(x, lengths=torch.tensor([T, T + 1, 0]))
+    with pytest.raises(ValueError, match="lengths"):
+        compiled(x, lengths=torch.tensor([T]))
+    with pytest.raises(TypeError, match="lengths"):
+        compiled(x, lengths=torch.ones(B))
+    with pytest.raises(ValueError, match="reset"):
+        compiled(x, reset=torch.full((T, B), 2))
+    with pytest.raises(ValueError, match="reset"):
+        compiled(x, reset=torch.ones(B, T + 1))
+    with pytest.raises(TypeError, match="detach_every"):
+        compiled(x, detach_every=2.0)
+    with pytest.raises(ValueError, match="detach_every"):
+        compiled(x, detach_every=0)
+    with pytest.raises(RuntimeError, match="input"):
+        compiled(torch.randn(T, B, I + 1))
+    with pytest.raises(RuntimeError, match="hidden"):
+        compiled(x, (torch.zeros(1, B, H + 1), torch.zeros(1, B, H + 1)))
+
+
+def test_what_the_kernels_cannot_take_breaks_the_graph():
+    model = compilable.LSTM(I, H).bfloat16()
+    x = torch.randn(T, B, I).bfloat16()
+    y = torch.compile(model, backend="aot_eager")(x)[0]
+    assert model.last_path == "fallback: the dtype is torch.bfloat16"
+    torch.testing.assert_close(y, model(x)[0])
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="LSTM does not compile here: the dtype"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    model.float()
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x.float(), [T, 2, 1])
+    data = torch.compile(model, backend="aot_eager")(packed)[0].data
+    assert model.last_path == "fused"
+    torch.testing.assert_close(data, model(packed)[0].data)
+
+
+def test_a_second_derivative_of_a_compiled_model_is_an_error():
+    """PyTorch's own: compiled models have none."""
+    compiled = torch.compile(compilable.GRU(I, H), fullgraph=True, backend="aot_eager")
+    x = torch.randn(T, B, I, requires_grad=True)
+    (dx,) = torch.autograd.grad(compiled(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        dx.sum().backward()
+    eager = compilable.GRU(I, H)
+    (dx,) = torch.autograd.grad(eager(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"to_torch.*fallback"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [ours.LSTMCell, ours.GRUCell, ours.RNNCell], ids=lambda kind: kind.__name__)
+def test_cells(kind):
+    model = kind(I, H)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for x in (torch.randn(B, I), torch.randn(I)):
+        torch.testing.assert_close(compiled(x), model(x))
+        torch.testing.assert_close(compiled(x, model(x)), model(x, model(x)))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_the_subclass_with_the_switch(name, allow_rnn):
+    model = Tagger(getattr(ours, name))
+    assert breaks(model, torch.randn(T, B, I)) == 0
+    same(model, torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(T, B, I))
+
+
+def test_the_subclass_without_the_switch_still_runs():
+    model = Tagger(ours.LSTM)
+    same(model, torch.compile(model, backend="aot_eager"), torch.randn(T, B, I))
+    assert model.rnn.last_path == "fused"
+
+
+# --- as modules ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", LAYERS)
+def test_the_twin_of_torch(mode):
+    """Parameters, initial values, state_dict, repr, and both implementations' results."""
+    kind, options = LAYERS[mode]
+    theirs = getattr(torch.nn, kind.__name__)
+    for args in ((I, H), (I, H, 2), (I, H, 1, "relu") if "RNN" in mode else (I, H, 1, False)):
+        given = {} if len(args) > 3 else {"bidirectional": True, **options}
+        torch.manual_seed(3)
+        own = kind(*args, **given)
+        torch.manual_seed(3)
+        other = theirs(*args, **given)
+        assert repr(own) == repr(other)
+        assert list(own.state_dict()) == list(other.state_dict())
+        for a, b in zip(own.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+        x = torch.randn(T, B, I)
+        torch.testing.assert_close(own(x), other(x))
+        with ours.fallback():
+            torch.testing.assert_close(own(x), other(x), rtol=0, atol=0)
+        own.load_state_dict(other.state_dict())
+        assert not isinstance(own, theirs)
+        assert isinstance(own, torch.nn.RNNBase)
+        torch.testing.assert_close(copy.deepcopy(own)(x), other(x))
+    if kind is not compilable.LSTM:
+        with pytest.raises(ValueError, match="proj_size"):
+            kind(I, H, proj_size=2)
+    with pytest.raises(ValueError, match="num_layers"):
+        kind(I, H, 0)
+
+
+def test_convert_to_compilable_and_back():
+    model = torch.nn.ModuleDict({"a": torch.nn.LSTM(I, H), "b": ours.GRU(I, H), "c": torch.nn.GRUCell(I, H)})
+    kinds = ours.convert(model, compilable=True).converted
+    assert set(kinds) == {"a", "b", "c"}
+    assert type(model["a"]) is compilable.LSTM
+    assert type(model["b"]) is compilable.GRU
+    assert type(model["c"]) is ours.GRUCell
+    assert not ours.convert(model, compilable=True).converted
+    assert not ours.convert(model).converted
+    assert breaks(model["a"], torch.randn(T, B, I)) == 0
+    ours.to_torch(model)
+    assert type(model["a"]) is torch.nn.LSTM
+    model["a"](torch.randn(T, B, I))
+
+
+# --- torch.export -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_export(strict, tmp_path):
+    """With T and B left open, saved and loaded."""
+    model = Tagger(compilable.LSTM).eval()
+    sizes = {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}
+    x = torch.randn(T, B, I)
+    program = torch.export.export(model, (x,), dynamic_shapes=(sizes,), strict=strict)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for given in (x, torch.randn(9, 2, I)):
+        torch.testing.assert_close(loaded(given), model(given))
+
+
+def test_export_of_what_the_kernels_cannot_take_says_so():
+    model = compilable.LSTM(I, H).bfloat16()
+    with pytest.raises(RuntimeError, match="does not compile here: the dtype"):
+        torch.export.export(model, (torch.randn(T, B, I).bfloat16(),), strict=False)
+
+
+def test_the_page():
+    """docs/compile.md is right."""
+    page = (Path(__file__).parents[2] / "docs" / "compile.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "docs/compile.md", "exec"), {"__name__": "page"})
