@@ -26,7 +26,7 @@ bench/gpu.sh PART[=SECONDS] ...        install this checkout, then run parts, ea
 bench/gpu.sh compile ARCH [PART ...]   needs no GPU: compile what parts need (first and checks) for it, e.g. sm_90
 
 $(while read -r name seconds what; do printf '  %-11s %4d s  %s\n' "$name" "$seconds" "$what"; done <<<"$parts")
-  (install    $install_seconds s  beside the part first, before all others; not again from the same sources)
+  (install    $install_seconds s  beside the part first, before all others; once for the same sources; install=SECONDS)
 
 Results: \$OUT/results.json and log.txt, else in out/gpu. Compiled kernels: \$FUSEDRNN_CACHE, else out/gpu-cache.
 Exit status: 0, 1 where something failed, 2 for a wrong command, 3 where there is no GPU.
@@ -83,6 +83,7 @@ fi
 names=("$@")
 [[ $1 == compile ]] && names=("${@:3}")
 for each in "${names[@]}"; do
+  if [[ $1 != compile && $each =~ ^install=([1-9][0-9]*)$ ]]; then install_seconds=${BASH_REMATCH[1]}; continue; fi
   [[ -n $(limit_of "${each%%=*}") ]] ||
     wrong "expected parts out of $(cut -d' ' -f1 <<<"$parts" | paste -sd' '), got '${each%%=*}'"
   [[ $each != *=* || ($1 != compile && ${each#*=} =~ ^[1-9][0-9]*$) ]] ||
@@ -107,6 +108,7 @@ wait_for_install() {
 
 for each in "${names[@]}"; do
   name=${each%%=*} seconds=$(limit_of "${each%%=*}")
+  [[ $name == install ]] && continue
   if [[ $each == *=* ]]; then seconds=${each#*=}; fi
   if [[ $name == first && -n $installing ]]; then path=$trees; else wait_for_install; path=$PYTHONPATH; fi
   begin=$SECONDS

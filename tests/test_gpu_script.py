@@ -59,7 +59,7 @@ case $1 in
   -m)
     echo "no CMake today"
     [[ -e broken ]] && exit 1
-    sleep 1
+    sleep 2
     mkdir -p out/gpu-install/fusedrnn && touch out/gpu-install/fusedrnn/_core.so ;;
   bench/gpu.py)
     echo "this is $2, PYTHONPATH is $PYTHONPATH"
@@ -156,7 +156,9 @@ def test_it_is_installed_once(tree):
     assert "FUSEDRNN_CUDA_FATBIN=OFF" in calls[0]
     assert "install" not in run(tree, "goals").stdout.replace(str(own), "")
     (tree / "python" / "fusedrnn" / "layers.py").write_text("new = 1\n")
-    assert "OK    install" in run(tree, "goals").stdout
+    assert "OK    install" in run(tree, "install=30", "goals").stdout
+    (tree / "python" / "fusedrnn" / "layers.py").write_text("newer = 1\n")
+    assert "s, pip: exit status 124, see " in run(tree, "install=1").stdout
 
 
 @bash
