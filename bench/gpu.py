@@ -1,452 +1,413 @@
-"""Everything that needs a GPU, in one run of at most ten minutes: compile, check, time, write down.
+"""One part of bench/gpu.sh, which installs, sets limits and runs them one after the other.
 
-    python bench/gpu.py                  all parts, into bench/results/gpu-NAME-DATE.json, and a table
-    python bench/gpu.py checks timing    some parts
+    python bench/gpu.py PART --seconds 120 --out out/gpu
 
-Needs PyTorch with CUDA and ``fusedrnn[cuda13]`` (or ``cuda12``); DeZero for one goal. A part that fails is
-written down as failed, and the next one begins. What is timed is ``fusedrnn.bench.cuda``'s, as in ``fusedrnn
-bench --device cuda``.
+What a part finds goes to the file results.json as soon as it is there, beside what other parts have found. A
+line begins with OK or FAIL where something is right or wrong. Exit status: 0, 1 where something failed, 3
+where there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import concurrent.futures
+import contextlib
+import importlib.metadata
 import json
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import gpu_compile
 
+from fusedrnn.backends import cuda_compile, cuda_cupy
 from fusedrnn.backends.cuda_plan import KERNELS
+from fusedrnn.cells import CELLS
 
-RESULTS = Path(__file__).parent / "results"
-TOTAL = 570.0  # seconds
+HERE = Path(__file__).resolve().parent
+CHECK = [sys.executable, str(HERE / "gpu_check.py")]
+NO_GPU = 3  # exit status
+ARCHITECTURE = "sm_90"  # that is compiled for where there is no GPU
 
 
 class Run:
-    """What there is to write down, and how long there still is."""
+    """A part: the time that is left, and what it has found, which is written down at once."""
 
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-        self.found: dict[str, Any] = {}
-        self.rows: list[dict[str, Any]] = []  # of the timing
-        self.epoch: float | None = None  # the time of the public framework's divided by ours
+    def __init__(self, part: str, seconds: float, out: Path) -> None:
+        self.begin = time.monotonic()
+        self.end = self.begin + seconds
+        self.path = out / "results.json"
+        self.failed = False
+        self.all: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError):
+            self.all = json.loads(self.path.read_text())
+        self.found: dict[str, Any] = {"finished": False}
+        self.all[part] = self.found
 
     def left(self) -> float:
-        return self.end - time.monotonic()
+        """Seconds, but for the few that it takes to end."""
+        return self.end - time.monotonic() - 4
 
-    def part(self, name: str, work: Callable[[Run], Any]) -> None:
-        """The part's results, or why there are none."""
-        print(f"--- {name} ({self.left():.0f} s left)", flush=True)
-        begin = time.monotonic()
+    def write(self) -> None:
+        """At once: a file that is cut off would lose the other parts too."""
+        self.found["seconds"] = round(time.monotonic() - self.begin, 1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.all, indent=1, default=str) + "\n")
+        os.replace(new, self.path)
+
+    def note(self, name: str, value: Any) -> None:
+        """Something that is neither right nor wrong."""
+        print(f"      {name}: {value}", flush=True)
+        self.found[name] = value
+        self.write()
+
+    def verdict(self, name: str, right: bool, said: str, seconds: float) -> None:
+        """A line."""
+        print(f"{'OK' if right else 'FAIL':5} {name}: {seconds:.1f} s, {said}", flush=True)
+        self.failed |= not right
+        line = {"name": name, "right": right, "said": said, "seconds": round(seconds, 2)}
+        self.found.setdefault("checks", []).append(line)
+        self.write()
+
+
+# --- checks, each a command of its own --------------------------------------------------------------------
+
+
+class Check(NamedTuple):
+    """A command that ends with 0 where all is right; the last line that it prints is what there is to say."""
+
+    name: str
+    command: list[str]
+    seconds: float = 30.0
+    environment: dict[str, str] = {}  # noqa: RUF012
+
+
+running: set[subprocess.Popen[bytes]] = set()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """It and all that it started. One that hangs in the driver may not go; nobody waits for it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(3)
+
+
+def do(check: Check, left: float) -> tuple[bool, str, float]:
+    """Whether it is right, what it says, and the seconds that it took."""
+    begin, limit = time.monotonic(), min(check.seconds, left)
+    if limit <= 0:
+        return False, "not run: no time left", 0.0
+    with tempfile.TemporaryFile() as output:  # a pipe would wait for whoever holds it
+        process = subprocess.Popen(
+            check.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env=os.environ | check.environment, start_new_session=True,
+        )  # fmt: skip
+        running.add(process)
         try:
-            result = work(self) if self.left() > 0 else {"not run": "no time left"}
-        except Exception as error:
-            traceback.print_exc()
-            result = {"failed": f"{type(error).__name__}: {error}"}
-        self.found[name] = {"seconds": round(time.monotonic() - begin, 1), "result": result}
+            code = process.wait(limit)
+            said = f"exit status {code}"
+        except subprocess.TimeoutExpired:
+            code, said = -1, f"stopped after {limit:.0f} s"
+        finally:
+            end(process)
+            running.discard(process)
+        output.seek(0)
+        lines = output.read().decode(errors="replace").strip().splitlines()
+    last = lines[-1].strip() if lines else ""
+    if code < 0 or not last:
+        last = f"{said}: {last}".rstrip(": ")
+    return code == 0, last[:600], time.monotonic() - begin
+
+
+def do_all(run: Run, checks: Sequence[Check], at_once: int = 1) -> None:
+    """A line for each; one that fails stops no other."""
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        begun = {pool.submit(lambda check=check: do(check, run.left())): check.name for check in checks}
+        for done in concurrent.futures.as_completed(begun):
+            run.verdict(begun[done], *done.result())
+
+
+def stopped(*_: Any) -> None:
+    """By the limit of the part."""
+    for process in list(running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    os._exit(124)
+
+
+def checking(*arguments: str, name: str = "", seconds: float = 30.0) -> Check:
+    """One of gpu_check.py."""
+    return Check(name or " ".join(arguments), [*CHECK, *arguments], seconds)
 
 
 # --- what it is -------------------------------------------------------------------------------------------
 
 
-def machine(run: Run) -> dict[str, Any]:
-    """The GPU and every version that matters."""
-    import cuda.bindings
-    import cupy
-    import torch
-
-    from fusedrnn.backends import cuda_compile
-
-    facts = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": facts.name,
-        "capability": f"{facts.major}.{facts.minor}",
-        "multiprocessors": facts.multi_processor_count,
-        "memory": facts.total_memory,
-        "driver": cupy.cuda.runtime.driverGetVersion(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "cupy": cupy.__version__,
-        "cuda-bindings": cuda.bindings.__version__,
-        "nvrtc": cuda_compile.version(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _output(["git", "rev-parse", "HEAD"]),
-    }
+PACKAGES = (
+    "torch",
+    "cupy-cuda13x",
+    "cupy-cuda12x",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "numpy",
+    "ml_dtypes",
+)
 
 
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() if done.returncode == 0 else f"failed: {done.stderr.strip()[-300:]}"
+def versions() -> Iterator[tuple[str, Callable[[], str]]]:
+    """Of all that matters; nothing large is imported for it."""
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,compute_cap,driver_version,memory.total",
+        "--format=csv,noheader",
+    ]
+    yield "GPU, capability, driver, memory", lambda: output(query)
+    yield "Python", lambda: f"{sys.version.split()[0]}, {len(os.sched_getaffinity(0))} cores"
+    yield "packages", lambda: ", ".join(version_of(package) for package in PACKAGES)
+    yield "NVRTC", lambda: "{}.{}".format(*cuda_compile.version())
+    folder = Path(cuda_compile.__file__).parents[1]
+    yield "fusedrnn", lambda: f"commit {output(['git', 'rev-parse', 'HEAD'])}, {folder}"
 
 
-def to_compile(architecture: str) -> Iterator[tuple[str, str, str, str, str]]:
-    """The arguments of ``cuda_compile.cubin`` of all that the parts run, but for layer norm and dropout."""
-    from fusedrnn.backends.cuda_compile import WAYS
-    from fusedrnn.backends.cuda_jobs import kernels_of
-    from fusedrnn.cells import GRU, LSTM, RNN
-
-    for cell in (LSTM(), GRU(), RNN(), RNN(relu=True), GRU(reset_after=False)):
-        kernels = kernels_of(cell)
-        in_all = cell in (LSTM(), GRU(), RNN())
-        for dtype, precision in WAYS if in_all else [way for way in WAYS if way[1] == "ieee"]:
-            for way in KERNELS if kernels.whole else ("steps",):
-                yield kernels.type, dtype, architecture, precision, way
+def version_of(package: str) -> str:
+    """An installed package's."""
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"no {package}"
 
 
-def prepared(run: Run) -> dict[str, float]:
-    """That compiled on all cores, into the cache: one by one, as calls do it, it would take minutes."""
-    import concurrent.futures
-    import multiprocessing
-
-    from fusedrnn.backends import cuda_compile, cuda_cupy
-
-    jobs = list(to_compile(cuda_cupy.current().architecture))
-    begin, workers = time.monotonic(), os.cpu_count() or 1
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        count = sum(1 for _ in pool.map(cuda_compile.cubin, *zip(*jobs, strict=True)))
-    return {"files": count, "processes": workers, "seconds": round(time.monotonic() - begin, 1)}
+def output(command: list[str]) -> str:
+    """The last line that it prints, or why there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"none ({error})"
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or [""]
+    return lines[-1] if done.returncode == 0 else f"none ({lines[-1]})"
 
 
-def compiled(run: Run) -> dict[str, float]:
-    """Seconds that NVRTC takes for each cell and dtype, of one for each precision and each way to run by
-    itself, as calls compile them; nothing is cached."""
-    import tempfile
+def device() -> str:
+    """What plans depend on."""
+    d = cuda_cupy.current()
+    counts = f"{d.multiprocessors} multiprocessors, {d.shared_bytes} B of shared memory"
+    return f"{d.architecture}, {counts}, clusters of {d.cluster}"
 
-    from fusedrnn.backends import cuda_compile, cuda_cupy
-    from fusedrnn.backends.cuda_jobs import kernels_of
-    from fusedrnn.cells import GRU, LSTM, RNN
 
-    architecture, kept = cuda_cupy.current().architecture, os.environ.get("FUSEDRNN_CACHE")
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["FUSEDRNN_CACHE"] = folder
-        for cell in (RNN(), RNN(relu=True), LSTM(), GRU(), GRU(reset_after=False)):
-            for dtype, precision in cuda_compile.WAYS if cell == LSTM() else (("float", "ieee"),):
-                for way in KERNELS if (cell, precision) == (LSTM(), "ieee") else (None,):
-                    begin = time.monotonic()
-                    cuda_compile.cubin(kernels_of(cell).type, dtype, architecture, precision, way)
-                    found[f"{cell} {dtype} {precision} {way or ''}".strip()] = round(
-                        time.monotonic() - begin, 2
-                    )
-    os.environ.pop("FUSEDRNN_CACHE")
-    if kept is not None:
-        os.environ["FUSEDRNN_CACHE"] = kept
-    return found
+def without_gpu() -> str | None:
+    """None, or why there is no GPU; where there is one that the backend cannot use, something is wrong."""
+    reason = cuda_cupy.unavailable()
+    none = reason is not None and reason.startswith("there is no NVIDIA")
+    return reason if none and not Path("/dev/nvidia0").exists() else None
+
+
+def compile_for(run: Run, part: str, architecture: str) -> dict[str, str]:
+    """All that the part runs; by the way to run why something does not compile."""
+    begin = time.monotonic()
+    before = len(list(gpu_compile.folder().glob("*.cubin")))
+    done = gpu_compile.compile_all(gpu_compile.jobs_of(part, architecture))
+    new = len(list(gpu_compile.folder().glob("*.cubin"))) - before
+    run.note("compiled", f"{new} of {len(done)} files now, {time.monotonic() - begin:.1f} s, {architecture}")
+    errors = {d.job.way: d.error for d in done if d.error is not None}
+    for d in done:
+        if d.error is not None and part != "first":
+            run.verdict(f"compile {d.job}", False, d.error, d.seconds)
+    return errors
 
 
 # --- right ------------------------------------------------------------------------------------------------
 
 
-def checks(run: Run) -> dict[str, Any]:
-    """``fusedrnn gradcheck`` of the CUDA backend, once for each way to run."""
-    found = {}
-    for kernel in KERNELS:
-        command = [sys.executable, "-m", "fusedrnn", "gradcheck", "--backend", "cuda"]
-        environment = {**os.environ, "FUSEDRNN_CUDA_KERNEL": kernel}
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=max(1.0, min(45.0, run.left()))
-        )
-        lines = done.stdout.strip().splitlines()
-        end = (lines or [""])[-1]
-        found[kernel] = {"exit code": done.returncode, "end": end, "errors": done.stderr[-2000:]}
-        print(kernel, found[kernel]["exit code"], found[kernel]["end"], flush=True)
-    found["float16 and bfloat16"] = of_16_bits()
-    return found
-
-
-def of_16_bits() -> dict[str, float]:
-    """The worst difference from the reference on the same numbers, in units of the dtype's precision, for
-    each way to run: below 1 where all is right."""
-    import cupy
-    import ml_dtypes
-
-    from fusedrnn.backends.cuda import CudaBackend
-    from fusedrnn.backends.protocol import Weights
-    from fusedrnn.backends.reference import ReferenceBackend
-    from fusedrnn.cells import CELLS
-    from fusedrnn.problems import Case, Shape, make
-
-    def results(backend: Any, cell: Any, put: Callable[[Any], Any], data: Any) -> list[Any]:
-        weights = Weights(*(None if w is None else put(w) for w in data.weights[0]))
-        forward = backend.forward(cell, put(data.x), weights)
-        gradients = backend.backward(forward.tape, put(data.dy))
-        return [forward.y, *forward.stateT, gradients.dx, *(w for w in gradients.dweights if w is not None)]
-
-    found = {}
-    for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
-        for name in ("lstm", "gru", "rnn"):
-            cell = CELLS[name]()
-            data = make(Case(cell, Shape(20, 9, 7, 72)), "float64")
-            truth = results(ReferenceBackend(), cell, lambda a, d=dtype: a.astype(d).astype(float), data)
-            for kernel in KERNELS:
-                put = lambda a, d=dtype: cupy.asarray(a.astype(d))  # noqa: E731
-                got = results(CudaBackend(kernel=kernel), cell, put, data)
-                worst = max(
-                    float(np.abs(a.get().astype(float) - b).max() / np.abs(b).max())
-                    for a, b in zip(got, truth, strict=True)
-                )
-                found[f"{dtype} {name} {kernel}"] = worst / float(ml_dtypes.finfo(dtype).eps)
-    return found
-
-
-class Small(NamedTuple):
-    """A problem in the GPU's memory."""
-
-    cell: Any
-    x: Any
-    weights: Any
-    dy: Any
-
-
-def small(T: int, B: int, I: int, H: int, name: str = "lstm", dtype: str = "float32", seed: int = 0) -> Small:
-    import cupy
-
-    from fusedrnn.backends.protocol import Weights
-    from fusedrnn.cells import CELLS
-    from fusedrnn.problems import Case, Shape, make
-
-    data = make(Case(CELLS[name](), Shape(T, B, I, H)), dtype, seed)
-    weights = Weights(*(None if w is None else cupy.asarray(w) for w in data.weights[0]))
-    return Small(data.case.cell, cupy.asarray(data.x), weights, cupy.asarray(data.dy))
-
-
-def once(p: Small, **options: Any) -> list[Any]:
-    """Results and gradients of one call."""
-    from fusedrnn.functional import backward, forward
-
-    y, stateT, _, tape = forward(p.cell, p.x, p.weights, **options)
-    dx, dweights, dstate0 = backward(tape, p.dy)
-    return [y, *stateT, dx, *(w for w in dweights if w is not None), *dstate0]
-
-
-def promises(run: Run) -> dict[str, Any]:
-    """Run to run the same bits, graphs, the CPU backend's results, flat memory, streams, threads, sizes."""
-    import cupy
-
-    from fusedrnn.backends.cuda import CudaBackend
-
-    found: dict[str, Any] = {}
-    rng = np.random.default_rng(0)
-
-    p = small(64, 17, 33, 129)
-    first = [a.get() for a in once(p)]
-    found["same bits in 20 runs"] = all(
-        all(np.array_equal(a, b.get()) for a, b in zip(first, once(p), strict=True)) for _ in range(20)
-    )
-
-    backend = CudaBackend(kernel="steps")
-    packed = backend.pack(p.cell, p.weights)
-    again = []
-    for _ in range(6):  # plain, recorded and repeated, repeated
-        forward = backend.forward(p.cell, p.x, packed)
-        again.append([forward.y.get(), backend.backward(forward.tape, p.dy).dx.get()])
-    same = all(np.array_equal(a, b) for one in again for a, b in zip(one, again[0], strict=True))
-    found["graphs: recorded, and the same bits as one by one"] = [len(backend.device._graphs), same]
-
-    worst = 0.0
-    for name in ("lstm", "gru", "rnn"):
-        p = small(50, 16, 64, 256, name, "float64")
-        weights = type(p.weights)(*(w if w is None else w.get() for w in p.weights))
-        on_cpu = Small(p.cell, p.x.get(), weights, p.dy.get())
-        for a, b in zip(once(p), once(on_cpu), strict=True):
-            worst = max(worst, float(np.abs(a.get() - b).max() / np.abs(b).max()))
-    found["largest difference from the CPU backend, float64"] = worst
-
-    def mixed(count: int) -> None:
-        for _ in range(count):
-            T, B, I, H = (int(n) for n in rng.integers(1, (20, 40, 40, 200)))
-            once(small(T, B, I, H))
-
-    mixed(200)
-    used = cupy.get_default_memory_pool().total_bytes()
-    calls, end = 0, time.monotonic() + min(60.0, run.left() / 4)
-    while calls < 10_000 and time.monotonic() < end:
-        mixed(100)
-        calls += 100
-    found["calls of mixed shapes"] = calls
-    found["memory pool before and after, bytes"] = [used, cupy.get_default_memory_pool().total_bytes()]
-
-    problems = [small(40, 8, 16, 64, seed=k) for k in range(4)]
-    expected = [[a.get() for a in once(p)] for p in problems]
-    wrong: list[int] = []
-
-    def work(k: int) -> None:
-        with cupy.cuda.Stream(non_blocking=True) as stream:
-            for _ in range(50):
-                got = once(problems[k])
-                stream.synchronize()
-                if not all(np.array_equal(a, b.get()) for a, b in zip(expected[k], got, strict=True)):
-                    wrong.append(k)
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    found["wrong calls of 200 on four threads and streams"] = len(wrong)
-
-    large = ((65_535, 1, 1, 1), (1, 65_535, 1, 1), (65_536, 1, 1, 1), (1, 65_537, 2, 3), (2**21, 1024, 1, 1))
-    for T, B, I, H in large:
+def first(run: Run) -> None:
+    """Whether anything works at all: each way to run by itself, forward and backward, in float32."""
+    for name, say in versions():
         try:
-            out = once(small(T, B, I, H))
-            found[f"finite at {(T, B, I, H)}"] = bool(all(cupy.isfinite(a).all() for a in out))
-        except cupy.cuda.memory.OutOfMemoryError:
-            found[f"finite at {(T, B, I, H)}"] = "out of memory"
-    return found
+            run.note(name, say())
+        except Exception as error:  # a missing library, of many kinds
+            run.verdict(name, False, f"{type(error).__name__}: {error}", 0.0)
+    reason, architecture = cuda_cupy.unavailable(), ARCHITECTURE
+    if without_gpu() is None:
+        run.verdict("backend cuda", reason is None, reason or "can run", 0.0)
+        try:
+            run.note("plans for", device())
+            architecture = cuda_cupy.current().architecture
+        except Exception as error:
+            run.verdict("device", False, f"{type(error).__name__}: {error}", 0.0)
+    run.note("compiled code", gpu_compile.at_hand(architecture))
+    try:
+        errors = compile_for(run, "first", architecture)
+    except Exception as error:  # calls can compile too, only later
+        run.verdict("compile", False, f"{type(error).__name__}: {error}", 0.0)
+        if without_gpu() is not None:
+            return
+        errors = {}
+    for way, error in errors.items():
+        run.verdict(way, False, f"does not compile: {error}", 0.0)
+    ways = [way for way in KERNELS if way not in errors]
+    if without_gpu() is not None:
+        for way in ways:
+            run.note(way, "no GPU: compiled, not run")
+        return
+    # The first has to wait until libraries are read from disk.
+    todo = [checking("way", way, name=way, seconds=40.0 if way == ways[0] else 20.0) for way in ways]
+    do_all(run, [*todo, checking("face", name="PyTorch")])
 
 
-SMALL_RUN = """
-import sys
-sys.path.insert(0, {folder!r})
-from gpu import once, small
-for name in ("lstm", "gru", "rnn"):
-    once(small(5, 9, 3, 40, name))
-import cupy
-cupy.cuda.Device().synchronize()
-"""
+def checks(run: Run) -> None:
+    """``fusedrnn gradcheck`` by each way to run; 16 bits; equality with the CPU backend."""
+    compile_for(run, "checks", cuda_cupy.current().architecture)
+    gradcheck = [sys.executable, "-m", "fusedrnn", "gradcheck", "--backend", "cuda", "--cell"]
+    one_core = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    todo = [checking("halves", kernel) for kernel in KERNELS] + [checking("cpu", cell) for cell in CELLS]
+    todo += [
+        Check(
+            f"gradcheck {cell} {kernel}",
+            [*gradcheck, cell],
+            150.0,
+            one_core | {"FUSEDRNN_CUDA_KERNEL": kernel},
+        )
+        for kernel in KERNELS
+        for cell in CELLS
+    ]
+    do_all(run, todo, len(os.sched_getaffinity(0)))
 
 
-def sanitizers(run: Run) -> dict[str, Any]:
+LARGE = ((65_535, 1, 1, 1), (1, 65_535, 1, 1), (65_536, 1, 1, 1), (1, 65_537, 2, 3), (2**21, 1024, 1, 1))
+
+
+def promises(run: Run) -> None:
+    """Run to run the same bits, graphs, flat memory, streams and threads, sizes."""
+    compile_for(run, "promises", cuda_cupy.current().architecture)
+    do_all(run, [checking("bits", kernel) for kernel in KERNELS], 3)
+    todo = [checking("graphs"), checking("captured"), checking("threads", seconds=45.0)]
+    todo += [checking("memory", seconds=90.0), *(checking("size", *map(str, shape)) for shape in LARGE)]
+    do_all(run, todo, 3)
+
+
+def sanitizers(run: Run) -> None:
     """compute-sanitizer over small calls, in every way to run; where it is installed."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
-        return {"not run": "compute-sanitizer is not installed"}
-    found = {}
-    for kind in ("memcheck", "racecheck"):
-        for kernel in KERNELS:
-            code = SMALL_RUN.format(folder=str(Path(__file__).parent))
-            done = subprocess.run(
-                [tool, f"--tool={kind}", "--error-exitcode=9", sys.executable, "-c", code],
-                capture_output=True, text=True, env={**os.environ, "FUSEDRNN_CUDA_KERNEL": kernel},
-                timeout=max(1.0, min(60.0, run.left())),
-            )  # fmt: skip
-            found[f"{kind}, {kernel}"] = {
-                "exit code": done.returncode,
-                "end": (done.stdout + done.stderr)[-500:],
-            }
-    return found
+        run.note("not run", "compute-sanitizer is not installed")
+        return
+    compile_for(run, "sanitizers", cuda_cupy.current().architecture)
+    todo = [
+        Check(
+            f"{kind} {kernel}", [tool, f"--tool={kind}", "--error-exitcode=9", *CHECK, "small", kernel], 120.0
+        )
+        for kind in ("memcheck", "racecheck")
+        for kernel in KERNELS
+    ]
+    do_all(run, todo, 6)
 
 
 # --- fast -------------------------------------------------------------------------------------------------
 
 
-def timing(run: Run) -> dict[str, Any]:
+def timing(run: Run) -> None:
     """``fusedrnn bench --device cuda``, with few repetitions and as far as the time goes."""
     from fusedrnn import problems
     from fusedrnn.bench import cuda
+    from fusedrnn.bench.runner import OURS
 
-    def note(row: dict[str, Any]) -> None:
-        run.rows.append(row)
+    compile_for(run, "timing", cuda_cupy.current().architecture)
+    rows = run.found["rows"] = []
+
+    def each(row: dict[str, Any]) -> None:
+        rows.append(row)
         print(cuda.line(row), flush=True)
+        run.write()
 
-    limit = max(0.0, min(run.left() - 150, 270))  # what comes after wants some too
-    return cuda.run(problems.SUITES["gpu"], suite="gpu", quick=True, limit=limit, each=note)
+    report = cuda.run(problems.SUITES["gpu"], suite="gpu", quick=True, limit=run.left() - 10, each=each)
+    run.found |= report
+    broken = [f"{row['case']}, {row['mode']}" for row in rows if OURS in row["failed"]]
+    run.verdict("timing", not broken, f"{len(rows)} rows; failed: {'; '.join(broken) or 'none'}", 0.0)
 
 
-def cuts(run: Run) -> dict[str, Any]:
+def epochs(run: Run) -> None:
+    """An epoch of ``fusedrnn train pollution`` on the GPU beside the same in PyTorch, and in DeZero if it is
+    installed."""
+    import pollution_epoch
+
+    compile_for(run, "epochs", cuda_cupy.current().architecture)
+    for name, value in pollution_epoch.measure("cuda").items():
+        run.note(name, value)
+
+
+def goals(run: Run) -> None:
+    """What timing found, as far as it came, and how far it reaches what is wanted."""
+    from fusedrnn import problems
+    from fusedrnn.bench import cuda
+    from fusedrnn.terminal import plain_table
+
+    report = run.all.get("timing", {})
+    if "environment" in report:  # it came to its end
+        print(plain_table(*cuda.table(report), left=2))
+        print("\n".join(cuda.summary(report)))
+    epoch = run.all.get("epochs", {}).get("ratio to dezero")
+    expected = cuda.expected(problems.SUITES["gpu"], list(cuda.MODES))
+    run.found["goals"] = cuda.judge(report.get("rows", []), expected, epoch)
+    print(plain_table(*cuda.goal_table(run.found["goals"]), left=2))
+
+
+def cuts(run: Run) -> None:
     """How the work may be cut, timed: what ``backends.cuda_plan`` chooses from, beside what it counts."""
     import cupy
 
     from fusedrnn.bench.cuda import cuts, timing
 
-    found: dict[str, Any] = {}
-    end = time.monotonic() + min(60.0, run.left() / 3)
+    compile_for(run, "cuts", cuda_cupy.current().architecture)
     for size in cuts.SIZES:
-        if time.monotonic() > end:
-            found.setdefault("no time left for", []).append(str(size))
+        if run.left() < 5:
+            run.note(f"{size}", "no time left")
             continue
         one = cuts.measure(
             size, lambda kind, precision: kind(precision=precision), cupy.asarray, timing.by_events
         )
-        found[one.pop("size")] = one
-    return found
+        run.found[one.pop("size")] = one
+        run.write()
 
 
-def epochs(run: Run) -> dict[str, Any]:
-    """An epoch of ``fusedrnn train pollution`` on the GPU beside the same in PyTorch, and in DeZero if it is
-    installed."""
-    import pollution_epoch
-
-    found: dict[str, Any] = pollution_epoch.measure("cuda")
-    run.epoch = found.get("ratio to dezero")  # of the goal; PyTorch's is beside it
-    return found
-
-
-def goals(run: Run) -> list[dict[str, Any]]:
-    """How far what was timed reaches what is wanted."""
-    from fusedrnn import problems
-    from fusedrnn.bench import cuda
-
-    return cuda.judge(run.rows, cuda.expected(problems.SUITES["gpu"], list(cuda.MODES)), run.epoch)
-
-
-ALWAYS = ("machine", "prepared")  # also where only others are asked for
-PARTS: dict[str, Callable[[Run], Any]] = {  # what is wanted most first
-    "machine": machine,
-    "prepared": prepared,
-    "checks": checks,
-    "timing": timing,
-    "epochs": epochs,
-    "goals": goals,
-    "cuts": cuts,
-    "promises": promises,
-    "sanitizers": sanitizers,
-    "compiled": compiled,
+PARTS: dict[str, Callable[[Run], None]] = {
+    part.__name__: part for part in (first, checks, timing, epochs, goals, cuts, promises, sanitizers)
 }
 
 
-def table(found: dict[str, Any]) -> Iterator[str]:
-    """What to read first."""
-    from fusedrnn.bench import cuda
-    from fusedrnn.terminal import plain_table
-
-    for name, part in found.items():
-        result = part["result"]
-        if name == "timing" and "rows" in result:
-            yield plain_table(*cuda.table(result), left=2)
-            yield from cuda.summary(result)
-        elif isinstance(result, list):
-            yield plain_table(*cuda.goal_table(result), left=2)
-        else:
-            for key, value in result.items():
-                yield f"{name}: {key}: {value}"
-
-
-def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"out of {', '.join(PARTS)}; all of them")
-    parser.add_argument("--seconds", type=float, default=TOTAL, help="for everything (%(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
+def main() -> int:
+    """Run a part."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--seconds", type=float, default=600.0, help="at most (%(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "out" / "gpu", help="folder (%(default)s)")
     given = parser.parse_args()
-    unknown = [name for name in given.parts if name not in PARTS]
-    if unknown:
-        parser.error(f"expected parts out of {', '.join(PARTS)}, got {', '.join(unknown)}")
-    run = Run(given.seconds)
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / "gpu-none.json"
-    for name, work in PARTS.items():
-        if name not in ALWAYS and given.parts and name not in given.parts:
-            continue
-        run.part(name, work)
-        if name == "machine":
-            gpu = re.sub(r"[^a-z0-9]+", "-", str(run.found[name]["result"].get("gpu", "none")).lower())
-            path = given.out / f"gpu-{gpu.strip('-')}-{datetime.date.today():%Y-%m-%d}.json"
-        path.write_text(json.dumps(run.found, indent=1, default=str) + "\n")  # so far; a part may hang
-    print("\n".join(table(run.found)))
-    print(f"written: {path}")
+    signal.signal(signal.SIGTERM, stopped)
+    run = Run(given.part, given.seconds, given.out)
+    run.write()
+    none = None if given.part == "goals" else without_gpu()
+    if none is not None:
+        run.note("no GPU", none)
+    if none is None or given.part == "first":
+        try:
+            PARTS[given.part](run)
+        except Exception as error:
+            traceback.print_exc()
+            run.verdict(given.part, False, f"{type(error).__name__}: {error}", time.monotonic() - run.begin)
+    run.found["finished"] = True
+    run.write()
+    return 1 if run.failed else 0 if none is None else NO_GPU
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

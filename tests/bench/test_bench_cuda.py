@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +14,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 import test_torch_gpu  # noqa: E402
 from emulated import EmulatedDevice  # noqa: E402
 from fusedrnn import bench, cli, problems  # noqa: E402
-from fusedrnn.backends import cuda_cupy, cuda_plan  # noqa: E402
+from fusedrnn.backends import cuda_plan  # noqa: E402
 from fusedrnn.backends.cuda import PRECISION  # noqa: E402
 from fusedrnn.bench import cuda, peer_torch  # noqa: E402
 from fusedrnn.bench.cuda import bounds, cudnn, cuts, goals, modes, runner, timing  # noqa: E402
@@ -26,7 +22,6 @@ from fusedrnn.bench.peer_torch import Place, Torch  # noqa: E402
 from fusedrnn.bench.runner import FULL, OURS  # noqa: E402
 from fusedrnn.cells import GRU, LSTM, RNN  # noqa: E402
 from fusedrnn.problems import Case, Shape  # noqa: E402
-from test_cuda_compile import needs_nvrtc  # noqa: E402
 
 RATES = bounds.Rates(dict.fromkeys(modes.MODES, 1e12), 1e11, 1e-6, {})
 emulated = test_torch_gpu.device
@@ -497,72 +492,6 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert asked["cases"] == (Case(LSTM(), Shape(5, 3, 2, 17), "forward"),)
     assert asked["suite"] is None
     assert asked["modes"] == list(modes.MODES)
-
-
-# --- bench/gpu.py -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def script():
-    """bench/gpu.py as a module."""
-    path = Path(__file__).parents[2] / "bench" / "gpu.py"
-    spec = importlib.util.spec_from_file_location("gpu", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_writes_after_every_part(script, tmp_path, monkeypatch, capsys):
-    """What was found before a part that never comes back is in the file."""
-
-    def broken(run):
-        raise RuntimeError("no such kernel")
-
-    def hangs(run):
-        raise KeyboardInterrupt
-
-    def timing(run):
-        run.rows.extend(ROWS)
-        run.epoch = 25.0
-        return REPORT
-
-    parts = {"machine": lambda run: {"gpu": "NVIDIA  H100"}, "checks": broken, "timing": timing}
-    parts |= {"goals": script.goals, "promises": hangs}
-    monkeypatch.setattr(script, "PARTS", parts)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
-    with pytest.raises(KeyboardInterrupt):
-        script.main()
-    (file,) = tmp_path.iterdir()
-    assert file.name.startswith("gpu-nvidia-h100-")
-    found = json.loads(file.read_text())
-    every = runner.expected(problems.SUITES["gpu"], list(modes.MODES))
-    assert list(found) == ["machine", "checks", "timing", "goals"]
-    assert found["checks"]["result"] == {"failed": "RuntimeError: no such kernel"}
-    assert found["goals"]["result"] == json.loads(json.dumps(cuda.judge(ROWS, every, 25.0)))
-    lines = "\n".join(script.table(found))
-    assert "checks: failed: RuntimeError: no such kernel" in lines
-    assert "PERSIST_STATIC / STANDARD" in lines
-    assert "times LSTMCell" in lines
-
-
-def test_the_script_compiles_what_it_will_run(script):
-    jobs = list(script.to_compile("sm_90"))
-    assert len(set(jobs)) == len(jobs)
-    assert {way for *_, way in jobs} == set(cuda_plan.KERNELS)
-    assert ("GruResetAfter", "float", "sm_90", "tf32", "grid_registers") in jobs
-    assert ("RnnRelu", "double", "sm_90", "ieee", "cluster") in jobs
-    assert {way for cell, *_, way in jobs if cell == "GruResetBefore"} == {"steps"}
-
-
-@needs_nvrtc
-def test_the_script_fills_the_cache_by_processes(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path))
-    monkeypatch.setattr(cuda_cupy, "current", lambda: SimpleNamespace(architecture="sm_80"))
-    two = [("RnnTanh", "float", "sm_80", "ieee", "steps"), ("RnnRelu", "float", "sm_80", "ieee", "steps")]
-    monkeypatch.setattr(script, "to_compile", lambda architecture: two)
-    assert script.prepared(None)["files"] == 2
-    names = sorted(file.name.rsplit("-", 1)[0] for file in tmp_path.iterdir())
-    assert names == ["RnnRelu-steps-float-ieee-sm_80", "RnnTanh-steps-float-ieee-sm_80"]
 
 
 # --- how the work is cut ----------------------------------------------------------------------------------
