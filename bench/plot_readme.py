@@ -87,10 +87,31 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def pytorch_section(report: dict[str, Any]) -> str:
+    """The PyTorch layer beside PyTorch's: forward and backward, and with an optimiser step."""
+    rows = [row for row in report["rows"] if row["kind"] in ("training", "update") and "torch" in row["participants"]]
+    steps = {"training": "forward + backward", "update": "the same and Adam"}
+    lines = [
+        f"LSTM, float32, time of `torch.nn.LSTM` divided by ours. {caption(report)}.",
+        "",
+        "| T, B, I, H | | torch.nn ms | ours ms | ratio |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        ours, torch = row["participants"]["fusedrnn"], row["participants"]["torch"]
+        lines.append(
+            f"| {', '.join(map(str, row['shape']))} | {steps[row['kind']]} | {torch['ms']:.3g} | {ours['ms']:.3g} "
+            f"| **{torch['ratio']:.2f}** |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     all_reports = reports()
     check = "--check" in sys.argv[1:]
     outdated = update("README.md", "plot_readme.py", section(all_reports), check)
+    pytorch = json.loads((ROOT / "bench/results/pytorch-float32.json").read_text())
+    outdated |= update("README.md", "plot_readme.py", pytorch_section(pytorch), check, part="pytorch")
     if check:
         if not PLOT.exists():
             print("docs/bench.png is missing: run python bench/plot_readme.py")

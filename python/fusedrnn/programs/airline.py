@@ -175,8 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, report: Report) -> Result:
     """Train, forecast, compare, plot, time."""
-    if not args.no_plot:
-        common.require_plot()
+    plots = common.will_plot(args.no_plot, report)
     months, y = passengers()
     n = int(0.7 * len(y))
     log = np.log(y)
@@ -205,7 +204,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     place = list(found).index(name) + 1
     report.line(f"{name}: place {place} of {len(found)}, trained for {epochs} epochs on {n} months.")
 
-    if not args.no_plot:
+    if plots:
         path = common.folder(args.out) / "airline.png"
         best = next(k for k in found if k != name)
 

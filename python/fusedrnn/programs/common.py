@@ -108,12 +108,16 @@ def score_table(report: Report, title: str, found: dict[str, dict[str, float]]) 
     report.table(title, ("", *names), rows)
 
 
-def require_plot() -> None:
-    """An ImportError that says what to install, before an hour of work and not after it."""
+def will_plot(no_plot: bool, report: Report) -> bool:
+    """Whether a plot is wanted and Matplotlib is installed; if it is missing, says so before the work begins."""
+    if no_plot:
+        return False
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise ImportError("plots need Matplotlib: pip install 'fusedrnn[plot]' (or pass --no-plot)") from None
+        report.line("No plot, Matplotlib is not installed: pip install matplotlib (--no-plot silences this).")
+        return False
+    return True
 
 
 def plot(path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (9, 4)) -> None:

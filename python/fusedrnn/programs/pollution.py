@@ -198,8 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, report: Report) -> Result:
     """Train or load, test, plot."""
-    if not args.no_plot:
-        common.require_plot()
+    plots = common.will_plot(args.no_plot, report)
     if args.resume and not args.checkpoint:
         raise ValueError("--resume needs --checkpoint FILE")
     rows = read(find(args.data))
@@ -229,7 +228,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         common.score_table(report, "Pollution of the input row itself, on the test part", found)
         report.line("The target is one of the inputs: copying scores an error of 0.")
         report.line("A forecast of the next hour, beside persistence: --task ahead")
-    if not args.no_plot:
+    if plots:
         for path in plots(out, name, losses, prediction, task.truth):
             report.line(f"plot: {path}")
     return Result(losses, prediction, task.truth, found, model)

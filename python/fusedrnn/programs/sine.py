@@ -102,8 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, report: Report) -> Result:
     """Train, score, plot."""
-    if not args.no_plot:
-        common.require_plot()
+    plots = common.will_plot(args.no_plot, report)
     epochs = args.epochs or (10 if args.one_line else 100)
     model, dataset = start(args.cell, args.seed)
     with report.progress(epochs, f"{args.cell.upper()} on a sine") as progress:
@@ -119,7 +118,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     prediction = predict(model, truth)
     found = common.scores(prediction, truth)
     common.score_table(report, "On a cosine, compared with its own input", {args.cell.upper(): found})
-    if not args.no_plot:
+    if plots:
         path = common.folder(args.out) / "sine.png"
 
         def draw(axes: Any) -> None:
