@@ -37,7 +37,7 @@ RUNS = {
 }
 
 
-LEVELS = ("kernel", "functional", "layer")
+LEVELS = ("backend", "kernels", "layer")
 
 
 def markdown(table: report.Table) -> list[str]:

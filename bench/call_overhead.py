@@ -6,8 +6,8 @@
   check, no new NumPy array. What the call itself takes is in it: its scratch memory, and the tape where there
   is one. Two sets of outputs take turns, and a tape lives until the next call has returned: so it is with a
   caller that carries a state.
-- kernel: ``CpuBackend().forward(cell, x, packed, state0)``.
-- functional: ``fusedrnn.functional.forward`` with packed weights.
+- backend: ``CpuBackend().forward(cell, x, packed, state0)``.
+- kernels: ``fusedrnn.kernels.forward`` with packed weights.
 - layer: one step of ``layers.LSTM`` or ``layers.GRU`` from a given state, its node in the graph included;
   where there is no tape, within ``no_grad()``.
 
@@ -27,14 +27,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn import _core, autograd, functional, layers, system, terminal
+from fusedrnn import _core, autograd, kernels, layers, system, terminal
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, Cell
 
 CELLS: tuple[Cell, ...] = (LSTM(), GRU())
 SIZES = ((1, 1, 8), (1, 64, 256), (8, 64, 256), (64, 64, 256))  # B, I, H; the first is hardly any arithmetic
-GOALS = {"kernel": 5.0, "functional": 5.0, "layer": 10.0}  # microseconds beyond the arithmetic, forward
+GOALS = {"backend": 5.0, "kernels": 5.0, "layer": 10.0}  # microseconds beyond the arithmetic, forward
 
 Block = Callable[[int], Any]  # runs a participant so many times
 
@@ -97,7 +97,7 @@ def participants(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Bloc
     state = tuple([draw((B, H)).astype(np.float32) for _ in cell.states])
     h0, c0 = (*state, None)[:2]
     backend = CpuBackend()
-    packed, functional_packed = backend.pack(cell, weights), functional.pack(cell, weights, "cpu")
+    packed, kernels_packed = backend.pack(cell, weights), kernels.pack(cell, weights, "cpu")
     carried = tuple([autograd.Variable(s) for s in state])
     step = x[0]
 
@@ -105,13 +105,13 @@ def participants(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Bloc
         core = packed.core
         return {
             "arithmetic": lambda n: _core.testing.repeat_forward(n, core, x, h0, c0, save is not None),
-            "kernel": repeated(lambda: backend.forward(cell, x, packed, state, save=save)),
-            "functional": repeated(lambda: functional.forward(cell, x, functional_packed, state, save=save)),
+            "backend": repeated(lambda: backend.forward(cell, x, packed, state, save=save)),
+            "kernels": repeated(lambda: kernels.forward(cell, x, kernels_packed, state, save=save)),
             "layer": repeated(lambda: layer(step, carried)),
         }
 
     tape = backend.forward(cell, x, packed, state).tape
-    outside = functional.forward(cell, x, functional_packed, state)
+    outside = kernels.forward(cell, x, kernels_packed, state)
     assert np.array_equal(layer(step, carried).data, outside.y[0])
     assert layer._packed is not None
     without = forward(None)
@@ -120,8 +120,8 @@ def participants(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Bloc
         "forward, no tape": without | {"layer": without_graph(without["layer"])},
         "backward": {
             "arithmetic": lambda n: _core.testing.repeat_backward(n, tape.core, dy),
-            "kernel": repeated(lambda: backend.backward(tape, dy)),
-            "functional": repeated(lambda: functional.backward(outside.tape, dy)),
+            "backend": repeated(lambda: backend.backward(tape, dy)),
+            "kernels": repeated(lambda: kernels.backward(outside.tape, dy)),
         },
     }
 

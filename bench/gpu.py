@@ -223,7 +223,7 @@ def small(T: int, B: int, I: int, H: int, name: str = "lstm", dtype: str = "floa
 
 def once(p: Small, **options: Any) -> list[Any]:
     """Results and gradients of one call."""
-    from fusedrnn.functional import backward, forward
+    from fusedrnn.kernels import backward, forward
 
     y, stateT, _, tape = forward(p.cell, p.x, p.weights, **options)
     dx, dweights, dstate0 = backward(tape, p.dy)

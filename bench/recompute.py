@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import functional, problems, system, terminal
+from fusedrnn import kernels, problems, system, terminal
 from fusedrnn.bench.timing import same_threads
 
 CALLS = 7
@@ -29,15 +29,15 @@ def measure(case: problems.Case) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     gradients = {}
     for save in ("all", "borders"):
-        out = functional.forward(cell, x, weights, save=save)
+        out = kernels.forward(cell, x, weights, save=save)
         found[save] = {"bytes": out.tape.tape.bytes, "seconds": float("inf")}
-        gradients[save] = functional.backward(out.tape, dy)
+        gradients[save] = kernels.backward(out.tape, dy)
     for a, b in zip(gradients["all"].dweights, gradients["borders"].dweights, strict=True):
         assert a is b is None or np.array_equal(a, b)
     for _ in range(CALLS):
         for save, row in found.items():
             start = time.perf_counter()
-            functional.backward(functional.forward(cell, x, weights, save=save).tape, dy)
+            kernels.backward(kernels.forward(cell, x, weights, save=save).tape, dy)
             row["seconds"] = min(row["seconds"], time.perf_counter() - start)
     return found
 

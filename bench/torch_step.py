@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from fusedrnn import functional, system
+from fusedrnn import kernels, system
 from fusedrnn.bench.report import BUSY
 from fusedrnn.bench.timing import Others, ratio, same_threads, spread, time_blocks
 from fusedrnn.threads import set_num_threads, set_team
 
 SHAPES = ((64, 16, 128, 128), (30, 30, 1, 100))  # T, B, I, H
-CELL = functional.LSTM()
+CELL = kernels.LSTM()
 
 
 class Fused(torch.autograd.Function):
@@ -32,14 +32,14 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *parameters):
-        weights = functional.Weights(*(p.detach().numpy() for p in parameters))
-        y, _, _, ctx.tape = functional.forward(CELL, x.detach().numpy(), weights)
+        weights = kernels.Weights(*(p.detach().numpy() for p in parameters))
+        y, _, _, ctx.tape = kernels.forward(CELL, x.detach().numpy(), weights)
         return torch.from_numpy(y)
 
     @staticmethod
     def backward(ctx, dy):
-        need = [name for name, wanted in zip(functional.NEED, ctx.needs_input_grad, strict=False) if wanted]
-        dx, dweights, _ = functional.backward(ctx.tape, dy.contiguous().numpy(), need=need)
+        need = [name for name, wanted in zip(kernels.NEED, ctx.needs_input_grad, strict=False) if wanted]
+        dx, dweights, _ = kernels.backward(ctx.tape, dy.contiguous().numpy(), need=need)
         return tuple(None if g is None else torch.from_numpy(g) for g in (dx, *dweights))
 
 

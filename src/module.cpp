@@ -529,7 +529,7 @@ unsigned long control_word() {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Compiled kernels of fusedrnn. Use fusedrnn.functional; this module checks only what memory safety needs.";
+  m.doc() = "Compiled kernels of fusedrnn. Use fusedrnn.kernels; this module checks only what memory safety needs.";
   py::class_<PyPacked>(m, "Packed", "Weights in the kernels' own order.");
   py::class_<PyTape>(m, "Tape", "What forward saved for backward.")
       .def_property_readonly("bytes", [](const PyTape& t) { return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64); })

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from problems import CELLS, NORMED, assert_same_bits, name, named, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
-from fusedrnn import _core, functional, threads
+from fusedrnn import _core, kernels, threads
 from fusedrnn.backends import get
 from fusedrnn.backends.cpu import CpuBackend, _cell_id
 from fusedrnn.backends.protocol import NEED, Weights
@@ -219,25 +219,25 @@ def check(call, good, which, way):
 
 
 class Face:
-    """``functional`` with one backend, as a backend."""
+    """``kernels`` with one backend, as a backend."""
 
     def __init__(self, backend):
         self.backend = backend
 
     def forward(self, cell, x, weights, state0=None, **options):
-        backend = None if isinstance(weights, functional.Packed) else self.backend
-        return functional.forward(cell, x, weights, state0, **options, backend=backend)
+        backend = None if isinstance(weights, kernels.Packed) else self.backend
+        return kernels.forward(cell, x, weights, state0, **options, backend=backend)
 
     def backward(self, *args):
-        return functional.backward(*args)
+        return kernels.backward(*args)
 
     def pack(self, cell, weights):
-        return functional.pack(cell, weights, self.backend)
+        return kernels.pack(cell, weights, self.backend)
 
 
 FACES = {
-    "functional cpu": Face("cpu"),
-    "functional reference": Face("reference"),
+    "kernels cpu": Face("cpu"),
+    "kernels reference": Face("reference"),
     "cpu": CPU,
     "reference": get("reference"),
 }
@@ -310,11 +310,11 @@ THINGS = st.sampled_from(
                                            "return_states", "save", "backend", "batch_sizes"]))  # fmt: skip
 @example(thing=[LSTM()], which="cell")
 @example(thing=np.int64(1), which="reverse")
-def test_anything_for_any_argument_of_functional_forward(thing, which):
+def test_anything_for_any_argument_of_kernels_forward(thing, which):
     p = problem(LSTM(), T, B, I, H)
     good = {"cell": p.cell, "x": p.x, "weights": p.weights, "state0": p.state0}
     try:
-        functional.forward(**{**good, which: thing})
+        kernels.forward(**{**good, which: thing})
     except ERRORS as error:
         assert NAMED.match(str(error)), error  # noqa: PT017
     else:
@@ -323,11 +323,11 @@ def test_anything_for_any_argument_of_functional_forward(thing, which):
 
 @settings(max_examples=100)
 @given(thing=THINGS, which=st.sampled_from(["tape", "dy", "dstateT", "dstates", "need"]))
-def test_anything_for_any_argument_of_functional_backward(thing, which):
+def test_anything_for_any_argument_of_kernels_backward(thing, which):
     p = problem(LSTM(), T, B, I, H)
-    tape = functional.forward(p.cell, p.x, p.weights).tape
+    tape = kernels.forward(p.cell, p.x, p.weights).tape
     try:
-        functional.backward(**{"tape": tape, which: thing})
+        kernels.backward(**{"tape": tape, which: thing})
     except ERRORS as error:
         assert NAMED.match(str(error)), error  # noqa: PT017
     else:
@@ -443,7 +443,7 @@ def test_a_tape_of_another_backend_or_none_is_refused():
         with pytest.raises(TypeError, match="tape"):
             CPU.backward(tape, p.dy)
         with pytest.raises(TypeError, match="tape"):
-            functional.backward(tape, p.dy)
+            kernels.backward(tape, p.dy)
 
 
 def test_packed_weights_of_another_cell_or_dtype_are_refused():

@@ -11,7 +11,7 @@ import pytest
 import fake_cupy
 import fusedrnn
 from cuda import emulated
-from fusedrnn import backends, checkpoint, cli, functional, gradmatrix, optimizers, stack, system
+from fusedrnn import backends, checkpoint, cli, gradmatrix, kernels, optimizers, stack, system
 from fusedrnn import functions as F
 from fusedrnn import layers as L
 from fusedrnn.backends import cuda_cupy
@@ -60,17 +60,17 @@ def test_arrays_choose_the_backend(gpu, monkeypatch):
     p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
     on_gpu = fake_cupy.hidden(p)
     monkeypatch.setenv("FUSEDRNN_BACKEND", "reference")  # what chooses among those for NumPy
-    want = run(functional, p)
-    got = run(functional, on_gpu)
+    want = run(kernels, p)
+    got = run(kernels, on_gpu)
     assert all(isinstance(a, fake_cupy.ndarray) for a in got.values())
     assert max(error(a.get(), want[key]) for key, a in got.items()) <= 2e-14
-    packed = functional.pack(LSTM(), on_gpu.weights)
+    packed = kernels.pack(LSTM(), on_gpu.weights)
     assert packed.backend.name == "cuda"
     for x, weights, wrong in ((p.x, on_gpu.weights, "weight_ih"), (on_gpu.x, p.weights, "weight_ih")):
         with pytest.raises(TypeError, match=rf"^{wrong}: expected a"):
-            functional.forward(LSTM(), x, weights)
+            kernels.forward(LSTM(), x, weights)
     with pytest.raises(TypeError, match=r"^weight_ih: expected a NumPy array, got cupy.ndarray"):
-        functional.forward(LSTM(), on_gpu.x, on_gpu.weights, backend="reference")
+        kernels.forward(LSTM(), on_gpu.x, on_gpu.weights, backend="reference")
 
 
 def test_packed_rows(gpu):
@@ -79,10 +79,10 @@ def test_packed_rows(gpu):
     sizes = np.array([3, 2, 1])
     results = []
     for move in (np.asarray, put):
-        out = functional.forward(
+        out = kernels.forward(
             LSTM(), move(x), Weights(*(None if w is None else move(w) for w in weights)), batch_sizes=sizes
         )
-        back = functional.backward(out.tape, move(np.ones((6, 7))))
+        back = kernels.backward(out.tape, move(np.ones((6, 7))))
         results.append(
             [fusedrnn.cuda.as_numpy(a) for a in (out.y, *out.stateT, back.dx, back.dweights.weight_hh)]
         )

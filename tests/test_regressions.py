@@ -25,7 +25,7 @@ import pytest
 from problems import CELLS, NORMED, assert_close, assert_same_bits, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
-from fusedrnn import _core, functional
+from fusedrnn import _core, kernels
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
@@ -110,8 +110,8 @@ def test_regression_R06_input_size_differs_from_hidden_size(cell):
 def test_regression_R07_two_gradient_calls_on_one_forward(cell):
     """tensorflow 26331: the second differed, the first had consumed the reserve space."""
     p = problem(cell, 6, 5, 4, 19, dtype=np.float32, return_states=True)
-    tape = functional.forward(cell, p.x, p.weights, p.state0, return_states=True, backend="cpu").tape
-    first, second = (functional.backward(tape, p.dy, p.dstateT, p.dstates) for _ in range(2))
+    tape = kernels.forward(cell, p.x, p.weights, p.state0, return_states=True, backend="cpu").tape
+    first, second = (kernels.backward(tape, p.dy, p.dstateT, p.dstates) for _ in range(2))
     for a, b in zip(*((g.dx, *g.dweights, *g.dstate0) for g in (first, second)), strict=True):
         assert (a is None and b is None) or np.array_equal(a, b)
 
@@ -202,7 +202,7 @@ def refuse(*_, **__): raise AssertionError("a process was started")
 subprocess.Popen.__init__ = refuse
 import hashlib, numpy as np
 from problems import CELLS, problem, run
-from fusedrnn import functional, _core
+from fusedrnn import kernels, _core
 from fusedrnn.backends import get
 _core.testing.poison({poison})
 h = hashlib.sha256()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import oracle
-from fusedrnn import functional, gradcheck, layers, masks, stack
+from fusedrnn import gradcheck, kernels, layers, masks, stack
 from fusedrnn.autograd import test_mode as evaluation
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Regularization
@@ -62,7 +62,7 @@ def cases(*chosen, cells=CELLS):
 
 
 cells = pytest.mark.parametrize("cell", CELLS, ids=name)
-kernels = pytest.mark.parametrize("cell", KERNELS, ids=name)
+kernel_cells = pytest.mark.parametrize("cell", KERNELS, ids=name)
 every_case = cases(*KINDS)
 
 
@@ -191,7 +191,7 @@ def test_no_steps_no_rows_one_of_each(cell, size, cpu):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("size", [(9, 37, 5, 33), (3, 3, 150, 290), (130, 40, 3, 17)], ids=str)
-@kernels
+@kernel_cells
 def test_bits_for_any_threads_and_what_is_saved(cell, size, cpu, threads):
     """Split by rows, by units, in several chunks; kept, made again, or kept in an array."""
     for kind, dtype in (("all", np.float32), ("evaluation", np.float64)):
@@ -209,7 +209,7 @@ def test_bits_for_any_threads_and_what_is_saved(cell, size, cpu, threads):
 
 
 @pytest.mark.kernel
-@kernels
+@kernel_cells
 def test_a_row_keeps_its_bits_whatever_the_rows_after_it(cell, cpu):
     p = problem(cell, 6, 9, 3, 19, regularization=of("all", cell), **EVERYTHING)
     want = run(cpu, p)
@@ -268,7 +268,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @backends
-@kernels
+@kernel_cells
 def test_rates_of_zero_are_the_plain_cell(cell, backend):
     p = problem(cell, 5, 4, 2, 19, **EVERYTHING)
     want = run(get(backend), p)
@@ -327,9 +327,9 @@ def test_evaluation_is_the_mean_of_training(cell, backend):
 def test_dropout_is_one_mask_for_the_whole_call_and_scaled(backend):
     """An Elman cell with weight_hh = 1 shows what it multiplied."""
     cell, H = RNN(relu=True), 9
-    weights = functional.Weights(np.zeros((H, 2)), np.eye(H))
+    weights = kernels.Weights(np.zeros((H, 2)), np.eye(H))
     x, h0 = np.zeros((3, 4, 2)), np.ones((4, H))
-    y = functional.forward(
+    y = kernels.forward(
         cell, x, weights, (h0,), backend=backend, regularization=Regularization(0.25, seed=5)
     ).y
     kept = masks.keep(0.25, "recurrent_dropout", 5, 0, 0, np.arange(4), H)
@@ -373,7 +373,7 @@ def test_wrong_arguments_are_named(backend, wrong, error, message):
         pytest.skip(reason)
     p = problem(GRU(), 2, 3, 2, 5)
     with pytest.raises(error, match=message):
-        functional.forward(p.cell, p.x, p.weights, regularization=wrong, backend=backend)
+        kernels.forward(p.cell, p.x, p.weights, regularization=wrong, backend=backend)
     with pytest.raises(error, match=message):
         stack.forward_stack(p.cell, p.x, [p.weights], regularization=wrong, backend=backend)
 
@@ -422,7 +422,7 @@ def test_each_layer_and_direction_has_masks_of_its_own(backend):
     y = x
     for layer in range(2):
         outs = [
-            functional.forward(cell, y, weights[n], reverse=n % 2 == 1, backend=backend,
+            kernels.forward(cell, y, weights[n], reverse=n % 2 == 1, backend=backend,
                                regularization=r._replace(stream=n))
             for n in (2 * layer, 2 * layer + 1)
         ]  # fmt: skip
@@ -444,10 +444,10 @@ def test_packed_rows(backend):
     r = Regularization(0.3, 0.2, 0.1, seed=4)
     p = problem(LSTM(), 3, 4, 2, 5)
     sizes = np.array([4, 3, 1])
-    ragged = functional.Ragged.of(sizes)
+    ragged = kernels.Ragged.of(sizes)
     x = ragged.rows(p.x)
-    packed = functional.forward(p.cell, x, p.weights, batch_sizes=sizes, regularization=r, backend=backend)
-    padded = functional.forward(
+    packed = kernels.forward(p.cell, x, p.weights, batch_sizes=sizes, regularization=r, backend=backend)
+    padded = kernels.forward(
         p.cell, p.x, p.weights, lengths=ragged.lengths, regularization=r, backend=backend
     )
     np.testing.assert_array_equal(packed.y, ragged.rows(padded.y))
@@ -492,8 +492,8 @@ def test_layers_draw_in_training_and_not_in_evaluation():
     assert (net(x).data != net(x).data).any()
     with evaluation():
         np.testing.assert_array_equal(y(1), y(2))
-        w = functional.Weights(net.weight_ih.data, net.weight_hh.data, net.bias_ih.data)
-        want = functional.forward(LSTM(), x, w, regularization=Regularization(0, 0.2, 0.1))
+        w = kernels.Weights(net.weight_ih.data, net.weight_hh.data, net.bias_ih.data)
+        want = kernels.forward(LSTM(), x, w, regularization=Regularization(0, 0.2, 0.1))
         np.testing.assert_array_equal(y(1), want.y)
     plain = layers.LSTM(9, 3, recurrent_dropout=0.0)
     before = np.random.get_state()[2]
@@ -501,14 +501,14 @@ def test_layers_draw_in_training_and_not_in_evaluation():
     assert np.random.get_state()[2] == before  # draws nothing where there is nothing to draw for
 
 
-def test_a_layer_in_training_is_the_functional_face_with_its_seed():
+def test_a_layer_in_training_is_fusedrnn_kernels_with_its_seed():
     net = layers.GRU(9, 3, recurrent_dropout=0.3, zoneout_h=0.2)
     x = np.random.default_rng(0).standard_normal((6, 4, 3)).astype(np.float32)
     y = net(x)
     r = y.creator.options["regularization"]
     assert r[:3] == (0.3, 0.2, 0.0)
-    w = functional.Weights(*(getattr(net, n).data for n in functional.Weights._fields[:4]))
-    np.testing.assert_array_equal(functional.forward(GRU(), x, w, regularization=r).y, y.data)
+    w = kernels.Weights(*(getattr(net, n).data for n in kernels.Weights._fields[:4]))
+    np.testing.assert_array_equal(kernels.forward(GRU(), x, w, regularization=r).y, y.data)
 
 
 def test_layers_refuse_by_name():

@@ -21,7 +21,7 @@ import pytest
 from problems import CELLS, assert_same_bits, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
-from fusedrnn import _core, functional
+from fusedrnn import _core, kernels
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, RNN
@@ -511,7 +511,7 @@ def test_sizes_beyond_memory_are_an_error(cell, T, B):
     p = problem(cell, 2, 3, 1, 7, dtype=np.float32)
     for options in ({}, {"return_states": True}, {"save": None}):
         with pytest.raises((MemoryError, OverflowError, ValueError)) as error:
-            functional.forward(cell, huge((T, B, 1)), p.weights, backend="cpu", **options)
+            kernels.forward(cell, huge((T, B, 1)), p.weights, backend="cpu", **options)
         assert str(error.value)
     assert_same_bits(run(CPU, p), run(CPU, p))
 

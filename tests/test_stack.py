@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import problems
-from fusedrnn import functional
+from fusedrnn import kernels
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
 from fusedrnn.stack import backward_stack, dropout_mask, forward_stack
@@ -97,14 +97,14 @@ class TestComposition:
         }
         got = run_stack(cell, s, dstates=True, bidirectional=True, masks=[mask], **options)
 
-        def layer(n: int, x: np.ndarray) -> functional.Forward:
+        def layer(n: int, x: np.ndarray) -> kernels.Forward:
             state0 = tuple(a[n] for a in s["state0"])
-            return functional.forward(
+            return kernels.forward(
                 cell, x, s["weights"][n], state0, reverse=n % 2 == 1, **options, backend="reference"
             )
 
-        def back(n: int, f: functional.Forward, dy: np.ndarray) -> functional.Gradients:
-            return functional.backward(
+        def back(n: int, f: kernels.Forward, dy: np.ndarray) -> kernels.Gradients:
+            return kernels.backward(
                 f.tape, dy, tuple(a[n] for a in s["dstateT"]), tuple(a[n] for a in s["dstates"])
             )
 
@@ -156,7 +156,7 @@ class TestComposition:
 
     def test_packed_weights(self) -> None:
         s = stacked(GRU(), 2, 1)
-        packed = [functional.pack(GRU(), w, "reference") for w in s["weights"]]
+        packed = [kernels.pack(GRU(), w, "reference") for w in s["weights"]]
         assert_same_bits(run_stack(GRU(), {**s, "weights": packed}), run_stack(GRU(), s))
 
 

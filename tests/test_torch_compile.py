@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedrnn.torch as ours
 from fusedrnn import backends
-from fusedrnn.functional import Regularization, Weights
+from fusedrnn.kernels import Regularization, Weights
 from fusedrnn.torch import compilable, ops
 from fusedrnn.torch.recurrence import NORMED
 

@@ -118,7 +118,7 @@ def reference(layer, x, given):
 
     from fusedrnn.backends.protocol import Weights
     from fusedrnn.cells import LSTM
-    from fusedrnn.functional import forward
+    from fusedrnn.kernels import forward
 
     weights = Weights(*(p.detach().numpy() for p in layer.parameters()))
     lengths = given["lengths"].numpy()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import autograd, cuda, functional
+from fusedrnn import autograd, cuda, kernels
 from fusedrnn import stack as layered
 from fusedrnn.autograd import Array, Function, Variable, as_variable, config, sum_to
 from fusedrnn.backends.protocol import Weights
@@ -199,7 +199,7 @@ class Fused(Function):
         ``names``; then the initial state, where there is one. Outputs: y, the final state, with
         ``return_states`` the state of every step; with ``step`` only the new state. Everything is cast to
         the dtype of the weights. Several layers or directions go through ``fusedrnn.stack``, whose arguments
-        ``options`` then are, else those of ``functional.forward``; with ``packed`` weights there are none.
+        ``options`` then are, else those of ``kernels.forward``; with ``packed`` weights there are none.
     """
 
     tape: Any = None
@@ -210,7 +210,7 @@ class Fused(Function):
         names: Sequence[Sequence[str]],
         *,
         step: bool = False,
-        packed: functional.Packed | None = None,
+        packed: kernels.Packed | None = None,
         **options: Any,
     ) -> None:
         self.cell, self.names, self.step, self.packed, self.options = cell, names, step, packed, options
@@ -235,7 +235,7 @@ class Fused(Function):
             each = iter(arrays)
             weights = [Weights(**{name: next(each) for name in names}) for names in self.names]
             if self.single:
-                out = functional.forward(self.cell, x, weights[0], state0, **self.options)
+                out = kernels.forward(self.cell, x, weights[0], state0, **self.options)
             else:
                 out = layered.forward_stack(self.cell, x, weights, state0, **self.options)
         self.tape = out.tape
@@ -253,7 +253,7 @@ class Fused(Function):
             gradients = [None, *gradients]
         dy, dstateT, dstates = gradients[0], tuple(gradients[1 : 1 + n]), tuple(gradients[1 + n :]) or None
         if self.single:
-            run = functional.backward if self.packed is None else self.packed.backend.backward
+            run = kernels.backward if self.packed is None else self.packed.backend.backward
             dx, dweights, dstate0 = run(self.tape, dy, dstateT, dstates, need=need)
             slots = [dweights]
         else:
@@ -274,9 +274,9 @@ def _contiguous(array: Any, dtype: Any) -> Array:
     return contiguous
 
 
-def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> functional.Packed:
+def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> kernels.Packed:
     """Weights prepared for repeated steps of a ``Fused`` node."""
-    return functional.pack(cell, Weights(**dict(zip(names, arrays, strict=True))), backend=backend)
+    return kernels.pack(cell, Weights(**dict(zip(names, arrays, strict=True))), backend=backend)
 
 
 def exp(x: Any) -> Variable:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import backends as registry
-from fusedrnn import cuda, functional
+from fusedrnn import cuda, kernels
 from fusedrnn import stack as layered
 from fusedrnn.backends.protocol import Array, NotBuilt, Regularization, Weights
 from fusedrnn.cells import CELLS, Cell, layer_norm
@@ -338,7 +338,7 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
     }
     if option.layers == 1 and not option.bidirectional:
         first = None if p.state0 is None else tuple(s[0] for s in p.state0)
-        out = functional.forward(p.cell, p.x, p.weights[0], first, reverse=option.reverse, **shared)
+        out = kernels.forward(p.cell, p.x, p.weights[0], first, reverse=option.reverse, **shared)
     else:
         directions = option.bidirectional
         out = layered.forward_stack(
@@ -351,7 +351,7 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
         return _on_host(found)
     if option.layers == 1 and not option.bidirectional:
         dstates = None if p.dstates is None else tuple(s[0] for s in p.dstates)
-        g = functional.backward(out.tape, p.dy, tuple(s[0] for s in p.dstateT), dstates)
+        g = kernels.backward(out.tape, p.dy, tuple(s[0] for s in p.dstateT), dstates)
         dx, dweights, dstate0 = g.dx, [g.dweights], g.dstate0
     else:
         dx, dweights, dstate0 = layered.backward_stack(out.tape, p.dy, p.dstateT, p.dstates)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fusedrnn import backends, functional, stack
+from fusedrnn import backends, kernels, stack
 from fusedrnn.backends.protocol import Array
 from fusedrnn.problems import Case, Data
 
@@ -99,7 +99,7 @@ class Native:
         self.backend = backend
         self.weights: Sequence[Any] = data.weights
         if data.case.kind != "training":
-            self.weights = [functional.pack(data.case.cell, w, backend=backend) for w in data.weights]
+            self.weights = [kernels.pack(data.case.cell, w, backend=backend) for w in data.weights]
 
     def forward(self) -> Any:
         """One layer by itself, several as a stack."""
@@ -112,7 +112,7 @@ class Native:
             options["bidirectional"] = case.bidirectional
             return stack.forward_stack(case.cell, data.x, self.weights, data.state0, **options)
         state0 = None if data.state0 is None else tuple(s[0] for s in data.state0)
-        return functional.forward(case.cell, data.x, self.weights[0], state0, **options)
+        return kernels.forward(case.cell, data.x, self.weights[0], state0, **options)
 
     def __call__(self) -> Any:
         out = self.forward()
@@ -120,7 +120,7 @@ class Native:
             return out, None
         if len(self.weights) > 1:
             return out, stack.backward_stack(out.tape, self.data.dy, self.data.dstateT)
-        return out, functional.backward(out.tape, self.data.dy, tuple(d[0] for d in self.data.dstateT))
+        return out, kernels.backward(out.tape, self.data.dy, tuple(d[0] for d in self.data.dstateT))
 
     def results(self) -> Results:
         out, gradients = self()
