@@ -18,7 +18,7 @@ import pytest
 import fake_cupy
 from cuda import emulated
 from cuda.emulated import EmulatedDevice
-from fusedrnn import backends, stack
+from fusedrnn import backends, multilayer
 from fusedrnn.backends import cuda_compile, cuda_cupy, cuda_plan
 from fusedrnn.backends import get as get_backend
 from fusedrnn.backends.cuda import KERNEL, CudaBackend, Tape
@@ -251,10 +251,10 @@ def test_several_layers_and_directions(backend, monkeypatch):
         monkeypatch.setattr(
             backends, "usable", lambda name=None, b=chosen: backend if b == "cuda" else REFERENCE
         )
-        out = stack.forward_stack(
+        out = multilayer.forward_multilayer(
             LSTM(), x, weights, bidirectional=True, masks=masks, lengths=np.array([5, 3, 0, 1])
         )
-        back = stack.backward_stack(out.tape, dy)
+        back = multilayer.backward_multilayer(out.tape, dy)
         found.append([out.y, *out.stateT, back.dx, *back.dstate0, *(d for w in back.dweights for d in w[:3])])
     for got, want in zip(*found, strict=True):
         assert error(got, want) <= 2e-14

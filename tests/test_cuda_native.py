@@ -11,7 +11,7 @@ import pytest
 import fake_cupy
 import fusedrnn
 from cuda import emulated
-from fusedrnn import backends, checkpoint, cli, gradmatrix, kernels, optimizers, stack, system
+from fusedrnn import backends, checkpoint, cli, gradmatrix, kernels, multilayer, optimizers, system
 from fusedrnn import functions as F
 from fusedrnn import layers as L
 from fusedrnn.backends import cuda_cupy
@@ -244,7 +244,9 @@ def test_mixing_is_an_error_that_names_the_argument(gpu):
         layer(put(x))
     weights = Weights(*(None if w is None else put(w) for w in problem(RNN(), 2, 1, 4, 4).weights))
     with pytest.raises(TypeError, match=r"^masks\[0\]: expected an array like x"):
-        stack.forward_stack(RNN(), put(np.zeros((3, 2, 4))), [weights, weights], masks=[np.ones((3, 2, 4))])
+        multilayer.forward_multilayer(
+            RNN(), put(np.zeros((3, 2, 4))), [weights, weights], masks=[np.ones((3, 2, 4))]
+        )
 
 
 def test_weights_and_checkpoints_go_through_files(gpu, tmp_path):

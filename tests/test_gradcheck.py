@@ -65,7 +65,7 @@ def test_layers_agree_with_the_oracle(rng, name, fused, dtype):
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 @pytest.mark.parametrize("name", CELLS)
-def test_stacks_with_dropout_agree_with_the_oracle(rng, name, fused):
+def test_several_layers_with_dropout_agree_with_the_oracle(rng, name, fused):
     layer = make(name, num_layers=2, bidirectional=True, dropout=0.4, fused=fused)
     assert gradcheck(layer, inputs(rng, layer), options={"lengths": LENGTHS, "reset": RESET})
     with autograd.test_mode():

@@ -30,7 +30,7 @@ from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
-from fusedrnn.stack import backward_stack, forward_stack
+from fusedrnn.multilayer import backward_multilayer, forward_multilayer
 
 pytestmark = pytest.mark.kernel
 
@@ -84,8 +84,8 @@ def test_regression_R05_no_input_is_written_to_and_middle_layers_are_right(cell)
         cast = [Weights(*(None if w is None else w.astype(dtype) for w in ws)) for ws in weights]
         inputs = [x.astype(dtype), dy.astype(dtype), *(w for ws in cast for w in ws if w is not None)]
         before = [a.copy() for a in inputs]
-        forward = forward_stack(cell, inputs[0], cast, bidirectional=True, backend=backend)
-        got = backward_stack(forward.tape, inputs[1])
+        forward = forward_multilayer(cell, inputs[0], cast, bidirectional=True, backend=backend)
+        got = backward_multilayer(forward.tape, inputs[1])
         for a, b in zip(inputs, before, strict=True):
             assert_same_bits({"": a}, {"": b})
         named = {"y": forward.y, "dx": got.dx}

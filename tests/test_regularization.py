@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import oracle
-from fusedrnn import gradcheck, kernels, layers, masks, stack
+from fusedrnn import gradcheck, kernels, layers, masks, multilayer
 from fusedrnn.autograd import test_mode as evaluation
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Regularization
@@ -375,7 +375,7 @@ def test_wrong_arguments_are_named(backend, wrong, error, message):
     with pytest.raises(error, match=message):
         kernels.forward(p.cell, p.x, p.weights, regularization=wrong, backend=backend)
     with pytest.raises(error, match=message):
-        stack.forward_stack(p.cell, p.x, [p.weights], regularization=wrong, backend=backend)
+        multilayer.forward_multilayer(p.cell, p.x, [p.weights], regularization=wrong, backend=backend)
 
 
 @pytest.mark.kernel
@@ -418,7 +418,9 @@ def test_each_layer_and_direction_has_masks_of_its_own(backend):
     other = [problem(cell, 5, 3, I, 7, seed).weights for seed, I in ((3, 2), (4, 14))]
     x = problem(cell, 5, 3, 2, 7).x
     weights = [first, other[0], second, other[1]]
-    out = stack.forward_stack(cell, x, weights, bidirectional=True, regularization=r, backend=backend)
+    out = multilayer.forward_multilayer(
+        cell, x, weights, bidirectional=True, regularization=r, backend=backend
+    )
     y = x
     for layer in range(2):
         outs = [
@@ -428,7 +430,7 @@ def test_each_layer_and_direction_has_masks_of_its_own(backend):
         ]  # fmt: skip
         y = np.concatenate([o.y for o in outs], axis=2)
     np.testing.assert_array_equal(out.y, y)
-    equal = stack.forward_stack(
+    equal = multilayer.forward_multilayer(
         cell,
         x,
         [first, first],

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import autograd, cuda, kernels
-from fusedrnn import stack as layered
+from fusedrnn import autograd, cuda, kernels, multilayer
 from fusedrnn.autograd import Array, Function, Variable, as_variable, config, sum_to
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import Cell
@@ -198,8 +197,8 @@ class Fused(Function):
     Inputs: x ``(T, B, I)``, with ``step`` ``(B, I)``; then the weights of each layer and direction, by
         ``names``; then the initial state, where there is one. Outputs: y, the final state, with
         ``return_states`` the state of every step; with ``step`` only the new state. Everything is cast to
-        the dtype of the weights. Several layers or directions go through ``fusedrnn.stack``, whose arguments
-        ``options`` then are, else those of ``kernels.forward``; with ``packed`` weights there are none.
+        the dtype of the weights. For several layers or directions ``options`` are those of
+        ``fusedrnn.multilayer``, else those of ``kernels.forward``; with ``packed`` weights there are none.
     """
 
     tape: Any = None
@@ -237,7 +236,7 @@ class Fused(Function):
             if self.single:
                 out = kernels.forward(self.cell, x, weights[0], state0, **self.options)
             else:
-                out = layered.forward_stack(self.cell, x, weights, state0, **self.options)
+                out = multilayer.forward_multilayer(self.cell, x, weights, state0, **self.options)
         self.tape = out.tape
         return out.stateT if self.step else (out.y, *out.stateT, *(out.states or ()))
 
@@ -257,7 +256,7 @@ class Fused(Function):
             dx, dweights, dstate0 = run(self.tape, dy, dstateT, dstates, need=need)
             slots = [dweights]
         else:
-            dx, slots, dstate0 = layered.backward_stack(self.tape, dy, dstateT, dstates, need=need)
+            dx, slots, dstate0 = multilayer.backward_multilayer(self.tape, dy, dstateT, dstates, need=need)
         if self.step and dx is not None:
             dx = dx[0]
         found = [getattr(slot, name) for slot, names in zip(slots, self.names, strict=True) for name in names]

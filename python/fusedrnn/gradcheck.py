@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import cuda
-from fusedrnn import stack as layered
+from fusedrnn import cuda, multilayer
 from fusedrnn.autograd import Parameter, Variable
 from fusedrnn.backends.protocol import Array, Regularization, Weights
 from fusedrnn.functions import Fused
@@ -785,7 +784,7 @@ class _Call:
         layer, names = self.layer, self.layer.cell.states
         step, single = self.x.ndim == 2, len(layer.suffixes) == 1
 
-        def stacked(a: Array) -> Array:  # layers x directions in front, as the stack has it
+        def stacked(a: Array) -> Array:  # layers x directions in front, as multilayer has it
             a = np.asarray(a).astype(dtype)
             return a[np.newaxis] if single else a
 
@@ -802,7 +801,7 @@ class _Call:
         options: dict[str, Any] = {
             n: None if a is None else cuda.as_numpy(a) for n, a in self.options.items()
         }
-        out = layered.forward_stack(
+        out = multilayer.forward_multilayer(
             layer.cell,
             self.x.astype(dtype)[np.newaxis] if step else self.x.astype(dtype),
             [Weights(**dict(zip(n, map(widened, w), strict=True))) for n, w in slots],
@@ -820,7 +819,7 @@ class _Call:
         outputs |= {f"final {n}": shown(s) for n, s in zip(names, out.stateT, strict=True)}
 
         dy = upstream.get("y")
-        g = layered.backward_stack(
+        g = multilayer.backward_multilayer(
             out.tape,
             None if dy is None else dy.astype(dtype).reshape(out.y.shape),
             tuple(incoming(f"final {n}") for n in names),

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import backends as registry
-from fusedrnn import cuda, kernels
-from fusedrnn import stack as layered
+from fusedrnn import cuda, kernels, multilayer
 from fusedrnn.backends.protocol import Array, NotBuilt, Regularization, Weights
 from fusedrnn.cells import CELLS, Cell, layer_norm
 from fusedrnn.gradcheck import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
@@ -341,7 +340,7 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
         out = kernels.forward(p.cell, p.x, p.weights[0], first, reverse=option.reverse, **shared)
     else:
         directions = option.bidirectional
-        out = layered.forward_stack(
+        out = multilayer.forward_multilayer(
             p.cell, p.x, p.weights, p.state0, bidirectional=directions, masks=p.masks, **shared
         )
     found: Results = {"y": (out.y,)}
@@ -354,7 +353,7 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
         g = kernels.backward(out.tape, p.dy, tuple(s[0] for s in p.dstateT), dstates)
         dx, dweights, dstate0 = g.dx, [g.dweights], g.dstate0
     else:
-        dx, dweights, dstate0 = layered.backward_stack(out.tape, p.dy, p.dstateT, p.dstates)
+        dx, dweights, dstate0 = multilayer.backward_multilayer(out.tape, p.dy, p.dstateT, p.dstates)
     found["dx"] = (dx,)
     for name, w in p.weights[0]._asdict().items():
         if w is not None:

@@ -5,8 +5,8 @@
 
 Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (= H), ``G`` gates. What a
 call means in detail (padding, resets, direction) is in ``fusedrnn.backends.protocol``; several layers are in
-``fusedrnn.stack``. With CuPy arrays in place of NumPy's a call runs on their GPU (docs/cuda.md); all arrays
-of a call are of one kind.
+``fusedrnn.multilayer``. With CuPy arrays in place of NumPy's a call runs on their GPU (docs/cuda.md). All
+arrays of a call are of one kind.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fusedrnn import backends, kernels, stack
+from fusedrnn import backends, kernels, multilayer
 from fusedrnn.backends.protocol import Array
 from fusedrnn.problems import Case, Data
 
@@ -102,7 +102,7 @@ class Native:
             self.weights = [kernels.pack(data.case.cell, w, backend=backend) for w in data.weights]
 
     def forward(self) -> Any:
-        """One layer by itself, several as a stack."""
+        """One layer by itself, or several layers or directions."""
         data, case = self.data, self.data.case
         options: dict[str, Any] = {"lengths": data.lengths, "reset": data.reset}
         options["save"] = "all" if case.kind == "training" else None
@@ -110,7 +110,7 @@ class Native:
             options["backend"] = self.backend
         if len(self.weights) > 1:
             options["bidirectional"] = case.bidirectional
-            return stack.forward_stack(case.cell, data.x, self.weights, data.state0, **options)
+            return multilayer.forward_multilayer(case.cell, data.x, self.weights, data.state0, **options)
         state0 = None if data.state0 is None else tuple(s[0] for s in data.state0)
         return kernels.forward(case.cell, data.x, self.weights[0], state0, **options)
 
@@ -119,7 +119,7 @@ class Native:
         if out.tape is None:
             return out, None
         if len(self.weights) > 1:
-            return out, stack.backward_stack(out.tape, self.data.dy, self.data.dstateT)
+            return out, multilayer.backward_multilayer(out.tape, self.data.dy, self.data.dstateT)
         return out, kernels.backward(out.tape, self.data.dy, tuple(d[0] for d in self.data.dstateT))
 
     def results(self) -> Results:
@@ -130,8 +130,8 @@ class Native:
         return named(self.data, out.y, out.stateT, gradients.dx, dweights)
 
     def saved(self) -> dict[str, int] | None:
-        """Bytes kept for backward: our own, and what we only borrow (outputs; of a stack also the inputs of
-        its layers). The caller's input and the weights count for nobody. None where a tape tells no size.
+        """Bytes kept for backward: our own, and what we only borrow (outputs; of several layers also
+        their inputs). The caller's input and the weights count for nobody. None where a tape tells no size.
         """
         case = self.data.case
         out = self.forward()

@@ -18,7 +18,7 @@ from fusedrnn.cells import Cell
 
 
 class Tape(NamedTuple):
-    """What ``backward_stack`` takes."""
+    """What ``backward_multilayer`` takes."""
 
     cell: Cell
     tapes: list[kernels.Tape]  # layer by layer, forward before reverse
@@ -27,8 +27,8 @@ class Tape(NamedTuple):
     y_shape: tuple[int, ...]
 
 
-class StackGradients(NamedTuple):
-    """Result of ``backward_stack``; what ``need`` left out is None."""
+class MultilayerGradients(NamedTuple):
+    """Result of ``backward_multilayer``; what ``need`` left out is None."""
 
     dx: Array | None  # (T, B, I)
     dweights: list[Weights]  # one per layer and direction
@@ -41,7 +41,7 @@ def dropout_mask(rng: np.random.Generator, dropout: float, shape: tuple[int, ...
     return np.where(rng.random(shape) < dropout, np.zeros((), dtype), scale)
 
 
-def forward_stack(
+def forward_multilayer(
     cell: Cell,
     x: Array,
     weights: Sequence[Weights | kernels.Packed],
@@ -77,8 +77,8 @@ def forward_stack(
         lengths, reset, return_states, detach_every, save, backend: As in ``kernels.forward``.
 
     Returns:
-        y (T, B, D*P); stateT like state0; states (L*D, T, B, ·) each, or None; tape for ``backward_stack``,
-        or None.
+        y (T, B, D*P); stateT like state0; states (L*D, T, B, ·) each, or None; tape for
+        ``backward_multilayer``, or None.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
@@ -141,18 +141,18 @@ def forward_stack(
     return Forward(y, stateT, states, tape)
 
 
-def backward_stack(
+def backward_multilayer(
     tape: Tape,
     dy: Array | None = None,
     dstateT: tuple[Array | None, ...] | None = None,
     dstates: tuple[Array | None, ...] | None = None,
     *,
     need: Collection[str] | None = None,
-) -> StackGradients:
+) -> MultilayerGradients:
     """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)`` through all layers.
 
     Args:
-        tape: From ``forward_stack``.
+        tape: From ``forward_multilayer``.
         dy: (T, B, D*P) or None.
         dstateT: One entry per state, (L*D, B, ·) or None each, or None.
         dstates: One entry per state, (L*D, T, B, ·) or None each, or None; only after ``return_states=True``.
@@ -166,7 +166,7 @@ def backward_stack(
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
     """
     if not isinstance(tape, Tape):
-        raise TypeError(f"tape: expected that of forward_stack, got {type(tape).__name__}")
+        raise TypeError(f"tape: expected that of forward_multilayer, got {type(tape).__name__}")
     cell, D = tape.cell, tape.D
     N = len(tape.tapes)
     wanted = check_need(need)
@@ -194,7 +194,7 @@ def backward_stack(
         if dx is not None and mask is not None:
             dx = dx * mask
     stacked = (cuda.get_array_module(s[0]).stack(s) for s in zip(*dstate0, strict=True))
-    return StackGradients(dx, dweights, tuple(stacked) if "state0" in wanted else None)
+    return MultilayerGradients(dx, dweights, tuple(stacked) if "state0" in wanted else None)
 
 
 def _entry(states: tuple[Array | None, ...] | None, n: int) -> tuple[Array | None, ...] | None:
