@@ -1,4 +1,4 @@
-"""What ``save="borders"`` (recompute) costs and saves: time of forward + backward, bytes of the tape.
+"""What ``save="boundary_states"`` (recompute) costs and saves: time of forward + backward, bytes of the tape.
 
     python bench/recompute.py [--threads N] [--json FILE]
 
@@ -28,11 +28,11 @@ def measure(case: problems.Case) -> dict[str, dict[str, float]]:
     cell, x, weights, dy = case.cell, data.x, data.weights[0], data.dy
     found: dict[str, dict[str, float]] = {}
     gradients = {}
-    for save in ("all", "borders"):
+    for save in ("all", "boundary_states"):
         out = kernels.forward(cell, x, weights, save=save)
         found[save] = {"bytes": out.tape.tape.bytes, "seconds": float("inf")}
         gradients[save] = kernels.backward(out.tape, dy)
-    for a, b in zip(gradients["all"].dweights, gradients["borders"].dweights, strict=True):
+    for a, b in zip(gradients["all"].dweights, gradients["boundary_states"].dweights, strict=True):
         assert a is b is None or np.array_equal(a, b)
     for _ in range(CALLS):
         for save, row in found.items():
@@ -46,9 +46,9 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The rows under HEADER."""
     cells = []
     for row in rows:
-        every, borders = row["all"], row["borders"]
-        ms = [1e3 * way["seconds"] for way in (every, borders)]
-        tapes = [way["bytes"] / 2**20 for way in (every, borders)]
+        every, boundary = row["all"], row["boundary_states"]
+        ms = [1e3 * way["seconds"] for way in (every, boundary)]
+        tapes = [way["bytes"] / 2**20 for way in (every, boundary)]
         cells.append(
             [row["case"], *(f"{t:.3g}" for t in ms), f"{ms[1] / ms[0]:.2f}", *(f"{b:.2f}" for b in tapes)]
         )

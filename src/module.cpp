@@ -165,7 +165,7 @@ struct PyTape {
   std::vector<Index> lengths;
   std::vector<unsigned char> reset;
   py::object x, y, h0, c0, weights[kWeights];
-  py::object packed = py::none();  // kept for borders only, which run forward again
+  py::object packed = py::none();  // kept for boundary states only, which run forward again
   py::object saved = py::none();   // the memory of a tape that lies in an array
   TapePtr<float> f32;
   TapePtr<double> f64;
@@ -320,7 +320,7 @@ py::tuple forward_as(const py::object& packed_object, const py::object& x, const
   py::object kept = setup.saved;
   if (save != Save::nothing && !array_tape) {
     PyTape& tape = *setup.tape;
-    if (save == Save::borders) tape.packed = packed_object;
+    if (save == Save::boundary_states) tape.packed = packed_object;
     tape.x = x, tape.y = setup.y, tape.h0 = h0, tape.c0 = c0;
     for (int i = 0; i < kWeights; ++i) tape.weights[i] = packed.weights[i];
     kept = py::cast(std::move(setup.tape));
@@ -335,7 +335,7 @@ py::tuple py_forward(const py::object& packed, const py::object& x, const py::ob
     throw py::type_error("packed: expected what pack returned, got " +
                          py::str(py::type::of(packed)).cast<std::string>());
   if (save_id < 0 || save_id > 3)
-    throw py::value_error("save: expected 0 (nothing), 1 (all), 2 (borders) or 3 (all, in an array), got " +
+    throw py::value_error("save: expected 0 (nothing), 1 (all), 2 (boundary states) or 3 (all, in an array), got " +
                           std::to_string(save_id));
   const bool array_tape = save_id == 3;
   const Save save = array_tape ? Save::all : Save(save_id);

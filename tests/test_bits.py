@@ -206,8 +206,8 @@ def test_single_steps_of_a_large_layer(cell, threads):
 @pytest.mark.parametrize("size", [(17, 5, 3, 19), (130, 40, 3, 17), (5, 33, 60, 300)], ids=str)
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_recomputed_steps_give_the_same_bits(cell, size, threads):
-    """save="borders" keeps less and runs forward again: every gradient, those of weights too, has the same
-    bits.
+    """save="boundary_states" keeps less and runs forward again: every gradient, those of weights too, has
+    the same bits.
     """
     for options in OPTIONS:
         for dtype in DTYPES:
@@ -216,9 +216,9 @@ def test_recomputed_steps_give_the_same_bits(cell, size, threads):
             want = run(CPU, p)
             for count in (1, 2, 3):
                 threads(count)
-                assert_same_bits(run(CPU, p, save="borders"), want)
+                assert_same_bits(run(CPU, p, save="boundary_states"), want)
             packed = replace(p, weights=CPU.pack(cell, p.weights))
-            assert_same_bits(run(CPU, packed, save="borders"), want)
+            assert_same_bits(run(CPU, packed, save="boundary_states"), want)
 
 
 # --- instruction sets --------------------------------------------------------------------------------------

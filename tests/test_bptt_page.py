@@ -295,7 +295,7 @@ def test_published_error(lstm, number, printed, quantity, formula):
 
 @pytest.mark.parametrize("cut", range(1, T))
 def test_chunks_with_gradients_passed_on_are_full_bptt(lstm, cut):
-    """Dropping dstate0 at a border is truncation; passing it on as dstateT gives the full gradient again."""
+    """Dropping dstate0 at a chunk boundary truncates; passing it on as dstateT gives the full gradient."""
     w, x, dy, h0, c0 = (lstm[k] for k in ("weights", "x", "dy", "h0", "c0"))
     first = kernels.forward(LSTM(), x[:cut], w, (h0, c0), backend="reference")
     second = kernels.forward(LSTM(), x[cut:], w, first.stateT, backend="reference")

@@ -127,15 +127,15 @@ def test_run_twice_gives_the_same_bits(backend, cell):
 @cells
 def test_what_is_kept_for_backward(backend, cell):
     p = problem(cell, 5, 3, 4, 7, **EVERYTHING)
-    everything, borders = (run(backend, p, save=save) for save in ("all", "borders"))
-    assert_same_bits(borders, everything)
+    everything, boundary = (run(backend, p, save=save) for save in ("all", "boundary_states"))
+    assert_same_bits(boundary, everything)
     tapes = {
         save: backend.forward(cell, p.x, p.weights, p.state0, **p.options, save=save).tape
-        for save in ("all", "borders", None)
+        for save in ("all", "boundary_states", None)
     }
     kernels = kernels_of(cell)
     assert tapes["all"].bytes == 5 * 3 * 7 * 8 * (kernels.saved + kernels.has_c)
-    assert tapes["borders"].bytes == 0
+    assert tapes["boundary_states"].bytes == 0
     assert tapes[None] is None
 
 

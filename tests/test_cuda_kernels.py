@@ -401,4 +401,4 @@ def test_regularization_and_layer_norm_give_the_same_bits_in_any_order(cell):
     first = run(Cut("steps", seed=0), p)
     for seed in range(1, 5):
         assert_same_bits(run(Cut("steps", seed=seed), p), first)
-    assert_same_bits(run(Cut("steps"), p, save="borders"), first)
+    assert_same_bits(run(Cut("steps"), p, save="boundary_states"), first)

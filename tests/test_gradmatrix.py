@@ -225,12 +225,12 @@ def test_one_that_raises_fails_and_the_others_still_run(broken):
 
 def test_what_is_not_built_is_not_run(broken):
     def forward(out):
-        raise NotBuilt('save: "borders" is not built in this backend')
+        raise NotBuilt('save: "boundary_states" is not built in this backend')
 
     broken(forward)
     (row,) = run_broken()
     assert row.passed is None
-    assert "borders" in row.note
+    assert "boundary_states" in row.note
 
 
 def test_an_absent_backend_is_reported_with_its_reason(broken, monkeypatch):

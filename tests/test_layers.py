@@ -316,7 +316,7 @@ def test_nothing_is_kept_under_no_grad(monkeypatch):
     assert y.creator is None
     layer.reset_state()
     layer(x)
-    assert saves == [None, None, "borders"]
+    assert saves == [None, None, "boundary_states"]
 
 
 def test_only_wanted_gradients_are_computed(monkeypatch):

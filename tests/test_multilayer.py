@@ -129,7 +129,7 @@ class TestComposition:
     def test_recompute_gives_the_same_bits(self) -> None:
         s = stacked(LSTM(), 2, 2)
         assert_same_bits(
-            run_multilayer(LSTM(), s, bidirectional=True, save="borders"),
+            run_multilayer(LSTM(), s, bidirectional=True, save="boundary_states"),
             run_multilayer(LSTM(), s, bidirectional=True),
         )
 

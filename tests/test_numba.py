@@ -198,10 +198,10 @@ def test_nothing_saved(cell):
 
 
 @needs_numba
-def test_borders_are_a_named_error():
+def test_boundary_states_are_a_named_error():
     p = problem(LSTM(), 3, 2, 3, 7)
-    with pytest.raises(ValueError, match='save: "borders" is not built in the numba backend'):
-        NUMBA.forward(p.cell, p.x, p.weights, save="borders")
+    with pytest.raises(ValueError, match='save: "boundary_states" is not built in the numba backend'):
+        NUMBA.forward(p.cell, p.x, p.weights, save="boundary_states")
 
 
 @needs_numba

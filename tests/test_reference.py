@@ -131,7 +131,7 @@ class TestBits:
     def test_recompute_gives_the_same_bits(self, cell: Any, options: dict[str, Any]) -> None:
         for dtype in (np.float32, np.float64):
             p = problem(cell, 11, 5, 3, 17, dtype=dtype, **options)
-            assert_same_bits(run(REFERENCE, p, save="borders"), run(REFERENCE, p))
+            assert_same_bits(run(REFERENCE, p, save="boundary_states"), run(REFERENCE, p))
 
     @cells
     def test_backward_twice_and_inputs_untouched(self, cell: Any) -> None:

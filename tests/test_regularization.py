@@ -134,7 +134,7 @@ def test_reference_against_complex_steps(cell, kind, way):
 @every_case
 def test_reference_recomputes_the_same_bits(cell, kind):
     p = problem(cell, 11, 5, 3, 7, regularization=of(kind, cell), **EVERYTHING)
-    assert_same_bits(run(REFERENCE, p, save="borders"), run(REFERENCE, p))
+    assert_same_bits(run(REFERENCE, p, save="boundary_states"), run(REFERENCE, p))
 
 
 # --- the kernels against the reference ----------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_bits_for_any_threads_and_what_is_saved(cell, size, cpu, threads):
         for count in (1, 2, 3):
             threads(count)
             assert_same_bits(run(cpu, p), want)
-            assert_same_bits(run(cpu, p, save="borders"), want)
+            assert_same_bits(run(cpu, p, save="boundary_states"), want)
             out = cpu.forward(cell, p.x, p.weights, p.state0, **p.options, save="array")
             tape = cpu.tape(cell, out.tape, out.y, p.x, p.weights, p.state0, **p.options)
             got = named(cell, out, cpu.backward(tape, p.dy, p.dstateT, p.dstates))

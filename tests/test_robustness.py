@@ -536,7 +536,7 @@ def test_many_steps_without_rows_take_no_time():
     assert not gradients.dweights.weight_hh.any()
 
 
-@pytest.mark.parametrize("save", ["all", "borders", None])
+@pytest.mark.parametrize("save", ["all", "boundary_states", None])
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_every_failing_allocation_is_a_memory_error_and_leaks_nothing(cell, save):
     p = problem(cell, 6, 20, 5, 33, dtype=np.float32, **EVERYTHING)

@@ -129,7 +129,7 @@ struct BackwardLoop {
   Index earlier(Index t) const { return job.steps.reverse ? t + 1 : t - 1; }
   T* da_row(Index row) const { return job.da + row * job.da_row; }
   const T* c_row(Index t, Index b) const {
-    return kept.has(t) ? kept.c + kept.row(t, b) * units : kept.c_border + b * units;
+    return kept.has(t) ? kept.c + kept.row(t, b) * units : kept.c_boundary + b * units;
   }
   const T* saved_row(Index t, Index b) const {
     return kept.saved ? kept.saved + kept.row(t, b) * job.blocks * (Cell::saved * kBlock) : nullptr;
@@ -360,13 +360,13 @@ struct BackwardLoop {
   static Index offset(Index u, int n) { return u / kBlock * (n * kBlock) + u % kBlock; }
 
   // Rows that the next chunk still needs are about to be overwritten: keep this thread's part of them.
-  void keep_border() {
+  void keep_boundary() {
     const Index begin = block_begin * A * kBlock, bytes = (block_end - block_begin) * A * kBlock * Index(sizeof(T));
     for (Index b = row_begin; b < row_end; ++b) {
-      T* border = job.border + b * job.da_row;
-      if (!rows.latest[b] || rows.latest[b] == border) continue;
-      __builtin_memcpy(border + begin, rows.latest[b] + begin, size_t(bytes));
-      rows.latest[b] = border;
+      T* boundary = job.boundary + b * job.da_row;
+      if (!rows.latest[b] || rows.latest[b] == boundary) continue;
+      __builtin_memcpy(boundary + begin, rows.latest[b] + begin, size_t(bytes));
+      rows.latest[b] = boundary;
     }
   }
 
@@ -532,7 +532,7 @@ struct BackwardLoop {
   bool replay(Index s_begin, Index s_end) {
     kept.first = job.steps.reverse ? job.steps.T - s_end : s_begin;
     kept.count = s_end - s_begin;
-    kept.c_border = const_cast<T*>(job.borders) + (job.steps.T - s_end) / job.chunk_steps * B * units;
+    kept.c_boundary = const_cast<T*>(job.boundary_states) + (job.steps.T - s_end) / job.chunk_steps * B * units;
     ForwardJob<T> again = *job.replay;
     again.kept = kept;
     return ForwardLoop<Cell, V>(again, worker).walk(s_begin, s_end);
@@ -557,7 +557,7 @@ struct BackwardLoop {
         if (!step(time_of(job.steps, s), begin, end)) return false;
         if (!worker.by_rows && !worker.barrier()) return false;
       }
-      keep_border();
+      keep_boundary();
       if (job.need_weights) gather_inputs();
       if (!worker.barrier()) return false;
       if (job.dx && !input_gradients()) return false;

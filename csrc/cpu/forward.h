@@ -76,7 +76,7 @@ struct ForwardLoop {
   T* c_row(Index t, Index b) const {
     if (!Cell::has_c) return nullptr;
     const Index units = job.blocks * kBlock;
-    return job.kept.has(t) ? job.kept.c + job.kept.row(t, b) * units : job.kept.c_border + b * units;
+    return job.kept.has(t) ? job.kept.c + job.kept.row(t, b) * units : job.kept.c_boundary + b * units;
   }
   T* saved_row(Index t, Index b) const {
     return job.kept.saved ? job.kept.saved + job.kept.row(t, b) * job.blocks * (Cell::saved * kBlock) : nullptr;
@@ -348,7 +348,7 @@ struct ForwardLoop {
         }
         if (!worker.by_rows && !worker.barrier()) return false;
       }
-      if (job.borders) keep_border(s + 1);
+      if (job.boundary_states) keep_boundary(s + 1);
     }
     if constexpr (V::whole_lines)
       if (job.stream) V::fence();
@@ -356,12 +356,12 @@ struct ForwardLoop {
   }
 
   // c before step s, if a chunk begins there: chunks are counted from the end.
-  void keep_border(Index s) {
+  void keep_boundary(Index s) {
     const Index left = job.steps.T - s, units = job.blocks * kBlock;
     if (!left || left % job.chunk_steps) return;
-    T* border = job.borders + (left / job.chunk_steps - 1) * job.steps.B * units;
+    T* boundary = job.boundary_states + (left / job.chunk_steps - 1) * job.steps.B * units;
     for (Index b = row_begin; b < row_end; ++b)
-      __builtin_memcpy(border + b * units + block_begin * kBlock, job.kept.c + b * units + block_begin * kBlock,
+      __builtin_memcpy(boundary + b * units + block_begin * kBlock, job.kept.c + b * units + block_begin * kBlock,
                        size_t((block_end - block_begin) * kBlock) * sizeof(T));
   }
 

@@ -57,7 +57,7 @@ OPTIONS = {
     "reverse": Option(reverse=True),
     "return_states": Option(return_states=True),
     "all together": Option("both", True, True, True, True, True),
-    "recompute": Option(save="borders"),
+    "recompute": Option(save="boundary_states"),
     "recurrent dropout": Option(recurrent_dropout=0.25),
     "zoneout": Option(zoneout=0.25),
     "both of them, all": Option("both", True, True, True, True, True, recurrent_dropout=0.25, zoneout=0.25),

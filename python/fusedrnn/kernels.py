@@ -183,8 +183,8 @@ def forward(
         regularization: ``Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed)``: recurrent dropout
             (Gal and Ghahramani 2016) and zoneout (Krueger et al. 2016), with masks drawn from the seed, or,
             where that is None, as in evaluation. The same seed gives the same masks.
-        save: What the tape keeps: "all"; "borders", some states only, and run forward again in backward
-            (recompute); or None for no tape.
+        save: What the tape keeps: "all"; "boundary_states", only the states at chunk boundaries, and run
+            forward again in backward (recompute); or None for no tape.
         backend: "cpu", "numba", "reference", "cuda", or None: "cuda" for CuPy arrays, for others see
             ``fusedrnn.backends.get``.
 

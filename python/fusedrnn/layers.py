@@ -553,7 +553,7 @@ class Recurrent(Layer):
         }
         if len(slots) > 1:
             options |= {"bidirectional": self.bidirectional, "masks": masks}
-        save = "borders" if self.recompute else "all"
+        save = "boundary_states" if self.recompute else "all"
         node = F.Fused(self.cell, [names for names, _ in slots], backend=self.backend, save=save, **options)
         y, *rest = node(x, *(w for _, weights in slots for w in weights), *(begin or ()))
         n = len(self.cell.states)

@@ -42,7 +42,7 @@ except ImportError as error:  # a source tree that was never built
     )
 
 
-SAVE = {None: 0, "all": 1, "borders": 2, "array": 3}  # the ids that _core takes
+SAVE = {None: 0, "all": 1, "boundary_states": 2, "array": 3}  # the ids that _core takes
 
 
 class Packed(NamedTuple):

@@ -211,7 +211,7 @@ class CudaBackend:
         """One layer, one direction, the whole sequence.
 
         ``lengths`` may be NumPy's: then nothing waits for the GPU to know their values. With
-        ``save="borders"`` the tape keeps no more than with None, and backward runs all of forward again.
+        ``save="boundary_states"`` the tape keeps no more than with None. Backward runs all of forward again.
         """
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if packed.cell != check_cell(cell):
@@ -268,7 +268,7 @@ class CudaBackend:
             return_states=a.return_states,
             kind=_kind(packed.device),
         )
-        if a.save == "borders":
+        if a.save == "boundary_states":
             again = a._replace(return_states=False)
             y, _, _, c, saved = self._run(again, packed, tape.way, True)
             tape = Tape(a, packed, tape.way, y, c, saved)

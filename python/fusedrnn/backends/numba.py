@@ -143,8 +143,10 @@ class NumbaBackend:
             raise NotBuilt("detach_every: not built in the numba backend; use another")
         if a.regularization is not None:
             raise NotBuilt("regularization: is not built in the numba backend; use another")
-        if a.save == "borders":
-            raise NotBuilt('save: "borders" is not built in the numba backend; use "all", or the reference')
+        if a.save == "boundary_states":
+            raise NotBuilt(
+                'save: "boundary_states" is not built in the numba backend; use "all", or the reference'
+            )
         T, B, _, H, _ = a.sizes
         dtype = a.x.dtype
         loop = _kernels().forward_loop(cell, dtype)

@@ -113,7 +113,7 @@ class Backend(Protocol):
         return_states: bool = False,
         detach_every: int | None = None,
         regularization: Regularization | None = None,
-        save: str | None = "all",  # "all" | "borders" | None
+        save: str | None = "all",  # "all" | "boundary_states" | None
     ) -> Forward:
         """Run one layer in one direction over the whole sequence."""
 

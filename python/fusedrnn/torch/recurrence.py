@@ -221,7 +221,7 @@ class Call:
     @property
     def save(self) -> str:
         """What a tape keeps."""
-        return "borders" if self.recompute else "all"
+        return "boundary_states" if self.recompute else "all"
 
     def run(self, x: Tensor, state0: Sequence[Tensor] | None, save: str | None) -> Forward:
         """The kernel forward."""
