@@ -229,7 +229,7 @@ std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
   if (I == 0 || H == 0) throw py::value_error("weight_ih: expected (G*H, I), H and I at least 1, got " + text(ih));
   if (P != H)
     throw py::value_error("weight_hh: expected (G*H, H), got " + text(hh) +
-                          "; a projected size P != H is not built yet");
+                          "; a projected size P != H is not supported yet");
   auto packed = std::make_unique<PyPacked>();
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
   for (int i = 0; i < kWeights; ++i) packed->weights[i] = w[i];

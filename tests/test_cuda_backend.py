@@ -332,9 +332,11 @@ def test_16_bits(backend, cell, dtype):
         assert_close(run(backend, p), run(REFERENCE, p.astype(np.longdouble)), tolerance)
 
 
-def test_what_is_not_built_names_who_has_it(backend):
+def test_what_is_not_supported_names_who_has_it(backend):
     p = problem(GRU(reset_after=False, layer_norm=True), 3, 2, 3, 7)
-    with pytest.raises(ValueError, match=r"^layer_norm: GRU.* is not built in the cuda backend; use the ref"):
+    with pytest.raises(
+        ValueError, match=r"^layer_norm: GRU.* is not supported by the cuda backend; use the ref"
+    ):
         backend.forward(p.cell, p.x, p.weights)
 
 

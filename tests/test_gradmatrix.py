@@ -12,7 +12,7 @@ import pytest
 
 import fusedrnn.cells.lstm
 from fusedrnn import backends, gradmatrix
-from fusedrnn.backends.protocol import NotBuilt
+from fusedrnn.backends.protocol import Unsupported
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import CELLS
 from fusedrnn.gradmatrix import (
@@ -223,9 +223,9 @@ def test_one_that_raises_fails_and_the_others_still_run(broken):
     assert "ZeroDivisionError: oh" in rows[0].note
 
 
-def test_what_is_not_built_is_not_run(broken):
+def test_what_is_not_supported_is_not_run(broken):
     def forward(out):
-        raise NotBuilt('save: "boundary_states" is not built in this backend')
+        raise Unsupported('save: "boundary_states" is not supported by this backend')
 
     broken(forward)
     (row,) = run_broken()

@@ -277,7 +277,7 @@ class TestKernels:
         p = problem(NORMED[4], 3, 2, 3, 5)
         for call in (lambda: cpu.pack(p.cell, p.weights), lambda: run(cpu, p)):
             with pytest.raises(
-                ValueError, match=r"layer_norm: .*is not built in the cpu backend; use the reference"
+                ValueError, match=r"layer_norm: .*is not supported by the cpu backend; use the reference"
             ):
                 call()
 
@@ -300,7 +300,7 @@ def test_numba_refuses_by_name():
     if (reason := numba.unavailable()) is not None:
         pytest.skip(reason)
     p = problem(LSTM(layer_norm=True), 3, 2, 3, 5)
-    with pytest.raises(ValueError, match="layer_norm: is not built in the numba backend"):
+    with pytest.raises(ValueError, match="layer_norm: is not supported by the numba backend"):
         run(numba, p)
 
 

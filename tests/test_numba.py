@@ -200,14 +200,14 @@ def test_nothing_saved(cell):
 @needs_numba
 def test_boundary_states_are_a_named_error():
     p = problem(LSTM(), 3, 2, 3, 7)
-    with pytest.raises(ValueError, match='save: "boundary_states" is not built in the numba backend'):
+    with pytest.raises(ValueError, match='save: "boundary_states" is not supported by the numba backend'):
         NUMBA.forward(p.cell, p.x, p.weights, save="boundary_states")
 
 
 @needs_numba
 def test_truncated_gradients_are_a_named_error():
     p = problem(LSTM(), 3, 2, 3, 7)
-    with pytest.raises(ValueError, match="detach_every: not built in the numba backend"):
+    with pytest.raises(ValueError, match="detach_every: is not supported by the numba backend"):
         NUMBA.forward(p.cell, p.x, p.weights, detach_every=2)
 
 

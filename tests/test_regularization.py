@@ -403,7 +403,7 @@ def test_numba_refuses_by_name():
     if (reason := get("numba").unavailable()) is not None:
         pytest.skip(reason)
     p = problem(GRU(), 2, 3, 2, 5)
-    with pytest.raises(ValueError, match="regularization: is not built in the numba backend"):
+    with pytest.raises(ValueError, match="regularization: is not supported by the numba backend"):
         get("numba").forward(p.cell, p.x, p.weights, regularization=Regularization(0.1, seed=1))
     get("numba").forward(p.cell, p.x, p.weights, regularization=Regularization(0.1))  # does nothing
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from fusedrnn import backends as registry
 from fusedrnn import cuda, kernels, multilayer
-from fusedrnn.backends.protocol import Array, NotBuilt, Regularization, Weights
+from fusedrnn.backends.protocol import Array, Regularization, Unsupported, Weights
 from fusedrnn.cells import CELLS, Cell, layer_norm
 from fusedrnn.gradcheck import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
 from fusedrnn.problems import Shape
@@ -419,7 +419,7 @@ def _row(
         try:
             found = _errors(_results(poisoned, backend), truth, kind)
         except Exception as error:  # of any kind: this row has failed, the others are still of interest
-            if isinstance(error, NotBuilt):
+            if isinstance(error, Unsupported):
                 return Row(cell, backend, isa, dtype, option, {}, {}, {}, None, 0.0, str(error))
             found = dict.fromkeys(names, float("inf"))
             notes.append(f"{type(error).__name__}: {error}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fusedrnn.backends import cuda_compile
 from fusedrnn.backends.cuda_jobs import CellKernels
-from fusedrnn.backends.protocol import NotBuilt
+from fusedrnn.backends.protocol import Unsupported
 
 KERNELS = cuda_compile.KERNELS
 ROWS = 8  # of a warp's tile; kRows in csrc/cuda/tile.h
@@ -213,7 +213,7 @@ def choose(
     if not cell.whole:
         options = {"recurrent dropout or zoneout": cell.regularized, "layer norm": cell.layer_norm}
         why = next((name for name, there in options.items() if there), "two phases")
-        raise NotBuilt(f"kernel: {forced!r} cannot run {cell.type}, which has {why}; use 'steps'")
+        raise Unsupported(f"kernel: {forced!r} cannot run {cell.type}, which has {why}; use 'steps'")
     plan = _best(cell, B, H, compute, device, precision, backward, forced)
     if plan is not None or forced is None:
         return plan or steps

@@ -35,7 +35,7 @@ Array = npt.NDArray[Any]
 State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; h is (B, P), c is (B, H)
 
 
-class NotBuilt(ValueError):
+class Unsupported(ValueError):
     """This backend, or the kernel that was asked for, does not have it; another one does."""
 
 
