@@ -143,7 +143,7 @@ def run_forward(backend, cell, a):
 
 
 def entries_of(cell, good):
-    """The three entries behind a backend-like face, by name."""
+    """The three entries behind a backend-like API, by name."""
 
     def forward(backend):
         return lambda a: named(cell, run_forward(backend, cell, a), None)
@@ -215,10 +215,10 @@ def check(call, good, which, way):
         assert not any(np.shares_memory(a, b) for b in spoiled.values() if isinstance(b, np.ndarray))
 
 
-# --- the faces ---------------------------------------------------------------------------------------------
+# --- the APIs ----------------------------------------------------------------------------------------------
 
 
-class Face:
+class Api:
     """``kernels`` with one backend, as a backend."""
 
     def __init__(self, backend):
@@ -235,23 +235,23 @@ class Face:
         return kernels.pack(cell, weights, self.backend)
 
 
-FACES = {
-    "kernels cpu": Face("cpu"),
-    "kernels reference": Face("reference"),
+APIS = {
+    "kernels cpu": Api("cpu"),
+    "kernels reference": Api("reference"),
     "cpu": CPU,
     "reference": get("reference"),
 }
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("entry", ["forward", "backward", "pack"])
 @settings(max_examples=250)
 @given(cell=CELL, dtype=FLOAT, data=st.data(), way=WAYS)
-def test_any_argument_of_a_face(face, entry, cell, dtype, data, way):
+def test_any_argument_of_an_api(api, entry, cell, dtype, data, way):
     forward, backward = arguments(cell, dtype)
     good = {"forward": forward, "backward": backward, "pack": {k: forward[k] for k in Weights._fields}}[entry]
     which = data.draw(st.sampled_from(sorted(good)), "argument")
-    check(entries_of(cell, forward)[entry](FACES[face]), good, which, way)
+    check(entries_of(cell, forward)[entry](APIS[api]), good, which, way)
 
 
 @settings(max_examples=600)
@@ -475,11 +475,11 @@ def test_set_num_threads_refuses(count):
     assert threads.get_num_threads() == before
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_the_checks_see_a_wrong_result(face):
-    """A face that reads a spoiled argument differently from its clean copy does not pass."""
+@pytest.mark.parametrize("api", APIS)
+def test_the_checks_see_a_wrong_result(api):
+    """An API that reads a spoiled argument differently from its clean copy does not pass."""
     forward, _ = arguments(GRU(), np.float32)
-    call = entries_of(GRU(), forward)["forward"](FACES[face])
+    call = entries_of(GRU(), forward)["forward"](APIS[api])
 
     def careless(a):
         results = call(a)

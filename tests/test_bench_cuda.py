@@ -190,14 +190,14 @@ SMALL_CASES = (
     SMALL,
     Case(LSTM(), Shape(4, 3, 2, 9), resets=0.5),
     Case(LSTM(), Shape(4, 3, 2, 9), ragged=True),
-    Case(LSTM(), Shape(1, 3, 2, 9), "step", face="cell"),
+    Case(LSTM(), Shape(1, 3, 2, 9), "step", api="cell"),
 )
 
 
 @pytest.fixture
 def small_bench(emulated, monkeypatch):
     """PyTorch on the CPU; ours on the emulated device, to which its tensors go."""
-    Face = peer_torch.Face
+    FusedModule = peer_torch.FusedModule
 
     def build(self):
         return test_torch_gpu.moved(Torch.build(self))
@@ -208,9 +208,9 @@ def small_bench(emulated, monkeypatch):
     def tensor(self, array):
         return Torch.tensor(self, array).as_subclass(test_torch_gpu.Elsewhere)
 
-    monkeypatch.setattr(Face, "build", build, raising=False)
-    monkeypatch.setattr(peer_torch.FaceCell, "build", cell, raising=False)
-    monkeypatch.setattr(Face, "tensor", tensor, raising=False)
+    monkeypatch.setattr(FusedModule, "build", build, raising=False)
+    monkeypatch.setattr(peer_torch.FusedCell, "build", cell, raising=False)
+    monkeypatch.setattr(FusedModule, "tensor", tensor, raising=False)
     return runner.Bench(Place("cpu"), timing.by_clock, rounds=3, seconds=0.001)
 
 
@@ -239,14 +239,14 @@ class TestRun:
         assert json.loads(json.dumps(found)) == found
 
     def test_a_dtype_that_ours_refuses_is_a_line(self, small_bench, monkeypatch):
-        face = peer_torch.Face.build
+        build_module = peer_torch.FusedModule.build
 
         def build(self):
             if self.dtype is torch.bfloat16:
                 raise TypeError("x: expected float32 or float64, got bfloat16")
-            return face(self)
+            return build_module(self)
 
-        monkeypatch.setattr(peer_torch.Face, "build", build)
+        monkeypatch.setattr(peer_torch.FusedModule, "build", build)
         found = runner.run([SMALL], modes=["bf16"], forward=True, bench=small_bench, rates=RATES)
         (row,) = found["rows"]
         assert row["failed"] == {OURS: "x: expected float32 or float64, got bfloat16"}
@@ -259,7 +259,7 @@ class TestRun:
         assert "got bfloat16" in cuda.line(row)
 
     def test_a_wrong_result_is_not_timed(self, small_bench, monkeypatch):
-        right = peer_torch.FaceLayer.results
+        right = peer_torch.FusedLayer.results
 
         def wrong(self):
             found = right(self)
@@ -267,7 +267,7 @@ class TestRun:
                 found["dx"] = found["dx"] * (1 + 2 * modes.MODES["fp32"].tolerance)
             return found
 
-        monkeypatch.setattr(peer_torch.FaceLayer, "results", wrong)
+        monkeypatch.setattr(peer_torch.FusedLayer, "results", wrong)
         forward, training = runner.run([SMALL], modes=["fp32"], bench=small_bench, rates=RATES)["rows"]
         assert forward["failed"] == {}
         assert training["failed"][OURS].startswith(f"{OURS}: dx is off by 2.0e-04")
@@ -335,8 +335,8 @@ ROWS = [
     row(Case(GRU(), Shape(256, 1, 256, 256), "forward"), "bf16", {OURS: "no bfloat16"}, torch=4.0),
     row(Case(LSTM(), Shape(128, 8, 64, 256), "forward", resets=0.03), ours=1.0, full=0.98, torch_masked=9.0),
     row(Case(LSTM(), Shape(128, 8, 64, 256), resets=0.03), ours=1.1, full=1.0),
-    row(Case(LSTM(), Shape(1, 8, 64, 256), "step", face="cell"), ours=30.0, torch=90.0, torch_cell=60.0),
-    row(Case(LSTM(), Shape(1, 8, 64, 256), "step", face="layer"), ours=99.0, torch=90.0, torch_cell=60.0),
+    row(Case(LSTM(), Shape(1, 8, 64, 256), "step", api="cell"), ours=30.0, torch=90.0, torch_cell=60.0),
+    row(Case(LSTM(), Shape(1, 8, 64, 256), "step", api="layer"), ours=99.0, torch=90.0, torch_cell=60.0),
 ]
 
 

@@ -73,22 +73,22 @@ def test_the_peers_compute_the_same_problem(peer, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.cell} {case}")
-@pytest.mark.parametrize("face", registry.FACES)
-def test_our_pytorch_modules_compute_the_same_problem(face, case):
+@pytest.mark.parametrize("api", registry.APIS)
+def test_our_pytorch_modules_compute_the_same_problem(api, case):
     """As what is measured; the path says that our kernels ran."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    if face == "cell" and registry.FACES[face].refuses(case, "float32") is not None:
+    if api == "cell" and registry.APIS[api].refuses(case, "float32") is not None:
         return  # as PyTorch's cells
-    case = dataclasses.replace(case, face=face)
+    case = dataclasses.replace(case, api=api)
     ours = registry.ours(problems.make(case, "float32"), "cpu", get_num_threads())
     exact = truth(case, "float32")
-    assert participants.check(face, ours.results(), exact, participants.TOLERANCE["float32"]) > 0
+    assert participants.check(api, ours.results(), exact, participants.TOLERANCE["float32"]) > 0
     assert ours.path == "fused"
 
 
 def test_our_pytorch_modules_are_timed_beside_pytorch(monkeypatch):
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    cases = [dataclasses.replace(SMALL, kind=kind, face="layer") for kind in ("training", "update")]
+    cases = [dataclasses.replace(SMALL, kind=kind, api="layer") for kind in ("training", "update")]
     rows = runner.run(cases, peers=["torch"], quick=True)["rows"]
     for row in rows:
         assert row["participants"][runner.OURS]["path"] == "fused"

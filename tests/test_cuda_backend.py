@@ -2,7 +2,7 @@
 is kept for backward, the self-test. Tolerances as for every backend (test_kernels.py).
 
 Whether the kernels are right is the matter of test_cuda_kernels.py; plans, the GPU's device and the native
-face have files of their own.
+API have files of their own.
 """
 
 from __future__ import annotations

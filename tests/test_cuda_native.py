@@ -1,4 +1,4 @@
-"""The native face on arrays that are not NumPy's, fake_cupy.py's: layers, optimizers, files, gradcheck."""
+"""The native API on arrays that are not NumPy's, fake_cupy.py's: layers, optimizers, files, gradcheck."""
 
 from __future__ import annotations
 

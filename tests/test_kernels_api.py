@@ -1,4 +1,4 @@
-"""The stateless face: packed rows, packed weights, and the choice of the backend."""
+"""The stateless API: packed rows, packed weights, and the choice of the backend."""
 
 from __future__ import annotations
 

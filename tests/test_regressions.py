@@ -1,7 +1,7 @@
 """Failures that users of other libraries met, each as a test of ours where it can concern a CPU kernel.
 
 The number is that of the list the project keeps; the docstring names the source. Layouts, projections,
-dropout, the PyTorch face and checkpoints are tested where they are built. Rows of the list without a test
+dropout, the PyTorch API and checkpoints are tested where they are built. Rows of the list without a test
 here, and why:
 
 - R18 (pytorch/audio 3736, rnnt_loss beyond 2^31 elements): there is no such loss; counts of elements are R17.

@@ -1,4 +1,4 @@
-"""Recurrent dropout and zoneout: the masks, the reference, the kernels, the native face.
+"""Recurrent dropout and zoneout: the masks, the reference, the kernels, the native API.
 
 The oracle draws its masks by a program of its own. Tolerances are those of test_reference.py and
 test_kernels.py; where bits are compared there is none.

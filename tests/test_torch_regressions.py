@@ -1,4 +1,4 @@
-"""Failures that users of other libraries met, each as a test of the PyTorch face where it can show there.
+"""Failures that users of other libraries met, each as a test of the PyTorch API where it can show there.
 
 The number is that of the list the project keeps; the docstring names the source. Rows without a test here:
 

@@ -1,4 +1,4 @@
-"""The stateless face: one layer in one direction, forward and backward, NumPy in and NumPy out.
+"""The stateless API: one layer in one direction, forward and backward, NumPy in and NumPy out.
 
     y, stateT, states, tape = forward(LSTM(), x, Weights(weight_ih, weight_hh, bias_ih))
     dx, dweights, dstate0 = backward(tape, dy)

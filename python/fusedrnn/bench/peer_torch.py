@@ -255,7 +255,7 @@ class TorchMasked(Torch):
         return [self.torch.cat(ys), *state]
 
 
-class Face(Torch):
+class FusedModule(Torch):
     """Our modules in the place of PyTorch's; the path says whether our kernels ran, or why PyTorch's did."""
 
     modules = "fusedrnn.torch"
@@ -265,7 +265,7 @@ class Face(Torch):
         return str(self.module.last_path)
 
 
-class FaceLayer(Face):
+class FusedLayer(FusedModule):
     """The layers of ``fusedrnn.torch``, with its lengths and resets."""
 
     def __init__(self, data: Data, threads: int, place: Place = CPU) -> None:
@@ -283,5 +283,5 @@ class FaceLayer(Face):
         return [y, *state] if isinstance(state, tuple) else [y, state]
 
 
-class FaceCell(Face, TorchCell):
+class FusedCell(FusedModule, TorchCell):
     """The cells of ``fusedrnn.torch``, one call a step."""

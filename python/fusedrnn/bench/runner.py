@@ -150,8 +150,8 @@ def run(
         ValueError: A peer that was asked for takes part in no case.
     """
     chosen = backends.usable(backend).name
-    if any(case.face for case in cases):
-        missing = registry.FACES["layer"].missing()
+    if any(case.api for case in cases):
+        missing = registry.APIS["layer"].missing()
         if missing is not None:
             raise RuntimeError(f"our PyTorch modules: {missing}")
         if chosen != backends.usable(None).name:

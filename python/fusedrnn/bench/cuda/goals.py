@@ -51,7 +51,7 @@ def published(row: Row) -> bool:
 
 def plain(row: Row) -> bool:
     """Whether ``torch.nn``'s layer does the same."""
-    return not (row["ragged"] or row["resets"] or row["face"] == "cell")
+    return not (row["ragged"] or row["resets"] or row["api"] == "cell")
 
 
 def beside_cudnn(cell: str, mode: str, kind: str) -> Callable[[Row], bool]:
@@ -68,7 +68,7 @@ def beside_cudnn(cell: str, mode: str, kind: str) -> Callable[[Row], bool]:
 def one_step(row: Row) -> bool:
     """A step of the LSTM cell at the size of a policy."""
     T, B, _, H = row["shape"]
-    step = (T, B, H, row["kind"], row["face"]) == (1, 8, 256, "step", "cell")
+    step = (T, B, H, row["kind"], row["api"]) == (1, 8, 256, "step", "cell")
     return step and row["cell"] == "lstm"
 
 

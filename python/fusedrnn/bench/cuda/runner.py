@@ -16,8 +16,8 @@ from fusedrnn.bench.cuda.modes import MODES, Mode, use
 from fusedrnn.bench.cuda.timing import Timer
 from fusedrnn.bench.participants import Results, check, not_installed
 from fusedrnn.bench.peer_torch import (
-    FaceCell,
-    FaceLayer,
+    FusedCell,
+    FusedLayer,
     Place,
     Torch,
     TorchCell,
@@ -124,7 +124,7 @@ def ways(case: Case) -> list[str]:
 
 def ours(case: Case) -> type[Torch]:
     """Our module in their place."""
-    return FaceCell if case.face == "cell" else FaceLayer
+    return FusedCell if case.api == "cell" else FusedLayer
 
 
 class Truths:
@@ -167,7 +167,7 @@ def run_row(
             try:
                 participant = kind(given, 1, at)
                 errors[who] = check(who, participant.results(), truths.of(given), mode.tolerance)
-                if isinstance(participant, FaceLayer | FaceCell):
+                if isinstance(participant, FusedLayer | FusedCell):
                     plans[who] = plans_of(participant, bench.backend)
                 ready[who] = participant
             except Exception as error:  # of many libraries; the others go on
@@ -215,7 +215,7 @@ def plans_of(participant: Torch, backend: Any) -> list[str]:
 
 def asked_for(case: Case, mode: Mode, bench: Bench) -> list[str]:
     """The algorithms that PyTorch asks cuDNN for, forward and back."""
-    if case.face == "cell":
+    if case.api == "cell":
         return []
     back = (False, True) if case.kind == "training" else (False,)
     return [
