@@ -21,7 +21,7 @@ import torch
 from fusedrnn import kernels, system
 from fusedrnn.bench.report import BUSY
 from fusedrnn.bench.timing import Others, ratio, same_threads, spread, time_blocks
-from fusedrnn.threads import set_num_threads, set_team
+from fusedrnn.threads import set_num_threads, set_thread_pool
 
 SHAPES = ((64, 16, 128, 128), (30, 30, 1, 100))  # T, B, I, H
 CELL = kernels.LSTM()
@@ -51,12 +51,12 @@ class FusedLSTM(torch.nn.LSTM):
 
 
 class Training:
-    """One model and its optimizer; a call is a step, with ``threads`` of ``team`` for our kernels."""
+    """One model and its optimizer; a call is a step, with ``threads`` threads of ``pool`` for our kernels."""
 
-    def __init__(self, layer, shape, threads, team="own"):
+    def __init__(self, layer, shape, threads, pool="own"):
         T, B, I, H = shape
         torch.manual_seed(0)
-        self.threads, self.team = threads, team
+        self.threads, self.pool = threads, pool
         self.rnn = layer(I, H)
         self.head = torch.nn.Linear(H, 1)
         self.optimizer = torch.optim.Adam([*self.rnn.parameters(), *self.head.parameters()])
@@ -64,7 +64,7 @@ class Training:
 
     def __call__(self):
         set_num_threads(self.threads)
-        set_team(self.team)
+        set_thread_pool(self.pool)
         self.optimizer.zero_grad()
         y, _ = self.rnn(self.x)
         loss = torch.nn.functional.mse_loss(self.head(y), self.target)

@@ -487,7 +487,7 @@ py::array_t<T> activation_as(int which, const py::object& x, const std::string& 
   return out;
 }
 
-const char* team() { return cpu::team() == cpu::Team::openmp ? "openmp" : "own"; }
+const char* thread_pool() { return cpu::thread_pool() == cpu::ThreadPool::openmp ? "openmp" : "own"; }
 
 py::dict info() {
   py::dict d;
@@ -563,8 +563,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("info", &info);
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("threads"));
-  m.def("team", &team);
-  m.def("set_team", [](bool openmp) { cpu::set_team(openmp ? cpu::Team::openmp : cpu::Team::own); }, py::arg("openmp"));
+  m.def("thread_pool", &thread_pool);
+  m.def(
+      "set_thread_pool",
+      [](bool openmp) { cpu::set_thread_pool(openmp ? cpu::ThreadPool::openmp : cpu::ThreadPool::own); },
+      py::arg("openmp"));
   m.def("set_flush_subnormals", &set_flush_subnormals, py::arg("on"));
 
   py::module_ testing = m.def_submodule("testing", "Hooks of the test suite.");

@@ -15,12 +15,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fusedrnn.torch  # noqa: E402
-from fusedrnn.threads import set_team  # noqa: E402
+from fusedrnn.threads import set_thread_pool  # noqa: E402
 
-set_team("own")  # other files' tests count on it; these get PyTorch's below
+set_thread_pool("own")  # other files' tests count on it; these get PyTorch's below
 ROOT = Path(__file__).parents[1]
 # The libraries' own warnings are theirs.
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("openmp_team", "one_thread")]
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("openmp_pool", "one_thread")]
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ with warnings.catch_warnings():  # PyTorch's own, while it imports
 torch.backends.__dict__["__allow_nonbracketed_mutation_flag"] = True
 
 import fusedrnn.torch as ours  # noqa: E402
-from fusedrnn.threads import set_team  # noqa: E402
+from fusedrnn.threads import set_thread_pool  # noqa: E402
 from fusedrnn.torch.convert import TWINS  # noqa: E402
 
-set_team("own")  # other files' tests count on it; these get PyTorch's below
+set_thread_pool("own")  # other files' tests count on it; these get PyTorch's below
 
 INFOS = [info for info in module_db if info.module_cls in TWINS]
 DTYPES = (torch.float32, torch.float64)
@@ -40,7 +40,7 @@ TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol"
 
 # LSTM with projections: ours falls back, and PyTorch says that it leaves oneDNN.
 pytestmark = [
-    pytest.mark.usefixtures("openmp_team"),
+    pytest.mark.usefixtures("openmp_pool"),
     pytest.mark.filterwarnings("ignore::fusedrnn.torch.Fallback"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]

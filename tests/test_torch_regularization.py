@@ -19,7 +19,7 @@ from fusedrnn import masks
 from fusedrnn.torch import compilable
 from torch_twins import LAYERS, assert_close, every_layer, flat, ft, gradients, state_of
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("no_fallback", "openmp_team")]
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("no_fallback", "openmp_pool")]
 
 T, B, I, H = 6, 4, 3, 5
 RATES = {

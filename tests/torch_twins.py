@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn.threads import get_team, set_team
+from fusedrnn.threads import get_thread_pool, set_thread_pool
 
-_team = get_team()
+_pool = get_thread_pool()
 import fusedrnn.torch as ft  # noqa: E402
 
-set_team(_team)  # back from PyTorch's threads, for the other files: tests/test_openmp_team.py tests on them
+# Back from PyTorch's threads, for the other files: tests/test_thread_pool.py tests on them.
+set_thread_pool(_pool)
 
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")

@@ -101,7 +101,7 @@ def run_info(args: argparse.Namespace) -> None:
         ("instruction sets built", listed(found["built"])),
         ("instruction sets detected", listed(found["detected"])),
         ("instruction set in use", found["isa"] or "none"),
-        ("threads", f"{found['threads']}, {found['team']} team"),
+        ("threads", f"{found['threads']}, {found['thread_pool']} thread pool"),
     ]
     for name, why in found["backends"].items():
         default = ", the default here" if name == found["backend"] else ""

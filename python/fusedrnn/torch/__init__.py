@@ -18,7 +18,7 @@ from fusedrnn.torch.paths import Fallback, fallback, set_fallback_errors
 
 # PyTorch's threads spin after its operations: beside them ours would wait (docs/speed.md).
 with _contextlib.suppress(RuntimeError):
-    _threads.set_team("openmp")
+    _threads.set_thread_pool("openmp")
 
 __all__ = [
     "GRU",
