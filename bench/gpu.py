@@ -40,7 +40,7 @@ class Run:
         self.end = time.monotonic() + seconds
         self.found: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []  # of the timing
-        self.epoch: float | None = None  # the time of the public framework's divided by ours
+        self.epoch: float | None = None  # DeZero's time divided by ours
 
     def left(self) -> float:
         return self.end - time.monotonic()

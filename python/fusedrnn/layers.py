@@ -75,7 +75,7 @@ class Layer:
         npz.write(path, arrays)
 
     def load_weights(self, path: PathLike) -> None:
-        """Read what ``save_weights`` wrote, or the layout of the public framework.
+        """Read what ``save_weights`` wrote, or DeZero's layout.
 
         Cast to each layer's dtype; sizes that a layer does not know yet come from the file. A missing, extra,
         misshapen or pickled entry is a ValueError that names it; then no parameter has changed.
@@ -90,7 +90,7 @@ class Layer:
         sized: list[tuple[Layer, dict[str, Array]]] = []
         for path, layer in self.walk():
             prefix = f"{path}/" if path else ""
-            taken = layer.from_framework_layout(prefix, left, source)
+            taken = layer.from_dezero_layout(prefix, left, source)
             for name, shape in layer.weight_shapes().items():
                 parameter = vars(layer)[name]
                 if id(parameter) in done:  # shared by two layers: saved once
@@ -167,8 +167,8 @@ class Layer:
         data = vars(self)[name]._data
         return array.dtype if data is None else data.dtype
 
-    def from_framework_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
-        """Take this layer's parameters out of ``arrays`` where they are in the public framework's layout."""
+    def from_dezero_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
+        """Take this layer's parameters out of ``arrays`` where they are in DeZero's layout."""
         return {}
 
     def check_sizes(self, arrays: Mapping[str, Array], source: str) -> None:
@@ -265,7 +265,7 @@ class Recurrent(Layer):
     """
 
     draws: ClassVar[tuple[int, ...]]  # the gates in the order they are drawn
-    framework_names: ClassVar[tuple[str, ...]] = ()  # its names of the gates, in memory order
+    dezero_names: ClassVar[tuple[str, ...]] = ()  # its names of the gates, in memory order
     draws_hidden_late = False
 
     h: Variable | None
@@ -722,9 +722,9 @@ class Recurrent(Layer):
     def take_sizes(self, arrays: Mapping[str, Array]) -> None:
         self.in_size = arrays["weight_ih" + self.suffixes[0]].shape[1]
 
-    def from_framework_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
+    def from_dezero_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
         """``x2f/W`` (I, H), ``x2f/b`` (H,), ``h2f/W`` (H, H), one set per gate."""
-        gates = self.framework_names
+        gates = self.dezero_names
         if self.suffixes != [""] or not any(f"{prefix}{s}2{g}/W" in arrays for g in gates for s in "xh"):
             return {}
         H = self.hidden_size
@@ -754,7 +754,7 @@ class RNN(Recurrent):
     """
 
     draws = (0,)
-    framework_names = ("h",)
+    dezero_names = ("h",)
     draws_hidden_late = True
     cell: cells.RNN
 
@@ -778,7 +778,7 @@ class LSTM(Recurrent):
     """
 
     draws = (1, 0, 3, 2)
-    framework_names = ("i", "f", "u", "o")
+    dezero_names = ("i", "f", "u", "o")
 
     def __init__(
         self, hidden_size: int, in_size: int | None = None, *, forget_bias: float = 0.0, **options: Any
