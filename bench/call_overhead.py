@@ -12,7 +12,7 @@
   where there is no tape, within ``no_grad()``.
 
 The last three are given as the time beyond the arithmetic. Backward rows are the gradients of everything from
-dy. Every figure is a minimum over many short blocks of calls, the participants taking turns; with several
+dy. Every figure is a minimum over many short blocks of calls, the levels taking turns; with several
 threads and on a busy machine the differences of long calls are noise.
 """
 
@@ -36,11 +36,11 @@ CELLS: tuple[Cell, ...] = (LSTM(), GRU())
 SIZES = ((1, 1, 8), (1, 64, 256), (8, 64, 256), (64, 64, 256))  # B, I, H; the first is hardly any arithmetic
 GOALS = {"backend": 5.0, "kernels": 5.0, "layer": 10.0}  # microseconds beyond the arithmetic, forward
 
-Block = Callable[[int], Any]  # runs a participant so many times
+Block = Callable[[int], Any]  # runs a level so many times
 
 
 class Row(NamedTuple):
-    """One call: microseconds of each participant."""
+    """One call: microseconds of each level."""
 
     cell: str
     B: int
@@ -87,8 +87,8 @@ def minima(blocks: dict[str, Block], seconds: float) -> dict[str, float]:
     return best
 
 
-def participants(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Block]]:
-    """Of each kind of call the participants, who have been seen to give the same bits."""
+def levels(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Block]]:
+    """The levels of each kind of call, after a check that they agree."""
     draw = np.random.default_rng(0).standard_normal
     layer = {"lstm": layers.LSTM, "gru": layers.GRU}[cell.name](H, I)
     weights = Weights(**{name: p._data for name, p in layer.named_params()})
@@ -132,7 +132,7 @@ def measure(seconds: float) -> list[Row]:
         Row(cell.name, *size, call, minima(blocks, seconds))
         for cell in CELLS
         for size in SIZES
-        for call, blocks in participants(cell, *size).items()
+        for call, blocks in levels(cell, *size).items()
     ]
 
 

@@ -55,7 +55,7 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
     lines = [
         "![Time of each peer divided by time of fusedrnn, for each shape](docs/bench.png)",
         "",
-        "LSTM, float32, forward + backward, allocation included, one run, participants in turn. "
+        "LSTM, float32, forward + backward, allocation included, one run, libraries in turn. "
         f"{caption(report)}.",
         "",
         "| T, B, I, H | fusedrnn ms | GFLOP/s | PyTorch ms | PyTorch / fusedrnn |"
@@ -63,7 +63,7 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
         "|---|---:|---:|---:|---:|" + "---:|" * len(more),
     ]
     for row in report["rows"]:
-        each = row["participants"]
+        each = row["libraries"]
         ours, torch = each["fusedrnn"], each["torch"]
         lines.append(
             f"| {', '.join(map(str, row['shape']))} | {ours['ms']:.3g} | {ours['gflops']:.0f} "

@@ -55,7 +55,7 @@ def shapes(which: str, quick: bool) -> Iterator[tuple[int, tuple[int, int, int, 
 def call_of(shape: Sequence[int]) -> Callable[[], Any]:
     """Forward + backward of one problem, the one that ``fusedrnn bench`` times."""
     from fusedrnn import problems
-    from fusedrnn.bench.participants import Native
+    from fusedrnn.bench.libraries import Native
     from fusedrnn.cells import LSTM
 
     case = problems.Case(LSTM(), problems.Shape(*shape))

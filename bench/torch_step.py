@@ -107,8 +107,8 @@ def main():
         for shape in SHAPES:
             others = Others()
             found = measure(shape, threads)
-            rows.append({"shape": shape, "participants": found, "others": others.share()})
-            for name, each in rows[-1]["participants"].items():
+            rows.append({"shape": shape, "libraries": found, "others": others.share()})
+            for name, each in rows[-1]["libraries"].items():
                 print(
                     f"{','.join(map(str, shape)):14}  {name:17}{each['ms']:8.3f} ms ±{each['spread']:.0%}  "
                     f"nn.LSTM / this {each['ratio']:.2f}"

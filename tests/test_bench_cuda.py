@@ -227,13 +227,13 @@ class TestRun:
         others.append({"torch", "torch-cell"})
         for row, expected in zip(rows, others, strict=True):
             assert row["failed"] == {}
-            assert set(row["participants"]) == {OURS} | expected
-            for name, entry in row["participants"].items():
+            assert set(row["libraries"]) == {OURS} | expected
+            for name, entry in row["libraries"].items():
                 assert entry["us_per_step"] == pytest.approx(1e3 * entry["ms"] / row["shape"][0])
                 assert entry["of_bound"] == pytest.approx(1e3 * row["bound"]["seconds"] / entry["ms"])
                 assert 0 <= entry["error"] < 1e-5
                 assert ("ratio" in entry) == (name != OURS)
-            plans = row["participants"][OURS]["plans"]
+            plans = row["libraries"][OURS]["plans"]
             assert len(plans) == (2 if row["kind"] == "training" else 1)
             assert all(plan.startswith(("cluster", "grid", "steps")) for plan in plans)
         assert json.loads(json.dumps(found)) == found
@@ -250,8 +250,8 @@ class TestRun:
         found = runner.run([SMALL], modes=["bf16"], forward=True, bench=small_bench, rates=RATES)
         (row,) = found["rows"]
         assert row["failed"] == {OURS: "x: expected float32 or float64, got bfloat16"}
-        assert set(row["participants"]) == {"torch", runner.FLOAT32}
-        assert not any("ratio" in entry for entry in row["participants"].values())
+        assert set(row["libraries"]) == {"torch", runner.FLOAT32}
+        assert not any("ratio" in entry for entry in row["libraries"].values())
         _, header, (cells,) = cuda.table(found)
         assert len(cells) == len(header)
         assert "failed" in cells
@@ -271,7 +271,7 @@ class TestRun:
         forward, training = runner.run([SMALL], modes=["fp32"], bench=small_bench, rates=RATES)["rows"]
         assert forward["failed"] == {}
         assert training["failed"][OURS].startswith(f"{OURS}: dx is off by 2.0e-04")
-        assert set(training["participants"]) == {"torch"}
+        assert set(training["libraries"]) == {"torch"}
 
     def test_what_pytorch_itself_runs_is_no_result_of_ours(self, small_bench, monkeypatch):
         from fusedrnn.torch import paths
@@ -302,8 +302,8 @@ class TestRun:
 
 
 def row(case, mode="fp32", failed=None, **us):
-    """A row as ``run_row`` makes it, of microseconds a step by participant."""
-    participants = {}
+    """A row as ``run_row`` makes it, of microseconds a step by library."""
+    libraries = {}
     for name, value in us.items():
         name = {"ours": OURS, "full": FULL}.get(name, name.replace("_", "-"))
         entry = {"ms": value * case.shape.T / 1e3, "us_per_step": value, "spread": 0.02, "error": 1e-6}
@@ -312,7 +312,7 @@ def row(case, mode="fp32", failed=None, **us):
             entry["plans"] = ["cluster, 8x2 blocks of 32 units", "steps"]
         elif "ours" in us:
             entry["ratio"] = value / us["ours"]
-        participants[name] = entry
+        libraries[name] = entry
     return problems.describe(case) | {
         "mode": mode,
         "dtype": modes.MODES[mode].dtype,
@@ -320,7 +320,7 @@ def row(case, mode="fp32", failed=None, **us):
         "flops": problems.flops(case),
         "bound": {"parts": {}, "by": "steps", "seconds": 1.0},
         "cudnn": ["PERSIST_STATIC", "STANDARD"],
-        "participants": participants,
+        "libraries": libraries,
         "failed": failed or {},
     }
 

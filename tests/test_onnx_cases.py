@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fusedrnn.backends.protocol import Weights
-from fusedrnn.bench.participants import TOLERANCE
+from fusedrnn.bench.libraries import TOLERANCE
 from fusedrnn.bench.peer_onnx import GATES, IR, OPSET
 from fusedrnn.cells import GRU, LSTM, RNN
 from fusedrnn.kernels import forward

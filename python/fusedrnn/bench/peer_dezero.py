@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn.bench.participants import Results, named
+from fusedrnn.bench.libraries import Results, named
 from fusedrnn.cells import RNN
 from fusedrnn.problems import Case, Data, flops
 

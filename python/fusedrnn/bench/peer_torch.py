@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn.bench.participants import Results, named, not_installed
+from fusedrnn.bench.libraries import Results, named, not_installed
 from fusedrnn.cells import RNN
 from fusedrnn.problems import Case, Data
 
 
 class Place(NamedTuple):
-    """Where a participant's tensors are, and of what dtype."""
+    """Where a library's tensors are, and of what dtype."""
 
     device: str = "cpu"
     dtype: str | None = None  # None: that of the numbers as they were drawn
@@ -162,18 +162,18 @@ class Torch:
 
 
 class Update:
-    """What stands around the module of a participant in a training step; a call makes one, -> the loss."""
+    """What stands around the module of a library in a training step; a call makes one, -> the loss."""
 
-    def __init__(self, participant: Torch) -> None:
-        torch, data = participant.torch, participant.data
+    def __init__(self, library: Torch) -> None:
+        torch, data = library.torch, library.data
         self.loss = torch.nn.functional.mse_loss
-        self.outputs = participant.outputs
-        self.target = participant.upstream[0][:, :, :1]
+        self.outputs = library.outputs
+        self.target = library.upstream[0][:, :, :1]
         with torch.random.fork_rng([]):
             torch.manual_seed(0)  # float32 and float64 draw different numbers
             self.head = torch.nn.Linear(data.case.directions * data.case.shape.H, 1, dtype=torch.float64)
-        self.head.to(participant.x.dtype)
-        parameters = [*participant.module.parameters(), *self.head.parameters()]
+        self.head.to(library.x.dtype)
+        parameters = [*library.module.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.Adam(parameters)
 
     def __call__(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusedrnn.bench.participants import Native, Numba, Participant, Peer, Reference
+from fusedrnn.bench.libraries import Library, Native, Numba, Peer, Reference
 from fusedrnn.bench.peer_dezero import DeZero
 from fusedrnn.bench.peer_jax import Jax
 from fusedrnn.bench.peer_onnx import OnnxRuntime
@@ -26,7 +26,7 @@ OWN = ("numba", "reference")  # backends of ours: shown, but nobody's best
 APIS: dict[str, type[Peer]] = {"layer": FusedLayer, "cell": FusedCell}
 
 
-def ours(data: Data, backend: str, threads: int) -> Participant:
+def ours(data: Data, backend: str, threads: int) -> Library:
     """The one that is measured."""
     api = data.case.api
     return APIS[api](data, threads) if api else Native(data, backend)

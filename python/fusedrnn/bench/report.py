@@ -19,11 +19,11 @@ def table(report: dict[str, Any]) -> Table:
     header = ["case", "ms", "±", "GFLOP/s", "of gemm", *peers]
     best = any(row["best"] for row in report["rows"])
     header += ["best peer", "ratio"] if best else []
-    full = any(FULL in row["participants"] for row in report["rows"])
+    full = any(FULL in row["libraries"] for row in report["rows"])
     header += ["against full"] if full else []
     rows = []
     for row in report["rows"]:
-        each = row["participants"]
+        each = row["libraries"]
         ours = each[OURS]
         cells = [
             row["case"],
@@ -47,9 +47,9 @@ def table(report: dict[str, Any]) -> Table:
 
 def against_full(row: dict[str, Any]) -> str:
     """Our time with resets against that without; that of a ragged case against its share of valid steps."""
-    if FULL not in row["participants"]:
+    if FULL not in row["libraries"]:
         return "–"
-    cost = 1 / row["participants"][FULL]["ratio"]
+    cost = 1 / row["libraries"][FULL]["ratio"]
     return f"{cost / row['valid'] - 1:+.0%}" + (" per valid step" if row["ragged"] else "")
 
 
@@ -62,7 +62,7 @@ def memory_table(report: dict[str, Any]) -> Table:
     header = ["case", "saved: own", "borrowed", "torch: own", "borrowed", "peak", "torch", "torch is"]
     rows = []
     for row in report["rows"]:
-        each = row["participants"]
+        each = row["libraries"]
         theirs = next(iter(ways_of_torch(each)), None)
         cells = [row["case"]]
         for name in (OURS, theirs):
@@ -79,9 +79,7 @@ def summary(report: dict[str, Any]) -> list[str]:
     lines = []
     for peer, mean in report["geometric_mean"].items():
         if mean is not None:
-            paths = {
-                row["participants"][peer]["path"] for row in report["rows"] if peer in row["participants"]
-            }
+            paths = {row["libraries"][peer]["path"] for row in report["rows"] if peer in row["libraries"]}
             took = ", ".join(sorted(filter(None, paths)))
             lines.append(f"{peer}: geometric mean of the ratios {mean:.2f}" + (f"; {took}" if took else ""))
     for key, name in (("best_of_torch", "best of PyTorch's ways"), ("best_of_all", "best of all peers")):

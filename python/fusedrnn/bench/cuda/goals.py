@@ -25,7 +25,7 @@ def against(peer: str) -> Value:
     """The time of a peer divided by ours; of a peer that does not run there is none."""
 
     def value(row: Row) -> float | None:
-        ratio: float | None = row["participants"].get(peer, {}).get("ratio")
+        ratio: float | None = row["libraries"].get(peer, {}).get("ratio")
         return ratio
 
     return value
@@ -33,13 +33,13 @@ def against(peer: str) -> Value:
 
 def us_per_step(row: Row) -> float | None:
     """Ours."""
-    found: float | None = row["participants"].get(OURS, {}).get("us_per_step")
+    found: float | None = row["libraries"].get(OURS, {}).get("us_per_step")
     return found
 
 
 def against_full(row: Row) -> float | None:
     """Our time divided by that without lengths and resets."""
-    ratio = row["participants"].get(FULL, {}).get("ratio")
+    ratio = row["libraries"].get(FULL, {}).get("ratio")
     return None if ratio is None else 1 / ratio
 
 

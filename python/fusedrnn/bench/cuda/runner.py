@@ -14,7 +14,7 @@ from fusedrnn.bench.cuda import bounds, cudnn, timing
 from fusedrnn.bench.cuda.bounds import Rates
 from fusedrnn.bench.cuda.modes import MODES, Mode, use
 from fusedrnn.bench.cuda.timing import Timer
-from fusedrnn.bench.participants import Results, check, not_installed
+from fusedrnn.bench.libraries import Results, check, not_installed
 from fusedrnn.bench.peer_torch import (
     FusedCell,
     FusedLayer,
@@ -47,7 +47,7 @@ class Bench:
     place: Place = field(default_factory=lambda: Place("cuda"))
     timer: Timer = timing.by_events
     rounds: int = 9
-    seconds: float = 0.05  # of a participant in a round
+    seconds: float = 0.05  # of a library in a round
     capability: tuple[int, int] = (9, 0)
     multiprocessors: int = 132
 
@@ -165,11 +165,11 @@ def run_row(
         warnings.simplefilter("ignore")  # a fallback is told as a failure
         for who, (kind, given, at) in wanted.items():
             try:
-                participant = kind(given, 1, at)
-                errors[who] = check(who, participant.results(), truths.of(given), mode.tolerance)
-                if isinstance(participant, FusedLayer | FusedCell):
-                    plans[who] = plans_of(participant, bench.backend)
-                ready[who] = participant
+                library = kind(given, 1, at)
+                errors[who] = check(who, library.results(), truths.of(given), mode.tolerance)
+                if isinstance(library, FusedLayer | FusedCell):
+                    plans[who] = plans_of(library, bench.backend)
+                ready[who] = library
             except Exception as error:  # of many libraries; the others go on
                 failed[who] = timing.reason(error)
         samples, broken = timing.rounds(ready, bench.timer, bench.rounds, bench.seconds)
@@ -181,7 +181,7 @@ def run_row(
         "flops": problems.flops(case),
         "bound": least,
         "cudnn": asked_for(case, mode, bench),
-        "participants": {},
+        "libraries": {},
         "failed": failed | broken,
     }
     for who, values in samples.items():
@@ -196,19 +196,19 @@ def run_row(
         }
         if who != OURS and OURS in samples:
             entry["ratio"] = ratio(values, samples[OURS])
-        row["participants"][who] = entry
+        row["libraries"][who] = entry
     return row
 
 
-def plans_of(participant: Torch, backend: Any) -> list[str]:
+def plans_of(library: Torch, backend: Any) -> list[str]:
     """How ours runs forward, and back where there is that. A RuntimeError where PyTorch's own runs."""
-    participant.outputs()
-    path = participant.module.last_path
+    library.outputs()
+    path = library.module.last_path
     if path != "fused":
         raise RuntimeError(path)
     found = [str(backend.last_plan)]
-    if participant.training:
-        participant()
+    if library.training:
+        library()
         found.append(str(backend.last_plan))
     return found
 

@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: what a participant is, our own backends, and the check of each."""
+"""The libraries of a benchmark: their interface, our own backends, and the check of each."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ TOLERANCE = {"float32": 5e-5, "float64": 2e-13}
 Results = dict[str, Array]
 
 
-class Participant(Protocol):
-    """One way to compute a case. Calling it does the whole of it and returns what it made."""
+class Library(Protocol):
+    """One library's way to compute a case. Calling it does the whole of it and returns what it made."""
 
     @property
     def path(self) -> str | None:
@@ -39,8 +39,8 @@ class Participant(Protocol):
         """The same as arrays, named by ``named``."""
 
 
-class Peer(Participant, Protocol):
-    """A participant that we are compared with."""
+class Peer(Library, Protocol):
+    """A library that we are compared with."""
 
     def __init__(self, data: Data, threads: int) -> None: ...
 
@@ -70,9 +70,9 @@ def named(
     dx: Array | None = None,
     dweights: Sequence[Sequence[Any]] = (),
 ) -> Results:
-    """What a participant computed, under the names and in the shapes in which ``check`` compares it.
+    """What a library computed, under the names and in the shapes in which ``check`` compares it.
 
-    ``dweights`` has an entry per layer and direction in the order of ``Weights``, as far as the participant
+    ``dweights`` has an entry per layer and direction in the order of ``Weights``, as far as the library
     knows them; the gradient of a bias that the problem does not have is left out.
     """
     case = data.case
@@ -178,7 +178,7 @@ def numba_start(cell: str, dtype: str) -> str:
     """How long a process waits for the first forward and backward: without Numba's cache, and with it."""
     code = (
         "import sys, time; from fusedrnn import cells, problems;"
-        "from fusedrnn.bench.participants import Native;"
+        "from fusedrnn.bench.libraries import Native;"
         "case = problems.Case(cells.CELLS[sys.argv[1]](), problems.Shape(2, 2, 2, 8));"
         "start = time.perf_counter(); Native(problems.make(case, sys.argv[2]), 'numba')();"
         "print(time.perf_counter() - start)"
