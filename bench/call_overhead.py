@@ -12,7 +12,7 @@
   where there is no tape, within ``no_grad()``.
 
 The last three are given as the time beyond the arithmetic. Backward rows are the gradients of everything from
-dy. Every figure is a minimum over many short blocks of calls, the levels taking turns; with several
+dy. Every figure is a minimum over many short blocks of calls, the levels interleaved; with several
 threads and on a busy machine the differences of long calls are noise.
 """
 
@@ -73,7 +73,7 @@ def without_graph(block: Block) -> Block:
 
 
 def minima(blocks: dict[str, Block], seconds: float) -> dict[str, float]:
-    """The best time per call of each, in microseconds; blocks of about a millisecond, in turn."""
+    """The best time per call of each, in microseconds; blocks of about a millisecond, interleaved."""
     start = time.perf_counter()
     blocks["arithmetic"](20)
     times = max(3, int(20e-3 / (time.perf_counter() - start)))

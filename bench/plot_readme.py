@@ -55,7 +55,7 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
     lines = [
         "![Time of each peer divided by time of fusedrnn, for each shape](docs/bench.png)",
         "",
-        "LSTM, float32, forward + backward, allocation included, one run, libraries in turn. "
+        "LSTM, float32, forward + backward, allocation included, one run, libraries interleaved. "
         f"{caption(report)}.",
         "",
         "| T, B, I, H | fusedrnn ms | GFLOP/s | PyTorch ms | PyTorch / fusedrnn |"

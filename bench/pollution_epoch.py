@@ -4,7 +4,7 @@
 
 On a GPU also beside DeZero, which the program was written for, if it is installed: single
 steps are all it has. Random rows in place of the data file, which changes no time. All start from the same
-weights, and the losses of the first epochs are compared before anything is timed. Epochs are run in turn; a
+weights, and the losses of the first epochs are compared before anything is timed. Epochs are interleaved; a
 ratio is the median over the rounds.
 """
 

@@ -2,7 +2,7 @@
 
     python bench/recompute.py [--threads N] [--json FILE]
 
-Both ways in turn, the best of several calls; the gradients' bits are compared before timing.
+Both modes interleaved, the best of several calls; the gradients' bits are compared before timing.
 """
 
 from __future__ import annotations

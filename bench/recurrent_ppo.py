@@ -4,8 +4,9 @@
     python bench/recurrent_ppo.py --check    only see whether the page is up to date
 
 CartPole without velocities, 8 environments, sb3-contrib's defaults: rollouts of 128 steps, 10 epochs of
-batches of 128 frames, two LSTMs of 256 units. The ways take turns; in a round all have the same seed, so that
-they play the same episodes until rounding parts them. Needs ``pip install sb3-contrib``, except to check.
+batches of 128 frames, two LSTMs of 256 units. The ways are interleaved. In a round all have the
+same seed, so that they play the same episodes until rounding parts them. Needs ``pip install
+sb3-contrib``, except to check.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def train(example, way, seed, frames):
 
 
 def measure(example, frames, rounds):
-    """Rounds in which the ways take turns, each beginning with another."""
+    """Rounds of all ways, interleaved, each beginning with another."""
     runs = {way: [] for way in example.WAYS}
     for way in example.WAYS:
         train(example, way, 0, 1024)  # warm
@@ -110,7 +111,7 @@ def section(report):
     lines += [
         "",
         f"Frames per second of the whole training, environment included, and in brackets how many times "
-        f"torch.nn's; medians of {report['rounds']} rounds of {report['frames']:,} frames, the ways in turn. "
+        f"torch.nn's; medians of {report['rounds']} rounds of {report['frames']:,} frames, interleaved. "
         f"PyTorch {found['torch']}, sb3-contrib {report['sb3-contrib']}, {found['isa']}, "
         f"{found['date'][:10]}; other processes took {busy:.0%} of the cores.",
     ]

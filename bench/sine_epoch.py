@@ -3,7 +3,7 @@
     pip install dezero
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python bench/sine_epoch.py [--json bench/results/sine_epoch.json]
 
-Ours takes chunks of 30 steps, DeZero single steps, which is all it has. Epochs are run in turn; the
+Ours takes chunks of 30 steps, DeZero single steps, which is all it has. Epochs are interleaved; the
 ratio is the median over the pairs.
 """
 

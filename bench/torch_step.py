@@ -74,7 +74,7 @@ class Training:
 
 
 def measure(shape, threads, blocks=9, seconds=0.1):
-    """Check that all learn the same, then time them in turn."""
+    """Check that all learn the same, then time them, interleaved."""
     runs = {
         "nn.LSTM": Training(torch.nn.LSTM, shape, threads),
         "ours, own pool": Training(FusedLSTM, shape, threads),

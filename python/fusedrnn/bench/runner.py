@@ -1,4 +1,4 @@
-"""One run: every case checked, then timed, ours and its peers in turn."""
+"""One run: every case checked, then timed, ours and its peers interleaved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How time is taken: libraries in turn, threads alike for everybody; the rate of the matrix product."""
+"""How time is taken: libraries interleaved, threads alike for everybody; the rate of the matrix product."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BLAS_USERS = ("dezero", "reference")
 def time_blocks(
     runs: dict[str, Callable[[], Any]], blocks: int, seconds: float, limit: float
 ) -> dict[str, list[float]]:
-    """Seconds per call of each library in each block, the libraries taking turns.
+    """Seconds per call of each library in each block, the libraries interleaved.
 
     A block is about ``seconds`` long for each. One whose blocks would take more than ``limit`` together takes
     part in fewer of them, but at least in three.
@@ -186,7 +186,7 @@ class Gemm:
                 self.runs["PyTorch", size] = partial(torch.mm, left, right, out=result)
 
     def measure(self) -> None:
-        """Once more, everybody in turn; it is done several times in a run, and the fastest counts."""
+        """Measure all once more; a run does this several times, and the fastest counts."""
         for (who, size), run in self.runs.items():
             start = time.perf_counter()
             run()

@@ -1,4 +1,4 @@
-"""One run on a GPU: every case in every precision, checked, then timed, ours and PyTorch's ways in turn."""
+"""One run on a GPU: every case in every precision, checked and timed, interleaved with PyTorch's."""
 
 from __future__ import annotations
 
