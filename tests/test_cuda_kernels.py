@@ -77,35 +77,39 @@ class Cut(CudaBackend):
         super().__init__(device, kernel, precision, _tested=True)
         self.units, self.rows, self.staged = units, rows, (at_once, chunk)
 
-    def _plan(self, device, kernels, sizes, dtype, way, backward):
-        if way.kernel == "steps" or min(sizes) == 0:
+    def _plan(self, device, kernels, sizes, dtype, kernel_options, backward):
+        if kernel_options.kernel == "steps" or min(sizes) == 0:
             return Plan("steps")
         _, B, H = sizes
         R = kernels.recurrent.count
         K, per_unit = (R * H, 1) if backward else (H, R)
-        precision = _precision(dtype, way.precision)
+        precision = _precision(dtype, kernel_options.precision)
         size = compute(dtype).itemsize
         tile, each = Tile.of(size, precision), Bytes.of(size, precision)
         units, rows, (at_once, chunk) = self.units, self.rows, self.staged
-        if way.kernel != "cluster":
+        if kernel_options.kernel != "cluster":
             units = min(units, tile.columns * device.warps // per_unit)
-        if way.kernel.startswith("cluster"):
+        if kernel_options.kernel.startswith("cluster"):
             units = max(units, -(-H // device.cluster))
 
         def layout() -> Layout:
-            return layout_of(way.kernel, rows, units * per_unit, tile.columns, device.warps)
+            return layout_of(kernel_options.kernel, rows, units * per_unit, tile.columns, device.warps)
 
-        if way.kernel.endswith("_registers"):  # k is one chunk; a thread has two units
+        if kernel_options.kernel.endswith("_registers"):  # k is one chunk; a thread has two units
             chunk = -(-K // WARP) * WARP
             while tile.kept * WARP * layout().splits < K:
                 units -= 1
                 assert units, "more than registers hold"
             rows = min(rows, 2 * WARP * device.warps // units)
-            assert -(-H // units) <= device.cluster or way.kernel == "grid_registers"
+            assert -(-H // units) <= device.cluster or kernel_options.kernel == "grid_registers"
         else:
             at_once = layout().rows
-        shared = shared_bytes(way.kernel, layout(), units * per_unit, K, (at_once, chunk), rows, units, each)
-        return Plan(way.kernel, units, rows, (-(-H // units), -(-B // rows)), shared, at_once, chunk)
+        shared = shared_bytes(
+            kernel_options.kernel, layout(), units * per_unit, K, (at_once, chunk), rows, units, each
+        )
+        return Plan(
+            kernel_options.kernel, units, rows, (-(-H // units), -(-B // rows)), shared, at_once, chunk
+        )
 
 
 def shapes() -> list[tuple[tuple[int, ...], int, int]]:
