@@ -92,16 +92,18 @@ def _output(command: list[str]) -> str:
 
 def to_compile(architecture: str) -> Iterator[tuple[str, str, str, str, str]]:
     """The arguments of ``cuda_compile.cubin`` of all that the parts run, but for layer norm and dropout."""
-    from fusedrnn.backends.cuda_compile import WAYS
+    from fusedrnn.backends.cuda_compile import DTYPE_PRECISIONS
     from fusedrnn.backends.cuda_jobs import kernels_of
     from fusedrnn.cells import GRU, LSTM, RNN
 
     for cell in (LSTM(), GRU(), RNN(), RNN(relu=True), GRU(reset_after=False)):
         kernels = kernels_of(cell)
         in_all = cell in (LSTM(), GRU(), RNN())
-        for dtype, precision in WAYS if in_all else [way for way in WAYS if way[1] == "ieee"]:
-            for way in KERNELS if kernels.whole else ("steps",):
-                yield kernels.type, dtype, architecture, precision, way
+        for dtype, precision in (
+            DTYPE_PRECISIONS if in_all else [pair for pair in DTYPE_PRECISIONS if pair[1] == "ieee"]
+        ):
+            for variant in KERNELS if kernels.whole else ("steps",):
+                yield kernels.type, dtype, architecture, precision, variant
 
 
 def prepared(run: Run) -> dict[str, float]:
@@ -119,7 +121,7 @@ def prepared(run: Run) -> dict[str, float]:
 
 
 def compiled(run: Run) -> dict[str, float]:
-    """Seconds that NVRTC takes for each cell and dtype, of one for each precision and each way to run by
+    """Seconds that NVRTC takes for each cell and dtype, of one for each precision and each kernel variant by
     itself, as calls compile them; nothing is cached."""
     import tempfile
 
@@ -132,11 +134,11 @@ def compiled(run: Run) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FUSEDRNN_CACHE"] = folder
         for cell in (RNN(), RNN(relu=True), LSTM(), GRU(), GRU(reset_after=False)):
-            for dtype, precision in cuda_compile.WAYS if cell == LSTM() else (("float", "ieee"),):
-                for way in KERNELS if (cell, precision) == (LSTM(), "ieee") else (None,):
+            for dtype, precision in cuda_compile.DTYPE_PRECISIONS if cell == LSTM() else (("float", "ieee"),):
+                for variant in KERNELS if (cell, precision) == (LSTM(), "ieee") else (None,):
                     begin = time.monotonic()
-                    cuda_compile.cubin(kernels_of(cell).type, dtype, architecture, precision, way)
-                    found[f"{cell} {dtype} {precision} {way or ''}".strip()] = round(
+                    cuda_compile.cubin(kernels_of(cell).type, dtype, architecture, precision, variant)
+                    found[f"{cell} {dtype} {precision} {variant or ''}".strip()] = round(
                         time.monotonic() - begin, 2
                     )
     os.environ.pop("FUSEDRNN_CACHE")
@@ -149,7 +151,7 @@ def compiled(run: Run) -> dict[str, float]:
 
 
 def checks(run: Run) -> dict[str, Any]:
-    """``fusedrnn gradcheck`` of the CUDA backend, once for each way to run."""
+    """``fusedrnn gradcheck`` of the CUDA backend, once for each kernel variant."""
     found = {}
     for kernel in KERNELS:
         command = [sys.executable, "-m", "fusedrnn", "gradcheck", "--backend", "cuda"]
@@ -167,7 +169,7 @@ def checks(run: Run) -> dict[str, Any]:
 
 def of_16_bits() -> dict[str, float]:
     """The worst difference from the reference on the same numbers, in units of the dtype's precision, for
-    each way to run: below 1 where all is right."""
+    each kernel variant: below 1 where all is right."""
     import cupy
     import ml_dtypes
 
@@ -318,7 +320,7 @@ cupy.cuda.Device().synchronize()
 
 
 def sanitizers(run: Run) -> dict[str, Any]:
-    """compute-sanitizer over small calls, in every way to run; where it is installed."""
+    """compute-sanitizer over small calls, in every kernel variant; where it is installed."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"not run": "compute-sanitizer is not installed"}

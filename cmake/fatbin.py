@@ -35,7 +35,9 @@ LIMIT = 60  # seconds for a kernel that does nothing, which takes three; what ta
 
 def names() -> list[str]:
     """Every plain cell, dtype and precision."""
-    return [f"{cell}-{dtype}-{precision}" for cell in TYPES for dtype, precision in cuda_compile.WAYS]
+    return [
+        f"{cell}-{dtype}-{precision}" for cell in TYPES for dtype, precision in cuda_compile.DTYPE_PRECISIONS
+    ]
 
 
 def targets() -> list[str]:

@@ -548,10 +548,10 @@ def test_the_script_writes_after_every_part(script, tmp_path, monkeypatch, capsy
 def test_the_script_compiles_what_it_will_run(script):
     jobs = list(script.to_compile("sm_90"))
     assert len(set(jobs)) == len(jobs)
-    assert {way for *_, way in jobs} == set(cuda_plan.KERNELS)
+    assert {variant for *_, variant in jobs} == set(cuda_plan.KERNELS)
     assert ("GruResetAfter", "float", "sm_90", "tf32", "grid_registers") in jobs
     assert ("RnnRelu", "double", "sm_90", "ieee", "cluster") in jobs
-    assert {way for cell, *_, way in jobs if cell == "GruResetBefore"} == {"steps"}
+    assert {variant for cell, *_, variant in jobs if cell == "GruResetBefore"} == {"steps"}
 
 
 @needs_nvrtc

@@ -459,7 +459,7 @@ def test_the_self_test_is_of_each_dtype_of_16_bits(dtype):
 
 
 @pytest.mark.parametrize("kernel", cuda_plan.KERNELS)
-def test_each_way_to_run_has_its_self_test_once(kernel):
+def test_each_kernel_variant_has_its_self_test_once(kernel):
     device = EmulatedDevice(multiprocessors=16)
     backend = CudaBackend(device, kernel)
     p = problem(RNN(), 3, 2, 3, 7)

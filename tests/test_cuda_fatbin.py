@@ -133,8 +133,8 @@ ASKED = itertools.product(
 def test_everything_can_be_made():
     """Every cell that has kernels, in each dtype and precision that the backend asks for."""
     said = subprocess.run(SCRIPT, check=True, capture_output=True, text=True).stdout
-    ways = {(cuda_compile.DTYPES[dtype.name], _precision(dtype, p)) for dtype, p in ASKED}
-    expected = {"-".join((kernels_of(cell).type, *way)) for cell in CELLS for way in ways}
+    pairs = {(cuda_compile.DTYPES[dtype.name], _precision(dtype, p)) for dtype, p in ASKED}
+    expected = {"-".join((kernels_of(cell).type, *pair)) for cell in CELLS for pair in pairs}
     assert set(said.split(";")) == expected
     assert len(said.split(";")) == len(expected)
 

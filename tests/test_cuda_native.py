@@ -91,7 +91,7 @@ def test_packed_rows(gpu):
 
 
 class Net(fusedrnn.Model):
-    """Both ways to run a layer, dropout, a loss with integers."""
+    """A layer with all its paths, dropout, a loss with integers."""
 
     def __init__(self, kind, **options):
         super().__init__()

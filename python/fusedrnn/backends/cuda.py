@@ -484,7 +484,7 @@ class CudaBackend:
         return KernelOptions(kernel, precision)
 
     def _pass(self, device: Device, dtype: np.dtype[Any], precision: str, kernel: str) -> None:
-        """The self-test of a way to run, the first time; float64 is float32's code."""
+        """The self-test of a kernel variant, the first time; float64 is float32's code."""
         if not self._test:
             return
         dtype = np.dtype(np.float32) if dtype in FLOATS else dtype

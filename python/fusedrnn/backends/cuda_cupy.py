@@ -256,14 +256,14 @@ class CupyDevice:
 
     def _function(self, cell: str, dtype: str, precision: str, kernel: str) -> Any:
         """A kernel, loaded; ``cuda_compile`` finds or makes its code."""
-        way = cuda_compile.way_of(kernel)
-        module = (cell, dtype, precision, way)
+        variant = cuda_compile.variant_of(kernel)
+        module = (cell, dtype, precision, variant)
         with self._lock:
             if (*module, kernel) not in self._functions:
                 if module not in self._modules:
                     version = _call("cuDriverGetVersion")
                     driver = version // 1000, version % 1000 // 10
-                    code = cuda_compile.code(cell, dtype, self.architecture, precision, driver, way)
+                    code = cuda_compile.code(cell, dtype, self.architecture, precision, driver, variant)
                     self._modules[module] = _call("cuModuleLoadData", code)
                 function = _call("cuModuleGetFunction", self._modules[module], kernel.encode())
                 if kernel.startswith(("grid", "cluster")):  # beyond 48 KiB only when asked for

@@ -200,7 +200,7 @@ def choose(
 ) -> Plan:
     """The plan of one pass; ``compute``: bytes of a number that is computed in.
 
-    Unless ``forced``: step by step where there is a single step or the cell knows no other way; else all
+    Unless ``forced``: step by step where there is a single step or the cell has no other variant; else all
     steps in one launch, by clusters or by the whole grid where the weights fit the blocks' shared memory, or
     where every block passes once through its weights in a step, as the product of step by step does too.
 
