@@ -46,13 +46,13 @@ def test_the_suite_has_what_the_goals_speak_of():
             assert {H for _, _, _, H in chosen} >= {256, 512, 768, 1024}, goal.name
 
 
-def test_every_case_has_a_way_of_pytorch_beside_it():
+def test_every_case_has_a_pytorch_variant_beside_it():
     expected = {"ragged": ["torch-packed"], "resets": ["torch-masked"], "plain": ["torch"]}
     for suite in ("gpu", "rl", "deepbench"):
         for case in problems.SUITES[suite]:
             sort = "ragged" if case.ragged else "resets" if case.resets else "plain"
             loop = ["torch-cell"] if case.shape.T == 1 else []
-            assert runner.ways(case) == expected[sort] + loop, case
+            assert runner.torch_variants(case) == expected[sort] + loop, case
 
 
 # --- which algorithm --------------------------------------------------------------------------------------
@@ -398,7 +398,11 @@ REPORT = {
 def test_table():
     title, header, cells = cuda.table(REPORT)
     assert "gpu on a GPU" in title
-    assert [name for name in header if name in runner.WAYS] == ["torch", "torch-cell", "torch-masked"]
+    assert [name for name in header if name in runner.TORCH_VARIANTS] == [
+        "torch",
+        "torch-cell",
+        "torch-masked",
+    ]
     assert all(len(line) == len(header) for line in cells)
     first = dict(zip(header[:7], cells[0], strict=False))
     assert first == {

@@ -121,7 +121,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     from fusedrnn.bench.cuda import MODES
 
     parser.description = (
-        "Times a layer beside its peers: PyTorch's ways to run it, ONNX Runtime, JAX and DeZero, as far as "
+        "Times a layer beside its peers: the PyTorch variants, ONNX Runtime, JAX and DeZero, as far as "
         "they are installed and can do the same. All take part in one run with the same numbers and the same "
         "count of threads; each result is checked before it is timed. A ratio above 1 means that fusedrnn is "
         "faster. With --device cuda our PyTorch modules beside PyTorch's own, which run cuDNN, forward and "

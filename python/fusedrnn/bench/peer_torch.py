@@ -1,4 +1,4 @@
-"""PyTorch, in the four ways in which people run recurrent layers with it, and our modules in their place."""
+"""PyTorch, in the four variants in which people run recurrent layers, and our modules in their place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = Place()
 
 
 class Torch:
-    """``torch.nn.LSTM``, ``GRU`` or ``RNN`` on whole sequences; the base of the other ways.
+    """``torch.nn.LSTM``, ``GRU`` or ``RNN`` on whole sequences; the base of the other variants.
 
     Its second bias is zero for LSTM and RNN. Without a gradient it runs under ``no_grad``.
     """

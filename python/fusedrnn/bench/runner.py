@@ -85,21 +85,21 @@ def run_case(
     return row
 
 
-def ways_of_torch(names: Iterable[str]) -> list[str]:
-    """PyTorch's ways among the names."""
+def torch_variants(names: Iterable[str]) -> list[str]:
+    """PyTorch's variants among the names."""
     return [name for name in names if name.startswith("torch")]
 
 
 def add_peaks(row: dict[str, Any], case: Case, dtype: str, threads: int, backend: str) -> None:
-    """Measure the peak memory of ours and of PyTorch's first way, each in processes of its own."""
-    for name in (OURS, *ways_of_torch(row["libraries"])[:1]):
+    """Measure the peak memory of ours and of the first PyTorch variant, each in processes of its own."""
+    for name in (OURS, *torch_variants(row["libraries"])[:1]):
         peer = None if name == OURS else name
         row["libraries"][name]["peak"] = memory.peak(case, dtype, threads, backend, peer)
 
 
 def means(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> dict[str, Any]:
     """Geometric means of the ratios: of each peer over the cases in which it took part, of the best of
-    PyTorch's ways, and of the best of all.
+    PyTorch's variants, and of the best of all.
     """
 
     def mean(ratios: list[float]) -> float | None:
@@ -111,7 +111,7 @@ def means(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> dict[str, Any
 
     return {
         "geometric_mean": {name: mean([r[0] for r in ratios([name])]) for name in peers},
-        "best_of_torch": mean([min(r) for r in ratios(ways_of_torch(peers))]),
+        "best_of_torch": mean([min(r) for r in ratios(torch_variants(peers))]),
         "best_of_all": mean([row["best"]["ratio"] for row in rows if row["best"]]),
     }
 

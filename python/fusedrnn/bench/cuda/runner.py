@@ -29,7 +29,7 @@ from fusedrnn.bench.timing import ratio, spread
 from fusedrnn.problems import Case, Data
 
 FLOAT32 = "fusedrnn, float32 arrays"  # ours in the precision of 16 bits for products alone
-WAYS: dict[str, type[Torch]] = {
+TORCH_VARIANTS: dict[str, type[Torch]] = {
     "torch": Torch,
     "torch-cell": TorchCell,
     "torch-packed": TorchPacked,
@@ -113,12 +113,12 @@ def expected(cases: Sequence[Case], modes: Sequence[str], forward: bool = False)
     return [problems.describe(part) | {"mode": mode} for part in parts for mode in modes]
 
 
-def ways(case: Case) -> list[str]:
-    """PyTorch's ways to run it: the layer, where it can; a loop of cells only for a single step."""
+def torch_variants(case: Case) -> list[str]:
+    """The PyTorch variants: the layer, where it can; a loop of cells only for a single step."""
     return [
         name
-        for name, way in WAYS.items()
-        if way.refuses(case, "float32") is None and (name != "torch-cell" or case.shape.T == 1)
+        for name, variant in TORCH_VARIANTS.items()
+        if variant.refuses(case, "float32") is None and (name != "torch-cell" or case.shape.T == 1)
     ]
 
 
@@ -136,8 +136,8 @@ class Truths:
 
     def of(self, data: Data) -> Results:
         if data.case not in self.known:
-            way = WAYS[ways(data.case)[0]]
-            self.known[data.case] = way(data, 1, self.place._replace(dtype="float64")).results()
+            variant = TORCH_VARIANTS[torch_variants(data.case)[0]]
+            self.known[data.case] = variant(data, 1, self.place._replace(dtype="float64")).results()
         return self.known[data.case]
 
 
@@ -152,7 +152,7 @@ def run_row(
     place = bench.place._replace(dtype=mode.dtype)
     float32 = bench.place._replace(dtype="float32")
     wanted = {OURS: (ours(case), data, place)}
-    wanted |= {way: (WAYS[way], data, place) for way in ways(case)}
+    wanted |= {variant: (TORCH_VARIANTS[variant], data, place) for variant in torch_variants(case)}
     if mode.itemsize == 2:
         wanted[FLOAT32] = (ours(case), data, float32)
     if full is not None:
