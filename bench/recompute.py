@@ -23,7 +23,7 @@ HEADER = ["case", "ms", "recompute", "ratio", "tape MiB", "recompute"]
 
 
 def measure(case: problems.Case) -> dict[str, dict[str, float]]:
-    """Seconds and bytes of each way."""
+    """Seconds and bytes of each mode."""
     data = problems.make(case, "float32")
     cell, x, weights, dy = case.cell, data.x, data.weights[0], data.dy
     found: dict[str, dict[str, float]] = {}
@@ -47,8 +47,8 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     cells = []
     for row in rows:
         every, boundary = row["all"], row["boundary_states"]
-        ms = [1e3 * way["seconds"] for way in (every, boundary)]
-        tapes = [way["bytes"] / 2**20 for way in (every, boundary)]
+        ms = [1e3 * each["seconds"] for each in (every, boundary)]
+        tapes = [each["bytes"] / 2**20 for each in (every, boundary)]
         cells.append(
             [row["case"], *(f"{t:.3g}" for t in ms), f"{ms[1] / ms[0]:.2f}", *(f"{b:.2f}" for b in tapes)]
         )

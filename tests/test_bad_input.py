@@ -88,7 +88,7 @@ class Subclass(np.ndarray):
 
 DTYPES = ["f2", "f4", "f8", "g", "F", "D", "i1", "i4", "i8", "u8", "?", "O", "S4", "U2", "M8[s]", "V8"]
 AXES = st.integers(0, 2)
-WAYS = st.one_of(
+CORRUPTIONS = st.one_of(
     st.sampled_from(
         [
             *(
@@ -191,12 +191,12 @@ def snapshot(args):
     return {k: a.tobytes() for k, a in args.items() if isinstance(a, np.ndarray) and a.nbytes < 1e6}
 
 
-def check(call, good, which, way):
+def check(call, good, which, corrupt):
     """One spoiled argument: see the top of the file."""
     spoiled = dict(good)
     try:
-        spoiled[which] = way(good[which])
-    except Exception:  # not every array can be spoiled in every way
+        spoiled[which] = corrupt(good[which])
+    except Exception:  # not every array can be spoiled like this
         return
     before = snapshot(spoiled)
     try:
@@ -246,39 +246,39 @@ APIS = {
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("entry", ["forward", "backward", "pack"])
 @settings(max_examples=250)
-@given(cell=CELL, dtype=FLOAT, data=st.data(), way=WAYS)
-def test_any_argument_of_an_api(api, entry, cell, dtype, data, way):
+@given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
+def test_any_argument_of_an_api(api, entry, cell, dtype, data, corrupt):
     forward, backward = arguments(cell, dtype)
     good = {"forward": forward, "backward": backward, "pack": {k: forward[k] for k in Weights._fields}}[entry]
     which = data.draw(st.sampled_from(sorted(good)), "argument")
-    check(entries_of(cell, forward)[entry](APIS[api]), good, which, way)
+    check(entries_of(cell, forward)[entry](APIS[api]), good, which, corrupt)
 
 
 @settings(max_examples=600)
-@given(cell=CELL, dtype=FLOAT, data=st.data(), way=WAYS)
-def test_any_argument_of_the_compiled_pack(cell, dtype, data, way):
+@given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
+def test_any_argument_of_the_compiled_pack(cell, dtype, data, corrupt):
     forward, _ = arguments(cell, dtype)
     good = {k: forward[k] for k in Weights._fields}
     which = data.draw(st.sampled_from(sorted(good)), "argument")
-    check(lambda a: numbered(core_forward(cell, forward, core_pack(cell, a))), good, which, way)
+    check(lambda a: numbered(core_forward(cell, forward, core_pack(cell, a))), good, which, corrupt)
 
 
 @settings(max_examples=800)
-@given(cell=CELL, dtype=FLOAT, data=st.data(), way=WAYS)
-def test_any_argument_of_the_compiled_forward(cell, dtype, data, way):
+@given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
+def test_any_argument_of_the_compiled_forward(cell, dtype, data, corrupt):
     good, _ = arguments(cell, dtype)
     packed = core_pack(cell, good)
     which = data.draw(st.sampled_from(sorted(good.keys() - set(Weights._fields))), "argument")
-    check(lambda a: numbered(core_forward(cell, a, packed)), good, which, way)
+    check(lambda a: numbered(core_forward(cell, a, packed)), good, which, corrupt)
 
 
 @settings(max_examples=800)
-@given(cell=CELL, dtype=FLOAT, data=st.data(), way=WAYS)
-def test_any_argument_of_the_compiled_backward(cell, dtype, data, way):
+@given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
+def test_any_argument_of_the_compiled_backward(cell, dtype, data, corrupt):
     forward, good = arguments(cell, dtype)
     tape = core_forward(cell, forward)[-1]
     which = data.draw(st.sampled_from(sorted(good)), "argument")
-    check(lambda a: numbered(core_backward(tape, a)), good, which, way)
+    check(lambda a: numbered(core_backward(tape, a)), good, which, corrupt)
 
 
 THINGS = st.sampled_from(

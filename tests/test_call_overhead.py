@@ -56,11 +56,11 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("way", ODD)
+@pytest.mark.parametrize("case", ODD)
 @pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=name)
-def test_what_is_not_ordinary_is_checked_once_and_gives_the_same_bits(cell, way, checks):
+def test_what_is_not_ordinary_is_checked_once_and_gives_the_same_bits(cell, case, checks):
     p = problem(cell, 5, 3, 7, 9, dtype=np.float32, return_states=True)
-    odd = ODD[way]
+    odd = ODD[case]
     forward = CPU.forward(cell, odd(p.x), p.weights, tuple(map(odd, p.state0)), return_states=True)
     assert checks == ["check_forward"]
     gradients = CPU.backward(forward.tape, odd(p.dy), tuple(map(odd, p.dstateT)), tuple(map(odd, p.dstates)))

@@ -38,7 +38,7 @@ from problems import (
     problem,
     run,
 )
-from test_regularization import KINDS, WAYS, of
+from test_regularization import CALLS, KINDS, of
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
@@ -368,7 +368,7 @@ def test_halves_have_no_other_precision(half):
 KERNEL_NORMED = NORMED[:4]  # not of GRU with reset before
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["plain", "all", "reverse"])
+@pytest.mark.parametrize("call", CALLS, ids=["plain", "all", "reverse"])
 @pytest.mark.parametrize(
     ("cell", "kind"),
     [
@@ -378,10 +378,10 @@ KERNEL_NORMED = NORMED[:4]  # not of GRU with reset before
         if (kind == "none" and cell.layer_norm) or (kind != "none" and of(kind, cell))
     ],
 )
-def test_regularization_and_layer_norm(cell, kind, way):
+def test_regularization_and_layer_norm(cell, kind, call):
     r = None if kind == "none" else of(kind, cell)
     for sizes in ((5, 11, 3, 19), (3, 4, 2, 70)):
-        assert_right(Cut("steps"), cell, sizes, regularization=r, **way)
+        assert_right(Cut("steps"), cell, sizes, regularization=r, **call)
 
 
 @pytest.mark.parametrize("warps", [1, 8])

@@ -29,7 +29,7 @@ REFERENCE = ReferenceBackend()
 DTYPES = (np.float32, np.float64)
 TOLERANCE = {np.float32: (2e-6, 5e-6), np.float64: (1e-14, 2e-14)}  # outputs, gradients
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "biases": "both"}
-WAYS = ({}, EVERYTHING | {"detach_every": 2}, EVERYTHING | {"reverse": True, "detach_every": 3})
+CALLS = ({}, EVERYTHING | {"detach_every": 2}, EVERYTHING | {"reverse": True, "detach_every": 3})
 BIG_SEED = 2**63 - 25  # both words of the key
 
 # Of the LSTM; other cells have no zoneout_c.
@@ -121,9 +121,9 @@ def test_masks_are_those_of_another_program():
 
 
 @every_case
-@pytest.mark.parametrize("way", WAYS, ids=["plain", "all", "reverse"])
-def test_reference_against_complex_steps(cell, kind, way):
-    p = problem(cell, 5, 4, 2, 3, regularization=of(kind, cell), **way)
+@pytest.mark.parametrize("call", CALLS, ids=["plain", "all", "reverse"])
+def test_reference_against_complex_steps(cell, kind, call):
+    p = problem(cell, 5, 4, 2, 3, regularization=of(kind, cell), **call)
     want = oracle_results(p)
     for dtype, tolerance in ((np.float64, 2e-14), (np.longdouble, 1e-17)):
         got = run(REFERENCE, p.astype(dtype))
@@ -165,8 +165,8 @@ def test_kernels(cell, kind, reverse, cpu):
 @pytest.mark.parametrize("size", [(9, 1, 3, 7), (5, 2, 20, 64), (52, 64, 2, 7), (3, 9, 67, 297)], ids=str)
 @cases("all", "evaluation")
 def test_kernels_at_other_sizes(cell, size, kind, cpu, threads):
-    for way in ({}, EVERYTHING):
-        p = problem(cell, *size, regularization=of(kind, cell), **way)
+    for call in ({}, EVERYTHING):
+        p = problem(cell, *size, regularization=of(kind, cell), **call)
         for count in (1, 2, 3):
             threads(count)
             assert_right(cpu, p)
