@@ -412,7 +412,7 @@ class Recurrent(Layer):
             after = self._fused_step(x, begin)
             y = after[0]
         else:
-            ys, after, _ = self._any(F.reshape(x, (1, *x.shape)), begin, None, None, False)
+            ys, after, _ = self._forward_sequence(F.reshape(x, (1, *x.shape)), begin, None, None, False)
             y = ys[0]
         self.h, self.c = (*after, None)[:2]
         return y
@@ -448,11 +448,11 @@ class Recurrent(Layer):
         reset = self._per_row("reset", reset, (T, B), "b")
         if detach_every is not None and not self.fused:
             raise ValueError("detach_every: expected None in a layer with fused=False")
-        y, after, states = self._any(x, begin, lengths, reset, return_states, detach_every)
+        y, after, states = self._forward_sequence(x, begin, lengths, reset, return_states, detach_every)
         self.h, self.c = (*after, None)[:2]
         return (y, states) if return_states else y
 
-    def _any(
+    def _forward_sequence(
         self,
         x: Variable,
         begin: State | None,
