@@ -22,7 +22,7 @@ from cuda import emulated
 from cuda.emulated import EmulatedDevice
 from fusedrnn.backends import cuda_cublas, cuda_cupy
 from fusedrnn.backends.cuda import CudaBackend
-from fusedrnn.backends.cuda_graph import Graphs
+from fusedrnn.backends.cuda_graph import GraphCache
 from fusedrnn.cells import GRU, LSTM
 from problems import CELLS, NORMED, assert_same_bits, name, named, problem, run
 
@@ -160,15 +160,15 @@ def test_a_need_without_the_initial_state_is_another_call():
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
-def graphs(most=3):
-    """Graphs that write down what they do."""
+def graphs(max_size=3):
+    """A GraphCache that writes down what it does."""
     done = []
 
     def record(work):
         done.append("record")
         return lambda: done.append("repeat")
 
-    return Graphs(record, most), done
+    return GraphCache(record, max_size), done
 
 
 def test_what_comes_once_is_not_recorded():
@@ -187,7 +187,7 @@ def test_what_comes_again_is_recorded_once():
 
 
 def test_the_oldest_goes_first():
-    kept, done = graphs(most=2)
+    kept, done = graphs(max_size=2)
     for key in "aabbabcb":  # c takes a's place
         kept.run(key, lambda: None)
     assert done.count("record") == 2
@@ -209,7 +209,7 @@ def test_what_is_forgotten_is_let_go_of():
         alive.add(graph)
         return graph
 
-    kept = Graphs(record, most=2)
+    kept = GraphCache(record, max_size=2)
     for k in range(10):
         for _ in range(2):
             kept.run(k, lambda: None)
@@ -221,7 +221,7 @@ def test_where_recording_fails_all_runs_as_before_and_says_so_once():
     def record(work):
         raise RuntimeError("no graphs here")
 
-    kept, done = Graphs(record), []
+    kept, done = GraphCache(record), []
     kept.run("a", lambda: done.append("a"))
     with pytest.warns(RuntimeWarning, match="^fusedrnn: CUDA graphs are off, .*: no graphs here"):
         kept.run("a", lambda: done.append("a"))
@@ -273,7 +273,7 @@ def gpu():
     current = Stream(log)
     device._cupy = types.SimpleNamespace(cuda=cuda)
     device._recording = Stream(log)
-    device._graphs = Graphs(device._record)
+    device._graphs = GraphCache(device._record)
     device._of_thread = threading.local()
     device.empty, device.pointer = np.empty, lambda a: 4711
     device.cluster = 0
