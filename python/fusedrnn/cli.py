@@ -135,7 +135,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "--suite",
         choices=list(problems.SUITES),
         help="the list of cases: core, eleven shapes in training; programs, published models; rl, ragged "
-        "sequences, resets and single steps; pytorch, our PyTorch modules in the place of PyTorch's, also in "
+        "sequences, resets and single steps; pytorch, our PyTorch modules instead of PyTorch's, also in "
         "whole training steps; wide and deepbench, larger shapes of other benchmarks; gpu, what a GPU is "
         "compared at; of each, on a CPU, cases of more than about 5 s a call are left out (default: core; "
         "with --device cuda gpu)",

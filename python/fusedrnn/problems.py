@@ -113,7 +113,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
         *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (LSTM(), GRU()) for B in (8, 128)),
         *(Case(cell, Shape(1, B, 64, 256), "step") for cell in (LSTM(), GRU()) for B in (1, 8, 64)),
     ),
-    "pytorch": (  # our PyTorch modules in the place of PyTorch's: calls with little arithmetic, whole updates
+    "pytorch": (  # our PyTorch modules instead of PyTorch's: calls with little arithmetic, whole updates
         *(
             Case(cell, Shape(1, 1, 64, 256), "step", api=api)
             for cell in (LSTM(), GRU())

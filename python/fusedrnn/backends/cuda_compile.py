@@ -1,4 +1,4 @@
-"""csrc/cuda made into code for a GPU by NVRTC: no nvcc, no header of a toolkit, and no GPU needed.
+"""csrc/cuda compiled to GPU code by NVRTC: no nvcc, no header of a toolkit, and no GPU needed.
 
 The code of a cell, dtype and architecture is kept on disk in ``$FUSEDRNN_CACHE``, else in
 ``$XDG_CACHE_HOME/fusedrnn``, else in ``~/.cache/fusedrnn``, under a hash of all that it depends on.

@@ -256,7 +256,7 @@ class TorchMasked(Torch):
 
 
 class FusedModule(Torch):
-    """Our modules in the place of PyTorch's; the path says whether our kernels ran, or why PyTorch's did."""
+    """Our modules in place of PyTorch's; the path says whether our kernels ran, or why PyTorch's did."""
 
     modules = "fusedrnn.torch"
 

@@ -1,4 +1,4 @@
-"""``LSTMCell``, ``GRUCell`` and ``RNNCell`` in the place of ``torch.nn``'s: one step of one layer."""
+"""``LSTMCell``, ``GRUCell`` and ``RNNCell``, drop-in replacements for ``torch.nn``'s."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``LSTM``, ``GRU`` and ``RNN`` in the place of ``torch.nn``'s.
+"""``LSTM``, ``GRU`` and ``RNN``, drop-in replacements for ``torch.nn``'s.
 
 Each is a subclass of its twin: parameters, initial values, state_dict, repr and errors are PyTorch's.
 Formulas and their sources are in ``fusedrnn.cells``.

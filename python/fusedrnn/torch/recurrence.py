@@ -281,7 +281,7 @@ class Recurrence(torch.autograd.Function):
         out = call.run(inputs[0], inputs[1 : 1 + states] or None, call.save)
         outputs = call.tensors(out)
         ctx.call, ctx.states = call, states
-        tape = torch.empty(0)  # carries ours, so that autograd lets go of it when it lets go of the rest
+        tape = torch.empty(0)  # carries ours, so that autograd releases it with the rest
         tape.fusedrnn_tape = out.tape  # type: ignore[attr-defined]
         # What the tape only borrows: autograd finds out whether somebody writes into it before backward.
         ctx.save_for_backward(tape, *(() if call.step else outputs[:1]), *inputs)

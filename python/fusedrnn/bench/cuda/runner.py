@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Bench:
-    """What all rows of a run share. In the tests a CPU and its clock are in the place of a GPU and events."""
+    """What all rows of a run share. In the tests a CPU and its clock are in place of a GPU and events."""
 
     place: Place = field(default_factory=lambda: Place("cuda"))
     timer: Timer = timing.by_events
