@@ -11,7 +11,7 @@ import pytest
 import fake_cupy
 import fusedrnn
 from cuda import emulated
-from fusedrnn import backends, checkpoint, cli, gradmatrix, kernels, multilayer, optimizers, system
+from fusedrnn import backends, checkpoint, cli, gradcheck_suite, kernels, multilayer, optimizers, system
 from fusedrnn import functions as F
 from fusedrnn import layers as L
 from fusedrnn.backends import cuda_cupy
@@ -290,7 +290,7 @@ def test_loaders(gpu):
         assert isinstance(next(loader)[0], fake_cupy.ndarray)
 
 
-def test_the_gradient_matrix(gpu):
+def test_the_gradcheck_suite(gpu):
     """What ``fusedrnn gradcheck --backend cuda`` runs."""
     options = [
         "plain",
@@ -300,8 +300,8 @@ def test_the_gradient_matrix(gpu):
         "zoneout",
         "layer norm",
     ]
-    rows = gradmatrix.run_matrix(
-        cells=["lstm", "gru"], backends=["cuda"], sizes=gradmatrix.QUICK[:1], options=options
+    rows = gradcheck_suite.run_suite(
+        cells=["lstm", "gru"], backends=["cuda"], sizes=gradcheck_suite.QUICK[:1], options=options
     )
     assert [r for r in rows if r.passed is False] == []
     unbuilt = {(r.cell, r.option) for r in rows if r.passed is None}
@@ -309,10 +309,10 @@ def test_the_gradient_matrix(gpu):
     assert sum(r.passed is True for r in rows) == 3 * 2 * len(options) - 2
 
 
-def test_the_gradient_matrix_of_a_forced_kernel_leaves_out_what_it_cannot_run(gpu, monkeypatch):
+def test_the_gradcheck_suite_of_a_forced_kernel_leaves_out_what_it_cannot_run(gpu, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_CUDA_KERNEL", "grid_streamed")
-    rows = gradmatrix.run_matrix(
-        cells=["gru"], backends=["cuda"], sizes=gradmatrix.QUICK[:1], options=["plain", "zoneout"]
+    rows = gradcheck_suite.run_suite(
+        cells=["gru"], backends=["cuda"], sizes=gradcheck_suite.QUICK[:1], options=["plain", "zoneout"]
     )
     ran = {(r.cell, r.option): r.passed for r in rows}
     assert ran.pop(("gru", "plain")) is True

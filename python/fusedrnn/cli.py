@@ -269,7 +269,7 @@ def print_cuda(report: dict[str, Any]) -> None:
 
 
 def add_gradcheck(parser: argparse.ArgumentParser) -> None:
-    from fusedrnn import gradmatrix
+    from fusedrnn import gradcheck_suite
 
     parser.description = (
         "Compares every output and gradient of every cell, backend, dtype and option with a reference in "
@@ -278,10 +278,12 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cell", choices=list(CELLS), nargs="+", help="only these cells")
     parser.add_argument(
-        "--backend", choices=(gradmatrix.ORACLE, *backends.NAMES), nargs="+", help="only these backends"
+        "--backend", choices=(gradcheck_suite.ORACLE, *backends.NAMES), nargs="+", help="only these backends"
     )
-    parser.add_argument("--dtype", choices=gradmatrix.DTYPES, nargs="+", help="only these dtypes")
-    parser.add_argument("--option", choices=list(gradmatrix.OPTIONS), nargs="+", help="only these options")
+    parser.add_argument("--dtype", choices=gradcheck_suite.DTYPES, nargs="+", help="only these dtypes")
+    parser.add_argument(
+        "--option", choices=list(gradcheck_suite.OPTIONS), nargs="+", help="only these options"
+    )
     parser.add_argument("--levels", action="store_true", help="the cpu backend on every instruction set")
     parser.add_argument("--tensors", action="store_true", help="a line for each tensor")
     parser.add_argument("--quick", action="store_true", help="the smallest size only")
@@ -289,26 +291,26 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
 
 
 def run_gradcheck(args: argparse.Namespace) -> None:
-    from fusedrnn import gradmatrix
+    from fusedrnn import gradcheck_suite
 
-    def progress(done: int, total: int, row: gradmatrix.Row) -> None:
+    def progress(done: int, total: int, row: gradcheck_suite.Row) -> None:
         note(f"{done} of {total}: {row.cell} {row.backend} {row.dtype} {row.option}")
 
-    rows = gradmatrix.run_matrix(
+    rows = gradcheck_suite.run_suite(
         cells=args.cell,
         backends=args.backend,
         dtypes=args.dtype,
         options=args.option,
         seed=args.seed,
         progress=progress,
-        sizes=gradmatrix.QUICK if args.quick else gradmatrix.SIZES,
-        levels=gradmatrix.available_levels() if args.levels else None,
+        sizes=gradcheck_suite.QUICK if args.quick else gradcheck_suite.SIZES,
+        levels=gradcheck_suite.available_levels() if args.levels else None,
     )
     note("")
-    header, cells = (gradmatrix.format_tensors if args.tensors else gradmatrix.format_rows)(rows)
+    header, cells = (gradcheck_suite.format_tensors if args.tensors else gradcheck_suite.format_rows)(rows)
     left = 3 if args.tensors else 4
     terminal.table("Largest error, relative to each tensor's largest entry", header, cells, left)
-    for line in gradmatrix.format_notes(rows):
+    for line in gradcheck_suite.format_notes(rows):
         print(line)
     wrong = [row for row in rows if row.passed is False]
     absent = [row for row in rows if row.passed is None]

@@ -1,4 +1,4 @@
-"""Gradient checking of one layer or function, ours or anybody's. All kernels at once: ``gradmatrix``.
+"""Gradient checking of one layer or function, ours or anybody's. All kernels at once: ``gradcheck_suite``.
 
 Two measures of right. ``oracle``: the NumPy reference in long double, itself proved by complex-step
 derivatives, against which a kernel's error is a few units in the last place. ``central``: differences

@@ -1,4 +1,4 @@
-"""The gradient matrix: every cell x backend x dtype x option against the oracle, and the oracle proved.
+"""The gradient check of every cell, backend, dtype and option against the oracle, and the oracle proved.
 
 The oracle is the NumPy reference in long double on the same inputs; it is itself compared with complex-step
 derivatives of its own forward pass. ``fusedrnn gradcheck`` prints it, docs/accuracy.md comes from it.
@@ -29,7 +29,7 @@ from fusedrnn.problems import Shape
 
 @dataclass(frozen=True)
 class Option:
-    """What one column of the matrix asks for."""
+    """What one option of the suite asks for."""
 
     biases: str = "own"  # "own": what the native layer of the cell has; "both", "hh" alone, "none"
     state0: bool = False
@@ -105,7 +105,7 @@ def variants() -> dict[str, Cell]:
     return found
 
 
-def run_matrix(
+def run_suite(
     cells: Sequence[str] | None = None,
     backends: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
@@ -387,7 +387,7 @@ def _errors(got: Results, truth: Results, dtype: np.dtype[Any]) -> dict[str, flo
 
 
 def limit(tensor: str, dtype: str) -> float:
-    """The promise for a tensor of the matrix: outputs, and gradients (their names begin with d)."""
+    """The promise for a tensor of the suite: outputs, and gradients (their names begin with d)."""
     return (GRADIENT if tensor.startswith("d") else FORWARD)[dtype]
 
 
@@ -504,7 +504,7 @@ def _isolated(
     """The rows of the cpu backend at one instruction set, from another process."""
     asked = {"cells": cells, "dtypes": dtypes, "options": options, "seed": seed, "sizes": sizes}
     process = subprocess.Popen(
-        [sys.executable, "-c", "from fusedrnn.gradmatrix import serve; serve()"],
+        [sys.executable, "-c", "from fusedrnn.gradcheck_suite import serve; serve()"],
         env=os.environ | {"FUSEDRNN_ISA": level},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -535,7 +535,7 @@ def serve() -> None:
     def progress(done: int, total: int, row: Row) -> None:
         print(json.dumps(dataclasses.asdict(row)), flush=True)
 
-    run_matrix(backends=["cpu"], progress=progress, **asked)
+    run_suite(backends=["cpu"], progress=progress, **asked)
 
 
 # --- tables -------------------------------------------------------------------------------------------------
