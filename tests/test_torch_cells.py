@@ -147,7 +147,7 @@ def test_fallbacks(kind, warned):
     theirs, ours = twins(kind, I, H)
     x, hx = inputs(ours)
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ft.Fallback)
+        warnings.simplefilter("ignore", ft.FallbackWarning)
         got, expected = ours(x, hx), theirs(x, hx)
     assert (ours.last_path == "fused") == (kind != "RNNCell")
     for a, b in zip(flat(got), flat(expected), strict=True):
@@ -155,7 +155,7 @@ def test_fallbacks(kind, warned):
         torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
     for cell in (theirs, ours):
         cell.bfloat16()
-    with pytest.warns(ft.Fallback, match=f"{kind} runs PyTorch's own implementation: the dtype is"):
+    with pytest.warns(ft.FallbackWarning, match=f"{kind} runs PyTorch's own implementation: the dtype is"):
         got = ours(x.bfloat16())
     assert torch.equal(flat(got)[0], flat(theirs(x.bfloat16()))[0])
     ours.float()
@@ -185,7 +185,7 @@ def test_second_derivatives(kind):
 @every_cell
 def test_no_units_and_no_rows(kind, warned):
     theirs, ours = twins(kind, I, 0)
-    with pytest.warns(ft.Fallback, match="there are no units"):
+    with pytest.warns(ft.FallbackWarning, match="there are no units"):
         assert flat(ours(torch.zeros(B, I)))[0].shape == (B, 0)
     theirs, ours = twins(kind, I, H)
     assert_same(theirs, ours, torch.zeros(0, I, requires_grad=True))

@@ -1003,7 +1003,7 @@ def test_half_precision_falls_back(kind, dtype, warned):
     theirs, ours = twins(kind, I, H, dtype=dtype)
     x, hx = inputs(ours, dtype)
     with pytest.warns(
-        ft.Fallback, match=f"{kind} runs PyTorch's own implementation: the dtype is {dtype}"
+        ft.FallbackWarning, match=f"{kind} runs PyTorch's own implementation: the dtype is {dtype}"
     ) as found:
         got = ours(x, hx)
     assert found[0].filename == __file__
@@ -1025,7 +1025,7 @@ def test_projections_fall_back(warned):
     x = torch.randn(T, B, I)
     with warnings.catch_warnings(action="ignore"):  # PyTorch's own
         expected = theirs(x)
-    with pytest.warns(ft.Fallback, match="proj_size"):
+    with pytest.warns(ft.FallbackWarning, match="proj_size"):
         got = ours(x)
     for a, b in zip(flat(got), flat(expected), strict=True):
         assert torch.equal(a, b)
@@ -1034,7 +1034,7 @@ def test_projections_fall_back(warned):
 @every_layer
 def test_the_meta_device_falls_back(kind, warned):
     ours = getattr(ft, kind)(I, H, device="meta")
-    with pytest.warns(ft.Fallback, match="the device is meta"):
+    with pytest.warns(ft.FallbackWarning, match="the device is meta"):
         y, _ = ours(torch.zeros(T, B, I, device="meta"))
     assert y.shape == (T, B, H)
     assert y.is_meta
@@ -1052,7 +1052,7 @@ def test_autocast(kind, dtype, warned):
     x = torch.randn(T, B, I, dtype=dtype)
     fused = dtype is torch.float64 or (kind == "GRU" and dtype is torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ft.Fallback)
+        warnings.simplefilter("ignore", ft.FallbackWarning)
         try:
             expected = theirs(x)
         except RuntimeError as error:  # oneDNN has no bfloat16 LSTM for processors without AVX-512

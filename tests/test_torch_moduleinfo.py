@@ -41,7 +41,7 @@ TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol"
 # LSTM with projections: ours falls back, and PyTorch says that it leaves oneDNN.
 pytestmark = [
     pytest.mark.usefixtures("openmp_pool"),
-    pytest.mark.filterwarnings("ignore::fusedrnn.torch.Fallback"),
+    pytest.mark.filterwarnings("ignore::fusedrnn.torch.FallbackWarning"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
 

@@ -314,7 +314,7 @@ def test_regression_R38_no_fallback_goes_unseen(kind, warned):
     """keras PR 22279."""
     _, ours = twins(kind, I, H, dtype=torch.bfloat16)
     assert ours.last_path is None
-    with pytest.warns(ft.Fallback, match="bfloat16"):
+    with pytest.warns(ft.FallbackWarning, match="bfloat16"):
         ours(torch.ones(T, B, I, dtype=torch.bfloat16))
     assert ours.last_path == "fallback: the dtype is torch.bfloat16"
     ft.set_fallback_errors(True)
