@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedrnn import cells
 from fusedrnn.backends.arguments import check_detach_every, check_regularization
 from fusedrnn.backends.protocol import Regularization, Weights
-from fusedrnn.torch import compiled, paths
+from fusedrnn.torch import dynamo, paths
 from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.recurrence import (
     CELLS,
@@ -178,7 +178,7 @@ class Recurrent(torch.nn.RNNBase):
             "detach_every": detach_every,
         }
         if torch.compiler.is_compiling():
-            return compiled.layer(self, input, hx, options)
+            return dynamo.layer(self, input, hx, options)
         weights = self._weights()
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         given_input, input, state0, weights = input, *self._lowered(input, state0, weights)
