@@ -356,19 +356,19 @@ def timing(run: Run) -> dict[str, Any]:
     return cuda.run(problems.SUITES["gpu"], suite="gpu", quick=True, limit=limit, each=note)
 
 
-def cuts(run: Run) -> dict[str, Any]:
-    """How the work may be cut, timed: what ``backends.cuda_plan`` chooses from, beside what it counts."""
+def candidates(run: Run) -> dict[str, Any]:
+    """Candidate plans, timed: what ``backends.cuda_plan`` chooses from, beside what it counts."""
     import cupy
 
-    from fusedrnn.bench.cuda import cuts, timing
+    from fusedrnn.bench.cuda import plans, timing
 
     found: dict[str, Any] = {}
     end = time.monotonic() + min(60.0, run.left() / 3)
-    for size in cuts.SIZES:
+    for size in plans.SIZES:
         if time.monotonic() > end:
             found.setdefault("no time left for", []).append(str(size))
             continue
-        one = cuts.measure(
+        one = plans.measure(
             size, lambda kind, precision: kind(precision=precision), cupy.asarray, timing.by_events
         )
         found[one.pop("size")] = one
@@ -401,7 +401,7 @@ PARTS: dict[str, Callable[[Run], Any]] = {  # what is wanted most first
     "timing": timing,
     "epochs": epochs,
     "goals": goals,
-    "cuts": cuts,
+    "candidates": candidates,
     "promises": promises,
     "sanitizers": sanitizers,
     "compiled": compiled,

@@ -21,7 +21,7 @@ from fusedrnn import bench, cli, problems  # noqa: E402
 from fusedrnn.backends import cuda_cupy, cuda_plan  # noqa: E402
 from fusedrnn.backends.cuda import PRECISION  # noqa: E402
 from fusedrnn.bench import cuda, peer_torch  # noqa: E402
-from fusedrnn.bench.cuda import bounds, cudnn, cuts, goals, modes, runner, timing  # noqa: E402
+from fusedrnn.bench.cuda import bounds, cudnn, goals, modes, plans, runner, timing  # noqa: E402
 from fusedrnn.bench.peer_torch import Place, Torch  # noqa: E402
 from fusedrnn.bench.runner import FULL, OURS  # noqa: E402
 from fusedrnn.cells import GRU, LSTM, RNN  # noqa: E402
@@ -569,7 +569,7 @@ def test_the_script_fills_the_cache_by_processes(script, tmp_path, monkeypatch):
     assert names == ["RnnRelu-steps-float-ieee-sm_80", "RnnTanh-steps-float-ieee-sm_80"]
 
 
-# --- how the work is cut ----------------------------------------------------------------------------------
+# --- how the work is tiled ----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -579,16 +579,16 @@ def test_cuts_are_timed_beside_what_was_chosen():
     def make_backend(kind, precision):
         return kind(device, precision=precision, _tested=True)
 
-    size = cuts.Size(LSTM(), "tf32", 3, 4, 9)
-    found = cuts.measure(size, make_backend, device.asarray, timing.by_clock)
+    size = plans.Size(LSTM(), "tf32", 3, 4, 9)
+    found = plans.measure(size, make_backend, device.asarray, timing.by_clock)
     assert found["size"] == "LSTM(layer_norm=False) tf32 T=3 B=4 H=9"
     for direction in ("forward", "back"):
-        rows = found[direction]["cuts"]
+        rows = found[direction]["candidates"]
         kernels = [row["plan"].split(",")[0] for row in rows]
         assert kernels[0] == "steps"
         assert set(kernels) == set(cuda_plan.KERNELS)
         assert all(row["us_per_step"] > 0 and row["failed"] is None for row in rows)
-        assert len({row["plan"] for row in rows}) == len(rows) <= 1 + 5 * cuts.EACH
+        assert len({row["plan"] for row in rows}) == len(rows) <= 1 + 5 * plans.EACH
         least = min((row for row in rows[1:] if "streamed" not in row["plan"]), key=lambda row: row["cost"])
         assert found[direction]["chosen"] == least["plan"]
     ran = {"step_forward", "grid_forward", "grid_backward_streamed", "cluster_backward"}
@@ -603,10 +603,10 @@ def test_a_cut_that_cannot_run_is_a_line(monkeypatch):
             super().launch(cell, dtype, kernel, *args, **options)
 
     device = Broken(multiprocessors=6)
-    size = cuts.Size(RNN(), "ieee", 2, 1, 5)
-    found = cuts.measure(
+    size = plans.Size(RNN(), "ieee", 2, 1, 5)
+    found = plans.measure(
         size, lambda k, p: k(device, precision=p, _tested=True), device.asarray, timing.by_clock
     )
-    failed = {row["plan"].split(",")[0]: row["failed"] for row in found["forward"]["cuts"]}
+    failed = {row["plan"].split(",")[0]: row["failed"] for row in found["forward"]["candidates"]}
     assert failed["cluster"] == "no clusters today"
     assert failed["grid"] is None

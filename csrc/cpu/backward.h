@@ -211,7 +211,8 @@ struct BackwardLoop {
 
   template <class Epilogue>
   bool tiles(Index n_rows, Epilogue&& tile_at) const {
-    const Cut row_tiles(n_rows, max_rows<V>(width())), panels(block_end - block_begin, n_rows == 1 ? kOneRow : width());
+    const Tiling row_tiles(n_rows, max_rows<V>(width())),
+        panels(block_end - block_begin, n_rows == 1 ? kOneRow : width());
     const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
@@ -396,9 +397,9 @@ struct BackwardLoop {
     const Index n = worker.region.threads, share_begin = count * worker.region.thread / n,
                 share = count * (worker.region.thread + 1) / n - share_begin;
     const Index blocks = (job.I + kBlock - 1) / kBlock;
-    const Cut panels(blocks, width());
+    const Tiling panels(blocks, width());
     const int widest = int(panels.pieces ? panels.begin(1) : 1);
-    const Cut row_tiles(share, max_rows<V>(widest));
+    const Tiling row_tiles(share, max_rows<V>(widest));
     const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
@@ -429,7 +430,7 @@ struct BackwardLoop {
   // Adds the chunk's part of the weight gradients: the joint rows, transposed, times da. Threads take whole output
   // tiles.
   bool weight_gradients(bool first_chunk) {
-    const Cut panels(job.blocks, kWide);
+    const Tiling panels(job.blocks, kWide);
     Index total = 0;
     for (int g = 0; g < groups.count; ++g) total += column_tiles(groups.group[g]).pieces;
     const Index n = worker.region.threads, i = worker.region.thread;
@@ -454,10 +455,10 @@ struct BackwardLoop {
   static constexpr Index kSumRows = 4096;
   static constexpr int kWide = ForwardLoop<Cell, V>::kWide;  // blocks in a tile
 
-  static Cut column_tiles(const Group& group) { return Cut(group.columns, max_rows<V>(group.count * kWide)); }
+  static Tiling column_tiles(const Group& group) { return Tiling(group.columns, max_rows<V>(group.count * kWide)); }
 
   void weight_tile(const Group& group, Index at, Index block, int wide, bool first_chunk) {
-    const Cut columns = column_tiles(group);
+    const Tiling columns = column_tiles(group);
     const Index first = columns.begin(at);
     const int m = int(columns.begin(at + 1) - first), vectors = group.count * wide;
     const T* a[kMaxTile];

@@ -182,7 +182,7 @@ struct ForwardLoop {
         if (valid(job.steps, t, b))
           ahead.x[n] = job.x + t * job.x_step + b * job.x_row, ahead.projected[n++] = projected_row(s, b);
     }
-    const Cut tiles(n, kRows), panels(block_end - block_begin, kWide);
+    const Tiling tiles(n, kRows), panels(block_end - block_begin, kWide);
     for (Index j = 0; j < panels.pieces; ++j) {
       const Index block = block_begin + panels.begin(j);
       const int wide = int(block_begin + panels.begin(j + 1) - block);
@@ -293,7 +293,7 @@ struct ForwardLoop {
   }
 
   bool step(int phase) {
-    const Cut tiles(rows.count, kRows), panels(block_end - block_begin, width(phase));
+    const Tiling tiles(rows.count, kRows), panels(block_end - block_begin, width(phase));
     const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : tiles.pieces;
     for (Index o = 0; o < outer; ++o) {

@@ -149,13 +149,13 @@ class CudaBackend:
         kernels = kernels_of(check_cell(cell))
         return self._plan(self.device, kernels, (T, B, H), np.dtype(dtype), self._kernel_options(), backward)
 
-    def cuts(
+    def candidates(
         self, kernel: str, cell: Cell, B: int, H: int, dtype: Any, *, backward: bool = False
-    ) -> list[cuda_plan.Cut]:
+    ) -> list[cuda_plan.Candidate]:
         """What ``plan`` chooses from of one kernel of all steps."""
         dtype, kernel_options = np.dtype(dtype), self._kernel_options()
         return list(
-            cuda_plan.cuts(
+            cuda_plan.candidates(
                 kernel,
                 kernels_of(check_cell(cell)),
                 B,
