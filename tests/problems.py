@@ -251,7 +251,7 @@ def assert_close(got: dict[str, Array], want: dict[str, Array], tolerance: float
     assert not bad, f"beyond {tolerance}: {bad}"
 
 
-def assert_same_bits(got: dict[str, Array], want: dict[str, Array]) -> None:
+def assert_bitwise_equal(got: dict[str, Array], want: dict[str, Array]) -> None:
     """The same names, dtypes, shapes and bits."""
     assert got.keys() == want.keys()
     for key in want:

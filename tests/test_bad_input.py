@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from problems import CELLS, NORMED, assert_same_bits, name, named, problem, run
+from problems import CELLS, NORMED, assert_bitwise_equal, name, named, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, kernels, threads
@@ -210,7 +210,7 @@ def check(call, good, which, corrupt):
     for key, a in spoiled.items():
         assert a is None or isinstance(a, np.ndarray), f"{key}: {a!r} was taken for an array"
     clean = {k: None if a is None else np.array(a, order="C", subok=False) for k, a in spoiled.items()}
-    assert_same_bits(results, call(clean))
+    assert_bitwise_equal(results, call(clean))
     for a in results.values():
         assert not any(np.shares_memory(a, b) for b in spoiled.values() if isinstance(b, np.ndarray))
 
@@ -381,7 +381,7 @@ def test_overlapping_inputs_are_read_only_and_right(cell):
 
     got = results(x, dy, state)
     assert np.array_equal(memory, before)
-    assert_same_bits(got, results(x.copy(), dy.copy(), tuple(map(np.copy, state))))
+    assert_bitwise_equal(got, results(x.copy(), dy.copy(), tuple(map(np.copy, state))))
 
 
 @pytest.mark.parametrize("which", ["x", "y", "weight_ih", "weight_hh", "h0", "c0"])
@@ -500,4 +500,4 @@ def test_the_checks_see_a_wrong_result(api):
 
 def test_after_all_this_the_kernels_still_work():
     p = problem(LSTM(), T, B, I, H, dtype=np.float32, return_states=True)
-    assert_same_bits(run(CPU, p), run(CPU, p))
+    assert_bitwise_equal(run(CPU, p), run(CPU, p))

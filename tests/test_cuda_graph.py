@@ -24,7 +24,7 @@ from fusedrnn.backends import cuda_cublas, cuda_cupy
 from fusedrnn.backends.cuda import CudaBackend
 from fusedrnn.backends.cuda_graph import GraphCache
 from fusedrnn.cells import GRU, LSTM
-from problems import CELLS, NORMED, assert_same_bits, name, named, problem, run
+from problems import CELLS, NORMED, assert_bitwise_equal, name, named, problem, run
 
 needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "detach_every": 2}
@@ -93,7 +93,7 @@ def test_what_is_repeated_takes_the_numbers_that_are_there_now(cell, options):
         overwrite(p, replace(q, weights=p.weights))  # what is packed of weights stays as it is
         device.next = first
         replays = device.replays
-        assert_same_bits(call(backend, p, packed), run(plain, replace(q, weights=p.weights)))
+        assert_bitwise_equal(call(backend, p, packed), run(plain, replace(q, weights=p.weights)))
         assert device.replays - replays == (0 if seed == 0 else 2)  # forward and back
     assert len(device.graphs) == 2
 
@@ -107,7 +107,7 @@ def test_weights_may_change_in_place():
     for seed in range(3):
         overwrite(p, problem(LSTM(), 5, 4, 3, 7, seed=seed))
         device.rewind()
-        assert_same_bits(call(backend, p, p.weights), run(plain, p))
+        assert_bitwise_equal(call(backend, p, p.weights), run(plain, p))
     assert device.replays == 4
 
 
@@ -132,7 +132,7 @@ def test_another_call_is_not_taken_for_the_same(change):
     other = change(p)
     for q in (p, p, other, p, other):
         device.rewind()
-        assert_same_bits(call(backend, q, q.weights), run(plain, q))
+        assert_bitwise_equal(call(backend, q, q.weights), run(plain, q))
 
 
 @needs_compiler
@@ -142,7 +142,7 @@ def test_another_precision_is_another_call():
     for precision in ("ieee", "ieee", "bf16", "ieee", "bf16", "bf16"):
         device.rewind()
         backend, plain = (CudaBackend(d, "steps", precision, _tested=True) for d in (device, Plain(16)))
-        assert_same_bits(call(backend, p, p.weights), run(plain, p))
+        assert_bitwise_equal(call(backend, p, p.weights), run(plain, p))
 
 
 @needs_compiler
@@ -154,7 +154,7 @@ def test_a_need_without_the_initial_state_is_another_call():
     for need in (("weight_hh",), ("weight_hh",), ("weight_hh", "state0"), ("weight_hh",), None):
         device.rewind()
         got = run(backend, p, need=need)
-        assert_same_bits(got, {key: want[key] for key in got})
+        assert_bitwise_equal(got, {key: want[key] for key in got})
 
 
 # --- what is kept -------------------------------------------------------------------------------------------

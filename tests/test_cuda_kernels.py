@@ -28,8 +28,8 @@ from problems import (
     NORMED,
     OPTIONS,
     SIZES,
+    assert_bitwise_equal,
     assert_close,
-    assert_same_bits,
     error,
     errors,
     expected_names,
@@ -253,7 +253,7 @@ def test_the_same_bits_in_any_order_of_the_threads(cell, kernel):
     p = problem(cell, 5, 11, 3, 19, **EVERYTHING)
     first = run(Tiled(kernel, 7, 6, seed=0), p)
     for seed in (0, *range(1, 8)):
-        assert_same_bits(run(Tiled(kernel, 7, 6, seed=seed), p), first)
+        assert_bitwise_equal(run(Tiled(kernel, 7, 6, seed=seed), p), first)
 
 
 @pairs(KERNELS)
@@ -264,13 +264,13 @@ def test_backward_twice(cell, kernel):
     first, second = (
         named(cell, None, backend.backward(f.tape, p.dy, p.dstateT, p.dstates)) for _ in range(2)
     )
-    assert_same_bits(first, second)
+    assert_bitwise_equal(first, second)
 
 
 @pytest.mark.parametrize("cell", ONE_PHASE, ids=name)
 def test_resident_and_streamed_weights_give_the_same_bits(cell):
     p = problem(cell, 5, 11, 3, 19, **EVERYTHING)
-    assert_same_bits(run(Tiled("grid", 7, 6), p), run(Tiled("grid_streamed", 7, 6), p))
+    assert_bitwise_equal(run(Tiled("grid", 7, 6), p), run(Tiled("grid_streamed", 7, 6), p))
 
 
 # --- products by the matrix units --------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_precisions(precision, kernel):
 def test_float64_has_no_precisions(kernel):
     p = problem(LSTM(), 3, 2, 3, 7, dtype=np.float64)
     backend = Tiled(kernel, precision="bf16")
-    assert_same_bits(run(backend, p), run(Tiled(kernel), p))
+    assert_bitwise_equal(run(backend, p), run(Tiled(kernel), p))
     assert set(backend.device.products) == {"ieee"}
 
 
@@ -352,14 +352,14 @@ def test_halves_leave_c_and_its_gradient_in_float32(kernel, half):
 @pytest.mark.parametrize("cell", ONE_PHASE, ids=name)
 def test_resident_and_streamed_halves_give_the_same_bits(cell, half):
     p, _ = of_halves(cell, (5, 11, 3, 19), half, **EVERYTHING)
-    assert_same_bits(run(Tiled("grid", 7, 6), p), run(Tiled("grid_streamed", 7, 6), p))
+    assert_bitwise_equal(run(Tiled("grid", 7, 6), p), run(Tiled("grid_streamed", 7, 6), p))
 
 
 @pytest.mark.parametrize("half", HALVES)
 def test_halves_have_no_other_precision(half):
     p, _ = of_halves(LSTM(), (3, 2, 3, 7), half)
     backend = Tiled("grid", precision="tf32")
-    assert_same_bits(run(backend, p), run(Tiled("grid"), p))
+    assert_bitwise_equal(run(backend, p), run(Tiled("grid"), p))
     assert set(backend.device.products) == {"fp16" if half == "float16" else "bf16"}
 
 
@@ -404,5 +404,5 @@ def test_regularization_and_layer_norm_give_the_same_bits_in_any_order(cell):
     p = problem(cell, 5, 11, 3, 19, regularization=of("all", cell), **EVERYTHING)
     first = run(Tiled("steps", seed=0), p)
     for seed in range(1, 5):
-        assert_same_bits(run(Tiled("steps", seed=seed), p), first)
-    assert_same_bits(run(Tiled("steps"), p, save="boundary_states"), first)
+        assert_bitwise_equal(run(Tiled("steps", seed=seed), p), first)
+    assert_bitwise_equal(run(Tiled("steps"), p, save="boundary_states"), first)

@@ -11,7 +11,7 @@ import problems
 from fusedrnn import backends, kernels
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM
-from problems import assert_same_bits, name, named, problem, run
+from problems import assert_bitwise_equal, name, named, problem, run
 
 cells = pytest.mark.parametrize("cell", problems.CELLS, ids=name)
 
@@ -35,7 +35,7 @@ class TestRagged:
         f = kernels.forward(cell, p.x[valid], p.weights, p.state0, **options, backend="reference")
         g = kernels.backward(f.tape, p.dy[valid], p.dstateT, tuple(d[valid] for d in p.dstates))
         assert f.y.shape == (13, 7)
-        assert_same_bits(named(cell, f, g), want)
+        assert_bitwise_equal(named(cell, f, g), want)
 
     def test_against_torch(self) -> None:
         torch = pytest.importorskip("torch")
@@ -102,7 +102,7 @@ class TestPack:
         packed = kernels.pack(cell, p.weights, "reference")
         f = kernels.forward(cell, p.x, packed, p.state0)
         g = kernels.backward(f.tape, p.dy, p.dstateT)
-        assert_same_bits(named(cell, f, g), run(ReferenceBackend(), p))
+        assert_bitwise_equal(named(cell, f, g), run(ReferenceBackend(), p))
 
     def test_for_another_backend_or_cell(self) -> None:
         p = problem(GRU(), 3, 2, 3, 7)

@@ -3,7 +3,7 @@
 The figures are those of the plain cells (test_kernels.py), for standard problems with gains about 0.1. With
 gains about 1, with H below 7 or with one input the problems are badly conditioned (a norm of few values, or
 of values that are all proportional to one input, hardly depends on them, and what little gradient is left is
-a difference): there the yardstick counts. That the bits are the same is in test_bits.py, which runs these
+a difference): there the yardstick counts. That the bits are the same is in test_bitwise.py, which runs these
 cells too.
 """
 
@@ -27,8 +27,8 @@ from fusedrnn.gradcheck import gradcheck
 from problems import (
     NORMED,
     OPTIONS,
+    assert_bitwise_equal,
     assert_close,
-    assert_same_bits,
     errors,
     expected_names,
     name,
@@ -248,7 +248,7 @@ class TestKernels:
             wanted = {f"d{s}0" for s in cell.states} if "state0" in need else set()
             wanted |= {f"d{key}" for key in need if key != "state0"}
             got = run(cpu, p, need=need)
-            assert_same_bits(got, forward | {key: whole[key] for key in wanted})
+            assert_bitwise_equal(got, forward | {key: whole[key] for key in wanted})
 
     @kernel_cells
     def test_a_row_of_nan_stays_alone(self, cell, cpu):
@@ -259,8 +259,8 @@ class TestKernels:
             got, want = run(cpu, replace(p, x=x)), run(cpu, p)
             others = [0, 2, 3]
             for key in ("y", "dx"):
-                assert_same_bits({key: got[key][:, others]}, {key: want[key][:, others]})
-            assert_same_bits({"y": got["y"][:before, 1]}, {"y": want["y"][:before, 1]})
+                assert_bitwise_equal({key: got[key][:, others]}, {key: want[key][:, others]})
+            assert_bitwise_equal({"y": got["y"][:before, 1]}, {"y": want["y"][:before, 1]})
             assert np.isnan(got["y"][before:, 1]).all()
 
     @kernel_cells
@@ -271,7 +271,7 @@ class TestKernels:
             assert out.tape.shape == (6, 5, cpu.tape_width(cell, 18))
             tape = cpu.tape(cell, out.tape, out.y, p.x, p.weights, p.state0, **p.options)
             g = cpu.backward(tape, p.dy, p.dstateT, p.dstates)
-            assert_same_bits(problems.named(cell, out, g), run(cpu, p))
+            assert_bitwise_equal(problems.named(cell, out, g), run(cpu, p))
 
     def test_gru_with_reset_before_is_refused_by_name(self, cpu):
         p = problem(NORMED[4], 3, 2, 3, 5)
@@ -434,4 +434,4 @@ def test_recompute_of_a_layer_gives_the_same_bits():
         y = layer(x)
         (y * y).sum().backward()
         grads.append({p.name: p.grad.data for p in layer.params()})
-    assert_same_bits(grads[1], grads[0])
+    assert_bitwise_equal(grads[1], grads[0])

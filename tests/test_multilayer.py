@@ -12,7 +12,7 @@ from fusedrnn import kernels
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
 from fusedrnn.multilayer import backward_multilayer, dropout_mask, forward_multilayer
-from problems import assert_close, assert_same_bits, name, problem
+from problems import assert_bitwise_equal, assert_close, name, problem
 
 T, B, I, H = 6, 4, 3, 5
 
@@ -128,7 +128,7 @@ class TestComposition:
 
     def test_recompute_gives_the_same_bits(self) -> None:
         s = stacked(LSTM(), 2, 2)
-        assert_same_bits(
+        assert_bitwise_equal(
             run_multilayer(LSTM(), s, bidirectional=True, save="boundary_states"),
             run_multilayer(LSTM(), s, bidirectional=True),
         )
@@ -145,7 +145,7 @@ class TestComposition:
                 expected |= {"dh0", "dc0"}
             else:
                 expected |= {f"d{key}_{n}" for n in range(3)}
-        assert_same_bits(got, {key: whole[key] for key in expected})
+        assert_bitwise_equal(got, {key: whole[key] for key in expected})
 
     def test_no_upstream_gradient_and_no_tape(self) -> None:
         s = stacked(GRU(), 2, 1)
@@ -158,7 +158,7 @@ class TestComposition:
     def test_packed_weights(self) -> None:
         s = stacked(GRU(), 2, 1)
         packed = [kernels.pack(GRU(), w, "reference") for w in s["weights"]]
-        assert_same_bits(run_multilayer(GRU(), {**s, "weights": packed}), run_multilayer(GRU(), s))
+        assert_bitwise_equal(run_multilayer(GRU(), {**s, "weights": packed}), run_multilayer(GRU(), s))
 
 
 class TestDropout:
@@ -190,7 +190,7 @@ class TestDropout:
 
     def test_one_layer_has_no_dropout(self) -> None:
         s = stacked(LSTM(), 1, 2)
-        assert_same_bits(
+        assert_bitwise_equal(
             run_multilayer(LSTM(), s, bidirectional=True, dropout=0.5),
             run_multilayer(LSTM(), s, bidirectional=True),
         )

@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from problems import CELLS, NORMED, assert_close, assert_same_bits, name, problem, run
+from problems import CELLS, NORMED, assert_bitwise_equal, assert_close, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, kernels
@@ -87,7 +87,7 @@ def test_regression_R05_no_input_is_written_to_and_middle_layers_are_right(cell)
         forward = forward_multilayer(cell, inputs[0], cast, bidirectional=True, backend=backend)
         got = backward_multilayer(forward.tape, inputs[1])
         for a, b in zip(inputs, before, strict=True):
-            assert_same_bits({"": a}, {"": b})
+            assert_bitwise_equal({"": a}, {"": b})
         named = {"y": forward.y, "dx": got.dx}
         return named | {
             f"{k} {n}": a for k, d in enumerate(got.dweights) for n, a in d._asdict().items() if a is not None
@@ -265,12 +265,12 @@ def test_regression_R19_sliced_upstream_gradients_of_any_hidden_size(H):
     dy = wide[:, 1::2, 2 : H + 2]
     dy[...] = p.dy
     assert not dy.flags.c_contiguous
-    assert_same_bits(run(CPU, replace(p, dy=dy)), run(CPU, p))
+    assert_bitwise_equal(run(CPU, replace(p, dy=dy)), run(CPU, p))
     # only the last step's output was used: every other gradient is zero
     last = replace(p, dy=np.zeros_like(p.dy))
     last.dy[-1] = p.dy[-1]
     view = np.broadcast_to(last.dy, (2, *last.dy.shape))[1]
-    assert_same_bits(run(CPU, replace(p, dy=view)), run(CPU, last))
+    assert_bitwise_equal(run(CPU, replace(p, dy=view)), run(CPU, last))
 
 
 def good_call():
@@ -416,7 +416,7 @@ def test_regression_R36_a_forked_child_does_not_hang():
     python("""
 import multiprocessing, os
 import numpy as np
-from problems import assert_same_bits, problem, run
+from problems import assert_bitwise_equal, problem, run
 from test_regressions import CPU
 from fusedrnn import _core
 from fusedrnn.cells import LSTM
@@ -424,7 +424,7 @@ _core.set_num_threads(4)
 p = problem(LSTM(), 9, 40, 5, 33, dtype=np.float32)
 want = run(CPU, p)
 def child(depth):
-    assert_same_bits(run(CPU, p), want)
+    assert_bitwise_equal(run(CPU, p), want)
     if depth:
         pid = os.fork()
         if pid == 0:

@@ -22,7 +22,7 @@ from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
-from problems import CELLS, NORMED, assert_close, assert_same_bits, name, named, problem, run
+from problems import CELLS, NORMED, assert_bitwise_equal, assert_close, name, named, problem, run
 from test_reference import oracle_results
 
 REFERENCE = ReferenceBackend()
@@ -134,7 +134,7 @@ def test_reference_against_complex_steps(cell, kind, call):
 @every_case
 def test_reference_recomputes_the_same_bits(cell, kind):
     p = problem(cell, 11, 5, 3, 7, regularization=of(kind, cell), **EVERYTHING)
-    assert_same_bits(run(REFERENCE, p, save="boundary_states"), run(REFERENCE, p))
+    assert_bitwise_equal(run(REFERENCE, p, save="boundary_states"), run(REFERENCE, p))
 
 
 # --- the kernels against the reference ----------------------------------------------------------------------
@@ -200,12 +200,12 @@ def test_bits_for_any_threads_and_what_is_saved(cell, size, cpu, threads):
         want = run(cpu, p)
         for count in (1, 2, 3):
             threads(count)
-            assert_same_bits(run(cpu, p), want)
-            assert_same_bits(run(cpu, p, save="boundary_states"), want)
+            assert_bitwise_equal(run(cpu, p), want)
+            assert_bitwise_equal(run(cpu, p, save="boundary_states"), want)
             out = cpu.forward(cell, p.x, p.weights, p.state0, **p.options, save="array")
             tape = cpu.tape(cell, out.tape, out.y, p.x, p.weights, p.state0, **p.options)
             got = named(cell, out, cpu.backward(tape, p.dy, p.dstateT, p.dstates))
-            assert_same_bits(got, want)
+            assert_bitwise_equal(got, want)
 
 
 @pytest.mark.kernel
@@ -225,7 +225,7 @@ def test_a_row_keeps_its_bits_whatever_the_rows_after_it(cell, cpu):
             dstates=tuple(d[:, :B] for d in p.dstates),
         )
         got = {k: a for k, a in run(cpu, first).items() if not k.startswith(("dweight", "dbias", "dgain"))}
-        assert_same_bits(got, {k: want[k][..., :B, :] for k in got})
+        assert_bitwise_equal(got, {k: want[k][..., :B, :] for k in got})
 
 
 def digest():
@@ -273,7 +273,7 @@ def test_rates_of_zero_are_the_plain_cell(cell, backend):
     p = problem(cell, 5, 4, 2, 19, **EVERYTHING)
     want = run(get(backend), p)
     for r in (Regularization(), Regularization(seed=1), Regularization(recurrent_dropout=0.5)):
-        assert_same_bits(run(get(backend), replace(p, regularization=r)), want)
+        assert_bitwise_equal(run(get(backend), replace(p, regularization=r)), want)
 
 
 @backends

@@ -58,7 +58,7 @@ def test_the_same_bits_on_both_thread_pools():
                 for threads in (2, 7):  # 7: more than the team has
                     set_num_threads(threads)
                     numbers.sum()
-                    assert_same_bits(run(CPU, p), want)
+                    assert_bitwise_equal(run(CPU, p), want)
         """
     )
 
