@@ -110,7 +110,7 @@ class Layer:
         for layer, taken in sized:
             layer.check_sizes(taken, source)
         for layer, parameter, array in moves:
-            parameter.assign(layer.place(array))
+            parameter.assign(layer.to_device(array))
         for layer, taken in sized:
             layer.take_sizes(taken)
 
@@ -137,20 +137,20 @@ class Layer:
                     and value._data is not None
                     and cuda.on_gpu(value._data) != gpu
                 ):
-                    moved = layer.place(value._data)
+                    moved = layer.to_device(value._data)
                     if not isinstance(value, Parameter):
                         setattr(layer, name, Variable(moved))
                         continue
                     value.assign(moved)
                     if value.grad is not None:
-                        value.grad = Variable(layer.place(value.grad._data))
+                        value.grad = Variable(layer.to_device(value.grad._data))
 
     @property
     def xp(self) -> Any:
         """The array module of the parameters."""
         return importlib.import_module("cupy") if self.gpu else np
 
-    def place(self, array: Array) -> Array:
+    def to_device(self, array: Array) -> Array:
         """The array where the parameters are."""
         placed: Array = cuda.as_cupy(array) if self.gpu else cuda.as_numpy(array)
         return placed
@@ -206,7 +206,7 @@ class Linear(Layer):
         x = as_variable(x)
         if self.W._data is None:
             self.in_size = _size("the last axis of x", x.shape[-1] if x.ndim else 0)
-            self.W.assign(self.place(_draw(self.in_size, self.out_size, self.dtype)))
+            self.W.assign(self.to_device(_draw(self.in_size, self.out_size, self.dtype)))
         return F.linear(x, self.W, self.b)
 
     def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
@@ -376,7 +376,7 @@ class Recurrent(Layer):
         expected = (batch, self.hidden_size) if layers == 1 else (layers, batch, self.hidden_size)
         for s in given:
             what = "the carried state" if state is None else "the state passed in"
-            self._check_place(what, s)
+            self._check_device(what, s)
             if s._data.shape != expected:
                 hint = "; call reset_state() before a batch of another size" if state is None else ""
                 name = "h" if s is given[0] else "c"
@@ -467,7 +467,7 @@ class Recurrent(Layer):
             shape = (*x.shape[:2], self.hidden_size * (2 if self.bidirectional else 1))
             scale = 1 / (1 - self.dropout)
             keeps = [np.random.rand(*shape) >= self.dropout for _ in range(self.num_layers - 1)]
-            masks = [self.place(np.where(keep, scale, 0).astype(self.dtype)) for keep in keeps]
+            masks = [self.to_device(np.where(keep, scale, 0).astype(self.dtype)) for keep in keeps]
         if self.fused:
             return self._fused(x, begin, lengths, reset, return_states, detach_every, masks)
         return self._unfused(x, begin, lengths, reset, masks)
@@ -480,9 +480,9 @@ class Recurrent(Layer):
             raise ValueError(f"x has shape {x.shape}, expected {expected}")
         if x._data.dtype.kind not in "fiub":
             raise TypeError(f"x has dtype {x.dtype}, expected real numbers")
-        self._check_place("x", x)
+        self._check_device("x", x)
 
-    def _check_place(self, what: str, x: Variable) -> None:
+    def _check_device(self, what: str, x: Variable) -> None:
         if cuda.on_gpu(x._data) != self.gpu:
             module = "cupy" if self.gpu else "numpy"
             raise TypeError(
@@ -499,7 +499,7 @@ class Recurrent(Layer):
             raise TypeError(f"{name} has dtype {array.dtype}, expected {expected}")
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
-        return self.place(array)
+        return self.to_device(array)
 
     # Fused: one node
 
@@ -690,7 +690,7 @@ class Recurrent(Layer):
                     matrix = np.empty((self.cell.gates * H, size), self.dtype)
                     for gate in self.draws:
                         matrix[gate * H : (gate + 1) * H] = _draw(size, H, self.dtype).T
-                    p.assign(self.place(matrix))
+                    p.assign(self.to_device(matrix))
 
     def _settle(self, in_size: int, needs_hidden: bool) -> None:
         """Draw what was open, at a call."""
