@@ -480,7 +480,7 @@ def test_the_subclass_without_the_switch_still_runs():
 
 
 @pytest.mark.parametrize("mode", LAYERS)
-def test_the_twin_of_torch(mode):
+def test_the_base_of_torch(mode):
     """Parameters, initial values, state_dict, repr, and both implementations' results."""
     kind, options = LAYERS[mode]
     theirs = getattr(torch.nn, kind.__name__)

@@ -748,16 +748,16 @@ def _drawn(
 ) -> tuple[Sequence[Array] | None, Regularization | None]:
     """What the layer draws: the masks of dropout between layers, and its regularization with the seed.
 
-    From a twin of the layer that runs on the reference.
+    From a copy of the layer that runs on the reference.
     """
     if not any((layer.dropout, layer.recurrent_dropout, layer.zoneout_h, layer.zoneout_c)):
         return None, None
     adapter.kept.restore_states()
-    twin = copy.copy(layer)
-    twin.fused, twin.backend = True, "reference"
-    twin.to_cpu()  # with the parameters, which are the layer's own
+    clone = copy.copy(layer)
+    clone.fused, clone.backend = True, "reference"
+    clone.to_cpu()  # with the parameters, which are the layer's own
     with _fixed_random(seed):
-        node = _call_recurrent(twin, (_host(x), state and tuple(map(_host, state))), options)["y"].creator
+        node = _call_recurrent(clone, (_host(x), state and tuple(map(_host, state))), options)["y"].creator
     if layer.gpu:
         layer.to_gpu()
     while not isinstance(node, Fused):

@@ -1,6 +1,6 @@
 """``LSTM``, ``GRU`` and ``RNN``, drop-in replacements for ``torch.nn``'s.
 
-Each is a subclass of its twin: parameters, initial values, state_dict, repr and errors are PyTorch's.
+Each is a subclass of PyTorch's layer: parameters, initial values, state_dict, repr and errors are PyTorch's.
 Formulas and their sources are in ``fusedrnn.cells``.
 """
 

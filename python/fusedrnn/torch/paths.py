@@ -45,9 +45,9 @@ def fallback() -> Iterator[None]:
         _settings.forced = before
 
 
-def fall_back(module: torch.nn.Module, reason: str, twin: Callable[..., Any], *args: Any) -> Any:
+def fall_back(module: torch.nn.Module, reason: str, original: Callable[..., Any], *args: Any) -> Any:
     """What PyTorch's own implementation returns, or raises; says so, or refuses. For ``forward`` alone."""
-    output = twin(*args)
+    output = original(*args)
     module.__dict__["last_path"] = f"fallback: {reason}"
     if _settings.forced:
         return output

@@ -25,7 +25,7 @@ every_kind = pytest.mark.parametrize("kind", LAYERS + CELLS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "float64"))
 
 
-def twins(kind: str, *sizes: int, **options: Any) -> tuple[Any, Any]:
+def module_pair(kind: str, *sizes: int, **options: Any) -> tuple[Any, Any]:
     """PyTorch's layer and ours with the same weights, which are large enough for the gates to saturate."""
     theirs = getattr(torch.nn, kind)(*sizes, **options)
     ours = getattr(ft, kind)(*sizes, **options)
