@@ -1,4 +1,4 @@
-"""How many threads the compiled kernels use, and whose. The results do not depend on it."""
+"""How many threads the compiled kernels use, and of which thread pool. The results do not depend on it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def set_num_threads(threads: int) -> None:
 
 
 def get_thread_pool() -> str:
-    """Whose threads the ``cpu`` backend uses: ``"own"`` or ``"openmp"``."""
+    """The thread pool of the ``cpu`` backend: ``"own"`` or ``"openmp"``."""
     try:
         from fusedrnn import _core
     except ImportError:
@@ -48,7 +48,7 @@ def get_thread_pool() -> str:
 
 
 def set_thread_pool(pool: str) -> None:
-    """Use our own threads or those of the program's OpenMP from now on, in the whole process.
+    """Run the kernels on our own thread pool or on OpenMP's, from now on and in the whole process.
 
     OpenMP's threads, PyTorch's for one, go on spinning after their work and so take the cores from any other
     threads. Among PyTorch's operations the kernels are therefore faster on the same threads. A call uses at

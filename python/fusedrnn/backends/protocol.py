@@ -36,7 +36,7 @@ State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; h is (B, P),
 
 
 class Unsupported(ValueError):
-    """This backend, or the kernel that was asked for, does not have it; another one does."""
+    """The backend or the kernel does not support this; another one does."""
 
 
 class Weights(NamedTuple):
