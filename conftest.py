@@ -54,24 +54,24 @@ def no_thresholds(request):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; the old one comes back after the test, and our own team."""
-    from fusedrnn.threads import get_num_threads, set_num_threads, set_team
+    """Sets the number of threads; the old one comes back after the test, and our own thread pool."""
+    from fusedrnn.threads import get_num_threads, set_num_threads, set_thread_pool
 
     before = get_num_threads()
     yield set_num_threads
     set_num_threads(before)
-    set_team("own")
+    set_thread_pool("own")
 
 
 @pytest.fixture
-def openmp_team():
+def openmp_pool():
     """PyTorch's threads run the kernels, as after ``import fusedrnn.torch``; afterwards our own again."""
-    from fusedrnn.threads import set_team
+    from fusedrnn.threads import set_thread_pool
 
     with contextlib.suppress(RuntimeError):  # where there is no OpenMP, they stay on our own
-        set_team("openmp")
+        set_thread_pool("openmp")
     yield
-    set_team("own")
+    set_thread_pool("own")
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ RUNS = {
 }
 
 
-LEVELS = ("kernel", "functional", "layer")
+LEVELS = ("backend", "kernels", "layer")
 
 
 def markdown(table: report.Table) -> list[str]:
@@ -74,7 +74,7 @@ def torch_step() -> str:
     rows = [
         [", ".join(map(str, row["shape"])), name, f"{each['ms']:.3g}", f"{each['ratio']:.2f}"]
         for row in result("torch_step")["rows"]
-        for name, each in row["participants"].items()
+        for name, each in row["libraries"].items()
     ]
     return "\n".join(markdown(("", ["T, B, I, H", "kernels", "ms a step", "nn.LSTM / this"], rows)))
 

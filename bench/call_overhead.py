@@ -6,13 +6,13 @@
   check, no new NumPy array. What the call itself takes is in it: its scratch memory, and the tape where there
   is one. Two sets of outputs take turns, and a tape lives until the next call has returned: so it is with a
   caller that carries a state.
-- kernel: ``CpuBackend().forward(cell, x, packed, state0)``.
-- functional: ``fusedrnn.functional.forward`` with packed weights.
+- backend: ``CpuBackend().forward(cell, x, packed, state0)``.
+- kernels: ``fusedrnn.kernels.forward`` with packed weights.
 - layer: one step of ``layers.LSTM`` or ``layers.GRU`` from a given state, its node in the graph included;
   where there is no tape, within ``no_grad()``.
 
 The last three are given as the time beyond the arithmetic. Backward rows are the gradients of everything from
-dy. Every figure is a minimum over many short blocks of calls, the participants taking turns; with several
+dy. Every figure is a minimum over many short blocks of calls, the levels interleaved; with several
 threads and on a busy machine the differences of long calls are noise.
 """
 
@@ -27,20 +27,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn import _core, autograd, functional, layers, system, terminal
+from fusedrnn import _core, autograd, kernels, layers, system, terminal
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, Cell
 
 CELLS: tuple[Cell, ...] = (LSTM(), GRU())
 SIZES = ((1, 1, 8), (1, 64, 256), (8, 64, 256), (64, 64, 256))  # B, I, H; the first is hardly any arithmetic
-GOALS = {"kernel": 5.0, "functional": 5.0, "layer": 10.0}  # microseconds beyond the arithmetic, forward
+GOALS = {"backend": 5.0, "kernels": 5.0, "layer": 10.0}  # microseconds beyond the arithmetic, forward
 
-Block = Callable[[int], Any]  # runs a participant so many times
+Block = Callable[[int], Any]  # runs a level so many times
 
 
 class Row(NamedTuple):
-    """One call: microseconds of each participant."""
+    """One call: microseconds of each level."""
 
     cell: str
     B: int
@@ -73,7 +73,7 @@ def without_graph(block: Block) -> Block:
 
 
 def minima(blocks: dict[str, Block], seconds: float) -> dict[str, float]:
-    """The best time per call of each, in microseconds; blocks of about a millisecond, in turn."""
+    """The best time per call of each, in microseconds; blocks of about a millisecond, interleaved."""
     start = time.perf_counter()
     blocks["arithmetic"](20)
     times = max(3, int(20e-3 / (time.perf_counter() - start)))
@@ -87,8 +87,8 @@ def minima(blocks: dict[str, Block], seconds: float) -> dict[str, float]:
     return best
 
 
-def participants(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Block]]:
-    """Of each kind of call the participants, who have been seen to give the same bits."""
+def levels(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Block]]:
+    """The levels of each kind of call, after a check that they agree."""
     draw = np.random.default_rng(0).standard_normal
     layer = {"lstm": layers.LSTM, "gru": layers.GRU}[cell.name](H, I)
     weights = Weights(**{name: p._data for name, p in layer.named_params()})
@@ -97,7 +97,7 @@ def participants(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Bloc
     state = tuple([draw((B, H)).astype(np.float32) for _ in cell.states])
     h0, c0 = (*state, None)[:2]
     backend = CpuBackend()
-    packed, functional_packed = backend.pack(cell, weights), functional.pack(cell, weights, "cpu")
+    packed, kernels_packed = backend.pack(cell, weights), kernels.pack(cell, weights, "cpu")
     carried = tuple([autograd.Variable(s) for s in state])
     step = x[0]
 
@@ -105,13 +105,13 @@ def participants(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Bloc
         core = packed.core
         return {
             "arithmetic": lambda n: _core.testing.repeat_forward(n, core, x, h0, c0, save is not None),
-            "kernel": repeated(lambda: backend.forward(cell, x, packed, state, save=save)),
-            "functional": repeated(lambda: functional.forward(cell, x, functional_packed, state, save=save)),
+            "backend": repeated(lambda: backend.forward(cell, x, packed, state, save=save)),
+            "kernels": repeated(lambda: kernels.forward(cell, x, kernels_packed, state, save=save)),
             "layer": repeated(lambda: layer(step, carried)),
         }
 
     tape = backend.forward(cell, x, packed, state).tape
-    outside = functional.forward(cell, x, functional_packed, state)
+    outside = kernels.forward(cell, x, kernels_packed, state)
     assert np.array_equal(layer(step, carried).data, outside.y[0])
     assert layer._packed is not None
     without = forward(None)
@@ -120,8 +120,8 @@ def participants(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Bloc
         "forward, no tape": without | {"layer": without_graph(without["layer"])},
         "backward": {
             "arithmetic": lambda n: _core.testing.repeat_backward(n, tape.core, dy),
-            "kernel": repeated(lambda: backend.backward(tape, dy)),
-            "functional": repeated(lambda: functional.backward(outside.tape, dy)),
+            "backend": repeated(lambda: backend.backward(tape, dy)),
+            "kernels": repeated(lambda: kernels.backward(outside.tape, dy)),
         },
     }
 
@@ -132,7 +132,7 @@ def measure(seconds: float) -> list[Row]:
         Row(cell.name, *size, call, minima(blocks, seconds))
         for cell in CELLS
         for size in SIZES
-        for call, blocks in participants(cell, *size).items()
+        for call, blocks in levels(cell, *size).items()
     ]
 
 

@@ -218,7 +218,7 @@ def compile_for(run: Run, part: str, architecture: str) -> dict[str, str]:
     done = gpu_compile.compile_all(gpu_compile.jobs_of(part, architecture))
     new = len(list(gpu_compile.folder().glob("*.cubin"))) - before
     run.note("compiled", f"{new} of {len(done)} files now, {time.monotonic() - begin:.1f} s, {architecture}")
-    errors = {d.job.way: d.error for d in done if d.error is not None}
+    errors = {d.job.variant: d.error for d in done if d.error is not None}
     for d in done:
         if d.error is not None and part != "first":
             run.verdict(f"compile {d.job}", False, d.error, d.seconds)
@@ -229,7 +229,7 @@ def compile_for(run: Run, part: str, architecture: str) -> dict[str, str]:
 
 
 def first(run: Run) -> None:
-    """Whether anything works at all: each way to run by itself, forward and backward, in float32."""
+    """Whether anything works at all: each kernel variant by itself, forward and backward, in float32."""
     for name, say in versions():
         try:
             run.note(name, say())
@@ -251,20 +251,23 @@ def first(run: Run) -> None:
         if without_gpu() is not None:
             return
         errors = {}
-    for way, error in errors.items():
-        run.verdict(way, False, f"does not compile: {error}", 0.0)
-    ways = [way for way in KERNELS if way not in errors]
+    for variant, error in errors.items():
+        run.verdict(variant, False, f"does not compile: {error}", 0.0)
+    ways = [variant for variant in KERNELS if variant not in errors]
     if without_gpu() is not None:
-        for way in ways:
-            run.note(way, "no GPU: compiled, not run")
+        for variant in ways:
+            run.note(variant, "no GPU: compiled, not run")
         return
     # The first has to wait until libraries are read from disk.
-    todo = [checking("way", way, name=way, seconds=40.0 if way == ways[0] else 20.0) for way in ways]
-    do_all(run, [*todo, checking("face", name="PyTorch")])
+    todo = [
+        checking("variant", variant, name=variant, seconds=40.0 if variant == ways[0] else 20.0)
+        for variant in ways
+    ]
+    do_all(run, [*todo, checking("api", name="PyTorch")])
 
 
 def checks(run: Run) -> None:
-    """``fusedrnn gradcheck`` by each way to run; 16 bits; equality with the CPU backend."""
+    """``fusedrnn gradcheck`` by each kernel variant; 16 bits; equality with the CPU backend."""
     compile_for(run, "checks", cuda_cupy.current().architecture)
     gradcheck = [sys.executable, "-m", "fusedrnn", "gradcheck", "--backend", "cuda", "--cell"]
     one_core = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -295,7 +298,7 @@ def promises(run: Run) -> None:
 
 
 def sanitizers(run: Run) -> None:
-    """compute-sanitizer over small calls, in every way to run; where it is installed."""
+    """compute-sanitizer over small calls, in every kernel variant; where it is installed."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         run.note("not run", "compute-sanitizer is not installed")
@@ -361,17 +364,17 @@ def goals(run: Run) -> None:
 
 
 def cuts(run: Run) -> None:
-    """How the work may be cut, timed: what ``backends.cuda_plan`` chooses from, beside what it counts."""
+    """Candidate plans, timed: what ``backends.cuda_plan`` chooses from, beside what it counts."""
     import cupy
 
-    from fusedrnn.bench.cuda import cuts, timing
+    from fusedrnn.bench.cuda import plans, timing
 
     compile_for(run, "cuts", cuda_cupy.current().architecture)
-    for size in cuts.SIZES:
+    for size in plans.SIZES:
         if run.left() < 5:
             run.note(f"{size}", "no time left")
             continue
-        one = cuts.measure(
+        one = plans.measure(
             size, lambda kind, precision: kind(precision=precision), cupy.asarray, timing.by_events
         )
         run.found[one.pop("size")] = one

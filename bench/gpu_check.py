@@ -26,7 +26,7 @@ from fusedrnn.problems import Case, Shape, make
 SMALL = Shape(7, 5, 9, 37)  # no multiple of anything
 OF_16_BITS, SLOW = Shape(20, 9, 7, 72), Shape(5, 9, 3, 40)
 LARGER = Shape(50, 16, 64, 256)
-WIDER = Shape(64, 17, 33, 101)  # than SMALL, and by every way to run
+WIDER = Shape(64, 17, 33, 101)  # than SMALL, and by every kernel variant
 
 
 class Problem(NamedTuple):
@@ -61,7 +61,7 @@ def put(a: Any) -> Any:
 
 
 def backend(kernel: str | None = None) -> Any:
-    """The CUDA backend, with a way to run."""
+    """The CUDA backend, with a kernel variant."""
     from fusedrnn.backends.cuda import CudaBackend
 
     return CudaBackend(kernel=kernel)
@@ -104,7 +104,7 @@ def compare(of: Any, p: Problem, truth: Any, allowed: tuple[float, float] | None
 
 
 def way(kernel: str) -> str:
-    """A small call by one way to run, forward and backward, beside the reference."""
+    """A small call by one kernel variant, forward and backward, beside the reference."""
     of = backend(kernel)
     found = compare(of, problem(SMALL), backends.get("reference"))
     return f"{found}; {of.last_plan}"
@@ -129,7 +129,7 @@ def cpu(cell: str) -> str:
     return compare(backend(), problem(LARGER, cell, "float64"), backends.usable("cpu"))
 
 
-def face() -> str:
+def api() -> str:
     """``fusedrnn.torch.LSTM`` on a CUDA tensor beside ``torch.nn.LSTM``."""
     import torch
 
@@ -295,7 +295,7 @@ def small(kernel: str) -> str:
 
 CHECKS: dict[str, Callable[..., str]] = {
     check.__name__: check
-    for check in (way, halves, cpu, face, bits, graphs, captured, memory, threads, size, small)
+    for check in (way, halves, cpu, api, bits, graphs, captured, memory, threads, size, small)
 }
 
 

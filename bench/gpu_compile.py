@@ -24,7 +24,7 @@ from fusedrnn.backends import cuda_compile
 from fusedrnn.backends.cuda_compile import KERNELS
 from fusedrnn.backends.cuda_jobs import kernels_of
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
-from fusedrnn.gradmatrix import variants
+from fusedrnn.gradcheck_suite import variants
 
 NOTE = "made.json"  # in the folder: of which sources and by which NVRTC it was compiled beforehand
 IEEE, TF32, BF16, FP16 = (("float", precision) for precision in ("ieee", "tf32", "bf16", "fp16"))

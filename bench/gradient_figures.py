@@ -26,33 +26,35 @@ NAMES = {
 
 
 def measure() -> dict[str, Any]:
-    from fusedrnn import gradmatrix, system
+    from fusedrnn import gradcheck_suite, system
     from fusedrnn.problems import Shape
 
-    def progress(done: int, total: int, row: gradmatrix.Row) -> None:
+    def progress(done: int, total: int, row: gradcheck_suite.Row) -> None:
         print(
             end=f"\r\x1b[K{done} of {total}: {row.cell} {row.backend} {row.isa} {row.option}", file=sys.stderr
         )
 
-    sizes = (*gradmatrix.SIZES, Shape(30, 16, 5, 64))
-    rows = gradmatrix.run_matrix(sizes=sizes, levels=gradmatrix.available_levels() or None, progress=progress)
+    sizes = (*gradcheck_suite.SIZES, Shape(30, 16, 5, 64))
+    rows = gradcheck_suite.run_suite(
+        sizes=sizes, levels=gradcheck_suite.available_levels() or None, progress=progress
+    )
     print(file=sys.stderr)
     for row in rows:
         if row.passed is not True:
             print(f"{row.cell} {row.backend} {row.isa} {row.dtype} {row.option}: {row.note}", file=sys.stderr)
-    header, text = gradmatrix.format_tensors(rows)
-    proofs = dict.fromkeys(gradmatrix.variants(), 0.0)
+    header, text = gradcheck_suite.format_tensors(rows)
+    proofs = dict.fromkeys(gradcheck_suite.variants(), 0.0)
     for row in rows:
-        if row.backend == gradmatrix.ORACLE:
+        if row.backend == gradcheck_suite.ORACLE:
             proofs[row.cell] = max(proofs[row.cell], *row.errors.values())
     return {
         "environment": system.environment(),
         "sizes": [list(size) for size in sizes],
-        "options": list(gradmatrix.OPTIONS),
+        "options": list(gradcheck_suite.OPTIONS),
         "passed": sum(row.passed is True for row in rows),
         "failed": sum(row.passed is False for row in rows),
         "not run": sum(row.passed is None for row in rows),
-        "proof limit": gradmatrix.PROOF,
+        "proof limit": gradcheck_suite.PROOF,
         "proof": proofs,
         "header": header,
         "tensors": text,

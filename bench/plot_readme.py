@@ -55,7 +55,7 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
     lines = [
         "![Time of each peer divided by time of fusedrnn, for each shape](docs/bench.png)",
         "",
-        "LSTM, float32, forward + backward, allocation included, one run, participants in turn. "
+        "LSTM, float32, forward + backward, allocation included, one run, libraries interleaved. "
         f"{caption(report)}.",
         "",
         "| T, B, I, H | fusedrnn ms | GFLOP/s | PyTorch ms | PyTorch / fusedrnn |"
@@ -63,7 +63,7 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
         "|---|---:|---:|---:|---:|" + "---:|" * len(more),
     ]
     for row in report["rows"]:
-        each = row["participants"]
+        each = row["libraries"]
         ours, torch = each["fusedrnn"], each["torch"]
         lines.append(
             f"| {', '.join(map(str, row['shape']))} | {ours['ms']:.3g} | {ours['gflops']:.0f} "
@@ -89,7 +89,9 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
 
 def pytorch_section(report: dict[str, Any]) -> str:
     """The PyTorch layer beside PyTorch's: forward and backward, and with an optimiser step."""
-    rows = [row for row in report["rows"] if row["kind"] in ("training", "update") and "torch" in row["participants"]]
+    rows = [
+        row for row in report["rows"] if row["kind"] in ("training", "update") and "torch" in row["libraries"]
+    ]
     steps = {"training": "forward + backward", "update": "the same and Adam"}
     lines = [
         f"LSTM, float32, time of `torch.nn.LSTM` divided by ours. {caption(report)}.",
@@ -98,10 +100,10 @@ def pytorch_section(report: dict[str, Any]) -> str:
         "|---|---|---:|---:|---:|",
     ]
     for row in rows:
-        ours, torch = row["participants"]["fusedrnn"], row["participants"]["torch"]
+        ours, torch = row["libraries"]["fusedrnn"], row["libraries"]["torch"]
         lines.append(
-            f"| {', '.join(map(str, row['shape']))} | {steps[row['kind']]} | {torch['ms']:.3g} | {ours['ms']:.3g} "
-            f"| **{torch['ratio']:.2f}** |"
+            f"| {', '.join(map(str, row['shape']))} | {steps[row['kind']]} "
+            f"| {torch['ms']:.3g} | {ours['ms']:.3g} | **{torch['ratio']:.2f}** |"
         )
     return "\n".join(lines)
 

@@ -2,9 +2,9 @@
 
     python bench/pollution_epoch.py [--threads N] [--device cuda] [--json bench/results/pollution_epoch.json]
 
-On a GPU also beside DeZero, the public framework that the program was written for, if it is installed: single
+On a GPU also beside DeZero, which the program was written for, if it is installed: single
 steps are all it has. Random rows in place of the data file, which changes no time. All start from the same
-weights, and the losses of the first epochs are compared before anything is timed. Epochs are run in turn; a
+weights, and the losses of the first epochs are compared before anything is timed. Epochs are interleaved; a
 ratio is the median over the rounds.
 """
 
@@ -69,7 +69,7 @@ class Theirs:
         return total / steps
 
 
-class Framework:
+class DeZero:
     """The program in DeZero."""
 
     def __init__(self, part: Series, model: Forecaster, device: str) -> None:
@@ -144,7 +144,7 @@ def measure(device: str = "cpu") -> dict[str, Any]:
 def _measure(part: Series, model: Forecaster, device: str, rounding: float) -> dict[str, Any]:
     theirs: dict[str, Any] = {"torch": Theirs(part, model, device)}
     if device != "cpu" and peer_dezero.DeZero.missing() is None:
-        theirs["dezero"] = Framework(part, model, device)
+        theirs["dezero"] = DeZero(part, model, device)
     ours = pollution.Training(model, part, None, float("inf"))
     if device != "cpu":
         model.to_gpu()
@@ -158,7 +158,7 @@ def _measure(part: Series, model: Forecaster, device: str, rounding: float) -> d
         time.sleep(0.05)  # the threads of the others fall asleep
         times["fusedrnn"].append(milliseconds(ours.run, k + 3, lambda _: None))
         for name, each in theirs.items():
-            if k < EPOCHS // 3 or name == "torch":  # the framework's are long
+            if k < EPOCHS // 3 or name == "torch":  # DeZero's are long
                 time.sleep(0.05)
                 times[name].append(milliseconds(each.epoch))
     ratios = {

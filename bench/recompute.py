@@ -1,8 +1,8 @@
-"""What ``save="borders"`` (recompute) costs and saves: time of forward + backward, bytes of the tape.
+"""What ``save="boundary_states"`` (recompute) costs and saves: time of forward + backward, bytes of the tape.
 
     python bench/recompute.py [--threads N] [--json FILE]
 
-Both ways in turn, the best of several calls; the gradients' bits are compared before timing.
+Both modes interleaved, the best of several calls; the gradients' bits are compared before timing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import functional, problems, system, terminal
+from fusedrnn import kernels, problems, system, terminal
 from fusedrnn.bench.timing import same_threads
 
 CALLS = 7
@@ -23,21 +23,21 @@ HEADER = ["case", "ms", "recompute", "ratio", "tape MiB", "recompute"]
 
 
 def measure(case: problems.Case) -> dict[str, dict[str, float]]:
-    """Seconds and bytes of each way."""
+    """Seconds and bytes of each mode."""
     data = problems.make(case, "float32")
     cell, x, weights, dy = case.cell, data.x, data.weights[0], data.dy
     found: dict[str, dict[str, float]] = {}
     gradients = {}
-    for save in ("all", "borders"):
-        out = functional.forward(cell, x, weights, save=save)
+    for save in ("all", "boundary_states"):
+        out = kernels.forward(cell, x, weights, save=save)
         found[save] = {"bytes": out.tape.tape.bytes, "seconds": float("inf")}
-        gradients[save] = functional.backward(out.tape, dy)
-    for a, b in zip(gradients["all"].dweights, gradients["borders"].dweights, strict=True):
+        gradients[save] = kernels.backward(out.tape, dy)
+    for a, b in zip(gradients["all"].dweights, gradients["boundary_states"].dweights, strict=True):
         assert a is b is None or np.array_equal(a, b)
     for _ in range(CALLS):
         for save, row in found.items():
             start = time.perf_counter()
-            functional.backward(functional.forward(cell, x, weights, save=save).tape, dy)
+            kernels.backward(kernels.forward(cell, x, weights, save=save).tape, dy)
             row["seconds"] = min(row["seconds"], time.perf_counter() - start)
     return found
 
@@ -46,9 +46,9 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The rows under HEADER."""
     cells = []
     for row in rows:
-        every, borders = row["all"], row["borders"]
-        ms = [1e3 * way["seconds"] for way in (every, borders)]
-        tapes = [way["bytes"] / 2**20 for way in (every, borders)]
+        every, boundary = row["all"], row["boundary_states"]
+        ms = [1e3 * each["seconds"] for each in (every, boundary)]
+        tapes = [each["bytes"] / 2**20 for each in (every, boundary)]
         cells.append(
             [row["case"], *(f"{t:.3g}" for t in ms), f"{ms[1] / ms[0]:.2f}", *(f"{b:.2f}" for b in tapes)]
         )

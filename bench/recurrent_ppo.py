@@ -4,8 +4,9 @@
     python bench/recurrent_ppo.py --check    only see whether the page is up to date
 
 CartPole without velocities, 8 environments, sb3-contrib's defaults: rollouts of 128 steps, 10 epochs of
-batches of 128 frames, two LSTMs of 256 units. The ways take turns; in a round all have the same seed, so that
-they play the same episodes until rounding parts them. Needs ``pip install sb3-contrib``, except to check.
+batches of 128 frames, two LSTMs of 256 units. The variants are interleaved. In a round all have the
+same seed, so that they play the same episodes until rounding parts them. Needs ``pip install
+sb3-contrib``, except to check.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def timed(model, method, seconds):
     setattr(model, method, call)
 
 
-def train(example, way, seed, frames):
+def train(example, variant, seed, frames):
     """Train from nothing: frames per second, where the time went, mean length of the last 100 episodes."""
-    model = example.build(way, seed)
+    model = example.build(variant, seed)
     seconds = {}
     for method in ("collect_rollouts", "train"):
         timed(model, method, seconds)
@@ -52,21 +53,21 @@ def train(example, way, seed, frames):
 
 
 def measure(example, frames, rounds):
-    """Rounds in which the ways take turns, each beginning with another."""
-    runs = {way: [] for way in example.WAYS}
-    for way in example.WAYS:
-        train(example, way, 0, 1024)  # warm
+    """Rounds of all variants, interleaved, each beginning with another."""
+    runs = {variant: [] for variant in example.VARIANTS}
+    for variant in example.VARIANTS:
+        train(example, variant, 0, 1024)  # warm
     for r in range(rounds):
-        for way in example.WAYS[r % 3 :] + example.WAYS[: r % 3]:
-            runs[way].append(train(example, way, r, frames))
+        for variant in example.VARIANTS[r % 3 :] + example.VARIANTS[: r % 3]:
+            runs[variant].append(train(example, variant, r, frames))
     plain = runs["torch.nn"]
     return {
-        way: {
+        variant: {
             "fps": statistics.median(run["fps"] for run in each),
             "ratio": statistics.median(a["fps"] / b["fps"] for a, b in zip(each, plain, strict=True)),
             "runs": each,
         }
-        for way, each in runs.items()
+        for variant, each in runs.items()
     }
 
 
@@ -85,10 +86,10 @@ def run(options):
         torch.set_num_threads(threads)
         others = Others()
         found = measure(example, options.frames, options.rounds)
-        rows.append({"threads": threads, "others": others.share(), "ways": found})
-        for way, each in found.items():
+        rows.append({"threads": threads, "others": others.share(), "variants": found})
+        for variant, each in found.items():
             ratio = f"{each['ratio']:.2f} times torch.nn"
-            print(f"{threads} thread(s)  {way:16}{each['fps']:7.0f} frames/s, {ratio}", flush=True)
+            print(f"{threads} thread(s)  {variant:16}{each['fps']:7.0f} frames/s, {ratio}", flush=True)
     report = {
         "frames": options.frames,
         "rounds": options.rounds,
@@ -101,16 +102,16 @@ def run(options):
 
 def section(report):
     """The page's table."""
-    lines = ["| threads | " + " | ".join(report["rows"][0]["ways"]) + " |", "|---:|---:|---:|---:|"]
+    lines = ["| threads | " + " | ".join(report["rows"][0]["variants"]) + " |", "|---:|---:|---:|---:|"]
     for row in report["rows"]:
-        figures = [f"{each['fps']:.0f} ({each['ratio']:.2f})" for each in row["ways"].values()]
+        figures = [f"{each['fps']:.0f} ({each['ratio']:.2f})" for each in row["variants"].values()]
         lines.append(f"| {row['threads']} | " + " | ".join(figures) + " |")
     found = report["environment"]
     busy = max(row["others"] or 0.0 for row in report["rows"])
     lines += [
         "",
         f"Frames per second of the whole training, environment included, and in brackets how many times "
-        f"torch.nn's; medians of {report['rounds']} rounds of {report['frames']:,} frames, the ways in turn. "
+        f"torch.nn's; medians of {report['rounds']} rounds of {report['frames']:,} frames, interleaved. "
         f"PyTorch {found['torch']}, sb3-contrib {report['sb3-contrib']}, {found['isa']}, "
         f"{found['date'][:10]}; other processes took {busy:.0%} of the cores.",
     ]

@@ -55,7 +55,7 @@ def shapes(which: str, quick: bool) -> Iterator[tuple[int, tuple[int, int, int, 
 def call_of(shape: Sequence[int]) -> Callable[[], Any]:
     """Forward + backward of one problem, the one that ``fusedrnn bench`` times."""
     from fusedrnn import problems
-    from fusedrnn.bench.participants import Native
+    from fusedrnn.bench.libraries import Native
     from fusedrnn.cells import LSTM
 
     case = problems.Case(LSTM(), problems.Shape(*shape))
@@ -116,7 +116,7 @@ def read_rate(threads: int, size: int, quick: bool) -> float:
 
 def measure_machine(threads: int, caches: dict[str, str], quick: bool) -> dict[str, float]:
     """What ``model.Machine`` holds; the small costs of the kernels from problems with hardly any products."""
-    from fusedrnn import functional, problems
+    from fusedrnn import kernels, problems
     from fusedrnn._core import testing
     from fusedrnn.cells import LSTM
     from fusedrnn.threads import set_num_threads
@@ -159,7 +159,7 @@ def measure_machine(threads: int, caches: dict[str, str], quick: bool) -> dict[s
 
     def pack() -> float:
         start = time.perf_counter()
-        functional.pack(LSTM(), weights, backend="cpu")
+        kernels.pack(LSTM(), weights, backend="cpu")
         return time.perf_counter() - start
 
     found["weight"] = statistics.median(repeat(pack, repeats)) / (model.GATES * 512 * 1024)

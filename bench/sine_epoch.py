@@ -1,9 +1,9 @@
-"""An epoch of ``fusedrnn train sine`` (30 time lines of 34 steps, one update) beside the public framework's.
+"""An epoch of ``fusedrnn train sine`` (30 time lines of 34 steps, one update) beside DeZero's.
 
     pip install dezero
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python bench/sine_epoch.py [--json bench/results/sine_epoch.json]
 
-Ours takes chunks of 30 steps, the framework single steps, which is all it has. Epochs are run in turn; the
+Ours takes chunks of 30 steps, DeZero single steps, which is all it has. Epochs are interleaved; the
 ratio is the median over the pairs.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from fusedrnn import system
 from fusedrnn.programs import sine
 
-setattr(np, "int", int)  # noqa: B010  the framework is older than NumPy 1.24
+setattr(np, "int", int)  # noqa: B010  DeZero is older than NumPy 1.24
 dezero = importlib.import_module("dezero")
 EPOCHS = 40
 LAYERS = {"rnn": dezero.layers.RNN, "lstm": dezero.layers.LSTM}
@@ -35,7 +35,7 @@ class Theirs(dezero.Model):
         return self.fc(self.rnn(x))
 
 
-class Framework:
+class DeZero:
     def __init__(self, layer):
         self.model = Theirs(layer)
         self.loader = dezero.SeqDataLoader(dezero.datasets.SinCurve(train=True), 30)
@@ -60,15 +60,15 @@ def milliseconds(call, *arguments, **options):
 
 
 def measure(cell, layer):
-    """Median milliseconds of an epoch of ours and of the framework's, and the median of the ratios."""
-    framework = Framework(layer)
+    """Median milliseconds of an epoch of ours and of DeZero's, and the median of the ratios."""
+    peer = DeZero(layer)
     model, dataset = sine.start(cell, 42)
     ours, theirs = [], []
     sine.train(model, dataset, epochs=3, chunks=True)
-    framework.epoch()
+    peer.epoch()
     for _ in range(EPOCHS):
         ours.append(milliseconds(sine.train, model, dataset, epochs=1, chunks=True))
-        theirs.append(milliseconds(framework.epoch))
+        theirs.append(milliseconds(peer.epoch))
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     return {"ms": {"fusedrnn": statistics.median(ours), "dezero": statistics.median(theirs)}, "ratio": ratio}
 

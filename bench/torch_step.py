@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from fusedrnn import functional, system
+from fusedrnn import kernels, system
 from fusedrnn.bench.report import BUSY
 from fusedrnn.bench.timing import Others, ratio, same_threads, spread, time_blocks
-from fusedrnn.threads import set_num_threads, set_team
+from fusedrnn.threads import set_num_threads, set_thread_pool
 
 SHAPES = ((64, 16, 128, 128), (30, 30, 1, 100))  # T, B, I, H
-CELL = functional.LSTM()
+CELL = kernels.LSTM()
 
 
 class Fused(torch.autograd.Function):
@@ -32,14 +32,14 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *parameters):
-        weights = functional.Weights(*(p.detach().numpy() for p in parameters))
-        y, _, _, ctx.tape = functional.forward(CELL, x.detach().numpy(), weights)
+        weights = kernels.Weights(*(p.detach().numpy() for p in parameters))
+        y, _, _, ctx.tape = kernels.forward(CELL, x.detach().numpy(), weights)
         return torch.from_numpy(y)
 
     @staticmethod
     def backward(ctx, dy):
-        need = [name for name, wanted in zip(functional.NEED, ctx.needs_input_grad, strict=False) if wanted]
-        dx, dweights, _ = functional.backward(ctx.tape, dy.contiguous().numpy(), need=need)
+        need = [name for name, wanted in zip(kernels.NEED, ctx.needs_input_grad, strict=False) if wanted]
+        dx, dweights, _ = kernels.backward(ctx.tape, dy.contiguous().numpy(), need=need)
         return tuple(None if g is None else torch.from_numpy(g) for g in (dx, *dweights))
 
 
@@ -51,12 +51,12 @@ class FusedLSTM(torch.nn.LSTM):
 
 
 class Training:
-    """One model and its optimizer; a call is a step, with ``threads`` of ``team`` for our kernels."""
+    """One model and its optimizer; a call is a step, with ``threads`` threads of ``pool`` for our kernels."""
 
-    def __init__(self, layer, shape, threads, team="own"):
+    def __init__(self, layer, shape, threads, pool="own"):
         T, B, I, H = shape
         torch.manual_seed(0)
-        self.threads, self.team = threads, team
+        self.threads, self.pool = threads, pool
         self.rnn = layer(I, H)
         self.head = torch.nn.Linear(H, 1)
         self.optimizer = torch.optim.Adam([*self.rnn.parameters(), *self.head.parameters()])
@@ -64,7 +64,7 @@ class Training:
 
     def __call__(self):
         set_num_threads(self.threads)
-        set_team(self.team)
+        set_thread_pool(self.pool)
         self.optimizer.zero_grad()
         y, _ = self.rnn(self.x)
         loss = torch.nn.functional.mse_loss(self.head(y), self.target)
@@ -74,7 +74,7 @@ class Training:
 
 
 def measure(shape, threads, blocks=9, seconds=0.1):
-    """Check that all learn the same, then time them in turn."""
+    """Check that all learn the same, then time them, interleaved."""
     runs = {
         "nn.LSTM": Training(torch.nn.LSTM, shape, threads),
         "ours, own pool": Training(FusedLSTM, shape, threads),
@@ -107,8 +107,8 @@ def main():
         for shape in SHAPES:
             others = Others()
             found = measure(shape, threads)
-            rows.append({"shape": shape, "participants": found, "others": others.share()})
-            for name, each in rows[-1]["participants"].items():
+            rows.append({"shape": shape, "libraries": found, "others": others.share()})
+            for name, each in rows[-1]["libraries"].items():
                 print(
                     f"{','.join(map(str, shape)):14}  {name:17}{each['ms']:8.3f} ms ±{each['spread']:.0%}  "
                     f"nn.LSTM / this {each['ratio']:.2f}"

@@ -24,7 +24,9 @@ TYPES = ("RnnTanh", "RnnRelu", "Lstm", "GruResetAfter", "GruResetBefore")
 
 def names() -> list[str]:
     """Every plain cell, dtype and precision."""
-    return [f"{cell}-{dtype}-{precision}" for cell in TYPES for dtype, precision in cuda_compile.WAYS]
+    return [
+        f"{cell}-{dtype}-{precision}" for cell in TYPES for dtype, precision in cuda_compile.DTYPE_PRECISIONS
+    ]
 
 
 def targets() -> list[str]:

@@ -48,7 +48,8 @@ struct Tape;  // what forward saves for backward; opaque, owned by the caller
 template <class T>
 struct PackedWeights;  // weights in the kernels' own order
 
-enum class Save { nothing, all, borders };  // borders: only states at chunk borders; backward runs forward again
+// boundary_states: only the states at chunk boundaries; backward runs forward again.
+enum class Save { nothing, all, boundary_states };
 
 // Recurrent dropout and zoneout, whose masks are drawn from a seed (docs/bptt.md). Rates from 0 to 1.
 struct Regularization {
@@ -98,7 +99,7 @@ struct BackwardCall {
   Problem problem;
   const Tape<T>* tape;
   Weights<const T> weights;                  // as they were in forward
-  const PackedWeights<T>* packed = nullptr;  // the same, packed; needed for a tape of borders only
+  const PackedWeights<T>* packed = nullptr;  // the same, packed; needed for a tape of boundary states only
   Sequence<const T> x;
   const T* y;  // what forward returned
   const T* h0 = nullptr;

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusedrnn import functional
+from fusedrnn import kernels
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import LSTM, RNN, Cell
 
@@ -41,12 +41,12 @@ def norms(cell: Cell, w: Weights) -> np.ndarray:
     x = draw.standard_normal((T, B, I))
     zero = tuple(np.zeros((B, H)) for _ in cell.states)
     dstateT = (draw.standard_normal((B, H)), *(None for _ in cell.states[1:]))
-    whole = functional.forward(cell, x, w, zero, return_states=True, save=None, backend="reference")
+    whole = kernels.forward(cell, x, w, zero, return_states=True, save=None, backend="reference")
     found = [np.linalg.norm(dstateT[0])]
     for t in range(T - 2, -1, -1):
         state = tuple(each[t] for each in whole.states)
-        rest = functional.forward(cell, x[t + 1 :], w, state, backend="reference")
-        gradients = functional.backward(rest.tape, None, dstateT, need=("state0",))
+        rest = kernels.forward(cell, x[t + 1 :], w, state, backend="reference")
+        gradients = kernels.backward(rest.tape, None, dstateT, need=("state0",))
         found.append(np.linalg.norm(gradients.dstate0[0]))
     return np.array(found[::-1])
 

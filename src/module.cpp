@@ -165,7 +165,7 @@ struct PyTape {
   std::vector<Index> lengths;
   std::vector<unsigned char> reset;
   py::object x, y, h0, c0, weights[kWeights];
-  py::object packed = py::none();  // kept for borders only, which run forward again
+  py::object packed = py::none();  // kept for boundary states only, which run forward again
   py::object saved = py::none();   // the memory of a tape that lies in an array
   TapePtr<float> f32;
   TapePtr<double> f64;
@@ -229,7 +229,7 @@ std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
   if (I == 0 || H == 0) throw py::value_error("weight_ih: expected (G*H, I), H and I at least 1, got " + text(ih));
   if (P != H)
     throw py::value_error("weight_hh: expected (G*H, H), got " + text(hh) +
-                          "; a projected size P != H is not built yet");
+                          "; a projected size P != H is not supported yet");
   auto packed = std::make_unique<PyPacked>();
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
   for (int i = 0; i < kWeights; ++i) packed->weights[i] = w[i];
@@ -320,7 +320,7 @@ py::tuple forward_as(const py::object& packed_object, const py::object& x, const
   py::object kept = setup.saved;
   if (save != Save::nothing && !array_tape) {
     PyTape& tape = *setup.tape;
-    if (save == Save::borders) tape.packed = packed_object;
+    if (save == Save::boundary_states) tape.packed = packed_object;
     tape.x = x, tape.y = setup.y, tape.h0 = h0, tape.c0 = c0;
     for (int i = 0; i < kWeights; ++i) tape.weights[i] = packed.weights[i];
     kept = py::cast(std::move(setup.tape));
@@ -335,7 +335,7 @@ py::tuple py_forward(const py::object& packed, const py::object& x, const py::ob
     throw py::type_error("packed: expected what pack returned, got " +
                          py::str(py::type::of(packed)).cast<std::string>());
   if (save_id < 0 || save_id > 3)
-    throw py::value_error("save: expected 0 (nothing), 1 (all), 2 (borders) or 3 (all, in an array), got " +
+    throw py::value_error("save: expected 0 (nothing), 1 (all), 2 (boundary states) or 3 (all, in an array), got " +
                           std::to_string(save_id));
   const bool array_tape = save_id == 3;
   const Save save = array_tape ? Save::all : Save(save_id);
@@ -487,7 +487,7 @@ py::array_t<T> activation_as(int which, const py::object& x, const std::string& 
   return out;
 }
 
-const char* team() { return cpu::team() == cpu::Team::openmp ? "openmp" : "own"; }
+const char* thread_pool() { return cpu::thread_pool() == cpu::ThreadPool::openmp ? "openmp" : "own"; }
 
 py::dict info() {
   py::dict d;
@@ -529,7 +529,7 @@ unsigned long control_word() {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Compiled kernels of fusedrnn. Use fusedrnn.functional; this module checks only what memory safety needs.";
+  m.doc() = "Compiled kernels of fusedrnn. Use fusedrnn.kernels; this module checks only what memory safety needs.";
   py::class_<PyPacked>(m, "Packed", "Weights in the kernels' own order.");
   py::class_<PyTape>(m, "Tape", "What forward saved for backward.")
       .def_property_readonly("bytes", [](const PyTape& t) { return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64); })
@@ -563,8 +563,11 @@ PYBIND11_MODULE(_core, m) {
   m.def("info", &info);
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("threads"));
-  m.def("team", &team);
-  m.def("set_team", [](bool openmp) { cpu::set_team(openmp ? cpu::Team::openmp : cpu::Team::own); }, py::arg("openmp"));
+  m.def("thread_pool", &thread_pool);
+  m.def(
+      "set_thread_pool",
+      [](bool openmp) { cpu::set_thread_pool(openmp ? cpu::ThreadPool::openmp : cpu::ThreadPool::own); },
+      py::arg("openmp"));
   m.def("set_flush_subnormals", &set_flush_subnormals, py::arg("on"));
 
   py::module_ testing = m.def_submodule("testing", "Hooks of the test suite.");

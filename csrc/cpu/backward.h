@@ -126,7 +126,7 @@ struct BackwardSteps {
   Index earlier(Index t) const { return job.steps.reverse ? t + 1 : t - 1; }
   T* da_row(Index row) const { return job.da + row * job.da_row; }
   const T* c_row(Index t, Index b) const {
-    return kept.has(t) ? kept.c + kept.row(t, b) * units : kept.c_border + b * units;
+    return kept.has(t) ? kept.c + kept.row(t, b) * units : kept.c_boundary + b * units;
   }
   const T* saved_row(Index t, Index b) const {
     return kept.saved ? kept.saved + kept.row(t, b) * job.blocks * (shape.saved * kBlock) : nullptr;
@@ -211,7 +211,8 @@ struct BackwardSteps {
 
   template <class Epilogue>
   bool tiles(Index n_rows, Epilogue&& tile_at) const {
-    const Cut row_tiles(n_rows, max_rows<V>(width())), panels(block_end - block_begin, n_rows == 1 ? kOneRow : width());
+    const Tiling row_tiles(n_rows, max_rows<V>(width())),
+        panels(block_end - block_begin, n_rows == 1 ? kOneRow : width());
     const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
@@ -279,14 +280,14 @@ struct BackwardSteps {
   static Index offset(Index u, int n) { return u / kBlock * (n * kBlock) + u % kBlock; }
 
   // Rows that the next chunk still needs are about to be overwritten: keep this thread's part of them.
-  void keep_border() {
+  void keep_boundary() {
     const Index begin = block_begin * shape.accumulators * kBlock,
                 bytes = (block_end - block_begin) * shape.accumulators * kBlock * Index(sizeof(T));
     for (Index b = row_begin; b < row_end; ++b) {
-      T* border = job.border + b * job.da_row;
-      if (!rows.latest[b] || rows.latest[b] == border) continue;
-      __builtin_memcpy(border + begin, rows.latest[b] + begin, size_t(bytes));
-      rows.latest[b] = border;
+      T* boundary = job.boundary + b * job.da_row;
+      if (!rows.latest[b] || rows.latest[b] == boundary) continue;
+      __builtin_memcpy(boundary + begin, rows.latest[b] + begin, size_t(bytes));
+      rows.latest[b] = boundary;
     }
   }
 
@@ -316,9 +317,9 @@ struct BackwardSteps {
     const Index n = worker.region.threads, share_begin = count * worker.region.thread / n,
                 share = count * (worker.region.thread + 1) / n - share_begin;
     const Index blocks = (job.I + kBlock - 1) / kBlock;
-    const Cut panels(blocks, width());
+    const Tiling panels(blocks, width());
     const int widest = int(panels.pieces ? panels.begin(1) : 1);
-    const Cut row_tiles(share, max_rows<V>(widest));
+    const Tiling row_tiles(share, max_rows<V>(widest));
     const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
@@ -349,7 +350,7 @@ struct BackwardSteps {
   // Adds the chunk's part of the weight gradients: the joint rows, transposed, times da. Threads take whole output
   // tiles.
   bool weight_gradients(bool first_chunk) {
-    const Cut panels(job.blocks, panel_blocks(shape));
+    const Tiling panels(job.blocks, panel_blocks(shape));
     Index total = 0;
     for (int g = 0; g < groups.count; ++g) total += column_tiles(groups.group[g]).pieces;
     const Index n = worker.region.threads, i = worker.region.thread;
@@ -373,12 +374,12 @@ struct BackwardSteps {
   // A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
   static constexpr Index kSumRows = 4096;
 
-  Cut column_tiles(const Group& group) const {
-    return Cut(group.columns, max_rows<V>(group.count * panel_blocks(shape)));
+  Tiling column_tiles(const Group& group) const {
+    return Tiling(group.columns, max_rows<V>(group.count * panel_blocks(shape)));
   }
 
   void weight_tile(const Group& group, Index at, Index block, int wide, bool first_chunk) {
-    const Cut columns = column_tiles(group);
+    const Tiling columns = column_tiles(group);
     const Index first = columns.begin(at);
     const int m = int(columns.begin(at + 1) - first), vectors = group.count * wide, A = shape.accumulators;
     const T* a[kMaxTile];
@@ -458,7 +459,7 @@ struct BackwardSteps {
 
   // dx and the chunk's part of the weight gradients, of its rows of da.
   FUSEDRNN_NOINLINE bool chunk_gradients(bool first_chunk) {
-    keep_border();
+    keep_boundary();
     if (job.need_weights) gather_inputs();
     if (!worker.barrier()) return false;
     if (job.dx && !input_gradients()) return false;
@@ -581,7 +582,7 @@ struct BackwardLoop : BackwardSteps<V> {
   bool replay(Index s_begin, Index s_end) {
     this->kept.first = job.steps.reverse ? job.steps.T - s_end : s_begin;
     this->kept.count = s_end - s_begin;
-    this->kept.c_border = const_cast<T*>(job.borders) + (job.steps.T - s_end) / job.chunk_steps * B * units;
+    this->kept.c_boundary = const_cast<T*>(job.boundary_states) + (job.steps.T - s_end) / job.chunk_steps * B * units;
     ForwardJob<T> again = *job.replay;
     again.kept = this->kept;
     return ForwardLoop<Cell, V>(again, worker).walk(s_begin, s_end);

@@ -87,7 +87,7 @@ struct ForwardSteps {
   T* c_row(Index t, Index b) const {
     if (!shape.has_c) return nullptr;
     const Index units = job.blocks * kBlock;
-    return job.kept.has(t) ? job.kept.c + job.kept.row(t, b) * units : job.kept.c_border + b * units;
+    return job.kept.has(t) ? job.kept.c + job.kept.row(t, b) * units : job.kept.c_boundary + b * units;
   }
   T* saved_row(Index t, Index b) const {
     return job.kept.saved ? job.kept.saved + job.kept.row(t, b) * job.blocks * (shape.saved * kBlock) : nullptr;
@@ -194,7 +194,7 @@ struct ForwardSteps {
         if (valid(job.steps, t, b))
           ahead.x[n] = job.x + t * job.x_step + b * job.x_row, ahead.projected[n++] = projected_row(s, b);
     }
-    const Cut tiles(n, max_rows<V>(tile_vectors(shape) * panel_blocks(shape))),
+    const Tiling tiles(n, max_rows<V>(tile_vectors(shape) * panel_blocks(shape))),
         panels(block_end - block_begin, panel_blocks(shape));
     for (Index j = 0; j < panels.pieces; ++j) {
       const Index block = block_begin + panels.begin(j);
@@ -240,12 +240,12 @@ struct ForwardSteps {
   }
 
   // c before step s, if a chunk begins there: chunks are counted from the end.
-  FUSEDRNN_NOINLINE void keep_border(Index s) {
+  FUSEDRNN_NOINLINE void keep_boundary(Index s) {
     const Index left = job.steps.T - s, units = job.blocks * kBlock;
     if (!left || left % job.chunk_steps) return;
-    T* border = job.borders + (left / job.chunk_steps - 1) * job.steps.B * units;
+    T* boundary = job.boundary_states + (left / job.chunk_steps - 1) * job.steps.B * units;
     for (Index b = row_begin; b < row_end; ++b)
-      __builtin_memcpy(border + b * units + block_begin * kBlock, job.kept.c + b * units + block_begin * kBlock,
+      __builtin_memcpy(boundary + b * units + block_begin * kBlock, job.kept.c + b * units + block_begin * kBlock,
                        size_t((block_end - block_begin) * kBlock) * sizeof(T));
   }
 };
@@ -360,7 +360,7 @@ struct ForwardLoop : ForwardSteps<V> {
   }
 
   bool step(int phase) {
-    const Cut tiles(rows.count, kRows), panels(block_end - block_begin, width(phase));
+    const Tiling tiles(rows.count, kRows), panels(block_end - block_begin, width(phase));
     const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
@@ -392,7 +392,7 @@ struct ForwardLoop : ForwardSteps<V> {
         }
         if (!worker.by_rows && !worker.barrier()) return false;
       }
-      if (job.borders) this->keep_border(s + 1);
+      if (job.boundary_states) this->keep_boundary(s + 1);
     }
     if constexpr (V::whole_lines)
       if (job.stream) V::fence();

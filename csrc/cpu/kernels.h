@@ -46,7 +46,7 @@ struct Packed {
 };
 
 // The saved values of the time steps [first, first + count), and the cell state of the one step before or after them.
-// With everything saved that is all steps; with borders only, one chunk at a time.
+// With everything saved that is all steps; with boundary states only, one chunk at a time.
 template <class T>
 struct Kept {
   Index first, count;
@@ -54,7 +54,7 @@ struct Kept {
   const Index* starts;  // (B) with lengths: row b's steps follow each other from here, without padding; or null
   T* saved;             // [row][blocks][saved][16] or null
   T* c;                 // [row][blocks*16]
-  T* c_border;          // [B][blocks*16]
+  T* c_boundary;        // [B][blocks*16]
   bool has(Index t) const { return t >= first && t < first + count; }
   Index row(Index t, Index b) const { return starts ? starts[b] + t : (t - first) * step + b; }
 };
@@ -102,8 +102,8 @@ struct ForwardJob {
   T* h_out;        // where h is written: y itself, or one step of scratch
   Index h_out_step;
   Kept<T> kept;
-  bool stream;  // kept.saved is larger than the caches: write past them where a vector is a line
-  T* borders;   // [chunk][B][blocks*16]: c before each chunk of chunk_steps, counted from the end; or null
+  bool stream;         // kept.saved is larger than the caches: write past them where a vector is a line
+  T* boundary_states;  // [chunk][B][blocks*16]: c before each chunk of chunk_steps, counted from the end; or null
   Index chunk_steps;
   T* middle;  // [B][blocks*16], two-phase cells
   // W x + bias of so many steps at once: [step][B][blocks][input's accumulators][16], or null: step by step.
@@ -126,8 +126,8 @@ struct BackwardJob {
   Packed<T> input, recurrent, recurrent2;  // transposed: blocks of outputs, k over [unit block][accumulator][16]
   const T *h0, *c0, *zeros, *y;
   Kept<T> kept;
-  const ForwardJob<T>* replay;  // with borders only: fills `kept` chunk by chunk; else null
-  const T* borders;
+  const ForwardJob<T>* replay;  // with boundary states only: fills `kept` chunk by chunk; else null
+  const T* boundary_states;
   const T *dy, *dhT, *dcT, *dh_states, *dc_states;
   Index dy_step, dy_row, dh_states_step, dh_states_row, dc_states_step, dc_states_row;
   T* dx;
@@ -141,8 +141,8 @@ struct BackwardJob {
   T *dgain_ih, *dgain_hh, *dgain_c, *dbias_c;
   T* da;  // a chunk's valid rows: [row][da_row]
   Index da_row;
-  T* border;  // [B][da_row]: each row's latest da, kept across chunks
-  T* inputs;  // a chunk's valid rows of [1 | x | h_prev | middle]
+  T* boundary;  // [B][da_row]: each row's latest da, kept across chunks
+  T* inputs;    // a chunk's valid rows of [1 | x | h_prev | middle]
   Index inputs_row;
   T *dc, *direct;  // [B][blocks*16]
   Index chunk_steps;

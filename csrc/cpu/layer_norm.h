@@ -204,7 +204,7 @@ bool normed_step(const Loop& loop) {
           V::load(acc + ((w * part.count + s) * m + i) * V::lanes)
               .store(loop.rows.saved[first + i] + ((block + w) * Cell::accumulators + part.first + s) * kBlock + lane);
   };
-  const Cut tiles(loop.rows.count, Loop::kRows), panels(job.blocks, loop.width(1));
+  const Tiling tiles(loop.rows.count, Loop::kRows), panels(job.blocks, loop.width(1));
   const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
               inner = job.rows_outside ? panels.pieces : tiles.pieces;
   for (Index o = 0; o < outer; ++o) {

@@ -33,8 +33,8 @@ struct Tape {
   Save save;
   Buffer memory;
   std::vector<Index> starts;  // with lengths: cpu::Kept
-  T *saved, *c;               // every step's; null with borders
-  T* borders;                 // c before each chunk but the first; null with everything saved
+  T *saved, *c;               // every step's; null with boundary states
+  T* boundary_states;         // c before each chunk but the first; null with everything saved
 };
 
 namespace {
@@ -364,8 +364,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const bool all = call.save == Save::all;
   const bool outside = all && call.saved;  // the tape lies in the caller's memory
   const Index rows = all ? tape_rows(problem, tape->starts) : n.B,
-              borders_count = call.save == Save::borders && shape.has_c && chunk.count ? chunk.count - 1 : 0;
-  T *saved = nullptr, *c = nullptr, *borders = nullptr, *c0 = nullptr, *middle = nullptr, *projected = nullptr,
+              boundary_count = call.save == Save::boundary_states && shape.has_c && chunk.count ? chunk.count - 1 : 0;
+  T *saved = nullptr, *c = nullptr, *boundary_states = nullptr, *c0 = nullptr, *middle = nullptr, *projected = nullptr,
     *zeros = nullptr, *masks = nullptr;
   char* threads = nullptr;
   const Index ahead = projected_steps<T>(shape, n);
@@ -376,7 +376,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     Layout<T>& kept_in = all ? tape_layout : scratch;
     saved = kept_in.take({!outside && keeps ? rows : 0, shape.saved, units});
     c = kept_in.take({!outside && shape.has_c ? rows : 0, units});
-    borders = tape_layout.take({borders_count, n.B, units});
+    boundary_states = tape_layout.take({boundary_count, n.B, units});
     c0 = scratch.take({call.c0 ? n.B : 0, units});
     middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
     projected = scratch.take({ahead, n.B, blocks, shape.input.count, kBlock});
@@ -395,7 +395,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     if (all)
       tape->saved = saved, tape->c = c;
     else
-      tape->borders = borders;
+      tape->boundary_states = boundary_states;
   }
   std::fill(zeros, zeros + zero_count, T(0));
   if (call.c0) pad_rows(call.c0, n.B, n.H, units, c0);
@@ -417,7 +417,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   // Written through a cache that cannot hold it, a line would be read first. Phase 2 and norms read it again at once.
   job.stream = all && shape.phases == 1 && !shape.layer_norm &&
                (!thresholds || rows * shape.saved * units * Index(sizeof(T)) > kSharedCache);
-  job.borders = borders_count ? borders : nullptr, job.chunk_steps = chunk.steps;
+  job.boundary_states = boundary_count ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
   job.middle = shape.phases == 2 ? middle : nullptr;
   job.projected = ahead ? projected : nullptr, job.projected_steps = ahead;
   job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;
@@ -454,11 +454,11 @@ void backward(const BackwardCall<T>& call) {
   const bool need_weights = need_matrices || (need_biases && !shape.layer_norm);
 
   const Chunk<T> chunk(shape, n);
-  const bool replay = call.tape->save == Save::borders && shape.saved;  // an Elman cell saves nothing but y
+  const bool replay = call.tape->save == Save::boundary_states && shape.saved;  // an Elman cell saves nothing but y
   const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column
   Layout<T> layout;
   T *c0 = nullptr, *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr,
-    *da = nullptr, *border = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr,
+    *da = nullptr, *boundary = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr,
     *c = nullptr, *middle = nullptr, *h_out = nullptr, *bias = nullptr, *norm_sums = nullptr, *masks = nullptr;
   PackedNorm<T> norm;
   char *threads = nullptr, *replay_threads = nullptr;
@@ -479,7 +479,7 @@ void backward(const BackwardCall<T>& call) {
     recurrent2 = layout.take({k_recurrent2 ? blocks_of(n.P) : 0, recurrent2_step});
     dpacked = layout.take({need_weights ? blocks : 0, dpacked_block});
     da = layout.take({chunk.steps, n.B, chunk.da_row});
-    border = layout.take({n.B, chunk.da_row});
+    boundary = layout.take({n.B, chunk.da_row});
     inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
     saved = layout.take({replay_steps, n.B, shape.saved, units});
     c = layout.take({shape.has_c ? replay_steps : 0, n.B, units});
@@ -538,7 +538,7 @@ void backward(const BackwardCall<T>& call) {
     again.rows_outside = rows_outside<T>(shape, n);
     again.scratch = replay_threads, again.scratch_step = replay_bytes;
     again.regularization = job.regularization;
-    job.replay = &again, job.borders = call.tape->borders;
+    job.replay = &again, job.boundary_states = call.tape->boundary_states;
   }
   job.dy = call.dy.data, job.dy_step = call.dy.step, job.dy_row = call.dy.row;
   job.dhT = call.dhT, job.dcT = call.dcT;
@@ -555,7 +555,8 @@ void backward(const BackwardCall<T>& call) {
     job.norm_sums = need_norms ? norm_sums : nullptr;
     job.dgain_ih = dw.gain_ih, job.dgain_hh = dw.gain_hh, job.dgain_c = dw.gain_c, job.dbias_c = dw.bias_c;
   }
-  job.da = da, job.da_row = chunk.da_row, job.border = border, job.inputs = inputs, job.inputs_row = chunk.inputs_row;
+  job.da = da, job.da_row = chunk.da_row, job.boundary = boundary, job.inputs = inputs,
+  job.inputs_row = chunk.inputs_row;
   job.dc = dc, job.direct = direct;
   job.chunk_steps = chunk.steps;
   job.rows_outside = rows_outside<T>(shape, n);

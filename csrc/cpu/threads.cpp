@@ -236,7 +236,7 @@ struct Pool {
 // Leaked, at exit (workers may be parked in it) and by a forked child (its threads and locks are lost).
 std::atomic<Pool*> current{nullptr};
 
-std::atomic<const OpenMP*> openmp{nullptr};  // null: the own pool is the team
+std::atomic<const OpenMP*> openmp{nullptr};  // null: our own pool
 std::atomic<bool> openmp_lost{false};        // by a fork
 std::atomic<int> forks{0};                   // from the first process to this one
 
@@ -435,21 +435,23 @@ bool OpenMPRegion::poll() {
 
 }  // namespace
 
-void set_team(Team team) {
+void set_thread_pool(ThreadPool pool) {
   const OpenMP* found = nullptr;
-  if (team == Team::openmp) {
+  if (pool == ThreadPool::openmp) {
     if (openmp_lost.load())
-      throw std::runtime_error("team: OpenMP's threads did not come along when this process was forked");
+      throw std::runtime_error("pool: OpenMP's threads did not come along when this process was forked");
     found = find_openmp();
     if (found == nullptr) {
       throw std::runtime_error(
-          "team: expected an OpenMP runtime in this process, found none; load one first, e.g. by importing torch");
+          "pool: expected an OpenMP runtime in this process, found none; load one first, e.g. by importing torch");
     }
   }
   openmp.store(found, std::memory_order_release);
 }
 
-Team team() { return openmp.load(std::memory_order_relaxed) != nullptr ? Team::openmp : Team::own; }
+ThreadPool thread_pool() {
+  return openmp.load(std::memory_order_relaxed) != nullptr ? ThreadPool::openmp : ThreadPool::own;
+}
 
 Outcome run(int threads, Body body, void* context, PollHook hook, void* hook_context) {
   if (threads < 1) throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected at least 1");

@@ -8,7 +8,7 @@ namespace fusedrnn::cpu {
 
 struct Shared;  // what the threads of one region have in common (threads.cpp)
 
-enum class Team { own, openmp };
+enum class ThreadPool { own, openmp };
 
 // Called on the calling thread only, about every 10 ms; false asks to stop. It may run any code, but should not throw.
 using PollHook = bool (*)(void* hook_context);
@@ -59,8 +59,8 @@ Outcome run(int threads, Body body, void* context, PollHook hook = nullptr, void
 // Whose threads run() uses, in the whole process: our own pool, as at the start, or the calling thread's OpenMP team.
 // std::runtime_error where there is no OpenMP runtime and in a child of a process on the OpenMP team: a fork brings
 // back the own pool, as libgomp hangs in a child.
-void set_team(Team team);
-Team team();
+void set_thread_pool(ThreadPool pool);
+ThreadPool thread_pool();
 
 // The number of threads a call uses by default: FUSEDRNN_NUM_THREADS (std::invalid_argument if that is no number from
 // 1), else the first number in OMP_NUM_THREADS (ignored if it is none), else usable_cpus().

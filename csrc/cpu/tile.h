@@ -140,9 +140,9 @@ TileFn<typename V::scalar> tile_for_two_blocks(int n) {
 }
 
 // n items cut into ceil(n / widest) pieces of nearly equal size: 16 rows are 6+5+5, not 6+6+4.
-struct Cut {
+struct Tiling {
   Index n, pieces;
-  Cut(Index n_, Index widest) : n(n_), pieces((n_ + widest - 1) / widest) {}
+  Tiling(Index n_, Index widest) : n(n_), pieces((n_ + widest - 1) / widest) {}
   Index begin(Index i) const {
     const Index small = n / pieces, larger = n % pieces;
     return i * small + (i < larger ? i : larger);

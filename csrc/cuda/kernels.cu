@@ -31,11 +31,11 @@ using Tile = TileOf<S, Precision::FUSEDRNN_PRECISION>::type;
 using namespace fusedrnn::cuda;
 using fusedrnn::Index;
 
-// FUSEDRNN_ONLY, where it is defined: the kernels of one way to run, its place in KERNELS of backends/cuda_compile.py.
+// FUSEDRNN_ONLY, where it is defined: the kernels of one variant, its index in KERNELS of backends/cuda_compile.py.
 #if !defined(FUSEDRNN_ONLY)
 #define FUSEDRNN_ONLY -1
 #endif
-#define FUSEDRNN_HAS(way) (FUSEDRNN_ONLY < 0 || FUSEDRNN_ONLY == way)
+#define FUSEDRNN_HAS(variant) (FUSEDRNN_ONLY < 0 || FUSEDRNN_ONLY == variant)
 
 #if FUSEDRNN_HAS(0)
 #define FUSEDRNN_EACH(job, call) each_unit(job.steps.B, job.H, [&](Index b, Index u) { call; })

@@ -1,10 +1,10 @@
 """sb3-contrib's RecurrentPPO learns CartPole without its velocities, on our LSTM and without a time loop.
 
     python examples/torch/recurrent_ppo.py              60,000 frames
-    python examples/torch/recurrent_ppo.py --way torch.nn
+    python examples/torch/recurrent_ppo.py --variant torch.nn
 
 Needs ``pip install sb3-contrib``. What differs from plain sb3-contrib is ``fusedrnn.torch.patched()`` around
-the constructor and, for the time loop, ``ResetPolicy``. bench/recurrent_ppo.py times the three ways.
+the constructor and, for the time loop, ``ResetPolicy``. bench/recurrent_ppo.py times the three variants.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 
 import fusedrnn.torch
 
-WAYS = ("torch.nn", "fusedrnn", "fusedrnn, reset")
+VARIANTS = ("torch.nn", "fusedrnn", "fusedrnn, reset")
 
 
 class Positions(gymnasium.ObservationWrapper):
@@ -45,11 +45,11 @@ class ResetPolicy(MlpLstmPolicy):
         return y.swapaxes(0, 1).flatten(0, 1), lstm_states
 
 
-def build(way, seed, **options):
-    """A model with 8 environments; whichever the way, a seed draws the same weights, actions and batches."""
+def build(variant, seed, **options):
+    """A model with 8 environments. A seed draws the same weights, actions and batches in every variant."""
     env = VecMonitor(DummyVecEnv([lambda: Positions(gymnasium.make("CartPole-v1"))] * 8))
-    policy = ResetPolicy if way == "fusedrnn, reset" else MlpLstmPolicy
-    if way == "torch.nn":
+    policy = ResetPolicy if variant == "fusedrnn, reset" else MlpLstmPolicy
+    if variant == "torch.nn":
         return RecurrentPPO(policy, env, seed=seed, device="cpu", **options)
     with fusedrnn.torch.patched():
         return RecurrentPPO(policy, env, seed=seed, device="cpu", **options)
@@ -57,11 +57,11 @@ def build(way, seed, **options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--way", choices=WAYS, default=WAYS[-1])
+    parser.add_argument("--variant", choices=VARIANTS, default=VARIANTS[-1])
     parser.add_argument("--frames", type=int, default=60_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    build(options.way, options.seed, verbose=1).learn(options.frames, log_interval=5)
+    build(options.variant, options.seed, verbose=1).learn(options.frames, log_interval=5)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     import fusedrnn.functions as F
     import fusedrnn.layers as L
 
-Layers, models and optimisers are the everyday face; ``functional`` is the stateless one, arrays in and out.
+Layers, models and optimisers are for everyday use. ``kernels`` has the kernels alone: arrays in, arrays out.
 """
 
 from fusedrnn import (
@@ -12,8 +12,8 @@ from fusedrnn import (
     cuda,
     dataloaders,
     datasets,
-    functional,
     functions,
+    kernels,
     layers,
     models,
     optimizers,
@@ -50,9 +50,9 @@ __all__ = [
     "cuda",
     "dataloaders",
     "datasets",
-    "functional",
     "functions",
     "gradcheck",
+    "kernels",
     "layers",
     "models",
     "no_grad",

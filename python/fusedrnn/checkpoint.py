@@ -154,7 +154,7 @@ def _set_carried(model: Layer, states: dict[str, Array]) -> None:
                 setattr(layer, name, None)
     for key, array in states.items():
         path, _, name = key.rpartition("/")
-        setattr(layers[path], name, Variable(layers[path].place(array)))
+        setattr(layers[path], name, Variable(layers[path].to_device(array)))
 
 
 def _random_state() -> list[Any]:

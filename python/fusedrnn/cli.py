@@ -101,7 +101,7 @@ def run_info(args: argparse.Namespace) -> None:
         ("instruction sets built", listed(found["built"])),
         ("instruction sets detected", listed(found["detected"])),
         ("instruction set in use", found["isa"] or "none"),
-        ("threads", f"{found['threads']}, {found['team']} team"),
+        ("threads", f"{found['threads']}, {found['thread_pool']} thread pool"),
     ]
     for name, why in found["backends"].items():
         default = ", the default here" if name == found["backend"] else ""
@@ -121,7 +121,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     from fusedrnn.bench.cuda import MODES
 
     parser.description = (
-        "Times a layer beside its peers: PyTorch's ways to run it, ONNX Runtime, JAX and DeZero, as far as "
+        "Times a layer beside its peers: the PyTorch variants, ONNX Runtime, JAX and DeZero, as far as "
         "they are installed and can do the same. All take part in one run with the same numbers and the same "
         "count of threads; each result is checked before it is timed. A ratio above 1 means that fusedrnn is "
         "faster. With --device cuda our PyTorch modules beside PyTorch's own, which run cuDNN, forward and "
@@ -135,7 +135,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "--suite",
         choices=list(problems.SUITES),
         help="the list of cases: core, eleven shapes in training; programs, published models; rl, ragged "
-        "sequences, resets and single steps; pytorch, our PyTorch modules in the place of PyTorch's, also in "
+        "sequences, resets and single steps; pytorch, our PyTorch modules instead of PyTorch's, also in "
         "whole training steps; wide and deepbench, larger shapes of other benchmarks; gpu, what a GPU is "
         "compared at; of each, on a CPU, cases of more than about 5 s a call are left out (default: core; "
         "with --device cuda gpu)",
@@ -269,7 +269,7 @@ def print_cuda(report: dict[str, Any]) -> None:
 
 
 def add_gradcheck(parser: argparse.ArgumentParser) -> None:
-    from fusedrnn import gradmatrix
+    from fusedrnn import gradcheck_suite
 
     parser.description = (
         "Compares every output and gradient of every cell, backend, dtype and option with a reference in "
@@ -278,10 +278,12 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cell", choices=list(CELLS), nargs="+", help="only these cells")
     parser.add_argument(
-        "--backend", choices=(gradmatrix.ORACLE, *backends.NAMES), nargs="+", help="only these backends"
+        "--backend", choices=(gradcheck_suite.ORACLE, *backends.NAMES), nargs="+", help="only these backends"
     )
-    parser.add_argument("--dtype", choices=gradmatrix.DTYPES, nargs="+", help="only these dtypes")
-    parser.add_argument("--option", choices=list(gradmatrix.OPTIONS), nargs="+", help="only these options")
+    parser.add_argument("--dtype", choices=gradcheck_suite.DTYPES, nargs="+", help="only these dtypes")
+    parser.add_argument(
+        "--option", choices=list(gradcheck_suite.OPTIONS), nargs="+", help="only these options"
+    )
     parser.add_argument("--levels", action="store_true", help="the cpu backend on every instruction set")
     parser.add_argument("--tensors", action="store_true", help="a line for each tensor")
     parser.add_argument("--quick", action="store_true", help="the smallest size only")
@@ -289,26 +291,26 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
 
 
 def run_gradcheck(args: argparse.Namespace) -> None:
-    from fusedrnn import gradmatrix
+    from fusedrnn import gradcheck_suite
 
-    def progress(done: int, total: int, row: gradmatrix.Row) -> None:
+    def progress(done: int, total: int, row: gradcheck_suite.Row) -> None:
         note(f"{done} of {total}: {row.cell} {row.backend} {row.dtype} {row.option}")
 
-    rows = gradmatrix.run_matrix(
+    rows = gradcheck_suite.run_suite(
         cells=args.cell,
         backends=args.backend,
         dtypes=args.dtype,
         options=args.option,
         seed=args.seed,
         progress=progress,
-        sizes=gradmatrix.QUICK if args.quick else gradmatrix.SIZES,
-        levels=gradmatrix.available_levels() if args.levels else None,
+        sizes=gradcheck_suite.QUICK if args.quick else gradcheck_suite.SIZES,
+        levels=gradcheck_suite.available_levels() if args.levels else None,
     )
     note("")
-    header, cells = (gradmatrix.format_tensors if args.tensors else gradmatrix.format_rows)(rows)
+    header, cells = (gradcheck_suite.format_tensors if args.tensors else gradcheck_suite.format_rows)(rows)
     left = 3 if args.tensors else 4
     terminal.table("Largest error, relative to each tensor's largest entry", header, cells, left)
-    for line in gradmatrix.format_notes(rows):
+    for line in gradcheck_suite.format_notes(rows):
         print(line)
     wrong = [row for row in rows if row.passed is False]
     absent = [row for row in rows if row.passed is None]

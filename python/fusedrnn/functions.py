@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import autograd, cuda, functional
-from fusedrnn import stack as layered
+from fusedrnn import autograd, cuda, kernels, multilayer
 from fusedrnn.autograd import Array, Function, Variable, as_variable, config, sum_to
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import Cell
@@ -198,8 +197,8 @@ class Fused(Function):
     Inputs: x ``(T, B, I)``, with ``step`` ``(B, I)``; then the weights of each layer and direction, by
         ``names``; then the initial state, where there is one. Outputs: y, the final state, with
         ``return_states`` the state of every step; with ``step`` only the new state. Everything is cast to
-        the dtype of the weights. Several layers or directions go through ``fusedrnn.stack``, whose arguments
-        ``options`` then are, else those of ``functional.forward``; with ``packed`` weights there are none.
+        the dtype of the weights. For several layers or directions ``options`` are those of
+        ``fusedrnn.multilayer``, else those of ``kernels.forward``; with ``packed`` weights there are none.
     """
 
     tape: Any = None
@@ -210,7 +209,7 @@ class Fused(Function):
         names: Sequence[Sequence[str]],
         *,
         step: bool = False,
-        packed: functional.Packed | None = None,
+        packed: kernels.Packed | None = None,
         **options: Any,
     ) -> None:
         self.cell, self.names, self.step, self.packed, self.options = cell, names, step, packed, options
@@ -235,9 +234,9 @@ class Fused(Function):
             each = iter(arrays)
             weights = [Weights(**{name: next(each) for name in names}) for names in self.names]
             if self.single:
-                out = functional.forward(self.cell, x, weights[0], state0, **self.options)
+                out = kernels.forward(self.cell, x, weights[0], state0, **self.options)
             else:
-                out = layered.forward_stack(self.cell, x, weights, state0, **self.options)
+                out = multilayer.forward_multilayer(self.cell, x, weights, state0, **self.options)
         self.tape = out.tape
         return out.stateT if self.step else (out.y, *out.stateT, *(out.states or ()))
 
@@ -253,11 +252,11 @@ class Fused(Function):
             gradients = [None, *gradients]
         dy, dstateT, dstates = gradients[0], tuple(gradients[1 : 1 + n]), tuple(gradients[1 + n :]) or None
         if self.single:
-            run = functional.backward if self.packed is None else self.packed.backend.backward
+            run = kernels.backward if self.packed is None else self.packed.backend.backward
             dx, dweights, dstate0 = run(self.tape, dy, dstateT, dstates, need=need)
             slots = [dweights]
         else:
-            dx, slots, dstate0 = layered.backward_stack(self.tape, dy, dstateT, dstates, need=need)
+            dx, slots, dstate0 = multilayer.backward_multilayer(self.tape, dy, dstateT, dstates, need=need)
         if self.step and dx is not None:
             dx = dx[0]
         found = [getattr(slot, name) for slot, names in zip(slots, self.names, strict=True) for name in names]
@@ -274,9 +273,9 @@ def _contiguous(array: Any, dtype: Any) -> Array:
     return contiguous
 
 
-def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> functional.Packed:
+def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> kernels.Packed:
     """Weights prepared for repeated steps of a ``Fused`` node."""
-    return functional.pack(cell, Weights(**dict(zip(names, arrays, strict=True))), backend=backend)
+    return kernels.pack(cell, Weights(**dict(zip(names, arrays, strict=True))), backend=backend)
 
 
 def exp(x: Any) -> Variable:

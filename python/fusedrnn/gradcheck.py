@@ -1,4 +1,4 @@
-"""Gradient checking of one layer or function, ours or anybody's. All kernels at once: ``gradmatrix``.
+"""Gradient checking of one layer or function, ours or anybody's. All kernels at once: ``gradcheck_suite``.
 
 Two measures of right. ``oracle``: the NumPy reference in long double, itself proved by complex-step
 derivatives, against which a kernel's error is a few units in the last place. ``central``: differences
@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import cuda
-from fusedrnn import stack as layered
+from fusedrnn import cuda, multilayer
 from fusedrnn.autograd import Parameter, Variable
 from fusedrnn.backends.protocol import Array, Regularization, Weights
 from fusedrnn.functions import Fused
@@ -119,8 +118,8 @@ def gradcheck(
         if method == "oracle":
             _oracle(func_or_layer, inputs, options, atol, rtol, nondet_tol, seed)
         else:
-            with _world(func_or_layer, inputs, options) as world:
-                _central(world, eps, atol, rtol, nondet_tol, fast_mode, seed)
+            with _adapter(func_or_layer, inputs, options) as adapter:
+                _central(adapter, eps, atol, rtol, nondet_tol, fast_mode, seed)
     except GradcheckError:
         if raise_exception:
             raise
@@ -221,7 +220,7 @@ def _fixed_random(seed: int) -> Iterator[None]:
 
 # --- the three worlds: NumPy arrays, our variables, PyTorch tensors -----------------------------------------
 
-Pull = Callable[[list[Array]], list[Any]]
+VJP = Callable[[list[Array]], list[Any]]
 
 
 def _flatten(tree: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -255,7 +254,7 @@ def _host(value: Any) -> Array:
     return np.array(cuda.as_numpy(value._data if isinstance(value, Variable) else value))
 
 
-class _World:
+class _Adapter:
     """A function, its inputs, and which of their leaves are checked: ``names`` and ``values``, copies.
 
     As a context it keeps the parameters and states of what it calls, and puts them back.
@@ -268,7 +267,7 @@ class _World:
         self.names = [self.leaves[k][0] for k in self.slots]
         self.values = [self.to_array(self.leaves[k][1]) for k in self.slots]
 
-    def __enter__(self) -> _World:
+    def __enter__(self) -> _Adapter:
         if not self.values:
             raise ValueError(
                 "inputs: expected at least one of float32 or float64, which requires a gradient, got none"
@@ -292,7 +291,7 @@ class _World:
             leaves[k] = value
         return _rebuild(self.inputs, iter(leaves))
 
-    def run(self, values: Sequence[Array]) -> tuple[list[Array], Pull]:
+    def run(self, values: Sequence[Array]) -> tuple[list[Array], VJP]:
         """The outputs at these values, and the function from their gradients to those of the values."""
         given = [value.copy() for value in values]
         outputs, backward = self._results(self.func(*self.arguments(given), **self.options))
@@ -302,7 +301,7 @@ class _World:
             if not isinstance(array, np.ndarray | np.floating):
                 raise GradcheckError(f"outputs: got {type(array).__name__}, expected NumPy arrays")
 
-        def pull(upstream: list[Array]) -> list[Any]:
+        def vjp(upstream: list[Array]) -> list[Any]:
             kept = [u.copy() for u in upstream]
             found = [leaf for _, leaf in _flatten(backward(*upstream))]
             for k, (u, before) in enumerate(zip(upstream, kept, strict=True)):
@@ -315,7 +314,7 @@ class _World:
                 raise GradcheckError(f"backward: gave {len(found)} gradients, expected {len(self.slots)}")
             return found
 
-        return [np.array(a) for a in arrays], pull
+        return [np.array(a) for a in arrays], vjp
 
     @staticmethod
     def _results(result: Any) -> tuple[Any, Any]:
@@ -331,7 +330,7 @@ class _World:
             _unchanged(name, a, b)
 
 
-class _VariableWorld(_World):
+class _VariableAdapter(_Adapter):
     """Our Variables; of a layer also its parameters. On a GPU are theirs; all that is compared is NumPy's."""
 
     def __init__(self, func: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -345,7 +344,7 @@ class _VariableWorld(_World):
         self.names += wanted
         self.values += map(_host, self.params)
 
-    def __enter__(self) -> _World:
+    def __enter__(self) -> _Adapter:
         self.kept.remember()
         self.kept.restore_states()
         return super().__enter__()
@@ -378,7 +377,7 @@ class _VariableWorld(_World):
             return list(found.values())
         return [leaf for _, leaf in _flatten(self.func(*arguments, **self.options)) if leaf is not None]
 
-    def run(self, values: Sequence[Array]) -> tuple[list[Array], Pull]:
+    def run(self, values: Sequence[Array]) -> tuple[list[Array], VJP]:
         self.kept.restore_states()
         given = self.given(values)
         for p, v in zip(self.params, values[len(self.slots) :], strict=True):
@@ -390,17 +389,17 @@ class _VariableWorld(_World):
                 raise GradcheckError(f"outputs: got {type(y).__name__}, expected Variables")
         self._check_unchanged([cuda.as_numpy(v._data) for v in everything], values)
 
-        def pull(upstream: list[Array]) -> list[Any]:
+        def vjp(upstream: list[Array]) -> list[Any]:
             for v in everything:
                 v.cleargrad()
             _backward(list(zip(outputs, upstream, strict=True)))
             self._check_unchanged([cuda.as_numpy(v._data) for v in everything], values)
             return [None if v.grad is None else cuda.as_numpy(v.grad._data) for v in everything]
 
-        return [_host(y) for y in outputs], pull
+        return [_host(y) for y in outputs], vjp
 
 
-class _TorchWorld(_World):
+class _TorchAdapter(_Adapter):
     """PyTorch tensors; of a module also its parameters."""
 
     def __init__(self, func: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -429,7 +428,7 @@ class _TorchWorld(_World):
             for p, v in zip(self.params, values, strict=True):
                 p.copy_(self.torch.from_numpy(v))
 
-    def run(self, values: Sequence[Array]) -> tuple[list[Array], Pull]:
+    def run(self, values: Sequence[Array]) -> tuple[list[Array], VJP]:
         torch, n = self.torch, len(self.slots)
         given = []
         for k, value in zip(self.slots, values[:n], strict=True):
@@ -442,7 +441,7 @@ class _TorchWorld(_World):
         tensors = [t for _, t in _flatten(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
         self._check_unchanged([self.to_array(t) for t in everything], values)
 
-        def pull(upstream: list[Array]) -> list[Any]:
+        def vjp(upstream: list[Array]) -> list[Any]:
             pairs = [(t, u) for t, u in zip(tensors, upstream, strict=True) if t.requires_grad]
             if not pairs:
                 return [None] * len(everything)
@@ -454,24 +453,24 @@ class _TorchWorld(_World):
             self._check_unchanged([self.to_array(t) for t in everything], values)
             return [None if g is None else self.to_array(g) for g in found]
 
-        return [self.to_array(t) for t in tensors], pull
+        return [self.to_array(t) for t in tensors], vjp
 
 
-def _world(func: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> _World:
-    """The world that a function lives in, by what it is given and what it returns."""
+def _adapter(func: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> _Adapter:
+    """The adapter for a function, by what it is given and what it returns."""
     leaves = [leaf for _, leaf in _flatten(inputs)]
     torch: Any = sys.modules.get("torch")  # nothing of PyTorch's can have been given where it is not loaded
     if torch is not None and (
         isinstance(func, torch.nn.Module) or any(isinstance(leaf, torch.Tensor) for leaf in leaves)
     ):
-        return _TorchWorld(func, inputs, options)
+        return _TorchAdapter(func, inputs, options)
     if isinstance(func, Layer) or any(isinstance(leaf, Variable) for leaf in leaves):
-        return _VariableWorld(func, inputs, options)
+        return _VariableAdapter(func, inputs, options)
     with _fixed_random(0):
         result = func(*copy.deepcopy(inputs), **options)
     if any(isinstance(leaf, Variable) for _, leaf in _flatten(result)):
-        return _VariableWorld(func, inputs, options)
-    return _World(func, inputs, options)
+        return _VariableAdapter(func, inputs, options)
+    return _Adapter(func, inputs, options)
 
 
 class _Kept:
@@ -541,7 +540,7 @@ def _backward(pairs: Sequence[tuple[Variable, Array]]) -> None:
 
 
 def _central(
-    world: _World,
+    adapter: _Adapter,
     eps: float | None,
     atol: float | None,
     rtol: float | None,
@@ -553,48 +552,48 @@ def _central(
 
     def forward(values: list[Array]) -> list[Array]:
         with _fixed_random(seed):
-            arrays = world.run(values)[0]
+            arrays = adapter.run(values)[0]
         if [a.shape for a in arrays] != shapes:
             raise GradcheckError(f"outputs: shapes {[a.shape for a in arrays]}, and {shapes} before")
         return arrays
 
-    def pulled(pull: Pull, upstream: list[Array]) -> list[Any]:
+    def apply_vjp(vjp: VJP, upstream: list[Array]) -> list[Any]:
         with _breaking_off():
-            found = pull(upstream)
-        for name, value, g in zip(world.names, world.values, found, strict=True):
+            found = vjp(upstream)
+        for name, value, g in zip(adapter.names, adapter.values, found, strict=True):
             if g is not None:
                 _finite(f"gradient of {name}", g, value)
         return found
 
     # Twice the same: outputs, and gradients for one random upstream gradient.
     with _fixed_random(seed):
-        outputs, pull = world.run(world.values)
+        outputs, vjp = adapter.run(adapter.values)
         for k, y in enumerate(outputs):
             _finite(f"output {k}", y, y)
         shapes = [y.shape for y in outputs]
         upstream = [np.asarray(rng.standard_normal(y.shape), y.dtype) for y in outputs]
-        together = pulled(pull, upstream)
+        together = apply_vjp(vjp, upstream)
     if not any(y.size for y in outputs):
         raise ValueError("func_or_layer: expected outputs with at least one element, got none")
     with _fixed_random(seed):
-        again, pull_again = world.run(world.values)
-        together_again = pulled(pull_again, upstream)
+        again, vjp_again = adapter.run(adapter.values)
+        together_again = apply_vjp(vjp_again, upstream)
     if [y.shape for y in again] != shapes:
         raise GradcheckError(
             f"outputs: nondeterministic, shapes {shapes} and then {[y.shape for y in again]}"
         )
     for k, (first, second) in enumerate(zip(outputs, again, strict=True)):
         _same(f"output {k}", first, second, nondet_tol)
-    for name, first, second in zip(world.names, together, together_again, strict=True):
+    for name, first, second in zip(adapter.names, together, together_again, strict=True):
         _same(f"gradient of {name}", first, second, nondet_tol)
 
-    machine = max(float(np.finfo(a.dtype).eps) for a in [*world.values, *outputs])
+    machine = max(float(np.finfo(a.dtype).eps) for a in [*adapter.values, *outputs])
     rtol = SAFETY * machine ** (2 / 3) if rtol is None else rtol
 
     def difference(i: int, step: Array) -> list[Array]:
         """(f(x + step) - f(x - step)) and, first, the step as it was taken, doubled; in float64."""
-        ends = [world.values[i] + step, world.values[i] - step]
-        plus, minus = (forward([*world.values[:i], end, *world.values[i + 1 :]]) for end in ends)
+        ends = [adapter.values[i] + step, adapter.values[i] - step]
+        plus, minus = (forward([*adapter.values[:i], end, *adapter.values[i + 1 :]]) for end in ends)
         return [p.astype(np.float64) - m for p, m in zip((ends[0], *plus), (ends[1], *minus), strict=True)]
 
     def steps(value: Array) -> Array:
@@ -602,7 +601,7 @@ def _central(
 
     if fast_mode:
         norm = float(np.sqrt(sum(np.square(y, dtype=np.float64).sum() for y in outputs)))
-        for i, (name, value) in enumerate(zip(world.names, world.values, strict=True)):
+        for i, (name, value) in enumerate(zip(adapter.names, adapter.values, strict=True)):
             g = np.zeros(value.shape) if together[i] is None else together[i].astype(np.float64)
             missing = " (no gradient came back)" if together[i] is None else ""
             for k in range(DIRECTIONS if value.size else 0):
@@ -618,18 +617,18 @@ def _central(
         return
 
     # The Jacobian of each output by each input: analytically a row for each element of the output ...
-    rows = [[np.zeros((y.size, value.size)) for value in world.values] for y in outputs]
+    rows = [[np.zeros((y.size, value.size)) for value in adapter.values] for y in outputs]
     with _fixed_random(seed):
-        _, pull = world.run(world.values)
+        _, vjp = adapter.run(adapter.values)
         for k, y in enumerate(outputs):
             for j in range(y.size):
                 one = [np.zeros(other.shape, other.dtype) for other in outputs]
                 one[k].flat[j] = 1
-                for i, g in enumerate(pulled(pull, one)):
+                for i, g in enumerate(apply_vjp(vjp, one)):
                     if g is not None:
                         rows[k][i][j] = g.ravel()
     # ... and numerically a column for each element of the input.
-    for i, (name, value) in enumerate(zip(world.names, world.values, strict=True)):
+    for i, (name, value) in enumerate(zip(adapter.names, adapter.values, strict=True)):
         missing = " (no gradient came back)" if together[i] is None else ""
         columns = [np.empty((y.size, value.size)) for y in outputs]
         h_all = steps(value)
@@ -685,32 +684,32 @@ def _oracle(
     if unknown:
         raise ValueError(f'options: expected lengths and reset with method "oracle", got {unknown}')
     x, state = _x_and_state(layer, inputs)
-    with _VariableWorld(layer, inputs, options) as world:
-        assert isinstance(world, _VariableWorld)
+    with _VariableAdapter(layer, inputs, options) as adapter:
+        assert isinstance(adapter, _VariableAdapter)
         begin = layer.state if state is None and not layer.bidirectional else state
         call = _Call(
             layer,
             _host(x).astype(layer.dtype),
             None if begin is None else [_host(s).astype(layer.dtype) for s in begin],
-            *_drawn(layer, world, x, state, options, seed),
+            *_drawn(layer, adapter, x, state, options, seed),
             options,
         )
-        variables = world.given(world.values)
-        everything = [*variables, *world.params]
+        variables = adapter.given(adapter.values)
+        everything = [*variables, *adapter.params]
         # leaf 0 of the inputs is x, the others are the state
-        tensors = ["x" if k == 0 else layer.cell.states[k - 1] for k in world.slots]
-        tensors += world.names[len(world.slots) :]
-        dtypes = {name: value.dtype for name, value in zip(tensors, world.values, strict=True)}
+        tensors = ["x" if k == 0 else layer.cell.states[k - 1] for k in adapter.slots]
+        tensors += adapter.names[len(adapter.slots) :]
+        dtypes = {name: value.dtype for name, value in zip(tensors, adapter.values, strict=True)}
 
         def ours(upstream: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Any]]:
             with _fixed_random(seed):
-                world.kept.restore_states()
+                adapter.kept.restore_states()
                 for v in everything:
                     v.cleargrad()
-                outputs = _call_recurrent(layer, world.arguments(variables), options)
+                outputs = _call_recurrent(layer, adapter.arguments(variables), options)
                 with _breaking_off():
                     _backward([(outputs[name], u) for name, u in upstream.items() if name in outputs])
-            world._check_unchanged([cuda.as_numpy(v._data) for v in everything], world.values)
+            adapter._check_unchanged([cuda.as_numpy(v._data) for v in everything], adapter.values)
             gradients = {
                 n: None if v.grad is None else cuda.as_numpy(v.grad._data)
                 for n, v in zip(tensors, everything, strict=True)
@@ -745,20 +744,20 @@ def _oracle(
 
 
 def _drawn(
-    layer: Recurrent, world: _VariableWorld, x: Any, state: Any, options: Mapping[str, Any], seed: int
+    layer: Recurrent, adapter: _VariableAdapter, x: Any, state: Any, options: Mapping[str, Any], seed: int
 ) -> tuple[Sequence[Array] | None, Regularization | None]:
     """What the layer draws: the masks of dropout between layers, and its regularization with the seed.
 
-    From a twin of the layer that runs on the reference.
+    From a copy of the layer that runs on the reference.
     """
     if not any((layer.dropout, layer.recurrent_dropout, layer.zoneout_h, layer.zoneout_c)):
         return None, None
-    world.kept.restore_states()
-    twin = copy.copy(layer)
-    twin.fused, twin.backend = True, "reference"
-    twin.to_cpu()  # with the parameters, which are the layer's own
+    adapter.kept.restore_states()
+    clone = copy.copy(layer)
+    clone.fused, clone.backend = True, "reference"
+    clone.to_cpu()  # with the parameters, which are the layer's own
     with _fixed_random(seed):
-        node = _call_recurrent(twin, (_host(x), state and tuple(map(_host, state))), options)["y"].creator
+        node = _call_recurrent(clone, (_host(x), state and tuple(map(_host, state))), options)["y"].creator
     if layer.gpu:
         layer.to_gpu()
     while not isinstance(node, Fused):
@@ -785,7 +784,7 @@ class _Call:
         layer, names = self.layer, self.layer.cell.states
         step, single = self.x.ndim == 2, len(layer.suffixes) == 1
 
-        def stacked(a: Array) -> Array:  # layers x directions in front, as the stack has it
+        def stacked(a: Array) -> Array:  # layers x directions in front, as multilayer has it
             a = np.asarray(a).astype(dtype)
             return a[np.newaxis] if single else a
 
@@ -802,7 +801,7 @@ class _Call:
         options: dict[str, Any] = {
             n: None if a is None else cuda.as_numpy(a) for n, a in self.options.items()
         }
-        out = layered.forward_stack(
+        out = multilayer.forward_multilayer(
             layer.cell,
             self.x.astype(dtype)[np.newaxis] if step else self.x.astype(dtype),
             [Weights(**dict(zip(n, map(widened, w), strict=True))) for n, w in slots],
@@ -820,7 +819,7 @@ class _Call:
         outputs |= {f"final {n}": shown(s) for n, s in zip(names, out.stateT, strict=True)}
 
         dy = upstream.get("y")
-        g = layered.backward_stack(
+        g = multilayer.backward_multilayer(
             out.tape,
             None if dy is None else dy.astype(dtype).reshape(out.y.shape),
             tuple(incoming(f"final {n}") for n in names),

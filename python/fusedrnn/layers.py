@@ -75,7 +75,7 @@ class Layer:
         npz.write(path, arrays)
 
     def load_weights(self, path: PathLike) -> None:
-        """Read what ``save_weights`` wrote, or the layout of the public framework.
+        """Read what ``save_weights`` wrote, or DeZero's layout.
 
         Cast to each layer's dtype; sizes that a layer does not know yet come from the file. A missing, extra,
         misshapen or pickled entry is a ValueError that names it; then no parameter has changed.
@@ -90,7 +90,7 @@ class Layer:
         sized: list[tuple[Layer, dict[str, Array]]] = []
         for path, layer in self.walk():
             prefix = f"{path}/" if path else ""
-            taken = layer.from_framework_layout(prefix, left, source)
+            taken = layer.from_dezero_layout(prefix, left, source)
             for name, shape in layer.weight_shapes().items():
                 parameter = vars(layer)[name]
                 if id(parameter) in done:  # shared by two layers: saved once
@@ -110,7 +110,7 @@ class Layer:
         for layer, taken in sized:
             layer.check_sizes(taken, source)
         for layer, parameter, array in moves:
-            parameter.assign(layer.place(array))
+            parameter.assign(layer.to_device(array))
         for layer, taken in sized:
             layer.take_sizes(taken)
 
@@ -137,20 +137,20 @@ class Layer:
                     and value._data is not None
                     and cuda.on_gpu(value._data) != gpu
                 ):
-                    moved = layer.place(value._data)
+                    moved = layer.to_device(value._data)
                     if not isinstance(value, Parameter):
                         setattr(layer, name, Variable(moved))
                         continue
                     value.assign(moved)
                     if value.grad is not None:
-                        value.grad = Variable(layer.place(value.grad._data))
+                        value.grad = Variable(layer.to_device(value.grad._data))
 
     @property
     def xp(self) -> Any:
         """The array module of the parameters."""
         return importlib.import_module("cupy") if self.gpu else np
 
-    def place(self, array: Array) -> Array:
+    def to_device(self, array: Array) -> Array:
         """The array where the parameters are."""
         placed: Array = cuda.as_cupy(array) if self.gpu else cuda.as_numpy(array)
         return placed
@@ -167,8 +167,8 @@ class Layer:
         data = vars(self)[name]._data
         return array.dtype if data is None else data.dtype
 
-    def from_framework_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
-        """Take this layer's parameters out of ``arrays`` where they are in the public framework's layout."""
+    def from_dezero_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
+        """Take this layer's parameters out of ``arrays`` where they are in DeZero's layout."""
         return {}
 
     def check_sizes(self, arrays: Mapping[str, Array], source: str) -> None:
@@ -206,7 +206,7 @@ class Linear(Layer):
         x = as_variable(x)
         if self.W._data is None:
             self.in_size = _size("the last axis of x", x.shape[-1] if x.ndim else 0)
-            self.W.assign(self.place(_draw(self.in_size, self.out_size, self.dtype)))
+            self.W.assign(self.to_device(_draw(self.in_size, self.out_size, self.dtype)))
         return F.linear(x, self.W, self.b)
 
     def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
@@ -265,7 +265,7 @@ class Recurrent(Layer):
     """
 
     draws: ClassVar[tuple[int, ...]]  # the gates in the order they are drawn
-    framework_names: ClassVar[tuple[str, ...]] = ()  # its names of the gates, in memory order
+    dezero_names: ClassVar[tuple[str, ...]] = ()  # its names of the gates, in memory order
     draws_hidden_late = False
 
     h: Variable | None
@@ -376,7 +376,7 @@ class Recurrent(Layer):
         expected = (batch, self.hidden_size) if layers == 1 else (layers, batch, self.hidden_size)
         for s in given:
             what = "the carried state" if state is None else "the state passed in"
-            self._check_place(what, s)
+            self._check_device(what, s)
             if s._data.shape != expected:
                 hint = "; call reset_state() before a batch of another size" if state is None else ""
                 name = "h" if s is given[0] else "c"
@@ -412,7 +412,7 @@ class Recurrent(Layer):
             after = self._fused_step(x, begin)
             y = after[0]
         else:
-            ys, after, _ = self._any(F.reshape(x, (1, *x.shape)), begin, None, None, False)
+            ys, after, _ = self._forward_sequence(F.reshape(x, (1, *x.shape)), begin, None, None, False)
             y = ys[0]
         self.h, self.c = (*after, None)[:2]
         return y
@@ -448,11 +448,11 @@ class Recurrent(Layer):
         reset = self._per_row("reset", reset, (T, B), "b")
         if detach_every is not None and not self.fused:
             raise ValueError("detach_every: expected None in a layer with fused=False")
-        y, after, states = self._any(x, begin, lengths, reset, return_states, detach_every)
+        y, after, states = self._forward_sequence(x, begin, lengths, reset, return_states, detach_every)
         self.h, self.c = (*after, None)[:2]
         return (y, states) if return_states else y
 
-    def _any(
+    def _forward_sequence(
         self,
         x: Variable,
         begin: State | None,
@@ -467,7 +467,7 @@ class Recurrent(Layer):
             shape = (*x.shape[:2], self.hidden_size * (2 if self.bidirectional else 1))
             scale = 1 / (1 - self.dropout)
             keeps = [np.random.rand(*shape) >= self.dropout for _ in range(self.num_layers - 1)]
-            masks = [self.place(np.where(keep, scale, 0).astype(self.dtype)) for keep in keeps]
+            masks = [self.to_device(np.where(keep, scale, 0).astype(self.dtype)) for keep in keeps]
         if self.fused:
             return self._fused(x, begin, lengths, reset, return_states, detach_every, masks)
         return self._unfused(x, begin, lengths, reset, masks)
@@ -480,9 +480,9 @@ class Recurrent(Layer):
             raise ValueError(f"x has shape {x.shape}, expected {expected}")
         if x._data.dtype.kind not in "fiub":
             raise TypeError(f"x has dtype {x.dtype}, expected real numbers")
-        self._check_place("x", x)
+        self._check_device("x", x)
 
-    def _check_place(self, what: str, x: Variable) -> None:
+    def _check_device(self, what: str, x: Variable) -> None:
         if cuda.on_gpu(x._data) != self.gpu:
             module = "cupy" if self.gpu else "numpy"
             raise TypeError(
@@ -499,7 +499,7 @@ class Recurrent(Layer):
             raise TypeError(f"{name} has dtype {array.dtype}, expected {expected}")
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
-        return self.place(array)
+        return self.to_device(array)
 
     # Fused: one node
 
@@ -553,7 +553,7 @@ class Recurrent(Layer):
         }
         if len(slots) > 1:
             options |= {"bidirectional": self.bidirectional, "masks": masks}
-        save = "borders" if self.recompute else "all"
+        save = "boundary_states" if self.recompute else "all"
         node = F.Fused(self.cell, [names for names, _ in slots], backend=self.backend, save=save, **options)
         y, *rest = node(x, *(w for _, weights in slots for w in weights), *(begin or ()))
         n = len(self.cell.states)
@@ -690,7 +690,7 @@ class Recurrent(Layer):
                     matrix = np.empty((self.cell.gates * H, size), self.dtype)
                     for gate in self.draws:
                         matrix[gate * H : (gate + 1) * H] = _draw(size, H, self.dtype).T
-                    p.assign(self.place(matrix))
+                    p.assign(self.to_device(matrix))
 
     def _settle(self, in_size: int, needs_hidden: bool) -> None:
         """Draw what was open, at a call."""
@@ -722,9 +722,9 @@ class Recurrent(Layer):
     def take_sizes(self, arrays: Mapping[str, Array]) -> None:
         self.in_size = arrays["weight_ih" + self.suffixes[0]].shape[1]
 
-    def from_framework_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
+    def from_dezero_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
         """``x2f/W`` (I, H), ``x2f/b`` (H,), ``h2f/W`` (H, H), one set per gate."""
-        gates = self.framework_names
+        gates = self.dezero_names
         if self.suffixes != [""] or not any(f"{prefix}{s}2{g}/W" in arrays for g in gates for s in "xh"):
             return {}
         H = self.hidden_size
@@ -754,7 +754,7 @@ class RNN(Recurrent):
     """
 
     draws = (0,)
-    framework_names = ("h",)
+    dezero_names = ("h",)
     draws_hidden_late = True
     cell: cells.RNN
 
@@ -778,7 +778,7 @@ class LSTM(Recurrent):
     """
 
     draws = (1, 0, 3, 2)
-    framework_names = ("i", "f", "u", "o")
+    dezero_names = ("i", "f", "u", "o")
 
     def __init__(
         self, hidden_size: int, in_size: int | None = None, *, forget_bias: float = 0.0, **options: Any

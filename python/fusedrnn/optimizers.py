@@ -51,12 +51,12 @@ class Optimizer:
         for p, g in pairs:
             if self.weight_decay:
                 g = g + self.weight_decay * p._data
-            self.move(p, g)
+            self.update_one(p, g)
             p.version += 1  # in place, and seen
 
-    def move(self, p: Parameter, g: Array) -> None:
+    def update_one(self, p: Parameter, g: Array) -> None:
         """Change ``p._data`` in place by the gradient g."""
-        raise NotImplementedError(f"{type(self).__name__}.move")
+        raise NotImplementedError(f"{type(self).__name__}.update_one")
 
     def slot(self, p: Parameter) -> dict[str, Array]:
         """What is kept for the parameter, where its array is."""
@@ -98,7 +98,7 @@ class SGD(Optimizer):
         super().__init__(weight_decay=weight_decay, max_norm=max_norm)
         self.lr = lr
 
-    def move(self, p: Parameter, g: Array) -> None:
+    def update_one(self, p: Parameter, g: Array) -> None:
         p._data -= self.lr * g
 
 
@@ -122,7 +122,7 @@ class Adam(Optimizer):
         super().__init__(weight_decay=weight_decay, max_norm=max_norm)
         self.alpha, self.beta1, self.beta2, self.eps = alpha, beta1, beta2, eps
 
-    def move(self, p: Parameter, g: Array) -> None:
+    def update_one(self, p: Parameter, g: Array) -> None:
         xp = cuda.get_array_module(p)
         slot = self.slot(p)
         if not slot:

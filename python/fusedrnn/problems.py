@@ -32,7 +32,7 @@ class Case:
     beforehand by who can; ``step``, the same for one step that starts from a given state; ``update``, a whole
     training step in PyTorch: the layer, a linear head on every step, mean squared error, backward, Adam.
 
-    Faces: none, our functions on arrays; ``layer`` and ``cell``, the modules of ``fusedrnn.torch``.
+    APIs: none, our functions on arrays; ``layer`` and ``cell``, the modules of ``fusedrnn.torch``.
     """
 
     cell: Cell
@@ -43,7 +43,7 @@ class Case:
     bidirectional: bool = False
     ragged: bool = False  # lengths uniform in T/10..T
     resets: float = 0.0  # the probability that a step begins a new segment
-    face: str = ""
+    api: str = ""
 
     @property
     def directions(self) -> int:
@@ -62,8 +62,8 @@ class Case:
             parts.append("ragged")
         if self.resets:
             parts.append("resets")
-        if self.face:
-            parts.append(f"PyTorch {self.face}")
+        if self.api:
+            parts.append(f"PyTorch {self.api}")
         return " ".join([*parts, self.name]).rstrip()
 
 
@@ -113,20 +113,20 @@ SUITES: dict[str, tuple[Case, ...]] = {
         *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (LSTM(), GRU()) for B in (8, 128)),
         *(Case(cell, Shape(1, B, 64, 256), "step") for cell in (LSTM(), GRU()) for B in (1, 8, 64)),
     ),
-    "pytorch": (  # our PyTorch modules in the place of PyTorch's: calls with little arithmetic, whole updates
+    "pytorch": (  # our PyTorch modules instead of PyTorch's: calls with little arithmetic, whole updates
         *(
-            Case(cell, Shape(1, 1, 64, 256), "step", face=face)
+            Case(cell, Shape(1, 1, 64, 256), "step", api=api)
             for cell in (LSTM(), GRU())
-            for face in ("layer", "cell")
+            for api in ("layer", "cell")
         ),
-        Case(LSTM(), Shape(100, 1, 64, 64), face="layer"),
+        Case(LSTM(), Shape(100, 1, 64, 64), api="layer"),
         *(
-            Case(LSTM(), shape, kind, face="layer")
+            Case(LSTM(), shape, kind, api="layer")
             for kind in ("training", "update")
             for shape in (Shape(30, 30, 1, 100), Shape(64, 16, 128, 128), Shape(100, 64, 64, 256))
         ),
-        Case(LSTM(), Shape(200, 32, 32, 128), ragged=True, face="layer"),
-        Case(LSTM(), Shape(128, 8, 64, 256), resets=0.03, face="layer"),
+        Case(LSTM(), Shape(200, 32, 32, 128), ragged=True, api="layer"),
+        Case(LSTM(), Shape(128, 8, 64, 256), resets=0.03, api="layer"),
     ),
     "wide": (  # what the benchmarks of others run
         Case(LSTM(), Shape(100, 64, 512, 512), name="PyTorch fastrnns"),
@@ -145,7 +145,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
             for H, B in ((256, 64), (512, 16), (1024, 16), (256, 1), (1024, 64), (256, 16), (1024, 1))
             for cell in (LSTM(), GRU())
         ),
-        *(Case(LSTM(), Shape(1, 8, 64, 256), "step", face=face) for face in ("cell", "layer")),
+        *(Case(LSTM(), Shape(1, 8, 64, 256), "step", api=api) for api in ("cell", "layer")),
         *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (LSTM(), GRU()) for B in (8, 128)),
         *(Case(cell, Shape(100, 64, 64, 256), ragged=True) for cell in (LSTM(), GRU())),
         *(Case(cell, Shape(256, 32, 100, 300)) for cell in (LSTM(), GRU())),  # sizes that are no multiples
@@ -176,7 +176,7 @@ def select(cases: tuple[Case, ...], cell: Cell | None = None, forward: bool = Fa
 def quick(cases: tuple[Case, ...], count: int = 3) -> tuple[Case, ...]:
     """A few small cases, of every kind the smallest, in their order."""
     by_size = sorted(cases, key=flops)
-    firsts = {(case.kind, case.ragged, case.resets, case.face): case for case in reversed(by_size)}
+    firsts = {(case.kind, case.ragged, case.resets, case.api): case for case in reversed(by_size)}
     chosen = list(dict.fromkeys([*firsts.values(), *by_size]))[: max(count, len(firsts))]
     return tuple(case for case in cases if case in chosen)
 
@@ -193,13 +193,13 @@ def describe(case: Case) -> dict[str, Any]:
         "bidirectional": case.bidirectional,
         "ragged": case.ragged,
         "resets": case.resets,
-        "face": case.face,
+        "api": case.api,
     }
 
 
 def described(row: dict[str, Any]) -> Case:
     """The case that ``describe`` wrote down."""
-    options = ("kind", "name", "layers", "bidirectional", "ragged", "resets", "face")
+    options = ("kind", "name", "layers", "bidirectional", "ragged", "resets", "api")
     return Case(CELLS[row["cell"]](), Shape(*row["shape"]), **{key: row[key] for key in options})
 
 

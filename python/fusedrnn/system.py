@@ -14,7 +14,7 @@ import numpy as np
 
 from fusedrnn import backends
 from fusedrnn.cells import LSTM
-from fusedrnn.threads import get_num_threads, get_team
+from fusedrnn.threads import get_num_threads, get_thread_pool
 
 PLANNED = ((100, 1, 64), (50, 16, 256), (100, 64, 512), (25, 128, 1024))  # T, B, H whose plans info shows
 
@@ -33,8 +33,9 @@ def info() -> dict[str, Any]:
     """What was built, what was found, what is used, and for each absent backend why.
 
     Keys: ``version``, ``python``, ``numpy``, ``compiler``, ``built`` and ``detected`` (instruction sets),
-    ``isa`` (the one in use), ``threads``, ``team`` (whose threads), ``backends`` (name -> None or why not),
-    ``backend`` (the default), ``cuda`` (how that backend would run some sizes; empty where it cannot run).
+    ``isa`` (the one in use), ``threads``, ``thread_pool`` (whose threads), ``backends`` (name -> None or why
+    not), ``backend`` (the default), ``cuda`` (how that backend would run some sizes; empty where it cannot
+    run).
     """
     found: dict[str, Any] = {
         "version": version(),
@@ -45,7 +46,7 @@ def info() -> dict[str, Any]:
         "detected": [],
         "isa": None,
         "threads": get_num_threads(),
-        "team": get_team(),
+        "thread_pool": get_thread_pool(),
     }
     try:
         from fusedrnn import _core

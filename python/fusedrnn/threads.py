@@ -1,4 +1,4 @@
-"""How many threads the compiled kernels use, and whose. The results do not depend on it."""
+"""How many threads the compiled kernels use, and of which thread pool. The results do not depend on it."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def set_num_threads(threads: int) -> None:
     _core.set_num_threads(threads)
 
 
-def get_team() -> str:
-    """Whose threads the ``cpu`` backend uses: ``"own"`` or ``"openmp"``."""
+def get_thread_pool() -> str:
+    """The thread pool of the ``cpu`` backend: ``"own"`` or ``"openmp"``."""
     try:
         from fusedrnn import _core
     except ImportError:
         return "own"
-    return _core.team()
+    return _core.thread_pool()
 
 
-def set_team(team: str) -> None:
-    """Use our own threads or those of the program's OpenMP from now on, in the whole process.
+def set_thread_pool(pool: str) -> None:
+    """Run the kernels on our own thread pool or on OpenMP's, from now on and in the whole process.
 
     OpenMP's threads, PyTorch's for one, go on spinning after their work and so take the cores from any other
     threads. Among PyTorch's operations the kernels are therefore faster on the same threads. A call uses at
@@ -56,21 +56,21 @@ def set_team(team: str) -> None:
     several Python threads have a team each. A forked child is on its own threads again.
 
     Args:
-        team: ``"own"``, as at the start, or ``"openmp"``.
+        pool: ``"own"``, as at the start, or ``"openmp"``.
 
     Raises:
-        TypeError, ValueError: ``team`` is neither.
+        TypeError, ValueError: ``pool`` is neither.
         RuntimeError: There is no OpenMP in this process (PyTorch brings one: import it first), or there is no
             compiled module, or this process was forked from one that used ``"openmp"``.
     """
-    if not isinstance(team, str):
-        raise TypeError(f"team: expected 'own' or 'openmp', got {type(team).__name__}")
-    if team not in ("own", "openmp"):
-        raise ValueError(f"team: expected 'own' or 'openmp', got {team!r}")
+    if not isinstance(pool, str):
+        raise TypeError(f"pool: expected 'own' or 'openmp', got {type(pool).__name__}")
+    if pool not in ("own", "openmp"):
+        raise ValueError(f"pool: expected 'own' or 'openmp', got {pool!r}")
     try:
         from fusedrnn import _core
     except ImportError as error:
-        if team == "openmp":
-            raise RuntimeError(f"team: 'openmp' needs the compiled module: {error}") from error
+        if pool == "openmp":
+            raise RuntimeError(f"pool: 'openmp' needs the compiled module: {error}") from error
         return
-    _core.set_team(team == "openmp")
+    _core.set_thread_pool(pool == "openmp")

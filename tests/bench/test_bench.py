@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fusedrnn import backends, bench, cli, problems, system
-from fusedrnn.bench import memory, participants, registry, report, runner, timing
+from fusedrnn.bench import libraries, memory, registry, report, runner, timing
 from fusedrnn.cells import CELLS, GRU, LSTM, RNN
 from fusedrnn.problems import Case, Shape
 from fusedrnn.threads import get_num_threads
@@ -80,7 +80,7 @@ def test_quick_takes_every_kind_and_the_smallest_of_it(suite):
     assert set(few) <= set(cases)
 
     def sort(case):
-        return case.kind, case.ragged, case.resets, case.face
+        return case.kind, case.ragged, case.resets, case.api
 
     for kind in set(map(sort, cases)):
         alike = [case for case in cases if sort(case) == kind]
@@ -125,7 +125,7 @@ def test_blocks_are_paired_and_take_turns():
     assert all(0.002 <= value < 0.02 for value in samples["a"] + samples["b"])
 
 
-def test_a_slow_participant_takes_part_in_fewer_blocks():
+def test_a_slow_library_takes_part_in_fewer_blocks():
     samples = timing.time_blocks({"a": lambda: time.sleep(0.01)}, blocks=9, seconds=0.01, limit=0.05)
     assert 3 <= len(samples["a"]) < 9
 
@@ -209,7 +209,7 @@ def test_bytes_saved_count_each_storage_once_without_inputs():
 def test_ours_saves_its_tape_and_borrows_its_outputs(case):
     if backends.get().name != "cpu":
         pytest.skip("the compiled module is not built")
-    found = participants.Native(problems.make(case, "float32"), "cpu").saved()
+    found = libraries.Native(problems.make(case, "float32"), "cpu").saved()
     T, B, _, H = case.shape
     layer = T * B * H * 4 * case.directions
     assert found["borrowed"] == layer * (1 if case.layers == 1 else 3)  # y of both, and the copy between
@@ -238,16 +238,16 @@ def result():
 
 def test_rows(result):
     for row in result["rows"]:
-        for name, each in row["participants"].items():
+        for name, each in row["libraries"].items():
             assert each["ms"] > 0
             assert each["gflops"] > 0
             assert each["of_gemm"] == pytest.approx(each["gflops"] / result["gemm"]["gflops"])
-            assert 0 <= each["error"] < participants.TOLERANCE["float32"]
+            assert 0 <= each["error"] < libraries.TOLERANCE["float32"]
             assert ("ratio" in each) == (name != runner.OURS)
         if row["best"]:
             assert row["best"]["peer"] not in bench.OWN
-    assert runner.FULL in result["rows"][1]["participants"]
-    assert runner.FULL not in result["rows"][0]["participants"]
+    assert runner.FULL in result["rows"][1]["libraries"]
+    assert runner.FULL not in result["rows"][0]["libraries"]
     for key in ("date", "machine", "numpy", "compiler", "isa", "commit", "version"):
         assert key in result["environment"]
 
@@ -255,7 +255,7 @@ def test_rows(result):
 def test_means():
     def row(best, **ratios):
         peers = {name.replace("_", "-"): {"ratio": ratio} for name, ratio in ratios.items()}
-        return {"participants": peers, "best": {"peer": best, "ratio": peers[best]["ratio"]}}
+        return {"libraries": peers, "best": {"peer": best, "ratio": peers[best]["ratio"]}}
 
     rows = [row("torch-cell", torch=4.0, torch_cell=2.0, jax=9.0), row("jax", torch=8.0, jax=0.5)]
     found = runner.means(rows, ["torch", "torch-cell", "jax"])
@@ -287,9 +287,9 @@ def test_table_and_summary(result):
 
 
 def test_a_ragged_case_is_told_per_valid_step():
-    row = {"ragged": True, "valid": 0.5, "participants": {runner.FULL: {"ratio": 2.0}}}
+    row = {"ragged": True, "valid": 0.5, "libraries": {runner.FULL: {"ratio": 2.0}}}
     assert report.against_full(row) == "+0% per valid step"
-    row = {"ragged": False, "valid": 1.0, "participants": {runner.FULL: {"ratio": 0.8}}}
+    row = {"ragged": False, "valid": 1.0, "libraries": {runner.FULL: {"ratio": 0.8}}}
     assert report.against_full(row) == "+25%"
 
 
@@ -328,9 +328,9 @@ def test_the_command(tmp_path):
     assert [row["shape"] for row in found["rows"]] == [[5, 3, 2, 17], [7, 1, 1, 8]]
     assert found["threads"] == 1
     for row in found["rows"]:
-        assert set(row["participants"]) == {"fusedrnn", "reference"}
-        assert "peak" in row["participants"]["fusedrnn"]
-    ratios = [row["participants"]["reference"]["ratio"] for row in found["rows"]]
+        assert set(row["libraries"]) == {"fusedrnn", "reference"}
+        assert "peak" in row["libraries"]["fusedrnn"]
+    ratios = [row["libraries"]["reference"]["ratio"] for row in found["rows"]]
     assert found["geometric_mean"]["reference"] == pytest.approx(np.sqrt(np.prod(ratios)))
 
 
@@ -355,7 +355,7 @@ def test_a_plot_without_matplotlib_is_refused_before_it_measures(tmp_path, monke
 @pytest.mark.slow
 def test_numba_says_how_long_it_compiles():
     pytest.importorskip("numba", reason="numba is not installed")
-    from fusedrnn.bench.participants import numba_start
+    from fusedrnn.bench.libraries import numba_start
 
     first, cached = map(float, re.findall(r"([\d.]+) s", numba_start("rnn", "float32")))
     assert 0 < cached < first

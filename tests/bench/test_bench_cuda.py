@@ -17,7 +17,7 @@ from fusedrnn import bench, cli, problems  # noqa: E402
 from fusedrnn.backends import cuda_plan  # noqa: E402
 from fusedrnn.backends.cuda import PRECISION  # noqa: E402
 from fusedrnn.bench import cuda, peer_torch  # noqa: E402
-from fusedrnn.bench.cuda import bounds, cudnn, cuts, goals, modes, runner, timing  # noqa: E402
+from fusedrnn.bench.cuda import bounds, cudnn, goals, modes, plans, runner, timing  # noqa: E402
 from fusedrnn.bench.peer_torch import Place, Torch  # noqa: E402
 from fusedrnn.bench.runner import FULL, OURS  # noqa: E402
 from fusedrnn.cells import GRU, LSTM, RNN  # noqa: E402
@@ -41,13 +41,13 @@ def test_the_suite_has_what_the_goals_speak_of():
             assert {H for _, _, _, H in chosen} >= {256, 512, 768, 1024}, goal.name
 
 
-def test_every_case_has_a_way_of_pytorch_beside_it():
+def test_every_case_has_a_pytorch_variant_beside_it():
     expected = {"ragged": ["torch-packed"], "resets": ["torch-masked"], "plain": ["torch"]}
     for suite in ("gpu", "rl", "deepbench"):
         for case in problems.SUITES[suite]:
             sort = "ragged" if case.ragged else "resets" if case.resets else "plain"
             loop = ["torch-cell"] if case.shape.T == 1 else []
-            assert runner.ways(case) == expected[sort] + loop, case
+            assert runner.torch_variants(case) == expected[sort] + loop, case
 
 
 # --- which algorithm --------------------------------------------------------------------------------------
@@ -185,14 +185,14 @@ SMALL_CASES = (
     SMALL,
     Case(LSTM(), Shape(4, 3, 2, 9), resets=0.5),
     Case(LSTM(), Shape(4, 3, 2, 9), ragged=True),
-    Case(LSTM(), Shape(1, 3, 2, 9), "step", face="cell"),
+    Case(LSTM(), Shape(1, 3, 2, 9), "step", api="cell"),
 )
 
 
 @pytest.fixture
 def small_bench(emulated, monkeypatch):
     """PyTorch on the CPU; ours on the emulated device, to which its tensors go."""
-    Face = peer_torch.Face
+    FusedModule = peer_torch.FusedModule
 
     def build(self):
         return test_torch_gpu.moved(Torch.build(self))
@@ -203,9 +203,9 @@ def small_bench(emulated, monkeypatch):
     def tensor(self, array):
         return Torch.tensor(self, array).as_subclass(test_torch_gpu.Elsewhere)
 
-    monkeypatch.setattr(Face, "build", build, raising=False)
-    monkeypatch.setattr(peer_torch.FaceCell, "build", cell, raising=False)
-    monkeypatch.setattr(Face, "tensor", tensor, raising=False)
+    monkeypatch.setattr(FusedModule, "build", build, raising=False)
+    monkeypatch.setattr(peer_torch.FusedCell, "build", cell, raising=False)
+    monkeypatch.setattr(FusedModule, "tensor", tensor, raising=False)
     return runner.Bench(Place("cpu"), timing.by_clock, rounds=3, seconds=0.001)
 
 
@@ -222,31 +222,31 @@ class TestRun:
         others.append({"torch", "torch-cell"})
         for row, expected in zip(rows, others, strict=True):
             assert row["failed"] == {}
-            assert set(row["participants"]) == {OURS} | expected
-            for name, entry in row["participants"].items():
+            assert set(row["libraries"]) == {OURS} | expected
+            for name, entry in row["libraries"].items():
                 assert entry["us_per_step"] == pytest.approx(1e3 * entry["ms"] / row["shape"][0])
                 assert entry["of_bound"] == pytest.approx(1e3 * row["bound"]["seconds"] / entry["ms"])
                 assert 0 <= entry["error"] < 1e-5
                 assert ("ratio" in entry) == (name != OURS)
-            plans = row["participants"][OURS]["plans"]
+            plans = row["libraries"][OURS]["plans"]
             assert len(plans) == (2 if row["kind"] == "training" else 1)
             assert all(plan.startswith(("cluster", "grid", "steps")) for plan in plans)
         assert json.loads(json.dumps(found)) == found
 
     def test_a_dtype_that_ours_refuses_is_a_line(self, small_bench, monkeypatch):
-        face = peer_torch.Face.build
+        build_module = peer_torch.FusedModule.build
 
         def build(self):
             if self.dtype is torch.bfloat16:
                 raise TypeError("x: expected float32 or float64, got bfloat16")
-            return face(self)
+            return build_module(self)
 
-        monkeypatch.setattr(peer_torch.Face, "build", build)
+        monkeypatch.setattr(peer_torch.FusedModule, "build", build)
         found = runner.run([SMALL], modes=["bf16"], forward=True, bench=small_bench, rates=RATES)
         (row,) = found["rows"]
         assert row["failed"] == {OURS: "x: expected float32 or float64, got bfloat16"}
-        assert set(row["participants"]) == {"torch", runner.FLOAT32}
-        assert not any("ratio" in entry for entry in row["participants"].values())
+        assert set(row["libraries"]) == {"torch", runner.FLOAT32}
+        assert not any("ratio" in entry for entry in row["libraries"].values())
         _, header, (cells,) = cuda.table(found)
         assert len(cells) == len(header)
         assert "failed" in cells
@@ -254,7 +254,7 @@ class TestRun:
         assert "got bfloat16" in cuda.line(row)
 
     def test_a_wrong_result_is_not_timed(self, small_bench, monkeypatch):
-        right = peer_torch.FaceLayer.results
+        right = peer_torch.FusedLayer.results
 
         def wrong(self):
             found = right(self)
@@ -262,11 +262,11 @@ class TestRun:
                 found["dx"] = found["dx"] * (1 + 2 * modes.MODES["fp32"].tolerance)
             return found
 
-        monkeypatch.setattr(peer_torch.FaceLayer, "results", wrong)
+        monkeypatch.setattr(peer_torch.FusedLayer, "results", wrong)
         forward, training = runner.run([SMALL], modes=["fp32"], bench=small_bench, rates=RATES)["rows"]
         assert forward["failed"] == {}
         assert training["failed"][OURS].startswith(f"{OURS}: dx is off by 2.0e-04")
-        assert set(training["participants"]) == {"torch"}
+        assert set(training["libraries"]) == {"torch"}
 
     def test_what_pytorch_itself_runs_is_no_result_of_ours(self, small_bench, monkeypatch):
         from fusedrnn.torch import paths
@@ -297,8 +297,8 @@ class TestRun:
 
 
 def row(case, mode="fp32", failed=None, **us):
-    """A row as ``run_row`` makes it, of microseconds a step by participant."""
-    participants = {}
+    """A row as ``run_row`` makes it, of microseconds a step by library."""
+    libraries = {}
     for name, value in us.items():
         name = {"ours": OURS, "full": FULL}.get(name, name.replace("_", "-"))
         entry = {"ms": value * case.shape.T / 1e3, "us_per_step": value, "spread": 0.02, "error": 1e-6}
@@ -307,7 +307,7 @@ def row(case, mode="fp32", failed=None, **us):
             entry["plans"] = ["cluster, 8x2 blocks of 32 units", "steps"]
         elif "ours" in us:
             entry["ratio"] = value / us["ours"]
-        participants[name] = entry
+        libraries[name] = entry
     return problems.describe(case) | {
         "mode": mode,
         "dtype": modes.MODES[mode].dtype,
@@ -315,7 +315,7 @@ def row(case, mode="fp32", failed=None, **us):
         "flops": problems.flops(case),
         "bound": {"parts": {}, "by": "steps", "seconds": 1.0},
         "cudnn": ["PERSIST_STATIC", "STANDARD"],
-        "participants": participants,
+        "libraries": libraries,
         "failed": failed or {},
     }
 
@@ -330,8 +330,8 @@ ROWS = [
     row(Case(GRU(), Shape(256, 1, 256, 256), "forward"), "bf16", {OURS: "no bfloat16"}, torch=4.0),
     row(Case(LSTM(), Shape(128, 8, 64, 256), "forward", resets=0.03), ours=1.0, full=0.98, torch_masked=9.0),
     row(Case(LSTM(), Shape(128, 8, 64, 256), resets=0.03), ours=1.1, full=1.0),
-    row(Case(LSTM(), Shape(1, 8, 64, 256), "step", face="cell"), ours=30.0, torch=90.0, torch_cell=60.0),
-    row(Case(LSTM(), Shape(1, 8, 64, 256), "step", face="layer"), ours=99.0, torch=90.0, torch_cell=60.0),
+    row(Case(LSTM(), Shape(1, 8, 64, 256), "step", api="cell"), ours=30.0, torch=90.0, torch_cell=60.0),
+    row(Case(LSTM(), Shape(1, 8, 64, 256), "step", api="layer"), ours=99.0, torch=90.0, torch_cell=60.0),
 ]
 
 
@@ -393,7 +393,11 @@ REPORT = {
 def test_table():
     title, header, cells = cuda.table(REPORT)
     assert "gpu on a GPU" in title
-    assert [name for name in header if name in runner.WAYS] == ["torch", "torch-cell", "torch-masked"]
+    assert [name for name in header if name in runner.TORCH_VARIANTS] == [
+        "torch",
+        "torch-cell",
+        "torch-masked",
+    ]
     assert all(len(line) == len(header) for line in cells)
     first = dict(zip(header[:7], cells[0], strict=False))
     assert first == {
@@ -494,7 +498,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert asked["modes"] == list(modes.MODES)
 
 
-# --- how the work is cut ----------------------------------------------------------------------------------
+# --- how the work is tiled ----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -504,16 +508,16 @@ def test_cuts_are_timed_beside_what_was_chosen():
     def make_backend(kind, precision):
         return kind(device, precision=precision, _tested=True)
 
-    size = cuts.Size(LSTM(), "tf32", 3, 4, 9)
-    found = cuts.measure(size, make_backend, device.asarray, timing.by_clock)
+    size = plans.Size(LSTM(), "tf32", 3, 4, 9)
+    found = plans.measure(size, make_backend, device.asarray, timing.by_clock)
     assert found["size"] == "LSTM(layer_norm=False) tf32 T=3 B=4 H=9"
     for direction in ("forward", "back"):
-        rows = found[direction]["cuts"]
+        rows = found[direction]["candidates"]
         kernels = [row["plan"].split(",")[0] for row in rows]
         assert kernels[0] == "steps"
         assert set(kernels) == set(cuda_plan.KERNELS)
         assert all(row["us_per_step"] > 0 and row["failed"] is None for row in rows)
-        assert len({row["plan"] for row in rows}) == len(rows) <= 1 + 5 * cuts.EACH
+        assert len({row["plan"] for row in rows}) == len(rows) <= 1 + 5 * plans.EACH
         least = min((row for row in rows[1:] if "streamed" not in row["plan"]), key=lambda row: row["cost"])
         assert found[direction]["chosen"] == least["plan"]
     ran = {"step_forward", "grid_forward", "grid_backward_streamed", "cluster_backward"}
@@ -528,10 +532,10 @@ def test_a_cut_that_cannot_run_is_a_line(monkeypatch):
             super().launch(cell, dtype, kernel, *args, **options)
 
     device = Broken(multiprocessors=6)
-    size = cuts.Size(RNN(), "ieee", 2, 1, 5)
-    found = cuts.measure(
+    size = plans.Size(RNN(), "ieee", 2, 1, 5)
+    found = plans.measure(
         size, lambda k, p: k(device, precision=p, _tested=True), device.asarray, timing.by_clock
     )
-    failed = {row["plan"].split(",")[0]: row["failed"] for row in found["forward"]["cuts"]}
+    failed = {row["plan"].split(",")[0]: row["failed"] for row in found["forward"]["candidates"]}
     assert failed["cluster"] == "no clusters today"
     assert failed["grid"] is None

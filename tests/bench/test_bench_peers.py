@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fusedrnn import bench, cli, problems
-from fusedrnn.bench import participants, registry, runner
+from fusedrnn.bench import libraries, registry, runner
 from fusedrnn.cells import GRU, LSTM, RNN
 from fusedrnn.problems import Case, Shape
 from fusedrnn.threads import get_num_threads
@@ -21,7 +21,7 @@ SMALL = Case(LSTM(), Shape(6, 5, 3, 17))
 OUTSIDE = [name for name in bench.PEERS if name not in bench.OWN]
 
 
-def truth(case: Case, dtype: str) -> participants.Results:
+def truth(case: Case, dtype: str) -> libraries.Results:
     return runner.truth(case, dtype, get_num_threads())
 
 
@@ -68,31 +68,31 @@ def test_the_peers_compute_the_same_problem(peer, case):
     for dtype in dtypes_of(peer, case):
         exact = truth(case, dtype)
         found = registry.PEERS[peer](problems.make(case, dtype), get_num_threads()).results()
-        assert participants.check(peer, found, exact, participants.TOLERANCE[dtype]) > 0
+        assert libraries.check(peer, found, exact, libraries.TOLERANCE[dtype]) > 0
         assert set(exact) >= EXPECTED[case.kind]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.cell} {case}")
-@pytest.mark.parametrize("face", registry.FACES)
-def test_our_pytorch_modules_compute_the_same_problem(face, case):
+@pytest.mark.parametrize("api", registry.APIS)
+def test_our_pytorch_modules_compute_the_same_problem(api, case):
     """As what is measured; the path says that our kernels ran."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    if face == "cell" and registry.FACES[face].refuses(case, "float32") is not None:
+    if api == "cell" and registry.APIS[api].refuses(case, "float32") is not None:
         return  # as PyTorch's cells
-    case = dataclasses.replace(case, face=face)
+    case = dataclasses.replace(case, api=api)
     ours = registry.ours(problems.make(case, "float32"), "cpu", get_num_threads())
     exact = truth(case, "float32")
-    assert participants.check(face, ours.results(), exact, participants.TOLERANCE["float32"]) > 0
+    assert libraries.check(api, ours.results(), exact, libraries.TOLERANCE["float32"]) > 0
     assert ours.path == "fused"
 
 
 def test_our_pytorch_modules_are_timed_beside_pytorch(monkeypatch):
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    cases = [dataclasses.replace(SMALL, kind=kind, face="layer") for kind in ("training", "update")]
+    cases = [dataclasses.replace(SMALL, kind=kind, api="layer") for kind in ("training", "update")]
     rows = runner.run(cases, peers=["torch"], quick=True)["rows"]
     for row in rows:
-        assert row["participants"][runner.OURS]["path"] == "fused"
-        assert row["participants"]["torch"]["ratio"] > 0
+        assert row["libraries"][runner.OURS]["path"] == "fused"
+        assert row["libraries"]["torch"]["ratio"] > 0
     with pytest.raises(ValueError, match="backend: our PyTorch modules take the fastest, got reference"):
         runner.run(cases, backend="reference")
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -109,7 +109,7 @@ def test_every_peer_takes_part_in_something():
 def test_the_check_fails_when_it_must(spoil):
     exact = truth(SMALL, "float64")
     got = {key: value.copy() for key, value in exact.items()}
-    assert participants.check("same", got, exact, 1e-15) == 0
+    assert libraries.check("same", got, exact, 1e-15) == 0
     if spoil == "nan":
         got["dx"][1, 2, 0] = np.nan
     elif spoil == "shape":
@@ -121,10 +121,10 @@ def test_the_check_fails_when_it_must(spoil):
     else:
         got["more"] = got["c"]
     with pytest.raises(RuntimeError, match="spoiled"):
-        participants.check("spoiled", got, exact, 1e-9)
+        libraries.check("spoiled", got, exact, 1e-9)
 
 
-class Wrong(participants.Reference):
+class Wrong(libraries.Reference):
     """A peer with one wrong gradient."""
 
     def results(self):
@@ -133,7 +133,7 @@ class Wrong(participants.Reference):
         return found
 
 
-def test_a_wrong_participant_is_refused_and_not_timed(monkeypatch):
+def test_a_wrong_library_is_refused_and_not_timed(monkeypatch):
     monkeypatch.setitem(registry.PEERS, "wrong", Wrong)
     monkeypatch.setattr(runner, "time_blocks", lambda *arguments: pytest.fail("it was timed"))
     with pytest.raises(RuntimeError, match="wrong: dweight_ih is off by 1"):

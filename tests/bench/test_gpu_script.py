@@ -236,7 +236,7 @@ gpu_check.main()
 
 @pytest.mark.slow
 @pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
-def test_each_way_to_run_has_its_line(gpu, tmp_path, monkeypatch, capsys):
+def test_each_kernel_variant_has_its_line(gpu, tmp_path, monkeypatch, capsys):
     """On the emulated device, with a wrong gradient in one way and a failing launch in another."""
     script = tmp_path / "emulated.py"
     script.write_text(EMULATED.format(paths=[str(BENCH), *sys.path]))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusedrnn import functional
+from fusedrnn import kernels
 from fusedrnn.backends import arguments
 from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.cells import GRU, LSTM, RNN, layer_norm
@@ -120,7 +120,7 @@ BAD_FORWARD = [
 def test_forward(argument: str, value: Any, exception: type[Exception], message: str) -> None:
     call = {"backend": "reference", **good(), argument: value}
     with pytest.raises(exception, match=f"^{message}"):
-        functional.forward(**call)
+        kernels.forward(**call)
 
 
 UP = problem(LSTM(), T, B, I, H, return_states=True)
@@ -146,27 +146,25 @@ BAD_BACKWARD = [
 
 @pytest.mark.parametrize(("argument", "value", "exception", "message"), BAD_BACKWARD)
 def test_backward(argument: str, value: Any, exception: type[Exception], message: str) -> None:
-    tape = functional.forward(
-        UP.cell, UP.x, UP.weights, UP.state0, return_states=True, backend="reference"
-    ).tape
+    tape = kernels.forward(UP.cell, UP.x, UP.weights, UP.state0, return_states=True, backend="reference").tape
     with pytest.raises(exception, match=f"^{message}"):
-        functional.backward(**{"tape": tape, argument: value})
+        kernels.backward(**{"tape": tape, argument: value})
 
 
 def test_dstates_without_return_states() -> None:
     p = replace(UP, return_states=False)
-    tape = functional.forward(p.cell, p.x, p.weights, backend="reference").tape
+    tape = kernels.forward(p.cell, p.x, p.weights, backend="reference").tape
     with pytest.raises(ValueError, match=r"^dstates: .*return_states"):
-        functional.backward(tape, dstates=p.dstates)
-    functional.backward(tape, dstates=(None, None))
+        kernels.backward(tape, dstates=p.dstates)
+    kernels.backward(tape, dstates=(None, None))
 
 
 def test_what_is_allowed() -> None:
     """Lists of states, every integer dtype, numpy bools, read-only and non-contiguous arrays."""
     call = {**good(), "backend": "reference"}
-    want = functional.forward(**call)
+    want = kernels.forward(**call)
     for dtype in "bBhHiIlLqQ":
-        got = functional.forward(**{**call, "lengths": call["lengths"].astype(dtype)})
+        got = kernels.forward(**{**call, "lengths": call["lengths"].astype(dtype)})
         np.testing.assert_array_equal(got.y, want.y)
     changed = {
         "state0": [np.asfortranarray(s) for s in call["state0"]],
@@ -176,7 +174,7 @@ def test_what_is_allowed() -> None:
     }
     for a in (call["x"], *changed["state0"]):
         a.flags.writeable = False
-    np.testing.assert_array_equal(functional.forward(**{**call, **changed}).y, want.y)
+    np.testing.assert_array_equal(kernels.forward(**{**call, **changed}).y, want.y)
 
 
 class TestNormalised:

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from problems import CELLS, NORMED, assert_same_bits, name, named, problem, run
+from problems import CELLS, NORMED, assert_bitwise_equal, name, named, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
-from fusedrnn import _core, functional, threads
+from fusedrnn import _core, kernels, threads
 from fusedrnn.backends import get
 from fusedrnn.backends.cpu import CpuBackend, _cell_id
 from fusedrnn.backends.protocol import NEED, Weights
@@ -88,7 +88,7 @@ class Subclass(np.ndarray):
 
 DTYPES = ["f2", "f4", "f8", "g", "F", "D", "i1", "i4", "i8", "u8", "?", "O", "S4", "U2", "M8[s]", "V8"]
 AXES = st.integers(0, 2)
-WAYS = st.one_of(
+CORRUPTIONS = st.one_of(
     st.sampled_from(
         [
             *(
@@ -143,7 +143,7 @@ def run_forward(backend, cell, a):
 
 
 def entries_of(cell, good):
-    """The three entries behind a backend-like face, by name."""
+    """The three entries behind a backend-like API, by name."""
 
     def forward(backend):
         return lambda a: named(cell, run_forward(backend, cell, a), None)
@@ -191,12 +191,12 @@ def snapshot(args):
     return {k: a.tobytes() for k, a in args.items() if isinstance(a, np.ndarray) and a.nbytes < 1e6}
 
 
-def check(call, good, which, way):
+def check(call, good, which, corrupt):
     """One spoiled argument: see the top of the file."""
     spoiled = dict(good)
     try:
-        spoiled[which] = way(good[which])
-    except Exception:  # not every array can be spoiled in every way
+        spoiled[which] = corrupt(good[which])
+    except Exception:  # not every array can be spoiled like this
         return
     before = snapshot(spoiled)
     try:
@@ -210,75 +210,75 @@ def check(call, good, which, way):
     for key, a in spoiled.items():
         assert a is None or isinstance(a, np.ndarray), f"{key}: {a!r} was taken for an array"
     clean = {k: None if a is None else np.array(a, order="C", subok=False) for k, a in spoiled.items()}
-    assert_same_bits(results, call(clean))
+    assert_bitwise_equal(results, call(clean))
     for a in results.values():
         assert not any(np.shares_memory(a, b) for b in spoiled.values() if isinstance(b, np.ndarray))
 
 
-# --- the faces ---------------------------------------------------------------------------------------------
+# --- the APIs ----------------------------------------------------------------------------------------------
 
 
-class Face:
-    """``functional`` with one backend, as a backend."""
+class Api:
+    """``kernels`` with one backend, as a backend."""
 
     def __init__(self, backend):
         self.backend = backend
 
     def forward(self, cell, x, weights, state0=None, **options):
-        backend = None if isinstance(weights, functional.Packed) else self.backend
-        return functional.forward(cell, x, weights, state0, **options, backend=backend)
+        backend = None if isinstance(weights, kernels.Packed) else self.backend
+        return kernels.forward(cell, x, weights, state0, **options, backend=backend)
 
     def backward(self, *args):
-        return functional.backward(*args)
+        return kernels.backward(*args)
 
     def pack(self, cell, weights):
-        return functional.pack(cell, weights, self.backend)
+        return kernels.pack(cell, weights, self.backend)
 
 
-FACES = {
-    "functional cpu": Face("cpu"),
-    "functional reference": Face("reference"),
+APIS = {
+    "kernels cpu": Api("cpu"),
+    "kernels reference": Api("reference"),
     "cpu": CPU,
     "reference": get("reference"),
 }
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("entry", ["forward", "backward", "pack"])
 @settings(max_examples=250)
-@given(cell=CELL, dtype=FLOAT, data=st.data(), way=WAYS)
-def test_any_argument_of_a_face(face, entry, cell, dtype, data, way):
+@given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
+def test_any_argument_of_an_api(api, entry, cell, dtype, data, corrupt):
     forward, backward = arguments(cell, dtype)
     good = {"forward": forward, "backward": backward, "pack": {k: forward[k] for k in Weights._fields}}[entry]
     which = data.draw(st.sampled_from(sorted(good)), "argument")
-    check(entries_of(cell, forward)[entry](FACES[face]), good, which, way)
+    check(entries_of(cell, forward)[entry](APIS[api]), good, which, corrupt)
 
 
 @settings(max_examples=600)
-@given(cell=CELL, dtype=FLOAT, data=st.data(), way=WAYS)
-def test_any_argument_of_the_compiled_pack(cell, dtype, data, way):
+@given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
+def test_any_argument_of_the_compiled_pack(cell, dtype, data, corrupt):
     forward, _ = arguments(cell, dtype)
     good = {k: forward[k] for k in Weights._fields}
     which = data.draw(st.sampled_from(sorted(good)), "argument")
-    check(lambda a: numbered(core_forward(cell, forward, core_pack(cell, a))), good, which, way)
+    check(lambda a: numbered(core_forward(cell, forward, core_pack(cell, a))), good, which, corrupt)
 
 
 @settings(max_examples=800)
-@given(cell=CELL, dtype=FLOAT, data=st.data(), way=WAYS)
-def test_any_argument_of_the_compiled_forward(cell, dtype, data, way):
+@given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
+def test_any_argument_of_the_compiled_forward(cell, dtype, data, corrupt):
     good, _ = arguments(cell, dtype)
     packed = core_pack(cell, good)
     which = data.draw(st.sampled_from(sorted(good.keys() - set(Weights._fields))), "argument")
-    check(lambda a: numbered(core_forward(cell, a, packed)), good, which, way)
+    check(lambda a: numbered(core_forward(cell, a, packed)), good, which, corrupt)
 
 
 @settings(max_examples=800)
-@given(cell=CELL, dtype=FLOAT, data=st.data(), way=WAYS)
-def test_any_argument_of_the_compiled_backward(cell, dtype, data, way):
+@given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
+def test_any_argument_of_the_compiled_backward(cell, dtype, data, corrupt):
     forward, good = arguments(cell, dtype)
     tape = core_forward(cell, forward)[-1]
     which = data.draw(st.sampled_from(sorted(good)), "argument")
-    check(lambda a: numbered(core_backward(tape, a)), good, which, way)
+    check(lambda a: numbered(core_backward(tape, a)), good, which, corrupt)
 
 
 THINGS = st.sampled_from(
@@ -310,11 +310,11 @@ THINGS = st.sampled_from(
                                            "return_states", "save", "backend", "batch_sizes"]))  # fmt: skip
 @example(thing=[LSTM()], which="cell")
 @example(thing=np.int64(1), which="reverse")
-def test_anything_for_any_argument_of_functional_forward(thing, which):
+def test_anything_for_any_argument_of_kernels_forward(thing, which):
     p = problem(LSTM(), T, B, I, H)
     good = {"cell": p.cell, "x": p.x, "weights": p.weights, "state0": p.state0}
     try:
-        functional.forward(**{**good, which: thing})
+        kernels.forward(**{**good, which: thing})
     except ERRORS as error:
         assert NAMED.match(str(error)), error  # noqa: PT017
     else:
@@ -323,11 +323,11 @@ def test_anything_for_any_argument_of_functional_forward(thing, which):
 
 @settings(max_examples=100)
 @given(thing=THINGS, which=st.sampled_from(["tape", "dy", "dstateT", "dstates", "need"]))
-def test_anything_for_any_argument_of_functional_backward(thing, which):
+def test_anything_for_any_argument_of_kernels_backward(thing, which):
     p = problem(LSTM(), T, B, I, H)
-    tape = functional.forward(p.cell, p.x, p.weights).tape
+    tape = kernels.forward(p.cell, p.x, p.weights).tape
     try:
-        functional.backward(**{"tape": tape, which: thing})
+        kernels.backward(**{"tape": tape, which: thing})
     except ERRORS as error:
         assert NAMED.match(str(error)), error  # noqa: PT017
     else:
@@ -381,7 +381,7 @@ def test_overlapping_inputs_are_read_only_and_right(cell):
 
     got = results(x, dy, state)
     assert np.array_equal(memory, before)
-    assert_same_bits(got, results(x.copy(), dy.copy(), tuple(map(np.copy, state))))
+    assert_bitwise_equal(got, results(x.copy(), dy.copy(), tuple(map(np.copy, state))))
 
 
 @pytest.mark.parametrize("which", ["x", "y", "weight_ih", "weight_hh", "h0", "c0"])
@@ -443,7 +443,7 @@ def test_a_tape_of_another_backend_or_none_is_refused():
         with pytest.raises(TypeError, match="tape"):
             CPU.backward(tape, p.dy)
         with pytest.raises(TypeError, match="tape"):
-            functional.backward(tape, p.dy)
+            kernels.backward(tape, p.dy)
 
 
 def test_packed_weights_of_another_cell_or_dtype_are_refused():
@@ -475,11 +475,11 @@ def test_set_num_threads_refuses(count):
     assert threads.get_num_threads() == before
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_the_checks_see_a_wrong_result(face):
-    """A face that reads a spoiled argument differently from its clean copy does not pass."""
+@pytest.mark.parametrize("api", APIS)
+def test_the_checks_see_a_wrong_result(api):
+    """An API that reads a spoiled argument differently from its clean copy does not pass."""
     forward, _ = arguments(GRU(), np.float32)
-    call = entries_of(GRU(), forward)["forward"](FACES[face])
+    call = entries_of(GRU(), forward)["forward"](APIS[api])
 
     def careless(a):
         results = call(a)
@@ -500,4 +500,4 @@ def test_the_checks_see_a_wrong_result(face):
 
 def test_after_all_this_the_kernels_still_work():
     p = problem(LSTM(), T, B, I, H, dtype=np.float32, return_states=True)
-    assert_same_bits(run(CPU, p), run(CPU, p))
+    assert_bitwise_equal(run(CPU, p), run(CPU, p))

@@ -75,7 +75,7 @@ def test_weights_there_and_back(tmp_path, kind, options, lazy):
 
 
 def original(rng, gates, prefix="rnn/"):
-    """The public framework's layout: W float64, b float32."""
+    """DeZero's layout: W float64, b float32."""
     arrays = {"fc/W": rng.standard_normal((H, 2)), "fc/b": rng.standard_normal(2).astype(np.float32)}
     for g in gates:
         arrays[f"{prefix}x2{g}/W"] = rng.standard_normal((I, H))
@@ -86,7 +86,7 @@ def original(rng, gates, prefix="rnn/"):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("kind", "gates"), [(L.RNN, "h"), (L.LSTM, "ifuo")])
-def test_the_frameworks_layout(tmp_path, kind, gates, dtype):
+def test_dezeros_layout(tmp_path, kind, gates, dtype):
     arrays = original(np.random.default_rng(1), gates)
     np.savez(tmp_path / "w.npz", **arrays)
     model = Net(kind(H, dtype=dtype), L.Linear(2, dtype=dtype))
@@ -146,7 +146,7 @@ def wrong_entries():
         (put("rnn/x2o/W", np.ones((2, H))), r"'rnn/x2o/W' has shape \(2, 5\), expected \(3, 5\)"),
         (put("rnn/h2f/W", np.array([None])), r"'rnn/h2f/W' is pickled"),
     ]
-    return [("own", *w) for w in own] + [("framework", *w) for w in theirs]
+    return [("own", *w) for w in own] + [("dezero", *w) for w in theirs]
 
 
 @pytest.mark.parametrize(("layout", "change", "message"), wrong_entries())

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusedrnn import autograd, functional, layers
+from fusedrnn import autograd, kernels, layers
 from fusedrnn import functions as F
 from fusedrnn.autograd import Function, Variable
 from fusedrnn.backends.protocol import Weights
@@ -65,7 +65,7 @@ def test_layers_agree_with_the_oracle(rng, name, fused, dtype):
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 @pytest.mark.parametrize("name", CELLS)
-def test_stacks_with_dropout_agree_with_the_oracle(rng, name, fused):
+def test_several_layers_with_dropout_agree_with_the_oracle(rng, name, fused):
     layer = make(name, num_layers=2, bidirectional=True, dropout=0.4, fused=fused)
     assert gradcheck(layer, inputs(rng, layer), options={"lengths": LENGTHS, "reset": RESET})
     with autograd.test_mode():
@@ -132,9 +132,9 @@ def test_functions_of_arrays(rng, cell, fast_mode):
     state0 = tuple(rng.standard_normal((2, 3)) for _ in cell.states)
 
     def run(x, weights, state0):
-        out = functional.forward(cell, x, weights, state0)
+        out = kernels.forward(cell, x, weights, state0)
         n = len(cell.states)
-        return (out.y, out.stateT), lambda dy, *dT: functional.backward(out.tape, dy, dT[:n])
+        return (out.y, out.stateT), lambda dy, *dT: kernels.backward(out.tape, dy, dT[:n])
 
     assert gradcheck(run, (rng.standard_normal((4, 2, 2)), weights, state0), fast_mode=fast_mode)
 

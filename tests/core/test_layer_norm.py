@@ -3,7 +3,7 @@
 The figures are those of the plain cells (test_kernels.py), for standard problems with gains about 0.1. With
 gains about 1, with H below 7 or with one input the problems are badly conditioned (a norm of few values, or
 of values that are all proportional to one input, hardly depends on them, and what little gradient is left is
-a difference): there the yardstick counts. That the bits are the same is in test_bits.py, which runs these
+a difference): there the yardstick counts. That the bits are the same is in test_bitwise.py, which runs these
 cells too.
 """
 
@@ -17,7 +17,7 @@ import pytest
 
 import oracle
 import problems
-from fusedrnn import checkpoint, functional
+from fusedrnn import checkpoint, kernels
 from fusedrnn import layers as L
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import NEED, Weights
@@ -27,8 +27,8 @@ from fusedrnn.gradcheck import gradcheck
 from problems import (
     NORMED,
     OPTIONS,
+    assert_bitwise_equal,
     assert_close,
-    assert_same_bits,
     errors,
     expected_names,
     name,
@@ -42,7 +42,7 @@ EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
 KERNELS = NORMED[:4]  # not GRU with reset before
 
 normed = pytest.mark.parametrize("cell", NORMED, ids=name)
-kernels = pytest.mark.parametrize("cell", KERNELS, ids=name)
+kernel_cells = pytest.mark.parametrize("cell", KERNELS, ids=name)
 
 
 # --- the reference -----------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def torch_step(torch, cell, w, x, state):
     return [(1 - z) * n + z * state[0]]
 
 
-@kernels
+@kernel_cells
 def test_against_pytorchs_layer_norm(cell):
     """A loop over time of PyTorch's own operations, and its own derivatives."""
     torch = pytest.importorskip("torch")
@@ -158,41 +158,41 @@ class TestKernels:
 
     @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o)) or "plain")
     @pytest.mark.parametrize("size", SIZES, ids=str)
-    @kernels
+    @kernel_cells
     def test_options(self, cell, size, options, standard):
         standard(problem(cell, *size, **options))
 
     @pytest.mark.mutation
     @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
     @pytest.mark.parametrize("size", [(7, 11, 5, 19), (5, 5, 37, 35)], ids=str)
-    @kernels
+    @kernel_cells
     def test_everything_at_once(self, cell, size, reverse, standard):
         standard(problem(cell, *size, **EVERYTHING, reverse=reverse, biases="both", detach_every=3))
 
     @pytest.mark.parametrize("H", range(7, 34))
-    @kernels
+    @kernel_cells
     def test_every_hidden_size(self, cell, H, standard):
         standard(problem(cell, 4, 5, 3 + H % 8, H, **EVERYTHING, reverse=H % 2 == 0))
 
     @pytest.mark.parametrize("B", [1, 2, 6, 7, 12, 13, 14, 15, 29, 64])
-    @kernels
+    @kernel_cells
     def test_batch_sizes(self, cell, B, standard):
         standard(problem(cell, 3, B, 5, 9, **EVERYTHING, reverse=B % 2 == 0))
 
     @pytest.mark.parametrize("size", [(256, 27, 3, 17), (52, 64, 4, 7), (101, 130, 5, 7)], ids=str)
-    @kernels
+    @kernel_cells
     def test_several_chunks(self, cell, size, standard):
         standard(problem(cell, *size, **EVERYTHING))
 
     # Beyond one megabyte of weights, where plain cells are split by units and panels are outside.
     @pytest.mark.parametrize("size", [(3, 9, 67, 197), (3, 17, 130, 305), (2, 41, 515, 129)], ids=str)
-    @kernels
+    @kernel_cells
     def test_large_layers(self, cell, size, standard, threads):
         for count in (1, 2, 3):
             threads(count)
             standard(problem(cell, *size, **EVERYTHING))
 
-    @kernels
+    @kernel_cells
     def test_threads_have_whole_rows(self, cell, cpu):
         """A norm takes all units of a row: split by units, threads would have to meet twice a step more."""
         from fusedrnn import _core
@@ -204,7 +204,7 @@ class TestKernels:
         assert _core.testing.split(normed, *size)[:2] == (4, True)
 
     @pytest.mark.parametrize("size", [(0, 3, 2, 7), (4, 0, 2, 7), (0, 0, 1, 17)], ids=str)
-    @kernels
+    @kernel_cells
     def test_empty(self, cell, size, standard):
         standard(problem(cell, *size, return_states=True))
 
@@ -214,7 +214,7 @@ class TestKernels:
         [*(((4, 5, H % 3 + 2, H), 0.1) for H in range(1, 7)), ((6, 4, 1, 19), 0.1), ((9, 5, 4, 18), 1.0)],
         ids=str,
     )
-    @kernels
+    @kernel_cells
     def test_badly_conditioned(self, cell, size, gain, dtype, cpu):
         """Few units, one input, gains about 1: within the yardsticks, and no worse than plain NumPy."""
         import test_kernels
@@ -225,7 +225,7 @@ class TestKernels:
         test_kernels.assert_hard(draw(0), dtype)
         test_kernels.assert_no_worse_than_numpy(draw, dtype)
 
-    @kernels
+    @kernel_cells
     def test_a_large_mean_costs_no_digits_of_the_variance(self, cell, cpu):
         """Two passes: sum of squares less square of the sum would leave none."""
         p = problem(cell, 3, 4, 5, 19)
@@ -237,7 +237,7 @@ class TestKernels:
         assert got["y"] < 1e-3
 
     @pytest.mark.mutation
-    @kernels
+    @kernel_cells
     def test_only_what_is_needed_comes_back(self, cell, cpu):
         p = problem(cell, 6, 5, 4, 18, **EVERYTHING, biases="both", dtype=np.float32)
         whole = run(cpu, p)
@@ -248,9 +248,9 @@ class TestKernels:
             wanted = {f"d{s}0" for s in cell.states} if "state0" in need else set()
             wanted |= {f"d{key}" for key in need if key != "state0"}
             got = run(cpu, p, need=need)
-            assert_same_bits(got, forward | {key: whole[key] for key in wanted})
+            assert_bitwise_equal(got, forward | {key: whole[key] for key in wanted})
 
-    @kernels
+    @kernel_cells
     def test_a_row_of_nan_stays_alone(self, cell, cpu):
         p = problem(cell, 5, 4, 3, 19)
         spoiled = p.x.copy()
@@ -259,11 +259,11 @@ class TestKernels:
             got, want = run(cpu, replace(p, x=x)), run(cpu, p)
             others = [0, 2, 3]
             for key in ("y", "dx"):
-                assert_same_bits({key: got[key][:, others]}, {key: want[key][:, others]})
-            assert_same_bits({"y": got["y"][:before, 1]}, {"y": want["y"][:before, 1]})
+                assert_bitwise_equal({key: got[key][:, others]}, {key: want[key][:, others]})
+            assert_bitwise_equal({"y": got["y"][:before, 1]}, {"y": want["y"][:before, 1]})
             assert np.isnan(got["y"][before:, 1]).all()
 
-    @kernels
+    @kernel_cells
     def test_a_tape_in_an_array(self, cell, cpu):
         for options in ({}, EVERYTHING):
             p = problem(cell, 6, 5, 4, 18, dtype=np.float32, **options)
@@ -271,13 +271,13 @@ class TestKernels:
             assert out.tape.shape == (6, 5, cpu.tape_width(cell, 18))
             tape = cpu.tape(cell, out.tape, out.y, p.x, p.weights, p.state0, **p.options)
             g = cpu.backward(tape, p.dy, p.dstateT, p.dstates)
-            assert_same_bits(problems.named(cell, out, g), run(cpu, p))
+            assert_bitwise_equal(problems.named(cell, out, g), run(cpu, p))
 
     def test_gru_with_reset_before_is_refused_by_name(self, cpu):
         p = problem(NORMED[4], 3, 2, 3, 5)
         for call in (lambda: cpu.pack(p.cell, p.weights), lambda: run(cpu, p)):
             with pytest.raises(
-                ValueError, match=r"layer_norm: .*is not built in the cpu backend; use the reference"
+                ValueError, match=r"layer_norm: .*is not supported by the cpu backend; use the reference"
             ):
                 call()
 
@@ -300,7 +300,7 @@ def test_numba_refuses_by_name():
     if (reason := numba.unavailable()) is not None:
         pytest.skip(reason)
     p = problem(LSTM(layer_norm=True), 3, 2, 3, 5)
-    with pytest.raises(ValueError, match="layer_norm: is not built in the numba backend"):
+    with pytest.raises(ValueError, match="layer_norm: is not supported by the numba backend"):
         run(numba, p)
 
 
@@ -319,18 +319,18 @@ def test_weights_that_a_cell_needs_or_lacks(cell, backend):
         with pytest.raises(
             ValueError, match=rf"^{key}: expected an array of shape .*layer_norm=True.*got None"
         ):
-            functional.forward(cell, p.x, p.weights._replace(**{key: None}), backend=backend)
+            kernels.forward(cell, p.x, p.weights._replace(**{key: None}), backend=backend)
         with pytest.raises(ValueError, match=rf"^{key}: expected None for .*layer_norm=False"):
-            functional.forward(plain, p.x, Weights(*p.weights[:4], **{key: w}), backend=backend)
+            kernels.forward(plain, p.x, Weights(*p.weights[:4], **{key: w}), backend=backend)
         with pytest.raises(ValueError, match=rf"^{key}: expected shape"):
-            functional.forward(cell, p.x, p.weights._replace(**{key: w[1:]}), backend=backend)
+            kernels.forward(cell, p.x, p.weights._replace(**{key: w[1:]}), backend=backend)
         with pytest.raises(TypeError, match=rf"^{key}: expected dtype float64"):
-            functional.forward(cell, p.x, p.weights._replace(**{key: w.astype("f")}), backend=backend)
+            kernels.forward(cell, p.x, p.weights._replace(**{key: w.astype("f")}), backend=backend)
         with pytest.raises(TypeError, match=rf"^{key}: expected a NumPy array"):
-            functional.forward(cell, p.x, p.weights._replace(**{key: w.tolist()}), backend=backend)
+            kernels.forward(cell, p.x, p.weights._replace(**{key: w.tolist()}), backend=backend)
     for key in set(layer_norm.WEIGHTS) - set(layer_norm.weights(cell)):
         with pytest.raises(ValueError, match=f"^{key}: expected None"):
-            functional.forward(cell, p.x, p.weights._replace(**{key: np.ones(5)}), backend=backend)
+            kernels.forward(cell, p.x, p.weights._replace(**{key: np.ones(5)}), backend=backend)
 
 
 # --- layers ------------------------------------------------------------------------------------------------
@@ -434,4 +434,4 @@ def test_recompute_of_a_layer_gives_the_same_bits():
         y = layer(x)
         (y * y).sum().backward()
         grads.append({p.name: p.grad.data for p in layer.params()})
-    assert_same_bits(grads[1], grads[0])
+    assert_bitwise_equal(grads[1], grads[0])

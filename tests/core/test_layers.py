@@ -305,7 +305,7 @@ def test_inputs_are_cast_to_the_layers_dtype_and_stay():
 
 def test_nothing_is_kept_under_no_grad(monkeypatch):
     saves = []
-    backend = type(F.functional.backends.get("reference"))
+    backend = type(F.kernels.backends.get("reference"))
     real = backend.forward
     monkeypatch.setattr(backend, "forward", lambda *a, **k: (saves.append(k["save"]), real(*a, **k))[1])
     layer = L.LSTM(H, I, recompute=True, backend="reference")
@@ -316,15 +316,13 @@ def test_nothing_is_kept_under_no_grad(monkeypatch):
     assert y.creator is None
     layer.reset_state()
     layer(x)
-    assert saves == [None, None, "borders"]
+    assert saves == [None, None, "boundary_states"]
 
 
 def test_only_wanted_gradients_are_computed(monkeypatch):
     needs = []
-    real = F.functional.backward
-    monkeypatch.setattr(
-        F.functional, "backward", lambda *a, need: (needs.append(need), real(*a, need=need))[1]
-    )
+    real = F.kernels.backward
+    monkeypatch.setattr(F.kernels, "backward", lambda *a, need: (needs.append(need), real(*a, need=need))[1])
     layer = L.LSTM(H, I)
     layer.weight_ih.requires_grad = False
     layer(np.zeros((T, B, I))).sum().backward()

@@ -127,7 +127,7 @@ def test_oracle_sees_a_wrong_formula() -> None:
 
 
 class TestComparison:
-    """``problems.assert_close`` and ``assert_same_bits`` fail on everything that is wrong."""
+    """``problems.assert_close`` and ``assert_bitwise_equal`` fail on everything that is wrong."""
 
     want: ClassVar = {"y": np.arange(1.0, 7.0).reshape(2, 3), "dx": np.ones(4)}
 
@@ -152,16 +152,16 @@ class TestComparison:
             assert what
 
     def test_same_bits(self) -> None:
-        problems.assert_same_bits(self.want, self.want)
+        problems.assert_bitwise_equal(self.want, self.want)
         for got in self.broken().values():
             with pytest.raises(AssertionError):
-                problems.assert_same_bits(got, self.want)
+                problems.assert_bitwise_equal(got, self.want)
         for a, b in (
             ({"y": np.array([0.0])}, {"y": np.array([-0.0])}),
             ({"y": np.ones(1, "f")}, {"y": np.ones(1)}),
         ):
             with pytest.raises(AssertionError):
-                problems.assert_same_bits(a, b)
+                problems.assert_bitwise_equal(a, b)
 
     def test_zero_is_compared_exactly(self) -> None:
         assert problems.error(np.full(2, 1e-30), np.zeros(2)) == float("inf")

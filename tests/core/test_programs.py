@@ -290,7 +290,7 @@ def plain_lstm(arrays, rows):
     return np.array(out)
 
 
-def framework_layout(model):
+def dezero_layout(model):
     """The model's weights as the original's file has them: W float64, b float32."""
     H = pollution.HIDDEN
     rnn = model.rnn
@@ -318,7 +318,7 @@ def test_pollution_trained_and_evaluated_in_float64(tmp_path):
     training = pollution.Training(model, task.train, None, 0)
     training.run(50, lambda loss: None)
     assert training.losses[-1] < 0.95 * training.losses[0]
-    arrays = framework_layout(model)
+    arrays = dezero_layout(model)
     np.savez(tmp_path / "original.npz", **arrays)
     wide = pollution.build("lstm", seed=1, dtype=np.float64)
     wide.load_weights(tmp_path / "original.npz")
@@ -329,7 +329,7 @@ def test_pollution_trained_and_evaluated_in_float64(tmp_path):
 
 @needs_data
 @pytest.mark.slow
-def test_pollution_trains_as_in_the_public_framework(monkeypatch, tmp_path):
+def test_pollution_trains_as_in_dezero(monkeypatch, tmp_path):
     """From one seed, with its layers, loader, optimiser and file: the same 8 updates of the first epoch."""
     monkeypatch.setattr(np, "int", int, raising=False)  # removed from NumPy since
     dezero = pytest.importorskip("dezero")
@@ -353,10 +353,10 @@ def test_pollution_trains_as_in_the_public_framework(monkeypatch, tmp_path):
     theirs.save_weights(tmp_path / "end.npz")
 
     ours, end = (pollution.build("lstm", seed=0, dtype=np.float64) for _ in range(2))
-    drawn = framework_layout(pollution.build("lstm", seed=0))
+    drawn = dezero_layout(pollution.build("lstm", seed=0))
     ours.load_weights(tmp_path / "start.npz")
     end.load_weights(tmp_path / "end.npz")
-    start, end = framework_layout(ours), framework_layout(end)
+    start, end = dezero_layout(ours), dezero_layout(end)
     for key in start:
         np.testing.assert_allclose(drawn[key], start[key], rtol=1e-6)
     sums = []
@@ -364,7 +364,7 @@ def test_pollution_trains_as_in_the_public_framework(monkeypatch, tmp_path):
     monkeypatch.setattr(F, "mean_squared_error", lambda *args: sums.append(loss(*args)) or sums[-1])
     pollution.Training(ours, task.train, None, 0).run(1, lambda loss: None)
     np.testing.assert_allclose([float(s.data) for s in sums], losses, rtol=1e-6)
-    for key, after in framework_layout(ours).items():
+    for key, after in dezero_layout(ours).items():
         assert np.linalg.norm(after - end[key]) < 1e-4 * np.linalg.norm(end[key] - start[key]), key
 
 

@@ -15,7 +15,7 @@ from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN, layer_norm
 from fusedrnn.cells.activations import relu, relu_backward, sigmoid, tanh
-from problems import assert_close, assert_same_bits, name, named, problem, run
+from problems import assert_bitwise_equal, assert_close, name, named, problem, run
 
 REFERENCE = ReferenceBackend()
 TINY = (5, 4, 2, 3)
@@ -131,7 +131,7 @@ class TestBits:
     def test_recompute_gives_the_same_bits(self, cell: Any, options: dict[str, Any]) -> None:
         for dtype in (np.float32, np.float64):
             p = problem(cell, 11, 5, 3, 17, dtype=dtype, **options)
-            assert_same_bits(run(REFERENCE, p, save="borders"), run(REFERENCE, p))
+            assert_bitwise_equal(run(REFERENCE, p, save="boundary_states"), run(REFERENCE, p))
 
     @cells
     def test_backward_twice_and_inputs_untouched(self, cell: Any) -> None:
@@ -141,7 +141,7 @@ class TestBits:
         first, second = (
             named(cell, f, REFERENCE.backward(f.tape, p.dy, p.dstateT, p.dstates)) for _ in range(2)
         )
-        assert_same_bits(first, second)
+        assert_bitwise_equal(first, second)
         for a, b in zip(
             (p.x, *p.state0, p.dy, *p.dstateT), (copy.x, *copy.state0, copy.dy, *copy.dstateT), strict=True
         ):
@@ -175,7 +175,7 @@ class TestBits:
         packed = np.zeros(p.x.shape, [("pad", "i1"), ("v", "f8")])  # misaligned
         packed["v"] = p.x
         for x in (batch_first, last_axis, backwards, wide[::2, ::2, 2:6], packed["v"]):
-            assert_same_bits(run(REFERENCE, replace(p, x=x)), run(REFERENCE, p))
+            assert_bitwise_equal(run(REFERENCE, replace(p, x=x)), run(REFERENCE, p))
 
 
 class TestNeed:
@@ -186,7 +186,7 @@ class TestNeed:
         got = run(REFERENCE, p, need=need)
         forward = {"y", "hT"}
         assert got.keys() == forward | {"dh0" if n == "state0" else f"d{n}" for n in need}
-        assert_same_bits(got, {key: whole[key] for key in got})
+        assert_bitwise_equal(got, {key: whole[key] for key in got})
 
     def test_a_bias_that_is_not_there(self) -> None:
         p = problem(LSTM(), *TINY)
@@ -264,7 +264,7 @@ class TestMeaning:
             assert (got[f"d{s}0"][1] == 0).all()
             assert (got[f"d{s}0"][[0, 2]] != 0).any(axis=1).all()
         p = replace(p, reverse=True)
-        assert_same_bits(run(REFERENCE, replace(p, reset=reset)), run(REFERENCE, p))
+        assert_bitwise_equal(run(REFERENCE, replace(p, reset=reset)), run(REFERENCE, p))
 
     @cells
     @pytest.mark.parametrize("reverse", [False, True])
@@ -272,7 +272,7 @@ class TestMeaning:
         p = problem(cell, 6, 4, 2, 5, lengths=True, return_states=True, reverse=reverse)
         reset = np.arange(6)[:, None] >= p.lengths
         assert reset.any()
-        assert_same_bits(run(REFERENCE, replace(p, reset=reset)), run(REFERENCE, p))
+        assert_bitwise_equal(run(REFERENCE, replace(p, reset=reset)), run(REFERENCE, p))
 
     @cells
     def test_reverse_is_forward_on_the_flipped_sequence(self, cell: Any) -> None:
@@ -281,7 +281,7 @@ class TestMeaning:
         want = run(REFERENCE, flipped)
         got = run(REFERENCE, replace(p, reverse=True))
         sequences = {"y", "dx", *cell.states}
-        assert_same_bits({key: a[::-1] if key in sequences else a for key, a in got.items()}, want)
+        assert_bitwise_equal({key: a[::-1] if key in sequences else a for key, a in got.items()}, want)
 
     @cells
     def test_nan_stays_in_its_row_except_in_weight_gradients(self, cell: Any) -> None:

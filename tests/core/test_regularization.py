@@ -1,4 +1,4 @@
-"""Recurrent dropout and zoneout: the masks, the reference, the kernels, the native face.
+"""Recurrent dropout and zoneout: the masks, the reference, the kernels, the native API.
 
 The oracle draws its masks by a program of its own. Tolerances are those of test_reference.py and
 test_kernels.py; where bits are compared there is none.
@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 
 import oracle
-from fusedrnn import functional, gradcheck, layers, masks, stack
+from fusedrnn import gradcheck, kernels, layers, masks, multilayer
 from fusedrnn.autograd import test_mode as evaluation
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
-from problems import CELLS, NORMED, assert_close, assert_same_bits, name, named, problem, run
+from problems import CELLS, NORMED, assert_bitwise_equal, assert_close, name, named, problem, run
 from test_reference import oracle_results
 
 REFERENCE = ReferenceBackend()
 DTYPES = (np.float32, np.float64)
 TOLERANCE = {np.float32: (2e-6, 5e-6), np.float64: (1e-14, 2e-14)}  # outputs, gradients
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "biases": "both"}
-WAYS = ({}, EVERYTHING | {"detach_every": 2}, EVERYTHING | {"reverse": True, "detach_every": 3})
+CALLS = ({}, EVERYTHING | {"detach_every": 2}, EVERYTHING | {"reverse": True, "detach_every": 3})
 BIG_SEED = 2**63 - 25  # both words of the key
 
 # Of the LSTM; other cells have no zoneout_c.
@@ -62,7 +62,7 @@ def cases(*chosen, cells=CELLS):
 
 
 cells = pytest.mark.parametrize("cell", CELLS, ids=name)
-kernels = pytest.mark.parametrize("cell", KERNELS, ids=name)
+kernel_cells = pytest.mark.parametrize("cell", KERNELS, ids=name)
 every_case = cases(*KINDS)
 
 
@@ -121,9 +121,9 @@ def test_masks_are_those_of_another_program():
 
 
 @every_case
-@pytest.mark.parametrize("way", WAYS, ids=["plain", "all", "reverse"])
-def test_reference_against_complex_steps(cell, kind, way):
-    p = problem(cell, 5, 4, 2, 3, regularization=of(kind, cell), **way)
+@pytest.mark.parametrize("call", CALLS, ids=["plain", "all", "reverse"])
+def test_reference_against_complex_steps(cell, kind, call):
+    p = problem(cell, 5, 4, 2, 3, regularization=of(kind, cell), **call)
     want = oracle_results(p)
     for dtype, tolerance in ((np.float64, 2e-14), (np.longdouble, 1e-17)):
         got = run(REFERENCE, p.astype(dtype))
@@ -134,7 +134,7 @@ def test_reference_against_complex_steps(cell, kind, way):
 @every_case
 def test_reference_recomputes_the_same_bits(cell, kind):
     p = problem(cell, 11, 5, 3, 7, regularization=of(kind, cell), **EVERYTHING)
-    assert_same_bits(run(REFERENCE, p, save="borders"), run(REFERENCE, p))
+    assert_bitwise_equal(run(REFERENCE, p, save="boundary_states"), run(REFERENCE, p))
 
 
 # --- the kernels against the reference ----------------------------------------------------------------------
@@ -165,8 +165,8 @@ def test_kernels(cell, kind, reverse, cpu):
 @pytest.mark.parametrize("size", [(9, 1, 3, 7), (5, 2, 20, 64), (52, 64, 2, 7), (3, 9, 67, 297)], ids=str)
 @cases("all", "evaluation")
 def test_kernels_at_other_sizes(cell, size, kind, cpu, threads):
-    for way in ({}, EVERYTHING):
-        p = problem(cell, *size, regularization=of(kind, cell), **way)
+    for call in ({}, EVERYTHING):
+        p = problem(cell, *size, regularization=of(kind, cell), **call)
         for count in (1, 2, 3):
             threads(count)
             assert_right(cpu, p)
@@ -191,7 +191,7 @@ def test_no_steps_no_rows_one_of_each(cell, size, cpu):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("size", [(9, 37, 5, 33), (3, 3, 150, 290), (130, 40, 3, 17)], ids=str)
-@kernels
+@kernel_cells
 def test_bits_for_any_threads_and_what_is_saved(cell, size, cpu, threads):
     """Split by rows, by units, in several chunks; kept, made again, or kept in an array."""
     for kind, dtype in (("all", np.float32), ("evaluation", np.float64)):
@@ -200,16 +200,16 @@ def test_bits_for_any_threads_and_what_is_saved(cell, size, cpu, threads):
         want = run(cpu, p)
         for count in (1, 2, 3):
             threads(count)
-            assert_same_bits(run(cpu, p), want)
-            assert_same_bits(run(cpu, p, save="borders"), want)
+            assert_bitwise_equal(run(cpu, p), want)
+            assert_bitwise_equal(run(cpu, p, save="boundary_states"), want)
             out = cpu.forward(cell, p.x, p.weights, p.state0, **p.options, save="array")
             tape = cpu.tape(cell, out.tape, out.y, p.x, p.weights, p.state0, **p.options)
             got = named(cell, out, cpu.backward(tape, p.dy, p.dstateT, p.dstates))
-            assert_same_bits(got, want)
+            assert_bitwise_equal(got, want)
 
 
 @pytest.mark.kernel
-@kernels
+@kernel_cells
 def test_a_row_keeps_its_bits_whatever_the_rows_after_it(cell, cpu):
     p = problem(cell, 6, 9, 3, 19, regularization=of("all", cell), **EVERYTHING)
     want = run(cpu, p)
@@ -225,7 +225,7 @@ def test_a_row_keeps_its_bits_whatever_the_rows_after_it(cell, cpu):
             dstates=tuple(d[:, :B] for d in p.dstates),
         )
         got = {k: a for k, a in run(cpu, first).items() if not k.startswith(("dweight", "dbias", "dgain"))}
-        assert_same_bits(got, {k: want[k][..., :B, :] for k in got})
+        assert_bitwise_equal(got, {k: want[k][..., :B, :] for k in got})
 
 
 def digest():
@@ -268,12 +268,12 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @backends
-@kernels
+@kernel_cells
 def test_rates_of_zero_are_the_plain_cell(cell, backend):
     p = problem(cell, 5, 4, 2, 19, **EVERYTHING)
     want = run(get(backend), p)
     for r in (Regularization(), Regularization(seed=1), Regularization(recurrent_dropout=0.5)):
-        assert_same_bits(run(get(backend), replace(p, regularization=r)), want)
+        assert_bitwise_equal(run(get(backend), replace(p, regularization=r)), want)
 
 
 @backends
@@ -327,9 +327,9 @@ def test_evaluation_is_the_mean_of_training(cell, backend):
 def test_dropout_is_one_mask_for_the_whole_call_and_scaled(backend):
     """An Elman cell with weight_hh = 1 shows what it multiplied."""
     cell, H = RNN(relu=True), 9
-    weights = functional.Weights(np.zeros((H, 2)), np.eye(H))
+    weights = kernels.Weights(np.zeros((H, 2)), np.eye(H))
     x, h0 = np.zeros((3, 4, 2)), np.ones((4, H))
-    y = functional.forward(
+    y = kernels.forward(
         cell, x, weights, (h0,), backend=backend, regularization=Regularization(0.25, seed=5)
     ).y
     kept = masks.keep(0.25, "recurrent_dropout", 5, 0, 0, np.arange(4), H)
@@ -373,9 +373,9 @@ def test_wrong_arguments_are_named(backend, wrong, error, message):
         pytest.skip(reason)
     p = problem(GRU(), 2, 3, 2, 5)
     with pytest.raises(error, match=message):
-        functional.forward(p.cell, p.x, p.weights, regularization=wrong, backend=backend)
+        kernels.forward(p.cell, p.x, p.weights, regularization=wrong, backend=backend)
     with pytest.raises(error, match=message):
-        stack.forward_stack(p.cell, p.x, [p.weights], regularization=wrong, backend=backend)
+        multilayer.forward_multilayer(p.cell, p.x, [p.weights], regularization=wrong, backend=backend)
 
 
 @pytest.mark.kernel
@@ -403,7 +403,7 @@ def test_numba_refuses_by_name():
     if (reason := get("numba").unavailable()) is not None:
         pytest.skip(reason)
     p = problem(GRU(), 2, 3, 2, 5)
-    with pytest.raises(ValueError, match="regularization: is not built in the numba backend"):
+    with pytest.raises(ValueError, match="regularization: is not supported by the numba backend"):
         get("numba").forward(p.cell, p.x, p.weights, regularization=Regularization(0.1, seed=1))
     get("numba").forward(p.cell, p.x, p.weights, regularization=Regularization(0.1))  # does nothing
 
@@ -418,17 +418,19 @@ def test_each_layer_and_direction_has_masks_of_its_own(backend):
     other = [problem(cell, 5, 3, I, 7, seed).weights for seed, I in ((3, 2), (4, 14))]
     x = problem(cell, 5, 3, 2, 7).x
     weights = [first, other[0], second, other[1]]
-    out = stack.forward_stack(cell, x, weights, bidirectional=True, regularization=r, backend=backend)
+    out = multilayer.forward_multilayer(
+        cell, x, weights, bidirectional=True, regularization=r, backend=backend
+    )
     y = x
     for layer in range(2):
         outs = [
-            functional.forward(cell, y, weights[n], reverse=n % 2 == 1, backend=backend,
+            kernels.forward(cell, y, weights[n], reverse=n % 2 == 1, backend=backend,
                                regularization=r._replace(stream=n))
             for n in (2 * layer, 2 * layer + 1)
         ]  # fmt: skip
         y = np.concatenate([o.y for o in outs], axis=2)
     np.testing.assert_array_equal(out.y, y)
-    equal = stack.forward_stack(
+    equal = multilayer.forward_multilayer(
         cell,
         x,
         [first, first],
@@ -444,10 +446,10 @@ def test_packed_rows(backend):
     r = Regularization(0.3, 0.2, 0.1, seed=4)
     p = problem(LSTM(), 3, 4, 2, 5)
     sizes = np.array([4, 3, 1])
-    ragged = functional.Ragged.of(sizes)
+    ragged = kernels.Ragged.of(sizes)
     x = ragged.rows(p.x)
-    packed = functional.forward(p.cell, x, p.weights, batch_sizes=sizes, regularization=r, backend=backend)
-    padded = functional.forward(
+    packed = kernels.forward(p.cell, x, p.weights, batch_sizes=sizes, regularization=r, backend=backend)
+    padded = kernels.forward(
         p.cell, p.x, p.weights, lengths=ragged.lengths, regularization=r, backend=backend
     )
     np.testing.assert_array_equal(packed.y, ragged.rows(padded.y))
@@ -492,8 +494,8 @@ def test_layers_draw_in_training_and_not_in_evaluation():
     assert (net(x).data != net(x).data).any()
     with evaluation():
         np.testing.assert_array_equal(y(1), y(2))
-        w = functional.Weights(net.weight_ih.data, net.weight_hh.data, net.bias_ih.data)
-        want = functional.forward(LSTM(), x, w, regularization=Regularization(0, 0.2, 0.1))
+        w = kernels.Weights(net.weight_ih.data, net.weight_hh.data, net.bias_ih.data)
+        want = kernels.forward(LSTM(), x, w, regularization=Regularization(0, 0.2, 0.1))
         np.testing.assert_array_equal(y(1), want.y)
     plain = layers.LSTM(9, 3, recurrent_dropout=0.0)
     before = np.random.get_state()[2]
@@ -501,14 +503,14 @@ def test_layers_draw_in_training_and_not_in_evaluation():
     assert np.random.get_state()[2] == before  # draws nothing where there is nothing to draw for
 
 
-def test_a_layer_in_training_is_the_functional_face_with_its_seed():
+def test_a_layer_in_training_is_fusedrnn_kernels_with_its_seed():
     net = layers.GRU(9, 3, recurrent_dropout=0.3, zoneout_h=0.2)
     x = np.random.default_rng(0).standard_normal((6, 4, 3)).astype(np.float32)
     y = net(x)
     r = y.creator.options["regularization"]
     assert r[:3] == (0.3, 0.2, 0.0)
-    w = functional.Weights(*(getattr(net, n).data for n in functional.Weights._fields[:4]))
-    np.testing.assert_array_equal(functional.forward(GRU(), x, w, regularization=r).y, y.data)
+    w = kernels.Weights(*(getattr(net, n).data for n in kernels.Weights._fields[:4]))
+    np.testing.assert_array_equal(kernels.forward(GRU(), x, w, regularization=r).y, y.data)
 
 
 def test_layers_refuse_by_name():

@@ -299,7 +299,7 @@ MUTANTS = [
         "saved[offset(u, shape.saved)] * h_prev[u]",
         "h_prev[u]",
     ),
-    Mutant("backward: nothing carried between chunks", BACKWARD, "rows.latest[b] = border;", ""),
+    Mutant("backward: nothing carried between chunks", BACKWARD, "rows.latest[b] = boundary;", ""),
     Mutant(
         "backward: every chunk begins at zero",
         BACKWARD,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from problems import CELLS, assert_same_bits, name, named, problem, run
+from problems import CELLS, assert_bitwise_equal, name, named, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, layers
@@ -56,16 +56,16 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("way", ODD)
+@pytest.mark.parametrize("case", ODD)
 @pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=name)
-def test_what_is_not_ordinary_is_checked_once_and_gives_the_same_bits(cell, way, checks):
+def test_what_is_not_ordinary_is_checked_once_and_gives_the_same_bits(cell, case, checks):
     p = problem(cell, 5, 3, 7, 9, dtype=np.float32, return_states=True)
-    odd = ODD[way]
+    odd = ODD[case]
     forward = CPU.forward(cell, odd(p.x), p.weights, tuple(map(odd, p.state0)), return_states=True)
     assert checks == ["check_forward"]
     gradients = CPU.backward(forward.tape, odd(p.dy), tuple(map(odd, p.dstateT)), tuple(map(odd, p.dstates)))
     assert checks == ["check_forward", "check_backward"]
-    assert_same_bits(named(cell, forward, gradients), run(CPU, p))
+    assert_bitwise_equal(named(cell, forward, gradients), run(CPU, p))
 
 
 def test_what_the_compiled_module_cannot_see_is_refused_before_it():

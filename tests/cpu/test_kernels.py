@@ -27,8 +27,8 @@ from problems import (
     CELLS,
     OPTIONS,
     SIZES,
+    assert_bitwise_equal,
     assert_close,
-    assert_same_bits,
     errors,
     expected_names,
     name,
@@ -221,10 +221,10 @@ def test_truncated_gradients_are_those_of_chunks(cell):
         part = replace(p, x=p.x[t : t + 4], dy=p.dy[t : t + 4], state0=state, dstateT=last)
         parts.append(run(CPU, part))
         state = tuple(parts[-1][f"{s}T"] for s in cell.states)
-    assert_same_bits({"y": got["y"]}, {"y": np.concatenate([part["y"] for part in parts])})
-    assert_same_bits({"dx": got["dx"]}, {"dx": np.concatenate([part["dx"] for part in parts])})
+    assert_bitwise_equal({"y": got["y"]}, {"y": np.concatenate([part["y"] for part in parts])})
+    assert_bitwise_equal({"dx": got["dx"]}, {"dx": np.concatenate([part["dx"] for part in parts])})
     for s in cell.states:
-        assert_same_bits({"": got[f"d{s}0"]}, {"": parts[0][f"d{s}0"]})
+        assert_bitwise_equal({"": got[f"d{s}0"]}, {"": parts[0][f"d{s}0"]})
     for key in ("dweight_ih", "dweight_hh", "dbias_ih"):
         np.testing.assert_allclose(got[key], sum(part[key] for part in parts), rtol=1e-11, atol=1e-13)
 
@@ -381,7 +381,7 @@ def test_only_what_is_needed_comes_back(cell, dtype):
     for n in range(len(possible) + 1):
         for need in itertools.combinations(possible, n):
             got = split(run(CPU, p, need=need))[1]
-            assert_same_bits(got, {key: whole[key] for name in need for key in gradient_of[name]})
+            assert_bitwise_equal(got, {key: whole[key] for name in need for key in gradient_of[name]})
 
 
 @pytest.mark.mutation
@@ -409,7 +409,7 @@ def test_strided_inputs_and_upstream_gradients(cell, dtype):
     for change in (batch_first, sliced, backwards, columns):
         q = replace(p, x=change(p.x), dy=change(p.dy), dstates=tuple(map(change, p.dstates)))
         assert not q.x.flags.c_contiguous
-        assert_same_bits(run(CPU, q), want)
+        assert_bitwise_equal(run(CPU, q), want)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
@@ -418,7 +418,7 @@ def test_broadcast_input(cell):
     for index in (np.s_[:1, :1], np.s_[:1], np.s_[:, :1]):
         q = replace(p, x=np.broadcast_to(p.x[index], p.x.shape))
         assert 0 in q.x.strides
-        assert_same_bits(run(CPU, q), run(CPU, replace(q, x=q.x.copy())))
+        assert_bitwise_equal(run(CPU, q), run(CPU, replace(q, x=q.x.copy())))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
@@ -430,7 +430,7 @@ def test_without_a_tape_the_results_are_the_same(cell, dtype):
     assert without.tape is None
     for a, b in zip((with_tape.y, *with_tape.stateT, *with_tape.states),
                     (without.y, *without.stateT, *without.states), strict=True):  # fmt: skip
-        assert_same_bits({"": a}, {"": b})
+        assert_bitwise_equal({"": a}, {"": b})
 
 
 # --- NaN and infinity --------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def test_a_tape_in_an_array_gives_the_same_bits(cell, dtype, options):
     want = run(CPU, p)
     for saved in (out.tape, moved):  # a truncated gradient is told to the tape again
         tape = CPU.tape(cell, saved, out.y, p.x, p.weights, p.state0, **p.options)
-        assert_same_bits(named(cell, out, CPU.backward(tape, p.dy, p.dstateT, p.dstates)), want)
+        assert_bitwise_equal(named(cell, out, CPU.backward(tape, p.dy, p.dstateT, p.dstates)), want)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
@@ -501,7 +501,7 @@ def test_nan_is_never_swallowed_and_stays_in_its_row(cell, dtype):
         assert np.array_equal(np.isnan(got[key]), np.isnan(plain[key])), key
         if not key.startswith(("dweight", "dbias")):
             axis = got[key].ndim - 2
-            assert_same_bits({key: got[key].compress(rows, axis)}, {key: clean[key].compress(rows, axis)})
+            assert_bitwise_equal({key: got[key].compress(rows, axis)}, {key: clean[key].compress(rows, axis)})
     assert np.isnan(got["y"][3:, bad]).all()
     assert not np.isnan(got["y"][:3, bad]).any()
     assert np.isnan(got["dweight_hh"]).any()
@@ -623,7 +623,7 @@ def test_the_comparison_finds(change, results):
         with pytest.raises(AssertionError, match=key):
             assert_close(spoiled(results, key, change), results, GRADIENT[np.float32])
         with pytest.raises(AssertionError, match=key):
-            assert_same_bits(spoiled(results, key, change), results)
+            assert_bitwise_equal(spoiled(results, key, change), results)
 
 
 def test_the_comparison_finds_a_missing_and_an_extra_result(results):
@@ -633,14 +633,14 @@ def test_the_comparison_finds_a_missing_and_an_extra_result(results):
             with pytest.raises(AssertionError, match=key):
                 assert_close(got, want, 1.0)
             with pytest.raises(AssertionError):
-                assert_same_bits(got, want)
+                assert_bitwise_equal(got, want)
 
 
 def test_the_comparison_of_bits_sees_signs_of_zero_and_dtypes(results):
     zero = {"dx": np.zeros((2, 3), np.float32)}
     for other in (-zero["dx"], np.zeros((2, 3)), np.full((2, 3), 1e-45, np.float32)):
         with pytest.raises(AssertionError, match="dx"):
-            assert_same_bits({"dx": other}, zero)
+            assert_bitwise_equal({"dx": other}, zero)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ SELECTION = [
         "cpu/test_kernels.py",
         "core/test_regularization.py",
         "core/test_layer_norm.py",
-        "cpu/test_bits.py",
+        "cpu/test_bitwise.py",
     )
 ]
 

@@ -1,7 +1,7 @@
 """Failures that users of other libraries met, each as a test of ours where it can concern a CPU kernel.
 
 The number is that of the list the project keeps; the docstring names the source. Layouts, projections,
-dropout, the PyTorch face and checkpoints are tested where they are built. Rows of the list without a test
+dropout, the PyTorch API and checkpoints are tested where they are built. Rows of the list without a test
 here, and why:
 
 - R18 (pytorch/audio 3736, rnnt_loss beyond 2^31 elements): there is no such loss; counts of elements are R17.
@@ -22,15 +22,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from problems import CELLS, NORMED, assert_close, assert_same_bits, name, problem, run
+from problems import CELLS, NORMED, assert_bitwise_equal, assert_close, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
-from fusedrnn import _core, functional
+from fusedrnn import _core, kernels
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
-from fusedrnn.stack import backward_stack, forward_stack
+from fusedrnn.multilayer import backward_multilayer, forward_multilayer
 
 pytestmark = pytest.mark.kernel
 
@@ -84,10 +84,10 @@ def test_regression_R05_no_input_is_written_to_and_middle_layers_are_right(cell)
         cast = [Weights(*(None if w is None else w.astype(dtype) for w in ws)) for ws in weights]
         inputs = [x.astype(dtype), dy.astype(dtype), *(w for ws in cast for w in ws if w is not None)]
         before = [a.copy() for a in inputs]
-        forward = forward_stack(cell, inputs[0], cast, bidirectional=True, backend=backend)
-        got = backward_stack(forward.tape, inputs[1])
+        forward = forward_multilayer(cell, inputs[0], cast, bidirectional=True, backend=backend)
+        got = backward_multilayer(forward.tape, inputs[1])
         for a, b in zip(inputs, before, strict=True):
-            assert_same_bits({"": a}, {"": b})
+            assert_bitwise_equal({"": a}, {"": b})
         named = {"y": forward.y, "dx": got.dx}
         return named | {
             f"{k} {n}": a for k, d in enumerate(got.dweights) for n, a in d._asdict().items() if a is not None
@@ -110,8 +110,8 @@ def test_regression_R06_input_size_differs_from_hidden_size(cell):
 def test_regression_R07_two_gradient_calls_on_one_forward(cell):
     """tensorflow 26331: the second differed, the first had consumed the reserve space."""
     p = problem(cell, 6, 5, 4, 19, dtype=np.float32, return_states=True)
-    tape = functional.forward(cell, p.x, p.weights, p.state0, return_states=True, backend="cpu").tape
-    first, second = (functional.backward(tape, p.dy, p.dstateT, p.dstates) for _ in range(2))
+    tape = kernels.forward(cell, p.x, p.weights, p.state0, return_states=True, backend="cpu").tape
+    first, second = (kernels.backward(tape, p.dy, p.dstateT, p.dstates) for _ in range(2))
     for a, b in zip(*((g.dx, *g.dweights, *g.dstate0) for g in (first, second)), strict=True):
         assert (a is None and b is None) or np.array_equal(a, b)
 
@@ -202,7 +202,7 @@ def refuse(*_, **__): raise AssertionError("a process was started")
 subprocess.Popen.__init__ = refuse
 import hashlib, numpy as np
 from problems import CELLS, problem, run
-from fusedrnn import functional, _core
+from fusedrnn import kernels, _core
 from fusedrnn.backends import get
 _core.testing.poison({poison})
 h = hashlib.sha256()
@@ -265,12 +265,12 @@ def test_regression_R19_sliced_upstream_gradients_of_any_hidden_size(H):
     dy = wide[:, 1::2, 2 : H + 2]
     dy[...] = p.dy
     assert not dy.flags.c_contiguous
-    assert_same_bits(run(CPU, replace(p, dy=dy)), run(CPU, p))
+    assert_bitwise_equal(run(CPU, replace(p, dy=dy)), run(CPU, p))
     # only the last step's output was used: every other gradient is zero
     last = replace(p, dy=np.zeros_like(p.dy))
     last.dy[-1] = p.dy[-1]
     view = np.broadcast_to(last.dy, (2, *last.dy.shape))[1]
-    assert_same_bits(run(CPU, replace(p, dy=view)), run(CPU, last))
+    assert_bitwise_equal(run(CPU, replace(p, dy=view)), run(CPU, last))
 
 
 def good_call():
@@ -416,7 +416,7 @@ def test_regression_R36_a_forked_child_does_not_hang():
     python("""
 import multiprocessing, os
 import numpy as np
-from problems import assert_same_bits, problem, run
+from problems import assert_bitwise_equal, problem, run
 from test_regressions import CPU
 from fusedrnn import _core
 from fusedrnn.cells import LSTM
@@ -424,7 +424,7 @@ _core.set_num_threads(4)
 p = problem(LSTM(), 9, 40, 5, 33, dtype=np.float32)
 want = run(CPU, p)
 def child(depth):
-    assert_same_bits(run(CPU, p), want)
+    assert_bitwise_equal(run(CPU, p), want)
     if depth:
         pid = os.fork()
         if pid == 0:

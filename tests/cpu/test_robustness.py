@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from problems import CELLS, assert_same_bits, name, problem, run
+from problems import CELLS, assert_bitwise_equal, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
-from fusedrnn import _core, functional
+from fusedrnn import _core, kernels
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, RNN
@@ -34,7 +34,7 @@ EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
 PRELUDE = """
 import ctypes, os, signal, sys, threading, time
 import numpy as np
-from problems import assert_same_bits, problem, run
+from problems import assert_bitwise_equal, problem, run
 from fusedrnn import _core
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Weights
@@ -48,7 +48,7 @@ small = problem(LSTM(), 9, 40, 5, 33, dtype=np.float32)
 want = run(CPU, small)
 
 def check():
-    assert_same_bits(run(CPU, small), want)
+    assert_bitwise_equal(run(CPU, small), want)
 
 def long_forward(T=40_000, H=512, B=1):  # some seconds; no copy of x is made
     p = problem(LSTM(), 2, B, 3, H, dtype=np.float32)
@@ -235,7 +235,7 @@ def test_a_signal_handler_that_returns_changes_nothing():
         interrupted = work()
         signal.setitimer(signal.ITIMER_REAL, 0)
         assert calls
-        assert_same_bits({"y": interrupted.y}, {"y": plain.y})
+        assert_bitwise_equal({"y": interrupted.y}, {"y": plain.y})
         """
     )
 
@@ -331,7 +331,7 @@ def test_64_calling_threads_get_the_same_bits(threads):
         try:
             start.wait()
             for n in range(5):
-                assert_same_bits(run(CPU, ps[(k + n) % 64]), want[(k + n) % 64])
+                assert_bitwise_equal(run(CPU, ps[(k + n) % 64]), want[(k + n) % 64])
         except BaseException as error:
             errors.append(error)
             raise
@@ -358,7 +358,7 @@ def test_threads_share_packed_weights_and_a_tape(threads):
             for _ in range(10):
                 y = CPU.forward(p.cell, p.x, packed, p.state0).y
                 dx = CPU.backward(tape, p.dy, p.dstateT).dx
-                assert_same_bits({"y": y, "dx": dx}, {"y": want["y"], "dx": want["dx"]})
+                assert_bitwise_equal({"y": y, "dx": dx}, {"y": want["y"], "dx": want["dx"]})
         except BaseException as error:
             errors.append(error)
             raise
@@ -411,7 +411,7 @@ def test_control_word_is_restored_whole_and_does_not_change_the_bits(word):
             for after in (after_pack, after_forward, after_backward):
                 assert after == {word}, hex(after)
             from problems import named
-            assert_same_bits(named(p.cell, forward, gradients), plain)
+            assert_bitwise_equal(named(p.cell, forward, gradients), plain)
         """
     )
 
@@ -430,7 +430,7 @@ def test_unmasked_exceptions_do_not_trap_in_kernels():
         word = _core.testing.control_word()
         set_control_word(0x1F80)
         assert word == 0x1F80 & ~0x0680, hex(word)
-        assert_same_bits({"y": forward.y, "dx": gradients.dx}, {"y": plain["y"], "dx": plain["dx"]})
+        assert_bitwise_equal({"y": forward.y, "dx": gradients.dx}, {"y": plain["y"], "dx": plain["dx"]})
         """
     )
 
@@ -511,9 +511,9 @@ def test_sizes_beyond_memory_are_an_error(cell, T, B):
     p = problem(cell, 2, 3, 1, 7, dtype=np.float32)
     for options in ({}, {"return_states": True}, {"save": None}):
         with pytest.raises((MemoryError, OverflowError, ValueError)) as error:
-            functional.forward(cell, huge((T, B, 1)), p.weights, backend="cpu", **options)
+            kernels.forward(cell, huge((T, B, 1)), p.weights, backend="cpu", **options)
         assert str(error.value)
-    assert_same_bits(run(CPU, p), run(CPU, p))
+    assert_bitwise_equal(run(CPU, p), run(CPU, p))
 
 
 def test_weights_beyond_memory_are_an_error():
@@ -536,7 +536,7 @@ def test_many_steps_without_rows_take_no_time():
     assert not gradients.dweights.weight_hh.any()
 
 
-@pytest.mark.parametrize("save", ["all", "borders", None])
+@pytest.mark.parametrize("save", ["all", "boundary_states", None])
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_every_failing_allocation_is_a_memory_error_and_leaks_nothing(cell, save):
     p = problem(cell, 6, 20, 5, 33, dtype=np.float32, **EVERYTHING)
@@ -561,7 +561,7 @@ def test_every_failing_allocation_is_a_memory_error_and_leaks_nothing(cell, save
                 failed += 1
             _core.testing.fail_allocation_after(-1)
             assert _core.testing.arena()[0] == live
-            assert_same_bits(run(CPU, p), want)
+            assert_bitwise_equal(run(CPU, p), want)
     finally:
         _core.testing.fail_allocation_after(-1)
     assert failed >= (2 if save is None else 4)  # weights, scratch; tape and scratch of backward

@@ -32,7 +32,7 @@ OWN = [build for build in BUILDS if build != "openmp"]
 CASES = [(build, part) for build in OWN for part in PARTS]
 CASES += [(build, "fork") for build in OWN if build != "thread"]
 CASES += [(build, part) for build in ("plain", "no_futex") for part in ("fork_busy", "limits")]
-OPENMP_PARTS = ["team", "regions", "errors", "interruption", "callers"]
+OPENMP_PARTS = ["thread_pool", "regions", "errors", "interruption", "callers"]
 OPENMP_CASES = [(build, part) for build in BUILDS for part in OPENMP_PARTS]
 OPENMP_CASES += [(build, "fork") for build in BUILDS if build != "thread"]
 

@@ -14,18 +14,18 @@ import numpy as np
 from fusedrnn.backends.cuda_jobs import kernels_of
 from fusedrnn.backends.reference import ReferenceBackend
 from problems import CELLS, NORMED, errors, problem, run
-from test_cuda_kernels import EVERYTHING, KERNELS, ONE_PHASE, Cut
+from test_cuda_kernels import EVERYTHING, KERNELS, ONE_PHASE, Tiled
 from test_regularization import of
 
 # Sizes, units and rows of a block: several groups of rows in a tile, tiles, splits and chunks
 # of k, two units of a thread. With 3 units, not 4, the second group's rows belong to other threads
 # than when the state is set: else no missing barrier between the two could be noticed.
-CUTS = (((5, 11, 3, 11), 4, 9), ((2, 24, 2, 7), 3, 23), ((3, 5, 2, 33), 2, 3), ((2, 9, 2, 65), 4, 9))
+TILINGS = (((5, 11, 3, 11), 4, 9), ((2, 24, 2, 7), 3, 23), ((3, 5, 2, 33), 2, 3), ((2, 9, 2, 65), 4, 9))
 
 
 def check(cell, regularized) -> str:
     """What is wrong, or nothing."""
-    for n, (sizes, units, rows) in enumerate(CUTS):
+    for n, (sizes, units, rows) in enumerate(TILINGS):
         small = n < 2
         for options in ({**EVERYTHING, "reverse": True}, EVERYTHING, {"return_states": True})[
             : 3 if small else 1
@@ -38,7 +38,7 @@ def check(cell, regularized) -> str:
                     continue  # going back, an LSTM's do not fit
                 for seed in range(3 if small and kernel != "steps" else 1):
                     try:
-                        got = run(Cut(kernel, units, rows, seed=seed), p)
+                        got = run(Tiled(kernel, units, rows, seed=seed), p)
                     except RuntimeError as error:
                         return f"emulation, {kernel}: " + str(error).replace("\n", " ")
                     wrong = {key: e for key, e in errors(got, want).items() if not e <= 1e-13}

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn.backends.cuda_graph import Graphs
+from fusedrnn.backends.cuda_graph import GraphCache
 
 HERE = Path(__file__).parent
 MUTANT = os.environ.get("FUSEDRNN_TEST_CSRC")  # other sources than those of this tree
@@ -159,7 +159,7 @@ class EmulatedDevice:
         self.launches: list[str] = []  # the names of the kernels that ran
         self.products: list[str] = []  # the precisions of the products that ran
         self.replays = 0  # of what was recorded
-        self.graphs = Graphs(self._record)
+        self.graphs = GraphCache(self._record)
         self._recorded: list[Any] | None = None  # what is launched, while it is only recorded
         self._guarded: dict[int, tuple[weakref.ref[Any], Any]] = {}
 

@@ -57,7 +57,7 @@ using Factor = Tile::Factor;
 constexpr Index kChunk = 64;
 
 // What a launch needs beside the job, and of its block.
-struct Way {
+struct Tiling {
   Weights in;
   Index rows, units, columns, K;
 
@@ -145,12 +145,12 @@ void run(const Problem& p) {
   if (!kWhole<Cell>) return;
 
   const unsigned x = unsigned(tiles_of(H, p.units)), y = unsigned(tiles_of(B, p.rows));
-  const auto whole = [&](const char* name, auto kernel, auto job, const Way& way) {
-    job.arrived = memory(y, 0u), job.at_once = way.at_once(), job.chunk = way.chunk();
-    launch(name, x, y, name[0] == 'g' ? way.grid_bytes() : way.cluster_bytes(), ++seed, kernel, job);
+  const auto whole = [&](const char* name, auto kernel, auto job, const Tiling& tiling) {
+    job.arrived = memory(y, 0u), job.at_once = tiling.at_once(), job.chunk = tiling.chunk();
+    launch(name, x, y, name[0] == 'g' ? tiling.grid_bytes() : tiling.cluster_bytes(), ++seed, kernel, job);
   };
-  const auto forward = [&](Weights in) { return Way{in, p.rows, p.units, p.units * R, H}; };
-  const auto backward = [&](Weights in) { return Way{in, p.rows, p.units, p.units, R * H}; };
+  const auto forward = [&](Weights in) { return Tiling{in, p.rows, p.units, p.units * R, H}; };
+  const auto backward = [&](Weights in) { return Tiling{in, p.rows, p.units, p.units, R * H}; };
   whole("grid_forward", ::grid_forward, f, forward(Weights::shared));
   whole("grid_forward_streamed", grid_forward_streamed, f, forward(Weights::streamed));
   whole("cluster_forward", ::cluster_forward, f, forward(Weights::shared));

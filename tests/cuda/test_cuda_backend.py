@@ -2,7 +2,7 @@
 is kept for backward, the self-test. Tolerances as for every backend (test_kernels.py).
 
 Whether the kernels are right is the matter of test_cuda_kernels.py; plans, the GPU's device and the native
-face have files of their own.
+API have files of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 import emulated
 import fake_cupy
 from emulated import EmulatedDevice
-from fusedrnn import backends, stack
+from fusedrnn import backends, multilayer
 from fusedrnn.backends import cuda_compile, cuda_cupy, cuda_plan
 from fusedrnn.backends import get as get_backend
 from fusedrnn.backends.cuda import KERNEL, CudaBackend, Tape
@@ -29,8 +29,8 @@ from problems import (
     CELLS,
     OPTIONS,
     SIZES,
+    assert_bitwise_equal,
     assert_close,
-    assert_same_bits,
     error,
     expected_names,
     name,
@@ -111,7 +111,7 @@ def test_every_kernel_by_argument_and_by_environment(device, monkeypatch, cell, 
     assert set(device.launches) & WHOLES == set(launches_of(kernel))
     by_environment = CudaBackend(device)
     monkeypatch.setenv(KERNEL, kernel)
-    assert_same_bits(run(by_environment, p), got)
+    assert_bitwise_equal(run(by_environment, p), got)
     assert by_environment.last_plan.kernel == kernel
 
 
@@ -120,22 +120,22 @@ def test_run_twice_gives_the_same_bits(backend, cell):
     p = problem(cell, 4, 3, 5, 9, **EVERYTHING)
     out = backend.forward(p.cell, p.x, p.weights, p.state0, **p.options)
     first, second = (backend.backward(out.tape, p.dy, p.dstateT, p.dstates) for _ in range(2))
-    assert_same_bits(named(cell, out, first), named(cell, out, second))
-    assert_same_bits(run(backend, p), named(cell, out, first))
+    assert_bitwise_equal(named(cell, out, first), named(cell, out, second))
+    assert_bitwise_equal(run(backend, p), named(cell, out, first))
 
 
 @cells
 def test_what_is_kept_for_backward(backend, cell):
     p = problem(cell, 5, 3, 4, 7, **EVERYTHING)
-    everything, borders = (run(backend, p, save=save) for save in ("all", "borders"))
-    assert_same_bits(borders, everything)
+    everything, boundary = (run(backend, p, save=save) for save in ("all", "boundary_states"))
+    assert_bitwise_equal(boundary, everything)
     tapes = {
         save: backend.forward(cell, p.x, p.weights, p.state0, **p.options, save=save).tape
-        for save in ("all", "borders", None)
+        for save in ("all", "boundary_states", None)
     }
     kernels = kernels_of(cell)
     assert tapes["all"].bytes == 5 * 3 * 7 * 8 * (kernels.saved + kernels.has_c)
-    assert tapes["borders"].bytes == 0
+    assert tapes["boundary_states"].bytes == 0
     assert tapes[None] is None
 
 
@@ -164,7 +164,9 @@ def test_need(backend, cell):
         gradients = {key for key in got if key.startswith("d")}
         names = {f"d{s}0" for s in cell.states} if "state0" in needed else set()
         assert gradients == names | {f"d{n}" for n in needed if n != "state0"}
-        assert_same_bits({key: got[key] for key in gradients}, {key: everything[key] for key in gradients})
+        assert_bitwise_equal(
+            {key: got[key] for key in gradients}, {key: everything[key] for key in gradients}
+        )
 
 
 @pytest.mark.parametrize(("T", "B"), [(0, 3), (4, 0), (0, 0)])
@@ -174,13 +176,13 @@ def test_nothing_to_do(backend, cell, T, B):
         p = problem(cell, T, B, 3, 7, **options)
         for kernel in (None, "grid"):
             if kernel is None or cell != GRU(reset_after=False):
-                assert_same_bits(run(CudaBackend(backend.device, kernel), p), run(REFERENCE, p))
+                assert_bitwise_equal(run(CudaBackend(backend.device, kernel), p), run(REFERENCE, p))
 
 
 @cells
 def test_no_row_has_a_step(backend, cell):
     p = replace(problem(cell, 4, 3, 2, 7, **EVERYTHING), lengths=np.zeros(3, np.int32))
-    assert_same_bits(run(backend, p), run(REFERENCE, p))
+    assert_bitwise_equal(run(backend, p), run(REFERENCE, p))
 
 
 @cells
@@ -212,7 +214,7 @@ def test_inputs_of_any_strides_and_left_as_they_were(backend, cell):
     wide[:, :, 2:7] = p.x
     for x in (batch_first, wide[:, :, 2:7], p.x[::-1][::-1]):
         before = x.copy()
-        assert_same_bits(run(backend, replace(p, x=x, dy=np.asfortranarray(p.dy))), want)
+        assert_bitwise_equal(run(backend, replace(p, x=x, dy=np.asfortranarray(p.dy))), want)
         np.testing.assert_array_equal(x, before)
 
 
@@ -224,14 +226,14 @@ def test_a_tape_does_not_borrow_the_state(backend, cell):
     out = backend.forward(cell, p.x, p.weights, state0)
     for s in state0:
         s[...] = np.nan
-    assert_same_bits(named(cell, out, backend.backward(out.tape, p.dy, p.dstateT)), want)
+    assert_bitwise_equal(named(cell, out, backend.backward(out.tape, p.dy, p.dstateT)), want)
 
 
 @cells
 def test_packed_weights(backend, cell):
     p = problem(cell, 3, 2, 3, 7, biases="both")
     packed = backend.pack(cell, p.weights)
-    assert_same_bits(run(backend, replace(p, weights=packed)), run(backend, p))
+    assert_bitwise_equal(run(backend, replace(p, weights=packed)), run(backend, p))
     other = RNN(relu=True) if cell != RNN(relu=True) else LSTM()
     with pytest.raises(ValueError, match=r"^weights: packed for"):
         backend.forward(other, p.x, packed)
@@ -251,10 +253,10 @@ def test_several_layers_and_directions(backend, monkeypatch):
         monkeypatch.setattr(
             backends, "usable", lambda name=None, b=chosen: backend if b == "cuda" else REFERENCE
         )
-        out = stack.forward_stack(
+        out = multilayer.forward_multilayer(
             LSTM(), x, weights, bidirectional=True, masks=masks, lengths=np.array([5, 3, 0, 1])
         )
-        back = stack.backward_stack(out.tape, dy)
+        back = multilayer.backward_multilayer(out.tape, dy)
         found.append([out.y, *out.stateT, back.dx, *back.dstate0, *(d for w in back.dweights for d in w[:3])])
     for got, want in zip(*found, strict=True):
         assert error(got, want) <= 2e-14
@@ -269,7 +271,7 @@ def test_all_arrays_stay_on_the_device(cell, backend):
     p = problem(cell, 4, 3, 5, 7, **EVERYTHING)
     got = run(CudaBackend(fake_cupy.HiddenDevice(16)), fake_cupy.hidden(p))
     assert all(isinstance(a, fake_cupy.ndarray) for a in got.values())
-    assert_same_bits({key: a.get() for key, a in got.items()}, run(backend, p))
+    assert_bitwise_equal({key: a.get() for key, a in got.items()}, run(backend, p))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def test_lengths_may_be_numpys(backend):
     p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
     mixed = replace(fake_cupy.hidden(p), lengths=p.lengths)
     got = run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), mixed)
-    assert_same_bits({key: a.get() for key, a in got.items()}, run(backend, p))
+    assert_bitwise_equal({key: a.get() for key, a in got.items()}, run(backend, p))
     with pytest.raises(ValueError, match=r"^lengths: expected 0 <= lengths <= T = 3"):
         run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), replace(mixed, lengths=p.lengths + 1))
 
@@ -332,9 +334,11 @@ def test_16_bits(backend, cell, dtype):
         assert_close(run(backend, p), run(REFERENCE, p.astype(np.longdouble)), tolerance)
 
 
-def test_what_is_not_built_names_who_has_it(backend):
+def test_what_is_not_supported_names_who_has_it(backend):
     p = problem(GRU(reset_after=False, layer_norm=True), 3, 2, 3, 7)
-    with pytest.raises(ValueError, match=r"^layer_norm: GRU.* is not built in the cuda backend; use the ref"):
+    with pytest.raises(
+        ValueError, match=r"^layer_norm: GRU.* is not supported by the cuda backend; use the ref"
+    ):
         backend.forward(p.cell, p.x, p.weights)
 
 
@@ -457,7 +461,7 @@ def test_the_self_test_is_of_each_dtype_of_16_bits(dtype):
 
 
 @pytest.mark.parametrize("kernel", cuda_plan.KERNELS)
-def test_each_way_to_run_has_its_self_test_once(kernel):
+def test_each_kernel_variant_has_its_self_test_once(kernel):
     device = EmulatedDevice(multiprocessors=16)
     backend = CudaBackend(device, kernel)
     p = problem(RNN(), 3, 2, 3, 7)

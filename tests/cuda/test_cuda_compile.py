@@ -35,8 +35,8 @@ KERNELS = [
     "cluster_backward", "cluster_forward_registers", "cluster_backward_registers",
 ]  # fmt: skip
 KINDS = [
-    way for way in cuda_compile.WAYS if way[0] != "float" or way[1] == "ieee"
-]  # dtypes, each its own way
+    pair for pair in cuda_compile.DTYPE_PRECISIONS if pair[0] != "float" or pair[1] == "ieee"
+]  # every dtype once
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
 
@@ -116,12 +116,12 @@ def test_each_precision_compiles(precision):
 
 
 @needs_nvrtc
-def test_each_way_to_run_compiles_by_itself():
+def test_each_kernel_variant_compiles_by_itself():
     """As for a user; together they have every kernel."""
     seen = []
-    for way in cuda_compile.KERNELS:
-        found = kernels_in(cuda_compile.cubin("Lstm", "float", "sm_90", "ieee", way))
-        assert {cuda_compile.way_of(kernel) for kernel in found} == {way}
+    for variant in cuda_compile.KERNELS:
+        found = kernels_in(cuda_compile.cubin("Lstm", "float", "sm_90", "ieee", variant))
+        assert {cuda_compile.variant_of(kernel) for kernel in found} == {variant}
         seen += found
     assert sorted(seen) == sorted(KERNELS)
 
@@ -227,11 +227,11 @@ def test_the_sources_are_found_in_the_tree_and_in_an_installed_package(tmp_path,
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_kernels_keep_to_their_registers(tmp_path):
     """No kernel spills; all steps in one launch run with a whole block on a multiprocessor."""
-    ways = [(cell, "float", "ieee") for cell in TYPES]
-    ways += [("Lstm", "float", name) for name in cuda_compile.PRECISIONS[1:]]
-    ways += [("Lstm", *kind) for kind in KINDS[2:]]
-    ways += [("LstmLayerNorm", "float", "ieee"), ("Regularized<LstmLayerNorm>", "float", "ieee")]
-    for cell, dtype, precision in ways:
+    codes = [(cell, "float", "ieee") for cell in TYPES]
+    codes += [("Lstm", "float", name) for name in cuda_compile.PRECISIONS[1:]]
+    codes += [("Lstm", *kind) for kind in KINDS[2:]]
+    codes += [("LstmLayerNorm", "float", "ieee"), ("Regularized<LstmLayerNorm>", "float", "ieee")]
+    for cell, dtype, precision in codes:
         done = subprocess.run(
             ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-std=c++17", "-fmad=false",
              "-I", ROOT / "csrc", f"-DFUSEDRNN_CELL={cell}", f"-DFUSEDRNN_DTYPE={dtype}",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fusedrnn
-from fusedrnn import backends, functional
+from fusedrnn import backends, kernels
 from fusedrnn import layers as L
 from fusedrnn.backends import cuda_compile, cuda_cupy
 from fusedrnn.cells import LSTM
@@ -83,7 +83,7 @@ def test_named_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(cuda_cupy, "unavailable", lambda: "the moon is full")
     p = problem(LSTM(), 3, 2, 3, 7)
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: the moon is full"):
-        functional.forward(p.cell, p.x, p.weights, backend="cuda")
+        kernels.forward(p.cell, p.x, p.weights, backend="cuda")
     for call in (
         lambda: L.LSTM(3).to_gpu(),
         lambda: fusedrnn.DataLoader(fusedrnn.datasets.SinCurve(), 10, gpu=True),

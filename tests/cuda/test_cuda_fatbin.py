@@ -40,7 +40,7 @@ def copy_sources(csrc: Path) -> None:
 
 @pytest.fixture
 def built(tmp_path):
-    """A package's csrc with the fatbin of one cell, by something in the place of nvcc 13.1."""
+    """A package's csrc with the fatbin of one cell, by something in place of nvcc 13.1."""
     nvcc, csrc = script(tmp_path / "nvcc", NVCC), tmp_path / "csrc"
     copy_sources(csrc)
     subprocess.run([*SCRIPT, "Lstm-float-ieee", nvcc, csrc / "cuda" / "fatbin"], check=True)
@@ -133,8 +133,8 @@ ASKED = itertools.product(
 def test_everything_can_be_made():
     """Every cell that has kernels, in each dtype and precision that the backend asks for."""
     said = subprocess.run(SCRIPT, check=True, capture_output=True, text=True).stdout
-    ways = {(cuda_compile.DTYPES[dtype.name], _precision(dtype, p)) for dtype, p in ASKED}
-    expected = {"-".join((kernels_of(cell).type, *way)) for cell in CELLS for way in ways}
+    pairs = {(cuda_compile.DTYPES[dtype.name], _precision(dtype, p)) for dtype, p in ASKED}
+    expected = {"-".join((kernels_of(cell).type, *pair)) for cell in CELLS for pair in pairs}
     assert set(said.split(";")) == expected
     assert len(said.split(";")) == len(expected)
 
@@ -187,7 +187,7 @@ def has_target(build: Path) -> bool:
 
 
 def install(build: Path, site: Path) -> Path:
-    """Make and install the code for GPUs; the folder of it."""
+    """Make and install the GPU code; the folder of it."""
     subprocess.run([CMAKE, "--build", build, "--target", "fatbin"], check=True)
     subprocess.run([CMAKE, "--install", build, "--component", "fatbin", "--prefix", site], check=True)
     copy_sources(site / "fusedrnn" / "csrc")

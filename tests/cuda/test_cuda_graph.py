@@ -22,9 +22,9 @@ import emulated
 from emulated import EmulatedDevice
 from fusedrnn.backends import cuda_cublas, cuda_cupy
 from fusedrnn.backends.cuda import CudaBackend
-from fusedrnn.backends.cuda_graph import Graphs
+from fusedrnn.backends.cuda_graph import GraphCache
 from fusedrnn.cells import GRU, LSTM
-from problems import CELLS, NORMED, assert_same_bits, name, named, problem, run
+from problems import CELLS, NORMED, assert_bitwise_equal, name, named, problem, run
 
 needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "detach_every": 2}
@@ -93,7 +93,7 @@ def test_what_is_repeated_takes_the_numbers_that_are_there_now(cell, options):
         overwrite(p, replace(q, weights=p.weights))  # what is packed of weights stays as it is
         device.next = first
         replays = device.replays
-        assert_same_bits(call(backend, p, packed), run(plain, replace(q, weights=p.weights)))
+        assert_bitwise_equal(call(backend, p, packed), run(plain, replace(q, weights=p.weights)))
         assert device.replays - replays == (0 if seed == 0 else 2)  # forward and back
     assert len(device.graphs) == 2
 
@@ -107,7 +107,7 @@ def test_weights_may_change_in_place():
     for seed in range(3):
         overwrite(p, problem(LSTM(), 5, 4, 3, 7, seed=seed))
         device.rewind()
-        assert_same_bits(call(backend, p, p.weights), run(plain, p))
+        assert_bitwise_equal(call(backend, p, p.weights), run(plain, p))
     assert device.replays == 4
 
 
@@ -132,7 +132,7 @@ def test_another_call_is_not_taken_for_the_same(change):
     other = change(p)
     for q in (p, p, other, p, other):
         device.rewind()
-        assert_same_bits(call(backend, q, q.weights), run(plain, q))
+        assert_bitwise_equal(call(backend, q, q.weights), run(plain, q))
 
 
 @needs_compiler
@@ -142,7 +142,7 @@ def test_another_precision_is_another_call():
     for precision in ("ieee", "ieee", "bf16", "ieee", "bf16", "bf16"):
         device.rewind()
         backend, plain = (CudaBackend(d, "steps", precision, _tested=True) for d in (device, Plain(16)))
-        assert_same_bits(call(backend, p, p.weights), run(plain, p))
+        assert_bitwise_equal(call(backend, p, p.weights), run(plain, p))
 
 
 @needs_compiler
@@ -154,21 +154,21 @@ def test_a_need_without_the_initial_state_is_another_call():
     for need in (("weight_hh",), ("weight_hh",), ("weight_hh", "state0"), ("weight_hh",), None):
         device.rewind()
         got = run(backend, p, need=need)
-        assert_same_bits(got, {key: want[key] for key in got})
+        assert_bitwise_equal(got, {key: want[key] for key in got})
 
 
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
-def graphs(most=3):
-    """Graphs that write down what they do."""
+def graphs(max_size=3):
+    """A GraphCache that writes down what it does."""
     done = []
 
     def record(work):
         done.append("record")
         return lambda: done.append("repeat")
 
-    return Graphs(record, most), done
+    return GraphCache(record, max_size), done
 
 
 def test_what_comes_once_is_not_recorded():
@@ -187,7 +187,7 @@ def test_what_comes_again_is_recorded_once():
 
 
 def test_the_oldest_goes_first():
-    kept, done = graphs(most=2)
+    kept, done = graphs(max_size=2)
     for key in "aabbabcb":  # c takes a's place
         kept.run(key, lambda: None)
     assert done.count("record") == 2
@@ -209,7 +209,7 @@ def test_what_is_forgotten_is_let_go_of():
         alive.add(graph)
         return graph
 
-    kept = Graphs(record, most=2)
+    kept = GraphCache(record, max_size=2)
     for k in range(10):
         for _ in range(2):
             kept.run(k, lambda: None)
@@ -221,7 +221,7 @@ def test_where_recording_fails_all_runs_as_before_and_says_so_once():
     def record(work):
         raise RuntimeError("no graphs here")
 
-    kept, done = Graphs(record), []
+    kept, done = GraphCache(record), []
     kept.run("a", lambda: done.append("a"))
     with pytest.warns(RuntimeWarning, match="^fusedrnn: CUDA graphs are off, .*: no graphs here"):
         kept.run("a", lambda: done.append("a"))
@@ -273,7 +273,7 @@ def gpu():
     current = Stream(log)
     device._cupy = types.SimpleNamespace(cuda=cuda)
     device._recording = Stream(log)
-    device._graphs = Graphs(device._record)
+    device._graphs = GraphCache(device._record)
     device._of_thread = threading.local()
     device.empty, device.pointer = np.empty, lambda a: 4711
     device.cluster = 0

@@ -28,8 +28,8 @@ from problems import (
     NORMED,
     OPTIONS,
     SIZES,
+    assert_bitwise_equal,
     assert_close,
-    assert_same_bits,
     error,
     errors,
     expected_names,
@@ -38,7 +38,7 @@ from problems import (
     problem,
     run,
 )
-from test_regularization import KINDS, WAYS, of
+from test_regularization import CALLS, KINDS, of
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
@@ -58,9 +58,9 @@ def pairs(kernels: Any) -> Any:
     )
 
 
-class Cut(CudaBackend):
-    """The backend with the work cut as a test wants it, instead of by cuda_plan: about so many units and rows
-    of a block, no more units than its warps can have, no more blocks than a cluster can; and so much of k
+class Tiled(CudaBackend):
+    """The backend with the work tiled as a test wants it, not by cuda_plan: about so many units and rows of
+    a block, no more units than its warps can have, no more blocks than a cluster can; and so much of k
     staged at a time, or with the weights in registers so many rows."""
 
     def __init__(
@@ -77,35 +77,39 @@ class Cut(CudaBackend):
         super().__init__(device, kernel, precision, _tested=True)
         self.units, self.rows, self.staged = units, rows, (at_once, chunk)
 
-    def _plan(self, device, kernels, sizes, dtype, way, backward):
-        if way.kernel == "steps" or min(sizes) == 0:
+    def _plan(self, device, kernels, sizes, dtype, kernel_options, backward):
+        if kernel_options.kernel == "steps" or min(sizes) == 0:
             return Plan("steps")
         _, B, H = sizes
         R = kernels.recurrent.count
         K, per_unit = (R * H, 1) if backward else (H, R)
-        precision = _precision(dtype, way.precision)
+        precision = _precision(dtype, kernel_options.precision)
         size = compute(dtype).itemsize
         tile, each = Tile.of(size, precision), Bytes.of(size, precision)
         units, rows, (at_once, chunk) = self.units, self.rows, self.staged
-        if way.kernel != "cluster":
+        if kernel_options.kernel != "cluster":
             units = min(units, tile.columns * device.warps // per_unit)
-        if way.kernel.startswith("cluster"):
+        if kernel_options.kernel.startswith("cluster"):
             units = max(units, -(-H // device.cluster))
 
         def layout() -> Layout:
-            return layout_of(way.kernel, rows, units * per_unit, tile.columns, device.warps)
+            return layout_of(kernel_options.kernel, rows, units * per_unit, tile.columns, device.warps)
 
-        if way.kernel.endswith("_registers"):  # k is one chunk; a thread has two units
+        if kernel_options.kernel.endswith("_registers"):  # k is one chunk; a thread has two units
             chunk = -(-K // WARP) * WARP
             while tile.kept * WARP * layout().splits < K:
                 units -= 1
                 assert units, "more than registers hold"
             rows = min(rows, 2 * WARP * device.warps // units)
-            assert -(-H // units) <= device.cluster or way.kernel == "grid_registers"
+            assert -(-H // units) <= device.cluster or kernel_options.kernel == "grid_registers"
         else:
             at_once = layout().rows
-        shared = shared_bytes(way.kernel, layout(), units * per_unit, K, (at_once, chunk), rows, units, each)
-        return Plan(way.kernel, units, rows, (-(-H // units), -(-B // rows)), shared, at_once, chunk)
+        shared = shared_bytes(
+            kernel_options.kernel, layout(), units * per_unit, K, (at_once, chunk), rows, units, each
+        )
+        return Plan(
+            kernel_options.kernel, units, rows, (-(-H // units), -(-B // rows)), shared, at_once, chunk
+        )
 
 
 def shapes() -> list[tuple[tuple[int, ...], int, int]]:
@@ -154,7 +158,7 @@ def assert_right(backend, cell, sizes, dtype=np.float64, **options):
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: name(LSTM(), o)[5:] or "plain")
 def test_options(cell, kernel, options):
     sizes = SIZES[OPTIONS.index(options) % len(SIZES)]
-    assert_right(Cut(kernel), cell, sizes, **options)
+    assert_right(Tiled(kernel), cell, sizes, **options)
 
 
 @pytest.mark.slow
@@ -167,7 +171,7 @@ def test_every_option_at_every_shape(cell, part):
         sizes, units, rows = SHAPES[k]
         for j, options in enumerate(OPTIONS):
             kernel = kernels[(k // 4 + j) % len(kernels)]
-            assert_right(Cut(kernel, units, rows, seed=k), cell, sizes, **options)
+            assert_right(Tiled(kernel, units, rows, seed=k), cell, sizes, **options)
 
 
 @pairs(KERNELS)
@@ -175,7 +179,7 @@ def test_float32(cell, kernel):
     for k in (7, 12, 22, 34):
         sizes, units, rows = SHAPES[k]
         for options in ({}, EVERYTHING, {**EVERYTHING, "reverse": True}):
-            assert_right(Cut(kernel, units, rows, seed=k), cell, sizes, np.float32, **options)
+            assert_right(Tiled(kernel, units, rows, seed=k), cell, sizes, np.float32, **options)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -185,7 +189,7 @@ def test_eight_warps(cell, kernel):
     for units, rows in ((5, 9), (40, 17), (16, 4)):
         for reverse in (False, True):
             assert_right(
-                Cut(kernel, units, rows, warps=8, seed=units),
+                Tiled(kernel, units, rows, warps=8, seed=units),
                 cell,
                 (4, 17, 3, 40),
                 reverse=reverse,
@@ -200,25 +204,25 @@ def test_eight_warps(cell, kernel):
     ids=str,
 )
 def test_any_upstream_gradient_may_be_missing(cell, kernel, upstream):
-    assert_right(Cut(kernel), cell, (4, 5, 3, 9), upstream=upstream, **EVERYTHING)
+    assert_right(Tiled(kernel), cell, (4, 5, 3, 9), upstream=upstream, **EVERYTHING)
 
 
 @pairs(KERNELS)
 def test_no_initial_state(cell, kernel):
     for reverse in (False, True):
-        assert_right(Cut(kernel), cell, (5, 7, 2, 9), state0=False, reverse=reverse, **EVERYTHING)
+        assert_right(Tiled(kernel), cell, (5, 7, 2, 9), state0=False, reverse=reverse, **EVERYTHING)
 
 
 @pairs(("steps", "grid", "grid_streamed"))  # the others do not cut k
 def test_k_of_several_chunks(cell, kernel):
     """More elements than are staged at once, and no multiple of a warp."""
-    assert_right(Cut(kernel, units=15, rows=3, warps=8), cell, (2, 3, 2, 261), lengths=True)
+    assert_right(Tiled(kernel, units=15, rows=3, warps=8), cell, (2, 3, 2, 261), lengths=True)
 
 
 @pytest.mark.parametrize("at_once", [8, 16, 24])
 def test_rows_of_several_groups(at_once):
     """With the weights in registers: three tiles of rows, brought one by one, by two or all."""
-    backend = Cut("grid_registers", units=5, rows=24, warps=8, at_once=at_once)
+    backend = Tiled("grid_registers", units=5, rows=24, warps=8, at_once=at_once)
     assert_right(backend, LSTM(), (3, 24, 2, 40), **EVERYTHING)
 
 
@@ -234,7 +238,7 @@ def test_rows_of_several_groups(at_once):
 )
 def test_as_much_as_registers_hold(kernel, cell, H, units, less):
     """In float64 a lane keeps 4 times 32 k: here all of them are taken, the last not whole, the last not."""
-    backend = Cut(kernel, units, rows=8)
+    backend = Tiled(kernel, units, rows=8)
     tile = Tile.of(8, "ieee")
     K = cell.gates * H
     assert tile.kept * WARP * layout_of(kernel, 8, units, tile.columns, 2).splits == K
@@ -247,26 +251,26 @@ def test_as_much_as_registers_hold(kernel, cell, H, units, less):
 @pairs(KERNELS)
 def test_the_same_bits_in_any_order_of_the_threads(cell, kernel):
     p = problem(cell, 5, 11, 3, 19, **EVERYTHING)
-    first = run(Cut(kernel, 7, 6, seed=0), p)
+    first = run(Tiled(kernel, 7, 6, seed=0), p)
     for seed in (0, *range(1, 8)):
-        assert_same_bits(run(Cut(kernel, 7, 6, seed=seed), p), first)
+        assert_bitwise_equal(run(Tiled(kernel, 7, 6, seed=seed), p), first)
 
 
 @pairs(KERNELS)
 def test_backward_twice(cell, kernel):
     p = problem(cell, 5, 7, 3, 9, **EVERYTHING)
-    backend = Cut(kernel)
+    backend = Tiled(kernel)
     f = backend.forward(p.cell, p.x, p.weights, p.state0, **p.options)
     first, second = (
         named(cell, None, backend.backward(f.tape, p.dy, p.dstateT, p.dstates)) for _ in range(2)
     )
-    assert_same_bits(first, second)
+    assert_bitwise_equal(first, second)
 
 
 @pytest.mark.parametrize("cell", ONE_PHASE, ids=name)
 def test_resident_and_streamed_weights_give_the_same_bits(cell):
     p = problem(cell, 5, 11, 3, 19, **EVERYTHING)
-    assert_same_bits(run(Cut("grid", 7, 6), p), run(Cut("grid_streamed", 7, 6), p))
+    assert_bitwise_equal(run(Tiled("grid", 7, 6), p), run(Tiled("grid_streamed", 7, 6), p))
 
 
 # --- products by the matrix units --------------------------------------------------------------------------
@@ -281,7 +285,7 @@ def test_precisions(precision, kernel):
     cell = LSTM()
     for sizes, units, rows in (((5, 11, 3, 19), 7, 6), ((3, 17, 4, 40), 16, 17)):
         p = problem(cell, *sizes, dtype=np.float32, **EVERYTHING)
-        backend = Cut(kernel, units, rows, precision=precision)
+        backend = Tiled(kernel, units, rows, precision=precision)
         got = run(backend, p)
         assert set(backend.device.products) == {precision}
         worst = max(errors(got, truth(cell, sizes, tuple(EVERYTHING.items()))).values())
@@ -292,8 +296,8 @@ def test_precisions(precision, kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_float64_has_no_precisions(kernel):
     p = problem(LSTM(), 3, 2, 3, 7, dtype=np.float64)
-    backend = Cut(kernel, precision="bf16")
-    assert_same_bits(run(backend, p), run(Cut(kernel), p))
+    backend = Tiled(kernel, precision="bf16")
+    assert_bitwise_equal(run(backend, p), run(Tiled(kernel), p))
     assert set(backend.device.products) == {"ieee"}
 
 
@@ -317,7 +321,7 @@ def test_halves(cell, kernel, half):
             continue  # rounding puts a sum on the other side of 0, where the gradient is another
         for options in ({}, EVERYTHING, {**EVERYTHING, "reverse": True}):
             p, want = of_halves(cell, sizes, half, **options)
-            got = run(Cut(kernel, units, rows), p)
+            got = run(Tiled(kernel, units, rows), p)
             assert {a.dtype.name for a in got.values()} == {half}
             assert_close(got, want, 3 * HALVES[half])
 
@@ -339,7 +343,7 @@ def test_halves_leave_c_and_its_gradient_in_float32(kernel, half):
         dstates=(None, np.full((T, B, H), part)),
     )
     p = p.astype(np.float16 if half == "float16" else ml_dtypes.bfloat16)
-    got = run(Cut(kernel), p)
+    got = run(Tiled(kernel), p)
     for found in ("cT", "dc0"):
         np.testing.assert_allclose(got[found].astype(float), 1 + T * part, rtol=2 * HALVES[half])
 
@@ -348,14 +352,14 @@ def test_halves_leave_c_and_its_gradient_in_float32(kernel, half):
 @pytest.mark.parametrize("cell", ONE_PHASE, ids=name)
 def test_resident_and_streamed_halves_give_the_same_bits(cell, half):
     p, _ = of_halves(cell, (5, 11, 3, 19), half, **EVERYTHING)
-    assert_same_bits(run(Cut("grid", 7, 6), p), run(Cut("grid_streamed", 7, 6), p))
+    assert_bitwise_equal(run(Tiled("grid", 7, 6), p), run(Tiled("grid_streamed", 7, 6), p))
 
 
 @pytest.mark.parametrize("half", HALVES)
 def test_halves_have_no_other_precision(half):
     p, _ = of_halves(LSTM(), (3, 2, 3, 7), half)
-    backend = Cut("grid", precision="tf32")
-    assert_same_bits(run(backend, p), run(Cut("grid"), p))
+    backend = Tiled("grid", precision="tf32")
+    assert_bitwise_equal(run(backend, p), run(Tiled("grid"), p))
     assert set(backend.device.products) == {"fp16" if half == "float16" else "bf16"}
 
 
@@ -364,7 +368,7 @@ def test_halves_have_no_other_precision(half):
 KERNEL_NORMED = NORMED[:4]  # not of GRU with reset before
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["plain", "all", "reverse"])
+@pytest.mark.parametrize("call", CALLS, ids=["plain", "all", "reverse"])
 @pytest.mark.parametrize(
     ("cell", "kind"),
     [
@@ -374,15 +378,15 @@ KERNEL_NORMED = NORMED[:4]  # not of GRU with reset before
         if (kind == "none" and cell.layer_norm) or (kind != "none" and of(kind, cell))
     ],
 )
-def test_regularization_and_layer_norm(cell, kind, way):
+def test_regularization_and_layer_norm(cell, kind, call):
     r = None if kind == "none" else of(kind, cell)
     for sizes in ((5, 11, 3, 19), (3, 4, 2, 70)):
-        assert_right(Cut("steps"), cell, sizes, regularization=r, **way)
+        assert_right(Tiled("steps"), cell, sizes, regularization=r, **call)
 
 
 @pytest.mark.parametrize("warps", [1, 8])
 def test_layer_norm_in_blocks_of_other_sizes(warps):
-    assert_right(Cut("steps", warps=warps), LSTM(layer_norm=True), (3, 4, 2, 300), **EVERYTHING)
+    assert_right(Tiled("steps", warps=warps), LSTM(layer_norm=True), (3, 4, 2, 300), **EVERYTHING)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -390,7 +394,7 @@ def test_layer_norm_in_blocks_of_other_sizes(warps):
 def test_regularization_and_layer_norm_in_other_dtypes(cell, dtype):
     p = problem(cell, 5, 11, 3, 19, regularization=of("all", cell), **EVERYTHING).astype(dtype)
     tolerance = (4 if dtype == np.float32 else 1.5) * float(ml_dtypes.finfo(dtype).eps)
-    got, want = run(Cut("steps"), p), run(REFERENCE, p.astype(np.longdouble))
+    got, want = run(Tiled("steps"), p), run(REFERENCE, p.astype(np.longdouble))
     assert {a.dtype for a in got.values()} == {np.dtype(dtype)}
     assert_close(got, want, tolerance)
 
@@ -398,7 +402,7 @@ def test_regularization_and_layer_norm_in_other_dtypes(cell, dtype):
 @pytest.mark.parametrize("cell", [*CELLS, *KERNEL_NORMED], ids=name)
 def test_regularization_and_layer_norm_give_the_same_bits_in_any_order(cell):
     p = problem(cell, 5, 11, 3, 19, regularization=of("all", cell), **EVERYTHING)
-    first = run(Cut("steps", seed=0), p)
+    first = run(Tiled("steps", seed=0), p)
     for seed in range(1, 5):
-        assert_same_bits(run(Cut("steps", seed=seed), p), first)
-    assert_same_bits(run(Cut("steps"), p, save="borders"), first)
+        assert_bitwise_equal(run(Tiled("steps", seed=seed), p), first)
+    assert_bitwise_equal(run(Tiled("steps"), p, save="boundary_states"), first)

@@ -1,4 +1,4 @@
-"""The native face on arrays that are not NumPy's, fake_cupy.py's: layers, optimizers, files, gradcheck."""
+"""The native API on arrays that are not NumPy's, fake_cupy.py's: layers, optimizers, files, gradcheck."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import emulated
 import fake_cupy
 import fusedrnn
-from fusedrnn import backends, checkpoint, cli, functional, gradmatrix, optimizers, stack, system
+from fusedrnn import backends, checkpoint, cli, gradcheck_suite, kernels, multilayer, optimizers, system
 from fusedrnn import functions as F
 from fusedrnn import layers as L
 from fusedrnn.backends import cuda_cupy
@@ -60,17 +60,17 @@ def test_arrays_choose_the_backend(gpu, monkeypatch):
     p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
     on_gpu = fake_cupy.hidden(p)
     monkeypatch.setenv("FUSEDRNN_BACKEND", "reference")  # what chooses among those for NumPy
-    want = run(functional, p)
-    got = run(functional, on_gpu)
+    want = run(kernels, p)
+    got = run(kernels, on_gpu)
     assert all(isinstance(a, fake_cupy.ndarray) for a in got.values())
     assert max(error(a.get(), want[key]) for key, a in got.items()) <= 2e-14
-    packed = functional.pack(LSTM(), on_gpu.weights)
+    packed = kernels.pack(LSTM(), on_gpu.weights)
     assert packed.backend.name == "cuda"
     for x, weights, wrong in ((p.x, on_gpu.weights, "weight_ih"), (on_gpu.x, p.weights, "weight_ih")):
         with pytest.raises(TypeError, match=rf"^{wrong}: expected a"):
-            functional.forward(LSTM(), x, weights)
+            kernels.forward(LSTM(), x, weights)
     with pytest.raises(TypeError, match=r"^weight_ih: expected a NumPy array, got cupy.ndarray"):
-        functional.forward(LSTM(), on_gpu.x, on_gpu.weights, backend="reference")
+        kernels.forward(LSTM(), on_gpu.x, on_gpu.weights, backend="reference")
 
 
 def test_packed_rows(gpu):
@@ -79,10 +79,10 @@ def test_packed_rows(gpu):
     sizes = np.array([3, 2, 1])
     results = []
     for move in (np.asarray, put):
-        out = functional.forward(
+        out = kernels.forward(
             LSTM(), move(x), Weights(*(None if w is None else move(w) for w in weights)), batch_sizes=sizes
         )
-        back = functional.backward(out.tape, move(np.ones((6, 7))))
+        back = kernels.backward(out.tape, move(np.ones((6, 7))))
         results.append(
             [fusedrnn.cuda.as_numpy(a) for a in (out.y, *out.stateT, back.dx, back.dweights.weight_hh)]
         )
@@ -91,7 +91,7 @@ def test_packed_rows(gpu):
 
 
 class Net(fusedrnn.Model):
-    """Both ways to run a layer, dropout, a loss with integers."""
+    """A layer with all its paths, dropout, a loss with integers."""
 
     def __init__(self, kind, **options):
         super().__init__()
@@ -244,7 +244,9 @@ def test_mixing_is_an_error_that_names_the_argument(gpu):
         layer(put(x))
     weights = Weights(*(None if w is None else put(w) for w in problem(RNN(), 2, 1, 4, 4).weights))
     with pytest.raises(TypeError, match=r"^masks\[0\]: expected an array like x"):
-        stack.forward_stack(RNN(), put(np.zeros((3, 2, 4))), [weights, weights], masks=[np.ones((3, 2, 4))])
+        multilayer.forward_multilayer(
+            RNN(), put(np.zeros((3, 2, 4))), [weights, weights], masks=[np.ones((3, 2, 4))]
+        )
 
 
 def test_weights_and_checkpoints_go_through_files(gpu, tmp_path):
@@ -288,7 +290,7 @@ def test_loaders(gpu):
         assert isinstance(next(loader)[0], fake_cupy.ndarray)
 
 
-def test_the_gradient_matrix(gpu):
+def test_the_gradcheck_suite(gpu):
     """What ``fusedrnn gradcheck --backend cuda`` runs."""
     options = [
         "plain",
@@ -298,8 +300,8 @@ def test_the_gradient_matrix(gpu):
         "zoneout",
         "layer norm",
     ]
-    rows = gradmatrix.run_matrix(
-        cells=["lstm", "gru"], backends=["cuda"], sizes=gradmatrix.QUICK[:1], options=options
+    rows = gradcheck_suite.run_suite(
+        cells=["lstm", "gru"], backends=["cuda"], sizes=gradcheck_suite.QUICK[:1], options=options
     )
     assert [r for r in rows if r.passed is False] == []
     unbuilt = {(r.cell, r.option) for r in rows if r.passed is None}
@@ -307,10 +309,10 @@ def test_the_gradient_matrix(gpu):
     assert sum(r.passed is True for r in rows) == 3 * 2 * len(options) - 2
 
 
-def test_the_gradient_matrix_of_a_forced_kernel_leaves_out_what_it_cannot_run(gpu, monkeypatch):
+def test_the_gradcheck_suite_of_a_forced_kernel_leaves_out_what_it_cannot_run(gpu, monkeypatch):
     monkeypatch.setenv("FUSEDRNN_CUDA_KERNEL", "grid_streamed")
-    rows = gradmatrix.run_matrix(
-        cells=["gru"], backends=["cuda"], sizes=gradmatrix.QUICK[:1], options=["plain", "zoneout"]
+    rows = gradcheck_suite.run_suite(
+        cells=["gru"], backends=["cuda"], sizes=gradcheck_suite.QUICK[:1], options=["plain", "zoneout"]
     )
     ran = {(r.cell, r.option): r.passed for r in rows}
     assert ran.pop(("gru", "plain")) is True

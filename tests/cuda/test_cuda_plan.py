@@ -1,4 +1,4 @@
-"""How a call is cut on a GPU: ``cuda_plan`` by itself, and what the emulated device can run of it."""
+"""How a call is tiled on a GPU: ``cuda_plan`` by itself, and what the emulated device can run of it."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def test_more_batch_or_units_cost_no_less():
     for cell, backward in itertools.product((RNN(), LSTM(), GRU()), (False, True)):
 
         def cost(B, H, cell=cell, backward=backward):
-            cuts = cuda_plan.cuts("grid_streamed", kernels_of(cell), B, H, 4, H100, backward=backward)
-            return min(cuts).cost
+            found = cuda_plan.candidates("grid_streamed", kernels_of(cell), B, H, 4, H100, backward=backward)
+            return min(found).cost
 
         for B, H in itertools.product((1, 16, 128), (64, 256, 512)):
             assert cost(2 * B, H) >= cost(B, H)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusedrnn import functional
+from fusedrnn import kernels
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, RNN
 
@@ -208,7 +208,7 @@ def test_lstm_with_layer_norm():
         h, c, saved = step(weights, x[t], h, c)
         tape.append(saved)
         y.append(h)
-    run = functional.forward(LSTM(layer_norm=True), x, weights, (h0, c0), backend="reference")
+    run = kernels.forward(LSTM(layer_norm=True), x, weights, (h0, c0), backend="reference")
     np.testing.assert_allclose(y, run.y, rtol=0, atol=1e-13)
 
     dweights = {key: np.zeros_like(w) for key, w in weights._asdict().items() if w is not None}
@@ -295,13 +295,13 @@ def test_published_error(lstm, number, printed, quantity, formula):
 
 @pytest.mark.parametrize("cut", range(1, T))
 def test_chunks_with_gradients_passed_on_are_full_bptt(lstm, cut):
-    """Dropping dstate0 at a border is truncation; passing it on as dstateT gives the full gradient again."""
+    """Dropping dstate0 at a chunk boundary truncates; passing it on as dstateT gives the full gradient."""
     w, x, dy, h0, c0 = (lstm[k] for k in ("weights", "x", "dy", "h0", "c0"))
-    first = functional.forward(LSTM(), x[:cut], w, (h0, c0), backend="reference")
-    second = functional.forward(LSTM(), x[cut:], w, first.stateT, backend="reference")
-    late = functional.backward(second.tape, dy[cut:])
-    early = functional.backward(first.tape, dy[:cut], late.dstate0)
-    cut_off = functional.backward(first.tape, dy[:cut])
+    first = kernels.forward(LSTM(), x[:cut], w, (h0, c0), backend="reference")
+    second = kernels.forward(LSTM(), x[cut:], w, first.stateT, backend="reference")
+    late = kernels.backward(second.tape, dy[cut:])
+    early = kernels.backward(first.tape, dy[:cut], late.dstate0)
+    cut_off = kernels.backward(first.tape, dy[:cut])
     assert_gradient(np.concatenate([early.dx, late.dx]), np.stack(lstm["da"]) @ w.weight_ih)
     assert_gradient(early.dstate0[0], lstm["dh0"])
     assert_gradient(early.dstate0[1], lstm["dc0"])
@@ -312,7 +312,7 @@ def test_chunks_with_gradients_passed_on_are_full_bptt(lstm, cut):
 def test_page_is_what_the_library_computes(name):
     cell = {"elman": RNN(), "gru_after": GRU(), "gru_before": GRU(reset_after=False)}[name]
     weights, x, h0, _ = make(*CELLS[name])
-    y = functional.forward(cell, x, weights, (h0,), backend="reference").y
+    y = kernels.forward(cell, x, weights, (h0,), backend="reference").y
     h = h0
     for t in range(T):
         h, _ = page[f"{name}_step"](weights, x[t], h)

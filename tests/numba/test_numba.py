@@ -26,8 +26,8 @@ from problems import (
     CELLS,
     OPTIONS,
     SIZES,
+    assert_bitwise_equal,
     assert_close,
-    assert_same_bits,
     expected_names,
     name,
     named,
@@ -128,7 +128,7 @@ def test_rows_shared_among_threads(monkeypatch, cell, options):
     for key in alone:
         if not key.startswith(("dw", "db")):  # the sums over rows are others
             assert_close({key: together[key]}, {key: alone[key]}, 1e-14)
-    assert_same_bits(together, run(NUMBA, p))
+    assert_bitwise_equal(together, run(NUMBA, p))
 
 
 @needs_numba
@@ -137,17 +137,17 @@ def test_rows_shared_among_threads(monkeypatch, cell, options):
 def test_nothing_to_do(cell, T, B):
     for options in ({}, {"reverse": True}):
         p = problem(cell, T, B, 3, 7, **options)
-        assert_same_bits(run(NUMBA, p), run(REFERENCE, p))
+        assert_bitwise_equal(run(NUMBA, p), run(REFERENCE, p))
         p = problem(cell, T, B, 3, 7, **options, lengths=True, return_states=True)
         p = replace(p, reset=np.zeros((T, B), bool))
-        assert_same_bits(run(NUMBA, p), run(REFERENCE, p))
+        assert_bitwise_equal(run(NUMBA, p), run(REFERENCE, p))
 
 
 @needs_numba
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_no_row_has_a_step(cell):
     p = replace(problem(cell, 4, 3, 2, 7, **EVERYTHING), lengths=np.zeros(3, np.int32))
-    assert_same_bits(run(NUMBA, p), run(REFERENCE, p))
+    assert_bitwise_equal(run(NUMBA, p), run(REFERENCE, p))
 
 
 # --- what may be left out ----------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_each_gradient_alone(cell):
         got = named(p.cell, None, NUMBA.backward(tape, p.dy, p.dstateT, p.dstates, need=need))
         states = [f"d{s}0" for s in cell.states]
         wanted = {key for n in need for key in (states if n == "state0" else [f"d{n}"])}
-        assert_same_bits(got, {key: every[key] for key in wanted})
+        assert_bitwise_equal(got, {key: every[key] for key in wanted})
 
 
 @needs_numba
@@ -194,20 +194,20 @@ def test_nothing_saved(cell):
             bare = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options, save=None)
             assert bare.tape is None
             assert saved.tape.bytes > 0
-            assert_same_bits(named(cell, bare, None), named(cell, saved, None))
+            assert_bitwise_equal(named(cell, bare, None), named(cell, saved, None))
 
 
 @needs_numba
-def test_borders_are_a_named_error():
+def test_boundary_states_are_a_named_error():
     p = problem(LSTM(), 3, 2, 3, 7)
-    with pytest.raises(ValueError, match='save: "borders" is not built in the numba backend'):
-        NUMBA.forward(p.cell, p.x, p.weights, save="borders")
+    with pytest.raises(ValueError, match='save: "boundary_states" is not supported by the numba backend'):
+        NUMBA.forward(p.cell, p.x, p.weights, save="boundary_states")
 
 
 @needs_numba
 def test_truncated_gradients_are_a_named_error():
     p = problem(LSTM(), 3, 2, 3, 7)
-    with pytest.raises(ValueError, match="detach_every: not built in the numba backend"):
+    with pytest.raises(ValueError, match="detach_every: is not supported by the numba backend"):
         NUMBA.forward(p.cell, p.x, p.weights, detach_every=2)
 
 
@@ -229,10 +229,10 @@ def test_any_strides_of_x(cell, dtype):
     ]
     for x in views:
         assert not x.flags.c_contiguous
-        assert_same_bits(run(NUMBA, replace(p, x=x)), want)
+        assert_bitwise_equal(run(NUMBA, replace(p, x=x)), want)
     same = np.broadcast_to(p.x[:1, :1], (6, 5, 3))
     repeated = replace(p, x=same, lengths=None)
-    assert_same_bits(run(NUMBA, repeated), run(NUMBA, replace(repeated, x=same.copy())))
+    assert_bitwise_equal(run(NUMBA, repeated), run(NUMBA, replace(repeated, x=same.copy())))
 
 
 @needs_numba
@@ -245,7 +245,7 @@ def test_inputs_are_not_written_to(cell):
     want = run(NUMBA, p)
     for a in given:
         a.flags.writeable = False
-    assert_same_bits(run(NUMBA, p), want)
+    assert_bitwise_equal(run(NUMBA, p), want)
     for a, b in zip(given, before, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -264,7 +264,7 @@ def test_results_share_no_memory_but_the_last_state_in_y():
 def test_packed_weights(cell):
     p = problem(cell, 5, 3, 4, 9, **EVERYTHING, biases="both")
     packed = NUMBA.pack(p.cell, p.weights)
-    assert_same_bits(run(NUMBA, replace(p, weights=packed)), run(NUMBA, p))
+    assert_bitwise_equal(run(NUMBA, replace(p, weights=packed)), run(NUMBA, p))
     with pytest.raises(ValueError, match="weights: packed for"):
         NUMBA.forward(RNN() if cell != RNN() else RNN(relu=True), p.x, packed)
 
@@ -305,11 +305,11 @@ def test_the_same_bits_run_to_run(cell, dtype):
     p = problem(cell, 9, 7, 5, 19, dtype=dtype, **EVERYTHING)
     first = run(NUMBA, p)
     for _ in range(10):
-        assert_same_bits(run(NUMBA, p), first)
+        assert_bitwise_equal(run(NUMBA, p), first)
     tape = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options).tape
     for _ in range(2):
         again = named(p.cell, None, NUMBA.backward(tape, p.dy, p.dstateT, p.dstates))
-        assert_same_bits(again, {key: first[key] for key in again})
+        assert_bitwise_equal(again, {key: first[key] for key in again})
 
 
 @needs_numba
@@ -325,7 +325,7 @@ def test_nan_stays_in_its_row(cell, dtype, bad):
     others = [b for b in range(7) if b != 2]
     for key in ("y", "dx", *(f"{s}T" for s in cell.states), *(f"d{s}0" for s in cell.states)):
         axis = clean[key].ndim - 2
-        assert_same_bits({key: got[key].take(others, axis)}, {key: clean[key].take(others, axis)})
+        assert_bitwise_equal({key: got[key].take(others, axis)}, {key: clean[key].take(others, axis)})
     if np.isnan(bad):
         assert np.isnan(got["y"][1:, 2]).all()
         assert np.isnan(got["hT"][2]).all()
@@ -340,7 +340,7 @@ def test_calls_from_many_threads(monkeypatch):
     want = [run(NUMBA, p) for p in ps]
     with ThreadPoolExecutor(8) as pool:
         for got, w in zip(pool.map(lambda p: run(NUMBA, p), ps * 5), want * 5, strict=True):
-            assert_same_bits(got, w)
+            assert_bitwise_equal(got, w)
 
 
 @needs_numba
@@ -348,7 +348,7 @@ def test_calls_from_many_threads(monkeypatch):
 def test_a_forked_child_has_threads_of_its_own():
     code = """
         import os, warnings
-        from problems import assert_same_bits, problem, run
+        from problems import assert_bitwise_equal, problem, run
         from fusedrnn.backends import numba as module
         from fusedrnn.cells import LSTM
         module.WORTH_A_THREAD, module.get_num_threads = 1, lambda: 2
@@ -356,7 +356,7 @@ def test_a_forked_child_has_threads_of_its_own():
         want = run(module.NumbaBackend(), p)
         warnings.simplefilter("ignore")  # of forking beside threads
         child = os.fork()
-        assert_same_bits(run(module.NumbaBackend(), p), want)
+        assert_bitwise_equal(run(module.NumbaBackend(), p), want)
         if child:
             assert os.waitpid(child, 0)[1] == 0
     """
@@ -390,10 +390,10 @@ def test_activations_are_within_2_ulp(dtype):
         off = np.abs(f(x) - want) / np.spacing(np.abs(want).astype(dtype))
         assert off[usual].max() <= 2
         assert (np.abs(f(x))[~usual] <= np.finfo(dtype).tiny).all()
-    assert_same_bits({"odd": tanh(-x)}, {"odd": -tanh(x)})
+    assert_bitwise_equal({"odd": tanh(-x)}, {"odd": -tanh(x)})
     edges = np.array([0, -0.0, np.inf, -np.inf, np.nan], dtype)
-    assert_same_bits({"": tanh(edges)}, {"": np.array([0, -0.0, 1, -1, np.nan], dtype)})
-    assert_same_bits({"": sigmoid(edges)}, {"": np.array([0.5, 0.5, 1, 0, np.nan], dtype)})
+    assert_bitwise_equal({"": tanh(edges)}, {"": np.array([0, -0.0, 1, -1, np.nan], dtype)})
+    assert_bitwise_equal({"": sigmoid(edges)}, {"": np.array([0.5, 0.5, 1, 0, np.nan], dtype)})
 
 
 @needs_numba

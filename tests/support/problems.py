@@ -194,7 +194,7 @@ def name(cell: Cell, options: dict[str, Any] | None = None) -> str:
 def run(
     backend: Any, p: Problem, *, save: str = "all", need: tuple[str, ...] | None = None
 ) -> dict[str, Array]:
-    """Forward and backward on a backend, or on ``functional``; every result by its name."""
+    """Forward and backward on a backend, or on ``kernels``; every result by its name."""
     forward: Forward = backend.forward(p.cell, p.x, p.weights, p.state0, **p.options, save=save)
     gradients: Gradients = backend.backward(forward.tape, p.dy, p.dstateT, p.dstates, need=need)
     return named(p.cell, forward, gradients)
@@ -251,7 +251,7 @@ def assert_close(got: dict[str, Array], want: dict[str, Array], tolerance: float
     assert not bad, f"beyond {tolerance}: {bad}"
 
 
-def assert_same_bits(got: dict[str, Array], want: dict[str, Array]) -> None:
+def assert_bitwise_equal(got: dict[str, Array], want: dict[str, Array]) -> None:
     """The same names, dtypes, shapes and bits."""
     assert got.keys() == want.keys()
     for key in want:

@@ -1,6 +1,6 @@
 """ONNX's own node cases for LSTM, GRU and RNN, and small random models beside ONNX Runtime.
 
-The adapter reads a node with its inputs as an ONNX backend would and runs ``fusedrnn.functional``.
+The adapter reads a node with its inputs as an ONNX backend would and runs ``fusedrnn.kernels``.
 docs/third_party.md says what is covered.
 """
 
@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from fusedrnn.backends.protocol import Weights
-from fusedrnn.bench.participants import TOLERANCE
+from fusedrnn.bench.libraries import TOLERANCE
 from fusedrnn.bench.peer_onnx import GATES, IR, OPSET
 from fusedrnn.cells import GRU, LSTM, RNN
-from fusedrnn.functional import forward
+from fusedrnn.kernels import forward
 
 onnx = pytest.importorskip("onnx")
 BACKENDS = ("cpu", "reference")

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_twins import (
+from torch_pairs import (
     CELLS,
     DTYPES,
     assert_close,
@@ -23,8 +23,8 @@ from torch_twins import (
     every_dtype,
     flat,
     ft,
+    module_pair,
     state_of,
-    twins,
 )
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
@@ -45,7 +45,7 @@ def inputs(cell, dtype=torch.float32, shape=(B, I)):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(B, I), (I,)], ids=["batched", "unbatched"])
 def test_a_step(kind, dtype, bias, shape):
-    theirs, ours = twins(kind, I, H, bias=bias, dtype=dtype)
+    theirs, ours = module_pair(kind, I, H, bias=bias, dtype=dtype)
     x, hx = inputs(ours, dtype, shape)
     for state in (hx, None):
         assert_same(theirs, ours, x, state)
@@ -73,7 +73,7 @@ def test_random_configurations(kind, dtype, sizes, layout, flags, seed):
     torch.manual_seed(seed)
     batch, features, hidden = sizes
     options = {"nonlinearity": "relu"} if kind == "RNNCell" and flags & 64 else {}
-    theirs, ours = twins(kind, features, hidden, bias=bool(flags & 1), dtype=dtype, **options)
+    theirs, ours = module_pair(kind, features, hidden, bias=bool(flags & 1), dtype=dtype, **options)
     for i, (p, q) in enumerate(zip(theirs.parameters(), ours.parameters(), strict=True)):
         p.requires_grad_(not flags >> 1 + i % 2 & 1)
         q.requires_grad_(p.requires_grad)
@@ -97,7 +97,7 @@ def test_relu_and_a_long_walk(kind):
     """Backpropagation through many steps, the state carried by the caller."""
     options = {"nonlinearity": "relu"} if kind == "RNNCell" else {}
     found = []
-    for cell in twins(kind, I, H, dtype=torch.float64, **options):
+    for cell in module_pair(kind, I, H, dtype=torch.float64, **options):
         torch.manual_seed(1)
         x = torch.randn(20, B, I, dtype=torch.float64, requires_grad=True)
         hx, seen = None, []
@@ -111,7 +111,7 @@ def test_relu_and_a_long_walk(kind):
 
 @every_cell
 def test_gradcheck(kind):
-    _, ours = twins(kind, 2, 3, dtype=torch.float64)
+    _, ours = module_pair(kind, 2, 3, dtype=torch.float64)
     x, hx = inputs(ours, torch.float64, (B, 2))
     names, weights = zip(*ours.named_parameters(), strict=True)
     n = len(flat(hx))
@@ -126,7 +126,7 @@ def test_gradcheck(kind):
 
 @every_cell
 def test_copies_and_packed_weights(kind):
-    theirs, ours = twins(kind, I, 40)
+    theirs, ours = module_pair(kind, I, 40)
     x, hx = inputs(ours)
     ours(x, hx)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
@@ -144,10 +144,10 @@ def test_copies_and_packed_weights(kind):
 
 @every_cell
 def test_fallbacks(kind, warned):
-    theirs, ours = twins(kind, I, H)
+    theirs, ours = module_pair(kind, I, H)
     x, hx = inputs(ours)
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ft.Fallback)
+        warnings.simplefilter("ignore", ft.FallbackWarning)
         got, expected = ours(x, hx), theirs(x, hx)
     assert (ours.last_path == "fused") == (kind != "RNNCell")
     for a, b in zip(flat(got), flat(expected), strict=True):
@@ -155,7 +155,7 @@ def test_fallbacks(kind, warned):
         torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
     for cell in (theirs, ours):
         cell.bfloat16()
-    with pytest.warns(ft.Fallback, match=f"{kind} runs PyTorch's own implementation: the dtype is"):
+    with pytest.warns(ft.FallbackWarning, match=f"{kind} runs PyTorch's own implementation: the dtype is"):
         got = ours(x.bfloat16())
     assert torch.equal(flat(got)[0], flat(theirs(x.bfloat16()))[0])
     ours.float()
@@ -175,7 +175,7 @@ def test_fallbacks(kind, warned):
 
 @every_cell
 def test_second_derivatives(kind):
-    _, ours = twins(kind, I, H)
+    _, ours = module_pair(kind, I, H)
     x, hx = inputs(ours)
     (dx,) = torch.autograd.grad(flat(ours(x, hx))[0].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivatives"):
@@ -184,16 +184,16 @@ def test_second_derivatives(kind):
 
 @every_cell
 def test_no_units_and_no_rows(kind, warned):
-    theirs, ours = twins(kind, I, 0)
-    with pytest.warns(ft.Fallback, match="there are no units"):
+    theirs, ours = module_pair(kind, I, 0)
+    with pytest.warns(ft.FallbackWarning, match="there are no units"):
         assert flat(ours(torch.zeros(B, I)))[0].shape == (B, 0)
-    theirs, ours = twins(kind, I, H)
+    theirs, ours = module_pair(kind, I, H)
     assert_same(theirs, ours, torch.zeros(0, I, requires_grad=True))
 
 
 @every_cell
 def test_wrong_calls_fail_as_pytorchs(kind):
-    theirs, ours = twins(kind, I, H)
+    theirs, ours = module_pair(kind, I, H)
     x = torch.randn(B, I)
 
     def state(*shape):

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedrnn.torch as ours
 from fusedrnn import backends
-from fusedrnn.functional import Regularization, Weights
+from fusedrnn.kernels import Regularization, Weights
 from fusedrnn.torch import compilable, ops
 from fusedrnn.torch.recurrence import NORMED
 
@@ -480,7 +480,7 @@ def test_the_subclass_without_the_switch_still_runs():
 
 
 @pytest.mark.parametrize("mode", LAYERS)
-def test_the_twin_of_torch(mode):
+def test_the_base_of_torch(mode):
     """Parameters, initial values, state_dict, repr, and both implementations' results."""
     kind, options = LAYERS[mode]
     theirs = getattr(torch.nn, kind.__name__)

@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import torch
 
-from torch_twins import CELLS, LAYERS, assert_close, every_kind, flat, ft
+from torch_pairs import CELLS, LAYERS, assert_close, every_kind, flat, ft
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
 

@@ -1,4 +1,4 @@
-"""The PyTorch face with tensors on a GPU: the way from tensors to the CUDA backend and back.
+"""The PyTorch API with tensors on a GPU: the way from tensors to the CUDA backend and back.
 
 No GPU is needed: a tensor that says it is not on the CPU, and the emulated device, whose memory is NumPy's.
 What this cannot show is CuPy's part, ``fusedrnn.torch.gpu``, which has never run.
@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from emulated import EmulatedDevice  # noqa: E402
-from fusedrnn import torch as face  # noqa: E402
+from fusedrnn import torch as fused  # noqa: E402
 from fusedrnn.backends.cuda import CudaBackend  # noqa: E402
 from fusedrnn.torch import gpu, paths, recurrence  # noqa: E402
 
@@ -73,7 +73,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_layers_beside_pytorchs(name, options, device):
     theirs = getattr(torch.nn, name)(3, 7, dtype=torch.float64, **options)
-    ours = getattr(face, name)(3, 7, dtype=torch.float64, **options)
+    ours = getattr(fused, name)(3, 7, dtype=torch.float64, **options)
     ours.load_state_dict(theirs.state_dict())
     moved(ours)
     x = torch.randn(5, 4, 3, dtype=torch.float64)
@@ -92,8 +92,8 @@ def test_layers_beside_pytorchs(name, options, device):
 
 
 def test_lengths_resets_and_states(device):
-    plain = face.LSTM(3, 7, dtype=torch.float64)
-    ours = face.LSTM(3, 7, dtype=torch.float64)
+    plain = fused.LSTM(3, 7, dtype=torch.float64)
+    ours = fused.LSTM(3, 7, dtype=torch.float64)
     ours.load_state_dict(plain.state_dict())
     moved(ours)
     x = torch.randn(6, 4, 3, dtype=torch.float64)
@@ -114,7 +114,7 @@ def reference(layer, x, given):
 
     from fusedrnn.backends.protocol import Weights
     from fusedrnn.cells import LSTM
-    from fusedrnn.functional import forward
+    from fusedrnn.kernels import forward
 
     weights = Weights(*(p.detach().numpy() for p in layer.parameters()))
     lengths = given["lengths"].numpy()
@@ -129,7 +129,7 @@ def reference(layer, x, given):
 
 def test_a_packed_sequence(device):
     theirs = torch.nn.GRU(3, 7, dtype=torch.float64)
-    ours = face.GRU(3, 7, dtype=torch.float64)
+    ours = fused.GRU(3, 7, dtype=torch.float64)
     ours.load_state_dict(theirs.state_dict())
     moved(ours)
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (5, 4, 1)])
@@ -144,7 +144,7 @@ def test_a_packed_sequence(device):
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_cells(name, device):
     theirs = getattr(torch.nn, name)(3, 7, dtype=torch.float64)
-    ours = getattr(face, name)(3, 7, dtype=torch.float64)
+    ours = getattr(fused, name)(3, 7, dtype=torch.float64)
     ours.load_state_dict(theirs.state_dict())
     moved(ours)
     x = torch.randn(4, 3, dtype=torch.float64)
@@ -159,7 +159,7 @@ def test_cells(name, device):
 def test_16_bits(name, dtype, device):
     """Beside PyTorch's own in float32, on the same numbers."""
     theirs = getattr(torch.nn, name)(3, 7).to(dtype)
-    ours = getattr(face, name)(3, 7).to(dtype)
+    ours = getattr(fused, name)(3, 7).to(dtype)
     ours.load_state_dict(theirs.state_dict())
     moved(ours)
     theirs.float()
@@ -182,8 +182,8 @@ def test_16_bits(name, dtype, device):
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
 def test_autocast(name, dtype, device):
     """As on the rounded numbers; gradients come back in the parameters' dtype."""
-    layer = getattr(face, name)(3, 7)
-    rounded = getattr(face, name)(3, 7).to(dtype)
+    layer = getattr(fused, name)(3, 7)
+    rounded = getattr(fused, name)(3, 7).to(dtype)
     rounded.load_state_dict(layer.state_dict())
     moved(layer), moved(rounded)
     x = torch.randn(*((4, 3) if "Cell" in name else (5, 4, 3))).as_subclass(Elsewhere).requires_grad_()
@@ -206,7 +206,7 @@ def test_autocast(name, dtype, device):
 
 
 def test_autocast_of_a_packed_sequence(device):
-    layer = moved(face.LSTM(3, 7))
+    layer = moved(fused.LSTM(3, 7))
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (5, 4, 1)])
     elsewhere = packed._replace(data=packed.data.as_subclass(Elsewhere))
     with torch.autocast("cpu", torch.bfloat16):
@@ -216,7 +216,7 @@ def test_autocast_of_a_packed_sequence(device):
 
 
 def test_autocast_leaves_float64(device):
-    layer = moved(face.LSTM(3, 7, dtype=torch.float64))
+    layer = moved(fused.LSTM(3, 7, dtype=torch.float64))
     with torch.autocast("cpu", torch.bfloat16):
         z, _ = layer(torch.randn(5, 4, 3, dtype=torch.float64).as_subclass(Elsewhere))
     assert z.dtype is torch.float64
@@ -234,8 +234,8 @@ def largest(t):
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_options_of_our_own(name, options, request):
     """As on the CPU, masks included."""
-    cpu = getattr(face, name)(3, 7, num_layers=2, dtype=torch.float64, **options)
-    there = getattr(face, name)(3, 7, num_layers=2, dtype=torch.float64, **options)
+    cpu = getattr(fused, name)(3, 7, num_layers=2, dtype=torch.float64, **options)
+    there = getattr(fused, name)(3, 7, num_layers=2, dtype=torch.float64, **options)
     there.load_state_dict(cpu.state_dict())
     x = torch.randn(5, 4, 3, dtype=torch.float64)
     torch.manual_seed(5)
@@ -254,7 +254,7 @@ def test_options_of_our_own(name, options, request):
 
 
 def test_weights_that_changed_are_packed_anew(device):
-    ours = moved(face.LSTM(3, 7))
+    ours = moved(fused.LSTM(3, 7))
     x = torch.randn(2, 3, 3).as_subclass(Elsewhere)
     with torch.no_grad():
         first, again = here(ours(x)[0]), here(ours(x)[0])

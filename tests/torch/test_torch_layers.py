@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils import parametrizations, rnn
 
-from torch_twins import (
+from torch_pairs import (
     DTYPES,
     LAYERS,
     assert_close,
@@ -29,8 +29,8 @@ from torch_twins import (
     flat,
     ft,
     gradients,
+    module_pair,
     state_of,
-    twins,
 )
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
@@ -70,7 +70,7 @@ def inputs(layer, dtype=torch.float32, shape=(T, B, I)):
     ids=str,
 )
 def test_options(kind, options, dtype):
-    theirs, ours = twins(kind, I, H, **options, dtype=dtype)
+    theirs, ours = module_pair(kind, I, H, **options, dtype=dtype)
     x, hx = inputs(ours, dtype)
     for state in (hx, None):
         torch.manual_seed(3)
@@ -90,21 +90,21 @@ def test_options(kind, options, dtype):
 @every_layer
 @pytest.mark.parametrize("hidden", [1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 65])
 def test_sizes(kind, hidden):
-    theirs, ours = twins(kind, 3, hidden, num_layers=2, dtype=torch.float64)
+    theirs, ours = module_pair(kind, 3, hidden, num_layers=2, dtype=torch.float64)
     x, hx = inputs(ours, torch.float64, (4, 5, 3))
     assert_same(theirs, ours, x, hx)
 
 
 @every_dtype
 def test_relu(dtype):
-    theirs, ours = twins("RNN", I, H, 2, "relu", dtype=dtype)  # the fourth is the nonlinearity
+    theirs, ours = module_pair("RNN", I, H, 2, "relu", dtype=dtype)  # the fourth is the nonlinearity
     assert_same(theirs, ours, *inputs(ours, dtype))
 
 
 @every_layer
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_unbatched(kind, batch_first):
-    theirs, ours = twins(kind, I, H, num_layers=2, bidirectional=True, batch_first=batch_first)
+    theirs, ours = module_pair(kind, I, H, num_layers=2, bidirectional=True, batch_first=batch_first)
     x, hx = inputs(ours, shape=(T, I))
     assert_same(theirs, ours, x, hx)
     assert_same(theirs, ours, x)
@@ -113,7 +113,7 @@ def test_unbatched(kind, batch_first):
 @every_layer
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_other_memory_layouts(kind, batch_first):
-    theirs, ours = twins(kind, I, H, batch_first=batch_first, dtype=torch.float64)
+    theirs, ours = module_pair(kind, I, H, batch_first=batch_first, dtype=torch.float64)
     first, second = (B, T) if batch_first else (T, B)
     wide = torch.randn(first * 2, second + 3, I + 2, dtype=torch.float64)
     for x in (
@@ -137,7 +137,7 @@ def test_other_memory_layouts(kind, batch_first):
 @every_layer
 def test_a_view_in_a_graph(kind):
     """Gradients reach what a sliced, transposed or expanded input was made of."""
-    theirs, ours = twins(kind, I, H, dtype=torch.float64)
+    theirs, ours = module_pair(kind, I, H, dtype=torch.float64)
     base = torch.randn(B, 2 * T, I, dtype=torch.float64, requires_grad=True)
     row = torch.randn(I, dtype=torch.float64, requires_grad=True)
     found = []
@@ -156,7 +156,7 @@ def test_a_view_in_a_graph(kind):
 def test_each_subset_of_upstream_gradients(kind, used):
     if kind != "LSTM" and 2 in used:
         return
-    theirs, ours = twins(kind, I, H, num_layers=2, bidirectional=True, dtype=torch.float64)
+    theirs, ours = module_pair(kind, I, H, num_layers=2, bidirectional=True, dtype=torch.float64)
     assert_same(theirs, ours, *inputs(ours, torch.float64), used=used)
 
 
@@ -164,7 +164,7 @@ def test_each_subset_of_upstream_gradients(kind, used):
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 @pytest.mark.parametrize("hx_given", [True, False])
 def test_packed_sequences(kind, enforce_sorted, hx_given):
-    theirs, ours = twins(kind, I, H, num_layers=2, bidirectional=True, dropout=0.3, dtype=torch.float64)
+    theirs, ours = module_pair(kind, I, H, num_layers=2, bidirectional=True, dropout=0.3, dtype=torch.float64)
     x, hx = inputs(ours, torch.float64)
     lengths = torch.tensor([5, 4, 2] if enforce_sorted else [2, 5, 4])
     results = []
@@ -236,7 +236,7 @@ def check_configuration(c):
     options["dropout"] = c["dropout"] if c["layers"] > 1 else 0.0
     if c["kind"] == "RNN":
         options["nonlinearity"] = "relu" if c["relu"] else "tanh"
-    theirs, ours = twins(c["kind"], features, hidden, **options, dtype=dtype)
+    theirs, ours = module_pair(c["kind"], features, hidden, **options, dtype=dtype)
     ours.recompute = c["recompute"]
     theirs.train(c["training"]), ours.train(c["training"])
     for i, (p, q) in enumerate(zip(theirs.parameters(), ours.parameters(), strict=True)):
@@ -350,7 +350,7 @@ def stepwise(layer, x, hx, lengths, reset, detach_every=None):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_lengths_reset_and_states_against_a_loop(kind, dtype, used, form, recompute):
     options = {"num_layers": 2, "bidirectional": True, "batch_first": form == "batch first"}
-    _, ours = twins(kind, I, H, **options, dtype=dtype)
+    _, ours = module_pair(kind, I, H, **options, dtype=dtype)
     ours.recompute = recompute
     batch = 1 if form == "unbatched" else 4
     x = torch.randn(T, batch, I, dtype=dtype)
@@ -406,7 +406,7 @@ def test_lengths_reset_and_states_against_a_loop(kind, dtype, used, form, recomp
 @pytest.mark.parametrize("every", [1, 2, 4, 5, 9])
 def test_detach_every_is_cutting_by_hand(kind, dtype, every):
     """PyTorch's layer, called with one chunk after another, the state detached between."""
-    theirs, ours = twins(kind, I, H, num_layers=2, dtype=dtype)
+    theirs, ours = module_pair(kind, I, H, num_layers=2, dtype=dtype)
     x, hx = inputs(ours, dtype)
     state, outputs = hx, []
     for chunk in x.split(every):
@@ -426,7 +426,7 @@ def test_detach_every_is_cutting_by_hand(kind, dtype, every):
 
 @every_layer
 def test_kinds_of_lengths_and_resets(kind):
-    _, ours = twins(kind, I, H)
+    _, ours = module_pair(kind, I, H)
     x = torch.randn(T, B, I)
     lengths, reset = torch.tensor([5, 1, 0]), torch.rand(T, B) < 0.5
     expected = ours(x, lengths=lengths, reset=reset)
@@ -438,7 +438,7 @@ def test_kinds_of_lengths_and_resets(kind):
 
 @every_layer
 def test_wrong_lengths_and_resets(kind):
-    _, ours = twins(kind, I, H)
+    _, ours = module_pair(kind, I, H)
     x, packed = torch.randn(T, B, I), rnn.pack_padded_sequence(torch.randn(T, B, I), torch.tensor([5, 4, 2]))
     for error, words, more in (
         (ValueError, "lengths: expected 0 to T = 5, got 1 to 6", {"lengths": [6, 1, 1]}),
@@ -485,7 +485,7 @@ def test_wrong_lengths_and_resets(kind):
 def test_gradcheck(kind, more, options):
     options = dict(options)
     recompute = options.pop("recompute", False)
-    _, ours = twins(kind, 2, 3, **options, dtype=torch.float64)
+    _, ours = module_pair(kind, 2, 3, **options, dtype=torch.float64)
     ours.recompute = recompute
     x, hx = inputs(ours, torch.float64, (4, 3, 2))
     names, weights = zip(*ours.named_parameters(), strict=True)
@@ -586,7 +586,7 @@ def test_wrong_forget_biases():
 
 @every_layer
 def test_state_dicts_load_both_ways(kind):
-    theirs, ours = twins(kind, I, H, num_layers=2)
+    theirs, ours = module_pair(kind, I, H, num_layers=2)
     x = torch.randn(T, B, I)
     ours(x)
     other = getattr(torch.nn, kind)(I, H, num_layers=2)
@@ -600,7 +600,7 @@ def test_state_dicts_load_both_ways(kind):
 
 @every_layer
 def test_copies(kind, tmp_path):
-    _, ours = twins(kind, I, H, num_layers=2)
+    _, ours = module_pair(kind, I, H, num_layers=2)
     ours.recompute = True
     x = torch.randn(T, B, I)
     expected = ours(x)[0]
@@ -626,7 +626,7 @@ def test_copies(kind, tmp_path):
 @every_layer
 def test_safetensors(kind, tmp_path):
     safe = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    _, ours = twins(kind, I, H, num_layers=2, bidirectional=True)
+    _, ours = module_pair(kind, I, H, num_layers=2, bidirectional=True)
     safe.save_file(ours.state_dict(), tmp_path / "layer.safetensors")
     other = getattr(ft, kind)(I, H, num_layers=2, bidirectional=True)
     safe.load_model(other, tmp_path / "layer.safetensors")
@@ -636,7 +636,7 @@ def test_safetensors(kind, tmp_path):
 
 @every_layer
 def test_to_another_dtype(kind):
-    theirs, ours = twins(kind, I, H)
+    theirs, ours = module_pair(kind, I, H)
     x, hx = inputs(ours)
     ours(x, hx)
     assert ours.double() is ours
@@ -647,7 +647,7 @@ def test_to_another_dtype(kind):
 
 @every_layer
 def test_frozen_weights(kind):
-    theirs, ours = twins(kind, I, H, dtype=torch.float64)
+    theirs, ours = module_pair(kind, I, H, dtype=torch.float64)
     x, hx = inputs(ours, torch.float64)
     for frozen in (("weight",), ("bias",), ("weight_ih",), ("bias_hh", "weight_hh"), ("weight", "bias")):
         for layer in (theirs, ours):
@@ -663,7 +663,7 @@ def test_frozen_weights(kind):
 
 @every_layer
 def test_tied_weights(kind):
-    pairs = [twins(kind, H, H, dtype=torch.float64) for _ in range(2)]
+    pairs = [module_pair(kind, H, H, dtype=torch.float64) for _ in range(2)]
     x = torch.randn(T, B, H, dtype=torch.float64)
     found = []
     for side in (0, 1):
@@ -678,7 +678,7 @@ def test_tied_weights(kind):
 
 @every_layer
 def test_modes_without_gradients(kind):
-    theirs, ours = twins(kind, I, H)
+    theirs, ours = module_pair(kind, I, H)
     x, hx = inputs(ours)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -687,7 +687,7 @@ def test_modes_without_gradients(kind):
             assert y.is_inference() == (mode is torch.inference_mode)
     assert_same(theirs.eval(), ours.eval(), x, hx)
     with torch.inference_mode():  # parameters without a version
-        theirs, ours = twins(kind, I, H)
+        theirs, ours = module_pair(kind, I, H)
         assert_same(theirs, ours, x.detach())
         ours.weight_hh_l0[0, 0] += 1
         theirs.weight_hh_l0[0, 0] += 1
@@ -696,7 +696,7 @@ def test_modes_without_gradients(kind):
 
 @every_layer
 def test_functional_call(kind):
-    theirs, ours = twins(kind, I, H)
+    theirs, ours = module_pair(kind, I, H)
     x = torch.randn(T, B, I)
     expected = ours(x)[0]
     for _ in range(4):  # the temporaries often take the same memory again
@@ -715,7 +715,7 @@ def test_functional_call(kind):
 @every_layer
 @pytest.mark.parametrize("old", [False, True])
 def test_weight_norm(kind, old):
-    theirs, ours = twins(kind, I, H, dtype=torch.float64)
+    theirs, ours = module_pair(kind, I, H, dtype=torch.float64)
     x, hx = inputs(ours, torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the old one is deprecated
@@ -823,7 +823,7 @@ def refreshed(layer):
 @pytest.mark.parametrize("hidden", [3, H, 40])
 def test_packed_weights_are_never_stale(kind, change, hidden, monkeypatch):
     monkeypatch.setitem(globals(), "H", hidden)
-    theirs, ours = twins(kind, I, hidden)
+    theirs, ours = module_pair(kind, I, hidden)
     x = torch.randn(T, B, I)
     before = ours(x)[0]
     change(ours)
@@ -838,7 +838,7 @@ def test_packed_weights_are_never_stale(kind, change, hidden, monkeypatch):
 
 @every_layer
 def test_backward_twice(kind):
-    _, ours = twins(kind, I, H)
+    _, ours = module_pair(kind, I, H)
     x, hx = inputs(ours)
     result = ours(x, hx)
     loss = sum(o.square().sum() for o in flat(result))
@@ -855,7 +855,7 @@ def test_the_tape_goes_with_the_graph(kind):
     import gc
     import weakref
 
-    _, ours = twins(kind, I, H)
+    _, ours = module_pair(kind, I, H)
     y, _ = ours(torch.randn(T, B, I))
     tape = weakref.ref(y.grad_fn.saved_tensors[0])
     y.sum().backward()
@@ -867,7 +867,7 @@ def test_the_tape_goes_with_the_graph(kind):
 @every_layer
 @pytest.mark.parametrize("what", ["x", "hx", "weight", "y"])
 def test_a_change_in_place_before_backward_is_noticed(kind, what):
-    _, ours = twins(kind, I, H)
+    _, ours = module_pair(kind, I, H)
     x, hx = torch.randn(T, B, I), state_of(ours, B, torch.ones(()))
     y, _ = ours(x, hx)
     {"x": x, "hx": flat(hx)[0], "weight": ours.weight_hh_l0.detach(), "y": y.detach()}[what].add_(1)
@@ -877,7 +877,7 @@ def test_a_change_in_place_before_backward_is_noticed(kind, what):
 
 @every_layer
 def test_second_derivatives(kind):
-    theirs, ours = twins(kind, I, H, dtype=torch.float64)
+    theirs, ours = module_pair(kind, I, H, dtype=torch.float64)
     x, hx = inputs(ours, torch.float64)
     (dx,) = torch.autograd.grad(ours(x, hx)[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivatives; use .*to_torch\(model\).*fallback\(\)"):
@@ -895,7 +895,7 @@ def test_second_derivatives(kind):
 @every_layer
 @pytest.mark.parametrize("recompute", [False, True])
 def test_hooks_on_saved_tensors(kind, recompute):
-    theirs, ours = twins(kind, I, H, num_layers=2, dtype=torch.float64)
+    theirs, ours = module_pair(kind, I, H, num_layers=2, dtype=torch.float64)
     ours.recompute = recompute
     x, hx = inputs(ours, torch.float64)
     with torch.autograd.graph.save_on_cpu():
@@ -918,7 +918,7 @@ def test_hooks_on_saved_tensors(kind, recompute):
 def test_checkpoint(kind, use_reentrant):
     from torch.utils.checkpoint import checkpoint
 
-    theirs, ours = twins(kind, I, H, num_layers=2, dropout=0.5, dtype=torch.float64)
+    theirs, ours = module_pair(kind, I, H, num_layers=2, dropout=0.5, dtype=torch.float64)
     x, _ = inputs(ours, torch.float64)
     found = []
     for layer in (theirs, ours):
@@ -940,7 +940,7 @@ def test_checkpoint(kind, use_reentrant):
 
 @every_layer
 def test_anomaly_mode(kind):
-    theirs, ours = twins(kind, I, H)
+    theirs, ours = module_pair(kind, I, H)
     with warnings.catch_warnings(action="ignore"), torch.autograd.detect_anomaly():
         assert_same(theirs, ours, *inputs(ours))
         x = torch.full((T, B, I), torch.nan, requires_grad=True)
@@ -951,7 +951,7 @@ def test_anomaly_mode(kind):
 @every_layer
 def test_module_hooks(kind):
     found = []
-    for layer in twins(kind, I, H):
+    for layer in module_pair(kind, I, H):
         seen = []
         layer.register_forward_pre_hook(lambda m, args, s=seen: s.append("before"))
         layer.register_forward_hook(lambda m, args, out, s=seen: s.append("after"))
@@ -971,7 +971,7 @@ def test_module_hooks(kind):
 
 @every_layer
 def test_several_threads_in_one_layer(kind):
-    theirs, ours = twins(kind, I, 33, num_layers=2)
+    theirs, ours = module_pair(kind, I, 33, num_layers=2)
     xs = [torch.randn(T, B, I, requires_grad=True) for _ in range(6)]
     expected = [theirs(x)[0].detach() for x in xs]
     wrong = []
@@ -1000,10 +1000,10 @@ def test_several_threads_in_one_layer(kind):
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_falls_back(kind, dtype, warned):
-    theirs, ours = twins(kind, I, H, dtype=dtype)
+    theirs, ours = module_pair(kind, I, H, dtype=dtype)
     x, hx = inputs(ours, dtype)
     with pytest.warns(
-        ft.Fallback, match=f"{kind} runs PyTorch's own implementation: the dtype is {dtype}"
+        ft.FallbackWarning, match=f"{kind} runs PyTorch's own implementation: the dtype is {dtype}"
     ) as found:
         got = ours(x, hx)
     assert found[0].filename == __file__
@@ -1021,11 +1021,11 @@ def test_half_precision_falls_back(kind, dtype, warned):
 
 
 def test_projections_fall_back(warned):
-    theirs, ours = twins("LSTM", I, H, proj_size=3)
+    theirs, ours = module_pair("LSTM", I, H, proj_size=3)
     x = torch.randn(T, B, I)
     with warnings.catch_warnings(action="ignore"):  # PyTorch's own
         expected = theirs(x)
-    with pytest.warns(ft.Fallback, match="proj_size"):
+    with pytest.warns(ft.FallbackWarning, match="proj_size"):
         got = ours(x)
     for a, b in zip(flat(got), flat(expected), strict=True):
         assert torch.equal(a, b)
@@ -1034,7 +1034,7 @@ def test_projections_fall_back(warned):
 @every_layer
 def test_the_meta_device_falls_back(kind, warned):
     ours = getattr(ft, kind)(I, H, device="meta")
-    with pytest.warns(ft.Fallback, match="the device is meta"):
+    with pytest.warns(ft.FallbackWarning, match="the device is meta"):
         y, _ = ours(torch.zeros(T, B, I, device="meta"))
     assert y.shape == (T, B, H)
     assert y.is_meta
@@ -1048,11 +1048,11 @@ def test_the_meta_device_falls_back(kind, warned):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_autocast(kind, dtype, warned):
     wide = torch.promote_types(dtype, torch.float32)
-    theirs, ours = twins(kind, I, H, num_layers=2, bidirectional=True, dtype=wide)
+    theirs, ours = module_pair(kind, I, H, num_layers=2, bidirectional=True, dtype=wide)
     x = torch.randn(T, B, I, dtype=dtype)
     fused = dtype is torch.float64 or (kind == "GRU" and dtype is torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ft.Fallback)
+        warnings.simplefilter("ignore", ft.FallbackWarning)
         try:
             expected = theirs(x)
         except RuntimeError as error:  # oneDNN has no bfloat16 LSTM for processors without AVX-512
@@ -1070,7 +1070,7 @@ def test_autocast(kind, dtype, warned):
 
 @every_layer
 def test_tracing_falls_back(kind, warned):
-    _, ours = twins(kind, I, H)
+    _, ours = module_pair(kind, I, H)
     x = torch.randn(T, B, I)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -1081,7 +1081,7 @@ def test_tracing_falls_back(kind, warned):
 
 @every_layer
 def test_transforms_fall_back(kind, warned):
-    theirs, ours = twins(kind, I, H, dtype=torch.float64)
+    theirs, ours = module_pair(kind, I, H, dtype=torch.float64)
     x, v = torch.randn(2, T, B, I, dtype=torch.float64), torch.randn(T, B, I, dtype=torch.float64)
 
     def f(layer):
@@ -1121,7 +1121,7 @@ def fails_alike(theirs, ours, *args):
 @every_layer
 @pytest.mark.parametrize("packed", [False, True])
 def test_wrong_calls_fail_as_pytorchs(kind, packed):
-    theirs, ours = twins(kind, I, H, num_layers=2)
+    theirs, ours = module_pair(kind, I, H, num_layers=2)
     x = torch.randn(T, B, I)
 
     def state(*shape, dtype=torch.float32):
@@ -1183,7 +1183,7 @@ def test_weights_of_another_size_fail(kind):
 @every_layer
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_an_empty_batch(kind, batch_first):
-    theirs, ours = twins(kind, I, H, num_layers=2, bidirectional=True, batch_first=batch_first)
+    theirs, ours = module_pair(kind, I, H, num_layers=2, bidirectional=True, batch_first=batch_first)
     x = torch.zeros((0, T, I) if batch_first else (T, 0, I), requires_grad=True)
     assert_same(theirs, ours, x)
     y, _, states = ours(x, lengths=[], reset=torch.zeros(x.shape[:2]), return_states=True)

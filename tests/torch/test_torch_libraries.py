@@ -15,12 +15,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fusedrnn.torch  # noqa: E402
-from fusedrnn.threads import set_team  # noqa: E402
+from fusedrnn.threads import set_thread_pool  # noqa: E402
 
-set_team("own")  # other files' tests count on it; these get PyTorch's below
+set_thread_pool("own")  # other files' tests count on it; these get PyTorch's below
 ROOT = Path(__file__).parents[2]
 # The libraries' own warnings are theirs.
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("openmp_team", "one_thread")]
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("openmp_pool", "one_thread")]
 
 
 @pytest.fixture
@@ -45,20 +45,20 @@ def ppo():
     return module
 
 
-def first_update(ppo, way, **options):
+def first_update(ppo, variant, **options):
     """One rollout of 8 x 32 frames and two epochs of updates: the model, its rollout and its losses."""
-    model = ppo.build(way, seed=3, n_steps=32, batch_size=64, n_epochs=2, **options)
+    model = ppo.build(variant, seed=3, n_steps=32, batch_size=64, n_epochs=2, **options)
     before = copy.deepcopy(model.policy.state_dict())
     model.learn(8 * 32)
     losses = {k: v for k, v in model.logger.name_to_value.items() if "loss" in k or k == "train/approx_kl"}
     return model, before, losses
 
 
-@pytest.mark.parametrize("way", ["fusedrnn", "fusedrnn, reset", "convert"])
-def test_recurrent_ppo_takes_the_same_first_steps(ppo, way):
+@pytest.mark.parametrize("variant", ["fusedrnn", "fusedrnn, reset", "convert"])
+def test_recurrent_ppo_takes_the_same_first_steps(ppo, variant):
     """The same actions, values, losses and weights as with torch.nn, given the same seed."""
     plain, start, expected = first_update(ppo, "torch.nn")
-    if way == "convert":
+    if variant == "convert":
         model = ppo.build("torch.nn", seed=3, n_steps=32, batch_size=64, n_epochs=2)
         report = fusedrnn.torch.convert(model.policy)
         assert report.converted == {"lstm_actor": "LSTM", "lstm_critic": "LSTM"}
@@ -66,7 +66,7 @@ def test_recurrent_ppo_takes_the_same_first_steps(ppo, way):
         model.learn(8 * 32)
         losses = {k: model.logger.name_to_value[k] for k in expected}
     else:
-        model, before, losses = first_update(ppo, way)
+        model, before, losses = first_update(ppo, variant)
     assert type(model.policy.lstm_actor) is fusedrnn.torch.LSTM
     assert model.policy.lstm_actor.last_path == model.policy.lstm_critic.last_path == "fused"
     assert all(torch.equal(before[k], start[k]) for k in start)
@@ -137,15 +137,15 @@ def basin(folder):
     (folder / "basins.txt").write_text("made_up\n")
 
 
-def hydrology(folder, way):
+def hydrology(folder, variant):
     """Losses of the first steps of NeuralHydrology's own trainer, and its model."""
     from neuralhydrology.training.basetrainer import BaseTrainer
     from neuralhydrology.utils.config import Config
 
     cfg = Config(
         {
-            "experiment_name": way,
-            "run_dir": str(folder / way),
+            "experiment_name": variant,
+            "run_dir": str(folder / variant),
             "data_dir": str(folder),
             "dataset": "generic",
             **{
@@ -182,12 +182,12 @@ def hydrology(folder, way):
         }
     )
     trainer = BaseTrainer(cfg)
-    if way == "patched":
+    if variant == "patched":
         with fusedrnn.torch.patched():
             trainer.initialize_training()
     else:
         trainer.initialize_training()
-    if way == "convert":
+    if variant == "convert":
         assert fusedrnn.torch.convert(trainer.model).converted == {"lstm": "LSTM"}
     losses = []
     trainer.loss_obj.register_forward_hook(lambda module, args, result: losses.append(result[0].item()))
@@ -195,18 +195,18 @@ def hydrology(folder, way):
     return losses, trainer.model
 
 
-@pytest.mark.parametrize("way", ["convert", "patched"])
-def test_neuralhydrology_trains_to_the_same_loss(tmp_path, way):
+@pytest.mark.parametrize("variant", ["convert", "patched"])
+def test_neuralhydrology_trains_to_the_same_loss(tmp_path, variant):
     """Its CudaLSTM, by its own trainer, with output dropout and forget bias: the loss of every step."""
     pytest.importorskip("neuralhydrology", reason="nox -s thirdparty installs neuralhydrology")
     basin(tmp_path)
     expected, plain = hydrology(tmp_path, "plain")
-    losses, model = hydrology(tmp_path, way)
+    losses, model = hydrology(tmp_path, variant)
     assert type(plain.lstm) is torch.nn.LSTM
     assert model.lstm.last_path == "fused"
     assert len(losses) == len(expected) == 2 * STEPS
     np.testing.assert_allclose(losses[:STEPS], expected[:STEPS], rtol=1e-5)
     for run in (losses, expected):  # and both learn; at the higher rate rounding has parted them
         assert np.mean(run[-5:]) < np.mean(run[:5]) / 2
-    (saved,) = (tmp_path / way).rglob("model_epoch002.pt")
+    (saved,) = (tmp_path / variant).rglob("model_epoch002.pt")
     plain.load_state_dict(torch.load(saved))  # what it saved loads into the plain model

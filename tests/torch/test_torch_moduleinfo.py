@@ -27,12 +27,12 @@ with warnings.catch_warnings():  # PyTorch's own, while it imports
 torch.backends.__dict__["__allow_nonbracketed_mutation_flag"] = True
 
 import fusedrnn.torch as ours  # noqa: E402
-from fusedrnn.threads import set_team  # noqa: E402
-from fusedrnn.torch.convert import TWINS  # noqa: E402
+from fusedrnn.threads import set_thread_pool  # noqa: E402
+from fusedrnn.torch.convert import REPLACEMENTS  # noqa: E402
 
-set_team("own")  # other files' tests count on it; these get PyTorch's below
+set_thread_pool("own")  # other files' tests count on it; these get PyTorch's below
 
-INFOS = [info for info in module_db if info.module_cls in TWINS]
+INFOS = [info for info in module_db if info.module_cls in REPLACEMENTS]
 DTYPES = (torch.float32, torch.float64)
 # What is left of rounding between two orders of summation; PyTorch's own checks allow 1e-5 in both dtypes.
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-12}}
@@ -40,8 +40,8 @@ TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol"
 
 # LSTM with projections: ours falls back, and PyTorch says that it leaves oneDNN.
 pytestmark = [
-    pytest.mark.usefixtures("openmp_team"),
-    pytest.mark.filterwarnings("ignore::fusedrnn.torch.Fallback"),
+    pytest.mark.usefixtures("openmp_pool"),
+    pytest.mark.filterwarnings("ignore::fusedrnn.torch.FallbackWarning"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
 
@@ -68,7 +68,7 @@ def samples(info, dtype, training, requires_grad=False, **options):
         )
     ):
         torch.manual_seed(number)
-        layer = make(TWINS[info.module_cls], sample, dtype, training)
+        layer = make(REPLACEMENTS[info.module_cls], sample, dtype, training)
         yield layer, sample.forward_input.args, sample
 
 
@@ -120,7 +120,7 @@ def gradients(layer, args):
 
 def test_the_entries_are_all_there():
     """Six modules, 87 samples; 48 more with packed sequences."""
-    assert {info.module_cls for info in INFOS} == set(TWINS)
+    assert {info.module_cls for info in INFOS} == set(REPLACEMENTS)
     count = {info.name: len(list(samples(info, torch.float32, True))) for info in INFOS}
     packed = [len(list(samples(i, torch.float32, True, with_packed_sequence=True))) for i in INFOS]
     assert sum(packed) - sum(count.values()) == 48
@@ -148,9 +148,9 @@ def test_the_kernels_run(info, dtype, training):
 @entries()
 def test_outputs_and_gradients_are_those_of_torch_nn(info, dtype, training):
     for layer, args, sample in samples(info, dtype, training, requires_grad=True, with_packed_sequence=True):
-        twin = make(info.module_cls, sample, dtype, training)
-        layer.load_state_dict(twin.state_dict())
-        found, expected = gradients(layer, leaves(args)), gradients(twin, leaves(args))
+        original = make(info.module_cls, sample, dtype, training)
+        layer.load_state_dict(original.state_dict())
+        found, expected = gradients(layer, leaves(args)), gradients(original, leaves(args))
         same(found[0], expected[0], dtype)
         same(found[1], expected[1], dtype)
 
@@ -159,9 +159,9 @@ def test_outputs_and_gradients_are_those_of_torch_nn(info, dtype, training):
 def test_the_same_seed_gives_the_same_weights(info, dtype, training):
     for number, (layer, _, sample) in enumerate(samples(info, dtype, training)):
         torch.manual_seed(number)
-        twin = make(info.module_cls, sample, dtype, training)
-        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), twin.parameters(), strict=True))
-        assert list(layer.state_dict()) == list(twin.state_dict())
+        original = make(info.module_cls, sample, dtype, training)
+        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), original.parameters(), strict=True))
+        assert list(layer.state_dict()) == list(original.state_dict())
 
 
 @entries()
@@ -186,7 +186,7 @@ def test_forward(info, dtype, training):
 def test_factory_kwargs(info, dtype, training):
     for _, _, sample in samples(info, dtype, training):
         arguments = sample.constructor_input
-        kind = TWINS[info.module_cls]
+        kind = REPLACEMENTS[info.module_cls]
         for device in ("cpu", "meta"):
             layer = kind(*arguments.args, **arguments.kwargs, device=device, dtype=dtype)
             assert {(p.device.type, p.dtype) for p in layer.parameters()} == {(device, dtype)}
@@ -214,18 +214,18 @@ def test_pickle(info, dtype, training):
 
 @entries()
 def test_save_load(info, dtype, training):
-    """A state_dict goes into the twin and back, through a file, after the layer has packed other weights."""
+    """A state_dict goes to PyTorch's and back, through a file, after the layer has packed other weights."""
     for layer, args, sample in samples(info, dtype, training):
-        twin = make(info.module_cls, sample, dtype, training)
-        expected = twin(*args)
+        original = make(info.module_cls, sample, dtype, training)
+        expected = original(*args)
         layer(*args)
         file = io.BytesIO()
-        torch.save(twin.state_dict(), file)
+        torch.save(original.state_dict(), file)
         file.seek(0)
         layer.load_state_dict(torch.load(file, weights_only=True))
         same(layer(*args), expected, dtype)
-        twin.load_state_dict(layer.state_dict())
-        same(twin(*args), expected, dtype)
+        original.load_state_dict(layer.state_dict())
+        same(original(*args), expected, dtype)
 
 
 def spaced(t):
@@ -310,7 +310,7 @@ def test_if_train_and_eval_modes_differ(info, dtype, training):
 @entries()
 def test_errors(info, dtype, training):
     """Wrong arguments get PyTorch's errors."""
-    kind = TWINS[info.module_cls]
+    kind = REPLACEMENTS[info.module_cls]
     wrong = info.module_error_inputs_func(
         info, device="cpu", dtype=dtype, requires_grad=False, training=training
     )
@@ -362,7 +362,7 @@ def test_to_empty(info, dtype, training):
     """From the meta device, whose tensors have no memory, to one with."""
     for layer, args, sample in samples(info, dtype, training):
         arguments = sample.constructor_input
-        empty = TWINS[info.module_cls](*arguments.args, **arguments.kwargs, device="meta", dtype=dtype)
+        empty = REPLACEMENTS[info.module_cls](*arguments.args, **arguments.kwargs, device="meta", dtype=dtype)
         empty = empty.to_empty(device="cpu").train(training)
         empty.load_state_dict(layer.state_dict())
         same(empty(*args), layer(*args), dtype)

@@ -18,7 +18,7 @@ STEPS = 20
 
 @pytest.fixture(autouse=True)
 def no_fallbacks(threads):
-    """A layer that ran PyTorch's own kernels would agree with them; ``threads`` puts the team back."""
+    """A layer that ran PyTorch's own kernels would agree with them; ``threads`` puts the thread pool back."""
     import fusedrnn.torch
 
     fusedrnn.torch.set_fallback_errors(True)

@@ -1,4 +1,4 @@
-"""Failures that users of other libraries met, each as a test of the PyTorch face where it can show there.
+"""Failures that users of other libraries met, each as a test of the PyTorch API where it can show there.
 
 The number is that of the list the project keeps; the docstring names the source. Rows without a test here:
 
@@ -19,7 +19,7 @@ pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import torch
 from torch.nn.utils import rnn
 
-from torch_twins import (
+from torch_pairs import (
     assert_close,
     assert_same,
     every_cell,
@@ -27,8 +27,8 @@ from torch_twins import (
     flat,
     ft,
     gradients,
+    module_pair,
     state_of,
-    twins,
 )
 
 pytestmark = pytest.mark.usefixtures("no_fallback")
@@ -37,7 +37,7 @@ T, B, I, H = 5, 3, 2, 7
 
 
 def given(kind, *sizes, x=(T, B, I), dtype=torch.float64, **options):
-    theirs, ours = twins(kind, *(sizes or (I, H)), **options, dtype=dtype)
+    theirs, ours = module_pair(kind, *(sizes or (I, H)), **options, dtype=dtype)
     x = torch.randn(x, dtype=dtype)
     hx = state_of(ours, x.size(0 if ours.batch_first else 1), x)
     for t in (x, *flat(hx)):
@@ -183,7 +183,7 @@ def test_regression_R19_sliced_outputs_of_any_hidden_size(hidden):
 @every_cell
 def test_regression_R20_hidden_states_of_wrong_rank(kind):
     """pytorch 106769."""
-    _, ours = twins(kind, I, H)
+    _, ours = module_pair(kind, I, H)
     for shape in ((), (H,), (1, H), (B, H - 1), (B, H + 1), (B, 1), (1, B, H), (B, H, 1), (0,), (0, H)):
         h = torch.zeros(shape)
         with pytest.raises((RuntimeError, IndexError, ValueError)):
@@ -297,7 +297,7 @@ def test_regression_R35_weights_that_are_not_one_chunk(kind):
 @every_layer
 def test_regression_R37_combinations_of_dtypes(kind, weights, data):
     """pytorch 88136, 116925 and others: each works, or is refused before anything runs."""
-    _, ours = twins(kind, I, H, dtype=weights)
+    _, ours = module_pair(kind, I, H, dtype=weights)
     x = torch.ones(T, B, I, dtype=data)
     if weights is data:
         assert ours(x)[0].dtype is data
@@ -312,9 +312,9 @@ def test_regression_R37_combinations_of_dtypes(kind, weights, data):
 @every_layer
 def test_regression_R38_no_fallback_goes_unseen(kind, warned):
     """keras PR 22279."""
-    _, ours = twins(kind, I, H, dtype=torch.bfloat16)
+    _, ours = module_pair(kind, I, H, dtype=torch.bfloat16)
     assert ours.last_path is None
-    with pytest.warns(ft.Fallback, match="bfloat16"):
+    with pytest.warns(ft.FallbackWarning, match="bfloat16"):
         ours(torch.ones(T, B, I, dtype=torch.bfloat16))
     assert ours.last_path == "fallback: the dtype is torch.bfloat16"
     ft.set_fallback_errors(True)
@@ -330,7 +330,7 @@ def test_regression_R38_an_error_of_the_kernels_is_not_hidden(kind, monkeypatch)
     def broken(*args, **options):
         raise MemoryError("no memory")
 
-    _, ours = twins(kind, I, H)
+    _, ours = module_pair(kind, I, H)
     monkeypatch.setattr(CpuBackend, "forward", broken)
     with pytest.raises(MemoryError, match="no memory"):
         ours(torch.ones(T, B, I))

@@ -17,9 +17,9 @@ from torch.nn.utils import rnn
 
 from fusedrnn import masks
 from fusedrnn.torch import compilable
-from torch_twins import LAYERS, assert_close, every_layer, flat, ft, gradients, state_of
+from torch_pairs import LAYERS, assert_close, every_layer, flat, ft, gradients, state_of
 
-pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("no_fallback", "openmp_team")]
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("no_fallback", "openmp_pool")]
 
 T, B, I, H = 6, 4, 3, 5
 RATES = {
@@ -282,8 +282,8 @@ def test_parameters_of_layer_norm(kind, source, bias):
         I, H, 2, bidirectional=True, layer_norm=True, bias=bias, dtype=torch.float64
     )
     other.load_state_dict(layer.state_dict())
-    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        for a, b in zip(flat(twin(x)), flat(layer(x)), strict=True):
+    for clone in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        for a, b in zip(flat(clone(x)), flat(layer(x)), strict=True):
             assert torch.equal(a, b)
     assert "layer_norm=True" in repr(layer)
     with torch.no_grad():
@@ -294,8 +294,8 @@ def test_parameters_of_layer_norm(kind, source, bias):
 def test_repr_and_copies_of_rates():
     layer = build("LSTM", RATES["both"])
     assert repr(layer) == "LSTM(3, 5, recurrent_dropout=0.2, zoneout_h=0.4, zoneout_c=0.25)"
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert (twin.recurrent_dropout, twin.zoneout_h, twin.zoneout_c) == (0.2, 0.4, 0.25)
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert (clone.recurrent_dropout, clone.zoneout_h, clone.zoneout_c) == (0.2, 0.4, 0.25)
     assert repr(ft.GRU(3, 5)) == "GRU(3, 5)"
 
 

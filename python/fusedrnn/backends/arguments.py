@@ -202,9 +202,9 @@ def check_forward(
             raise TypeError(f"{name}: expected True or False, got {_kind(flag)}")
     detach_every = check_detach_every(detach_every)
     if save is not None and not isinstance(save, str):
-        raise TypeError(f'save: expected "all", "borders" or None, got {_kind(save)}')
-    if save not in ("all", "borders", None):
-        raise ValueError(f'save: expected "all", "borders" or None, got {save!r}')
+        raise TypeError(f'save: expected "all", "boundary_states" or None, got {_kind(save)}')
+    if save not in ("all", "boundary_states", None):
+        raise ValueError(f'save: expected "all", "boundary_states" or None, got {save!r}')
     return ForwardArguments(
         cell,
         x,

@@ -24,9 +24,9 @@ from fusedrnn.backends.protocol import (
     Array,
     Forward,
     Gradients,
-    NotBuilt,
     Regularization,
     State,
+    Unsupported,
     Weights,
 )
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
@@ -42,7 +42,7 @@ except ImportError as error:  # a source tree that was never built
     )
 
 
-SAVE = {None: 0, "all": 1, "borders": 2, "array": 3}  # the ids that _core takes
+SAVE = {None: 0, "all": 1, "boundary_states": 2, "array": 3}  # the ids that _core takes
 
 
 class Packed(NamedTuple):
@@ -78,7 +78,7 @@ def _cell_id(cell: Cell) -> int:
     if cell.layer_norm:
         name += "_layer_norm"
         if name not in _core.CELLS:
-            raise NotBuilt(f"layer_norm: {cell} is not built in the cpu backend; use the reference")
+            raise Unsupported(f"layer_norm: {cell} is not supported by the cpu backend; use the reference")
     return int(_core.CELLS.index(name))
 
 

@@ -52,8 +52,8 @@ OF_16_BITS = {"float16": "fp16", "bfloat16": "bf16"}
 TOLERANCE = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 
 
-class Way(NamedTuple):
-    """How a call is to run, as far as somebody has said."""
+class KernelOptions(NamedTuple):
+    """Kernel and precision that the caller or the environment asks for."""
 
     kernel: str | None  # out of cuda_plan.KERNELS; None: the plan chooses
     precision: str  # out of cuda_compile.PRECISIONS
@@ -88,7 +88,7 @@ class Tape:
 
     arguments: ForwardArguments
     packed: Packed
-    way: Way
+    kernel_options: KernelOptions
     y: Array
     c: Array | None  # (T, B, H), in what is computed in
     saved: Array | None  # (T, B, K*H), the same
@@ -147,22 +147,22 @@ class CudaBackend:
     def plan(self, cell: Cell, T: int, B: int, H: int, dtype: Any, *, backward: bool = False) -> Plan:
         """How a pass of these sizes would run here."""
         kernels = kernels_of(check_cell(cell))
-        return self._plan(self.device, kernels, (T, B, H), np.dtype(dtype), self._way(), backward)
+        return self._plan(self.device, kernels, (T, B, H), np.dtype(dtype), self._kernel_options(), backward)
 
-    def cuts(
+    def candidates(
         self, kernel: str, cell: Cell, B: int, H: int, dtype: Any, *, backward: bool = False
-    ) -> list[cuda_plan.Cut]:
+    ) -> list[cuda_plan.Candidate]:
         """What ``plan`` chooses from of one kernel of all steps."""
-        dtype, way = np.dtype(dtype), self._way()
+        dtype, kernel_options = np.dtype(dtype), self._kernel_options()
         return list(
-            cuda_plan.cuts(
+            cuda_plan.candidates(
                 kernel,
                 kernels_of(check_cell(cell)),
                 B,
                 H,
                 compute(dtype).itemsize,
                 _facts(self.device),
-                precision=_precision(dtype, way.precision),
+                precision=_precision(dtype, kernel_options.precision),
                 backward=backward,
             )
         )
@@ -211,7 +211,7 @@ class CudaBackend:
         """One layer, one direction, the whole sequence.
 
         ``lengths`` may be NumPy's: then nothing waits for the GPU to know their values. With
-        ``save="borders"`` the tape keeps no more than with None, and backward runs all of forward again.
+        ``save="boundary_states"`` the tape keeps no more than with None. Backward runs all of forward again.
         """
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if packed.cell != check_cell(cell):
@@ -236,9 +236,9 @@ class CudaBackend:
             a = a._replace(lengths=packed.device.asarray(a.lengths))
         if a.state0 is not None and a.save is not None:  # a tape does not borrow it
             a = a._replace(state0=tuple(_copy(packed.device, s) for s in a.state0))
-        way = self._way()
-        y, stateT, states, c, saved = self._run(a, packed, way, a.save == "all")
-        tape = None if a.save is None else Tape(a, packed, way, y, c, saved)
+        kernel_options = self._kernel_options()
+        y, stateT, states, c, saved = self._run(a, packed, kernel_options, a.save == "all")
+        tape = None if a.save is None else Tape(a, packed, kernel_options, y, c, saved)
         return Forward(y, stateT, states, tape)
 
     def backward(
@@ -268,11 +268,11 @@ class CudaBackend:
             return_states=a.return_states,
             kind=_kind(packed.device),
         )
-        if a.save == "borders":
+        if a.save == "boundary_states":
             again = a._replace(return_states=False)
-            y, _, _, c, saved = self._run(again, packed, tape.way, True)
-            tape = Tape(a, packed, tape.way, y, c, saved)
-        run = _Launches(packed, a, tape.way.precision)
+            y, _, _, c, saved = self._run(again, packed, tape.kernel_options, True)
+            tape = Tape(a, packed, tape.kernel_options, y, c, saved)
+        run = _Launches(packed, a, tape.kernel_options.precision)
         T, B, I, H, _ = a.sizes
         device, kernels, dtype = packed.device, run.kernels, a.x.dtype
         rows = device.empty((T * B, kernels.accumulators * H), dtype)
@@ -298,8 +298,8 @@ class CudaBackend:
             dc0=run.pointer(dstate0[1] if wanted and kernels.has_c else None),
             rules=run.rules,
         )
-        plan = self._plan(device, kernels, (T, B, H), dtype, tape.way, True)
-        self._pass(device, dtype, tape.way.precision, plan.kernel)
+        plan = self._plan(device, kernels, (T, B, H), dtype, tape.kernel_options, True)
+        self._pass(device, dtype, tape.kernel_options.precision, plan.kernel)
         self.last_plan = plan
         if plan.kernel == "steps":
             self._steps_back(run, job, da, wanted)
@@ -348,10 +348,10 @@ class CudaBackend:
         return Gradients(dx, given, dstate0 if wanted else None)
 
     def _run(
-        self, a: ForwardArguments, packed: Packed, way: Way, save: bool
+        self, a: ForwardArguments, packed: Packed, kernel_options: KernelOptions, save: bool
     ) -> tuple[Array, State, State | None, Array | None, Array | None]:
         """y, stateT, states, and with ``save`` c and what the cell saves."""
-        run = _Launches(packed, a, way.precision)
+        run = _Launches(packed, a, kernel_options.precision)
         T, B, I, H, _ = a.sizes
         device, kernels, dtype = packed.device, run.kernels, a.x.dtype
         y = device.empty((T, B, H), dtype)
@@ -384,8 +384,8 @@ class CudaBackend:
             saved=run.pointer(saved),
             saved_step=B * kernels.saved * H if save else 0,
         )
-        plan = self._plan(device, kernels, (T, B, H), dtype, way, False)
-        self._pass(device, dtype, way.precision, plan.kernel)
+        plan = self._plan(device, kernels, (T, B, H), dtype, kernel_options, False)
+        self._pass(device, dtype, kernel_options.precision, plan.kernel)
         self.last_plan = plan
         if plan.kernel == "steps":
             self._steps(run, job)
@@ -458,7 +458,7 @@ class CudaBackend:
         kernels: CellKernels,
         sizes: tuple[int, int, int],
         dtype: np.dtype[Any],
-        way: Way,
+        kernel_options: KernelOptions,
         backward: bool,
     ) -> Plan:
         return cuda_plan.choose(
@@ -466,12 +466,12 @@ class CudaBackend:
             *sizes,
             compute(dtype).itemsize,
             _facts(device),
-            precision=_precision(dtype, way.precision),
+            precision=_precision(dtype, kernel_options.precision),
             backward=backward,
-            forced=way.kernel,
+            forced=kernel_options.kernel,
         )
 
-    def _way(self) -> Way:
+    def _kernel_options(self) -> KernelOptions:
         """What the constructor or the environment wants."""
         kernel = self._kernel or os.environ.get(KERNEL) or None
         precision = self._precision or os.environ.get(PRECISION) or "ieee"
@@ -481,10 +481,10 @@ class CudaBackend:
             raise ValueError(
                 f"precision: expected 'ieee' on this GPU, which has no others, got {precision!r}"
             )
-        return Way(kernel, precision)
+        return KernelOptions(kernel, precision)
 
     def _pass(self, device: Device, dtype: np.dtype[Any], precision: str, kernel: str) -> None:
-        """The self-test of a way to run, the first time; float64 is float32's code."""
+        """The self-test of a kernel variant, the first time; float64 is float32's code."""
         if not self._test:
             return
         dtype = np.dtype(np.float32) if dtype in FLOATS else dtype

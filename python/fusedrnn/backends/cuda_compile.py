@@ -1,4 +1,4 @@
-"""csrc/cuda made into code for a GPU by NVRTC: no nvcc, no header of a toolkit, and no GPU needed.
+"""csrc/cuda compiled to GPU code by NVRTC: no nvcc, no header of a toolkit, and no GPU needed.
 
 The code of a cell, dtype and architecture is kept on disk in ``$FUSEDRNN_CACHE``, else in
 ``$XDG_CACHE_HOME/fusedrnn``, else in ``~/.cache/fusedrnn``, under a hash of all that it depends on.
@@ -21,12 +21,17 @@ from pathlib import Path
 from typing import Any
 
 WARPS = 8  # of a block; FUSEDRNN_WARPS
-# The ways to run, each by kernels of its own. They are compiled one by one: a call needs two or three.
+# The kernel variants. They are compiled one by one: a call needs two or three.
 KERNELS = ("steps", "grid", "grid_registers", "grid_streamed", "cluster", "cluster_registers")
 DTYPES = {"float32": "float", "float64": "double", "float16": "Half", "bfloat16": "Bfloat16"}  # in C++
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16")  # of csrc/cuda/tile.h
 # In C++ the dtypes, each with the precisions that it knows.
-WAYS = (*(("float", p) for p in PRECISIONS), ("double", "ieee"), ("Half", "fp16"), ("Bfloat16", "bf16"))
+DTYPE_PRECISIONS = (
+    *(("float", p) for p in PRECISIONS),
+    ("double", "ieee"),
+    ("Half", "fp16"),
+    ("Bfloat16", "bf16"),
+)
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # of a fatbin, and PTX of the last
 _HERE = Path(__file__).resolve()
 
@@ -40,19 +45,19 @@ def sources() -> Path:
     raise RuntimeError(f"the sources of the CUDA kernels, csrc/cuda, are not beside {_HERE.parents[1]}")
 
 
-def way_of(kernel: str) -> str:
+def variant_of(kernel: str) -> str:
     """Out of ``KERNELS``, the one that a kernel of csrc/cuda/kernels.cu belongs to."""
-    way = kernel.replace("_forward", "").replace("_backward", "")
-    return way if way in KERNELS else "steps"
+    variant = kernel.replace("_forward", "").replace("_backward", "")
+    return variant if variant in KERNELS else "steps"
 
 
 def code(
-    cell: str, dtype: str, architecture: str, precision: str, driver: tuple[int, int], way: str
+    cell: str, dtype: str, architecture: str, precision: str, driver: tuple[int, int], variant: str
 ) -> bytes:
     """What a driver of this version of CUDA loads: the fatbin that came with the package, which has the
-    kernels of every way, else a cubin of this one."""
+    kernels of every variant, else a cubin of this one."""
     return shipped(cell, dtype, architecture, precision, driver) or cubin(
-        cell, dtype, architecture, precision, way
+        cell, dtype, architecture, precision, variant
     )
 
 
@@ -102,7 +107,9 @@ def flags(cell: str, dtype: str, precision: str) -> list[str]:
     ]
 
 
-def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee", way: str | None = None) -> bytes:
+def cubin(
+    cell: str, dtype: str, architecture: str, precision: str = "ieee", variant: str | None = None
+) -> bytes:
     """Code for a GPU by NVRTC, of this run or of an earlier one.
 
     Args:
@@ -111,16 +118,16 @@ def cubin(cell: str, dtype: str, architecture: str, precision: str = "ieee", way
         architecture: Such as "sm_90".
         precision: Of the products within a launch, out of ``PRECISIONS``; for double "ieee", for Half "fp16"
             and for Bfloat16 "bf16" alone.
-        way: Whose kernels, out of ``KERNELS``; None: all.
+        variant: Whose kernels, out of ``KERNELS``; None: all.
 
     Raises:
         RuntimeError: NVRTC refuses; the message is its own.
     """
     options = [f"--gpu-architecture={architecture}", *flags(cell, dtype, precision)]
     name = cell.replace("<", "-").rstrip(">")  # Regularized<Lstm>
-    if way:
-        options.append(f"--define-macro=FUSEDRNN_ONLY={KERNELS.index(way)}")
-        name += f"-{way}"
+    if variant:
+        options.append(f"--define-macro=FUSEDRNN_ONLY={KERNELS.index(variant)}")
+        name += f"-{variant}"
     path = _cache() / f"{name}-{dtype}-{precision}-{architecture}-{_key(options, version())}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn.backends import cuda_compile, cuda_cublas
-from fusedrnn.backends.cuda_graph import Graphs, Work
+from fusedrnn.backends.cuda_graph import GraphCache, Work
 from fusedrnn.backends.protocol import Array
 
 INSTALL = "pip install 'fusedrnn[cuda13]', or 'fusedrnn[cuda12]' for a driver of CUDA 12"
@@ -102,7 +102,7 @@ class CupyDevice:
         self._functions: dict[tuple[str, str, str, str, str], Any] = {}
         self._places: dict[tuple[Any, ...], int] = {}  # blocks, or clusters, of a kernel that run at once
         self._lock = threading.Lock()
-        self._graphs = Graphs(self._record)
+        self._graphs = GraphCache(self._record)
         self._of_thread = threading.local()  # workspace: of the work that is repeated
         self._recording = cupy.cuda.Stream(non_blocking=True)  # where nothing ever runs
 
@@ -256,14 +256,14 @@ class CupyDevice:
 
     def _function(self, cell: str, dtype: str, precision: str, kernel: str) -> Any:
         """A kernel, loaded; ``cuda_compile`` finds or makes its code."""
-        way = cuda_compile.way_of(kernel)
-        module = (cell, dtype, precision, way)
+        variant = cuda_compile.variant_of(kernel)
+        module = (cell, dtype, precision, variant)
         with self._lock:
             if (*module, kernel) not in self._functions:
                 if module not in self._modules:
                     version = _call("cuDriverGetVersion")
                     driver = version // 1000, version % 1000 // 10
-                    code = cuda_compile.code(cell, dtype, self.architecture, precision, driver, way)
+                    code = cuda_compile.code(cell, dtype, self.architecture, precision, driver, variant)
                     self._modules[module] = _call("cuModuleLoadData", code)
                 function = _call("cuModuleGetFunction", self._modules[module], kernel.encode())
                 if kernel.startswith(("grid", "cluster")):  # beyond 48 KiB only when asked for

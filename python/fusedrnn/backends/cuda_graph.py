@@ -1,4 +1,4 @@
-"""Work that is asked for again: recorded once, then repeated as a whole, in a CUDA graph on a GPU."""
+"""CUDA graph cache: repeated work is recorded once and then replayed as a whole."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Callable, Hashable
 Work = Callable[[], None]
 
 
-class Graphs:
-    """What the work of some keys was recorded as.
+class GraphCache:
+    """Recorded work by key.
 
     A key says everything that its work depends on, addresses too, so that under the same one the same work is
     asked for. It is recorded when it comes for the second time: what comes once is not worth it.
 
     Args:
         record: Of some work something that does it, without it being done now.
-        most: So many keys are remembered; the one that was longest not asked for goes first.
+        max_size: At most so many keys are kept; the least recently used goes first.
     """
 
-    def __init__(self, record: Callable[[Work], Work], most: int = 32) -> None:
-        self._record, self._most = record, most
+    def __init__(self, record: Callable[[Work], Work], max_size: int = 32) -> None:
+        self._record, self._max_size = record, max_size
         self._kept: OrderedDict[Hashable, Work | None] = OrderedDict()  # None: came once
         self._lock = threading.Lock()  # one thread records at a time
         self._off = False
@@ -51,6 +51,6 @@ class Graphs:
                         stacklevel=2,
                     )
             self._kept[key] = recorded
-            while len(self._kept) > self._most:
+            while len(self._kept) > self._max_size:
                 self._kept.popitem(last=False)
             return recorded

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fusedrnn.backends.protocol import NotBuilt, Regularization
+from fusedrnn.backends.protocol import Regularization, Unsupported
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
 
 Pointer = ctypes.c_void_p
@@ -201,7 +201,7 @@ def _plain(cell: Cell) -> CellKernels:
 def _normed(cell: Cell) -> CellKernels:
     """An accumulator for each part of each gate, the input part's first."""
     if isinstance(cell, GRU) and not cell.reset_after:
-        raise NotBuilt(f"layer_norm: {cell} is not built in the cuda backend; use the reference")
+        raise Unsupported(f"layer_norm: {cell} is not supported by the cuda backend; use the reference")
     gates, plain = cell.gates, _plain(cell)
     order = tuple(range(gates))
     return CellKernels(

@@ -1,4 +1,4 @@
-"""How a call runs on a GPU: step by step, or all steps in one launch, and then how the work is cut.
+"""How a call runs on a GPU: step by step, or all steps in one launch, and then how the work is tiled.
 
 The choice follows a rough count of the work of a step (``_cost``). It has never been measured on a GPU.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fusedrnn.backends import cuda_compile
 from fusedrnn.backends.cuda_jobs import CellKernels
-from fusedrnn.backends.protocol import NotBuilt
+from fusedrnn.backends.protocol import Unsupported
 
 KERNELS = cuda_compile.KERNELS
 ROWS = 8  # of a warp's tile; kRows in csrc/cuda/tile.h
@@ -200,7 +200,7 @@ def choose(
 ) -> Plan:
     """The plan of one pass; ``compute``: bytes of a number that is computed in.
 
-    Unless ``forced``: step by step where there is a single step or the cell knows no other way; else all
+    Unless ``forced``: step by step where there is a single step or the cell has no other variant; else all
     steps in one launch, by clusters or by the whole grid where the weights fit the blocks' shared memory, or
     where every block passes once through its weights in a step, as the product of step by step does too.
 
@@ -213,7 +213,7 @@ def choose(
     if not cell.whole:
         options = {"recurrent dropout or zoneout": cell.regularized, "layer norm": cell.layer_norm}
         why = next((name for name, there in options.items() if there), "two phases")
-        raise NotBuilt(f"kernel: {forced!r} cannot run {cell.type}, which has {why}; use 'steps'")
+        raise Unsupported(f"kernel: {forced!r} cannot run {cell.type}, which has {why}; use 'steps'")
     plan = _best(cell, B, H, compute, device, precision, backward, forced)
     if plan is not None or forced is None:
         return plan or steps
@@ -224,7 +224,7 @@ def choose(
     )
 
 
-@functools.lru_cache(1024)  # to go through all cuts takes milliseconds
+@functools.lru_cache(1024)  # to go through all candidates takes milliseconds
 def _best(
     cell: CellKernels,
     B: int,
@@ -239,18 +239,20 @@ def _best(
     resident = ("cluster_registers", "cluster", "grid_registers", "grid")
     for kernels in (resident, ("grid_streamed",)) if forced is None else ((forced,),):
         found = [
-            cut
+            candidate
             for kernel in kernels
-            for cut in cuts(kernel, cell, B, H, compute, device, precision=precision, backward=backward)
+            for candidate in candidates(
+                kernel, cell, B, H, compute, device, precision=precision, backward=backward
+            )
         ]
         if forced is None and kernels == ("grid_streamed",):
-            found = [cut for cut in found if cut.groups == 1]
+            found = [candidate for candidate in found if candidate.groups == 1]
         if found:
             return min(found).plan
     return None
 
 
-class Cut(NamedTuple):
+class Candidate(NamedTuple):
     """A plan of all steps in one launch; the least is the best."""
 
     cost: float  # a rough count, see ``_cost``
@@ -258,7 +260,7 @@ class Cut(NamedTuple):
     plan: Plan
 
 
-def cuts(
+def candidates(
     kernel: str,
     cell: CellKernels,
     B: int,
@@ -268,8 +270,8 @@ def cuts(
     *,
     precision: str = "ieee",
     backward: bool = False,
-) -> Iterator[Cut]:
-    """Every way to cut the work that this kernel, of all steps, can run; arguments as for ``choose``."""
+) -> Iterator[Candidate]:
+    """Every plan with which this kernel, of all steps, can run; arguments as for ``choose``."""
     tile, each = Tile.of(compute, precision), Bytes.of(compute, precision)
     R, warps = cell.recurrent.count, device.warps
     K, per_unit = (R * H, 1) if backward else (H, R)
@@ -309,7 +311,7 @@ def cuts(
                 at_once, chunk = staged
                 trips = groups * -(-layout.rows // at_once) * -(-K // chunk)  # the first is in the barrier
                 cost = groups * (work + stage) + (trips - 1) * L2_TRIP + across * tiles + GRID_BARRIER
-            yield Cut(cost, groups, plan)
+            yield Candidate(cost, groups, plan)
 
 
 def _cost(layout: Layout, K: int, warps: int, tile: Tile, registers: bool) -> float:

@@ -26,7 +26,7 @@ from fusedrnn.backends.arguments import (
     check_forward,
     check_weights,
 )
-from fusedrnn.backends.protocol import Array, Forward, Gradients, NotBuilt, Regularization, State, Weights
+from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Unsupported, Weights
 from fusedrnn.cells import GRU, Cell
 from fusedrnn.threads import get_num_threads
 
@@ -93,7 +93,7 @@ class NumbaBackend:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         checked, I, H = check_weights(cell, weights)
         if cell.layer_norm:
-            raise NotBuilt("layer_norm: is not built in the numba backend; use cpu or reference")
+            raise Unsupported("layer_norm: is not supported by the numba backend; use cpu or reference")
         G = cell.gates
         x_gates = list(range(G))
         bias_ih, bias_hh = (
@@ -140,11 +140,13 @@ class NumbaBackend:
             save=save,
         )
         if a.detach_every is not None:
-            raise NotBuilt("detach_every: not built in the numba backend; use another")
+            raise Unsupported("detach_every: is not supported by the numba backend; use another")
         if a.regularization is not None:
-            raise NotBuilt("regularization: is not built in the numba backend; use another")
-        if a.save == "borders":
-            raise NotBuilt('save: "borders" is not built in the numba backend; use "all", or the reference')
+            raise Unsupported("regularization: is not supported by the numba backend; use another")
+        if a.save == "boundary_states":
+            raise Unsupported(
+                'save: "boundary_states" is not supported by the numba backend; use "all", or the reference'
+            )
         T, B, _, H, _ = a.sizes
         dtype = a.x.dtype
         loop = _kernels().forward_loop(cell, dtype)

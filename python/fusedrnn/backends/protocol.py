@@ -35,8 +35,8 @@ Array = npt.NDArray[Any]
 State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; h is (B, P), c is (B, H)
 
 
-class NotBuilt(ValueError):
-    """This backend, or the kernel that was asked for, does not have it; another one does."""
+class Unsupported(ValueError):
+    """The backend or the kernel does not support this; another one does."""
 
 
 class Weights(NamedTuple):
@@ -113,7 +113,7 @@ class Backend(Protocol):
         return_states: bool = False,
         detach_every: int | None = None,
         regularization: Regularization | None = None,
-        save: str | None = "all",  # "all" | "borders" | None
+        save: str | None = "all",  # "all" | "boundary_states" | None
     ) -> Forward:
         """Run one layer in one direction over the whole sequence."""
 

@@ -46,7 +46,7 @@ class Tape:
 
     arguments: ForwardArguments
     chunks: list[list[Step]]
-    kept: list[Run | State]  # of each chunk its run, or with save="borders" the state before it
+    kept: list[Run | State]  # of each chunk its run, or with save="boundary_states" the state before it
 
 
 class ReferenceBackend:
@@ -329,7 +329,7 @@ def _steps(a: ForwardArguments) -> list[Step]:
 
 
 def _chunks(steps: list[Step]) -> list[list[Step]]:
-    """The steps in chunks of about sqrt(T), so that save="borders" holds few states and one short run."""
+    """The steps in chunks of about sqrt(T): save="boundary_states" holds few states and one short run."""
     size = max(1, math.isqrt(len(steps)))
     return [steps[k : k + size] for k in range(0, len(steps), size)]
 

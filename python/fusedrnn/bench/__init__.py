@@ -1,9 +1,9 @@
 """``fusedrnn bench``: ours beside its peers, in one run.
 
-Every participant gets the same numbers, the same count of threads, and does the same work; what it allocates
-is part of its time. First each result is checked against the reference in float64, then the participants are
-timed in turn, block by block, so that a drift of the machine meets all of them alike. A ratio is the median
-over the blocks of peer / ours.
+Every library gets the same numbers, the same count of threads, and does the same work; what it allocates
+is part of its time. First each result is checked against the reference in float64, then the libraries are
+timed interleaved, block by block, so that a drift of the machine meets all of them alike. A ratio is the
+median over the blocks of peer / ours.
 
 Cases are in ``fusedrnn.problems``; a peer is a class here and a line in ``registry``.
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fusedrnn import problems
 from fusedrnn.bench import registry
-from fusedrnn.bench.participants import Participant
+from fusedrnn.bench.libraries import Library
 from fusedrnn.bench.timing import same_threads
 from fusedrnn.problems import Case, Shape
 
@@ -39,10 +39,10 @@ def high_water() -> int:
 
 
 def child(text: str) -> None:
-    """What the child process does: set up the participant, call it, print the high-water mark."""
+    """What the child process does: set up the library, call it, print the high-water mark."""
     task = json.loads(text)
 
-    def make(case: Case) -> Participant:
+    def make(case: Case) -> Library:
         data = problems.make(case, task["dtype"])
         if task["peer"] is None:
             return registry.ours(data, task["backend"], task["threads"])
@@ -51,9 +51,9 @@ def child(text: str) -> None:
     with same_threads(task["threads"]):
         case = problems.described(task["case"])
         make(replace(case, shape=TINY))()
-        participant = make(case)
+        library = make(case)
         for _ in range(task["calls"]):
-            participant()
+            library()
         print(high_water())
 
 

@@ -1,4 +1,4 @@
-"""DeZero, the public framework that is taught with: one step at a time, one node per operation."""
+"""DeZero, a framework for teaching: one step at a time, one node per operation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn.bench.participants import Results, named
+from fusedrnn.bench.libraries import Results, named
 from fusedrnn.cells import RNN
 from fusedrnn.problems import Case, Data, flops
 
@@ -16,7 +16,7 @@ LARGEST = 2e9  # operations; beyond that nobody waits for it
 
 
 def load() -> Any:
-    """The framework."""
+    """The module ``dezero``."""
     if "int" not in vars(np):
         setattr(np, "int", int)  # noqa: B010  its import needs this name, which NumPy 1.24 removed
     return importlib.import_module("dezero")

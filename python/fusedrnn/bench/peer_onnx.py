@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn.backends.protocol import Array, Weights
-from fusedrnn.bench.participants import Results, named, not_installed
+from fusedrnn.bench.libraries import Results, named, not_installed
 from fusedrnn.cells import RNN, Cell
 from fusedrnn.problems import Case, Data
 

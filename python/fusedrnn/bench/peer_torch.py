@@ -1,4 +1,4 @@
-"""PyTorch, in the four ways in which people run recurrent layers with it, and our modules in their place."""
+"""PyTorch, in the four variants in which people run recurrent layers, and our modules in their place."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn.bench.participants import Results, named, not_installed
+from fusedrnn.bench.libraries import Results, named, not_installed
 from fusedrnn.cells import RNN
 from fusedrnn.problems import Case, Data
 
 
 class Place(NamedTuple):
-    """Where a participant's tensors are, and of what dtype."""
+    """Where a library's tensors are, and of what dtype."""
 
     device: str = "cpu"
     dtype: str | None = None  # None: that of the numbers as they were drawn
@@ -23,7 +23,7 @@ CPU = Place()
 
 
 class Torch:
-    """``torch.nn.LSTM``, ``GRU`` or ``RNN`` on whole sequences; the base of the other ways.
+    """``torch.nn.LSTM``, ``GRU`` or ``RNN`` on whole sequences; the base of the other variants.
 
     Its second bias is zero for LSTM and RNN. Without a gradient it runs under ``no_grad``.
     """
@@ -162,18 +162,18 @@ class Torch:
 
 
 class Update:
-    """What stands around the module of a participant in a training step; a call makes one, -> the loss."""
+    """What stands around the module of a library in a training step; a call makes one, -> the loss."""
 
-    def __init__(self, participant: Torch) -> None:
-        torch, data = participant.torch, participant.data
+    def __init__(self, library: Torch) -> None:
+        torch, data = library.torch, library.data
         self.loss = torch.nn.functional.mse_loss
-        self.outputs = participant.outputs
-        self.target = participant.upstream[0][:, :, :1]
+        self.outputs = library.outputs
+        self.target = library.upstream[0][:, :, :1]
         with torch.random.fork_rng([]):
             torch.manual_seed(0)  # float32 and float64 draw different numbers
             self.head = torch.nn.Linear(data.case.directions * data.case.shape.H, 1, dtype=torch.float64)
-        self.head.to(participant.x.dtype)
-        parameters = [*participant.module.parameters(), *self.head.parameters()]
+        self.head.to(library.x.dtype)
+        parameters = [*library.module.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.Adam(parameters)
 
     def __call__(self) -> float:
@@ -255,8 +255,8 @@ class TorchMasked(Torch):
         return [self.torch.cat(ys), *state]
 
 
-class Face(Torch):
-    """Our modules in the place of PyTorch's; the path says whether our kernels ran, or why PyTorch's did."""
+class FusedModule(Torch):
+    """Our modules in place of PyTorch's; the path says whether our kernels ran, or why PyTorch's did."""
 
     modules = "fusedrnn.torch"
 
@@ -265,7 +265,7 @@ class Face(Torch):
         return str(self.module.last_path)
 
 
-class FaceLayer(Face):
+class FusedLayer(FusedModule):
     """The layers of ``fusedrnn.torch``, with its lengths and resets."""
 
     def __init__(self, data: Data, threads: int, place: Place = CPU) -> None:
@@ -283,5 +283,5 @@ class FaceLayer(Face):
         return [y, *state] if isinstance(state, tuple) else [y, state]
 
 
-class FaceCell(Face, TorchCell):
+class FusedCell(FusedModule, TorchCell):
     """The cells of ``fusedrnn.torch``, one call a step."""

@@ -32,7 +32,7 @@ def draw(report: dict[str, Any], path: str) -> None:
     figure = Figure(figsize=(8.5, 1.9 + 0.34 * len(rows)), dpi=110, layout="constrained")
     axes = figure.subplots()
     for k, row in enumerate(rows):
-        ratios = [row["participants"][p]["ratio"] for p in report["peers"] if p in row["participants"]]
+        ratios = [row["libraries"][p]["ratio"] for p in report["peers"] if p in row["libraries"]]
         if ratios:
             axes.plot([min(1, *ratios), max(1, *ratios)], [k, k], color="#dddddd", linewidth=3, zorder=1)
         if row["best"]:
@@ -45,8 +45,8 @@ def draw(report: dict[str, Any], path: str) -> None:
                 fontsize=7.5,
             )
     for peer in report["peers"]:
-        places = [k for k, row in enumerate(rows) if peer in row["participants"]]
-        ratios = [rows[k]["participants"][peer]["ratio"] for k in places]
+        places = [k for k, row in enumerate(rows) if peer in row["libraries"]]
+        ratios = [rows[k]["libraries"][peer]["ratio"] for k in places]
         label, colour, marker = STYLES[peer]
         axes.scatter(ratios, places, 42, color=colour, marker=marker, label=label, zorder=3)
     axes.axvline(1, color="black", linewidth=1, zorder=2)

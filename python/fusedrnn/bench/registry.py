@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusedrnn.bench.participants import Native, Numba, Participant, Peer, Reference
+from fusedrnn.bench.libraries import Library, Native, Numba, Peer, Reference
 from fusedrnn.bench.peer_dezero import DeZero
 from fusedrnn.bench.peer_jax import Jax
 from fusedrnn.bench.peer_onnx import OnnxRuntime
-from fusedrnn.bench.peer_torch import FaceCell, FaceLayer, Torch, TorchCell, TorchMasked, TorchPacked
+from fusedrnn.bench.peer_torch import FusedCell, FusedLayer, Torch, TorchCell, TorchMasked, TorchPacked
 from fusedrnn.problems import Case, Data
 
 PEERS: dict[str, type[Peer]] = {
@@ -23,13 +23,13 @@ PEERS: dict[str, type[Peer]] = {
     "reference": Reference,
 }
 OWN = ("numba", "reference")  # backends of ours: shown, but nobody's best
-FACES: dict[str, type[Peer]] = {"layer": FaceLayer, "cell": FaceCell}
+APIS: dict[str, type[Peer]] = {"layer": FusedLayer, "cell": FusedCell}
 
 
-def ours(data: Data, backend: str, threads: int) -> Participant:
+def ours(data: Data, backend: str, threads: int) -> Library:
     """The one that is measured."""
-    face = data.case.face
-    return FACES[face](data, threads) if face else Native(data, backend)
+    api = data.case.api
+    return APIS[api](data, threads) if api else Native(data, backend)
 
 
 def choose(

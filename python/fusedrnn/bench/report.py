@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fusedrnn.bench.runner import FULL, OURS, ways_of_torch
+from fusedrnn.bench.runner import FULL, OURS, torch_variants
 
 BUSY = 0.05  # of the cores; threads that wait for each other by spinning then lose far more than that
 
@@ -19,11 +19,11 @@ def table(report: dict[str, Any]) -> Table:
     header = ["case", "ms", "±", "GFLOP/s", "of gemm", *peers]
     best = any(row["best"] for row in report["rows"])
     header += ["best peer", "ratio"] if best else []
-    full = any(FULL in row["participants"] for row in report["rows"])
+    full = any(FULL in row["libraries"] for row in report["rows"])
     header += ["against full"] if full else []
     rows = []
     for row in report["rows"]:
-        each = row["participants"]
+        each = row["libraries"]
         ours = each[OURS]
         cells = [
             row["case"],
@@ -47,9 +47,9 @@ def table(report: dict[str, Any]) -> Table:
 
 def against_full(row: dict[str, Any]) -> str:
     """Our time with resets against that without; that of a ragged case against its share of valid steps."""
-    if FULL not in row["participants"]:
+    if FULL not in row["libraries"]:
         return "–"
-    cost = 1 / row["participants"][FULL]["ratio"]
+    cost = 1 / row["libraries"][FULL]["ratio"]
     return f"{cost / row['valid'] - 1:+.0%}" + (" per valid step" if row["ragged"] else "")
 
 
@@ -58,12 +58,12 @@ def mebibytes(value: int | None) -> str:
 
 
 def memory_table(report: dict[str, Any]) -> Table:
-    """Bytes saved for backward, own and borrowed, and peak memory: ours and PyTorch's first way."""
+    """Bytes saved for backward, own and borrowed, and peak memory: ours and the first PyTorch variant."""
     header = ["case", "saved: own", "borrowed", "torch: own", "borrowed", "peak", "torch", "torch is"]
     rows = []
     for row in report["rows"]:
-        each = row["participants"]
-        theirs = next(iter(ways_of_torch(each)), None)
+        each = row["libraries"]
+        theirs = next(iter(torch_variants(each)), None)
         cells = [row["case"]]
         for name in (OURS, theirs):
             saved = each[name].get("saved") if name else None
@@ -79,12 +79,10 @@ def summary(report: dict[str, Any]) -> list[str]:
     lines = []
     for peer, mean in report["geometric_mean"].items():
         if mean is not None:
-            paths = {
-                row["participants"][peer]["path"] for row in report["rows"] if peer in row["participants"]
-            }
+            paths = {row["libraries"][peer]["path"] for row in report["rows"] if peer in row["libraries"]}
             took = ", ".join(sorted(filter(None, paths)))
             lines.append(f"{peer}: geometric mean of the ratios {mean:.2f}" + (f"; {took}" if took else ""))
-    for key, name in (("best_of_torch", "best of PyTorch's ways"), ("best_of_all", "best of all peers")):
+    for key, name in (("best_of_torch", "best PyTorch variant"), ("best_of_all", "best of all peers")):
         if report[key] is not None:
             lines.append(f"{name}: geometric mean of the ratios {report[key]:.2f}")
     if report["gemm"]["gflops"] is not None:

@@ -1,4 +1,4 @@
-"""One run: every case checked, then timed, ours and its peers in turn."""
+"""One run: every case checked, then timed, ours and its peers interleaved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from fusedrnn import backends, problems, system
 from fusedrnn.bench import memory, registry
-from fusedrnn.bench.participants import TOLERANCE, Native, Results, check, version
+from fusedrnn.bench.libraries import TOLERANCE, Native, Results, check, version
 from fusedrnn.bench.timing import Gemm, Others, ratio, same_threads, spread, time_blocks
 from fusedrnn.problems import Case
 
@@ -39,24 +39,20 @@ def run_case(
     """Check and time one case; a row for the table and the JSON file."""
 
     data = problems.make(case, dtype)
-    participants: dict[str, Any] = {OURS: registry.ours(data, backend, threads)}
+    libraries: dict[str, Any] = {OURS: registry.ours(data, backend, threads)}
     for name in peers:
         if registry.PEERS[name].refuses(case, dtype) is None:
-            participants[name] = registry.PEERS[name](data, threads)
+            libraries[name] = registry.PEERS[name](data, threads)
     exact = truth(case, dtype, threads)
-    errors = {
-        name: check(name, each.results(), exact, TOLERANCE[dtype]) for name, each in participants.items()
-    }
+    errors = {name: check(name, each.results(), exact, TOLERANCE[dtype]) for name, each in libraries.items()}
     if case.ragged or case.resets:
         plain = replace(case, ragged=False, resets=0.0)
-        participants[FULL] = registry.ours(problems.make(plain, dtype), backend, threads)
-        errors[FULL] = check(
-            FULL, participants[FULL].results(), truth(plain, dtype, threads), TOLERANCE[dtype]
-        )
+        libraries[FULL] = registry.ours(problems.make(plain, dtype), backend, threads)
+        errors[FULL] = check(FULL, libraries[FULL].results(), truth(plain, dtype, threads), TOLERANCE[dtype])
     del exact
     blocks, seconds, limit = (3, 0.02, 1.0) if quick else (9, 0.1, 5.0)
     others = Others()
-    samples = time_blocks(participants, blocks, seconds, limit)
+    samples = time_blocks(libraries, blocks, seconds, limit)
     busy = others.share()
 
     work = problems.flops(case)
@@ -64,7 +60,7 @@ def run_case(
         "valid": problems.valid(case),
         "flops": work,
         "others": busy,
-        "participants": {},
+        "libraries": {},
         "best": None,
     }
     for name, values in samples.items():
@@ -75,47 +71,47 @@ def run_case(
             "gflops": (problems.flops(plain) if name == FULL else work) / median / 1e9,
             "blocks": len(values),
             "error": errors[name],
-            "path": participants[name].path,
+            "path": libraries[name].path,
         }
         if name != OURS:
             entry["ratio"] = ratio(values, samples[OURS])
-        if case.kind == "training" and hasattr(participants[name], "saved"):
-            entry["saved"] = participants[name].saved()
-        row["participants"][name] = entry
-    outside = [name for name in participants if name in peers and name not in registry.OWN]
+        if case.kind == "training" and hasattr(libraries[name], "saved"):
+            entry["saved"] = libraries[name].saved()
+        row["libraries"][name] = entry
+    outside = [name for name in libraries if name in peers and name not in registry.OWN]
     if outside:
-        best = min(outside, key=lambda name: row["participants"][name]["ratio"])
-        row["best"] = {"peer": best, "ratio": row["participants"][best]["ratio"]}
+        best = min(outside, key=lambda name: row["libraries"][name]["ratio"])
+        row["best"] = {"peer": best, "ratio": row["libraries"][best]["ratio"]}
     return row
 
 
-def ways_of_torch(names: Iterable[str]) -> list[str]:
-    """PyTorch's ways among the names."""
+def torch_variants(names: Iterable[str]) -> list[str]:
+    """PyTorch's variants among the names."""
     return [name for name in names if name.startswith("torch")]
 
 
 def add_peaks(row: dict[str, Any], case: Case, dtype: str, threads: int, backend: str) -> None:
-    """Measure the peak memory of ours and of PyTorch's first way, each in processes of its own."""
-    for name in (OURS, *ways_of_torch(row["participants"])[:1]):
+    """Measure the peak memory of ours and of the first PyTorch variant, each in processes of its own."""
+    for name in (OURS, *torch_variants(row["libraries"])[:1]):
         peer = None if name == OURS else name
-        row["participants"][name]["peak"] = memory.peak(case, dtype, threads, backend, peer)
+        row["libraries"][name]["peak"] = memory.peak(case, dtype, threads, backend, peer)
 
 
 def means(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> dict[str, Any]:
     """Geometric means of the ratios: of each peer over the cases in which it took part, of the best of
-    PyTorch's ways, and of the best of all.
+    PyTorch's variants, and of the best of all.
     """
 
     def mean(ratios: list[float]) -> float | None:
         return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
 
     def ratios(names: Sequence[str]) -> list[list[float]]:
-        each = [[row["participants"][n]["ratio"] for n in names if n in row["participants"]] for row in rows]
+        each = [[row["libraries"][n]["ratio"] for n in names if n in row["libraries"]] for row in rows]
         return [found for found in each if found]
 
     return {
         "geometric_mean": {name: mean([r[0] for r in ratios([name])]) for name in peers},
-        "best_of_torch": mean([min(r) for r in ratios(ways_of_torch(peers))]),
+        "best_of_torch": mean([min(r) for r in ratios(torch_variants(peers))]),
         "best_of_all": mean([row["best"]["ratio"] for row in rows if row["best"]]),
     }
 
@@ -146,12 +142,12 @@ def run(
         progress: Called with what begins, its number from 1 on, and how many parts there are.
 
     Raises:
-        RuntimeError: A participant's results are wrong, or a peer that was asked for cannot run here.
+        RuntimeError: A library's results are wrong, or a peer that was asked for cannot run here.
         ValueError: A peer that was asked for takes part in no case.
     """
     chosen = backends.usable(backend).name
-    if any(case.face for case in cases):
-        missing = registry.FACES["layer"].missing()
+    if any(case.api for case in cases):
+        missing = registry.APIS["layer"].missing()
         if missing is not None:
             raise RuntimeError(f"our PyTorch modules: {missing}")
         if chosen != backends.usable(None).name:
@@ -177,7 +173,7 @@ def run(
         progress("matrix product", total, total)
         gemm.measure()
     for row in rows:
-        for entry in row["participants"].values():
+        for entry in row["libraries"].values():
             entry["of_gemm"] = entry["gflops"] / gemm.rate if gemm.rate else None
     found = system.environment() | {"load before": load}
     found |= {name: version(name) for name in ("onnxruntime", "jax", "dezero") if name in taken}

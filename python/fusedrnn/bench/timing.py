@@ -1,4 +1,4 @@
-"""How time is taken: participants in turn, threads alike for everybody; the rate of the matrix product."""
+"""How time is taken: libraries interleaved, threads alike for everybody; the rate of the matrix product."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import system
-from fusedrnn.bench.participants import not_installed
+from fusedrnn.bench.libraries import not_installed
 from fusedrnn.threads import get_num_threads, set_num_threads
 
-# Seconds before a participant is timed, until the threads of the one before, which go on spinning after
+# Seconds before a library is timed, until the threads of the one before, which go on spinning after
 # their last call, have fallen asleep. OpenMP's do after 20 ms, those of NumPy's OpenBLAS after more than 100.
 SETTLE = 0.04
 SETTLE_AFTER_BLAS = 0.3
@@ -32,7 +32,7 @@ BLAS_USERS = ("dezero", "reference")
 def time_blocks(
     runs: dict[str, Callable[[], Any]], blocks: int, seconds: float, limit: float
 ) -> dict[str, list[float]]:
-    """Seconds per call of each participant in each block, the participants taking turns.
+    """Seconds per call of each library in each block, the libraries interleaved.
 
     A block is about ``seconds`` long for each. One whose blocks would take more than ``limit`` together takes
     part in fewer of them, but at least in three.
@@ -73,7 +73,7 @@ def time_blocks(
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """The median over the blocks of theirs / ours; a slow participant has fewer of them."""
+    """The median over the blocks of theirs / ours; a slow library has fewer of them."""
     return statistics.median(t / o for t, o in zip(theirs, ours, strict=False))
 
 
@@ -186,7 +186,7 @@ class Gemm:
                 self.runs["PyTorch", size] = partial(torch.mm, left, right, out=result)
 
     def measure(self) -> None:
-        """Once more, everybody in turn; it is done several times in a run, and the fastest counts."""
+        """Measure all once more; a run does this several times, and the fastest counts."""
         for (who, size), run in self.runs.items():
             start = time.perf_counter()
             run()

@@ -155,7 +155,7 @@ def best_epochs(w: Array, cell: str, seed: int, after_epoch: Callable[[float], N
 
 
 def time_epochs(w: Array, cell: str, names: list[str]) -> dict[str, float]:
-    """Milliseconds of a training epoch with each backend: the fastest of several, run in turn."""
+    """Milliseconds of a training epoch with each backend: the fastest of several, interleaved."""
     trainings = {name: Training(w, cell, 0, name) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(TIMED):

@@ -109,7 +109,7 @@ def score_table(report: Report, title: str, found: dict[str, dict[str, float]]) 
 
 
 def will_plot(no_plot: bool, report: Report) -> bool:
-    """Whether a plot is wanted and Matplotlib is installed; if it is missing, says so before the work begins."""
+    """Whether a plot is wanted and Matplotlib is installed; where it is missing, says so before the work."""
     if no_plot:
         return False
     try:

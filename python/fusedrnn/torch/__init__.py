@@ -14,18 +14,18 @@ from fusedrnn.torch import compilable
 from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
 from fusedrnn.torch.convert import Converted, convert, patched, to_torch
 from fusedrnn.torch.layers import GRU, LSTM, RNN
-from fusedrnn.torch.paths import Fallback, fallback, set_fallback_errors
+from fusedrnn.torch.paths import FallbackWarning, fallback, set_fallback_errors
 
 # PyTorch's threads spin after its operations: beside them ours would wait (docs/speed.md).
 with _contextlib.suppress(RuntimeError):
-    _threads.set_team("openmp")
+    _threads.set_thread_pool("openmp")
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
     "Converted",
-    "Fallback",
+    "FallbackWarning",
     "GRUCell",
     "LSTMCell",
     "RNNCell",

@@ -1,4 +1,4 @@
-"""``LSTMCell``, ``GRUCell`` and ``RNNCell`` in the place of ``torch.nn``'s: one step of one layer."""
+"""``LSTMCell``, ``GRUCell`` and ``RNNCell``, drop-in replacements for ``torch.nn``'s."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedrnn import cells
 from fusedrnn.backends.protocol import Weights
-from fusedrnn.torch import compiled, paths
+from fusedrnn.torch import dynamo, paths
 from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.recurrence import CELLS, Call, Packed, PackedWeights, recurrence, weights_of
 
@@ -36,7 +36,7 @@ class CellMixin(torch.nn.RNNCellBase):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step: input (B, I) or (I,); hx as PyTorch's, (B, H) or (H,) each; None is zeros."""
         if torch.compiler.is_compiling():
-            return compiled.cell(self, input, hx)
+            return dynamo.cell(self, input, hx)
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         weights = weights_of(self, Weights._fields)
         given = input

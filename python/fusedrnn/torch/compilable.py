@@ -17,20 +17,20 @@ from fusedrnn.torch.layers import Recurrent
 __all__ = ["GRU", "LSTM", "RNN"]
 
 
-class _Twin(torch.nn.RNNBase):
-    """Beside what ``RNNBase`` is, what the twin adds: its forward and the checks that this calls."""
+class _TorchBase(torch.nn.RNNBase):
+    """``RNNBase`` and what PyTorch's layer adds: its forward and the checks that this calls."""
 
-    twin: type[torch.nn.RNNBase]
+    torch_class: type[torch.nn.RNNBase]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """PyTorch's own implementation."""
-        return self.twin.forward(self, input, hx)
+        return self.torch_class.forward(self, input, hx)
 
 
-class LSTM(ForgetBias, Recurrent, _Twin):
+class LSTM(ForgetBias, Recurrent, _TorchBase):
     """``fusedrnn.torch.LSTM`` for compiled models: no ``isinstance`` of ``torch.nn.LSTM``, else the same."""
 
-    twin = torch.nn.LSTM
+    torch_class = torch.nn.LSTM
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
@@ -39,10 +39,10 @@ class LSTM(ForgetBias, Recurrent, _Twin):
         super().__init__("LSTM", *args, **options)
 
 
-class GRU(Recurrent, _Twin):
+class GRU(Recurrent, _TorchBase):
     """``fusedrnn.torch.GRU`` for compiled models: no ``isinstance`` of ``torch.nn.GRU``, else the same."""
 
-    twin = torch.nn.GRU
+    torch_class = torch.nn.GRU
 
     def __init__(self, *args: Any, **options: Any) -> None:
         if "proj_size" in options:
@@ -50,10 +50,10 @@ class GRU(Recurrent, _Twin):
         super().__init__("GRU", *args, **options)
 
 
-class RNN(Recurrent, _Twin):
+class RNN(Recurrent, _TorchBase):
     """``fusedrnn.torch.RNN`` for compiled models: no ``isinstance`` of ``torch.nn.RNN``, else the same."""
 
-    twin = torch.nn.RNN
+    torch_class = torch.nn.RNN
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from fusedrnn.torch.layers import ALWAYS, GRU, LSTM, OPTIONS, RNN
 
 M = TypeVar("M", bound=torch.nn.Module)
 
-TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LSTM: LSTM,
     torch.nn.GRU: GRU,
     torch.nn.RNN: RNN,
@@ -29,7 +29,7 @@ COMPILABLE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 # What our layers have of their own, beside their class.
 OWN = ("_fusedrnn_packed", "last_path", "forget_bias", *OPTIONS)
-OURS = {ours: theirs for twins in (TWINS, COMPILABLE) for theirs, ours in twins.items()}
+OURS = {ours: theirs for each in (REPLACEMENTS, COMPILABLE) for theirs, ours in each.items()}
 
 
 class Converted(NamedTuple):
@@ -63,9 +63,9 @@ def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
     converted, left = {}, {}
     for path, layer in model.named_modules():
         kind = type(layer)
-        twin = OURS.get(kind, kind) if compilable else kind
-        to = COMPILABLE.get(twin) if compilable else None
-        to = TWINS.get(twin) if to is None else to
+        theirs = OURS.get(kind, kind) if compilable else kind
+        to = COMPILABLE.get(theirs) if compilable else None
+        to = REPLACEMENTS.get(theirs) if to is None else to
         if to is not None and kind is not to:
             layer.__class__ = to
             converted[path] = kind.__name__
@@ -114,10 +114,10 @@ def patched() -> Iterator[None]:
     places = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
     try:
         for place in places:
-            for theirs, ours in TWINS.items():
+            for theirs, ours in REPLACEMENTS.items():
                 setattr(place, theirs.__name__, ours)
         yield
     finally:
         for place in places:
-            for theirs in TWINS:
+            for theirs in REPLACEMENTS:
                 setattr(place, theirs.__name__, theirs)

@@ -1,6 +1,6 @@
-"""``LSTM``, ``GRU`` and ``RNN`` in the place of ``torch.nn``'s.
+"""``LSTM``, ``GRU`` and ``RNN``, drop-in replacements for ``torch.nn``'s.
 
-Each is a subclass of its twin: parameters, initial values, state_dict, repr and errors are PyTorch's.
+Each is a subclass of PyTorch's layer: parameters, initial values, state_dict, repr and errors are PyTorch's.
 Formulas and their sources are in ``fusedrnn.cells``.
 """
 
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedrnn import cells
 from fusedrnn.backends.arguments import check_detach_every, check_regularization
 from fusedrnn.backends.protocol import Regularization, Weights
-from fusedrnn.torch import compiled, paths
+from fusedrnn.torch import dynamo, paths
 from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.recurrence import (
     CELLS,
@@ -178,7 +178,7 @@ class Recurrent(torch.nn.RNNBase):
             "detach_every": detach_every,
         }
         if torch.compiler.is_compiling():
-            return compiled.layer(self, input, hx, options)
+            return dynamo.layer(self, input, hx, options)
         weights = self._weights()
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         given_input, input, state0, weights = input, *self._lowered(input, state0, weights)
@@ -197,7 +197,7 @@ class Recurrent(torch.nn.RNNBase):
         options["regularization"] = self._regularization()
         x, state0, options = self._to_kernels(input, state0, options)
         run = self._kernels(packed, weights, known(options, x))
-        return self._from_kernels(input, options, self._stack(x, state0, run))
+        return self._from_kernels(input, options, self._run_layers(x, state0, run))
 
     def _lowered(self, input: Any, state0: Any, weights: list[Weights]) -> tuple[Any, Any, list[Weights]]:
         """A call's tensors in the dtype of autocast, on a GPU; else as they are."""
@@ -317,7 +317,7 @@ class Recurrent(torch.nn.RNNBase):
         x = input.data.new_zeros(T, B, input.data.size(-1)).masked_scatter(valid[:, :, None], input.data)
         options = {"lengths": running.sum(0), "reset": None, "regularization": self._regularization()}
         run = self._kernels(packed, weights, known(options, x))
-        y, final, _ = self._stack(x, state0, run, valid)
+        y, final, _ = self._run_layers(x, state0, run, valid)
         if input.unsorted_indices is not None:
             final = tuple(s.index_select(1, input.unsorted_indices) for s in final)
         output = PackedSequence(y[valid], sizes, input.sorted_indices, input.unsorted_indices)
@@ -378,7 +378,7 @@ class Recurrent(torch.nn.RNNBase):
             return (y, final, states) if states else (y, final)
         return (y, final[0], states[0]) if states else (y, final[0])
 
-    def _stack(
+    def _run_layers(
         self, x: Tensor, state0: tuple[Tensor, ...] | None, run: Run, valid: Tensor | None = None
     ) -> Results:
         """Layers and directions.

@@ -16,7 +16,7 @@ from fusedrnn.torch import gpu
 FUSED = "fused"
 
 
-class Fallback(UserWarning):
+class FallbackWarning(UserWarning):
     """A layer ran PyTorch's own implementation."""
 
 
@@ -45,9 +45,9 @@ def fallback() -> Iterator[None]:
         _settings.forced = before
 
 
-def fall_back(module: torch.nn.Module, reason: str, twin: Callable[..., Any], *args: Any) -> Any:
+def fall_back(module: torch.nn.Module, reason: str, original: Callable[..., Any], *args: Any) -> Any:
     """What PyTorch's own implementation returns, or raises; says so, or refuses. For ``forward`` alone."""
-    output = twin(*args)
+    output = original(*args)
     module.__dict__["last_path"] = f"fallback: {reason}"
     if _settings.forced:
         return output
@@ -57,7 +57,8 @@ def fall_back(module: torch.nn.Module, reason: str, twin: Callable[..., Any], *a
         raise RuntimeError(text)
     if (kind, reason) not in _told:
         _told.add((kind, reason))
-        warnings.warn(text, Fallback, stacklevel=5)  # whoever calls the module, two frames above forward
+        # The caller of the module, two frames above forward.
+        warnings.warn(text, FallbackWarning, stacklevel=5)
     return output
 
 

@@ -38,17 +38,17 @@ CELLS |= {f"{name}{NORMED}": dataclasses.replace(cell, layer_norm=True) for name
 SAMPLE, SMALL = 32, 512
 
 
-class Trace(NamedTuple):
-    """By what a weight is known to be as it was."""
+class WeightSnapshot(NamedTuple):
+    """What a weight was when it was packed, to see whether it has changed."""
 
     tensor: weakref.ref[Tensor]
     version: int
-    place: int
+    address: int
     sample: Array | None  # a view of some elements; none on a GPU, for which the CPU would have to wait
-    were: bytes
+    sample_bytes: bytes
 
     @classmethod
-    def of(cls, w: Tensor) -> Trace:
+    def of(cls, w: Tensor) -> WeightSnapshot:
         n = w.numel()
         if not w.is_cpu:
             return cls(weakref.ref(w), w._version, w.data_ptr(), None, b"")
@@ -64,22 +64,22 @@ class Packed(NamedTuple):
     device: torch.device
     backend: Backend
     weights: Any  # what the backend packed
-    traces: tuple[Trace | None, ...]
+    snapshots: tuple[WeightSnapshot | None, ...]
 
     def fresh(self, weights: Sequence[Tensor | None]) -> bool:
         """Whether these are still the weights, and unchanged."""
-        for w, trace in zip(weights, self.traces, strict=True):
-            if w is None or trace is None:
-                if w is not None or trace is not None:
+        for w, snapshot in zip(weights, self.snapshots, strict=True):
+            if w is None or snapshot is None:
+                if w is not None or snapshot is not None:
                     return False
                 continue
-            tensor, version, place, sample, were = trace
+            tensor, version, address, sample, sample_bytes = snapshot
             if (
                 tensor() is not w
                 or w._version != version
-                or w.data_ptr() != place
+                or w.data_ptr() != address
                 or not w.is_contiguous()
-                or (sample is not None and sample.tobytes() != were)
+                or (sample is not None and sample.tobytes() != sample_bytes)
             ):
                 return False
         return True
@@ -116,8 +116,8 @@ class PackedWeights:
                 raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(w.shape)}")
         # A tensor of inference mode has no version.
         keep = not any(w is not None and (w.is_inference() or not w.is_contiguous()) for w in weights)
-        traces = tuple(Trace.of(w) if keep and w is not None else None for w in weights)
-        packed = Packed(cell, dtype, device, *_packed(cell, weights), traces)
+        snapshots = tuple(WeightSnapshot.of(w) if keep and w is not None else None for w in weights)
+        packed = Packed(cell, dtype, device, *_packed(cell, weights), snapshots)
         if keep:
             self._kept = packed
         return packed
@@ -221,7 +221,7 @@ class Call:
     @property
     def save(self) -> str:
         """What a tape keeps."""
-        return "borders" if self.recompute else "all"
+        return "boundary_states" if self.recompute else "all"
 
     def run(self, x: Tensor, state0: Sequence[Tensor] | None, save: str | None) -> Forward:
         """The kernel forward."""
@@ -281,7 +281,7 @@ class Recurrence(torch.autograd.Function):
         out = call.run(inputs[0], inputs[1 : 1 + states] or None, call.save)
         outputs = call.tensors(out)
         ctx.call, ctx.states = call, states
-        tape = torch.empty(0)  # carries ours, so that autograd lets go of it when it lets go of the rest
+        tape = torch.empty(0)  # carries ours, so that autograd releases it with the rest
         tape.fusedrnn_tape = out.tape  # type: ignore[attr-defined]
         # What the tape only borrows: autograd finds out whether somebody writes into it before backward.
         ctx.save_for_backward(tape, *(() if call.step else outputs[:1]), *inputs)

@@ -118,8 +118,8 @@ int main() {
   const Options options[] = {{false, false, false, false, 0, Save::all, false},
                              {true, true, false, true, 0, Save::all, false},
                              {true, true, true, true, 3, Save::all, false},
-                             {true, false, false, true, 2, Save::borders, false},
-                             {true, true, false, true, 2, Save::borders, true}};
+                             {true, false, false, true, 2, Save::boundary_states, false},
+                             {true, true, false, true, 2, Save::boundary_states, true}};
   for (CellId cell : cells)
     for (const Sizes& n : sizes)
       for (const Options& o : options) {

@@ -357,11 +357,11 @@ constexpr int team_of_test = 7;
 void use_openmp() {
   omp_set_max_active_levels(2);  // nested regions have threads too, where nobody asks whether they are nested
   omp_set_num_threads(team_of_test);
-  set_team(Team::openmp);
+  set_thread_pool(ThreadPool::openmp);
 }
 
 void test_openmp() {
-  CHECK(team() == Team::openmp);
+  CHECK(thread_pool() == ThreadPool::openmp);
   for (int wanted : {2, 3, 7, 20, max_threads + 1}) {
     const int expected = std::min(wanted, team_of_test);
     std::vector<int> seen(expected, 0);
@@ -414,8 +414,8 @@ void test_openmp() {
   }
   for (std::thread& caller : callers) caller.join();
   // And back.
-  set_team(Team::own);
-  CHECK(team() == Team::own);
+  set_thread_pool(ThreadPool::own);
+  CHECK(thread_pool() == ThreadPool::own);
   parallel(3, [](Region& region) { CHECK(region.threads == 3 && omp_get_num_threads() == 1); });
 }
 
@@ -449,7 +449,7 @@ void whole_pool() {
 }
 
 void test_fork() {
-  const Team before = team();
+  const ThreadPool before = thread_pool();
 #if defined(__SANITIZE_ADDRESS__)
   // A thread that starts or ends takes locks of this sanitizer's allocator. One that does so at the fork would leave
   // the child a lock that nobody opens; so the team has no threads but a region's, and below these are all inside.
@@ -466,10 +466,10 @@ void test_fork() {
   });
   whole_pool();
   in_child([before] {
-    CHECK(team() == Team::own);
-    if (before == Team::openmp) CHECK_THROWS(std::runtime_error, set_team(Team::openmp));
+    CHECK(thread_pool() == ThreadPool::own);
+    if (before == ThreadPool::openmp) CHECK_THROWS(std::runtime_error, set_thread_pool(ThreadPool::openmp));
   });
-  CHECK(team() == before);
+  CHECK(thread_pool() == before);
 
   // In the poll hook, inside a region: the child gets out with an error and can go on; the parent notices nothing.
   for (int mode = 0; mode < 3; ++mode) {
@@ -902,7 +902,7 @@ int main(int argc, char** argv) {
     test_signals();
   else if (part == "count")
     test_count();
-  else if (part == "team")
+  else if (part == "thread_pool")
     test_openmp();
   else if (part == "thread_limit")
     test_openmp_limit();

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Needs a compiler only: c++ -std=c++17 -ffp-contract=off -Icsrc -DFUSEDRNN_LEVEL=avx2 -DFUSEDRNN_LEVEL_AVX2 -mavx2
-// -mfma tests/cpu/cpp/simd_test.cpp. tests/cpu/test_simd_cpp.py builds and runs it for every level. How far the activations are
-// from the truth is measured elsewhere: tests/cpu/test_activations.py, bench/ulp_sweep.py.
+// -mfma tests/cpu/cpp/simd_test.cpp. tests/cpu/test_simd_cpp.py builds and runs it for every level. How far the
+// activations are from the truth is measured elsewhere: tests/cpu/test_activations.py, bench/ulp_sweep.py.
 #include <sys/mman.h>
 #include <unistd.h>
 

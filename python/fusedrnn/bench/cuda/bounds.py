@@ -13,7 +13,7 @@ from fusedrnn import problems
 from fusedrnn.backends.cuda import KERNEL
 from fusedrnn.bench.cuda.modes import MODES, Mode, environment, use
 from fusedrnn.bench.cuda.timing import Timer, reason, rounds
-from fusedrnn.bench.peer_torch import FaceLayer, Place
+from fusedrnn.bench.peer_torch import FusedLayer, Place
 from fusedrnn.cells import RNN
 from fusedrnn.problems import Case, Shape
 
@@ -69,7 +69,7 @@ def between_steps(
     case = Case(RNN(), Shape(steps, 1, 1, H), "forward")
     try:
         with use(MODES["fp32"]), environment(KERNEL, kernel):
-            run = FaceLayer(problems.make(case, "float32"), 1, place)
+            run = FusedLayer(problems.make(case, "float32"), 1, place)
             run()
             if run.path != "fused":
                 return {"failed": run.path}

@@ -25,7 +25,7 @@ def against(peer: str) -> Value:
     """The time of a peer divided by ours; of a peer that does not run there is none."""
 
     def value(row: Row) -> float | None:
-        ratio: float | None = row["participants"].get(peer, {}).get("ratio")
+        ratio: float | None = row["libraries"].get(peer, {}).get("ratio")
         return ratio
 
     return value
@@ -33,13 +33,13 @@ def against(peer: str) -> Value:
 
 def us_per_step(row: Row) -> float | None:
     """Ours."""
-    found: float | None = row["participants"].get(OURS, {}).get("us_per_step")
+    found: float | None = row["libraries"].get(OURS, {}).get("us_per_step")
     return found
 
 
 def against_full(row: Row) -> float | None:
     """Our time divided by that without lengths and resets."""
-    ratio = row["participants"].get(FULL, {}).get("ratio")
+    ratio = row["libraries"].get(FULL, {}).get("ratio")
     return None if ratio is None else 1 / ratio
 
 
@@ -51,7 +51,7 @@ def published(row: Row) -> bool:
 
 def plain(row: Row) -> bool:
     """Whether ``torch.nn``'s layer does the same."""
-    return not (row["ragged"] or row["resets"] or row["face"] == "cell")
+    return not (row["ragged"] or row["resets"] or row["api"] == "cell")
 
 
 def beside_cudnn(cell: str, mode: str, kind: str) -> Callable[[Row], bool]:
@@ -68,7 +68,7 @@ def beside_cudnn(cell: str, mode: str, kind: str) -> Callable[[Row], bool]:
 def one_step(row: Row) -> bool:
     """A step of the LSTM cell at the size of a policy."""
     T, B, _, H = row["shape"]
-    step = (T, B, H, row["kind"], row["face"]) == (1, 8, 256, "step", "cell")
+    step = (T, B, H, row["kind"], row["api"]) == (1, 8, 256, "step", "cell")
     return step and row["cell"] == "lstm"
 
 
@@ -102,7 +102,7 @@ GOALS = (
     Goal("ragged lengths: time / time of full", lambda row: bool(row["ragged"]), against_full, 1.05, False),
     Goal("T = 1, B = 8, H = 256: times LSTMCell", one_step, against("torch-cell"), 1.0, True),
 )
-EPOCH = ("an epoch of the air pollution program: times the public framework (DeZero)", 20.0)
+EPOCH = ("an epoch of the air pollution program: times faster than DeZero", 20.0)
 
 
 def judge(rows: Sequence[Row], expected: Sequence[Row], epoch: float | None = None) -> list[dict[str, Any]]:

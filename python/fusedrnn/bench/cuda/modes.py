@@ -17,7 +17,7 @@ class Mode(NamedTuple):
     itemsize: int
     tf32: bool  # whether PyTorch may round the factors of float32 products to TF32, as it does by default
     precision: str  # ours, where the arrays are float32
-    tolerance: float  # of every participant, relative to a tensor's largest entry; rounding adds up over T
+    tolerance: float  # of every library, relative to a tensor's largest entry; rounding adds up over T
 
 
 MODES = {

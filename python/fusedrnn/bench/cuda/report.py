@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fusedrnn.bench.cuda.runner import WAYS
+from fusedrnn.bench.cuda.runner import TORCH_VARIANTS
 from fusedrnn.bench.report import Table, against_full
 from fusedrnn.bench.runner import FULL, OURS
 
@@ -15,17 +15,17 @@ Row = dict[str, Any]
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Title, header and rows: ours, PyTorch's ways and the ratio to each, what cuDNN was asked for."""
+    """Title, header and rows: ours, PyTorch's variants and the ratio to each, what cuDNN was asked for."""
     rows = report["rows"]
-    peers = [way for way in WAYS if any(way in row["participants"] for row in rows)]
-    full = any(FULL in row["participants"] for row in rows)
+    peers = [variant for variant in TORCH_VARIANTS if any(variant in row["libraries"] for row in rows)]
+    full = any(FULL in row["libraries"] for row in rows)
     header = ["case", "precision", "us/step", "±", "of bound", "bound by"]
     for peer in peers:
         header += [peer, "ratio"]
     header += [*(["against full"] if full else []), "cuDNN is asked for", "ours ran"]
     cells = []
     for row in rows:
-        each = row["participants"]
+        each = row["libraries"]
         mine = each.get(OURS)
         line = [row["case"], row["mode"]]
         if mine is None:
@@ -62,7 +62,7 @@ def kernels(plans: Sequence[str]) -> str:
 def line(row: Row) -> str:
     """One row in one line, for who waits for the next."""
     parts = [f"{row['case']}, {row['mode']}:"]
-    parts += [f"{who} {entry['us_per_step']:.2f} us a step," for who, entry in row["participants"].items()]
+    parts += [f"{who} {entry['us_per_step']:.2f} us a step," for who, entry in row["libraries"].items()]
     parts += [f"{who} failed: {why}," for who, why in row["failed"].items()]
     return " ".join(parts).rstrip(",:")
 
@@ -84,15 +84,15 @@ def summary(report: dict[str, Any]) -> list[str]:
     """The lines under the table: means, rates, who failed and why, the machine."""
     lines = []
     for mode in report["modes"]:
-        for way in WAYS:
+        for variant in TORCH_VARIANTS:
             ratios = [
                 entry["ratio"]
                 for row in report["rows"]
-                if row["mode"] == mode and "ratio" in (entry := row["participants"].get(way, {}))
+                if row["mode"] == mode and "ratio" in (entry := row["libraries"].get(variant, {}))
             ]
             if ratios:
                 mean = math.exp(statistics.fmean(map(math.log, ratios)))
-                lines.append(f"{mode}, {way}: geometric mean of {len(ratios)} ratios {mean:.2f}")
+                lines.append(f"{mode}, {variant}: geometric mean of {len(ratios)} ratios {mean:.2f}")
     rates = report["rates"]
     for mode, rate in rates["operations"].items():
         if rate is not None:

@@ -1,4 +1,4 @@
-"""One run on a GPU: every case in every precision, checked, then timed, ours and PyTorch's ways in turn."""
+"""One run on a GPU: every case in every precision, checked and timed, interleaved with PyTorch's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fusedrnn.bench.cuda import bounds, cudnn, timing
 from fusedrnn.bench.cuda.bounds import Rates
 from fusedrnn.bench.cuda.modes import MODES, Mode, use
 from fusedrnn.bench.cuda.timing import Timer
-from fusedrnn.bench.participants import Results, check, not_installed
+from fusedrnn.bench.libraries import Results, check, not_installed
 from fusedrnn.bench.peer_torch import (
-    FaceCell,
-    FaceLayer,
+    FusedCell,
+    FusedLayer,
     Place,
     Torch,
     TorchCell,
@@ -29,7 +29,7 @@ from fusedrnn.bench.timing import ratio, spread
 from fusedrnn.problems import Case, Data
 
 FLOAT32 = "fusedrnn, float32 arrays"  # ours in the precision of 16 bits for products alone
-WAYS: dict[str, type[Torch]] = {
+TORCH_VARIANTS: dict[str, type[Torch]] = {
     "torch": Torch,
     "torch-cell": TorchCell,
     "torch-packed": TorchPacked,
@@ -42,12 +42,12 @@ Row = dict[str, Any]
 
 @dataclass
 class Bench:
-    """What all rows of a run share. In the tests a CPU and its clock are in the place of a GPU and events."""
+    """What all rows of a run share. In the tests a CPU and its clock are in place of a GPU and events."""
 
     place: Place = field(default_factory=lambda: Place("cuda"))
     timer: Timer = timing.by_events
     rounds: int = 9
-    seconds: float = 0.05  # of a participant in a round
+    seconds: float = 0.05  # of a library in a round
     capability: tuple[int, int] = (9, 0)
     multiprocessors: int = 132
 
@@ -113,18 +113,18 @@ def expected(cases: Sequence[Case], modes: Sequence[str], forward: bool = False)
     return [problems.describe(part) | {"mode": mode} for part in parts for mode in modes]
 
 
-def ways(case: Case) -> list[str]:
-    """PyTorch's ways to run it: the layer, where it can; a loop of cells only for a single step."""
+def torch_variants(case: Case) -> list[str]:
+    """The PyTorch variants: the layer, where it can; a loop of cells only for a single step."""
     return [
         name
-        for name, way in WAYS.items()
-        if way.refuses(case, "float32") is None and (name != "torch-cell" or case.shape.T == 1)
+        for name, variant in TORCH_VARIANTS.items()
+        if variant.refuses(case, "float32") is None and (name != "torch-cell" or case.shape.T == 1)
     ]
 
 
 def ours(case: Case) -> type[Torch]:
     """Our module in their place."""
-    return FaceCell if case.face == "cell" else FaceLayer
+    return FusedCell if case.api == "cell" else FusedLayer
 
 
 class Truths:
@@ -136,8 +136,8 @@ class Truths:
 
     def of(self, data: Data) -> Results:
         if data.case not in self.known:
-            way = WAYS[ways(data.case)[0]]
-            self.known[data.case] = way(data, 1, self.place._replace(dtype="float64")).results()
+            variant = TORCH_VARIANTS[torch_variants(data.case)[0]]
+            self.known[data.case] = variant(data, 1, self.place._replace(dtype="float64")).results()
         return self.known[data.case]
 
 
@@ -152,7 +152,7 @@ def run_row(
     place = bench.place._replace(dtype=mode.dtype)
     float32 = bench.place._replace(dtype="float32")
     wanted = {OURS: (ours(case), data, place)}
-    wanted |= {way: (WAYS[way], data, place) for way in ways(case)}
+    wanted |= {variant: (TORCH_VARIANTS[variant], data, place) for variant in torch_variants(case)}
     if mode.itemsize == 2:
         wanted[FLOAT32] = (ours(case), data, float32)
     if full is not None:
@@ -165,11 +165,11 @@ def run_row(
         warnings.simplefilter("ignore")  # a fallback is told as a failure
         for who, (kind, given, at) in wanted.items():
             try:
-                participant = kind(given, 1, at)
-                errors[who] = check(who, participant.results(), truths.of(given), mode.tolerance)
-                if isinstance(participant, FaceLayer | FaceCell):
-                    plans[who] = plans_of(participant, bench.backend)
-                ready[who] = participant
+                library = kind(given, 1, at)
+                errors[who] = check(who, library.results(), truths.of(given), mode.tolerance)
+                if isinstance(library, FusedLayer | FusedCell):
+                    plans[who] = plans_of(library, bench.backend)
+                ready[who] = library
             except Exception as error:  # of many libraries; the others go on
                 failed[who] = timing.reason(error)
         samples, broken = timing.rounds(ready, bench.timer, bench.rounds, bench.seconds)
@@ -181,7 +181,7 @@ def run_row(
         "flops": problems.flops(case),
         "bound": least,
         "cudnn": asked_for(case, mode, bench),
-        "participants": {},
+        "libraries": {},
         "failed": failed | broken,
     }
     for who, values in samples.items():
@@ -196,26 +196,26 @@ def run_row(
         }
         if who != OURS and OURS in samples:
             entry["ratio"] = ratio(values, samples[OURS])
-        row["participants"][who] = entry
+        row["libraries"][who] = entry
     return row
 
 
-def plans_of(participant: Torch, backend: Any) -> list[str]:
+def plans_of(library: Torch, backend: Any) -> list[str]:
     """How ours runs forward, and back where there is that. A RuntimeError where PyTorch's own runs."""
-    participant.outputs()
-    path = participant.module.last_path
+    library.outputs()
+    path = library.module.last_path
     if path != "fused":
         raise RuntimeError(path)
     found = [str(backend.last_plan)]
-    if participant.training:
-        participant()
+    if library.training:
+        library()
         found.append(str(backend.last_plan))
     return found
 
 
 def asked_for(case: Case, mode: Mode, bench: Bench) -> list[str]:
     """The algorithms that PyTorch asks cuDNN for, forward and back."""
-    if case.face == "cell":
+    if case.api == "cell":
         return []
     back = (False, True) if case.kind == "training" else (False,)
     return [

@@ -1,4 +1,4 @@
-"""How time is taken on a GPU: by events of the stream, the participants in turn."""
+"""How time is taken on a GPU: by events of the stream, the libraries interleaved."""
 
 from __future__ import annotations
 

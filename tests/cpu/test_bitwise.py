@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from problems import CELLS as PLAIN
-from problems import NORMED, assert_same_bits, name, problem, run
+from problems import NORMED, assert_bitwise_equal, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core
@@ -70,7 +70,7 @@ def test_threads(cell, size, dtype, threads):
         want = run(CPU, p)
         for count in (2, 3, 7):
             threads(count)
-            assert_same_bits(run(CPU, p), want)
+            assert_bitwise_equal(run(CPU, p), want)
 
 
 @pytest.mark.mutation
@@ -81,7 +81,7 @@ def test_batch_sizes(cell, options):
         p = problem(cell, 5, 33, 3, 19, dtype=dtype, **options)
         want = run(CPU, p)
         for B in range(1, 33):
-            assert_same_bits(per_row(run(CPU, rows(p, range(B)))), take_rows(want, range(B)))
+            assert_bitwise_equal(per_row(run(CPU, rows(p, range(B)))), take_rows(want, range(B)))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "all", "reverse"])
@@ -95,7 +95,7 @@ def test_row_positions(cell, options):
             [*range(7, 33), *range(7)],
             np.random.default_rng(0).permutation(33),
         ):
-            assert_same_bits(per_row(run(CPU, rows(p, order))), take_rows(want, order))
+            assert_bitwise_equal(per_row(run(CPU, rows(p, order))), take_rows(want, order))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=name)
@@ -104,7 +104,7 @@ def test_batch_sizes_of_a_large_layer(cell, threads):
     threads(2)
     want = run(CPU, p)
     for index in ([0], [17], range(3, 20), range(31)):
-        assert_same_bits(per_row(run(CPU, rows(p, index))), take_rows(want, index))
+        assert_bitwise_equal(per_row(run(CPU, rows(p, index))), take_rows(want, index))
 
 
 # --- splits of the sequence --------------------------------------------------------------------------------
@@ -171,8 +171,8 @@ def test_every_split(cell, options):
         p = problem(cell, 17, 5, 3, 19, dtype=dtype, **options)
         want = held(p, per_row(run(CPU, p)))
         for cut in range(18):
-            assert_same_bits(held(p, run_in_parts(p, [cut])), want)
-        assert_same_bits(held(p, run_in_parts(p, [3, 4, 4, 9, 16])), want)
+            assert_bitwise_equal(held(p, run_in_parts(p, [cut])), want)
+        assert_bitwise_equal(held(p, run_in_parts(p, [3, 4, 4, 9, 16])), want)
 
 
 @pytest.mark.mutation
@@ -182,7 +182,7 @@ def test_single_steps_are_the_sequence(cell, options):
     for dtype in DTYPES:
         for I in (3, 18):  # a wide input is projected for several steps at once
             p = problem(cell, 17, 5, I, 19, dtype=dtype, **options)
-            assert_same_bits(held(p, run_in_parts(p, range(1, 17))), held(p, per_row(run(CPU, p))))
+            assert_bitwise_equal(held(p, run_in_parts(p, range(1, 17))), held(p, per_row(run(CPU, p))))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=name)
@@ -190,14 +190,14 @@ def test_split_across_chunks(cell, threads):
     """Steps fall into other chunks of the backward pass than in one piece."""
     threads(2)
     p = problem(cell, 90, 60, 3, 19, dtype=np.float32, **EVERYTHING)
-    assert_same_bits(run_in_parts(p, [31, 59]), per_row(run(CPU, p)))
+    assert_bitwise_equal(run_in_parts(p, [31, 59]), per_row(run(CPU, p)))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_single_steps_of_a_large_layer(cell, threads):
     threads(2)
     p = problem(cell, 4, 3, 70, 290, dtype=np.float32, return_states=True)
-    assert_same_bits(run_in_parts(p, [1, 2, 3]), per_row(run(CPU, p)))
+    assert_bitwise_equal(run_in_parts(p, [1, 2, 3]), per_row(run(CPU, p)))
 
 
 # --- recomputation -----------------------------------------------------------------------------------------
@@ -206,8 +206,8 @@ def test_single_steps_of_a_large_layer(cell, threads):
 @pytest.mark.parametrize("size", [(17, 5, 3, 19), (130, 40, 3, 17), (5, 33, 60, 300)], ids=str)
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_recomputed_steps_give_the_same_bits(cell, size, threads):
-    """save="borders" keeps less and runs forward again: every gradient, those of weights too, has the same
-    bits.
+    """save="boundary_states" keeps less and runs forward again: every gradient, those of weights too, has
+    the same bits.
     """
     for options in OPTIONS:
         for dtype in DTYPES:
@@ -216,9 +216,9 @@ def test_recomputed_steps_give_the_same_bits(cell, size, threads):
             want = run(CPU, p)
             for count in (1, 2, 3):
                 threads(count)
-                assert_same_bits(run(CPU, p, save="borders"), want)
+                assert_bitwise_equal(run(CPU, p, save="boundary_states"), want)
             packed = replace(p, weights=CPU.pack(cell, p.weights))
-            assert_same_bits(run(CPU, packed, save="borders"), want)
+            assert_bitwise_equal(run(CPU, packed, save="boundary_states"), want)
 
 
 # --- instruction sets --------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def digests():
 
 def digests_on(isa, count="2"):
     """``digests`` in a process of its own, on one instruction set and number of threads."""
-    code = "import test_bits; print(test_bits._core.info()['isa'], *test_bits.digests(), sep='\\n')"
+    code = "import test_bitwise; print(test_bitwise._core.info()['isa'], *test_bitwise.digests(), sep='\\n')"
     out = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "FUSEDRNN_ISA": isa, "FUSEDRNN_NUM_THREADS": count},
         cwd=os.path.dirname(__file__), capture_output=True, text=True, timeout=240,
@@ -283,7 +283,7 @@ def test_backward_twice(cell):
             for dy in (p.dy, np.where(np.isnan(p.dy), p.dy, 1), p.dy)
         )
         for a, b, c in zip(*(flat(g) for g in (once, again, other)), strict=True):
-            assert_same_bits({"": a}, {"": b})
+            assert_bitwise_equal({"": a}, {"": b})
             assert not np.array_equal(a, c)
 
 
@@ -297,7 +297,7 @@ def test_a_hundred_runs(cell, threads):
     p = problem(cell, 9, 21, 4, 47, dtype=np.float32, **EVERYTHING)
     want = run(CPU, p)
     for _ in range(100):
-        assert_same_bits(run(CPU, p), want)
+        assert_bitwise_equal(run(CPU, p), want)
 
 
 @pytest.mark.mutation
@@ -309,7 +309,7 @@ def test_packed_weights_are_the_weights(cell):
             packed = CPU.pack(cell, p.weights)
             want = run(CPU, p)
             for _ in range(2):
-                assert_same_bits(run(CPU, replace(p, weights=packed)), want)
+                assert_bitwise_equal(run(CPU, replace(p, weights=packed)), want)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=name)
@@ -320,7 +320,7 @@ def test_order_of_the_two_biases(cell):
     two = replace(p, weights=p.weights._replace(bias_hh=zeros))
     got = run(CPU, two)
     got.pop("dbias_hh")
-    assert_same_bits(got, run(CPU, p))
+    assert_bitwise_equal(got, run(CPU, p))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
@@ -365,7 +365,7 @@ def test_gradients_are_linear_in_powers_of_two(cell):
 
     twice = run(CPU, replace(p, dy=2 * p.dy, dstateT=double(p.dstateT), dstates=double(p.dstates)))
     once = run(CPU, p)
-    assert_same_bits(twice, {key: 2 * a if key.startswith("d") else a for key, a in once.items()})
+    assert_bitwise_equal(twice, {key: 2 * a if key.startswith("d") else a for key, a in once.items()})
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=name)
@@ -373,4 +373,4 @@ def test_weights_may_be_slices_of_a_larger_array(cell):
     """Copied where they are not contiguous; the bits are those of a contiguous copy."""
     p = problem(cell, 5, 3, 4, 19, dtype=np.float32, biases="both")
     wide = Weights(*(None if w is None else np.repeat(w, 2, axis=-1)[..., ::2] for w in p.weights))
-    assert_same_bits(run(CPU, replace(p, weights=wide)), run(CPU, p))
+    assert_bitwise_equal(run(CPU, replace(p, weights=wide)), run(CPU, p))

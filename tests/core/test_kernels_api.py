@@ -1,4 +1,4 @@
-"""The stateless face: packed rows, packed weights, and the choice of the backend."""
+"""The stateless API: packed rows, packed weights, and the choice of the backend."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import problems
-from fusedrnn import backends, functional
+from fusedrnn import backends, kernels
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM
-from problems import assert_same_bits, name, named, problem, run
+from problems import assert_bitwise_equal, name, named, problem, run
 
 cells = pytest.mark.parametrize("cell", problems.CELLS, ids=name)
 
@@ -25,17 +25,17 @@ class TestRagged:
     def test_packed_rows_are_padded_sequences(self, cell: Any, reverse: bool) -> None:
         p = problem(cell, 5, 4, 2, 7, reset=True, return_states=True, reverse=reverse)
         valid = np.arange(5)[:, None] < self.lengths
-        f = functional.forward(
+        f = kernels.forward(
             cell, p.x, p.weights, p.state0, **{**p.options, "lengths": self.lengths}, backend="reference"
         )
-        g = functional.backward(f.tape, p.dy, p.dstateT, p.dstates)
+        g = kernels.backward(f.tape, p.dy, p.dstateT, p.dstates)
         want = named(cell, f, g)
         want = {key: a[valid] if key in ("y", "dx", *cell.states) else a for key, a in want.items()}
         options = {**p.options, "reset": p.reset[valid], "batch_sizes": self.batch_sizes}
-        f = functional.forward(cell, p.x[valid], p.weights, p.state0, **options, backend="reference")
-        g = functional.backward(f.tape, p.dy[valid], p.dstateT, tuple(d[valid] for d in p.dstates))
+        f = kernels.forward(cell, p.x[valid], p.weights, p.state0, **options, backend="reference")
+        g = kernels.backward(f.tape, p.dy[valid], p.dstateT, tuple(d[valid] for d in p.dstates))
         assert f.y.shape == (13, 7)
-        assert_same_bits(named(cell, f, g), want)
+        assert_bitwise_equal(named(cell, f, g), want)
 
     def test_against_torch(self) -> None:
         torch = pytest.importorskip("torch")
@@ -46,7 +46,7 @@ class TestRagged:
                 parameter.copy_(torch.tensor(w))
         packed = torch.nn.utils.rnn.pack_padded_sequence(torch.tensor(p.x), torch.tensor(self.lengths))
         out, hT = module(packed, torch.tensor(p.state0[0][None]))
-        f = functional.forward(
+        f = kernels.forward(
             GRU(),
             packed.data.numpy(),
             p.weights,
@@ -71,7 +71,7 @@ class TestRagged:
     def test_wrong_batch_sizes(self, batch_sizes: Any, exception: type[Exception]) -> None:
         p = problem(LSTM(), 3, 1, 2, 5)
         with pytest.raises(exception, match=r"^batch_sizes: expected"):
-            functional.forward(LSTM(), p.x[:, 0], p.weights, batch_sizes=batch_sizes, backend="reference")
+            kernels.forward(LSTM(), p.x[:, 0], p.weights, batch_sizes=batch_sizes, backend="reference")
 
     def test_wrong_rows(self) -> None:
         p = problem(LSTM(), 3, 1, 2, 5)
@@ -79,20 +79,18 @@ class TestRagged:
         x = p.x[:, 0]
         for bad in (x[:2], p.x):
             with pytest.raises(ValueError, match=r"^x: expected packed rows of shape \(3, ·\)"):
-                functional.forward(LSTM(), bad, p.weights, batch_sizes=sizes, backend="reference")
+                kernels.forward(LSTM(), bad, p.weights, batch_sizes=sizes, backend="reference")
         with pytest.raises(ValueError, match=r"^reset: expected packed rows of shape \(3,\)"):
-            functional.forward(
+            kernels.forward(
                 LSTM(), x, p.weights, batch_sizes=sizes, reset=np.ones(2, bool), backend="reference"
             )
-        tape = functional.forward(LSTM(), x, p.weights, batch_sizes=sizes, backend="reference").tape
+        tape = kernels.forward(LSTM(), x, p.weights, batch_sizes=sizes, backend="reference").tape
         with pytest.raises(ValueError, match=r"^dy: expected packed rows"):
-            functional.backward(tape, p.dy)
+            kernels.backward(tape, p.dy)
 
     def test_no_steps(self) -> None:
         p = problem(LSTM(), 3, 1, 2, 5)
-        f = functional.forward(
-            LSTM(), p.x[:0, 0], p.weights, batch_sizes=np.zeros(0, int), backend="reference"
-        )
+        f = kernels.forward(LSTM(), p.x[:0, 0], p.weights, batch_sizes=np.zeros(0, int), backend="reference")
         assert f.y.shape == (0, 5)
         assert f.stateT[0].shape == (0, 5)
 
@@ -101,18 +99,18 @@ class TestPack:
     @cells
     def test_same_bits_as_the_weights(self, cell: Any) -> None:
         p = problem(cell, 3, 2, 3, 7)
-        packed = functional.pack(cell, p.weights, "reference")
-        f = functional.forward(cell, p.x, packed, p.state0)
-        g = functional.backward(f.tape, p.dy, p.dstateT)
-        assert_same_bits(named(cell, f, g), run(ReferenceBackend(), p))
+        packed = kernels.pack(cell, p.weights, "reference")
+        f = kernels.forward(cell, p.x, packed, p.state0)
+        g = kernels.backward(f.tape, p.dy, p.dstateT)
+        assert_bitwise_equal(named(cell, f, g), run(ReferenceBackend(), p))
 
     def test_for_another_backend_or_cell(self) -> None:
         p = problem(GRU(), 3, 2, 3, 7)
-        packed = functional.pack(GRU(), p.weights, "reference")
+        packed = kernels.pack(GRU(), p.weights, "reference")
         with pytest.raises(ValueError, match=r"^backend: expected 'reference'"):
-            functional.forward(GRU(), p.x, packed, backend="cpu")
+            kernels.forward(GRU(), p.x, packed, backend="cpu")
         with pytest.raises(ValueError, match=r"^cell: expected GRU\(reset_after=True, layer_norm=False\)"):
-            functional.forward(GRU(reset_after=False), p.x, packed)
+            kernels.forward(GRU(reset_after=False), p.x, packed)
 
 
 class TestChoice:
@@ -141,4 +139,4 @@ class TestChoice:
     def test_a_named_backend_that_cannot_run_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ReferenceBackend, "unavailable", lambda self: "the moon is full")
         with pytest.raises(RuntimeError, match=r"'reference' cannot run here: the moon is full"):
-            functional.pack(LSTM(), problem(LSTM(), 2, 1, 2, 3).weights, "reference")
+            kernels.pack(LSTM(), problem(LSTM(), 2, 1, 2, 3).weights, "reference")

@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: what a participant is, our own backends, and the check of each."""
+"""The libraries of a benchmark: their interface, our own backends, and the check of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fusedrnn import backends, functional, stack
+from fusedrnn import backends, kernels, multilayer
 from fusedrnn.backends.protocol import Array
 from fusedrnn.problems import Case, Data
 
@@ -25,8 +25,8 @@ TOLERANCE = {"float32": 5e-5, "float64": 2e-13}
 Results = dict[str, Array]
 
 
-class Participant(Protocol):
-    """One way to compute a case. Calling it does the whole of it and returns what it made."""
+class Library(Protocol):
+    """One library's way to compute a case. Calling it does the whole of it and returns what it made."""
 
     @property
     def path(self) -> str | None:
@@ -39,8 +39,8 @@ class Participant(Protocol):
         """The same as arrays, named by ``named``."""
 
 
-class Peer(Participant, Protocol):
-    """A participant that we are compared with."""
+class Peer(Library, Protocol):
+    """A library that we are compared with."""
 
     def __init__(self, data: Data, threads: int) -> None: ...
 
@@ -70,9 +70,9 @@ def named(
     dx: Array | None = None,
     dweights: Sequence[Sequence[Any]] = (),
 ) -> Results:
-    """What a participant computed, under the names and in the shapes in which ``check`` compares it.
+    """What a library computed, under the names and in the shapes in which ``check`` compares it.
 
-    ``dweights`` has an entry per layer and direction in the order of ``Weights``, as far as the participant
+    ``dweights`` has an entry per layer and direction in the order of ``Weights``, as far as the library
     knows them; the gradient of a bias that the problem does not have is left out.
     """
     case = data.case
@@ -99,10 +99,10 @@ class Native:
         self.backend = backend
         self.weights: Sequence[Any] = data.weights
         if data.case.kind != "training":
-            self.weights = [functional.pack(data.case.cell, w, backend=backend) for w in data.weights]
+            self.weights = [kernels.pack(data.case.cell, w, backend=backend) for w in data.weights]
 
     def forward(self) -> Any:
-        """One layer by itself, several as a stack."""
+        """One layer by itself, or several layers or directions."""
         data, case = self.data, self.data.case
         options: dict[str, Any] = {"lengths": data.lengths, "reset": data.reset}
         options["save"] = "all" if case.kind == "training" else None
@@ -110,17 +110,17 @@ class Native:
             options["backend"] = self.backend
         if len(self.weights) > 1:
             options["bidirectional"] = case.bidirectional
-            return stack.forward_stack(case.cell, data.x, self.weights, data.state0, **options)
+            return multilayer.forward_multilayer(case.cell, data.x, self.weights, data.state0, **options)
         state0 = None if data.state0 is None else tuple(s[0] for s in data.state0)
-        return functional.forward(case.cell, data.x, self.weights[0], state0, **options)
+        return kernels.forward(case.cell, data.x, self.weights[0], state0, **options)
 
     def __call__(self) -> Any:
         out = self.forward()
         if out.tape is None:
             return out, None
         if len(self.weights) > 1:
-            return out, stack.backward_stack(out.tape, self.data.dy, self.data.dstateT)
-        return out, functional.backward(out.tape, self.data.dy, tuple(d[0] for d in self.data.dstateT))
+            return out, multilayer.backward_multilayer(out.tape, self.data.dy, self.data.dstateT)
+        return out, kernels.backward(out.tape, self.data.dy, tuple(d[0] for d in self.data.dstateT))
 
     def results(self) -> Results:
         out, gradients = self()
@@ -130,8 +130,8 @@ class Native:
         return named(self.data, out.y, out.stateT, gradients.dx, dweights)
 
     def saved(self) -> dict[str, int] | None:
-        """Bytes kept for backward: our own, and what we only borrow (outputs; of a stack also the inputs of
-        its layers). The caller's input and the weights count for nobody. None where a tape tells no size.
+        """Bytes kept for backward: our own, and what we only borrow (outputs; of several layers also
+        their inputs). The caller's input and the weights count for nobody. None where a tape tells no size.
         """
         case = self.data.case
         out = self.forward()
@@ -178,7 +178,7 @@ def numba_start(cell: str, dtype: str) -> str:
     """How long a process waits for the first forward and backward: without Numba's cache, and with it."""
     code = (
         "import sys, time; from fusedrnn import cells, problems;"
-        "from fusedrnn.bench.participants import Native;"
+        "from fusedrnn.bench.libraries import Native;"
         "case = problems.Case(cells.CELLS[sys.argv[1]](), problems.Shape(2, 2, 2, 8));"
         "start = time.perf_counter(); Native(problems.make(case, sys.argv[2]), 'numba')();"
         "print(time.perf_counter() - start)"

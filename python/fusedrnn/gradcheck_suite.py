@@ -1,4 +1,4 @@
-"""The gradient matrix: every cell x backend x dtype x option against the oracle, and the oracle proved.
+"""The gradient check of every cell, backend, dtype and option against the oracle, and the oracle proved.
 
 The oracle is the NumPy reference in long double on the same inputs; it is itself compared with complex-step
 derivatives of its own forward pass. ``fusedrnn gradcheck`` prints it, docs/accuracy.md comes from it.
@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import backends as registry
-from fusedrnn import cuda, functional
-from fusedrnn import stack as layered
-from fusedrnn.backends.protocol import Array, NotBuilt, Regularization, Weights
+from fusedrnn import cuda, kernels, multilayer
+from fusedrnn.backends.protocol import Array, Regularization, Unsupported, Weights
 from fusedrnn.cells import CELLS, Cell, layer_norm
 from fusedrnn.gradcheck import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
 from fusedrnn.problems import Shape
@@ -30,7 +29,7 @@ from fusedrnn.problems import Shape
 
 @dataclass(frozen=True)
 class Option:
-    """What one column of the matrix asks for."""
+    """What one option of the suite asks for."""
 
     biases: str = "own"  # "own": what the native layer of the cell has; "both", "hh" alone, "none"
     state0: bool = False
@@ -58,7 +57,7 @@ OPTIONS = {
     "reverse": Option(reverse=True),
     "return_states": Option(return_states=True),
     "all together": Option("both", True, True, True, True, True),
-    "recompute": Option(save="borders"),
+    "recompute": Option(save="boundary_states"),
     "recurrent dropout": Option(recurrent_dropout=0.25),
     "zoneout": Option(zoneout=0.25),
     "both of them, all": Option("both", True, True, True, True, True, recurrent_dropout=0.25, zoneout=0.25),
@@ -106,7 +105,7 @@ def variants() -> dict[str, Cell]:
     return found
 
 
-def run_matrix(
+def run_suite(
     cells: Sequence[str] | None = None,
     backends: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
@@ -338,10 +337,10 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
     }
     if option.layers == 1 and not option.bidirectional:
         first = None if p.state0 is None else tuple(s[0] for s in p.state0)
-        out = functional.forward(p.cell, p.x, p.weights[0], first, reverse=option.reverse, **shared)
+        out = kernels.forward(p.cell, p.x, p.weights[0], first, reverse=option.reverse, **shared)
     else:
         directions = option.bidirectional
-        out = layered.forward_stack(
+        out = multilayer.forward_multilayer(
             p.cell, p.x, p.weights, p.state0, bidirectional=directions, masks=p.masks, **shared
         )
     found: Results = {"y": (out.y,)}
@@ -351,10 +350,10 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
         return _on_host(found)
     if option.layers == 1 and not option.bidirectional:
         dstates = None if p.dstates is None else tuple(s[0] for s in p.dstates)
-        g = functional.backward(out.tape, p.dy, tuple(s[0] for s in p.dstateT), dstates)
+        g = kernels.backward(out.tape, p.dy, tuple(s[0] for s in p.dstateT), dstates)
         dx, dweights, dstate0 = g.dx, [g.dweights], g.dstate0
     else:
-        dx, dweights, dstate0 = layered.backward_stack(out.tape, p.dy, p.dstateT, p.dstates)
+        dx, dweights, dstate0 = multilayer.backward_multilayer(out.tape, p.dy, p.dstateT, p.dstates)
     found["dx"] = (dx,)
     for name, w in p.weights[0]._asdict().items():
         if w is not None:
@@ -388,7 +387,7 @@ def _errors(got: Results, truth: Results, dtype: np.dtype[Any]) -> dict[str, flo
 
 
 def limit(tensor: str, dtype: str) -> float:
-    """The promise for a tensor of the matrix: outputs, and gradients (their names begin with d)."""
+    """The promise for a tensor of the suite: outputs, and gradients (their names begin with d)."""
     return (GRADIENT if tensor.startswith("d") else FORWARD)[dtype]
 
 
@@ -420,7 +419,7 @@ def _row(
         try:
             found = _errors(_results(poisoned, backend), truth, kind)
         except Exception as error:  # of any kind: this row has failed, the others are still of interest
-            if isinstance(error, NotBuilt):
+            if isinstance(error, Unsupported):
                 return Row(cell, backend, isa, dtype, option, {}, {}, {}, None, 0.0, str(error))
             found = dict.fromkeys(names, float("inf"))
             notes.append(f"{type(error).__name__}: {error}")
@@ -505,7 +504,7 @@ def _isolated(
     """The rows of the cpu backend at one instruction set, from another process."""
     asked = {"cells": cells, "dtypes": dtypes, "options": options, "seed": seed, "sizes": sizes}
     process = subprocess.Popen(
-        [sys.executable, "-c", "from fusedrnn.gradmatrix import serve; serve()"],
+        [sys.executable, "-c", "from fusedrnn.gradcheck_suite import serve; serve()"],
         env=os.environ | {"FUSEDRNN_ISA": level},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -536,7 +535,7 @@ def serve() -> None:
     def progress(done: int, total: int, row: Row) -> None:
         print(json.dumps(dataclasses.asdict(row)), flush=True)
 
-    run_matrix(backends=["cpu"], progress=progress, **asked)
+    run_suite(backends=["cpu"], progress=progress, **asked)
 
 
 # --- tables -------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""The stateless face: one layer in one direction, forward and backward, NumPy in and NumPy out.
+"""The stateless API: one layer in one direction, forward and backward, NumPy in and NumPy out.
 
     y, stateT, states, tape = forward(LSTM(), x, Weights(weight_ih, weight_hh, bias_ih))
     dx, dweights, dstate0 = backward(tape, dy)
 
 Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (= H), ``G`` gates. What a
 call means in detail (padding, resets, direction) is in ``fusedrnn.backends.protocol``; several layers are in
-``fusedrnn.stack``. With CuPy arrays in place of NumPy's a call runs on their GPU (docs/cuda.md); all arrays
-of a call are of one kind.
+``fusedrnn.multilayer``. With CuPy arrays in place of NumPy's a call runs on their GPU (docs/cuda.md). All
+arrays of a call are of one kind.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ def forward(
         regularization: ``Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed)``: recurrent dropout
             (Gal and Ghahramani 2016) and zoneout (Krueger et al. 2016), with masks drawn from the seed, or,
             where that is None, as in evaluation. The same seed gives the same masks.
-        save: What the tape keeps: "all"; "borders", some states only, and run forward again in backward
-            (recompute); or None for no tape.
+        save: What the tape keeps: "all"; "boundary_states", only the states at chunk boundaries, and run
+            forward again in backward (recompute); or None for no tape.
         backend: "cpu", "numba", "reference", "cuda", or None: "cuda" for CuPy arrays, for others see
             ``fusedrnn.backends.get``.
 

@@ -11,24 +11,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn import cuda, functional
+from fusedrnn import cuda, kernels
 from fusedrnn.backends.arguments import check_cell, check_need, check_regularization, entries
 from fusedrnn.backends.protocol import Array, Forward, Regularization, State, Weights
 from fusedrnn.cells import Cell
 
 
 class Tape(NamedTuple):
-    """What ``backward_stack`` takes."""
+    """What ``backward_multilayer`` takes."""
 
     cell: Cell
-    tapes: list[functional.Tape]  # layer by layer, forward before reverse
+    tapes: list[kernels.Tape]  # layer by layer, forward before reverse
     D: int
     masks: list[Array | None]  # what each layer's output but the last was multiplied with
     y_shape: tuple[int, ...]
 
 
-class StackGradients(NamedTuple):
-    """Result of ``backward_stack``; what ``need`` left out is None."""
+class MultilayerGradients(NamedTuple):
+    """Result of ``backward_multilayer``; what ``need`` left out is None."""
 
     dx: Array | None  # (T, B, I)
     dweights: list[Weights]  # one per layer and direction
@@ -41,10 +41,10 @@ def dropout_mask(rng: np.random.Generator, dropout: float, shape: tuple[int, ...
     return np.where(rng.random(shape) < dropout, np.zeros((), dtype), scale)
 
 
-def forward_stack(
+def forward_multilayer(
     cell: Cell,
     x: Array,
-    weights: Sequence[Weights | functional.Packed],
+    weights: Sequence[Weights | kernels.Packed],
     state0: State | None = None,
     *,
     bidirectional: bool = False,
@@ -64,7 +64,7 @@ def forward_stack(
     Args:
         cell: The cell of every layer.
         x: (T, B, I).
-        weights: L*D ``Weights`` (or what ``functional.pack`` returned); from the second layer on I is D*P.
+        weights: L*D ``Weights`` (or what ``kernels.pack`` returned); from the second layer on I is D*P.
         state0: (h,) or (h, c), each (L*D, B, ·); None is zeros.
         bidirectional: D = 2: every layer also runs in reverse.
         dropout: Probability with which an output of each layer but the last is zeroed, the others scaled by
@@ -72,13 +72,13 @@ def forward_stack(
         rng: Where the masks are drawn from; needed where dropout acts and ``masks`` is None.
         masks: L-1 arrays (T, B, D*P) of x's dtype that multiply the layers' outputs (None: no dropout there),
             instead of drawing them.
-        regularization: As in ``functional.forward``; the stream of each layer and direction is set here, so
+        regularization: As in ``kernels.forward``; the stream of each layer and direction is set here, so
             that each draws masks of its own from the one seed.
-        lengths, reset, return_states, detach_every, save, backend: As in ``functional.forward``.
+        lengths, reset, return_states, detach_every, save, backend: As in ``kernels.forward``.
 
     Returns:
-        y (T, B, D*P); stateT like state0; states (L*D, T, B, ·) each, or None; tape for ``backward_stack``,
-        or None.
+        y (T, B, D*P); stateT like state0; states (L*D, T, B, ·) each, or None; tape for
+        ``backward_multilayer``, or None.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
@@ -87,7 +87,7 @@ def forward_stack(
     if not isinstance(bidirectional, bool | np.bool_):
         raise TypeError(f"bidirectional: expected True or False, got {type(bidirectional).__name__}")
     D = 2 if bidirectional else 1
-    if isinstance(weights, Weights | functional.Packed) or not isinstance(weights, Sequence):
+    if isinstance(weights, Weights | kernels.Packed) or not isinstance(weights, Sequence):
         raise TypeError(f"weights: expected a list of Weights, got {type(weights).__name__}")
     if not weights or len(weights) % D:
         expected = "L*2 entries (bidirectional)" if bidirectional else "at least 1 entry"
@@ -116,7 +116,7 @@ def forward_stack(
             used.append(mask)
             y = y if mask is None else y * mask
         outs = [
-            functional.forward(
+            kernels.forward(
                 cell,
                 y,
                 weights[n],
@@ -141,22 +141,22 @@ def forward_stack(
     return Forward(y, stateT, states, tape)
 
 
-def backward_stack(
+def backward_multilayer(
     tape: Tape,
     dy: Array | None = None,
     dstateT: tuple[Array | None, ...] | None = None,
     dstates: tuple[Array | None, ...] | None = None,
     *,
     need: Collection[str] | None = None,
-) -> StackGradients:
+) -> MultilayerGradients:
     """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)`` through all layers.
 
     Args:
-        tape: From ``forward_stack``.
+        tape: From ``forward_multilayer``.
         dy: (T, B, D*P) or None.
         dstateT: One entry per state, (L*D, B, ·) or None each, or None.
         dstates: One entry per state, (L*D, T, B, ·) or None each, or None; only after ``return_states=True``.
-        need: Names out of ``functional.NEED``, of every layer ("x" is that of the first), or None for all.
+        need: Names out of ``kernels.NEED``, of every layer ("x" is that of the first), or None for all.
 
     Returns:
         dx (T, B, I); dweights, a ``Weights`` per layer and direction; dstate0 like state0. What is not in
@@ -166,7 +166,7 @@ def backward_stack(
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
     """
     if not isinstance(tape, Tape):
-        raise TypeError(f"tape: expected that of forward_stack, got {type(tape).__name__}")
+        raise TypeError(f"tape: expected that of forward_multilayer, got {type(tape).__name__}")
     cell, D = tape.cell, tape.D
     N = len(tape.tapes)
     wanted = check_need(need)
@@ -181,7 +181,7 @@ def backward_stack(
         dys = [None] * D if dx is None else cuda.get_array_module(dx).split(dx, D, axis=2)
         need_layer = wanted if layer == 0 else wanted | {"x"}
         gradients = [
-            functional.backward(
+            kernels.backward(
                 tape.tapes[n], dys[n % D], _entry(dstateT, n), _entry(dstates, n), need=need_layer
             )
             for n in range(layer * D, layer * D + D)
@@ -194,7 +194,7 @@ def backward_stack(
         if dx is not None and mask is not None:
             dx = dx * mask
     stacked = (cuda.get_array_module(s[0]).stack(s) for s in zip(*dstate0, strict=True))
-    return StackGradients(dx, dweights, tuple(stacked) if "state0" in wanted else None)
+    return MultilayerGradients(dx, dweights, tuple(stacked) if "state0" in wanted else None)
 
 
 def _entry(states: tuple[Array | None, ...] | None, n: int) -> tuple[Array | None, ...] | None:

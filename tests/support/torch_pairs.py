@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn.threads import get_team, set_team
+from fusedrnn.threads import get_thread_pool, set_thread_pool
 
-_team = get_team()
+_pool = get_thread_pool()
 import fusedrnn.torch as ft  # noqa: E402
 
-set_team(
-    _team
-)  # back from PyTorch's threads, for the other files: tests/cpu/test_openmp_team.py tests on them
+set_thread_pool(
+    _pool
+)  # back from PyTorch's threads, for the other files: tests/cpu/test_thread_pool.py tests on them
 
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
@@ -26,7 +26,7 @@ every_kind = pytest.mark.parametrize("kind", LAYERS + CELLS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "float64"))
 
 
-def twins(kind: str, *sizes: int, **options: Any) -> tuple[Any, Any]:
+def module_pair(kind: str, *sizes: int, **options: Any) -> tuple[Any, Any]:
     """PyTorch's layer and ours with the same weights, which are large enough for the gates to saturate."""
     theirs = getattr(torch.nn, kind)(*sizes, **options)
     ours = getattr(ft, kind)(*sizes, **options)

@@ -1,4 +1,4 @@
-"""Ways to cut the same work, timed: what ``backends.cuda_plan`` has to choose from, beside its count."""
+"""Candidate plans, timed: what ``backends.cuda_plan`` chooses from, beside its cost model."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from fusedrnn.backends import cuda_plan
 from fusedrnn.backends.cuda import CudaBackend
-from fusedrnn.backends.cuda_plan import Cut, Plan
+from fusedrnn.backends.cuda_plan import Candidate, Plan
 from fusedrnn.bench.cuda.timing import Timer, rounds
 from fusedrnn.cells import GRU, LSTM, Cell
 from fusedrnn.problems import Case, Shape, make
 
 
 class Size(NamedTuple):
-    """What is cut; ``precision`` says how float32 is multiplied."""
+    """The size to plan for; ``precision`` says how float32 is multiplied."""
 
     cell: Cell
     precision: str
@@ -30,7 +30,7 @@ SIZES = tuple(
     for H in (256, 512, 768, 1024)
     for B in (1, 16, 64)
 )
-EACH = 2  # cuts of a kernel, those of least cost
+EACH = 2  # candidates of a kernel, those of least cost
 
 
 class Fixed(CudaBackend):
@@ -42,11 +42,11 @@ class Fixed(CudaBackend):
         return self.fixed
 
 
-def candidates(backend: CudaBackend, size: Size, backward: bool) -> Iterator[Cut]:
-    """Step by step, and of each other kernel the cuts that count as best."""
-    yield Cut(float("nan"), 0, Plan("steps"))
+def best_candidates(backend: CudaBackend, size: Size, backward: bool) -> Iterator[Candidate]:
+    """Step by step, and of each other kernel the candidates of least cost."""
+    yield Candidate(float("nan"), 0, Plan("steps"))
     for kernel in cuda_plan.KERNELS[1:]:
-        found = backend.cuts(kernel, size.cell, size.B, size.H, "float32", backward=backward)
+        found = backend.candidates(kernel, size.cell, size.B, size.H, "float32", backward=backward)
         yield from sorted(found)[:EACH]
 
 
@@ -79,24 +79,27 @@ def measure(
         backend.backward(tape, dy, need=())
 
     for direction, run in (("forward", forward), ("back", back)):
-        cuts = list(candidates(backend, size, direction == "back"))
-        runs = {str(k): lambda run=run, cut=cut: run(cut.plan) for k, cut in enumerate(cuts)}
+        candidates = list(best_candidates(backend, size, direction == "back"))
+        runs = {
+            str(k): lambda run=run, candidate=candidate: run(candidate.plan)
+            for k, candidate in enumerate(candidates)
+        }
         samples, failed = rounds(runs, timer, 3, 0.005)
         chosen = make_backend(CudaBackend, size.precision).plan(
             size.cell, size.T, size.B, size.H, "float32", backward=direction == "back"
         )
         found[direction] = {
             "chosen": str(chosen),
-            "cuts": [
+            "candidates": [
                 {
-                    "plan": str(cut.plan),
-                    "cost": cut.cost,
+                    "plan": str(candidate.plan),
+                    "cost": candidate.cost,
                     "us_per_step": statistics.median(samples[str(k)]) * 1e6 / size.T
                     if str(k) in samples
                     else None,
                     "failed": failed.get(str(k)),
                 }
-                for k, cut in enumerate(cuts)
+                for k, candidate in enumerate(candidates)
             ],
         }
     return found

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import fusedrnn.cells.lstm
-from fusedrnn import backends, gradmatrix
-from fusedrnn.backends.protocol import NotBuilt
+from fusedrnn import backends, gradcheck_suite
+from fusedrnn.backends.protocol import Unsupported
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import CELLS
-from fusedrnn.gradmatrix import (
+from fusedrnn.gradcheck_suite import (
     OPTIONS,
     QUICK,
     SIZES,
@@ -23,7 +23,7 @@ from fusedrnn.gradmatrix import (
     format_notes,
     format_rows,
     format_tensors,
-    run_matrix,
+    run_suite,
     variants,
 )
 
@@ -49,7 +49,7 @@ MARKS = {"cpu": [pytest.mark.kernel], "numba": [pytest.mark.slow]}
 def test_every_backend_passes(cell, backend):
     if (reason := backends.get(backend).unavailable()) is not None:
         pytest.skip(reason)
-    rows = run_matrix(cells=[cell], backends=[backend], sizes=QUICK)
+    rows = run_suite(cells=[cell], backends=[backend], sizes=QUICK)
     forms = [name for name in variants() if name.split()[0] == cell]
     assert len(rows) == len(forms) * len(OPTIONS) * 2
     assert failures(rows) == []
@@ -65,7 +65,7 @@ def test_every_backend_passes(cell, backend):
 def test_every_level_passes_beyond_one_tile():
     if not available_levels():
         pytest.skip("the compiled module is not built")
-    rows = run_matrix(backends=["cpu"], levels=available_levels(), sizes=SIZES[1:2])
+    rows = run_suite(backends=["cpu"], levels=available_levels(), sizes=SIZES[1:2])
     assert len(rows) == len(available_levels()) * len(variants()) * len(OPTIONS) * 2
     assert failures(rows) == []
 
@@ -74,7 +74,7 @@ def test_each_level_is_the_one_that_ran():
     if not available_levels():
         pytest.skip("the compiled module is not built")
     seen = []
-    rows = run_matrix(
+    rows = run_suite(
         **SMALL,
         backends=["cpu"],
         options=["plain"],
@@ -92,12 +92,12 @@ def test_each_level_is_the_one_that_ran():
 
 
 def test_the_oracle_agrees_with_complex_steps():
-    rows = run_matrix(backends=["oracle"], sizes=QUICK)
+    rows = run_suite(backends=["oracle"], sizes=QUICK)
     assert len(rows) == len(variants()) * len(OPTIONS)
     assert failures(rows) == []
     for row in rows:
         assert set(row.errors) >= {"dx", "dweight_ih", "dweight_hh", "dh0"}
-        assert 0 < max(row.errors.values()) < gradmatrix.PROOF
+        assert 0 < max(row.errors.values()) < gradcheck_suite.PROOF
 
 
 def test_a_wrong_formula_in_the_reference_is_found(monkeypatch):
@@ -111,7 +111,7 @@ def test_a_wrong_formula_in_the_reference_is_found(monkeypatch):
     monkeypatch.setattr(fusedrnn.cells.lstm, "backward", backward)
     if np.finfo(np.longdouble).eps > 1e-18:
         pytest.skip("long double is no wider than float64 here: an error of 1e-15 is none")
-    rows = run_matrix(cells=["lstm"], backends=["oracle"], options=["plain"], sizes=QUICK)
+    rows = run_suite(cells=["lstm"], backends=["oracle"], options=["plain"], sizes=QUICK)
     (text,) = failures(rows)
     assert "dweight_ih" in text
 
@@ -152,7 +152,7 @@ def broken(monkeypatch):
 
 
 def run_broken(**more):
-    return run_matrix(**SMALL | {"backends": ["broken"], "options": ["plain"]} | more)
+    return run_suite(**SMALL | {"backends": ["broken"], "options": ["plain"]} | more)
 
 
 def nudged(array, by=1e-13):
@@ -223,20 +223,20 @@ def test_one_that_raises_fails_and_the_others_still_run(broken):
     assert "ZeroDivisionError: oh" in rows[0].note
 
 
-def test_what_is_not_built_is_not_run(broken):
+def test_what_is_not_supported_is_not_run(broken):
     def forward(out):
-        raise NotBuilt('save: "borders" is not built in this backend')
+        raise Unsupported('save: "boundary_states" is not supported by this backend')
 
     broken(forward)
     (row,) = run_broken()
     assert row.passed is None
-    assert "borders" in row.note
+    assert "boundary_states" in row.note
 
 
 def test_an_absent_backend_is_reported_with_its_reason(broken, monkeypatch):
     broken(reason="install the thing")
     monkeypatch.setattr(backends, "NAMES", ("reference", "broken"))
-    rows = run_matrix(**SMALL, options=["plain"])
+    rows = run_suite(**SMALL, options=["plain"])
     (row,) = [r for r in rows if r.backend == "broken"]
     assert row.passed is None
     assert row.note == "install the thing"
@@ -251,7 +251,7 @@ def test_an_absent_backend_is_reported_with_its_reason(broken, monkeypatch):
 
 def test_variants_follow_from_the_registry():
     assert list(variants()) == ["rnn", "rnn relu=True", "lstm", "gru", "gru reset_after=False"]
-    rows = run_matrix(
+    rows = run_suite(
         cells=["gru"], backends=["reference"], dtypes=["float32"], options=["plain"], sizes=QUICK
     )
     assert [r.cell for r in rows] == ["gru", "gru reset_after=False"]
@@ -260,14 +260,14 @@ def test_variants_follow_from_the_registry():
 @pytest.mark.parametrize("argument", ["cells", "backends", "dtypes", "options", "levels"])
 def test_unknown_names_are_errors(argument):
     with pytest.raises(ValueError, match=f"{argument}: expected names out of .*got 'mgu'"):
-        run_matrix(**{argument: ["mgu"]})
+        run_suite(**{argument: ["mgu"]})
     with pytest.raises(TypeError, match=argument):
-        run_matrix(**{argument: "plain"})
+        run_suite(**{argument: "plain"})
 
 
 def test_tables(broken):
     broken(backward=lambda g: g._replace(dx=nudged(g.dx)))
-    rows = run_matrix(**SMALL, backends=["oracle", "reference", "broken"], options=["plain", "state0"])
+    rows = run_suite(**SMALL, backends=["oracle", "reference", "broken"], options=["plain", "state0"])
     header, text = format_rows(rows)
     assert {len(row) for row in text} == {len(header)}
     assert [row[-1] for row in text if row[1] == "broken"] == ["NO", "NO"]
@@ -284,7 +284,7 @@ def test_tables(broken):
 
 def test_seeds_draw_other_problems():
     first, again, other = (
-        run_matrix(**SMALL, backends=["reference"], options=["plain"], seed=seed)[0].errors
+        run_suite(**SMALL, backends=["reference"], options=["plain"], seed=seed)[0].errors
         for seed in (0, 0, 1)
     )
     assert first == again

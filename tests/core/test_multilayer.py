@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 import problems
-from fusedrnn import functional
+from fusedrnn import kernels
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
-from fusedrnn.stack import backward_stack, dropout_mask, forward_stack
-from problems import assert_close, assert_same_bits, name, problem
+from fusedrnn.multilayer import backward_multilayer, dropout_mask, forward_multilayer
+from problems import assert_bitwise_equal, assert_close, name, problem
 
 T, B, I, H = 6, 4, 3, 5
 
 
 def stacked(cell: Cell, L: int, D: int, dtype: Any = np.float64) -> dict[str, Any]:
-    """Weights, state and upstream gradients of a stack."""
+    """Weights, state and upstream gradients of several layers."""
     rng = np.random.default_rng([L, D])
     parts = [
         problem(cell, T, B, I if n < D else D * H, H, seed=n, biases="both", dtype=dtype)
@@ -34,12 +34,12 @@ def stacked(cell: Cell, L: int, D: int, dtype: Any = np.float64) -> dict[str, An
     }
 
 
-def run_stack(
+def run_multilayer(
     cell: Cell, s: dict[str, Any], dstates: bool = False, need: Any = None, **options: Any
 ) -> dict[str, np.ndarray]:
     """Forward and backward; every result by its name."""
-    f = forward_stack(cell, s["x"], s["weights"], s["state0"], **options, backend="reference")
-    g = backward_stack(f.tape, s["dy"], s["dstateT"], s["dstates"] if dstates else None, need=need)
+    f = forward_multilayer(cell, s["x"], s["weights"], s["state0"], **options, backend="reference")
+    g = backward_multilayer(f.tape, s["dy"], s["dstateT"], s["dstates"] if dstates else None, need=need)
     out = {"y": f.y, "dx": g.dx}
     for k, state in enumerate(cell.states):
         out[f"{state}T"] = f.stateT[k]
@@ -79,7 +79,7 @@ class TestTorch:
             want |= {f"{state}T": a, f"d{state}0": d.grad}
         keys = [f"d{key}_{n}" for n in range(L * D) for key in Weights._fields[:4]]
         want |= {key: a.grad for key, a in zip(keys, parameters, strict=True)}
-        got = run_stack(cell, s, bidirectional=D == 2, lengths=lengths)
+        got = run_multilayer(cell, s, bidirectional=D == 2, lengths=lengths)
         assert_close(got, {key: a.detach().numpy() for key, a in want.items()}, 5e-15)
 
 
@@ -95,16 +95,16 @@ class TestComposition:
             "reset": rng.random((T, B)) < 0.3,
             "return_states": True,
         }
-        got = run_stack(cell, s, dstates=True, bidirectional=True, masks=[mask], **options)
+        got = run_multilayer(cell, s, dstates=True, bidirectional=True, masks=[mask], **options)
 
-        def layer(n: int, x: np.ndarray) -> functional.Forward:
+        def layer(n: int, x: np.ndarray) -> kernels.Forward:
             state0 = tuple(a[n] for a in s["state0"])
-            return functional.forward(
+            return kernels.forward(
                 cell, x, s["weights"][n], state0, reverse=n % 2 == 1, **options, backend="reference"
             )
 
-        def back(n: int, f: functional.Forward, dy: np.ndarray) -> functional.Gradients:
-            return functional.backward(
+        def back(n: int, f: kernels.Forward, dy: np.ndarray) -> kernels.Gradients:
+            return kernels.backward(
                 f.tape, dy, tuple(a[n] for a in s["dstateT"]), tuple(a[n] for a in s["dstates"])
             )
 
@@ -128,14 +128,15 @@ class TestComposition:
 
     def test_recompute_gives_the_same_bits(self) -> None:
         s = stacked(LSTM(), 2, 2)
-        assert_same_bits(
-            run_stack(LSTM(), s, bidirectional=True, save="borders"), run_stack(LSTM(), s, bidirectional=True)
+        assert_bitwise_equal(
+            run_multilayer(LSTM(), s, bidirectional=True, save="boundary_states"),
+            run_multilayer(LSTM(), s, bidirectional=True),
         )
 
     @pytest.mark.parametrize("need", [(), ("x",), ("weight_hh",), ("state0", "bias_ih")], ids=str)
     def test_only_what_is_needed(self, need: tuple[str, ...]) -> None:
         s = stacked(LSTM(), 3, 1)
-        got, whole = run_stack(LSTM(), s, need=need), run_stack(LSTM(), s)
+        got, whole = run_multilayer(LSTM(), s, need=need), run_multilayer(LSTM(), s)
         expected = {"y", "hT", "cT"}
         for key in need:
             if key == "x":
@@ -144,20 +145,20 @@ class TestComposition:
                 expected |= {"dh0", "dc0"}
             else:
                 expected |= {f"d{key}_{n}" for n in range(3)}
-        assert_same_bits(got, {key: whole[key] for key in expected})
+        assert_bitwise_equal(got, {key: whole[key] for key in expected})
 
     def test_no_upstream_gradient_and_no_tape(self) -> None:
         s = stacked(GRU(), 2, 1)
-        f = forward_stack(GRU(), s["x"], s["weights"], backend="reference")
-        g = backward_stack(f.tape)
+        f = forward_multilayer(GRU(), s["x"], s["weights"], backend="reference")
+        g = backward_multilayer(f.tape)
         assert not g.dx.any()
         assert not g.dweights[0].weight_ih.any()
-        assert forward_stack(GRU(), s["x"], s["weights"], save=None, backend="reference").tape is None
+        assert forward_multilayer(GRU(), s["x"], s["weights"], save=None, backend="reference").tape is None
 
     def test_packed_weights(self) -> None:
         s = stacked(GRU(), 2, 1)
-        packed = [functional.pack(GRU(), w, "reference") for w in s["weights"]]
-        assert_same_bits(run_stack(GRU(), {**s, "weights": packed}), run_stack(GRU(), s))
+        packed = [kernels.pack(GRU(), w, "reference") for w in s["weights"]]
+        assert_bitwise_equal(run_multilayer(GRU(), {**s, "weights": packed}), run_multilayer(GRU(), s))
 
 
 class TestDropout:
@@ -172,25 +173,26 @@ class TestDropout:
         s = stacked(RNN(), 3, 1)
         options = {"dropout": 0.5, "backend": "reference"}
         first, second = (
-            forward_stack(RNN(), s["x"], s["weights"], rng=np.random.default_rng(1), **options)
+            forward_multilayer(RNN(), s["x"], s["weights"], rng=np.random.default_rng(1), **options)
             for _ in range(2)
         )
         np.testing.assert_array_equal(first.y, second.y)
         masks = first.tape.masks
         assert [m.shape for m in masks] == [(T, B, H)] * 2
         assert (masks[0] != masks[1]).any()
-        by_masks = forward_stack(RNN(), s["x"], s["weights"], masks=masks, backend="reference")
+        by_masks = forward_multilayer(RNN(), s["x"], s["weights"], masks=masks, backend="reference")
         np.testing.assert_array_equal(by_masks.y, first.y)
 
     def test_float32_stays_float32(self) -> None:
         s = stacked(LSTM(), 2, 2, np.float32)
-        got = run_stack(LSTM(), s, bidirectional=True, dropout=0.5, rng=np.random.default_rng(1))
+        got = run_multilayer(LSTM(), s, bidirectional=True, dropout=0.5, rng=np.random.default_rng(1))
         assert {a.dtype for a in got.values()} == {np.dtype(np.float32)}
 
     def test_one_layer_has_no_dropout(self) -> None:
         s = stacked(LSTM(), 1, 2)
-        assert_same_bits(
-            run_stack(LSTM(), s, bidirectional=True, dropout=0.5), run_stack(LSTM(), s, bidirectional=True)
+        assert_bitwise_equal(
+            run_multilayer(LSTM(), s, bidirectional=True, dropout=0.5),
+            run_multilayer(LSTM(), s, bidirectional=True),
         )
 
 
@@ -227,7 +229,7 @@ def test_wrong_arguments(argument: str, value: Any, exception: type[Exception], 
         "backend": "reference",
     }
     with pytest.raises(exception, match=f"^{message}"):
-        forward_stack(**{**call, argument: value})
+        forward_multilayer(**{**call, argument: value})
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,6 @@ def test_wrong_arguments(argument: str, value: Any, exception: type[Exception], 
 def test_wrong_arguments_backward(
     argument: str, value: Any, exception: type[Exception], message: str
 ) -> None:
-    tape = forward_stack(LSTM(), S["x"], S["weights"], backend="reference").tape
+    tape = forward_multilayer(LSTM(), S["x"], S["weights"], backend="reference").tape
     with pytest.raises(exception, match=f"^{message}"):
-        backward_stack(**{"tape": tape, argument: value})
+        backward_multilayer(**{"tape": tape, argument: value})

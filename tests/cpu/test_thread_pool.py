@@ -15,7 +15,7 @@ import textwrap
 import pytest
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
-from fusedrnn.threads import get_team, set_team
+from fusedrnn.threads import get_thread_pool, set_thread_pool
 from test_robustness import python
 
 pytestmark = pytest.mark.alone
@@ -25,11 +25,11 @@ SETUP = """
 import warnings
 warnings.simplefilter("ignore")  # of PyTorch's import
 import torch
-from fusedrnn.threads import get_team, set_num_threads, set_team
+from fusedrnn.threads import get_thread_pool, set_num_threads, set_thread_pool
 torch.set_num_threads(2)
 numbers = torch.ones(1_000_000)
 numbers.sum()  # starts PyTorch's threads
-set_team("openmp")
+set_thread_pool("openmp")
 
 def threads_named(name):
     tasks = [f"/proc/self/task/{task}/comm" for task in os.listdir("/proc/self/task")]
@@ -43,7 +43,7 @@ def on_openmp(code, **options):
 
 
 @needs_torch
-def test_the_same_bits_on_both_teams():
+def test_the_same_bits_on_both_thread_pools():
     on_openmp(
         """
         from problems import CELLS
@@ -51,14 +51,14 @@ def test_the_same_bits_on_both_teams():
         for cell in CELLS:  # by rows, by units, one row, several chunks
             for size in ((9, 37, 5, 33), (3, 3, 150, 290), (40, 1, 20, 130), (130, 40, 3, 17)):
                 p = problem(cell, *size, dtype=np.float32, **everything)
-                set_team("own")
+                set_thread_pool("own")
                 set_num_threads(1)
                 want = run(CPU, p)
-                set_team("openmp")
+                set_thread_pool("openmp")
                 for threads in (2, 7):  # 7: more than the team has
                     set_num_threads(threads)
                     numbers.sum()
-                    assert_same_bits(run(CPU, p), want)
+                    assert_bitwise_equal(run(CPU, p), want)
         """
     )
 
@@ -82,7 +82,7 @@ def test_the_openmp_team_starts_no_threads_and_the_own_pool_is_as_before():
             numbers.sum()
         assert set(os.listdir("/proc/self/task")) == four
         assert threads_named("fusedrnn") == 1  # from before the switch
-        set_team("own")
+        set_thread_pool("own")
         set_num_threads(3)
         check()
         assert threads_named("fusedrnn") == 2
@@ -130,20 +130,20 @@ def test_a_forked_child_is_on_its_own_threads():
     on_openmp(
         """
         def child():
-            assert get_team() == "own"
+            assert get_thread_pool() == "own"
             check()
             try:
-                set_team("openmp")
+                set_thread_pool("openmp")
                 raise SystemExit("accepted")
             except RuntimeError as error:
                 assert "forked" in str(error), error
-            set_team("own")
+            set_thread_pool("own")
             in_child(check)
         for _ in range(3):
             check()
             numbers.sum()
             in_child(child)
-            assert get_team() == "openmp"
+            assert get_thread_pool() == "openmp"
         check()
         """
     )
@@ -200,37 +200,39 @@ def test_threads_that_differ_from_one_call_to_the_next():
 def test_without_openmp_it_says_what_is_missing():
     python(
         """
-        from fusedrnn.threads import get_team, set_team
-        assert get_team() == "own"
+        from fusedrnn.threads import get_thread_pool, set_thread_pool
+        assert get_thread_pool() == "own"
         try:
-            set_team("openmp")
+            set_thread_pool("openmp")
             raise SystemExit("accepted")
         except RuntimeError as error:
             for word in ("OpenMP", "load", "torch"):
                 assert word in str(error), error
-        assert get_team() == "own"
-        set_team("own")
+        assert get_thread_pool() == "own"
+        set_thread_pool("own")
         check()
         """
     )
 
 
 @pytest.mark.parametrize("bad", [None, True, 1, b"own"], ids=repr)
-def test_a_team_of_another_type_is_refused(bad):
-    with pytest.raises(TypeError, match=rf"team: expected 'own' or 'openmp', got {type(bad).__name__}"):
-        set_team(bad)
+def test_a_thread_pool_of_another_type_is_refused(bad):
+    with pytest.raises(TypeError, match=rf"pool: expected 'own' or 'openmp', got {type(bad).__name__}"):
+        set_thread_pool(bad)
 
 
 @pytest.mark.parametrize("bad", ["", "OpenMP", "pool"])
-def test_another_team_is_refused(bad):
-    with pytest.raises(ValueError, match=rf"team: expected 'own' or 'openmp', got '{bad}'"):
-        set_team(bad)
-    assert get_team() == "own"
+def test_another_thread_pool_is_refused(bad):
+    with pytest.raises(ValueError, match=rf"pool: expected 'own' or 'openmp', got '{bad}'"):
+        set_thread_pool(bad)
+    assert get_thread_pool() == "own"
 
 
-def test_info_names_the_team():
+def test_info_names_the_thread_pool():
     command = [sys.executable, "-m", "fusedrnn", "info"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout
-    assert any(line.startswith("threads ") and line.endswith(", own team") for line in text.splitlines())
+    assert any(
+        line.startswith("threads ") and line.endswith(", own thread pool") for line in text.splitlines()
+    )
     found = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
-    assert json.loads(found)["team"] == "own"
+    assert json.loads(found)["thread_pool"] == "own"
