@@ -229,12 +229,12 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         report.line("The target is one of the inputs: copying scores an error of 0.")
         report.line("A forecast of the next hour, beside persistence: --task ahead")
     if plots:
-        for path in plots(out, name, losses, prediction, task.truth):
+        for path in draw_plots(out, name, losses, prediction, task.truth):
             report.line(f"plot: {path}")
     return Result(losses, prediction, task.truth, found, model)
 
 
-def plots(out: Path, name: str, losses: list[float], prediction: Array, truth: Array) -> list[Path]:
+def draw_plots(out: Path, name: str, losses: list[float], prediction: Array, truth: Array) -> list[Path]:
     def draw_losses(axes: Any) -> None:
         axes.semilogy(range(1, len(losses) + 1), losses, lw=1)
         axes.set(title="Training", xlabel="epoch", ylabel="mean loss")
