@@ -69,13 +69,14 @@ class Packed(NamedTuple):
     def fresh(self, weights: Sequence[Tensor | None]) -> bool:
         """Whether these are still the weights, and unchanged."""
         for w, snapshot in zip(weights, self.snapshots, strict=True):
-            if w is None or snapshot is None:
-                if w is not None or snapshot is not None:
+            if snapshot is None:
+                if w is not None:
                     return False
                 continue
             tensor, version, address, sample, sample_bytes = snapshot
             if (
                 tensor() is not w
+                or w is None
                 or w._version != version
                 or w.data_ptr() != address
                 or not w.is_contiguous()
