@@ -104,7 +104,7 @@ def layer(module: Any, input: Any, hx: Any, options: dict[str, Any]) -> Any:
         y, *states = recurrence(module.kind, x, begin, weights[j], own, reverse, module.recompute)
         return y, *[s[None] for s in states]
 
-    return module._from_kernels(input, options, module._run_layers(x, state0, run))
+    return module._from_kernels(input, module._run_layers(x, state0, run))
 
 
 def cell(module: Any, input: Any, hx: Any) -> Any:

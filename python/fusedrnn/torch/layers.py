@@ -197,7 +197,7 @@ class Recurrent(torch.nn.RNNBase):
         options["regularization"] = self._regularization()
         x, state0, options = self._to_kernels(input, state0, options)
         run = self._kernels(packed, weights, known(options, x))
-        return self._from_kernels(input, options, self._run_layers(x, state0, run))
+        return self._from_kernels(input, self._run_layers(x, state0, run))
 
     def _lowered(self, input: Any, state0: Any, weights: list[Weights]) -> tuple[Any, Any, list[Weights]]:
         """A call's tensors in the dtype of autocast, on a GPU; else as they are."""
@@ -363,12 +363,9 @@ class Recurrent(torch.nn.RNNBase):
             options = {**options, "detach_every": check_detach_every(options["detach_every"])}
         return x, state0, options
 
-    def _from_kernels(self, input: Tensor, options: dict[str, Any], results: Results) -> Any:
+    def _from_kernels(self, input: Tensor, results: Results) -> Any:
         """What ``forward`` returns."""
         y, final, states = results
-        if states and options["lengths"] is not None:  # held there, and the kernels take no gradient of that
-            padding = (torch.arange(y.size(0))[:, None] >= options["lengths"]).to(y.device)
-            states = tuple([s.masked_fill(padding[:, :, None], 0) for s in states])
         if input.dim() == 2:
             y, final = y.squeeze(1), tuple([s.squeeze(1) for s in final])
             states = tuple([s.squeeze(2) for s in states])
