@@ -35,8 +35,8 @@ def forward(
     x: _Array,
     h0: _Array | None,
     c0: _Array | None,
-    lengths: npt.NDArray[np.int64] | None,
-    reset: npt.NDArray[np.bool_] | None,
+    lengths: Any,  # None, or int64, else refused
+    reset: Any,  # None, or bool, else refused
     reverse: bool,
     return_states: bool,
     save: int,

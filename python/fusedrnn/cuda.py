@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusedrnn import backends
+from fusedrnn.backends.arguments import NUMPY, Kind
 
 Array = npt.NDArray[Any]
 
@@ -70,6 +71,13 @@ def like(x: Any, other: Any) -> Any:
     if on_gpu(x) == on_gpu(other):
         return x
     return as_cupy(x) if on_gpu(other) else as_numpy(x)
+
+
+def kind(gpu: bool) -> Kind:
+    """The arrays of a GPU, or NumPy's, as checks of arguments know them."""
+    if not gpu:
+        return NUMPY
+    return Kind("a CuPy array", on_gpu, lambda a: a, lambda a: a.copy(order="C"), as_cupy)
 
 
 def require_gpu(what: str) -> None:

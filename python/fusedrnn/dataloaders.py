@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import cuda
+from fusedrnn.backends.arguments import check_whole
 from fusedrnn.datasets import Dataset
 
 Batch = tuple[Any, Any]
@@ -24,8 +25,7 @@ class DataLoader:
     """
 
     def __init__(self, dataset: Any, batch_size: int, shuffle: bool = True, gpu: bool = False) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        batch_size = check_whole("batch_size", batch_size)
         if gpu:
             cuda.require_gpu("gpu=True")
         self.dataset = dataset
@@ -92,9 +92,8 @@ class SeqDataLoader(DataLoader):
 
     def __init__(self, dataset: Any, batch_size: int, gpu: bool = False, *, steps: int | None = None) -> None:
         if batch_size > len(dataset):
-            raise ValueError(f"batch_size is {batch_size}, expected at most len(dataset), {len(dataset)}")
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps is {steps}, expected at least 1")
+            raise ValueError(f"batch_size: expected at most len(dataset) = {len(dataset)}, got {batch_size}")
+        steps = None if steps is None else check_whole("steps", steps)
         super().__init__(dataset, batch_size, shuffle=False, gpu=gpu)
         self.steps = steps
         self.round = self.max_iter  # time steps in a round

@@ -757,13 +757,19 @@ def _drawn(
     clone.fused, clone.backend = True, "reference"
     clone.to_cpu()  # with the parameters, which are the layer's own
     with _fixed_random(seed):
-        node = _call_recurrent(clone, (_host(x), state and tuple(map(_host, state))), options)["y"].creator
+        given = (_host(x), state and tuple(map(_host, state)))
+        node = _call_recurrent(clone, given, _on_host(options))["y"].creator
     if layer.gpu:
         layer.to_gpu()
     while not isinstance(node, Fused):
         assert node is not None
         node = node.inputs[0].creator
     return node.options.get("masks"), node.options.get("regularization")
+
+
+def _on_host(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Lengths and resets in NumPy's arrays."""
+    return {name: None if a is None else cuda.as_numpy(a) for name, a in options.items()}
 
 
 @dataclass(frozen=True)
@@ -798,9 +804,6 @@ class _Call:
             return cuda.as_numpy(p._data).astype(dtype)
 
         slots = [layer._slots(suffix) for suffix in layer.suffixes]
-        options: dict[str, Any] = {
-            n: None if a is None else cuda.as_numpy(a) for n, a in self.options.items()
-        }
         out = multilayer.forward_multilayer(
             layer.cell,
             self.x.astype(dtype)[np.newaxis] if step else self.x.astype(dtype),
@@ -811,7 +814,7 @@ class _Call:
             return_states=True,
             regularization=self.regularization,
             backend="reference",
-            **options,
+            **_on_host(self.options),
         )
         outputs = {"y": out.y[0] if step else out.y}
         if not step:

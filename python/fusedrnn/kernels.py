@@ -11,7 +11,6 @@ arrays of a call are of one kind.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn import backends, cuda
+from fusedrnn.backends.arguments import check_batch_sizes, listed
 from fusedrnn.backends.protocol import (
     NEED,
     Array,
@@ -26,6 +26,7 @@ from fusedrnn.backends.protocol import (
     Forward,
     Gradients,
     Regularization,
+    Rows,
     State,
     Weights,
 )
@@ -78,15 +79,8 @@ class Ragged:
 
     @classmethod
     def of(cls, batch_sizes: Any) -> Ragged:
-        """Check ``batch_sizes``: (T,) integers, at least 1 and never increasing."""
-        if not isinstance(batch_sizes, np.ndarray) or batch_sizes.dtype.kind not in "iu":
-            got = batch_sizes.dtype if isinstance(batch_sizes, np.ndarray) else type(batch_sizes).__name__
-            raise TypeError(f"batch_sizes: expected a NumPy array of integers, got {got}")
-        if batch_sizes.ndim != 1:
-            raise ValueError(f"batch_sizes: expected shape (T,), got {batch_sizes.shape}")
-        sizes = [int(n) for n in batch_sizes]
-        if any(n < 1 for n in sizes) or any(a < b for a, b in itertools.pairwise(sizes)):
-            raise ValueError("batch_sizes: expected numbers of at least 1 that never increase, got others")
+        """Check ``batch_sizes``: (T,) whole numbers, at least 1 and never increasing."""
+        sizes = check_batch_sizes(batch_sizes)
         B = sizes[0] if sizes else 0
         return cls(np.arange(B) < np.array(sizes, np.int64)[:, None])
 
@@ -147,9 +141,9 @@ def forward(
     weights: Weights | Packed,
     state0: State | None = None,
     *,
-    lengths: Array | None = None,
-    reset: Array | None = None,
-    batch_sizes: Array | None = None,
+    lengths: Rows | None = None,
+    reset: Rows | None = None,
+    batch_sizes: Rows | None = None,
     reverse: bool = False,
     return_states: bool = False,
     detach_every: int | None = None,
@@ -171,11 +165,13 @@ def forward(
             (G*H,) or None, of x's dtype; of a cell with ``layer_norm`` also gain_ih and gain_hh (G*H,), of an
             LSTM gain_c and bias_c (H,); or what ``pack`` returned.
         state0: (h,) or (h, c), each (B, ·), of x's dtype; None is zeros.
-        lengths: (B,) integers from 0 to T. From its length on a row's state stands still and y is 0.
-        reset: (T, B) bool, true where step t is the first of a new segment: the state is cut between t-1
-            and t.
-        batch_sizes: (T,) integers, never increasing, NumPy's: x, y, states and reset are then packed rows
-            (sum, ·), as in ``torch.nn.utils.rnn.PackedSequence``; not together with ``lengths``.
+        lengths: (B,) whole numbers from 0 to T, a list or an array. From its length on a row's state stands
+            still and y is 0.
+        reset: (T, B) booleans, or 0 and 1, lists or an array, true where step t is the first of a new
+            segment: the state is cut between t-1 and t.
+        batch_sizes: (T,) whole numbers, never increasing, a list or an array of NumPy's: x, y, states and
+            reset are then packed rows (sum, ·), as in ``torch.nn.utils.rnn.PackedSequence``; not together
+            with ``lengths``.
         reverse: Run from each row's last step down to step 0.
         return_states: Also return the states of every step, those of padding held.
         detach_every: Truncate back-propagation: after every so many steps, counted as they run, the state
@@ -211,7 +207,7 @@ def forward(
             raise ValueError("lengths: expected None together with batch_sizes, got both")
         ragged = Ragged.of(batch_sizes)
         x = ragged.pad("x", x)
-        reset = None if reset is None else ragged.pad("reset", reset, rank=1)
+        reset = None if reset is None else ragged.pad("reset", listed("reset", reset), rank=1)
         lengths = cuda.get_array_module(x).asarray(ragged.lengths)
     out = chosen.forward(
         cell,

@@ -20,7 +20,12 @@ import numpy.typing as npt
 from fusedrnn import cells, cuda, npz
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable, config
-from fusedrnn.backends.arguments import check_regularization
+from fusedrnn.backends.arguments import (
+    check_lengths,
+    check_regularization,
+    check_reset,
+    check_whole,
+)
 from fusedrnn.backends.protocol import Regularization, Weights
 
 PathLike = str | os.PathLike[str]
@@ -192,8 +197,8 @@ class Linear(Layer):
         dtype: npt.DTypeLike = np.float32,
         in_size: int | None = None,
     ) -> None:
-        self.out_size = _size("out_size", out_size)
-        self.in_size = None if in_size is None else _size("in_size", in_size)
+        self.out_size = check_whole("out_size", out_size)
+        self.in_size = None if in_size is None else check_whole("in_size", in_size)
         self.dtype = _dtype(dtype)
         self.W = Parameter(None, name="W")
         self.b = None if nobias else Parameter(None, name="b")
@@ -205,7 +210,7 @@ class Linear(Layer):
     def forward(self, x: Any) -> Variable:
         x = as_variable(x)
         if self.W._data is None:
-            self.in_size = _size("the last axis of x", x.shape[-1] if x.ndim else 0)
+            self.in_size = check_whole("the last axis of x", x.shape[-1] if x.ndim else 0)
             self.W.assign(self.to_device(_draw(self.in_size, self.out_size, self.dtype)))
         return F.linear(x, self.W, self.b)
 
@@ -291,9 +296,9 @@ class Recurrent(Layer):
         layer_norm: bool = False,
     ) -> None:
         self.cell = dataclasses.replace(cell, layer_norm=bool(layer_norm))
-        self.hidden_size = _size("hidden_size", hidden_size)
-        self.in_size = None if in_size is None else _size("in_size", in_size)
-        self.num_layers = _size("num_layers", num_layers)
+        self.hidden_size = check_whole("hidden_size", hidden_size)
+        self.in_size = None if in_size is None else check_whole("in_size", in_size)
+        self.num_layers = check_whole("num_layers", num_layers)
         self.bidirectional = bool(bidirectional)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}, expected 0 <= dropout < 1")
@@ -385,14 +390,20 @@ class Recurrent(Layer):
 
     # Calls
 
-    def forward(self, x: Any, state: Any = None) -> Variable:
-        """One step for ``(B, I)``, a sequence for ``(T, B, I)``."""
+    def forward(self, x: Any, state: Any = None, *, lengths: Any = None, reset: Any = None) -> Variable:
+        """One step for ``(B, I)``, a sequence for ``(T, B, I)``, with ``lengths`` and ``reset`` as in
+        ``sequence``."""
         x = as_variable(x)
         ndim = x._data.ndim
         if ndim == 2:
+            if lengths is not None or reset is not None:
+                raise ValueError(
+                    f"{'reset' if lengths is None else 'lengths'}: expected None for one step, x of shape "
+                    f"{x.shape}; a sequence is (T, B, I), also where T is 1"
+                )
             return self.step(x, state)
         if ndim == 3:
-            return self.sequence(x, state)
+            return self.sequence(x, state, lengths=lengths, reset=reset)
         raise ValueError(f"x has shape {x.shape}, expected (B, I), one step, or (T, B, I), a sequence")
 
     def step(self, x: Any, state: Any = None) -> Variable:
@@ -432,8 +443,10 @@ class Recurrent(Layer):
         Args:
             x: the inputs.
             state: takes the place of the carried one.
-            lengths: ``(B,)`` integers; from there on a row's state stands still and y is 0.
-            reset: ``(T, B)`` booleans; where true, the state is cleared before that step.
+            lengths: ``(B,)`` whole numbers from 0 to T, a list or an array; from there on a row's state
+                stands still and y is 0.
+            reset: ``(T, B)`` booleans, or 0 and 1, lists or an array; where true, the state is cleared
+                before that step.
             return_states: also give the states of every step: ``y, (h,)`` or ``y, (h, c)``, each ``(T, B,
                 H)``; with several layers or directions ``(L*D, T, B, H)``.
             detach_every: truncate back-propagation: after every so many steps the state goes on and the
@@ -444,8 +457,6 @@ class Recurrent(Layer):
         T, B, I = x.shape
         begin = self._begin(state, B)
         self._settle(I, needs_hidden=begin is not None or T > 1)
-        lengths = self._per_row("lengths", lengths, (B,), "iu")
-        reset = self._per_row("reset", reset, (T, B), "b")
         if detach_every is not None and not self.fused:
             raise ValueError("detach_every: expected None in a layer with fused=False")
         y, after, states = self._forward_sequence(x, begin, lengths, reset, return_states, detach_every)
@@ -490,17 +501,6 @@ class Recurrent(Layer):
                 "the layer's parameters are (to_gpu and to_cpu move them)"
             )
 
-    def _per_row(self, name: str, value: Any, shape: tuple[int, ...], kinds: str) -> Array | None:
-        if value is None:
-            return None
-        array: Array = cuda.as_array(value)
-        if array.dtype.kind not in kinds:
-            expected = "booleans" if kinds == "b" else "integers"
-            raise TypeError(f"{name} has dtype {array.dtype}, expected {expected}")
-        if array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
-        return self.to_device(array)
-
     # Fused: one node
 
     def _fused_step(self, x: Variable, begin: State | None) -> State:
@@ -537,8 +537,8 @@ class Recurrent(Layer):
         self,
         x: Variable,
         begin: State | None,
-        lengths: Array | None,
-        reset: Array | None,
+        lengths: Any,
+        reset: Any,
         return_states: bool,
         detach_every: int | None,
         masks: list[Array] | None,
@@ -599,16 +599,22 @@ class Recurrent(Layer):
         self,
         x: Variable,
         begin: State | None,
-        lengths: Array | None,
-        reset: Array | None,
+        lengths: Any,
+        reset: Any,
         masks: list[Array] | None,
     ) -> tuple[Variable, State, State]:
         T, B, _ = x.shape
         n, D = len(self.cell.states), 2 if self.bidirectional else 1
         if T == 0:
             raise ValueError("x has no time steps; fused=False needs at least one")
-        active = None if lengths is None else self.xp.arange(T)[:, np.newaxis] < lengths
+        kind = cuda.kind(self.gpu)
+        reset = None if reset is None else check_reset(reset, T, B, kind)
+        active = None
         inputs = [x[t] for t in range(T)]
+        if lengths is not None:
+            active = self.xp.arange(T)[:, np.newaxis] < self.to_device(check_lengths(lengths, T, B, kind))
+            # a NaN in the padding would come back in the gradients of the weights, as 0 * NaN
+            inputs = [F.where(active[t][:, np.newaxis], inputs[t], self._zero) for t in range(T)]
         ends: list[State] = []
         states: list[list[State]] = []  # of each layer and direction, step by step
         for layer in range(self.num_layers):
@@ -695,7 +701,7 @@ class Recurrent(Layer):
     def _settle(self, in_size: int, needs_hidden: bool) -> None:
         """Draw what was open, at a call."""
         if self.in_size is None:
-            self.in_size = _size("the last axis of x", in_size)
+            self.in_size = check_whole("the last axis of x", in_size)
             self._draw(hidden=needs_hidden or len(self.suffixes) > 1)
         elif needs_hidden and self.draws_hidden_late:
             self._draw(hidden=True)
@@ -852,14 +858,6 @@ def _normalised(v: Variable) -> Variable:
 
 def _draw(in_size: int, out_size: int, dtype: np.dtype[Any]) -> Array:
     return np.random.randn(in_size, out_size).astype(dtype) * float(np.sqrt(1 / in_size))
-
-
-def _size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} is {value!r}, expected an integer")
-    if value < 1:
-        raise ValueError(f"{name} is {value}, expected at least 1")
-    return int(value)
 
 
 def _dtype(dtype: Any) -> np.dtype[Any]:

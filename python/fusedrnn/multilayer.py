@@ -13,7 +13,7 @@ import numpy as np
 
 from fusedrnn import cuda, kernels
 from fusedrnn.backends.arguments import check_cell, check_need, check_regularization, entries
-from fusedrnn.backends.protocol import Array, Forward, Regularization, State, Weights
+from fusedrnn.backends.protocol import Array, Forward, Regularization, Rows, State, Weights
 from fusedrnn.cells import Cell
 
 
@@ -51,8 +51,8 @@ def forward_multilayer(
     dropout: float = 0.0,
     rng: np.random.Generator | None = None,
     masks: Sequence[Array] | None = None,
-    lengths: Array | None = None,
-    reset: Array | None = None,
+    lengths: Rows | None = None,
+    reset: Rows | None = None,
     return_states: bool = False,
     detach_every: int | None = None,
     regularization: Regularization | None = None,

@@ -131,9 +131,9 @@ def test_chunks_are_the_steps_stacked(kind, steps):
 
 def test_wrong_arguments_are_named():
     for call, message in (
-        (lambda: DataLoader(Numbers(), 0), "batch_size is 0, expected at least 1"),
-        (lambda: SeqDataLoader(Numbers(), 24), r"batch_size is 24, expected at most len\(dataset\), 23"),
-        (lambda: SeqDataLoader(Numbers(), 4, steps=0), "steps is 0, expected at least 1"),
+        (lambda: DataLoader(Numbers(), 0), "batch_size: expected at least 1, got 0"),
+        (lambda: SeqDataLoader(Numbers(), 24), r"batch_size: expected at most len\(dataset\) = 23, got 24"),
+        (lambda: SeqDataLoader(Numbers(), 4, steps=0), "steps: expected at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

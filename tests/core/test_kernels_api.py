@@ -60,7 +60,7 @@ class TestRagged:
     @pytest.mark.parametrize(
         ("batch_sizes", "exception"),
         [
-            ([2, 1], TypeError),
+            (3, TypeError),
             (np.array([2.0, 1.0]), TypeError),
             (np.array([[2, 1]]), ValueError),
             (np.array([1, 2]), ValueError),

@@ -268,18 +268,17 @@ def test_wrong_arguments_are_named(fused):
         (lambda: layer.sequence(np.zeros((B, I))), ValueError, r"expected \(T, B, 3\)"),
         (lambda: layer.step(x), ValueError, r"expected \(B, 3\)"),
         (lambda: layer(x.astype(complex)), TypeError, "x has dtype complex128"),
-        (lambda: layer.sequence(x, lengths=[1, 2]), ValueError, r"lengths has shape \(2,\), expected \(5,\)"),
-        (lambda: layer.sequence(x, lengths=np.ones(B)), TypeError, "lengths has dtype float64"),
-        (lambda: layer.sequence(x, reset=np.zeros((T, B))), TypeError, "reset has dtype float64"),
-        (lambda: layer.sequence(x, reset=np.zeros(T, bool)), ValueError, "reset has shape"),
+        (lambda: layer(x, lengths=[1, 2]), ValueError, r"lengths: expected shape \(5,\), got \(2,\)"),
+        (lambda: layer(x[0], lengths=[1] * B), ValueError, "lengths: expected None for one step"),
+        (lambda: layer(x[0], reset=np.zeros((1, B), bool)), ValueError, "reset: expected None for one step"),
     ):
         with pytest.raises(error, match=message):
             call()
     for options, error, message in (
-        ({"hidden_size": 0}, ValueError, "hidden_size is 0"),
-        ({"hidden_size": 2.0}, TypeError, "hidden_size is 2.0"),
-        ({"hidden_size": 2, "in_size": -1}, ValueError, "in_size is -1"),
-        ({"hidden_size": 2, "num_layers": 0}, ValueError, "num_layers is 0"),
+        ({"hidden_size": 0}, ValueError, "hidden_size: expected at least 1, got 0"),
+        ({"hidden_size": 2.0}, TypeError, "hidden_size: expected a whole number, got float"),
+        ({"hidden_size": 2, "in_size": -1}, ValueError, "in_size: expected at least 1, got -1"),
+        ({"hidden_size": 2, "num_layers": 0}, ValueError, "num_layers: expected at least 1, got 0"),
         ({"hidden_size": 2, "dropout": 1.0}, ValueError, "dropout is 1.0"),
         ({"hidden_size": 2, "dtype": np.float16}, TypeError, "dtype is float16"),
         ({"hidden_size": 2, "no_such": 1}, TypeError, "no_such"),

@@ -274,9 +274,7 @@ def test_all_arrays_stay_on_the_device(cell, backend):
     assert_bitwise_equal({key: a.get() for key, a in got.items()}, run(backend, p))
 
 
-@pytest.mark.parametrize(
-    "argument", ["x", "reset", "weight_hh", "bias_ih", "state0", "dy", "dstateT", "dstates"]
-)
+@pytest.mark.parametrize("argument", ["x", "weight_hh", "bias_ih", "state0", "dy", "dstateT", "dstates"])
 def test_an_array_of_numpy_among_those_of_a_gpu(argument):
     p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
     mixed = fake_cupy.hidden(p)
@@ -295,7 +293,7 @@ def test_lengths_may_be_numpys(backend):
     mixed = replace(fake_cupy.hidden(p), lengths=p.lengths)
     got = run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), mixed)
     assert_bitwise_equal({key: a.get() for key, a in got.items()}, run(backend, p))
-    with pytest.raises(ValueError, match=r"^lengths: expected 0 <= lengths <= T = 3"):
+    with pytest.raises(ValueError, match=r"^lengths: expected 0 to T = 3"):
         run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), replace(mixed, lengths=p.lengths + 1))
 
 

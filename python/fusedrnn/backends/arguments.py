@@ -3,7 +3,7 @@
 Every wrong argument is a TypeError (wrong kind of thing, wrong dtype) or a ValueError (wrong shape or value)
 that names the argument, what it got and what was expected. Arrays come out aligned and C-contiguous (``x``
 only along its last axis: any strides over T and B, in whole elements), and are copied only where needed. They
-are NumPy's, or of the kind that a backend says; ``lengths`` may always be NumPy's.
+are NumPy's, or of the kind that a backend says; ``lengths`` and ``reset`` may always be lists or NumPy's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Kind(NamedTuple):
     is_array: Callable[[Any], bool]
     plain: Callable[[Any], Array]  # the array without a subclass
     copy: Callable[[Any], Array]  # a C-contiguous one
+    put: Callable[[Any], Array]  # one of these from a NumPy array
 
 
 NUMPY = Kind(
@@ -33,6 +34,7 @@ NUMPY = Kind(
     lambda a: isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray),
     np.asarray,
     lambda a: np.array(a, order="C", subok=False),
+    np.asarray,
 )
 
 
@@ -132,8 +134,8 @@ def check_regularization(cell: Cell, value: Any) -> Regularization | None:
     )
     if zoneout_c and "c" not in cell.states:
         raise ValueError(f"zoneout_c: expected 0 for a {cell.name} cell, which has no c, got {zoneout_c}")
-    seed = None if value.seed is None else _whole("seed", value.seed, 63)
-    stream = _whole("stream", value.stream, 30)
+    seed = None if value.seed is None else check_whole("seed", value.seed, 0, 2**63 - 1)
+    stream = check_whole("stream", value.stream, 0, 2**30 - 1)
     if not (zoneout_h or zoneout_c or (dropout and seed is not None)):
         return None
     return Regularization(dropout, zoneout_h, zoneout_c, seed, stream)
@@ -147,12 +149,89 @@ def _rate(name: str, value: Any) -> float:
     return float(value)
 
 
-def _whole(name: str, value: Any, bits: int) -> int:
+def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """A whole number of at least ``least``: sizes and counts."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}: expected a whole number, got {_kind(value)}")
-    if not 0 <= value < 2**bits:
-        raise ValueError(f"{name}: expected a number from 0 to 2**{bits} - 1, got {value}")
+    if value < least or (most is not None and value > most):
+        limits = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name}: expected {limits}, got {value}")
     return int(value)
+
+
+def check_shape(name: str, got: Any, expected: tuple[int, ...]) -> None:
+    """A ValueError unless the shape, of an array or a tensor, is the expected one."""
+    if tuple(got) != expected:
+        hint = "; transpose it" if len(expected) == 2 and tuple(got) == expected[::-1] else ""
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(got)}{hint}")
+
+
+def listed(name: str, value: Any) -> Any:
+    """A list or tuple of numbers as a NumPy array; anything else as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name}: expected numbers in rows of one length, got others ({error})") from None
+    return array if array.size else array.astype(np.int64)  # an empty list has no dtype of its own
+
+
+def check_lengths(value: Any, T: int, B: int, kind: Kind = NUMPY) -> Array:
+    """``lengths`` as (B,) int64, a copy: of a list, or of an array of any integer dtype."""
+    value = listed("lengths", value)
+    _array("lengths", value, NUMPY if isinstance(value, np.ndarray) else kind, "a list or ")
+    if value.dtype.kind not in "iu":
+        raise TypeError(
+            f"lengths: expected whole numbers, got {value.dtype}; convert them, as lengths.astype(int) does"
+        )
+    check_shape("lengths", value.shape, (B,))
+    if B and (int(value.min()) < 0 or int(value.max()) > T):
+        raise ValueError(
+            f"lengths: expected 0 to T = {T}, got {value.min()} to {value.max()}; a row's length is the "
+            "number of its steps that are no padding"
+        )
+    lengths: Array = value.astype(np.int64)
+    return lengths
+
+
+def check_reset(value: Any, T: int, B: int, kind: Kind = NUMPY) -> Array:
+    """``reset`` as (T, B) bool of the kind, a copy: of lists, or of an array of booleans or 0 and 1."""
+    value = listed("reset", value)
+    _array("reset", value, NUMPY if NUMPY.is_array(value) else kind, "lists or ")
+    check_shape("reset", value.shape, (T, B))
+    if value.dtype != np.bool_:
+        if value.dtype.kind not in "iuf":
+            raise TypeError(f"reset: expected booleans, or 0 and 1, got {value.dtype}")
+        value = booleans("reset", value)
+    return kind.copy(value if kind.is_array(value) else kind.put(value))
+
+
+def booleans(name: str, value: Any) -> Any:
+    """An array or tensor of numbers, 0 and 1 alone, as booleans."""
+    ones = value == 1
+    wrong = ~((value == 0) | ones)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{name}: expected booleans, or 0 and 1, got {value[wrong].reshape(-1)[0].item()} among them"
+        )
+    return ones
+
+
+def check_batch_sizes(value: Any, rows: int | None = None) -> list[int]:
+    """``batch_sizes``: how many sequences run at each step, never more than before; ``rows`` is their sum."""
+    value = listed("batch_sizes", value)
+    _array("batch_sizes", value, NUMPY, "a list or ")
+    if value.dtype.kind not in "iu":
+        raise TypeError(f"batch_sizes: expected whole numbers, got {value.dtype}")
+    if value.ndim != 1:
+        raise ValueError(f"batch_sizes: expected shape (T,), got {value.shape}")
+    sizes: list[int] = value.tolist()
+    if sizes and (min(sizes) < 1 or sizes != sorted(sizes, reverse=True)):
+        raise ValueError(f"batch_sizes: expected numbers of at least 1 that never increase, got {sizes}")
+    if rows is not None and sum(sizes) != rows:
+        raise ValueError(f"batch_sizes: expected numbers with the sum {rows}, one for each row, got {sizes}")
+    return sizes
 
 
 def check_forward(
@@ -181,22 +260,8 @@ def check_forward(
         state0 = tuple(
             _checked(f"state0 {n}", s, dtype, (B, H), kind) for n, s in zip(cell.states, given, strict=True)
         )
-    if lengths is not None:
-        _array("lengths", lengths, NUMPY if isinstance(lengths, np.ndarray) else kind)
-        if lengths.dtype.kind not in "iu":
-            raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
-        _shape("lengths", lengths, (B,))
-        if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
-            raise ValueError(
-                f"lengths: expected 0 <= lengths <= T = {T}, got {lengths.min()} to {lengths.max()}"
-            )
-        lengths = lengths.astype(np.int64)
-    if reset is not None:
-        _array("reset", reset, kind)
-        if reset.dtype != np.bool_:
-            raise TypeError(f"reset: expected dtype bool (not 0/1 of another dtype), got {reset.dtype}")
-        _shape("reset", reset, (T, B))
-        reset = kind.copy(reset)
+    lengths = None if lengths is None else check_lengths(lengths, T, B, kind)
+    reset = None if reset is None else check_reset(reset, T, B, kind)
     for name, flag in (("reverse", reverse), ("return_states", return_states)):
         if not isinstance(flag, bool | np.bool_):
             raise TypeError(f"{name}: expected True or False, got {_kind(flag)}")
@@ -223,13 +288,7 @@ def check_forward(
 
 def check_detach_every(value: Any) -> int | None:
     """None, or the number of steps."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"detach_every: expected a whole number or None, got {_kind(value)}")
-    if value < 1:
-        raise ValueError(f"detach_every: expected at least 1, got {value}")
-    return int(value)
+    return None if value is None else check_whole("detach_every", value)
 
 
 def check_backward(
@@ -303,16 +362,11 @@ def _names(dtypes: Collection[np.dtype[Any]]) -> str:
     return " or ".join(str(d) for d in dtypes)
 
 
-def _array(name: str, value: Any, kind: Kind) -> None:
+def _array(name: str, value: Any, kind: Kind, more: str = "") -> None:
     if not kind.is_array(value):
-        raise TypeError(f"{name}: expected {kind.words}, got {_kind(value)}")
+        raise TypeError(f"{name}: expected {more}{kind.words}, got {_kind(value)}")
     if not value.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got dtype {value.dtype.str}")
-
-
-def _shape(name: str, value: Array, shape: tuple[int, ...]) -> None:
-    if value.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")
 
 
 def _aligned(value: Array) -> bool:
@@ -324,7 +378,7 @@ def _checked(name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]
     _array(name, value, kind)
     if value.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype} (that of weight_ih), got {value.dtype}")
-    _shape(name, value, shape)
+    check_shape(name, value.shape, shape)
     return (kind.plain if value.flags.c_contiguous and _aligned(value) else kind.copy)(value)
 
 

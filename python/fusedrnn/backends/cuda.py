@@ -40,7 +40,7 @@ from fusedrnn.backends.cuda_jobs import (
     kernels_of,
 )
 from fusedrnn.backends.cuda_plan import Plan
-from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Weights
+from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, Rows, State, Weights
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import LSTM, Cell
 
@@ -200,8 +200,8 @@ class CudaBackend:
         weights: Weights | Packed,
         state0: State | None = None,
         *,
-        lengths: Array | None = None,
-        reset: Array | None = None,
+        lengths: Rows | None = None,
+        reset: Rows | None = None,
         reverse: bool = False,
         return_states: bool = False,
         detach_every: int | None = None,
@@ -210,8 +210,9 @@ class CudaBackend:
     ) -> Forward:
         """One layer, one direction, the whole sequence.
 
-        ``lengths`` may be NumPy's: then nothing waits for the GPU to know their values. With
-        ``save="boundary_states"`` the tape keeps no more than with None. Backward runs all of forward again.
+        With ``lengths`` of NumPy's, and ``reset`` of booleans or of NumPy's, nothing waits for the GPU to
+        know their values. With ``save="boundary_states"`` the tape keeps no more than with None, and backward runs
+        all of forward again.
         """
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if packed.cell != check_cell(cell):
@@ -660,7 +661,9 @@ def _precision(dtype: np.dtype[Any], wanted: str) -> str:
 
 
 def _kind(device: Device) -> Kind:
-    return Kind("an array of the GPU (CuPy)", device.is_array, lambda a: a, lambda a: _copy(device, a))
+    return Kind(
+        "an array of the GPU (CuPy)", device.is_array, lambda a: a, lambda a: _copy(device, a), device.asarray
+    )
 
 
 def _copy(device: Device, a: Array) -> Array:

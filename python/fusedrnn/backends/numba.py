@@ -26,7 +26,16 @@ from fusedrnn.backends.arguments import (
     check_forward,
     check_weights,
 )
-from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Unsupported, Weights
+from fusedrnn.backends.protocol import (
+    Array,
+    Forward,
+    Gradients,
+    Regularization,
+    Rows,
+    State,
+    Unsupported,
+    Weights,
+)
 from fusedrnn.cells import GRU, Cell
 from fusedrnn.threads import get_num_threads
 
@@ -114,8 +123,8 @@ class NumbaBackend:
         weights: Weights | Packed,
         state0: State | None = None,
         *,
-        lengths: Array | None = None,
-        reset: Array | None = None,
+        lengths: Rows | None = None,
+        reset: Rows | None = None,
         reverse: bool = False,
         return_states: bool = False,
         detach_every: int | None = None,

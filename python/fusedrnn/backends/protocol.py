@@ -24,7 +24,7 @@ Rules (``t`` is time, ``b`` a row of the batch):
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
@@ -32,6 +32,7 @@ import numpy.typing as npt
 from fusedrnn.cells import Cell
 
 Array = npt.NDArray[Any]
+Rows = Array | Sequence[Any]  # lengths (B,) and resets (T, B), as lists too
 State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; h is (B, P), c is (B, H)
 
 
@@ -107,8 +108,8 @@ class Backend(Protocol):
         weights: Any,  # Weights, or what pack returned
         state0: State | None = None,
         *,
-        lengths: Array | None = None,
-        reset: Array | None = None,
+        lengths: Rows | None = None,
+        reset: Rows | None = None,
         reverse: bool = False,
         return_states: bool = False,
         detach_every: int | None = None,

@@ -17,7 +17,7 @@ import numpy as np
 
 from fusedrnn import masks
 from fusedrnn.backends.arguments import ForwardArguments, check_backward, check_forward, check_weights
-from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Weights
+from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, Rows, State, Weights
 from fusedrnn.cells import Cell, layer_norm
 
 DTYPES = tuple(np.dtype(d) for d in "fdgFDG")
@@ -69,8 +69,8 @@ class ReferenceBackend:
         weights: Weights,
         state0: State | None = None,
         *,
-        lengths: Array | None = None,
-        reset: Array | None = None,
+        lengths: Rows | None = None,
+        reset: Rows | None = None,
         reverse: bool = False,
         return_states: bool = False,
         detach_every: int | None = None,

@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import cells
-from fusedrnn.backends.arguments import check_detach_every, check_regularization
+from fusedrnn.backends.arguments import (
+    check_batch_sizes,
+    check_detach_every,
+    check_regularization,
+    check_shape,
+    listed,
+)
 from fusedrnn.backends.protocol import Regularization, Weights
 from fusedrnn.torch import dynamo, paths
 from fusedrnn.torch.forget_bias import ForgetBias
@@ -153,13 +160,15 @@ class Recurrent(torch.nn.RNNBase):
         Args:
             input: (T, B, I), with ``batch_first`` (B, T, I), unbatched (T, I), or a PackedSequence.
             hx: h_0, for the LSTM (h_0, c_0), each (L*D, B, H), unbatched (L*D, H); None is zeros.
-            lengths: (B,) whole numbers from 0 to T, for padded input: from its length on a row's state stands
-                still and its output is 0. Not with a PackedSequence, which says so itself.
-            reset: Of the input's shape without features, booleans or 0 and 1: true where a step is the first
-                of a new segment, before which the state is cleared. Not with a PackedSequence.
-            return_states: Also return the states of every step, 0 at padding: h, for the LSTM (h, c), each
-                (L*D, T, B, H), with ``batch_first`` (L*D, B, T, H), unbatched (L*D, T, H). Not with a
+            lengths: (B,) whole numbers from 0 to T, for padded input: a tensor, an array or a list. From its
+                length on a row's state stands still and its output is 0. Not with a PackedSequence, which
+                says so itself.
+            reset: Of the input's shape without features, booleans or 0 and 1, as ``lengths``: true where a
+                step is the first of a new segment, before which the state is cleared. Not with a
                 PackedSequence.
+            return_states: Also return the states of every step: h, for the LSTM (h, c), each (L*D, T, B, H),
+                with ``batch_first`` (L*D, B, T, H), unbatched (L*D, T, H). Past a row's length they are held,
+                and a gradient that comes in there is never read. Not with a PackedSequence.
             detach_every: Truncate back-propagation: after every so many steps, in each layer and direction
                 counted as it runs, the state goes on and the gradient stops. Not with a PackedSequence.
 
@@ -275,11 +284,7 @@ class Recurrent(torch.nn.RNNBase):
             shape, rows = input.data.shape, input.batch_sizes[:1].tolist()
             if len(shape) != 2:
                 return f"the data has {len(shape)} dimensions"
-            sizes = input.batch_sizes.tolist()
-            if sum(sizes) != shape[0] or min(sizes) < 1 or sizes != sorted(sizes, reverse=True):
-                raise ValueError(
-                    f"batch_sizes: expected falling sizes of {shape[0]} rows in all, got {sizes}"
-                )
+            check_batch_sizes(input.batch_sizes.numpy(), shape[0])
         else:
             shape = input.shape
             if len(shape) not in (2, 3):
@@ -338,22 +343,14 @@ class Recurrent(torch.nn.RNNBase):
         if state0 is not None and not batched:
             state0 = tuple([s.unsqueeze(1) for s in state0])
         if options["lengths"] is not None:
-            lengths = torch.as_tensor(options["lengths"], device="cpu")
-            expected: tuple[int, ...] = (x.size(1),) if batched else ()
-            other = lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool
-            if other and lengths.numel():  # an empty list has no dtype
-                raise TypeError(f"lengths: expected whole numbers, got {lengths.dtype}")
-            if lengths.shape != expected:
-                raise ValueError(f"lengths: expected shape {expected}, got {tuple(lengths.shape)}")
+            lengths = _tensor("lengths", options["lengths"]).cpu()
+            check_shape("lengths", lengths.shape, (x.size(1),) if batched else ())
             options = {**options, "lengths": lengths if batched else lengths.unsqueeze(0)}
         if options["reset"] is not None:
-            reset = options["reset"]
-            if not isinstance(reset, Tensor) or reset.device != input.device:
-                reset = torch.as_tensor(reset, device="cpu")
-            reset = reset.detach()
-            expected = tuple(input.shape[:-1])
-            if reset.shape != expected:
-                raise ValueError(f"reset: expected shape {expected}, got {tuple(reset.shape)}")
+            reset = _tensor("reset", options["reset"]).detach()
+            if reset.device != input.device:
+                reset = reset.cpu()
+            check_shape("reset", reset.shape, tuple(input.shape[:-1]))
             if not batched:
                 reset = reset.unsqueeze(1)
             elif self.batch_first:
@@ -400,6 +397,17 @@ class Recurrent(torch.nn.RNNBase):
             x = halves[0] if D == 1 else torch.cat(halves, 2)
         gathered = ends[0] if len(ends) == 1 else tuple([torch.cat(s) for s in zip(*ends, strict=True)])
         return x, gathered[:n], gathered[n:]
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """Lengths or resets as a tensor where it is, or on the CPU: of lists, and of NumPy's of any integers."""
+    if isinstance(value, Tensor):
+        return value
+    if not torch.compiler.is_compiling():
+        value = listed(name, value)
+        if isinstance(value, np.ndarray):  # a copy: a tensor of what is read-only warns
+            value = np.array(value, np.int64 if value.dtype.kind in "iu" else value.dtype)
+    return torch.as_tensor(value, device="cpu")
 
 
 def _given(options: dict[str, Any]) -> str | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn import backends, cells
+from fusedrnn.backends.arguments import booleans, check_lengths
 from fusedrnn.backends.protocol import Array, Backend, Forward, Weights
 from fusedrnn.cells import Cell
 from fusedrnn.torch import gpu, paths
@@ -179,15 +180,10 @@ def known(options: dict[str, Any], x: Tensor) -> dict[str, Any]:
     if regularization is not None and regularization.seed is not None:
         regularization = regularization._replace(seed=int(regularization.seed))
     if lengths is not None:
-        found, T = whole(lengths.to(torch.int64)), len(x)
-        if found.size and (found.min() < 0 or found.max() > T):
-            raise ValueError(f"lengths: expected 0 to T = {T}, got {found.min()} to {found.max()}")
-        lengths = found
+        lengths = check_lengths(whole(lengths), len(x), x.size(1))
     if reset is not None:
         if reset.dtype is not torch.bool:
-            if not bool(((reset == 0) | (reset == 1)).all()):
-                raise ValueError("reset: expected booleans, or 0 and 1 alone, got other values")
-            reset = reset != 0
+            reset = booleans("reset", reset)
         reset = whole(reset.to(x.device))
     return {**options, "lengths": lengths, "reset": reset, "regularization": regularization}
 
