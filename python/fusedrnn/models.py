@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from fusedrnn.layers import Layer
@@ -12,7 +14,11 @@ class Model(Layer):
 
 
 class Sequential(Model):
-    """Layers one after another, named ``l0``, ``l1``, ..."""
+    """Layers one after another, named ``l0``, ``l1``, ...
+
+    ``lengths`` and ``reset`` go on to every layer whose ``forward`` has arguments of these names: to the
+    recurrent ones, to a Sequential inside, to a model of yours that passes them on.
+    """
 
     def __init__(self, *layers: Layer) -> None:
         super().__init__()
@@ -20,7 +26,30 @@ class Sequential(Model):
         for k, layer in enumerate(layers):
             setattr(self, f"l{k}", layer)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Any, *, lengths: Any = None, reset: Any = None) -> Any:
+        given = {"lengths": lengths, "reset": reset}
+        given = {name: value for name, value in given.items() if value is not None}
+        taken: set[str] = set()
         for layer in self.layers:
-            x = layer(x)
+            own = {name: given[name] for name in _taken(layer, given)} if given else {}
+            taken |= own.keys()
+            x = layer(x, **own)
+        if given.keys() - taken:
+            raise TypeError(
+                f"{', '.join(sorted(given.keys() - taken))}: expected None, as no layer here takes it"
+            )
         return x
+
+    def reset_state(self) -> None:
+        """Forget the state of every layer in here, wherever it stands."""
+        for _, layer in self.walk():
+            if layer is not self and hasattr(layer, "reset_state"):
+                layer.reset_state()
+
+
+def _taken(layer: Any, names: Iterable[str]) -> list[str]:
+    """Those names that a layer's ``forward`` has as arguments."""
+    if not isinstance(layer, Layer):  # a function such as functions.tanh
+        return []
+    parameters = inspect.signature(layer.forward).parameters
+    return [name for name in names if name in parameters]

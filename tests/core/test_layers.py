@@ -502,3 +502,51 @@ def test_the_forget_gate_may_start_open():
     assert not L.LSTM(5, in_size=3).bias_ih.data.any()
     with pytest.raises(ValueError, match=r"forget_bias is 1\.0, expected 0 in a layer with bias=False"):
         L.LSTM(5, bias=False, forget_bias=1.0)
+
+
+def passing_on(cell, **options):
+    """A model in which layers that take lengths and resets stand everywhere; and its recurrent layers."""
+
+    class Inner(fusedrnn.Model):
+        def __init__(self):
+            self.rnn = cell(4, dtype=np.float64, **options)
+
+        def forward(self, x, *, reset=None, lengths=None):
+            return self.rnn(x, lengths=lengths, reset=reset)
+
+    first, inner, last = cell(3, dtype=np.float64, **options), Inner(), cell(H, dtype=np.float64, **options)
+    nested = fusedrnn.models.Sequential(L.Linear(5, dtype=np.float64), inner, F.tanh)
+    return fusedrnn.models.Sequential(nested, first, L.Dropout(0.0), last), (inner.rnn, first, last)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("cell", [L.LSTM, L.GRU])
+def test_sequential_passes_lengths_and_resets_on(cell, fused):
+    rng = np.random.default_rng(12)
+    model, rnns = passing_on(cell, fused=fused)
+    x, lengths, reset = rng.standard_normal((T, B, I)), [T, 0, 3, 1, T - 1], rng.random((T, B)) < 0.3
+    model(x[:1])
+    for rnn in rnns:
+        assert rnn.h is not None
+    model.reset_state()
+    for rnn in rnns:
+        assert rnn.h is None
+        assert rnn.c is None
+    for given in ({"lengths": lengths}, {"reset": reset}, {"lengths": lengths, "reset": reset.tolist()}):
+        model.reset_state()
+        (inner, first, last), (nested, *_) = rnns, model.layers
+        y = inner(nested.layers[0](x), **given)
+        expected = last(first(F.tanh(y), **given), **given).data
+        model.reset_state()
+        got = model(x, **given)
+        np.testing.assert_array_equal(got.data, expected)
+        if "lengths" in given:
+            assert not got.data[3:, 2].any()
+        got.sum().backward()
+        assert all(p.grad is not None for p in model.params())
+
+
+def test_sequential_says_which_option_nobody_takes():
+    model = fusedrnn.models.Sequential(L.Linear(2), F.tanh)
+    with pytest.raises(TypeError, match="lengths, reset: expected None, as no layer here takes it"):
+        model(np.ones((T, B, I)), lengths=[1] * B, reset=np.zeros((T, B)))
