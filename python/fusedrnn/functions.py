@@ -12,6 +12,7 @@ import numpy as np
 
 from fusedrnn import autograd, cuda, kernels, multilayer
 from fusedrnn.autograd import Array, Function, Variable, as_variable, config, sum_to
+from fusedrnn.backends.arguments import booleans
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import Cell
 
@@ -152,6 +153,9 @@ class Dropout(Function):
 
 
 class MeanSquaredError(Function):
+    def __init__(self, mask: Any = None) -> None:
+        self.mask = mask
+
     def forward(self, y: Array, t: Array) -> Array:
         try:
             fits = np.broadcast_shapes(t.shape, y.shape) == y.shape and t.size == y.size
@@ -159,36 +163,74 @@ class MeanSquaredError(Function):
             fits = False
         if y.ndim == 0 or not fits:
             raise ValueError(f"mean_squared_error: t has shape {t.shape}, expected that of y, {y.shape}")
+        self.divisor: Any = y.shape[1] if y.ndim == 3 else y.shape[0]
+        if self.mask is not None:
+            keep = _kept(self.mask, y, (y.shape[:-1], y.shape))
+            xp = cuda.get_array_module(y)
+            keep = xp.broadcast_to(keep if keep.ndim == y.ndim else keep[..., np.newaxis], y.shape)
+            self.divisor = _count(keep, y.dtype)
+            y, t = _selected(keep, y), _selected(keep, xp.broadcast_to(t, y.shape))
         self.difference = y - t
-        self.batch = y.shape[1] if y.ndim == 3 else y.shape[0]
-        return cuda.as_array((self.difference * self.difference).sum() / self.batch)
+        return cuda.as_array((self.difference * self.difference).sum() / self.divisor)
 
     def backward(self, gy: Variable) -> tuple[Array | None, ...]:
         t = self.inputs[1]
-        gradient = self.difference * (2 / self.batch * gy._data)
+        gradient = self.difference * (2 / self.divisor * gy._data)
         return gradient, -gradient.reshape(t.shape) if t.requires_grad else None
 
 
 class SoftmaxCrossEntropy(Function):
+    def __init__(self, mask: Any = None) -> None:
+        self.mask = mask
+
     def forward(self, x: Array, t: Array) -> Array:
-        if x.ndim != 2 or t.shape != x.shape[:1] or t.dtype.kind not in "iu":
+        if x.ndim not in (2, 3) or t.shape != x.shape[:-1] or t.dtype.kind not in "iu":
             raise ValueError(
                 f"softmax_cross_entropy: x {x.shape} and t {t.shape} of {t.dtype}, expected "
-                "(N, C) and (N,) of integers"
+                "(N, C) and (N,), or (T, B, C) and (T, B), t of integers"
             )
-        if t.size and not (t.min() >= 0 and t.max() < x.shape[1]):
-            raise ValueError(f"softmax_cross_entropy: t has values outside 0..{x.shape[1] - 1}")
         xp = cuda.get_array_module(x)
-        shifted = x - x.max(axis=1, keepdims=True)
-        self.log_p = shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))
-        return cuda.as_array(-self.log_p[xp.arange(len(t)), t].sum() / len(t))
+        self.keep = None
+        self.count: Any = t.size
+        if self.mask is not None:
+            self.keep = _kept(self.mask, x, (t.shape,))
+            self.count = _count(self.keep, x.dtype)
+            x, t = _selected(self.keep[..., np.newaxis], x), _selected(self.keep, t)
+        if t.size and not (t.min() >= 0 and t.max() < x.shape[-1]):
+            raise ValueError(f"softmax_cross_entropy: t has values outside 0..{x.shape[-1] - 1}")
+        self.t = t[..., np.newaxis]
+        shifted = x - x.max(axis=-1, keepdims=True)
+        self.log_p = shifted - xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True))
+        found = xp.take_along_axis(self.log_p, self.t, -1)[..., 0]
+        found = found if self.keep is None else _selected(self.keep, found)
+        return cuda.as_array(-found.sum() / self.count)
 
     def backward(self, gy: Variable) -> tuple[Array, None]:
-        t = self.inputs[1]._data
         xp = cuda.get_array_module(gy)
         gradient: Array = xp.exp(self.log_p)
-        gradient[xp.arange(len(t)), t] -= 1
-        return gradient * (gy._data / len(t)), None
+        gradient -= self.t == xp.arange(gradient.shape[-1])
+        gradient *= gy._data / self.count
+        return gradient if self.keep is None else _selected(self.keep[..., np.newaxis], gradient), None
+
+
+def _kept(mask: Any, y: Array, shapes: Sequence[tuple[int, ...]]) -> Array:
+    """A loss's mask as booleans where y is; it has one of the shapes."""
+    keep: Array = cuda.like(as_variable(mask)._data, y)
+    if keep.shape not in shapes:
+        expected = " or ".join(dict.fromkeys(map(str, shapes)))
+        raise ValueError(f"mask: expected shape {expected}, got {keep.shape}")
+    return keep if keep.dtype == np.bool_ else booleans("mask", keep)
+
+
+def _selected(keep: Array, a: Array) -> Array:
+    """Zero where it is not kept: a selection, so that NaN there does no harm."""
+    xp = cuda.get_array_module(a)
+    return xp.where(keep, a, xp.zeros((), a.dtype))
+
+
+def _count(keep: Array, dtype: np.dtype[Any]) -> Array:
+    """How many are kept; 1 where none is, whose sum is 0. Nothing waits for a GPU to know it."""
+    return cuda.get_array_module(keep).maximum(keep.sum(), 1).astype(dtype)
 
 
 class Fused(Function):
@@ -349,13 +391,17 @@ def dropout(x: Any, dropout_ratio: float = 0.5) -> Variable:
     return Dropout(dropout_ratio)(x) if config.train and dropout_ratio > 0 else as_variable(x)
 
 
-def mean_squared_error(y: Any, t: Any) -> Variable:
+def mean_squared_error(y: Any, t: Any, mask: Any = None) -> Variable:
     """``((y - t)**2).sum() / B``, so that the losses of single steps add up to the loss of their sequence.
 
     y is ``(B,)`` or ``(B, O)``, one step, or ``(T, B, O)``, a sequence, which is divided by B all the same.
     t has as many elements and y's shape (axes of length 1 in front may be missing).
+
+    With a ``mask``, ``(T, B)`` or of y's shape, booleans or 0 and 1, it is the mean over the elements that
+    are kept, ``((y - t)**2)[mask].mean()``: also over time and outputs, so a mask of ones is not the same as
+    none. What is masked may be NaN. Where nothing is kept, the loss is 0.
     """
-    return MeanSquaredError()(y, t)
+    return MeanSquaredError(mask)(y, t)
 
 
 def softmax(x: Any) -> Variable:
@@ -365,6 +411,11 @@ def softmax(x: Any) -> Variable:
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def softmax_cross_entropy(x: Any, t: Any) -> Variable:
-    """Mean over N of ``-log softmax(x)[n, t[n]]``; x ``(N, C)``, t ``(N,)`` integers from 0 to C-1."""
-    return SoftmaxCrossEntropy()(x, t)
+def softmax_cross_entropy(x: Any, t: Any, mask: Any = None) -> Variable:
+    """Mean over n of ``-log softmax(x)[n, t[n]]``: x ``(N, C)``, t ``(N,)`` integers from 0 to C-1; or of a
+    sequence x ``(T, B, C)``, t ``(T, B)``, the mean over T and B.
+
+    With a ``mask`` of t's shape, booleans or 0 and 1, the mean is over what is kept. What is masked may be
+    NaN in x, and any integer in t. Where nothing is kept, the loss is 0.
+    """
+    return SoftmaxCrossEntropy(mask)(x, t)
