@@ -32,7 +32,20 @@ class Optimizer:
         self.slots: dict[Parameter, dict[str, Array]] = {}  # what is kept for each parameter
 
     def setup(self, target: Layer) -> Self:
-        """Take the model whose parameters ``update`` moves."""
+        """Take the model whose parameters ``update`` moves.
+
+        Raises:
+            TypeError: It is no Model or Layer.
+            ValueError: It has no parameters.
+        """
+        name = type(self).__name__
+        if not isinstance(target, Layer):
+            raise TypeError(f"{name}.setup: expected a Model or a Layer, got {type(target).__name__}")
+        if next(target.params(), None) is None:
+            raise ValueError(
+                f"{name}.setup: expected a model with parameters, got {type(target).__name__} without; they "
+                "and layers belong to it as attributes of their own (self.fc = Linear(1)), not in a list"
+            )
         self.target = target
         return self
 
@@ -103,7 +116,8 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """Kingma and Ba 2015, in the form at the end of its section 2.
+    """Kingma and Ba 2015, in the form at the end of its section 2. ``lr`` is another name of ``alpha``, 0.001
+    where neither is given.
 
     With ``step = alpha * sqrt(1 - beta2**t) / (1 - beta1**t)``:
     ``m += (1 - beta1) * (g - m)``, ``v += (1 - beta2) * (g*g - v)``, ``p -= step * m / (sqrt(v) + eps)``.
@@ -111,16 +125,30 @@ class Adam(Optimizer):
 
     def __init__(
         self,
-        alpha: float = 0.001,
+        alpha: float | None = None,
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-8,
         *,
+        lr: float | None = None,
         weight_decay: float = 0.0,
         max_norm: float | None = None,
     ) -> None:
         super().__init__(weight_decay=weight_decay, max_norm=max_norm)
-        self.alpha, self.beta1, self.beta2, self.eps = alpha, beta1, beta2, eps
+        if alpha is not None and lr is not None:
+            raise TypeError(f"alpha, lr: expected one of them, which are the same, got {alpha} and {lr}")
+        alpha = lr if alpha is None else alpha
+        self.alpha = 0.001 if alpha is None else alpha
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+
+    @property
+    def lr(self) -> float:
+        """The same as ``alpha``."""
+        return self.alpha
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.alpha = value
 
     def update_one(self, p: Parameter, g: Array) -> None:
         xp = cuda.get_array_module(p)
