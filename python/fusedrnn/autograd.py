@@ -108,6 +108,31 @@ class Variable:
     def __len__(self) -> int:
         return len(self._data)
 
+    def item(self) -> Any:
+        """The only element, as a plain number."""
+        if self._data is None or self._data.size != 1:
+            got = "none yet" if self._data is None else f"shape {self.shape}"
+            raise ValueError(f"item: expected a variable of one element, got {got}; index it, or take a sum")
+        return self._data.item()
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else str(self)
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        """For ``np.asarray(v)`` and what calls it, such as Matplotlib; without a gradient, and from a GPU a
+        copy."""
+        data = self.data  # a Parameter's is no longer private then
+        if data is None:
+            raise ValueError(f"{self.name or 'variable'} has no values yet: its size is known at first use")
+        if cuda.on_gpu(data):
+            if copy is False:
+                raise ValueError("copy: expected None or True for an array on a GPU, got False")
+            data = cuda.as_numpy(data)
+        return np.array(data, dtype, copy=copy)
+
     def __repr__(self) -> str:
         text = "None" if self._data is None else str(self._data).replace("\n", "\n" + " " * 9)
         return f"variable({text})"
