@@ -140,21 +140,40 @@ class Variable:
     def cleargrad(self) -> None:
         self.grad = None
 
-    def backward(self, retain_grad: bool = False, create_graph: bool = False) -> None:
+    def backward(self, retain_grad: bool = False, create_graph: bool = False, *, grad: Any = None) -> None:
         """Add the gradient of this variable to the ``grad`` of every variable it was made from.
 
-        It starts from ``grad`` where that is set, else from ones. Gradients of variables in between are
-        dropped, unless ``retain_grad``.
+        Args:
+            retain_grad: keep the gradients of variables in between, which are dropped otherwise.
+            create_graph: True is an error: only first derivatives exist.
+            grad: the gradient that comes in from above, of this variable's shape: a variable or an array.
+                None: its ``.grad`` where that is set, else 1, which a variable of one element alone has.
+
+        Raises:
+            RuntimeError: No function made this variable, or none that was recorded.
+            ValueError: There is no gradient from above, or it is of another shape.
         """
+        if not isinstance(retain_grad, bool):
+            raise TypeError(
+                f"retain_grad: expected True or False, got {type(retain_grad).__name__}; a gradient from "
+                "above is passed as backward(grad=...)"
+            )
         if create_graph:
             raise NotImplementedError(
                 "create_graph=True: only first derivatives exist; no function here, the fused recurrent ones "
                 "above all, has a differentiable backward pass"
             )
-        if self.grad is None:
-            self.grad = Variable(cuda.get_array_module(self._data).ones_like(self._data))
         if self.creator is None:
-            return
+            raise RuntimeError(f"backward: {self._unrecorded()}")
+        if grad is not None:
+            self.grad = self._incoming(grad)
+        elif self.grad is None:
+            if self._data.size != 1:
+                raise ValueError(
+                    f"backward: expected a gradient from above for a variable of shape {self.shape}, got "
+                    "none; pass backward(grad=...) or set .grad, or make one number of it, as .sum() does"
+                )
+            self.grad = Variable(cuda.get_array_module(self._data).ones_like(self._data))
         heap = [(-self.creator.order, self.creator)]  # newest first; the order is unique
         seen = {self.creator}
         with no_grad():
@@ -167,6 +186,26 @@ class Variable:
                     if x.creator is not None and x.creator not in seen:
                         seen.add(x.creator)
                         heapq.heappush(heap, (-x.creator.order, x.creator))
+
+    def _unrecorded(self) -> str:
+        """Why there is nothing to walk back, and what to do."""
+        if not self.requires_grad:
+            return (
+                "this variable was made of constants alone, arrays and numbers; what a gradient is asked of "
+                "has to be a Variable or a Parameter"
+            )
+        return (
+            "no function is recorded that made this variable: forward ran within no_grad(), or it was cut "
+            "off by unchain() or unchain_backward(), or it is an input; run forward again, outside "
+            "no_grad(), and call backward() on the result"
+        )
+
+    def _incoming(self, grad: Any) -> Variable:
+        """The gradient from above, checked, where this variable is and of its dtype."""
+        array = as_variable(grad)._data
+        if array.shape != self.shape:
+            raise ValueError(f"grad: expected shape {self.shape}, that of the variable, got {array.shape}")
+        return Variable(cuda.as_array(cuda.like(array, self._data), self.dtype))
 
     def unchain(self) -> None:
         """Forget the function that made this variable."""

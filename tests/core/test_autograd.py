@@ -27,6 +27,8 @@ def central_difference(f, arrays, dy, k, h=1e-6):
 
 
 T = np.array([2, 0, 1, 1, 0])
+MASK = np.arange(5)[:, None] < [5, 2, 0]  # of rows of these lengths
+LABELS = np.arange(15).reshape(5, 3) % 4
 FUNCTIONS = {
     "add": (lambda a, b: a + b, [(3, 4), (3, 4)]),
     "add broadcast": (lambda a, b: a + b, [(3, 4), (4,)]),
@@ -61,6 +63,10 @@ FUNCTIONS = {
     "mse of a sequence": (F.mean_squared_error, [(5, 3, 2), (5, 3, 2)]),
     "softmax": (F.softmax, [(5, 3)]),
     "cross entropy": (lambda a: F.softmax_cross_entropy(a, T), [(5, 3)]),
+    "mse, masked": (lambda a, b: F.mean_squared_error(a, b, MASK), [(5, 3, 2), (5, 3, 2)]),
+    "mse, masked by element": (lambda a, b: F.mean_squared_error(a, b, MASK), [(5, 3), (5, 3)]),
+    "cross entropy of a sequence": (lambda a: F.softmax_cross_entropy(a, LABELS), [(5, 3, 4)]),
+    "cross entropy, masked": (lambda a: F.softmax_cross_entropy(a, LABELS, MASK), [(5, 3, 4)]),
 }
 
 
@@ -244,7 +250,7 @@ def test_no_gradient_is_made_for_constants():
     x, t = Variable(np.ones(3)), np.ones(3)
     y = x * t
     constant = y.creator.inputs[1]
-    y.backward()
+    y.backward(grad=np.ones(3))
     assert constant.grad is None
     assert x.grad is not None
     frozen = Parameter(np.ones(3))
@@ -252,7 +258,7 @@ def test_no_gradient_is_made_for_constants():
     y = frozen * t
     assert y.creator is None
     assert not y.requires_grad
-    y = frozen * x
+    y = (frozen * x).sum()
     y.backward()
     assert frozen.grad is None
 
@@ -387,6 +393,94 @@ def test_cross_entropy_checks_its_labels():
         F.softmax_cross_entropy(x, np.array([0.0, 1.0]))
 
 
+def test_a_variable_of_one_element_is_a_number():
+    for data in (np.array(1.5), np.array([[1.5]], np.float32)):
+        loss = Variable(data)
+        assert float(loss) == loss.item() == 1.5
+        assert type(loss.item()) is float
+        assert f"{loss:.3f} {loss:>6.1f}" == "1.500    1.5"
+    assert f"{Variable(np.array(7)):03d}" == "007"
+    v = Variable(np.ones(3))
+    assert f"{v}" == str(v) == "variable([1. 1. 1.])"
+    for call in (lambda: float(v), v.item, lambda: f"{v:.2f}"):
+        with pytest.raises(ValueError, match=r"item: expected a variable of one element, got shape \(3,\)"):
+            call()
+    with pytest.raises(ValueError, match=r"item: .* got none yet"):
+        float(Parameter(None))
+
+
+def test_a_variable_is_an_array_to_numpy():
+    v = Variable(np.arange(6.0).reshape(2, 3))
+    assert np.asarray(v) is v.data or np.shares_memory(np.asarray(v), v.data)
+    assert np.asarray(v, np.float32).dtype == np.float32
+    assert not np.shares_memory(np.array(v), v.data)
+    np.testing.assert_array_equal(np.array([v.sum(), v.sum()]), [15, 15])
+    np.testing.assert_array_equal(np.mean(v), 2.5)
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+        assert np.shares_memory(np.array(v, copy=False), v.data)
+        with pytest.raises(ValueError, match="copy"):
+            np.array(v, np.float32, copy=False)
+    p = Parameter(None)
+    with pytest.raises(ValueError, match="no values yet"):
+        np.asarray(p)
+    p.assign(np.ones(2))
+    assert p.private
+    np.asarray(p)[0] = 2  # somebody may write there now
+    assert not p.private
+    for y in (np.ones(3) * v, np.ones((2, 3)) - v, np.ones((2, 2)) @ v, np.float64(2) / (v + 1), 0 + v):
+        assert isinstance(y, Variable)  # the operator is ours all the same
+        assert y.creator is not None
+
+
+def test_a_variable_can_be_plotted():
+    pytest.importorskip("matplotlib", reason="Matplotlib is not installed")
+    from matplotlib.figure import Figure
+
+    v = Variable(np.array([3.0, -1.0, 2.0])) * 2
+    for y in (v, v.reshape(3, 1)):
+        for line in (*Figure().add_subplot().plot(y), *Figure().add_subplot().plot(np.arange(3), y)):
+            np.testing.assert_array_equal(line.get_ydata(), [6, -2, 4])
+
+
+def test_backward_where_nothing_was_recorded_says_why():
+    x = Variable(np.array(2.0))
+    with no_grad():
+        unrecorded = x * 3
+    cut = x * 3
+    cut.unchain_backward()
+    for y in (unrecorded, cut, x):
+        with pytest.raises(RuntimeError, match=r"^backward: no function is recorded .* outside no_grad\(\)"):
+            y.backward()
+        assert y.grad is None
+    with pytest.raises(RuntimeError, match=r"made of constants alone, .* Variable or a Parameter"):
+        F.sum(np.ones(3)).backward()
+
+
+def test_backward_of_more_than_one_element_asks_for_a_gradient():
+    x = Variable(np.array([1.0, -2.0, 3.0], np.float32))
+    g = np.array([0.5, 2.0, -1.0])
+    with pytest.raises(
+        ValueError, match=r"gradient from above .* shape \(3,\), got none; pass backward\(grad="
+    ) as e:
+        (x * x).backward()
+    assert ".grad" in str(e.value)
+    for given in (g, Variable(g), None):
+        x.cleargrad()
+        y = x * x
+        if given is None:
+            y.grad = Variable(g.astype(np.float32))
+        y.backward(grad=given)
+        np.testing.assert_array_equal(x.grad.data, np.float32([1, -8, -6]))
+        assert x.grad.dtype == np.float32
+    with pytest.raises(ValueError, match=r"grad: expected shape \(3,\), that of the variable, got \(1, 3\)"):
+        (x * x).backward(grad=g[None])
+    with pytest.raises(TypeError, match="retain_grad: expected True or False, got ndarray"):
+        (x * x).backward(g)
+    x.cleargrad()
+    (x * x).sum().reshape(1, 1).backward()  # one element in any shape
+    np.testing.assert_array_equal(x.grad.data, [2, -4, 6])
+
+
 def test_extreme_values():
     x = np.array([-1e4, -0.0, 0.0, 1e4, np.inf, -np.inf, np.nan])
     np.testing.assert_array_equal(F.sigmoid(x).data, [0, 0.5, 0.5, 1, 1, 0, np.nan])
@@ -429,6 +523,37 @@ def test_adam_is_the_formula():
         p -= 0.1 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-8)
         np.testing.assert_allclose(model.w.data, p, rtol=1e-14)
         np.testing.assert_array_equal(model.w.grad.data, g)
+
+
+def test_lr_is_alpha():
+    assert O.Adam().alpha == O.Adam().lr == 0.001
+    assert O.Adam(lr=0.1).alpha == O.Adam(alpha=0.1).lr == O.Adam(0.1).lr == O.SGD(lr=0.1).lr == 0.1
+    adam = O.Adam()
+    adam.lr = 0.5
+    assert adam.alpha == 0.5
+    with pytest.raises(
+        TypeError, match=r"alpha, lr: expected one of them, which are the same, got 0\.1 and 0\.2"
+    ):
+        O.Adam(0.1, lr=0.2)
+
+
+def test_setup_refuses_what_has_nothing_to_move():
+    model = fusedrnn.Model()
+    model.layers = [fusedrnn.layers.Linear(1)]  # a list is not looked into
+    for target, error, words in (
+        (
+            model,
+            ValueError,
+            "Adam.setup: expected a model with parameters, got Model without; .* not in a list",
+        ),
+        ([Parameter(np.ones(1))], TypeError, "Adam.setup: expected a Model or a Layer, got list"),
+        (None, TypeError, "got NoneType"),
+        (fusedrnn.Model, TypeError, "got type"),
+    ):
+        with pytest.raises(error, match=words):
+            O.Adam().setup(target)
+    model.fc = model.layers[0]
+    assert O.Adam().setup(model).target is model  # its size is still open
 
 
 def test_sgd_clipping_and_weight_decay():
