@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from fusedrnn import backends, programs, system, terminal
 from fusedrnn.cells import CELLS
+from fusedrnn.programs.common import at_least
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -28,17 +29,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def positive(text: str) -> int:
-    """A count of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
 
 
 def shape(text: str) -> Any:
@@ -165,7 +155,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         help=f"out of {','.join(bench.PEERS)} (default: all that are installed, without the last two)",
     )
     parser.add_argument("--backend", choices=backends.FOR_NUMPY, help="our backend (default: the fastest)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads for everybody (default: all)")
+    parser.add_argument(
+        "--threads", type=at_least(1), metavar="N", help="threads for everybody (default: all)"
+    )
     parser.add_argument("--memory", action="store_true", help="also show bytes saved and peak memory")
     parser.add_argument("--quick", action="store_true", help="a few small cases, few repetitions")
     parser.add_argument("--json", metavar="FILE", help="also write the result to FILE")
@@ -274,7 +266,7 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compares every output and gradient of every cell, backend, dtype and option with a reference in "
         "long double, which is itself proved by complex-step derivatives, and prints the worst error of each "
-        "beside that of plain NumPy. Exit code 1 where one is too large."
+        "cell, backend and dtype beside that of plain NumPy. Exit code 1 where one is too large."
     )
     parser.add_argument("--cell", choices=list(CELLS), nargs="+", help="only these cells")
     parser.add_argument(
@@ -285,9 +277,13 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
         "--option", choices=list(gradcheck_suite.OPTIONS), nargs="+", help="only these options"
     )
     parser.add_argument("--levels", action="store_true", help="the cpu backend on every instruction set")
-    parser.add_argument("--tensors", action="store_true", help="a line for each tensor")
+    lines = parser.add_mutually_exclusive_group()
+    lines.add_argument("--verbose", action="store_true", help="a line for each option too")
+    lines.add_argument("--tensors", action="store_true", help="a line for each tensor")
     parser.add_argument("--quick", action="store_true", help="the smallest size only")
-    parser.add_argument("--seed", type=int, default=0, help="of the random problems (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, help="of the random problems (default: %(default)s)"
+    )
 
 
 def run_gradcheck(args: argparse.Namespace) -> None:
@@ -307,7 +303,12 @@ def run_gradcheck(args: argparse.Namespace) -> None:
         levels=gradcheck_suite.available_levels() if args.levels else None,
     )
     note("")
-    header, cells = (gradcheck_suite.format_tensors if args.tensors else gradcheck_suite.format_rows)(rows)
+    if args.tensors:
+        header, cells = gradcheck_suite.format_tensors(rows)
+    else:
+        header, cells = gradcheck_suite.format_rows(rows if args.verbose else gradcheck_suite.summarize(rows))
+        if not args.verbose:
+            header = tuple("options" if name == "option" else name for name in header)
     left = 3 if args.tensors else 4
     terminal.table("Largest error, relative to each tensor's largest entry", header, cells, left)
     for line in gradcheck_suite.format_notes(rows):
@@ -348,7 +349,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="fusedrnn", description="Fast, checked LSTM, Elman RNN and GRU for training.")
     top.add_argument("--version", action="version", version=system.version())
     top.add_argument("--traceback", action="store_true", help="on an error, show where in the code it arose")
-    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, (text, add, run) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         add(command)
@@ -358,7 +359,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = parser().parse_args(argv)
+    top = parser()
+    args = top.parse_args(argv)
+    if args.command is None:
+        top.print_help()
+        return 0
     try:
         args.run(args)
         sys.stdout.flush()

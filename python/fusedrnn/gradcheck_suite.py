@@ -48,23 +48,23 @@ class Option:
 
 OPTIONS = {
     "plain": Option(),
-    "both biases": Option(biases="both"),
-    "bias_hh alone": Option(biases="hh"),
-    "no bias": Option(biases="none"),
+    "both-biases": Option(biases="both"),
+    "bias-hh-alone": Option(biases="hh"),
+    "no-bias": Option(biases="none"),
     "state0": Option(state0=True),
     "lengths": Option(lengths=True),
     "reset": Option(reset=True),
     "reverse": Option(reverse=True),
-    "return_states": Option(return_states=True),
-    "all together": Option("both", True, True, True, True, True),
+    "return-states": Option(return_states=True),
+    "all-together": Option("both", True, True, True, True, True),
     "recompute": Option(save="boundary_states"),
-    "recurrent dropout": Option(recurrent_dropout=0.25),
+    "recurrent-dropout": Option(recurrent_dropout=0.25),
     "zoneout": Option(zoneout=0.25),
-    "both of them, all": Option("both", True, True, True, True, True, recurrent_dropout=0.25, zoneout=0.25),
-    "2 layers": Option(layers=2, dropout=0.3),
-    "2 layers, both directions, all": Option("both", True, True, True, False, True, 2, True, 0.3),
-    "layer norm": Option(layer_norm=True),
-    "layer norm, all together": Option("both", True, True, True, True, True, layer_norm=True),
+    "dropout-zoneout-all": Option("both", True, True, True, True, True, recurrent_dropout=0.25, zoneout=0.25),
+    "2-layers": Option(layers=2, dropout=0.3),
+    "2-layers-bidirectional-all": Option("both", True, True, True, False, True, 2, True, 0.3),
+    "layer-norm": Option(layer_norm=True),
+    "layer-norm-all": Option("both", True, True, True, True, True, layer_norm=True),
 }
 DTYPES = ("float32", "float64")
 SIZES = (Shape(13, 5, 3, 7), Shape(37, 19, 5, 17), Shape(256, 2, 1, 31))
@@ -565,6 +565,35 @@ def format_rows(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, .
         )
         for row in rows
     ]
+
+
+def summarize(rows: Sequence[Row]) -> list[Row]:
+    """One row for each cell, backend and dtype: of each tensor the worst over the options; ``option`` says
+    how many of them have passed."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.cell, row.backend, row.isa, row.dtype), []).append(row)
+    return [_worst(same) for same in found.values()]
+
+
+def _worst(rows: Sequence[Row]) -> Row:
+    """The rows of one cell, backend and dtype as one."""
+    run = [row for row in rows if row.passed is not None]
+    if not run:
+        return rows[0]
+
+    def largest(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {name: max(f.get(name, 0.0) for f in figures) for each in figures for name in each}
+
+    return dataclasses.replace(
+        run[0],
+        option=f"{sum(bool(row.passed) for row in run)} of {len(rows)}",
+        errors=largest([row.errors for row in run]),
+        numpy=largest([row.numpy for row in run]),
+        limits=largest([row.limits for row in run]),
+        passed=all(row.passed for row in run),
+        seconds=sum(row.seconds for row in run),
+    )
 
 
 def format_notes(rows: Sequence[Row]) -> list[str]:

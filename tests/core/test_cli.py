@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,21 @@ def test_help(command, capsys):
     assert capsys.readouterr().out.startswith("usage: fusedrnn")
 
 
+def test_without_a_command_it_is_help(capsys):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: fusedrnn")
+    for command in cli.COMMANDS:
+        assert f"\n    {command} " in out
+
+
+def test_no_epochs_train_nothing(capsys):
+    assert cli.main(["train", "sine", "--epochs", "0", "--cell", "gru", "--no-plot"]) == 0
+    out = capsys.readouterr().out
+    assert "GRU" in out
+    assert "loss" not in out
+
+
 def actions(parser: argparse.ArgumentParser, path: str = "fusedrnn"):
     for action in parser._actions:
         yield path, action
@@ -55,7 +71,6 @@ def test_every_option_has_a_help_text():
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["fly"],
         ["bench", "--cell", "transformer"],
         ["bench", "--shape", "1,2,3"],
@@ -68,6 +83,13 @@ def test_every_option_has_a_help_text():
         ["bench", "--suite", "rl", "--shape", "1,2,3,4"],
         ["train"],
         ["train", "nothing"],
+        ["train", "sine", "--epochs", "-1"],
+        ["train", "sine", "--epochs", "1.5"],
+        ["train", "pollution", "--epochs", "-3"],
+        ["train", "airline", "--seed", "-1"],
+        ["gradcheck", "--seed", "-1"],
+        ["gradcheck", "--option", "everything"],
+        ["gradcheck", "--verbose", "--tensors"],
         ["info", "--colour"],
     ],
     ids=" ".join,
@@ -184,11 +206,21 @@ def test_info_says_why_a_backend_is_absent(monkeypatch, capsys):
 FEW = ("gradcheck", "--quick", "--cell", "gru", "--option", "plain", "lengths")
 
 
-@pytest.mark.parametrize("more", [(), ("--tensors",)], ids=["rows", "tensors"])
-def test_gradcheck(more, capsys):
+def test_choices_of_gradcheck_need_no_quotes():
+    for _, action in actions(cli.parser()):
+        if action.dest in ("option", "cell", "backend", "dtype"):
+            for choice in action.choices:
+                assert re.fullmatch(r"[a-z0-9-]+", choice), choice
+
+
+@pytest.mark.parametrize(("more", "lines"), [((), 6), (("--verbose",), 12), (("--tensors",), None)], ids=str)
+def test_gradcheck(more, lines, capsys):
     assert cli.main([*FEW, "--backend", "oracle", "reference", *more]) == 0
     out = capsys.readouterr().out
-    assert "gru reset_after=False" in out or more
+    assert "gru reset_after=False" in out or "--tensors" in more
+    if lines is not None:  # of each form the oracle, and the reference in two dtypes
+        assert len([line for line in out.splitlines() if line.startswith("gru")]) == lines
+        assert ("2 of 2" in out) == (not more)
     # two forms and two options: four proofs of the oracle, and the reference in two dtypes
     assert out.splitlines()[-1] == "12 passed, 0 failed, 0 not run"
 

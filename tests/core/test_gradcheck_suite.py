@@ -54,8 +54,8 @@ def test_every_backend_passes(cell, backend):
     assert len(rows) == len(forms) * len(OPTIONS) * 2
     assert failures(rows) == []
     not_run = {(r.cell, r.option) for r in rows if r.passed is None}
-    norms = {option for option in OPTIONS if option.startswith("layer norm")}
-    masked = {"recurrent dropout", "zoneout", "both of them, all"}
+    norms = {option for option in OPTIONS if option.startswith("layer-norm")}
+    masked = {"recurrent-dropout", "zoneout", "dropout-zoneout-all"}
     missing = {"numba": {"recompute", *masked, *norms}, "cpu": norms, "reference": set()}[backend]
     without = [form for form in forms if backend == "numba" or form == "gru reset_after=False"]
     assert not_run == {(form, option) for form in without for option in missing}

@@ -168,7 +168,7 @@ def time_epochs(w: Array, cell: str, names: list[str]) -> dict[str, float]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
     parser.add_argument("--out", default=".", metavar="DIR", help="where airline.png goes (default: here)")
     parser.add_argument("--no-plot", action="store_true", help="no airline.png")
 

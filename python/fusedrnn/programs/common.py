@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -17,6 +18,21 @@ CELLS: dict[str, Callable[..., layers.Recurrent]] = {
     "lstm": layers.LSTM,
     "gru": layers.GRU,
 }
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse: a whole number of at least ``least``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return value
+
+    return parse
 
 
 class Progress(Protocol):

@@ -180,8 +180,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the pollution of the input row, as published, or that one hour ahead (default: %(default)s)",
     )
     parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    defaults = ", ".join(f"{n} of {task}" for task, n in EPOCHS.items())
+    parser.add_argument(
+        "--epochs",
+        type=common.at_least(0),
+        metavar="N",
+        help=f"how many in all; 0 trains nothing (default: {defaults})",
+    )
+    parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
     parser.add_argument("--out", default=".", metavar="DIR", help="where the files go (default: here)")
     parser.add_argument("--checkpoint", metavar="FILE", help="where checkpoints go (default: none are made)")
     parser.add_argument(
@@ -203,7 +209,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         raise ValueError("--resume needs --checkpoint FILE")
     rows = read(find(args.data))
     task = prepare(rows, args.task)
-    epochs = args.epochs or EPOCHS[args.task]
+    epochs = EPOCHS[args.task] if args.epochs is None else args.epochs
     out = common.folder(args.out)
     model = build(args.cell, args.seed)
     losses: list[float] = []

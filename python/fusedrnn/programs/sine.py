@@ -92,10 +92,15 @@ def start(cell: str, seed: int, **options: Any) -> tuple[Forecaster, SinCurve]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="default: 100, or with --one-line 10")
+    parser.add_argument(
+        "--epochs",
+        type=common.at_least(0),
+        metavar="N",
+        help="0 trains nothing (default: 100, or with --one-line 10)",
+    )
     parser.add_argument("--one-line", action="store_true", help="one time line of 999 steps instead of 30")
     parser.add_argument("--steps", action="store_true", help="single steps instead of chunks of 30")
-    parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    parser.add_argument("--seed", type=common.at_least(0), default=42, help="default: %(default)s")
     parser.add_argument("--out", default=".", metavar="DIR", help="where sine.png goes (default: here)")
     parser.add_argument("--no-plot", action="store_true", help="no sine.png")
 
@@ -103,7 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, report: Report) -> Result:
     """Train, score, plot."""
     plots = common.will_plot(args.no_plot, report)
-    epochs = args.epochs or (10 if args.one_line else 100)
+    epochs = args.epochs
+    if epochs is None:
+        epochs = 10 if args.one_line else 100
     model, dataset = start(args.cell, args.seed)
     with report.progress(epochs, f"{args.cell.upper()} on a sine") as progress:
         losses = train(
