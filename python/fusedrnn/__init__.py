@@ -7,6 +7,8 @@
 Layers, models and optimisers are for everyday use. ``kernels`` has the kernels alone: arrays in, arrays out.
 """
 
+from typing import Any
+
 from fusedrnn import (
     checkpoint,
     cuda,
@@ -33,6 +35,7 @@ from fusedrnn.datasets import Dataset
 from fusedrnn.gradcheck import GradcheckError, gradcheck
 from fusedrnn.layers import Layer
 from fusedrnn.models import Model
+from fusedrnn.threads import get_num_threads, set_num_threads
 
 __all__ = [
     "DataLoader",
@@ -51,12 +54,24 @@ __all__ = [
     "dataloaders",
     "datasets",
     "functions",
+    "get_num_threads",
     "gradcheck",
     "kernels",
     "layers",
     "models",
     "no_grad",
     "optimizers",
+    "set_num_threads",
     "test_mode",
     "using_config",
 ]
+
+__version__: str
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # to look it up takes as long as half of this import
+        from fusedrnn import system
+
+        return system.version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

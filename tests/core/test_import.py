@@ -6,6 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+import fusedrnn
+from fusedrnn import system, threads
+
 HEAVY = ("numba", "cupy", "torch", "matplotlib", "rich", "scipy", "safetensors", "mpmath", "hypothesis")
 
 TIMED = """
@@ -33,3 +38,14 @@ def test_import_takes_less_than_150_ms_on_top_of_numpy():
 
 def test_import_loads_nothing_heavy():
     assert json.loads(python(LOADED)) == []
+
+
+def test_version_and_threads_are_at_the_top():
+    """The version is looked up when somebody asks for it."""
+    code = "import sys, fusedrnn; print('importlib.metadata' in sys.modules, fusedrnn.__version__)"
+    loaded, version = python(code).split(maxsplit=1)
+    assert (loaded, version.strip()) == ("False", system.version())
+    assert fusedrnn.get_num_threads is threads.get_num_threads
+    assert fusedrnn.set_num_threads is threads.set_num_threads
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fusedrnn.nothing  # noqa: B018
