@@ -24,6 +24,7 @@ from fusedrnn.backends.arguments import (
     check_lengths,
     check_regularization,
     check_reset,
+    check_shape,
     check_whole,
 )
 from fusedrnn.backends.protocol import Regularization, Weights
@@ -383,9 +384,8 @@ class Recurrent(Layer):
             what = "the carried state" if state is None else "the state passed in"
             self._check_device(what, s)
             if s._data.shape != expected:
-                hint = "; call reset_state() before a batch of another size" if state is None else ""
-                name = "h" if s is given[0] else "c"
-                raise ValueError(f"{what} {name} has shape {s.shape}, expected {expected}{hint}")
+                hint = "call reset_state() before a batch of another size" if state is None else ""
+                check_shape(f"{what} {'h' if s is given[0] else 'c'}", s._data.shape, expected, hint)
         return given
 
     # Calls
@@ -404,7 +404,7 @@ class Recurrent(Layer):
             return self.step(x, state)
         if ndim == 3:
             return self.sequence(x, state, lengths=lengths, reset=reset)
-        raise ValueError(f"x has shape {x.shape}, expected (B, I), one step, or (T, B, I), a sequence")
+        raise ValueError(f"x: expected shape (B, I), one step, or (T, B, I), a sequence, got {x.shape}")
 
     def step(self, x: Any, state: Any = None) -> Variable:
         """One time step: x ``(B, I)`` to h ``(B, H)``, which is carried as ``.h`` (and c as ``.c``).
@@ -488,9 +488,9 @@ class Recurrent(Layer):
         if len(shape) != ndim or (self.in_size is not None and shape[-1] != self.in_size):
             I = "I" if self.in_size is None else str(self.in_size)
             expected = f"(B, {I})" if ndim == 2 else f"(T, B, {I})"
-            raise ValueError(f"x has shape {x.shape}, expected {expected}")
+            raise ValueError(f"x: expected shape {expected}, got {x.shape}")
         if x._data.dtype.kind not in "fiub":
-            raise TypeError(f"x has dtype {x.dtype}, expected real numbers")
+            raise TypeError(f"x: expected real numbers, got {x.dtype}")
         self._check_device("x", x)
 
     def _check_device(self, what: str, x: Variable) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn import cuda, kernels
-from fusedrnn.backends.arguments import check_cell, check_need, check_regularization, entries
+from fusedrnn.backends.arguments import check_cell, check_need, check_regularization, check_shape, entries
 from fusedrnn.backends.protocol import Array, Forward, Regularization, Rows, State, Weights
 from fusedrnn.cells import Cell
 
@@ -229,5 +229,4 @@ def _check_mask(name: str, mask: Any, y: Array) -> None:
 def _check_like(name: str, value: Any, shape: tuple[int, ...]) -> None:
     if not cuda.is_array(value):
         raise TypeError(f"{name}: expected a NumPy array or CuPy's, got {type(value).__name__}")
-    if value.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {value.shape}")
+    check_shape(name, value.shape, shape)

@@ -226,7 +226,7 @@ def test_state_can_be_read_set_and_passed():
     np.testing.assert_array_equal(layer(x).data, a)
     with pytest.raises(TypeError, match=r"expected a tuple \(h, c\)"):
         layer.state = state0[0]
-    with pytest.raises(ValueError, match=r"the state passed in h has shape \(2, 13\), expected \(5, 13\)"):
+    with pytest.raises(ValueError, match=r"the state passed in h: expected shape \(5, 13\), got \(2, 13\)"):
         layer(x, (np.zeros((2, H)), np.zeros((2, H))))
 
 
@@ -234,7 +234,7 @@ def test_state_can_be_read_set_and_passed():
 def test_another_batch_size_names_reset_state(shape):
     layer = build("gru", np.random.default_rng(9))
     layer(np.zeros((T, B, I)))
-    with pytest.raises(ValueError, match=r"the carried state h has shape .* call reset_state\(\)"):
+    with pytest.raises(ValueError, match=r"the carried state h: expected shape .* call reset_state\(\)"):
         layer(np.zeros(shape))
     layer.reset_state()
     layer(np.zeros(shape))
@@ -262,12 +262,12 @@ def test_wrong_arguments_are_named(fused):
         (
             lambda: layer(np.zeros((T, B, I, 1))),
             ValueError,
-            r"x has shape .* expected \(B, I\), one step, or",
+            r"x: expected shape \(B, I\), one step, or",
         ),
-        (lambda: layer(np.zeros((B, 4))), ValueError, r"x has shape \(5, 4\), expected \(B, 3\)"),
-        (lambda: layer.sequence(np.zeros((B, I))), ValueError, r"expected \(T, B, 3\)"),
-        (lambda: layer.step(x), ValueError, r"expected \(B, 3\)"),
-        (lambda: layer(x.astype(complex)), TypeError, "x has dtype complex128"),
+        (lambda: layer(np.zeros((B, 4))), ValueError, r"x: expected shape \(B, 3\), got \(5, 4\)"),
+        (lambda: layer.sequence(np.zeros((B, I))), ValueError, r"x: expected shape \(T, B, 3\)"),
+        (lambda: layer.step(x), ValueError, r"x: expected shape \(B, 3\)"),
+        (lambda: layer(x.astype(complex)), TypeError, "x: expected real numbers, got complex128"),
         (lambda: layer(x, lengths=[1, 2]), ValueError, r"lengths: expected shape \(5,\), got \(2,\)"),
         (lambda: layer(x[0], lengths=[1] * B), ValueError, "lengths: expected None for one step"),
         (lambda: layer(x[0], reset=np.zeros((1, B), bool)), ValueError, "reset: expected None for one step"),

@@ -20,11 +20,11 @@ from fusedrnn.backends.protocol import Weights
 # What the package may use.
 NAMES = [
     "abs", "add", "arange", "asarray", "broadcast_to", "concatenate", "divide", "empty", "exp", "expand_dims",
-    "log", "matmul", "moveaxis", "multiply", "ones_like", "split", "sqrt", "square", "stack", "tanh", "where",
-    "zeros", "zeros_like",
+    "log", "matmul", "maximum", "moveaxis", "multiply", "ones_like", "split", "sqrt", "square", "stack",
+    "take_along_axis", "tanh", "where", "zeros", "zeros_like",
 ]  # fmt: skip
 VALUES = ["shape", "ndim", "size", "dtype", "itemsize", "strides", "nbytes", "flags"]
-METHODS = ["astype", "copy", "max", "min", "reshape", "sum", "transpose"]
+METHODS = ["any", "astype", "copy", "item", "max", "min", "reshape", "sum", "transpose"]
 OPERATORS = [
     "add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "neg", "lt", "le", "gt", "ge", "eq", "ne",
     "and_", "or_", "iadd", "isub", "imul", "itruediv",

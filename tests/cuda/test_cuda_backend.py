@@ -288,6 +288,24 @@ def test_an_array_of_numpy_among_those_of_a_gpu(argument):
         run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), mixed)
 
 
+@pytest.mark.parametrize("dtype", ["?", "u1", "i8"])
+def test_resets_that_are_on_the_gpu_stay_there(backend, dtype, monkeypatch):
+    """Of those that are no booleans one number is waited for: whether another than 0 and 1 is among them."""
+    p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
+    there = fake_cupy.hidden(replace(p, reset=p.reset.astype(dtype)))
+    assert isinstance(there.reset, fake_cupy.ndarray)
+    backend_there, expected = CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), run(backend, p)
+    with monkeypatch.context() as patch:
+        for name in ("get", "__array__"):
+            patch.setattr(fake_cupy.ndarray, name, None, raising=False)
+        got = run(backend_there, there)
+    assert_bitwise_equal({key: a.get() for key, a in got.items()}, expected)
+    if dtype != "?":
+        wrong = fake_cupy.hidden(replace(p, reset=3 * p.reset.astype(dtype)))
+        with pytest.raises(ValueError, match=r"^reset: expected booleans, or 0 and 1, got 3 among them"):
+            run(backend_there, wrong)
+
+
 def test_lengths_may_be_numpys(backend):
     p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
     mixed = replace(fake_cupy.hidden(p), lengths=p.lengths)

@@ -290,6 +290,35 @@ def test_loaders(gpu):
         assert isinstance(next(loader)[0], fake_cupy.ndarray)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_lists_numbers_and_masked_losses(gpu, fused):
+    """Lengths, resets and masks of NumPy's and Python's beside arrays of the GPU, and Variables there."""
+    rng = np.random.default_rng(2)
+    x, t, labels = rng.standard_normal((5, 3, 2)), rng.standard_normal((5, 3, 4)), rng.integers(0, 4, (5, 3))
+    lengths, reset = [5, 0, 2], (rng.random((5, 3)) < 0.3).astype(int).tolist()
+    mask = np.arange(5)[:, None] < lengths
+    found = []
+    for move in (np.asarray, put):
+        np.random.seed(4)
+        net = fusedrnn.models.Sequential(L.LSTM(4, in_size=2, dtype=np.float64, fused=fused))
+        if move is put:
+            net.to_gpu()
+        y = net(move(x), lengths=lengths, reset=reset)
+        loss = F.mean_squared_error(y, move(t), mask) + F.softmax_cross_entropy(y, move(labels), mask)
+        loss.backward()
+        assert f"{loss:.6f}" == f"{float(loss):.6f}"
+        grads = [fusedrnn.cuda.as_numpy(p.grad.data) for p in net.params()]
+        found.append([np.asarray(y), loss.item(), *grads])
+        again = net.layers[0]
+        again.reset_state()
+        y.unchain_backward()
+        with fusedrnn.no_grad():
+            same = again(move(x), lengths=np.array(lengths, "i2"), reset=move(np.array(reset, "u1")))
+        np.testing.assert_array_equal(np.asarray(same), np.asarray(y))
+    for got, want in zip(*reversed(found), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
+
+
 def test_the_gradcheck_suite(gpu):
     """What ``fusedrnn gradcheck --backend cuda`` runs."""
     options = [

@@ -159,11 +159,12 @@ def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) 
     return int(value)
 
 
-def check_shape(name: str, got: Any, expected: tuple[int, ...]) -> None:
+def check_shape(name: str, got: Any, expected: tuple[int, ...], hint: str = "") -> None:
     """A ValueError unless the shape, of an array or a tensor, is the expected one."""
     if tuple(got) != expected:
-        hint = "; transpose it" if len(expected) == 2 and tuple(got) == expected[::-1] else ""
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(got)}{hint}")
+        if not hint and len(expected) == 2 and tuple(got) == expected[::-1]:
+            hint = "transpose it"
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(got)}{f'; {hint}' if hint else ''}")
 
 
 def listed(name: str, value: Any) -> Any:
@@ -209,13 +210,12 @@ def check_reset(value: Any, T: int, B: int, kind: Kind = NUMPY) -> Array:
 
 def booleans(name: str, value: Any) -> Any:
     """An array or tensor of numbers, 0 and 1 alone, as booleans."""
-    ones = value == 1
-    wrong = ~((value == 0) | ones)
+    wrong = (value != 0) & (value != 1)
     if bool(wrong.any()):
         raise ValueError(
             f"{name}: expected booleans, or 0 and 1, got {value[wrong].reshape(-1)[0].item()} among them"
         )
-    return ones
+    return value == 1
 
 
 def check_batch_sizes(value: Any, rows: int | None = None) -> list[int]:
