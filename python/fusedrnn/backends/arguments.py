@@ -212,8 +212,10 @@ def booleans(name: str, value: Any) -> Any:
     """An array or tensor of numbers, 0 and 1 alone, as booleans."""
     wrong = (value != 0) & (value != 1)
     if bool(wrong.any()):
+        first = value[wrong].reshape(-1)[0].item()
         raise ValueError(
-            f"{name}: expected booleans, or 0 and 1, got {value[wrong].reshape(-1)[0].item()} among them"
+            f"{name}: expected booleans, or 0 and 1, got {first} among them; make booleans of it, as {name} "
+            "!= 0 does"
         )
     return value == 1
 
