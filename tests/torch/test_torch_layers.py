@@ -446,7 +446,7 @@ def test_wrong_lengths_and_resets(kind):
         (ValueError, "lengths: expected 0 to T = 5, got -1 to 1", {"lengths": [1, -1, 1]}),
         (ValueError, r"lengths: expected shape \(3,\), got \(2,\)", {"lengths": [1, 1]}),
         (ValueError, r"lengths: expected shape \(3,\), got \(\)", {"lengths": 3}),
-        (TypeError, "lengths: expected whole numbers, got float32", {"lengths": [1.0, 1.0, 1.0]}),
+        (TypeError, "lengths: expected whole numbers, got float64", {"lengths": [1.0, 1.0, 1.0]}),
         (TypeError, "lengths: expected whole numbers, got bool", {"lengths": [True, True, False]}),
         (ValueError, r"reset: expected shape \(5, 3\), got \(3, 5\)", {"reset": torch.zeros(B, T)}),
         (ValueError, "reset: expected booleans, or 0 and 1", {"reset": torch.full((T, B), 2)}),
