@@ -211,8 +211,8 @@ class CudaBackend:
         """One layer, one direction, the whole sequence.
 
         With ``lengths`` of NumPy's, and ``reset`` of booleans or of NumPy's, nothing waits for the GPU to
-        know their values. With ``save="boundary_states"`` the tape keeps no more than with None, and backward runs
-        all of forward again.
+        know their values. With ``save="boundary_states"`` the tape keeps no more than with None, and
+        backward runs all of forward again.
         """
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if packed.cell != check_cell(cell):

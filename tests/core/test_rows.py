@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import emulated
 import fake_cupy
 import fusedrnn.layers as L
 import oracle
-from cuda import emulated
 from fusedrnn import Variable, backends, kernels, multilayer
 from fusedrnn.backends.cuda import CudaBackend
 from fusedrnn.cells import GRU, LSTM, RNN
