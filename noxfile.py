@@ -7,7 +7,7 @@ nox.options.sessions = ["lint", "tests"]
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """What .ci/run checks before it builds."""
+    """The linters of .ci/run."""
     session.install("ruff", "mypy", "clang-format", "numpy")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -19,14 +19,23 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The whole suite, as far as the extras at hand go."""
-    session.install(".[cli,plot,numba,test]")
+    session.install(".[cli,plot,numba]", "-r", "tests/requirements.txt")
     session.run("pytest", *session.posargs)
 
 
 @nox.session
 def thirdparty(session: nox.Session) -> None:
     """Suites and libraries of others on our layers (docs/third_party.md)."""
-    session.install(".[torch,test]", "expecttest", "onnx", "onnxruntime", "sb3-contrib", "neuralhydrology")
+    session.install(
+        ".[torch]",
+        "-r",
+        "tests/requirements.txt",
+        "expecttest",
+        "onnx",
+        "onnxruntime",
+        "sb3-contrib",
+        "neuralhydrology",
+    )
     files = ("torch_moduleinfo", "onnx_cases", "torch_libraries")
     session.run("pytest", *(f"tests/torch/test_{name}.py" for name in files), *session.posargs)
 

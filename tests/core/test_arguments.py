@@ -14,6 +14,8 @@ from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.cells import GRU, LSTM, RNN, layer_norm
 from problems import problem
 
+pytestmark = pytest.mark.quick
+
 T, B, I, H = 4, 3, 2, 5
 
 

@@ -12,6 +12,8 @@ from fusedrnn import Function, Parameter, Variable, no_grad, using_config
 from fusedrnn import optimizers as O
 from fusedrnn.backends import cuda_cupy
 
+pytestmark = pytest.mark.quick
+
 
 def central_difference(f, arrays, dy, k, h=1e-6):
     """Gradient of sum(f * dy) in arrays[k], element by element."""

@@ -264,6 +264,7 @@ def test_any_argument_of_the_compiled_pack(cell, dtype, data, corrupt):
     check(lambda a: numbered(core_forward(cell, forward, core_pack(cell, a))), good, which, corrupt)
 
 
+@pytest.mark.quick
 @settings(max_examples=800)
 @given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
 def test_any_argument_of_the_compiled_forward(cell, dtype, data, corrupt):
@@ -367,6 +368,7 @@ def test_anything_for_any_argument_of_the_compiled_module(data):
 # --- single cases ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_overlapping_inputs_are_read_only_and_right(cell):
     """x, dy and the states may be views of one another."""
@@ -405,6 +407,7 @@ def test_a_borrowed_array_that_changed_its_shape_is_found(which):
             CPU.backward(forward.tape, p.dy, p.dstateT)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("value", [-1, T + 1, 2**62, -(2**62)])
 def test_lengths_out_of_range(value):
     forward, _ = arguments(LSTM(), np.float32)
@@ -459,6 +462,7 @@ def test_packed_weights_of_another_cell_or_dtype_are_refused():
         core_forward(LSTM(), forward, packed)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("need", [("y",), ("x", "dx"), "x", 3, [None]])
 def test_need_takes_known_names_alone(need):
     p = problem(RNN(), T, B, I, H)
@@ -468,6 +472,7 @@ def test_need_takes_known_names_alone(need):
     assert CPU.backward(tape, p.dy, need=NEED).dx is not None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("count", [0, -1, 2**40, 1.5, "2", None, True])
 def test_set_num_threads_refuses(count):
     before = threads.get_num_threads()

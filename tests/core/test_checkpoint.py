@@ -50,6 +50,7 @@ LAYERS = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("kind", "options"), LAYERS)
 @pytest.mark.parametrize("lazy", [True, False])
 def test_weights_there_and_back(tmp_path, kind, options, lazy):
@@ -84,6 +85,7 @@ def original(rng, gates, prefix="rnn/"):
     return arrays
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("kind", "gates"), [(L.RNN, "h"), (L.LSTM, "ifuo")])
 def test_dezeros_layout(tmp_path, kind, gates, dtype):
@@ -149,6 +151,7 @@ def wrong_entries():
     return [("own", *w) for w in own] + [("dezero", *w) for w in theirs]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("layout", "change", "message"), wrong_entries())
 def test_a_wrong_entry_is_named_and_nothing_changes(tmp_path, layout, change, message):
     path = tmp_path / "w.npz"
@@ -255,6 +258,7 @@ class Run:
         return [p.data.tobytes() for p in self.model.params()], self.losses
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("optimizer", [optimizers.Adam, optimizers.SGD])
 @pytest.mark.parametrize("at", [3, 10, 23])  # within a round, at its end, in a later one

@@ -28,6 +28,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 # --- usage ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("command", [[], ["info"], ["gradcheck"], ["bench"], ["train"]], ids=" ".join)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -68,6 +69,7 @@ def test_every_option_has_a_help_text():
     assert not silent
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -104,6 +106,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, capsys):
     assert "--help" in err
 
 
+@pytest.mark.quick
 def test_an_error_is_one_line(monkeypatch, capsys):
     def fail(args):
         raise error
@@ -160,6 +163,7 @@ def test_a_reader_that_leaves_is_no_error():
 # --- info -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_info():
     done = run("info")
     assert done.returncode == 0, done.stderr
@@ -213,6 +217,7 @@ def test_choices_of_gradcheck_need_no_quotes():
                 assert re.fullmatch(r"[a-z0-9-]+", choice), choice
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("more", "lines"), [((), 6), (("--verbose",), 12), (("--tensors",), None)], ids=str)
 def test_gradcheck(more, lines, capsys):
     assert cli.main([*FEW, "--backend", "oracle", "reference", *more]) == 0

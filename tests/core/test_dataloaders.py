@@ -6,6 +6,8 @@ import pytest
 from fusedrnn import DataLoader, Dataset, SeqDataLoader
 from fusedrnn.datasets import Series, SinCurve
 
+pytestmark = pytest.mark.quick
+
 
 class Numbers(Dataset):
     """0, 1, 2, ... and ten times as much."""

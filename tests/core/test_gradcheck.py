@@ -52,6 +52,7 @@ def inputs(rng, layer, dtype="float64", state=True):
 # --- what is right passes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 @pytest.mark.parametrize("name", CELLS)
@@ -122,6 +123,7 @@ def test_models_with_state_and_lazy_sizes(rng, fast_mode):
     assert model.rnn.state is None
 
 
+@pytest.mark.quick
 @BOTH
 @pytest.mark.parametrize("cell", [LSTM(), GRU(reset_after=False)], ids=str)
 def test_functions_of_arrays(rng, cell, fast_mode):
@@ -268,6 +270,7 @@ def test_the_product_is_right_without_an_error(rng, fast_mode):
     )
 
 
+@pytest.mark.quick
 @BOTH
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_functions_fail(rng, wrong, fast_mode):
@@ -391,6 +394,7 @@ def break_backward(monkeypatch, change):
 
 
 # Inputs of the fused node: x, weight_ih, weight_hh, bias_ih, (bias_hh,) h(, c).
+@pytest.mark.quick
 @pytest.mark.parametrize("k", range(6))
 @pytest.mark.parametrize("wrong", ["one element", "factor", "nan", "missing", "shape", "zero"])
 def test_the_oracle_finds_a_wrong_gradient(rng, monkeypatch, k, wrong):

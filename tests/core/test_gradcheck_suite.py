@@ -42,6 +42,7 @@ def failures(rows):
 MARKS = {"cpu": [pytest.mark.kernel], "numba": [pytest.mark.slow]}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(
     "backend", [pytest.param(name, marks=MARKS.get(name, [])) for name in backends.FOR_NUMPY]
@@ -91,6 +92,7 @@ def test_each_level_is_the_one_that_ran():
 # --- the oracle is proved -----------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_the_oracle_agrees_with_complex_steps():
     rows = run_suite(backends=["oracle"], sizes=QUICK)
     assert len(rows) == len(variants()) * len(OPTIONS)
@@ -166,6 +168,7 @@ def test_an_unbroken_one_passes(broken):
     assert failures(run_broken(options=None)) == []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("wrong", ["one element", "nan", "shape", "missing", "dtype"])
 @pytest.mark.parametrize("tensor", ["dx", "dweight_hh", "dc0", "y", "cT"])
 def test_a_broken_one_fails(broken, tensor, wrong):

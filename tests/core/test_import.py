@@ -11,6 +11,8 @@ import pytest
 import fusedrnn
 from fusedrnn import system, threads
 
+pytestmark = pytest.mark.quick
+
 HEAVY = ("numba", "cupy", "torch", "matplotlib", "rich", "scipy", "safetensors", "mpmath", "hypothesis")
 
 TIMED = """

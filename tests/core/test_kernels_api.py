@@ -13,6 +13,8 @@ from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM
 from problems import assert_bitwise_equal, name, named, problem, run
 
+pytestmark = pytest.mark.quick
+
 cells = pytest.mark.parametrize("cell", problems.CELLS, ids=name)
 
 

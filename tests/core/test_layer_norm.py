@@ -162,6 +162,7 @@ class TestKernels:
     def test_options(self, cell, size, options, standard):
         standard(problem(cell, *size, **options))
 
+    @pytest.mark.quick
     @pytest.mark.mutation
     @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
     @pytest.mark.parametrize("size", [(7, 11, 5, 19), (5, 5, 37, 35)], ids=str)
@@ -192,6 +193,7 @@ class TestKernels:
             threads(count)
             standard(problem(cell, *size, **EVERYTHING))
 
+    @pytest.mark.quick
     @kernel_cells
     def test_threads_have_whole_rows(self, cell, cpu):
         """A norm takes all units of a row: split by units, threads would have to meet twice a step more."""
@@ -398,6 +400,7 @@ def test_steps_are_the_sequence(kind):
     np.testing.assert_array_equal(np.stack([layer(x[t]).data for t in range(4)]), whole)
 
 
+@pytest.mark.quick
 @layers
 def test_gradcheck_of_a_layer(kind):
     layer = trained(kind, 7, 4)

@@ -67,6 +67,7 @@ def gradients_of(layer, x, state0, upstream, call):
 UPSTREAM = [c for n in (1, 2, 3) for c in itertools.combinations(("y", "final", "steps"), n)]
 
 
+@pytest.mark.quick
 @kinds
 @pytest.mark.parametrize("options", ["plain", "lengths", "reset", "both"])
 def test_fused_is_unfused(kind, options):
@@ -124,6 +125,7 @@ def test_every_backend_serves_the_layers(kind, backend):
             close(value, (expected | dexpected)[name])
 
 
+@pytest.mark.quick
 @kinds
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -172,6 +174,7 @@ def test_dropout_between_layers_acts_in_training_only():
     np.testing.assert_array_equal(y(), first)
 
 
+@pytest.mark.quick
 @kinds
 def test_state_is_carried_and_cut(kind):
     rng = np.random.default_rng(8)
@@ -198,6 +201,7 @@ def test_state_is_carried_and_cut(kind):
     assert h.creator is None
 
 
+@pytest.mark.quick
 def test_truncation_leaves_the_older_chunk_alone():
     rng = np.random.default_rng(8)
     layer = build("lstm", rng)
@@ -254,6 +258,7 @@ def test_bidirectional_layers_take_whole_sequences_and_carry_nothing():
         layer.state = states(layer, rng, (2,))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fused", [True, False])
 def test_wrong_arguments_are_named(fused):
     layer = build("lstm", np.random.default_rng(9), fused=fused)
@@ -348,6 +353,7 @@ def test_second_derivatives_through_a_fused_node_are_refused():
         L.LSTM(H, I)(np.ones((B, I))).sum().backward(create_graph=True)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("how", ["elements", "kept reference", "set", "optimiser"])
 def test_a_step_never_uses_stale_packed_weights(how):
     rng = np.random.default_rng(4)
@@ -379,6 +385,7 @@ def matrix(in_size, out_size):
 ORDERS = {"rnn": [0], "lstm": [1, 0, 3, 2], "gru": [0, 1, 2]}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", ORDERS)
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("chunk", [True, False])
@@ -428,6 +435,7 @@ def test_biases_of_each_cell():
     assert names(L.GRU(2, 3, bias=False)) == names(L.LSTM(2, 3, bias=False)) == one[:2]
 
 
+@pytest.mark.quick
 def test_linear_is_lazy_and_acts_on_the_last_axis():
     np.random.seed(2)
     fc = L.Linear(4)
@@ -462,6 +470,7 @@ def test_a_layer_owns_its_attributes_in_order_and_once():
     assert net.b.W.grad is None
 
 
+@pytest.mark.quick
 def test_sequential_and_dropout_layers():
     np.random.seed(0)
     model = fusedrnn.models.Sequential(L.GRU(H), L.Dropout(0.5), L.Linear(1))
@@ -470,6 +479,7 @@ def test_sequential_and_dropout_layers():
     assert next(name for name, _ in model.named_params()) == "l0/weight_ih"
 
 
+@pytest.mark.quick
 def test_a_sequence_truncates_back_propagation_as_detached_chunks_do():
     np.random.seed(0)
     layer = L.LSTM(7, in_size=3, dtype=np.float64)

@@ -6,6 +6,8 @@ import pytest
 import fusedrnn.functions as F
 from fusedrnn import Variable
 
+pytestmark = pytest.mark.quick
+
 MASK = np.arange(5)[:, None] < [5, 2, 0]  # of rows of these lengths
 LABELS = np.arange(15).reshape(5, 3) % 4
 

@@ -14,6 +14,8 @@ from fusedrnn.cells import GRU, LSTM, RNN, Cell
 from fusedrnn.multilayer import backward_multilayer, dropout_mask, forward_multilayer
 from problems import assert_bitwise_equal, assert_close, name, problem
 
+pytestmark = pytest.mark.quick
+
 T, B, I, H = 6, 4, 3, 5
 
 

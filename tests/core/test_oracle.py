@@ -14,6 +14,8 @@ import problems
 from fusedrnn.cells import LSTM, RNN
 from problems import name, problem
 
+pytestmark = pytest.mark.quick
+
 # Measured with 50 digits as the truth, over the cells and seeds 0 to 2: at most 7.0e-16 in complex128 and
 # 3.1e-19 in complex long double (3 eps of each). The bounds are about 5 eps.
 ORACLE_ERROR = {np.complex128: 1e-15, np.clongdouble: 5e-19}

@@ -59,6 +59,7 @@ def test_batched_by_single_steps(cell):
         assert found[name] == pytest.approx(expected, rel=1e-5), name
 
 
+@pytest.mark.quick
 @cells
 def test_batched_by_chunks(cell):
     model, dataset = sine.start(cell, 42)
@@ -77,6 +78,7 @@ def test_one_line_by_single_steps(cell):
     assert common.scores(sine.predict(model, COSINE), COSINE)["MSE"] == pytest.approx(mse, rel=1e-5)
 
 
+@pytest.mark.quick
 @cells
 def test_one_line_by_chunks(cell):
     epochs, loss, mse = ONE_LINE[cell]
@@ -184,6 +186,7 @@ def is_picture(path):
     return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
 
 
+@pytest.mark.quick
 def test_scores():
     found = common.scores(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 5.0]))
     assert found == {

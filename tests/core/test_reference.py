@@ -48,6 +48,7 @@ def oracle_results(p: problems.Problem) -> dict[str, np.ndarray]:
 
 
 class TestOracle:
+    @pytest.mark.quick
     @cells
     @options
     def test_everything(self, cell: Any, options: dict[str, Any]) -> None:
@@ -147,6 +148,7 @@ class TestBits:
         ):
             np.testing.assert_array_equal(a, b)
 
+    @pytest.mark.quick
     @cells
     def test_any_split_with_the_state_carried(self, cell: Any) -> None:
         p = problem(cell, 7, 3, 2, 5, reset=True, return_states=True)
@@ -207,6 +209,7 @@ class TestMeaning:
             assert got["y"].shape == (T, B, 5)
             assert not got["dweight_hh"].any()
 
+    @pytest.mark.quick
     @cells
     @pytest.mark.parametrize("reverse", [False, True])
     def test_padding(self, cell: Any, reverse: bool) -> None:
@@ -234,6 +237,7 @@ class TestMeaning:
                 held = p.state0[k][b] if reverse else got[f"{s}T"][b]
                 assert (got[s][n:, b] == held).all()
 
+    @pytest.mark.quick
     @cells
     def test_segments_are_sequences_of_their_own(self, cell: Any) -> None:
         """A reset at step 3 of every row: two separate sequences, in both directions."""
@@ -274,6 +278,7 @@ class TestMeaning:
         assert reset.any()
         assert_bitwise_equal(run(REFERENCE, replace(p, reset=reset)), run(REFERENCE, p))
 
+    @pytest.mark.quick
     @cells
     def test_reverse_is_forward_on_the_flipped_sequence(self, cell: Any) -> None:
         p = problem(cell, 6, 3, 2, 5, return_states=True)
@@ -283,6 +288,7 @@ class TestMeaning:
         sequences = {"y", "dx", *cell.states}
         assert_bitwise_equal({key: a[::-1] if key in sequences else a for key, a in got.items()}, want)
 
+    @pytest.mark.quick
     @cells
     def test_nan_stays_in_its_row_except_in_weight_gradients(self, cell: Any) -> None:
         p = problem(cell, 5, 3, 2, 5, return_states=True)
@@ -310,6 +316,7 @@ class TestMeaning:
 class TestTorch:
     """The formulas and layouts are PyTorch's."""
 
+    @pytest.mark.quick
     @pytest.mark.parametrize("cell", [RNN(), RNN(relu=True), LSTM(), GRU()], ids=name)
     @pytest.mark.parametrize("bias", [True, False])
     def test_forward_and_gradients(self, cell: Any, bias: bool) -> None:

@@ -110,6 +110,7 @@ def test_masks_differ_in_kind_seed_stream_time_row_and_unit_and_in_nothing_else(
     np.testing.assert_array_equal(masks.keep(0.5, *first, rows[[3, 1]], 61), drawn[0][[3, 1], :61])
 
 
+@pytest.mark.quick
 def test_masks_are_those_of_another_program():
     for k, kind in enumerate(masks.KINDS):
         got = masks.keep(0.3, kind, BIG_SEED, 2**30 - 1, 2**31, np.array([0, 5]), 9)
@@ -120,6 +121,7 @@ def test_masks_are_those_of_another_program():
 # --- the reference against the oracle -----------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @every_case
 @pytest.mark.parametrize("call", CALLS, ids=["plain", "all", "reverse"])
 def test_reference_against_complex_steps(cell, kind, call):
@@ -150,6 +152,7 @@ def assert_right(backend, p, save="all"):
             assert_close({key: got[key] for key in part}, part, tolerance)
 
 
+@pytest.mark.quick
 @pytest.mark.kernel
 @pytest.mark.mutation
 @cases(*KINDS, cells=KERNELS)

@@ -20,6 +20,8 @@ from fusedrnn.backends.cuda import CudaBackend
 from fusedrnn.cells import GRU, LSTM, RNN
 from problems import assert_bitwise_equal, assert_close, name, named, problem, run
 
+pytestmark = pytest.mark.quick
+
 with contextlib.suppress(ImportError):
     import torch
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 _core = pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
+
+pytestmark = pytest.mark.quick
 info, testing = _core.info, _core.testing
 
 LEVELS = [level for level in info()["built"] if level in info()["detected"]]

@@ -60,6 +60,7 @@ def take_rows(results, index):
     return {key: a.take(index, a.ndim - 2) for key, a in per_row(results).items()}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize("size", THREADED, ids=str)
 @pytest.mark.parametrize("cell", CELLS, ids=name)
@@ -73,6 +74,7 @@ def test_threads(cell, size, dtype, threads):
             assert_bitwise_equal(run(CPU, p), want)
 
 
+@pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "all", "reverse"])
 @pytest.mark.parametrize("cell", CELLS, ids=name)
@@ -164,6 +166,7 @@ def held(p, results):
     return results
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "all", "reverse"])
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_every_split(cell, options):
@@ -175,6 +178,7 @@ def test_every_split(cell, options):
         assert_bitwise_equal(held(p, run_in_parts(p, [3, 4, 4, 9, 16])), want)
 
 
+@pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "all", "reverse"])
 @pytest.mark.parametrize("cell", CELLS, ids=name)
@@ -203,6 +207,7 @@ def test_single_steps_of_a_large_layer(cell, threads):
 # --- recomputation -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", [(17, 5, 3, 19), (130, 40, 3, 17), (5, 33, 60, 300)], ids=str)
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_recomputed_steps_give_the_same_bits(cell, size, threads):
@@ -257,6 +262,7 @@ def levels():
     return [isa for isa in info["built"] if isa in info["detected"]]
 
 
+@pytest.mark.quick
 def test_every_level_with_fma_gives_the_same_bits():
     with_fma = [isa for isa in levels() if isa != "portable"]
     if not with_fma:
@@ -291,6 +297,7 @@ def flat(gradients):
     return [a for a in (gradients.dx, *gradients.dweights, *gradients.dstate0) if a is not None]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_a_hundred_runs(cell, threads):
     threads(3)
@@ -300,6 +307,7 @@ def test_a_hundred_runs(cell, threads):
         assert_bitwise_equal(run(CPU, p), want)
 
 
+@pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_packed_weights_are_the_weights(cell):

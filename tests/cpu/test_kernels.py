@@ -177,6 +177,7 @@ def assert_no_worse_than_numpy(draw, dtype):
 # --- standard problems -------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o)) or "plain")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
@@ -187,6 +188,7 @@ def test_options(cell, size, options):
         assert_standard(p, want, dtype)
 
 
+@pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("size", [(7, 11, 5, 19), (5, 5, 37, 35)], ids=str)
@@ -199,6 +201,7 @@ def test_everything_at_once(cell, size, reverse):
             assert_standard(p, want, dtype)
 
 
+@pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
@@ -280,6 +283,7 @@ def test_several_chunks(cell, size, options):
         assert_standard(p, want, dtype)
 
 
+@pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
 def test_two_chunks(cell):
@@ -305,6 +309,7 @@ def test_large_layers(cell, size, threads):
             assert_standard(p, want, dtype)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
 @pytest.mark.parametrize("size", [(0, 3, 2, 7), (4, 0, 2, 7), (0, 0, 1, 17), (1, 1, 1, 7)], ids=str)
 def test_empty_and_single(cell, size):
@@ -315,6 +320,7 @@ def test_empty_and_single(cell, size):
             assert_standard(p, want, dtype)
 
 
+@pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
 @pytest.mark.parametrize("biases", ["none", "bias_ih", "bias_hh", "both"])
@@ -384,6 +390,7 @@ def test_only_what_is_needed_comes_back(cell, dtype):
             assert_bitwise_equal(got, {key: whole[key] for name in need for key in gradient_of[name]})
 
 
+@pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
@@ -486,6 +493,7 @@ def test_a_tape_holds_no_padding(cell):
     assert ragged == pytest.approx(valid * full, abs=512)
 
 
+@pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
@@ -527,6 +535,7 @@ def test_nan_upstream_reaches_every_gradient(cell, dtype):
     assert np.isfinite(got["dx"][3:]).all()
 
 
+@pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize("cell", [RNN(), LSTM(), GRU(), GRU(reset_after=False)], ids=cell_name)
@@ -579,6 +588,7 @@ def test_hard_problems_stay_within_the_yardstick(cell, kind, dtype):
     assert_no_worse_than_numpy(functools.partial(HARD[kind], cell), dtype)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
 def test_standard_problems_are_as_exact_as_plain_numpy(cell, dtype):

@@ -2,7 +2,7 @@
 
 Compiling would take longest, so a module holds as many mutants as it can, each behind a switch. With all of
 them off the selection has to pass, with one of them on it has to fail. Modules are built for one instruction
-set, without optimisation. Each run of the tests is a process of its own (mutants/each.py).
+set, without optimisation. Each run of the tests is a process of its own (each.py).
 """
 
 from __future__ import annotations

@@ -194,6 +194,7 @@ def test_regression_R14_no_uninitialised_memory_is_read(cell, poison):
         _core.testing.trim_arena()
 
 
+@pytest.mark.quick
 def test_regression_R15_import_needs_no_compiler_and_other_memory_gives_the_same_bits():
     """haste 50, flashrnn 6: NaN losses on one machine only; compiling at import failed."""
     code = """
@@ -313,6 +314,7 @@ def test_regression_R23_zero_lengths_wrong_ranks_and_foreign_objects():
     assert np.array_equal(hT, p.state0[0])
 
 
+@pytest.mark.quick
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
 @pytest.mark.parametrize("calls", [1500, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_regression_R24_memory_stays_flat_over_varying_shapes(calls):
@@ -476,6 +478,7 @@ def golden_digests():
     return found
 
 
+@pytest.mark.quick
 def test_regression_R26_the_bits_of_this_release():
     """oneDNN 838, 713. Every level with FMA has these."""
     if _core.info()["isa"] == "portable":

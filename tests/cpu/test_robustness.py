@@ -169,6 +169,7 @@ x86 = pytest.mark.skipif("_core.testing.control_word() == 0", reason="reads MXCS
 # --- the interpreter lock and signals ----------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_gil_is_released_in_kernels(direction):
     p = problem(LSTM(), 2, 1, 3, 512, dtype=np.float32)
@@ -199,6 +200,7 @@ def test_ctrl_c_is_honoured_within_100_ms(kind, threads):
     assert float(out) < 0.1
 
 
+@pytest.mark.quick
 def test_an_exception_of_a_signal_handler_comes_through_and_the_pool_works_on():
     python(
         """
@@ -276,6 +278,7 @@ def test_a_signal_handler_finds_the_callers_control_word():
 # --- fork, processes, threads ------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_fork_after_the_pool_is_warm():
     python("for _ in range(5): check(); in_child(check); check()")
 
@@ -298,6 +301,7 @@ def test_fork_in_a_signal_handler_within_a_kernel():
     python("fork_in_a_handler()")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_multiprocessing(method, tmp_path):
     script = tmp_path / "workers.py"
@@ -321,6 +325,7 @@ def test_multiprocessing(method, tmp_path):
     assert out.returncode == 0, out.stderr
 
 
+@pytest.mark.quick
 def test_64_calling_threads_get_the_same_bits(threads):
     threads(3)
     ps = [problem(CELLS[k % 5], 6, 20 + k % 7, 5, 17 + k % 3, k, np.float32, **EVERYTHING) for k in range(64)]
@@ -345,6 +350,7 @@ def test_64_calling_threads_get_the_same_bits(threads):
     assert not errors
 
 
+@pytest.mark.quick
 def test_threads_share_packed_weights_and_a_tape(threads):
     threads(2)
     p = problem(LSTM(), 6, 33, 5, 33, dtype=np.float32)
@@ -451,6 +457,7 @@ def test_import_and_calls_leave_numpys_subnormals_alone():
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_subnormal_input_is_not_slow(cell, threads):
     """At most 3 times the time of ordinary numbers; the hardware takes 20 and more where they are not
@@ -503,6 +510,7 @@ def huge(shape, dtype=np.float32):
     return np.lib.stride_tricks.as_strided(np.zeros(max(shape[-1], 1), dtype), shape, strides)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("T", "B"), [(2**45, 1), (1, 2**45), (2**30, 2**28), (2**57, 2), (2, 2**57), (2**58, 1)]
 )

@@ -13,6 +13,8 @@ from fusedrnn import kernels
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import GRU, LSTM, RNN
 
+pytestmark = pytest.mark.quick
+
 PAGE = (Path(__file__).parents[2] / "docs" / "bptt.md").read_text()
 T, B, I, H = 5, 3, 2, 7
 

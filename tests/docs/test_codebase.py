@@ -76,6 +76,7 @@ def own_imports(path: Path) -> set[str]:
     return found
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(path):
     here = path.relative_to(PACKAGE).parts[0].removesuffix(".py").replace("__init__", "")
@@ -175,20 +176,16 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("code", EXAMPLES, ids=[f"example{k}" for k in range(len(EXAMPLES))])
 def test_readme_example_runs(code, tmp_path):
     """Each example runs by itself; its ``assert`` lines hold."""
+    if "import torch" in code:
+        pytest.importorskip("torch", reason="PyTorch is not installed")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_readme_has_its_parts():
-    assert len(EXAMPLES) >= 3
-    for code in EXAMPLES[:2]:
-        assert len([line for line in code.splitlines() if line.strip()]) <= 14
-    assert README.count("<!-- the two commands -->") == 1
 
 
 @pytest.mark.parametrize(

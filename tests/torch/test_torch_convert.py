@@ -12,7 +12,7 @@ import torch
 
 from torch_pairs import CELLS, LAYERS, assert_close, every_kind, flat, ft
 
-pytestmark = pytest.mark.usefixtures("no_fallback")
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("no_fallback")]
 
 
 class Wrapped(torch.nn.Module):

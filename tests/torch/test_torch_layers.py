@@ -340,6 +340,7 @@ def stepwise(layer, x, hx, lengths, reset, detach_every=None):
     return x, tuple(final), tuple(every)
 
 
+@pytest.mark.quick
 @every_dtype
 @every_layer
 @pytest.mark.parametrize(
@@ -474,6 +475,7 @@ def test_wrong_lengths_and_resets(kind):
             ours(x, **more)
 
 
+@pytest.mark.quick
 @every_layer
 @pytest.mark.parametrize("more", [{}, {"lengths": True}, {"reset": True}, {"return_states": True},
     {"lengths": True, "reset": True, "return_states": True}, {"packed": True}, {"detach_every": True}],
@@ -589,6 +591,7 @@ def test_wrong_forget_biases():
             kind(I, H, forget_bias=1.0)
 
 
+@pytest.mark.quick
 @every_layer
 def test_state_dicts_load_both_ways(kind):
     theirs, ours = module_pair(kind, I, H, num_layers=2)
@@ -819,6 +822,7 @@ def refreshed(layer):
     layer.refresh()
 
 
+@pytest.mark.quick
 @every_layer
 @pytest.mark.parametrize(
     "change",
@@ -918,6 +922,7 @@ def test_hooks_on_saved_tensors(kind, recompute):
         assert_close(found[name], g, name)
 
 
+@pytest.mark.quick
 @every_layer
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(kind, use_reentrant):
@@ -1049,6 +1054,7 @@ def test_the_meta_device_falls_back(kind, warned):
     assert ours.last_path == "fused"
 
 
+@pytest.mark.quick
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_autocast(kind, dtype, warned):
@@ -1123,6 +1129,7 @@ def fails_alike(theirs, ours, *args):
     assert str(got.value) == str(expected.value)
 
 
+@pytest.mark.quick
 @every_layer
 @pytest.mark.parametrize("packed", [False, True])
 def test_wrong_calls_fail_as_pytorchs(kind, packed):

@@ -145,6 +145,7 @@ def test_the_kernels_run(info, dtype, training):
         assert layer.last_path == ("fallback: proj_size" if getattr(layer, "proj_size", 0) else "fused")
 
 
+@pytest.mark.quick
 @entries()
 def test_outputs_and_gradients_are_those_of_torch_nn(info, dtype, training):
     for layer, args, sample in samples(info, dtype, training, requires_grad=True, with_packed_sequence=True):
