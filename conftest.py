@@ -40,6 +40,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "mutation: the small fast selection that has to kill every mutant")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A slow case of a quick test is only slow."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "quick"]
+
+
 @pytest.fixture(autouse=True)
 def no_thresholds(request):
     """Kernels do with the small problems of tests what only large ones are worth: all threads, for one."""
