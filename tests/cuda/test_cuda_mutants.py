@@ -135,17 +135,7 @@ def test_mutant_is_noticed(mutant, outcomes):
         assert code == RACE, f"survived, or did not run: {mutant}: {text}"
 
 
-def test_there_are_at_least_20_with_names_of_their_own():
-    assert len({m.name for m in MUTANTS}) == len(MUTANTS) >= 20
-
-
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutant_applies(mutant):
     text = (CSRC / "cuda" / mutant.file).read_text()
     assert mutated(text, mutant) != text
-
-
-def test_a_mutant_that_does_not_apply_fails():
-    for text in ("", "a b a"):
-        with pytest.raises(AssertionError, match="found"):
-            mutated(text, Mutant("none", "grid.h", "a", "b", ("values",)))
