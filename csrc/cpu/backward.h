@@ -186,8 +186,8 @@ struct BackwardSteps {
 
   // acc[wide][m] = what a part's accumulators in m rows of da have for the weights of blocks [block, block+wide). Of
   // the last block of units only the H % 16 that exist.
-  FUSEDRNN_NOINLINE void multiply(const Packed<T>& weights, const Part& part, const T* const* da, Index block,
-                                  Index lane, int m, int wide, T* acc) const {
+  FUSEDRNN_INLINE void multiply(const CellShape& shape, const Packed<T>& weights, const Part& part, const T* const* da,
+                                Index block, Index lane, int m, int wide, T* acc) const {
     const int A = shape.accumulators;
     for (int i = 0; i < m * wide; ++i) V::zero().store(acc + i * V::lanes);
     const T* b = weights.data + block * weights.block_step + lane;
@@ -227,7 +227,7 @@ struct BackwardSteps {
     return true;
   }
 
-  BackwardRow<T> row_at(Index t, Index b, T* da) const {
+  FUSEDRNN_INLINE BackwardRow<T> row_at(const CellShape& shape, Index t, Index b, T* da) const {
     const auto in = [&](const T* data, Index step, Index row) { return data ? data + t * step + b * row : nullptr; };
     return {b,
             chain_of(t, b),
@@ -256,7 +256,7 @@ struct BackwardSteps {
     }
     return tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
       alignas(64) T acc[kMaxTile * V::lanes];
-      if (any) multiply(job.recurrent, shape.recurrent, rows.da + first, block, lane, m, wide, acc);
+      if (any) multiply(shape, job.recurrent, shape.recurrent, rows.da + first, block, lane, m, wide, acc);
       for (int i = 0; i < m; ++i)
         for (int w = 0; w < wide; ++w) {
           const BackwardRow<T>& row = rows.at[first + i];
@@ -333,7 +333,7 @@ struct BackwardSteps {
         const int wide = int(panels.begin(j + 1) - block);
         for (Index lane = 0; lane < kBlock; lane += V::lanes) {
           alignas(64) T acc[kMaxTile * V::lanes];
-          multiply(job.input, shape.input, da, block, lane, m, wide, acc);
+          multiply(shape, job.input, shape.input, da, block, lane, m, wide, acc);
           for (int r = 0; r < m; ++r)
             for (int w = 0; w < wide; ++w) {
               const Index column = (block + w) * kBlock + lane;
@@ -498,7 +498,7 @@ struct BackwardLoop : BackwardSteps<V> {
 
   bool step(Index t, Index begin, Index end) {
     const Index n = end - begin;
-    for (Index i = 0; i < n; ++i) rows.at[i] = this->row_at(t, rows.b[begin + i], this->da_row(begin + i));
+    for (Index i = 0; i < n; ++i) rows.at[i] = this->row_at(shape, t, rows.b[begin + i], this->da_row(begin + i));
     if constexpr (kRegularized<Cell>) {
       const T *keep_h = masks().keep_h(t, rows.b + begin, n), *keep_c = masks().keep_c(t, rows.b + begin, n);
       for (Index i = 0; i < n; ++i) {
@@ -520,7 +520,7 @@ struct BackwardLoop : BackwardSteps<V> {
       for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + Cell::recurrent2.first * kBlock;
       return this->tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
         alignas(64) T acc[kMaxTile * V::lanes];
-        this->multiply(job.recurrent2, Cell::recurrent2, rows.da + first, block, lane, m, wide, acc);
+        this->multiply(shape, job.recurrent2, Cell::recurrent2, rows.da + first, block, lane, m, wide, acc);
         for (int i = 0; i < m; ++i)
           for (int w = 0; w < wide; ++w)
             cell2_at(rows.at[first + i], (block + w) * kBlock + lane, V::load(acc + (w * m + i) * V::lanes));

@@ -83,9 +83,8 @@ struct ForwardSteps {
     block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
   }
 
-  // Null for cells without c.
+  // Of cells with c.
   T* c_row(Index t, Index b) const {
-    if (!shape.has_c) return nullptr;
     const Index units = job.blocks * kBlock;
     return job.kept.has(t) ? job.kept.c + job.kept.row(t, b) * units : job.kept.c_boundary + b * units;
   }
@@ -103,21 +102,21 @@ struct ForwardSteps {
     const Steps& steps = job.steps;
     const Index t = time_of(steps, s);
     const Index before_t = steps.reverse ? t + 1 : t - 1, B = steps.B;
-    rows.count = 0;
+    const bool has_c = shape.has_c;
+    Index i = 0;
     for (Index b = row_begin; b < row_end; ++b) {
       if (!valid(steps, t, b)) continue;
-      const Index i = rows.count++;
       rows.x[i] = job.x + t * job.x_step + b * job.x_row;
       rows.middle[i] = job.middle ? job.middle + b * job.blocks * kBlock : nullptr;
       rows.h_out[i] = h_out(t, b);
-      rows.c_out[i] = c_row(t, b);
+      rows.c_out[i] = has_c ? c_row(t, b) : nullptr;
       rows.projected[i] = projected_row(s, b);
       rows.saved[i] = saved_row(t, b);
-      rows.c_state[i] = shape.has_c && job.c_states ? job.c_states + (t * B + b) * job.H : nullptr;
+      rows.c_state[i] = has_c && job.c_states ? job.c_states + (t * B + b) * job.H : nullptr;
       switch (before(steps, t, b)) {
         case Before::previous:
           rows.h[i] = job.y + (before_t * B + b) * job.P;
-          rows.c[i] = c_row(before_t, b);
+          rows.c[i] = has_c ? c_row(before_t, b) : nullptr;
           break;
         case Before::start:
           rows.h[i] = job.h0 ? job.h0 + b * job.P : job.zeros;
@@ -131,7 +130,9 @@ struct ForwardSteps {
         rows.b[i] = b;
         rows.operand[i] = masks().operand(i, b, rows.h[i], job.P);
       }
+      ++i;
     }
+    rows.count = i;
     if (regularized) {
       rows.keep_h = masks().keep_h(t, rows.b, rows.count);
       rows.keep_c = masks().keep_c(t, rows.b, rows.count);
@@ -161,7 +162,7 @@ struct ForwardSteps {
   }
 
   // acc[wide][A][m] = bias.
-  FUSEDRNN_NOINLINE void start(Index block, int wide, int m, Index lane, T* acc) const {
+  FUSEDRNN_INLINE void start(const CellShape& shape, Index block, int wide, int m, Index lane, T* acc) const {
     const int A = shape.accumulators;
     for (int n = 0; n < wide * A; ++n) {
       const V bias = V::load(job.bias + (block * A + n) * kBlock + lane);
@@ -180,7 +181,7 @@ struct ForwardSteps {
                to[i] + ((block + w) * shape.input.count + s) * kBlock + lane);
   }
   // The projection of rows, made before, to where the tile sums it up.
-  FUSEDRNN_NOINLINE void load_projected(T* const* from, Index block, int wide, int m, Index lane, T* acc) const {
+  void load_projected(T* const* from, Index block, int wide, int m, Index lane, T* acc) const {
     each_projected(from, block, wide, m, lane, acc, [](T* sum, const T* row) { V::load(row).store(sum); });
   }
 
@@ -204,7 +205,7 @@ struct ForwardSteps {
         const int m = int(tiles.begin(r + 1) - first);
         for (Index lane = 0; lane < kBlock; lane += V::lanes) {
           alignas(64) T acc[kMaxTile * V::lanes];
-          start(block, wide, m, lane, acc);
+          start(shape, block, wide, m, lane, acc);
           const Product<T> p = product(shape, job.input, shape.input, ahead.x + first, job.I, block, lane);
           tile_of(shape, m, shape.input, wide)(&p, 1, acc + shape.input.first * m * V::lanes);
           each_projected(ahead.projected + first, block, wide, m, lane, acc,
@@ -224,7 +225,10 @@ struct ForwardSteps {
     for (Index b = B * i / n; b < B * (i + 1) / n; ++b) {
       const Index length = length_of(steps, b), last = length ? last_time(steps, b) : 0;
       const T* h = length ? job.y + (last * B + b) * P : job.h0 ? job.h0 + b * P : job.zeros;
-      const T* c = length ? c_row(last, b) : job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros;
+      const T* c = !shape.has_c ? nullptr
+                   : length     ? c_row(last, b)
+                   : job.c0     ? job.c0 + b * job.blocks * kBlock
+                                : job.zeros;
       copy(job.hT + b * P, h, P);
       if (shape.has_c) copy(job.cT + b * H, c, H);
       // In reverse the padding comes before the first step: there the initial state is held.
@@ -273,7 +277,7 @@ struct ForwardLoop : ForwardSteps<V> {
   // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
   void phase1(Index first, int m, Index block, int wide, Index lane) {
     alignas(64) T acc[kMaxTile * V::lanes];
-    this->start(block, wide, m, lane, acc);
+    this->start(shape, block, wide, m, lane, acc);
     const Product<T> products[2] = {
         Base::product(shape, job.input, Cell::input, rows.x + first, job.I, block, lane),
         Base::product(shape, job.recurrent, Cell::recurrent, (kRegularized<Cell> ? rows.operand : rows.h) + first,

@@ -24,7 +24,7 @@ struct UnitSum {
   UnitSum() {
     for (V& p : part) p = V::zero();
   }
-  FUSEDRNN_NOINLINE T total() const {
+  T total() const {
     alignas(64) T t[kBlock];
     for (int k = 0; k < int(kBlock / V::lanes); ++k) part[k].store(t + k * V::lanes);
     for (int n = kBlock / 2; n > 0; n /= 2)
@@ -68,7 +68,7 @@ struct RowNorm {
 
   static FUSEDRNN_INLINE Index at(Index u, int s) { return u / kBlock * (A * kBlock) + s * kBlock + u % kBlock; }
 
-  FUSEDRNN_NOINLINE RowNorm(const T* row_, Index H) : row(row_) {
+  FUSEDRNN_INLINE RowNorm(const T* row_, Index H) : row(row_) {
     UnitSum<V> sums[kNorms], squares[kNorms];
     each_vector<V>(H, [&](Index u, int k, Index in_row) {
 #pragma GCC unroll 8
@@ -119,7 +119,7 @@ struct RowNormBackward {
     sum[n].part[k] = sum[n].part[k] + dx;
     sum_x[n].part[k] = fma(dx, x, sum_x[n].part[k]);
   }
-  FUSEDRNN_NOINLINE void finish() {
+  void finish() {
     for (int n = 0; n < RowNorm<Cell, V>::kNorms; ++n)
       mean[n] = sum[n].total() / norm.count[n], mean_x[n] = sum_x[n].total() / norm.count[n];
   }

@@ -105,33 +105,30 @@ constexpr int max_rows(int n) {
 template <class T>
 using TileFn = void (*)(const Product<T>*, int, T*);
 
-// tile<V, rows, N> for a run-time number of rows and vectors, 1 <= rows <= max_rows(n).
-template <class V, int N, int M = max_rows<V>(N)>
-FUSEDRNN_INLINE TileFn<typename V::scalar> tile_of_rows(int rows) {
-  if constexpr (M == 1) {
-    return &tile<V, 1, N>;
-  } else {
-    return rows == M ? &tile<V, M, N> : tile_of_rows<V, N, M - 1>(rows);
-  }
-}
-
 // One row alone: its few sums would wait for each other, so a tile takes up to 8 vectors, or two blocks.
 constexpr int kOneRow = 8;
 
-// Not inlined: its comparisons would stand in every loop of every cell.
+// tile<V, rows, N> for a run-time number of rows and vectors: 1 <= N <= 4 and 1 <= rows <= max_rows(N), or one row.
 template <class V>
-FUSEDRNN_NOINLINE TileFn<typename V::scalar> tile_for(int rows, int n) {
-  if (n > 4) return n == 5 ? &tile<V, 1, 5> : n == 6 ? &tile<V, 1, 6> : n == 7 ? &tile<V, 1, 7> : &tile<V, 1, 8>;
-  switch (n) {
-    case 1:
-      return tile_of_rows<V, 1>(rows);
-    case 2:
-      return tile_of_rows<V, 2>(rows);
-    case 3:
-      return tile_of_rows<V, 3>(rows);
-    default:
-      return tile_of_rows<V, 4>(rows);
+struct Tiles {
+  TileFn<typename V::scalar> of[kOneRow][max_rows<V>(1)] = {};
+
+  constexpr Tiles() {
+    fill<1>(), fill<2>(), fill<3>(), fill<4>();
+    of[4][0] = &tile<V, 1, 5>, of[5][0] = &tile<V, 1, 6>, of[6][0] = &tile<V, 1, 7>, of[7][0] = &tile<V, 1, 8>;
   }
+  template <int N, int M = max_rows<V>(N)>
+  constexpr void fill() {
+    of[N - 1][M - 1] = &tile<V, M, N>;
+    if constexpr (M > 1) fill<N, M - 1>();
+  }
+};
+template <class V>
+constexpr Tiles<V> kTiles;
+
+template <class V>
+FUSEDRNN_INLINE TileFn<typename V::scalar> tile_for(int rows, int n) {
+  return kTiles<V>.of[n - 1][rows - 1];
 }
 
 template <class V>
