@@ -303,6 +303,7 @@ def test_plot(result, tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_left_out_of_a_suite_and_named(monkeypatch):
     monkeypatch.setattr(runner, "LONGEST", 0.0)
     found = runner.run([SMALL], suite="core", peers=["reference"], quick=True)
@@ -315,6 +316,7 @@ def test_what_takes_too_long_is_left_out_of_a_suite_and_named(monkeypatch):
 # --- the command ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     file = tmp_path / "result.json"
     done = run_cli(

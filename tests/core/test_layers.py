@@ -96,7 +96,10 @@ def test_fused_is_unfused(kind, options):
 
 
 @kinds
-@pytest.mark.parametrize("backend", backends.FOR_NUMPY)
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(b, marks=[pytest.mark.slow] if b == "numba" else []) for b in backends.FOR_NUMPY],
+)
 def test_every_backend_serves_the_layers(kind, backend):
     """Step and sequence, against the unfused layer; what the kernels promise in full is tested with them."""
     if (reason := backends.get(backend).unavailable()) is not None:

@@ -579,7 +579,10 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(np.float32, id="float32"), pytest.param(np.float64, id="float64", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", HARD)
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
 def test_hard_problems_stay_within_the_yardstick(cell, kind, dtype):

@@ -109,12 +109,14 @@ def test_all_compile(monkeypatch):
     compile_all((cell, *kind, a) for (cell, kind), a in itertools.product(cases, ARCHITECTURES))
 
 
+@pytest.mark.slow
 @needs_nvrtc
 @pytest.mark.parametrize("precision", cuda_compile.PRECISIONS[1:])
 def test_each_precision_compiles(precision):
     compile_all(("Lstm", "float", precision, architecture) for architecture in ("sm_80", "sm_90"))
 
 
+@pytest.mark.slow
 @needs_nvrtc
 def test_each_kernel_variant_compiles_by_itself():
     """As for a user; together they have every kernel."""

@@ -182,6 +182,7 @@ def test_float32(cell, kernel):
             assert_right(Tiled(kernel, units, rows, seed=k), cell, sizes, np.float32, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=name)
 def test_eight_warps(cell, kernel):
@@ -213,6 +214,7 @@ def test_no_initial_state(cell, kernel):
         assert_right(Tiled(kernel), cell, (5, 7, 2, 9), state0=False, reverse=reverse, **EVERYTHING)
 
 
+@pytest.mark.slow
 @pairs(("steps", "grid", "grid_streamed"))  # the others do not cut k
 def test_k_of_several_chunks(cell, kernel):
     """More elements than are staged at once, and no multiple of a warp."""
@@ -389,6 +391,7 @@ def test_layer_norm_in_blocks_of_other_sizes(warps):
     assert_right(Tiled("steps", warps=warps), LSTM(layer_norm=True), (3, 4, 2, 300), **EVERYTHING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("cell", [LSTM(), GRU(), RNN(layer_norm=True), LSTM(layer_norm=True)], ids=name)
 def test_regularization_and_layer_norm_in_other_dtypes(cell, dtype):

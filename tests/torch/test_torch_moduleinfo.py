@@ -275,6 +275,7 @@ def test_gradgrad(info, dtype, training):
         assert torch.autograd.gradgradcheck(*function_of(layer, args))
 
 
+@pytest.mark.slow
 @entries((torch.float64,))
 def test_gradgrad_within_fallback(info, dtype, training):
     """The way out that the error above names, for the first few: from there on it is PyTorch's own code."""

@@ -66,6 +66,7 @@ def test_the_losses_are_those_of_pytorch(example, name, capsys):
     assert ours[:STEPS] == pytest.approx(theirs[:STEPS], rel=1e-5, abs=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--over", "valid", "--ragged", "packed"], ["--forgetting", "5"]])
 def test_the_losses_of_feeding_back_are_those_of_pytorch(example, wordle, options, capsys):
     theirs, ours = side_by_side(example("feeding_back"), wordle, "--epochs", str(STEPS), *options)
