@@ -268,14 +268,15 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
         "long double, which is itself proved by complex-step derivatives, and prints the worst error of each "
         "cell, backend and dtype beside that of plain NumPy. Exit code 1 where one is too large."
     )
-    parser.add_argument("--cell", choices=list(CELLS), nargs="+", help="only these cells")
-    parser.add_argument(
-        "--backend", choices=(gradcheck_suite.ORACLE, *backends.NAMES), nargs="+", help="only these backends"
-    )
-    parser.add_argument("--dtype", choices=gradcheck_suite.DTYPES, nargs="+", help="only these dtypes")
-    parser.add_argument(
-        "--option", choices=list(gradcheck_suite.OPTIONS), nargs="+", help="only these options"
-    )
+    choices = {
+        "cell": list(CELLS),
+        "backend": [gradcheck_suite.ORACLE, *backends.NAMES],
+        "dtype": list(gradcheck_suite.DTYPES),
+        "option": list(gradcheck_suite.OPTIONS),
+    }
+    for name, known in choices.items():
+        text = f"only these {name}s, of: {', '.join(known)}"
+        parser.add_argument(f"--{name}", choices=known, nargs="+", metavar=name.upper(), help=text)
     parser.add_argument("--levels", action="store_true", help="the cpu backend on every instruction set")
     lines = parser.add_mutually_exclusive_group()
     lines.add_argument("--verbose", action="store_true", help="a line for each option too")
