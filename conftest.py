@@ -48,6 +48,12 @@ def pytest_collection_modifyitems(items):
             item.own_markers = [mark for mark in item.own_markers if mark.name != "quick"]
 
 
+def pytest_collection_finish(session):
+    """Importing fusedrnn.torch puts the kernels on PyTorch's threads; tests begin on our own thread pool."""
+    if "fusedrnn.torch" in sys.modules:
+        sys.modules["fusedrnn.threads"].set_thread_pool("own")
+
+
 @pytest.fixture(autouse=True)
 def no_thresholds(request):
     """Kernels do with the small problems of tests what only large ones are worth: all threads, for one."""

@@ -8,14 +8,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn.threads import get_thread_pool, set_thread_pool
-
-_pool = get_thread_pool()
-import fusedrnn.torch as ft  # noqa: E402
-
-set_thread_pool(
-    _pool
-)  # back from PyTorch's threads, for the other files: tests/cpu/test_thread_pool.py tests on them
+import fusedrnn.torch as ft
 
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")

@@ -15,9 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fusedrnn.torch  # noqa: E402
-from fusedrnn.threads import set_thread_pool  # noqa: E402
 
-set_thread_pool("own")  # other files' tests count on it; these get PyTorch's below
 ROOT = Path(__file__).parents[2]
 # The libraries' own warnings are theirs.
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("openmp_pool", "one_thread")]

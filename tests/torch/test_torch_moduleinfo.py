@@ -27,10 +27,7 @@ with warnings.catch_warnings():  # PyTorch's own, while it imports
 torch.backends.__dict__["__allow_nonbracketed_mutation_flag"] = True
 
 import fusedrnn.torch as ours  # noqa: E402
-from fusedrnn.threads import set_thread_pool  # noqa: E402
 from fusedrnn.torch.convert import REPLACEMENTS  # noqa: E402
-
-set_thread_pool("own")  # other files' tests count on it; these get PyTorch's below
 
 INFOS = [info for info in module_db if info.module_cls in REPLACEMENTS]
 DTYPES = (torch.float32, torch.float64)
