@@ -42,7 +42,7 @@ def caption(report: dict[str, Any]) -> str:
         f"PyTorch {found['torch']}",
         found["compiler"],
         found["date"][:10],
-        f"load average before {found['load before']:.1f}",
+        f"load average before the run: {found['load before']:.1f}",
         f"commit {(found['commit'] or 'unknown')[:10]}",
     ]
     return ", ".join(parts)

@@ -118,20 +118,40 @@ class Variable:
     def __float__(self) -> float:
         return float(self.item())
 
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    # Of the values, as an array's; == stays the identity of variables, which the graph needs.
+    def __lt__(self, other: Any) -> Any:
+        return self._data < as_variable(other)._data
+
+    def __le__(self, other: Any) -> Any:
+        return self._data <= as_variable(other)._data
+
+    def __gt__(self, other: Any) -> Any:
+        return self._data > as_variable(other)._data
+
+    def __ge__(self, other: Any) -> Any:
+        return self._data >= as_variable(other)._data
+
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if spec else str(self)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
-        """For ``np.asarray(v)`` and what calls it, such as Matplotlib; without a gradient, and from a GPU a
-        copy."""
-        data = self.data  # a Parameter's is no longer private then
+        """For ``np.asarray(v)`` and what calls it, such as Matplotlib: a read-only view without a
+        gradient, since backward reads this memory; from a GPU a copy."""
+        data = self._data
         if data is None:
             raise ValueError(f"{self.name or 'variable'} has no values yet: its size is known at first use")
         if cuda.on_gpu(data):
             if copy is False:
                 raise ValueError("copy: expected None or True for an array on a GPU, got False")
             data = cuda.as_numpy(data)
-        return np.array(data, dtype, copy=copy)
+        array = np.array(data, dtype, copy=copy)
+        if np.may_share_memory(array, data):
+            array = array.view()
+            array.flags.writeable = False
+        return array
 
     def __repr__(self) -> str:
         text = "None" if self._data is None else str(self._data).replace("\n", "\n" + " " * 9)
@@ -159,10 +179,7 @@ class Variable:
                 "above is passed as backward(grad=...)"
             )
         if create_graph:
-            raise NotImplementedError(
-                "create_graph=True: only first derivatives exist; no function here, the fused recurrent ones "
-                "above all, has a differentiable backward pass"
-            )
+            raise NotImplementedError("create_graph=True: second derivatives are not supported")
         if self.creator is None:
             raise RuntimeError(f"backward: {self._unrecorded()}")
         if grad is not None:
@@ -170,8 +187,8 @@ class Variable:
         elif self.grad is None:
             if self._data.size != 1:
                 raise ValueError(
-                    f"backward: expected a gradient from above for a variable of shape {self.shape}, got "
-                    "none; pass backward(grad=...) or set .grad, or make one number of it, as .sum() does"
+                    f"backward: a variable of shape {self.shape} needs an upstream gradient; pass "
+                    "backward(grad=...) or set .grad, or reduce it to one number first, e.g. with .sum()"
                 )
             self.grad = Variable(cuda.get_array_module(self._data).ones_like(self._data))
         heap = [(-self.creator.order, self.creator)]  # newest first; the order is unique
@@ -195,9 +212,9 @@ class Variable:
                 "has to be a Variable or a Parameter"
             )
         return (
-            "no function is recorded that made this variable: forward ran within no_grad(), or it was cut "
-            "off by unchain() or unchain_backward(), or it is an input; run forward again, outside "
-            "no_grad(), and call backward() on the result"
+            "this variable has no graph: it is an input, was computed within no_grad(), or was cut off by "
+            "unchain() or unchain_backward(); run forward again, outside no_grad(), and call backward() on "
+            "the result"
         )
 
     def _incoming(self, grad: Any) -> Variable:
@@ -410,8 +427,9 @@ class Function:
             for k, (variable, version) in enumerate(pairs):
                 if variable.version != version:
                     raise RuntimeError(
-                        f"{name}: {what} {k} ({variable.name or 'unnamed'}) was changed after forward; "
-                        "call backward before changing it, or unchain_backward to leave older steps behind"
+                        f"{name}: {what} {k} ({variable.name or 'unnamed'}) was changed after forward; call "
+                        "backward before the optimiser's update, and between sequences reset_state() or "
+                        "unchain_backward(), or backward goes on into older steps"
                     )
         result = self.backward(*[None if y is None else y.grad for y in outputs])
         gradients = result if isinstance(result, tuple) else (result,)

@@ -260,7 +260,7 @@ def backward(
     """
     if not isinstance(tape, Tape):
         hint = " (forward with save=None keeps none)" if tape is None else ""
-        raise TypeError(f"tape: expected that of forward, got {type(tape).__name__}{hint}")
+        raise TypeError(f"tape: expected the tape that forward returned, got {type(tape).__name__}{hint}")
     ragged = tape.ragged
     if ragged:
         dy = None if dy is None else ragged.pad("dy", dy)

@@ -54,6 +54,17 @@ class Layer:
                 if isinstance(value, Layer):
                     yield from value.walk(f"{path}/{name}" if path else name, seen)
 
+    def hidden(self) -> str | None:
+        """The first list, tuple or dict with a layer or parameter in it that is not an attribute itself."""
+        known = {id(value) for value in vars(self).values()}
+        for name, value in vars(self).items():
+            inside = value.values() if isinstance(value, dict) else value
+            if isinstance(value, list | tuple | dict) and any(
+                isinstance(each, Layer | Parameter) and id(each) not in known for each in inside
+            ):
+                return name
+        return None
+
     def named_params(self) -> Iterator[tuple[str, Parameter]]:
         """Every parameter once, with its path, such as ``rnn/weight_ih``."""
         seen = set()
@@ -198,6 +209,11 @@ class Linear(Layer):
         dtype: npt.DTypeLike = np.float32,
         in_size: int | None = None,
     ) -> None:
+        if not isinstance(nobias, bool):
+            raise TypeError(
+                f"nobias: expected True or False, got {nobias!r}; the number of inputs is in_size=, or is "
+                "known at the first call"
+            )
         self.out_size = check_whole("out_size", out_size)
         self.in_size = None if in_size is None else check_whole("in_size", in_size)
         self.dtype = _dtype(dtype)

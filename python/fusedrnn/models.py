@@ -6,11 +6,17 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from fusedrnn.layers import Layer
+from fusedrnn.layers import Layer, Recurrent
 
 
 class Model(Layer):
-    """A layer made of layers; give ``__init__`` and ``forward``."""
+    """A layer made of layers, each assigned to an attribute; give ``__init__`` and ``forward``."""
+
+    def reset_state(self) -> None:
+        """Forget the state of every layer in this model."""
+        for _, layer in self.walk():
+            if isinstance(layer, Recurrent):
+                layer.reset_state()
 
 
 class Sequential(Model):
@@ -36,15 +42,9 @@ class Sequential(Model):
             x = layer(x, **own)
         if given.keys() - taken:
             raise TypeError(
-                f"{', '.join(sorted(given.keys() - taken))}: expected None, as no layer here takes it"
+                f"{', '.join(sorted(given.keys() - taken))}: no layer in this Sequential accepts it"
             )
         return x
-
-    def reset_state(self) -> None:
-        """Forget the state of every layer in here, wherever it stands."""
-        for _, layer in self.walk():
-            if layer is not self and hasattr(layer, "reset_state"):
-                layer.reset_state()
 
 
 def _taken(layer: Any, names: Iterable[str]) -> list[str]:

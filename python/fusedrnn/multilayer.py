@@ -166,7 +166,7 @@ def backward_multilayer(
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
     """
     if not isinstance(tape, Tape):
-        raise TypeError(f"tape: expected that of forward_multilayer, got {type(tape).__name__}")
+        raise TypeError(f"tape: expected what forward_multilayer returned, got {type(tape).__name__}")
     cell, D = tape.cell, tape.D
     N = len(tape.tapes)
     wanted = check_need(need)

@@ -36,16 +36,20 @@ class Optimizer:
 
         Raises:
             TypeError: It is no Model or Layer.
-            ValueError: It has no parameters.
+            ValueError: It has no parameters, or keeps some where they are not found, as in a list.
         """
         name = type(self).__name__
         if not isinstance(target, Layer):
             raise TypeError(f"{name}.setup: expected a Model or a Layer, got {type(target).__name__}")
+        for path, layer in target.walk():
+            if (attribute := layer.hidden()) is not None:
+                where = f"{path}/{attribute}" if path else attribute
+                raise ValueError(
+                    f"{name}.setup: the layers or parameters in {where} would not be trained; assign each to "
+                    "an attribute of its own, for example self.fc = Linear(1)"
+                )
         if next(target.params(), None) is None:
-            raise ValueError(
-                f"{name}.setup: expected a model with parameters, got {type(target).__name__} without; they "
-                "and layers belong to it as attributes of their own (self.fc = Linear(1)), not in a list"
-            )
+            raise ValueError(f"{name}.setup: {type(target).__name__} has no parameters")
         self.target = target
         return self
 
@@ -104,12 +108,20 @@ class Optimizer:
         self.slots, self.t = slots, int(state["t"])
 
 
+def _rate(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    return float(value)
+
+
 class SGD(Optimizer):
     """``p -= lr * g``."""
 
     def __init__(self, lr: float = 0.01, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
         super().__init__(weight_decay=weight_decay, max_norm=max_norm)
-        self.lr = lr
+        self.lr = _rate("lr", lr)
 
     def update_one(self, p: Parameter, g: Array) -> None:
         p._data -= self.lr * g
@@ -136,9 +148,12 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(weight_decay=weight_decay, max_norm=max_norm)
         if alpha is not None and lr is not None:
-            raise TypeError(f"alpha, lr: expected one of them, which are the same, got {alpha} and {lr}")
+            raise TypeError(f"alpha and lr are the same setting: expected one of them, got {alpha} and {lr}")
         alpha = lr if alpha is None else alpha
-        self.alpha = 0.001 if alpha is None else alpha
+        self.alpha = 0.001 if alpha is None else _rate("alpha" if lr is None else "lr", alpha)
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name}: expected at least 0 and below 1, got {beta}")
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
 
     @property

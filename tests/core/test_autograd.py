@@ -426,9 +426,9 @@ def test_a_variable_is_an_array_to_numpy():
     with pytest.raises(ValueError, match="no values yet"):
         np.asarray(p)
     p.assign(np.ones(2))
+    with pytest.raises(ValueError, match="read-only"):
+        np.asarray(p)[0] = 2  # backward reads this memory
     assert p.private
-    np.asarray(p)[0] = 2  # somebody may write there now
-    assert not p.private
     for y in (np.ones(3) * v, np.ones((2, 3)) - v, np.ones((2, 2)) @ v, np.float64(2) / (v + 1), 0 + v):
         assert isinstance(y, Variable)  # the operator is ours all the same
         assert y.creator is not None
@@ -451,7 +451,7 @@ def test_backward_where_nothing_was_recorded_says_why():
     cut = x * 3
     cut.unchain_backward()
     for y in (unrecorded, cut, x):
-        with pytest.raises(RuntimeError, match=r"^backward: no function is recorded .* outside no_grad\(\)"):
+        with pytest.raises(RuntimeError, match=r"^backward: this variable has no graph: .* no_grad\(\)"):
             y.backward()
         assert y.grad is None
     with pytest.raises(RuntimeError, match=r"made of constants alone, .* Variable or a Parameter"):
@@ -462,7 +462,7 @@ def test_backward_of_more_than_one_element_asks_for_a_gradient():
     x = Variable(np.array([1.0, -2.0, 3.0], np.float32))
     g = np.array([0.5, 2.0, -1.0])
     with pytest.raises(
-        ValueError, match=r"gradient from above .* shape \(3,\), got none; pass backward\(grad="
+        ValueError, match=r"shape \(3,\) needs an upstream gradient; pass backward\(grad="
     ) as e:
         (x * x).backward()
     assert ".grad" in str(e.value)
@@ -534,7 +534,7 @@ def test_lr_is_alpha():
     adam.lr = 0.5
     assert adam.alpha == 0.5
     with pytest.raises(
-        TypeError, match=r"alpha, lr: expected one of them, which are the same, got 0\.1 and 0\.2"
+        TypeError, match=r"alpha and lr are the same setting: expected one of them, got 0\.1 and 0\.2"
     ):
         O.Adam(0.1, lr=0.2)
 
@@ -543,11 +543,8 @@ def test_setup_refuses_what_has_nothing_to_move():
     model = fusedrnn.Model()
     model.layers = [fusedrnn.layers.Linear(1)]  # a list is not looked into
     for target, error, words in (
-        (
-            model,
-            ValueError,
-            "Adam.setup: expected a model with parameters, got Model without; .* not in a list",
-        ),
+        (model, ValueError, "Adam.setup: the layers or parameters in layers would not be trained"),
+        (fusedrnn.Model(), ValueError, "Adam.setup: Model has no parameters"),
         ([Parameter(np.ones(1))], TypeError, "Adam.setup: expected a Model or a Layer, got list"),
         (None, TypeError, "got NoneType"),
         (fusedrnn.Model, TypeError, "got type"),
@@ -556,6 +553,31 @@ def test_setup_refuses_what_has_nothing_to_move():
             O.Adam().setup(target)
     model.fc = model.layers[0]
     assert O.Adam().setup(model).target is model  # its size is still open
+
+
+@pytest.mark.parametrize("rate", [-1, float("nan"), float("inf"), "a", None, True])
+def test_a_rate_is_a_number_of_at_least_0(rate):
+    for optimizer in (O.SGD, O.Adam):
+        if rate is None and optimizer is O.Adam:
+            continue  # its default
+        with pytest.raises((TypeError, ValueError), match=r"^lr: expected a (finite )?number"):
+            optimizer(lr=rate)
+    with pytest.raises(ValueError, match=r"^beta1: expected at least 0 and below 1, got 2"):
+        O.Adam(beta1=2)
+
+
+def test_comparisons_are_those_of_the_values():
+    a, b = Variable(np.array(1.0)), Variable(np.array(2.0))
+    assert a < b
+    assert b > 1.5
+    assert a <= 1.0
+    assert b <= 2
+    assert not a > b
+    assert min(b, a, key=float) is a
+    assert bool(Variable(np.zeros(1))) is False
+    assert (Variable(np.arange(3.0)) >= 1).tolist() == [False, True, True]
+    with pytest.raises(ValueError, match="one element"):
+        bool(Variable(np.arange(3.0)))
 
 
 def test_sgd_clipping_and_weight_decay():

@@ -352,7 +352,7 @@ def test_weights_changed_before_backward_are_an_error(step):
 
 
 def test_second_derivatives_through_a_fused_node_are_refused():
-    with pytest.raises(NotImplementedError, match=r"create_graph=True.*fused"):
+    with pytest.raises(NotImplementedError, match=r"create_graph=True: second derivatives"):
         L.LSTM(H, I)(np.ones((B, I))).sum().backward(create_graph=True)
 
 
@@ -561,5 +561,27 @@ def test_sequential_passes_lengths_and_resets_on(cell, fused):
 
 def test_sequential_says_which_option_nobody_takes():
     model = fusedrnn.models.Sequential(L.Linear(2), F.tanh)
-    with pytest.raises(TypeError, match="lengths, reset: expected None, as no layer here takes it"):
+    with pytest.raises(TypeError, match="lengths, reset: no layer in this Sequential accepts it"):
         model(np.ones((T, B, I)), lengths=[1] * B, reset=np.zeros((T, B)))
+
+
+def test_linear_says_that_its_second_argument_is_not_a_size():
+    with pytest.raises(TypeError, match=r"^nobias: expected True or False, got 1; .* in_size="):
+        L.Linear(32, 1)
+
+
+def test_a_model_forgets_the_state_of_every_layer_in_it():
+    class Net(fusedrnn.Model):
+        def __init__(self):
+            super().__init__()
+            self.a, self.inner = L.LSTM(4), fusedrnn.models.Sequential(L.GRU(3), L.Linear(1))
+
+        def forward(self, x):
+            return self.inner(self.a(x))
+
+    net = Net()
+    net(np.ones((5, 2, 3)))
+    assert net.a.state is not None
+    net.reset_state()
+    assert net.a.state is None
+    assert net.inner.l0.state is None

@@ -359,7 +359,7 @@ def test_dropout_is_one_mask_for_the_whole_call_and_scaled(backend):
         (
             Regularization(0, 0, 0.5),
             ValueError,
-            "zoneout_c: expected 0 for a gru cell, which has no c, got 0.5",
+            "zoneout_c: expected 0 for the cell gru, which has no c, got 0.5",
         ),
         (Regularization(0.1, seed=1.5), TypeError, "seed: expected a whole number, got float"),
         (Regularization(0.1, seed=-1), ValueError, "seed: expected 0 to 9223372036854775807, got -1"),

@@ -238,9 +238,9 @@ WRONG = [
     (
         {"lengths": np.array([1, -1, 2])},
         ValueError,
-        "lengths: expected 0 to T = 5, got -1 to 2; a row's length",
+        "lengths: expected 0 to T = 5, got -1 to 2; a length is",
     ),
-    ({"lengths": (6, 1, 2)}, ValueError, "lengths: expected 0 to T = 5, got 1 to 6; a row's"),
+    ({"lengths": (6, 1, 2)}, ValueError, "lengths: expected 0 to T = 5, got 1 to 6; a length"),
     ({"reset": TRUE.T}, ValueError, r"reset: expected shape \(5, 3\), got \(3, 5\); transpose it$"),
     ({"reset": TRUE[0]}, ValueError, r"reset: expected shape \(5, 3\), got \(3,\)$"),
     ({"reset": 2 * TRUE}, ValueError, "reset: expected booleans, or 0 and 1, got 2 among them"),

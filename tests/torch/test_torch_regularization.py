@@ -305,7 +305,7 @@ def test_torch_nn_would_leave_them_out(kind):
     for options in OPTIONS.values():
         layer = build(kind, options)
         name = next(n for n in ("layer_norm", "zoneout_h", "recurrent_dropout") if n in options)
-        with ft.fallback(), pytest.raises(RuntimeError, match=f"{name}: only our kernels have it"):
+        with ft.fallback(), pytest.raises(RuntimeError, match=f"{name} needs the kernels"):
             layer(x)
         model = torch.nn.Sequential(layer)
         if name == "recurrent_dropout":
@@ -332,7 +332,7 @@ def test_wrong_rates():
             ft.LSTM(I, H, **options)
     for kind in LAYERS:
         if kind != "LSTM":
-            with pytest.raises(ValueError, match="zoneout_c: expected 0 for a"):
+            with pytest.raises(ValueError, match="zoneout_c: expected 0 for the cell"):
                 getattr(ft, kind)(I, H, zoneout_c=0.1)
 
 

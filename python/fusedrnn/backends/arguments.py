@@ -101,7 +101,7 @@ def check_weights(
     rows, I = weights.weight_ih.shape
     if rows == 0 or rows % gates or I == 0:
         raise ValueError(
-            f"weight_ih: expected shape ({gates}*H, I) for a {cell.name} cell, H and I at least 1, "
+            f"weight_ih: expected shape ({gates}*H, I) for the cell {cell.name}, H and I at least 1, "
             f"got {weights.weight_ih.shape}"
         )
     H = rows // gates
@@ -133,7 +133,7 @@ def check_regularization(cell: Cell, value: Any) -> Regularization | None:
         _rate(name, getattr(value, name)) for name in ("recurrent_dropout", "zoneout_h", "zoneout_c")
     )
     if zoneout_c and "c" not in cell.states:
-        raise ValueError(f"zoneout_c: expected 0 for a {cell.name} cell, which has no c, got {zoneout_c}")
+        raise ValueError(f"zoneout_c: expected 0 for the cell {cell.name}, which has no c, got {zoneout_c}")
     seed = None if value.seed is None else check_whole("seed", value.seed, 0, 2**63 - 1)
     stream = check_whole("stream", value.stream, 0, 2**30 - 1)
     if not (zoneout_h or zoneout_c or (dropout and seed is not None)):
@@ -174,7 +174,7 @@ def listed(name: str, value: Any) -> Any:
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{name}: expected numbers in rows of one length, got others ({error})") from None
+        raise ValueError(f"{name}: expected numbers in rows of the same length, got others") from error
     return array if array.size else array.astype(np.int64)  # an empty list has no dtype of its own
 
 
@@ -183,14 +183,12 @@ def check_lengths(value: Any, T: int, B: int, kind: Kind = NUMPY) -> Array:
     value = listed("lengths", value)
     _array("lengths", value, NUMPY if isinstance(value, np.ndarray) else kind, "a list or ")
     if value.dtype.kind not in "iu":
-        raise TypeError(
-            f"lengths: expected whole numbers, got {value.dtype}; convert them, as lengths.astype(int) does"
-        )
+        raise TypeError(f"lengths: expected whole numbers, got {value.dtype}; convert them to integers")
     check_shape("lengths", value.shape, (B,))
     if B and (int(value.min()) < 0 or int(value.max()) > T):
         raise ValueError(
-            f"lengths: expected 0 to T = {T}, got {value.min()} to {value.max()}; a row's length is the "
-            "number of its steps that are no padding"
+            f"lengths: expected 0 to T = {T}, got {value.min()} to {value.max()}; a length is the "
+            "number of a row's steps that are not padding"
         )
     lengths: Array = value.astype(np.int64)
     return lengths
@@ -214,8 +212,8 @@ def booleans(name: str, value: Any) -> Any:
     if bool(wrong.any()):
         first = value[wrong].reshape(-1)[0].item()
         raise ValueError(
-            f"{name}: expected booleans, or 0 and 1, got {first} among them; make booleans of it, as {name} "
-            "!= 0 does"
+            f"{name}: expected booleans, or 0 and 1, got {first} among them; convert it, for example "
+            f"with np.asarray({name}) != 0"
         )
     return value == 1
 
@@ -400,7 +398,9 @@ def entries(name: str, cell: Cell, value: Any) -> Sequence[Any]:
     """The entries of a state-like tuple, one per state of the cell."""
     expected = f"a tuple ({', '.join(cell.states)}{',' if len(cell.states) == 1 else ''})"
     if not isinstance(value, tuple | list):
-        raise TypeError(f"{name}: expected {expected} for a {cell.name} cell, got {_kind(value)}")
+        raise TypeError(f"{name}: expected {expected} for {cell.name}, got {_kind(value)}")
     if len(value) != len(cell.states):
-        raise ValueError(f"{name}: expected {expected} for a {cell.name} cell, got {len(value)} entries")
+        raise ValueError(
+            f"{name}: expected {expected} for the cell {cell.name}, got one of length {len(value)}"
+        )
     return value

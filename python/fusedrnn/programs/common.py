@@ -98,9 +98,6 @@ class Forecaster(Model):
         self.rnn = rnn
         self.fc = fc
 
-    def reset_state(self) -> None:
-        self.rnn.reset_state()
-
     def forward(self, x: Any) -> Variable:
         return self.fc.forward(self.rnn(x))
 

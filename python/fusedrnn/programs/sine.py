@@ -52,7 +52,7 @@ def train(
     loader = SeqDataLoader(dataset, batch, steps=TRUNCATION if chunks else None)
     losses = []
     for _ in range(epochs):
-        model.reset_state()  # type: ignore[attr-defined]
+        model.reset_state()
         loss: Any = 0
         count = 0
         rows = batch == 1 and not chunks  # one time line is the data set itself, row by row
@@ -73,7 +73,7 @@ def train(
 
 def predict(model: Model, x: Array) -> Array:
     """The model's outputs for a series ``(N,)``, fed one value at a time from a fresh state."""
-    model.reset_state()  # type: ignore[attr-defined]
+    model.reset_state()
     with no_grad():
         return np.array([model(value.reshape(1, 1)).data.item() for value in x])
 

@@ -194,7 +194,7 @@ class Recurrent(torch.nn.RNNBase):
         packed = self._ready(input, state0, weights)
         if isinstance(packed, str):
             if given := _given(options) or self._only_ours():
-                raise RuntimeError(f"{given}: only our kernels have it, and they cannot run: {packed}")
+                raise RuntimeError(f"{given} needs the kernels of fusedrnn, which cannot run here: {packed}")
             return paths.fall_back(self, packed, super().forward, given_input, hx)
         self.__dict__["last_path"] = paths.FUSED
         if isinstance(input, PackedSequence):
