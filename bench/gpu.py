@@ -212,7 +212,7 @@ def without_gpu() -> str | None:
 
 
 def compile_for(run: Run, part: str, architecture: str) -> dict[str, str]:
-    """All that the part runs; by the way to run why something does not compile."""
+    """All that the part runs; by kernel variant, why something does not compile."""
     begin = time.monotonic()
     before = len(list(gpu_compile.folder().glob("*.cubin")))
     done = gpu_compile.compile_all(gpu_compile.jobs_of(part, architecture))
@@ -253,15 +253,15 @@ def first(run: Run) -> None:
         errors = {}
     for variant, error in errors.items():
         run.verdict(variant, False, f"does not compile: {error}", 0.0)
-    ways = [variant for variant in KERNELS if variant not in errors]
+    compiled = [variant for variant in KERNELS if variant not in errors]
     if without_gpu() is not None:
-        for variant in ways:
+        for variant in compiled:
             run.note(variant, "no GPU: compiled, not run")
         return
     # The first has to wait until libraries are read from disk.
     todo = [
-        checking("variant", variant, name=variant, seconds=40.0 if variant == ways[0] else 20.0)
-        for variant in ways
+        checking("variant", variant, name=variant, seconds=40.0 if variant == compiled[0] else 20.0)
+        for variant in compiled
     ]
     do_all(run, [*todo, checking("api", name="PyTorch")])
 

@@ -103,7 +103,7 @@ def compare(of: Any, p: Problem, truth: Any, allowed: tuple[float, float] | None
 # --- right ------------------------------------------------------------------------------------------------
 
 
-def way(kernel: str) -> str:
+def variant(kernel: str) -> str:
     """A small call by one kernel variant, forward and backward, beside the reference."""
     of = backend(kernel)
     found = compare(of, problem(SMALL), backends.get("reference"))
@@ -295,7 +295,7 @@ def small(kernel: str) -> str:
 
 CHECKS: dict[str, Callable[..., str]] = {
     check.__name__: check
-    for check in (way, halves, cpu, api, bits, graphs, captured, memory, threads, size, small)
+    for check in (variant, halves, cpu, api, bits, graphs, captured, memory, threads, size, small)
 }
 
 

@@ -48,10 +48,10 @@ class Job(NamedTuple):
     dtype: str
     architecture: str
     precision: str
-    way: str
+    variant: str
 
     def __str__(self) -> str:
-        return f"{self.cell} {self.dtype} {self.precision} {self.way}"
+        return f"{self.cell} {self.dtype} {self.precision} {self.variant}"
 
 
 def jobs_of(part: str, architecture: str) -> Iterator[Job]:
@@ -59,16 +59,16 @@ def jobs_of(part: str, architecture: str) -> Iterator[Job]:
     cells, ways = NEEDED[part]
     for dtype, precision in ways:
         for cell in cells:
-            for way in KERNELS:
-                yield Job(kernels_of(cell).type, dtype, architecture, precision, way)
+            for variant in KERNELS:
+                yield Job(kernels_of(cell).type, dtype, architecture, precision, variant)
     if part != "checks":
         return
     for cell in variants().values():  # with every option of gradcheck
         kernels = kernels_of(cell)
         for dtype, precision in (IEEE, DOUBLE):
             if cell not in cells:
-                for way in KERNELS if kernels.whole else ("steps",):
-                    yield Job(kernels.type, dtype, architecture, precision, way)
+                for variant in KERNELS if kernels.whole else ("steps",):
+                    yield Job(kernels.type, dtype, architecture, precision, variant)
             for kind in step_by_step(cell):
                 yield Job(kind, dtype, architecture, precision, "steps")
 
@@ -100,7 +100,7 @@ def compiled(job: Job) -> Compiled:
 
 def compile_all(jobs: Iterable[Job], each: Callable[[Compiled], None] = lambda done: None) -> list[Compiled]:
     """All of them, each once, by as many processes as there are cores; those that are slow come first."""
-    todo = sorted(dict.fromkeys(jobs), key=lambda job: "registers" not in job.way)
+    todo = sorted(dict.fromkeys(jobs), key=lambda job: "registers" not in job.variant)
     found = []
     workers = max(1, min(len(os.sched_getaffinity(0)), len(todo)))
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
