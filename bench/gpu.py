@@ -83,7 +83,7 @@ class Run:
 
 
 class Check(NamedTuple):
-    """A command that ends with 0 where all is right; the last line that it prints is what there is to say."""
+    """A command that exits with 0 on success; the last line of its output is the message."""
 
     name: str
     command: list[str]

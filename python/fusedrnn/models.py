@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from fusedrnn.layers import Layer, Recurrent
+from fusedrnn.layers import Layer
 
 
 class Model(Layer):
@@ -15,7 +15,7 @@ class Model(Layer):
     def reset_state(self) -> None:
         """Forget the state of every layer in this model."""
         for _, layer in self.walk():
-            if isinstance(layer, Recurrent):
+            if layer is not self and hasattr(layer, "reset_state"):  # yours too
                 layer.reset_state()
 
 

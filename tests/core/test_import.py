@@ -43,7 +43,7 @@ def test_import_loads_nothing_heavy():
 
 
 def test_version_and_threads_are_at_the_top():
-    """The version is looked up when somebody asks for it."""
+    """The version is looked up at first access."""
     code = "import sys, fusedrnn; print('importlib.metadata' in sys.modules, fusedrnn.__version__)"
     loaded, version = python(code).split(maxsplit=1)
     assert (loaded, version.strip()) == ("False", system.version())

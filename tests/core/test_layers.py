@@ -585,3 +585,21 @@ def test_a_model_forgets_the_state_of_every_layer_in_it():
     net.reset_state()
     assert net.a.state is None
     assert net.inner.l0.state is None
+
+
+def test_a_model_also_resets_layers_of_the_users_own():
+    class Counter(fusedrnn.Layer):
+        state = 0
+
+        def forward(self, x):
+            self.state += 1
+            return x
+
+        def reset_state(self):
+            self.state = 0
+
+    net = fusedrnn.models.Sequential(Counter(), fusedrnn.models.Sequential(Counter()))
+    net(np.ones((2, 3)))
+    assert (net.l0.state, net.l1.l0.state) == (1, 1)
+    net.reset_state()
+    assert (net.l0.state, net.l1.l0.state) == (0, 0)
