@@ -54,17 +54,6 @@ class Layer:
                 if isinstance(value, Layer):
                     yield from value.walk(f"{path}/{name}" if path else name, seen)
 
-    def hidden(self) -> str | None:
-        """The first list, tuple or dict with a layer or parameter in it that is not an attribute itself."""
-        known = {id(value) for value in vars(self).values()}
-        for name, value in vars(self).items():
-            inside = value.values() if isinstance(value, dict) else value
-            if isinstance(value, list | tuple | dict) and any(
-                isinstance(each, Layer | Parameter) and id(each) not in known for each in inside
-            ):
-                return name
-        return None
-
     def named_params(self) -> Iterator[tuple[str, Parameter]]:
         """Every parameter once, with its path, such as ``rnn/weight_ih``."""
         seen = set()

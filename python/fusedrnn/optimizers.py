@@ -42,7 +42,7 @@ class Optimizer:
         if not isinstance(target, Layer):
             raise TypeError(f"{name}.setup: expected a Model or a Layer, got {type(target).__name__}")
         for path, layer in target.walk():
-            if (attribute := layer.hidden()) is not None:
+            if (attribute := _not_found(layer)) is not None:
                 where = f"{path}/{attribute}" if path else attribute
                 raise ValueError(
                     f"{name}.setup: the layers or parameters in {where} would not be trained; assign each to "
@@ -106,6 +106,19 @@ class Optimizer:
                 raise ValueError(f"optimiser state {key}: shape {array.shape} fits no parameter of the model")
             slots.setdefault(params[name], {})[slot] = array.copy()  # moved where the parameter is when used
         self.slots, self.t = slots, int(state["t"])
+
+
+def _not_found(layer: Layer) -> str | None:
+    """The first list, tuple or dict with a layer or parameter in it that is not an attribute itself."""
+    own = vars(layer)
+    known = {id(value) for value in own.values()}
+    for name, value in own.items():
+        inside = value.values() if isinstance(value, dict) else value
+        if isinstance(value, list | tuple | dict) and any(
+            isinstance(each, Layer | Parameter) and id(each) not in known for each in inside
+        ):
+            return name
+    return None
 
 
 def _rate(name: str, value: Any) -> float:

@@ -551,7 +551,7 @@ def test_setup_refuses_what_has_nothing_to_move():
     ):
         with pytest.raises(error, match=words):
             O.Adam().setup(target)
-    model.fc = model.layers[0]
+    model.hidden = model.layers[0]  # any name
     assert O.Adam().setup(model).target is model  # its size is still open
 
 
