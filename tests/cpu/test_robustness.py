@@ -105,10 +105,11 @@ def fork_beside(threads, times):
 def fork_in_a_handler():
     "The child lacks the other threads: its call fails, the next one works. The parent's call goes on."
     children = []
+    call = long_forward(T=1500)
     signal.signal(signal.SIGALRM, lambda *_: children.append(os.fork()))
     signal.setitimer(signal.ITIMER_REAL, 0.05)
     try:
-        long_forward(T=1500)()
+        call()
         failed = False
     except RuntimeError as error:
         assert "fork" in str(error)
