@@ -5,23 +5,48 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
-// to = 16 rows of 16 of from, transposed. Each of the four rounds interleaves rows i and i + 8: the next bit of a row's
-// number becomes a bit of the column's.
+template <int... lanes>
+struct Lanes {};
+template <int n, int... lanes>
+struct FirstLanes : FirstLanes<n - 1, n - 1, lanes...> {};
+template <int... lanes>
+struct FirstLanes<0, lanes...> {
+  using type = Lanes<lanes...>;
+};
+
+// Rows whose numbers differ in the bit `d` alone exchange the lanes whose numbers do.
+template <int n, int d, class Row, int... lane>
+FUSEDRNN_INLINE void exchange(Row& a, Row& b, Lanes<lane...>) {
+  const Row low = __builtin_shufflevector(a, b, (lane & d ? n + lane - d : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & d ? n + lane : lane + d)...);
+  a = low;
+}
+
+template <int n, int d, class Row>
+FUSEDRNN_INLINE void exchange_all(Row* rows) {
+  if constexpr (d > 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+      if (!(i & d)) exchange<n, d>(rows[i], rows[i + d], typename FirstLanes<n>::type());
+    exchange_all<n, d / 2>(rows);
+  }
+}
+
+// to = 16 rows of 16 of from, transposed, in squares of vectors of 32 bytes where there are any: wider ones have no
+// faster exchanges, and vectors that the instruction set lacks are taken apart element by element.
 template <class T>
 FUSEDRNN_INLINE void transpose(const T* from, Index from_row, T* to, Index to_row) {
-  constexpr int n = 16;
-  typedef T Row __attribute__((vector_size(n * sizeof(T))));
-  Row a[n], b[n];
-  for (int i = 0; i < n; ++i) __builtin_memcpy(&a[i], from + i * from_row, sizeof(Row));
-  for (int round = 0; round < 4; ++round) {
-    for (int i = 0; i < 8; ++i) {
-      b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      b[2 * i + 1] =
-          __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  constexpr int side = 16, bytes = Vec<T>::lanes * int(sizeof(T)) > 16 ? 32 : 16, n = bytes / int(sizeof(T));
+  typedef T Row __attribute__((vector_size(bytes)));
+  for (int i = 0; i < side; i += n)
+    for (int j = 0; j < side; j += n) {
+      Row rows[n];
+#pragma GCC unroll 8
+      for (int k = 0; k < n; ++k) __builtin_memcpy(&rows[k], from + (i + k) * from_row + j, sizeof(Row));
+      exchange_all<n, n / 2>(rows);
+#pragma GCC unroll 8
+      for (int k = 0; k < n; ++k) __builtin_memcpy(to + (j + k) * to_row + i, &rows[k], sizeof(Row));
     }
-    for (int i = 0; i < n; ++i) a[i] = b[i];
-  }
-  for (int i = 0; i < n; ++i) __builtin_memcpy(to + i * to_row, &a[i], sizeof(Row));
 }
 
 }  // namespace FUSEDRNN_LEVEL
