@@ -80,7 +80,8 @@ struct Poll {
 template <class T>
 struct ForwardCall {
   Problem problem;
-  const PackedWeights<T>* packed;
+  const PackedWeights<T>* packed = nullptr;
+  Weights<const T> weights;   // read only where none are packed
   Sequence<const T> x;        // (T, B, I)
   const T* h0 = nullptr;      // (B, P) contiguous or null: zeros
   const T* c0 = nullptr;      // (B, H) contiguous or null: zeros
@@ -90,7 +91,7 @@ struct ForwardCall {
   T* h_states = nullptr;      // (T, B, P) or null
   T* c_states = nullptr;      // (T, B, H) or null
   Save save = Save::nothing;  // what the tape returned holds; nothing: no tape
-  T* saved = nullptr;         // with Save::all: (T, B, tape_width) on a cache line, the tape's memory; null: its own
+  T* saved = nullptr;         // the tape's memory, of its tape_shape; null: its own
   Poll poll;
 };
 
@@ -99,7 +100,7 @@ struct BackwardCall {
   Problem problem;
   const Tape<T>* tape;
   Weights<const T> weights;                  // as they were in forward
-  const PackedWeights<T>* packed = nullptr;  // the same, packed; needed for a tape of boundary states only
+  const PackedWeights<T>* packed = nullptr;  // the same, packed, if they are: read for a tape of boundary states only
   Sequence<const T> x;
   const T* y;  // what forward returned
   const T* h0 = nullptr;
@@ -149,9 +150,15 @@ template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call);
 template <class T>
 void backward(const BackwardCall<T>& call);
-// A tape of everything over memory that `saved` of a forward call was; the memory outlives it.
+// A tape over memory that `saved` of a forward call was; the memory outlives it.
 template <class T>
-TapePtr<T> tape_over(const Problem& problem, const T* saved);
+TapePtr<T> tape_over(const Problem& problem, Save save, const T* saved);
+// What a tape takes, in elements.
+struct TapeShape {
+  Index rows, width;
+};
+template <class T>
+TapeShape tape_shape(const Problem& problem, Save save);
 // How forward and backward of a problem are split with so many threads, and backward's chunks of steps.
 template <class T>
 Split split_of(CellId cell, const Sizes& sizes, int threads);
@@ -162,9 +169,6 @@ void set_flush_subnormals(bool on);
 // For tests: off, small problems take what only large ones are worth (all threads, stores past the caches, inputs
 // projected ahead).
 void set_thresholds(bool on);
-// What a tape of everything holds for each step and row, in elements; with lengths less is used, from the start.
-// `regularized`: of a problem whose regularization acts.
-Index tape_width(CellId cell, Index H, bool regularized);
 // Bytes that a tape holds.
 template <class T>
 Index tape_bytes(const Tape<T>& tape);

@@ -3,6 +3,7 @@
 #include "cells/regularized.h"
 #include "cpu/layer_norm.h"
 #include "cpu/masks.h"
+#include "cpu/pack.h"
 #include "cpu/tile.h"
 
 namespace fusedrnn {
@@ -41,6 +42,8 @@ struct ForwardRows {
 constexpr int tile_vectors(const CellShape& shape) { return shape.layer_norm ? shape.gates : shape.accumulators; }
 constexpr int panel_blocks(const CellShape& shape) { return tile_vectors(shape) == 1 ? 4 : 1; }
 
+static_assert(kOneRow <= cpu::kPanelVectors && 4 <= cpu::kPanelVectors);
+
 template <class Cell>
 constexpr CellShape shape_of() {
   return {Cell::gates,      Cell::accumulators, Cell::saved, Cell::phases,    Cell::has_c,
@@ -57,10 +60,12 @@ struct ForwardSteps {
   const CellShape& shape;
   const bool regularized;
   ForwardRows<T> rows;
-  ForwardRows<T> ahead;          // the rows of several steps, for their projection
-  Index ahead_begin = 0;         // the first of these steps
-  Index row_begin, row_end;      // this thread's rows of the batch
-  Index block_begin, block_end;  // and its blocks of units
+  ForwardRows<T> ahead;                    // the rows of several steps, for their projection
+  Index ahead_begin = 0;                   // the first of these steps
+  Index row_begin, row_end;                // this thread's rows of the batch
+  Index block_begin, block_end;            // and its blocks of units
+  Packed<T> input, recurrent, recurrent2;  // weights of the blocks from `packed_from` on
+  Index packed_from = 0;
 
   // Of a regularized cell.
   Masks<T> masks() const {
@@ -81,6 +86,21 @@ struct ForwardSteps {
     row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : job.steps.B;
     block_begin = worker.by_rows ? 0 : job.blocks * i / n,
     block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
+    input = job.input, recurrent = job.recurrent, recurrent2 = job.recurrent2;
+  }
+
+  // Packs the weights of a panel, where they were not: of a phase, blocks [block, block + wide).
+  FUSEDRNN_NOINLINE void pack_panel(int phase, Index block, int wide) {
+    T* to = job.panel + worker.region.thread * job.panel_step;
+    packed_from = block;
+    const auto take = [&](const T* weight, Index k, const Part& part, Packed<T>& packed) {
+      packed = {to, k * part.count * kBlock};
+      pack(PackJob<T>{weight, job.H, k, part, to, packed.block_step, block, block + wide});
+      to += wide * packed.block_step;
+    };
+    if (phase == 2) return take(job.weight_hh, job.P, shape.recurrent2, recurrent2);
+    take(job.weight_ih, job.I, shape.input, input);
+    take(job.weight_hh, job.P, shape.recurrent, recurrent);
   }
 
   // Of cells with c.
@@ -206,7 +226,7 @@ struct ForwardSteps {
         for (Index lane = 0; lane < kBlock; lane += V::lanes) {
           alignas(64) T acc[kMaxTile * V::lanes];
           start(shape, block, wide, m, lane, acc);
-          const Product<T> p = product(shape, job.input, shape.input, ahead.x + first, job.I, block, lane);
+          const Product<T> p = product(shape, input, shape.input, ahead.x + first, job.I, block, lane);
           tile_of(shape, m, shape.input, wide)(&p, 1, acc + shape.input.first * m * V::lanes);
           each_projected(ahead.projected + first, block, wide, m, lane, acc,
                          [](const T* sum, T* row) { V::load(sum).store(row); });
@@ -221,7 +241,9 @@ struct ForwardSteps {
   FUSEDRNN_NOINLINE void finish() {
     const Steps& steps = job.steps;
     const Index B = steps.B, P = job.P, H = job.H, n = worker.region.threads, i = worker.region.thread;
-    const auto copy = [](T* to, const T* from, Index count) { __builtin_memcpy(to, from, size_t(count) * sizeof(T)); };
+    const auto copy = [](T* to, const T* from, Index count) {
+      if (to != from) __builtin_memcpy(to, from, size_t(count) * sizeof(T));  // y of one step may be hT
+    };
     for (Index b = B * i / n; b < B * (i + 1) / n; ++b) {
       const Index length = length_of(steps, b), last = length ? last_time(steps, b) : 0;
       const T* h = length ? job.y + (last * B + b) * P : job.h0 ? job.h0 + b * P : job.zeros;
@@ -260,6 +282,7 @@ struct ForwardLoop : ForwardSteps<V> {
   using T = typename V::scalar;
   using CellType = Cell;
   using Vector = V;
+  using Base::input, Base::recurrent, Base::recurrent2, Base::packed_from;
   using Base::job, Base::worker, Base::rows, Base::block_begin, Base::block_end, Base::masks;
   static constexpr int A = Cell::accumulators;
   static constexpr CellShape shape = shape_of<Cell>();
@@ -279,9 +302,9 @@ struct ForwardLoop : ForwardSteps<V> {
     alignas(64) T acc[kMaxTile * V::lanes];
     this->start(shape, block, wide, m, lane, acc);
     const Product<T> products[2] = {
-        Base::product(shape, job.input, Cell::input, rows.x + first, job.I, block, lane),
-        Base::product(shape, job.recurrent, Cell::recurrent, (kRegularized<Cell> ? rows.operand : rows.h) + first,
-                      job.P, block, lane)};
+        Base::product(shape, input, Cell::input, rows.x + first, job.I, block - packed_from, lane),
+        Base::product(shape, recurrent, Cell::recurrent, (kRegularized<Cell> ? rows.operand : rows.h) + first, job.P,
+                      block - packed_from, lane)};
     if (job.projected) {
       this->load_projected(rows.projected + first, block, wide, m, lane, acc);
       Base::tile_of(shape, m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
@@ -338,8 +361,9 @@ struct ForwardLoop : ForwardSteps<V> {
       for (int w = 0; w < wide; ++w)
         for (int i = 0; i < m; ++i)
           V::load(rows.saved[first + i] + at + (w * Cell::saved + slot) * kBlock).store(acc + (w * m + i) * V::lanes);
-      Product<T> p = Base::product(shape, job.recurrent2, Cell::recurrent2, rows.middle + first, job.P, block, lane);
-      p.b_gap = job.recurrent2.block_step;
+      Product<T> p =
+          Base::product(shape, recurrent2, Cell::recurrent2, rows.middle + first, job.P, block - packed_from, lane);
+      p.b_gap = recurrent2.block_step;
       tile_for<V>(m, wide)(&p, 1, acc);
       for (int w = 0; w < wide; ++w) {
         const Index u = (block + w) * kBlock + lane, in_row = job.H - u;
@@ -372,6 +396,8 @@ struct ForwardLoop : ForwardSteps<V> {
         const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
         const Index first = tiles.begin(i), block = block_begin + panels.begin(j);
         const int m = int(tiles.begin(i + 1) - first), wide = int(block_begin + panels.begin(j + 1) - block);
+        if constexpr (!Cell::layer_norm)
+          if (job.weight_hh && n == 0) this->pack_panel(phase, block, wide);
         for (Index lane = 0; lane < kBlock; lane += V::lanes)
           phase == 1 ? phase1(first, m, block, wide, lane) : phase2(first, m, block, wide, lane);
       }

@@ -15,6 +15,8 @@ using Index = int64_t;
 
 constexpr Index kBlock = 16;  // hidden units per block, on every instruction set and dtype
 
+constexpr Index kPanelVectors = 8;  // of 16, at most: the accumulators of a panel of blocks
+
 constexpr int kCells = 0
 #define X(id, type) +1
 #include "cells/cells.def"
@@ -94,6 +96,11 @@ struct ForwardJob {
   const T* x;
   Index x_step, x_row;
   Packed<T> input, recurrent, recurrent2;
+  // Instead of packed ones, for a single step: weights as PyTorch lays them out, and memory of `panel_step` elements
+  // per thread, where the blocks of a panel are packed just before they are used.
+  const T *weight_ih, *weight_hh;  // null: packed
+  T* panel;
+  Index panel_step;
   const T* bias;   // [block][accumulator][16]
   const T* h0;     // (B, P) or null
   const T* c0;     // [B][blocks*16] or null
@@ -158,7 +165,7 @@ struct PackJob {
   const T* weight;
   Index H, K;
   Part part;
-  T* out;
+  T* out;  // of block_begin
   Index block_step;
   Index block_begin, block_end;  // blocks of outputs: units, or when transposed, columns of the matrix
 };

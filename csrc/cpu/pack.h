@@ -17,7 +17,7 @@ void pack(const PackJob<T>& job) {
   for (Index block = job.block_begin; block < job.block_end; ++block)
     for (int s = 0; s < count; ++s) {
       const T* rows = job.weight + (job.part.gate[s] * job.H + block * kBlock) * job.K;
-      T* out = job.out + block * job.block_step + s * kBlock;
+      T* out = job.out + (block - job.block_begin) * job.block_step + s * kBlock;
       const Index step = count * kBlock, units = job.H - block * kBlock < kBlock ? job.H - block * kBlock : kBlock;
       Index k = 0;
       if (units == kBlock)
@@ -36,7 +36,7 @@ void pack_transposed(const PackJob<T>& job) {
       for (Index u = u0; u < job.H && u < u0 + kBlock; ++u, at += kBlock) {
         const T* row = job.weight + (job.part.gate[s] * job.H + u) * job.K;
         for (Index block = job.block_begin; block < job.block_end; ++block) {
-          T* out = job.out + block * job.block_step + at;
+          T* out = job.out + (block - job.block_begin) * job.block_step + at;
           const Index column = block * kBlock, columns = job.K - column;
           if (columns >= kBlock)
             __builtin_memcpy(out, row + column, kBlock * sizeof(T));

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "api.h"
@@ -250,6 +251,7 @@ struct PackAll {
         const Index end = n * (region.thread + 1) / region.threads;
         for (Index block = n * region.thread / region.threads; block < end; block = part.block_end) {
           part.block_begin = block, part.block_end = std::min(end, block + kTogether);
+          part.out = all.job[i].out + block * part.block_step;
           all.pack(part);
           if (!region.poll()) return;
         }
@@ -354,7 +356,14 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   const CellShape& shape = shape_of(kernels, problem);
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
-  const Split split = split_for<T>(shape, n, cpu::num_threads());
+  Split split = split_for<T>(shape, n, cpu::num_threads());
+
+  // One step reads each weight once: packed panel by panel they need not leave the cache in between.
+  const bool by_panel = !call.packed && n.T == 1 && !shape.layer_norm;
+  if (by_panel && split.by_rows) split = {int(std::min<Index>(split.threads, blocks)), false};  // each panel once
+  const PackedPtr<T> own =
+      call.packed || by_panel ? nullptr : pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll);
+  const PackedWeights<T>* packed = own ? own.get() : call.packed;
 
   const Chunk<T> chunk(shape, n);
 
@@ -362,26 +371,29 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   Layout<T> tape_layout, scratch;
   TapePtr<T> tape(call.save == Save::nothing ? nullptr : new Tape<T>{});
   const bool all = call.save == Save::all;
-  const bool outside = all && call.saved;  // the tape lies in the caller's memory
+  const bool outside = call.saved;  // the tape lies in the caller's memory
   const Index rows = all ? tape_rows(problem, tape->starts) : n.B,
               boundary_count = call.save == Save::boundary_states && shape.has_c && chunk.count ? chunk.count - 1 : 0;
   T *saved = nullptr, *c = nullptr, *boundary_states = nullptr, *c0 = nullptr, *middle = nullptr, *projected = nullptr,
-    *zeros = nullptr, *masks = nullptr;
+    *zeros = nullptr, *masks = nullptr, *panel = nullptr, *bias = nullptr;
   char* threads = nullptr;
   const Index ahead = projected_steps<T>(shape, n);
   const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B, ahead)) + 64;
+  const Index panel_step = lines<T>(cpu::kPanelVectors * kBlock * (n.I + n.P));
   Buffer memory;
   const bool keeps = all || shape.phases == 2 || shape.layer_norm;  // read again in the same step
   for (int pass = 0; pass < 2; ++pass) {
     Layout<T>& kept_in = all ? tape_layout : scratch;
-    saved = kept_in.take({!outside && keeps ? rows : 0, shape.saved, units});
-    c = kept_in.take({!outside && shape.has_c ? rows : 0, units});
-    boundary_states = tape_layout.take({boundary_count, n.B, units});
+    saved = kept_in.take({!(all && outside) && keeps ? rows : 0, shape.saved, units});
+    c = kept_in.take({!(all && outside) && shape.has_c ? rows : 0, units});
+    boundary_states = tape_layout.take({outside ? 0 : boundary_count, n.B, units});
     c0 = scratch.take({call.c0 ? n.B : 0, units});
     middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
     projected = scratch.take({ahead, n.B, blocks, shape.input.count, kBlock});
     zeros = scratch.take({zero_count});
     masks = scratch.take({regularization_memory(problem, split.threads), n.B, units});
+    panel = scratch.take({by_panel ? split.threads : 0, panel_step});
+    bias = scratch.take({by_panel ? blocks : 0, shape.accumulators, kBlock});
     threads = reinterpret_cast<char*>(
         scratch.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     if (pass == 0) {
@@ -389,7 +401,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
       memory = scratch.allocate();
     }
   }
-  if (outside) saved = call.saved, c = saved + rows * shape.saved * units;
+  if (outside && all) saved = call.saved, c = saved + rows * shape.saved * units;
+  if (outside && !all) boundary_states = call.saved;
   if (tape) {
     tape->save = call.save;
     if (all)
@@ -404,7 +417,13 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   job.steps = steps_of(problem);
   job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks;
   job.x = call.x.data, job.x_step = call.x.step, job.x_row = call.x.row;
-  set_weights(job, *call.packed);
+  if (packed) set_weights(job, *packed);
+  if (by_panel) {
+    const cpu::ControlWord word(flush_subnormals.load());
+    pack_vectors(shape, n.H, call.weights.bias_ih, call.weights.bias_hh, bias);
+    job.weight_ih = call.weights.weight_ih, job.weight_hh = call.weights.weight_hh, job.bias = bias;
+    job.panel = panel, job.panel_step = panel_step;
+  }
   job.h0 = call.h0, job.c0 = call.c0 ? c0 : nullptr, job.zeros = zeros;
   job.y = call.y, job.h_out = call.y, job.h_out_step = n.B * n.P;
   job.kept = {0,
@@ -415,13 +434,13 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
               c,
               nullptr};
   // Written through a cache that cannot hold it, a line would be read first. Phase 2 and norms read it again at once.
-  job.stream = all && shape.phases == 1 && !shape.layer_norm &&
+  job.stream = all && shape.phases == 1 && !shape.layer_norm && reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 &&
                (!thresholds || rows * shape.saved * units * Index(sizeof(T)) > kSharedCache);
   job.boundary_states = boundary_count ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
   job.middle = shape.phases == 2 ? middle : nullptr;
   job.projected = ahead ? projected : nullptr, job.projected_steps = ahead;
   job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;
-  job.rows_outside = rows_outside<T>(shape, n);
+  job.rows_outside = !by_panel && rows_outside<T>(shape, n);
   job.scratch = threads, job.scratch_step = thread_bytes;
   job.regularization = regularization_of(problem, kernels, masks);
   const auto& run = problem.regularization.acts() ? kernels.regularized_forward : kernels.forward;
@@ -430,12 +449,16 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
 }
 
 template <class T>
-TapePtr<T> tape_over(const Problem& problem, const T* saved) {
+TapePtr<T> tape_over(const Problem& problem, Save save, const T* saved) {
   const CellShape& shape = shape_of(cpu::kernels<T>(), problem);
   TapePtr<T> tape(new Tape<T>{});
-  tape->save = Save::all;
+  tape->save = save;
+  if (save == Save::boundary_states) {
+    tape->boundary_states = const_cast<T*>(saved);  // backward only reads
+    return tape;
+  }
   const Index rows = tape_rows(problem, tape->starts);
-  tape->saved = const_cast<T*>(saved);  // backward only reads
+  tape->saved = const_cast<T*>(saved);
   tape->c = tape->saved + rows * shape.saved * blocks_of(problem.sizes.H) * kBlock;
   return tape;
 }
@@ -455,6 +478,9 @@ void backward(const BackwardCall<T>& call) {
 
   const Chunk<T> chunk(shape, n);
   const bool replay = call.tape->save == Save::boundary_states && shape.saved;  // an Elman cell saves nothing but y
+  const PackedPtr<T> own =
+      replay && !call.packed ? pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll) : nullptr;
+  const PackedWeights<T>* packed = own ? own.get() : call.packed;
   const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column
   Layout<T> layout;
   T *c0 = nullptr, *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr,
@@ -531,7 +557,7 @@ void backward(const BackwardCall<T>& call) {
     again.steps = job.steps;
     again.I = n.I, again.H = n.H, again.P = n.P, again.blocks = blocks;
     again.x = job.x, again.x_step = job.x_step, again.x_row = job.x_row;
-    set_weights(again, *call.packed);
+    set_weights(again, *packed);
     again.h0 = job.h0, again.c0 = job.c0, again.zeros = zeros;
     again.y = job.y, again.h_out = h_out;
     again.middle = shape.phases == 2 ? middle : nullptr;
@@ -575,10 +601,17 @@ Index chunks_of(CellId cell, const Sizes& sizes) {
   return Chunk<T>(cpu::kernels<T>().shape[int(cell)], sizes).count;
 }
 
-Index tape_width(CellId cell, Index H, bool regularized) {
-  const cpu::Kernels<float>& kernels = cpu::kernels<float>();
-  const CellShape& shape = (regularized ? kernels.regularized_shape : kernels.shape)[int(cell)];
-  return (shape.saved + shape.has_c) * blocks_of(H) * kBlock;
+template <class T>
+TapeShape tape_shape(const Problem& problem, Save save) {
+  const Sizes& n = problem.sizes;
+  const CellShape& shape = shape_of(cpu::kernels<T>(), problem);
+  const Index units = blocks_of(n.H) * kBlock;
+  if (save == Save::boundary_states) {
+    const Index count = Chunk<T>(shape, n).count;
+    return {shape.has_c && count ? (count - 1) * n.B : 0, units};
+  }
+  return {problem.lengths ? std::accumulate(problem.lengths, problem.lengths + n.B, Index(0)) : n.T * n.B,
+          (shape.saved + shape.has_c) * units};
 }
 
 template <class T>
@@ -594,7 +627,8 @@ void set_flush_subnormals(bool on) { flush_subnormals = on; }
   template struct Deleter<T>;                                                      \
   template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>, Poll); \
   template TapePtr<T> forward(const ForwardCall<T>&);                              \
-  template TapePtr<T> tape_over(const Problem&, const T*);                         \
+  template TapePtr<T> tape_over(const Problem&, Save, const T*);                   \
+  template TapeShape tape_shape<T>(const Problem&, Save);                          \
   template void backward(const BackwardCall<T>&);                                  \
   template Split split_of<T>(CellId, const Sizes&, int);                           \
   template Index chunks_of<T>(CellId, const Sizes&);                               \

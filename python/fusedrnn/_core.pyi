@@ -1,7 +1,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 _Array = npt.NDArray[Any]
@@ -42,29 +41,54 @@ def forward(
     save: int,
     detach_every: int = 0,
     regularization: _Regularization | None = None,
-) -> tuple[Any, ...]: ...  # y, hT, cT, h_states, c_states, tape or its array; None for what there is not
-def tape(
+) -> tuple[Any, ...]: ...  # y, hT, cT, h_states, c_states, tape; None for what there is not
+
+# Arrays here are NumPy's, or tensors once take_tensors knows their types. Those from ``y`` to ``tape``, and
+# ``out`` of run_backward, are written to; None for what is not wanted.
+def run_forward(
     cell: int,
-    saved: _Array,
-    x: _Array,
-    y: _Array,
-    h0: _Array | None,
-    c0: _Array | None,
-    weight_ih: _Array,
-    weight_hh: _Array,
-    bias_ih: _Array | None,
-    bias_hh: _Array | None,
-    gain_ih: _Array | None,
-    gain_hh: _Array | None,
-    gain_c: _Array | None,
-    bias_c: _Array | None,
-    lengths: npt.NDArray[np.int64] | None,
-    reset: npt.NDArray[np.bool_] | None,
+    weights: Packed | tuple[Any, ...],  # packed, or eight
+    x: Any,  # (T, B, I), or one step, (B, I)
+    h0: Any,
+    c0: Any,
+    lengths: Any,
+    reset: Any,
     reverse: bool,
-    detach_every: int = 0,
-    regularization: _Regularization | None = None,
-) -> Tape: ...
-def tape_width(cell: int, H: int, regularized: bool = False) -> int: ...
+    recompute: bool,
+    detach_every: int,
+    regularization: _Regularization | None,
+    y: Any,  # of one step None: it is hT
+    hT: Any,
+    cT: Any,
+    h_states: Any,
+    c_states: Any,
+    tape: Any,  # of tape_shape, or None: nothing is saved
+) -> None: ...
+def run_backward(
+    cell: int,
+    weights: tuple[Any, ...],
+    x: Any,
+    h0: Any,
+    c0: Any,
+    lengths: Any,
+    reset: Any,
+    reverse: bool,
+    recompute: bool,
+    detach_every: int,
+    regularization: _Regularization | None,
+    y: Any,
+    tape: Any,
+    dy: Any,
+    dhT: Any,
+    dcT: Any,
+    dh_states: Any,
+    dc_states: Any,
+    out: Sequence[Any],  # dx, the dweights, dh0, dc0
+) -> None: ...
+def tape_shape(
+    cell: int, T: int, B: int, I: int, H: int, recompute: bool, regularized: bool, float64: bool
+) -> tuple[int, int]: ...
+def take_tensors(tensor: type, parameter: type, api: Any) -> None: ...
 def backward(
     tape: Tape,
     dy: _Array | None,

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 import oracle
+from array_calls import Arrays
 from fusedrnn import gradcheck, kernels, layers, masks, multilayer
 from fusedrnn.autograd import test_mode as evaluation
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
-from problems import CELLS, NORMED, assert_bitwise_equal, assert_close, name, named, problem, run
+from problems import CELLS, NORMED, assert_bitwise_equal, assert_close, name, problem, run
 from test_reference import oracle_results
 
 REFERENCE = ReferenceBackend()
@@ -206,10 +207,12 @@ def test_bits_for_any_threads_and_what_is_saved(cell, size, cpu, threads):
             threads(count)
             assert_bitwise_equal(run(cpu, p), want)
             assert_bitwise_equal(run(cpu, p, save="boundary_states"), want)
-            out = cpu.forward(cell, p.x, p.weights, p.state0, **p.options, save="array")
-            tape = cpu.tape(cell, out.tape, out.y, p.x, p.weights, p.state0, **p.options)
-            got = named(cell, out, cpu.backward(tape, p.dy, p.dstateT, p.dstates))
-            assert_bitwise_equal(got, want)
+            for recompute in (False, True):
+                call = Arrays(p, recompute)
+                out = call.forward()
+                assert np.array_equal(out["y"], want["y"])
+                for key, value in call.backward(out["y"], out["tape"]).items():
+                    assert np.array_equal(value, want[key]), key
 
 
 @pytest.mark.kernel
@@ -397,10 +400,11 @@ def test_the_compiled_module_refuses_what_would_be_unsafe(cpu):
         with pytest.raises(TypeError):
             _core.forward(packed, *rest, wrong)
     r = Regularization(zoneout_h=0.5, seed=1)
-    kept = cpu.forward(p.cell, p.x, p.weights, regularization=r, save="array")
-    assert kept.tape.shape[2] == cpu.tape_width(p.cell, 5, r) > cpu.tape_width(p.cell, 5)
-    with pytest.raises(ValueError, match="saved: expected"):
-        cpu.tape(p.cell, kept.tape, kept.y, p.x, p.weights)
+    sizes = (2, 3, 2, 5)
+    assert cpu.tape_shape(p.cell, sizes, regularized=True)[1] > cpu.tape_shape(p.cell, sizes)[1]
+    out = Arrays(replace(p, regularization=r), False).forward()
+    with pytest.raises(ValueError, match="tape: expected"):
+        Arrays(p, False).backward(out["y"], out["tape"])
 
 
 def test_numba_refuses_by_name():

@@ -20,6 +20,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from array_calls import Arrays
 from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN, gru, layer_norm, lstm, rnn
@@ -443,44 +444,86 @@ def test_without_a_tape_the_results_are_the_same(cell, dtype):
 # --- NaN and infinity --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["all", "recompute"])
 @pytest.mark.parametrize("options", [{}, EVERYTHING, EVERYTHING | {"reverse": True}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
-def test_a_tape_in_an_array_gives_the_same_bits(cell, dtype, options):
-    """Wherever the array lies; and what ragged rows leave of it is 0."""
+def test_calls_into_arrays_give_the_same_bits(cell, dtype, options, recompute):
+    """Of weights as they are and packed; and from a tape that lies anywhere, with more rows than it needs."""
     p = problem(cell, 9, 5, 3, 19, dtype=dtype, **options)
-    out = CPU.forward(cell, p.x, p.weights, p.state0, **p.options, save="array")
-    assert out.tape.shape == (9, 5, CPU.tape_width(cell, 19))
-    assert np.isfinite(out.tape).all()
-    moved = np.empty(out.tape.size + 1, dtype)[1:].reshape(out.tape.shape)
-    moved[:] = out.tape
+    call = Arrays(p, recompute)
     want = run(CPU, p)
-    for saved in (out.tape, moved):  # a truncated gradient is told to the tape again
-        tape = CPU.tape(cell, saved, out.y, p.x, p.weights, p.state0, **p.options)
-        assert_bitwise_equal(named(cell, out, CPU.backward(tape, p.dy, p.dstateT, p.dstates)), want)
+    out = call.forward()
+    packed = call.forward(CPU.pack(cell, p.weights).core)
+    for key, value in out.items():
+        assert value is None or np.array_equal(value, packed[key], equal_nan=True), key
+    tape = out["tape"]
+    moved = np.empty(tape.size + 1, dtype)[1:].reshape(tape.shape)
+    moved[:] = tape
+    larger = np.concatenate([tape, np.full_like(tape, np.nan)])
+    for kept in (tape, moved, larger):
+        got = call.backward(out["y"], kept)
+        for key, value in got.items():
+            assert np.array_equal(value, want[key]), key
+    for key in ("y", "hT", "cT"):
+        assert key not in want or np.array_equal(out[key], want[key])
+
+
+@pytest.mark.parametrize("units", [5, 19, 40])
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_one_step_of_weights_as_they_lie_gives_the_same_bits(cell, dtype, batch, units):
+    """As of packed ones: (B, I) is one step, whose y is the final h."""
+    p = problem(cell, 1, batch, 23, units, dtype=dtype)
+    want = run(CPU, p)
+    step = Arrays(replace(p, x=p.x[0], dy=None, dstates=None), False)
+    for weights in (None, CPU.pack(cell, p.weights).core):
+        out = step.forward(weights)
+        assert out["y"] is None
+        assert np.array_equal(out["hT"], want["hT"])
+    first = CPU.forward(cell, p.x, p.weights, p.state0)
+    expected = named(cell, first, CPU.backward(first.tape, None, p.dstateT))
+    for key, value in step.backward(out["hT"], out["tape"]).items():
+        assert np.array_equal(value, expected[key].reshape(value.shape)), key
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
-def test_an_array_tape_that_does_not_fit_is_refused(cell):
+def test_arrays_that_do_not_fit_are_refused(cell):
     p = problem(cell, 4, 3, 2, 5)
-    out = CPU.forward(cell, p.x, p.weights, p.state0, save="array")
+    call = Arrays(p, False)
+    out = call.forward()
+    tape, y, w = out["tape"], out["y"], p.weights
     refused = (TypeError, ValueError)
     other = np.float64 if p.x.dtype == np.float32 else np.float32
-    for bad in (out.tape[1:], out.tape[:, 1:], out.tape[None], out.tape.astype(other), None):
-        with pytest.raises(refused, match="saved"):
-            CPU.tape(cell, bad, out.y, p.x, p.weights, p.state0)
-    w = p.weights
-    for y, x, weights in (
-        (out.y[1:], p.x, w),
-        (out.y, p.x[:, :, 1:], w),
-        (out.y, p.x, w._replace(weight_hh=w.weight_hh[1:])),
-        (out.y, p.x, w._replace(weight_ih=w.weight_ih[:, 1:])),
-        (out.y, p.x, w._replace(weight_ih=w.weight_ih[:0])),
+    for bad in (tape[1:], tape[:, :-1] if tape.size else tape[:, None], tape[None], tape.astype(other), None):
+        with pytest.raises(refused, match="tape"):
+            call.backward(y, bad)
+    for bad_y, x, weights in (
+        (y[1:], p.x, w),
+        (y, p.x[:, :, 1:], w),
+        (y, p.x, w._replace(weight_hh=w.weight_hh[1:])),
+        (y, p.x, w._replace(weight_ih=w.weight_ih[:, 1:])),
+        (y, p.x, w._replace(weight_ih=w.weight_ih[:0])),
     ):
         with pytest.raises(refused):
-            CPU.backward(CPU.tape(cell, out.tape, y, x, weights, p.state0), p.dy)
+            Arrays(replace(p, x=x, weights=weights), False).backward(bad_y, tape)
     with pytest.raises(refused, match="lengths"):
-        CPU.tape(cell, out.tape, out.y, p.x, w, p.state0, lengths=np.array([5, 1, 1]))
+        Arrays(replace(p, lengths=np.array([5, 1, 1])), False).backward(y, tape)
+    for key, value in out.items():
+        if value is None:
+            continue
+        bad = out | {key: np.empty((2, 2), p.x.dtype)}
+        with pytest.raises(refused, match=key):
+            CPU.run_forward(cell, tuple(w), p.x, *call.states, *call.options, *bad.values())
+    with pytest.raises(TypeError, match="None"):
+        CPU.run_forward(cell, tuple(w), p.x, *call.states, *call.options, *[None] * 6)
+    with pytest.raises(TypeError, match="weights"):
+        CPU.run_forward(cell, list(w), p.x, *call.states, *call.options, *out.values())
+    packed = CPU.pack(cell, w).core
+    rest = (y, tape, *[None] * 5, [None] * 11)
+    with pytest.raises(TypeError, match="packed"):
+        CPU.run_backward(cell, packed, p.x, *call.states, *call.options, *rest)
 
 
 @pytest.mark.parametrize("cell", [LSTM(), GRU(), GRU(reset_after=False)], ids=cell_name)

@@ -16,9 +16,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedrnn.torch as ours
 from fusedrnn import backends
-from fusedrnn.kernels import Regularization, Weights
+from fusedrnn.kernels import Weights
 from fusedrnn.torch import compilable, ops
-from fusedrnn.torch.recurrence import NORMED
+from fusedrnn.torch.ops import NORMED, Call
+from fusedrnn.torch.recurrence import recurrence
 
 # What PyTorch itself warns of while it compiles is no concern of these tests.
 pytestmark = [
@@ -102,9 +103,20 @@ def cell_of(mode, options):
     return mode + NORMED if options.get("normed") else mode
 
 
-def more_of(mode, options):
-    """The last arguments: detach_every, rates, stream."""
-    return (None, [0.25, 0.2, 0.1 if mode == "LSTM" else 0.0], 3) if options.get("regularized") else ()
+def call_of(
+    mode, dtype=torch.float64, *, reverse=False, detach_every=None, grad=True, recompute=False, **options
+):
+    """What both operators begin with."""
+    args = inputs(mode, dtype, grad=grad, **options)
+    rates = ([0.25, 0.2, 0.1 if mode == "LSTM" else 0.0], 3) if options.get("regularized") else ([], 0)
+    return Call(*args, cell_of(mode, options), reverse, recompute, detach_every, *rates)
+
+
+def forward(call, return_states=False, save=True):
+    """The results, and the tape or None."""
+    found = torch.ops.fusedrnn.recurrence(*call, return_states, call.tape_rows() if save else None)
+    n = call.results(return_states)
+    return found[:n], found[n] if save else None
 
 
 # --- the operators ------------------------------------------------------------------------------------------
@@ -132,114 +144,123 @@ def cases():
 
 @pytest.mark.parametrize(("mode", "options", "dtype", "reverse"), list(cases()))
 def test_opcheck_of_forward(mode, options, dtype, reverse):
-    args = inputs(mode, dtype, **options)
-    op = torch.ops.fusedrnn.recurrence.default
-    for return_states, save in ((True, True), (False, False)):
-        more = more_of(mode, options)
-        torch.library.opcheck(op, (*args, cell_of(mode, options), reverse, return_states, save, *more))
+    call = call_of(mode, dtype, reverse=reverse, grad=False, **options)
+    for return_states, rows in ((True, call.tape_rows()), (False, None), (False, T * B)):
+        torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, (*call, return_states, rows))
 
 
 @pytest.mark.parametrize(("mode", "options", "dtype", "reverse"), list(cases()))
 def test_opcheck_of_backward(mode, options, dtype, reverse):
-    args = inputs(mode, dtype, **options, grad=False)
-    op = torch.ops.fusedrnn.recurrence_backward.default
-    two, cell, more = mode == "LSTM", cell_of(mode, options), more_of(mode, options)
+    call = call_of(mode, dtype, reverse=reverse, grad=False, **options)
+    two = mode == "LSTM"
+    there = [t is not None for t in call[:11]]
     for save in (True, False):
-        y, *_, tape = torch.ops.fusedrnn.recurrence(*args, cell, reverse, True, save, *more)
+        (y, *_), tape = forward(call, True, save)
         dy, dhT, dh_states = torch.randn_like(y), torch.randn(B, H, dtype=dtype), torch.randn_like(y)
         if save:
-            grads, need = (dy, dhT, dhT if two else None, dh_states, dh_states if two else None), [True] * 10
+            grads, need = (dy, dhT, dhT if two else None, dh_states, dh_states if two else None), there
         else:
-            grads, need = (dy, *[None] * 4), [False, True, False, False, True, *[False] * 5]
-        torch.library.opcheck(op, (*args, y, tape, *grads, cell, reverse, need, *more))
+            grads, need = (dy, *[None] * 4), [False, False, False, True, *[False] * 7]
+        arguments = (*call, y, tape, None, *grads, need)
+        torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, arguments)
 
 
 def test_opcheck_of_detach_every():
-    args = inputs("LSTM")
-    torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, (*args, "LSTM", False, True, True, 2))
-    args = inputs("LSTM", grad=False)
-    y, *_, tape = torch.ops.fusedrnn.recurrence(*args, "LSTM", False, False, True, 2)
-    options = ("LSTM", False, [True] * 10, 2)
-    grads = (y, None, None, None, None)
-    torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, (*args, y, tape, *grads, *options))
+    call = call_of("LSTM", detach_every=2, grad=False)
+    torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, (*call, True, T * B))
+    (y, *_), tape = forward(call)
+    arguments = (*call, y, tape, None, y, None, None, None, None, [True] * 7 + [False] * 4)
+    torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, arguments)
 
 
-@pytest.mark.parametrize("save", [True, False], ids=["tape", "again"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["tape", "again"])
 @options_of
 @pytest.mark.parametrize("mode", MODES)
-def test_gradcheck_of_the_operator(mode, options, save):
-    args = inputs(mode, **options)
-    tensors = [t for t in args[:TENSORS] if t is not None]
-    cell, more = cell_of(mode, options), more_of(mode, options)
+def test_gradcheck_of_the_node(mode, options, recompute):
+    call = call_of(mode, reverse=True, recompute=recompute, **options)
+    tensors = [t for t in call[:TENSORS] if t is not None]
 
     def run(*given):
         rest = iter(given)
-        filled = [None if t is None else next(rest) for t in args[:TENSORS]]
-        found = torch.ops.fusedrnn.recurrence(*filled, *args[TENSORS:], cell, True, True, save, *more)[:5]
-        found = [t for t in found if t.numel() and t.requires_grad]
-        lengths = args[TENSORS]
-        if lengths is not None:  # the kernels take no gradient of held states
-            valid = (torch.arange(T)[:, None] < lengths)[:, :, None]
+        filled = [None if t is None else next(rest) for t in call[:TENSORS]]
+        found = recurrence(Call(*filled, *call[TENSORS:]), True)
+        if call.lengths is not None:  # the kernels take no gradient of held states
+            valid = (torch.arange(T)[:, None] < call.lengths)[:, :, None]
             found = [t * valid if t.dim() == 3 else t for t in found]
         return tuple(found)
 
-    assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(run, tensors, fast_mode=True, check_batched_grad=True)
+
+
+def test_gradcheck_of_one_step():
+    step = call_of("LSTM", bias=False)._replace(x=torch.randn(B, I, dtype=torch.float64).requires_grad_())
+
+    def run(x, h0, c0, *weights):
+        found = recurrence(step._replace(x=x, h0=h0, c0=c0, weight_ih=weights[0], weight_hh=weights[1]))
+        return tuple(found)
+
+    tensors = [t for t in step[:TENSORS] if t is not None]
+    assert torch.autograd.gradcheck(run, tensors, check_batched_grad=True)
 
 
 @options_of
 @pytest.mark.parametrize("mode", MODES)
 def test_the_tape_in_an_array_gives_the_same_bits(mode, options, poison):
-    """As the kernels' own tape; the array may lie anywhere."""
-    args = inputs(mode, torch.float32, **options, grad=False)
-    cell, more = cell_of(mode, options), more_of(mode, options)
-    y, *_, tape = torch.ops.fusedrnn.recurrence(*args, cell, False, False, True, *more)
-    assert tape.shape == (T, B, ops.tape_width(ops.ForwardInputs(cell, False, False, True, *more), H))
+    """As the kernels' own tape; the array may lie anywhere, and have more rows than it needs."""
+    call = call_of(mode, torch.float32, grad=False, **options)
+    (y, *_), tape = forward(call)
+    rows = T * B if call.lengths is None else int(call.lengths.sum())
+    assert tape.shape == (rows, call.tape_width())
     backend = backends.usable(None)
     moved = torch.empty(tape.numel() + 1, dtype=tape.dtype)[1:].view_as(tape).copy_(tape)
-    for kept in (tape, moved):
-        found = torch.ops.fusedrnn.recurrence_backward(
-            *args, y, kept, y, None, None, None, None, cell, False, [True] * 10, *more
-        )
-        arrays = [None if t is None else t.numpy() for t in args]
-        x, h0, c0, *weights = arrays[:TENSORS]
-        lengths, reset, seed = arrays[TENSORS:]
-        state = None if h0 is None else (h0,) if c0 is None else (h0, c0)
-        regularization = Regularization(*more[1], int(seed), more[2]) if more else None
-        out = backend.forward(
-            ops.CELLS[cell],
-            x,
-            Weights(*weights),
-            state,
-            lengths=lengths,
-            reset=reset,
-            regularization=regularization,
-        )
-        dx, dweights, dstate0 = backend.backward(out.tape, out.y)
-        expected = (dx, *dweights, *dstate0)
-        for ours_, own in zip(found, expected, strict=False):
-            assert own is None or np.array_equal(ours_.numpy(), own)
+    larger = torch.cat([tape, torch.full_like(tape, torch.nan)])
+    need = [t is not None for t in call[:TENSORS]]
+    arrays = [None if t is None else t.numpy() for t in call[: TENSORS + 2]]
+    x, h0, c0, *weights, lengths, reset = arrays
+    state = None if h0 is None else (h0,) if c0 is None else (h0, c0)
+    out = backend.forward(
+        ops.CELLS[call.cell],
+        x,
+        Weights(*weights),
+        state,
+        lengths=lengths,
+        reset=reset,
+        regularization=call.regularization(),
+    )
+    dx, dweights, dstate0 = backend.backward(out.tape, out.y)
+    expected = (dx, *(*(dstate0 or ()), None, None)[:2], *dweights)
+    for kept in (tape, moved, larger):
+        found = torch.ops.fusedrnn.recurrence_backward(*call, y, kept, None, y, None, None, None, None, need)
+        for ours_, own, needed in zip(found, expected, need, strict=True):
+            assert np.array_equal(ours_.numpy(), own) if needed else ours_.numel() == 0
+
+
+def test_a_tape_that_is_none_of_the_calls_is_refused():
+    call = call_of("LSTM", grad=False)
+    (y, *_), tape = forward(call)
+    run = torch.ops.fusedrnn.recurrence_backward
+    for bad in (tape[:-1], tape[:, 1:], tape.double()[:0], tape.float(), tape[None]):
+        with pytest.raises((ValueError, TypeError), match="tape"):
+            run(*call, y, bad, None, y, None, None, None, None, [True] * 7 + [False] * 4)
 
 
 def test_another_backend_runs_forward_again(monkeypatch):
     monkeypatch.setenv("FUSEDRNN_BACKEND", "reference")
-    args = inputs("LSTM", lengths=True)
-    y, *_, tape = torch.ops.fusedrnn.recurrence(*args, "LSTM", False, False, True)
-    assert tape.shape == (T, B, 0)
-    y.sum().backward()
-    given = [t for t in args[:TENSORS] if t is not None]
-    found = [t.grad.clone() for t in given]
+    call = call_of("LSTM", lengths=True)
+    recurrence(call)[0].sum().backward()
+    leaves = [t for t in call[:TENSORS] if t is not None]
+    found = [t.grad.clone() for t in leaves]
     monkeypatch.delenv("FUSEDRNN_BACKEND")
-    for t in given:
+    for t in leaves:
         t.grad = None
-    torch.ops.fusedrnn.recurrence(*args, "LSTM", False, False, True)[0].sum().backward()
-    for a, t in zip(found, given, strict=True):
+    recurrence(call)[0].sum().backward()
+    for a, t in zip(found, leaves, strict=True):
         torch.testing.assert_close(a, t.grad)
 
 
 def test_a_second_derivative_names_the_way_out():
-    args = inputs("GRU")
-    y = torch.ops.fusedrnn.recurrence(*args, "GRU", False, False, True)[0]
-    (dx,) = torch.autograd.grad(y.sum(), args[0], create_graph=True)
+    call = call_of("GRU")
+    (dx,) = torch.autograd.grad(recurrence(call)[0].sum(), call.x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"to_torch.*fallback"):
         dx.sum().backward()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 
@@ -65,7 +66,10 @@ def test_convert_and_back():
         assert_close(losses[1], losses[0])
     assert all(layer.last_path == "fused" for layer in model.layers.values())
     assert ft.convert(model).converted == {}  # they are ours already
-    assert ft.to_torch(model) is model
+    back = ft.to_torch(model)
+    assert back.model is model
+    assert back.converted == {f"layers.{kind}": kind for kind in LAYERS + CELLS}
+    assert back.left == {}
     assert type(model.again) is torch.nn.LSTM
     assert not any("fusedrnn" in name or name == "last_path" for m in model.modules() for name in vars(m))
     assert_close(model(x), plain(x))
@@ -90,18 +94,73 @@ def test_what_is_left_and_why():
     class Own(torch.nn.LSTM):
         pass
 
-    model = torch.nn.Sequential(Own(2, 3), torch.nn.GRU(3, 3))
-    torch.nn.utils.parametrizations.weight_norm(model[1], "weight_hh_l0")
-    found = ft.convert(model)
+    class Mine(ft.LSTM):
+        pass
+
+    found = ft.convert(torch.nn.Sequential(Own(2, 3), Mine(3, 3)))
     assert found.converted == {}
     assert found.left == {
         "0": "its class Own is not torch.nn's own",
-        "1": "it is parametrized; convert it before",
+        "1": "its class Mine is not torch.nn's own",
     }
+    found = ft.to_torch(torch.nn.Sequential(Own(2, 3), Mine(3, 3)))
+    assert found.converted == {}
+    assert found.left == {"1": "its class Mine is derived from fusedrnn.torch's"}
+    assert str(found) == "1: left as it is, its class Mine is derived from fusedrnn.torch's"
     assert str(ft.convert(torch.nn.Linear(1, 1))) == "no recurrent layer"
     for wrong in (ft.convert, ft.to_torch):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
             wrong(3)
+
+
+@every_kind
+def test_parametrized_layers_are_converted_both_ways(kind):
+    layer, x = getattr(torch.nn, kind)(3, 4), torch.randn(*(5, 2, 3)[len(kind) > 4 :])
+    torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0" if kind in LAYERS else "weight_hh")
+    model = torch.nn.Sequential(layer)
+    expected = flat(model(x))
+    assert ft.convert(model).converted == {"0": kind}
+    for a, b in zip(flat(model(x)), expected, strict=True):
+        assert_close(a, b)
+    assert layer.last_path == "fused"
+    sum(t.sum() for t in flat(model(x))).backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    assert ft.to_torch(model).converted == {"0": kind}
+    for a, b in zip(flat(model(x)), expected, strict=True):
+        assert torch.equal(a, b)
+    assert not isinstance(layer, getattr(ft, kind))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
+@pytest.mark.usefixtures("warned")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_torchscript_takes_pytorchs_layer_and_says_so(kind):
+    model = torch.nn.Sequential(getattr(ft, kind)(3, 4)).eval()
+    x = torch.randn(5, 2, 3)
+    expected = model(x)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        scripted = torch.jit.script(model)
+    assert any(w.category is ft.FallbackWarning and "to_torch" in str(w.message) for w in told)
+    assert type(model[0]) is getattr(torch.nn, kind)
+    assert_close(scripted(x)[0], expected[0])
+    ft.set_fallback_errors(True)
+    try:
+        with pytest.raises(RuntimeError, match="TorchScript"):
+            torch.jit.script(torch.nn.Sequential(getattr(ft, kind)(3, 4)))
+    finally:
+        ft.set_fallback_errors(False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
+def test_torchscript_of_what_torch_nn_lacks():
+    class Mine(ft.LSTM):
+        pass
+
+    layers = {"zoneout_h": ft.LSTM(3, 4, zoneout_h=0.1), r"Mine.*derive it from torch\.nn": Mine(3, 4)}
+    for text, layer in layers.items():
+        with pytest.raises((ValueError, RuntimeError), match=text):
+            torch.jit.script(torch.nn.Sequential(layer))
 
 
 def test_patched():

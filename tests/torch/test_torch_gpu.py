@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from emulated import EmulatedDevice  # noqa: E402
 from fusedrnn import torch as fused  # noqa: E402
 from fusedrnn.backends.cuda import CudaBackend  # noqa: E402
-from fusedrnn.torch import gpu, paths, recurrence  # noqa: E402
+from fusedrnn.torch import gpu, ops, paths  # noqa: E402
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -43,7 +43,9 @@ def device(monkeypatch):
     monkeypatch.setattr(gpu, "on", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(gpu, "_array", lambda t: t.as_subclass(torch.Tensor).numpy())
     monkeypatch.setattr(gpu, "_tensor", lambda a: torch.from_numpy(a).as_subclass(Elsewhere))
-    monkeypatch.setattr(recurrence, "tensor", gpu.tensor)
+    monkeypatch.setattr(ops, "tensor", gpu.tensor)
+    # What autograd saved has lost its subclass.
+    monkeypatch.setattr(ops, "array", lambda t: None if t is None else gpu.array(t.detach()))
     torch.manual_seed(0)
     return emulated
 

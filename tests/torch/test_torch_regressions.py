@@ -331,6 +331,6 @@ def test_regression_R38_an_error_of_the_kernels_is_not_hidden(kind, monkeypatch)
         raise MemoryError("no memory")
 
     _, ours = module_pair(kind, I, H)
-    monkeypatch.setattr(CpuBackend, "forward", broken)
+    monkeypatch.setattr(CpuBackend, "run_forward", broken)
     with pytest.raises(MemoryError, match="no memory"):
         ours(torch.ones(T, B, I))

@@ -7,6 +7,7 @@ what its kernels rely on, so a call goes straight there; only what it refuses go
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
@@ -43,7 +44,7 @@ except ImportError as error:  # a source tree that was never built
     )
 
 
-SAVE = {None: 0, "all": 1, "boundary_states": 2, "array": 3}  # the ids that _core takes
+SAVE = {None: 0, "all": 1, "boundary_states": 2}  # the ids that _core takes
 
 
 class Packed(NamedTuple):
@@ -68,6 +69,7 @@ class Tape(NamedTuple):
         return int(self.core.bytes)
 
 
+@functools.cache
 def _cell_id(cell: Cell) -> int:
     match cell:
         case RNN():
@@ -129,17 +131,13 @@ class CpuBackend:
         regularization: Regularization | None = None,
         save: str | None = "all",
     ) -> Forward:
-        """One layer, one direction, the whole sequence.
-
-        With ``save="array"`` the tape is an array (T, B, ``tape_width``) instead, which ``tape`` takes.
-        """
+        """One layer, one direction, the whole sequence."""
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if cell is not packed.cell and check_cell(cell) != packed.cell:
             raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
         if regularization is not None:
             regularization = check_regularization(packed.cell, regularization)
         results = None
-        in_array = type(save) is str and save == "array"
         state = _two(cell, state0, False)
         if (  # the compiled module would not see what these are, or would convert them
             state is not None
@@ -177,10 +175,9 @@ class CpuBackend:
                 return_states=return_states,
                 detach_every=detach_every,
                 regularization=regularization,
-                save="all" if in_array else save,
+                save=save,
             )
             h0, c0 = cast(_Two, _two(cell, a.state0, False))
-            kept = SAVE["array" if in_array else a.save]
             results = _core.forward(
                 packed.core,
                 a.x,
@@ -190,7 +187,7 @@ class CpuBackend:
                 a.reset,
                 a.reverse,
                 a.return_states,
-                kept,
+                SAVE[a.save],
                 a.detach_every or 0,
                 a.regularization,
             )
@@ -200,49 +197,35 @@ class CpuBackend:
             y,
             (hT, cT) if two else (hT,),
             None if h_states is None else (h_states, c_states) if two else (h_states,),
-            tape
-            if tape is None or in_array
-            else Tape(packed.cell, packed.weights, h_states is not None, tape),
+            None if tape is None else Tape(packed.cell, packed.weights, h_states is not None, tape),
         )
 
-    def tape_width(self, cell: Cell, hidden_size: int, regularization: Regularization | None = None) -> int:
-        """Elements of a tape in an array for each step and row."""
-        regularized = check_regularization(cell, regularization) is not None
-        return _core.tape_width(_cell_id(cell), hidden_size, regularized)
+    def run_forward(self, cell: Cell, *arguments: Any) -> None:
+        """Forward into arrays of the caller's, the tape among them; ``_core.run_forward`` has the arguments.
 
-    def tape(
+        Weights may be as they are, or packed. With ``run_backward`` for libraries that keep arrays, in which
+        all is that backward needs, and nothing else.
+        """
+        _core.run_forward(_cell_id(cell), *arguments)
+
+    def run_backward(self, cell: Cell, *arguments: Any) -> None:
+        """Backward of ``run_forward``, into arrays; ``_core.run_backward`` has the arguments."""
+        _core.run_backward(_cell_id(cell), *arguments)
+
+    def tape_shape(
         self,
         cell: Cell,
-        saved: Array,
-        y: Array,
-        x: Array,
-        weights: Weights,
-        state0: State | None = None,
+        sizes: tuple[int, int, int, int],
         *,
-        lengths: Array | None = None,
-        reset: Array | None = None,
-        reverse: bool = False,
-        return_states: bool = False,
-        detach_every: int | None = None,
-        regularization: Regularization | None = None,
-    ) -> Tape:
-        """The tape that lies in ``saved``, for backward: of what forward got, in the layout that it needs."""
-        h0, c0 = cast(_Two, _two(cell, state0, False))
-        core = _core.tape(
-            _cell_id(cell),
-            saved,
-            x,
-            y,
-            h0,
-            c0,
-            *weights,
-            lengths,
-            reset,
-            reverse,
-            detach_every or 0,
-            check_regularization(cell, regularization),
-        )
-        return Tape(cell, weights, return_states, core)
+        recompute: bool = False,
+        regularized: bool = False,
+        float64: bool = False,
+    ) -> tuple[int, int]:
+        """Rows and elements per row of the array that ``run_forward`` takes for a tape, for T, B, I, H.
+
+        Of ``lengths`` it needs as many rows as there are valid steps; more do no harm.
+        """
+        return _core.tape_shape(_cell_id(cell), *sizes, recompute, regularized, float64)
 
     def backward(
         self,

@@ -214,33 +214,67 @@ class CudaBackend:
         know their values. With ``save="boundary_states"`` the tape keeps no more than with None, and
         backward runs all of forward again.
         """
-        packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
-        if packed.cell != check_cell(cell):
-            raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
-        _check_current(self.device, packed, "weights")
-        a = check_forward(
-            cell,
-            x,
-            packed.weights,
-            state0,
-            lengths=lengths,
-            reset=reset,
-            reverse=reverse,
-            return_states=return_states,
-            detach_every=detach_every,
-            regularization=regularization,
-            save=save,
-            dtypes=dtypes_of(packed.device),
-            kind=_kind(packed.device),
-        )
-        if isinstance(a.lengths, np.ndarray):  # whose values were checked without waiting for the GPU
-            a = a._replace(lengths=packed.device.asarray(a.lengths))
-        if a.state0 is not None and a.save is not None:  # a tape does not borrow it
-            a = a._replace(state0=tuple(_copy(packed.device, s) for s in a.state0))
+        options = {
+            "lengths": lengths,
+            "reset": reset,
+            "reverse": reverse,
+            "return_states": return_states,
+            "detach_every": detach_every,
+            "regularization": regularization,
+            "save": save,
+        }
+        packed, a = self._checked(cell, x, weights, state0, options)
         kernel_options = self._kernel_options()
         y, stateT, states, c, saved = self._run(a, packed, kernel_options, a.save == "all")
         tape = None if a.save is None else Tape(a, packed, kernel_options, y, c, saved)
         return Forward(y, stateT, states, tape)
+
+    def _checked(
+        self,
+        cell: Cell,
+        x: Array,
+        weights: Weights | Packed,
+        state0: State | None,
+        options: dict[str, Any],
+    ) -> tuple[Packed, ForwardArguments]:
+        """The packed weights, and the arguments of forward as they have to be."""
+        packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
+        if packed.cell != check_cell(cell):
+            raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
+        _check_current(self.device, packed, "weights")
+        dtypes, kind = dtypes_of(packed.device), _kind(packed.device)
+        a = check_forward(cell, x, packed.weights, state0, **options, dtypes=dtypes, kind=kind)
+        if isinstance(a.lengths, np.ndarray):  # whose values were checked without waiting for the GPU
+            a = a._replace(lengths=packed.device.asarray(a.lengths))
+        if a.state0 is not None and a.save is not None:  # a tape does not borrow it
+            a = a._replace(state0=tuple(_copy(packed.device, s) for s in a.state0))
+        return packed, a
+
+    def saved(self, tape: Tape) -> tuple[Array, ...]:
+        """The arrays of a tape of everything, beside y, for a library that keeps arrays alone."""
+        return tuple(a for a in (tape.saved, tape.c) if a is not None)
+
+    def tape(
+        self,
+        cell: Cell,
+        x: Array,
+        weights: Weights,
+        state0: State | None = None,
+        *,
+        y: Array,
+        saved: tuple[Array | None, ...],
+        return_states: bool = False,
+        **options: Any,
+    ) -> Tape:
+        """The tape again, of what forward got and returned and of what ``saved`` gave."""
+        options |= {"return_states": return_states, "save": "all"}
+        packed, a = self._checked(cell, x, weights, state0, options)
+        T, B, _, H, _ = a.sizes
+        kernels = kernels_of(cell, a.regularization is not None)
+        arrays = iter(saved)
+        kept = next(arrays) if kernels.saved else None
+        c = next(arrays) if kernels.has_c else None
+        return Tape(a, packed, self._kernel_options(), y.reshape(T, B, H), c, kept)
 
     def backward(
         self,

@@ -13,6 +13,7 @@ from fusedrnn import threads as _threads
 from fusedrnn.torch import compilable
 from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
 from fusedrnn.torch.convert import Converted, convert, patched, to_torch
+from fusedrnn.torch.frozen import freeze, unfreeze
 from fusedrnn.torch.layers import GRU, LSTM, RNN
 from fusedrnn.torch.paths import FallbackWarning, fallback, set_fallback_errors
 
@@ -32,7 +33,9 @@ __all__ = [
     "compilable",
     "convert",
     "fallback",
+    "freeze",
     "patched",
     "set_fallback_errors",
     "to_torch",
+    "unfreeze",
 ]

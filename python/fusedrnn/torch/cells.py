@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,17 @@ from fusedrnn import cells
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.torch import dynamo, paths
 from fusedrnn.torch.forget_bias import ForgetBias
-from fusedrnn.torch.recurrence import CELLS, Call, Packed, PackedWeights, recurrence, weights_of
+from fusedrnn.torch.frozen import Freezable, Frozen, frozen
+from fusedrnn.torch.ops import CELLS, Call
+from fusedrnn.torch.recurrence import recurrence, weights_of
+from fusedrnn.torch.scripted import Scriptable
 
 # From x (B, I) and the state before it to the state after it.
-Run = Callable[[Tensor, tuple[Tensor, ...] | None], tuple[Tensor, ...]]
+Run = Callable[[Tensor, Sequence[Tensor] | None], Sequence[Tensor]]
 
 
-class CellMixin(torch.nn.RNNCellBase):
-    """What the three have in common. ``last_path`` and ``refresh()`` are as in ``layers.Recurrent``."""
+class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
+    """What the three have in common. ``last_path`` is as in ``layers.Recurrent``."""
 
     last_path: str | None = None
     mode: str  # the cell by PyTorch's name, as layers have it
@@ -29,27 +32,41 @@ class CellMixin(torch.nn.RNNCellBase):
     def cell(self) -> cells.Cell:
         return CELLS[self.mode]
 
-    def refresh(self) -> None:
-        """Forget packed weights: needed after a write to a few elements through a parameter's ``.data``."""
-        self.__dict__.pop("_fusedrnn_packed", None)
-
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step: input (B, I) or (I,); hx as PyTorch's, (B, H) or (H,) each; None is zeros."""
         if torch.compiler.is_compiling():
             return dynamo.cell(self, input, hx)
+        packed = frozen(self)
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
-        weights = weights_of(self, Weights._fields)
+        weights = weights_of(self) if packed is None else packed.weights[0]
         given = input
         if isinstance(input, Tensor) and (dtype := paths.lowered(input)) is not None:
             input = paths.lower(input, dtype)
             state0 = paths.lower_state(state0, dtype)
             weights = Weights(*[paths.lower(w, dtype) for w in weights])
-        packed = self._ready(input, state0, weights)
-        if isinstance(packed, str):
-            return paths.fall_back(self, packed, super().forward, given, hx)
+        reason = self._unsupported(input, state0, weights if packed is None else None)
+        if reason is not None:
+            if paths.is_proxy(given):
+                return paths.call_module(self, given, hx)
+            return paths.fall_back(self, reason, super().forward, given, hx)
         self.__dict__["last_path"] = paths.FUSED
-        call = Call(packed, {}, step=True)
-        return self._batched(input, state0, lambda x, begin: recurrence(call, x, begin, weights))
+        return self._batched(input, state0, self._one(weights, packed))
+
+    def _freezable_weights(self) -> list[Weights]:
+        return [weights_of(self)]
+
+    def _one(self, weights: Weights, packed: Frozen | None = None) -> Run:
+        """A step of a batch by the kernels, in autograd."""
+
+        def run(x: Tensor, state0: Sequence[Tensor] | None) -> Sequence[Tensor]:
+            h0, c0 = (None, None) if state0 is None else (*state0, None)[:2]
+            call = Call(x, h0, c0, *weights, None, None, None, self.mode)
+            if packed is None:
+                return recurrence(call)
+            packed.check(x, state0)
+            return packed.run(0, call, False)
+
+        return run
 
     def _batched(self, input: Tensor, state0: tuple[Tensor, ...] | None, run: Run) -> Any:
         """What ``forward`` returns, of a step that knows batches alone."""
@@ -58,10 +75,10 @@ class CellMixin(torch.nn.RNNCellBase):
         else:
             begin = None if state0 is None else tuple([s.unsqueeze(0) for s in state0])
             after = tuple([s.squeeze(0) for s in run(input.unsqueeze(0), begin)])
-        return after if self.mode == "LSTM" else after[0]
+        return tuple(after) if self.mode == "LSTM" else after[0]
 
-    def _ready(self, input: Any, state: Any, weights: Weights) -> Packed | str:
-        """The packed weights, or why the kernels cannot take this call; what is wrong raises in PyTorch's."""
+    def _unsupported(self, input: Any, state: Any, weights: Weights | None) -> str | None:
+        """Why the kernels cannot take this call, or None; what is wrong raises in PyTorch's."""
         reason = paths.mode()
         if reason is not None:
             return reason
@@ -75,10 +92,9 @@ class CellMixin(torch.nn.RNNCellBase):
         reason = self._misshapen(input, state)
         if reason is not None:
             return reason
-        packed = self.__dict__.get("_fusedrnn_packed")
-        if packed is None:
-            packed = self.__dict__["_fusedrnn_packed"] = PackedWeights()
-        return packed.of(self.cell, input, weights, self.input_size, self.hidden_size)
+        if weights is None:
+            return None
+        return paths.unsupported_weights(input, weights, self.cell.gates, self.input_size, self.hidden_size)
 
     def _misshapen(self, input: Tensor, state: tuple[Any, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""
@@ -97,7 +113,7 @@ class CellMixin(torch.nn.RNNCellBase):
 class LSTMCell(ForgetBias, CellMixin, torch.nn.LSTMCell):
     """``torch.nn.LSTMCell`` on our kernels. See ``ForgetBias`` for what is added."""
 
-    mode = "LSTM"
+    mode, torch_class = "LSTM", torch.nn.LSTMCell
 
     def __init__(
         self,
@@ -115,12 +131,13 @@ class LSTMCell(ForgetBias, CellMixin, torch.nn.LSTMCell):
 class GRUCell(CellMixin, torch.nn.GRUCell):
     """``torch.nn.GRUCell`` on our kernels."""
 
-    mode = "GRU"
+    mode, torch_class = "GRU", torch.nn.GRUCell
 
 
 class RNNCell(CellMixin, torch.nn.RNNCell):
     """``torch.nn.RNNCell`` on our kernels."""
 
+    torch_class = torch.nn.RNNCell
     _bfloat16_in_autocast = True
 
     @property

@@ -11,10 +11,21 @@ from typing import Any
 
 import torch
 
+from fusedrnn.torch import dynamo
 from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.layers import Recurrent
 
 __all__ = ["GRU", "LSTM", "RNN"]
+
+
+class _Compilable(Recurrent):
+    """A forward that the compiler does not leave alone."""
+
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
+        """As ``fusedrnn.torch.LSTM``'s, ``GRU``'s and ``RNN``'s."""
+        if torch.compiler.is_compiling():
+            return dynamo.layer(self, input, hx, options)
+        return super().forward(input, hx, **options)
 
 
 class _TorchBase(torch.nn.RNNBase):
@@ -27,7 +38,7 @@ class _TorchBase(torch.nn.RNNBase):
         return self.torch_class.forward(self, input, hx)
 
 
-class LSTM(ForgetBias, Recurrent, _TorchBase):
+class LSTM(ForgetBias, _Compilable, _TorchBase):
     """``fusedrnn.torch.LSTM`` for compiled models: no ``isinstance`` of ``torch.nn.LSTM``, else the same."""
 
     torch_class = torch.nn.LSTM
@@ -39,7 +50,7 @@ class LSTM(ForgetBias, Recurrent, _TorchBase):
         super().__init__("LSTM", *args, **options)
 
 
-class GRU(Recurrent, _TorchBase):
+class GRU(_Compilable, _TorchBase):
     """``fusedrnn.torch.GRU`` for compiled models: no ``isinstance`` of ``torch.nn.GRU``, else the same."""
 
     torch_class = torch.nn.GRU
@@ -50,7 +61,7 @@ class GRU(Recurrent, _TorchBase):
         super().__init__("GRU", *args, **options)
 
 
-class RNN(Recurrent, _TorchBase):
+class RNN(_Compilable, _TorchBase):
     """``fusedrnn.torch.RNN`` for compiled models: no ``isinstance`` of ``torch.nn.RNN``, else the same."""
 
     torch_class = torch.nn.RNN

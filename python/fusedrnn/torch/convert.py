@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from fusedrnn.torch import compilable as _compilable
 from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
-from fusedrnn.torch.layers import ALWAYS, GRU, LSTM, OPTIONS, RNN
-
-M = TypeVar("M", bound=torch.nn.Module)
+from fusedrnn.torch.frozen import Freezable
+from fusedrnn.torch.layers import GRU, LSTM, RNN
+from fusedrnn.torch.scripted import OWN, check_torch_has
 
 REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LSTM: LSTM,
@@ -27,13 +27,11 @@ COMPILABLE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.GRU: _compilable.GRU,
     torch.nn.RNN: _compilable.RNN,
 }
-# What our layers have of their own, beside their class.
-OWN = ("_fusedrnn_packed", "last_path", "forget_bias", *OPTIONS)
 OURS = {ours: theirs for each in (REPLACEMENTS, COMPILABLE) for theirs, ours in each.items()}
 
 
 class Converted(NamedTuple):
-    """What ``convert`` returns."""
+    """What ``convert`` and ``to_torch`` return."""
 
     model: torch.nn.Module
     converted: dict[str, str]  # path of each swapped layer, "" is the model itself: its class
@@ -62,46 +60,61 @@ def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     converted, left = {}, {}
     for path, layer in model.named_modules():
-        kind = type(layer)
+        kind = _class(layer)
         theirs = OURS.get(kind, kind) if compilable else kind
         to = COMPILABLE.get(theirs) if compilable else None
         to = REPLACEMENTS.get(theirs) if to is None else to
         if to is not None and kind is not to:
-            layer.__class__ = to
+            _become(layer, to)
             converted[path] = kind.__name__
         elif isinstance(layer, (torch.nn.RNNBase, torch.nn.RNNCellBase)) and kind not in OURS:
-            if torch.nn.utils.parametrize.is_parametrized(layer):
-                left[path] = "it is parametrized; convert it before"
-            else:
-                left[path] = f"its class {kind.__name__} is not torch.nn's own"
+            left[path] = f"its class {kind.__name__} is not torch.nn's own"
     return Converted(model, converted, left)
 
 
-def to_torch(model: M) -> M:
-    """Make each of our layers in a model ``torch.nn``'s again, in place: for TorchScript and ONNX export.
+def _class(layer: torch.nn.Module) -> type[torch.nn.Module]:
+    """The class of a layer, apart from parametrizations, for which PyTorch makes each layer a class."""
+    found: type[torch.nn.Module] = torch.nn.utils.parametrize.type_before_parametrizations(layer)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _become(layer: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
+    if torch.nn.utils.parametrize.is_parametrized(layer):
+        type(layer).__bases__ = (kind,)
+    else:
+        layer.__class__ = kind
+
+
+def to_torch(model: torch.nn.Module) -> Converted:
+    """Make each of our layers in a model ``torch.nn``'s again, in place: for tools that look for those.
 
     Recurrent dropout, which is for training, is left behind.
 
     Returns:
-        The model.
+        The model, what was converted, and what was not and why: classes derived from ours, of which nobody
+        knows what they are without them.
 
     Raises:
         ValueError: A layer has zoneout or layer norm, which ``torch.nn`` lacks; the message names both, and
             nothing was changed.
+        RuntimeError: A layer is frozen; nothing was changed.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for path, layer in model.named_modules():
-        for name in ALWAYS:
-            if type(layer) in OURS and getattr(layer, name, False):
-                raise ValueError(f"{path or 'the model'}: torch.nn has no {name}")
-    for layer in model.modules():
-        kind = type(layer)
+        if isinstance(layer, Freezable):
+            check_torch_has(layer, path or "the model")
+    converted, left = {}, {}
+    for path, layer in model.named_modules():
+        kind = _class(layer)
         if kind in OURS:
             for name in OWN:
                 layer.__dict__.pop(name, None)
-            layer.__class__ = OURS[kind]
-    return model
+            _become(layer, OURS[kind])
+            converted[path] = kind.__name__
+        elif isinstance(layer, Freezable):
+            left[path] = f"its class {kind.__name__} is derived from fusedrnn.torch's"
+    return Converted(model, converted, left)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
-"""What the layers do while ``torch.compile`` or ``torch.export`` traces them: calls of ``ops``.
+"""What the layers do while ``torch.compile`` or ``torch.export`` traces them.
 
 Nothing here looks at values, which are not known then; the operators do, when they run.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn.backends.protocol import Weights
-from fusedrnn.torch import ops, paths
-from fusedrnn.torch.recurrence import of_stream, weights_of
+from fusedrnn.torch import paths
+from fusedrnn.torch.recurrence import weights_of
 
 # The options of a call without any.
-NONE = {"lengths": None, "reset": None, "return_states": False, "detach_every": None, "regularization": None}
+NONE = {"lengths": None, "reset": None, "return_states": False, "detach_every": None}
 
 
 def unsupported(input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
@@ -37,41 +39,6 @@ def unsupported(input: Any, state: tuple[Any, ...] | None, weights: list[Weights
     return None
 
 
-def recurrence(
-    cell: str,
-    x: Tensor,
-    state0: tuple[Tensor, ...] | None,
-    weights: Weights,
-    options: dict[str, Any],
-    reverse: bool = False,
-    recompute: bool = False,
-) -> tuple[Tensor, ...]:
-    """One layer in one direction by the operator: y, the final state, and of every step with
-    ``return_states``."""
-    h0, c0 = (*(state0 or ()), None, None)[:2]
-    regularization = options["regularization"]
-    inputs = [t for t in (x, h0, c0, *weights) if t is not None]
-    save = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    states = options["return_states"]
-    found = torch.ops.fusedrnn.recurrence(
-        x,
-        h0,
-        c0,
-        *weights,
-        options["lengths"],
-        options["reset"],
-        None if regularization is None else regularization.seed,
-        cell,
-        reverse,
-        states,
-        save,
-        options["detach_every"],
-        [] if regularization is None else list(regularization[:3]),
-        0 if regularization is None else regularization.stream,
-    )
-    return tuple([t for t, there in zip(found, ops.results(cell, states), strict=False) if there])
-
-
 @torch.compiler.disable(reason="fusedrnn: see above")  # type: ignore[no-untyped-call, untyped-decorator]
 def _outside(module: Any, *args: Any, **options: Any) -> Any:
     return module.forward(*args, **options)
@@ -86,8 +53,25 @@ def _break(module: Any, reason: str, *args: Any, **options: Any) -> Any:
     return _outside(module, *args, **options)
 
 
+def leave_alone(function: Callable[..., Any]) -> None:
+    """Have the compiler run calls of a function, and all that these call, as they are.
+
+    ``torch.compiler.disable`` does so too, but imports the compiler, which takes a second.
+    """
+    frames = torch._C._dynamo.eval_frame
+    with contextlib.suppress(AttributeError):  # PyTorch before 2.7: the compiler tries, and gives up
+        skip = frames._FrameAction.SKIP
+        strategy = frames._FrameExecStrategy(skip, skip)
+        frames.set_code_exec_strategy(function.__code__, strategy)
+
+
 def layer(module: Any, input: Any, hx: Any, options: dict[str, Any]) -> Any:
     """``Recurrent.forward``; what the operators cannot take breaks the graph."""
+    options = {**NONE, **options}
+    if torch.onnx.is_in_onnx_export():  # which knows PyTorch's operators
+        if given := paths.asked_for(options) or module._only_ours():
+            raise RuntimeError(f"{given}: ONNX export takes torch.nn's layer, which has none; see to_torch")
+        return module.torch_class.forward(module, input, hx)
     weights = module._weights()
     state0 = None if hx is None else paths.state(hx, module.mode == "LSTM")
     reason = unsupported(input, state0, weights)
@@ -99,17 +83,14 @@ def layer(module: Any, input: Any, hx: Any, options: dict[str, Any]) -> Any:
     options = {**options, "regularization": module._regularization()}
     x, state0, options = module._to_kernels(input, state0, options)
 
-    def run(j: int, reverse: bool, x: Tensor, begin: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        own = of_stream(options, j)
-        y, *states = recurrence(module.kind, x, begin, weights[j], own, reverse, module.recompute)
-        return y, *[s[None] for s in states]
-
-    return module._from_kernels(input, module._run_layers(x, state0, run))
+    return module._from_kernels(input, module._run_layers(x, state0, module._one(weights, options)))
 
 
 def cell(module: Any, input: Any, hx: Any) -> Any:
     """``CellMixin.forward``."""
-    weights = weights_of(module, Weights._fields)
+    if torch.onnx.is_in_onnx_export():
+        return module.torch_class.forward(module, input, hx)
+    weights = weights_of(module)
     state0 = None if hx is None else paths.state(hx, module.mode == "LSTM")
     reason = unsupported(input, state0, [weights])
     if reason is None:
@@ -117,6 +98,4 @@ def cell(module: Any, input: Any, hx: Any) -> Any:
     if reason is not None:
         return _break(module, reason, input, hx)
     module.last_path = paths.FUSED
-    return module._batched(
-        input, state0, lambda x, begin: recurrence(module.mode, x[None], begin, weights, NONE)[1:]
-    )
+    return module._batched(input, state0, module._one(weights))

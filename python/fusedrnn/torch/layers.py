@@ -6,7 +6,7 @@ Formulas and their sources are in ``fusedrnn.cells``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,29 +25,19 @@ from fusedrnn.backends.arguments import (
 from fusedrnn.backends.protocol import Regularization, Weights
 from fusedrnn.torch import dynamo, paths
 from fusedrnn.torch.forget_bias import ForgetBias
-from fusedrnn.torch.recurrence import (
-    CELLS,
-    NORMED,
-    Call,
-    Packed,
-    PackedWeights,
-    known,
-    of_stream,
-    recurrence,
-    weights_of,
-)
+from fusedrnn.torch.frozen import Freezable, frozen
+from fusedrnn.torch.ops import CELLS, NORMED, Call
+from fusedrnn.torch.recurrence import recurrence, weights_of
+from fusedrnn.torch.scripted import ALWAYS, OPTIONS, Scriptable
 
 # One layer in one direction, of number j: from (j, reverse, x, initial state) to y, the final state, and with
 # return_states the states of every step, as ``recurrence`` returns them.
-Run = Callable[[int, bool, Tensor, tuple[Tensor, ...] | None], tuple[Tensor, ...]]
+Run = Callable[[int, bool, Tensor, Sequence[Tensor] | None], list[Tensor]]
 # y (T, B, D*H), the final states (L*D, B, H), those of every step (L*D, T, B, H)
 Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
-OPTIONS = ("recurrent_dropout", "zoneout_h", "zoneout_c", "layer_norm", "recompute")  # of a layer, ours alone
-ALWAYS = ("layer_norm", "zoneout_h", "zoneout_c")  # those that change results, in evaluation too
 
-
-class Recurrent(torch.nn.RNNBase):
+class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
     """What the three have in common.
 
     Args:
@@ -131,19 +121,16 @@ class Recurrent(torch.nn.RNNBase):
         return CELLS[self.kind]
 
     def _regularization(self) -> Regularization | None:
-        """Of one call. Its seed is a tensor, so that it can be drawn in compiled code."""
+        """Of one call. Its seed is a tensor, so that it can be drawn in compiled code; it is on the CPU,
+        whatever the default device."""
         rates = self.recurrent_dropout, self.zoneout_h, self.zoneout_c
         if not any(rates if self.training else rates[1:]):
             return None
-        seed: Any = torch.randint(2**63 - 1, ()) if self.training else None
+        seed: Any = torch.randint(2**63 - 1, (), device="cpu") if self.training else None
         return Regularization(*rates, seed)
 
     def flatten_parameters(self) -> None:
         """Nothing: it serves cuDNN alone, and its flat memory is what safetensors refuses."""
-
-    def refresh(self) -> None:
-        """Forget packed weights: needed after a write to a few elements through a parameter's ``.data``."""
-        self.__dict__.pop("_fusedrnn_packed", None)
 
     def forward(
         self,
@@ -188,24 +175,27 @@ class Recurrent(torch.nn.RNNBase):
         }
         if torch.compiler.is_compiling():
             return dynamo.layer(self, input, hx, options)
-        weights = self._weights()
+        packed = frozen(self)
+        weights = self._weights() if packed is None else packed.weights
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         given_input, input, state0, weights = input, *self._lowered(input, state0, weights)
-        packed = self._ready(input, state0, weights)
-        if isinstance(packed, str):
-            if given := _given(options) or self._only_ours():
-                raise RuntimeError(f"{given} needs the kernels of fusedrnn, which cannot run here: {packed}")
-            return paths.fall_back(self, packed, super().forward, given_input, hx)
+        reason = self._unsupported(input, state0, weights if packed is None else [])
+        if reason is not None:
+            if paths.is_proxy(given_input):
+                return paths.call_module(self, given_input, hx, **paths.all_asked_for(options))
+            if given := paths.asked_for(options) or self._only_ours():
+                raise RuntimeError(f"{given} needs the kernels of fusedrnn, which cannot run here: {reason}")
+            return paths.fall_back(self, reason, super().forward, given_input, hx)
         self.__dict__["last_path"] = paths.FUSED
         if isinstance(input, PackedSequence):
-            if given := _given(options):
+            if given := paths.asked_for(options):
                 raise ValueError(
                     f"{given}: expected none with a PackedSequence; pass padded input and lengths="
                 )
-            return self._packed_sequence(input, state0, packed, weights)
+            return self._packed_sequence(input, state0, weights)
         options["regularization"] = self._regularization()
         x, state0, options = self._to_kernels(input, state0, options)
-        run = self._kernels(packed, weights, known(options, x))
+        run = self._one(weights, options)
         return self._from_kernels(input, self._run_layers(x, state0, run))
 
     def _lowered(self, input: Any, state0: Any, weights: list[Weights]) -> tuple[Any, Any, list[Weights]]:
@@ -221,12 +211,23 @@ class Recurrent(torch.nn.RNNBase):
             [Weights(*[paths.lower(w, dtype) for w in given]) for given in weights],
         )
 
-    def _kernels(self, packed: list[Packed], weights: list[Weights], options: dict[str, Any]) -> Run:
-        """The kernels in autograd."""
+    def _one(self, weights: Sequence[Weights], options: dict[str, Any]) -> Run:
+        """One layer in one direction by the kernels, in autograd."""
+        regularization = options["regularization"]
+        rates: list[float] = [] if regularization is None else list(regularization[:3])
+        seed: Any = None if regularization is None else regularization.seed
+        kind, states = self.kind, options["return_states"]
+        packed = None if torch.compiler.is_compiling() else frozen(self)
 
-        def run(j: int, reverse: bool, x: Tensor, state0: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-            call = Call(packed[j], of_stream(options, j), reverse, self.recompute)
-            return recurrence(call, x, state0, weights[j])
+        def run(j: int, reverse: bool, x: Tensor, state0: Sequence[Tensor] | None) -> list[Tensor]:
+            h0, c0 = (None, None) if state0 is None else (*state0, None)[:2]
+            lengths, reset, every = options["lengths"], options["reset"], options["detach_every"]
+            tensors = (x, h0, c0, *weights[j], lengths, reset, seed)
+            call = Call(*tensors, kind, reverse, self.recompute, every, rates, j)
+            if packed is None:
+                return recurrence(call, states)
+            packed.check(x, state0)
+            return packed.run(j, call, states)
 
         return run
 
@@ -239,16 +240,15 @@ class Recurrent(torch.nn.RNNBase):
         suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
         return [weights_of(self, [name + suffix for name in Weights._fields]) for suffix in suffixes]
 
+    _freezable_weights = _weights
+
     def _only_ours(self) -> str | None:
         """The name of the first option that PyTorch's own implementation would leave out."""
         names = (*ALWAYS, "recurrent_dropout") if self.training else ALWAYS
         return next((name for name in names if getattr(self, name)), None)
 
-    def _ready(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> list[Packed] | str:
-        """The packed weights of each layer and direction, or why the kernels cannot take this call.
-
-        What is wrong is left to PyTorch's own errors.
-        """
+    def _unsupported(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
+        """Why the kernels cannot take this call, or None. What is wrong is left to PyTorch's own errors."""
         reason = paths.mode()
         if reason is not None:
             return reason
@@ -263,18 +263,13 @@ class Recurrent(torch.nn.RNNBase):
         reason = self._misshapen(input, state)
         if reason is not None:
             return reason
-        packs = self.__dict__.get("_fusedrnn_packed")
-        if packs is None:
-            packs = self.__dict__["_fusedrnn_packed"] = [PackedWeights() for _ in self._all_weights]
-        found: list[Packed] = []
         D, H = 2 if self.bidirectional else 1, self.hidden_size
-        for j, pack in enumerate(packs):
+        for j, each in enumerate(weights):
             I = self.input_size if j < D else D * H
-            packed = pack.of(self.cell, data, weights[j], I, H)
-            if isinstance(packed, str):
-                return packed
-            found.append(packed)
-        return found
+            reason = paths.unsupported_weights(data, each, self.cell.gates, I, H)
+            if reason is not None:
+                return reason
+        return None
 
     def _misshapen(self, input: Any, state: tuple[Tensor, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""
@@ -309,19 +304,24 @@ class Recurrent(torch.nn.RNNBase):
         self,
         input: PackedSequence,
         state0: tuple[Tensor, ...] | None,
-        packed: list[Packed],
         weights: list[Weights],
     ) -> Any:
         """Rows of different lengths, longest first: padded for the kernel, whose results are packed again."""
         sizes = input.batch_sizes
         B, T = int(sizes[0]), len(sizes)
-        running = torch.arange(B) < sizes[:, None]  # (T, B), on the CPU, as PyTorch's batch sizes are
+        running = torch.arange(B, device="cpu") < sizes[:, None]  # (T, B), where PyTorch's batch sizes are
         valid = running.to(input.data.device)
         if state0 is not None and input.sorted_indices is not None:
             state0 = tuple(s.index_select(1, input.sorted_indices) for s in state0)
         x = input.data.new_zeros(T, B, input.data.size(-1)).masked_scatter(valid[:, :, None], input.data)
-        options = {"lengths": running.sum(0), "reset": None, "regularization": self._regularization()}
-        run = self._kernels(packed, weights, known(options, x))
+        options = {
+            "lengths": running.sum(0),
+            "reset": None,
+            "return_states": False,
+            "detach_every": None,
+            "regularization": self._regularization(),
+        }
+        run = self._one(weights, options)
         y, final, _ = self._run_layers(x, state0, run, valid)
         if input.unsorted_indices is not None:
             final = tuple(s.index_select(1, input.unsorted_indices) for s in final)
@@ -347,7 +347,7 @@ class Recurrent(torch.nn.RNNBase):
             check_shape("lengths", lengths.shape, (x.size(1),) if batched else ())
             options = {**options, "lengths": lengths if batched else lengths.unsqueeze(0)}
         if options["reset"] is not None:
-            reset = _tensor("reset", options["reset"]).detach()
+            reset = _tensor("reset", options["reset"])
             if reset.device != input.device:
                 reset = reset.cpu()
             check_shape("reset", reset.shape, tuple(input.shape[:-1]))
@@ -380,7 +380,7 @@ class Recurrent(torch.nn.RNNBase):
         With ``valid`` (T, B) dropout draws for those steps alone, as PyTorch's does for a PackedSequence.
         """
         D, n = 2 if self.bidirectional else 1, len(self.cell.states)
-        ends: list[tuple[Tensor, ...]] = []
+        ends: list[list[Tensor]] = []
         for k in range(0, len(self._all_weights), D):
             if k and self.dropout:
                 if valid is None:
@@ -390,19 +390,21 @@ class Recurrent(torch.nn.RNNBase):
                     x = x.masked_scatter(valid[:, :, None], kept)
             halves = []
             for j in range(k, k + D):
-                begin = None if state0 is None else tuple([s[j] for s in state0])
+                begin = None if state0 is None else [s[j] for s in state0]
                 y, *rest = run(j, j > k, x, begin)
                 halves.append(y)
-                ends.append(tuple(rest))
+                ends.append(rest)
             x = halves[0] if D == 1 else torch.cat(halves, 2)
-        gathered = ends[0] if len(ends) == 1 else tuple([torch.cat(s) for s in zip(*ends, strict=True)])
+        one = len(ends) == 1
+        gathered = tuple([s[0].unsqueeze(0) if one else torch.stack(s) for s in zip(*ends, strict=True)])
         return x, gathered[:n], gathered[n:]
 
 
 def _tensor(name: str, value: Any) -> Tensor:
-    """Lengths or resets as a tensor where it is, or on the CPU: of lists, and of NumPy's of any integers."""
+    """A copy of lengths or resets, which the caller may write to before backward: a tensor where it is, or on
+    the CPU, of lists, and of NumPy's of any integers."""
     if isinstance(value, Tensor):
-        return value
+        return value.detach().clone()
     if not torch.compiler.is_compiling():
         value = listed(name, value)
         if isinstance(value, np.ndarray):  # a copy: a tensor of what is read-only warns
@@ -410,18 +412,24 @@ def _tensor(name: str, value: Any) -> Tensor:
     return torch.as_tensor(value, device="cpu")
 
 
-def _given(options: dict[str, Any]) -> str | None:
-    """The name of the first option that a call asked for."""
-    return next((name for name, value in options.items() if value is not None and value is not False), None)
-
-
 class LSTM(ForgetBias, Recurrent, torch.nn.LSTM):
     """``torch.nn.LSTM`` on our kernels. See ``Recurrent`` and ``ForgetBias`` for what is added."""
+
+    torch_class = torch.nn.LSTM
 
 
 class GRU(Recurrent, torch.nn.GRU):
     """``torch.nn.GRU`` on our kernels. See ``Recurrent`` for what is added."""
 
+    torch_class = torch.nn.GRU
+
 
 class RNN(Recurrent, torch.nn.RNN):
     """``torch.nn.RNN`` on our kernels. See ``Recurrent`` for what is added."""
+
+    torch_class = torch.nn.RNN
+
+
+# A compiler leaves PyTorch's layers and what they call alone; so it does with these. Those of ``compilable``
+# have a forward of their own.
+dynamo.leave_alone(Recurrent.forward)

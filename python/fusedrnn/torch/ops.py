@@ -1,50 +1,67 @@
-"""One layer in one direction as registered operators, which ``torch.compile`` takes into its graph whole.
+"""One layer in one direction as operators of PyTorch: ``torch.ops.fusedrnn.recurrence`` and its backward.
 
-``torch.ops.fusedrnn.recurrence`` and ``recurrence_backward`` are functions of their tensors alone: fixed
-arity, no aliases, nothing kept between calls, so weights are packed in every call. What forward saves is an
-output of its own, whose size follows from the sizes of the inputs. A missing result is an empty tensor.
+Both are functions of their tensors alone: no aliases, nothing kept between calls, so weights are packed, or
+read as they lie, in every call. They have no derivatives of their own: ``recurrence.Recurrence`` joins them.
+So tracers, counters and compilers see one operator, whatever called it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from fusedrnn import backends
+from fusedrnn import backends, cells
+from fusedrnn.backends.arguments import booleans, check_lengths
+from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import NEED, Regularization, Weights
-from fusedrnn.torch.recurrence import CELLS, TWICE, known, sequence, whole
+from fusedrnn.cells import Cell
+from fusedrnn.torch import gpu
+from fusedrnn.torch.memory import array, contiguous, contiguous_features, given, tensor
 
-More = TypeVar("More", "ForwardInputs", "BackwardInputs")
+CELLS: dict[str, Cell] = {  # by PyTorch's name
+    "LSTM": cells.LSTM(),
+    "GRU": cells.GRU(),
+    "RNN_TANH": cells.RNN(),
+    "RNN_RELU": cells.RNN(relu=True),
+}
+NORMED = "_LAYER_NORM"  # ends the names of cells with layer norm
+CELLS |= {f"{name}{NORMED}": dataclasses.replace(cell, layer_norm=True) for name, cell in CELLS.items()}
 
-_INPUTS = (
+_CALL = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
     " Tensor? gain_ih, Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c,"
-    " Tensor? lengths, Tensor? reset, Tensor? seed"
+    " Tensor? lengths, Tensor? reset, Tensor? seed,"
+    " str cell, bool reverse, bool recompute, int? detach_every, float[] rates, int stream"
 )
-# rates: of recurrent dropout and of zoneout of h and c, or empty; stream: of layer and direction.
-_OPTIONS = "int? detach_every=None, float[] rates=[], int stream=0"
-
+# Returns y, the final states, those of every step, and the tape: as there are.
 torch.library.define(
     "fusedrnn::recurrence",
-    f"({_INPUTS}, str cell, bool reverse, bool return_states, bool save, {_OPTIONS})"
-    " -> (Tensor y, Tensor hT, Tensor cT, Tensor h_states, Tensor c_states, Tensor tape)",
+    f"({_CALL}, bool return_states, SymInt? tape_rows) -> Tensor[]",
     tags=torch.Tag.pt2_compliant_tag,
 )
+# Returns the gradients of x, h0, c0 and the weights; empty ones where they are not needed. They are no list,
+# so that PyTorch can run it for a batch of upstream gradients.
 torch.library.define(
     "fusedrnn::recurrence_backward",
-    f"({_INPUTS}, Tensor y, Tensor tape, Tensor? dy, Tensor? dhT, Tensor? dcT, Tensor? dh_states,"
-    f" Tensor? dc_states, str cell, bool reverse, bool[10] need, {_OPTIONS})"
-    " -> (Tensor dx, Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih, Tensor dbias_hh, Tensor dgain_ih,"
-    " Tensor dgain_hh, Tensor dgain_c, Tensor dbias_c, Tensor dh0, Tensor dc0)",
+    f"({_CALL}, Tensor y, Tensor? tape, Tensor? tape2, Tensor? dy, Tensor? dhT, Tensor? dcT,"
+    " Tensor? dh_states, Tensor? dc_states, bool[11] need) -> (Tensor dx, Tensor dh0, Tensor dc0,"
+    " Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih, Tensor dbias_hh, Tensor dgain_ih,"
+    " Tensor dgain_hh, Tensor dgain_c, Tensor dbias_c)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-class Inputs(NamedTuple):
-    """The arguments that both operators begin with; what there is not is None."""
+class Call(NamedTuple):
+    """What both operators begin with. What is missing is None.
+
+    x is (T, B, I); or (B, I), one step, whose y is not returned: it is the final h.
+    """
 
     x: Tensor
     h0: Tensor | None
@@ -57,200 +74,249 @@ class Inputs(NamedTuple):
     gain_hh: Tensor | None
     gain_c: Tensor | None
     bias_c: Tensor | None
-    lengths: Tensor | None
-    reset: Tensor | None
-    seed: Tensor | None
+    lengths: Tensor | None  # (B,), on the CPU
+    reset: Tensor | None  # (T, B)
+    seed: Tensor | None  # of the masks; None: evaluation
+    cell: str  # out of CELLS
+    reverse: bool = False
+    recompute: bool = False
+    detach_every: int | None = None
+    rates: Sequence[float] = ()  # of recurrent dropout and of zoneout of h and c, or none
+    stream: int = 0  # of layer and direction: their masks differ
 
     @property
     def weights(self) -> Weights:
-        return Weights(*[getattr(self, name) for name in Weights._fields])
+        return Weights(*self[3:11])
 
-    def arrays(self) -> tuple[Any, Any, Any]:
-        """x, the weights and the initial state as the backends take them."""
-        state0 = tuple([whole(s) for s in (self.h0, self.c0) if s is not None])
-        return sequence(self.x), Weights(*map(whole, self.weights)), state0 or None
+    def rows(self) -> tuple[Any, Any]:
+        """``lengths`` and ``reset`` as arrays, values checked."""
+        lengths = reset = None
+        if self.lengths is not None:
+            lengths = check_lengths(array(contiguous(self.lengths)), self.x.size(0), self.x.size(1))
+        if self.reset is not None:
+            given = self.reset if self.reset.dtype is torch.bool else booleans("reset", self.reset)
+            reset = array(contiguous(given.to(self.x.device)))
+        return lengths, reset
 
-    def options(self, call: Any, return_states: bool) -> dict[str, Any]:
-        """Those of the backends' forward, but ``reverse``."""
+    def regularization(self) -> Regularization | None:
+        if not self.rates:
+            return None
+        dropout, zoneout_h, zoneout_c = self.rates
+        seed = None if self.seed is None else int(self.seed)
+        return Regularization(dropout, zoneout_h, zoneout_c, seed, self.stream)
+
+    def given(self, packed: Any = None) -> tuple[Any, ...]:
+        """As ``CpuBackend.run_forward`` and ``run_backward`` take it, of packed weights or of these."""
+        lengths, reset = (None, None) if self.lengths is self.reset is None else self.rows()
+        if packed is None:
+            weights = [w if w is None or w.is_contiguous() else w.contiguous() for w in self[3:11]]
+            packed = tuple(given(weights))
+        return (
+            CELLS[self.cell],
+            packed,
+            *given([contiguous_features(self.x), contiguous(self.h0), contiguous(self.c0)]),
+            lengths,
+            reset,
+            self.reverse,
+            self.recompute,
+            self.detach_every or 0,
+            self.regularization() if self.rates else None,
+        )
+
+    def arrays(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As other backends take it: the cell, x, the weights, the initial state; and by name."""
+        lengths, reset = self.rows()
+        x = array(contiguous_features(self.x))
+        state0 = tuple([array(contiguous(s)) for s in (self.h0, self.c0) if s is not None])
+        weights = Weights(*[array(contiguous(w)) for w in self.weights])
         options = {
-            "lengths": self.lengths,
-            "reset": self.reset,
-            "return_states": return_states,
-            "detach_every": call.detach_every,
-            "regularization": _regularization(call, self.seed),
+            "lengths": lengths,
+            "reset": reset,
+            "reverse": self.reverse,
+            "detach_every": self.detach_every,
+            "regularization": self.regularization(),
         }
-        return known(options, self.x)
+        return (CELLS[self.cell], x if x.ndim == 3 else x[None], weights, state0 or None), options
+
+    def sizes(self) -> tuple[Any, Any, Any, Any]:
+        """T, B, I, H, which may be symbols."""
+        T, B, I = self.x.shape if self.x.dim() == 3 else (1, *self.x.shape)
+        return T, B, I, self.weight_hh.size(1)
+
+    def results(self, return_states: bool) -> int:
+        """How many tensors there are but the tape."""
+        return (self.x.dim() == 3) + len(CELLS[self.cell].states) * (1 + return_states)
+
+    def backend(self) -> Any:
+        return backends.usable(None) if self.x.is_cpu else gpu.backend()
+
+    def tape_width(self) -> int:
+        """Elements of the tape for each of its rows."""
+        return _tape_width(self.cell, int(self.weight_hh.size(1)), self.recompute, bool(self.rates))
+
+    def tape_rows(self) -> int | None:
+        """Rows of the tape, of tensors whose values are known."""
+        T, B, I, H = self.sizes()
+        if self.recompute and self.x.is_cpu:
+            float64 = self.x.dtype is torch.float64
+            return CPU.tape_shape(CELLS[self.cell], (T, B, I, H), recompute=True, float64=float64)[0]
+        return T * B if self.lengths is None else int(self.lengths.sum())
 
 
-class ForwardInputs(NamedTuple):
-    """What else ``recurrence`` takes. Arguments that have their default may be left out in a call."""
-
-    cell: str
-    reverse: bool
-    return_states: bool
-    save: bool
-    detach_every: int | None = None
-    rates: Sequence[float] = ()
-    stream: int = 0
+N = len(Call._fields)
+CPU = CpuBackend()
 
 
-class BackwardInputs(NamedTuple):
-    """What else ``recurrence_backward`` takes."""
-
-    y: Tensor
-    tape: Tensor
-    dy: Tensor | None
-    dhT: Tensor | None
-    dcT: Tensor | None
-    dh_states: Tensor | None
-    dc_states: Tensor | None
-    cell: str
-    reverse: bool
-    need: list[bool]  # x, the weights, the state
-    detach_every: int | None = None
-    rates: Sequence[float] = ()
-    stream: int = 0
+@functools.cache
+def _tape_width(cell: str, H: int, recompute: bool, regularized: bool) -> int:
+    sizes = (1, 1, 1, H)
+    return CPU.tape_shape(CELLS[cell], sizes, recompute=recompute, regularized=regularized)[1]
 
 
-def _split(arguments: tuple[Any, ...], rest: type[More]) -> tuple[Inputs, More]:
-    n = len(Inputs._fields)
-    return Inputs(*arguments[:n]), rest(*arguments[n:])
+def _allocated(call: Call, return_states: bool, tape_rows: Any) -> list[Tensor | None]:
+    """Memory for the results of forward: y, hT, cT, h_states, c_states, tape; None for what there is not."""
+    T, B, _, H = call.sizes()
+    x, two = call.x, len(CELLS[call.cell].states) == 2
+    return [
+        x.new_empty((T, B, H)) if x.dim() == 3 else None,
+        x.new_empty((B, H)),
+        x.new_empty((B, H)) if two else None,
+        x.new_empty((T, B, H)) if return_states else None,
+        x.new_empty((T, B, H)) if return_states and two else None,
+        None if tape_rows is None else x.new_empty((tape_rows, call.tape_width())),
+    ]
 
 
-def results(cell: str, return_states: bool) -> tuple[bool, ...]:
-    """Which there are of y, hT, cT, h_states and c_states."""
-    two = len(CELLS[cell].states) == 2
-    return True, True, two, return_states, two and return_states
+def results(
+    call: Call, return_states: bool, packed: Any = None, tape_rows: int | None = None
+) -> list[Tensor]:
+    """Forward on the CPU, of packed weights or of the call's."""
+    out = _allocated(call, return_states, tape_rows)
+    CPU.run_forward(*call.given(packed), *given(out))
+    return [t for t in out if t is not None]
 
 
-def _regularization(call: ForwardInputs | BackwardInputs, seed: Any) -> Regularization | None:
-    if not call.rates:
-        return None
-    recurrent_dropout, zoneout_h, zoneout_c = call.rates
-    return Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed, call.stream)
+def forward(call: Call, return_states: bool, tape_rows: int | None) -> list[Tensor]:
+    """The operator ``recurrence``; by PyTorch's dispatcher, which takes 7 us, only where that is watched."""
+    if watched(call.x):
+        found: list[Tensor] = torch.ops.fusedrnn.recurrence(*call, return_states, tape_rows)
+        return found
+    return _run(call, return_states, tape_rows)
 
 
-def tape_width(call: ForwardInputs | BackwardInputs, hidden_size: int) -> int:
-    """Of a tape, for each step and row; 0 where the backend has none in an array, and runs forward again."""
-    width = getattr(backends.usable(None), "tape_width", None)
-    if width is None:
-        return 0
-    # Whether a seed is there makes no difference: rates that do nothing are not passed.
-    return int(width(CELLS[call.cell], hidden_size, _regularization(call, 0)))
-
-
-@torch.library.impl("fusedrnn::recurrence", "cpu")
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    given, call = _split(arguments, ForwardInputs)
-    backend, kind = backends.usable(None), CELLS[call.cell]
-    x, weights, state0 = given.arrays()
-    save = call.save and hasattr(backend, "tape_width")
-    out = backend.forward(
-        kind,
-        x,
-        backend.pack(kind, weights),
-        state0,
-        reverse=call.reverse,
-        save="array" if save else None,
-        **given.options(call, call.return_states),
+def watched(x: Tensor) -> bool:
+    """Whether a mode, a compiler, a profiler or a kind of tensor of its own has to meet operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
-    found = (out.y, *_pair(out.stateT), *_pair(out.states), out.tape if save else None)
-    tensors = [given.x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found]
-    if not save:
-        tensors[-1] = given.x.new_empty((*given.x.shape[:2], 0))
-    return tuple(tensors)
 
 
-def _pair(states: Any) -> tuple[Any, Any]:
-    return (None, None) if states is None else (states[0], states[1] if len(states) == 2 else None)
+def _forward(*arguments: Any) -> list[Tensor]:
+    return _run(Call(*arguments[:N]), *arguments[N:])
+
+
+def _run(call: Call, return_states: bool, tape_rows: int | None) -> list[Tensor]:
+    backend = call.backend()
+    if isinstance(backend, CpuBackend):
+        return results(call, return_states, tape_rows=tape_rows)
+    with gpu.on(call.x.device):
+        first, options = call.arrays()
+        save = None if tape_rows is None else "boundary_states" if call.recompute else "all"
+        found = backend.forward(*first, **options, return_states=return_states, save=save)
+        kept = backend.saved(found.tape) if save == "all" and not call.x.is_cpu else []
+        y = [found.y] if call.x.dim() == 3 else []
+        return [tensor(a) for a in (*y, *found.stateT, *(found.states or ()), *kept)]
+
+
+def _gradients(tensors: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor | None]:
+    """Memory for the gradients that are needed."""
+    return [t.new_empty(t.shape) if n and t is not None else None for t, n in zip(tensors, need, strict=True)]
+
+
+def _with_empty(found: Sequence[Tensor | None], x: Tensor) -> tuple[Tensor, ...]:
+    return tuple([x.new_empty((0,)) if t is None else t for t in found])
+
+
+def backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The operator ``recurrence_backward``, as ``forward``; by the dispatcher also for a batch of upstream
+    gradients, which have no memory of their own."""
+    if watched(arguments[0]) or not all(d is None or torch._C._has_storage(d) for d in arguments[-6:-1]):
+        found: tuple[Tensor, ...] = torch.ops.fusedrnn.recurrence_backward(*arguments)
+        return found
+    return _backward(*arguments)
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call, (y, tape, tape2, *upstream, need) = Call(*arguments[:N]), arguments[N:]
+    backend = call.backend()
+    dy, dhT, dcT, dh_states, dc_states = upstream
+    if isinstance(backend, CpuBackend):
+        if tape is None:  # compiled code asks for none where its size would depend on values
+            call = call._replace(recompute=False)
+            tape = _run(call, False, call.tape_rows())[-1]
+        out = _gradients(call[:11], need)
+        dx, dh0, dc0, *dweights = given(out)
+        dy, dh_states, dc_states = (contiguous_features(d) for d in (dy, dh_states, dc_states))
+        rest = [contiguous(y), contiguous(tape), dy, contiguous(dhT), contiguous(dcT), dh_states, dc_states]
+        backend.run_backward(*call.given(), *given(rest), [dx, *dweights, dh0, dc0])
+        return _with_empty(out, call.x)
+    states = dh_states is not None or dc_states is not None
+    with gpu.on(call.x.device):
+        first, options = call.arrays()
+        if tape is not None:
+            saved = array(tape), array(tape2)
+            kept = backend.tape(*first, **options, y=array(y), saved=saved, return_states=states)
+        else:
+            kept = backend.forward(*first, **options, return_states=states).tape
+        n = len(CELLS[call.cell].states)
+        need_x, need_h, need_c, *need_weights = need
+        dx, dw, dstate0 = backend.backward(
+            kept,
+            array(contiguous(dy)) if call.x.dim() == 3 else None,
+            tuple([array(contiguous(d)) for d in (dhT, dcT)])[:n],
+            tuple([array(contiguous(d)) for d in (dh_states, dc_states)])[:n] if states else None,
+            need=[name for name, n in zip(NEED, (need_x, *need_weights, need_h or need_c), strict=True) if n],
+        )
+        if dx is not None and call.x.dim() == 2:
+            dx = dx[0]
+        found = (dx, *(*(dstate0 or (None,)), None)[:2], *dw)
+        return _with_empty([tensor(a) if n else None for a, n in zip(found, need, strict=True)], call.x)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("fusedrnn::recurrence", _device, _forward)
+    torch.library.impl("fusedrnn::recurrence_backward", _device, _backward)
 
 
 @torch.library.register_fake("fusedrnn::recurrence")  # type: ignore[untyped-decorator]
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    given, call = _split(arguments, ForwardInputs)
-    T, B, H = given.x.size(0), given.x.size(1), given.weight_hh.size(1)
-    every, one = (T, B, H), (B, H)
-    sizes = [
-        size if there else (0,)
-        for size, there in zip(
-            (every, one, one, every, every), results(call.cell, call.return_states), strict=True
-        )
-    ]
-    sizes.append((T, B, tape_width(call, int(H)) if call.save else 0))
-    return tuple([given.x.new_empty(size) for size in sizes])
-
-
-@torch.library.impl("fusedrnn::recurrence_backward", "cpu")
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    given, call = _split(arguments, BackwardInputs)
-    backend: Any = backends.usable(None)
-    kind, arrays = CELLS[call.cell], given.arrays()
-    n = len(kind.states)
-    states = call.dh_states is not None or call.dc_states is not None
-    options = given.options(call, states)
-    if hasattr(backend, "tape") and call.tape.size(2) == tape_width(call, given.weight_hh.size(1)):
-        kept = backend.tape(kind, whole(call.tape), whole(call.y), *arrays, reverse=call.reverse, **options)
-    else:
-        kept = backend.forward(kind, *arrays, reverse=call.reverse, **options).tape
-    dx, dweights, dstate0 = backend.backward(
-        kept,
-        sequence(call.dy),
-        (whole(call.dhT), whole(call.dcT))[:n],
-        (sequence(call.dh_states), sequence(call.dc_states))[:n] if states else None,
-        need=[name for name, wanted in zip(NEED, call.need, strict=True) if wanted],
-    )
-    found = (dx, *dweights, *_pair(dstate0))
-    return tuple([given.x.new_empty((0,)) if a is None else torch.from_numpy(a) for a in found])
+def _forward_fake(*arguments: Any) -> list[Tensor]:
+    return [t for t in _allocated(Call(*arguments[:N]), *arguments[N:]) if t is not None]
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    given, call = _split(arguments, BackwardInputs)
-    state = (given.x.size(1), given.weight_hh.size(1))
-    *of_inputs, of_state = call.need
-    sizes: list[tuple[Any, ...]] = [
-        (0,) if t is None or not wanted else tuple(t.shape)
-        for t, wanted in zip((given.x, *given.weights), of_inputs, strict=True)
-    ]
-    two = len(CELLS[call.cell].states) == 2
-    sizes += [state if of_state else (0,), state if of_state and two else (0,)]
-    return tuple([given.x.new_empty(size) for size in sizes])
+    return _with_empty(_gradients(arguments[:11], arguments[-1]), arguments[0])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given, call = _split(inputs, ForwardInputs)
-    ctx.call, ctx.inputs = call, len(inputs)
-    y, tape = output[0], output[-1]
-    there = results(call.cell, call.return_states)
-    ctx.mark_non_differentiable(
-        *[t for t, is_there in zip(output, there, strict=False) if not is_there], tape
-    )
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*given, y, tape)
+def _products(shapes: Sequence[Any]) -> tuple[int, int]:
+    """Operations of the products of all steps with weight_ih and weight_hh. A multiply and an add are two, as
+    PyTorch counts."""
+    x, ih, hh = shapes[0], shapes[3], shapes[4]
+    rows = 2 * int(x[0] * x[1] if len(x) == 3 else x[0])
+    return rows * int(ih[0] * ih[1]), rows * int(hh[0] * hh[1])
 
 
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    call = ctx.call
-    n = 3 + len(Weights._fields)
-    x, h0, c0, *weights = wanted = ctx.needs_input_grad[:n]
-    found = torch.ops.fusedrnn.recurrence_backward(
-        *ctx.saved_tensors,
-        *grads[:5],
-        call.cell,
-        call.reverse,
-        [x, *weights, h0 or c0],
-        call.detach_every,
-        call.rates,
-        call.stream,
-    )
-    dx, *dweights, dh0, dc0 = found
-    gradients = (dx, dh0, dc0, *dweights)
-    return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * (ctx.inputs - n))
+@register_flop_formula(torch.ops.fusedrnn.recurrence)
+def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    return sum(_products(shapes))
 
 
-def _twice(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(TWICE)
-
-
-torch.library.register_autograd("fusedrnn::recurrence", _differentiate, setup_context=_keep)
-torch.library.register_autograd("fusedrnn::recurrence_backward", _twice)
+@register_flop_formula(torch.ops.fusedrnn.recurrence_backward)
+def _backward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    ih, hh = _products(shapes)
+    dx, _, _, dih, dhh, *_ = shapes[-1]
+    return ih * (dx + dih) + hh * (1 + dhh)

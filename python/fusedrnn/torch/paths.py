@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedrnn.backends.protocol import Weights
 from fusedrnn.torch import gpu
 
 FUSED = "fused"
@@ -49,8 +51,24 @@ def fall_back(module: torch.nn.Module, reason: str, original: Callable[..., Any]
     """What PyTorch's own implementation returns, or raises; says so, or refuses. For ``forward`` alone."""
     output = original(*args)
     module.__dict__["last_path"] = f"fallback: {reason}"
+    tell(module, reason)
+    return output
+
+
+def all_asked_for(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a call asked for."""
+    return {name: value for name, value in options.items() if value is not None and value is not False}
+
+
+def asked_for(options: dict[str, Any]) -> str | None:
+    """The name of the first of them."""
+    return next(iter(all_asked_for(options)), None)
+
+
+def tell(module: torch.nn.Module, reason: str) -> None:
+    """Warn of a fallback, once for each kind of layer and reason; or refuse it."""
     if _settings.forced:
-        return output
+        return
     kind = type(module).__name__
     text = f"{kind} runs PyTorch's own implementation: {reason}"
     if _errors:
@@ -58,8 +76,7 @@ def fall_back(module: torch.nn.Module, reason: str, original: Callable[..., Any]
     if (kind, reason) not in _told:
         _told.add((kind, reason))
         # The caller of the module, two frames above forward.
-        warnings.warn(text, FallbackWarning, stacklevel=5)
-    return output
+        warnings.warn(text, FallbackWarning, stacklevel=6)
 
 
 def mode() -> str | None:
@@ -90,7 +107,7 @@ def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tens
     for t in tensors:
         if t is None:
             continue
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter and not _traced(t):
             return f"there is a {type(t).__name__} in a tensor's place"
         if not t.is_cpu if on_cpu else t.device != device:
             return f"the devices are {device} and {t.device}"
@@ -99,6 +116,43 @@ def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tens
         if t.dtype is not dtype:
             return "dtypes differ"
     return None
+
+
+def unsupported_weights(input: Tensor, weights: Weights, gates: int, I: int, H: int) -> str | None:
+    """Why the kernels cannot take these weights of one layer and direction beside such an input, or None.
+
+    Raises:
+        RuntimeError: One is of another shape; PyTorch's own may read past its end.
+    """
+    reason = unsupported(input.dtype, input.device, weights)
+    if reason is not None:
+        return reason
+    for name, w, shape in zip(Weights._fields, weights, _shapes(gates, I, H), strict=True):
+        if w is not None and w.shape != shape:
+            raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(w.shape)}")
+    return None
+
+
+@functools.cache
+def _shapes(gates: int, I: int, H: int) -> tuple[tuple[int, ...], ...]:
+    rows = gates * H
+    return (rows, I), (rows, H), (rows,), (rows,), (rows,), (rows,), (H,), (H,)
+
+
+def _traced(t: Any) -> bool:
+    """Whether this stands for a plain tensor while PyTorch traces."""
+    return type(t).__module__.startswith("torch._subclasses") and isinstance(t, Tensor)
+
+
+def is_proxy(value: Any) -> bool:
+    """Whether torch.fx traces, and this stands for a value."""
+    return isinstance(value, torch.fx.Proxy)
+
+
+def call_module(module: torch.nn.Module, input: Any, *args: Any, **options: Any) -> Any:
+    """The call of a layer in the graph that torch.fx traces: the layer is a leaf, as ``torch.nn``'s are."""
+    tracer = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, *args), options)  # type: ignore[attr-defined]
 
 
 def autocast(t: Tensor) -> bool:

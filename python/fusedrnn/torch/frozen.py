@@ -1,0 +1,159 @@
+"""``freeze``: layers whose weights stand still are packed once; no call looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fusedrnn import backends
+from fusedrnn.backends.cpu import CpuBackend
+from fusedrnn.backends.protocol import Weights
+from fusedrnn.torch import gpu, paths
+from fusedrnn.torch.memory import array, tensor
+from fusedrnn.torch.ops import Call, results
+
+M = TypeVar("M", bound=torch.nn.Module)
+UNFREEZE = "the layer is frozen; fusedrnn.torch.unfreeze(model) first"
+
+
+class Frozen:
+    """The packed weights of a layer or cell, and what its parameters were. A copy of it is not frozen."""
+
+    def __init__(self, module: Any, weights: list[Weights]) -> None:
+        first = weights[0].weight_ih
+        self.dtype, self.device, self.cell = first.dtype, first.device, module.cell
+        self.weights = weights
+        self.backend: Any = backends.usable(None) if first.is_cpu else gpu.backend()
+        with gpu.on(first.device):
+            self.packed = [
+                self.backend.pack(module.cell, Weights(*[array(w) for w in each])) for each in weights
+            ]
+        # Where each parameter is found, and what it was.
+        self.parameters = [
+            (owner._parameters, name, p, None if p.is_inference() else p._version, p.data_ptr())
+            for owner in module.modules()
+            for name, p in owner._parameters.items()
+            if p is not None
+        ]
+        self.trainable = any(p.requires_grad for p in module.parameters())
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def check(self, x: Tensor, state0: Sequence[Tensor] | None) -> None:
+        """Raise RuntimeError where the packed weights are not for such a call, or no more the layer's."""
+        if x.dtype is not self.dtype or x.device != self.device:
+            raise RuntimeError(
+                f"input: expected {self.dtype} on {self.device}, as the frozen weights are, got {x.dtype} on "
+                f"{x.device}"
+            )
+        if torch.is_grad_enabled() and (
+            self.trainable or x.requires_grad or any(s.requires_grad for s in state0 or ())
+        ):
+            raise RuntimeError(f"a gradient could be asked for, outside torch.no_grad(): {UNFREEZE}")
+        for owner, name, p, version, address in self.parameters:
+            if (
+                owner.get(name) is not p
+                or p.data_ptr() != address
+                or (version is not None and p._version != version)
+            ):
+                raise RuntimeError(f"{name} was changed: {UNFREEZE}")
+
+    def run(self, j: int, call: Call, return_states: bool) -> list[Tensor]:
+        """As ``recurrence``, with the packed weights of layer and direction number j."""
+        if isinstance(self.backend, CpuBackend):
+            return results(call, return_states, self.packed[j].core)
+        with gpu.on(self.device):
+            (cell, x, _, state0), options = call.arrays()
+            found = self.backend.forward(
+                cell, x, self.packed[j], state0, **options, return_states=return_states, save=None
+            )
+            y = [found.y] if call.x.dim() == 3 else []
+            return [tensor(a) for a in (*y, *found.stateT, *(found.states or ()))]
+
+
+def frozen(module: torch.nn.Module) -> Frozen | None:
+    """What a call of a layer has to run, if it is frozen; where something watches operators, they run."""
+    found: Frozen | None = module.__dict__.get("_fusedrnn_frozen")
+    return None if found is None or torch._C._len_torch_dispatch_stack() else found
+
+
+class Freezable(torch.nn.Module):
+    """What is an error while a layer is frozen."""
+
+    _freezable_weights: Callable[[], list[Weights]]
+
+    def train(self, mode: bool = True) -> Any:
+        """As PyTorch's; RuntimeError for a frozen layer."""
+        if mode and self.__dict__.get("_fusedrnn_frozen") is not None:
+            raise RuntimeError(f"train: {UNFREEZE}")
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        if self.__dict__.get("_fusedrnn_frozen") is not None:
+            raise RuntimeError(f"to another dtype, device or memory: {UNFREEZE}")
+        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.__dict__.get("_fusedrnn_frozen") is not None:
+            args[-1].append(UNFREEZE)
+            return
+        super()._load_from_state_dict(*args)
+
+
+def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return ((path or "the model", m) for path, m in model.named_modules() if isinstance(m, Freezable))
+
+
+def freeze(model: M) -> M:
+    """Promise that the weights of all our layers in a model stand still, for faster inference, in place.
+
+    They are packed once. Until ``unfreeze`` it is an error to train such a layer, to load a state_dict into
+    it, to move it, and to call it after an operation of PyTorch has written to a parameter or put another in
+    its place, or where a gradient could be asked for. Writes that PyTorch does not see, through ``.data`` or
+    a NumPy view, are yours to leave alone.
+
+    Returns:
+        The model.
+
+    Raises:
+        RuntimeError: The kernels cannot run a layer, or it is in training mode. Nothing was changed.
+        ValueError: There is no layer of ours.
+    """
+    made: list[tuple[Any, Frozen]] = []
+    for path, layer in _layers(model):
+        if layer.training:
+            raise RuntimeError(f"{path}: expected a layer in evaluation; call eval() before freeze")
+        if layer.__dict__.get("_fusedrnn_frozen") is None:
+            weights = layer._freezable_weights()
+            if not weights:
+                raise RuntimeError(f"{path}: the kernels cannot run it: proj_size")
+            first = weights[0].weight_ih
+            reason = paths.unsupported(first.dtype, first.device, [w for each in weights for w in each])
+            if reason is not None:
+                raise RuntimeError(f"{path}: the kernels cannot run it: {reason}")
+            made.append((layer, Frozen(layer, weights)))
+    if not any(True for _ in _layers(model)):
+        raise ValueError("model: it has no layer of fusedrnn.torch; fusedrnn.torch.convert makes some")
+    for layer, found in made:
+        layer.__dict__["_fusedrnn_frozen"] = found
+    return model
+
+
+def unfreeze(model: M) -> M:
+    """Undo ``freeze``, in place.
+
+    Returns:
+        The model.
+    """
+    for _, layer in _layers(model):
+        layer.__dict__.pop("_fusedrnn_frozen", None)
+    return model

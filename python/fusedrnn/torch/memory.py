@@ -1,0 +1,57 @@
+"""Tensors as arrays that share their memory, and back.
+
+``Tensor.numpy`` makes a storage one that cannot be resized. So memory is lent by DLPack, for the time of a
+call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusedrnn.torch import gpu
+
+_direct = False  # whether the compiled module takes tensors themselves
+try:
+    from fusedrnn import _core
+
+    _core.take_tensors(Tensor, torch.nn.Parameter, Tensor.__dlpack_c_exchange_api__)  # type: ignore[attr-defined]
+    _direct = True
+except (ImportError, AttributeError, ValueError):  # not built; PyTorch before 2.10; another version of DLPack
+    pass
+
+
+def given(tensors: Sequence[Tensor | None]) -> Sequence[Any]:
+    """Tensors as the compiled module takes them."""
+    return tensors if _direct else [array(t) for t in tensors]
+
+
+def array(t: Tensor | None) -> Any:
+    """The tensor's memory as an array, NumPy's or on a GPU CuPy's."""
+    if t is None:
+        return None
+    if not t.is_cpu:
+        return gpu.array(t.detach())
+    t = t.detach()
+    if t.dtype is torch.bool:  # which NumPy does not take
+        return np.from_dlpack(t.view(torch.uint8)).view(bool)  # type: ignore[arg-type]
+    return np.from_dlpack(t)  # type: ignore[arg-type]
+
+
+def tensor(a: Any) -> Tensor:
+    """The memory of an array as a tensor."""
+    return torch.from_numpy(a) if type(a) is np.ndarray else gpu.tensor(a)
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """The tensor in one piece, copied only where it is not."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def contiguous_features(t: Tensor | None) -> Tensor | None:
+    """The tensor with contiguous features, which is all that the kernels ask of a sequence."""
+    return t if t is None or t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()

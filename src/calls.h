@@ -1,0 +1,495 @@
+// Calls of the kernels: arguments checked, outputs made, the call run without the GIL. SPDX-License-Identifier:
+// Apache-2.0
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "api.h"
+#include "arrays.h"
+#include "cpu/dispatch.h"
+
+namespace fusedrnn {
+namespace {
+
+// Weights of a layer, in the order of fusedrnn.backends.protocol.Weights, and what a gradient is asked for: these, x
+// and the initial state.
+constexpr int kWeights = 8, kNeeds = kWeights + 2;
+
+int gates_of(CellId cell) { return cpu::kernels<float>().shape[int(cell)].gates; }
+bool has_c(CellId cell) { return cpu::kernels<float>().shape[int(cell)].has_c; }
+
+bool layer_norm(CellId cell) { return cpu::kernels<float>().shape[int(cell)].layer_norm; }
+
+CellId cell_of(int id) {
+  if (id < 0 || id >= cpu::kCells)
+    throw py::value_error("cell: expected 0 to " + std::to_string(cpu::kCells - 1) + ", got " + std::to_string(id));
+  return CellId(id);
+}
+
+// The hook runs Python's signal handlers; a handler that raises stops the call.
+Poll signals() {
+  return {[](void*) {
+            const py::gil_scoped_acquire gil;
+            return PyErr_CheckSignals() == 0;
+          },
+          nullptr};
+}
+
+template <class F>
+auto without_gil(F&& f) {
+  try {
+    const py::gil_scoped_release release;
+    return f();
+  } catch (const Interrupted&) {
+    throw py::error_already_set();
+  }
+}
+
+struct PyPacked {
+  CellId cell;
+  Index I, H, P;
+  py::object weights[kWeights];
+  PackedPtr<float> f32;
+  PackedPtr<double> f64;
+  const PackedWeights<float>* get(float) const { return f32.get(); }
+  const PackedWeights<double>* get(double) const { return f64.get(); }
+};
+
+// Lengths and resets are copied: what backward walks by must be what forward walked by, whatever becomes of the
+// caller's.
+struct PyTape {
+  Problem problem;
+  std::vector<Index> lengths;
+  std::vector<unsigned char> reset;
+  py::object x, y, h0, c0, weights[kWeights];
+  py::object packed = py::none();  // kept for boundary states only, which run forward again
+  TapePtr<float> f32;
+  TapePtr<double> f64;
+  const Tape<float>* get(float) const { return f32.get(); }
+  const Tape<double>* get(double) const { return f64.get(); }
+  TapePtr<float>& slot(float) { return f32; }
+  TapePtr<double>& slot(double) { return f64; }
+};
+
+// fusedrnn.backends.protocol.Regularization: the rates, the seed (None: evaluation) and the stream; or None.
+using PyRegularization = std::optional<std::tuple<double, double, double, std::optional<std::uint64_t>, std::uint32_t>>;
+
+Regularization regularization_of(const PyRegularization& given, CellId cell) {
+  if (!given) return {};
+  const auto& [recurrent_dropout, zoneout_h, zoneout_c, seed, stream] = *given;
+  for (const double rate : {recurrent_dropout, zoneout_h, zoneout_c})
+    if (!(rate >= 0 && rate <= 1))
+      throw RefusedValue("regularization: expected rates from 0 to 1, got " + std::to_string(rate));
+  if (zoneout_c > 0 && !has_c(cell)) throw RefusedValue("zoneout_c: expected 0 for a cell without c");
+  return {recurrent_dropout, zoneout_h, zoneout_c, seed.has_value(), seed.value_or(0), stream};
+}
+
+void set_rows(PyTape& tape, const py::object& lengths, const py::object& reset) {
+  const Index time = tape.problem.sizes.T, B = tape.problem.sizes.B;
+  if (!lengths.is_none()) {
+    const Index* data = need<Index>(lengths, "lengths", {B});
+    tape.lengths.assign(data, data + B);
+    for (Index n : tape.lengths)
+      if (n < 0 || n > time)
+        throw RefusedValue("lengths: expected 0 to T = " + std::to_string(time) + ", got " + std::to_string(n));
+    tape.problem.lengths = tape.lengths.data();
+  }
+  if (!reset.is_none()) {
+    const bool* data = need<bool>(reset, "reset", {time, B});
+    tape.reset.assign(data, data + time * B);
+    for (unsigned char& r : tape.reset) r = r != 0;
+    tape.problem.reset = tape.reset.data();
+  }
+}
+
+// H, by the rows of weight_ih.
+Index hidden_size(CellId cell, const py::object& weight_ih) {
+  View a;
+  if (!view_of(weight_ih, a)) throw RefusedType("weight_ih: expected an array, got " + type_name(weight_ih));
+  if (a.ndim != 2 || a.shape[0] < gates_of(cell) || a.shape[1] == 0)
+    throw RefusedValue("weight_ih: expected (G*H, I), H and I at least 1, got " + a.text());
+  return a.shape[0] / gates_of(cell);
+}
+
+template <class T>
+Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, Index P) {
+  const Index rows = gates_of(cell) * H;
+  Weights<const T> weights = {need<T>(w[0], "weight_ih", {rows, I}), need<T>(w[1], "weight_hh", {rows, P}),
+                              maybe<T>(w[2], "bias_ih", {rows}), maybe<T>(w[3], "bias_hh", {rows})};
+  const T** to[] = {&weights.gain_ih, &weights.gain_hh, &weights.gain_c, &weights.bias_c};
+  const char* names[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
+  for (int i = 0; i < 4; ++i) {
+    if (layer_norm(cell) && (i < 2 || has_c(cell)))
+      *to[i] = need<T>(w[4 + i], names[i], {i < 2 ? rows : H});
+    else if (!w[4 + i].is_none())
+      throw RefusedValue(std::string(names[i]) + ": expected None for this cell");
+  }
+  return weights;
+}
+
+template <class T>
+std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
+  View ih, hh;
+  view_of(w[0], ih), view_of(w[1], hh);
+  const Index I = ih.shape[1], P = hh.shape[1], H = hidden_size(cell, w[0]);
+  if (P != H)
+    throw py::value_error("weight_hh: expected (G*H, H), got " + hh.text() +
+                          "; a projected size P != H is not supported yet");
+  auto packed = std::make_unique<PyPacked>();
+  packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
+  for (int i = 0; i < kWeights; ++i) packed->weights[i] = w[i];
+  const Weights<const T> view = weights_of<T>(w, cell, I, H, P);
+  PackedPtr<T> result = without_gil([&] { return pack<T>(cell, I, H, P, view, signals()); });
+  if constexpr (sizeof(T) == 4)
+    packed->f32 = std::move(result);
+  else
+    packed->f64 = std::move(result);
+  return packed;
+}
+
+bool is_float32(const py::object& o, const char* name, int ndim) {
+  View a;
+  if (!view_of(o, a)) throw RefusedType(std::string(name) + ": expected an array, got " + type_name(o));
+  if (a.ndim != ndim)
+    throw RefusedValue(std::string(name) + ": expected " + std::to_string(ndim) + " axes, got " + a.text());
+  if (a.is<float>()) return true;
+  if (a.is<double>()) return false;
+  throw RefusedType(std::string(name) + ": expected float32 or float64, got " + a.text());
+}
+
+std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weight_hh, py::object bias_ih,
+                                  py::object bias_hh, py::object gain_ih, py::object gain_hh, py::object gain_c,
+                                  py::object bias_c) {
+  const CellId cell = cell_of(id);
+  const bool f32 = is_float32(weight_ih, "weight_ih", 2);
+  is_float32(weight_hh, "weight_hh", 2);
+  const py::object w[kWeights] = {weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh, gain_c, bias_c};
+  return f32 ? pack_as<float>(cell, w) : pack_as<double>(cell, w);
+}
+
+// What a call is, apart from its arrays over time.
+struct Options {
+  const py::object &lengths, &reset;
+  bool reverse = false;
+  Index detach_every = 0;
+  const PyRegularization regularization{};
+};
+
+Problem problem_of(PyTape& owner, CellId cell, const Sizes& sizes, const Options& options) {
+  owner.problem = {cell,
+                   sizes,
+                   nullptr,
+                   nullptr,
+                   options.reverse,
+                   options.detach_every,
+                   regularization_of(options.regularization, cell)};
+  if (options.detach_every < 0)
+    throw RefusedValue("detach_every: expected 1 or more, or none, got " + std::to_string(options.detach_every));
+  set_rows(owner, options.lengths, options.reset);
+  return owner.problem;
+}
+
+// Outputs of forward: null before they are made, None where there is none. One step that is not a sequence has no y.
+struct Outputs {
+  py::object y, hT, cT, h_states, c_states;
+};
+
+// x of a sequence (T, B, I), or of one step (B, I).
+struct Time {
+  Index T, B, I;
+  bool step;
+};
+Time time_of(const py::object& x) {
+  View a;
+  if (!view_of(x, a)) throw RefusedType("x: expected an array, got " + type_name(x));
+  if (a.ndim == 2) return {1, a.shape[0], a.shape[1], true};
+  if (a.ndim == 3) return {a.shape[0], a.shape[1], a.shape[2], false};
+  throw RefusedValue("x: expected 2 or 3 axes, got " + a.text());
+}
+// What is of x's kind: a sequence over time, or a step.
+template <class T>
+Sequence<const T> over_time(const py::object& o, const char* name, const Time& n, Index width) {
+  if (!n.step || o.is_none()) return sequence<T>(o, name, {n.T, n.B, width});
+  Index row;
+  const T* data = need<T>(o, name, {n.B, width}, 1, &row);
+  return {data, 0, row};
+}
+
+// One forward call: checked, its outputs allocated, nothing run yet.
+template <class T>
+struct ForwardSetup {
+  ForwardCall<T> call{};
+  std::unique_ptr<PyTape> tape = std::make_unique<PyTape>();  // owns the lengths and resets that `call` points to
+  Outputs out;
+
+  // Of packed weights, or of eight as they are.
+  ForwardSetup(CellId cell, const PyPacked* packed, const py::object* weights, const py::object& x,
+               const py::object& h0, const py::object& c0, const Options& options, Outputs given)
+      : out(std::move(given)) {
+    const Time n = time_of(x);
+    const Index H = packed ? packed->H : hidden_size(cell, weights[0]);
+    const bool c = has_c(cell);
+    call.problem = problem_of(*tape, cell, {n.T, n.B, n.I, H, H}, options);
+    if (packed) {
+      call.packed = packed->get(T());
+      if (!call.packed) throw RefusedType("x: expected the dtype of the weights");
+      if (packed->I != n.I) throw RefusedValue("x: expected " + std::to_string(packed->I) + " features");
+    } else {
+      call.weights = weights_of<T>(weights, cell, n.I, H, H);
+    }
+    call.x = over_time<T>(x, "x", n, n.I);
+    call.h0 = maybe<T>(h0, "h0", {n.B, H});
+    if (c) call.c0 = maybe<T>(c0, "c0", {n.B, H});
+    call.poll = signals();
+    if (!n.step) call.y = output<T>(out.y, "y", {n.T, n.B, H});
+    call.hT = output<T>(out.hT, "hT", {n.B, H});
+    if (n.step) call.y = call.hT;
+    if (c) call.cT = output<T>(out.cT, "cT", {n.B, H});
+    call.h_states = output<T>(out.h_states, "h_states", {n.T, n.B, H});
+    if (c) call.c_states = output<T>(out.c_states, "c_states", {n.T, n.B, H});
+    for (const py::object* o : {&out.hT, n.step ? &out.hT : &out.y, c ? &out.cT : &out.hT})
+      if (o->is_none()) throw RefusedType("y, hT, cT: expected arrays, got None");
+  }
+};
+
+template <class T>
+py::tuple forward_as(const py::object& packed_object, const py::object& x, const py::object& h0, const py::object& c0,
+                     bool return_states, Save save, const Options& options) {
+  const PyPacked& packed = packed_object.cast<const PyPacked&>();
+  const py::object none = py::none();
+  Outputs out;
+  if (!has_c(packed.cell)) out.cT = none;
+  if (!return_states) out.h_states = none;
+  if (!return_states || !has_c(packed.cell)) out.c_states = none;
+  ForwardSetup<T> setup(packed.cell, &packed, nullptr, x, h0, c0, options, out);
+  setup.call.save = save;
+  setup.tape->slot(T()) = without_gil([&] { return forward<T>(setup.call); });
+  py::object kept = none;
+  if (save != Save::nothing) {
+    PyTape& tape = *setup.tape;
+    if (save == Save::boundary_states) tape.packed = packed_object;
+    tape.x = x, tape.y = setup.out.y, tape.h0 = h0, tape.c0 = c0;
+    for (int i = 0; i < kWeights; ++i) tape.weights[i] = packed.weights[i];
+    kept = py::cast(std::move(setup.tape));
+  }
+  const Outputs& o = setup.out;
+  return py::make_tuple(o.y, o.hT, o.cT, o.h_states, o.c_states, kept);
+}
+
+py::tuple py_forward(const py::object& packed, const py::object& x, const py::object& h0, const py::object& c0,
+                     const py::object& lengths, const py::object& reset, bool reverse, bool return_states, int save_id,
+                     Index detach_every, const PyRegularization& regularization) {
+  if (!py::isinstance<PyPacked>(packed))
+    throw py::type_error("packed: expected what pack returned, got " + type_name(packed));
+  if (save_id < 0 || save_id > 2)
+    throw py::value_error("save: expected 0 (nothing), 1 (all) or 2 (boundary states), got " + std::to_string(save_id));
+  return (is_float32(x, "x", 3) ? forward_as<float>
+                                : forward_as<double>)(packed, x, h0, c0, return_states, Save(save_id),
+                                                      {lengths, reset, reverse, detach_every, regularization});
+}
+
+// Eight weights, or as many packed.
+struct Given {
+  const PyPacked* packed = nullptr;
+  py::object weights[kWeights];
+
+  explicit Given(CellId cell, const py::object& o) {
+    if (py::isinstance<PyPacked>(o)) {
+      packed = &o.cast<const PyPacked&>();
+      if (packed->cell != cell) throw py::value_error("weights: packed for another cell");
+      return;
+    }
+    if (!PyTuple_CheckExact(o.ptr()) || PyTuple_GET_SIZE(o.ptr()) != kWeights)
+      throw py::type_error("weights: expected a tuple of " + std::to_string(kWeights) + " or packed ones");
+    for (int i = 0; i < kWeights; ++i) weights[i] = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(o.ptr(), i));
+  }
+};
+
+// The memory of a tape in an array (rows, width): those rows that there are, or more.
+template <class T>
+T* tape_memory(const py::object& o, const Problem& problem, Save save) {
+  View a;
+  if (!view_of(o, a)) throw RefusedType("tape: expected an array, got " + type_name(o));
+  const TapeShape shape = tape_shape<T>(problem, save);
+  const Index rows = a.ndim == 2 ? std::max(a.shape[0], shape.rows) : shape.rows;
+  return const_cast<T*>(need<T>(o, "tape", {rows, shape.width}));
+}
+
+// Forward of weights as they are now, with nothing kept: all that backward needs is in arrays of the caller's. `tape`
+// is None where nothing is saved.
+template <class T>
+void run_forward_as(CellId cell, const Given& given, const py::object& x, const py::object& h0, const py::object& c0,
+                    bool recompute, const Options& options, const Outputs& out, const py::object& saved) {
+  ForwardSetup<T> setup(cell, given.packed, given.weights, x, h0, c0, options, out);
+  if (!saved.is_none()) {
+    setup.call.save = recompute ? Save::boundary_states : Save::all;
+    setup.call.saved = tape_memory<T>(saved, setup.call.problem, setup.call.save);
+    // What ragged rows leave of it is 0, so that it is the same for the same inputs.
+    View a;
+    view_of(saved, a);
+    const TapeShape shape = tape_shape<T>(setup.call.problem, setup.call.save);
+    std::fill(setup.call.saved + shape.rows * shape.width, setup.call.saved + a.shape[0] * shape.width, T(0));
+  }
+  setup.tape->slot(T()) = without_gil([&] { return forward<T>(setup.call); });
+}
+
+void py_run_forward(int id, const py::object& weights, const py::object& x, const py::object& h0, const py::object& c0,
+                    const py::object& lengths, const py::object& reset, bool reverse, bool recompute,
+                    Index detach_every, const PyRegularization& regularization, const py::object& y,
+                    const py::object& hT, const py::object& cT, const py::object& h_states, const py::object& c_states,
+                    const py::object& tape) {
+  const CellId cell = cell_of(id);
+  const Given given(cell, weights);
+  (is_float32(hT, "hT", 2) ? run_forward_as<float>
+                           : run_forward_as<double>)(cell, given, x, h0, c0, recompute,
+                                                     {lengths, reset, reverse, detach_every, regularization},
+                                                     {y, hT, cT, h_states, c_states}, tape);
+}
+
+// One backward call: checked, its outputs allocated, nothing run yet.
+template <class T>
+struct BackwardSetup {
+  BackwardCall<T> call{};
+  std::vector<py::object> out;  // dx, of the weights, dh0, dc0: null before they are made, None where not wanted
+
+  BackwardSetup(const PyTape& tape, const Tape<T>* core, const Time& n, const py::object& dy, const py::object& dhT,
+                const py::object& dcT, const py::object& dh_states, const py::object& dc_states,
+                std::vector<py::object> given)
+      : out(std::move(given)) {
+    const CellId cell = tape.problem.cell;
+    const Index H = tape.problem.sizes.H, rows = gates_of(cell) * H;
+    const bool c = has_c(cell), norm = layer_norm(cell);
+    call.problem = tape.problem;
+    call.tape = core;
+    if (!core) throw RefusedType("tape: expected the dtype of the call");
+    call.weights = weights_of<T>(tape.weights, cell, n.I, H, H);
+    call.x = over_time<T>(tape.x, "x", n, n.I);
+    if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPacked&>().get(T());
+    call.y = n.step ? need<T>(tape.y, "y", {n.B, H}) : need<T>(tape.y, "y", {n.T, n.B, H});
+    call.h0 = maybe<T>(tape.h0, "h0", {n.B, H});
+    if (c) call.c0 = maybe<T>(tape.c0, "c0", {n.B, H});
+    call.dy = over_time<T>(dy, "dy", n, H);
+    call.dhT = maybe<T>(dhT, "dhT", {n.B, H});
+    call.dh_states = sequence<T>(dh_states, "dh_states", {n.T, n.B, H});
+    if (c) {
+      call.dcT = maybe<T>(dcT, "dcT", {n.B, H});
+      call.dc_states = sequence<T>(dc_states, "dc_states", {n.T, n.B, H});
+    }
+    call.poll = signals();
+    const py::object none = py::none();
+    const bool there[kNeeds + 1] = {
+        true,      true, true, !tape.weights[2].is_none(), !tape.weights[3].is_none(), norm, norm, norm && c,
+        norm && c, true, c};
+    for (int i = 0; i < kNeeds + 1; ++i)
+      if (!there[i]) out[i] = none;
+    call.dx = n.step ? output<T>(out[0], "dx", {n.B, n.I}) : output<T>(out[0], "dx", {n.T, n.B, n.I});
+    Weights<T>& dw = call.dweights;
+    dw.weight_ih = output<T>(out[1], "dweight_ih", {rows, n.I});
+    dw.weight_hh = output<T>(out[2], "dweight_hh", {rows, H});
+    dw.bias_ih = output<T>(out[3], "dbias_ih", {rows}), dw.bias_hh = output<T>(out[4], "dbias_hh", {rows});
+    dw.gain_ih = output<T>(out[5], "dgain_ih", {rows}), dw.gain_hh = output<T>(out[6], "dgain_hh", {rows});
+    dw.gain_c = output<T>(out[7], "dgain_c", {H}), dw.bias_c = output<T>(out[8], "dbias_c", {H});
+    call.dh0 = output<T>(out[9], "dh0", {n.B, H}), call.dc0 = output<T>(out[10], "dc0", {n.B, H});
+  }
+
+  void run() {
+    without_gil([&] {
+      backward<T>(call);
+      return 0;
+    });
+  }
+};
+
+Time time_of(const PyTape& tape) {
+  const Sizes& n = tape.problem.sizes;
+  return {n.T, n.B, n.I, false};
+}
+
+// Outputs to be made: those that are needed.
+std::vector<py::object> outputs(const std::vector<bool>& need_of) {
+  if (need_of.size() != kNeeds)
+    throw py::value_error("need: expected " + std::to_string(kNeeds) + " flags, got " + std::to_string(need_of.size()));
+  std::vector<py::object> out(kNeeds + 1);
+  for (int i = 0; i < kNeeds + 1; ++i)
+    if (!need_of[std::min(i, kNeeds - 1)]) out[i] = py::none();
+  return out;
+}
+
+template <class T>
+py::tuple backward_as(const PyTape& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
+                      const py::object& dh_states, const py::object& dc_states, const std::vector<bool>& need_of) {
+  BackwardSetup<T> setup(tape, tape.get(T()), time_of(tape), dy, dhT, dcT, dh_states, dc_states, outputs(need_of));
+  setup.run();
+  return py::tuple(py::cast(setup.out));
+}
+
+py::tuple py_backward(const PyTape& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
+                      const py::object& dh_states, const py::object& dc_states, const std::vector<bool>& need_of) {
+  return (tape.f32 ? backward_as<float> : backward_as<double>)(tape, dy, dhT, dcT, dh_states, dc_states, need_of);
+}
+
+// Backward of run_forward: from the same arguments, its results, and gradients of them to the outputs.
+template <class T>
+void run_backward_as(CellId cell, PyTape& owner, bool recompute, const Options& options, const py::object& saved,
+                     const py::object* upstream, std::vector<py::object> out) {
+  const Time n = time_of(owner.x);
+  const Index H = hidden_size(cell, owner.weights[0]);
+  const Problem problem = problem_of(owner, cell, {n.T, n.B, n.I, H, H}, options);
+  const Save save = recompute ? Save::boundary_states : Save::all;
+  const TapePtr<T> tape = tape_over<T>(problem, save, tape_memory<T>(saved, problem, save));
+  BackwardSetup<T>(owner, tape.get(), n, upstream[0], upstream[1], upstream[2], upstream[3], upstream[4],
+                   std::move(out))
+      .run();
+}
+
+void py_run_backward(int id, const py::object& weights, const py::object& x, const py::object& h0, const py::object& c0,
+                     const py::object& lengths, const py::object& reset, bool reverse, bool recompute,
+                     Index detach_every, const PyRegularization& regularization, const py::object& y,
+                     const py::object& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
+                     const py::object& dh_states, const py::object& dc_states, std::vector<py::object> out) {
+  const CellId cell = cell_of(id);
+  const Given given(cell, weights);
+  if (given.packed) throw py::type_error("weights: expected a tuple, not packed ones");
+  if (out.size() != kNeeds + 1)
+    throw py::value_error("out: expected " + std::to_string(kNeeds + 1) + " arrays, got " + std::to_string(out.size()));
+  PyTape owner;
+  owner.x = x, owner.y = y, owner.h0 = h0, owner.c0 = c0;
+  for (int i = 0; i < kWeights; ++i) owner.weights[i] = given.weights[i];
+  const py::object upstream[] = {dy, dhT, dcT, dh_states, dc_states};
+  (is_float32(owner.weights[0], "weight_ih", 2)
+       ? run_backward_as<float>
+       : run_backward_as<double>)(cell, owner, recompute, {lengths, reset, reverse, detach_every, regularization}, tape,
+                                  upstream, std::move(out));
+}
+
+// (rows, width) of a tape, in elements; with lengths as if all rows were as long as the longest.
+py::tuple py_tape_shape(int id, Index T, Index B, Index I, Index H, bool recompute, bool regularized, bool float64) {
+  Problem problem{cell_of(id), {T, B, I, H, H}};
+  if (T < 0 || B < 0 || I < 1 || H < 1) throw py::value_error("expected T and B at least 0, I and H at least 1");
+  if (regularized) problem.regularization.zoneout_h = 1;
+  const Save save = recompute ? Save::boundary_states : Save::all;
+  const TapeShape shape = float64 ? tape_shape<double>(problem, save) : tape_shape<float>(problem, save);
+  return py::make_tuple(shape.rows, shape.width);
+}
+
+// The types whose objects are taken for arrays beside numpy.ndarray, and how they give their memory.
+void take_tensors(const py::type& tensor, const py::type& parameter, const py::capsule& api) {
+  const auto* found = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
+  if (!found) throw py::error_already_set();
+  if (found->major != 1 || !found->tensor_from_object) throw py::value_error("another version of DLPack");
+  tensor.inc_ref(), parameter.inc_ref(), api.inc_ref();  // never freed
+  array_types.tensors[0] = reinterpret_cast<PyTypeObject*>(tensor.ptr());
+  array_types.tensors[1] = reinterpret_cast<PyTypeObject*>(parameter.ptr());
+  array_types.api = found;
+}
+
+}  // namespace
+}  // namespace fusedrnn

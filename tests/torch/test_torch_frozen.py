@@ -1,0 +1,171 @@
+"""freeze and unfreeze: weights that stand still, and what is refused meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+pytest.importorskip("torch", reason="PyTorch is not installed")
+pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
+import torch
+
+from torch_pairs import every_kind, every_layer, flat, ft, module_pair, state_of
+
+pytestmark = [pytest.mark.kernel, pytest.mark.quick, pytest.mark.usefixtures("no_fallback")]
+
+I, H, T, B = 5, 7, 6, 3
+
+
+def made(kind, **options):
+    _, ours = module_pair(kind, I, H, **options)
+    x = torch.randn(*((T, B, I) if isinstance(ours, torch.nn.RNNBase) else (B, I)))
+    return ours.eval(), x, state_of(ours, B, x)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_same_bits(kind, dtype):
+    ours, x, hx = made(kind)
+    ours, x = ours.to(dtype), x.to(dtype)
+    hx = tuple(s.to(dtype) for s in hx) if isinstance(hx, tuple) else hx.to(dtype)
+    with torch.no_grad():
+        expected = [flat(ours(x, hx)), flat(ours(x)), flat(ours(x[..., 0, :]))]
+        assert ft.freeze(ours) is ours
+        for want, args in zip(expected, ((x, hx), (x,), (x[..., 0, :],)), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(flat(ours(*args)), want, strict=True))
+    assert ours.last_path == "fused"
+    ft.freeze(ft.unfreeze(ours).requires_grad_(False))
+    for a, b in zip(flat(ours(x)), expected[1], strict=True):  # where no gradient could be asked for
+        assert torch.equal(a, b)
+
+
+@every_layer
+def test_every_option_of_a_call(kind):
+    ours, x, _ = made(kind, num_layers=2, bidirectional=True)
+    given = {"lengths": [T, 2, 0], "reset": torch.rand(T, B) < 0.3, "return_states": True}
+    packed = torch.nn.utils.rnn.pack_sequence([x[:n, 0] for n in (5, 4, 1)])
+    with torch.no_grad():
+        want = [flat(ours(x, **given)), flat(ours(packed))]
+    ft.freeze(ours.requires_grad_(False))
+    for a, b in zip([*flat(ours(x, **given)), *flat(ours(packed))], [*want[0], *want[1]], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_refused_meanwhile():
+    model = torch.nn.Sequential(torch.nn.Linear(I, I), ft.LSTM(I, H)).eval()
+    layer, state = model[1], {name: p.clone() for name, p in model.state_dict().items()}
+    x = torch.randn(T, B, I)
+    ft.freeze(model)
+    ft.freeze(model)  # it is already
+    for call, text in (
+        (model.train, "train: the layer is frozen"),
+        (lambda: model.load_state_dict(state), "the layer is frozen"),
+        (lambda: model.load_state_dict(state, assign=True), "the layer is frozen"),
+        (model.double, "the layer is frozen"),
+        (model.share_memory, "the layer is frozen"),
+        (lambda: layer(x), r"gradient.*torch\.no_grad\(\): the layer is frozen"),
+        (lambda: ft.to_torch(model), r"1: it is frozen; fusedrnn\.torch\.unfreeze"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            call()
+    for name, p in layer.state_dict().items():
+        assert torch.equal(p, state[f"1.{name}"])
+    with torch.no_grad():
+        layer(x)
+        with pytest.raises(RuntimeError, match=r"input: expected torch\.float32 on cpu.* got torch\.float64"):
+            layer(x.double())
+    assert ft.unfreeze(model) is model
+    ft.unfreeze(model)
+    model.float().train()
+    model.load_state_dict(state)
+    model(x)[0].sum().backward()
+    assert layer.weight_hh_l0.grad is not None
+
+
+def in_place(layer):
+    layer.weight_hh_l0[0, 0] += 1
+
+
+def by_an_optimizer(layer):
+    layer.weight_ih_l0.grad = torch.ones_like(layer.weight_ih_l0)
+    torch.optim.Adam([layer.weight_ih_l0]).step()
+
+
+def by_another_parameter(layer):
+    layer.bias_ih_l0 = torch.nn.Parameter(layer.bias_ih_l0.clone())
+
+
+def by_other_memory(layer):
+    layer.bias_hh_l0.data = layer.bias_hh_l0.data.clone()
+
+
+def initialised(layer):
+    layer.reset_parameters()
+
+
+@pytest.mark.parametrize(
+    "change", [in_place, by_an_optimizer, by_another_parameter, by_other_memory, initialised]
+)
+@torch.no_grad()
+def test_changed_weights_are_an_error_of_the_next_call(change):
+    layer = ft.LSTM(I, H).eval()
+    x = torch.randn(T, B, I)
+    ft.freeze(layer)
+    layer(x)
+    change(layer)
+    with pytest.raises(RuntimeError, match=r"(weight|bias)_.h_l0 was changed: the layer is frozen"):
+        layer(x)
+    want = ft.unfreeze(layer)(x)[0]
+    assert torch.equal(ft.freeze(layer)(x)[0], want)
+
+
+@every_kind
+def test_copies_are_not_frozen(kind):
+    ours, x, _ = made(kind)
+    with torch.no_grad():
+        want = flat(ours(x))
+    ft.freeze(ours)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        for a, b in zip(flat(other(x)), want, strict=True):
+            assert torch.equal(a, b)
+        other.train()
+        with torch.no_grad():
+            other.double()
+
+
+def test_what_cannot_be_frozen():
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
+        ft.freeze(3)
+    with pytest.raises(ValueError, match="no layer of fusedrnn"):
+        ft.freeze(torch.nn.LSTM(2, 3).eval())
+    with pytest.raises(RuntimeError, match=r"rnn: expected a layer in evaluation; call eval\(\)"):
+        ft.freeze(torch.nn.ModuleDict({"rnn": ft.LSTM(2, 3)}))
+    with pytest.raises(RuntimeError, match="the kernels cannot run it: proj_size"):
+        ft.freeze(ft.LSTM(2, 3, proj_size=2).eval())
+    with pytest.raises(RuntimeError, match=r"the kernels cannot run it: the dtype is torch\.float16"):
+        ft.freeze(ft.LSTM(2, 3).half().eval())
+
+
+def test_layers_that_share_parameters_and_layer_norm():
+    first, second = ft.LSTM(H, H, layer_norm=True).eval(), ft.LSTM(H, H, layer_norm=True).eval()
+    second.weight_hh_l0 = first.weight_hh_l0
+    model = torch.nn.ModuleList([first, second])
+    x = torch.randn(T, B, H)
+    with torch.no_grad():
+        want = [layer(x)[0] for layer in model]
+        ft.freeze(model)
+        assert all(torch.equal(layer(x)[0], y) for layer, y in zip(model, want, strict=True))
+    ft.unfreeze(model).train()
+    sum(layer(x)[0].sum() for layer in model).backward()
+
+
+def test_tracing_sees_a_frozen_layer():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    ours, x, _ = made("LSTM")
+    ft.freeze(ours.requires_grad_(False))
+    traced = make_fx(lambda v: ours(v)[0])(x)
+    other = torch.randn(T, B, I)
+    assert torch.equal(traced(other), ours(other)[0])

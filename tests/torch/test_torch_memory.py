@@ -1,0 +1,316 @@
+"""What backward needs is made of tensors, which programs move, resize, replace and keep elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+pytest.importorskip("torch", reason="PyTorch is not installed")
+pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
+import torch
+from torch.autograd import graph
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusedrnn import problems
+from fusedrnn.bench.peer_torch import FusedLayer, Torch
+from torch_pairs import LAYERS, assert_close, every_kind, every_layer, flat, ft, module_pair, state_of
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.usefixtures("no_fallback"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+I, H, T, B = 5, 7, 6, 3
+
+
+def input_of(module):
+    return torch.randn(*((T, B, I) if isinstance(module, torch.nn.RNNBase) else (B, I)))
+
+
+def gradients(module, x, hx, between=lambda module, x, hx: None):
+    """The gradients of the parameters, after something was done between forward and backward."""
+    loss = sum(t.square().sum() for t in flat(module(x, hx)))
+    between(module, x, hx)
+    return torch.autograd.grad(loss, list(module.parameters()))
+
+
+def shared(module, x, hx):
+    for t in (x, *flat(hx)):
+        t.share_memory_()
+    module.share_memory()
+
+
+def other_memory(module, x, hx):
+    for t in (x, *flat(hx), *module.parameters()):
+        t.data = t.data.clone()
+
+
+def resized(module, x, hx):
+    """As FSDP does: memory given back and filled again."""
+    for t in (x, *flat(hx), *module.parameters()):
+        storage, values = t.untyped_storage(), t.detach().clone()
+        size = storage.nbytes()
+        storage.resize_(0)
+        storage.resize_(size)
+        t.data.copy_(values)
+
+
+def overwritten_afterwards(module, x, hx):
+    other_memory(module, x, hx)
+    kept = [torch.full((10_000,), 7.0) for _ in range(20)]
+    del kept
+
+
+@every_kind
+@pytest.mark.parametrize("between", [shared, other_memory, resized, overwritten_afterwards])
+def test_memory_moves_between_forward_and_backward(kind, between):
+    """shared/cases f01: backward read what had been freed."""
+    theirs, ours = module_pair(kind, I, H)
+    x = input_of(ours)
+    hx = state_of(ours, B, x)
+    expected = gradients(theirs, x.clone(), hx)
+    for got, want in zip(gradients(ours, x, hx, between), expected, strict=True):
+        assert_close(got, want)
+
+
+def on_disk(t):
+    file = io.BytesIO()
+    torch.save(t, file)
+    return file
+
+
+def from_disk(file):
+    file.seek(0)
+    return torch.load(file)
+
+
+class Boxed:
+    def __init__(self, t):
+        self.t = t
+
+
+HOOKS = {
+    "the same": (lambda t: t, lambda t: t),
+    "clones": (torch.clone, torch.clone),
+    "on disk": (on_disk, from_disk),
+    "in objects": (Boxed, lambda box: box.t),
+    "in NumPy": (lambda t: t.detach().numpy().copy(), torch.from_numpy),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("hooks", HOOKS.values(), ids=HOOKS)
+def test_hooks_on_saved_tensors(kind, hooks):
+    theirs, ours = module_pair(kind, I, H)
+    x = input_of(ours)
+    hx = state_of(ours, B, x)
+    with graph.saved_tensors_hooks(*hooks):
+        got = gradients(ours, x, hx)
+    for g, want in zip(got, gradients(theirs, x, hx), strict=True):
+        assert_close(g, want)
+
+
+@every_kind
+def test_saved_on_the_cpu_and_mutation_allowed(kind):
+    theirs, ours = module_pair(kind, I, H)
+    x = input_of(ours)
+    hx = state_of(ours, B, x)
+    expected = gradients(theirs, x, hx)
+    with graph.save_on_cpu():
+        got = gradients(ours, x, hx)
+    for g, want in zip(got, expected, strict=True):
+        assert_close(g, want)
+    with graph.allow_mutation_on_saved_tensors():
+        changed = x.clone()
+        got = gradients(ours, changed, hx, lambda module, x, hx: x.zero_())
+    for g, want in zip(got, expected, strict=True):
+        assert_close(g, want)
+
+
+@every_layer
+def test_a_hook_that_rounds_changes_gradients(kind):
+    """shared/cases f03: what hooks give back is what backward reads, the tape too."""
+    _, ours = module_pair(kind, I, 64)
+    x = torch.randn(T, B, I)
+    exact = gradients(ours, x, None)
+
+    def halve(t):
+        return t.half() if t.numel() > 1000 and t.is_floating_point() else t
+
+    with graph.saved_tensors_hooks(halve, lambda t: t.float() if t.dtype is torch.half else t):
+        rounded = gradients(ours, x, None)
+    assert not torch.equal(exact[1], rounded[1])
+    for a, b in zip(rounded, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+@every_layer
+def test_what_is_saved_is_no_more_than_pytorchs(kind):
+    """As PyTorch counts it."""
+    for shape in (*problems.SPEED, problems.Shape(20, 8, 3, 16)):
+        if shape.H > 512:
+            continue
+        short = problems.Shape(min(shape.T, 20), min(shape.B, 32), shape.I, shape.H)
+        cell = {"LSTM": problems.LSTM(), "GRU": problems.GRU(), "RNN": problems.RNN()}[kind]
+        data = problems.make(problems.Case(cell, short, api="layer"), "float32", 0)
+        theirs, ours = (sum(library(data, 1).saved().values()) for library in (Torch, FusedLayer))
+        assert ours <= theirs, (short, ours, theirs)
+
+
+@every_kind
+def test_storages_stay_resizable(kind):
+    """shared/cases f04."""
+    _, ours = module_pair(kind, I, H)
+    x = input_of(ours)
+    hx = state_of(ours, B, x)
+    results = flat(ours(x, hx))
+    sum(t.sum() for t in results).backward()
+    for t in (x, *flat(hx), *ours.parameters(), *results, *(p.grad for p in ours.parameters())):
+        assert t.untyped_storage().resizable()
+    with torch.no_grad():
+        assert all(t.untyped_storage().resizable() for t in flat(ours(x, hx)))
+
+
+@every_kind
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_any_default_device_and_dtype(kind, device):
+    """shared/cases f05."""
+    theirs, ours = module_pair(kind, I, H)
+    x = input_of(ours)
+    before = torch.get_default_dtype()
+    with torch.device(device):
+        try:
+            torch.set_default_dtype(torch.float64)
+            found = flat(ours(x))
+            sum(t.sum() for t in found).backward()
+        finally:
+            torch.set_default_dtype(before)
+    for a, b in zip(found, flat(theirs(x)), strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"recurrent_dropout": 0.3}, {"zoneout_h": 0.2}, {"layer_norm": True}, {"recompute": True}],
+    ids=str,
+)
+def test_any_default_device_with_options(options):
+    ours = ft.LSTM(I, H, **options)
+    x = torch.randn(T, B, I)
+    sequences = torch.nn.utils.rnn.pack_sequence([x[:n, 0] for n in (5, 4, 1)])
+    with torch.device("meta"):
+        given = {"lengths": [T, 2, 0], "reset": [[0] * B] * T, "return_states": True}
+        y, _, _ = ours(x, **given)
+        packed, _ = ours(sequences)
+    (y.sum() + packed.data.sum()).backward()
+
+
+@every_kind
+def test_tracing_below_autograd_sees_the_operator(kind):
+    """shared/cases f06."""
+    _, ours = module_pair(kind, I, H)
+    a, b = input_of(ours), input_of(ours)
+    for mode in ("real", "fake", "symbolic"):
+        run = make_fx(lambda v: flat(ours(v))[0], tracing_mode=mode, _allow_non_fake_inputs=True)
+        traced = run(a)
+        assert torch.equal(traced(b), flat(ours(b))[0]), mode
+        assert any("fusedrnn" in str(node.target) for node in traced.graph.nodes)
+
+
+@every_layer
+def test_flops_are_counted(kind):
+    _, ours = module_pair(kind, I, H)
+    x = torch.randn(T, B, I)
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
+    product = 2 * T * B * gates * H
+    with FlopCounterMode(display=False) as counter:
+        loss = ours(x)[0].sum()
+    assert counter.get_total_flops() == product * (I + H)
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() == product * (I + 2 * H)  # none of the input, which needs no gradient
+
+
+def test_fx_takes_layers_and_cells_for_leaves():
+    """shared/cases f07."""
+
+    class Model(torch.nn.Module):
+        def __init__(self, rnn):
+            super().__init__()
+            self.rnn = rnn
+
+        def forward(self, x):
+            return self.rnn(x)
+
+    for kind in (*LAYERS, "LSTMCell", "GRUCell", "RNNCell"):
+        _, ours = module_pair(kind, I, H)
+        model, x = Model(ours), input_of(ours)
+        traced = torch.fx.symbolic_trace(model)
+        assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+        assert all(torch.equal(a, b) for a, b in zip(flat(traced(x)), flat(model(x)), strict=True))
+
+
+def test_fx_passes_keywords_on():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = ft.GRU(I, H)
+
+        def forward(self, x, lengths):
+            return self.rnn(x, lengths=lengths, return_states=True)
+
+    model, x, lengths = Model(), torch.randn(T, B, I), torch.tensor([T, 2, 0])
+    found = flat(torch.fx.symbolic_trace(model)(x, lengths))
+    assert all(torch.equal(a, b) for a, b in zip(found, flat(model(x, lengths)), strict=True))
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_batched_gradients(kind, dtype):
+    """shared/cases f09."""
+    theirs, ours = module_pair(kind, I, H, dtype=dtype)
+    x = torch.randn(T, 1, I, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(4, T, 1, H, dtype=dtype)
+    want, got = (
+        torch.autograd.grad(net(x)[0], [x, *net.parameters()], upstream, is_grads_batched=True)
+        for net in (theirs, ours)
+    )
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b)
+    want, got = (
+        torch.autograd.functional.jacobian(lambda v, net=net: net(v)[0], x, vectorize=True)
+        for net in (theirs, ours)
+    )
+    assert_close(got, want)
+
+
+@every_layer
+def test_a_change_of_the_output_in_place_names_the_cure(kind):
+    """shared/cases f12."""
+    _, ours = module_pair(kind, I, H)
+    loss = torch.relu_(ours(torch.randn(T, B, I))[0]).sum()
+    with pytest.raises(RuntimeError, match=r"inplace operation[\s\S]*clone the output"):
+        loss.backward()
+    torch.relu(ours(torch.randn(T, B, I))[0]).sum().backward()
+
+
+@every_layer
+def test_lengths_and_resets_may_be_written_to_after_the_call(kind):
+    _, ours = module_pair(kind, I, H)
+    x = torch.randn(T, B, I)
+    lengths, reset = torch.tensor([T, 2, 4]), torch.zeros(T, B, dtype=torch.bool)
+    reset[2] = True
+
+    def grads(change):
+        given = {"lengths": lengths.clone(), "reset": reset.clone()}
+        loss = ours(x, **given)[0].sum()
+        if change:
+            given["lengths"].fill_(1)
+            given["reset"].fill_(True)
+        return torch.autograd.grad(loss, list(ours.parameters()))
+
+    for a, b in zip(grads(True), grads(False), strict=True):
+        assert torch.equal(a, b)
