@@ -35,9 +35,14 @@ def thirdparty(session: nox.Session) -> None:
         "onnxruntime",
         "sb3-contrib",
         "neuralhydrology",
+        "opacus",
+        "thop",
+        "fvcore",
+        "onnxscript",
     )
-    files = ("torch_moduleinfo", "onnx_cases", "torch_libraries")
-    session.run("pytest", *(f"tests/torch/test_{name}.py" for name in files), *session.posargs)
+    names = ("torch/test_torch_moduleinfo", "torch/test_onnx_cases", "torch/test_torch_libraries")
+    files = [f"tests/{name}.py" for name in (*names, "docs/test_pytorch_tools")]
+    session.run("pytest", *files, *session.posargs)
 
 
 @nox.session
