@@ -480,6 +480,12 @@ py::tuple py_tape_shape(int id, Index T, Index B, Index I, Index H, bool recompu
   return py::make_tuple(shape.rows, shape.width);
 }
 
+// An array in memory that is used again once it is released.
+py::object py_empty(Index rows, Index width, bool float64) {
+  if (rows < 0 || width < 0) throw py::value_error("expected sizes of at least 0");
+  return float64 ? py::object(empty<double>({rows, width})) : py::object(empty<float>({rows, width}));
+}
+
 // The types whose objects are taken for arrays beside numpy.ndarray, and how they give their memory.
 void take_tensors(const py::type& tensor, const py::type& parameter, const py::capsule& api) {
   const auto* found = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));

@@ -148,6 +148,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"), py::arg("dc_states"), py::arg("out"));
   m.def("tape_shape", &py_tape_shape, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("recompute"), py::arg("regularized"), py::arg("float64"));
+  m.def("empty", &py_empty, py::arg("rows"), py::arg("width"), py::arg("float64"));
   m.def("take_tensors", &take_tensors, py::arg("tensor"), py::arg("parameter"), py::arg("api"));
   m.def("backward", &py_backward, py::arg("tape"), py::arg("dy"), py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"),
         py::arg("dc_states"), py::arg("need"));

@@ -196,7 +196,14 @@ def test_links_between_pages_lead_somewhere(page):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-SCRIPTS = ("plot_readme.py", "benchmarks_page.py", "pollution_page.py", "recurrent_ppo.py", "scaling.py")
+SCRIPTS = (
+    "plot_readme.py",
+    "benchmarks_page.py",
+    "frozen.py",
+    "pollution_page.py",
+    "recurrent_ppo.py",
+    "scaling.py",
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

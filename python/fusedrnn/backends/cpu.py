@@ -227,6 +227,10 @@ class CpuBackend:
         """
         return _core.tape_shape(_cell_id(cell), *sizes, recompute, regularized, float64)
 
+    def empty(self, rows: int, width: int, float64: bool) -> Array:
+        """An array whose memory, where it is large, is used again once it is released."""
+        return _core.empty(rows, width, float64)
+
     def backward(
         self,
         tape: Tape,

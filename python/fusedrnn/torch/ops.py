@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +165,7 @@ class Call(NamedTuple):
 
 N = len(Call._fields)
 CPU = CpuBackend()
+LARGE = 1 << 16  # bytes
 
 
 @functools.cache
@@ -173,7 +174,12 @@ def _tape_width(cell: str, H: int, recompute: bool, regularized: bool) -> int:
     return CPU.tape_shape(CELLS[cell], sizes, recompute=recompute, regularized=regularized)[1]
 
 
-def _allocated(call: Call, return_states: bool, tape_rows: Any) -> list[Tensor | None]:
+def _allocated(
+    call: Call,
+    return_states: bool,
+    tape_rows: Any,
+    new_tape: Callable[[Tensor, Any, int], Tensor] = lambda x, rows, width: x.new_empty((rows, width)),
+) -> list[Tensor | None]:
     """Memory for the results of forward: y, hT, cT, h_states, c_states, tape; None for what there is not."""
     T, B, _, H = call.sizes()
     x, two = call.x, len(CELLS[call.cell].states) == 2
@@ -183,15 +189,23 @@ def _allocated(call: Call, return_states: bool, tape_rows: Any) -> list[Tensor |
         x.new_empty((B, H)) if two else None,
         x.new_empty((T, B, H)) if return_states else None,
         x.new_empty((T, B, H)) if return_states and two else None,
-        None if tape_rows is None else x.new_empty((tape_rows, call.tape_width())),
+        None if tape_rows is None else new_tape(x, tape_rows, call.tape_width()),
     ]
+
+
+def _own_tape(x: Tensor, rows: int, width: int) -> Tensor:
+    """Memory for a tape: if large, the kernels' own, which is used again. PyTorch's would be new pages of the
+    system's in every call, which cost as much as filling them."""
+    if rows * width * x.element_size() < LARGE:
+        return x.new_empty((rows, width))
+    return torch.from_numpy(CPU.empty(rows, width, x.dtype is torch.float64))
 
 
 def results(
     call: Call, return_states: bool, packed: Any = None, tape_rows: int | None = None
 ) -> list[Tensor]:
     """Forward on the CPU, of packed weights or of the call's."""
-    out = _allocated(call, return_states, tape_rows)
+    out = _allocated(call, return_states, tape_rows, _own_tape)
     CPU.run_forward(*call.given(packed), *given(out))
     return [t for t in out if t is not None]
 

@@ -18,7 +18,7 @@ TWICE = (
 )
 IN_PLACE = (
     "fusedrnn: backward needs the inputs, the weights and the output of the layer as they were; if it is the "
-    "output, apply operations that are not in place, as torch.relu for torch.relu_, or clone the output before"
+    "output, apply operations that are not in place, as torch.relu for torch.relu_, or clone it before"
 )
 
 

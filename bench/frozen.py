@@ -1,0 +1,119 @@
+"""What it costs to read the weights anew in every call: ours, ours after ``freeze``, and PyTorch's.
+
+    python bench/frozen.py --json bench/results/frozen.json    measure
+    python bench/frozen.py --page                              write the table of docs/speed.md
+    python bench/frozen.py --check                             whether the page has it
+
+One row of LSTM without gradients, I = H: a step of ``LSTMCell``, and 25 steps of ``LSTM``, which ``LSTMCell``
+has no call for. Every figure is the smallest of many short blocks, the variants interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measured
+
+from fusedrnn import system, terminal
+from fusedrnn.bench.timing import same_threads
+
+SIZES = (64, 256, 1024)
+THREADS = (1, None)
+RESULTS = measured.ROOT / "bench/results/frozen.json"
+HEADER = ["threads", "H", "call", "torch.nn us", "ours", "frozen", "ours / torch.nn", "frozen / torch.nn"]
+
+
+def variants(H: int, steps: int) -> dict[str, Callable[[], Any]]:
+    """A call of each."""
+    import torch
+
+    import fusedrnn.torch as ours
+
+    torch.manual_seed(0)
+    name = "LSTMCell" if steps == 1 else "LSTM"
+    theirs = getattr(torch.nn, name)(H, H).eval()
+    own = getattr(ours, name)(H, H).eval()
+    own.load_state_dict(theirs.state_dict())
+    frozen = ours.freeze(copy.deepcopy(own))
+    x = torch.randn(*((1, H) if steps == 1 else (steps, 1, H)))
+    state = tuple(torch.randn(*((1, H) if steps == 1 else (1, 1, H))) for _ in range(2))
+    found = {"torch": theirs, "ours": own, "frozen": frozen}
+    return {key: lambda module=module: module(x, state) for key, module in found.items()}
+
+
+def measure(H: int, steps: int, seconds: float) -> dict[str, float]:
+    """Microseconds a call."""
+    import torch
+
+    runs = variants(H, steps)
+    best = dict.fromkeys(runs, float("inf"))
+    with torch.no_grad():
+        start = time.perf_counter()
+        runs["torch"]()
+        runs["torch"]()
+        times = max(3, int(2e-3 / (time.perf_counter() - start)))
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for name, run in runs.items():
+                start = time.perf_counter()
+                for _ in range(times):
+                    run()
+                best[name] = min(best[name], 1e6 * (time.perf_counter() - start) / times)
+    return best
+
+
+def table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for each."""
+    lines = []
+    for row in rows:
+        us = row["us"]
+        call = "LSTMCell" if row["T"] == 1 else f"LSTM, T = {row['T']}"
+        values = [f"{us[name]:.0f}" for name in ("torch", "ours", "frozen")]
+        ratios = [f"{us[name] / us['torch']:.2f}" for name in ("ours", "frozen")]
+        lines.append([str(row["threads"]), str(row["H"]), call, *values, *ratios])
+    return lines
+
+
+def section(report: dict[str, Any]) -> str:
+    """The table of the page."""
+    found = report["environment"]
+    lines = ["| " + " | ".join(HEADER) + " |", "|---:|---:|---|" + "---:|" * (len(HEADER) - 3)]
+    lines += ["| " + " | ".join(line) + " |" for line in table(report["rows"])]
+    cpu = found["machine"]
+    made = f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']}), {found['isa']}"
+    return "\n".join([*lines, "", f"{made}, PyTorch {found['pytorch']}, {found['date'][:10]}."])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What it costs to read weights anew in every call.")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each row; 3 unless given")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--page", action="store_true", help="write the table of docs/speed.md instead")
+    parser.add_argument("--check", action="store_true", help="only see whether the page has it")
+    options = parser.parse_args()
+    if options.page or options.check:
+        report = json.loads(RESULTS.read_text())
+        return measured.update("docs/speed.md", "frozen.py", section(report), options.check)
+    rows = []
+    for wanted in THREADS:
+        with same_threads(wanted) as threads:
+            for steps in (1, 25):
+                for H in SIZES:
+                    rows.append(
+                        {"threads": threads, "H": H, "T": steps, "us": measure(H, steps, options.seconds)}
+                    )
+    terminal.table("microseconds a call, B = 1, I = H, float32", HEADER, table(rows), left=3)
+    if options.json:
+        report = {"environment": system.environment(), "rows": rows}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
