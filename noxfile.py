@@ -59,4 +59,5 @@ def docs(session: nox.Session) -> None:
     session.run("python", "docs/gradient_norms.py")
     session.run("python", "bench/plot_readme.py")
     session.run("python", "bench/benchmarks_page.py")
+    session.run("python", "bench/frozen.py", "--page")
     session.run("python", "bench/scaling.py", "--page")
