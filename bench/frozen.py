@@ -87,7 +87,7 @@ def section(report: dict[str, Any]) -> str:
     lines += ["| " + " | ".join(line) + " |" for line in table(report["rows"])]
     cpu = found["machine"]
     made = f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']}), {found['isa']}"
-    return "\n".join([*lines, "", f"{made}, PyTorch {found['pytorch']}, {found['date'][:10]}."])
+    return "\n".join([*lines, "", f"{made}, PyTorch {found['torch']}, {found['date'][:10]}."])
 
 
 def main() -> int:

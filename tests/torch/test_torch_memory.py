@@ -297,6 +297,20 @@ def test_a_change_of_the_output_in_place_names_the_cure(kind):
     torch.relu(ours(torch.randn(T, B, I))[0]).sum().backward()
 
 
+@every_kind
+def test_biases_may_be_written_to_before_backward(kind):
+    theirs, ours = module_pair(kind, I, H)
+    x = input_of(ours)
+
+    def written(module, x, hx):
+        for name, p in module.named_parameters():
+            if name.startswith("bias"):
+                p.detach().add_(1)
+
+    for got, want in zip(gradients(ours, x, None, written), gradients(theirs, x, None), strict=True):
+        assert_close(got, want)
+
+
 @every_layer
 def test_lengths_and_resets_may_be_written_to_after_the_call(kind):
     _, ours = module_pair(kind, I, H)

@@ -61,7 +61,11 @@ class Recurrence(torch.autograd.Function):
         outputs = ops.forward(call, return_states, rows)
         n = call.results(return_states)
         tape, tape2 = (*outputs[n:], None, None)[:2]
-        ctx.save_for_backward(*call[:14], outputs[0], tape, tape2)
+        # Of biases backward reads the shapes alone: programs may write to them, as with torch.nn's layers.
+        ctx.biases = () if call.recompute or call.gain_ih is not None or tape is None else (5, 6)
+        kept = [None if k in ctx.biases else t for k, t in enumerate(call[:14])]
+        ctx.there = [call[k] is not None for k in ctx.biases]
+        ctx.save_for_backward(*kept, outputs[0], tape, tape2)
         ctx.options = call[14:]
         ctx.states, ctx.return_states = len(CELLS[call.cell].states), return_states
         ctx.set_materialize_grads(False)
@@ -70,11 +74,14 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         try:
-            saved = ctx.saved_tensors
+            saved = list(ctx.saved_tensors)
         except RuntimeError as error:
             if "inplace" in str(error):
                 raise RuntimeError(f"{error}\n{IN_PLACE}") from error
             raise
+        for k, there in zip(ctx.biases, ctx.there, strict=True):
+            weight = saved[4]
+            saved[k] = weight.new_empty((weight.size(0),)) if there else None
         dy, *grads = given if saved[0].dim() == 3 else (None, *given)
         of_final = (*grads[: ctx.states], None)[:2]
         of_every = (*grads[ctx.states :], None, None)[:2]
