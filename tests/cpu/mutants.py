@@ -394,8 +394,27 @@ MUTANTS = [
     Mutant(
         "transpose: one round too few",
         TRANSPOSE,
-        "round < 4",
-        "round < 3",
+        "exchange_all<n, n / 2>(rows);",
+        "exchange_all<n, n / 4>(rows);",
+    ),
+    Mutant(
+        "panel: packed for the first blocks alone",
+        FORWARD,
+        "job.weight_hh && n == 0",
+        "job.weight_hh && o + n == 0",
+    ),
+    Mutant(
+        "panel: not where its blocks begin",
+        FORWARD,
+        "packed_from = block;",
+        "packed_from = block ? block - 1 : 0;",
+    ),
+    Mutant(
+        "panel: biases lost",
+        RUN,
+        "job.panel = panel, job.panel_step = panel_step;",
+        "job.panel = panel, job.panel_step = panel_step; "
+        "pack_vectors<T>(shape, n.H, nullptr, nullptr, bias);",
     ),
     Mutant(
         "tile: last k skipped",
@@ -502,8 +521,9 @@ MUTANTS = [
     Mutant(
         "norm: bias of the forward pass lost in backward",
         RUN,
-        "pack_vectors(shape, n.H, call.weights.bias_ih, call.weights.bias_hh, bias);",
-        "pack_vectors<T>(shape, n.H, nullptr, nullptr, bias);",
+        "job.norm = norm.fill(shape, n.H, call.weights, bias);",
+        "pack_vectors<T>(shape, n.H, nullptr, nullptr, bias); "
+        "job.norm = norm.fill(shape, n.H, call.weights, bias);",
     ),
     # the activations
     Mutant("math: sigmoid overflows", MATH, "min(V::set(C::sigmoid_one), x)", "x"),

@@ -469,6 +469,8 @@ def test_calls_into_arrays_give_the_same_bits(cell, dtype, options, recompute):
         assert key not in want or np.array_equal(out[key], want[key])
 
 
+@pytest.mark.quick
+@pytest.mark.mutation
 @pytest.mark.parametrize("units", [5, 19, 40])
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])

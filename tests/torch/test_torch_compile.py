@@ -258,6 +258,18 @@ def test_another_backend_runs_forward_again(monkeypatch):
         torch.testing.assert_close(a, t.grad)
 
 
+def test_compiled_on_another_backend(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "reference")
+    layer, x = compilable.LSTM(I, H), torch.randn(T, B, I)
+    grads = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        layer.zero_grad()
+        call(x)[0].square().sum().backward()
+        grads.append([p.grad.clone() for p in layer.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_second_derivative_names_the_way_out():
     call = call_of("GRU")
     (dx,) = torch.autograd.grad(recurrence(call)[0].sum(), call.x, create_graph=True)

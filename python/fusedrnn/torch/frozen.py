@@ -70,7 +70,7 @@ class Frozen:
         if isinstance(self.backend, CpuBackend):
             return results(call, return_states, self.packed[j].core)
         with gpu.on(self.device):
-            (cell, x, _, state0), options = call.arrays()
+            (cell, x, _, state0), options = call.other_arguments()
             found = self.backend.forward(
                 cell, x, self.packed[j], state0, **options, return_states=return_states, save=None
             )

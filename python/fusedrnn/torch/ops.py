@@ -105,7 +105,7 @@ class Call(NamedTuple):
         seed = None if self.seed is None else int(self.seed)
         return Regularization(dropout, zoneout_h, zoneout_c, seed, self.stream)
 
-    def given(self, packed: Any = None) -> tuple[Any, ...]:
+    def cpu_arguments(self, packed: Any = None) -> tuple[Any, ...]:
         """As ``CpuBackend.run_forward`` and ``run_backward`` take it, of packed weights or of these."""
         lengths, reset = (None, None) if self.lengths is self.reset is None else self.rows()
         if packed is None:
@@ -123,7 +123,7 @@ class Call(NamedTuple):
             self.regularization() if self.rates else None,
         )
 
-    def arrays(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def other_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As other backends take it: the cell, x, the weights, the initial state; and by name."""
         lengths, reset = self.rows()
         x = array(contiguous_features(self.x))
@@ -158,8 +158,8 @@ class Call(NamedTuple):
         """Rows of the tape, of tensors whose values are known."""
         T, B, I, H = self.sizes()
         if self.recompute and self.x.is_cpu:
-            float64 = self.x.dtype is torch.float64
-            return CPU.tape_shape(CELLS[self.cell], (T, B, I, H), recompute=True, float64=float64)[0]
+            kind, acts, float64 = CELLS[self.cell], bool(self.rates), self.x.dtype is torch.float64
+            return CPU.tape_shape(kind, (T, B, I, H), recompute=True, regularized=acts, float64=float64)[0]
         return T * B if self.lengths is None else int(self.lengths.sum())
 
 
@@ -206,7 +206,7 @@ def results(
 ) -> list[Tensor]:
     """Forward on the CPU, of packed weights or of the call's."""
     out = _allocated(call, return_states, tape_rows, _own_tape)
-    CPU.run_forward(*call.given(packed), *given(out))
+    CPU.run_forward(*call.cpu_arguments(packed), *given(out))
     return [t for t in out if t is not None]
 
 
@@ -238,7 +238,7 @@ def _run(call: Call, return_states: bool, tape_rows: int | None) -> list[Tensor]
     if isinstance(backend, CpuBackend):
         return results(call, return_states, tape_rows=tape_rows)
     with gpu.on(call.x.device):
-        first, options = call.arrays()
+        first, options = call.other_arguments()
         save = None if tape_rows is None else "boundary_states" if call.recompute else "all"
         found = backend.forward(*first, **options, return_states=return_states, save=save)
         kept = backend.saved(found.tape) if save == "all" and not call.x.is_cpu else []
@@ -276,11 +276,11 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         dx, dh0, dc0, *dweights = given(out)
         dy, dh_states, dc_states = (contiguous_features(d) for d in (dy, dh_states, dc_states))
         rest = [contiguous(y), contiguous(tape), dy, contiguous(dhT), contiguous(dcT), dh_states, dc_states]
-        backend.run_backward(*call.given(), *given(rest), [dx, *dweights, dh0, dc0])
+        backend.run_backward(*call.cpu_arguments(), *given(rest), [dx, *dweights, dh0, dc0])
         return _with_empty(out, call.x)
     states = dh_states is not None or dc_states is not None
     with gpu.on(call.x.device):
-        first, options = call.arrays()
+        first, options = call.other_arguments()
         if tape is not None:
             saved = array(tape), array(tape2)
             kept = backend.tape(*first, **options, y=array(y), saved=saved, return_states=states)
@@ -308,7 +308,10 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("fusedrnn::recurrence")  # type: ignore[untyped-decorator]
 def _forward_fake(*arguments: Any) -> list[Tensor]:
-    return [t for t in _allocated(Call(*arguments[:N]), *arguments[N:]) if t is not None]
+    call, (return_states, tape_rows) = Call(*arguments[:N]), arguments[N:]
+    if not isinstance(call.backend(), CpuBackend):  # others have none, and run forward again
+        tape_rows = None
+    return [t for t in _allocated(call, return_states, tape_rows) if t is not None]
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")  # type: ignore[untyped-decorator]
