@@ -81,7 +81,7 @@ class Recurrence(torch.autograd.Function):
             raise
         for k, there in zip(ctx.biases, ctx.there, strict=True):
             weight = saved[4]
-            saved[k] = weight.new_empty((weight.size(0),)) if there else None
+            saved[k] = weight.new_zeros((weight.size(0),)) if there else None
         dy, *grads = given if saved[0].dim() == 3 else (None, *given)
         of_final = (*grads[: ctx.states], None)[:2]
         of_every = (*grads[ctx.states :], None, None)[:2]
