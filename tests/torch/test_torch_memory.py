@@ -67,7 +67,7 @@ def overwritten_afterwards(module, x, hx):
 @every_kind
 @pytest.mark.parametrize("between", [shared, other_memory, resized, overwritten_afterwards])
 def test_memory_moves_between_forward_and_backward(kind, between):
-    """shared/cases f01: backward read what had been freed."""
+    """Backward once read what had been freed."""
     theirs, ours = module_pair(kind, I, H)
     x = input_of(ours)
     hx = state_of(ours, B, x)
@@ -132,7 +132,7 @@ def test_saved_on_the_cpu_and_mutation_allowed(kind):
 
 @every_layer
 def test_a_hook_that_rounds_changes_gradients(kind):
-    """shared/cases f03: what hooks give back is what backward reads, the tape too."""
+    """What hooks give back is what backward reads, the tape too."""
     _, ours = module_pair(kind, I, 64)
     x = torch.randn(T, B, I)
     exact = gradients(ours, x, None)
@@ -162,7 +162,6 @@ def test_what_is_saved_is_no_more_than_pytorchs(kind):
 
 @every_kind
 def test_storages_stay_resizable(kind):
-    """shared/cases f04."""
     _, ours = module_pair(kind, I, H)
     x = input_of(ours)
     hx = state_of(ours, B, x)
@@ -177,7 +176,6 @@ def test_storages_stay_resizable(kind):
 @every_kind
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_any_default_device_and_dtype(kind, device):
-    """shared/cases f05."""
     theirs, ours = module_pair(kind, I, H)
     x = input_of(ours)
     before = torch.get_default_dtype()
@@ -210,7 +208,6 @@ def test_any_default_device_with_options(options):
 
 @every_kind
 def test_tracing_below_autograd_sees_the_operator(kind):
-    """shared/cases f06."""
     _, ours = module_pair(kind, I, H)
     a, b = input_of(ours), input_of(ours)
     for mode in ("real", "fake", "symbolic"):
@@ -235,7 +232,6 @@ def test_flops_are_counted(kind):
 
 
 def test_fx_takes_layers_and_cells_for_leaves():
-    """shared/cases f07."""
 
     class Model(torch.nn.Module):
         def __init__(self, rnn):
@@ -270,7 +266,6 @@ def test_fx_passes_keywords_on():
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_batched_gradients(kind, dtype):
-    """shared/cases f09."""
     theirs, ours = module_pair(kind, I, H, dtype=dtype)
     x = torch.randn(T, 1, I, dtype=dtype, requires_grad=True)
     upstream = torch.randn(4, T, 1, H, dtype=dtype)
@@ -289,7 +284,6 @@ def test_batched_gradients(kind, dtype):
 
 @every_layer
 def test_a_change_of_the_output_in_place_names_the_cure(kind):
-    """shared/cases f12."""
     _, ours = module_pair(kind, I, H)
     loss = torch.relu_(ours(torch.randn(T, B, I))[0]).sum()
     with pytest.raises(RuntimeError, match=r"inplace operation[\s\S]*clone it before"):
