@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedrnn import cells
 from fusedrnn.backends.protocol import Weights
-from fusedrnn.torch import dynamo, paths
+from fusedrnn.torch import dynamo, ops, paths
 from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.frozen import Freezable, Frozen, frozen
 from fusedrnn.torch.ops import CELLS, Call
@@ -50,6 +50,8 @@ class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
                 return paths.call_module(self, given, hx)
             return paths.fall_back(self, reason, super().forward, given, hx)
         self.__dict__["last_path"] = paths.FUSED
+        if packed is not None:
+            packed.check(input, state0)
         return self._batched(input, state0, self._one(weights, packed))
 
     def _freezable_weights(self) -> list[Weights]:
@@ -63,8 +65,7 @@ class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
             call = Call(x, h0, c0, *weights, None, None, None, self.mode)
             if packed is None:
                 return recurrence(call)
-            packed.check(x, state0)
-            return packed.run(0, call, False)
+            return ops.run(call, False, None, packed.packed[0])
 
         return run
 

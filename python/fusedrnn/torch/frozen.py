@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from fusedrnn import backends
-from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.torch import gpu, paths
-from fusedrnn.torch.memory import array, tensor
-from fusedrnn.torch.ops import Call, results
+from fusedrnn.torch.memory import array
 
 M = TypeVar("M", bound=torch.nn.Module)
 UNFREEZE = "the layer is frozen; fusedrnn.torch.unfreeze(model) first"
@@ -24,13 +22,11 @@ class Frozen:
 
     def __init__(self, module: Any, weights: list[Weights]) -> None:
         first = weights[0].weight_ih
-        self.dtype, self.device, self.cell = first.dtype, first.device, module.cell
-        self.weights = weights
-        self.backend: Any = backends.usable(None) if first.is_cpu else gpu.backend()
-        with gpu.on(first.device):
-            self.packed = [
-                self.backend.pack(module.cell, Weights(*[array(w) for w in each])) for each in weights
-            ]
+        self.dtype, self.device, self.weights = first.dtype, first.device, weights
+        backend = backends.usable(None) if first.is_cpu else gpu.backend()
+        with gpu.on(first.device):  # of each layer and direction, as ``ops.run`` takes them
+            arrays = [Weights(*[array(w) for w in each]) for each in weights]
+            self.packed = [(backend, backend.pack(module.cell, each)) for each in arrays]
         # Where each parameter is found, and what it was.
         self.parameters = [
             (owner._parameters, name, p, None if p.is_inference() else p._version, p.data_ptr())
@@ -64,18 +60,6 @@ class Frozen:
                 or (version is not None and p._version != version)
             ):
                 raise RuntimeError(f"{name} was changed: {UNFREEZE}")
-
-    def run(self, j: int, call: Call, return_states: bool) -> list[Tensor]:
-        """As ``recurrence``, with the packed weights of layer and direction number j."""
-        if isinstance(self.backend, CpuBackend):
-            return results(call, return_states, self.packed[j].core)
-        with gpu.on(self.device):
-            (cell, x, _, state0), options = call.other_arguments()
-            found = self.backend.forward(
-                cell, x, self.packed[j], state0, **options, return_states=return_states, save=None
-            )
-            y = [found.y] if call.x.dim() == 3 else []
-            return [tensor(a) for a in (*y, *found.stateT, *(found.states or ()))]
 
 
 def frozen(module: torch.nn.Module) -> Frozen | None:

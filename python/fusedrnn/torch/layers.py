@@ -23,9 +23,9 @@ from fusedrnn.backends.arguments import (
     listed,
 )
 from fusedrnn.backends.protocol import Regularization, Weights
-from fusedrnn.torch import dynamo, paths
+from fusedrnn.torch import dynamo, ops, paths
 from fusedrnn.torch.forget_bias import ForgetBias
-from fusedrnn.torch.frozen import Freezable, frozen
+from fusedrnn.torch.frozen import Freezable, Frozen, frozen
 from fusedrnn.torch.ops import CELLS, NORMED, Call
 from fusedrnn.torch.recurrence import recurrence, weights_of
 from fusedrnn.torch.scripted import ALWAYS, OPTIONS, Scriptable
@@ -187,15 +187,17 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
                 raise RuntimeError(f"{given} needs the kernels of fusedrnn, which cannot run here: {reason}")
             return paths.fall_back(self, reason, super().forward, given_input, hx)
         self.__dict__["last_path"] = paths.FUSED
+        if packed is not None:
+            packed.check(input.data if isinstance(input, PackedSequence) else input, state0)
         if isinstance(input, PackedSequence):
             if given := paths.asked_for(options):
                 raise ValueError(
                     f"{given}: expected none with a PackedSequence; pass padded input and lengths="
                 )
-            return self._packed_sequence(input, state0, weights)
+            return self._packed_sequence(input, state0, weights, packed)
         options["regularization"] = self._regularization()
         x, state0, options = self._to_kernels(input, state0, options)
-        run = self._one(weights, options)
+        run = self._one(weights, options, packed)
         return self._from_kernels(input, self._run_layers(x, state0, run))
 
     def _lowered(self, input: Any, state0: Any, weights: list[Weights]) -> tuple[Any, Any, list[Weights]]:
@@ -211,13 +213,12 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
             [Weights(*[paths.lower(w, dtype) for w in given]) for given in weights],
         )
 
-    def _one(self, weights: Sequence[Weights], options: dict[str, Any]) -> Run:
-        """One layer in one direction by the kernels, in autograd."""
+    def _one(self, weights: Sequence[Weights], options: dict[str, Any], packed: Frozen | None = None) -> Run:
+        """One layer in one direction by the kernels, in autograd; of a frozen layer without."""
         regularization = options["regularization"]
         rates: list[float] = [] if regularization is None else list(regularization[:3])
         seed: Any = None if regularization is None else regularization.seed
         kind, states = self.kind, options["return_states"]
-        packed = None if torch.compiler.is_compiling() else frozen(self)
 
         def run(j: int, reverse: bool, x: Tensor, state0: Sequence[Tensor] | None) -> list[Tensor]:
             h0, c0 = (None, None) if state0 is None else (*state0, None)[:2]
@@ -226,8 +227,7 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
             call = Call(*tensors, kind, reverse, self.recompute, every, rates, j)
             if packed is None:
                 return recurrence(call, states)
-            packed.check(x, state0)
-            return packed.run(j, call, states)
+            return ops.run(call, states, None, packed.packed[j])
 
         return run
 
@@ -305,6 +305,7 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
         input: PackedSequence,
         state0: tuple[Tensor, ...] | None,
         weights: list[Weights],
+        packed: Frozen | None,
     ) -> Any:
         """Rows of different lengths, longest first: padded for the kernel, whose results are packed again."""
         sizes = input.batch_sizes
@@ -321,7 +322,7 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
             "detach_every": None,
             "regularization": self._regularization(),
         }
-        run = self._one(weights, options)
+        run = self._one(weights, options, packed)
         y, final, _ = self._run_layers(x, state0, run, valid)
         if input.unsorted_indices is not None:
             final = tuple(s.index_select(1, input.unsorted_indices) for s in final)

@@ -180,7 +180,8 @@ def _allocated(
     tape_rows: Any,
     new_tape: Callable[[Tensor, Any, int], Tensor] = lambda x, rows, width: x.new_empty((rows, width)),
 ) -> list[Tensor | None]:
-    """Memory for the results of forward: y, hT, cT, h_states, c_states, tape; None for what there is not."""
+    """Memory for the results of forward: y, hT, cT, h_states, c_states, tape; None for those that the call
+    does not have."""
     T, B, _, H = call.sizes()
     x, two = call.x, len(CELLS[call.cell].states) == 2
     return [
@@ -201,21 +202,12 @@ def _own_tape(x: Tensor, rows: int, width: int) -> Tensor:
     return torch.from_numpy(CPU.empty(rows, width, x.dtype is torch.float64))
 
 
-def results(
-    call: Call, return_states: bool, packed: Any = None, tape_rows: int | None = None
-) -> list[Tensor]:
-    """Forward on the CPU, of packed weights or of the call's."""
-    out = _allocated(call, return_states, tape_rows, _own_tape)
-    CPU.run_forward(*call.cpu_arguments(packed), *given(out))
-    return [t for t in out if t is not None]
-
-
 def forward(call: Call, return_states: bool, tape_rows: int | None) -> list[Tensor]:
     """The operator ``recurrence``; by PyTorch's dispatcher, which takes 7 us, only where that is watched."""
     if watched(call.x):
         found: list[Tensor] = torch.ops.fusedrnn.recurrence(*call, return_states, tape_rows)
         return found
-    return _run(call, return_states, tape_rows)
+    return run(call, return_states, tape_rows)
 
 
 def watched(x: Tensor) -> bool:
@@ -230,15 +222,21 @@ def watched(x: Tensor) -> bool:
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
-    return _run(Call(*arguments[:N]), *arguments[N:])
+    return run(Call(*arguments[:N]), *arguments[N:])
 
 
-def _run(call: Call, return_states: bool, tape_rows: int | None) -> list[Tensor]:
-    backend = call.backend()
+def run(
+    call: Call, return_states: bool, tape_rows: int | None, packed: tuple[Any, Any] | None = None
+) -> list[Tensor]:
+    """Forward, of the call's weights or of a backend and what it packed of them."""
+    backend, weights = (call.backend(), None) if packed is None else packed
     if isinstance(backend, CpuBackend):
-        return results(call, return_states, tape_rows=tape_rows)
+        out = _allocated(call, return_states, tape_rows, _own_tape)
+        backend.run_forward(*call.cpu_arguments(None if weights is None else weights.core), *given(out))
+        return [t for t in out if t is not None]
     with gpu.on(call.x.device):
-        first, options = call.other_arguments()
+        (cell, x, own, state0), options = call.other_arguments()
+        first = cell, x, own if weights is None else weights, state0
         save = None if tape_rows is None else "boundary_states" if call.recompute else "all"
         found = backend.forward(*first, **options, return_states=return_states, save=save)
         kept = backend.saved(found.tape) if save == "all" and not call.x.is_cpu else []
@@ -271,7 +269,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     if isinstance(backend, CpuBackend):
         if tape is None:  # compiled code asks for none where its size would depend on values
             call = call._replace(recompute=False)
-            tape = _run(call, False, call.tape_rows())[-1]
+            tape = run(call, False, call.tape_rows())[-1]
         out = _gradients(call[:11], need)
         dx, dh0, dc0, *dweights = given(out)
         dy, dh_states, dc_states = (contiguous_features(d) for d in (dy, dh_states, dc_states))

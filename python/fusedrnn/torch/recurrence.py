@@ -21,7 +21,6 @@ IN_PLACE = (
     "output, apply operations that are not in place, as torch.relu for torch.relu_, or clone it before"
 )
 
-
 PLAIN = Weights._fields[:4]  # without layer norm
 
 
@@ -67,7 +66,7 @@ class Recurrence(torch.autograd.Function):
         ctx.there = [call[k] is not None for k in ctx.biases]
         ctx.save_for_backward(*kept, outputs[0], tape, tape2)
         ctx.options = call[14:]
-        ctx.states, ctx.return_states = len(CELLS[call.cell].states), return_states
+        ctx.states = len(CELLS[call.cell].states)
         ctx.set_materialize_grads(False)
         return tuple(outputs[:n])
 

@@ -38,7 +38,7 @@ class Scriptable(torch.nn.Module):
                 f"derive it from torch.nn.{theirs} for that"
             )
         check_torch_has(self, kind.__name__)
-        paths.tell(self, "TorchScript puts it into the model in the place of ours; see to_torch")
+        paths.tell(self, "TorchScript replaces our layer by it, in the model too; see to_torch")
         plain: torch.nn.Module = copy.copy(self)
         for name in OWN:
             plain.__dict__.pop(name, None)
