@@ -126,10 +126,10 @@ struct BackwardSteps {
   Index earlier(Index t) const { return job.steps.reverse ? t + 1 : t - 1; }
   T* da_row(Index row) const { return job.da + row * job.da_row; }
   const T* c_row(Index t, Index b) const {
-    return kept.has(t) ? kept.c + kept.row(t, b) * units : kept.c_boundary + b * units;
+    return kept.has(t) ? kept.c + kept.row(t, b) * job.H : kept.c_boundary + b * job.H;
   }
   const T* saved_row(Index t, Index b) const {
-    return kept.saved ? kept.saved + kept.row(t, b) * job.blocks * (shape.saved * kBlock) : nullptr;
+    return kept.saved ? kept.saved + kept.row(t, b) * (shape.saved * job.H) : nullptr;
   }
   const T* h_row(Index t, Index b) const { return job.y + (t * B + b) * job.P; }
 
@@ -148,7 +148,7 @@ struct BackwardSteps {
       case Before::previous:
         return c_row(earlier(t), b);
       case Before::start:
-        return job.c0 ? job.c0 + b * units : job.zeros;
+        return job.c0 ? job.c0 + b * job.H : job.zeros;
       default:
         return job.zeros;
     }
@@ -552,14 +552,19 @@ struct BackwardLoop : BackwardSteps<V> {
     }
   }
 
+  FUSEDRNN_INLINE void load_saved(const BackwardRow<T>& row, Index u, V* saved) const {
+    const Index step = units_of(job.H, u / kBlock);
+    for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row.saved + offset(u, Cell::saved) + s * step, job.H - u);
+  }
+
   FUSEDRNN_INLINE void gates_at(const BackwardRow<T>& row, Index u, V dh, V dc, V dh_before, V dc_before) const {
     const Index in_row = job.H - u;
     V saved[Cell::saved + 1], da[A], dc_prev = V::zero(), direct = V::zero();
-    for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row.saved + offset(u, Cell::saved) + s * kBlock);
+    load_saved(row, u, saved);
     const V h_prev = Cell::reads_h_prev ? V::load(row.h_prev + u, in_row) : V::zero();
     const V h = Cell::reads_h ? V::load(row.h + u, in_row) : V::zero();
-    const V c_prev = Cell::has_c ? V::load(row.c_prev + u) : V::zero();
-    const V c = Cell::has_c ? V::load(row.c + u) : V::zero();
+    const V c_prev = Cell::has_c ? V::load(row.c_prev + u, in_row) : V::zero();
+    const V c = Cell::has_c ? V::load(row.c + u, in_row) : V::zero();
     Cell::backward(saved, h_prev, h, c_prev, c, dh, dc, da, dc_prev, direct);
     if constexpr (kRegularized<Cell>) direct = direct + dh_before, dc_prev = dc_prev + dc_before;
     for (int s = 0; s < A; ++s) da[s].store(row.da + offset(u, A) + s * kBlock);
@@ -570,7 +575,7 @@ struct BackwardLoop : BackwardSteps<V> {
   FUSEDRNN_INLINE void cell2_at(const BackwardRow<T>& row, Index u, V dmiddle) const {
     if constexpr (Cell::phases == 2) {
       V saved[Cell::saved], da_r, direct = V::load(job.direct + row.b * units + u);
-      for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row.saved + offset(u, Cell::saved) + s * kBlock);
+      load_saved(row, u, saved);
       if constexpr (kRegularized<Cell>) dmiddle = masks().dropped(row.b, u, dmiddle);
       Cell::backward2(saved, V::load(row.h_prev + u, job.H - u), dmiddle, da_r, direct);
       da_r.store(row.da + offset(u, A));
@@ -582,7 +587,7 @@ struct BackwardLoop : BackwardSteps<V> {
   bool replay(Index s_begin, Index s_end) {
     this->kept.first = job.steps.reverse ? job.steps.T - s_end : s_begin;
     this->kept.count = s_end - s_begin;
-    this->kept.c_boundary = const_cast<T*>(job.boundary_states) + (job.steps.T - s_end) / job.chunk_steps * B * units;
+    this->kept.c_boundary = const_cast<T*>(job.boundary_states) + (job.steps.T - s_end) / job.chunk_steps * B * job.H;
     ForwardJob<T> again = *job.replay;
     again.kept = this->kept;
     return ForwardLoop<Cell, V>(again, worker).walk(s_begin, s_end);

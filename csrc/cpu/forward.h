@@ -105,11 +105,10 @@ struct ForwardSteps {
 
   // Of cells with c.
   T* c_row(Index t, Index b) const {
-    const Index units = job.blocks * kBlock;
-    return job.kept.has(t) ? job.kept.c + job.kept.row(t, b) * units : job.kept.c_boundary + b * units;
+    return job.kept.has(t) ? job.kept.c + job.kept.row(t, b) * job.H : job.kept.c_boundary + b * job.H;
   }
   T* saved_row(Index t, Index b) const {
-    return job.kept.saved ? job.kept.saved + job.kept.row(t, b) * job.blocks * (shape.saved * kBlock) : nullptr;
+    return job.kept.saved ? job.kept.saved + job.kept.row(t, b) * (shape.saved * job.H) : nullptr;
   }
   T* projected_row(Index s, Index b) const {
     return job.projected
@@ -140,7 +139,7 @@ struct ForwardSteps {
           break;
         case Before::start:
           rows.h[i] = job.h0 ? job.h0 + b * job.P : job.zeros;
-          rows.c[i] = job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros;
+          rows.c[i] = job.c0 ? job.c0 + b * job.H : job.zeros;
           break;
         case Before::nothing:
           rows.h[i] = rows.c[i] = job.zeros;
@@ -247,15 +246,12 @@ struct ForwardSteps {
     for (Index b = B * i / n; b < B * (i + 1) / n; ++b) {
       const Index length = length_of(steps, b), last = length ? last_time(steps, b) : 0;
       const T* h = length ? job.y + (last * B + b) * P : job.h0 ? job.h0 + b * P : job.zeros;
-      const T* c = !shape.has_c ? nullptr
-                   : length     ? c_row(last, b)
-                   : job.c0     ? job.c0 + b * job.blocks * kBlock
-                                : job.zeros;
+      const T* c = !shape.has_c ? nullptr : length ? c_row(last, b) : job.c0 ? job.c0 + b * H : job.zeros;
       copy(job.hT + b * P, h, P);
       if (shape.has_c) copy(job.cT + b * H, c, H);
       // In reverse the padding comes before the first step: there the initial state is held.
       const T* held_h = steps.reverse ? (job.h0 ? job.h0 + b * P : job.zeros) : h;
-      const T* held_c = steps.reverse ? (job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros) : c;
+      const T* held_c = steps.reverse ? (job.c0 ? job.c0 + b * H : job.zeros) : c;
       for (Index t = length; t < steps.T; ++t) __builtin_memset(h_out(t, b), 0, size_t(P) * sizeof(T));
       if (job.h_states)
         for (Index t = 0; t < steps.T; ++t)
@@ -267,12 +263,12 @@ struct ForwardSteps {
 
   // c before step s, if a chunk begins there: chunks are counted from the end.
   FUSEDRNN_NOINLINE void keep_boundary(Index s) {
-    const Index left = job.steps.T - s, units = job.blocks * kBlock;
+    const Index left = job.steps.T - s, H = job.H;
     if (!left || left % job.chunk_steps) return;
-    T* boundary = job.boundary_states + (left / job.chunk_steps - 1) * job.steps.B * units;
+    T* boundary = job.boundary_states + (left / job.chunk_steps - 1) * job.steps.B * H;
+    const Index first = block_begin * kBlock, end = block_end < job.blocks ? block_end * kBlock : H;
     for (Index b = row_begin; b < row_end; ++b)
-      __builtin_memcpy(boundary + b * units + block_begin * kBlock, job.kept.c + b * units + block_begin * kBlock,
-                       size_t((block_end - block_begin) * kBlock) * sizeof(T));
+      __builtin_memcpy(boundary + b * H + first, job.kept.c + b * H + first, size_t(end - first) * sizeof(T));
   }
 };
 
@@ -291,10 +287,12 @@ struct ForwardLoop : ForwardSteps<V> {
 
   ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_) : Base(job_, worker_, shape, kRegularized<Cell>) {}
 
-  static FUSEDRNN_INLINE void keep(V v, T* to, [[maybe_unused]] bool stream) {
+  // `whole`: of a block with all its units, which begins with a cache line.
+  static FUSEDRNN_INLINE void keep(V v, T* to, Index in_row, [[maybe_unused]] bool whole,
+                                   [[maybe_unused]] bool stream) {
     if constexpr (V::whole_lines)
-      if (stream) return v.stream(to);
-    v.store(to);
+      if (stream && whole) return v.stream(to);
+    v.store(to, in_row);
   }
 
   // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
@@ -321,13 +319,13 @@ struct ForwardLoop : ForwardSteps<V> {
     const Index H = job.H;
     const bool stream = job.stream;
     for (int w = 0; w < wide; ++w) {
-      const Index u = (block + w) * kBlock + lane, in_row = H - u;
+      const Index u = (block + w) * kBlock + lane, in_row = H - u, units = units_of(H, block + w);
       const Index at = (block + w) * (Cell::saved * kBlock) + lane;
       for (int i = 0; i < m; ++i) {
         V a[A], saved[Cell::saved + 1], h, c;
         for (int s = 0; s < A; ++s) a[s] = V::load(acc + ((w * A + s) * m + i) * V::lanes);
         const V h_prev = Cell::reads_h_prev ? V::load(h_prevs[i] + u, in_row) : V::zero();
-        const V c_prev = Cell::has_c ? V::load(c_prevs[i] + u) : V::zero();
+        const V c_prev = Cell::has_c ? V::load(c_prevs[i] + u, in_row) : V::zero();
         Cell::forward(a, h_prev, c_prev, saved, h, c);
         if constexpr (kRegularized<Cell>) {
           if constexpr (Cell::phases == 2)
@@ -337,9 +335,9 @@ struct ForwardLoop : ForwardSteps<V> {
           if constexpr (Cell::has_c) c = zoned(rows.keep_c, first + i, u, c, c_prev);
         }
         if (T* out = saveds[i])
-          for (int s = 0; s < Cell::saved; ++s) keep(saved[s], out + at + s * kBlock, stream);
+          for (int s = 0; s < Cell::saved; ++s) keep(saved[s], out + at + s * units, in_row, units == kBlock, stream);
         if (Cell::has_c) {
-          c.store(c_outs[i] + u);
+          c.store(c_outs[i] + u, in_row);
           if (c_states[i]) c.store(c_states[i] + u, in_row);
         }
         h.store(h_outs[i] + u, Cell::phases == 2 ? Index(kBlock) : in_row);
@@ -356,25 +354,27 @@ struct ForwardLoop : ForwardSteps<V> {
   void phase2(Index first, int m, Index block, int wide, Index lane) {
     if constexpr (Cell::phases == 2) {
       constexpr int slot = Cell::recurrent2.first;
-      const Index at = block * (Cell::saved * kBlock) + lane;
+      const Index H = job.H, at = block * (Cell::saved * kBlock) + lane;
       alignas(64) T acc[kMaxTile * V::lanes];
       for (int w = 0; w < wide; ++w)
         for (int i = 0; i < m; ++i)
-          V::load(rows.saved[first + i] + at + (w * Cell::saved + slot) * kBlock).store(acc + (w * m + i) * V::lanes);
+          V::load(rows.saved[first + i] + at + w * (Cell::saved * kBlock) + slot * units_of(H, block + w),
+                  H - (block + w) * kBlock - lane)
+              .store(acc + (w * m + i) * V::lanes);
       Product<T> p =
           Base::product(shape, recurrent2, Cell::recurrent2, rows.middle + first, job.P, block - packed_from, lane);
       p.b_gap = recurrent2.block_step;
       tile_for<V>(m, wide)(&p, 1, acc);
       for (int w = 0; w < wide; ++w) {
-        const Index u = (block + w) * kBlock + lane, in_row = job.H - u;
+        const Index u = (block + w) * kBlock + lane, in_row = H - u, units = units_of(H, block + w);
         for (int i = 0; i < m; ++i) {
           T* row = rows.saved[first + i] + at + w * (Cell::saved * kBlock);
           V saved[Cell::saved], h;
-          for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row + s * kBlock);
+          for (int s = 0; s < Cell::saved; ++s) saved[s] = V::load(row + s * units, in_row);
           const V h_prev = V::load(rows.h[first + i] + u, in_row);
           Cell::forward2(V::load(acc + (w * m + i) * V::lanes), h_prev, saved, h);
           if constexpr (kRegularized<Cell>) h = zoned(rows.keep_h, first + i, u, h, h_prev);
-          saved[slot].store(row + slot * kBlock);
+          saved[slot].store(row + slot * units, in_row);
           h.store(rows.h_out[first + i] + u, in_row);
         }
       }

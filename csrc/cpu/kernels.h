@@ -48,15 +48,16 @@ struct Packed {
 };
 
 // The saved values of the time steps [first, first + count), and the cell state of the one step before or after them.
-// With everything saved that is all steps; with boundary states only, one chunk at a time.
+// With everything saved that is all steps; with boundary states only, one chunk at a time. The last block of a row has
+// only the units there are: rows of H or saved * H elements.
 template <class T>
 struct Kept {
   Index first, count;
   Index step;           // rows from a step to the next: B; 0: one step is enough
   const Index* starts;  // (B) with lengths: row b's steps follow each other from here, without padding; or null
   T* saved;             // [row][blocks][saved][16] or null
-  T* c;                 // [row][blocks*16]
-  T* c_boundary;        // [B][blocks*16]
+  T* c;                 // [row][H]
+  T* c_boundary;        // (B, H)
   bool has(Index t) const { return t >= first && t < first + count; }
   Index row(Index t, Index b) const { return starts ? starts[b] + t : (t - first) * step + b; }
 };
@@ -103,14 +104,14 @@ struct ForwardJob {
   Index panel_step;
   const T* bias;   // [block][accumulator][16]
   const T* h0;     // (B, P) or null
-  const T* c0;     // [B][blocks*16] or null
+  const T* c0;     // (B, H) or null
   const T* zeros;  // at least max(P, blocks*16) zeros
   const T* y;      // (T, B, P), where the state before a step is read
   T* h_out;        // where h is written: y itself, or one step of scratch
   Index h_out_step;
   Kept<T> kept;
   bool stream;         // kept.saved is larger than the caches: write past them where a vector is a line
-  T* boundary_states;  // [chunk][B][blocks*16]: c before each chunk of chunk_steps, counted from the end; or null
+  T* boundary_states;  // [chunk][B][H]: c before each chunk of chunk_steps, counted from the end; or null
   Index chunk_steps;
   T* middle;  // [B][blocks*16], two-phase cells
   // W x + bias of so many steps at once: [step][B][blocks][input's accumulators][16], or null: step by step.

@@ -54,7 +54,8 @@ struct CellState {
   static constexpr int norm_of(int) { return 0; }
 };
 
-// Mean and 1 / sqrt(variance + epsilon) of each norm of a row [block][accumulator][16], and what is made with them.
+// Mean and 1 / sqrt(variance + epsilon) of each norm of a row [block][accumulator][16] of the tape, whose last block
+// has only the units there are, and what is made with them.
 template <class Cell, class V>
 struct RowNorm {
   using T = typename V::scalar;
@@ -62,19 +63,23 @@ struct RowNorm {
   static constexpr double kEpsilon = 1e-5;
 
   const T* const row;
+  const Index H;
   alignas(64) T mean[kNorms][V::lanes];
   T inverse[kNorms];
   T count[kNorms] = {};  // values that a norm takes together
 
   static FUSEDRNN_INLINE Index at(Index u, int s) { return u / kBlock * (A * kBlock) + s * kBlock + u % kBlock; }
+  FUSEDRNN_INLINE V load(Index u, int s) const {
+    return V::load(row + u / kBlock * (A * kBlock) + s * units_of(H, u / kBlock) + u % kBlock, H - u);
+  }
 
-  FUSEDRNN_INLINE RowNorm(const T* row_, Index H) : row(row_) {
+  FUSEDRNN_INLINE RowNorm(const T* row_, Index H_) : row(row_), H(H_) {
     UnitSum<V> sums[kNorms], squares[kNorms];
-    each_vector<V>(H, [&](Index u, int k, Index in_row) {
+    each_vector<V>(H, [&](Index u, int k, Index) {
 #pragma GCC unroll 8
       for (int s = 0; s < A; ++s) {
         V& part = sums[Cell::norm_of(s)].part[k];
-        part = part + V::load(row + at(u, s), in_row);
+        part = part + load(u, s);
       }
     });
     for (int s = 0; s < A; ++s) count[Cell::norm_of(s)] += T(H);
@@ -83,7 +88,7 @@ struct RowNorm {
 #pragma GCC unroll 8
       for (int s = 0; s < A; ++s) {
         const int n = Cell::norm_of(s);
-        const V d = V::load(row + at(u, s), in_row) - V::load(mean[n], in_row);  // 0 for units that do not exist
+        const V d = load(u, s) - V::load(mean[n], in_row);  // 0 for units that do not exist
         squares[n].part[k] = fma(d, d, squares[n].part[k]);
       }
     });
@@ -92,7 +97,7 @@ struct RowNorm {
 
   FUSEDRNN_INLINE V x(Index u, int s) const {
     const int n = Cell::norm_of(s);
-    return (V::load(row + at(u, s)) - V::set(mean[n][0])) * V::set(inverse[n]);
+    return (load(u, s) - V::set(mean[n][0])) * V::set(inverse[n]);
   }
   // p of all accumulators of a vector of units.
   FUSEDRNN_INLINE void parts(const T* gain, const T* bias, Index u, V* p) const {
@@ -131,8 +136,8 @@ struct RowNormBackward {
 
 // Of a regularized cell, behind a row's products: the candidate that backward reads.
 template <class Cell, class T>
-T* candidate_of(T* saved, Index units) {
-  return saved + units * Cell::accumulators;
+T* candidate_of(T* saved, Index H) {
+  return saved + H * Cell::accumulators;
 }
 
 // One row of a step, from its bare products.
@@ -147,27 +152,27 @@ void normed_row(const Loop& loop, Index i) {
   const Index H = job.H;
   const T *const h_prev = loop.rows.h[i], *const c_prev = loop.rows.c[i];
   T *const h_out = loop.rows.h_out[i], *const c_out = loop.rows.c_out[i], *const c_state = loop.rows.c_state[i];
-  [[maybe_unused]] T* const candidate = candidate_of<Cell>(loop.rows.saved[i], job.blocks * kBlock);
+  [[maybe_unused]] T* const candidate = candidate_of<Cell>(loop.rows.saved[i], H);
   const RowNorm<Maths, V> norm(loop.rows.saved[i], H);
   each_vector<V>(H, [&](Index u, int, Index in_row) {
     V p[Cell::accumulators], h;
     norm.parts(weights.gain, weights.bias, u, p);
     if constexpr (Cell::has_c) {
-      const V before = V::load(c_prev + u);
+      const V before = V::load(c_prev + u, in_row);
       V c;
       Cell::forward_state(p, before, c, h);  // h is o for now
       if constexpr (kRegularized<Cell>) {
-        c.store(candidate + u);
+        c.store(candidate + u, in_row);
         c = loop.zoned(loop.rows.keep_c, i, u, c, before);
       }
-      c.store(c_out + u);
+      c.store(c_out + u, in_row);
       if (c_state) c.store(c_state + u, in_row);
     } else {
       const V before = Cell::reads_h_prev ? V::load(h_prev + u, in_row) : V::zero();
       V saved[Cell::accumulators];
       Maths::forward(p, before, saved, h);
       if constexpr (kRegularized<Cell>) {
-        if constexpr (Maths::reads_h) h.store(candidate + u);
+        if constexpr (Maths::reads_h) h.store(candidate + u, in_row);
         h = loop.zoned(loop.rows.keep_h, i, u, h, before);
       }
     }
@@ -198,11 +203,14 @@ bool normed_step(const Loop& loop) {
     for (int n = 0; n < wide * part.count * m; ++n) V::zero().store(acc + n * V::lanes);
     const Product<T> p = Loop::product(Loop::shape, weights, part, a + first, k, block, lane);
     Loop::tile_of(Loop::shape, m, part, wide)(&p, 1, acc);
-    for (int w = 0; w < wide; ++w)
+    for (int w = 0; w < wide; ++w) {
+      const Index units = units_of(job.H, block + w), in_row = job.H - (block + w) * kBlock - lane;
       for (int s = 0; s < part.count; ++s)
-        for (int i = 0; i < m; ++i)
-          V::load(acc + ((w * part.count + s) * m + i) * V::lanes)
-              .store(loop.rows.saved[first + i] + ((block + w) * Cell::accumulators + part.first + s) * kBlock + lane);
+        for (int i = 0; i < m; ++i) {
+          T* const row = loop.rows.saved[first + i] + (block + w) * (Cell::accumulators * kBlock) + lane;
+          V::load(acc + ((w * part.count + s) * m + i) * V::lanes).store(row + (part.first + s) * units, in_row);
+        }
+    }
   };
   const Tiling tiles(loop.rows.count, Loop::kRows), panels(job.blocks, loop.width(1));
   const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
@@ -255,7 +263,7 @@ void normed_row_backward(const Loop& loop, const Row& row) {
   const Index H = job.H, units = job.blocks * kBlock;
   using Norm = RowNorm<Maths, V>;
   const Norm norm(row.saved, H);
-  [[maybe_unused]] const T* const candidate = candidate_of<Cell>(row.saved, units);
+  [[maybe_unused]] const T* const candidate = candidate_of<Cell>(row.saved, H);
   T* const da = row.da;
   T* const sums = job.norm_sums ? job.norm_sums + row.b * units * N : nullptr;
   const auto sum_at = [&](Index u, int n) { return sums + u / kBlock * (N * kBlock) + n * kBlock + u % kBlock; };
@@ -286,8 +294,8 @@ void normed_row_backward(const Loop& loop, const Row& row) {
     V p[A], dp[A], dc_prev = V::zero(), direct = V::zero();
     norm.parts(weights.gain, weights.bias, u, p);
     if constexpr (Cell::has_c) {
-      Cell::backward_state(p, V::load(row.c_prev + u), V::load(da + Norm::at(u, 1)), V::load(da + Norm::at(u, 2)), dp,
-                           dc_prev);
+      Cell::backward_state(p, V::load(row.c_prev + u, in_row), V::load(da + Norm::at(u, 1)),
+                           V::load(da + Norm::at(u, 2)), dp, dc_prev);
       if constexpr (kRegularized<Cell>) dc_prev = dc_prev + V::load(job.dc + row.b * units + u);
       dc_prev.store(job.dc + row.b * units + u);
     } else {

@@ -224,15 +224,6 @@ Steps steps_of(const Problem& p) {
   return {p.sizes.B ? p.sizes.T : 0, p.sizes.B, p.lengths, p.reset, p.reverse, p.detach_every};
 }
 
-// (B, H) to rows of whole blocks; the padding is zero.
-template <class T>
-void pad_rows(const T* from, Index B, Index H, Index padded, T* to) {
-  for (Index b = 0; b < B; ++b) {
-    std::copy(from + b * H, from + (b + 1) * H, to + b * padded);
-    std::fill(to + b * padded + H, to + (b + 1) * padded, T(0));
-  }
-}
-
 // Packs blocks of several parts side by side on the pool.
 template <class T>
 struct PackAll {
@@ -294,8 +285,8 @@ struct PackedNorm {
     if (!shape.layer_norm) return {};
     pack_vectors(shape, H, weights.gain_ih, weights.gain_hh, gain);
     if (!shape.has_c) return {gain, bias, nullptr, nullptr};
-    pad_rows(weights.gain_c, 1, H, blocks_of(H) * kBlock, gain_c);
-    pad_rows(weights.bias_c, 1, H, blocks_of(H) * kBlock, bias_c);
+    for (auto [from, to] : {std::pair(weights.gain_c, gain_c), std::pair(weights.bias_c, bias_c)})
+      std::fill(std::copy(from, from + H, to), to + blocks_of(H) * kBlock, T(0));
     return {gain, bias, gain_c, bias_c};
   }
 };
@@ -374,7 +365,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const bool outside = call.saved;  // the tape lies in the caller's memory
   const Index rows = all ? tape_rows(problem, tape->starts) : n.B,
               boundary_count = call.save == Save::boundary_states && shape.has_c && chunk.count ? chunk.count - 1 : 0;
-  T *saved = nullptr, *c = nullptr, *boundary_states = nullptr, *c0 = nullptr, *middle = nullptr, *projected = nullptr,
+  T *saved = nullptr, *c = nullptr, *boundary_states = nullptr, *middle = nullptr, *projected = nullptr,
     *zeros = nullptr, *masks = nullptr, *panel = nullptr, *bias = nullptr;
   char* threads = nullptr;
   const Index ahead = projected_steps<T>(shape, n);
@@ -384,10 +375,9 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const bool keeps = all || shape.phases == 2 || shape.layer_norm;  // read again in the same step
   for (int pass = 0; pass < 2; ++pass) {
     Layout<T>& kept_in = all ? tape_layout : scratch;
-    saved = kept_in.take({!(all && outside) && keeps ? rows : 0, shape.saved, units});
-    c = kept_in.take({!(all && outside) && shape.has_c ? rows : 0, units});
-    boundary_states = tape_layout.take({outside ? 0 : boundary_count, n.B, units});
-    c0 = scratch.take({call.c0 ? n.B : 0, units});
+    saved = kept_in.take({!(all && outside) && keeps ? rows : 0, shape.saved, n.H});
+    c = kept_in.take({!(all && outside) && shape.has_c ? rows : 0, n.H});
+    boundary_states = tape_layout.take({outside ? 0 : boundary_count, n.B, n.H});
     middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
     projected = scratch.take({ahead, n.B, blocks, shape.input.count, kBlock});
     zeros = scratch.take({zero_count});
@@ -401,7 +391,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
       memory = scratch.allocate();
     }
   }
-  if (outside && all) saved = call.saved, c = saved + rows * shape.saved * units;
+  if (outside && all) saved = call.saved, c = saved + rows * shape.saved * n.H;
   if (outside && !all) boundary_states = call.saved;
   if (tape) {
     tape->save = call.save;
@@ -411,7 +401,6 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
       tape->boundary_states = boundary_states;
   }
   std::fill(zeros, zeros + zero_count, T(0));
-  if (call.c0) pad_rows(call.c0, n.B, n.H, units, c0);
 
   cpu::ForwardJob<T> job{};
   job.steps = steps_of(problem);
@@ -424,7 +413,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     job.weight_ih = call.weights.weight_ih, job.weight_hh = call.weights.weight_hh, job.bias = bias;
     job.panel = panel, job.panel_step = panel_step;
   }
-  job.h0 = call.h0, job.c0 = call.c0 ? c0 : nullptr, job.zeros = zeros;
+  job.h0 = call.h0, job.c0 = call.c0, job.zeros = zeros;
   job.y = call.y, job.h_out = call.y, job.h_out_step = n.B * n.P;
   job.kept = {0,
               n.T,
@@ -434,8 +423,9 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
               c,
               nullptr};
   // Written through a cache that cannot hold it, a line would be read first. Phase 2 and norms read it again at once.
-  job.stream = all && shape.phases == 1 && !shape.layer_norm && reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 &&
-               (!thresholds || rows * shape.saved * units * Index(sizeof(T)) > kSharedCache);
+  const Index row_bytes = shape.saved * n.H * Index(sizeof(T));
+  job.stream = all && shape.phases == 1 && !shape.layer_norm && row_bytes % 64 == 0 &&
+               reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 && (!thresholds || rows * row_bytes > kSharedCache);
   job.boundary_states = boundary_count ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
   job.middle = shape.phases == 2 ? middle : nullptr;
   job.projected = ahead ? projected : nullptr, job.projected_steps = ahead;
@@ -459,7 +449,7 @@ TapePtr<T> tape_over(const Problem& problem, Save save, const T* saved) {
   }
   const Index rows = tape_rows(problem, tape->starts);
   tape->saved = const_cast<T*>(saved);
-  tape->c = tape->saved + rows * shape.saved * blocks_of(problem.sizes.H) * kBlock;
+  tape->c = tape->saved + rows * shape.saved * problem.sizes.H;
   return tape;
 }
 
@@ -483,9 +473,9 @@ void backward(const BackwardCall<T>& call) {
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
   const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column
   Layout<T> layout;
-  T *c0 = nullptr, *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr,
-    *da = nullptr, *boundary = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr,
-    *c = nullptr, *middle = nullptr, *h_out = nullptr, *bias = nullptr, *norm_sums = nullptr, *masks = nullptr;
+  T *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr, *da = nullptr,
+    *boundary = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr, *c = nullptr,
+    *middle = nullptr, *h_out = nullptr, *bias = nullptr, *norm_sums = nullptr, *masks = nullptr;
   PackedNorm<T> norm;
   char *threads = nullptr, *replay_threads = nullptr;
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
@@ -498,7 +488,6 @@ void backward(const BackwardCall<T>& call) {
   const Index dpacked_block = group_columns * shape.accumulators * kBlock;
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
-    c0 = layout.take({call.c0 && shape.has_c ? n.B : 0, units});
     zeros = layout.take({zero_count});
     input = layout.take({call.dx ? blocks_of(n.I) : 0, input_step});
     recurrent = layout.take({blocks_of(n.P), recurrent_step});
@@ -507,8 +496,8 @@ void backward(const BackwardCall<T>& call) {
     da = layout.take({chunk.steps, n.B, chunk.da_row});
     boundary = layout.take({n.B, chunk.da_row});
     inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
-    saved = layout.take({replay_steps, n.B, shape.saved, units});
-    c = layout.take({shape.has_c ? replay_steps : 0, n.B, units});
+    saved = layout.take({replay_steps, n.B, shape.saved, n.H});
+    c = layout.take({shape.has_c ? replay_steps : 0, n.B, n.H});
     middle = layout.take({shape.phases == 2 ? replay_rows : 0, units});
     h_out = layout.take({replay_rows, n.P});
     replay_threads = reinterpret_cast<char*>(
@@ -524,7 +513,6 @@ void backward(const BackwardCall<T>& call) {
     if (pass == 0) memory = layout.allocate();
   }
   std::fill(zeros, zeros + zero_count, T(0));
-  if (call.c0 && shape.has_c) pad_rows(call.c0, n.B, n.H, units, c0);
 
   PackAll<T> all{kernels.pack_transposed, {}, 0};
   if (call.dx)
@@ -542,7 +530,7 @@ void backward(const BackwardCall<T>& call) {
   job.x = call.x.data, job.x_step = call.x.step, job.x_row = call.x.row;
   job.input = {input, input_step}, job.recurrent = {recurrent, recurrent_step},
   job.recurrent2 = {recurrent2, recurrent2_step};
-  job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr, job.zeros = zeros;
+  job.h0 = call.h0, job.c0 = shape.has_c ? call.c0 : nullptr, job.zeros = zeros;
   job.y = call.y;
   job.kept = {0,
               n.T,
@@ -605,13 +593,12 @@ template <class T>
 TapeShape tape_shape(const Problem& problem, Save save) {
   const Sizes& n = problem.sizes;
   const CellShape& shape = shape_of(cpu::kernels<T>(), problem);
-  const Index units = blocks_of(n.H) * kBlock;
   if (save == Save::boundary_states) {
     const Index count = Chunk<T>(shape, n).count;
-    return {shape.has_c && count ? (count - 1) * n.B : 0, units};
+    return {shape.has_c && count ? (count - 1) * n.B : 0, n.H};
   }
   return {problem.lengths ? std::accumulate(problem.lengths, problem.lengths + n.B, Index(0)) : n.T * n.B,
-          (shape.saved + shape.has_c) * units};
+          (shape.saved + shape.has_c) * n.H};
 }
 
 template <class T>

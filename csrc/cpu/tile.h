@@ -13,6 +13,11 @@ namespace FUSEDRNN_LEVEL {
 
 using cpu::Index;
 
+// Units of a block in the tape: the last one has only those there are.
+FUSEDRNN_INLINE Index units_of(Index H, Index block) {
+  return H - block * cpu::kBlock < cpu::kBlock ? H - block * cpu::kBlock : cpu::kBlock;
+}
+
 // k runs over `runs` runs of `run` neighbours, so that a part can skip accumulators it does not feed.
 template <class T>
 struct Product {

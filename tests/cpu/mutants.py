@@ -141,7 +141,7 @@ MUTANTS = [
         "forward: c not cut",
         FORWARD,
         "rows.h[i] = rows.c[i] = job.zeros;",
-        "rows.h[i] = job.zeros, rows.c[i] = job.c0 ? job.c0 + b * job.blocks * kBlock : job.zeros;",
+        "rows.h[i] = job.zeros, rows.c[i] = job.c0 ? job.c0 + b * job.H : job.zeros;",
     ),
     Mutant(
         "forward: strides of x ignored",
@@ -166,6 +166,12 @@ MUTANTS = [
         FORWARD,
         "Cell::phases == 2 ? Index(kBlock) : in_row",
         "Cell::phases == 2 ? Index(kBlock) : in_row - 1",
+    ),
+    Mutant(
+        "tape: more of the last block than there is",
+        TILE,
+        "H - block * cpu::kBlock < cpu::kBlock ? H - block * cpu::kBlock : cpu::kBlock",
+        "cpu::kBlock",
     ),
     Mutant(
         "forward: y at padding not zeroed",
@@ -444,13 +450,13 @@ MUTANTS = [
     Mutant(
         "run: h0 forgotten in backward",
         RUN,
-        "job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr",
-        "job.h0 = nullptr, job.c0 = call.c0 && shape.has_c ? c0 : nullptr",
+        "job.h0 = call.h0, job.c0 = shape.has_c ? call.c0 : nullptr",
+        "job.h0 = nullptr, job.c0 = shape.has_c ? call.c0 : nullptr",
     ),
     Mutant(
         "run: c0 forgotten in backward",
         RUN,
-        "job.h0 = call.h0, job.c0 = call.c0 && shape.has_c ? c0 : nullptr",
+        "job.h0 = call.h0, job.c0 = shape.has_c ? call.c0 : nullptr",
         "job.h0 = call.h0, job.c0 = nullptr",
     ),
     # layer norm

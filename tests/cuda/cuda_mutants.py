@@ -376,7 +376,7 @@ MUTANTS = [
         GRID,
         "(column + c < last ? column + c : last) * pitch",
         "(column + c) * pitch * 64",
-        ("emulation",),
+        ("emulation", "values"),  # as what lies there makes it
     ),
     Mutant(
         "grid: da of the input part goes back",
