@@ -23,7 +23,7 @@ import torch
 
 from fusedrnn import system
 from fusedrnn.bench import peer_dezero
-from fusedrnn.bench.cuda.modes import MODES, use
+from fusedrnn.bench.cuda import MODES, use
 from fusedrnn.bench.timing import same_threads
 from fusedrnn.datasets import Series
 from fusedrnn.programs import pollution

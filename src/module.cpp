@@ -93,6 +93,22 @@ py::dict info() {
 }
 
 // Threads, whether by rows of the batch, and backward's chunks of steps: for docs/scaling.md, in float32.
+// What the host must know of a cell beside its maths: its type, and how the kernels lay out what they keep.
+py::tuple cell_layout(int id, bool regularized) {
+  static const char* const types[] = {
+#define X(id, type) #type,
+#include "cells/cells.def"
+#undef X
+  };
+  const cpu::Kernels<float>& kernels = cpu::kernels<float>();
+  const cpu::CellShape& shape = (regularized ? kernels.regularized_shape : kernels.shape)[id];
+  py::list parts;
+  for (const Part& part : {shape.input, shape.recurrent, shape.recurrent2})
+    parts.append(py::make_tuple(part.first, std::vector<int>(part.gate, part.gate + part.count)));
+  const std::string type = regularized ? std::string("Regularized<") + types[id] + ">" : types[id];
+  return py::make_tuple(type, shape.accumulators, shape.saved, shape.has_c, parts, shape.layer_norm);
+}
+
 py::tuple split(int id, Index T, Index B, Index I, Index H, int threads) {
   const CellId cell = cell_of(id);
   if (T < 0 || B < 0 || I < 1 || H < 1 || threads < 1)
@@ -148,6 +164,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"), py::arg("dc_states"), py::arg("out"));
   m.def("tape_shape", &py_tape_shape, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("recompute"), py::arg("regularized"), py::arg("float64"));
+  m.def("cell_layout", &cell_layout, py::arg("cell"), py::arg("regularized"));
   m.def("empty", &py_empty, py::arg("rows"), py::arg("width"), py::arg("float64"));
   m.def("take_tensors", &take_tensors, py::arg("tensor"), py::arg("parameter"), py::arg("api"));
   m.def("backward", &py_backward, py::arg("tape"), py::arg("dy"), py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"),

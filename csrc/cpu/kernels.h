@@ -6,6 +6,7 @@
 
 #include "cells/cell.h"
 #include "cpu/threads.h"
+#include "mask_rule.h"
 #include "steps.h"
 
 namespace fusedrnn {
@@ -62,23 +63,12 @@ struct Kept {
   Index row(Index t, Index b) const { return starts ? starts[b] + t : (t - first) * step + b; }
 };
 
-// What a mask is drawn for; part of the counter of its random words.
-enum class MaskKind : uint32_t { dropout, zoneout_h, zoneout_c };
-
-// The entries of a mask: `kept` where the random word is at least the threshold, else 0; not drawn: `kept` everywhere.
-template <class T>
-struct MaskRule {
-  bool acts, drawn;
-  uint32_t threshold;
-  T kept;
-};
-
 // Recurrent dropout and zoneout of a call, for the kernels of regularized cells.
 template <class T>
 struct Regularization {
   uint64_t seed;
   uint32_t stream;
-  MaskRule<T> zoneout_h, zoneout_c;
+  MaskRule zoneout_h, zoneout_c;
   const T* dropout;  // [B][blocks*16]: what weight_hh multiplies is multiplied with it first; or null
   T* scratch;        // per thread: three arrays of [B][blocks*16]
 };
@@ -187,7 +177,7 @@ struct Kernels {
   bool (*regularized_backward[kCells])(const BackwardJob<T>&, const Worker&);
   // The entries of n rows of the batch (rows null: 0 to n-1) at time t for blocks [begin, end) of units, to out
   // [n][units].
-  void (*draw_mask)(const MaskRule<T>&, uint64_t seed, uint32_t stream, MaskKind, Index t, const Index* rows, Index n,
+  void (*draw_mask)(const MaskRule&, uint64_t seed, uint32_t stream, MaskKind, Index t, const Index* rows, Index n,
                     Index begin, Index end, Index units, T* out);
   void (*activation)(int which, const T* in, T* out, Index n);
   T (*sum)(const T* in, Index n);  // of all but the last few, to read them: cpu/timing.h

@@ -1,12 +1,11 @@
 // Layer norm, row by row: forward beside backward, for any cell. SPDX-License-Identifier: Apache-2.0
 //
-//   x = (a - mean) / sqrt(variance + epsilon),  p = gain * x + bias
-//
 // A row's mean and variance need the bare products of all its units, so the tile's sums go to memory first (to the
 // tape, where backward finds them and makes x again: two passes over a row in the nearest cache against twice the
-// tape). Threads have whole rows. The derivation is in docs/bptt.md.
+// tape). Threads have whole rows. The arithmetic is in cells/row_norm.h.
 #pragma once
 #include "cells/regularized.h"
+#include "cells/row_norm.h"
 #include "cpu/tile.h"
 
 namespace fusedrnn {
@@ -14,27 +13,8 @@ namespace FUSEDRNN_LEVEL {
 
 using cpu::kBlock;
 
-// A sum over the units of a row. Its order depends on no lane width: one part for each place in a block of 16, blocks
-// in ascending order, then the 16 parts by halves.
-template <class V>
-struct UnitSum {
-  using T = typename V::scalar;
-  V part[kBlock / V::lanes];
-
-  UnitSum() {
-    for (V& p : part) p = V::zero();
-  }
-  T total() const {
-    alignas(64) T t[kBlock];
-    for (int k = 0; k < int(kBlock / V::lanes); ++k) part[k].store(t + k * V::lanes);
-    for (int n = kBlock / 2; n > 0; n /= 2)
-      for (int i = 0; i < n; ++i) t[i] += t[i + n];
-    return t[0];
-  }
-};
-
-// then(u, k, in_row) for every vector of units: its first unit, which part of a UnitSum it belongs to, and how many of
-// its units exist, if those are fewer than lanes.
+// then(u, k, in_row) for every vector of units: its first unit, its place in a sum, and how many of its units exist, if
+// those are fewer than lanes.
 template <class V, class Then>
 FUSEDRNN_INLINE void each_vector(Index H, Then&& then) {
   for (Index block = 0; block < H; block += kBlock)
@@ -45,92 +25,51 @@ FUSEDRNN_INLINE void each_vector(Index H, Then&& then) {
     }
 }
 
-inline float square_root(float x) { return __builtin_sqrtf(x); }
-inline double square_root(double x) { return __builtin_sqrt(x); }
-
-// c of an LSTM as something to be normalised: one accumulator.
-struct CellState {
-  static constexpr int accumulators = 1;
-  static constexpr int norm_of(int) { return 0; }
-};
-
-// Mean and 1 / sqrt(variance + epsilon) of each norm of a row [block][accumulator][16] of the tape, whose last block
-// has only the units there are, and what is made with them.
-template <class Cell, class V>
-struct RowNorm {
+// A row as one thread has it: [block][accumulator][16], in the tape the last block with only the units there are.
+template <class V_>
+struct RowUnits {
+  using V = V_;
   using T = typename V::scalar;
-  static constexpr int A = Cell::accumulators, kNorms = Cell::norm_of(A - 1) + 1;
-  static constexpr double kEpsilon = 1e-5;
-
-  const T* const row;
   const Index H;
-  alignas(64) T mean[kNorms][V::lanes];
-  T inverse[kNorms];
-  T count[kNorms] = {};  // values that a norm takes together
 
-  static FUSEDRNN_INLINE Index at(Index u, int s) { return u / kBlock * (A * kBlock) + s * kBlock + u % kBlock; }
-  FUSEDRNN_INLINE V load(Index u, int s) const {
+  static FUSEDRNN_INLINE float root(float x) { return __builtin_sqrtf(x); }
+  static FUSEDRNN_INLINE double root(double x) { return __builtin_sqrt(x); }
+  // The order depends on no lane width: one part for each place in a block of 16, blocks in ascending order, then the
+  // 16 parts by halves.
+  struct Sum {
+    V part[kBlock / V::lanes];
+    Sum() {
+      for (V& p : part) p = V::zero();
+    }
+    FUSEDRNN_INLINE void add(int k, V v) { part[k] = part[k] + v; }
+    FUSEDRNN_INLINE void add_product(int k, V a, V b) { part[k] = fma(a, b, part[k]); }
+    T total() const {
+      alignas(64) T t[kBlock];
+      for (int k = 0; k < int(kBlock / V::lanes); ++k) part[k].store(t + k * V::lanes);
+      for (int n = kBlock / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) t[i] += t[i + n];
+      return t[0];
+    }
+  };
+  template <int count>
+  static FUSEDRNN_INLINE void totals(const Sum* sums, T* out) {
+    for (int n = 0; n < count; ++n) out[n] = sums[n].total();
+  }
+  struct Number {
+    alignas(64) T of[V::lanes];
+    Number() = default;
+    FUSEDRNN_INLINE explicit Number(T x) { V::set(x).store(of); }
+    FUSEDRNN_INLINE V in(Index in_row) const { return V::load(of, in_row); }
+    FUSEDRNN_INLINE V all() const { return V::set(of[0]); }
+  };
+
+  template <class Then>
+  FUSEDRNN_INLINE void each(Then&& then) const {
+    each_vector<V>(H, then);
+  }
+  static FUSEDRNN_INLINE Index at(Index u, int s, int A) { return u / kBlock * (A * kBlock) + s * kBlock + u % kBlock; }
+  FUSEDRNN_INLINE V load(const T* row, Index u, int s, int A) const {
     return V::load(row + u / kBlock * (A * kBlock) + s * units_of(H, u / kBlock) + u % kBlock, H - u);
-  }
-
-  FUSEDRNN_INLINE RowNorm(const T* row_, Index H_) : row(row_), H(H_) {
-    UnitSum<V> sums[kNorms], squares[kNorms];
-    each_vector<V>(H, [&](Index u, int k, Index) {
-#pragma GCC unroll 8
-      for (int s = 0; s < A; ++s) {
-        V& part = sums[Cell::norm_of(s)].part[k];
-        part = part + load(u, s);
-      }
-    });
-    for (int s = 0; s < A; ++s) count[Cell::norm_of(s)] += T(H);
-    for (int n = 0; n < kNorms; ++n) V::set(sums[n].total() / count[n]).store(mean[n]);
-    each_vector<V>(H, [&](Index u, int k, Index in_row) {
-#pragma GCC unroll 8
-      for (int s = 0; s < A; ++s) {
-        const int n = Cell::norm_of(s);
-        const V d = load(u, s) - V::load(mean[n], in_row);  // 0 for units that do not exist
-        squares[n].part[k] = fma(d, d, squares[n].part[k]);
-      }
-    });
-    for (int n = 0; n < kNorms; ++n) inverse[n] = T(1) / square_root(squares[n].total() / count[n] + T(kEpsilon));
-  }
-
-  FUSEDRNN_INLINE V x(Index u, int s) const {
-    const int n = Cell::norm_of(s);
-    return (load(u, s) - V::set(mean[n][0])) * V::set(inverse[n]);
-  }
-  // p of all accumulators of a vector of units.
-  FUSEDRNN_INLINE void parts(const T* gain, const T* bias, Index u, V* p) const {
-#pragma GCC unroll 8
-    for (int s = 0; s < A; ++s) p[s] = fma(x(u, s), V::load(gain + at(u, s)), V::load(bias + at(u, s)));
-  }
-};
-
-// The way back through the norms of a row: less the mean of dx, and less its part along x, which the variance keeps
-// fixed.
-template <class Cell, class V>
-struct RowNormBackward {
-  using T = typename V::scalar;
-  static constexpr int A = Cell::accumulators;
-
-  const RowNorm<Cell, V>& norm;
-  UnitSum<V> sum[RowNorm<Cell, V>::kNorms], sum_x[RowNorm<Cell, V>::kNorms];
-  T mean[RowNorm<Cell, V>::kNorms], mean_x[RowNorm<Cell, V>::kNorms];
-
-  explicit RowNormBackward(const RowNorm<Cell, V>& norm_) : norm(norm_) {}
-
-  FUSEDRNN_INLINE void add(int s, int k, V dx, V x) {
-    const int n = Cell::norm_of(s);
-    sum[n].part[k] = sum[n].part[k] + dx;
-    sum_x[n].part[k] = fma(dx, x, sum_x[n].part[k]);
-  }
-  void finish() {
-    for (int n = 0; n < RowNorm<Cell, V>::kNorms; ++n)
-      mean[n] = sum[n].total() / norm.count[n], mean_x[n] = sum_x[n].total() / norm.count[n];
-  }
-  FUSEDRNN_INLINE V da(Index u, int s, V dx) const {
-    const int n = Cell::norm_of(s);
-    return V::set(norm.inverse[n]) * fnma(norm.x(u, s), V::set(mean_x[n]), dx - V::set(mean[n]));
   }
 };
 
@@ -153,7 +92,7 @@ void normed_row(const Loop& loop, Index i) {
   const T *const h_prev = loop.rows.h[i], *const c_prev = loop.rows.c[i];
   T *const h_out = loop.rows.h_out[i], *const c_out = loop.rows.c_out[i], *const c_state = loop.rows.c_state[i];
   [[maybe_unused]] T* const candidate = candidate_of<Cell>(loop.rows.saved[i], H);
-  const RowNorm<Maths, V> norm(loop.rows.saved[i], H);
+  const RowNorm<Maths, RowUnits<V>> norm(loop.rows.saved[i], H);
   each_vector<V>(H, [&](Index u, int, Index in_row) {
     V p[Cell::accumulators], h;
     norm.parts(weights.gain, weights.bias, u, p);
@@ -179,7 +118,7 @@ void normed_row(const Loop& loop, Index i) {
     h.store(h_out + u, in_row);
   });
   if constexpr (Cell::has_c) {
-    const RowNorm<CellState, V> state(kRegularized<Cell> ? candidate : c_out, H);
+    const RowNorm<CellState, RowUnits<V>> state(kRegularized<Cell> ? candidate : c_out, H);
     each_vector<V>(H, [&](Index u, int, Index in_row) {
       V m;
       state.parts(weights.gain_c, weights.bias_c, u, &m);
@@ -261,7 +200,7 @@ void normed_row_backward(const Loop& loop, const Row& row) {
   const auto& job = loop.job;
   const auto& weights = job.norm;
   const Index H = job.H, units = job.blocks * kBlock;
-  using Norm = RowNorm<Maths, V>;
+  using Norm = RowNorm<Maths, RowUnits<V>>;
   const Norm norm(row.saved, H);
   [[maybe_unused]] const T* const candidate = candidate_of<Cell>(row.saved, H);
   T* const da = row.da;
@@ -269,55 +208,55 @@ void normed_row_backward(const Loop& loop, const Row& row) {
   const auto sum_at = [&](Index u, int n) { return sums + u / kBlock * (N * kBlock) + n * kBlock + u % kBlock; };
 
   if constexpr (Cell::has_c) {  // through h and the norm of c: da of gate o and the whole gradient of c
-    const RowNorm<CellState, V> state(kRegularized<Cell> ? candidate : row.c, H);
-    RowNormBackward<CellState, V> back(state);
+    const RowNorm<CellState, RowUnits<V>> state(kRegularized<Cell> ? candidate : row.c, H);
+    RowNormBackward<CellState, RowUnits<V>> back(state);
     each_vector<V>(H, [&](Index u, int k, Index) {
       V p[A], m, da_o, dm;
       norm.parts(weights.gain, weights.bias, u, p);
       state.parts(weights.gain_c, weights.bias_c, u, &m);
-      Cell::backward_output(p, m, V::load(da + Norm::at(u, 0)), da_o, dm);
+      Cell::backward_output(p, m, V::load(da + norm.at(u, 0)), da_o, dm);
       const V x = state.x(u, 0), dx = dm * V::load(weights.gain_c + u);
       if (sums) add_to(sum_at(u, 2 * A), dm * x), add_to(sum_at(u, 2 * A + 1), dm);
       back.add(0, k, dx, x);
-      dx.store(da + Norm::at(u, 0));
-      da_o.store(da + Norm::at(u, 2));
+      dx.store(da + norm.at(u, 0));
+      da_o.store(da + norm.at(u, 2));
     });
     back.finish();
     each_vector<V>(H, [&](Index u, int, Index) {
-      T* const dc = da + Norm::at(u, 1);
-      (V::load(dc) + back.da(u, 0, V::load(da + Norm::at(u, 0)))).store(dc);
+      T* const dc = da + norm.at(u, 1);
+      (V::load(dc) + back.da(u, 0, V::load(da + norm.at(u, 0)))).store(dc);
     });
   }
 
-  RowNormBackward<Maths, V> back(norm);
+  RowNormBackward<Maths, RowUnits<V>> back(norm);
   each_vector<V>(H, [&](Index u, int k, Index in_row) {
     V p[A], dp[A], dc_prev = V::zero(), direct = V::zero();
     norm.parts(weights.gain, weights.bias, u, p);
     if constexpr (Cell::has_c) {
-      Cell::backward_state(p, V::load(row.c_prev + u, in_row), V::load(da + Norm::at(u, 1)),
-                           V::load(da + Norm::at(u, 2)), dp, dc_prev);
+      Cell::backward_state(p, V::load(row.c_prev + u, in_row), V::load(da + norm.at(u, 1)), V::load(da + norm.at(u, 2)),
+                           dp, dc_prev);
       if constexpr (kRegularized<Cell>) dc_prev = dc_prev + V::load(job.dc + row.b * units + u);
       dc_prev.store(job.dc + row.b * units + u);
     } else {
       const T* const h = kRegularized<Cell> ? candidate : row.h;
       Maths::backward(p, Cell::reads_h_prev ? V::load(row.h_prev + u, in_row) : V::zero(),
-                      Maths::reads_h ? V::load(h + u, in_row) : V::zero(), V::load(da + Norm::at(u, 0)), dp, direct);
+                      Maths::reads_h ? V::load(h + u, in_row) : V::zero(), V::load(da + norm.at(u, 0)), dp, direct);
     }
     if constexpr (kRegularized<Cell>) direct = direct + V::load(job.direct + row.b * units + u);
     if (Cell::has_direct) direct.store(job.direct + row.b * units + u);
 #pragma GCC unroll 8
     for (int s = 0; s < A; ++s) {
-      const V x = norm.x(u, s), dx = dp[s] * V::load(weights.gain + Norm::at(u, s));
+      const V x = norm.x(u, s), dx = dp[s] * V::load(weights.gain + norm.at(u, s));
       if (sums) add_to(sum_at(u, s), dp[s] * x), add_to(sum_at(u, A + s), dp[s]);
       back.add(s, k, dx, x);
-      dx.store(da + Norm::at(u, s));
+      dx.store(da + norm.at(u, s));
     }
   });
   back.finish();
   each_vector<V>(H, [&](Index u, int, Index) {
 #pragma GCC unroll 8
     for (int s = 0; s < A; ++s) {
-      T* const at = da + Norm::at(u, s);
+      T* const at = da + norm.at(u, s);
       back.da(u, s, V::load(at)).store(at);
     }
   });

@@ -1,7 +1,4 @@
-// The masks of recurrent dropout and zoneout. SPDX-License-Identifier: Apache-2.0
-//
-// The random word of a unit is that of counter (unit / 4, row, time, kind + 4 * stream), place unit % 4: the same for
-// any split over threads, any instruction set, forward, backward and recompute.
+// The masks of recurrent dropout and zoneout, as arrays. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "cpu/kernels.h"
 #include "simd/philox.h"
@@ -11,21 +8,17 @@ namespace FUSEDRNN_LEVEL {
 
 using cpu::Index;
 using cpu::kBlock;
-using cpu::MaskKind;
-using cpu::MaskRule;
 
 // See cpu::Kernels::draw_mask.
 template <class T>
-void draw_mask(const MaskRule<T>& rule, uint64_t seed, uint32_t stream, MaskKind kind, Index t, const Index* rows,
-               Index n, Index begin, Index end, Index units, T* out) {
+void draw_mask(const MaskRule& rule, uint64_t seed, uint32_t stream, MaskKind kind, Index t, const Index* rows, Index n,
+               Index begin, Index end, Index units, T* out) {
   const Index first = begin * kBlock, count = (end - begin) * kBlock;
   if (!rule.drawn) {
     for (Index i = 0; i < n; ++i)
-      for (Index u = first; u < first + count; ++u) out[i * units + u] = rule.kept;
+      for (Index u = first; u < first + count; ++u) out[i * units + u] = T(rule.kept);
     return;
   }
-  const uint32_t threshold = rule.threshold;
-  const T kept = rule.kept;
   constexpr int kLanes = 64;
   uint32_t group[kLanes] = {}, row[kLanes] = {}, words[4 * kLanes];
   T entries[4 * kLanes], *to[kLanes];
@@ -38,8 +31,8 @@ void draw_mask(const MaskRule<T>& rule, uint64_t seed, uint32_t stream, MaskKind
       to[k] = out + i * units + first + u;
       if ((u += 4) == count) u = 0, ++i;
     }
-    philox<kLanes>(seed, group, row, uint32_t(t), uint32_t(kind) + 4 * stream, words);
-    for (int w = 0; w < 4 * kLanes; ++w) entries[w] = words[w] >= threshold ? kept : T(0);
+    philox<kLanes>(seed, group, row, uint32_t(t), last_of_counter(kind, stream), words);
+    for (int w = 0; w < 4 * kLanes; ++w) entries[w] = entry_of<T>(rule, words[w]);
     for (int k = 0; k < lanes; ++k) __builtin_memcpy(to[k], entries + 4 * k, 4 * sizeof(T));
   }
 }
@@ -76,9 +69,9 @@ struct Masks {
 
  private:
   T* array(Index place) const { return rules.scratch + (thread * 3 + place) * B * units; }
-  const T* keep(const MaskRule<T>& rule, MaskKind kind, Index place, Index t, const Index* rows, Index n) const {
+  const T* keep(const MaskRule& rule, MaskKind kind, Index place, Index t, const Index* rows, Index n) const {
     if (!rule.acts) return nullptr;
-    draw_mask(rule, rules.seed, rules.stream, kind, t, rows, n, block_begin, block_end, units, array(place));
+    draw_mask<T>(rule, rules.seed, rules.stream, kind, t, rows, n, block_begin, block_end, units, array(place));
     return array(place);
   }
 };

@@ -182,17 +182,15 @@ const CellShape& shape_of(const cpu::Kernels<T>& kernels, const Problem& problem
 }
 
 // A mask that is 0 with this rate, else `kept`. A word is 32 bits: the rate is rounded to that.
-template <class T>
-cpu::MaskRule<T> drawn(double rate, double kept) {
+MaskRule drawn(double rate, double kept) {
   const double threshold = std::nearbyint(std::ldexp(rate, 32));
-  if (threshold >= 0x1p32) return {true, false, 0, T(0)};
-  return {true, true, std::uint32_t(threshold), T(kept)};
+  if (threshold >= 0x1p32) return {true, false, 0, 0};
+  return {true, true, std::uint32_t(threshold), kept};
 }
 
-template <class T>
-cpu::MaskRule<T> zoneout(double rate, bool training) {
+MaskRule zoneout(double rate, bool training) {
   if (rate == 0) return {};
-  return training ? drawn<T>(rate, 1) : cpu::MaskRule<T>{true, false, 0, T(1 - rate)};
+  return training ? drawn(rate, 1) : MaskRule{true, false, 0, 1 - rate};
 }
 
 // For the kernels, in memory of regularization_memory's size; the mask of dropout is drawn, once for all steps.
@@ -203,13 +201,13 @@ cpu::Regularization<T> regularization_of(const Problem& problem, const cpu::Kern
   const cpu::ControlWord word(flush_subnormals.load());
   const Index B = problem.sizes.B, blocks = blocks_of(problem.sizes.H), row = blocks * kBlock;
   if (r.drops()) {
-    const cpu::MaskRule<T> rule = drawn<T>(r.recurrent_dropout, 1 / (1 - r.recurrent_dropout));
-    kernels.draw_mask(rule, r.seed, r.stream, cpu::MaskKind::dropout, 0, nullptr, B, 0, blocks, row, memory);
+    const MaskRule rule = drawn(r.recurrent_dropout, 1 / (1 - r.recurrent_dropout));
+    kernels.draw_mask(rule, r.seed, r.stream, MaskKind::dropout, 0, nullptr, B, 0, blocks, row, memory);
   }
   return {r.seed,
           r.stream,
-          zoneout<T>(r.zoneout_h, r.training),
-          zoneout<T>(r.zoneout_c, r.training),
+          zoneout(r.zoneout_h, r.training),
+          zoneout(r.zoneout_c, r.training),
           r.drops() ? memory : nullptr,
           memory + B * row};
 }

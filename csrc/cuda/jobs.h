@@ -1,4 +1,4 @@
-// What a launch gets: plain structures, mirrored in python/fusedrnn/backends/cuda_jobs.py. SPDX-License-Identifier:
+// What a launch gets: plain structures, mirrored in python/fusedrnn/backends/cuda/jobs.py. SPDX-License-Identifier:
 // Apache-2.0
 //
 // Legend as in api.h. All arrays are C-contiguous and in the device's memory. Between kernels everything lies gate by
@@ -9,17 +9,11 @@
 // reads it, now or going back, reads the same; c, sums and what is saved stay in T.
 #pragma once
 #include "cuda/half.h"
+#include "mask_rule.h"
 #include "steps.h"
 
 namespace fusedrnn {
 namespace cuda {
-
-// The entries of a mask: `kept` where the random word is at least the threshold, else 0; not drawn: `kept` everywhere.
-struct MaskRule {
-  bool acts, drawn;
-  uint32_t threshold;
-  double kept;
-};
 
 // Of a call, for regularized cells; of others it is not read.
 struct Regularization {
@@ -30,6 +24,7 @@ struct Regularization {
 
 template <class S, class T = Compute<S>>
 struct ForwardJob {
+  using Number = S;
   Steps steps;
   Index H;
   const T* projected;      // (T, B, X*H): weight_ih x
@@ -52,12 +47,14 @@ struct ForwardJob {
   unsigned* arrived;  // one count for each tile of the batch, zero before the launch
   Index units;        // of each block
   Index rows;         // of the batch, of each tile
-  // What a block of a grid brings to shared memory at a time: rows of a tile, a multiple of 8; k, a multiple of 32.
+  // What a block has in shared memory of what it multiplies: rows, a multiple of 8, of a cluster all that it has; and k
+  // of each, of a grid a multiple of 32.
   Index at_once, chunk;
 };
 
 template <class S, class T = Compute<S>>
 struct BackwardJob {
+  using Number = S;
   Steps steps;
   Index H;
   const S* weight;  // (H, R*H): that of ForwardJob, transposed

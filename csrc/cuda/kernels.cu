@@ -2,8 +2,7 @@
 //
 // FUSEDRNN_CELL is a type of cells/cells.def, or Regularized<> of one, FUSEDRNN_DTYPE float, double, Half or Bfloat16;
 // FUSEDRNN_PRECISION is that of the products within a launch (cuda/tile.h): for double ieee, for Half fp16 and for
-// Bfloat16 bf16 alone. Compile without contraction
-// (-fmad=false): every FMA is written out.
+// Bfloat16 bf16 alone. Compile without contraction (-fmad=false): every FMA is written out.
 #define FUSEDRNN_LEVEL cuda
 #define FUSEDRNN_LEVEL_CUDA
 #include "simd/inline.h"
@@ -13,8 +12,7 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
-#include "cuda/cluster.h"
-#include "cuda/grid.h"
+#include "cuda/all_steps.h"
 #include "cuda/norm.h"
 
 namespace fusedrnn {
@@ -31,7 +29,7 @@ using Tile = TileOf<S, Precision::FUSEDRNN_PRECISION>::type;
 using namespace fusedrnn::cuda;
 using fusedrnn::Index;
 
-// FUSEDRNN_ONLY, where it is defined: the kernels of one variant, its index in KERNELS of backends/cuda_compile.py.
+// FUSEDRNN_ONLY, where it is defined: the kernels of one variant, its index in KERNELS of backends/cuda/nvrtc.py.
 #if !defined(FUSEDRNN_ONLY)
 #define FUSEDRNN_ONLY -1
 #endif
@@ -69,25 +67,22 @@ FUSEDRNN_KERNEL(kThreads) step_backward2(const BackwardJob<S> job, Index s) {
 
 // Of plain cells with one, all steps in one launch: by all blocks at once, and from sm_90 on by clusters. The names say
 // where a block has its weights, if not in shared memory.
-#define FUSEDRNN_WHOLE(kernel, ending, Kernels, weights)                          \
+#define FUSEDRNN_ALL_STEPS(kernel, ending, weights)                               \
   FUSEDRNN_KERNEL(kThreads) kernel##_forward##ending(const ForwardJob<S> job) {   \
-    Kernels<Cell>::forward<Tile, weights>(job);                                   \
+    by_##kernel<Cell, Tile, weights>(job);                                        \
   }                                                                               \
   FUSEDRNN_KERNEL(kThreads) kernel##_backward##ending(const BackwardJob<S> job) { \
-    Kernels<Cell>::backward<Tile, weights>(job);                                  \
+    by_##kernel<Cell, Tile, weights>(job);                                        \
   }
 #if FUSEDRNN_HAS(1)
-FUSEDRNN_WHOLE(grid, , GridKernels, Weights::shared)
+FUSEDRNN_ALL_STEPS(cluster, _registers, Weights::registers)
 #endif
 #if FUSEDRNN_HAS(2)
-FUSEDRNN_WHOLE(grid, _registers, GridKernels, Weights::registers)
+FUSEDRNN_ALL_STEPS(cluster, , Weights::shared)
 #endif
 #if FUSEDRNN_HAS(3)
-FUSEDRNN_WHOLE(grid, _streamed, GridKernels, Weights::streamed)
+FUSEDRNN_ALL_STEPS(grid, _registers, Weights::registers)
 #endif
 #if FUSEDRNN_HAS(4)
-FUSEDRNN_WHOLE(cluster, , ClusterKernels, Weights::shared)
-#endif
-#if FUSEDRNN_HAS(5)
-FUSEDRNN_WHOLE(cluster, _registers, ClusterKernels, Weights::registers)
+FUSEDRNN_ALL_STEPS(grid, , Weights::shared)
 #endif

@@ -1,5 +1,5 @@
-// The masks of recurrent dropout and zoneout: each thread draws the entries that it needs, where it needs them. Which
-// random word is whose is said in cpu/masks.h and fusedrnn.masks. SPDX-License-Identifier: Apache-2.0
+// The masks of recurrent dropout and zoneout: each thread draws the entries that it needs, where it needs them.
+// SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "cells/regularized.h"
 #include "cuda/jobs.h"
@@ -8,10 +8,7 @@
 namespace fusedrnn {
 namespace cuda {
 
-enum class MaskKind : uint32_t { dropout, zoneout_h, zoneout_c };
-
-// The mask's entry for unit u of row b at step t; of dropout, the same at every step, t is 0. 1 where the rule does
-// not act.
+// The mask's entry for unit u of row b at step t; 1 where the rule does not act.
 template <class T>
 FUSEDRNN_INLINE T mask_entry(const Regularization& rules, const MaskRule& rule, MaskKind kind, Index t, Index b,
                              Index u) {
@@ -19,8 +16,8 @@ FUSEDRNN_INLINE T mask_entry(const Regularization& rules, const MaskRule& rule, 
   if (!rule.drawn) return T(rule.kept);
   const uint32_t group = uint32_t(u / 4), row = uint32_t(b);
   uint32_t words[4];
-  philox<1>(rules.seed, &group, &row, uint32_t(t), uint32_t(kind) + 4 * rules.stream, words);
-  return words[u % 4] >= rule.threshold ? T(rule.kept) : T(0);
+  philox<1>(rules.seed, &group, &row, uint32_t(t), last_of_counter(kind, rules.stream), words);
+  return entry_of<T>(rule, words[u % 4]);
 }
 
 // What happens to one unit of one row; nothing where the cell is not a regularized one.

@@ -1,11 +1,10 @@
 // A step of a cell with layer norm: a block has a row, whose mean and variance need the bare products of all its units.
 // SPDX-License-Identifier: Apache-2.0
 //
-//   x = (a - mean) / sqrt(variance + epsilon),  p = gain * x + bias
-//
 // Forward saves the bare products, and backward makes x again. A thread has the same units in every pass over a row, so
-// only the sums go between threads. The derivation is in docs/bptt.md; cpu/layer_norm.h does the same.
+// only the sums go between threads. The arithmetic is in cells/row_norm.h.
 #pragma once
+#include "cells/row_norm.h"
 #include "cuda/step.h"
 
 namespace fusedrnn {
@@ -32,75 +31,37 @@ FUSEDRNN_INLINE void sum_over_block(T* sums) {
   }
 }
 
-// c of an LSTM as something to be normalised: one accumulator.
-struct CellState {
-  static constexpr int accumulators = 1;
-  FUSEDRNN_INLINE static constexpr int norm_of(int) { return 0; }
-};
-
-// Mean and 1 / sqrt(variance + epsilon) of each norm of a row [accumulator][unit], and what is made with them.
-template <class Cell, class T>
-struct RowNorm {
+// A row [accumulator][unit] as the threads of a block have it, each some of its units.
+template <class T>
+struct RowUnits {
   using V = Vec<T>;
-  static constexpr int A = Cell::accumulators, kNorms = Cell::norm_of(A - 1) + 1;
-  const T* row;
-  Index H;
-  T mean[kNorms], inverse[kNorms], count[kNorms];  // count: of the values that a norm takes together
+  const Index H;
 
-  FUSEDRNN_INLINE RowNorm(const T* row, Index H) : row(row), H(H) {
-    T squares[kNorms];
-    for (int n = 0; n < kNorms; ++n) mean[n] = squares[n] = count[n] = T(0);
-    for (int s = 0; s < A; ++s) count[Cell::norm_of(s)] += T(H);
-    each_unit_of_row(H, [&](Index u) {
-      for (int s = 0; s < A; ++s) mean[Cell::norm_of(s)] += row[s * H + u];
-    });
-    sum_over_block<kNorms>(mean);
-    for (int n = 0; n < kNorms; ++n) mean[n] /= count[n];
-    each_unit_of_row(H, [&](Index u) {
-      for (int s = 0; s < A; ++s) {
-        const T d = row[s * H + u] - mean[Cell::norm_of(s)];
-        squares[Cell::norm_of(s)] = Native<T>::fma(d, d, squares[Cell::norm_of(s)]);
-      }
-    });
-    sum_over_block<kNorms>(squares);
-    for (int n = 0; n < kNorms; ++n) inverse[n] = T(1) / square_root(squares[n] / count[n] + T(1e-5));
+  static FUSEDRNN_INLINE T root(T x) { return square_root(x); }
+  struct Sum {
+    T of = T(0);
+    FUSEDRNN_INLINE void add(int, V v) { of += v.v; }
+    FUSEDRNN_INLINE void add_product(int, V a, V b) { of = Native<T>::fma(a.v, b.v, of); }
+  };
+  template <int count>
+  static FUSEDRNN_INLINE void totals(const Sum* sums, T* out) {
+    for (int n = 0; n < count; ++n) out[n] = sums[n].of;
+    sum_over_block<count>(out);
   }
+  struct Number {
+    T x;
+    Number() = default;
+    FUSEDRNN_INLINE explicit Number(T x) : x(x) {}
+    FUSEDRNN_INLINE V in(Index) const { return x; }
+    FUSEDRNN_INLINE V all() const { return x; }
+  };
 
-  FUSEDRNN_INLINE V x(Index u, int s) const {
-    const int n = Cell::norm_of(s);
-    return (row[s * H + u] - mean[n]) * inverse[n];
+  template <class F>
+  FUSEDRNN_INLINE void each(F f) const {
+    each_unit_of_row(H, [&](Index u) { f(u, 0, H - u); });
   }
-  // p of all accumulators of a unit.
-  FUSEDRNN_INLINE void parts(const T* gain, const T* bias, Index u, V* p) const {
-    for (int s = 0; s < A; ++s) p[s] = fma(x(u, s), V(gain[s * H + u]), V(bias[s * H + u]));
-  }
-};
-
-// The way back through the norms of a row: less the mean of dx, and less its part along x, which the variance keeps
-// fixed.
-template <class Cell, class T>
-struct RowNormBackward {
-  using V = Vec<T>;
-  static constexpr int kNorms = RowNorm<Cell, T>::kNorms;
-  const RowNorm<Cell, T>& norm;
-  T sums[2 * kNorms];  // of dx, of dx x; then their means
-
-  FUSEDRNN_INLINE explicit RowNormBackward(const RowNorm<Cell, T>& norm) : norm(norm) {
-    for (T& sum : sums) sum = T(0);
-  }
-  FUSEDRNN_INLINE void add(int s, V dx, V x) {
-    const int n = Cell::norm_of(s);
-    sums[n] += dx.v;
-    sums[kNorms + n] = Native<T>::fma(dx.v, x.v, sums[kNorms + n]);
-  }
-  FUSEDRNN_INLINE void finish() {
-    sum_over_block<2 * kNorms>(sums);
-    for (int n = 0; n < 2 * kNorms; ++n) sums[n] /= norm.count[n % kNorms];
-  }
-  FUSEDRNN_INLINE V da(Index u, int s, V dx) const {
-    const int n = Cell::norm_of(s);
-    return V(norm.inverse[n]) * fnma(norm.x(u, s), V(sums[kNorms + n]), dx - V(sums[n]));
-  }
+  FUSEDRNN_INLINE Index at(Index u, int s, int) const { return s * H + u; }
+  FUSEDRNN_INLINE V load(const T* row, Index u, int s, int) const { return row[s * H + u]; }
 };
 
 // The sums over steps that the gradients of gains and biases are made of, for each row: [sum][unit], those of the
@@ -140,7 +101,7 @@ struct NormedForward {
       for (int a = 0; a < kInput<Cell>; ++a) row[(Cell::input.first + a) * H + u] = input[a * H];
       for (int a = 0; a < kRecurrent<Cell>; ++a) row[(Cell::recurrent.first + a) * H + u] = recurrent[a * H];
     });
-    const RowNorm<Cell, T> norm(row, H);
+    const RowNorm<Cell, RowUnits<T>> norm(row, H);
     if constexpr (Cell::has_c) {
       T* const state = job.state_c + b * H;
       T* const candidate = kRegularized<Cell> ? candidates : state;
@@ -157,7 +118,7 @@ struct NormedForward {
         state[u] = zoned.v;
         candidate[u] = c.v;
       });
-      const RowNorm<CellState, T> norm_c(candidate, H);
+      const RowNorm<CellState, RowUnits<T>> norm_c(candidate, H);
       each_unit_of_row(H, [&](Index u) {
         V c, o, m;
         gates(u, V::zero(), c, o);  // for o, which no c enters
@@ -207,7 +168,7 @@ struct NormedBackward {
     const auto add = [&](int n, Index u, V x) { sums[n * H + u] += x.v; };
     const T* const row = unit(0).saved(t);
     [[maybe_unused]] const T* const candidates = row + A * H;
-    const RowNorm<Cell, T> norm(row, H);
+    const RowNorm<Cell, RowUnits<T>> norm(row, H);
     each_unit_of_row(H, [&](Index u) {
       T all_dh = direct[u] + chain(u), all_dc = Cell::has_c ? dc[u] : T(0);
       unit(u).add_upstream(t, all_dh, all_dc);
@@ -220,8 +181,8 @@ struct NormedBackward {
       }
     });
     if constexpr (Cell::has_c) {  // through h and the norm of c: da of gate o and the whole gradient of c
-      const RowNorm<CellState, T> norm_c(kRegularized<Cell> ? candidates : job.c + unit(0).at(t), H);
-      RowNormBackward<CellState, T> back(norm_c);
+      const RowNorm<CellState, RowUnits<T>> norm_c(kRegularized<Cell> ? candidates : job.c + unit(0).at(t), H);
+      RowNormBackward<CellState, RowUnits<T>> back(norm_c);
       each_unit_of_row(H, [&](Index u) {
         V p[A], m, da_o, dm;
         norm.parts(job.gain, job.bias, u, p);
@@ -229,14 +190,14 @@ struct NormedBackward {
         Cell::backward_output(p, m, V(kept[u]), da_o, dm);
         const V x = norm_c.x(u, 0), dx = dm * V(job.gain_c[u]);
         add(2 * A, u, dm * x), add(2 * A + 1, u, dm);
-        back.add(0, dx, x);
+        back.add(0, 0, dx, x);
         kept[u] = dx.v;
         kept_o[u] = da_o.v;
       });
       back.finish();
       each_unit_of_row(H, [&](Index u) { kept_dc[u] += back.da(u, 0, V(kept[u])).v; });
     }
-    RowNormBackward<Cell, T> back(norm);
+    RowNormBackward<Cell, RowUnits<T>> back(norm);
     each_unit_of_row(H, [&](Index u) {
       V p[A], dp[A], dc_before = V::zero(), past = V::zero();
       norm.parts(job.gain, job.bias, u, p);
@@ -253,7 +214,7 @@ struct NormedBackward {
       for (int a = 0; a < A; ++a) {
         const V x = norm.x(u, a), dx = dp[a] * V(job.gain[a * H + u]);
         add(a, u, dp[a] * x), add(A + a, u, dp[a]);
-        back.add(a, dx, x);
+        back.add(a, 0, dx, x);
         kept[a * H + u] = dx.v;
       }
     });

@@ -4,8 +4,10 @@
 
 #if defined(__CUDACC__)
 #define FUSEDRNN_INLINE __device__ __forceinline__
+#define FUSEDRNN_UNROLL _Pragma("unroll")
 #else
 #define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#define FUSEDRNN_UNROLL _Pragma("GCC unroll 8")
 #endif
 
 // For what every cell's loop calls: one copy of it, or the build takes twice as long.

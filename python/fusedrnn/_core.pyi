@@ -85,6 +85,9 @@ def run_backward(
     dc_states: Any,
     out: Sequence[Any],  # dx, the dweights, dh0, dc0
 ) -> None: ...
+def cell_layout(
+    cell: int, regularized: bool
+) -> tuple[str, int, int, bool, list[tuple[int, list[int]]], bool]: ...
 def tape_shape(
     cell: int, T: int, B: int, I: int, H: int, recompute: bool, regularized: bool, float64: bool
 ) -> tuple[int, int]: ...

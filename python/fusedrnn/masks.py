@@ -2,7 +2,7 @@
 
 Nothing is kept of a mask: whoever needs it, forward, backward or recompute, in whatever backend, dtype or
 thread, draws the same one again. The key is the seed of a call; the counter of a unit's word is (unit // 4,
-row, time, kind + 4 * stream), and the word is number unit % 4 of the four. In C++: ``csrc/cpu/masks.h``.
+row, time, kind + 4 * stream), and the word is number unit % 4 of the four. In C++: ``csrc/mask_rule.h``.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
 """
@@ -32,10 +32,15 @@ def philox(counter: Array, key: tuple[int, int]) -> Array:
     return np.stack([a, b, c, d], axis=-1).astype(np.uint32)
 
 
+def threshold(rate: float) -> int:
+    """A word below this is one of the share ``rate`` of all words; up to 2**32."""
+    return round(rate * 2**32)
+
+
 def keep(rate: float, kind: str, seed: int, stream: int, time: int, rows: Array, units: int) -> Array:
     """Which units are kept: (len(rows), units) bool, each False with probability ``rate``.
 
-    The probability is that of a 32-bit word below ``round(rate * 2**32)``.
+    The probability is that of a 32-bit word below ``threshold(rate)``.
 
     Args:
         rate: From 0 to 1.
@@ -52,5 +57,5 @@ def keep(rate: float, kind: str, seed: int, stream: int, time: int, rows: Array,
     counter[..., 2] = time
     counter[..., 3] = KINDS.index(kind) + 4 * stream
     words = philox(counter, (seed % 2**32, seed >> 32)).reshape(len(rows), 4 * counter.shape[1])[:, :units]
-    kept: Array = words >= np.uint64(round(rate * 2**32))
+    kept: Array = words >= np.uint64(threshold(rate))
     return kept

@@ -1,454 +1,270 @@
-"""bench/gpu.sh without a GPU: what it runs and writes, its limits, comparisons on the emulated device."""
+"""bench/gpu.sh without a GPU: what it runs and writes, its limits, its checks on the emulated device."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import itertools
 import json
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+test_bench_cuda = pytest.importorskip("test_bench_cuda", reason="PyTorch is not installed")
 
-from test_bench_cuda import REPORT, ROWS  # noqa: E402
-
-import emulated  # noqa: E402
+from emulated import COMPILER, EmulatedDevice  # noqa: E402
 from fusedrnn import problems  # noqa: E402
-from fusedrnn.backends import cuda_cupy, cuda_plan  # noqa: E402
-from fusedrnn.backends.cuda_jobs import kernels_of  # noqa: E402
+from fusedrnn.backends.cuda import CudaBackend, cupy_device  # noqa: E402
+from fusedrnn.backends.cuda.nvrtc import KERNELS  # noqa: E402
 from fusedrnn.bench import cuda  # noqa: E402
-from fusedrnn.bench.cuda import modes, runner  # noqa: E402
+from fusedrnn.bench.peer_torch import Place  # noqa: E402
 from fusedrnn.cells import CELLS, LSTM  # noqa: E402
 from test_cuda_compile import needs_nvrtc  # noqa: E402
 
+emulated, modules = test_bench_cuda.emulated, test_bench_cuda.modules
 ROOT = Path(__file__).parents[2]
-BENCH = ROOT / "bench"
-bash = pytest.mark.skipif(shutil.which("timeout") is None, reason="needs GNU coreutils")
-
-
-@pytest.fixture(autouse=True)
-def modules(monkeypatch):
-    """The files of bench can be imported."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    monkeypatch.delenv("OUT", raising=False)
+PRETENDS = """#!/usr/bin/env bash
+case $1 in
+  -m) echo "no CMake today"; [[ -e broken ]] && exit 1; sleep 2 ;;
+  bench/gpu.py)
+    echo "this is $3, PYTHONPATH is $PYTHONPATH"
+    [[ $3 == promises ]] && sleep 300
+    [[ $3 != checks ]] ;;
+esac
+"""
+INSTALLS_NOTHING = f'#!/usr/bin/env bash\n[[ $1 == -m ]] && exit\nexec {sys.executable} "$@"\n'
+pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="needs GNU coreutils")
 
 
 @pytest.fixture
-def gpu(modules):
+def gpu(monkeypatch, tmp_path):
+    """bench/gpu.py, with an empty folder of compiled code."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path / "cache"))
     return __import__("gpu")
 
 
 @pytest.fixture
-def compiling(modules, tmp_path, monkeypatch):
-    monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path / "cache"))
-    return __import__("gpu_compile")
-
-
-# --- the script, with a Python that only pretends ---------------------------------------------------------
-
-PYTHON = """#!/usr/bin/env bash
-echo "$*" >>calls
-case $1 in
-  -c) [[ -f out/gpu-install/fusedrnn/_core.so ]] && echo "$PWD/out/gpu-install/fusedrnn/_core.so" ;;
-  -m)
-    echo "no CMake today"
-    [[ -e broken ]] && exit 1
-    sleep 2
-    mkdir -p out/gpu-install/fusedrnn && touch out/gpu-install/fusedrnn/_core.so ;;
-  bench/gpu.py)
-    echo "this is $2, PYTHONPATH is $PYTHONPATH"
-    [[ $2 == cuts ]] && sleep 60
-    [[ $2 == checks ]] && exit 1
-    exit 0 ;;
-esac
-"""
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """A checkout with next to nothing in it, and the Python that it is run by."""
-    for folder in ("bench", "cmake", "csrc", "src", "python/fusedrnn"):
+def script(tmp_path, monkeypatch):
+    """Runs gpu.sh in a checkout with next to nothing in it, by a Python that only pretends."""
+    monkeypatch.delenv("OUT", raising=False)
+    for folder in ("bench", "csrc", "src", "python/fusedrnn"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("CMakeLists.txt", "pyproject.toml", "python/fusedrnn/layers.py"):
-        (tmp_path / name).write_text("")
-    shutil.copy(BENCH / "gpu.sh", tmp_path / "bench")
-    python = tmp_path / "pretends"
-    python.write_text(PYTHON)
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    return tmp_path
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "bench" / "gpu.sh", tmp_path / "bench")
+
+    def run(*arguments, python=PRETENDS, **places):
+        command, file = [tmp_path / "bench" / "gpu.sh", *arguments], tmp_path / "python.sh"
+        file.write_text(python)
+        file.chmod(0o700)
+        places = os.environ | {"PYTHON": str(file)} | places
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, env=places)
+
+    return run
 
 
-def run(tree, *arguments, **environment):
-    return subprocess.run(
-        [tree / "bench" / "gpu.sh", *arguments], capture_output=True, text=True, timeout=240,
-        env=os.environ | {"PYTHON": str(tree / "pretends")} | environment,
-    )  # fmt: skip
-
-
-@bash
-def test_without_arguments_it_says_what_there_is(tree, gpu):
-    done = run(tree)
+def test_without_arguments_it_says_what_there_is_and_a_wrong_command_runs_nothing(script, gpu):
+    done = script()
     assert done.returncode == 0
-    listed = [
-        line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ") and " s  " in line
-    ]
-    assert listed == [*gpu.PARTS, "(install"]
+    assert re.findall(r"^  (\w+) +\d+ s  ", done.stdout, re.MULTILINE) == list(gpu.PARTS)
+    for arguments, error in {
+        "first frist": "expected parts out of first checks .*, got 'frist'",
+        "first=soon": "first: expected whole seconds, got 'soon'",
+        "compile": "compile: expected an architecture such as sm_90, got ''",
+        "compile sm_90 frist": "expected parts out of .*, got 'frist'",
+    }.items():
+        done = script(*arguments.split())
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(rf"bench/gpu.sh: {error}.*\n", done.stderr), done.stderr
 
 
-@bash
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (("first", "frist"), "expected parts out of first checks .*, got 'frist'"),
-        (("first=soon",), "first: expected whole seconds, got 'soon'"),
-        (("compile",), "compile: expected an architecture such as sm_90 "),
-        (("compile", "90"), "compile: expected an architecture such as sm_90, got '90'"),
-        (("compile", "sm_90", "frist"), "expected parts out of .*, got 'frist'"),
-    ],
-)
-def test_a_wrong_command_runs_nothing(tree, arguments, error):
-    done = run(tree, *arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert re.fullmatch(rf"bench/gpu.sh: {error}.*\n", done.stderr), done.stderr
-    assert not (tree / "calls").exists()
-
-
-@bash
-def test_parts_one_after_the_other_each_within_its_limit(tree):
+def test_parts_one_after_the_other_each_within_its_limit(script, tmp_path):
     """One that fails and one that hangs stop no other; what each printed is in the file."""
-    begin = time.monotonic()
-    done = run(tree, "checks", "cuts=1", "goals", OUT=str(tree / "here"))
-    assert time.monotonic() - begin < 30
+    done = script("checks", "promises=1", "goals", OUT=str(tmp_path / "here"))
     assert done.returncode == 1
-    log = (tree / "here" / "log.txt").read_text()
-    assert log == done.stdout
-    said = [line.rsplit(",", 1)[0] for line in log.splitlines() if line.startswith("---")]
-    assert said == [
-        "--- checks", "--- checks: failed", "--- cuts", "--- cuts: stopped at its limit", "--- goals",
-        "--- goals: done",
-    ]  # fmt: skip
+    log = (tmp_path / "here" / "log.txt").read_text()
+    ends = ["checks: failed", "promises: stopped at its limit", "goals: done"]
+    assert re.findall(r"^--- (.*: .*), ", log, re.MULTILINE) == ends
     assert "this is goals" in log
-    assert not (tree / "out" / "gpu").exists()
+    assert sorted(log.splitlines()) == sorted(done.stdout.splitlines())
 
 
-@bash
-def test_it_is_installed_once(tree):
+def test_it_is_installed_once(script, tmp_path):
     """Beside the part first, which does not wait for it; again only when the sources are others."""
-    done = run(tree, "first", "goals")
+    done = script("first", "goals")
     assert done.returncode == 0
-    lines = done.stdout.splitlines()
-    assert [line.split(":")[0].split(",")[0] for line in lines] == [
-        "--- first", "this is first", "--- first", "OK    install", "--- goals", "this is goals", "--- goals",
-    ]  # fmt: skip
-    own, sources = tree / "out" / "gpu-install", tree / "python"
-    assert lines[1].split(" is ")[2].split(":")[0] == str(sources)
-    assert lines[5].split(" is ")[2].split(":")[0] == str(own)
-    calls = [line for line in (tree / "calls").read_text().splitlines() if line.startswith("-m pip")]
-    assert len(calls) == 1
-    assert "--no-build-isolation --no-deps" in calls[0]
-    assert "FUSEDRNN_CUDA_FATBIN=OFF" in calls[0]
-    assert "install" not in run(tree, "goals").stdout.replace(str(own), "")
-    (tree / "python" / "fusedrnn" / "layers.py").write_text("new = 1\n")
-    assert "OK    install" in run(tree, "install=30", "goals").stdout
-    (tree / "python" / "fusedrnn" / "layers.py").write_text("newer = 1\n")
-    assert "s, pip: exit status 124, see " in run(tree, "install=1").stdout
-
-
-@bash
-def test_where_it_cannot_be_installed_the_sources_run(tree):
-    (tree / "broken").touch()
-    done = run(tree, "goals")
+    said = [re.split("[:,]", line)[0] for line in done.stdout.splitlines()]
+    first, goals = ["--- first", "this is first", "--- first"], ["--- goals", "this is goals", "--- goals"]
+    assert said == [*first, "OK    install", *goals]
+    assert f"this is first, PYTHONPATH is {tmp_path}/python" in done.stdout
+    assert f"this is goals, PYTHONPATH is {tmp_path}/out/gpu-install" in done.stdout
+    assert "OK    install" not in script("goals").stdout
+    (tmp_path / "python" / "fusedrnn" / "layers.py").write_text("new = 1\n")
+    (tmp_path / "broken").touch()
+    done = script("goals")
     assert done.returncode == 1
     assert re.search(r"^FAIL  install: \d+ s, pip: exit status 1, see ", done.stdout, re.MULTILINE)
-    assert "no CMake today" in (tree / "out" / "gpu" / "install.txt").read_text()
-    assert f"this is goals, PYTHONPATH is {tree / 'python'}:" in done.stdout
+    assert "no CMake today" in (tmp_path / "out" / "gpu" / "install.txt").read_text()
+    assert f"this is goals, PYTHONPATH is {tmp_path}/python" in done.stdout
 
 
-# --- the script itself ------------------------------------------------------------------------------------
-
-
-@bash
 @needs_nvrtc
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="needs a computer without an NVIDIA GPU")
-def test_without_a_gpu_everything_is_compiled(tmp_path):
-    """From the install to the first call of the driver; what has to be compiled stays."""
-    python = (
-        tmp_path / "python"
-    )  # to which what is installed seems to be of this checkout: no C++ compiler runs
-    own = ROOT / "python" / "fusedrnn" / "_core.so"
-    python.write_text(
-        f'#!/usr/bin/env bash\n[[ $1 == -c ]] && {{ echo {own}; exit; }}\nexec {sys.executable} "$@"\n'
-    )
-    python.chmod(0o700)
-    places = {"PYTHON": str(python), "OUT": str(tmp_path), "FUSEDRNN_CACHE": str(tmp_path / "cache")}
-    places["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [BENCH / "gpu.sh", "first", "promises"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | places, timeout=240)
+def test_without_a_gpu_everything_is_compiled(script, gpu, tmp_path):
+    """Up to the first call of the driver; what is compiled is found again; what does not compile is told."""
+    for name in ("gpu.py", "gpu_check.py"):
+        shutil.copy(ROOT / "bench" / name, tmp_path / "bench")
+    (tmp_path / "python" / "fusedrnn" / "layers.py").unlink()  # what this test imports runs
+    options = {"python": INSTALLS_NOTHING, "PYTHONPATH": os.pathsep.join(sys.path), "OUT": str(tmp_path)}
+    done = script("first", "promises", **options)
     assert done.returncode == 3, done.stdout + done.stderr
-    for kernel in cuda_plan.KERNELS:
-        assert f"      {kernel}: no GPU: compiled, not run\n" in done.stdout
-    assert "FAIL" not in done.stdout
     found = json.loads((tmp_path / "results.json").read_text())
-    assert list(found) == ["first", "promises"]
-    assert all(part["finished"] for part in found.values())
-    assert found["first"]["compiled"].startswith("6 of 6 files now")
-    assert len(list((tmp_path / "cache").glob("Lstm-*-float-ieee-sm_90-*.cubin"))) == 6
-
-
-# --- one part ---------------------------------------------------------------------------------------------
-
-
-def part(gpu, tmp_path, name="first", seconds=60.0):
-    return gpu.Run(name, seconds, tmp_path)
-
-
-EMULATED = """
-import ctypes, sys
-sys.path[:0] = {paths!r}
-import gpu_check
-from emulated import EmulatedDevice
-from fusedrnn.backends.cuda import CudaBackend
-
-class Wrong(EmulatedDevice):
-    def launch(self, cell, dtype, kernel, grid, args, *rest, **options):
-        super().launch(cell, dtype, kernel, grid, args, *rest, **options)
-        if kernel == "cluster_backward":
-            ctypes.c_float.from_address(args[0].dh0).value += 1e-3
-        if kernel == "grid_forward_streamed":
-            raise RuntimeError("no such launch")
-
-device = Wrong(16, warps=8)
-gpu_check.put = device.asarray
-gpu_check.backend = lambda kernel=None: CudaBackend(device, kernel, _tested=True)
-gpu_check.main()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
-def test_each_kernel_variant_has_its_line(gpu, tmp_path, monkeypatch, capsys):
-    """On the emulated device, with a wrong gradient in one way and a failing launch in another."""
-    script = tmp_path / "emulated.py"
-    script.write_text(EMULATED.format(paths=[str(BENCH), *sys.path]))
-    monkeypatch.setattr(gpu, "CHECK", [sys.executable, str(script)])
-    monkeypatch.setattr(gpu, "checking", slow_checking(gpu))
-    monkeypatch.setattr(cuda_cupy, "unavailable", lambda: None)
-    facts = {"multiprocessors": 132, "shared_bytes": 232448, "cluster": 8}
-    monkeypatch.setattr(cuda_cupy, "current", lambda: SimpleNamespace(architecture="sm_90", **facts))
-    monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path / "cache"))
-    error = {"grid": "error: expected a )"}
-    monkeypatch.setattr(gpu, "compile_for", lambda run, part, architecture: error)
-    run = part(gpu, tmp_path, seconds=280)
-    gpu.first(run)
-    lines = {
-        line["name"]: line for line in json.loads((tmp_path / "results.json").read_text())["first"]["checks"]
-    }
-    right = {name for name, line in lines.items() if line["right"]}
-    assert right == {"backend cuda", "steps", "grid_registers", "cluster_registers"}
-    assert lines["grid"]["said"] == "does not compile: error: expected a )"
-    assert lines["grid_streamed"]["said"] == "RuntimeError: no such launch"
-    assert lines["cluster"]["said"].startswith("AssertionError: dh0 is off by ")
-    assert "cluster_registers, " in lines["cluster_registers"]["said"]
-    assert run.failed
-    printed = capsys.readouterr().out
-    assert "OK    steps: " in printed
-    assert "FAIL  cluster: " in printed
-
-
-def slow_checking(gpu):
-    """With the time that g++ takes for the emulation."""
-    plain = gpu.checking
-
-    def checking(*arguments, **options):
-        return plain(*arguments, **options | {"seconds": 200.0})
-
-    return checking
+    assert [found[part]["finished"] for part in ("first", "promises")] == [True, True]
+    now = f"{len(KERNELS)} of {len(KERNELS)} files now"
+    assert found["first"]["compiled for first"].startswith(now)
+    assert f"first: 0{now[1:]}" in script("compile", "sm_90", "first", **options).stdout
+    done = script("compile", "sm_10", "first", **options)
+    assert done.returncode == 1
+    assert done.stdout.count("FAIL  compile Lstm float sm_10 ieee ") == len(KERNELS)
 
 
 def test_a_check_that_hangs_takes_nothing_with_it(gpu, tmp_path):
     """It is stopped, what it started too, and the others go on."""
-    file = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(file)!r}).touch()"
-    hangs = (
-        "import subprocess, sys, time\nprint('so far', flush=True)\n"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)"
-    )
-    todo = [
-        gpu.Check("hangs", [sys.executable, "-c", hangs], 2.0),
-        gpu.Check("dies", ["bash", "-c", "echo last words; kill -SEGV $$"]),
-        gpu.Check("raises", [sys.executable, "-c", "raise ValueError('too large')"]),
-        gpu.Check("right", [sys.executable, "-c", "print('first'); print('all is well')"]),
-        gpu.Check("of the environment", ["bash", "-c", "echo $KEY"], 30.0, {"KEY": "value"}),
-    ]
-    run = part(gpu, tmp_path)
-    gpu.do_all(run, todo)
-    said = {line["name"]: (line["right"], line["said"]) for line in run.found["checks"]}
-    assert said == {
+    todo = {
+        "hangs": ["bash", "-c", f"trap '' TERM; echo so far; (sleep 6; touch {tmp_path}/alive) & sleep 60"],
+        "dies": ["bash", "-c", "echo last words; kill -SEGV $$"],
+        "raises": [sys.executable, "-c", "raise ValueError('too large')"],
+        "right": [sys.executable, "-c", "print('first'); print('all is well')"],
+    }
+    run = gpu.Run(tmp_path, "first", 60.0)
+    gpu.do_all(run, todo.items(), 2.0, 1)
+    assert {line["name"]: (line["right"], line["said"]) for line in run.found["checks"]} == {
         "hangs": (False, "stopped after 2 s: so far"),
         "dies": (False, "exit status -11: last words"),
         "raises": (False, "ValueError: too large"),
         "right": (True, "all is well"),
-        "of the environment": (True, "value"),
     }
-    time.sleep(4)
-    assert not file.exists()
-    late = part(gpu, tmp_path, seconds=1.0)
-    gpu.do_all(late, todo[:1])
-    assert late.found["checks"][0]["said"] == "not run: no time left"
+    assert gpu.do(gpu.Run(tmp_path, "first", 1.0), todo["right"], 2.0)[:2] == (False, "not run: no time left")
+    time.sleep(3)
+    assert not (tmp_path / "alive").exists()
 
 
-def call(gpu, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", name, "--out", str(tmp_path)])
-    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
-    return gpu.main()
+@pytest.fixture
+def there_is_one(gpu, monkeypatch):
+    """A GPU for which nothing has to be compiled."""
+    for name in ("without_gpu", "compile_for"):
+        monkeypatch.setattr(gpu, name, lambda *_: None)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(cupy_device, "unavailable", lambda: None)
+    monkeypatch.setattr(cupy_device, "current", lambda: SimpleNamespace(architecture="sm_90"))
 
 
-def test_what_was_found_stays_in_the_file(gpu, tmp_path, monkeypatch, capsys):
-    """Of a part that fails or never comes back, and of those before it; the goals need the file alone."""
+def test_what_was_found_stays_in_the_file(gpu, there_is_one, tmp_path, monkeypatch, capsys):
+    """Rows as they come, and what parts before have found; the goals need the file alone."""
+    rows = test_bench_cuda.ROWS
 
-    def timing(run):
-        run.found["rows"] = list(ROWS)
-        run.write()
-        raise KeyboardInterrupt
-
-    def checks(run):
-        raise RuntimeError("no such kernel")
-
-    def epochs(run):
-        run.note("ratio to dezero", 25.0)
-
-    monkeypatch.setattr(gpu, "without_gpu", lambda: None)
-    for each in (timing, checks, epochs):
-        monkeypatch.setitem(gpu.PARTS, each.__name__, each)
-    with pytest.raises(KeyboardInterrupt):
-        call(gpu, monkeypatch, tmp_path, "timing")
-    assert call(gpu, monkeypatch, tmp_path, "checks") == 1
-    assert call(gpu, monkeypatch, tmp_path, "epochs") == 0
-    monkeypatch.undo()
-    monkeypatch.syspath_prepend(str(BENCH))
-    assert call(gpu, monkeypatch, tmp_path, "goals") == 0
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert [found[name]["finished"] for name in ("timing", "checks", "epochs", "goals")] == [
-        False,
-        True,
-        True,
-        True,
-    ]
-    assert found["checks"]["checks"][0]["said"] == "RuntimeError: no such kernel"
-    every = runner.expected(problems.SUITES["gpu"], list(modes.MODES))
-    assert found["goals"]["goals"] == json.loads(json.dumps(cuda.judge(ROWS, every, 25.0)))
-    assert "times LSTMCell" in capsys.readouterr().out
-    found["timing"] = REPORT
-    (tmp_path / "results.json").write_text(json.dumps(found))
-    assert call(gpu, monkeypatch, tmp_path, "goals") == 0
-    assert "PERSIST_STATIC / STANDARD" in capsys.readouterr().out
-
-
-def test_rows_are_written_as_they_come(gpu, tmp_path, monkeypatch):
-    """And a row in which ours failed is a failure."""
-
-    def run(cases, *, each, **options):
-        for row in (ROWS[0], ROWS[1] | {"failed": {"fusedrnn": "no such kernel"}}):
+    def run(cases, *, suite, each, **options):
+        for row in (rows[0], rows[1] | {"failed": {"fusedrnn": "no such kernel"}}):
             each(row)
-            written.append(len(json.loads((tmp_path / "results.json").read_text())["timing"]["rows"]))
-        return REPORT
+        assert len(json.loads((tmp_path / "results.json").read_text())["timing"]["rows"]) == 2
+        return test_bench_cuda.REPORT
 
-    written = []
     monkeypatch.setattr(cuda, "run", run)
-    monkeypatch.setattr(gpu, "compile_for", lambda *_: {})
-    monkeypatch.setattr(cuda_cupy, "current", lambda: SimpleNamespace(architecture="sm_90"))
-    timing = part(gpu, tmp_path, "timing")
-    gpu.timing(timing)
-    assert written == [1, 2]
-    assert timing.failed
-    assert ROWS[1]["case"] in timing.found["checks"][0]["said"]
+    monkeypatch.setitem(gpu.PARTS, "checks", lambda run: 1 // 0)
+    monkeypatch.setitem(gpu.PARTS, "epochs", lambda run: run.note("ratio to dezero", 25.0))
+    codes = [gpu.main(str(tmp_path), part, "60") for part in ("timing", "checks", "epochs", "goals")]
+    assert codes == [1, 1, 0, 0]  # ours failed in a row
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert all(part["finished"] for part in found.values())
+    assert rows[1]["case"] in found["timing"]["checks"][0]["said"]
+    assert found["checks"]["checks"][0]["said"].startswith("ZeroDivisionError: ")
+    every = cuda.expected(problems.SUITES["gpu"], list(cuda.MODES))
+    assert found["goals"]["goals"] == json.loads(json.dumps(cuda.judge(rows, every, 25.0)))
+    printed = capsys.readouterr().out
+    assert "times LSTMCell" in printed
+    assert "cluster / steps" in printed
+
+
+def test_parts_run_checks_that_there_are(gpu, there_is_one, monkeypatch, tmp_path):
+    """Of every kernel variant."""
+    todo, checks = {}, __import__("gpu_check")
+    monkeypatch.setattr(gpu, "do_all", lambda run, found, *limits: todo.update(found))
+    for part in ("first", "checks", "promises", "sanitizers"):
+        todo.clear()
+        assert gpu.main(str(tmp_path), part, "60") == 0
+        assert set(" ".join(todo).split()) >= set(KERNELS)
+        for command in todo.values():
+            if gpu.CHECK[1] in command:
+                name, *words = command[command.index(gpu.CHECK[1]) + 1 :]
+                inspect.signature(getattr(checks, name)).bind(*words)
 
 
 def test_a_gpu_that_cannot_be_used_is_no_missing_gpu(gpu, monkeypatch):
-    monkeypatch.setattr(cuda_cupy, "unavailable", lambda: "CuPy is not installed: pip install it")
+    monkeypatch.setattr(cupy_device, "unavailable", lambda: "CuPy is not installed: pip install it")
     assert gpu.without_gpu() is None
-    monkeypatch.setattr(cuda_cupy, "unavailable", lambda: "there is no NVIDIA GPU")
+    monkeypatch.setattr(cupy_device, "unavailable", lambda: "there is no NVIDIA GPU")
     assert gpu.without_gpu() == (None if Path("/dev/nvidia0").exists() else "there is no NVIDIA GPU")
 
 
-def test_every_way_to_run_can_run_what_is_checked(modules):
-    """On an H100; a plan that does not exist would be a failure there."""
-    import gpu_check
-
-    h100 = cuda_plan.Device(132, 232448, 8, 8)
-    wanted = [(gpu_check.SMALL, [LSTM()], "ieee"), (gpu_check.WIDER, [LSTM()], "ieee")]
-    wanted += [(gpu_check.OF_16_BITS, [c() for c in CELLS.values()], "fp16")]
-    wanted += [(gpu_check.SLOW, [c() for c in CELLS.values()], "ieee")]
-    for (T, B, _, H), cells, precision in wanted:
-        for cell in cells:
-            for kernel in cuda_plan.KERNELS:
-                for backward in (False, True):
-                    plan = cuda_plan.choose(
-                        kernels_of(cell),
-                        T,
-                        B,
-                        H,
-                        4,
-                        h100,
-                        precision=precision,
-                        backward=backward,
-                        forced=kernel,
-                    )
-                    assert plan.kernel == kernel
-
-
-# --- compiled beforehand ----------------------------------------------------------------------------------
-
-
-def test_parts_have_what_they_run(compiling, gpu):
-    assert list(compiling.NEEDED) == list(gpu.PARTS)
-    names = {part: set(map(str, compiling.jobs_of(part, "sm_90"))) for part in compiling.NEEDED}
-    assert names["first"] == {f"Lstm float ieee {kernel}" for kernel in cuda_plan.KERNELS}
-    assert all(
-        names["first"] <= names[part] for part in ("checks", "timing", "cuts", "promises", "sanitizers")
+@pytest.fixture
+def checks(gpu, monkeypatch):
+    """bench/gpu_check.py on the emulated device, NumPy in CuPy's place."""
+    found, device = __import__("gpu_check"), EmulatedDevice(16, warps=8)
+    device._graphs = device.graphs
+    monkeypatch.setattr(found, "CudaBackend", lambda kernel=None: CudaBackend(device, kernel, _tested=True))
+    monkeypatch.setattr(found, "as_cupy", device.asarray)
+    monkeypatch.setattr(found, "WIDER", found.SMALL)
+    cuda = SimpleNamespace(
+        memory=SimpleNamespace(OutOfMemoryError=MemoryError), Stream=lambda **_: contextlib.nullcontext()
     )
-    assert "RnnRelu double ieee cluster" in names["checks"]
-    assert "Regularized<GruResetBefore> float ieee steps" in names["checks"]
-    assert "GruResetAfterLayerNorm double ieee steps" in names["checks"]
-    assert {n for n in names["checks"] if n.startswith("GruResetBefore ")} == {
-        f"GruResetBefore {dtype} ieee steps" for dtype in ("float", "double")
-    }
-    assert "GruResetAfter float tf32 grid_registers" in names["timing"]
-    assert "Lstm Bfloat16 bf16 cluster" in names["timing"]
+    numpy = {name: getattr(np, name) for name in ("random", "float32", "isfinite")}
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, **numpy))
+    return found
 
 
-@needs_nvrtc
-def test_the_folder_is_filled_by_processes(compiling, monkeypatch):
-    two = [compiling.Job(cell, "float", "sm_80", "ieee", "steps") for cell in ("RnnTanh", "RnnRelu")]
-    wrong = compiling.Job("NoCell", "float", "sm_80", "ieee", "steps")
-    found = {done.job: done.error for done in compiling.compile_all([*two, *two, wrong])}
-    assert found.keys() == {*two, wrong}
-    assert found[two[0]] is None
-    assert "error" in found[wrong]
-    names = sorted(file.name.rsplit("-", 1)[0] for file in compiling.folder().iterdir())
-    assert names == ["RnnRelu-steps-float-ieee-sm_80", "RnnTanh-steps-float-ieee-sm_80"]
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_variant_can_run_what_is_checked(kernel, gpu):
+    """On an H100."""
+    sizes, h100 = __import__("gpu_check"), CudaBackend(EmulatedDevice(132, warps=8), kernel)
+    for (T, B, _, H), dtype in ((sizes.SMALL, "float32"), (sizes.SMALL, "float16"), (sizes.WIDER, "float32")):
+        for cell in [LSTM] if sizes.WIDER[0] == T else CELLS.values():
+            for back in (False, True):
+                assert h100.plan(cell(), T, B, H, dtype, backward=back).kernel == kernel
 
 
-def test_it_says_whether_what_was_compiled_beforehand_is_used(compiling, monkeypatch, capsys):
-    monkeypatch.setattr(compiling.cuda_compile, "version", lambda: (13, 0))
-    monkeypatch.setattr(compiling, "compile_all", lambda jobs, each: [])
-    assert "nothing was compiled beforehand" in compiling.at_hand("sm_90")
-    assert compiling.main("sm_90") == 0
-    assert "another NVRTC will not use it" in capsys.readouterr().out
-    assert compiling.at_hand("sm_90") == "compiled beforehand for sm_90 by NVRTC 13.0: used"
-    assert "NOT USED, here it is sm_100 by NVRTC 13.0" in compiling.at_hand("sm_100")
-    monkeypatch.setattr(compiling.cuda_compile, "version", lambda: (13, 5))
-    assert "for sm_90 by NVRTC 13.0: NOT USED, here it is sm_90 by NVRTC 13.5" in compiling.at_hand("sm_90")
-    assert compiling.main("sm_90") == 0
-    monkeypatch.setattr(compiling.cuda_compile, "fatbin_key", lambda *_: "another")
-    assert compiling.at_hand("sm_90") == "compiled beforehand of other sources: NOT USED"
+OTHERS = ["bits steps", "cpu rnn", "gradients steps gru bfloat16", "size 5 2 1 1", "small cluster", "api"]
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("words", [*(f"gradients {kernel} lstm float32" for kernel in KERNELS), *OTHERS])
+def test_each_check_on_the_emulated_device(words, checks, modules, monkeypatch):
+    monkeypatch.setattr(checks, "Place", lambda device, dtype=None: Place("cpu", dtype))
+    name, *arguments = words.split()
+    assert re.search("off by|graphs|finite|cells", getattr(checks, name)(*arguments))
+
+
+def test_what_is_wrong_is_found(checks, monkeypatch):
+    """Other bits in one of many calls, and memory that grows."""
+    calls, pool = itertools.count(), SimpleNamespace(total_bytes=lambda: 2**20 * next(calls))
+    monkeypatch.setattr(checks, "problem", lambda *_, **__: None)
+    monkeypatch.setattr(checks, "results", lambda of, data: {"y": np.float32(next(calls) in (12, 50))})
+    with pytest.raises(AssertionError, match="run 11, None: y has other bits"):
+        checks.bits("grid")
+    with pytest.raises(AssertionError, match=r"call \d+ of thread \d: y has other bits"):
+        checks.threads()
+    sys.modules["cupy"].get_default_memory_pool = lambda: pool
+    with pytest.raises(AssertionError, match="MiB after 300 calls"):
+        checks.memory()
+    pool.total_bytes = lambda: 2**20
+    assert checks.memory() == "1.0 MiB after 300 calls, 1.0 after 5000"

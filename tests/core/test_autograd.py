@@ -10,7 +10,7 @@ import fusedrnn
 import fusedrnn.functions as F
 from fusedrnn import Function, Parameter, Variable, no_grad, using_config
 from fusedrnn import optimizers as O
-from fusedrnn.backends import cuda_cupy
+from fusedrnn.backends.cuda import cupy_device
 
 pytestmark = pytest.mark.quick
 
@@ -601,7 +601,7 @@ def test_sgd_clipping_and_weight_decay():
 
 
 def test_the_gpu_is_a_named_error(monkeypatch):
-    monkeypatch.setattr(cuda_cupy, "unavailable", lambda: "CuPy is not installed: pip install it")
+    monkeypatch.setattr(cupy_device, "unavailable", lambda: "CuPy is not installed: pip install it")
     for call in (
         lambda: fusedrnn.Model().to_gpu(),
         lambda: fusedrnn.DataLoader(fusedrnn.datasets.SinCurve(), 10, gpu=True),

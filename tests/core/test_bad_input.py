@@ -19,7 +19,7 @@ from problems import CELLS, NORMED, assert_bitwise_equal, name, named, problem, 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, kernels, threads
 from fusedrnn.backends import get
-from fusedrnn.backends.cpu import CpuBackend, _cell_id
+from fusedrnn.backends.cpu import CpuBackend, cell_id
 from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.cells import GRU, LSTM, RNN
 
@@ -169,7 +169,7 @@ def entries_of(cell, good):
 
 
 def core_pack(cell, a):
-    return _core.pack(_cell_id(cell), *weights_of(a))
+    return _core.pack(cell_id(cell), *weights_of(a))
 
 
 def core_forward(cell, a, packed=None):

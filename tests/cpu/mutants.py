@@ -25,7 +25,7 @@ FORWARD, BACKWARD, PACK, TILE, MASKS = (
     f"cpu/{f}.h" for f in ("forward", "backward", "pack", "tile", "masks")
 )
 RUN, MATH, TRANSPOSE, PHILOX = "cpu/run.cpp", "simd/math.h", "simd/transpose.h", "simd/philox.h"
-STEPS, NORM = "steps.h", "cpu/layer_norm.h"
+STEPS, NORM, ROW_NORM = "steps.h", "cpu/layer_norm.h", "cells/row_norm.h"
 
 MUTANTS = [
     # the cells, forward
@@ -361,7 +361,9 @@ MUTANTS = [
         "0",
     ),
     Mutant("masks: by place in the step for row", MASKS, "uint32_t(rows ? rows[i] : i)", "uint32_t(i)"),
-    Mutant("masks: kept and dropped exchanged", MASKS, "words[w] >= threshold", "words[w] < threshold"),
+    Mutant(
+        "masks: kept and dropped exchanged", "mask_rule.h", "word >= rule.threshold", "word < rule.threshold"
+    ),
     Mutant("philox: one round too few", PHILOX, "round < 10", "round < 9"),
     Mutant("dropout: h not masked", FORWARD, "(kRegularized<Cell> ? rows.operand : rows.h)", "rows.h"),
     Mutant("dropout: r*h not masked", FORWARD, "h = masks().dropped(rows.b[first + i], u, h);", ";"),
@@ -382,7 +384,7 @@ MUTANTS = [
         ";",
     ),
     Mutant("dropout: not scaled", RUN, "1 / (1 - r.recurrent_dropout)", "1"),
-    Mutant("zoneout: evaluation by the rate", RUN, "T(1 - rate)", "T(rate)"),
+    Mutant("zoneout: evaluation by the rate", RUN, "false, 0, 1 - rate", "false, 0, rate"),
     # weights, products, sizes
     Mutant(
         "pack: gates in the wrong order",
@@ -462,28 +464,28 @@ MUTANTS = [
     # layer norm
     Mutant(
         "norm: units that do not exist count for the variance",
-        NORM,
-        "V::load(mean[n], in_row)",
-        "V::load(mean[n])",
+        ROW_NORM,
+        "mean[Cell::norm_of(s)].in(in_row)",
+        "mean[Cell::norm_of(s)].all()",
     ),
     Mutant(
         "norm: no epsilon",
-        NORM,
-        "squares[n].total() / count[n] + T(kEpsilon)",
-        "squares[n].total() / count[n]",
+        ROW_NORM,
+        "totals[n] / count[n] + T(kEpsilon)",
+        "totals[n] / count[n]",
     ),
-    Mutant("norm: gradient keeps its mean", NORM, "dx - V::set(mean[n])", "dx"),
+    Mutant("norm: gradient keeps its mean", ROW_NORM, "dx - V::set(means[n])", "dx"),
     Mutant(
         "norm: gradient keeps its part along x",
-        NORM,
-        "fnma(norm.x(u, s), V::set(mean_x[n]), dx - V::set(mean[n]))",
-        "dx - V::set(mean[n])",
+        ROW_NORM,
+        "fnma(norm.x(u, s), V::set(means[kNorms + n]), dx - V::set(means[n]))",
+        "dx - V::set(means[n])",
     ),
-    Mutant("norm: gradient not scaled", NORM, "V::set(norm.inverse[n])", "V::set(1)"),
+    Mutant("norm: gradient not scaled", ROW_NORM, "V::set(norm.inverse[n])", "V::set(1)"),
     Mutant(
         "norm: gradient not through the gain",
         NORM,
-        "dp[s] * V::load(weights.gain + Norm::at(u, s))",
+        "dp[s] * V::load(weights.gain + norm.at(u, s))",
         "dp[s]",
     ),
     Mutant(
@@ -501,8 +503,8 @@ MUTANTS = [
     Mutant(
         "norm: carried dc lost",
         NORM,
-        "V::load(dc) + back.da(u, 0, V::load(da + Norm::at(u, 0)))",
-        "back.da(u, 0, V::load(da + Norm::at(u, 0)))",
+        "V::load(dc) + back.da(u, 0, V::load(da + norm.at(u, 0)))",
+        "back.da(u, 0, V::load(da + norm.at(u, 0)))",
     ),
     Mutant(
         "norm: h by c without its norm",

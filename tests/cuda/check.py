@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from fusedrnn.backends.cuda_jobs import kernels_of
+from fusedrnn.backends.cuda.jobs import kernels_of
 from fusedrnn.backends.reference import ReferenceBackend
 from problems import CELLS, NORMED, errors, problem, run
 from test_cuda_kernels import EVERYTHING, KERNELS, ONE_PHASE, Tiled

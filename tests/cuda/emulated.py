@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn.backends.cuda_graph import GraphCache
+from fusedrnn.backends.cuda.graphs import GraphCache
 
 HERE = Path(__file__).parent
 MUTANT = os.environ.get("FUSEDRNN_TEST_CSRC")  # other sources than those of this tree
@@ -130,7 +130,7 @@ class _Place(NamedTuple):
 
 
 class EmulatedDevice:
-    """Implements ``fusedrnn.backends.cuda_device.Device``.
+    """Implements ``fusedrnn.backends.cuda.device.Device``.
 
     Args:
         multiprocessors: How many blocks a cooperative launch may have.
@@ -166,10 +166,6 @@ class EmulatedDevice:
     def is_array(self, a: Any) -> bool:
         """Whether it lies in the device's memory."""
         return isinstance(a, np.ndarray)
-
-    def dtype(self, a: Any) -> np.dtype[Any]:
-        """The dtype of a device array."""
-        return np.dtype(a.dtype)
 
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
         """A C-contiguous array whose content is not used: NaN, and of integers large numbers."""
@@ -253,7 +249,7 @@ class EmulatedDevice:
 
         Args:
             cell: A type of csrc/cells/cells.def.
-            dtype: By its name in C++, out of ``cuda_compile.DTYPES``.
+            dtype: By its name in C++, out of ``nvrtc.DTYPES``.
             kernel: Its name in csrc/cuda/kernels.cu.
             grid: Blocks along x and y.
             args: By value.

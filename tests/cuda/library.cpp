@@ -62,8 +62,6 @@ std::string run(const char* name, const emulation::Launch& launch, const Argumen
   FUSEDRNN_NAMED(grid_backward);
   FUSEDRNN_NAMED(grid_forward_registers);
   FUSEDRNN_NAMED(grid_backward_registers);
-  FUSEDRNN_NAMED(grid_forward_streamed);
-  FUSEDRNN_NAMED(grid_backward_streamed);
   FUSEDRNN_NAMED(cluster_forward);
   FUSEDRNN_NAMED(cluster_backward);
   FUSEDRNN_NAMED(cluster_forward_registers);

@@ -60,29 +60,20 @@ constexpr Index kChunk = 64;
 struct Tiling {
   Weights in;
   Index rows, units, columns, K;
+  bool cluster;
 
-  bool registers() const { return in == Weights::registers; }
-  Layout layout() const { return {rows, columns, Tile::columns, registers()}; }
-  Index at_once() const { return registers() ? kRows : layout().rows(); }
-  Index chunk() const { return registers() ? round_up(K, kWarp) : kChunk; }
-  Index state() const { return registers() ? 0 : 2 * rows * units; }
-  size_t grid_bytes() const {
-    const Index weights = in == Weights::shared ? columns * pitch_of<Factor>(K) : 0;
-    return size_t(weights + at_once() * pitch_of<Factor>(chunk())) * sizeof(Factor) +
-           size_t(layout().splits * layout().rows() * layout().columns() + state()) * sizeof(Scalar);
-  }
-  size_t cluster_bytes() const {
-    const Index all_rows = round_up(rows, kRows), tiles = tiles_of(columns, Tile::columns);
-    Index splits = 1, all_columns = tiles * Tile::columns;
-    while (splits * 2 * (all_rows / kRows) * tiles <= kWarps) splits *= 2;
-    if (registers()) splits = layout().splits, all_columns = layout().columns();
-    return size_t((registers() ? 0 : columns) + 2 * all_rows) * size_t(pitch_of<Factor>(K)) * sizeof(Factor) +
-           size_t(splits * all_rows * all_columns + state()) * sizeof(Scalar);
+  Layout layout() const { return {rows, columns, Tile::columns, in}; }
+  Index at_once() const { return in == Weights::registers && !cluster ? kRows : layout().rows(); }
+  Index chunk() const { return cluster ? K : in == Weights::registers ? round_up(K, kWarp) : kChunk; }
+  size_t bytes() const {
+    const Shared<Scalar, Factor> shared(nullptr, layout(), columns, K, (cluster ? 2 : 1) * at_once(), chunk(),
+                                        rows * units, in);
+    return size_t(reinterpret_cast<char*>(shared.end) - static_cast<char*>(nullptr));
   }
 };
 
 fusedrnn::cuda::Regularization rules_of(uint64_t seed) {
-  const MaskRule rule{true, true, 1u << 31, 1};
+  const fusedrnn::MaskRule rule{true, true, 1u << 31, 1};
   return {seed, 0, rule, rule, rule};
 }
 
@@ -145,30 +136,26 @@ void run(const Problem& p) {
   if (!kWhole<Cell>) return;
 
   const unsigned x = unsigned(tiles_of(H, p.units)), y = unsigned(tiles_of(B, p.rows));
-  const auto whole = [&](const char* name, auto kernel, auto job, const Tiling& tiling) {
+  const auto whole = [&](const char* name, Weights in, auto kernel, auto job, Index columns, Index k) {
+    const Tiling tiling{in, p.rows, p.units, columns, k, name[0] == 'c'};
     job.arrived = memory(y, 0u), job.at_once = tiling.at_once(), job.chunk = tiling.chunk();
-    launch(name, x, y, name[0] == 'g' ? tiling.grid_bytes() : tiling.cluster_bytes(), ++seed, kernel, job);
+    launch(name, x, y, tiling.bytes(), ++seed, kernel, job);
   };
-  const auto forward = [&](Weights in) { return Tiling{in, p.rows, p.units, p.units * R, H}; };
-  const auto backward = [&](Weights in) { return Tiling{in, p.rows, p.units, p.units, R * H}; };
-  whole("grid_forward", ::grid_forward, f, forward(Weights::shared));
-  whole("grid_forward_streamed", grid_forward_streamed, f, forward(Weights::streamed));
-  whole("cluster_forward", ::cluster_forward, f, forward(Weights::shared));
-  whole("grid_backward", ::grid_backward, b, backward(Weights::shared));
-  whole("grid_backward_streamed", grid_backward_streamed, b, backward(Weights::streamed));
-  whole("cluster_backward", ::cluster_backward, b, backward(Weights::shared));
+  const auto both = [&](const char* name, Weights in, auto forward, auto backward) {
+    whole(name, in, forward, f, p.units * R, H), whole(name, in, backward, b, p.units, R * H);
+  };
+  both("grid", Weights::shared, ::grid_forward, ::grid_backward);
+  both("cluster", Weights::shared, ::cluster_forward, ::cluster_backward);
   if (p.rows * p.units > 2 * kThreads) return;
-  whole("grid_forward_registers", grid_forward_registers, f, forward(Weights::registers));
-  whole("cluster_forward_registers", cluster_forward_registers, f, forward(Weights::registers));
-  whole("grid_backward_registers", grid_backward_registers, b, backward(Weights::registers));
-  whole("cluster_backward_registers", cluster_backward_registers, b, backward(Weights::registers));
+  both("grid_registers", Weights::registers, grid_forward_registers, grid_backward_registers);
+  both("cluster_registers", Weights::registers, cluster_forward_registers, cluster_backward_registers);
 }
 
 }  // namespace
 
 int main() {
-  // Rows of several groups in a tile, several tiles, k of several splits, in the last one of several chunks; units that
-  // do not divide H.
+  // Several tiles of rows in a block, several tiles of the batch, k of several splits, in the last one of several
+  // chunks; units that do not divide H.
   constexpr Index R = Cell::recurrent.count;
   const Problem problems[] = {
       {3, 11, 5, 3, 9, false, false, false, true, 1},  {3, 11, 5, 3, 9, true, true, true, true, 2},

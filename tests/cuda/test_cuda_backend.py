@@ -19,10 +19,10 @@ import emulated
 import fake_cupy
 from emulated import EmulatedDevice
 from fusedrnn import backends, multilayer
-from fusedrnn.backends import cuda_compile, cuda_cupy, cuda_plan
 from fusedrnn.backends import get as get_backend
-from fusedrnn.backends.cuda import KERNEL, CudaBackend, Tape
-from fusedrnn.backends.cuda_jobs import kernels_of
+from fusedrnn.backends.cuda import KERNEL, CudaBackend, cupy_device, nvrtc, plans
+from fusedrnn.backends.cuda.backend import Tape
+from fusedrnn.backends.cuda.jobs import kernels_of
 from fusedrnn.backends.protocol import NEED, Regularization, Weights
 from fusedrnn.cells import GRU, LSTM, RNN
 from problems import (
@@ -91,10 +91,10 @@ def launches_of(kernel):
     return [f"{name}_{way}{weights and '_' + weights}" for way in ("forward", "backward") if name != "steps"]
 
 
-WHOLES = {launch for kernel in cuda_plan.KERNELS for launch in launches_of(kernel)}
+WHOLES = {launch for kernel in nvrtc.KERNELS for launch in launches_of(kernel)}
 
 
-@pytest.mark.parametrize("kernel", cuda_plan.KERNELS)
+@pytest.mark.parametrize("kernel", nvrtc.KERNELS)
 @cells
 def test_every_kernel_by_argument_and_by_environment(device, monkeypatch, cell, kernel):
     p = problem(cell, *SIZES[0], **EVERYTHING)
@@ -358,7 +358,7 @@ def test_what_is_not_supported_names_who_has_it(backend):
         backend.forward(p.cell, p.x, p.weights)
 
 
-@pytest.mark.parametrize("kernel", cuda_plan.KERNELS[1:])
+@pytest.mark.parametrize("kernel", nvrtc.KERNELS[1:])
 def test_what_runs_step_by_step_alone_says_so(device, kernel):
     r = Regularization(0.5, seed=1)
     for p, why in (
@@ -370,7 +370,7 @@ def test_what_runs_step_by_step_alone_says_so(device, kernel):
             run(CudaBackend(device, kernel, _tested=True), p)
         chosen = CudaBackend(device, _tested=True)
         run(chosen, p)
-        assert chosen.last_plan == cuda_plan.Plan("steps")
+        assert chosen.last_plan == plans.Plan("steps")
 
 
 def test_wrong_arguments(backend, monkeypatch):
@@ -395,7 +395,7 @@ def test_wrong_arguments(backend, monkeypatch):
 def test_a_tape_and_packed_weights_belong_to_one_gpu(device, monkeypatch):
     other = EmulatedDevice(multiprocessors=16)
     current = device
-    monkeypatch.setattr(cuda_cupy, "current", lambda: current)
+    monkeypatch.setattr(cupy_device, "current", lambda: current)
     backend = CudaBackend()
     p = problem(LSTM(), 3, 2, 3, 7)
     packed = backend.pack(p.cell, p.weights)
@@ -450,7 +450,7 @@ def test_a_first_call_cannot_be_captured():
         run(backend, p)
 
 
-@pytest.mark.parametrize("precision", cuda_compile.PRECISIONS)
+@pytest.mark.parametrize("precision", nvrtc.PRECISIONS)
 def test_the_self_test_takes_every_precision(precision):
     device = EmulatedDevice(multiprocessors=16)
     p = problem(LSTM(), 3, 2, 3, 7, dtype=np.float32)
@@ -476,7 +476,7 @@ def test_the_self_test_is_of_each_dtype_of_16_bits(dtype):
             run(backend, p.astype(dtype))
 
 
-@pytest.mark.parametrize("kernel", cuda_plan.KERNELS)
+@pytest.mark.parametrize("kernel", nvrtc.KERNELS)
 def test_each_kernel_variant_has_its_self_test_once(kernel):
     device = EmulatedDevice(multiprocessors=16)
     backend = CudaBackend(device, kernel)
@@ -502,7 +502,7 @@ def test_on_a_gpu(cell):
         p = problem(cell, *size, **options).astype(dtype)
         q = fake_cupy.moved(p, cupy.asarray)
         want = run(REFERENCE, p.astype(np.longdouble))
-        for kernel in cuda_plan.KERNELS if cell != GRU(reset_after=False) else (None,):
+        for kernel in nvrtc.KERNELS if cell != GRU(reset_after=False) else (None,):
             got = {key: a.get() for key, a in run(CudaBackend(kernel=kernel), q).items()}
             for key, a in got.items():
                 if dtype in halves:

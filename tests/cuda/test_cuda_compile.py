@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from fusedrnn.backends import cuda_compile, cuda_cupy
-from fusedrnn.backends.cuda import MOST_SUMS
-from fusedrnn.backends.cuda_jobs import BackwardJob, ForwardJob, MaskRule, Rules, Steps, kernels_of
-from fusedrnn.backends.cuda_plan import Bytes, Tile, layout_of, shared_bytes
-from problems import CELLS, NORMED, name
+from fusedrnn.backends.cuda import cupy_device, nvrtc
+from fusedrnn.backends.cuda.jobs import BackwardJob, ForwardJob, MaskRule, Rules, Steps, kernels_of
+from fusedrnn.backends.cuda.launches import MOST_SUMS
+from fusedrnn.backends.cuda.plans import TILES, Layout, Limits, Tile, cut
+from fusedrnn.cells import LSTM, RNN
+from problems import CELLS, NORMED
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -30,23 +31,23 @@ NORMED_TYPES = tuple(kernels_of(cell).type for cell in NORMED[:4])
 STEPPED_TYPES = (*NORMED_TYPES, *(f"Regularized<{type_}>" for type_ in (*TYPES, *NORMED_TYPES)))
 KERNELS = [
     "begin_forward", "step_forward", "step_forward2", "begin_backward", "step_backward", "step_backward2",
-    "finish_backward", "operands", "grid_forward", "grid_backward", "grid_forward_streamed",
-    "grid_backward_streamed", "grid_forward_registers", "grid_backward_registers", "cluster_forward",
-    "cluster_backward", "cluster_forward_registers", "cluster_backward_registers",
+    "finish_backward", "operands",
+    *(f"{k}_{way}{ending}" for k in ("grid", "cluster") for way in ("forward", "backward")
+      for ending in ("", "_registers")),
 ]  # fmt: skip
 KINDS = [
-    pair for pair in cuda_compile.DTYPE_PRECISIONS if pair[0] != "float" or pair[1] == "ieee"
+    pair for pair in nvrtc.DTYPE_PRECISIONS if pair[0] != "float" or pair[1] == "ieee"
 ]  # every dtype once
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
 
 def nvrtc_missing() -> str | None:
-    if not cuda_cupy._installed("cuda.bindings"):
+    if not cupy_device._installed("cuda.bindings"):
         return "cuda-bindings is not installed"
     try:
-        cuda_compile.version()
+        nvrtc.version()
     except Exception as error:  # the library is another package
-        return f"NVRTC is not installed ({cuda_cupy._line(error)})"
+        return f"NVRTC is not installed ({cupy_device._line(error)})"
     return None
 
 
@@ -77,7 +78,7 @@ def compile_all(cases) -> None:
         try:
             for case in mine:
                 cell, dtype, precision, architecture = case
-                assert kernels_in(cuda_compile.cubin(cell, dtype, architecture, precision)) == set(KERNELS)
+                assert kernels_in(nvrtc.cubin(cell, dtype, architecture, precision)) == set(KERNELS)
         except BaseException as error:  # handed to the test
             errors.append(error)
 
@@ -103,15 +104,15 @@ def test_each_cell_compiles():
 def test_all_compile(monkeypatch):
     """For every architecture each cell and dtype, of what runs step by step alone float; with little
     optimisation, which takes most of the time."""
-    compile_ = cuda_compile._compile
-    monkeypatch.setattr(cuda_compile, "_compile", lambda options: compile_([*options, "--Ofast-compile=max"]))
+    compile_ = nvrtc._compile
+    monkeypatch.setattr(nvrtc, "_compile", lambda options: compile_([*options, "--Ofast-compile=max"]))
     cases = [*itertools.product(TYPES, KINDS), *itertools.product(STEPPED_TYPES, KINDS[:1])]
     compile_all((cell, *kind, a) for (cell, kind), a in itertools.product(cases, ARCHITECTURES))
 
 
 @pytest.mark.slow
 @needs_nvrtc
-@pytest.mark.parametrize("precision", cuda_compile.PRECISIONS[1:])
+@pytest.mark.parametrize("precision", nvrtc.PRECISIONS[1:])
 def test_each_precision_compiles(precision):
     compile_all(("Lstm", "float", precision, architecture) for architecture in ("sm_80", "sm_90"))
 
@@ -121,9 +122,9 @@ def test_each_precision_compiles(precision):
 def test_each_kernel_variant_compiles_by_itself():
     """As for a user; together they have every kernel."""
     seen = []
-    for variant in cuda_compile.KERNELS:
-        found = kernels_in(cuda_compile.cubin("Lstm", "float", "sm_90", "ieee", variant))
-        assert {cuda_compile.variant_of(kernel) for kernel in found} == {variant}
+    for variant in nvrtc.KERNELS:
+        found = kernels_in(nvrtc.cubin("Lstm", "float", "sm_90", "ieee", variant))
+        assert {nvrtc.variant_of(kernel) for kernel in found} == {variant}
         seen += found
     assert sorted(seen) == sorted(KERNELS)
 
@@ -133,9 +134,9 @@ def test_what_does_not_compile_says_why(tmp_path):
     with pytest.raises(
         RuntimeError, match=r'nvrtcCompileProgram: NVRTC_ERROR_COMPILATION, .* "Abacus" is undef'
     ):
-        cuda_compile.cubin("Abacus", "float", "sm_90")
+        nvrtc.cubin("Abacus", "float", "sm_90")
     with pytest.raises(RuntimeError, match=r"nvrtcCompileProgram: NVRTC_ERROR_INVALID_OPTION"):
-        cuda_compile.cubin("RnnTanh", "float", "sm_1")
+        nvrtc.cubin("RnnTanh", "float", "sm_1")
     assert not list(tmp_path.rglob("*.cubin"))
 
 
@@ -146,58 +147,58 @@ def test_what_does_not_compile_says_why(tmp_path):
 def compiled(monkeypatch):
     """The options of what was compiled, in place of compiling."""
     calls = []
-    monkeypatch.setattr(cuda_compile, "_compile", lambda options: calls.append(options) or b"code")
-    monkeypatch.setattr(cuda_compile, "version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "_compile", lambda options: calls.append(options) or b"code")
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
     return calls
 
 
 def test_the_cache(compiled, tmp_path, monkeypatch):
     for _ in range(2):
-        assert cuda_compile.cubin("Lstm", "float", "sm_90") == b"code"
+        assert nvrtc.cubin("Lstm", "float", "sm_90") == b"code"
     assert len(compiled) == 1
     (file,) = tmp_path.rglob("*.cubin")
     assert file.name.startswith("Lstm-float-ieee-sm_90-")
-    cuda_compile.cubin("Lstm", "double", "sm_90")
-    cuda_compile.cubin("Lstm", "float", "sm_80")
+    nvrtc.cubin("Lstm", "double", "sm_90")
+    nvrtc.cubin("Lstm", "float", "sm_80")
     assert len(compiled) == 3
     for _ in range(2):
-        cuda_compile.cubin("Lstm", "float", "sm_80", "ieee", "cluster")
-    assert "--define-macro=FUSEDRNN_ONLY=4" in compiled.pop()
+        nvrtc.cubin("Lstm", "float", "sm_80", "ieee", "cluster")
+    assert "--define-macro=FUSEDRNN_ONLY=2" in compiled.pop()
     assert len(compiled) == 3
     assert len([*tmp_path.rglob("Lstm-cluster-float-ieee-sm_80-*.cubin")]) == 1
-    monkeypatch.setattr(cuda_compile, "version", lambda: (13, 1))  # another NVRTC
-    cuda_compile.cubin("Lstm", "float", "sm_90")
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 1))  # another NVRTC
+    nvrtc.cubin("Lstm", "float", "sm_90")
     assert len(compiled) == 4
 
 
 @pytest.mark.parametrize("file", ["cuda/unit.h", "cells/lstm.h", "simd/math.h", "steps.h", "cuda/kernels.cu"])
 def test_other_sources_are_compiled_again(compiled, tmp_path, monkeypatch, file):
     folder = tmp_path / "csrc"
-    shutil.copytree(cuda_compile.sources(), folder)
-    monkeypatch.setattr(cuda_compile, "sources", lambda: folder)
-    cuda_compile.cubin("Lstm", "float", "sm_90")
+    shutil.copytree(nvrtc.sources(), folder)
+    monkeypatch.setattr(nvrtc, "sources", lambda: folder)
+    nvrtc.cubin("Lstm", "float", "sm_90")
     with open(folder / file, "a") as text:
         text.write("// changed\n")
-    cuda_compile.cubin("Lstm", "float", "sm_90")
-    cuda_compile.cubin("Lstm", "float", "sm_90")
+    nvrtc.cubin("Lstm", "float", "sm_90")
+    nvrtc.cubin("Lstm", "float", "sm_90")
     assert len(compiled) == 2
 
 
 def test_where_the_cache_is(monkeypatch):
-    assert cuda_compile._cache() == Path(os.environ["FUSEDRNN_CACHE"])
+    assert nvrtc.folder() == Path(os.environ["FUSEDRNN_CACHE"])
     monkeypatch.delenv("FUSEDRNN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/there")
-    assert cuda_compile._cache() == Path("/there/fusedrnn")
+    assert nvrtc.folder() == Path("/there/fusedrnn")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert cuda_compile._cache() == Path("/home/somebody/.cache/fusedrnn")
+    assert nvrtc.folder() == Path("/home/somebody/.cache/fusedrnn")
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(compiled, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path / "file" / "below"))
     for _ in range(2):
-        assert cuda_compile.cubin("Lstm", "float", "sm_90") == b"code"
+        assert nvrtc.cubin("Lstm", "float", "sm_90") == b"code"
     assert len(compiled) == 2
 
 
@@ -206,15 +207,15 @@ def test_what_broke_off_leaves_nothing_behind(compiled, tmp_path, monkeypatch):
         raise OSError("the disk is full")
 
     monkeypatch.setattr(os, "replace", fail)
-    assert cuda_compile.cubin("Lstm", "float", "sm_90") == b"code"
+    assert nvrtc.cubin("Lstm", "float", "sm_90") == b"code"
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_the_sources_are_found_in_the_tree_and_in_an_installed_package(tmp_path, monkeypatch):
-    find = cuda_compile.sources.__wrapped__
+    find = nvrtc.sources.__wrapped__
     assert (find() / "cuda" / "kernels.cu").is_file()
     package = tmp_path / "site-packages" / "fusedrnn"
-    monkeypatch.setattr(cuda_compile, "_HERE", package / "backends" / "cuda_compile.py")
+    monkeypatch.setattr(nvrtc, "_PACKAGE", package)
     with pytest.raises(RuntimeError, match=r"^the sources of the CUDA kernels, csrc/cuda, are not beside"):
         find()
     (package / "csrc" / "cuda").mkdir(parents=True)
@@ -230,7 +231,7 @@ def test_the_sources_are_found_in_the_tree_and_in_an_installed_package(tmp_path,
 def test_kernels_keep_to_their_registers(tmp_path):
     """No kernel spills; all steps in one launch run with a whole block on a multiprocessor."""
     codes = [(cell, "float", "ieee") for cell in TYPES]
-    codes += [("Lstm", "float", name) for name in cuda_compile.PRECISIONS[1:]]
+    codes += [("Lstm", "float", name) for name in nvrtc.PRECISIONS[1:]]
     codes += [("Lstm", *kind) for kind in KINDS[2:]]
     codes += [("LstmLayerNorm", "float", "ieee"), ("Regularized<LstmLayerNorm>", "float", "ieee")]
     for cell, dtype, precision in codes:
@@ -267,74 +268,41 @@ PROGRAM = """
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
-#include "cuda/cluster.h"
+#include "cuda/all_steps.h"
 #include "cuda/norm.h"
 using namespace fusedrnn;
 using namespace fusedrnn::cuda;
-static char memory[1 << 24];
-char* emulation::shared_memory() { return memory; }
+char* emulation::shared_memory() { return nullptr; }
 
-static void part(const Part& p) {
-  printf(" %d", p.first);
-  for (int k = 0; k < p.count; ++k) printf(",%d", p.gate[k]);
-}
-template <class Cell>
-static void one(const char* open, const char* name, const char* close, int sums) {
-  printf("cell %s%s%s %d %d %d %d %d", open, name, close, Cell::accumulators, Cell::saved, Cell::has_c,
-         kWhole<Cell>, sums);
-  part(Cell::input), part(Cell::recurrent), part(Cell::recurrent2);
-  printf("\\n");
-}
 template <class Cell>
 static void cell(const char* name) {
-  constexpr int sums = kNormSums<Cell>;
-  one<Cell>("", name, "", sums), one<Regularized<Cell>>("Regularized<", name, ">", sums);
-}
-template <class Cell>
-static void normed(const char* name) {
-  static_assert(2 * RowNorm<Cell, float>::kNorms <= @MOST_SUMS@, "of a block's shared memory");
-  cell<Cell>(name);
-}
-static void print(const char* kernel, const char* precision, int tile, int kept, Index rows, Index columns,
-                  Index K, int column_tiles, int row_tiles, int splits, const void* end) {
-  printf("shared %s %s %d %d %d %d %d %d %d %d %zu\\n", kernel, precision, tile, kept, int(rows),
-         int(columns), int(K), column_tiles, row_tiles, splits,
-         size_t(reinterpret_cast<const char*>(end) - memory));
+  static_assert(2 * RowNorm<Cell, RowUnits<float>>::kNorms <= @MOST_SUMS@, "of a block's shared memory");
+  printf("cell %s %d\\n", name, kNormSums<Cell>);
 }
 template <class S, Precision precision>
-static void shared(const char* name, Index rows, Index columns, Index K) {
+static void shared(Weights in, Index rows, Index units, Index columns, Index K, Index operand_rows,
+                   Index operand_k) {
   using Tile = typename TileOf<S, precision>::type;
-  using F = typename Tile::Factor;
-  const Index units = 5;
-  const int tile = Tile::columns;
-  for (Weights in : {Weights::shared, Weights::registers, Weights::streamed}) {
-    const bool registers = in == Weights::registers;
-    const char* kernels[] = {"grid_registers", "grid", "grid_streamed", "cluster_registers", "cluster"};
-    const Layout layout(rows, columns, tile, registers);
-    const Shared<Compute<S>, F> s(layout, columns, K, 24, 96, rows, units, in);
-    print(kernels[int(in)], name, tile, Tile::kept, rows, columns, K, layout.column_tiles, layout.row_tiles,
-          layout.splits, s.end);
-    if (in == Weights::streamed) continue;
-    const ClusterShared<Compute<S>, F> c(K, rows, columns, units, tile, registers);
-    print(kernels[3 + int(in)], name, tile, Tile::kept, rows, columns, K, int(c.columns / tile),
-          int(c.rows / kRows), c.splits, c.end);
-  }
+  const Layout layout(rows, columns, Tile::columns, in);
+  const Shared<Compute<S>, typename Tile::Factor> s(nullptr, layout, columns, K, operand_rows, operand_k,
+                                                    rows * units, in);
+  printf("shared %d %d %d %d %d %zu\\n", Tile::columns, Tile::kept, layout.column_tiles, layout.row_tiles,
+         layout.splits, size_t(reinterpret_cast<char*>(s.end) - static_cast<char*>(nullptr)));
 }
 int main() {
   @FIELDS@
-  cell<RnnTanh>("RnnTanh"), cell<RnnRelu>("RnnRelu"), cell<Lstm>("Lstm");
-  cell<GruResetAfter>("GruResetAfter"), cell<GruResetBefore>("GruResetBefore");
-  normed<RnnTanhLayerNorm>("RnnTanhLayerNorm"), normed<RnnReluLayerNorm>("RnnReluLayerNorm");
-  normed<LstmLayerNorm>("LstmLayerNorm"), normed<GruResetAfterLayerNorm>("GruResetAfterLayerNorm");
-  for (Index rows : {1, 7, 8, 9, 31, 64, 200})
-    for (Index columns : {1, 8, 12, 33, 64})
-      for (Index K : {1, 31, 32, 100, 1000})
-        shared<float, Precision::ieee>("ieee", rows, columns, K),
-            shared<double, Precision::ieee>("float64", rows, columns, K),
-            shared<float, Precision::tf32>("tf32", rows, columns, K),
-            shared<float, Precision::tf32x3>("tf32x3", rows, columns, K),
-            shared<float, Precision::fp16>("fp16", rows, columns, K),
-            shared<Bfloat16, Precision::bf16>("bf16", rows, columns, K);
+  cell<RnnTanhLayerNorm>("RnnTanhLayerNorm"), cell<RnnReluLayerNorm>("RnnReluLayerNorm");
+  cell<LstmLayerNorm>("LstmLayerNorm"), cell<GruResetAfterLayerNorm>("GruResetAfterLayerNorm");
+  int of, registers;
+  long n[6];
+  while (scanf("%d %d %ld %ld %ld %ld %ld %ld", &of, &registers, n, n + 1, n + 2, n + 3, n + 4, n + 5) == 8) {
+    const Weights in = registers ? Weights::registers : Weights::shared;
+    using Call = void (*)(Weights, Index, Index, Index, Index, Index, Index);
+    const Call calls[] = {shared<float, Precision::ieee>,   shared<double, Precision::ieee>,
+                          shared<float, Precision::tf32>,   shared<float, Precision::tf32x3>,
+                          shared<Bfloat16, Precision::bf16>, shared<Half, Precision::fp16>};
+    calls[of](in, n[0], n[1], n[2], n[3], n[4], n[5]);
+  }
 }
 """
 
@@ -359,7 +327,7 @@ def printed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("picture")
     structures = (
         ("Steps", Steps),
-        ("cuda::MaskRule", MaskRule),
+        ("MaskRule", MaskRule),
         ("cuda::Regularization", Rules),
         ("ForwardJob<float>", ForwardJob),
         ("BackwardJob<double>", BackwardJob),
@@ -372,7 +340,8 @@ def printed(tmp_path_factory):
          f"-I{ROOT / 'csrc'}", folder / "picture.cpp", "-o", folder / "picture"],
         check=True,
     )  # fmt: skip
-    out = subprocess.run([folder / "picture"], capture_output=True, text=True, check=True).stdout
+    given = "".join(f"{' '.join(map(str, numbers))}\n" for _, numbers, _ in blocks())
+    out = subprocess.run([folder / "picture"], input=given, capture_output=True, text=True, check=True).stdout
     lines = [line.split() for line in out.splitlines()]
     return {first: [line[1:] for line in lines if line[0] == first] for first in {line[0] for line in lines}}
 
@@ -389,37 +358,46 @@ def test_structures(printed):
 
 def test_no_field_is_left_out():
     """Sizes and offsets would not show two fields of a kind that have changed places."""
-    text = (ROOT / "csrc/cuda/jobs.h").read_text() + (ROOT / "csrc/steps.h").read_text()
+    text = "".join((ROOT / "csrc" / file).read_text() for file in ("cuda/jobs.h", "mask_rule.h", "steps.h"))
     for structure in STRUCTURES:
         name = {Rules: "Regularization"}.get(structure, structure.__name__)
         body = re.search(rf"struct {name} {{\n(.*?)\n}};", text, re.DOTALL)[1]
-        body = re.sub(r"//.*", "", body)
+        body = re.sub(r"//.*|using .*", "", body)
         names = re.findall(r"\*?(\w+)\s*(?=[,;])", body)
         assert names == [field for field, *_ in structure._fields_]
 
 
 @needs_compiler
-@pytest.mark.parametrize("regularized", [False, True], ids=["", "regularized"])
-@pytest.mark.parametrize("cell", [*CELLS, *NORMED[:4]], ids=name)
-def test_cells(printed, cell, regularized):
-    kernels = kernels_of(cell, regularized)
-    (line,) = (line for line in printed["cell"] if line[0] == kernels.type)
-    parts = [
-        ",".join(map(str, (p.first, *p.gates)))
-        for p in (kernels.input, kernels.recurrent, kernels.recurrent2)
-    ]
-    counts = kernels.accumulators, kernels.saved, kernels.has_c, kernels.whole, kernels.norm_sums
-    assert line[1:] == [*(str(int(n)) for n in counts), *parts]
-    assert f", {kernels_of(cell).type})" in (ROOT / "csrc/cells/cells.def").read_text()
+def test_sums_of_layer_norm(printed):
+    found = {kernels_of(cell).type: str(kernels_of(cell).norm_sums) for cell in NORMED[:4]}
+    assert dict(printed["cell"]) == found
+
+
+KINDS_OF_TILE = tuple(TILES)  # in the order in which the program has them
+
+
+def blocks():
+    """Plans of many sizes, as the program reads them, and what it is to print of each."""
+    device = Limits(10_000, 1 << 22, 8, 16)
+    for kernel, (number, kind) in itertools.product(nvrtc.KERNELS[1:], enumerate(KINDS_OF_TILE)):
+        compute, precision = (8, "ieee") if kind == "float64" else (4, kind)
+        for cell, backward, H, units, rows in itertools.product(
+            (kernels_of(RNN()), kernels_of(LSTM())), (False, True), (1, 33, 100, 261), (1, 7, 13), (1, 9, 31)
+        ):
+            plan = cut(kernel, cell, 31, H, compute, device, precision, backward, units, rows)
+            if plan is None:
+                continue
+            R, registers = cell.recurrent.count, kernel.endswith("_registers")
+            K, columns = (R * H, units) if backward else (H, R * units)
+            operand_rows = plan.at_once * (2 if kernel.startswith("cluster") else 1)
+            numbers = (number, int(registers), rows, units, columns, K, operand_rows, plan.chunk)
+            tile = Tile.of(compute, precision)
+            layout = Layout.of(rows, columns, tile.columns, 8, registers)
+            yield kernel, numbers, (tile.columns, tile.kept, *layout[1:], plan.shared)
 
 
 @needs_compiler
 def test_shared_memory(printed):
-    assert len(printed["shared"]) == 7 * 5 * 5 * 6 * 5
-    for kernel, precision, *line in printed["shared"]:
-        tile, kept, rows, columns, K, *shares, size = map(int, line)
-        of = (8, "ieee") if precision == "float64" else (4, precision)
-        assert (tile, kept) == (Tile.of(*of).columns, Tile.of(*of).kept)
-        layout = layout_of(kernel, rows, columns, tile, 8)
-        assert list(layout) == [tile, *shares]
-        assert shared_bytes(kernel, layout, columns, K, (24, 96), rows, 5, Bytes.of(*of)) == size
+    expected = [list(map(str, line)) for _, _, line in blocks()]
+    assert {kernel for kernel, *_ in blocks()} == set(nvrtc.KERNELS[1:])
+    assert printed["shared"] == expected

@@ -8,19 +8,21 @@ import itertools
 import sys
 import threading
 import types
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import emulated
 import fusedrnn
 from fusedrnn import backends, kernels
 from fusedrnn import layers as L
-from fusedrnn.backends import cuda_compile, cuda_cupy
+from fusedrnn.backends.cuda import cublas, cupy_device, nvrtc
 from fusedrnn.cells import LSTM
-from problems import (
-    problem,
-)
+from problems import problem
+
+needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
 # --- what is missing ----------------------------------------------------------------------------------------
 
@@ -28,17 +30,17 @@ from problems import (
 def unavailable(
     monkeypatch, *, absent=(), majors=(13, 13, 13), driver=13, count=1, capability=(9, 0), cublas=True
 ):
-    """``cuda_cupy.unavailable()`` on a computer of such a kind."""
+    """``cupy_device.unavailable()`` on a computer of such a kind."""
     runtime = types.SimpleNamespace(runtimeGetVersion=lambda: majors[0] * 1000, getDevice=lambda: 0)
     fake_cuda = types.SimpleNamespace(runtime=runtime, **({"cublas": None} if cublas else {}))
     bindings = types.SimpleNamespace(__version__=f"{majors[1]}.1.0")
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=fake_cuda))
-    monkeypatch.setattr(cuda_cupy, "_installed", lambda module: module not in absent)
+    monkeypatch.setattr(cupy_device, "_installed", lambda module: module not in absent)
     import_module = importlib.import_module
     monkeypatch.setattr(
         importlib, "import_module", lambda n, *a: bindings if n == "cuda.bindings" else import_module(n, *a)
     )
-    monkeypatch.setattr(cuda_cupy.cuda_compile, "version", lambda: (majors[2], 0))
+    monkeypatch.setattr(cupy_device.nvrtc, "version", lambda: (majors[2], 0))
     answers = {"cuInit": None, "cuDeviceGetCount": count, "cuDeviceGet": 0}
     answers["cuDriverGetVersion"] = 1000 * (driver or 0)
 
@@ -47,9 +49,9 @@ def unavailable(
             raise RuntimeError(f"{function}: CUDA_ERROR_NO_DEVICE")
         return answers[function]
 
-    monkeypatch.setattr(cuda_cupy, "_call", call)
-    monkeypatch.setattr(cuda_cupy, "_capability", lambda handle: capability)
-    return cuda_cupy.unavailable.__wrapped__()
+    monkeypatch.setattr(cupy_device, "_call", call)
+    monkeypatch.setattr(cupy_device, "_capability", lambda handle: capability)
+    return cupy_device.unavailable.__wrapped__()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_it_can_run_where_nothing_is_missing(monkeypatch):
 
 
 def test_named_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(cuda_cupy, "unavailable", lambda: "the moon is full")
+    monkeypatch.setattr(cupy_device, "unavailable", lambda: "the moon is full")
     p = problem(LSTM(), 3, 2, 3, 7)
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: the moon is full"):
         kernels.forward(p.cell, p.x, p.weights, backend="cuda")
@@ -99,66 +101,29 @@ def test_named_where_it_cannot_run(monkeypatch):
 # --- the device that is a GPU: what can be seen of it without one -------------------------------------------
 
 
-def cublas(monkeypatch):
-    """CuPy with a cuBLAS that follows its manual on this computer's memory."""
-
-    def read(pointer, dtype, rows, columns, step):
-        """A matrix that lies column by column."""
-        flat = np.ctypeslib.as_array(
-            (ctypes.c_char * (step * columns * dtype.itemsize)).from_address(pointer)
-        )
-        return flat.view(dtype).reshape(columns, step)[:, :rows].T
-
-    def gemm(dtype, result=None):
-        scale = np.dtype("f8" if dtype == "f8" else "f4")
-
-        def run(handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
-            assert handle == "handle"
-            assert read(alpha, scale, 1, 1, 1)[0, 0] == 1
-            assert read(beta, scale, 1, 1, 1)[0, 0] == 0
-            assert lda >= (k if op_a else m)
-            assert ldb >= (n if op_b else k)
-            assert ldc >= m
-            left = read(a, dtype, k, m, lda).T if op_a else read(a, dtype, m, k, lda)
-            right = read(b, dtype, n, k, ldb).T if op_b else read(b, dtype, k, n, ldb)
-            read(c, result or dtype, m, n, ldc)[...] = left.astype(scale) @ right.astype(scale)
-
-        return run
-
-    def gemm_ex(
-        handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, c_type, ldc, how, algo
-    ):
-        assert (a_type, algo) == (b_type, "any")
-        asked.append(how)
-        gemm(reals[a_type], reals[c_type])(handle, op_a, op_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)
-
-    asked = []
-    reals = {cupy_type: np.dtype(name) for name, cupy_type in CUDA_TYPES.items()}
-    made = types.SimpleNamespace(
-        sgemm=gemm(np.dtype("f4")),
-        dgemm=gemm(np.dtype("f8")),
-        gemmEx=gemm_ex,
-        asked=asked,  # of gemmEx: how it was to compute
-        CUBLAS_COMPUTE_32F_FAST_TF32="tf32",
-        CUBLAS_COMPUTE_32F_FAST_16BF="bf16",
-        CUBLAS_COMPUTE_32F_FAST_16F="fp16",
-        CUBLAS_COMPUTE_32F="sums in float32",
-        CUBLAS_GEMM_DEFAULT="any",
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device in the stream 4711 whose memory is this computer's, with a cuBLAS that follows its manual, the
+    four numbers of its handle, and whether the stream is being captured."""
+    made = emulated.build([Path(emulated.HERE, "cublas.cpp")], ["-fPIC", "-shared", "-fvisibility=hidden"])
+    monkeypatch.setattr(cublas, "_library", lambda: ctypes.CDLL(str(made)))
+    handle, capturing = np.zeros(4, np.int64), [False]
+    cuda = types.SimpleNamespace(
+        device=types.SimpleNamespace(get_cublas_handle=lambda: handle.ctypes.data),
+        get_current_stream=lambda: types.SimpleNamespace(ptr=4711, is_capturing=lambda: capturing[0]),
     )
-    device = types.SimpleNamespace(get_cublas_handle=lambda: "handle")
-    return types.SimpleNamespace(cuda=types.SimpleNamespace(cublas=made, device=device))
+    device = object.__new__(cupy_device.CupyDevice)
+    device._cupy, device._of_thread, device.cluster = types.SimpleNamespace(cuda=cuda), threading.local(), 0
+    device.empty, device.pointer = np.empty, lambda a: a.ctypes.data
+    return device, handle, capturing
 
 
-CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType, of the toolkit's library_types.h
-
-
-@pytest.mark.parametrize("precision", cuda_compile.PRECISIONS)
+@needs_compiler
+@pytest.mark.parametrize("precision", nvrtc.PRECISIONS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
-def test_products_by_cublas(monkeypatch, dtype, precision):
+def test_products_by_cublas(gpu, dtype, precision):
+    device, handle, _ = gpu
     halves = np.dtype(dtype).itemsize == 2
-    device = object.__new__(cuda_cupy.CupyDevice)
-    device._cupy = cublas(monkeypatch)
-    monkeypatch.setattr(device, "pointer", lambda a: a.ctypes.data, raising=False)
     rng = np.random.default_rng(0)
 
     def shapes(rows, columns):
@@ -178,15 +143,47 @@ def test_products_by_cublas(monkeypatch, dtype, precision):
                 device.matmul(a, b, out, precision)
                 rtol = 2 * float(ml_dtypes.finfo(result).eps) if result in (dtype,) and halves else 1e-5
                 np.testing.assert_allclose(out.astype(float), want, rtol=rtol, atol=1e-5)
-    rounds = dtype == np.float32 and precision in ("tf32", "bf16", "fp16")
-    how = {"sums in float32"} if halves else {precision} if rounds else set()
-    assert set(device._cupy.cuda.cublas.asked) == how
+    # cublasComputeType_t of the toolkit's cublas_api.h.
+    by_precision = {"ieee": 68, "tf32x3": 68, "tf32": 77, "bf16": 75, "fp16": 74}
+    how = by_precision[precision] if dtype == np.float32 else 70 if dtype == np.float64 else 68
+    assert (handle[0], handle[3]) == (4711, how)
     with pytest.raises(ValueError, match="matmul: expected an axis of neighbours"):
         device.matmul(np.zeros((6, 6), dtype)[::2, ::2], np.zeros((3, 3), dtype), np.zeros((3, 3), dtype))
 
 
+@needs_compiler
+def test_a_captured_product_has_a_workspace_of_its_own(gpu):
+    """That of repeated work for all of its products; cuBLAS's own where nobody records."""
+    device, handle, capturing = gpu
+    a, out, used = np.ones((2, 2)), np.empty((2, 2)), []
+
+    def work():
+        for _ in range(2):
+            device.matmul(a, a, out)
+            used.append(handle[1])
+
+    empty, all_of = device.empty, []
+    device.empty = lambda shape, dtype: all_of.append(empty(shape, dtype)) or all_of[-1]
+    work()
+    assert used == [0, 0]
+    capturing[0] = True
+    device.repeat("a", work)
+    assert used[2:] == [all_of[0].ctypes.data] * 2
+    device.matmul(a, a, out)
+    assert handle[1] not in (0, *used)  # the work's is free again
+
+
+@needs_compiler
+def test_an_error_of_cublas_names_its_function(gpu):
+    device, _, capturing = gpu
+    capturing[0] = True
+    device.empty = lambda shape, dtype: np.empty(1, dtype)
+    with pytest.raises(RuntimeError, match=r"^cublasSetWorkspace_v2: status 1"):
+        device.matmul(np.ones((2, 2)), np.ones((2, 2)), np.empty((2, 2)))
+
+
 bindings = pytest.mark.skipif(
-    not cuda_cupy._installed("cuda.bindings"), reason="cuda-bindings is not installed"
+    not cupy_device._installed("cuda.bindings"), reason="cuda-bindings is not installed"
 )
 
 
@@ -226,7 +223,6 @@ def driver(monkeypatch):
                     arguments = (function, launch)
                 calls.append((name, *arguments))
                 answers = {"cuOccupancyMaxActiveBlocksPerMultiprocessor": 1, "cuModuleLoadData": "module"}
-                answers["cuDriverGetVersion"] = 13010  # CUDA 13.1
                 answers["cuOccupancyMaxActiveClusters"] = (
                     1 if name != "cuOccupancyMaxActiveClusters" else (int(arguments[-1].gridDimX <= 8))
                 )
@@ -237,10 +233,9 @@ def driver(monkeypatch):
 
     failing = {}
     fake = Driver()
-    monkeypatch.setattr(cuda_cupy, "_driver", lambda: fake)
-    monkeypatch.setattr(cuda_cupy.cuda_compile, "shipped", lambda *key: None)  # whatever this package has
-    monkeypatch.setattr(cuda_cupy.cuda_compile, "cubin", lambda *key: " ".join(key).encode())
-    device = object.__new__(cuda_cupy.CupyDevice)
+    monkeypatch.setattr(cupy_device, "_driver", lambda: fake)
+    monkeypatch.setattr(cupy_device.nvrtc, "cubin", lambda *key: " ".join(key).encode())
+    device = object.__new__(cupy_device.CupyDevice)
     streams = types.SimpleNamespace(
         runtime=types.SimpleNamespace(setDevice=lambda n: calls.append(("setDevice", n))),
         get_current_stream=lambda: types.SimpleNamespace(ptr=4711),
@@ -281,16 +276,6 @@ def test_launches(driver):
     beyond = real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     assert ("cuFuncSetAttribute", b"grid_forward", beyond, 99_000) in calls
     assert [call for call in calls if call[0] == "setDevice"] == [("setDevice", 1)] * 2
-
-
-@bindings
-def test_a_fatbin_of_the_package_is_loaded_where_the_driver_takes_it(driver, monkeypatch):
-    device, calls, _, _ = driver
-    asked = []
-    monkeypatch.setattr(cuda_cupy.cuda_compile, "shipped", lambda *key: asked.append(key) or b"fatbin")
-    device.launch("Lstm", "float", "step_forward", (7, 1), (ctypes.c_int64(), ctypes.c_int64()))
-    assert asked == [("Lstm", "float", "sm_90", "ieee", (13, 1))]
-    assert ("cuModuleLoadData", b"fatbin") in calls
 
 
 @bindings

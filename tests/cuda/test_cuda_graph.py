@@ -6,23 +6,20 @@ matrices, as a CUDA graph does.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import threading
 import types
 import warnings
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import emulated
 from emulated import EmulatedDevice
-from fusedrnn.backends import cuda_cublas, cuda_cupy
-from fusedrnn.backends.cuda import CudaBackend
-from fusedrnn.backends.cuda_graph import GraphCache
+from fusedrnn.backends.cuda import CudaBackend, cupy_device
+from fusedrnn.backends.cuda.graphs import GraphCache
 from fusedrnn.cells import GRU, LSTM
 from problems import CELLS, NORMED, assert_bitwise_equal, name, named, problem, run
 
@@ -264,7 +261,7 @@ class Stream:
 @pytest.fixture
 def gpu():
     log = []
-    device = object.__new__(cuda_cupy.CupyDevice)
+    device = object.__new__(cupy_device.CupyDevice)
     cuda = types.SimpleNamespace(
         get_current_stream=lambda: current,
         device=types.SimpleNamespace(get_cublas_handle=lambda: log.append("handle")),
@@ -324,74 +321,7 @@ def test_the_workspace_is_part_of_the_key(gpu):
     assert log.count("begin, thread local") == 2
 
 
-# --- products in a stream that is captured -----------------------------------------------------------------
-
-
-@pytest.fixture
-def refused(monkeypatch):
-    """A device whose CuPy calls no cuBLAS in the stream 4711, a cuBLAS, and the numbers of its handle."""
-    made = emulated.build([Path(emulated.HERE, "cublas.cpp")], ["-fPIC", "-shared", "-fvisibility=hidden"])
-    monkeypatch.setattr(cuda_cublas, "_library", lambda: ctypes.CDLL(str(made)))
-    handle = np.zeros(3, np.int64)
-
-    def refuse(*_):
-        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
-
-    device = object.__new__(cuda_cupy.CupyDevice)
-    cuda = types.SimpleNamespace(
-        cublas=types.SimpleNamespace(
-            sgemm=refuse, dgemm=refuse, gemmEx=refuse, CUBLAS_COMPUTE_32F_FAST_TF32=77, CUBLAS_GEMM_DEFAULT=-1
-        ),
-        device=types.SimpleNamespace(get_cublas_handle=lambda: handle.ctypes.data),
-        get_current_stream=lambda: types.SimpleNamespace(ptr=4711, is_capturing=lambda: True),
-    )
-    device._cupy, device._of_thread, device.cluster = types.SimpleNamespace(cuda=cuda), threading.local(), 0
-    device.empty, device.pointer = np.empty, lambda a: a.ctypes.data
-    return device, handle
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("dtype", "precision"), [(np.float32, "ieee"), (np.float32, "tf32"), (np.float64, "ieee")]
-)
-def test_a_product_that_cupy_refuses_is_cublas_own(refused, dtype, precision):
-    device, handle = refused
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((5, 7)).astype(dtype), rng.standard_normal((3, 7)).astype(dtype)
-    out = np.full((5, 3), np.nan, dtype)
-    device.matmul(a, b.T, out, precision)
-    np.testing.assert_allclose(out, a @ b.T, rtol=1e-5)
-    assert handle[0] == 4711
-    assert handle[2] == 1
-
-
-@needs_compiler
-def test_products_of_repeated_work_share_a_workspace(refused):
-    device, handle = refused
-    a, out, used = np.ones((2, 2)), np.empty((2, 2)), []
-
-    def work():
-        for _ in range(2):
-            device.matmul(a, a, out)
-            used.append(handle[1])
-
-    empty, all_of = device.empty, []
-    device.empty = lambda shape, dtype: all_of.append(empty(shape, dtype)) or all_of[-1]
-    device.repeat("a", work)
-    assert used == [all_of[0].ctypes.data] * 2
-    device.matmul(a, a, out)
-    assert handle[1] != used[0]  # the work's is free again
-
-
-@needs_compiler
-def test_an_error_of_cublas_names_its_function(refused):
-    device, _ = refused
-    device.empty = lambda shape, dtype: np.empty(1, dtype)
-    with pytest.raises(RuntimeError, match=r"^cublasSetWorkspace_v2: status 1"):
-        device.matmul(np.ones((2, 2)), np.ones((2, 2)), np.empty((2, 2)))
-
-
-@pytest.mark.skipif(not cuda_cupy._installed("cupy"), reason="CuPy is not installed")
+@pytest.mark.skipif(not cupy_device._installed("cupy"), reason="CuPy is not installed")
 def test_cupy_has_what_is_used_of_it():
     import cupy
 

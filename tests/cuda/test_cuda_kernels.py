@@ -18,8 +18,10 @@ import pytest
 
 import emulated
 from emulated import EmulatedDevice
-from fusedrnn.backends.cuda import CudaBackend, _precision, compute
-from fusedrnn.backends.cuda_plan import KERNELS, WARP, Bytes, Layout, Plan, Tile, layout_of, shared_bytes
+from fusedrnn.backends.cuda import CudaBackend
+from fusedrnn.backends.cuda.nvrtc import KERNELS
+from fusedrnn.backends.cuda.plans import WARP, Layout, Limits, Plan, Tile, cut
+from fusedrnn.backends.cuda.weights import compute, precision_of
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
@@ -59,9 +61,8 @@ def pairs(kernels: Any) -> Any:
 
 
 class Tiled(CudaBackend):
-    """The backend with the work tiled as a test wants it, not by cuda_plan: about so many units and rows of
-    a block, no more units than its warps can have, no more blocks than a cluster can; and so much of k
-    staged at a time, or with the weights in registers so many rows."""
+    """The backend with the work cut as a test wants it: so many units and rows of a block, or as many fewer
+    as fit; of a grid no more k, or with the weights in registers no more rows, staged at a time."""
 
     def __init__(
         self,
@@ -77,39 +78,27 @@ class Tiled(CudaBackend):
         super().__init__(device, kernel, precision, _tested=True)
         self.units, self.rows, self.staged = units, rows, (at_once, chunk)
 
-    def _plan(self, device, kernels, sizes, dtype, kernel_options, backward):
-        if kernel_options.kernel == "steps" or min(sizes) == 0:
-            return Plan("steps")
+    def _plan(self, device, kernels, sizes, dtype, options, backward):
         _, B, H = sizes
-        R = kernels.recurrent.count
-        K, per_unit = (R * H, 1) if backward else (H, R)
-        precision = _precision(dtype, kernel_options.precision)
-        size = compute(dtype).itemsize
-        tile, each = Tile.of(size, precision), Bytes.of(size, precision)
-        units, rows, (at_once, chunk) = self.units, self.rows, self.staged
-        if kernel_options.kernel != "cluster":
-            units = min(units, tile.columns * device.warps // per_unit)
-        if kernel_options.kernel.startswith("cluster"):
-            units = max(units, -(-H // device.cluster))
-
-        def layout() -> Layout:
-            return layout_of(kernel_options.kernel, rows, units * per_unit, tile.columns, device.warps)
-
-        if kernel_options.kernel.endswith("_registers"):  # k is one chunk; a thread has two units
-            chunk = -(-K // WARP) * WARP
-            while tile.kept * WARP * layout().splits < K:
-                units -= 1
-                assert units, "more than registers hold"
-            rows = min(rows, 2 * WARP * device.warps // units)
-            assert -(-H // units) <= device.cluster or kernel_options.kernel == "grid_registers"
-        else:
-            at_once = layout().rows
-        shared = shared_bytes(
-            kernel_options.kernel, layout(), units * per_unit, K, (at_once, chunk), rows, units, each
-        )
-        return Plan(
-            kernel_options.kernel, units, rows, (-(-H // units), -(-B // rows)), shared, at_once, chunk
-        )
+        kernel = options.kernel
+        if kernel == "steps" or min(sizes) == 0:
+            return Plan("steps")
+        limits = Limits(device.multiprocessors, device.shared_bytes, device.warps, device.cluster)
+        rest = (compute(dtype).itemsize, limits, precision_of(dtype, options.precision), backward)
+        most = max(self.units, -(-H // device.cluster)) if kernel.startswith("cluster") else self.units
+        at_once, chunk = self.staged
+        for units in range(most, 0, -1):
+            rows = self.rows
+            if kernel.endswith("_registers"):  # a thread has two units
+                rows = min(rows, 2 * WARP * device.warps // units)
+            plan = cut(kernel, kernels, B, H, *rest, units, rows)
+            if plan is not None and kernel == "grid":
+                return plan._replace(chunk=min(plan.chunk, chunk))
+            if plan is not None and kernel == "grid_registers":
+                return plan._replace(at_once=min(plan.at_once, at_once))
+            if plan is not None:
+                return plan
+        raise AssertionError("it does not fit")
 
 
 def shapes() -> list[tuple[tuple[int, ...], int, int]]:
@@ -215,7 +204,7 @@ def test_no_initial_state(cell, kernel):
 
 
 @pytest.mark.slow
-@pairs(("steps", "grid", "grid_streamed"))  # the others do not cut k
+@pairs(("steps", "grid"))  # the others do not cut k
 def test_k_of_several_chunks(cell, kernel):
     """More elements than are staged at once, and no multiple of a warp."""
     assert_right(Tiled(kernel, units=15, rows=3, warps=8), cell, (2, 3, 2, 261), lengths=True)
@@ -243,7 +232,7 @@ def test_as_much_as_registers_hold(kernel, cell, H, units, less):
     backend = Tiled(kernel, units, rows=8)
     tile = Tile.of(8, "ieee")
     K = cell.gates * H
-    assert tile.kept * WARP * layout_of(kernel, 8, units, tile.columns, 2).splits == K
+    assert tile.kept * WARP * Layout.of(8, units, tile.columns, 2, True).splits == K
     assert_right(backend, cell, (3, 9, 2, H - less), **EVERYTHING)
 
 
@@ -267,12 +256,6 @@ def test_backward_twice(cell, kernel):
         named(cell, None, backend.backward(f.tape, p.dy, p.dstateT, p.dstates)) for _ in range(2)
     )
     assert_bitwise_equal(first, second)
-
-
-@pytest.mark.parametrize("cell", ONE_PHASE, ids=name)
-def test_resident_and_streamed_weights_give_the_same_bits(cell):
-    p = problem(cell, 5, 11, 3, 19, **EVERYTHING)
-    assert_bitwise_equal(run(Tiled("grid", 7, 6), p), run(Tiled("grid_streamed", 7, 6), p))
 
 
 # --- products by the matrix units --------------------------------------------------------------------------
@@ -348,13 +331,6 @@ def test_halves_leave_c_and_its_gradient_in_float32(kernel, half):
     got = run(Tiled(kernel), p)
     for found in ("cT", "dc0"):
         np.testing.assert_allclose(got[found].astype(float), 1 + T * part, rtol=2 * HALVES[half])
-
-
-@pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("cell", ONE_PHASE, ids=name)
-def test_resident_and_streamed_halves_give_the_same_bits(cell, half):
-    p, _ = of_halves(cell, (5, 11, 3, 19), half, **EVERYTHING)
-    assert_bitwise_equal(run(Tiled("grid", 7, 6), p), run(Tiled("grid_streamed", 7, 6), p))
 
 
 @pytest.mark.parametrize("half", HALVES)

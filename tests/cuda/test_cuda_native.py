@@ -14,8 +14,7 @@ import fusedrnn
 from fusedrnn import backends, checkpoint, cli, gradcheck_suite, kernels, multilayer, optimizers, system
 from fusedrnn import functions as F
 from fusedrnn import layers as L
-from fusedrnn.backends import cuda_cupy
-from fusedrnn.backends.cuda import CudaBackend
+from fusedrnn.backends.cuda import CudaBackend, cupy_device
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import LSTM, RNN
 from fusedrnn.gradcheck import GradcheckError, gradcheck
@@ -32,8 +31,8 @@ def gpu(monkeypatch):
     """A computer with CuPy and a GPU, as far as anything here can tell."""
     cupy, device = fake_cupy.module(), fake_cupy.HiddenDevice(multiprocessors=16)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(cuda_cupy, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda_cupy, "current", lambda: device)
+    monkeypatch.setattr(cupy_device, "unavailable", lambda: None)
+    monkeypatch.setattr(cupy_device, "current", lambda: device)
     backend = CudaBackend()
     load = backends._load
     monkeypatch.setattr(backends, "_load", lambda name: backend if name == "cuda" else load(name))
@@ -339,7 +338,7 @@ def test_the_gradcheck_suite(gpu):
 
 
 def test_the_gradcheck_suite_of_a_forced_kernel_leaves_out_what_it_cannot_run(gpu, monkeypatch):
-    monkeypatch.setenv("FUSEDRNN_CUDA_KERNEL", "grid_streamed")
+    monkeypatch.setenv("FUSEDRNN_CUDA_KERNEL", "grid")
     rows = gradcheck_suite.run_suite(
         cells=["gru"], backends=["cuda"], sizes=gradcheck_suite.QUICK[:1], options=["plain", "zoneout"]
     )

@@ -70,7 +70,12 @@ class Tape(NamedTuple):
 
 
 @functools.cache
-def _cell_id(cell: Cell) -> int:
+def cell_id(cell: Cell, backend: str = "cpu") -> int:
+    """The cell's number in csrc/cells/cells.def.
+
+    Raises:
+        ValueError: It has none; the message names the backend.
+    """
     match cell:
         case RNN():
             name = "rnn_relu" if cell.relu else "rnn_tanh"
@@ -81,7 +86,9 @@ def _cell_id(cell: Cell) -> int:
     if cell.layer_norm:
         name += "_layer_norm"
         if name not in _core.CELLS:
-            raise Unsupported(f"layer_norm: {cell} is not supported by the cpu backend; use the reference")
+            raise Unsupported(
+                f"layer_norm: {cell} is not supported by the {backend} backend; use the reference"
+            )
     return int(_core.CELLS.index(name))
 
 
@@ -114,7 +121,7 @@ class CpuBackend:
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         checked, _, _ = check_weights(cell, weights)
-        return Packed(cell, checked, _core.pack(_cell_id(cell), *checked))
+        return Packed(cell, checked, _core.pack(cell_id(cell), *checked))
 
     def forward(
         self,
@@ -206,11 +213,11 @@ class CpuBackend:
         Weights may be as they are, or packed. With ``run_backward`` for libraries that keep arrays, in which
         all is that backward needs, and nothing else.
         """
-        _core.run_forward(_cell_id(cell), *arguments)
+        _core.run_forward(cell_id(cell), *arguments)
 
     def run_backward(self, cell: Cell, *arguments: Any) -> None:
         """Backward of ``run_forward``, into arrays; ``_core.run_backward`` has the arguments."""
-        _core.run_backward(_cell_id(cell), *arguments)
+        _core.run_backward(cell_id(cell), *arguments)
 
     def tape_shape(
         self,
@@ -225,7 +232,7 @@ class CpuBackend:
 
         Of ``lengths`` it needs as many rows as there are valid steps; more do no harm.
         """
-        return _core.tape_shape(_cell_id(cell), *sizes, recompute, regularized, float64)
+        return _core.tape_shape(cell_id(cell), *sizes, recompute, regularized, float64)
 
     def empty(self, rows: int, width: int, float64: bool) -> Array:
         """An array whose memory, where it is large, is used again once it is released."""

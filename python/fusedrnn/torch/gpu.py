@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fusedrnn import backends
-from fusedrnn.backends import cuda, cuda_cupy
+from fusedrnn.backends import cuda
+from fusedrnn.backends.cuda import cupy_device
 from fusedrnn.backends.protocol import Backend
 
 NOTHING = contextlib.nullcontext()
@@ -69,7 +70,7 @@ def lacks(dtype: torch.dtype) -> str | None:
     """Why the current GPU's kernels do not take this dtype, or None."""
     if dtype not in HALVES:
         return None
-    names = [found.name for found in cuda.dtypes_of(cuda_cupy.current())]
+    names = [found.name for found in cuda.dtypes_of(cupy_device.current())]
     if str(dtype).removeprefix("torch.") in names:
         return None
     return "ml_dtypes is not installed" if "float16" in names else "the GPU's compute capability is below 8.0"

@@ -2,10 +2,6 @@
 
 The code of a cell, dtype and architecture is kept on disk in ``$FUSEDRNN_CACHE``, else in
 ``$XDG_CACHE_HOME/fusedrnn``, else in ``~/.cache/fusedrnn``, under a hash of all that it depends on.
-
-A package may bring such code: fatbins, made by nvcc from the same sources with the same flags when it was
-built. cmake/fatbin.py makes them and takes flags and key from here, so this file imports the standard library
-alone.
 """
 
 from __future__ import annotations
@@ -14,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -22,7 +17,7 @@ from typing import Any
 
 WARPS = 8  # of a block; FUSEDRNN_WARPS
 # The kernel variants. They are compiled one by one: a call needs two or three.
-KERNELS = ("steps", "grid", "grid_registers", "grid_streamed", "cluster", "cluster_registers")
+KERNELS = ("steps", "cluster_registers", "cluster", "grid_registers", "grid")
 DTYPES = {"float32": "float", "float64": "double", "float16": "Half", "bfloat16": "Bfloat16"}  # in C++
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16")  # of csrc/cuda/tile.h
 # In C++ the dtypes, each with the precisions that it knows.
@@ -32,17 +27,16 @@ DTYPE_PRECISIONS = (
     ("Half", "fp16"),
     ("Bfloat16", "bf16"),
 )
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")  # of a fatbin, and PTX of the last
-_HERE = Path(__file__).resolve()
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 
 @functools.cache
 def sources() -> Path:
     """The folder csrc: in the installed package, or in a source tree."""
-    for folder in (_HERE.parents[1] / "csrc", _HERE.parents[3] / "csrc"):
+    for folder in (_PACKAGE / "csrc", _PACKAGE.parents[1] / "csrc"):
         if (folder / "cuda" / "kernels.cu").is_file():
             return folder
-    raise RuntimeError(f"the sources of the CUDA kernels, csrc/cuda, are not beside {_HERE.parents[1]}")
+    raise RuntimeError(f"the sources of the CUDA kernels, csrc/cuda, are not beside {_PACKAGE}")
 
 
 def variant_of(kernel: str) -> str:
@@ -51,52 +45,8 @@ def variant_of(kernel: str) -> str:
     return variant if variant in KERNELS else "steps"
 
 
-def code(
-    cell: str, dtype: str, architecture: str, precision: str, driver: tuple[int, int], variant: str
-) -> bytes:
-    """What a driver of this version of CUDA loads: the fatbin that came with the package, which has the
-    kernels of every variant, else a cubin of this one."""
-    return shipped(cell, dtype, architecture, precision, driver) or cubin(
-        cell, dtype, architecture, precision, variant
-    )
-
-
-def shipped(
-    cell: str, dtype: str, architecture: str, precision: str, driver: tuple[int, int]
-) -> bytes | None:
-    """The fatbin that came with the package, if it is of these sources and the driver takes it.
-
-    A driver loads machine code by every toolkit of its own major version or an older one, and compiles PTX
-    by those that are not newer than itself. PTX is for GPUs newer than every architecture of the fatbin. Any
-    other is left to NVRTC, though some would take a neighbour's machine code: sm_87 need not take sm_86's.
-    """
-    folder = sources() / "cuda" / "fatbin"
-    name = f"{cell}-{dtype}-{precision}"
-    try:
-        made = json.loads((folder / f"{name}.json").read_text())
-    except OSError:
-        return None
-    toolkit = tuple(made["cuda"])
-    if architecture in ARCHITECTURES:
-        taken = driver[0] >= toolkit[0]
-    else:
-        taken = _number(architecture) > max(map(_number, ARCHITECTURES)) and driver >= toolkit
-    if not taken or made["key"] != fatbin_key(cell, dtype, precision):
-        return None
-    return (folder / f"{name}.fatbin").read_bytes()
-
-
-def fatbin_key(cell: str, dtype: str, precision: str) -> str:
-    """Of everything that a fatbin depends on but nvcc itself."""
-    return _key(flags(cell, dtype, precision), ARCHITECTURES)
-
-
-def _number(architecture: str) -> int:
-    return int(architecture.removeprefix("sm_"))
-
-
 def flags(cell: str, dtype: str, precision: str) -> list[str]:
-    """What NVRTC and nvcc are told alike; beside it they get architectures and the folders of headers."""
+    """What NVRTC is told of the kernels; beside it the architecture and the folders of headers."""
     return [
         "--std=c++17",
         "--fmad=false",
@@ -128,11 +78,11 @@ def cubin(
     if variant:
         options.append(f"--define-macro=FUSEDRNN_ONLY={KERNELS.index(variant)}")
         name += f"-{variant}"
-    path = _cache() / f"{name}-{dtype}-{precision}-{architecture}-{_key(options, version())}.cubin"
+    path = folder() / f"{name}-{dtype}-{precision}-{architecture}-{key(options, version())}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
-    folder = sources()
-    code = _compile([*options, f"--include-path={folder}", f"--include-path={folder / 'cuda' / 'nvrtc'}"])
+    headers = sources(), sources() / "cuda" / "nvrtc"
+    code = _compile([*options, *(f"--include-path={path}" for path in headers)])
     with contextlib.suppress(OSError):  # a folder that cannot be written to is no error
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -146,23 +96,23 @@ def cubin(
     return code
 
 
-def _cache() -> Path:
+def folder() -> Path:
+    """Where compiled code is kept."""
     if own := os.environ.get("FUSEDRNN_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base) / "fusedrnn" if base else Path("~/.cache/fusedrnn").expanduser()
 
 
-def _key(*said: Any) -> str:
+def key(*said: Any) -> str:
     """A hash of the sources, and of what a compiler is told and is."""
     digest = hashlib.sha256(repr(said).encode())
-    folder = sources()
-    used = [
-        folder / "steps.h",
-        *(p for part in ("cuda", "cells", "simd") for p in (folder / part).rglob("*")),
-    ]
+    csrc = sources()
+    used = [csrc / "mask_rule.h", csrc / "steps.h"]
+    for name in ("cuda", "cells", "simd"):
+        used += (csrc / name).rglob("*")
     for path in sorted(p for p in used if p.suffix in (".h", ".cu")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(str(path.relative_to(csrc)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:32]
 
 

@@ -1,18 +1,22 @@
-"""What the CUDA kernels are told: the structures of csrc/cuda/jobs.h, and what the host must know of a cell.
-
-``tests/cuda/test_cuda_compile.py`` compares both with the C++ sources.
-"""
+"""The structures of csrc/cuda/jobs.h, which the CUDA kernels get, and what the host must know of a cell."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fusedrnn.backends.protocol import Regularization, Unsupported
-from fusedrnn.cells import GRU, LSTM, RNN, Cell
+from fusedrnn import masks
+from fusedrnn.backends.cpu import cell_id
+from fusedrnn.backends.protocol import Regularization
+from fusedrnn.cells import Cell
+
+with contextlib.suppress(ImportError):  # said by ``cupy_device.unavailable``
+    from fusedrnn import _core
 
 Pointer = ctypes.c_void_p
 Index = ctypes.c_int64
@@ -32,7 +36,7 @@ class Steps(ctypes.Structure):
 
 
 class MaskRule(ctypes.Structure):
-    """csrc/cuda/jobs.h"""
+    """csrc/mask_rule.h"""
 
     _fields_ = (
         ("acts", ctypes.c_bool),
@@ -44,7 +48,7 @@ class MaskRule(ctypes.Structure):
     @classmethod
     def of(cls, rate: float, kept: float, drawn: bool) -> MaskRule:
         """Gives ``kept`` to a unit with probability 1 - rate; not drawn: to all."""
-        threshold = round(rate * 2**32)
+        threshold = masks.threshold(rate)
         if drawn and threshold >= 2**32:
             return cls(True, False, 0, 0.0)
         return cls(True, drawn, threshold if drawn else 0, kept)
@@ -148,14 +152,13 @@ class CellKernels(NamedTuple):
     has_c: bool
     input: Part
     recurrent: Part
-    recurrent2: Part = Part(0, ())  # of cells of two phases
-
-    regularized: bool = False  # recurrent dropout, zoneout
-    layer_norm: bool = False
+    recurrent2: Part  # of cells of two phases
+    regularized: bool  # recurrent dropout, zoneout
+    layer_norm: bool
 
     @property
     def whole(self) -> bool:
-        """Whether all steps can run in one launch; ``kWhole`` of csrc/cuda/grid.h."""
+        """Whether all steps can run in one launch; ``kWhole`` of csrc/cuda/all_steps.h."""
         return not (self.two_phases or self.regularized or self.layer_norm)
 
     @property
@@ -169,47 +172,17 @@ class CellKernels(NamedTuple):
         return self.recurrent2.count > 0
 
 
+@functools.cache
 def kernels_of(cell: Cell, regularized: bool = False) -> CellKernels:
-    """The cell's name and layout in csrc/cells.
+    """The cell's name and layout in csrc/cells, as the compiled module has them.
 
     Raises:
         ValueError: There are no kernels for it.
     """
-    found = _normed(cell) if cell.layer_norm else _plain(cell)
-    if not regularized:
-        return found
-    # What zoneout is made of, where backward reads it: h, and with layer norm c.
-    candidate = isinstance(cell, RNN) or (cell.layer_norm and found.has_c)
-    return found._replace(type=f"Regularized<{found.type}>", saved=found.saved + candidate, regularized=True)
-
-
-def _plain(cell: Cell) -> CellKernels:
-    match cell:
-        case RNN():
-            return CellKernels(
-                "RnnRelu" if cell.relu else "RnnTanh", 1, 0, False, Part(0, (0,)), Part(0, (0,))
-            )
-        case LSTM():
-            return CellKernels("Lstm", 4, 4, True, Part(0, (0, 1, 2, 3)), Part(0, (0, 1, 2, 3)))
-        case GRU(reset_after=True):
-            return CellKernels("GruResetAfter", 4, 4, False, Part(0, (2, 0, 1)), Part(1, (0, 1, 2)))
-        case GRU():
-            three = Part(0, (0, 1, 2))
-            return CellKernels("GruResetBefore", 3, 3, False, three, Part(0, (0, 1)), Part(2, (2,)))
-
-
-def _normed(cell: Cell) -> CellKernels:
-    """An accumulator for each part of each gate, the input part's first."""
-    if isinstance(cell, GRU) and not cell.reset_after:
-        raise Unsupported(f"layer_norm: {cell} is not supported by the cuda backend; use the reference")
-    gates, plain = cell.gates, _plain(cell)
-    order = tuple(range(gates))
+    type_, accumulators, saved, has_c, parts, layer_norm = _core.cell_layout(
+        cell_id(cell, "cuda"), regularized
+    )
+    input_, recurrent, recurrent2 = (Part(first, tuple(gates)) for first, gates in parts)
     return CellKernels(
-        f"{plain.type}LayerNorm",
-        2 * gates,
-        2 * gates,
-        plain.has_c,
-        Part(0, order),
-        Part(gates, order),
-        layer_norm=True,
+        type_, accumulators, saved, has_c, input_, recurrent, recurrent2, regularized, layer_norm
     )

@@ -1,14 +1,12 @@
 """What the CUDA backend asks of a device: arrays, products, launches. The protocol alone; CuPy is elsewhere.
 
-Two devices exist: ``cuda_cupy.CupyDevice``, a GPU, and the emulation of the tests, whose memory is NumPy's.
+Two devices exist: ``cupy_device.CupyDevice``, a GPU, and the emulation of the tests, whose memory is NumPy's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
-
-import numpy as np
 
 from fusedrnn.backends.protocol import Array
 
@@ -24,9 +22,6 @@ class Device(Protocol):
 
     def is_array(self, a: Any) -> bool:
         """Whether this is an array in the device's memory."""
-
-    def dtype(self, a: Array) -> np.dtype[Any]:
-        """Its dtype."""
 
     def empty(self, shape: Any, dtype: Any) -> Array:
         """A C-contiguous array of whatever was there."""
@@ -44,7 +39,7 @@ class Device(Protocol):
         """``out = a b``: 2-D, each of ``a`` and ``b`` with one axis contiguous (a transpose, a slice of
         columns), ``out`` C-contiguous, of their dtype or, where that is of 16 bits, float32; no size is 0.
 
-        ``precision``: what float32 factors are rounded to, out of ``cuda_compile.PRECISIONS``, or better:
+        ``precision``: what float32 factors are rounded to, out of ``nvrtc.PRECISIONS``, or better:
         sums are float32, or of float64 float64, always.
         """
 
@@ -66,7 +61,7 @@ class Device(Protocol):
         precision: str = "ieee",
     ) -> None:
         """Run a kernel of csrc/cuda/kernels.cu, compiled for a type of csrc/cells/cells.def, a dtype by its
-        name in C++ (``cuda_compile.DTYPES``), and a precision of csrc/cuda/tile.h, in blocks of 32 times
+        name in C++ (``nvrtc.DTYPES``), and a precision of csrc/cuda/tile.h, in blocks of 32 times
         ``warps`` threads.
 
         ``args`` are ctypes structures and numbers, passed by value; ``shared`` is in bytes. ``cooperative``:

@@ -17,28 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn.backends import cuda_compile, cuda_cublas
-from fusedrnn.backends.cuda_graph import GraphCache, Work
+from fusedrnn.backends.cpu import CpuBackend
+from fusedrnn.backends.cuda import cublas, nvrtc
+from fusedrnn.backends.cuda.graphs import GraphCache, Work
 from fusedrnn.backends.protocol import Array
 
 INSTALL = "pip install 'fusedrnn[cuda13]', or 'fusedrnn[cuda12]' for a driver of CUDA 12"
 OLDEST = (7, 0)  # compute capability of the instructions that order memory
-FAST = {  # cuBLAS's name for float32 factors that are rounded for the matrix units
-    "tf32": "CUBLAS_COMPUTE_32F_FAST_TF32",
-    "bf16": "CUBLAS_COMPUTE_32F_FAST_16BF",
-    "fp16": "CUBLAS_COMPUTE_32F_FAST_16F",
-}
-REAL = {
-    "float32": 0,
-    "float16": 2,
-    "bfloat16": 14,
-}  # CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF: cuBLAS's for dtypes
 CLUSTER = 8  # blocks that every GPU that has clusters runs as one
 
 
 @functools.cache
 def unavailable() -> str | None:
     """None, or what is missing or too old, in one line."""
+    if (missing := CpuBackend().unavailable()) is not None:
+        return missing
     for package, module in (("CuPy", "cupy"), ("cuda-bindings", "cuda.bindings")):
         if not _installed(module):
             return f"{package} is not installed: {INSTALL}"
@@ -48,7 +41,7 @@ def unavailable() -> str | None:
         majors = {
             "CuPy": cupy.cuda.runtime.runtimeGetVersion() // 1000,
             "cuda-bindings": int(importlib.import_module("cuda.bindings").__version__.split(".")[0]),
-            "NVRTC": cuda_compile.version()[0],
+            "NVRTC": nvrtc.version()[0],
         }
     except Exception as error:  # of many kinds: a missing library, another version
         return f"CuPy, cuda-bindings or NVRTC cannot be loaded ({_line(error)}): {INSTALL}"
@@ -82,9 +75,9 @@ def current() -> CupyDevice:
 
 
 class CupyDevice:
-    """One GPU; see ``cuda_device.Device``."""
+    """One GPU; see ``device.Device``."""
 
-    warps = cuda_compile.WARPS
+    warps = nvrtc.WARPS
 
     def __init__(self, number: int) -> None:
         import cupy
@@ -110,10 +103,6 @@ class CupyDevice:
         """Whether this is a CuPy array on this GPU."""
         return isinstance(a, self._cupy.ndarray) and a.device.id == self.number
 
-    def dtype(self, a: Array) -> np.dtype[Any]:
-        """Its dtype."""
-        return a.dtype
-
     def empty(self, shape: Any, dtype: Any) -> Array:
         """A new array."""
         made: Array = self._cupy.empty(shape, dtype)
@@ -134,39 +123,19 @@ class CupyDevice:
         return int(a.data.ptr)
 
     def matmul(self, a: Array, b: Array, out: Array, precision: str = "ieee") -> None:
-        """By cuBLAS, whose default mode keeps float32's precision; it has no tf32x3, which takes that too.
-
-        Its matrices lie column by column: to it this is ``out.T = b.T a.T``.
-        """
-        cublas = self._cupy.cuda.cublas
-        computed = np.float64 if a.dtype == np.float64 else np.float32
-        scales = np.ones(1, computed), np.zeros(1, computed)
-        one, zero = (scale.ctypes.data for scale in scales)
-        (a_op, a_step), (b_op, b_step) = _as_columns(a), _as_columns(b)
-        (m, n), k = out.shape, a.shape[1]
-        arguments: tuple[Any, ...] = self._cupy.cuda.device.get_cublas_handle(), b_op, a_op, n, m, k, one
-        a_at, b_at, out_at = map(self.pointer, (a, b, out))
-        if a.dtype.itemsize == 2 or (a.dtype == np.float32 and precision in FAST):
-            factor, sums = (REAL[array.dtype.name] for array in (a, out))
-            how = FAST[precision] if a.dtype == np.float32 else "CUBLAS_COMPUTE_32F"
-            name = "gemmEx"
-            arguments += b_at, factor, b_step, a_at, factor, a_step, zero, out_at, sums, n
-            arguments += getattr(cublas, how), cublas.CUBLAS_GEMM_DEFAULT
-        else:
-            name = "sgemm" if a.dtype == np.float32 else "dgemm"
-            arguments += b_at, b_step, a_at, a_step, zero, out_at, n
-        try:
-            getattr(cublas, name)(*arguments)
-        except NotImplementedError:  # by CuPy, where the stream is being captured
-            self._captured(name, arguments)
-
-    def _captured(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """A product that a graph records, ours or another's."""
+        """By cuBLAS, whose default mode keeps float32's precision."""
         workspace = getattr(self._of_thread, "workspace", None)
-        if workspace is None:
+        if workspace is None and self.captured():
             workspace = self._new_workspace()
-        stream = self._cupy.cuda.get_current_stream().ptr
-        cuda_cublas.captured(name, arguments, stream, self.pointer(workspace), workspace.nbytes)
+        cuda = self._cupy.cuda
+        cublas.multiply(
+            cuda.device.get_cublas_handle(),
+            cuda.get_current_stream().ptr,
+            None if workspace is None else (self.pointer(workspace), workspace.nbytes),
+            *(a, b, out),
+            self.pointer,
+            precision,
+        )
 
     def _new_workspace(self) -> Array:
         """What cuBLAS works in, as large as its own where it has one."""
@@ -255,15 +224,13 @@ class CupyDevice:
         _call("cuLaunchKernelEx", config, function, ctypes.addressof(addresses), 0)
 
     def _function(self, cell: str, dtype: str, precision: str, kernel: str) -> Any:
-        """A kernel, loaded; ``cuda_compile`` finds or makes its code."""
-        variant = cuda_compile.variant_of(kernel)
+        """A kernel, loaded."""
+        variant = nvrtc.variant_of(kernel)
         module = (cell, dtype, precision, variant)
         with self._lock:
             if (*module, kernel) not in self._functions:
                 if module not in self._modules:
-                    version = _call("cuDriverGetVersion")
-                    driver = version // 1000, version % 1000 // 10
-                    code = cuda_compile.code(cell, dtype, self.architecture, precision, driver, variant)
+                    code = nvrtc.cubin(cell, dtype, self.architecture, precision, variant)
                     self._modules[module] = _call("cuModuleLoadData", code)
                 function = _call("cuModuleGetFunction", self._modules[module], kernel.encode())
                 if kernel.startswith(("grid", "cluster")):  # beyond 48 KiB only when asked for
@@ -313,14 +280,3 @@ def _installed(module: str) -> bool:
 def _line(error: Exception) -> str:
     """The first line of an error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _as_columns(a: Any) -> tuple[int, int]:
-    """For a matrix read column by column: 0 where it so is the transpose, else 1; and its column's step."""
-    row, column = (stride // a.itemsize for stride in a.strides)
-    rows, columns = a.shape
-    if column == 1 or columns == 1:
-        return 0, max(row if rows > 1 else 1, columns)
-    if row == 1 or rows == 1:
-        return 1, max(column, rows)
-    raise ValueError(f"matmul: expected an axis of neighbours, got strides {a.strides} of {a.itemsize} B")

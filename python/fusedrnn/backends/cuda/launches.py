@@ -1,0 +1,249 @@
+"""The launches of one call: step by step, or all steps in one; and the large products around them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+
+from fusedrnn.backends.arguments import ForwardArguments
+from fusedrnn.backends.cuda import nvrtc
+from fusedrnn.backends.cuda.jobs import (
+    BackwardJob,
+    ForwardJob,
+    Index,
+    Part,
+    Pointer,
+    Rules,
+    Steps,
+    kernels_of,
+)
+from fusedrnn.backends.cuda.plans import Plan
+from fusedrnn.backends.cuda.weights import Packed, compute, precision_of
+from fusedrnn.backends.protocol import Array
+
+MOST_SUMS = 8  # that a block of csrc/cuda/norm.h makes at once: two for each of four norms
+
+
+class Launches:
+    """The launches of one call: what they share, and the arrays they use, which live as long."""
+
+    def __init__(self, packed: Packed, a: ForwardArguments, precision: str) -> None:
+        self.packed, self.a = packed, a
+        self.device = packed.device
+        self.kernels = kernels_of(a.cell, a.regularization is not None)
+        self.rules = Rules.of(a.regularization)
+        self.dtype, self.compute = nvrtc.DTYPES[a.x.dtype.name], compute(a.x.dtype)
+        self.precision = precision_of(a.x.dtype, precision)
+        self.kept: list[Array] = []
+        self.steps = Steps(
+            a.sizes.T,
+            a.sizes.B,
+            self.pointer(a.lengths),
+            self.pointer(a.reset),
+            a.reverse,
+            a.detach_every or 0,
+        )
+
+    def pointer(self, array: Array | None) -> int | None:
+        """The address of an array, or of nothing."""
+        return None if array is None else self.device.pointer(array)
+
+    def scratch(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
+        """An array that lives as long as this does; of the dtype that is computed in unless told."""
+        self.kept.append(self.device.empty(shape, dtype or self.compute))
+        return self.kept[-1]
+
+    def each(self, kernel: str, rows: int, *args: Any) -> None:
+        """A kernel that has a thread for each unit of so many rows."""
+        threads = 32 * self.device.warps
+        blocks = min(-(-rows * self.a.sizes.H // threads), 32 * self.device.multiprocessors)
+        if blocks:
+            self._launch(kernel, (blocks, 1), args)
+
+    def step(self, kernel: str, job: ForwardJob | BackwardJob, s: int) -> None:
+        """Step s: each unit by itself, or with layer norm a block for each row."""
+        blocks = min(self.a.sizes.B, 32 * self.device.multiprocessors)
+        if not self.kernels.layer_norm:
+            self.each(kernel, self.a.sizes.B, job, Index(s))
+        elif blocks:
+            shared = self.device.warps * MOST_SUMS * 8
+            self._launch(kernel, (blocks, 1), (job, Index(s)), shared)
+
+    def _launch(self, kernel: str, blocks: tuple[int, int], args: Any, shared: int = 0) -> None:
+        self.device.launch(
+            self.kernels.type, self.dtype, kernel, blocks, args, shared, precision=self.precision
+        )
+
+    def repeat(self, work: Callable[[], None], *jobs: ForwardJob | BackwardJob) -> None:
+        """Launches and products of all steps. The jobs know all sizes and addresses but the weights'."""
+        if self.a.sizes.B == 0:
+            return
+        weights = self.pointer(self.packed.hh), self.pointer(self.packed.hh2)
+        key = (self.kernels.type, self.dtype, self.precision, *weights, *map(bytes, jobs))
+        self.device.repeat(key, work)
+
+    def steps_forward(self, job: ForwardJob) -> None:
+        """Forward, one launch a step, its product between the launches."""
+        packed, kernels = self.packed, self.kernels
+        T, B, _, H, _ = self.a.sizes
+        operand = self.scratch((B, H), self.a.x.dtype)
+        products = self.scratch((B, kernels.recurrent.count * H))
+        job.operand, job.products = self.pointer(operand), self.pointer(products)
+        if kernels.has_c:
+            job.state_c = self.pointer(self.scratch((B, H)))
+        for name in ("gain", "gain_c", "bias_c"):
+            setattr(job, name, self.pointer(getattr(packed, name)))
+        job2 = job
+        if packed.hh2 is not None:
+            products2 = self.scratch((B, H))
+            job2 = ForwardJob.from_buffer_copy(job)
+            job2.products = self.pointer(products2)
+
+        def work() -> None:
+            self.each("begin_forward", B, job)
+            for s in range(T):
+                self.product(operand, packed.hh.T, products)
+                self.step("step_forward", job, s)
+                if packed.hh2 is not None:
+                    self.product(operand, packed.hh2.T, products2)
+                    self.each("step_forward2", B, job2, Index(s))
+
+        self.repeat(work, job, job2)
+
+    def steps_backward(self, job: BackwardJob, da: Array, finish: bool) -> None:
+        """Backward, one launch a step, its product between the launches."""
+        packed, recurrent, second = self.packed, self.kernels.recurrent, self.kernels.recurrent2
+        T, B, _, H, _ = self.a.sizes
+        chain, direct = self.scratch((B, H)), self.scratch((B, H))
+        job.chain, job.direct = self.pointer(chain), self.pointer(direct)
+        if self.kernels.has_c:
+            job.dc = self.pointer(self.scratch((B, H)))
+        if self.kernels.layer_norm:
+            for name in ("gain", "bias", "gain_c", "bias_c"):
+                setattr(job, name, self.pointer(getattr(packed, name)))
+            job.row = self.pointer(self.scratch((B, self.kernels.accumulators * H)))
+            self.norm_sums[...] = 0
+            job.norm_sums = self.pointer(self.norm_sums)
+
+        def work() -> None:
+            self.each("begin_backward", B, job)
+            for s in reversed(range(T)):
+                da_t = da[T - 1 - s if self.a.reverse else s]
+                self.step("step_backward", job, s)
+                if packed.hh2 is not None:
+                    self.product(da_t[:, second.first * H :], packed.hh2, chain)
+                    self.each("step_backward2", B, job, Index(s))
+                if s or finish:
+                    columns = slice(recurrent.first * H, (recurrent.first + recurrent.count) * H)
+                    self.product(da_t[:, columns], packed.hh, chain)
+            if finish:
+                self.each("finish_backward", B, job)
+
+        self.repeat(work, job)
+
+    def whole(self, plan: Plan, direction: str, job: ForwardJob | BackwardJob) -> None:
+        """All steps in one launch."""
+        job.units, job.rows, job.at_once, job.chunk = plan.units, plan.rows, plan.at_once, plan.chunk
+        name, _, weights = plan.kernel.partition("_")
+        if name == "grid":
+            self.kept.append(self.device.zeros((plan.blocks[1],), np.uint32))
+            job.arrived = self.pointer(self.kept[-1])
+        self.device.launch(
+            self.kernels.type,
+            self.dtype,
+            f"{name}_{direction}{weights and '_' + weights}",
+            plan.blocks,
+            (job,),
+            plan.shared,
+            cooperative=name == "grid",
+            precision=self.precision,
+        )
+
+    def product(self, a: Array, b: Array, out: Array) -> None:
+        """out = a b in the precision of the call, for all sizes."""
+        if out.size and a.shape[1]:
+            self.device.matmul(a, b, out, self.precision)
+        else:
+            out[...] = 0
+
+    def sum(self, rows: Array) -> Array:
+        """Over the rows, in what is computed in: of 16 bits by a product, whose sums are of no more."""
+        if self.compute == rows.dtype:
+            sums: Array = rows.sum(axis=0)
+            return sums
+        ones = self.scratch((1, rows.shape[0]), rows.dtype)
+        ones[...] = 1
+        sums = self.scratch((1, rows.shape[1]))
+        self.product(ones, rows, sums)
+        return sums
+
+    @functools.cached_property
+    def norm_sums(self) -> Array:
+        """(B, N, H): of layer norm, what ``norm_gradients`` is made of, for each row of the batch."""
+        return self.scratch((self.a.sizes.B, self.kernels.norm_sums, self.a.sizes.H))
+
+    def norm_gradients(self, need: Collection[str]) -> dict[str, Array]:
+        """Of the gains and biases."""
+        A, gates, dtype = self.kernels.accumulators, self.a.cell.gates, self.a.x.dtype
+        sums = self.norm_sums.sum(axis=0)  # gains, then biases: of the input part, of the recurrent one; of c
+        firsts = {"gain_ih": 0, "gain_hh": gates, "bias_ih": A, "bias_hh": A + gates}
+        found = {name: sums[first : first + gates].reshape(-1) for name, first in firsts.items()}
+        if self.kernels.has_c:
+            found |= {"gain_c": sums[2 * A], "bias_c": sums[2 * A + 1]}
+        return {name: d.astype(dtype) for name, d in found.items() if name in need}
+
+    def weight_gradients(self, job: BackwardJob, rows: Array, need: Collection[str]) -> dict[str, Array]:
+        """In PyTorch's order, of da as rows (T*B, A*H)."""
+        T, B, I, H, _ = self.a.sizes
+        gates, device, dtype, kernels = self.a.cell.gates, self.device, self.a.x.dtype, self.kernels
+        found: dict[str, Array] = {}
+
+        def multiply(name: str, part: Part, operand: Array) -> None:
+            for k, gate, n in part.runs():
+                da = rows[:, (part.first + k) * H : (part.first + k + n) * H]
+                self.product(da.T, operand, found[name][gate * H : (gate + n) * H])
+
+        if "weight_ih" in need:
+            found["weight_ih"] = device.empty((gates * H, I), dtype)
+            multiply("weight_ih", kernels.input, self.valid_x())
+        if "weight_hh" in need:
+            found["weight_hh"] = device.empty((gates * H, H), dtype)
+            h = device.empty((T * B, H), dtype)
+            middle = device.empty((T * B, H), dtype) if kernels.two_phases else None
+            self.each("operands", T * B, job, Pointer(self.pointer(h)), Pointer(self.pointer(middle)))
+            multiply("weight_hh", kernels.recurrent, h)
+            if middle is not None:
+                multiply("weight_hh", kernels.recurrent2, middle)
+        if self.a.cell.layer_norm:
+            return found | self.norm_gradients(need)
+        biases = {"bias_ih": (kernels.input,), "bias_hh": (kernels.recurrent, kernels.recurrent2)}
+        if biases.keys() & need:
+            sums = self.sum(rows).reshape(-1, H)
+        for name in biases.keys() & need:
+            found[name] = device.empty((gates * H,), dtype)
+            for part in biases[name]:
+                for k, gate, n in part.runs():
+                    first = part.first + k
+                    found[name].reshape(-1, H)[gate : gate + n] = sums[first : first + n]
+        return found
+
+    @functools.cached_property
+    def padding(self) -> Array | None:
+        """(T, B) true at padding; None where there is none."""
+        if self.a.lengths is None:
+            return None
+        times = self.device.asarray(np.arange(self.a.sizes.T)[:, np.newaxis])
+        padding: Array = times >= self.a.lengths
+        return padding
+
+    def valid_x(self) -> Array:
+        """x as (T*B, I), with zeros at padding."""
+        T, B, I, _, _ = self.a.sizes
+        if self.padding is None:
+            return self.a.x.reshape(T * B, I)
+        x = self.a.x.copy()
+        x[self.padding] = 0
+        return x.reshape(T * B, I)
