@@ -93,12 +93,10 @@ struct View {
     return numpy_type.is(py::dtype::of<T>()) || py::reinterpret_borrow<py::dtype>(numpy_type).equal(py::dtype::of<T>());
   }
   std::string text() const {
-    std::string name =
-        !numpy_type ? "code " + std::to_string(tensor_type.code) + " of " + std::to_string(tensor_type.bits) + " bits"
-                    : py::str(numpy_type).cast<std::string>();
-    if (is<float>()) name = "float32";
-    if (is<double>()) name = "float64";
-    return name + " " + fusedrnn::text(sizes());
+    if (numpy_type) return py::str(numpy_type).cast<std::string>() + " " + fusedrnn::text(sizes());
+    static const char* const kinds[] = {"int", "uint", "float", "", "bfloat", "complex", "bool"};  // DLPack's codes
+    const std::string kind = tensor_type.code < 7 ? kinds[tensor_type.code] : "";
+    return kind + std::to_string(tensor_type.bits) + " " + fusedrnn::text(sizes());
   }
 };
 

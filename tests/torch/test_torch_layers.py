@@ -1199,3 +1199,8 @@ def test_an_empty_batch(kind, batch_first):
     y, _, states = ours(x, lengths=[], reset=torch.zeros(x.shape[:2]), return_states=True)
     assert y.shape == (*x.shape[:2], 2 * H)
     assert flat(states)[0].shape == (4, *x.shape[:2], H)
+
+
+def test_lengths_of_another_type_are_named():
+    with pytest.raises(TypeError, match=r"^lengths: expected a tensor, an array or a list, got str$"):
+        ft.LSTM(2, 3)(torch.randn(4, 1, 2), lengths="abc")

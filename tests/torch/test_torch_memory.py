@@ -148,6 +148,14 @@ def test_a_hook_that_rounds_changes_gradients(kind):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
+def test_a_hook_that_leaves_another_dtype_is_told_so():
+    _, ours = module_pair("LSTM", I, H)
+    with graph.saved_tensors_hooks(lambda t: t.half() if t.is_floating_point() else t, lambda t: t):
+        y, _ = ours(torch.randn(T, B, I))
+    with pytest.raises(TypeError, match=r"expected float32 .* got float16 \("):
+        y.sum().backward()
+
+
 @every_layer
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_what_is_saved_is_no_more_than_pytorchs(kind, dtype):

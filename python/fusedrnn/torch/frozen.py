@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fusedrnn import backends
 from fusedrnn.backends.protocol import Weights
@@ -15,6 +18,9 @@ from fusedrnn.torch.memory import array
 
 M = TypeVar("M", bound=torch.nn.Module)
 UNFREEZE = "the layer is frozen; fusedrnn.torch.unfreeze(model) first"
+
+
+_there: weakref.WeakSet[Frozen] = weakref.WeakSet()  # of all layers that are frozen now
 
 
 class Frozen:
@@ -29,12 +35,13 @@ class Frozen:
             self.packed = [(backend, backend.pack(module.cell, each)) for each in arrays]
         # Where each parameter is found, and what it was.
         self.parameters = [
-            (owner._parameters, name, p, None if p.is_inference() else p._version, p.data_ptr())
+            (owner._parameters, name, p, p._version, p.data_ptr())
             for owner in module.modules()
             for name, p in owner._parameters.items()
             if p is not None
         ]
-        self.trainable = any(p.requires_grad for p in module.parameters())
+        _there.add(self)
+        _watch_optimizers()
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -49,17 +56,27 @@ class Frozen:
                 f"input: expected {self.dtype} on {self.device}, as the frozen weights are, got {x.dtype} on "
                 f"{x.device}"
             )
-        if torch.is_grad_enabled() and (
-            self.trainable or x.requires_grad or any(s.requires_grad for s in state0 or ())
-        ):
-            raise RuntimeError(f"a gradient could be asked for, outside torch.no_grad(): {UNFREEZE}")
+        wanted = x.requires_grad or any(s.requires_grad for s in state0 or ())
         for owner, name, p, version, address in self.parameters:
-            if (
-                owner.get(name) is not p
-                or p.data_ptr() != address
-                or (version is not None and p._version != version)
-            ):
+            if owner.get(name) is not p or p.data_ptr() != address or p._version != version:
                 raise RuntimeError(f"{name} was changed: {UNFREEZE}")
+            wanted = wanted or p.requires_grad
+        if wanted and torch.is_grad_enabled():
+            raise RuntimeError(f"a gradient could be asked for, outside torch.no_grad(): {UNFREEZE}")
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """A step for parameters of a frozen layer is an error: fused optimisers change no version."""
+    register_optimizer_step_pre_hook(_refuse_step)
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    names = {id(p): name for each in _there for _, name, p, *_ in each.parameters}
+    for group in optimizer.param_groups if names else ():
+        for p in group["params"]:
+            if id(p) in names and p.grad is not None:
+                raise RuntimeError(f"{names[id(p)]}: {UNFREEZE}")
 
 
 def frozen(module: torch.nn.Module) -> Frozen | None:
@@ -101,15 +118,17 @@ def freeze(model: M) -> M:
     """Promise that the weights of all our layers in a model stand still, for faster inference, in place.
 
     They are packed once. Until ``unfreeze`` it is an error to train such a layer, to load a state_dict into
-    it, to move it, and to call it after an operation of PyTorch has written to a parameter or put another in
-    its place, or where a gradient could be asked for. Writes that PyTorch does not see, through ``.data`` or
-    a NumPy view, are yours to leave alone.
+    it, to move it, to step an optimiser that has gradients for it, and to call it after an operation of
+    PyTorch has written to a parameter or put another in its place, or where a gradient could be asked for.
+    Writes that PyTorch does not count, through ``.data``, a NumPy view or ``torch._fused_sgd_`` and the like,
+    are yours to leave alone.
 
     Returns:
         The model.
 
     Raises:
-        RuntimeError: The kernels cannot run a layer, or it is in training mode. Nothing was changed.
+        RuntimeError: The kernels cannot run a layer, it is in training mode, or its parameters were made in
+            inference mode. Nothing was changed.
         ValueError: There is no layer of ours.
     """
     made: list[tuple[Any, Frozen]] = []
@@ -124,6 +143,12 @@ def freeze(model: M) -> M:
             reason = paths.unsupported(first.dtype, first.device, [w for each in weights for w in each])
             if reason is not None:
                 raise RuntimeError(f"{path}: the kernels cannot run it: {reason}")
+            for name, p in layer.named_parameters():
+                if p.is_inference():
+                    raise RuntimeError(
+                        f"{path}: {name} was made in torch.inference_mode(), of whose tensors PyTorch counts "
+                        "no changes; make the layer outside of it"
+                    )
             made.append((layer, Frozen(layer, weights)))
     if not any(True for _ in _layers(model)):
         raise ValueError("model: it has no layer of fusedrnn.torch; fusedrnn.torch.convert makes some")
@@ -139,5 +164,7 @@ def unfreeze(model: M) -> M:
         The model.
     """
     for _, layer in _layers(model):
-        layer.__dict__.pop("_fusedrnn_frozen", None)
+        found = layer.__dict__.pop("_fusedrnn_frozen", None)
+        if found is not None:
+            _there.discard(found)
     return model

@@ -410,7 +410,12 @@ def _tensor(name: str, value: Any) -> Tensor:
         value = listed(name, value)
         if isinstance(value, np.ndarray):  # a copy: a tensor of what is read-only warns
             value = np.array(value, np.int64 if value.dtype.kind in "iu" else value.dtype)
-    return torch.as_tensor(value, device="cpu")
+    try:
+        return torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: expected a tensor, an array or a list, got {type(value).__name__}"
+        ) from error
 
 
 class LSTM(ForgetBias, Recurrent, torch.nn.LSTM):
