@@ -88,23 +88,30 @@ def section(all_reports: dict[str, dict[str, Any]]) -> str:
 
 
 def pytorch_section(report: dict[str, Any]) -> str:
-    """The PyTorch layer beside PyTorch's: forward and backward, and with an optimiser step."""
-    rows = [
-        row for row in report["rows"] if row["kind"] in ("training", "update") and "torch" in row["libraries"]
-    ]
-    steps = {"training": "forward + backward", "update": "the same and Adam"}
+    """Whole training steps with our layer beside those with PyTorch's, and a single step beside its cell."""
     lines = [
-        f"LSTM, float32, time of `torch.nn.LSTM` divided by ours. {caption(report)}.",
+        "Training steps (forward, backward, Adam) of one LSTM layer, float32: time with `torch.nn.LSTM` "
+        f"divided by ours. {caption(report)}.",
         "",
-        "| T, B, I, H | | torch.nn ms | ours ms | ratio |",
-        "|---|---|---:|---:|---:|",
+        "| T, B, I, H | torch.nn ms | ours ms | ratio |",
+        "|---|---:|---:|---:|",
     ]
-    for row in rows:
-        ours, torch = row["libraries"]["fusedrnn"], row["libraries"]["torch"]
-        lines.append(
-            f"| {', '.join(map(str, row['shape']))} | {steps[row['kind']]} "
-            f"| {torch['ms']:.3g} | {ours['ms']:.3g} | **{torch['ratio']:.2f}** |"
-        )
+    for row in report["rows"]:
+        each = row["libraries"]
+        if row["kind"] == "update" and "torch" in each:
+            lines.append(
+                f"| {', '.join(map(str, row['shape']))} | {each['torch']['ms']:.3g} "
+                f"| {each['fusedrnn']['ms']:.3g} | **{each['torch']['ratio']:.2f}** |"
+            )
+    steps = [r for r in report["rows"] if r["kind"] == "step" and r["api"] == "cell" and r["cell"] == "lstm"]
+    for row in steps:
+        _, B, _, H = row["shape"]
+        ratio = row["libraries"]["torch-cell"]["ratio"]
+        lines += [
+            "",
+            f"A single step in inference with B = {B}, H = {H}, beside `torch.nn.LSTMCell`: {ratio:.2f}; "
+            "[with frozen weights](docs/speed.md) it is faster than PyTorch's.",
+        ]
     return "\n".join(lines)
 
 

@@ -361,3 +361,14 @@ def test_numba_says_how_long_it_compiles():
 
     first, cached = map(float, re.findall(r"([\d.]+) s", numba_start("rnn", "float32")))
     assert 0 < cached < first
+
+
+@pytest.mark.parametrize(
+    ("rows", "peer"), [({"ragged": True}, "torch-packed"), ({"resets": 0.2}, "torch-masked")], ids=str
+)
+def test_training_steps_of_ragged_rows_and_resets(rows, peer):
+    """Their losses are compared with those of a variant of PyTorch's that can do the same."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    case = Case(LSTM(), Shape(6, 5, 3, 17), "update", api="layer", **rows)
+    row = runner.run_case(case, "float32", "cpu", [peer], 1, True)
+    assert row["libraries"].keys() == {runner.OURS, runner.FULL, peer}
