@@ -180,6 +180,16 @@ def test_what_cannot_be_frozen():
             ft.freeze(layer)
 
 
+def test_where_one_layer_cannot_be_frozen_none_is():
+    first = ft.LSTM(2, 3).eval()
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match=r"^1: the kernels cannot run it") as held:
+        ft.freeze(torch.nn.ModuleList([first, ft.LSTM(2, 3, proj_size=2).eval()]))
+    first(torch.randn(4, 1, 2))[0].sum().backward()
+    optimizer.step()  # while the error, which knows what was made, is still there
+    assert held.value is not None
+
+
 def test_layers_that_share_parameters_and_layer_norm():
     first, second = ft.LSTM(H, H, layer_norm=True).eval(), ft.LSTM(H, H, layer_norm=True).eval()
     second.weight_hh_l0 = first.weight_hh_l0

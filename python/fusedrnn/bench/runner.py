@@ -29,7 +29,7 @@ def truth(case: Case, dtype: str, threads: int) -> Results:
     """What all are compared with: the same numbers in float64, by the reference."""
     data = problems.astype(problems.make(case, dtype), np.float64)
     if case.kind == "update":  # of which there is none without PyTorch
-        peers = (registry.PEERS[name] for name in ("torch", "torch-packed", "torch-masked"))
+        peers = (registry.PEERS[name] for name in torch_variants(registry.PEERS))
         return next(peer for peer in peers if peer.refuses(case, dtype) is None)(data, threads).results()
     return Native(data, "reference").results()
 

@@ -1,4 +1,4 @@
-"""``freeze``: layers whose weights stand still are packed once; no call looks at them."""
+"""``freeze``: layers whose weights stand still are packed once; no call packs them again."""
 
 from __future__ import annotations
 
@@ -40,8 +40,6 @@ class Frozen:
             for name, p in owner._parameters.items()
             if p is not None
         ]
-        _there.add(self)
-        _watch_optimizers()
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -154,6 +152,8 @@ def freeze(model: M) -> M:
         raise ValueError("model: it has no layer of fusedrnn.torch; fusedrnn.torch.convert makes some")
     for layer, found in made:
         layer.__dict__["_fusedrnn_frozen"] = found
+        _there.add(found)
+    _watch_optimizers()
     return model
 
 
