@@ -35,8 +35,10 @@ def in_a_fork(session, number):
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
                 if session.testsfailed:
                     break
-            skipped = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped")
-            code = 1 if session.testsfailed else 3 if skipped else 0
+            reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+            code = 1 if session.testsfailed else 3 if reporter.stats.get("skipped") else 0
+            if code == 1 and number == 0:
+                reporter.summary_failures()
         finally:
             os._exit(code)
     end = time.monotonic() + LIMIT

@@ -384,7 +384,12 @@ MUTANTS = [
         ";",
     ),
     Mutant("dropout: not scaled", RUN, "1 / (1 - r.recurrent_dropout)", "1"),
-    Mutant("zoneout: evaluation by the rate", RUN, "false, 0, 1 - rate", "false, 0, rate"),
+    Mutant(
+        "zoneout: evaluation by the rate",
+        RUN,
+        "MaskRule{true, false, 0, 1 - rate}",
+        "MaskRule{true, false, 0, rate}",
+    ),
     # weights, products, sizes
     Mutant(
         "pack: gates in the wrong order",
