@@ -23,7 +23,8 @@ settings.load_profile("fusedrnn")
 
 # Tests import from each other and from tests/support, in child processes too.
 FOLDERS = [
-    str(Path(__file__).parent / "tests" / name) for name in ("support", "core", "cpu", "cuda", "torch")
+    str(Path(__file__).parent / "tests" / name)
+    for name in ("support", "core", "cpu", "cells", "cuda", "torch")
 ]
 sys.path[:0] = FOLDERS
 os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

@@ -23,7 +23,7 @@ import pytest
 from array_calls import Arrays
 from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
-from fusedrnn.cells import GRU, LSTM, RNN, gru, layer_norm, lstm, rnn
+from fusedrnn.cells import GRU, LSTM, RNN, evaluation
 from problems import (
     CELLS,
     OPTIONS,
@@ -87,23 +87,28 @@ def disturbed(eps, seed):
     rng = np.random.default_rng(seed)
 
     def off(f):
-        return lambda x, *more: f(x, *more) * (1 + eps * rng.choice([-1, 1], np.shape(x)).astype(x.dtype))
+        def disturbed(*args):
+            y = f(*args)
+            return y * (1 + eps * rng.choice([-1, 1], np.shape(y)).astype(y.dtype))
 
-    activations = {
-        rnn: ("tanh", "relu", "relu_backward"),
-        lstm: ("tanh", "sigmoid"),
-        gru: ("tanh", "sigmoid"),
-    }
-    forward, backward = layer_norm.forward, off(layer_norm.backward)
-    norms = {
-        "forward": lambda v: forward(v)._replace(x=off(lambda v: forward(v).x)(v)),
-        "backward": lambda dx, normed: backward(off(np.copy)(dx), normed),
-    }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(layer_norm, **norms))
-        for module, functions in activations.items():
-            for f in functions:
-                stack.enter_context(mock.patch.object(module, f, off(getattr(module, f))))
+        return disturbed
+
+    def all_off(f):
+        return lambda *args: [off(np.copy)(y) for y in f(*args)]
+
+    def normalise(norm, values):
+        normed = right(norm, values)
+        return normed._replace(x=all_off(list)(normed.x))
+
+    def normalise_gradient(norm, normed, gradients):
+        return all_off(right_gradient)(norm, normed, all_off(list)(gradients))
+
+    right, right_gradient = evaluation.normalise, evaluation.normalise_gradient
+    operations = {name: off(evaluation.OPERATIONS[name]) for name in ("tanh", "sigmoid", "relu", "where")}
+    with (
+        mock.patch.dict(evaluation.OPERATIONS, operations),
+        mock.patch.multiple(evaluation, normalise=normalise, normalise_gradient=normalise_gradient),
+    ):
         yield
 
 

@@ -1,15 +1,14 @@
 """The reference backend: whole sequences forward and backward in plain NumPy. It defines what is right.
 
 It takes float32, float64 and long double, and complex numbers for derivatives by a complex step. Written to
-be read: a list of steps in the order they run, a loop forward over it, a loop backward over it. What a step
-does to the gates is in ``fusedrnn.cells``; the derivation is in docs/bptt.md.
+be read: a list of steps in the order they run, a loop forward over it, a loop backward over it. What one step
+computes is in ``fusedrnn.cells.evaluation``; the derivation is in docs/bptt.md.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +17,8 @@ import numpy as np
 from fusedrnn import masks
 from fusedrnn.backends.arguments import ForwardArguments, check_backward, check_forward, check_weights
 from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, Rows, State, Weights
-from fusedrnn.cells import Cell, layer_norm
+from fusedrnn.cells import Cell
+from fusedrnn.cells.evaluation import Evaluation
 
 DTYPES = tuple(np.dtype(d) for d in "fdgFDG")
 
@@ -33,11 +33,10 @@ class Step(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a loop over steps leaves: the state before the first and after each, and what each step saved."""
+    """What a loop over steps leaves: the state before the first and after each, and the values of each."""
 
     states: list[State]
-    new: list[tuple[Array, ...]]  # what the cell made of each step's rows, before zoneout
-    saved: list[tuple[_Parts, tuple[Array, ...]]]
+    steps: list[Evaluation]
 
 
 @dataclass(frozen=True)
@@ -134,122 +133,54 @@ class ReferenceBackend:
         ]  # of each state, what comes in at every step
         chain = _filled(a, b.dstateT)  # gradient of the state that came out of the step at hand
         dx = np.zeros(a.x.shape, a.x.dtype) if "x" in b.need else None
-        dweights = Weights(
-            *(np.zeros_like(w) if name in b.need else None for name, w in a.weights._asdict().items())
-        )
+        dweights = {n: np.zeros_like(w) for n, w in a.weights._asdict().items() if n in b.need}
         with np.errstate(all="ignore"):
             for chunk, kept in zip(reversed(tape.chunks), reversed(tape.kept), strict=True):
-                states, new, saved = kept if isinstance(kept, Run) else _run(a, chunk, kept)
-                for k in reversed(range(len(chunk))):
-                    step = chunk[k]
+                run = kept if isinstance(kept, Run) else _run(a, chunk, kept)
+                for step, values in zip(reversed(chunk), reversed(run.steps), strict=True):
                     t, rows = step.t, step.rows
                     dstate = tuple(
                         sum((d[t, rows] for d in ds), start=c[rows])
                         for c, ds in zip(chain, upstream, strict=True)
                     )
-                    before = _cleared(step, states[k])
-                    parts, gates = saved[k]
-                    norm = functools.partial(parts.norm_backward, dweights=dweights)
                     keeps = _keeps(a, step)
-                    dnew = _each(keeps, lambda keep, d: keep * d, dstate)
-                    dbefore, da_x, da_h = a.cell.step_backward(
-                        dnew, gates, before, new[k], parts.product, norm
-                    )
+                    dbefore = values.backward(_each(keeps, lambda keep, d: keep * d, dstate))
                     dbefore = _each(keeps, lambda keep, d, all_d: d + (1 - keep) * all_d, dbefore, dstate)
                     dbefore = _stopped(step, dbefore)
                     chain = tuple(_put(c, rows, d) for c, d in zip(chain, dbefore, strict=True))
-                    _add_bias_and_gain_gradients(dweights, parts, da_x, da_h)
-                    dproducts_x, dproducts_h = parts.products("ih", da_x), parts.products("hh", da_h)
-                    if dx is not None:
-                        dx[t, rows] = np.concatenate(dproducts_x, axis=-1) @ a.weights.weight_ih
-                    operands = [
-                        (first, last, parts.dropped(v))
-                        for first, last, v in a.cell.operands(gates, before[0])
-                    ]
-                    _add_weight_gradients(dweights, a.x[t, rows], operands, dproducts_x, dproducts_h)
-        return Gradients(dx, dweights, chain if "state0" in b.need else None)
+                    _add_gradients(values, dweights, None if dx is None else dx[t], rows)
+        all_weights = Weights(*map(dweights.get, Weights._fields))
+        return Gradients(dx, all_weights, chain if "state0" in b.need else None)
 
 
-class _Parts:
-    """The products of one step with the weights, with layer norm each normalised; recurrent dropout.
+def _add_gradients(step: Evaluation, dweights: dict[str, Array], dx: Array | None, rows: Any) -> None:
+    """Add one step's part to the gradients that are wanted: of weights by name, and dx (B, I)."""
+    H = step.shape[1]
 
-    What is normalised is remembered for the way back, where gradients of the gates come in and lead through
-    the norms to those of the products.
-    """
+    def add(parameter: str, block: int, part: Array) -> None:
+        dweights[parameter][block * H : (block + 1) * H] += part
 
-    def __init__(self, a: ForwardArguments, step: Step) -> None:
-        self.cell, self.weights, self.H = a.cell, a.weights, a.sizes.H
-        self.mask = None  # (rows, H)
-        r = a.regularization
-        if r is not None and r.seed is not None and r.recurrent_dropout:
-            rate = r.recurrent_dropout
-            kept = masks.keep(rate, "recurrent_dropout", r.seed, r.stream, 0, _numbers(a, step), self.H)
-            self.mask = np.where(kept, 1 / (1 - rate) if rate < 1 else 0, 0).astype(a.x.dtype)
-        self.normed: dict[tuple[str, int], layer_norm.Normed] = {}  # by part, "ih" or "hh", and first gate
-        self.c: layer_norm.Normed
+    for side, weight, bias, operand, d in step.products():
+        if f"weight_{side}" in dweights:
+            add(f"weight_{side}", weight, d.T @ step.operand(operand))
+        if bias is not None and f"bias_{side}" in dweights:
+            add(f"bias_{side}", bias, d.sum(axis=0))
+        if side == "ih" and dx is not None:
+            dx[rows] += d @ step.block("weight_ih", weight)
+    for vector, found in step.cell.gradient.vectors.items():
+        parameter, block = vector.attribute
+        if parameter in dweights:
+            add(parameter, block, step.of(found).sum(axis=0))
 
-    def input(self, x: Array) -> list[Array]:
-        """weight_ih x + bias_ih, one array for each gate."""
-        return self._gates("ih", x, 0, self.cell.gates)
 
-    def hidden(self, v: Array, first: int, last: int) -> list[Array]:
-        """weight_hh v + bias_hh, one array for each of the gates first..last-1."""
-        return self._gates("hh", self.dropped(v), first, last)
-
-    def dropped(self, v: Array) -> Array:
-        """v as weight_hh meets it, and the gradient of that as one of v."""
-        masked: Array = v if self.mask is None else v * self.mask
-        return masked
-
-    def norm(self, c: Array) -> Array:
-        """LN(c; gain_c) + bias_c."""
-        self.c = layer_norm.forward(c)
-        m: Array = self.weights.gain_c * self.c.x + self.weights.bias_c
-        return m
-
-    def product(self, da: Sequence[Array], first: int, last: int) -> Array:
-        """The way back through ``hidden``, summed over the gates."""
-        da = self.products("hh", da, first)
-        dv: Array = np.concatenate(da, axis=-1) @ self.weights.weight_hh[first * self.H : last * self.H]
-        return self.dropped(dv)
-
-    def norm_backward(self, dm: Array, dweights: Weights) -> Array:
-        """The way back through ``norm``; adds this step's part to the gradients of its weights."""
-        _add_to(dweights.gain_c, dm * self.c.x)
-        _add_to(dweights.bias_c, dm)
-        dc: Array = layer_norm.backward(dm * self.weights.gain_c, self.c)
-        return dc
-
-    def products(self, part: str, da: Sequence[Array], first: int = 0) -> Sequence[Array]:
-        """The gradients of the products ``weight v`` from those of the gates from ``first`` on."""
-        if not self.cell.layer_norm:
-            return da
-        found: list[Array] = []
-        for k, end in self._groups(first, first + len(da)):
-            gain = getattr(self.weights, f"gain_{part}")[k * self.H : end * self.H]
-            dx = np.concatenate(da[k - first : end - first], axis=-1) * gain
-            found += np.split(layer_norm.backward(dx, self.normed[part, k]), end - k, axis=-1)
-        return found
-
-    def normalised(self, part: str) -> Array:
-        """What a gain multiplied."""
-        return np.concatenate([self.normed[part, k].x for k, _ in self.cell.norms], axis=-1)
-
-    def _groups(self, first: int, last: int) -> list[tuple[int, int]]:
-        return [(k, end) for k, end in self.cell.norms if first <= k and end <= last]
-
-    def _gates(self, part: str, v: Array, first: int, last: int) -> list[Array]:
-        weight, bias = getattr(self.weights, f"weight_{part}"), getattr(self.weights, f"bias_{part}")
-        rows = slice(first * self.H, last * self.H)
-        a = v @ weight[rows].T
-        if self.cell.layer_norm:
-            for k, end in self._groups(first, last):
-                self.normed[part, k] = layer_norm.forward(a[:, (k - first) * self.H : (end - first) * self.H])
-            normed = [self.normed[part, k].x for k, _ in self._groups(first, last)]
-            a = np.concatenate(normed, axis=-1) * getattr(self.weights, f"gain_{part}")[rows]
-        if bias is not None:
-            a = a + bias[rows]
-        return np.split(a, last - first, axis=-1)
+def _dropout(a: ForwardArguments, step: Step) -> Array | None:
+    """(rows, H), what recurrent dropout multiplies operands with; None: nothing."""
+    r = a.regularization
+    if r is None or r.seed is None or not r.recurrent_dropout:
+        return None
+    rate = r.recurrent_dropout
+    kept = masks.keep(rate, "recurrent_dropout", r.seed, r.stream, 0, _numbers(a, step), a.sizes.H)
+    return np.where(kept, 1 / (1 - rate) if rate < 1 else 0, 0).astype(a.x.dtype)
 
 
 def _numbers(a: ForwardArguments, step: Step) -> Array:
@@ -288,17 +219,17 @@ def _each(
 
 def _run(a: ForwardArguments, steps: list[Step], state: State) -> Run:
     """Forward over some steps from a state."""
-    run = Run([state], [], [])
+    run = Run([state], [])
+    weights = a.weights._asdict()
     for step in steps:
-        parts = _Parts(a, step)
         before = _cleared(step, state)
-        ax = parts.input(a.x[step.t, step.rows])
-        new, gates = a.cell.step(ax, before, parts.hidden, parts.norm)
-        after = _each(_keeps(a, step), lambda keep, n, s: keep * n + (1 - keep) * s, new, before)
+        values = Evaluation(
+            a.cell.definition, weights, a.x[step.t, step.rows], before, dropout=_dropout(a, step)
+        )
+        after = _each(_keeps(a, step), lambda keep, n, s: keep * n + (1 - keep) * s, values.after, before)
         state = tuple(_put(s, step.rows, n) for s, n in zip(state, after, strict=True))
         run.states.append(state)
-        run.new.append(new)
-        run.saved.append((parts, gates))
+        run.steps.append(values)
     return run
 
 
@@ -366,37 +297,3 @@ def _stopped(step: Step, values: tuple[Array, ...]) -> tuple[Array, ...]:
 def _cleared(step: Step, state: State) -> tuple[Array, ...]:
     """The state that goes into the step, of its rows."""
     return _cut(step, tuple(s[step.rows] for s in state))
-
-
-def _add_weight_gradients(
-    dweights: Weights,
-    x: Array,
-    operands: list[tuple[int, int, Array]],
-    da_x: Sequence[Array],
-    da_h: Sequence[Array],
-) -> None:
-    """Add one step's part to those of the gradients of the matrices that are wanted (not None)."""
-    if dweights.weight_ih is not None:
-        dweights.weight_ih[...] += np.concatenate(da_x, axis=-1).T @ x
-    if dweights.weight_hh is not None:
-        H = dweights.weight_hh.shape[1]
-        for first, last, v in operands:
-            dweights.weight_hh[first * H : last * H] += np.concatenate(da_h[first:last], axis=-1).T @ v
-
-
-def _add_bias_and_gain_gradients(
-    dweights: Weights, parts: _Parts, da_x: Sequence[Array], da_h: Sequence[Array]
-) -> None:
-    """Add one step's part; the gradients are those of the gates, after any norm."""
-    ax, ah = np.concatenate(da_x, axis=-1), np.concatenate(da_h, axis=-1)
-    _add_to(dweights.bias_ih, ax)
-    _add_to(dweights.bias_hh, ah)
-    if parts.cell.layer_norm:
-        _add_to(dweights.gain_ih, ax * parts.normalised("ih"))
-        _add_to(dweights.gain_hh, ah * parts.normalised("hh"))
-
-
-def _add_to(sum_: Array | None, rows: Array) -> None:
-    """Add the sum over the rows, where it is wanted (not None)."""
-    if sum_ is not None:
-        sum_[...] += rows.sum(axis=0)

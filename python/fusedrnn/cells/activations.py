@@ -1,4 +1,4 @@
-"""The activations that the cells call: plain functions on NumPy scalars and arrays of every dtype.
+"""The operations of cells in NumPy: plain functions on scalars and arrays of every dtype.
 
 Real and complex alike, so that a derivative can be taken by a complex step; NaN goes through, nothing
 overflows.
@@ -7,6 +7,7 @@ The only constants are of float32, the narrowest dtype, so that no result is wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,3 +36,47 @@ def relu(x: Any) -> Any:
 def relu_backward(dy: Any, y: Any) -> Any:
     """Gradient through ``y = relu(x)``: dy where y is positive or NaN, else 0."""
     return np.where(y.real <= ZERO, ZERO, dy)
+
+
+def softplus(x: Any) -> Any:
+    """log(1 + exp(x)), with exp of -x or x, whichever cannot overflow."""
+    positive = x.real > ZERO
+    return np.where(positive, x, ZERO) + np.log1p(np.exp(np.where(positive, -x, x)))
+
+
+def absolute(x: Any) -> Any:
+    """x or -x, whichever has no negative real part."""
+    return np.where(x.real > ZERO, x, ZERO - x)
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The one with the larger real part, a of equal ones; NaN where one is."""
+    return np.where((a.real >= b.real) | np.isnan(a), a, b)
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The one with the smaller real part, a of equal ones; NaN where one is."""
+    return np.where((a.real <= b.real) | np.isnan(a), a, b)
+
+
+# By their names in a cell's graph.
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "neg": np.negative,
+    "tanh": tanh,
+    "sigmoid": sigmoid,
+    "exp": np.exp,
+    "log": np.log,
+    "sqrt": np.sqrt,
+    "softplus": softplus,
+    "relu": relu,
+    "absolute": absolute,
+    "maximum": maximum,
+    "minimum": minimum,
+    "where": np.where,
+    "greater": lambda a, b: a.real > b.real,
+    "greater_equal": lambda a, b: a.real >= b.real,
+}

@@ -17,11 +17,12 @@ write z for our 1 - z.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fusedrnn.cells import builtin
 from fusedrnn.cells.activations import ONE, sigmoid, tanh
+from fusedrnn.cells.definition import Definition
 
 
 def forward_after(ar: Any, az: Any, an: Any, q: Any, h_prev: Any) -> tuple[Any, Any, Any, Any, Any]:
@@ -87,49 +88,7 @@ class GRU:
         """What a step saves for backward beside its states."""
         return ("r", "z", "n", "q") if self.reset_after else ("r", "z", "n")
 
-    def step(
-        self,
-        ax: Sequence[Any],
-        state: tuple[Any, ...],
-        hidden: Callable[[Any, int, int], list[Any]],
-        norm: Callable[[Any], Any],
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """One step on whole gates; see ``fusedrnn.cells``."""
-        (h_prev,) = state
-        if self.reset_after:
-            ar, az, q = hidden(h_prev, 0, 3)
-            h, *saved = forward_after(ax[0] + ar, ax[1] + az, ax[2], q, h_prev)
-            return (h,), tuple(saved)
-        ar, az = hidden(h_prev, 0, 2)
-        r, z, rh = forward_before_gates(ax[0] + ar, ax[1] + az, h_prev)
-        (an,) = hidden(rh, 2, 3)
-        h, n = forward_before_output(ax[2] + an, z, h_prev)
-        return (h,), (r, z, n)
-
-    def step_backward(
-        self,
-        dstate: tuple[Any, ...],
-        saved: tuple[Any, ...],
-        before: tuple[Any, ...],
-        after: tuple[Any, ...],
-        product: Callable[[Sequence[Any], int, int], Any],
-        norm: Callable[[Any], Any],
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-        """One step back on whole gates; see ``fusedrnn.cells``."""
-        (dh,) = dstate
-        (h_prev,) = before
-        if self.reset_after:
-            r, z, n, q = saved
-            dar, daz, dan, dq, direct = backward_after(dh, r, z, n, q, h_prev)
-            return (product((dar, daz, dq), 0, 3) + direct,), (dar, daz, dan), (dar, daz, dq)
-        r, z, n = saved
-        daz, dan, direct = backward_before_output(dh, z, n, h_prev)
-        dar, direct = backward_before_gates(product((dan,), 2, 3), direct, r, h_prev)
-        da = (dar, daz, dan)
-        return (product((dar, daz), 0, 2) + direct,), da, da
-
-    def operands(self, saved: tuple[Any, ...], h_prev: Any) -> list[tuple[int, int, Any]]:
-        """What each run of gates multiplied with weight_hh; see ``fusedrnn.cells``."""
-        if self.reset_after:
-            return [(0, 3, h_prev)]
-        return [(0, 2, h_prev), (2, 3, saved[0] * h_prev)]
+    @property
+    def definition(self) -> Definition:
+        """The cell as one function."""
+        return builtin.gru.with_options(reset_after=self.reset_after, layer_norm=self.layer_norm)

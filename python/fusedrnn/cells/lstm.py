@@ -13,11 +13,12 @@ Source: Hochreiter and Schmidhuber 1997, forget gate by Gers et al. 2000; layout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fusedrnn.cells import builtin
 from fusedrnn.cells.activations import ONE, sigmoid, tanh
+from fusedrnn.cells.definition import Definition
 
 
 def forward(ai: Any, af: Any, ag: Any, ao: Any, c_prev: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
@@ -85,46 +86,7 @@ class LSTM:
         """What a step saves for backward beside its states."""
         return ("i", "f", "g", "o", "tanh(m)") if self.layer_norm else ("i", "f", "g", "o")
 
-    def step(
-        self,
-        ax: Sequence[Any],
-        state: tuple[Any, ...],
-        hidden: Callable[[Any, int, int], list[Any]],
-        norm: Callable[[Any], Any],
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """One step on whole gates; see ``fusedrnn.cells``."""
-        h_prev, c_prev = state
-        ai, af, ag, ao = (p + q for p, q in zip(ax, hidden(h_prev, 0, 4), strict=True))
-        if self.layer_norm:
-            c, *gates = forward_state(ai, af, ag, c_prev)
-            h, *output = forward_output(ao, norm(c))
-            return (h, c), (*gates, *output)
-        h, c, *saved = forward(ai, af, ag, ao, c_prev)
-        return (h, c), tuple(saved)
-
-    def step_backward(
-        self,
-        dstate: tuple[Any, ...],
-        saved: tuple[Any, ...],
-        before: tuple[Any, ...],
-        after: tuple[Any, ...],
-        product: Callable[[Sequence[Any], int, int], Any],
-        norm: Callable[[Any], Any],
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-        """One step back on whole gates; see ``fusedrnn.cells``."""
-        dh, dc = dstate
-        da: tuple[Any, ...]
-        if self.layer_norm:
-            i, f, g, o, u = saved
-            dao, dm = backward_output(dh, o, u)
-            dai, daf, dag, dc_prev = backward_state(dc + norm(dm), i, f, g, before[1])
-            da = (dai, daf, dag, dao)
-        else:
-            i, f, g, o = saved
-            *gates, dc_prev = backward(dh, dc, i, f, g, o, before[1], after[1])
-            da = tuple(gates)
-        return (product(da, 0, 4), dc_prev), da, da
-
-    def operands(self, saved: tuple[Any, ...], h_prev: Any) -> list[tuple[int, int, Any]]:
-        """What each run of gates multiplied with weight_hh; see ``fusedrnn.cells``."""
-        return [(0, 4, h_prev)]
+    @property
+    def definition(self) -> Definition:
+        """The cell as one function."""
+        return builtin.lstm.with_options(layer_norm=self.layer_norm)

@@ -9,11 +9,12 @@ Source: Elman, "Finding structure in time", 1990; layout and relu as in ``torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fusedrnn.cells import builtin
 from fusedrnn.cells.activations import ONE, relu, relu_backward, tanh
+from fusedrnn.cells.definition import Definition
 
 
 def forward_tanh(a: Any) -> Any:
@@ -56,32 +57,7 @@ class RNN:
         """What a step saves for backward beside its states."""
         return ()
 
-    def step(
-        self,
-        ax: Sequence[Any],
-        state: tuple[Any, ...],
-        hidden: Callable[[Any, int, int], list[Any]],
-        norm: Callable[[Any], Any],
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """One step on whole gates; see ``fusedrnn.cells``."""
-        (ah,) = hidden(state[0], 0, 1)
-        forward = forward_relu if self.relu else forward_tanh
-        return (forward(ax[0] + ah),), ()
-
-    def step_backward(
-        self,
-        dstate: tuple[Any, ...],
-        saved: tuple[Any, ...],
-        before: tuple[Any, ...],
-        after: tuple[Any, ...],
-        product: Callable[[Sequence[Any], int, int], Any],
-        norm: Callable[[Any], Any],
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-        """One step back on whole gates; see ``fusedrnn.cells``."""
-        backward = backward_relu if self.relu else backward_tanh
-        da = (backward(dstate[0], after[0]),)
-        return (product(da, 0, 1),), da, da
-
-    def operands(self, saved: tuple[Any, ...], h_prev: Any) -> list[tuple[int, int, Any]]:
-        """What each run of gates multiplied with weight_hh; see ``fusedrnn.cells``."""
-        return [(0, 1, h_prev)]
+    @property
+    def definition(self) -> Definition:
+        """The cell as one function."""
+        return builtin.rnn.with_options(relu=self.relu, layer_norm=self.layer_norm)

@@ -1,0 +1,43 @@
+"""The built-in cells.
+
+Their weights have the names, the order and the layout of PyTorch's. What is derived from each function,
+forward and backward, ``print(lstm)`` shows; docs/bptt.md has it beside the derivation by hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusedrnn.cells.definition import cell
+from fusedrnn.cells.symbols import relu as relu_of
+from fusedrnn.cells.symbols import sigmoid, tanh
+
+
+@cell
+def rnn(p: Any, x: Any, h: Any, *, relu: bool = False, layer_norm: bool = False) -> Any:
+    """Elman, "Finding structure in time", 1990; layout and relu as in ``torch.nn.RNN``."""
+    a = p.dense("a", x, h, layer_norm=layer_norm)
+    return relu_of(a) if relu else tanh(a)
+
+
+@cell
+def lstm(p: Any, x: Any, h: Any, c: Any, *, layer_norm: bool = False) -> Any:
+    """Hochreiter and Schmidhuber 1997, forget gate by Gers et al. 2000; layout as in ``torch.nn.LSTM``."""
+    i, f, g, o = p.dense("i f g o", x, h, layer_norm=layer_norm)
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    m = p.layer_norm("c", c) if layer_norm else c
+    return sigmoid(o) * tanh(m), c
+
+
+@cell
+def gru(p: Any, x: Any, h: Any, *, reset_after: bool = True, layer_norm: bool = False) -> Any:
+    """r after its product as in ``torch.nn.GRU`` and cuDNN; before it by Cho et al. 2014, equations 5 to 8.
+
+    Chung et al. 2014 write z for our 1 - z.
+    """
+    r, z = sigmoid(p.dense("r z", x, h, layer_norm=layer_norm))
+    if reset_after:
+        n = tanh(p.dense("n", x, layer_norm=layer_norm) + r * p.dense("n", h, layer_norm=layer_norm))
+    else:
+        n = tanh(p.dense("n", x, r * h, layer_norm=layer_norm))
+    return n + z * (h - n)

@@ -1,0 +1,135 @@
+"""A cell: a Python function of a few lines, and everything that is derived from it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+from fusedrnn.cells import fusion, saved, text
+from fusedrnn.cells.fusion import Operation
+from fusedrnn.cells.gradient import Gradient, derive
+from fusedrnn.cells.graph import Node, reach
+from fusedrnn.cells.rounds import rounds
+from fusedrnn.cells.trace import Trace, trace
+
+
+class Definition:
+    """A cell as one function defines it, with its options; made by ``cell``.
+
+    Two are equal if function and options are. Nothing is derived before it is asked for.
+    """
+
+    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> None:
+        self.function = function
+        self.__name__, self.__doc__, self.__module__ = (
+            function.__name__,
+            function.__doc__,
+            function.__module__,
+        )
+        self.__qualname__ = function.__qualname__
+        parameters = inspect.signature(function).parameters.values()
+        known = {
+            a.name: a.default for a in parameters if a.kind == a.KEYWORD_ONLY and a.default is not a.empty
+        }
+        for name in options or {}:
+            if name not in known:
+                expected = ", ".join(known) or "none"
+                raise TypeError(f"{self.__name__}: unknown option {name!r}; its options: {expected}")
+        self.options = known | dict(options or {})
+
+    def with_options(self, **options: Any) -> Definition:
+        """This cell with other values of some options: keyword arguments with a default."""
+        return variant(self.function, tuple((self.options | options).items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Definition) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.function, tuple(self.options.items())
+
+    @cached_property
+    def trace(self) -> Trace:
+        """What one step computes."""
+        return trace(self.function, self.options)
+
+    @cached_property
+    def gradient(self) -> Gradient:
+        """What one step of backward computes."""
+        return derive(self.trace)
+
+    @cached_property
+    def forward_nodes(self) -> list[Node]:
+        """The values of a step, each after those that it is computed from."""
+        return reach(self.trace.after.values())
+
+    @cached_property
+    def backward_nodes(self) -> list[Node]:
+        """The values of a step of backward that forward does not compute, in the same order."""
+        forward = set(self.forward_nodes)
+        return [n for n in reach(self.gradient.outputs) if n not in forward]
+
+    @cached_property
+    def fused(self) -> dict[Node, Node]:
+        """Of each sum that is computed with a product as one FMA, the product."""
+        forward, backward = self.forward_nodes, self.backward_nodes
+        # What needs no product of a matrix is made beside what does: in the first round.
+        first = {n: max(r, 1) for n, r in rounds(forward).items()}
+        found = fusion.fusions(forward, self.trace.after.values(), first)
+        return found | fusion.fusions(backward, self.gradient.outputs, rounds(backward, known=forward))
+
+    @cached_property
+    def saved(self) -> list[Node]:
+        """The values that forward saves for backward, beside the states."""
+        return saved.choose(self.trace, self.gradient, set(self.fused.values()))
+
+    @cached_property
+    def forward(self) -> list[Operation]:
+        """The operations of a step."""
+        t = self.trace
+        known = [*t.states.values(), *t.scalars.values(), t.x]
+        return fusion.lower(t.after.values(), known, self.fused)
+
+    @cached_property
+    def backward(self) -> list[Operation]:
+        """The operations of a step of backward, from the states before and after and the saved values."""
+        t, gradient = self.trace, self.gradient
+        known = [*t.states.values(), *t.after.values(), *t.scalars.values(), t.x, *self.saved]
+        return fusion.lower(gradient.outputs, [*known, *gradient.upstream.values()], self.fused)
+
+    def __str__(self) -> str:
+        return text.describe(self)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{self.__name__}({options})"
+
+
+def cell(function: Callable[..., Any]) -> Definition:
+    """Make a cell of a function of the parameters ``p``, the input ``x`` and each state.
+
+    ::
+
+        @cell
+        def lstm(p, x, h, c):
+            i, f, g, o = p.dense("i f g o", x, h)
+            c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+            return sigmoid(o) * tanh(c), c
+
+    The function returns the new states in the order of its arguments; the first is the output. It is run
+    once, on symbols. A state may have a default, the number it starts from (else 0). Keyword-only arguments
+    with a default are options; those without one are numbers of each row and step, such as the time since
+    the step before.
+    """
+    return Definition(function)
+
+
+@functools.cache
+def variant(function: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Definition:
+    """The cell with these options: each is derived once."""
+    return Definition(function, dict(options))

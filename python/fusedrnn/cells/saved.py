@@ -1,0 +1,116 @@
+"""Which values forward saves for backward, and which backward makes again: a minimum cut.
+
+Every value that backward reads is saved, or made again of values that are there; states are always there.
+That costs ``SAVE`` for each saved value, and for each one made again the cost of its operation. The costs are
+about what a processor core needs for a vector. They decide what a tape holds, so they do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable
+
+from fusedrnn.cells.gradient import Gradient
+from fusedrnn.cells.graph import UNIT, Node, reach
+from fusedrnn.cells.trace import Trace
+
+SAVE = 14  # a store in forward and a load in backward
+COST = dict.fromkeys(("tanh", "sigmoid", "exp", "log", "softplus"), 10) | {"div": 4, "sqrt": 4}  # others: 1
+IMPOSSIBLE = 10**6
+
+
+def choose(t: Trace, gradient: Gradient, fused: Container[Node]) -> list[Node]:
+    """The values to save, in the order in which forward makes them.
+
+    Args:
+        t: the cell.
+        gradient: what backward computes.
+        fused: the products that no operation computes by itself; they cost nothing and are never saved.
+    """
+    forward = reach(t.after.values())
+    there = {n for n in forward if n.op in ("state", "input", "constant")} | set(t.after.values())
+    wanted = _read_by_backward(gradient, set(forward))
+    wanted |= {a for n in forward if n.op == "dense" for a in n.args}  # for the gradients of the weights
+    cut = Cut()
+    for n in forward:
+        if n in there:
+            continue
+        # Parameters, row scalars and norms, which are of a row, are not saved for each unit.
+        save = SAVE if n.shape == UNIT and n.op != "item" and n not in fused else IMPOSSIBLE
+        make = IMPOSSIBLE if n.op == "dense" else COST.get(n.op, 1) if save == SAVE else 0
+        has, again = (n, "has"), (n, "made again")
+        cut.pay(save, has)
+        cut.pay(make - save, again)
+        cut.implies(again, has)
+        for a in n.args:
+            if a not in there:
+                cut.implies(again, (a, "has"))
+        if n in wanted:
+            cut.require(has)
+    chosen = cut.smallest()
+    return [n for n in forward if (n, "has") in chosen and (n, "made again") not in chosen]
+
+
+def _read_by_backward(gradient: Gradient, forward: set[Node]) -> set[Node]:
+    """The forward values among the arguments of what backward computes."""
+    found: set[Node] = set()
+    left, seen = list(gradient.outputs), set[Node]()
+    while left:
+        n = left.pop()
+        if n in forward:
+            found.add(n)
+        elif n not in seen:
+            seen.add(n)
+            left += n.args
+    return found
+
+
+class Cut:
+    """Choose from a set at the smallest price, as a minimum cut between SOURCE (chosen) and SINK (not)."""
+
+    SOURCE, SINK = "source", "sink"
+    MUST = 10**12
+
+    def __init__(self) -> None:
+        self._left: dict[Hashable, dict[Hashable, int]] = {self.SOURCE: {}, self.SINK: {}}
+
+    def pay(self, price: int, element: Hashable) -> None:
+        """The price of an element; below 0 it is a gain."""
+        if price < 0:
+            self._edge(self.SOURCE, element, -price)
+        else:
+            self._edge(element, self.SINK, price)
+
+    def require(self, element: Hashable) -> None:
+        """The element is chosen."""
+        self._edge(self.SOURCE, element, self.MUST)
+
+    def implies(self, a: Hashable, b: Hashable) -> None:
+        """If a is chosen, so is b."""
+        self._edge(a, b, self.MUST)
+
+    def _edge(self, a: Hashable, b: Hashable, capacity: int) -> None:
+        for u, v, c in ((a, b, capacity), (b, a, 0)):
+            edges = self._left.setdefault(u, {})
+            edges[v] = edges.get(v, 0) + c
+
+    def smallest(self) -> set[Hashable]:
+        """The chosen elements: what SOURCE still reaches when no more flow fits (Edmonds and Karp 1972)."""
+        while True:
+            before: dict[Hashable, Hashable] = {self.SOURCE: None}
+            queue: list[Hashable] = [self.SOURCE]
+            for a in queue:
+                for b, capacity in self._left[a].items():
+                    if capacity > 0 and b not in before:
+                        before[b] = a
+                        queue.append(b)
+            if self.SINK not in before:
+                return set(before)
+            path: list[tuple[Hashable, Hashable]] = []
+            end: Hashable = self.SINK
+            while end != self.SOURCE:
+                path.append((before[end], end))
+                end = before[end]
+            flow = min(self._left[a][b] for a, b in path)
+            for a, b in path:
+                self._left[a][b] -= flow
+                self._left[b][a] += flow

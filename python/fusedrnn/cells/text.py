@@ -1,0 +1,136 @@
+"""What was derived from a cell, to be read beside a paper: ``print(cell)``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from fusedrnn.cells.fusion import Operation
+from fusedrnn.cells.graph import Node, number
+from fusedrnn.cells.rounds import WAITS, rounds
+
+if TYPE_CHECKING:
+    from fusedrnn.cells.definition import Definition
+
+INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "greater": ">", "greater_equal": ">="}
+
+
+def describe(cell: Definition) -> str:
+    """Parameters, forward, saved values and backward, one line for each value that is used twice or is kept.
+
+    ``fma(a, b, c)`` is a * b + c and ``fnma(a, b, c)`` is c - a * b, rounded once. ``new h`` is the state
+    after the step, ``dh`` its gradient; backward ends with the gradients of all that forward reads.
+    """
+    t, gradient = cell.trace, cell.gradient
+    names = _Names(cell)
+    options = [f"{name}={value!r}" for name, value in cell.options.items()]
+    arguments = ["p", "x", *t.states, *(["*", *t.scalars] if t.scalars else [])]
+    lines = [f"{cell.__name__}({', '.join(arguments)})" + (f" with {', '.join(options)}" if options else "")]
+    lines += [f"  {parameter}: {' '.join(blocks)}" for parameter, blocks in t.blocks.items()]
+    kept = {*cell.saved, *t.after.values()}
+    lines += ["forward", *names.lines(cell.forward, kept)]
+    lines += ["saved", f"  {' '.join(names.of[n] for n in cell.saved) or 'nothing beside the states'}"]
+    lines += ["backward", *names.lines(cell.backward, set(gradient.outputs))]
+    for n, d in sorted(gradient.dense.items(), key=_id):
+        lines.append(f"  gradient of {names.product(n)}: {names.use(d)}")
+    for state in t.states:
+        parts = [names.use(g[state]) for g in (gradient.direct, gradient.chain) if state in g]
+        lines.append(f"  gradient of {state}: {' + '.join(parts) or '0'}")
+    for n, d in sorted(gradient.vectors.items(), key=_id):
+        lines.append(f"  gradient of {_vector(n)}: sum of {names.use(d)} over rows and steps")
+    for scalar, d in gradient.scalars.items():
+        lines.append(f"  gradient of {scalar}: sum of {names.use(d)} over units")
+    return "\n".join(lines)
+
+
+class _Names:
+    """Names for values: of what is used once, its expression."""
+
+    def __init__(self, cell: Definition) -> None:
+        t = cell.trace
+        self.of = {t.x: "x"} | {n: name for name, n in (t.states | t.scalars).items()}
+        self.of |= {n: f"d{name}" for name, n in cell.gradient.upstream.items()}
+        self.of |= {n: f"new {name}" for name, n in t.after.items() if n not in self.of}
+        self._gates = Counter(n.attribute.gate for n in cell.forward_nodes if n.op == "dense")
+        forward = cell.forward_nodes
+        self._rounds = rounds(forward) | rounds(cell.backward_nodes, known=forward)
+        self._count = 0
+
+    def lines(self, operations: list[Operation], kept: Iterable[Node]) -> list[str]:
+        """A line for each value that is kept or used more than once."""
+        kept = set(kept)
+        uses = Counter(a for operation in operations for a in operation.args)
+        found = []
+        self._inlined: dict[Node, Operation] = {}
+        for operation in operations:
+            n = operation.node
+            if n.op in ("constant", "vector"):
+                self.of[n] = self._expression(operation)
+            elif n in self.of or n in kept or uses[n] > 1 or n.op in WAITS:
+                words = self._expression(operation)
+                if n.op == "dense":
+                    self.product(n)
+                if n not in self.of:
+                    self._count += 1
+                    self.of[n] = f"v{self._count}"
+                late = f"    (round {self._rounds[n]})" if n.op in WAITS and self._rounds[n] > 1 else ""
+                found.append(f"  {self.of[n]} = {words}{late}")
+            else:
+                self._inlined[n] = operation
+        return found
+
+    def use(self, n: Node, within: str = "") -> str:
+        """A value where another one is computed from it, by this operation."""
+        if n in self.of:
+            return self.of[n]
+        words = self._expression(self._inlined[n])
+        return f"({words})" if within in (*INFIX, "neg") and self._inlined[n].op in INFIX else words
+
+    def product(self, n: Node) -> str:
+        """The name of a product: its gate, and with several of one gate their operands."""
+        if n not in self.of:
+            gate: str = n.attribute.gate
+            several = f"({', '.join(self.use(a) for a in n.args)})" if self._gates[gate] > 1 else ""
+            self.of[n] = gate + several
+        return self.of[n]
+
+    def _expression(self, operation: Operation) -> str:
+        n, op = operation.node, operation.op
+        if op == "constant":
+            return f"{number(n):g}"
+        if op == "vector":
+            return _vector(n)
+        if op == "dense":
+            return " + ".join(self._products(n))
+        args = [self.use(a, op) for a in operation.args]
+        if op == "transposed":
+            operand, products = n.attribute
+            return " + ".join(
+                f"weight_hh[{p.attribute.weights[p.args.index(operand)]}]^T {d}"
+                for p, d in zip(products, args, strict=True)
+            )
+        if op == "item":
+            return f"{args[0]}[{n.attribute}]"
+        if op in INFIX:
+            return f"{args[0]} {INFIX[op]} {args[1]}"
+        if op == "neg":
+            return f"-{args[0]}"
+        name = op.replace("normalise", f"{n.attribute.kind}_norm") if "normalise" in op else op
+        return f"{name}({', '.join(args)})"
+
+    def _products(self, n: Node) -> Iterable[str]:
+        for k, (operand, weight) in enumerate(zip(n.args, n.attribute.weights, strict=True)):
+            side = "ih" if operand.op == "input" else "hh"
+            yield f"weight_{side}[{weight}] {self.use(operand, 'neg')}"
+            if n.attribute.biases:
+                yield f"bias_{side}[{n.attribute.biases[k]}]"
+
+
+def _id(item: tuple[Node, Node]) -> int:
+    return item[0].id
+
+
+def _vector(n: Node) -> str:
+    parameter, block = n.attribute
+    return f"{parameter}[{block}]" if "_" in parameter else parameter

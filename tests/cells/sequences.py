@@ -1,0 +1,83 @@
+"""A sequence of steps of any cell in NumPy, forward and backward, and its derivatives by a complex step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusedrnn.cells.evaluation import Evaluation
+
+T, B, I, H = 3, 2, 3, 4
+
+
+def draw(cell, dtype, seed=0):
+    """-> weights, x, the states before and row scalars by name; what the loss weighs results with"""
+    rng = np.random.default_rng(seed)
+    t = cell.trace
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    weights = {}
+    for name, blocks in t.blocks.items():
+        columns = {"weight_ih": (I,), "weight_hh": (H,)}.get(name, ())
+        weights[name] = normal(len(blocks) * H, *columns) / 2 + (1 if t.begin.get(name) == 1 else 0)
+    found = {"weights": weights, "x": {"x": normal(T, B, I)}}
+    found["states"] = {s: np.abs(normal(B, H)) + 1 / 2 if t.start[s] else normal(B, H) for s in t.states}
+    found["scalars"] = {s: np.abs(normal(T, B, 1)) + 1 / 4 for s in t.scalars}
+    return found, normal(T, B, H), {s: normal(B, H) for s in t.states}
+
+
+def forward(cell, weights, x, states, scalars):
+    """-> the values of each step"""
+    steps, before = [], list(states.values())
+    for k in range(T):
+        steps.append(Evaluation(cell, weights, x["x"][k], before, {n: v[k] for n, v in scalars.items()}))
+        before = list(steps[-1].after)
+    return steps
+
+
+def loss(cell, arguments, dy, dlast):
+    """The sum over y of each step and over the last states, weighed."""
+    steps = forward(cell, **arguments)
+    last = sum((d * s).sum() for d, s in zip(dlast.values(), steps[-1].after, strict=True))
+    return last + sum((dy[k] * step.after[0]).sum() for k, step in enumerate(steps))
+
+
+def gradients(cell, arguments, dy, dlast):
+    """The gradients of the loss, shaped like the arguments."""
+    found = {group: {n: np.zeros_like(a) for n, a in d.items()} for group, d in arguments.items()}
+    steps, chain = forward(cell, **arguments), list(dlast.values())
+    for k in reversed(range(T)):
+        step = steps[k]
+        chain = list(step.backward([chain[0] + dy[k], *chain[1:]]))
+        for side, weight, bias, operand, d in step.products():
+            found["weights"][f"weight_{side}"][weight * H : (weight + 1) * H] += d.T @ step.operand(operand)
+            if bias is not None:
+                found["weights"][f"bias_{side}"][bias * H : (bias + 1) * H] += d.sum(0)
+            if side == "ih":
+                found["x"]["x"][k] += d @ step.block("weight_ih", weight)
+        for n, d in cell.gradient.vectors.items():
+            parameter, block = n.attribute
+            found["weights"][parameter][block * H : (block + 1) * H] += step.of(d).sum(0)
+        for name, d in cell.gradient.scalars.items():
+            found["scalars"][name][k] += step.of(d).sum(-1, keepdims=True)
+    found["states"] = dict(zip(arguments["states"], chain, strict=True))
+    return found
+
+
+def worst_error(cell, dtype, seed=0):
+    """The largest difference of any derivative from that by a complex step, relative to 1 + its size."""
+    arguments, dy, dlast = draw(cell, dtype, seed)
+    found = gradients(cell, arguments, dy, dlast)
+    step = dtype(1e-30)
+    worst = 0.0
+    for group, arrays in arguments.items():
+        for name, array in arrays.items():
+            for at in np.ndindex(array.shape):
+                moved = array.astype(np.result_type(dtype, np.complex64))
+                moved[at] += 1j * step
+                lifted = {**arguments, group: {**arrays, name: moved}}
+                exact = loss(cell, lifted, dy, dlast).imag / step
+                error = abs(exact - found[group][name][at]) / (1 + abs(exact))
+                worst = max(worst, float(error)) if np.isfinite(error) else np.inf
+    return worst
