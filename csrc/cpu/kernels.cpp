@@ -4,10 +4,8 @@
 // for a wide instruction set must never be linked into a call on a machine that lacks it.
 #include "cpu/kernels.h"
 
-#include "cells/gru.h"
-#include "cells/lstm.h"
+#include "cells/derived.h"
 #include "cells/regularized.h"
-#include "cells/rnn.h"
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/pack.h"

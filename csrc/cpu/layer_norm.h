@@ -108,8 +108,7 @@ void normed_row(const Loop& loop, Index i) {
       if (c_state) c.store(c_state + u, in_row);
     } else {
       const V before = Cell::reads_h_prev ? V::load(h_prev + u, in_row) : V::zero();
-      V saved[Cell::accumulators];
-      Maths::forward(p, before, saved, h);
+      Maths::forward(p, before, h);
       if constexpr (kRegularized<Cell>) {
         if constexpr (Maths::reads_h) h.store(candidate + u, in_row);
         h = loop.zoned(loop.rows.keep_h, i, u, h, before);

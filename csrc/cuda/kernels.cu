@@ -9,9 +9,7 @@
 // device.h first: it is what the others stand on.
 #include "cuda/device.h"
 
-#include "cells/gru.h"
-#include "cells/lstm.h"
-#include "cells/rnn.h"
+#include "cells/derived.h"
 #include "cuda/all_steps.h"
 #include "cuda/norm.h"
 

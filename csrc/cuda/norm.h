@@ -128,9 +128,9 @@ struct NormedForward {
       });
     } else {
       each_unit_of_row(H, [&](Index u) {
-        V p[A], saved[A], h;
+        V p[A], h;
         norm.parts(job.gain, job.bias, u, p);
-        Maths::forward(p, h_before(u), saved, h);
+        Maths::forward(p, h_before(u), h);
         if constexpr (kRegularized<Cell> && Maths::reads_h) candidates[u] = h.v;
         finish(u, T(S(unit(u).rules().zoned_h(t, h, h_before(u)).v)), T(0));
       });

@@ -171,7 +171,9 @@ def test_the_cache(compiled, tmp_path, monkeypatch):
     assert len(compiled) == 4
 
 
-@pytest.mark.parametrize("file", ["cuda/unit.h", "cells/lstm.h", "simd/math.h", "steps.h", "cuda/kernels.cu"])
+@pytest.mark.parametrize(
+    "file", ["cuda/unit.h", "cells/derived.h", "simd/math.h", "steps.h", "cuda/kernels.cu"]
+)
 def test_other_sources_are_compiled_again(compiled, tmp_path, monkeypatch, file):
     folder = tmp_path / "csrc"
     shutil.copytree(nvrtc.sources(), folder)
@@ -265,9 +267,7 @@ PROGRAM = """
 #define FUSEDRNN_LEVEL_CUDA
 #include "simd/inline.h"
 #include "cuda/device.h"
-#include "cells/gru.h"
-#include "cells/lstm.h"
-#include "cells/rnn.h"
+#include "cells/derived.h"
 #include "cuda/all_steps.h"
 #include "cuda/norm.h"
 using namespace fusedrnn;
