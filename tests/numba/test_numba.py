@@ -405,8 +405,8 @@ def test_float32_stays_float32(cell):
     from fusedrnn.backends import numba_kernels
 
     matrix = types.Array(types.float32, 2, "C")
-    for function, arguments in zip(numba_kernels._PARTS[cell], (7, 12), strict=True):
-        signature = (matrix,) * arguments
+    for part, function in numba_kernels.steps(cell, np.dtype("f4")).items():
+        signature = (matrix,) * (7 if part == "step" else 12)
         function.compile(signature)
         assert function.overloads[signature].signature.return_type == types.none
         code = function.inspect_llvm(signature)
@@ -431,9 +431,9 @@ def test_a_double_would_be_seen():
 # --- compiling, and being absent ---------------------------------------------------------------------------
 
 
-def python(code, **environment):
+def python(code, arguments=(), **environment):
     """What another process prints."""
-    command = [sys.executable, "-c", code]
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
@@ -455,6 +455,26 @@ print(sum(numba_kernels.forward_loop(RNN(), np.dtype("f4")).stats.cache_hits.val
 
 
 @needs_numba
+def test_cells_from_the_cache_beside_cells_compiled_here(tmp_path):
+    """Symbols of compiled code must differ: one process compiles the LSTM, the other only loads it."""
+    code = """
+import sys
+import numpy as np
+from fusedrnn.backends import get
+from fusedrnn.backends.protocol import Weights
+from fusedrnn.cells import GRU, LSTM
+for cell in {"lstm": [LSTM()], "both": [GRU(), LSTM()]}[sys.argv[1]]:
+    w = [np.linspace(-1, 1, cell.gates * n * m, dtype=np.float32) for n, m in ((7, 2), (7, 7))]
+    w = Weights(w[0].reshape(-1, 2), w[1].reshape(-1, 7))
+    print(get("numba").forward(cell, np.ones((3, 2, 2), np.float32), w, save=None).y.tobytes().hex())
+"""
+    lstm, both = (
+        python(code, arguments=[which], NUMBA_CACHE_DIR=str(tmp_path)).split() for which in ("lstm", "both")
+    )
+    assert both[1:] == lstm
+
+
+@needs_numba
 def test_the_cache_knows_the_cells_sources(monkeypatch):
     from fusedrnn.backends import numba_kernels
 
@@ -462,10 +482,9 @@ def test_the_cache_knows_the_cells_sources(monkeypatch):
     monkeypatch.setattr(numba_kernels, "njit", lambda *a, **k: lambda f: names.append(f.__qualname__))
     for source in ("one", "one", "two"):
         monkeypatch.setattr(numba_kernels.inspect, "getsource", lambda m, source=source: source)
-        numba_kernels._fingerprint.cache_clear()
         numba_kernels._for_cell("forward", LSTM(), np.dtype("f4"))
-    numba_kernels._fingerprint.cache_clear()
-    assert names[0] == names[1] != names[2]
+    one, again, two = (n for n in names if n.startswith("forward"))
+    assert one == again != two
 
 
 @needs_numba

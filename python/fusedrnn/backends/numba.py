@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,7 +36,8 @@ from fusedrnn.backends.protocol import (
     Unsupported,
     Weights,
 )
-from fusedrnn.cells import GRU, Cell
+from fusedrnn.cells import Cell
+from fusedrnn.cells.kernel import Kernel
 from fusedrnn.threads import get_num_threads
 
 NARROW = 16  # below this input size, dx is made of dot products
@@ -103,17 +104,13 @@ class NumbaBackend:
         checked, I, H = check_weights(cell, weights)
         if cell.layer_norm:
             raise Unsupported("layer_norm: is not supported by the numba backend; use cpu or reference")
-        G = cell.gates
-        x_gates = list(range(G))
-        bias_ih, bias_hh = (
-            np.zeros((G, H), checked.weight_ih.dtype) if b is None else b.reshape(G, H) for b in checked[2:4]
-        )
-        bias = bias_ih + bias_hh
-        if _reset_after(cell):
-            x_gates = [2, 0, 1]
-            bias = np.concatenate([bias_ih[2:], bias[:2], bias_hh[2:]])
-        ih = checked.weight_ih.reshape(G, H, I)[x_gates].reshape(G * H, I)
-        hh = checked.weight_hh.copy()
+        kernel = _kernels().kernel(cell)
+        bias = np.zeros((len(kernel.products), H), checked.weight_ih.dtype)
+        for name, k, block in _biases(kernel):
+            if (b := getattr(checked, name)) is not None:
+                bias[k] += b[block * H : (block + 1) * H]
+        ih = checked.weight_ih.reshape(-1, H, I)[kernel.input.blocks].reshape(-1, I)
+        hh = checked.weight_hh.reshape(-1, H, H)[_recurrent(kernel)].reshape(-1, H)
         return Packed(cell, checked, _transposed(ih), _transposed(hh), bias.reshape(-1), ih, hh)
 
     def forward(
@@ -167,7 +164,8 @@ class NumbaBackend:
             padded[:B] = s
         h0, c0 = initial[0], initial[1] if two else _nothing(B + 1, 0, dtype)
         h, c = np.empty((N, H), dtype), np.empty((N, H if two else 0), dtype)
-        keep = a.save is not None and cell.name != "rnn"
+        kernel = _kernels().kernel(cell)
+        keep = a.save is not None and bool(kernel.saved)
         groups = _groups(a, order)
         ahead = max(1, AHEAD // B) if B and len(groups) == 1 else 1
         gates = _nothing(N if keep else 0, len(packed.bias), dtype)
@@ -177,7 +175,7 @@ class NumbaBackend:
             scratch = gates if keep else np.empty((most * ahead, len(packed.bias)), dtype)
             loop(
                 scratch, h, c, a.x, order.rows, order.before, first, last, h0, c0,
-                packed.ih_t, packed.hh_t, packed.bias, _two_phases(cell), a.reverse, keep, ahead,
+                packed.ih_t, packed.hh_t, packed.bias, len(kernel.second) * H, a.reverse, keep, ahead,
             )  # fmt: skip
 
         _share(run, groups)
@@ -218,6 +216,7 @@ class NumbaBackend:
         dtype = a.x.dtype
         loop = _kernels().backward_loop(a.cell, dtype)
         two = "c" in a.cell.states
+        kernel = _kernels().kernel(a.cell)
 
         def steps(d: Array | None) -> Array:
             return _nothing(T * B, 0, dtype) if d is None else d.reshape(T * B, H)
@@ -250,14 +249,14 @@ class NumbaBackend:
                 dx, dih, dhh, dbias, dh, dc, *upstream, tape.gates, tape.h, tape.c,
                 a.x, order.rows, order.before, first, last, *tape.state0,
                 packed.ih_t if narrow else packed.ih, packed.hh,
-                narrow, _two_phases(a.cell), a.reverse, chunk,
+                narrow, len(kernel.second) * H, a.reverse, chunk,
             )  # fmt: skip
 
         _share(run, [(*group, *s) for group, s in zip(groups, sums, strict=True)])
         dih, dhh, dbias = (functools.reduce(np.add, parts) for parts in zip(*sums, strict=True))
         return Gradients(
             dx.reshape(T, B, I) if "x" in b.need else None,
-            _unpacked(a.cell, b.need, dih[:I], dhh[:H], dbias),
+            _unpacked(kernel, b.need, dih[:I], dhh[:H], dbias),
             ((dh, dc) if two else (dh,)) if "state0" in b.need else None,
         )
 
@@ -277,12 +276,16 @@ def _kernels() -> Any:
     return importlib.import_module("fusedrnn.backends.numba_kernels")
 
 
-def _reset_after(cell: Cell) -> bool:
-    return isinstance(cell, GRU) and cell.reset_after
+def _recurrent(kernel: Kernel) -> list[int]:
+    """The blocks of weight_hh in the order of the accumulators that they feed."""
+    return [*kernel.recurrent.blocks, *kernel.recurrent2.blocks]
 
 
-def _two_phases(cell: Cell) -> bool:
-    return isinstance(cell, GRU) and not cell.reset_after
+def _biases(kernel: Kernel) -> Iterator[tuple[str, int, int]]:
+    """Each block of a bias and the accumulator that it is added to: parameter, accumulator, block."""
+    for k, n in enumerate(kernel.products):
+        for operand, block in zip(n.args, n.attribute.biases, strict=True):
+            yield "bias_ih" if operand.op == "input" else "bias_hh", k, block
 
 
 def _nothing(rows: int, columns: int, dtype: np.dtype[Any]) -> Array:
@@ -377,19 +380,22 @@ def _at(values: Array, initial: Array, positions: Array) -> Array:
     return out
 
 
-def _unpacked(cell: Cell, need: frozenset[str], dih_t: Array, dhh_t: Array, dbias: Array) -> Weights:
+def _unpacked(kernel: Kernel, need: frozenset[str], dih_t: Array, dhh_t: Array, dbias: Array) -> Weights:
     """The gradients of the weights, in the order of the weights."""
-    H = dhh_t.shape[1] // cell.gates
-
-    def rows(columns: Array, gates: tuple[int, ...]) -> Array:
-        return np.concatenate([columns[:, g * H : (g + 1) * H].T for g in gates])
-
-    after = _reset_after(cell)
-    natural = tuple(range(cell.gates))
-    x_gates = (1, 2, 0) if after else natural
-    return Weights(
-        rows(dih_t, x_gates) if "weight_ih" in need else None,
-        rows(dhh_t, natural) if "weight_hh" in need else None,
-        rows(dbias, x_gates)[:, 0] if "bias_ih" in need else None,
-        rows(dbias, (1, 2, 3) if after else natural)[:, 0] if "bias_hh" in need else None,
-    )
+    found: dict[str, Array] = {}
+    for name, columns, blocks in (
+        ("weight_ih", dih_t, kernel.input.blocks),
+        ("weight_hh", dhh_t, _recurrent(kernel)),
+    ):
+        if name in need:
+            found[name] = np.empty((columns.shape[1], columns.shape[0]), columns.dtype)
+            H = columns.shape[1] // len(blocks)
+            for k, block in enumerate(blocks):
+                found[name][block * H : (block + 1) * H] = columns[:, k * H : (k + 1) * H].T
+    H = dbias.shape[1] // len(kernel.products)
+    for name in need & {"bias_ih", "bias_hh"}:
+        found[name] = np.empty(len(kernel.cell.trace.blocks[name]) * H, dbias.dtype)
+    for name, k, block in _biases(kernel):
+        if name in found:
+            found[name][block * H : (block + 1) * H] = dbias[0, k * H : (k + 1) * H]
+    return Weights(*map(found.get, Weights._fields))

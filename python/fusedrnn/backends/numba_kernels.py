@@ -1,17 +1,16 @@
 """The kernels of the Numba backend. Imports Numba; ``fusedrnn.backends.numba`` imports it on first use.
 
-The formulas of a step are those of ``fusedrnn.cells``, compiled as they stand and inlined into loops over
-units; ``tanh`` and ``sigmoid`` get the polynomials of csrc/simd/math.h. The time loops below are written once
-and compiled for every cell and dtype. All arrays are of the dtype at hand, float32 or float64, and nothing in
-between is wider.
+A step of a cell is written by ``numba_steps``; ``tanh`` and ``sigmoid`` get the polynomials of
+csrc/simd/math.h. The time loops below are written once and compiled for every cell and dtype. All arrays are
+of the dtype at hand, float32 or float64, and nothing in between is wider.
 
 Only valid steps have a position: positions count them in order of (t, b), so that the rows of one t lie
 side by side. ``rows[p] = t*B + b``; ``before[p]`` is the position of the step before in running order, or
 -1-b where that is the initial state of row b, or -1-B where the state is cleared. Initial states have B+1
 rows, the last one of zeros. ``first[t]`` and ``last[t]`` bound the positions of t that a call works on.
 
-The columns of ``gates`` and of ``da`` are such that the input's part is the first G*H of them: RNN ``a``,
-LSTM ``i f g o``, GRU reset-before ``r z n``, GRU reset-after ``n r z q`` (the recurrent part is the last 3H).
+The columns of ``gates`` and of ``da`` are those of the cell's accumulators (``fusedrnn.cells.kernel``): those
+that x feeds come first, those that states feed last, among these that of a cell with two phases.
 What a cell, or a caller, does not need is an array of width 0, on which every loop is empty.
 """
 
@@ -29,7 +28,9 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-from fusedrnn.cells import GRU, LSTM, RNN, Cell, activations, gru, lstm, rnn
+from fusedrnn.backends import numba_steps
+from fusedrnn.cells import Cell, activations
+from fusedrnn.cells.kernel import Kernel
 
 # Contraction to FMA keeps NaN, infinities, signs and the order of sums; no other liberty is given.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}
@@ -222,35 +223,12 @@ def _relu(x: Any) -> Any:
     return relu
 
 
-def _relu_backward(dy: Any, y: Any) -> Any:
-    zero = np.dtype(y.name).type(0)
-
-    def relu_backward(dy: Any, y: Any) -> Any:
-        return zero if y <= zero else dy
-
-    return relu_backward
-
-
 for _plain, _compilable in (
     (activations.tanh, _tanh),
     (activations.sigmoid, _sigmoid),
     (activations.relu, _relu),
-    (activations.relu_backward, _relu_backward),
 ):
     overload(_plain, jit_options=INLINE)(_compilable)
-
-rnn_forward_tanh = _inlined(rnn.forward_tanh)
-rnn_backward_tanh = _inlined(rnn.backward_tanh)
-rnn_forward_relu = _inlined(rnn.forward_relu)
-rnn_backward_relu = _inlined(rnn.backward_relu)
-lstm_forward = _inlined(lstm.forward)
-lstm_backward = _inlined(lstm.backward)
-gru_forward_after = _inlined(gru.forward_after)
-gru_backward_after = _inlined(gru.backward_after)
-gru_forward_before_gates = _inlined(gru.forward_before_gates)
-gru_forward_before_output = _inlined(gru.forward_before_output)
-gru_backward_before_output = _inlined(gru.backward_before_output)
-gru_backward_before_gates = _inlined(gru.backward_before_gates)
 
 
 # ------------------------------------------------------------------------------------------------- products
@@ -384,200 +362,6 @@ def gather(out: Any, values: Any, initial: Any, before: Any) -> None:
         copy(out[i], values[p] if p >= 0 else initial[-1 - p])
 
 
-# ---------------------------------------------------------------------------------------------------- steps
-#
-# step(a, h_prev, c_prev, h, c, hh, rh): ``a`` holds input part and biases and becomes the saved gates.
-# back(da, dh, dc, a, h, c, h_prev, c_prev, dh_prev, dc_prev, hh, rh): dh_prev is also the direct part.
-# GRU reset-before leaves r * h_prev in rh, whose columns are those of h_prev.
-
-
-@_compiled
-def rnn_tanh_step(a: Any, h_prev: Any, c_prev: Any, h: Any, c: Any, hh: Any, rh: Any) -> None:
-    product(a, 0, h.shape[1], flat(h_prev), 0, h_prev.shape[1], 1, hh, 0)
-    for k in range(h.shape[0]):
-        ak = a[k]
-        hk = h[k]
-        for j in range(hk.shape[0]):
-            hk[j] = rnn_forward_tanh(ak[j])
-
-
-@_compiled
-def rnn_relu_step(a: Any, h_prev: Any, c_prev: Any, h: Any, c: Any, hh: Any, rh: Any) -> None:
-    product(a, 0, h.shape[1], flat(h_prev), 0, h_prev.shape[1], 1, hh, 0)
-    for k in range(h.shape[0]):
-        ak = a[k]
-        hk = h[k]
-        for j in range(hk.shape[0]):
-            hk[j] = rnn_forward_relu(ak[j])
-
-
-@_compiled
-def rnn_tanh_back(
-    da: Any, dh: Any, dc: Any, a: Any, h: Any, c: Any, h_prev: Any, c_prev: Any,
-    dh_prev: Any, dc_prev: Any, hh: Any, rh: Any,
-) -> None:  # fmt: skip
-    for k in range(h.shape[0]):
-        dak = da[k]
-        dhk = dh[k]
-        hk = h[k]
-        for j in range(hk.shape[0]):
-            dak[j] = rnn_backward_tanh(dhk[j], hk[j])
-    dh_prev[:] = 0
-    product(dh_prev, 0, h.shape[1], flat(da), 0, da.shape[1], 1, hh, 0)
-
-
-@_compiled
-def rnn_relu_back(
-    da: Any, dh: Any, dc: Any, a: Any, h: Any, c: Any, h_prev: Any, c_prev: Any,
-    dh_prev: Any, dc_prev: Any, hh: Any, rh: Any,
-) -> None:  # fmt: skip
-    for k in range(h.shape[0]):
-        dak = da[k]
-        dhk = dh[k]
-        hk = h[k]
-        for j in range(hk.shape[0]):
-            dak[j] = rnn_backward_relu(dhk[j], hk[j])
-    dh_prev[:] = 0
-    product(dh_prev, 0, h.shape[1], flat(da), 0, da.shape[1], 1, hh, 0)
-
-
-@_compiled
-def lstm_step(a: Any, h_prev: Any, c_prev: Any, h: Any, c: Any, hh: Any, rh: Any) -> None:
-    H = h.shape[1]
-    product(a, 0, 4 * H, flat(h_prev), 0, h_prev.shape[1], 1, hh, 0)
-    for k in range(h.shape[0]):
-        ai = a[k, :H]
-        af = a[k, H : 2 * H]
-        ag = a[k, 2 * H : 3 * H]
-        ao = a[k, 3 * H :]
-        c_prevk = c_prev[k]
-        hk = h[k]
-        ck = c[k]
-        for j in range(H):
-            hk[j], ck[j], ai[j], af[j], ag[j], ao[j] = lstm_forward(ai[j], af[j], ag[j], ao[j], c_prevk[j])
-
-
-@_compiled
-def lstm_back(
-    da: Any, dh: Any, dc: Any, a: Any, h: Any, c: Any, h_prev: Any, c_prev: Any,
-    dh_prev: Any, dc_prev: Any, hh: Any, rh: Any,
-) -> None:  # fmt: skip
-    H = h.shape[1]
-    for k in range(h.shape[0]):
-        i = a[k, :H]
-        f = a[k, H : 2 * H]
-        g = a[k, 2 * H : 3 * H]
-        o = a[k, 3 * H :]
-        dai = da[k, :H]
-        daf = da[k, H : 2 * H]
-        dag = da[k, 2 * H : 3 * H]
-        dao = da[k, 3 * H :]
-        ck = c[k]
-        c_prevk = c_prev[k]
-        dhk = dh[k]
-        dck = dc[k]
-        dc_prevk = dc_prev[k]
-        for j in range(H):
-            dai[j], daf[j], dag[j], dao[j], dc_prevk[j] = lstm_backward(
-                dhk[j], dck[j], i[j], f[j], g[j], o[j], c_prevk[j], ck[j]
-            )
-    dh_prev[:] = 0
-    product(dh_prev, 0, H, flat(da), 0, da.shape[1], 1, hh, 0)
-
-
-@_compiled
-def gru_after_step(a: Any, h_prev: Any, c_prev: Any, h: Any, c: Any, hh: Any, rh: Any) -> None:
-    H = h.shape[1]
-    product(a, H, 3 * H, flat(h_prev), 0, h_prev.shape[1], 1, hh, 0)
-    for k in range(h.shape[0]):
-        n = a[k, :H]
-        r = a[k, H : 2 * H]
-        z = a[k, 2 * H : 3 * H]
-        q = a[k, 3 * H :]
-        h_prevk = h_prev[k]
-        hk = h[k]
-        for j in range(H):
-            hk[j], r[j], z[j], n[j], q[j] = gru_forward_after(r[j], z[j], n[j], q[j], h_prevk[j])
-
-
-@_compiled
-def gru_after_back(
-    da: Any, dh: Any, dc: Any, a: Any, h: Any, c: Any, h_prev: Any, c_prev: Any,
-    dh_prev: Any, dc_prev: Any, hh: Any, rh: Any,
-) -> None:  # fmt: skip
-    H = h.shape[1]
-    for k in range(h.shape[0]):
-        n = a[k, :H]
-        r = a[k, H : 2 * H]
-        z = a[k, 2 * H : 3 * H]
-        q = a[k, 3 * H :]
-        dan = da[k, :H]
-        dar = da[k, H : 2 * H]
-        daz = da[k, 2 * H : 3 * H]
-        dq = da[k, 3 * H :]
-        h_prevk = h_prev[k]
-        dhk = dh[k]
-        direct = dh_prev[k]
-        for j in range(H):
-            dar[j], daz[j], dan[j], dq[j], direct[j] = gru_backward_after(
-                dhk[j], r[j], z[j], n[j], q[j], h_prevk[j]
-            )
-    product(dh_prev, 0, H, flat(da), H, da.shape[1], 1, hh, 0)
-
-
-@_compiled
-def gru_before_step(a: Any, h_prev: Any, c_prev: Any, h: Any, c: Any, hh: Any, rh: Any) -> None:
-    H = h.shape[1]
-    product(a, 0, 2 * H, flat(h_prev), 0, h_prev.shape[1], 1, hh, 0)
-    for k in range(h.shape[0]):
-        r = a[k, :H]
-        z = a[k, H : 2 * H]
-        h_prevk = h_prev[k]
-        rhk = rh[k]
-        for j in range(H):
-            r[j], z[j], rhk[j] = gru_forward_before_gates(r[j], z[j], h_prevk[j])
-    product(a, 2 * H, H, flat(rh), 0, rh.shape[1], 1, hh, 2 * H)
-    for k in range(h.shape[0]):
-        z = a[k, H : 2 * H]
-        n = a[k, 2 * H :]
-        h_prevk = h_prev[k]
-        hk = h[k]
-        for j in range(H):
-            hk[j], n[j] = gru_forward_before_output(n[j], z[j], h_prevk[j])
-
-
-@_compiled
-def gru_before_back(
-    da: Any, dh: Any, dc: Any, a: Any, h: Any, c: Any, h_prev: Any, c_prev: Any,
-    dh_prev: Any, dc_prev: Any, hh: Any, rh: Any,
-) -> None:  # fmt: skip
-    H = h.shape[1]
-    for k in range(h.shape[0]):
-        z = a[k, H : 2 * H]
-        n = a[k, 2 * H :]
-        daz = da[k, H : 2 * H]
-        dan = da[k, 2 * H :]
-        h_prevk = h_prev[k]
-        dhk = dh[k]
-        direct = dh_prev[k]
-        for j in range(H):
-            daz[j], dan[j], direct[j] = gru_backward_before_output(dhk[j], z[j], n[j], h_prevk[j])
-    drh = dh  # no longer needed
-    drh[:] = 0
-    product(drh, 0, H, flat(da), 2 * H, da.shape[1], 1, hh[2 * H :], 0)
-    for k in range(h.shape[0]):
-        r = a[k, :H]
-        dar = da[k, :H]
-        h_prevk = h_prev[k]
-        rhk = rh[k]
-        drhk = drh[k]
-        direct = dh_prev[k]
-        for j in range(H):
-            rhk[j] = r[j] * h_prevk[j]
-            dar[j], direct[j] = gru_backward_before_gates(drhk[j], direct[j], r[j], h_prevk[j])
-    product(dh_prev, 0, H, flat(da), 0, da.shape[1], 1, hh[: 2 * H], 0)
-
-
 # ----------------------------------------------------------------------------------------------- time loops
 #
 # What does not depend on the cell is in functions of its own: they are compiled once for each dtype.
@@ -635,9 +419,12 @@ def downstream(chain: Any, prev: Any, before: Any, rows: Any, t: Any) -> None:
 @_compiled
 def leave(
     dx: Any, dih: Any, dhh: Any, dbias: Any, da: Any, h_prev: Any, rh: Any, x: Any, rows: Any, ih: Any,
-    narrow: Any, two_phases: Any,
+    narrow: Any, late: Any,
 ) -> None:  # fmt: skip
-    """A chunk of da goes into everything that is wanted; row p of it belongs to rows[p] of the sequence."""
+    """A chunk of da goes into everything that is wanted; row p of it belongs to rows[p] of the sequence.
+
+    ``late``: the columns of dhh that rh multiplies.
+    """
     m = rows.shape[0]
     if dx.shape[1] > 0:
         if narrow:
@@ -655,7 +442,7 @@ def leave(
         for p in range(m):
             copy(x_rows[p], x[rows[p] // x.shape[1], rows[p] % x.shape[1]])
         weight_gradient(dih, 0, dih.shape[1], x_rows, da, 0, tile)
-    direct = dhh.shape[1] // 3 * 2 if two_phases else dhh.shape[1]
+    direct = dhh.shape[1] - late
     offset = da.shape[1] - dhh.shape[1]
     weight_gradient(dhh, 0, direct, h_prev, da, offset, tile)
     weight_gradient(dhh, direct, dhh.shape[1] - direct, rh, da, offset + direct, tile)
@@ -669,7 +456,7 @@ back: Any = None
 
 def _forward_loop(
     gates: Any, h: Any, c: Any, x: Any, rows: Any, before: Any, first: Any, last: Any,
-    h0: Any, c0: Any, ih: Any, hh: Any, bias: Any, two_phases: Any, reverse: Any, keep: Any, ahead: Any,
+    h0: Any, c0: Any, ih: Any, hh: Any, bias: Any, late: Any, reverse: Any, keep: Any, ahead: Any,
 ) -> None:  # fmt: skip
     """Forward through time, for the positions first[t]..last[t]-1 of every t.
 
@@ -684,7 +471,7 @@ def _forward_loop(
     x_rows = np.zeros((most * ahead, ih.shape[0]), h.dtype)
     h_prev = np.zeros((most, hh.shape[0]), h.dtype)
     c_prev = np.empty((most, c.shape[1]), h.dtype)
-    rh = np.zeros((most if two_phases else 0, hh.shape[0]), h.dtype)
+    rh = np.zeros((most if late else 0, hh.shape[0]), h.dtype)
     base = 0
     for s in range(T):
         t = T - 1 - s if reverse else s
@@ -702,7 +489,7 @@ def _forward_loop(
 def _backward_loop(
     dx: Any, dih: Any, dhh: Any, dbias: Any, dh: Any, dc: Any, dy: Any, dh_steps: Any, dc_steps: Any,
     gates: Any, h: Any, c: Any, x: Any, rows: Any, before: Any, first: Any, last: Any,
-    h0: Any, c0: Any, ih: Any, hh: Any, narrow: Any, two_phases: Any, reverse: Any, chunk: Any,
+    h0: Any, c0: Any, ih: Any, hh: Any, narrow: Any, late: Any, reverse: Any, chunk: Any,
 ) -> None:  # fmt: skip
     """Backward through time, for the positions first[t]..last[t]-1 of every t.
 
@@ -719,7 +506,7 @@ def _backward_loop(
     size = max(chunk, most)
     da = np.empty((size, dbias.shape[1]), h.dtype)
     h_prev = np.zeros((size, max(h.shape[1], dhh.shape[0])), h.dtype)
-    rh = np.zeros((size, h_prev.shape[1] if two_phases else 0), h.dtype)
+    rh = np.zeros((size, h_prev.shape[1] if late else 0), h.dtype)
     c_prev = np.empty((most, c.shape[1]), h.dtype)
     dh_now = np.empty((most, h.shape[1]), h.dtype)
     dc_now = np.empty((most, c.shape[1]), h.dtype)
@@ -747,19 +534,18 @@ def _backward_loop(
         downstream(dc, dc_prev, before[lo:hi], rows[lo:hi], t)
         q += m
         if q + most > size or s == T - 1:
-            leave(dx, dih, dhh, dbias, da[:q], h_prev, rh, x, chunk_rows[:q], ih, narrow, two_phases)
+            leave(dx, dih, dhh, dbias, da[:q], h_prev, rh, x, chunk_rows[:q], ih, narrow, late)
             q = 0
 
 
 # ---------------------------------------------------------------------------------- compiling the time loops
 
-_PARTS: dict[Cell, tuple[Any, Any]] = {
-    RNN(): (rnn_tanh_step, rnn_tanh_back),
-    RNN(relu=True): (rnn_relu_step, rnn_relu_back),
-    LSTM(): (lstm_step, lstm_back),
-    GRU(): (gru_after_step, gru_after_back),
-    GRU(reset_after=False): (gru_before_step, gru_before_back),
-}
+
+@functools.cache
+def kernel(cell: Cell) -> Kernel:
+    """What is derived of a cell for its kernels."""
+    return Kernel(cell.definition)
+
 
 _lock = threading.Lock()
 _loops: dict[tuple[str, Cell, str], Any] = {}
@@ -783,12 +569,23 @@ def _loop(direction: str, cell: Cell, dtype: np.dtype[Any]) -> Any:
         return _loops[key]
 
 
+def steps(cell: Cell, dtype: np.dtype[Any]) -> dict[str, Any]:
+    """The functions ``step`` and ``back`` of a cell."""
+    functions: dict[str, Any] = {"product": product, "flat": flat, "number": dtype.type}
+    functions |= {name: getattr(activations, name) for name in ("tanh", "sigmoid", "relu")}
+    written = numba_steps.source(kernel(cell))
+    exec(compile(written, f"<{cell}>", "exec"), functions)
+    for name in ("step", "back"):
+        # Symbols of compiled code go by this name, also of code from Numba's cache: each cell needs its own.
+        functions[name].__qualname__ = f"{name}_{_fingerprint(written)}"
+    return {name: _compiled(functions[name]) for name in ("step", "back")}
+
+
 def _for_cell(direction: str, cell: Cell, dtype: np.dtype[Any]) -> Any:
     loop = _forward_loop if direction == "forward" else _backward_loop
-    parts = dict(zip(("step", "back"), _PARTS[cell], strict=True))
-    function = FunctionType(loop.__code__, {**loop.__globals__, **parts}, loop.__name__)
-    # Numba's cache goes by this name and sees changes of this file only; those of the cells are in the name.
-    function.__qualname__ = f"{direction}_{_PARTS[cell][0].py_func.__name__}_{_fingerprint()}"
+    function = FunctionType(loop.__code__, {**loop.__globals__, **steps(cell, dtype)}, loop.__name__)
+    # Numba's cache goes by this name, and sees changes of this file only.
+    function.__qualname__ = f"{direction}_{cell.name}_{_fingerprint(numba_steps.source(kernel(cell)))}"
     signature = _signature(direction, dtype)
     try:
         return njit(signature, cache=True, **OPTIONS)(function)
@@ -805,13 +602,11 @@ def _signature(direction: str, dtype: np.dtype[Any]) -> Any:
     integers = types.Array(types.int64, 1, "C")
     tape = (*[matrix] * 3, x, *[integers] * 4, *[matrix] * 4)
     if direction == "forward":
-        return types.void(*tape, vector, *[types.boolean] * 3, types.int64)
+        return types.void(*tape, vector, types.int64, *[types.boolean] * 2, types.int64)
     gradients = (*[matrix] * 6, *[given] * 3)
-    return types.void(*gradients, *tape, *[types.boolean] * 3, types.int64)
+    return types.void(*gradients, *tape, types.boolean, types.int64, types.boolean, types.int64)
 
 
-@functools.cache
-def _fingerprint() -> str:
-    """Of the sources of the cells."""
-    sources = "".join(inspect.getsource(module) for module in (activations, rnn, lstm, gru))
-    return hashlib.sha256(sources.encode()).hexdigest()[:16]
+def _fingerprint(written: str) -> str:
+    """Of a step, and of the functions that it calls."""
+    return hashlib.sha256((written + inspect.getsource(activations)).encode()).hexdigest()[:16]
