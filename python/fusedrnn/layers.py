@@ -17,13 +17,11 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fusedrnn import cells, cuda, npz
+from fusedrnn import cells, cuda, npz, unfused
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable, config
 from fusedrnn.backends.arguments import (
-    check_lengths,
     check_regularization,
-    check_reset,
     check_shape,
     check_whole,
 )
@@ -486,7 +484,7 @@ class Recurrent(Layer):
             masks = [self.to_device(np.where(keep, scale, 0).astype(self.dtype)) for keep in keeps]
         if self.fused:
             return self._fused(x, begin, lengths, reset, return_states, detach_every, masks)
-        return self._unfused(x, begin, lengths, reset, masks)
+        return unfused.run(self, x, begin, lengths, reset, masks)
 
     def _check_input(self, x: Variable, ndim: int) -> None:
         shape = x._data.shape
@@ -579,114 +577,10 @@ class Recurrent(Layer):
             weights[1] = as_variable(self.xp.zeros((rows, self.hidden_size), self.dtype))
         return names, weights
 
-    # Unfused: one node per operation
-
-    def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
-        """One step of one layer, spelled out; ``w`` holds the weights, transposed, or None."""
-        raise NotImplementedError(f"{type(self).__name__}.operations")
-
-    def _part(self, w: Mapping[str, Any], part: str, v: Variable, gates: slice = slice(None)) -> Variable:
-        """``weight v + bias``, of part "ih" or "hh", of some gates; with layer norm of the product."""
-        H, (first, last, _) = self.hidden_size, gates.indices(self.cell.gates)
-        weight, bias, gain = (w[f"{kind}_{part}"] for kind in ("weight", "bias", "gain"))
-        if gates != slice(None):
-            rows = slice(first * H, last * H)
-            weight = weight[:, rows]
-            bias, gain = (None if b is None else b[rows] for b in (bias, gain))
-        if not self.cell.layer_norm:
-            return F.linear(v, weight, bias)
-        a = F.linear(v, weight)
-        groups = [(k - first, end - first) for k, end in self.cell.norms if first <= k and end <= last]
-        a = F.concatenate([_normalised(a[:, k * H : end * H]) for k, end in groups], axis=1) * gain
-        return a if bias is None else a + bias
-
-    def _unfused(
-        self,
-        x: Variable,
-        begin: State | None,
-        lengths: Any,
-        reset: Any,
-        masks: list[Array] | None,
-    ) -> tuple[Variable, State, State]:
-        T, B, _ = x.shape
-        n, D = len(self.cell.states), 2 if self.bidirectional else 1
-        if T == 0:
-            raise ValueError("x has no time steps; fused=False needs at least one")
-        kind = cuda.kind(self.gpu)
-        reset = None if reset is None else check_reset(reset, T, B, kind)
-        active = None
-        inputs = [x[t] for t in range(T)]
-        if lengths is not None:
-            active = self.xp.arange(T)[:, np.newaxis] < self.to_device(check_lengths(lengths, T, B, kind))
-            # a NaN in the padding would come back in the gradients of the weights, as 0 * NaN
-            inputs = [F.where(active[t][:, np.newaxis], inputs[t], self._zero) for t in range(T)]
-        ends: list[State] = []
-        states: list[list[State]] = []  # of each layer and direction, step by step
-        for layer in range(self.num_layers):
-            if layer and masks is not None:
-                inputs = [y * mask for y, mask in zip(inputs, masks[layer - 1], strict=True)]
-            outputs: list[list[Variable]] = []
-            for direction in range(D):
-                k = layer * D + direction
-                first = self._first(begin, k, B)
-                ys, end, every = self._run(self.suffixes[k], inputs, first, active, reset, direction == 1)
-                outputs.append(ys)
-                ends.append(end)
-                states.append(every)
-            inputs = [F.concatenate(ys, axis=1) if D > 1 else ys[0] for ys in zip(*outputs, strict=True)]
-        y = F.stack(inputs)
-        steps = [tuple(F.stack([s[j] for s in every]) for j in range(n)) for every in states]
-        if len(self.suffixes) == 1:
-            return y, ends[0], steps[0]
-        ended, stepped = (tuple(F.stack([s[j] for s in part]) for j in range(n)) for part in (ends, steps))
-        return y, ended, stepped
-
-    def _first(self, begin: State | None, k: int, batch: int) -> State:
-        if begin is None:
-            return tuple(
-                as_variable(self.xp.zeros((batch, self.hidden_size), self.dtype)) for _ in self.cell.states
-            )
-        return begin if len(self.suffixes) == 1 else tuple(s[k] for s in begin)
-
-    def _run(
-        self,
-        suffix: str,
-        inputs: list[Variable],
-        state: State,
-        active: Array | None,
-        reset: Array | None,
-        reverse: bool,
-    ) -> tuple[list[Variable], State, list[State]]:
-        """One layer in one direction: its y at every step, the final state, the state after every step."""
-        names, weights = self._slots(suffix)
-        w: dict[str, Variable | None] = dict.fromkeys(Weights._fields)
-        w |= {name: p.T if p.ndim == 2 else p for name, p in zip(names, weights, strict=True)}
-        T = len(inputs)
-        ys: list[Any] = [None] * T
-        every: list[Any] = [None] * T
-        for t in reversed(range(T)) if reverse else range(T):
-            # a reset at t cuts between t-1 and t: in reverse that is met before step t-1
-            cut = reset[t] if reset is not None and not reverse else None
-            if reset is not None and reverse and t + 1 < T:
-                cut = reset[t + 1] if active is None else reset[t + 1] & active[t + 1]
-            if cut is not None:
-                if active is not None:
-                    cut = cut & active[t]
-                state = tuple(F.where(cut[:, np.newaxis], self._zero, s) for s in state)
-            after = self.operations(w, inputs[t], state)
-            if active is None:
-                ys[t], every[t], state = after[0], after, after
-            else:
-                row = active[t][:, np.newaxis]
-                ys[t] = F.where(row, after[0], self._zero)
-                # in the padding a state stands still, and no gradient comes in there
-                every[t] = tuple(F.where(row, a, s._data) for a, s in zip(after, state, strict=True))
-                state = tuple(F.where(row, a, s) for a, s in zip(after, state, strict=True))
-        return ys, state, every
-
-    @property
-    def _zero(self) -> Array:
-        return self.xp.zeros((), self.dtype)
+    def weights_of(self, suffix: str) -> dict[str, Variable | None]:
+        """The weights of one layer and direction by name; None of what it does not have."""
+        found: dict[str, Variable | None] = dict.fromkeys(Weights._fields)
+        return found | dict(zip(*self._slots(suffix), strict=True))
 
     # Sizes, start, files
 
@@ -774,10 +668,6 @@ class RNN(Recurrent):
     ) -> None:
         super().__init__(hidden_size, in_size, cell=cells.RNN(relu=relu), **options)
 
-    def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
-        a = self._part(w, "ih", x) + self._part(w, "hh", state[0])
-        return (F.relu(a) if self.cell.relu else F.tanh(a),)
-
 
 class LSTM(Recurrent):
     """Long short-term memory. See ``Recurrent`` for the arguments.
@@ -802,13 +692,6 @@ class LSTM(Recurrent):
             elif forget_bias:
                 raise ValueError(f"forget_bias is {forget_bias}, expected 0 in a layer with bias=False")
 
-    def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
-        h, c = state
-        ai, af, ag, ao = _gates(self._part(w, "ih", x) + self._part(w, "hh", h), 4)
-        c = F.sigmoid(af) * c + F.sigmoid(ai) * F.tanh(ag)
-        m = _normalised(c) * w["gain_c"] + w["bias_c"] if self.cell.layer_norm else c
-        return F.sigmoid(ao) * F.tanh(m), c
-
 
 class GRU(Recurrent):
     """Gated recurrent unit. See ``Recurrent`` for the arguments.
@@ -830,35 +713,10 @@ class GRU(Recurrent):
     def two_biases(self) -> bool:
         return self.cell.reset_after
 
-    def operations(self, w: Mapping[str, Any], x: Variable, state: State) -> State:
-        (h,) = state
-        xr, xz, xn = _gates(self._part(w, "ih", x), 3)
-        if self.cell.reset_after:
-            hr, hz, hn = _gates(self._part(w, "hh", h), 3)
-            r, z = F.sigmoid(xr + hr), F.sigmoid(xz + hz)
-            n = F.tanh(xn + r * hn)
-        else:
-            hr, hz = _gates(self._part(w, "hh", h, slice(2)), 2)
-            r, z = F.sigmoid(xr + hr), F.sigmoid(xz + hz)
-            n = F.tanh(xn + self._part(w, "hh", r * h, slice(2, 3)))
-        return ((1 - z) * n + z * h,)
-
 
 def _zeros_like(x: Any) -> Variable:
     data = as_variable(x)._data
     return as_variable(cuda.get_array_module(data).zeros_like(data))
-
-
-def _gates(a: Variable, count: int) -> tuple[Variable, ...]:
-    """The gates, side by side on the last axis."""
-    H = a.shape[-1] // count
-    return tuple(a[:, k * H : (k + 1) * H] for k in range(count))
-
-
-def _normalised(v: Variable) -> Variable:
-    """What a gain of layer norm multiplies, one operation after the other."""
-    d = v - v.sum(axis=1, keepdims=True) / v.shape[1]
-    return d / ((d * d).sum(axis=1, keepdims=True) / v.shape[1] + cells.layer_norm.EPSILON) ** 0.5
 
 
 def _draw(in_size: int, out_size: int, dtype: np.dtype[Any]) -> Array:

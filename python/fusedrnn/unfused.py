@@ -1,0 +1,195 @@
+"""A recurrent layer one operation after the other: a node of the graph for each, to read and to compare with.
+
+What a step computes is the cell's function (``fusedrnn.cells``), evaluated on Variables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fusedrnn import cuda
+from fusedrnn import functions as F
+from fusedrnn.autograd import Array, Variable, as_variable
+from fusedrnn.backends.arguments import check_lengths, check_reset
+from fusedrnn.cells.definition import Definition
+from fusedrnn.cells.graph import Node, number
+
+if TYPE_CHECKING:
+    from fusedrnn.layers import Recurrent
+
+State = tuple[Variable, ...]
+
+# By their names in a cell's graph. Conditions are arrays, without a gradient.
+OPERATIONS: dict[str, Any] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+    "tanh": F.tanh,
+    "sigmoid": F.sigmoid,
+    "exp": F.exp,
+    "log": F.log,
+    "sqrt": lambda a: a**0.5,
+    "relu": F.relu,
+    "where": F.where,
+    "greater": lambda a, b: _data(a) > _data(b),
+    "greater_equal": lambda a, b: _data(a) >= _data(b),
+}
+
+
+def step(cell: Definition, w: Mapping[str, Any], x: Variable, state: State) -> State:
+    """The states after one step.
+
+    Args:
+        cell: what is computed.
+        w: the weights by name, matrices transposed; None of what is not there.
+        x: (B, I), the step's input.
+        state: the states before, each (B, H).
+    """
+    H = state[0].shape[1]
+    values: dict[Node, Any] = {cell.trace.x: x, **dict(zip(cell.trace.states.values(), state, strict=True))}
+    products: dict[Node, Variable] = {}  # of each operand, with all that it multiplies
+
+    def rows(parameter: str, block: int) -> Any:
+        return w[parameter][block * H : (block + 1) * H]
+
+    def part(n: Node, k: int) -> Variable:
+        """The product with one operand, with its bias."""
+        operand, side = n.args[k], "ih" if n.args[k].op == "input" else "hh"
+        users = [m for m in cell.forward_nodes if m.op == "dense" and operand in m.args]
+        blocks = [m.attribute.weights[m.args.index(operand)] for m in users]
+        first = min(blocks)
+        if operand not in products:
+            columns = slice(first * H, (max(blocks) + 1) * H)
+            bias = w[f"bias_{side}"] if n.attribute.biases else None
+            bias = None if bias is None else bias[columns]
+            products[operand] = F.linear(values[operand], w[f"weight_{side}"][:, columns], bias)
+        column = (n.attribute.weights[k] - first) * H
+        return products[operand][:, column : column + H]
+
+    for n in cell.forward_nodes:
+        if n in values:
+            continue
+        args = [values[a] for a in n.args]
+        if n.op == "dense":
+            parts = [part(n, k) for k in range(len(args))]
+            values[n] = sum(parts[1:], start=parts[0])
+        elif n.op == "constant":
+            values[n] = number(n)
+        elif n.op == "vector":
+            values[n] = 0.0 if w[n.attribute[0]] is None else rows(*n.attribute)
+        elif n.op == "normalise":
+            values[n] = _normalised(n.attribute, args, H)
+        elif n.op == "item":
+            values[n] = args[0][n.attribute]
+        elif n.op in OPERATIONS:
+            values[n] = OPERATIONS[n.op](*args)
+        else:
+            raise NotImplementedError(f"{cell}: {n.op} has no unfused form; use fused=True")
+    return tuple(values[n] for n in cell.trace.after.values())
+
+
+def run(
+    layer: Recurrent,
+    x: Variable,
+    begin: State | None,
+    lengths: Any,
+    reset: Any,
+    masks: list[Array] | None,
+) -> tuple[Variable, State, State]:
+    """A sequence: y, the final states, the states of every step. ``masks``: of dropout between layers."""
+    T, B, _ = x.shape
+    n, D = len(layer.cell.states), 2 if layer.bidirectional else 1
+    if T == 0:
+        raise ValueError("x has no time steps; fused=False needs at least one")
+    kind = cuda.kind(layer.gpu)
+    reset = None if reset is None else check_reset(reset, T, B, kind)
+    active = None
+    inputs = [x[t] for t in range(T)]
+    if lengths is not None:
+        active = layer.xp.arange(T)[:, None] < layer.to_device(check_lengths(lengths, T, B, kind))
+        # a NaN in the padding would come back in the gradients of the weights, as 0 * NaN
+        inputs = [F.where(active[t][:, None], inputs[t], _zero(layer)) for t in range(T)]
+    ends: list[State] = []
+    states: list[list[State]] = []  # of each layer and direction, step by step
+    for k in range(layer.num_layers):
+        if k and masks is not None:
+            inputs = [y * mask for y, mask in zip(inputs, masks[k - 1], strict=True)]
+        outputs: list[list[Variable]] = []
+        for direction in range(D):
+            slot = k * D + direction
+            first = _first(layer, begin, slot, B)
+            ys, end, every = _through_time(layer, slot, inputs, first, active, reset, direction == 1)
+            outputs.append(ys)
+            ends.append(end)
+            states.append(every)
+        inputs = [F.concatenate(ys, axis=1) if D > 1 else ys[0] for ys in zip(*outputs, strict=True)]
+    y = F.stack(inputs)
+    steps = [tuple(F.stack([s[j] for s in every]) for j in range(n)) for every in states]
+    if len(layer.suffixes) == 1:
+        return y, ends[0], steps[0]
+    ended, stepped = (tuple(F.stack([s[j] for s in part]) for j in range(n)) for part in (ends, steps))
+    return y, ended, stepped
+
+
+def _through_time(
+    layer: Recurrent,
+    slot: int,
+    inputs: list[Variable],
+    state: State,
+    active: Array | None,
+    reset: Array | None,
+    reverse: bool,
+) -> tuple[list[Variable], State, list[State]]:
+    """One layer in one direction: its y at every step, the final state, the state after every step."""
+    cell, zero = layer.cell.definition, _zero(layer)
+    w = {n: p if p is None or p.ndim == 1 else p.T for n, p in layer.weights_of(layer.suffixes[slot]).items()}
+    T = len(inputs)
+    ys: list[Any] = [None] * T
+    every: list[Any] = [None] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        # a reset at t cuts between t-1 and t: in reverse that is met before step t-1
+        cut = reset[t] if reset is not None and not reverse else None
+        if reset is not None and reverse and t + 1 < T:
+            cut = reset[t + 1] if active is None else reset[t + 1] & active[t + 1]
+        if cut is not None:
+            if active is not None:
+                cut = cut & active[t]
+            state = tuple(F.where(cut[:, None], zero, s) for s in state)
+        after = step(cell, w, inputs[t], state)
+        if active is None:
+            ys[t], every[t], state = after[0], after, after
+        else:
+            row = active[t][:, None]
+            ys[t] = F.where(row, after[0], zero)
+            # in the padding a state stands still, and no gradient comes in there
+            every[t] = tuple(F.where(row, a, s._data) for a, s in zip(after, state, strict=True))
+            state = tuple(F.where(row, a, s) for a, s in zip(after, state, strict=True))
+    return ys, state, every
+
+
+def _first(layer: Recurrent, begin: State | None, slot: int, batch: int) -> State:
+    if begin is None:
+        shape = (batch, layer.hidden_size)
+        return tuple(as_variable(layer.xp.zeros(shape, layer.dtype)) for _ in layer.cell.states)
+    return begin if len(layer.suffixes) == 1 else tuple(s[slot] for s in begin)
+
+
+def _normalised(norm: Any, values: Sequence[Variable], H: int) -> list[Variable]:
+    """What the gains of a norm multiply."""
+    v = F.concatenate(values, axis=1) if len(values) > 1 else values[0]
+    count = v.shape[1]
+    d = v - v.sum(axis=1, keepdims=True) / count if norm.kind == "layer" else v
+    x = d / ((d * d).sum(axis=1, keepdims=True) / count + norm.eps) ** 0.5
+    return [x[:, k * H : (k + 1) * H] for k in range(len(values))]
+
+
+def _zero(layer: Recurrent) -> Array:
+    zero: Array = layer.xp.zeros((), layer.dtype)
+    return zero
+
+
+def _data(a: Any) -> Any:
+    return a._data if isinstance(a, Variable) else a
