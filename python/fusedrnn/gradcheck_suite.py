@@ -22,7 +22,7 @@ import numpy as np
 from fusedrnn import backends as registry
 from fusedrnn import cuda, kernels, multilayer
 from fusedrnn.backends.protocol import Array, Regularization, Unsupported, Weights
-from fusedrnn.cells import CELLS, Cell, layer_norm
+from fusedrnn.cells import CELLS, Cell
 from fusedrnn.gradcheck import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
 from fusedrnn.problems import Shape
 
@@ -246,7 +246,7 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
     N = option.layers * D
     rng = np.random.default_rng([seed, T, B, I, H])
     cell = dataclasses.replace(cell, layer_norm=option.layer_norm)
-    own = "both" if "q" in cell.saves else "ih"  # GRU reset-after, whose bias_hh is no mere addend
+    own = "both" if cell.two_biases else "ih"
     biases = own if option.biases == "own" else option.biases
 
     def normal(*shape: int) -> Array:
@@ -292,8 +292,7 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
 def _norm_weights(cell: Cell, H: int, rng: np.random.Generator) -> dict[str, Array]:
     """Of layer norm: gains about 0.1, as in Cooijmans et al. 2016 (about 1 many problems are chaotic)."""
     drawn = {
-        name: rng.standard_normal(H if name.endswith("_c") else cell.gates * H) / 4
-        for name in layer_norm.weights(cell)
+        name: rng.standard_normal(H if name.endswith("_c") else cell.gates * H) / 4 for name in cell.vectors
     }
     return drawn | {name: 0.1 * (1 + drawn[name]) for name in drawn if name.startswith("gain")}
 

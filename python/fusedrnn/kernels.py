@@ -153,10 +153,10 @@ def forward(
 ) -> Forward:
     """Run one layer in one direction over a whole sequence.
 
-    Formulas and their sources are in ``fusedrnn.cells``: Elman 1990 for ``RNN``, Hochreiter and Schmidhuber
-    1997 with the forget gate of Gers et al. 2000 for ``LSTM``, Cho et al. 2014 for
+    Formulas and their sources are in ``fusedrnn.cells.builtin``: Elman 1990 for ``RNN``, Hochreiter and
+    Schmidhuber 1997 with the forget gate of Gers et al. 2000 for ``LSTM``, Cho et al. 2014 for
     ``GRU(reset_after=False)``, and PyTorch's and cuDNN's form for ``GRU()``; Ba, Kiros and Hinton 2016 for
-    ``layer_norm=True``, as in ``fusedrnn.cells.layer_norm``.
+    ``layer_norm=True``.
 
     Args:
         cell: ``RNN()``, ``LSTM()`` or ``GRU()`` with its options.

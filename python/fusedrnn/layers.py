@@ -261,7 +261,7 @@ class Recurrent(Layer):
         backend: the name of a backend; None: the best one.
         recompute: keep few states for backward and run forward again there, to save memory.
         layer_norm: normalise the gates' input and recurrent parts, and an LSTM's c on its way to h
-            (``fusedrnn.cells.layer_norm``; Ba, Kiros and Hinton 2016).
+            (Ba, Kiros and Hinton 2016).
 
     Parameters: ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, H), ``bias_ih`` (G*H,), ``bias_hh`` (G*H,); with
         ``layer_norm`` also ``gain_ih`` (G*H,), ``gain_hh`` (G*H,), and of an LSTM ``gain_c`` (H,) and
@@ -324,7 +324,7 @@ class Recurrent(Layer):
             self.suffixes = [f"_l{k}{end}" for k in range(num_layers) for end in ends]
         rows = cell.gates * hidden_size
         biases = ("bias_ih", "bias_hh") if self.two_biases else ("bias_ih",)
-        vectors = (*(biases if bias else ()), *cells.layer_norm.weights(self.cell))
+        vectors = (*(biases if bias else ()), *self.cell.vectors)
         for suffix in self.suffixes:
             for name in Weights._fields:
                 parameter = None
@@ -340,7 +340,7 @@ class Recurrent(Layer):
 
     @property
     def two_biases(self) -> bool:
-        return False
+        return self.cell.two_biases
 
     # State
 
@@ -708,10 +708,6 @@ class GRU(Recurrent):
         self, hidden_size: int, in_size: int | None = None, *, reset_after: bool = True, **options: Any
     ) -> None:
         super().__init__(hidden_size, in_size, cell=cells.GRU(reset_after=reset_after), **options)
-
-    @property
-    def two_biases(self) -> bool:
-        return self.cell.reset_after
 
 
 def _zeros_like(x: Any) -> Variable:

@@ -235,7 +235,7 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
 
     rows = case.cell.gates * H
     # In an update each moves by itself; else the second is zero where one would do.
-    two_biases = case.kind == "update" or (isinstance(case.cell, GRU) and case.cell.reset_after)
+    two_biases = case.kind == "update" or case.cell.two_biases
     weights = tuple(
         Weights(
             weight_ih=uniform(rows, I if layer == 0 else D * H),

@@ -5,15 +5,16 @@ What a step computes is the cell's function (``fusedrnn.cells``), evaluated on V
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
 from typing import TYPE_CHECKING, Any
 
 from fusedrnn import cuda
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Variable, as_variable
 from fusedrnn.backends.arguments import check_lengths, check_reset
-from fusedrnn.cells.definition import Definition
-from fusedrnn.cells.graph import Node, number
+from fusedrnn.cells.evaluation import Step, side
+from fusedrnn.cells.graph import Node
+from fusedrnn.cells.trace import Norm
 
 if TYPE_CHECKING:
     from fusedrnn.layers import Recurrent
@@ -39,56 +40,38 @@ OPERATIONS: dict[str, Any] = {
 }
 
 
-def step(cell: Definition, w: Mapping[str, Any], x: Variable, state: State) -> State:
-    """The states after one step.
+class UnfusedStep(Step):
+    """One step on Variables. The matrices are transposed, once for all steps."""
 
-    Args:
-        cell: what is computed.
-        w: the weights by name, matrices transposed; None of what is not there.
-        x: (B, I), the step's input.
-        state: the states before, each (B, H).
-    """
-    H = state[0].shape[1]
-    values: dict[Node, Any] = {cell.trace.x: x, **dict(zip(cell.trace.states.values(), state, strict=True))}
-    products: dict[Node, Variable] = {}  # of each operand, with all that it multiplies
+    operations = OPERATIONS
 
-    def rows(parameter: str, block: int) -> Any:
-        return w[parameter][block * H : (block + 1) * H]
+    @functools.cached_property
+    def _products(self) -> dict[Node, Variable]:
+        return {}
 
-    def part(n: Node, k: int) -> Variable:
-        """The product with one operand, with its bias."""
-        operand, side = n.args[k], "ih" if n.args[k].op == "input" else "hh"
-        users = [m for m in cell.forward_nodes if m.op == "dense" and operand in m.args]
+    def product(self, n: Node, k: int) -> Variable:
+        """The product with one operand: one operation for all gates that it enters."""
+        operand = n.args[k]
+        users = [m for m in self.cell.forward_nodes if m.op == "dense" and operand in m.args]
         blocks = [m.attribute.weights[m.args.index(operand)] for m in users]
-        first = min(blocks)
-        if operand not in products:
+        first, H = min(blocks), self.shape[1]
+        if operand not in self._products:
             columns = slice(first * H, (max(blocks) + 1) * H)
-            bias = w[f"bias_{side}"] if n.attribute.biases else None
+            bias = self.weights[f"bias_{side(operand)}"] if n.attribute.biases else None
             bias = None if bias is None else bias[columns]
-            products[operand] = F.linear(values[operand], w[f"weight_{side}"][:, columns], bias)
+            weight = self.weights[f"weight_{side(operand)}"][:, columns]
+            self._products[operand] = F.linear(self.operand(operand), weight, bias)
         column = (n.attribute.weights[k] - first) * H
-        return products[operand][:, column : column + H]
+        found: Variable = self._products[operand][:, column : column + H]
+        return found
 
-    for n in cell.forward_nodes:
-        if n in values:
-            continue
-        args = [values[a] for a in n.args]
-        if n.op == "dense":
-            parts = [part(n, k) for k in range(len(args))]
-            values[n] = sum(parts[1:], start=parts[0])
-        elif n.op == "constant":
-            values[n] = number(n)
-        elif n.op == "vector":
-            values[n] = 0.0 if w[n.attribute[0]] is None else rows(*n.attribute)
-        elif n.op == "normalise":
-            values[n] = _normalised(n.attribute, args, H)
-        elif n.op == "item":
-            values[n] = args[0][n.attribute]
-        elif n.op in OPERATIONS:
-            values[n] = OPERATIONS[n.op](*args)
-        else:
-            raise NotImplementedError(f"{cell}: {n.op} has no unfused form; use fused=True")
-    return tuple(values[n] for n in cell.trace.after.values())
+    def normalise(self, norm: Norm, values: list[Variable]) -> list[Variable]:
+        """What the gains of a norm multiply."""
+        v = F.concatenate(values, axis=1) if len(values) > 1 else values[0]
+        count, H = v.shape[1], self.shape[1]
+        d = v - v.sum(axis=1, keepdims=True) / count if norm.kind == "layer" else v
+        x = d / ((d * d).sum(axis=1, keepdims=True) / count + norm.eps) ** 0.5
+        return [x[:, k * H : (k + 1) * H] for k in range(len(values))]
 
 
 def run(
@@ -158,7 +141,7 @@ def _through_time(
             if active is not None:
                 cut = cut & active[t]
             state = tuple(F.where(cut[:, None], zero, s) for s in state)
-        after = step(cell, w, inputs[t], state)
+        after = UnfusedStep(cell, w, inputs[t], state).after
         if active is None:
             ys[t], every[t], state = after[0], after, after
         else:
@@ -175,15 +158,6 @@ def _first(layer: Recurrent, begin: State | None, slot: int, batch: int) -> Stat
         shape = (batch, layer.hidden_size)
         return tuple(as_variable(layer.xp.zeros(shape, layer.dtype)) for _ in layer.cell.states)
     return begin if len(layer.suffixes) == 1 else tuple(s[slot] for s in begin)
-
-
-def _normalised(norm: Any, values: Sequence[Variable], H: int) -> list[Variable]:
-    """What the gains of a norm multiply."""
-    v = F.concatenate(values, axis=1) if len(values) > 1 else values[0]
-    count = v.shape[1]
-    d = v - v.sum(axis=1, keepdims=True) / count if norm.kind == "layer" else v
-    x = d / ((d * d).sum(axis=1, keepdims=True) / count + norm.eps) ** 0.5
-    return [x[:, k * H : (k + 1) * H] for k in range(len(values))]
 
 
 def _zero(layer: Recurrent) -> Array:

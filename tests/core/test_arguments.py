@@ -11,7 +11,7 @@ import pytest
 from fusedrnn import kernels
 from fusedrnn.backends import arguments
 from fusedrnn.backends.protocol import NEED, Weights
-from fusedrnn.cells import GRU, LSTM, RNN, layer_norm
+from fusedrnn.cells import GRU, LSTM, RNN
 from problems import problem
 
 pytestmark = pytest.mark.quick
@@ -230,7 +230,7 @@ class TestNormalised:
 
     def test_need(self) -> None:
         assert arguments.check_need(None) == frozenset(NEED)
-        assert arguments.check_need(None, W) == frozenset(NEED) - {"bias_hh", *layer_norm.WEIGHTS}
+        assert arguments.check_need(None, W) == frozenset(NEED) - {"bias_hh", *LSTM(layer_norm=True).vectors}
         assert arguments.check_need(["x", "bias_hh"], W) == {"x"}
         assert arguments.check_need(()) == frozenset()
 

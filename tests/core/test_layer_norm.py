@@ -22,7 +22,7 @@ from fusedrnn import layers as L
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
-from fusedrnn.cells import GRU, LSTM, RNN, layer_norm
+from fusedrnn.cells import GRU, LSTM, RNN
 from fusedrnn.gradcheck import gradcheck
 from problems import (
     NORMED,
@@ -288,7 +288,7 @@ class TestKernels:
 
         lstm = _core.CELLS.index("lstm")
         p = problem(LSTM(layer_norm=True), 3, 2, 3, 5)
-        for k, key in enumerate(layer_norm.WEIGHTS):
+        for k, key in enumerate(LSTM(layer_norm=True).vectors):
             with pytest.raises(ValueError, match=f"{key}: expected None"):
                 _core.pack(
                     lstm, *p.weights[:4], *(w if n == k else None for n, w in enumerate(p.weights[4:]))
@@ -316,7 +316,7 @@ def test_weights_that_a_cell_needs_or_lacks(cell, backend):
         pytest.skip(reason)
     p = problem(cell, 3, 2, 3, 5)
     plain = replace(cell, layer_norm=False)
-    for key in layer_norm.weights(cell):
+    for key in cell.vectors:
         w = getattr(p.weights, key)
         with pytest.raises(
             ValueError, match=rf"^{key}: expected an array of shape .*layer_norm=True.*got None"
@@ -330,7 +330,7 @@ def test_weights_that_a_cell_needs_or_lacks(cell, backend):
             kernels.forward(cell, p.x, p.weights._replace(**{key: w.astype("f")}), backend=backend)
         with pytest.raises(TypeError, match=rf"^{key}: expected a NumPy array"):
             kernels.forward(cell, p.x, p.weights._replace(**{key: w.tolist()}), backend=backend)
-    for key in set(layer_norm.WEIGHTS) - set(layer_norm.weights(cell)):
+    for key in set(LSTM(layer_norm=True).vectors) - set(cell.vectors):
         with pytest.raises(ValueError, match=f"^{key}: expected None"):
             kernels.forward(cell, p.x, p.weights._replace(**{key: np.ones(5)}), backend=backend)
 

@@ -28,6 +28,11 @@ for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
     exec(compile(block, "docs/bptt.md", "exec"), page)
 
 
+@pytest.mark.parametrize("cell", [RNN(), LSTM(), GRU(), GRU(reset_after=False)], ids=repr)
+def test_what_is_derived_stands_on_the_page(cell):
+    assert f"```text\n{cell.definition}\n```" in PAGE
+
+
 def make(gates: int, two_biases: bool, seed: int = 1):
     draw = np.random.default_rng(seed).standard_normal
     weights = Weights(

@@ -21,7 +21,7 @@ import pytest
 from fusedrnn.backends import get
 from fusedrnn.backends import numba as module
 from fusedrnn.backends.protocol import NEED
-from fusedrnn.cells import GRU, LSTM, RNN, activations, layer_norm
+from fusedrnn.cells import GRU, LSTM, RNN, activations
 from problems import (
     CELLS,
     OPTIONS,
@@ -159,7 +159,7 @@ def test_each_gradient_alone(cell):
     p = problem(cell, 5, 3, 4, 9, **EVERYTHING, biases="both")
     every = run(NUMBA, p)
     tape = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options).tape
-    single = [(n,) for n in NEED if n not in layer_norm.WEIGHTS]
+    single = [(n,) for n in NEED if n not in LSTM(layer_norm=True).vectors]
     for need in [(), *single, ("x", "bias_hh"), ("weight_hh", "state0")]:
         got = named(p.cell, None, NUMBA.backward(tape, p.dy, p.dstateT, p.dstates, need=need))
         states = [f"d{s}0" for s in cell.states]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn.backends.protocol import NEED, Array, Forward, Gradients, Regularization, State, Weights
-from fusedrnn.cells import GRU, LSTM, RNN, Cell, layer_norm
+from fusedrnn.cells import GRU, LSTM, RNN, Cell
 
 CELLS: tuple[Cell, ...] = (RNN(), RNN(relu=True), LSTM(), GRU(), GRU(reset_after=False))
 
@@ -146,7 +146,7 @@ def problem(
     dstateT = tuple(normal(B, H) for _ in cell.states)
     dstates = tuple(normal(T, B, H) for _ in cell.states)
     if cell.layer_norm:
-        drawn = {w: normal(H if w.endswith("_c") else rows) / 4 for w in layer_norm.weights(cell)}
+        drawn = {w: normal(H if w.endswith("_c") else rows) / 4 for w in cell.vectors}
         drawn |= {w: np.float32(gain) * (1 + drawn[w]) for w in drawn if w.startswith("gain")}
         weights = weights._replace(**drawn)
     n = resets = None

@@ -887,17 +887,28 @@ def test_a_change_in_place_before_backward_is_noticed(kind, what):
 def test_second_derivatives(kind):
     theirs, ours = module_pair(kind, I, H, dtype=torch.float64)
     x, hx = inputs(ours, torch.float64)
-    (dx,) = torch.autograd.grad(ours(x, hx)[0].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no second derivatives; use .*to_torch\(model\).*fallback\(\)"):
-        dx.sum().backward()
-    with ft.fallback():
-        result = ours(x, hx)
-    assert ours.last_path == "fallback: fusedrnn.torch.fallback()"
     found = []
-    for y in (result[0], theirs(x, hx)[0]):
-        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(dx.square().sum(), x)[0])
-    assert_close(*found)
+    for layer in (ours, theirs):
+        wanted = [x, *flat(hx), *layer.parameters()]
+        first = torch.autograd.grad(layer(x, hx)[0].square().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(d.square().sum() for d in first), wanted, create_graph=True)
+        found.append([*first, *second, *torch.autograd.grad(sum(d.sum() for d in second), wanted)])
+    assert ours.last_path == "fused"
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b)
+
+
+@every_layer
+def test_a_bias_changed_before_second_derivatives_is_noticed(kind):
+    """First derivatives do not need it."""
+    _, ours = module_pair(kind, I, H)
+    x = torch.randn(T, B, I, requires_grad=True)
+    y = ours(x)[0].square().sum()
+    with torch.no_grad():
+        ours.bias_ih_l0.add_(1)
+    torch.autograd.grad(y, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="a bias has been modified by an inplace operation"):
+        torch.autograd.grad(y, x, create_graph=True)
 
 
 @every_layer

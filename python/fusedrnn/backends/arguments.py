@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn.backends.protocol import NEED, Array, Regularization, State, Weights
-from fusedrnn.cells import CELLS, Cell, layer_norm
+from fusedrnn.cells import CELLS, Cell
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # what compiled backends take
 
@@ -105,11 +105,11 @@ def check_weights(
             f"got {weights.weight_ih.shape}"
         )
     H = rows // gates
-    normed = layer_norm.weights(cell)
+    normed = cell.vectors
     shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, I), "weight_hh": (rows, H)}
     shapes |= dict.fromkeys(("bias_ih", "bias_hh", "gain_ih", "gain_hh"), (rows,))
     shapes |= dict.fromkeys(("gain_c", "bias_c"), (H,))
-    for name in layer_norm.WEIGHTS:
+    for name in Weights._fields[4:]:
         if getattr(weights, name) is not None and name not in normed:
             raise ValueError(f"{name}: expected None for {cell}, got {_kind(getattr(weights, name))}")
         if getattr(weights, name) is None and name in normed:

@@ -1,30 +1,89 @@
-"""The cells: what one step computes, forward and backward. Cells know no time, time loops know no gates.
+"""The cells: what one step computes. Cells know no time, time loops know no gates.
 
-Each file holds one cell: plain functions on scalars or arrays (one source for NumPy of every dtype and for
-Numba, hence only arithmetic, ``ONE`` and the functions of ``activations``), and a frozen class that names the
-cell, carries its options and puts the functions together into a step on whole gates:
+A cell is one function (``fusedrnn.cells.builtin``). Everything else is derived from it: the gradient
+(``gradient``), what forward saves (``saved``), in which round a value is known (``rounds``), which products
+and sums round once (``fusion``). ``print(cell.definition)`` shows what was found.
 
-- ``step(ax, state, hidden, norm) -> state, saved``: ``ax`` is the input part of each gate; ``hidden(v,
-  first, last)`` gives the recurrent part ``weight_hh v + bias_hh`` of the gates first..last-1, one array
-  each; ``norm(c)`` is ``LN(c; gain_c) + bias_c``, of an LSTM with layer norm.
-- ``step_backward(dstate, saved, before, after, product, norm) -> dstate_before, da_x, da_h``: ``before`` and
-  ``after`` are the states before and after the step, ``product(da, first, last)`` is ``da weight_hh`` over
-  the gates first..last-1, ``norm(dm)`` the gradient of c from that of ``norm(c)``; ``da_x`` and ``da_h`` are
-  the gradients of each gate's input and recurrent part. With layer norm both parts come normalised
-  (``fusedrnn.cells.layer_norm``), and their gradients are those of the normalised parts.
-- ``operands(saved, h_prev)``: ``[(first, last, v), ...]``, what weight_hh multiplied, for its gradient.
-
-Gates in memory order: RNN one, LSTM ``i f g o``, GRU ``r z n``; ``norms`` are the groups of gates, first to
-last-1, that layer norm takes together. A new cell is a file here and a line in ``CELLS``.
+The classes here name the built-in cells with their options: they are what layers and backends are given.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar, TypeAlias
 
-from fusedrnn.cells.gru import GRU
-from fusedrnn.cells.lstm import LSTM
-from fusedrnn.cells.rnn import RNN
+from fusedrnn.cells import builtin
+from fusedrnn.cells.definition import Definition
+
+
+class _Cell:
+    """A built-in cell with its options."""
+
+    name: ClassVar[str]
+    function: ClassVar[Definition]
+
+    @cached_property
+    def definition(self) -> Definition:
+        """The cell's function with these options."""
+        return self.function.with_options(**{f.name: getattr(self, f.name) for f in fields(self)})  # type: ignore[arg-type]
+
+    @cached_property
+    def states(self) -> tuple[str, ...]:
+        """The names of the states; the first is the output."""
+        return tuple(self.definition.trace.states)
+
+    @cached_property
+    def gates(self) -> int:
+        """The number of gates: weight_ih has H rows for each."""
+        return len(self.definition.trace.blocks["weight_ih"])
+
+    @cached_property
+    def vectors(self) -> tuple[str, ...]:
+        """The parameters beside ``weight_ih weight_hh bias_ih bias_hh``: those of layer norm."""
+        plain = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return tuple(name for name in self.definition.trace.blocks if name not in plain)
+
+    @property
+    def two_biases(self) -> bool:
+        """Whether bias_hh is of use beside bias_ih: a product with a state is not added to one with x."""
+        return self.definition.trace.separate
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class RNN(_Cell):
+    """Elman's cell, with tanh or relu."""
+
+    relu: bool = False
+    layer_norm: bool = False
+
+    name = "rnn"
+    function = builtin.rnn
+
+
+@dataclass(frozen=True)
+class LSTM(_Cell):
+    """LSTM cell with input, forget and output gate."""
+
+    layer_norm: bool = False
+
+    name = "lstm"
+    function = builtin.lstm
+
+
+@dataclass(frozen=True)
+class GRU(_Cell):
+    """GRU cell; ``reset_after`` says whether r multiplies the recurrent product (PyTorch) or h before it."""
+
+    reset_after: bool = True
+    layer_norm: bool = False
+
+    name = "gru"
+    function = builtin.gru
+
 
 Cell: TypeAlias = RNN | LSTM | GRU
 

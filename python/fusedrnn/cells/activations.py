@@ -33,11 +33,6 @@ def relu(x: Any) -> Any:
     return np.where(x.real <= ZERO, ZERO, x)
 
 
-def relu_backward(dy: Any, y: Any) -> Any:
-    """Gradient through ``y = relu(x)``: dy where y is positive or NaN, else 0."""
-    return np.where(y.real <= ZERO, ZERO, dy)
-
-
 def softplus(x: Any) -> Any:
     """log(1 + exp(x)), with exp of -x or x, whichever cannot overflow."""
     positive = x.real > ZERO

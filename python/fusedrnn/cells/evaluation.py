@@ -1,12 +1,12 @@
-"""One step of a cell in NumPy, forward and backward: the derived operations, one after the other.
+"""One step of a cell, one operation after the other: forward in arrays of any library, both ways in NumPy.
 
-Arrays are of any dtype, complex ones too, so that a derivative can be taken by a complex step.
+NumPy's arrays are of any dtype, complex ones too, so that a derivative can be taken by a complex step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +49,8 @@ def normalise_gradient(norm: Norm, normed: Normed, gradients: Sequence[Array]) -
     return np.split(normed.inverse * d, len(gradients), axis=-1)
 
 
-class Evaluation:
-    """The values of one step.
+class Step:
+    """The values of one step, in arrays of any library.
 
     Args:
         cell: what is computed.
@@ -61,31 +61,87 @@ class Evaluation:
         dropout: (B, H), what recurrent dropout multiplies each operand of a product with but x; or None.
     """
 
+    operations: ClassVar[Mapping[str, Callable[..., Any]]] = OPERATIONS
+
     def __init__(
         self,
         cell: Definition,
-        weights: Mapping[str, Array | None],
-        x: Array,
-        before: Sequence[Array],
-        scalars: Mapping[str, Array] | None = None,
-        dropout: Array | None = None,
+        weights: Mapping[str, Any],
+        x: Any,
+        before: Sequence[Any],
+        scalars: Mapping[str, Any] | None = None,
+        dropout: Any = None,
     ) -> None:
         self.cell, self.weights, self.x, self.dropout = cell, weights, x, dropout
         self.shape = before[0].shape
         self.values: dict[Node, Any] = dict(zip(cell.trace.states.values(), before, strict=True))
         self.values |= {node: (scalars or {})[name] for name, node in cell.trace.scalars.items()}
-        self._compute(cell.forward_nodes)
+        self.compute(cell.forward_nodes)
 
     @property
-    def after(self) -> tuple[Array, ...]:
+    def after(self) -> tuple[Any, ...]:
         """The new states."""
         return tuple(self.values[n] for n in self.cell.trace.after.values())
+
+    def compute(self, nodes: Sequence[Node]) -> None:
+        """Compute some values, each after its arguments."""
+        for n in nodes:
+            if n.op not in GIVEN:
+                self.values[n] = self.value(n, [self.values[a] for a in n.args if a.op != "input"])
+
+    def value(self, n: Node, args: list[Any]) -> Any:
+        """One value from those of its arguments."""
+        match n.op:
+            case "constant":
+                return self.constant(number(n))
+            case "vector":
+                block = self.block(*n.attribute)
+                return self.constant(0.0) if block is None else block
+            case "dense":
+                parts = [self.product(n, k) for k in range(len(n.args))]
+                return sum(parts[1:], start=parts[0])
+            case "normalise":
+                return self.normalise(n.attribute, args)
+            case "item":
+                return args[0][n.attribute]
+        return self.operations[n.op](*args)
+
+    def constant(self, value: float) -> Any:
+        """A number as an operand."""
+        return value
+
+    def product(self, n: Node, k: int) -> Any:
+        """The product with one operand, and its bias."""
+        operand, dense = n.args[k], n.attribute
+        weight = self.block(f"weight_{side(operand)}", dense.weights[k])
+        bias = self.block(f"bias_{side(operand)}", dense.biases[k]) if dense.biases else None
+        product = self.operand(operand) @ weight.T
+        return product if bias is None else product + bias
+
+    def normalise(self, norm: Norm, values: list[Any]) -> Any:
+        """The normalised values, by their number."""
+        raise NotImplementedError
+
+    def operand(self, n: Node) -> Any:
+        """What a product multiplies: x, or a value as recurrent dropout leaves it."""
+        if n.op == "input":
+            return self.x
+        return self.values[n] if self.dropout is None else self.values[n] * self.dropout
+
+    def block(self, parameter: str, number: int) -> Any:
+        """A block of H rows of a parameter; None of one that is not there."""
+        values, H = self.weights.get(parameter), self.shape[1]
+        return None if values is None else values[number * H : (number + 1) * H]
+
+
+class Evaluation(Step):
+    """The values of one step in NumPy, and of its gradient."""
 
     def backward(self, upstream: Sequence[Array]) -> tuple[Array, ...]:
         """The gradients of the states before from those of the new states; the others wait in ``values``."""
         gradient = self.cell.gradient
         self.values |= dict(zip(gradient.upstream.values(), upstream, strict=True))
-        self._compute(self.cell.backward_nodes)
+        self.compute(self.cell.backward_nodes)
         found = []
         for name in self.cell.trace.states:
             parts = [self.of(d[name]) for d in (gradient.chain, gradient.direct) if name in d]
@@ -96,15 +152,6 @@ class Evaluation:
         """The value of a node for each row and unit (B, H)."""
         return np.broadcast_to(self.values[n], self.shape)
 
-    def operand(self, n: Node) -> Array:
-        """What a product multiplies: x, or a value as recurrent dropout leaves it."""
-        return self.x if n.op == "input" else self._dropped(self.values[n])
-
-    def block(self, parameter: str, number: int) -> Array | None:
-        """A block of H rows of a parameter; None of one that is not there."""
-        values, H = self.weights.get(parameter), self.shape[1]
-        return None if values is None else values[number * H : (number + 1) * H]
-
     def products(self) -> Iterator[tuple[str, int, int | None, Node, Array]]:
         """Of each product with each operand: "ih" or "hh", blocks of weight and bias, operand, gradient."""
         for n, d in self.cell.gradient.dense.items():
@@ -112,55 +159,33 @@ class Evaluation:
             for operand, weight, bias in zip(n.args, n.attribute.weights, biases, strict=True):
                 yield side(operand), weight, bias, operand, self.of(d)
 
-    def _compute(self, nodes: Sequence[Node]) -> None:
-        for n in nodes:
-            if n.op not in GIVEN:
-                self.values[n] = self._value(n)
-
-    def _dropped(self, v: Array) -> Array:
-        return v if self.dropout is None else v * self.dropout
-
-    def _value(self, n: Node) -> Any:
-        args = [self.values[a] for a in n.args if a.op != "input"]
+    def value(self, n: Node, args: list[Any]) -> Any:
+        """One value from those of its arguments."""
         match n.op:
-            case "constant":
-                return np.asarray(number(n), self.x.real.dtype)
-            case "vector":
-                block = self.block(*n.attribute)
-                return np.zeros((), self.x.dtype) if block is None else block
-            case "dense":
-                return self._dense(n)
             case "transposed":
-                return self._transposed(*n.attribute)
-            case "normalise":
-                return normalise(n.attribute, args)
+                return self.transposed(*n.attribute)
             case "normalise_gradient":
-                return normalise_gradient(
-                    n.attribute, args[0], [np.broadcast_to(d, self.shape) for d in args[1:]]
-                )
-            case "item":
-                return (args[0].x if isinstance(args[0], Normed) else args[0])[n.attribute]
-        return OPERATIONS[n.op](*args)
+                normed, *dx = args
+                return normalise_gradient(n.attribute, normed, [np.broadcast_to(d, self.shape) for d in dx])
+            case "item" if isinstance(args[0], Normed):
+                return args[0].x[n.attribute]
+        return super().value(n, args)
 
-    def _dense(self, n: Node) -> Array:
-        """weight_ih x + bias_ih + weight_hh h + bias_hh, as far as the product has them."""
-        parts = []
-        for k, operand in enumerate(n.args):
-            weight = self.block(f"weight_{side(operand)}", n.attribute.weights[k])
-            bias = self.block(f"bias_{side(operand)}", n.attribute.biases[k]) if n.attribute.biases else None
-            assert weight is not None
-            product = self.operand(operand) @ weight.T
-            parts.append(product if bias is None else product + bias)
-        total: Array = sum(parts[1:], start=parts[0])
-        return total
+    def constant(self, value: float) -> Array:
+        """A number in the dtype at hand."""
+        return np.asarray(value, self.x.real.dtype)
 
-    def _transposed(self, operand: Node, products: Sequence[Node]) -> Array:
+    def normalise(self, norm: Norm, values: list[Array]) -> Normed:
+        """The normalised values, and what backward needs beside them."""
+        return normalise(norm, values)
+
+    def transposed(self, operand: Node, products: Sequence[Node]) -> Array:
         """The gradient of an operand of some products."""
         total = np.zeros(self.shape, self.x.dtype)
         for n in products:
             weight = self.block("weight_hh", n.attribute.weights[n.args.index(operand)])
             total = total + self.of(self.cell.gradient.dense[n]) @ weight
-        return self._dropped(total)
+        return total if self.dropout is None else total * self.dropout
 
 
 def side(operand: Node) -> str:

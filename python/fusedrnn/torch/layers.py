@@ -1,7 +1,7 @@
 """``LSTM``, ``GRU`` and ``RNN``, drop-in replacements for ``torch.nn``'s.
 
 Each is a subclass of PyTorch's layer: parameters, initial values, state_dict, repr and errors are PyTorch's.
-Formulas and their sources are in ``fusedrnn.cells``.
+Formulas and their sources are in ``fusedrnn.cells.builtin``.
 """
 
 from __future__ import annotations

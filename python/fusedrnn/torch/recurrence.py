@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends.protocol import Weights
-from fusedrnn.torch import ops
+from fusedrnn.torch import differentiable, ops
 from fusedrnn.torch.ops import CELLS, Call, N
 
-TWICE = (
-    "fusedrnn: the kernels have no second derivatives; use fusedrnn.torch.to_torch(model), or run forward "
-    "within fusedrnn.torch.fallback()"
-)
 IN_PLACE = (
     "fusedrnn: backward needs the inputs, the weights and the output of the layer as they were; if it is the "
     "output, apply operations that are not in place, as torch.relu for torch.relu_, or clone it before"
@@ -64,6 +60,7 @@ class Recurrence(torch.autograd.Function):
         ctx.biases = () if call.recompute or call.gain_ih is not None or tape is None else (5, 6)
         kept = [None if k in ctx.biases else t for k, t in enumerate(call[:14])]
         ctx.there = [call[k] is not None for k in ctx.biases]
+        ctx.second = [] if torch.compiler.is_compiling() else [_versioned(call[k]) for k in ctx.biases]
         ctx.save_for_backward(*kept, outputs[0], tape, tape2)
         ctx.options = call[14:]
         ctx.states = len(CELLS[call.cell].states)
@@ -87,18 +84,66 @@ class Recurrence(torch.autograd.Function):
         need = ctx.needs_input_grad[:11]
         run: Any = ops.backward
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
-            run = Once.apply
+            run = Differentiable.apply
+            for k, (bias, version) in zip(ctx.biases, ctx.second, strict=True):
+                if bias is not None and _versioned(bias)[1] != version:
+                    raise RuntimeError(
+                        "fusedrnn: a bias has been modified by an inplace operation since forward, and "
+                        f"derivatives of derivatives need it as it was\n{IN_PLACE}"
+                    )
+                saved[k] = bias
         found = run(*saved[:14], *ctx.options, *saved[14:], dy, *of_final, *of_every, need)
         return (*[g if n else None for g, n in zip(found, need, strict=True)], *[None] * (N - 11 + 2))
 
 
-class Once(torch.autograd.Function):
-    """First derivatives, whose own are an error that says what they need."""
+def _versioned(t: Any) -> tuple[Tensor | None, int]:
+    return t, 0 if t is None or t.is_inference() else t._version
+
+
+class Differentiable(torch.autograd.Function):
+    """The gradients by the kernels, their derivatives by PyTorch's own operations."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.is_tensor = [isinstance(a, Tensor) for a in arguments]
+        ctx.save_for_backward(*[a for a in arguments if isinstance(a, Tensor)])
+        ctx.others = [None if isinstance(a, Tensor) else a for a in arguments]
         return ops.backward(*arguments)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(TWICE)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, again = iter(ctx.saved_tensors), torch.is_grad_enabled()
+        arguments = [next(tensors) if t else a for t, a in zip(ctx.is_tensor, ctx.others, strict=True)]
+        places = [k for k in (*range(11), *range(N + 3, N + 8)) if arguments[k] is not None]
+        with torch.enable_grad():
+            for k in places:  # each in its own place, also where one tensor stands in two
+                t = arguments[k]
+                arguments[k] = t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
+            inputs = [k for k in places if k < 11]
+            call, upstream = Call(*arguments[:N]), arguments[N + 3 : N + 8]
+            results = differentiable.recurrence(call, upstream[3] is not None or upstream[4] is not None)
+            n = len(CELLS[call.cell].states)
+            given = [*upstream[: 1 + n], *upstream[3 : 3 + n]] if call.x.dim() == 3 else upstream[1 : 1 + n]
+            used = [(y, d) for y, d in zip(results, given, strict=False) if d is not None and y.requires_grad]
+            first = torch.autograd.grad(
+                [y for y, _ in used],
+                [arguments[k] for k in inputs],
+                [d for _, d in used],
+                create_graph=True,
+                allow_unused=True,
+            )
+            pairs = [(d, grads[k]) for k, d in zip(inputs, first, strict=True) if d is not None]
+            pairs = [(d, g) for d, g in pairs if g is not None and d.requires_grad]
+            found: list[Tensor | None] = [None] * len(arguments)
+            if pairs:
+                second = torch.autograd.grad(
+                    [d for d, _ in pairs],
+                    [arguments[k] for k in places],
+                    [g for _, g in pairs],
+                    create_graph=again,
+                    allow_unused=True,
+                )
+                for k, g in zip(places, second, strict=True):
+                    found[k] = g
+        return tuple(found)
