@@ -1,4 +1,4 @@
-"""Random cells: their derived gradients are those by a complex step."""
+"""Random cells: values are those of the function itself, derived gradients those by a complex step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sequences
+import test_values
 from fusedrnn.cells import symbols
 from fusedrnn.cells.definition import cell
 
@@ -139,9 +140,13 @@ def made(source):
     return cell(names["drawn"])
 
 
-def check(source):
+def check_gradients(source):
+    assert sequences.worst_error(made(source), np.float64) < 1e-12
+
+
+def check_values(source):
     one, other = made(source), made(source)
-    assert sequences.worst_error(one, np.float64) < 1e-12
+    assert test_values.worst_difference(one) < 1e-12
     assert str(one) == str(other)
 
 
@@ -149,11 +154,20 @@ def check(source):
 @settings(max_examples=30)
 @given(sources())
 def test_gradients_of_random_cells_are_those_by_a_complex_step(source):
-    check(source)
+    check_gradients(source)
+
+
+@pytest.mark.quick
+@settings(max_examples=30)
+@given(sources())
+def test_random_cells_compute_what_the_function_says(source):
+    """And what is derived twice is the same."""
+    check_values(source)
 
 
 @pytest.mark.slow
 @settings(max_examples=1000)
 @given(sources())
-def test_gradients_of_many_random_cells_are_those_by_a_complex_step(source):
-    check(source)
+def test_many_random_cells(source):
+    check_gradients(source)
+    check_values(source)
