@@ -191,3 +191,17 @@ def test_a_product_is_fused_as_the_rule_says(cell):
     expected = fused_by_the_rule(forward, set(cell.trace.after.values()), set(), 1)
     expected |= fused_by_the_rule(backward, set(cell.gradient.outputs), set(forward), 0)
     assert cell.fused == expected
+
+
+def test_the_text_names_a_vector_by_its_name_alone():
+    """The rows of gains and of biases after a norm are numbered."""
+
+    @cell
+    def made(p, x, h):
+        return p.vector("time_constant") * p.layer_norm("n", p.dense("a", x, h))
+
+    text = str(made)
+    assert "time_constant[" not in text
+    assert "gradient of time_constant: " in text
+    assert "gain_n[0]" in text
+    assert "bias_n[0]" in text
