@@ -6,13 +6,14 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 from fusedrnn.cells import fusion, saved, text
 from fusedrnn.cells.fusion import Operation
 from fusedrnn.cells.gradient import Gradient, derive
 from fusedrnn.cells.graph import Node, reach
 from fusedrnn.cells.rounds import rounds
+from fusedrnn.cells.symbols import kind, refuse
 from fusedrnn.cells.trace import Trace, trace
 
 
@@ -37,12 +38,21 @@ class Definition:
         for name in options or {}:
             if name not in known:
                 expected = ", ".join(known) or "none"
-                raise TypeError(f"{self.__name__}: unknown option {name!r}; its options: {expected}")
+                refuse(f"{self.__name__} has no option {name}; its options: {expected}")
         self.options = known | dict(options or {})
 
     def with_options(self, **options: Any) -> Definition:
         """This cell with other values of some options: keyword arguments with a default."""
-        return variant(self.function, tuple((self.options | options).items()))
+        chosen = tuple((self.options | options).items())
+        try:
+            hash(chosen)
+        except TypeError:
+            refuse(f"{self.__name__}: expected options that Python can hash, such as numbers, got {options}")
+        return variant(self.function, chosen)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        name = self.__name__
+        refuse(f"a cell is not called; in another cell write {name}.function(p, x, h) for its values")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Definition) and self._key() == other._key()
@@ -126,6 +136,8 @@ def cell(function: Callable[..., Any]) -> Definition:
     with a default are options; those without one are numbers of each row and step, such as the time since
     the step before.
     """
+    if not inspect.isfunction(function):
+        refuse(f"cell: expected a function of p, x and the states, got {kind(function)}")
     return Definition(function)
 
 

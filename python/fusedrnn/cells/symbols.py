@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import linecache
 import numbers
+import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from fusedrnn.cells.graph import Graph, Node
 
 _OURS = {str(Path(__file__).with_name(f"{name}.py")) for name in ("symbols", "trace", "graph", "definition")}
+_LIBRARIES = {"numpy", "torch", *sys.stdlib_module_names}
 
 
 class CellError(TypeError):
@@ -23,11 +26,25 @@ class CellError(TypeError):
 
 def line_of_cell() -> str:
     """The line of the user's code that is running, as ``file:line: source``."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename in _OURS:
+    frame = first = sys._getframe(1)
+    while _is_not_the_users(frame) and frame.f_back is not None:
         frame = frame.f_back
-    path, line = frame.f_code.co_filename, frame.f_lineno
+    if _is_not_the_users(frame):  # the cell is part of a library
+        frame = first
+        while frame.f_code.co_filename in _OURS and frame.f_back is not None:
+            frame = frame.f_back
+    return line_of(frame.f_code.co_filename, frame.f_lineno)
+
+
+def line_of(path: str, line: int) -> str:
+    """A line of a file, as ``file:line: source``."""
     return f"{path}:{line}: {linecache.getline(path, line).strip()}"
+
+
+def _is_not_the_users(frame: FrameType) -> bool:
+    """Whether it is a line of this package, or of a library that was called with a value of the cell."""
+    module: str = frame.f_globals.get("__name__", "")
+    return frame.f_code.co_filename in _OURS or module.partition(".")[0] in _LIBRARIES
 
 
 def refuse(message: str) -> NoReturn:
@@ -35,54 +52,137 @@ def refuse(message: str) -> NoReturn:
     raise CellError(f"{line_of_cell()}\n{message}")
 
 
+# NumPy asks the value what its operators shall do with a NumPy scalar on their left: what a number does.
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "divide": operator.truediv,
+    "greater": operator.gt,
+    "greater_equal": operator.ge,
+    "less": operator.lt,
+    "less_equal": operator.le,
+}
+_REFUSED = {"matmul": "__matmul__", "power": "__pow__", "equal": "__eq__", "not_equal": "__ne__"}
+
+
 class _Refusing:
     """Refuses what would end the recording of operations, or go by it unnoticed."""
 
     what = "a value of the cell"
+    conditions = (
+        "`if`, `while`, `and`, `or`, `not`, max and min need {what} as a number, which is known only when "
+        "the cell runs; write where(a > b, x, y), maximum(a, b) or minimum(a, b). An option of the cell (a "
+        "keyword argument with a default) is known: `if` may ask for that."
+    )
+
+    def __repr__(self) -> str:
+        return self.what
 
     def __bool__(self) -> bool:
-        refuse(
-            f"`if`, `and`, `or` and `not` need {self.what} as a number, which is known only when the cell "
-            "runs; use where(a > b, x, y). Options of the cell, keyword arguments with a default, are known."
-        )
+        refuse(self.conditions.format(what=self.what))
 
     def __float__(self) -> float:
-        refuse(f"expected a number, got {self.what}; use the functions of fusedrnn.cells, not those of math")
+        refuse(
+            f"expected a number, got {self.what}; import tanh, exp, ... from fusedrnn.cells, not from math"
+        )
 
-    __int__ = __index__ = __complex__ = __float__
+    __complex__ = __float__
+
+    def __int__(self) -> int:
+        refuse(
+            f"expected a whole number, got {self.what}, which is known only when the cell runs; a number "
+            "known before that is an option of the cell, a keyword argument with a default"
+        )
+
+    __index__ = __int__
+
+    def _rounded(self, *args: object) -> NoReturn:
+        refuse(f"{self.what} cannot be rounded: rounding has no useful gradient")
+
+    __round__ = __floor__ = __ceil__ = __trunc__ = _rounded
 
     def __iter__(self) -> NoReturn:
-        refuse(f"{self.what} is not a sequence; p.dense gives one value for each gate that it names")
+        refuse(
+            f"{self.what} is not a sequence and cannot be taken apart; p.dense gives as many values as it "
+            'names gates: i, f = p.dense("i f", x, h)'
+        )
+
+    __len__ = __iter__
 
     def __getitem__(self, key: object) -> NoReturn:
-        refuse(f"{self.what} has no parts: a cell computes all units alike")
+        refuse(
+            f"{self.what} cannot be indexed: a cell computes all rows and units alike; to get several values "
+            'write several gates: i, f = p.dense("i f", x, h)'
+        )
+
+    def __setitem__(self, key: object, value: object) -> NoReturn:
+        self.__getitem__(key)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):  # Python and NumPy ask whether there is a method of theirs
+            raise AttributeError(name)
+        refuse(
+            f"{self.what} has no attribute {name}, since it is neither an array nor a tensor; write tanh(h), "
+            "with a function of fusedrnn.cells, not h.tanh()"
+        )
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse(f"expected an array, got {self.what}; use the functions of fusedrnn.cells, not NumPy's")
+        refuse(
+            f"{self.what} is no array: a cell's function runs once, before there are numbers; compute with + "
+            "- * / and the functions of fusedrnn.cells, not with NumPy"
+        )
 
-    def __array_ufunc__(self, ufunc: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse(f"NumPy's {ufunc.__name__} does not know {self.what}; use the functions of fusedrnn.cells")
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if ufunc.__name__ in _REFUSED:
+            getattr(self, _REFUSED[ufunc.__name__])(None)
+        if ufunc.__name__ in _OPERATORS and method == "__call__" and not kwargs:
+            return _OPERATORS[ufunc.__name__](*map(_without_numpy, inputs))
+        return self.__array_function__(ufunc)
 
     def __array_function__(self, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse(f"NumPy's {function.__name__} does not know {self.what}; use the functions of fusedrnn.cells")
+        refuse(f"NumPy's {function.__name__} cannot take {self.what}; {self._functions()}")
 
     @classmethod
     def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
         name = getattr(function, "__name__", "function")
-        refuse(f"PyTorch's {name} does not know {cls.what}; use the functions of fusedrnn.cells")
+        refuse(f"PyTorch's {name} cannot take {cls.what}; {cls._functions()}")
+
+    @staticmethod
+    def _functions() -> str:
+        return (
+            "a cell computes with + - * /, p.dense and, from fusedrnn.cells, tanh sigmoid exp log sqrt "
+            "softplus relu absolute maximum minimum where"
+        )
 
     def __pow__(self, other: object) -> NoReturn:
-        refuse("** is not an operation of cells; write x * x, or exp(b * log(a))")
+        refuse("a cell has no **; write x * x, sqrt(x), or exp(b * log(a)) for a positive a")
 
     __rpow__ = __pow__
 
     def __matmul__(self, other: object) -> NoReturn:
-        refuse("@ is not an operation of cells; products with a matrix are p.dense(...)")
+        refuse('a cell has no @; write p.dense("a", h) for the product with a matrix, which it makes')
 
     __rmatmul__ = __matmul__
 
+    def _no_operator(self, *others: object) -> NoReturn:
+        refuse(f"a cell has no // and no %; {self._functions()}")
+
+    __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __divmod__ = __rdivmod__ = _no_operator
+
+    def _no_logic(self, *others: object) -> NoReturn:
+        refuse(
+            "a cell has no & | ^ and ~; write where(a > 0, where(b > 0, x, y), y) for `a > 0 and b > 0`, "
+            "where(a > 0, y, x) for `not a > 0`"
+        )
+
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _no_logic
+
     def __eq__(self, other: object) -> bool:
-        refuse("compare with > >= < or <=, in where(a > b, x, y)")
+        refuse(
+            "a cell has no == and !=, which rounding makes a matter of luck; write where(a > b, x, y), with "
+            "> >= < or <="
+        )
 
     __ne__ = __eq__
     __hash__ = object.__hash__
@@ -140,54 +240,125 @@ class Symbol(_Refusing):
         return _compare("greater_equal", other, self)
 
 
-class Condition(_Refusing):
+def _without_numpy(value: Any) -> Any:
+    """An operand that NumPy hands on: its scalars as numbers; of comparisons it has made them arrays."""
+    if isinstance(value, _Refusing):
+        return value
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    return float(value) if _is_number(value) else refuse_constant(value)
+
+
+class _NoArithmetic(_Refusing):
+    """Refuses every operation with the same words."""
+
+    def refused(self, *others: object) -> NoReturn:
+        raise NotImplementedError
+
+    def _operator(self, *others: object) -> NoReturn:
+        self.refused()
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _operator
+    __neg__ = __pos__ = __abs__ = __gt__ = __lt__ = __ge__ = __le__ = _operator
+
+
+class Condition(_NoArithmetic):
     """What ``a > b`` gives: the first argument of ``where``, and nothing else."""
 
     what = "a condition"
+    conditions = (
+        "whether a condition holds is known only when the cell runs, and differs between units, but `if`, "
+        "`while`, `and`, `or`, `not`, max, min and a chained comparison such as 0 < a < 1 ask now; write "
+        "where(a > b, x, y), maximum(a, b) or minimum(a, b)"
+    )
 
     def __init__(self, graph: Graph, node: Node) -> None:
         self.graph, self.node = graph, node
 
+    def refused(self, *others: object) -> NoReturn:
+        refuse(
+            "a condition such as a > b is the first argument of where and nothing else; write "
+            "where(a > b, 1, 0) for the number 1 or 0"
+        )
 
-class Input(_Refusing):
+
+class Input(_NoArithmetic):
     """The step's input x, which only ``p.dense`` takes."""
 
-    what = "x"
+    what = "the input x"
 
-    def _refused(self, *others: object) -> NoReturn:
-        refuse("x stands in p.dense(...) alone; whatever else is done to it belongs before the layer")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refused
-    __neg__ = __pos__ = __abs__ = __gt__ = __lt__ = __ge__ = __le__ = _refused
+    def refused(self, *others: object) -> NoReturn:
+        refuse(
+            "the second argument of a cell is the input x, which has a size of its own: only p.dense takes "
+            'it, as in p.dense("a", x, h); what else is done to it belongs before the layer'
+        )
 
 
 def _graph_of(values: Sequence[Any]) -> Graph:
+    """The graph of the first value, if all are values or numbers."""
     for value in values:
         if isinstance(value, Symbol):
             return value.graph
-    refuse(f"expected a value of the cell, got {_kind(values[0])}; of plain numbers take those of math")
+    for value in values:
+        if not _is_number(value):
+            refuse_constant(value)
+    refuse("none of the arguments is a value of the cell; use the functions of math for plain numbers")
 
 
 def _node(graph: Graph, value: Any) -> Node:
-    if isinstance(value, Input):
-        value._refused()
-    if isinstance(value, Condition):
-        refuse("a condition is the first argument of where(...), and nothing else")
     if isinstance(value, Symbol):
-        if value.graph is not graph:
-            refuse("a value of another cell, or of another run of this one")
-        return value.node
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        refuse(f"expected a value of the cell or a number, got {_kind(value)}")
+        return own(graph, value)
+    if not _is_number(value):
+        refuse_constant(value)
     try:
         return graph.constant(float(value))
     except ValueError as error:
-        refuse(str(error))
+        refuse(f"{error}; a constant of a cell is neither infinite nor NaN")
+    except OverflowError:
+        refuse("expected a number that a double can hold, got a larger integer")
 
 
-def _kind(value: Any) -> str:
-    kind = type(value)
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+def own(graph: Graph, value: Symbol | Condition) -> Node:
+    """The value's node, if it belongs to this run of the cell's function."""
+    if value.graph is not graph:
+        refuse(
+            "a value from another cell, or from an earlier run of this one; a cell's function must compute "
+            "everything anew from its arguments, and keep nothing in a global variable"
+        )
+    return value.node
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def refuse_constant(value: Any) -> NoReturn:
+    """Say why an operation does not take this value, which is neither a value of the cell nor a number."""
+    if isinstance(value, _NoArithmetic):
+        value.refused()
+    if isinstance(value, list | tuple):
+        refuse(
+            "expected one value, got several; only functions of one argument, such as tanh, take a list. "
+            'Take it apart first: i, f = p.dense("i f", x, h)'
+        )
+    if isinstance(value, bool):
+        refuse(f"expected a value of the cell or a number, got {value}; write 1.0 if {value} else 0.0")
+    if hasattr(value, "shape"):
+        refuse(
+            f"expected a value of the cell or a number, got a {kind(value)}; a cell holds no arrays: write "
+            'p.vector("name") for one number per unit, p.dense("name", h) for a product with a matrix'
+        )
+    refuse(f"expected a value of the cell or a number, got {kind(value)}")
+
+
+def kind(value: Any) -> str:
+    """What a value is, for messages."""
+    if isinstance(value, _Refusing):
+        return value.what
+    if value is None:
+        return "None"
+    found = type(value)
+    return found.__name__ if found.__module__ == "builtins" else f"{found.__module__}.{found.__name__}"
 
 
 def _binary(op: str, a: Any, b: Any) -> Symbol:
@@ -195,8 +366,8 @@ def _binary(op: str, a: Any, b: Any) -> Symbol:
     left, right = _node(graph, a), _node(graph, b)
     try:
         return Symbol(graph, getattr(graph, op)(left, right))
-    except ValueError as error:
-        refuse(str(error))
+    except ValueError:
+        refuse("a value is divided by the number 0; expected another divisor")
 
 
 def _compare(op: str, a: Any, b: Any) -> Condition:
@@ -253,20 +424,24 @@ def absolute(x: Any) -> Any:
 
 
 def maximum(a: Any, b: Any) -> Symbol:
-    """The larger one; NaN where one is NaN. Where both are equal, a has the gradient."""
+    """The larger one; NaN where one is NaN. a has the gradient where b is not larger."""
     graph = _graph_of((a, b))
     return Symbol(graph, graph.node("maximum", _node(graph, a), _node(graph, b)))
 
 
 def minimum(a: Any, b: Any) -> Symbol:
-    """The smaller one; NaN where one is NaN. Where both are equal, a has the gradient."""
+    """The smaller one; NaN where one is NaN. a has the gradient where b is not smaller."""
     graph = _graph_of((a, b))
     return Symbol(graph, graph.node("minimum", _node(graph, a), _node(graph, b)))
 
 
 def where(condition: Any, a: Any, b: Any) -> Symbol:
-    """a where the condition (``x > y`` and the like) holds, else b."""
+    """a where the condition (``x > y`` and the like) holds, else b; the gradient of the other one is 0.
+
+    What the other one is computed from gets 0 times its derivative, NaN where that is infinite, as in
+    PyTorch: write ``where(x > 0, sqrt(maximum(x, 1e-6)), 0)``.
+    """
     if not isinstance(condition, Condition):
-        refuse(f"where: expected a condition such as x > 0, got {_kind(condition)}")
+        refuse(f"where: expected a condition such as a > 0 as the first argument, got {kind(condition)}")
     graph = condition.graph
     return Symbol(graph, graph.node("where", condition.node, _node(graph, a), _node(graph, b)))

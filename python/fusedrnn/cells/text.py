@@ -133,4 +133,4 @@ def _id(item: tuple[Node, Node]) -> int:
 
 def _vector(n: Node) -> str:
     parameter, block = n.attribute
-    return f"{parameter}[{block}]" if "_" in parameter else parameter
+    return f"{parameter}[{block}]" if parameter.startswith(("gain_", "bias_")) else parameter

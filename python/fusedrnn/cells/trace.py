@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
+import linecache
+import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from fusedrnn.cells.graph import ROW, TUPLE, UNIT, VECTOR, Graph, Node, reach
-from fusedrnn.cells.symbols import CellError, Input, Symbol, line_of_cell, refuse
+from fusedrnn.cells.graph import CONSTANT, ROW, TUPLE, UNIT, VECTOR, Graph, Node, reach
+from fusedrnn.cells.symbols import CellError, Input, Symbol, kind, line_of, line_of_cell, own, refuse
 
-Start = (
-    float | tuple[float, float] | Callable[..., Any]
-)  # a number, a range to draw from, a function of a shape
+# A number, a range (low, high) to draw from, or a function of a shape.
+Start = float | tuple[float, float] | Callable[..., Any]
 
 
 class Dense(NamedTuple):
@@ -44,9 +47,7 @@ class Trace:
     start: dict[str, float] = field(default_factory=dict)  # of each state, where none is given
     after: dict[str, Node] = field(default_factory=dict)  # the new states
     scalars: dict[str, Node] = field(default_factory=dict)  # one number for each row and step, such as dt
-    blocks: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # of each parameter, whose its blocks of H rows are
+    blocks: dict[str, list[str]] = field(default_factory=dict)  # of each parameter, whose its rows are
     begin: dict[str, Start] = field(default_factory=dict)  # what vectors, gains and their biases start from
     separate: bool = False  # there is a product with a state that is not added to one with x
 
@@ -57,9 +58,12 @@ class Parameters:
     def __init__(self, trace: Trace) -> None:
         self._trace, self._graph, self._x = trace, trace.graph, trace.x
         self._products: set[tuple[str, int]] = set()  # gate and operand
-        self.lines: dict[
-            str, tuple[Node, str]
-        ] = {}  # of each gate or vector a node and the line that names it
+        self.lines: list[tuple[str, Node, str]] = []  # what must be used, its node, the line that makes it
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        refuse(f"p has no {name}; use p.dense, p.vector, p.layer_norm or p.rms_norm")
 
     def dense(self, names: str, *operands: Any, bias: bool = True, layer_norm: bool = False) -> Any:
         """``weight_ih x + bias_ih + weight_hh h + bias_hh`` of one gate, or a list of those of several.
@@ -73,15 +77,28 @@ class Parameters:
                 then to multiply with a gain, and to add the bias after that (Ba, Kiros and Hinton 2016).
         """
         gates = names.split() if isinstance(names, str) else []
-        if not gates or not all(g.isidentifier() for g in gates) or len(set(gates)) < len(gates):
-            refuse(f"p.dense: expected different names of gates, separated by spaces, got {names!r}")
-        values = sorted(map(self._value, operands), key=lambda v: v is not self._x)  # x first
-        if not values or len(set(values)) < len(values):
-            refuse("p.dense: expected x, values of the cell or both, each once")
+        if not gates or not all(g.isidentifier() for g in gates):
+            refuse(
+                "p.dense: expected first the names of the gates in one string, separated by spaces, as in "
+                f'p.dense("i f", x, h), got {names!r}'
+            )
+        for gate in gates:
+            if gates.count(gate) > 1:
+                refuse(f"p.dense: expected different names of gates, got {gate} twice")
+        values = [self._operand("p.dense", v) for v in operands]
+        if not values:
+            refuse('p.dense: expected what to multiply after the names, as in p.dense("i f", x, h)')
+        if len(set(values)) < len(values):
+            refuse("p.dense: expected different operands, got one twice; its two products would be one")
+        values.sort(key=lambda v: v is not self._x)  # x first
         for gate in gates:
             for v in values:
                 if (gate, v.id) in self._products:
-                    refuse(f"p.dense: gate {gate} has a product with this operand already")
+                    operand = "x" if v is self._x else "this operand"
+                    refuse(
+                        f"p.dense: gate {gate} has a product with {operand} already; use its result again, "
+                        "or give this gate another name"
+                    )
                 self._products.add((gate, v.id))
         self._trace.separate |= self._x not in values
         sides = ["ih" if v is self._x else "hh" for v in values]
@@ -95,7 +112,8 @@ class Parameters:
             products = [self._product(g, [v], (w,), ()) for g, w in zip(gates, weights[n], strict=True)]
             gains = [self._vector(f"gain_{side}", self._block(f"gain_{side}", g, 1.0)) for g in gates]
             added = [self._vector(f"bias_{side}", row) for row in biases[n]] if bias else []
-            parts = self._normalise(Norm("layer", 1e-5), products, gains, added)
+            what = [f"the normalised gate {g}" for g in gates]
+            parts = self._normalise(Norm("layer", 1e-5), products, gains, added, what)
             sums = [self._graph.add(a, b) for a, b in zip(sums, parts, strict=True)] if sums else parts
         return self._symbols(sums)
 
@@ -107,52 +125,79 @@ class Parameters:
             init: what it starts from: a number, a range (low, high) to draw from, or a function that takes
                 the shape and gives an array.
         """
-        blocks = self._trace.blocks
-        if not isinstance(name, str) or not name.isidentifier():
-            refuse(f"p.vector: expected a name, got {name!r}")
-        if name not in blocks:
+        self._check_name("p.vector", name)
+        if name.startswith(("weight_", "bias_", "gain_")):
+            refuse(
+                "p.vector: the names of other parameters begin with weight_, bias_ and gain_; expected "
+                f"another name, got {name}"
+            )
+        _check_start(init)
+        if name not in self._trace.blocks:
             self._block(name, name, init)
-        elif blocks[name] != [name] or self._trace.begin.get(name) != init:
-            refuse(f"p.vector: {name} is another parameter already, or starts from something else")
-        node = self._vector(name, 0)
-        self.lines.setdefault(name, (node, line_of_cell()))
-        return Symbol(self._graph, node)
+            self.lines.append((f"the vector {name}", self._vector(name, 0), line_of_cell()))
+        elif self._trace.begin[name] != init:
+            old, new = ("a function" if callable(s) else s for s in (self._trace.begin[name], init))
+            if old == new:
+                new = "another one; define it once, before the cell"
+            refuse(
+                f"p.vector: {name} started from {old} before, now it starts from {new}; give both the same "
+                "start, or this one another name"
+            )
+        return Symbol(self._graph, self._vector(name, 0))
 
     def layer_norm(self, name: str, *values: Any, bias: bool = True, eps: float = 1e-5) -> Any:
         """``gain_name * (v - mean) / sqrt(variance + eps) + bias_name`` of one value, or a list of several.
 
         Mean and variance are those of a row, over all units of all values together.
         """
-        return self._norm(Norm("layer", float(eps)), name, values, bias)
+        return self._norm("layer", eps, name, values, bias)
 
     def rms_norm(self, name: str, *values: Any, bias: bool = False, eps: float = 1e-5) -> Any:
         """``gain_name * v / sqrt(mean of v * v + eps)`` of one value, or a list of several.
 
         The mean is that of a row, over all units of all values together.
         """
-        return self._norm(Norm("rms", float(eps)), name, values, bias)
+        return self._norm("rms", eps, name, values, bias)
 
-    def _norm(self, norm: Norm, name: str, values: Sequence[Any], bias: bool) -> Any:
-        nodes = [self._value(v) for v in values]
-        if not nodes or self._x in nodes:
-            refuse(f"p.{norm.kind}_norm: expected values of the cell")
-        if not isinstance(name, str) or not name.isidentifier() or f"gain_{name}" in self._trace.blocks:
-            refuse(f"p.{norm.kind}_norm: expected a name that no other norm has, got {name!r}")
+    def _norm(self, kind: str, eps: float, name: str, values: Sequence[Any], bias: bool) -> Any:
+        call = f"p.{kind}_norm"
+        self._check_name(call, name)
+        nodes = [self._operand(call, v) for v in values]
+        if not nodes:
+            refuse(f'{call}: expected what to normalise after the name, as in {call}("c", c)')
+        if self._x in nodes:
+            refuse(f"{call}: expected values of the cell, got x; normalise it before the layer")
+        if name in ("ih", "hh"):
+            refuse(f"{call}: gain_{name} is the gain of p.dense(..., layer_norm=True); expected another name")
+        if f"gain_{name}" in self._trace.blocks:
+            refuse(
+                f"{call}: another norm is called {name} already; give this one another name, or both their "
+                f'values in one call to share mean and variance: a, b = {call}("{name}", a, b)'
+            )
+        if not _is_finite(eps) or eps < 0:
+            refuse(f"{call}: expected a number of at least 0 for eps, got {eps!r}")
         gains = [self._vector(f"gain_{name}", self._block(f"gain_{name}", name, 1.0)) for _ in nodes]
         biases = [self._vector(f"bias_{name}", self._block(f"bias_{name}", name, 0.0)) for _ in nodes if bias]
-        return self._symbols(self._normalise(norm, nodes, gains, biases))
+        what = [f"value {k + 1} of the norm {name}" for k in range(len(nodes))]
+        return self._symbols(self._normalise(Norm(kind, float(eps)), nodes, gains, biases, what))
 
-    def _normalise(self, norm: Norm, values: list[Node], gains: list[Node], biases: list[Node]) -> list[Node]:
+    def _normalise(
+        self, norm: Norm, values: list[Node], gains: list[Node], biases: list[Node], names: list[str]
+    ) -> list[Node]:
         g = self._graph
         normed = g.node("normalise", *values, attribute=norm, shape=TUPLE)
-        parts = [g.mul(gain, g.node("item", normed, attribute=k, shape=UNIT)) for k, gain in enumerate(gains)]
+        parts = []
+        for k, (name, gain) in enumerate(zip(names, gains, strict=True)):
+            item = g.node("item", normed, attribute=k, shape=UNIT)
+            self.lines.append((name, item, line_of_cell()))
+            parts.append(g.mul(gain, item))
         return [g.add(a, b) for a, b in zip(parts, biases, strict=True)] if biases else parts
 
     def _product(
         self, gate: str, values: list[Node], weights: tuple[int, ...], biases: tuple[int, ...]
     ) -> Node:
         node = self._graph.node("dense", *values, attribute=Dense(gate, weights, biases), shape=UNIT)
-        self.lines[f"{gate} {len(self.lines)}"] = (node, line_of_cell())
+        self.lines.append((f"gate {gate}", node, line_of_cell()))
         return node
 
     def _block(self, parameter: str, whose: str, init: Start | None = None) -> int:
@@ -166,16 +211,71 @@ class Parameters:
     def _vector(self, parameter: str, block: int) -> Node:
         return self._graph.node("vector", attribute=(parameter, block), shape=VECTOR)
 
-    def _value(self, value: Any) -> Node:
+    def _operand(self, call: str, value: Any) -> Node:
+        """x or a value, as a product and a norm take it."""
         if isinstance(value, Input):
             return self._x
-        if not isinstance(value, Symbol) or value.node.shape != UNIT:
-            refuse("expected x or a value of each row and unit, such as a state")
-        return value.node
+        if isinstance(value, list | tuple):
+            refuse(f"{call}: expected values one by one, got a {kind(value)} of them; write *values for it")
+        if not isinstance(value, Symbol):
+            refuse(f"{call}: expected x or a value of the cell, such as a state, got {kind(value)}")
+        node = own(self._graph, value)
+        if node.shape != UNIT:
+            refuse(
+                f"{call}: expected a number for each row and unit, such as a state, got {_SIZES[node.shape]}"
+            )
+        return node
+
+    def _check_name(self, call: str, name: object) -> None:
+        if not isinstance(name, str) or not name.isidentifier():
+            refuse(f'{call}: expected a name, such as {call}("c", ...), got {name!r}')
 
     def _symbols(self, nodes: Any) -> Any:
         found = [Symbol(self._graph, n) for n in nodes]
         return found if len(found) > 1 else found[0]
+
+
+_SIZES = {
+    CONSTANT: "one number",
+    VECTOR: "one number for each unit, a vector",
+    ROW: "one number for each row, a keyword argument without default",
+}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_start(init: Any) -> None:
+    pair = isinstance(init, tuple) and len(init) == 2 and all(map(_is_finite, init))
+    if not (_is_finite(init) or pair or callable(init)):
+        refuse(
+            "p.vector: expected init to be a finite number, a pair of them (low, high), or a function that "
+            f"takes a shape, got {init!r}"
+        )
+
+
+class _Lines:
+    """Lines of a cell's function that no frame names: before it runs and when it has returned."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.code = inspect.unwrap(function).__code__
+
+    def definition(self) -> str:
+        path, first = self.code.co_filename, self.code.co_firstlineno
+        lines = range(first, first + 20)  # decorators come first
+        found = (n for n in lines if linecache.getline(path, n).lstrip().startswith(("def ", "async def ")))
+        return line_of(path, next(found, first))
+
+    def result(self) -> str:
+        """The line that returns, if there is one alone."""
+        found = {
+            i.positions.lineno
+            for i in dis.get_instructions(self.code)
+            if "RETURN_" in i.opname and i.positions
+        }
+        line = found.pop() if len(found) == 1 else None
+        return self.definition() if line is None else line_of(self.code.co_filename, line)
 
 
 def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
@@ -186,41 +286,74 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
     """
     graph = Graph()
     t = Trace(function.__name__, graph, graph.node("input", shape="input"))
-    code = inspect.unwrap(function).__code__
-    here = f"{code.co_filename}:{code.co_firstlineno}: cell {t.name}"
+    lines = _Lines(function)
     p = Parameters(t)
     args: list[Any] = [p, Input()]
     keywords = dict(options)
     for k, argument in enumerate(inspect.signature(function).parameters.values()):
         name = argument.name
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
-            raise CellError(f"{here}\nexpected the arguments p, x and each state by name, got *{name}")
+            stars = "*" if argument.kind == argument.VAR_POSITIONAL else "**"
+            raise CellError(
+                f"{lines.definition()}\n{t.name}: a layer must know the states and options, so expected each "
+                f"argument by name: p, x, the states, after * keyword arguments; got {stars}{name}"
+            )
         if argument.kind == argument.KEYWORD_ONLY:
             if name not in keywords and argument.default is argument.empty:
                 t.scalars[name] = t.graph.node("scalar", attribute=name, shape=ROW)
                 keywords[name] = Symbol(t.graph, t.scalars[name])
         elif k >= len(args):
+            start = 0.0 if argument.default is argument.empty else argument.default
+            if not _is_finite(start):
+                raise CellError(
+                    f"{lines.definition()}\n{t.name}: the default of a state is the number that it starts "
+                    f"from; expected a finite number for {name}, got {start!r}. Options come after *"
+                )
             t.states[name] = t.graph.node("state", attribute=name, shape=UNIT)
-            t.start[name] = 0.0 if argument.default is argument.empty else float(argument.default)
+            t.start[name] = float(start)
             args.append(Symbol(t.graph, t.states[name]))
     if not t.states:
-        raise CellError(f"{here}\nexpected the arguments p, x and at least one state")
+        raise CellError(
+            f"{lines.definition()}\n{t.name}: expected the arguments p (parameters), x (input) and at least "
+            f"one state, as in `def {t.name}(p, x, h):`"
+        )
     found = function(*args, **keywords)
+    for name, value in zip(t.states, _returned(t, found, lines), strict=True):
+        t.after[name] = own(graph, value)
+    used = reach(t.after.values())
+    for what, node, line in p.lines:
+        if node not in used:
+            raise CellError(f"{line}\n{what} is not used: no new state depends on it; use it or leave it out")
+    if t.x not in used:
+        raise CellError(
+            f"{lines.definition()}\n{t.name}: no new state depends on the input x; expected it in p.dense, "
+            'as in p.dense("a", x, h)'
+        )
+    return t
+
+
+def _returned(t: Trace, found: Any, lines: _Lines) -> Sequence[Symbol]:
+    """The new states, if the function returned them."""
+    states = ", ".join(t.states)
+    expected = f"{lines.result()}\n{t.name}: expected `return` with the new {states}, in this order"
+    if found is None:
+        raise CellError(f"{expected}, got nothing")
+    if isinstance(found, list):
+        raise CellError(f"{expected}, got a list; write the values after `return` without brackets")
     new = found if isinstance(found, tuple) else (found,)
     if len(new) != len(t.states):
-        raise CellError(
-            f"{here}\nexpected the new {', '.join(t.states)} to be returned, got {len(new)} values"
-        )
+        values = "1 value" if len(new) == 1 else f"{len(new)} values"
+        raise CellError(f"{expected} and nothing else, got {values}")
     for name, value in zip(t.states, new, strict=True):
-        if not isinstance(value, Symbol) or value.node.shape != UNIT:
+        if not isinstance(value, Symbol):
+            raise CellError(f"{expected}; the new {name} must be a value of the cell, got {kind(value)}")
+        if value.graph is not t.graph:
             raise CellError(
-                f"{here}\nexpected the new {name} to be a value of each row and unit, got {value!r}"
+                f"{expected}; the new {name} is a value from another cell, or from an earlier run of this one"
             )
-        t.after[name] = value.node
-    used = reach(t.after.values())
-    for name, (node, line) in p.lines.items():
-        if node not in used:
-            raise CellError(f"{line}\nno state depends on {name.split()[0]}")
-    if t.x not in used:
-        raise CellError(f"{here}\nno state depends on x")
-    return t
+        if value.node.shape != UNIT:
+            raise CellError(
+                f"{expected}; the new {name} must be a number for each row and unit, got "
+                f"{_SIZES[value.node.shape]}"
+            )
+    return new

@@ -1,0 +1,166 @@
+"""Mistakes in a cell's function: each gets an error that names the line and says what to write instead."""
+
+from __future__ import annotations
+
+import fractions
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bad_parameters  # noqa: F401  it adds to CASES
+from bad_values import CASES
+from fusedrnn.cells.builtin import lstm
+from fusedrnn.cells.definition import Definition, cell
+from fusedrnn.cells.symbols import CellError, absolute, exp, maximum, minimum, relu, tanh, where
+
+pytestmark = pytest.mark.quick
+
+
+def expected_line(function):
+    """-> number and text of the marked line, or of that with def"""
+    lines, first = inspect.getsourcelines(function)
+    marked = [k for k, line in enumerate(lines) if line.rstrip().endswith("# here")]
+    assert len(marked) < 2
+    k = marked[0] if marked else next(k for k, line in enumerate(lines) if line.lstrip().startswith("def "))
+    return first + k, lines[k].strip()
+
+
+def check(error, function, words):
+    line, source = expected_line(function)
+    place, message = str(error).split("\n")
+    assert place == f"{inspect.getfile(function)}:{line}: {source}"
+    for word in words:
+        assert word in message
+    # It says what would be right, in words: no class of ours, no address of an object.
+    assert re.search("expected|write|use|import|give|only|before", message)
+    assert not re.search(r"Symbol|Condition|Input|Node|object at|<\w", message)
+    assert len(message) < 330
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.function.__name__)
+def test_a_mistake_is_named(case):
+    with pytest.raises(CellError) as caught:
+        Definition(case.function).trace  # noqa: B018
+    check(caught.value, case.at, case.words)
+
+
+def test_the_error_is_a_type_error():
+    assert issubclass(CellError, TypeError)
+
+
+KEPT = []
+
+
+@pytest.mark.parametrize("where_it_is_used", ["sum", "product", "norm", "condition", "result"])
+def test_a_value_of_an_earlier_run_is_named(where_it_is_used):
+    def keeps(p, x, h):
+        KEPT.append((h, h > 0))
+        old, condition = KEPT[0]
+        a = tanh(p.dense("a", x, h))
+        if where_it_is_used == "sum":
+            return a + old
+        if where_it_is_used == "product":
+            return a + p.dense("b", old)
+        if where_it_is_used == "norm":
+            return a + p.layer_norm("n", old)
+        if where_it_is_used == "condition":
+            return where(condition, a, 0)
+        return old if len(KEPT) > 1 else a
+
+    KEPT.clear()
+    Definition(keeps).trace  # noqa: B018
+    with pytest.raises(CellError, match="earlier run") as caught:
+        Definition(keeps).trace  # noqa: B018
+    assert __file__ in str(caught.value)
+
+
+def unknown_option():
+    return lstm.with_options(peephole=True)  # here
+
+
+def option_that_is_a_list():
+    return lstm.with_options(layer_norm=[1])  # here
+
+
+def no_function():
+    return cell(lstm)  # here
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (unknown_option, ["lstm has no option peephole", "its options: layer_norm"]),
+        (option_that_is_a_list, ["can hash", "[1]"]),
+        (no_function, ["expected a function", "Definition"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_mistakes_beside_the_function(function, words):
+    with pytest.raises(CellError) as caught:
+        function()
+    line, source = expected_line(function)
+    assert str(caught.value).startswith(f"{__file__}:{line}: {source}\n")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_line_of_a_cell_in_a_library_is_named():
+    """Where no line is the user's, the one that called this package."""
+    code = "def made(p, x, h):\n    if h:\n        return h\n"
+    names = {"__name__": "numpy.cells"}
+    exec(compile(code, "library.py", "exec"), names)
+    names["run"] = lambda: Definition(names["made"]).trace
+    with pytest.raises(CellError, match=Path(__file__).name):  # this test is the user's
+        names["run"]()
+
+
+# --- what is allowed ----------------------------------------------------------------------------------------
+
+NUMBERS = [2, np.float64(2), np.float32(2), np.int64(2), np.longdouble(2), fractions.Fraction(2)]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: type(number).__name__)
+def test_every_real_number_is_a_constant(number):
+    def scaled(two):
+        @cell
+        def made(p, x, h):
+            a = two * p.dense("a", x, h) + two - h / two
+            a = two - maximum(a, two) + two / (minimum(two, a) + 9) - (a * two - two)
+            h = where(two > h, a, h) + where(h >= two, a, two) + where(two <= h, h + two, two)
+            return where(two < h, h, exp(-absolute(relu(a))))
+
+        return made
+
+    assert str(scaled(number)) == str(scaled(2.0))
+
+
+def test_options_choose_by_if_and_loops_count():
+    @cell
+    def made(p, x, h, *, steps=2, relu_of=None):
+        for _ in range(steps):
+            h = tanh(p.vector("v") * h)
+        a = p.dense("a", x, h)
+        return a if relu_of is None else relu(a)
+
+    def count(found, op):
+        return sum(n.op == op for n in found.forward_nodes)
+
+    assert (count(made, "tanh"), count(made, "relu")) == (2, 0)
+    other = made.with_options(steps=3, relu_of=1)
+    assert (count(other, "tanh"), count(other, "relu")) == (3, 1)
+
+
+def test_values_print_what_they_are():
+    """A cell may print them."""
+    seen = []
+
+    @cell
+    def made(p, x, h):
+        seen.append(f"{x}, {h}, {h > 0!r}")
+        return p.dense("a", x, h)
+
+    assert made.trace
+    assert seen == ["the input x, a value of the cell, a condition"]
