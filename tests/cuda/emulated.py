@@ -26,6 +26,7 @@ from fusedrnn.backends.cuda.graphs import GraphCache
 HERE = Path(__file__).parent
 MUTANT = os.environ.get("FUSEDRNN_TEST_CSRC")  # other sources than those of this tree
 CSRC = Path(MUTANT or HERE.parents[1] / "csrc")
+RACES = ["-DFUSEDRNN_RACES", "-g"] if os.environ.get("FUSEDRNN_TEST_RACES") else []  # ThreadSanitizer watches
 COMPILER = shutil.which("g++") or shutil.which("c++")
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off",
          "-fno-math-errno", "-DFUSEDRNN_EMULATED", f"-I{HERE}"]  # fmt: skip
@@ -69,9 +70,9 @@ def build(
     return target
 
 
-def runtime(*flags: str) -> Path:
-    """The object of emulation.cpp."""
-    return build([HERE / "emulation.cpp"], ["-c", "-fPIC", "-fvisibility=hidden", *flags])
+def runtime() -> Path:
+    """The object of emulation.cpp, which is never watched itself."""
+    return build([HERE / "emulation.cpp"], ["-c", "-fPIC", "-fvisibility=hidden", *RACES])
 
 
 @functools.cache
@@ -84,7 +85,8 @@ def library(cell: str, dtype: str, warps: int, precision: str = "ieee") -> ctype
     """The kernels of one cell, dtype and precision."""
     flags = ["-fPIC", "-shared", "-fvisibility=hidden", f"-DFUSEDRNN_CELL={cell}",
              f"-DFUSEDRNN_DTYPE={dtype}", f"-DFUSEDRNN_WARPS={warps}",
-             f"-DFUSEDRNN_PRECISION={precision}", *fma()]  # fmt: skip
+             f"-DFUSEDRNN_PRECISION={precision}", *fma(), *RACES,
+             *(["-fsanitize=thread"] if RACES else [])]  # fmt: skip
     sources = [HERE / "library.cpp", runtime()]
     made = build(sources, [*flags, "-w"], CSRC, CSRC.parent) if MUTANT else build(sources, flags, CSRC)
     found = ctypes.CDLL(str(made))
