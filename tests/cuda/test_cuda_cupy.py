@@ -193,6 +193,11 @@ def driver(monkeypatch):
     real = importlib.import_module("cuda.bindings.driver")
     calls = []
 
+    def parameters(at):
+        """The address of the first argument, and the numbers that both begin with."""
+        addresses = (ctypes.c_void_p * 2).from_address(at)
+        return addresses[0], *(ctypes.c_int64.from_address(a).value for a in addresses)
+
     class Driver:
         def __getattr__(self, name):
             if not name.startswith("cu"):
@@ -200,33 +205,18 @@ def driver(monkeypatch):
             assert callable(getattr(real, name))
 
             def call(*arguments):
+                last = arguments[-1]
+                value = {
+                    "cuOccupancyMaxActiveBlocksPerMultiprocessor": lambda: 1,
+                    "cuOccupancyMaxActiveClusters": lambda: int(last.gridDimX <= 8),
+                    "cuModuleLoadData": lambda: "module",
+                    "cuModuleGetFunction": lambda: last,
+                }.get(name, lambda: None)()
                 if name == "cuLaunchKernelEx":
-                    config, function, parameters, extra = arguments
-                    launch = {
-                        "grid": (config.gridDimX, config.gridDimY, config.gridDimZ),
-                        "block": (config.blockDimX, config.blockDimY, config.blockDimZ),
-                        "shared": config.sharedMemBytes,
-                        "stream": int(config.hStream),
-                        "attributes": [
-                            (a.id, a.value.cooperative, a.value.clusterDim.x) for a in config.attrs
-                        ],
-                        "count": config.numAttrs,
-                        "parameters": ctypes.c_void_p.from_address(parameters).value,
-                        "first": ctypes.c_int64.from_address(
-                            ctypes.c_void_p.from_address(parameters).value
-                        ).value,
-                        "second": ctypes.c_int64.from_address(
-                            ctypes.c_void_p.from_address(parameters + 8).value
-                        ).value,
-                        "extra": extra,
-                    }
-                    arguments = (function, launch)
+                    config, function, at, extra = arguments
+                    assert extra == 0
+                    arguments = (function, config, parameters(at))
                 calls.append((name, *arguments))
-                answers = {"cuOccupancyMaxActiveBlocksPerMultiprocessor": 1, "cuModuleLoadData": "module"}
-                answers["cuOccupancyMaxActiveClusters"] = (
-                    1 if name != "cuOccupancyMaxActiveClusters" else (int(arguments[-1].gridDimX <= 8))
-                )
-                value = arguments[-1] if name == "cuModuleGetFunction" else answers.get(name)
                 return (failing.get(name, real.CUresult.CUDA_SUCCESS), *(() if value is None else (value,)))
 
             return call
@@ -247,30 +237,30 @@ def driver(monkeypatch):
     return device, calls, failing, real
 
 
+JOB, STEP = ctypes.c_int64(123), ctypes.c_int64(456)
+
+
+def launches(calls):
+    """Of each its function, blocks, threads, bytes, stream, what it needs beside them, and arguments."""
+    found = []
+    for _, function, c, parameters in (call for call in calls if call[0] == "cuLaunchKernelEx"):
+        assert c.numAttrs == len(c.attrs)
+        grid, block = (c.gridDimX, c.gridDimY, c.gridDimZ), (c.blockDimX, c.blockDimY, c.blockDimZ)
+        found.append((function, grid, block, c.sharedMemBytes, int(c.hStream), c.attrs, parameters))
+    return found
+
+
 @bindings
 def test_launches(driver):
     device, calls, _, real = driver
-    job, step = ctypes.c_int64(123), ctypes.c_int64(456)
-    device.launch("Lstm", "float", "step_forward", (7, 1), (job, step))
-    device.launch("Lstm", "float", "grid_forward", (2, 2), (job, step), 50_000, cooperative=True)
-    launches = [call for call in calls if call[0] == "cuLaunchKernelEx"]
-    (_, function, plain), (_, grid_function, cooperative) = launches
-    assert (function, grid_function) == (b"step_forward", b"grid_forward")
-    expected = {
-        "grid": (7, 1, 1),
-        "block": (256, 1, 1),
-        "shared": 0,
-        "stream": 4711,
-        "attributes": [],
-        "count": 0,
-    }
-    assert plain | expected == plain
-    assert (plain["first"], plain["second"], plain["extra"]) == (123, 456, 0)
-    assert plain["parameters"] == ctypes.addressof(job)
-    flag = real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-    assert (cooperative["grid"], cooperative["shared"]) == ((2, 2, 1), 50_000)
-    ((found, value, _),) = cooperative["attributes"]
-    assert (found, value, cooperative["count"]) == (flag, 1, 1)
+    device.launch("Lstm", "float", "step_forward", (7, 1), (JOB, STEP))
+    device.launch("Lstm", "float", "grid_forward", (2, 2), (JOB, STEP), 50_000, cooperative=True)
+    given = ctypes.addressof(JOB), 123, 456
+    plain, (*cooperative, (attribute,), parameters) = launches(calls)
+    assert plain == (b"step_forward", (7, 1, 1), (256, 1, 1), 0, 4711, [], given)
+    assert (cooperative, parameters) == ([b"grid_forward", (2, 2, 1), (256, 1, 1), 50_000, 4711], given)
+    assert attribute.id == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    assert attribute.value.cooperative == 1
     loads = [call for call in calls if call[0] == "cuModuleLoadData"]
     assert [code for _, code in loads] == [b"Lstm float sm_90 ieee steps", b"Lstm float sm_90 ieee grid"]
     beyond = real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -281,27 +271,22 @@ def test_launches(driver):
 @bindings
 def test_a_cluster_is_a_row_of_the_grid(driver):
     device, calls, _, real = driver
-    job, step = ctypes.c_int64(123), ctypes.c_int64(456)
-    device.launch("Lstm", "float", "cluster_forward", (3, 50), (job, step), 60_000, precision="tf32")
-    (launch,) = (call[2] for call in calls if call[0] == "cuLaunchKernelEx")
-    ((found, _, blocks),) = launch["attributes"]
-    assert found == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    assert (blocks, launch["grid"], launch["shared"]) == (3, (3, 50, 1), 60_000)
+    device.launch("Lstm", "float", "cluster_forward", (3, 50), (JOB, STEP), 60_000, precision="tf32")
+    ((_, grid, _, shared, _, (attribute,), _),) = launches(calls)
+    assert attribute.id == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    assert (attribute.value.clusterDim.x, grid, shared) == (3, (3, 50, 1), 60_000)
     assert ("cuModuleLoadData", b"Lstm float sm_90 tf32 cluster") in calls
     with pytest.raises(RuntimeError, match=r"^cluster_forward: a cluster of 9 blocks does not run on this"):
-        device.launch("Lstm", "float", "cluster_forward", (9, 1), (job, step))
+        device.launch("Lstm", "float", "cluster_forward", (9, 1), (JOB, STEP))
 
 
 @bindings
 def test_a_grid_that_does_not_run_at_once_is_an_error(driver):
     device, calls, failing, real = driver
-    args, too_many = (
-        (ctypes.c_int64(), ctypes.c_int64()),
-        r"5 x 1 blocks do not run at once on this GPU, 4 do",
-    )
-    with pytest.raises(RuntimeError, match=rf"^grid_forward: {too_many}"):
-        device.launch("Lstm", "float", "grid_forward", (5, 1), args, cooperative=True)
-    assert not any(call[0] == "cuLaunchKernelEx" for call in calls)
+    too_many = r"^grid_forward: 5 x 1 blocks do not run at once on this GPU, 4 do"
+    with pytest.raises(RuntimeError, match=too_many):
+        device.launch("Lstm", "float", "grid_forward", (5, 1), (JOB, STEP), cooperative=True)
+    assert not launches(calls)
     failing["cuLaunchKernelEx"] = real.CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(RuntimeError, match=r"^cuLaunchKernelEx: CUDA_ERROR_INVALID_VALUE"):
-        device.launch("Lstm", "float", "step_forward", (1, 1), args)
+        device.launch("Lstm", "float", "step_forward", (1, 1), (JOB, STEP))
