@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn.backends.cuda.graphs import GraphCache
+from fusedrnn.backends.cuda.nvrtc import Code
 
 HERE = Path(__file__).parent
 MUTANT = os.environ.get("FUSEDRNN_TEST_CSRC")  # other sources than those of this tree
@@ -81,12 +82,11 @@ def _version(compiler: str) -> bytes:
 
 
 @functools.cache
-def library(cell: str, dtype: str, warps: int, precision: str = "ieee") -> ctypes.CDLL:
-    """The kernels of one cell, dtype and precision."""
-    flags = ["-fPIC", "-shared", "-fvisibility=hidden", f"-DFUSEDRNN_CELL={cell}",
-             f"-DFUSEDRNN_DTYPE={dtype}", f"-DFUSEDRNN_WARPS={warps}",
-             f"-DFUSEDRNN_PRECISION={precision}", *fma(), *RACES,
-             *(["-fsanitize=thread"] if RACES else [])]  # fmt: skip
+def library(code: Code, warps: int) -> ctypes.CDLL:
+    """The kernels."""
+    flags = ["-fPIC", "-shared", "-fvisibility=hidden", f"-DFUSEDRNN_WARPS={warps}", *fma(), *RACES]
+    flags += [f"-DFUSEDRNN_{name.upper()}={value}" for name, value in code._asdict().items()]
+    flags += ["-fsanitize=thread"] if RACES else []
     sources = [HERE / "library.cpp", runtime()]
     made = build(sources, [*flags, "-w"], CSRC, CSRC.parent) if MUTANT else build(sources, flags, CSRC)
     found = ctypes.CDLL(str(made))
@@ -237,32 +237,15 @@ class EmulatedDevice:
         return run
 
     def launch(
-        self,
-        cell: str,
-        dtype: str,
-        kernel: str,
-        grid: tuple[int, int],
-        args: Sequence[Argument],
-        shared: int = 0,
-        cooperative: bool = False,
-        precision: str = "ieee",
+        self, code: Code, kernel: str, grid: tuple[int, int], args: Sequence[Argument], shared: int = 0
     ) -> None:
         """Runs a kernel to its end.
-
-        Args:
-            cell: A type of csrc/cells/cells.def.
-            dtype: By its name in C++, out of ``nvrtc.DTYPES``.
-            kernel: Its name in csrc/cuda/kernels.cu.
-            grid: Blocks along x and y.
-            args: By value.
-            shared: Bytes of a block's dynamic shared memory.
-            cooperative: All blocks run at once.
-            precision: Of csrc/cuda/tile.h.
 
         Raises:
             RuntimeError: The launch is impossible, or its threads wait for each other for ever, or
                 diverge, or wrote where they must not.
         """
+        cooperative = kernel.startswith("grid")
         if shared > self.shared_bytes:
             raise RuntimeError(f"{kernel}: {shared} bytes of shared memory, there are {self.shared_bytes}")
         if kernel.startswith("cluster") and grid[0] > self.cluster:
@@ -273,15 +256,13 @@ class EmulatedDevice:
             )
         if self._recorded is not None:
             copies = [type(arg).from_buffer_copy(arg) for arg in args]
-            self._recorded.append(
-                lambda: self.launch(cell, dtype, kernel, grid, copies, shared, cooperative, precision)
-            )
+            self._recorded.append(lambda: self.launch(code, kernel, grid, copies, shared))
             return
         count = len(args)
         addresses = (ctypes.c_void_p * count)(*map(ctypes.addressof, args))
         sizes = (ctypes.c_size_t * count)(*map(ctypes.sizeof, args))
         error = ctypes.create_string_buffer(4096)
-        run = library(cell, dtype, self.warps, precision).fusedrnn_launch
+        run = library(code, self.warps).fusedrnn_launch
         seed = self.seed * 1_000_003 + len(self.launches)
         with self._lock:
             failed = run(

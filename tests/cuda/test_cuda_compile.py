@@ -39,6 +39,7 @@ KERNELS = [
 KINDS = [
     pair for pair in nvrtc.DTYPE_PRECISIONS if pair[0] != "float" or pair[1] == "ieee"
 ]  # every dtype once
+LSTM_CODE = nvrtc.Code("Lstm", "float")
 
 
 def nvrtc_missing() -> str | None:
@@ -73,7 +74,7 @@ def kernels_in(code: bytes) -> set[str]:
 def compile_all(cases) -> None:
     """Cell, dtype, precision and architecture, on two threads: NVRTC leaves the interpreter to others."""
     with ThreadPoolExecutor(2) as pool:
-        for code in pool.map(lambda c: nvrtc.cubin(c[0], c[1], c[3], c[2]), list(cases)):
+        for code in pool.map(lambda case: nvrtc.cubin(nvrtc.Code(*case[:3]), case[3]), list(cases)):
             assert kernels_in(code) == set(KERNELS)
 
 
@@ -109,7 +110,7 @@ def test_each_kernel_variant_compiles_by_itself():
     """As for a user; together they have every kernel."""
     seen = []
     for variant in nvrtc.KERNELS:
-        found = kernels_in(nvrtc.cubin("Lstm", "float", "sm_90", "ieee", variant))
+        found = kernels_in(nvrtc.cubin(LSTM_CODE, "sm_90", variant))
         assert {nvrtc.variant_of(kernel) for kernel in found} == {variant}
         seen += found
     assert sorted(seen) == sorted(KERNELS)
@@ -120,9 +121,9 @@ def test_what_does_not_compile_says_why(tmp_path):
     with pytest.raises(
         RuntimeError, match=r'nvrtcCompileProgram: NVRTC_ERROR_COMPILATION, .* "Abacus" is undef'
     ):
-        nvrtc.cubin("Abacus", "float", "sm_90")
+        nvrtc.cubin(nvrtc.Code("Abacus", "float"), "sm_90")
     with pytest.raises(RuntimeError, match=r"nvrtcCompileProgram: NVRTC_ERROR_INVALID_OPTION"):
-        nvrtc.cubin("RnnTanh", "float", "sm_1")
+        nvrtc.cubin(nvrtc.Code("RnnTanh", "float"), "sm_1")
     assert not list(tmp_path.rglob("*.cubin"))
 
 
@@ -140,20 +141,20 @@ def compiled(monkeypatch):
 
 def test_the_cache(compiled, tmp_path, monkeypatch):
     for _ in range(2):
-        assert nvrtc.cubin("Lstm", "float", "sm_90") == b"code"
+        assert nvrtc.cubin(LSTM_CODE, "sm_90") == b"code"
     assert len(compiled) == 1
     (file,) = tmp_path.rglob("*.cubin")
     assert file.name.startswith("Lstm-float-ieee-sm_90-")
-    nvrtc.cubin("Lstm", "double", "sm_90")
-    nvrtc.cubin("Lstm", "float", "sm_80")
+    nvrtc.cubin(nvrtc.Code("Lstm", "double"), "sm_90")
+    nvrtc.cubin(LSTM_CODE, "sm_80")
     assert len(compiled) == 3
     for _ in range(2):
-        nvrtc.cubin("Lstm", "float", "sm_80", "ieee", "cluster")
+        nvrtc.cubin(LSTM_CODE, "sm_80", "cluster")
     assert "--define-macro=FUSEDRNN_ONLY=2" in compiled.pop()
     assert len(compiled) == 3
     assert len([*tmp_path.rglob("Lstm-cluster-float-ieee-sm_80-*.cubin")]) == 1
     monkeypatch.setattr(nvrtc, "version", lambda: (13, 1))  # another NVRTC
-    nvrtc.cubin("Lstm", "float", "sm_90")
+    nvrtc.cubin(LSTM_CODE, "sm_90")
     assert len(compiled) == 4
 
 
@@ -162,11 +163,11 @@ def test_other_sources_are_compiled_again(compiled, tmp_path, monkeypatch, file)
     folder = tmp_path / "csrc"
     shutil.copytree(nvrtc.sources(), folder)
     monkeypatch.setattr(nvrtc, "sources", lambda: folder)
-    nvrtc.cubin("Lstm", "float", "sm_90")
+    nvrtc.cubin(LSTM_CODE, "sm_90")
     with open(folder / file, "a") as text:
         text.write("// changed\n")
-    nvrtc.cubin("Lstm", "float", "sm_90")
-    nvrtc.cubin("Lstm", "float", "sm_90")
+    nvrtc.cubin(LSTM_CODE, "sm_90")
+    nvrtc.cubin(LSTM_CODE, "sm_90")
     assert len(compiled) == 2
 
 
@@ -184,7 +185,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(compiled, tmp_path, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path / "file" / "below"))
     for _ in range(2):
-        assert nvrtc.cubin("Lstm", "float", "sm_90") == b"code"
+        assert nvrtc.cubin(LSTM_CODE, "sm_90") == b"code"
     assert len(compiled) == 2
 
 
@@ -193,7 +194,7 @@ def test_what_broke_off_leaves_nothing_behind(compiled, tmp_path, monkeypatch):
         raise OSError("the disk is full")
 
     monkeypatch.setattr(os, "replace", fail)
-    assert nvrtc.cubin("Lstm", "float", "sm_90") == b"code"
+    assert nvrtc.cubin(LSTM_CODE, "sm_90") == b"code"
     assert not list((tmp_path / "cache").iterdir())
 
 

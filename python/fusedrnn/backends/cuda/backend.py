@@ -225,30 +225,14 @@ class CudaBackend:
         device, kernels, dtype = packed.device, run.kernels, a.x.dtype
         rows = device.empty((T * B, kernels.accumulators * H), dtype)
         da = rows.reshape(T, B, kernels.accumulators * H)
-        dstate0 = tuple(device.empty((B, H), dtype) for _ in a.cell.states)
         wanted = "state0" in b.need
-        final, every, initial = ((*(s or ()), None, None) for s in (b.dstateT, b.dstates, a.state0))
-        job = BackwardJob(
-            run.steps,
-            H,
-            y=run.pointer(tape.y),
-            h0=run.pointer(initial[0]),
-            c0=run.pointer(initial[1]),
-            c=run.pointer(tape.c),
-            saved=run.pointer(tape.saved),
-            dy=run.pointer(b.dy),
-            dhT=run.pointer(final[0]),
-            dcT=run.pointer(final[1]),
-            dh_states=run.pointer(every[0]),
-            dc_states=run.pointer(every[1]),
-            da=run.pointer(da),
-            dh0=run.pointer(dstate0[0] if wanted else None),
-            dc0=run.pointer(dstate0[1] if wanted and kernels.has_c else None),
-            rules=run.rules,
+        dstate0 = tuple(device.empty((B, H), dtype) for _ in a.cell.states) if wanted else None
+        job = run.job(
+            BackwardJob,
+            {"y": tape.y, "c": tape.c, "saved": tape.saved, "dy": b.dy, "da": da},
+            {"{}0": a.state0, "d{}T": b.dstateT, "d{}_states": b.dstates, "d{}0": dstate0},
         )
-        plan = self._plan(device, kernels, (T, B, H), dtype, tape.kernel_options, True)
-        self._pass(device, dtype, tape.kernel_options.precision, plan.kernel)
-        self.last_plan = plan
+        plan = self._tested_plan(run, tape.kernel_options, True)
         if plan.kernel == "steps":
             run.steps_backward(job, da, wanted)
         else:
@@ -260,15 +244,12 @@ class CudaBackend:
         if "x" in b.need:
             dx = device.empty((T, B, I), dtype)
             part = kernels.input
-            run.product(
-                rows[:, part.first * H : (part.first + part.count) * H],
-                packed.ih,
-                dx.reshape(T * B, I),
-            )
+            da_x = rows[:, part.first * H : (part.first + part.count) * H]
+            run.product(da_x, packed.ih, dx.reshape(T * B, I))
             if run.padding is not None:
                 dx[run.padding] = 0  # a weight may be infinite
         given = Weights(**{name: dweights.get(name) for name in Weights._fields})
-        return Gradients(dx, given, dstate0 if wanted else None)
+        return Gradients(dx, given, dstate0)
 
     def _run(
         self, a: ForwardArguments, packed: Packed, kernel_options: KernelOptions, save: bool
@@ -286,35 +267,25 @@ class CudaBackend:
             saved = device.empty((T if save else 1, B, kernels.saved * H), run.compute)
         projected = device.empty((T * B, kernels.input.count * H), run.compute)
         run.product(a.x.reshape(T * B, I), packed.ih.T, projected)
-        (h0, c0, *_), (hT, cT, *_), (h_states, c_states, *_) = (
-            (*(s or ()), None, None) for s in (a.state0, stateT, states)
-        )
-        job = ForwardJob(
-            run.steps,
-            H,
-            projected=run.pointer(projected),
-            bias=run.pointer(packed.bias),
-            weight=run.pointer(packed.hh),
-            h0=run.pointer(h0),
-            c0=run.pointer(c0),
-            y=run.pointer(y),
-            hT=run.pointer(hT),
-            cT=run.pointer(cT),
-            h_states=run.pointer(h_states),
-            c_states=run.pointer(c_states),
-            rules=run.rules,
-            c=run.pointer(c),
-            saved=run.pointer(saved),
-            saved_step=B * kernels.saved * H if save else 0,
-        )
-        plan = self._plan(device, kernels, (T, B, H), dtype, kernel_options, False)
-        self._pass(device, dtype, kernel_options.precision, plan.kernel)
-        self.last_plan = plan
+        arrays: dict[str, Array | None] = {"projected": projected, "bias": packed.bias, "weight": packed.hh}
+        arrays |= {"y": y, "c": c, "saved": saved}
+        job = run.job(ForwardJob, arrays, {"{}0": a.state0, "{}T": stateT, "{}_states": states})
+        job.saved_step = B * kernels.saved * H if save else 0
+        plan = self._tested_plan(run, kernel_options, False)
         if plan.kernel == "steps":
             run.steps_forward(job)
         else:
             run.whole(plan, "forward", job)
         return y, stateT, states, c, saved if save else None
+
+    def _tested_plan(self, run: Launches, options: KernelOptions, backward: bool) -> Plan:
+        """The plan of a pass, ``last_plan`` from here on, once the kernel has passed its self-test."""
+        T, B, _, H, _ = run.a.sizes
+        device, dtype = run.device, run.a.x.dtype
+        plan = self._plan(device, run.kernels, (T, B, H), dtype, options, backward)
+        self._pass(device, dtype, options.precision, plan.kernel)
+        self.last_plan = plan
+        return plan
 
     def _plan(
         self,
