@@ -134,30 +134,15 @@ class _Place(NamedTuple):
 class EmulatedDevice:
     """Implements ``fusedrnn.backends.cuda.device.Device``.
 
-    Args:
-        multiprocessors: How many blocks a cooperative launch may have.
-        shared_bytes: How much dynamic shared memory a block may have.
-        warps: Of a block.
-        seed: Of the order in which threads run; each launch draws another one from it.
-        cluster: How many blocks a cluster may have.
+    ``seed`` is that of the order in which threads run; each launch draws another one from it.
     """
 
     matrix_units = True
+    shared_bytes = 227 * 1024
     _lock = threading.Lock()  # one launch at a time: the fibers are those of one thread
 
-    def __init__(
-        self,
-        multiprocessors: int = 4,
-        shared_bytes: int = 227 * 1024,
-        warps: int = 2,
-        seed: int = 0,
-        cluster: int = 8,
-    ) -> None:
-        self.multiprocessors = multiprocessors
-        self.shared_bytes = shared_bytes
-        self.warps = warps
-        self.seed = seed
-        self.cluster = cluster
+    def __init__(self, multiprocessors: int = 4, warps: int = 2, seed: int = 0, cluster: int = 8) -> None:
+        self.multiprocessors, self.warps, self.seed, self.cluster = multiprocessors, warps, seed, cluster
         self.launches: list[str] = []  # the names of the kernels that ran
         self.products: list[str] = []  # the precisions of the products that ran
         self.replays = 0  # of what was recorded
@@ -166,11 +151,10 @@ class EmulatedDevice:
         self._guarded: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
     def is_array(self, a: Any) -> bool:
-        """Whether it lies in the device's memory."""
         return isinstance(a, np.ndarray)
 
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
-        """A C-contiguous array whose content is not used: NaN, and of integers large numbers."""
+        """What nobody may use: NaN, and of integers large numbers."""
         dtype = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         size = int(np.prod(shape)) * dtype.itemsize
@@ -183,23 +167,18 @@ class EmulatedDevice:
         return made
 
     def zeros(self, shape: int | Sequence[int], dtype: Any) -> Any:
-        """A C-contiguous array of zeros."""
-        made = self.empty(shape, dtype)
-        made[...] = 0
-        return made
+        return self.asarray(np.zeros(shape, dtype))
 
     def asarray(self, a: Any) -> Any:
-        """A copy of a host array."""
         made = self.empty(a.shape, a.dtype)
         made[...] = a
         return made
 
     def pointer(self, a: Any) -> int:
-        """The address of the first element."""
         return int(a.ctypes.data)
 
     def matmul(self, a: Any, b: Any, out: Any, precision: str = "ieee") -> None:
-        """The product of two matrices of any strides, into a C-contiguous one; of tf32x3 in float32."""
+        """Of tf32x3 in float32."""
         assert a.ndim == b.ndim == out.ndim == 2
         assert out.flags.c_contiguous
         if self._recorded is not None:
@@ -246,14 +225,13 @@ class EmulatedDevice:
                 diverge, or wrote where they must not.
         """
         cooperative = kernel.startswith("grid")
-        if shared > self.shared_bytes:
-            raise RuntimeError(f"{kernel}: {shared} bytes of shared memory, there are {self.shared_bytes}")
-        if kernel.startswith("cluster") and grid[0] > self.cluster:
-            raise RuntimeError(f"{kernel}: a cluster of {grid[0]} blocks, there are {self.cluster} places")
-        if cooperative and grid[0] * grid[1] > self.multiprocessors:
-            raise RuntimeError(
-                f"{kernel}: {grid[0]} x {grid[1]} blocks at once, there are {self.multiprocessors} places"
-            )
+        for what, needed, most in (
+            ("bytes of shared memory", shared, self.shared_bytes),
+            ("blocks of a cluster", grid[0] * kernel.startswith("cluster"), self.cluster),
+            ("blocks at once", grid[0] * grid[1] * cooperative, self.multiprocessors),
+        ):
+            if needed > most:
+                raise RuntimeError(f"{kernel}: {needed} {what}, there is room for {most}")
         if self._recorded is not None:
             copies = [type(arg).from_buffer_copy(arg) for arg in args]
             self._recorded.append(lambda: self.launch(code, kernel, grid, copies, shared))

@@ -105,21 +105,20 @@ struct Fiber {
   unsigned again = 0;
 };
 
+// Of a block, of a cluster, or of the lanes of a warp.
+struct Barrier {
+  unsigned round = 0, arrived = 0;
+  int kind = 0;  // of what the lanes do
+  Place place{"", 0};
+  char order[2];  // addresses that stand for its even and odd rounds
+};
+
 struct Warp {
   Fiber* fibers;       // 32 of them
   uint32_t ready = 0;  // a bit for each that can run
   size_t place_in_ready;
   Words words[2];  // of this exchange and of the last
-  unsigned round = 0, arrived = 0;
-  int kind = 0;
-  Place place{"", 0};
-};
-
-// A barrier of a block or of a cluster.
-struct Barrier {
-  unsigned round = 0, arrived = 0;
-  Place place{"", 0};
-  char order[2];  // addresses that stand for its even and odd rounds
+  Barrier barrier;
 };
 
 struct Block {
@@ -374,16 +373,16 @@ char* shared_memory() { return scheduler.current->block->memory.data() + kGuard;
 
 namespace {
 
-// Waits until `count` fibers are here; `all` calls its argument on each of them.
+// Waits until `count` fibers are here; `all` calls its argument on each of them. What lanes do orders no memory.
 template <class All>
-void wait_for(Barrier& barrier, State state, size_t count, Place place, const char* what, All all) {
+void wait_for(Barrier& barrier, State state, size_t count, Place place, const char* what, All all, int kind = 0) {
   Scheduler& s = scheduler;
   Fiber& self = *s.current;
-  if (barrier.arrived) s.expect_same(what, place, barrier.place, true);
+  if (barrier.arrived) s.expect_same(what, place, barrier.place, kind == barrier.kind);
   self.place = barrier.place = place;
-  self.counter = nullptr;
+  self.counter = nullptr, barrier.kind = kind;
   [[maybe_unused]] char* order = &barrier.order[barrier.round % 2];
-  FUSEDRNN_TELL(__tsan_release(order));
+  FUSEDRNN_TELL(if (state != State::lanes) __tsan_release(order));
   if (++barrier.arrived == count) {
     barrier.arrived = 0;
     ++barrier.round;
@@ -394,7 +393,7 @@ void wait_for(Barrier& barrier, State state, size_t count, Place place, const ch
     self.state = state;
     s.leave();
   }
-  FUSEDRNN_TELL(__tsan_acquire(order));
+  FUSEDRNN_TELL(if (state != State::lanes) __tsan_acquire(order));
 }
 
 }  // namespace
@@ -434,25 +433,14 @@ void* in_block(void* p, unsigned rank) {
 }
 
 const Words& exchange(const uint32_t* words, int count, int kind, Place place) {
-  Scheduler& s = scheduler;
-  Fiber& self = *s.current;
-  const unsigned lane = self.thread % kWarp;
+  const Fiber& self = *scheduler.current;
   Warp& warp = *self.warp;
-  if (warp.arrived) s.expect_same("an exchange between lanes", place, warp.place, kind == warp.kind);
-  warp.kind = kind;
-  self.place = warp.place = place;
-  self.counter = nullptr;
-  Words& all = warp.words[warp.round % 2];
-  for (int i = 0; i < count; ++i) all.of_lane[lane][i] = words[i];
-  if (++warp.arrived == kWarp) {
-    warp.arrived = 0;
-    ++warp.round;
-    for (unsigned i = 0; i < kWarp; ++i)
-      if (i != lane) s.wake(warp.fibers[i]);
-  } else {
-    self.state = State::lanes;
-    s.leave();
-  }
+  Words& all = warp.words[warp.barrier.round % 2];
+  for (int i = 0; i < count; ++i) all.of_lane[self.thread % kWarp][i] = words[i];
+  const auto each = [&](auto wake) {
+    for (unsigned i = 0; i < kWarp; ++i) wake(warp.fibers[i]);
+  };
+  wait_for(warp.barrier, State::lanes, kWarp, place, "an exchange between lanes", each, kind);
   return all;
 }
 

@@ -17,12 +17,23 @@ import fake_cupy
 from emulated import EmulatedDevice
 from fusedrnn.backends import get as get_backend
 from fusedrnn.backends.cuda import KERNEL, CudaBackend, cupy_device, nvrtc, plans
-from fusedrnn.backends.cuda.backend import Tape
 from fusedrnn.backends.cuda.jobs import kernels_of
-from fusedrnn.backends.protocol import NEED, Regularization
+from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import GRU, LSTM, RNN
-from problems import CELLS, OPTIONS, SIZES, assert_bitwise_equal, assert_close, name, named, problem, run
-from test_cuda_kernels import FORWARD, GRADIENT, assert_right
+from problems import (
+    CELLS,
+    FORWARD,
+    GRADIENT,
+    OPTIONS,
+    SIZES,
+    assert_bitwise_equal,
+    assert_close,
+    assert_standard,
+    name,
+    named,
+    problem,
+    run,
+)
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
@@ -65,7 +76,7 @@ def test_every_kernel_by_argument_and_by_environment(device, monkeypatch, cell, 
             run(by_argument, p)
         return
     device.launches.clear()
-    got = assert_right(by_argument, cell, SIZES[0], **EVERYTHING)
+    got = assert_standard(by_argument, p)
     assert by_argument.last_plan.kernel == kernel
     assert set(device.launches) & WHOLES == set(launches_of(kernel))
     by_environment = CudaBackend(device)
@@ -89,38 +100,15 @@ def test_what_is_kept_for_backward(backend, cell):
     assert tapes[None] is None
 
 
-@cells
-def test_need(backend, cell):
-    p = problem(cell, 3, 2, 3, 7, biases="both")
-    everything = run(backend, p)
-    for needed in [(n,) for n in NEED[:4]] + [("state0",), ("x", "weight_hh"), ()]:
-        got = run(backend, p, need=needed)
-        gradients = {key for key in got if key.startswith("d")}
-        names = {f"d{s}0" for s in cell.states} if "state0" in needed else set()
-        assert gradients == names | {f"d{n}" for n in needed if n != "state0"}
-        assert_bitwise_equal(
-            {key: got[key] for key in gradients}, {key: everything[key] for key in gradients}
-        )
-
-
-BACK = {"reverse": True, "lengths": True, "return_states": True}
-NONE = [(T, B, options) for T, B in ((0, 3), (4, 0), (0, 0)) for options in ({}, BACK)]
-
-
-@pytest.mark.parametrize(("T", "B", "options"), [*NONE, (4, 3, EVERYTHING)])
-@cells
-def test_nothing_to_do(backend, cell, T, B, options):
-    """No step, no row, or no row that has a step."""
-    for kernel in (None, "grid") if cell != GRU(reset_after=False) else (None,):
-        p = problem(cell, T, B, 3, 7, **options)
-        if p.lengths is not None:
-            p.lengths[...] = 0
-        assert_bitwise_equal(run(CudaBackend(backend.device, kernel), p), run(REFERENCE, p))
+@pytest.mark.parametrize("kernel", nvrtc.KERNELS)
+def test_no_row_has_a_step(device, kernel):
+    p = replace(problem(LSTM(), 4, 3, 2, 7, **EVERYTHING), lengths=np.zeros(3, np.int32))
+    assert_bitwise_equal(run(CudaBackend(device, kernel), p), run(REFERENCE, p))
 
 
 @cells
 def test_padding_reaches_nothing_whatever_the_weights(backend, cell):
-    """dx there is +0 though a weight is infinite, and a row's infinity stays in that row."""
+    """dx there is +0 though a weight is infinite."""
     p = problem(cell, 4, 3, 2, 7, lengths=True)
     ih = p.weights.weight_ih.copy()
     ih[0, 0] = np.inf
@@ -130,25 +118,6 @@ def test_padding_reaches_nothing_whatever_the_weights(backend, cell):
     for key in ("y", "dx"):
         assert not got[key][padding].any()
         assert not np.signbit(got[key][padding]).any()
-    x = p.x.copy()
-    x[0, 0] = np.nan
-    got, want = run(backend, replace(p, x=x)), run(backend, p)
-    assert np.isnan(got["y"][:, 0]).all()
-    for key in ("y", "dx"):
-        np.testing.assert_array_equal(got[key][:, 1:], want[key][:, 1:])
-
-
-@cells
-def test_inputs_of_any_strides_and_left_as_they_were(backend, cell):
-    p = problem(cell, 4, 3, 5, 7, **EVERYTHING)
-    want = run(backend, p)
-    batch_first = np.ascontiguousarray(p.x.transpose(1, 0, 2)).transpose(1, 0, 2)
-    wide = np.full((4, 3, 9), np.nan)
-    wide[:, :, 2:7] = p.x
-    for x in (batch_first, wide[:, :, 2:7], p.x[::-1][::-1]):
-        before = x.copy()
-        assert_bitwise_equal(run(backend, replace(p, x=x, dy=np.asfortranarray(p.dy))), want)
-        np.testing.assert_array_equal(x, before)
 
 
 @cells
@@ -160,16 +129,6 @@ def test_a_tape_does_not_borrow_the_state(backend, cell):
     for s in state0:
         s[...] = np.nan
     assert_bitwise_equal(named(cell, out, backend.backward(out.tape, p.dy, p.dstateT)), want)
-
-
-@cells
-def test_packed_weights(backend, cell):
-    p = problem(cell, 3, 2, 3, 7, biases="both")
-    packed = backend.pack(cell, p.weights)
-    assert_bitwise_equal(run(backend, replace(p, weights=packed)), run(backend, p))
-    other = RNN(relu=True) if cell != RNN(relu=True) else LSTM()
-    with pytest.raises(ValueError, match=r"^weights: packed for"):
-        backend.forward(other, p.x, packed)
 
 
 # --- arguments ---------------------------------------------------------------------------------------------
@@ -225,13 +184,6 @@ def test_lengths_may_be_numpys(backend):
         run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), replace(mixed, lengths=p.lengths + 1))
 
 
-@pytest.mark.parametrize("dtype", ["g", "i8", ">f4", ">f2"])
-def test_wrong_dtypes(backend, dtype):
-    p = problem(LSTM(), 3, 2, 3, 7).astype(dtype)
-    with pytest.raises(TypeError, match=r"^weight_ih: expected"):
-        run(backend, p)
-
-
 @pytest.mark.parametrize(
     ("matrix_units", "packages", "dtype", "expected"),
     [
@@ -279,23 +231,12 @@ def test_what_runs_step_by_step_alone_says_so(device, kernel):
         assert chosen.last_plan == plans.Plan("steps")
 
 
-def test_wrong_arguments(backend, monkeypatch):
-    p = problem(LSTM(), 3, 2, 3, 7)
+def test_a_kernel_that_there_is_not(backend, monkeypatch):
     with pytest.raises(ValueError, match=r"^kernel: expected one of .* got 'warp'"):
         CudaBackend(backend.device, "warp")
-    with pytest.raises(
-        TypeError, match=r"^tape: expected what forward of the cuda backend returned, got NoneType"
-    ):
-        backend.backward(None)
-    with pytest.raises(ValueError, match=r"^x: expected shape \(T, B, 3\)"):
-        backend.forward(p.cell, p.x[:, :, 1:], p.weights)
-    out = backend.forward(p.cell, p.x, p.weights)
-    assert isinstance(out.tape, Tape)
-    with pytest.raises(ValueError, match=r"^dstates: expected None"):
-        backend.backward(out.tape, None, None, (p.dy, None))
     monkeypatch.setenv(KERNEL, "warp")
     with pytest.raises(ValueError, match=rf"^environment variable {KERNEL}: expected one of .* got 'warp'"):
-        backend.forward(p.cell, p.x, p.weights)
+        run(backend, problem(LSTM(), 3, 2, 3, 7))
 
 
 def test_a_tape_and_packed_weights_belong_to_one_gpu(device, monkeypatch):
