@@ -166,9 +166,6 @@ class EmulatedDevice:
         self._guarded[key] = weakref.ref(memory, lambda _: self._guarded.pop(key, None)), size
         return made
 
-    def zeros(self, shape: int | Sequence[int], dtype: Any) -> Any:
-        return self.asarray(np.zeros(shape, dtype))
-
     def asarray(self, a: Any) -> Any:
         made = self.empty(a.shape, a.dtype)
         made[...] = a

@@ -119,23 +119,18 @@ SMALL_KERNEL(what_was_in_shared_memory) {
 }
 
 // Everybody gives its number to the next block of the cluster. A block can be written to when it has begun.
-SMALL_KERNEL(ring) {
-  sync_cluster();
+void ring_by(const Arguments& a, bool first_barrier, bool second_barrier) {
+  if (first_barrier) sync_cluster();
   store_to_block(shared() + threadIdx.x, (blockIdx.x + 1) % gridDim.x, double(blockIdx.x));
-  sync_cluster();
+  if (second_barrier)
+    sync_cluster();
+  else
+    sync_block();
   mine(a) = shared()[threadIdx.x];
 }
-SMALL_KERNEL(ring_without_first_barrier) {
-  store_to_block(shared() + threadIdx.x, (blockIdx.x + 1) % gridDim.x, double(blockIdx.x));
-  sync_cluster();
-  mine(a) = shared()[threadIdx.x];
-}
-SMALL_KERNEL(ring_without_second_barrier) {
-  sync_cluster();
-  store_to_block(shared() + threadIdx.x, (blockIdx.x + 1) % gridDim.x, double(blockIdx.x));
-  sync_block();
-  mine(a) = shared()[threadIdx.x];
-}
+SMALL_KERNEL(ring) { ring_by(a, true, true); }
+SMALL_KERNEL(ring_without_first_barrier) { ring_by(a, false, true); }
+SMALL_KERNEL(ring_without_second_barrier) { ring_by(a, true, false); }
 SMALL_KERNEL(one_leaves_the_cluster) {
   if (blockIdx.x == 0 && threadIdx.x == 0) return;
   sync_cluster();

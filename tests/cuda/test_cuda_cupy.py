@@ -29,21 +29,17 @@ def unavailable(
     """``cupy_device.unavailable()`` on a computer of such a kind."""
     runtime = types.SimpleNamespace(runtimeGetVersion=lambda: majors[0] * 1000, getDevice=lambda: 0)
     fake_cuda = types.SimpleNamespace(runtime=runtime, **({"cublas": None} if cublas else {}))
-    bindings = types.SimpleNamespace(__version__=f"{majors[1]}.1.0")
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=fake_cuda))
     monkeypatch.setattr(cupy_device, "_installed", lambda module: module not in absent)
-    import_module = importlib.import_module
-    monkeypatch.setattr(
-        importlib, "import_module", lambda n, *a: bindings if n == "cuda.bindings" else import_module(n, *a)
-    )
+    bindings = types.SimpleNamespace(__version__=f"{majors[1]}.1.0")
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr(cupy_device.nvrtc, "version", lambda: (majors[2], 0))
-    answers = {"cuInit": None, "cuDeviceGetCount": count, "cuDeviceGet": 0}
-    answers["cuDriverGetVersion"] = 1000 * (driver or 0)
+    answers = {"cuDriverGetVersion": 1000 * (driver or 0), "cuDeviceGetCount": count}
 
     def call(function, *_):
         if driver is None:
             raise RuntimeError(f"{function}: CUDA_ERROR_NO_DEVICE")
-        return answers[function]
+        return answers.get(function)
 
     monkeypatch.setattr(cupy_device, "_call", call)
     monkeypatch.setattr(cupy_device, "_capability", lambda handle: capability)

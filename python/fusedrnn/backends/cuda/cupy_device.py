@@ -108,11 +108,6 @@ class CupyDevice:
         made: Array = self._cupy.empty(shape, dtype)
         return made
 
-    def zeros(self, shape: Any, dtype: Any) -> Array:
-        """A new array of zeros."""
-        made: Array = self._cupy.zeros(shape, dtype)
-        return made
-
     def asarray(self, a: Array) -> Array:
         """A copy of a NumPy array."""
         made: Array = self._cupy.asarray(a)

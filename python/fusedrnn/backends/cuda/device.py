@@ -27,9 +27,6 @@ class Device(Protocol):
     def empty(self, shape: Any, dtype: Any) -> Array:
         """A C-contiguous array of whatever was there."""
 
-    def zeros(self, shape: Any, dtype: Any) -> Array:
-        """A C-contiguous array of zeros."""
-
     def asarray(self, a: Array) -> Array:
         """A NumPy array's copy in the device's memory."""
 

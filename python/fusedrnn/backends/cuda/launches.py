@@ -138,8 +138,9 @@ class Launches:
         job.units, job.rows, job.at_once, job.chunk = plan.units, plan.rows, plan.at_once, plan.chunk
         name, _, weights = plan.kernel.partition("_")
         if name == "grid":
-            self.kept.append(self.device.zeros((plan.blocks[1],), np.uint32))
-            job.arrived = self.pointer(self.kept[-1])
+            arrived = self.scratch((plan.blocks[1],), np.uint32)
+            arrived[...] = 0
+            job.arrived = self.pointer(arrived)
         kernel = f"{name}_{direction}{weights and '_' + weights}"
         self.device.launch(self.code, kernel, plan.blocks, (job,), plan.shared)
 
