@@ -22,7 +22,7 @@ from fusedrnn.backends.cuda.nvrtc import KERNELS, PRECISIONS
 from fusedrnn.backends.cuda.plans import Limits, Plan, choose
 from fusedrnn.backends.cuda.self_test import self_test
 from fusedrnn.backends.cuda.weights import Packed, compute, copy, dtypes_of, kind_of, pack, precision_of
-from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, Rows, State, Weights
+from fusedrnn.backends.protocol import Array, Forward, Gradients, State, Weights
 from fusedrnn.cells import Cell
 
 KERNEL, PRECISION = "FUSEDRNN_CUDA_KERNEL", "FUSEDRNN_CUDA_PRECISION"  # of the environment
@@ -107,35 +107,14 @@ class CudaBackend:
         return pack(self.device, cell, weights)
 
     def forward(
-        self,
-        cell: Cell,
-        x: Array,
-        weights: Weights | Packed,
-        state0: State | None = None,
-        *,
-        lengths: Rows | None = None,
-        reset: Rows | None = None,
-        reverse: bool = False,
-        return_states: bool = False,
-        detach_every: int | None = None,
-        regularization: Regularization | None = None,
-        save: str | None = "all",
+        self, cell: Cell, x: Array, weights: Weights | Packed, state0: State | None = None, **options: Any
     ) -> Forward:
-        """One layer, one direction, the whole sequence.
+        """One layer, one direction, the whole sequence; the options are those of ``protocol.Backend``.
 
         With ``lengths`` of NumPy's, and ``reset`` of booleans or of NumPy's, nothing waits for the GPU to
         know their values. With ``save="boundary_states"`` the tape keeps no more than with None, and
         backward runs all of forward again.
         """
-        options = {
-            "lengths": lengths,
-            "reset": reset,
-            "reverse": reverse,
-            "return_states": return_states,
-            "detach_every": detach_every,
-            "regularization": regularization,
-            "save": save,
-        }
         packed, a = self._checked(cell, x, weights, state0, options)
         kernel_options = self._kernel_options()
         y, stateT, states, c, saved = self._run(a, packed, kernel_options, a.save == "all")
@@ -143,12 +122,7 @@ class CudaBackend:
         return Forward(y, stateT, states, tape)
 
     def _checked(
-        self,
-        cell: Cell,
-        x: Array,
-        weights: Weights | Packed,
-        state0: State | None,
-        options: dict[str, Any],
+        self, cell: Cell, x: Array, weights: Weights | Packed, state0: State | None, options: dict[str, Any]
     ) -> tuple[Packed, ForwardArguments]:
         """The packed weights, and the arguments of forward as they have to be."""
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
@@ -176,12 +150,10 @@ class CudaBackend:
         *,
         y: Array,
         saved: tuple[Array | None, ...],
-        return_states: bool = False,
         **options: Any,
     ) -> Tape:
         """The tape again, of what forward got and returned and of what ``saved`` gave."""
-        options |= {"return_states": return_states, "save": "all"}
-        packed, a = self._checked(cell, x, weights, state0, options)
+        packed, a = self._checked(cell, x, weights, state0, options | {"save": "all"})
         T, B, _, H, _ = a.sizes
         kernels = kernels_of(cell, a.regularization is not None)
         arrays = iter(saved)
@@ -205,17 +177,8 @@ class CudaBackend:
             )
         a, packed = tape.arguments, tape.packed
         _check_current(self.device, packed, "tape")
-        b = check_backward(
-            a.cell,
-            a.weights,
-            a.sizes,
-            dy,
-            dstateT,
-            dstates,
-            need=need,
-            return_states=a.return_states,
-            kind=kind_of(packed.device),
-        )
+        of, kind = (a.cell, a.weights, a.sizes), kind_of(packed.device)
+        b = check_backward(*of, dy, dstateT, dstates, need=need, return_states=a.return_states, kind=kind)
         if a.save == "boundary_states":
             again = a._replace(return_states=False)
             y, _, _, c, saved = self._run(again, packed, tape.kernel_options, True)
