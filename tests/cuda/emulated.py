@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -111,24 +111,14 @@ def rounded(a: Any, precision: str) -> Any:
     return np.where(np.isfinite(a), nearest.astype(np.uint32).view(np.float32), a)
 
 
-class _Place(NamedTuple):
-    """Where an array lies, and how."""
+class _Place:
+    """Where an array lies, and how: the array may be gone."""
 
-    address: int
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, a: Any) -> _Place:
-        return cls(a.ctypes.data, a.dtype, a.shape, a.strides)
+    def __init__(self, a: Any) -> None:
+        self.dtype, self.__array_interface__ = a.dtype, a.__array_interface__
 
     def array(self) -> Any:
-        size = self.dtype.itemsize + sum(
-            (n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)
-        )
-        memory = (ctypes.c_char * size).from_address(self.address)
-        return np.ndarray(self.shape, self.dtype, memory, 0, self.strides)
+        return np.asarray(self).view(self.dtype)
 
 
 class EmulatedDevice:
@@ -179,7 +169,7 @@ class EmulatedDevice:
         assert a.ndim == b.ndim == out.ndim == 2
         assert out.flags.c_contiguous
         if self._recorded is not None:
-            views = [_Place.of(array) for array in (a, b, out)]
+            views = [_Place(array) for array in (a, b, out)]
             product = EmulatedDevice.matmul  # whatever arrays a subclass has
             self._recorded.append(lambda: product(self, *(view.array() for view in views), precision))
             return

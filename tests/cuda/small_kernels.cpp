@@ -22,28 +22,19 @@ double& mine(const Arguments& a) { return a.out[(blockIdx.y * gridDim.x + blockI
 #define SMALL_KERNEL(name) FUSEDRNN_EXPORT void name([[maybe_unused]] const Arguments& a)
 
 // A block's threads turn round what they wrote, twice.
-SMALL_KERNEL(turn) {
+static void turn_by(const Arguments& a, bool first_barrier, bool second_barrier) {
   const unsigned other = blockDim.x - 1 - threadIdx.x;
   shared()[threadIdx.x] = threadIdx.x;
-  sync_block();
+  if (first_barrier) sync_block();
   const double once = shared()[other];
-  sync_block();
+  if (second_barrier) sync_block();
   shared()[threadIdx.x] = once + 1;
   sync_block();
   mine(a) = shared()[other];
 }
-SMALL_KERNEL(turn_without_first_barrier) {
-  shared()[threadIdx.x] = threadIdx.x;
-  mine(a) = shared()[blockDim.x - 1 - threadIdx.x];
-}
-SMALL_KERNEL(turn_without_second_barrier) {
-  const unsigned other = blockDim.x - 1 - threadIdx.x;
-  shared()[threadIdx.x] = threadIdx.x;
-  sync_block();
-  shared()[threadIdx.x] = shared()[other] + 1;
-  sync_block();
-  mine(a) = shared()[other];
-}
+SMALL_KERNEL(turn) { turn_by(a, true, true); }
+SMALL_KERNEL(turn_without_first_barrier) { turn_by(a, false, true); }
+SMALL_KERNEL(turn_without_second_barrier) { turn_by(a, true, false); }
 SMALL_KERNEL(barriers_of_two_branches) {
   if (threadIdx.x < 32)
     sync_block();
@@ -119,7 +110,7 @@ SMALL_KERNEL(what_was_in_shared_memory) {
 }
 
 // Everybody gives its number to the next block of the cluster. A block can be written to when it has begun.
-void ring_by(const Arguments& a, bool first_barrier, bool second_barrier) {
+static void ring_by(const Arguments& a, bool first_barrier, bool second_barrier) {
   if (first_barrier) sync_cluster();
   store_to_block(shared() + threadIdx.x, (blockIdx.x + 1) % gridDim.x, double(blockIdx.x));
   if (second_barrier)
