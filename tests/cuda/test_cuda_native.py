@@ -346,8 +346,7 @@ METHODS = pytest.mark.parametrize("method", ["oracle", "central"])
 def test_gradcheck_of_a_layer(gpu, kind, options, method):
     """With lengths and a reset; afterwards the layer is as it was, and where it was."""
     np.random.seed(0)
-    layer = kind(3, dtype=np.float64, **options)
-    layer.to_gpu()
+    layer = place(kind(3, dtype=np.float64, **options), put)
     reset = np.zeros((4, 3), bool)
     reset[2, 0] = True
     calls = {"lengths": [4, 2, 3], "reset": put(reset)}
@@ -364,8 +363,7 @@ def test_gradcheck_of_a_layer(gpu, kind, options, method):
 @METHODS
 def test_gradcheck_of_one_step_and_a_state(gpu, method):
     np.random.seed(0)
-    layer = L.LSTM(3, in_size=2, dtype=np.float64)
-    layer.to_gpu()
+    layer = place(L.LSTM(3, in_size=2, dtype=np.float64), put)
     x, h, c = put(*(np.random.randn(2, n) for n in (2, 3, 3)))
     assert gradcheck(layer, (x, (h, c)), method=method)
 
@@ -384,8 +382,7 @@ def test_gradcheck_finds_a_wrong_gradient(gpu, monkeypatch, method, tensor):
         return found
 
     monkeypatch.setattr(backend, "backward", wrong)
-    layer = L.GRU(3, in_size=2, dtype=np.float64)
-    layer.to_gpu()
+    layer = place(L.GRU(3, in_size=2, dtype=np.float64), put)
     name = {"dx": r"gradient of x|/ d inputs\[0\]", "dweights": "(gradient of|/ d) weight_hh"}[tensor]
     with pytest.raises(GradcheckError, match=name):
         gradcheck(layer, put(np.random.randn(4, 3, 2)), method=method)

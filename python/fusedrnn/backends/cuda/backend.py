@@ -85,7 +85,7 @@ class CudaBackend:
         self._device = device
         self._kernel, self._precision = kernel, precision
         self._test = not _tested
-        self._tested: list[tuple[Device, tuple[str, str, str]]] = []  # where and what passed its self-test
+        self._tested: set[tuple[Device, str, str, str]] = set()  # where and what passed its self-test
         self.last_plan: Plan | None = None
 
     def unavailable(self) -> str | None:
@@ -246,7 +246,17 @@ class CudaBackend:
         T, B, _, H, _ = run.a.sizes
         device, dtype = run.device, run.a.x.dtype
         plan = self._plan(device, run.kernels, (T, B, H), dtype, options, backward)
-        self._pass(device, dtype, options.precision, plan.kernel)
+        dtype = np.dtype(np.float32) if dtype in FLOATS else dtype  # float64 is float32's code
+        new = device, dtype.name, options.precision, plan.kernel
+        if self._test and new not in self._tested:
+            if device.captured():
+                raise RuntimeError(
+                    f"the first call in {dtype.name} with kernel {plan.kernel!r} on a GPU cannot be "
+                    "captured, since it compiles, tests and waits: make one before, backward too"
+                )
+            tested = CudaBackend(device, plan.kernel, options.precision, _tested=True)
+            self_test(tested, dtype, options.precision)
+            self._tested.add(new)
         self.last_plan = plan
         return plan
 
@@ -281,21 +291,6 @@ class CudaBackend:
                 f"precision: expected 'ieee' on this GPU, which has no others, got {precision!r}"
             )
         return KernelOptions(kernel, precision)
-
-    def _pass(self, device: Device, dtype: np.dtype[Any], precision: str, kernel: str) -> None:
-        """The self-test of a kernel variant, the first time; float64 is float32's code."""
-        if not self._test:
-            return
-        dtype = np.dtype(np.float32) if dtype in FLOATS else dtype
-        new = dtype.name, precision, kernel
-        if not any(d is device and passed == new for d, passed in self._tested):
-            if device.captured():
-                raise RuntimeError(
-                    f"the first call in {dtype.name} with kernel {kernel!r} on a GPU cannot be captured, "
-                    "since it compiles, tests and waits: make one before, backward too"
-                )
-            self_test(CudaBackend(device, kernel, precision, _tested=True), dtype, precision)
-            self._tested.append((device, new))
 
 
 def _check_current(device: Device, packed: Packed, name: str) -> None:

@@ -20,13 +20,6 @@ WARPS = 8  # of a block; FUSEDRNN_WARPS
 KERNELS = ("steps", "cluster_registers", "cluster", "grid_registers", "grid")
 DTYPES = {"float32": "float", "float64": "double", "float16": "Half", "bfloat16": "Bfloat16"}  # in C++
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16")  # of csrc/cuda/tile.h
-# In C++ the dtypes, each with the precisions that it knows.
-DTYPE_PRECISIONS = (
-    *(("float", p) for p in PRECISIONS),
-    ("double", "ieee"),
-    ("Half", "fp16"),
-    ("Bfloat16", "bf16"),
-)
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -35,7 +28,7 @@ class Code(NamedTuple):
 
     cell: str  # a type of csrc/cells/cells.def, or Regularized<> of one
     dtype: str  # out of the values of ``DTYPES``
-    precision: str = "ieee"  # of the products within a launch; with the dtype out of ``DTYPE_PRECISIONS``
+    precision: str = "ieee"  # of the products within a launch; of Half fp16, of Bfloat16 bf16 alone
 
 
 @functools.cache
