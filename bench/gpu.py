@@ -108,11 +108,11 @@ NEEDED: dict[str, tuple[Collection[Cell], list[str]]] = {
 }
 
 
-def jobs_of(part: str, architecture: str) -> list[tuple[str, ...]]:
+def jobs_of(part: str, architecture: str) -> list[tuple[nvrtc.Code, str, str]]:
     """Arguments of ``nvrtc.cubin``."""
     cells, kinds = NEEDED.get(part, ((), ()))
     return [
-        (kernels.type, dtype, architecture, precision, variant)
+        (nvrtc.Code(kernels.type, dtype, precision), architecture, variant)
         for dtype, precision in map(str.split, kinds)
         for kernels in map(kernels_of, cells)
         for variant in (KERNELS if kernels.whole else ("steps",))
@@ -125,9 +125,10 @@ def compile_for(run: Run, part: str, architecture: str) -> None:
     before = len(list(folder.glob("*.cubin")))
     with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn")) as pool:
         begun = [(job, pool.submit(nvrtc.cubin, *job)) for job in jobs]
-    for job, done in begun:
+    for (code, *rest), done in begun:
         if (error := done.exception()) is not None:  # NVRTC's, or a missing library
-            run.verdict(f"compile {' '.join(job)}", False, " ".join(str(error).split())[-300:])
+            what = " ".join(("compile", *code, *rest))
+            run.verdict(what, False, " ".join(str(error).split())[-300:])
     new, by = len(list(folder.glob("*.cubin"))) - before, "NVRTC {}.{}".format(*nvrtc.version())
     said = f"{new} of {len(jobs)} files now, {time.monotonic() - begin:.1f} s, {architecture} by {by}"
     run.note(f"compiled for {part}", said)

@@ -87,23 +87,17 @@ FUSEDRNN_INLINE unsigned load_acquire(const unsigned* counter) {
 
 // sums += a b by the matrix units; a (16, k), b (k, 8), sums (16, 8), over the lanes of a warp as PTX lays it down. k
 // is 8 for tf32, 16 for the pairs of bf16 and fp16.
-FUSEDRNN_INLINE void multiply_tf32(float* sums, const uint32_t* a, const uint32_t* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-FUSEDRNN_INLINE void multiply_bf16(float* sums, const uint32_t* a, const uint32_t* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-FUSEDRNN_INLINE void multiply_fp16(float* sums, const uint32_t* a, const uint32_t* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+#define FUSEDRNN_MULTIPLY(name, shape, type)                                          \
+  FUSEDRNN_INLINE void name(float* sums, const uint32_t* a, const uint32_t* b) {      \
+    asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type              \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"         \
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
+  }
+FUSEDRNN_MULTIPLY(multiply_tf32, "m16n8k8", "tf32")
+FUSEDRNN_MULTIPLY(multiply_bf16, "m16n8k16", "bf16")
+FUSEDRNN_MULTIPLY(multiply_fp16, "m16n8k16", "f16")
+#undef FUSEDRNN_MULTIPLY
 // Rounded to 10 bits of mantissa.
 FUSEDRNN_INLINE uint32_t to_tf32(float x) {
   uint32_t bits;
@@ -153,9 +147,8 @@ FUSEDRNN_INLINE void sync_cluster() {
 }
 #else
 constexpr bool kClusters = false;
-FUSEDRNN_INLINE void store_to_block(float*, unsigned, float) {}
-FUSEDRNN_INLINE void store_to_block(double*, unsigned, double) {}
-FUSEDRNN_INLINE void store_to_block(uint16_t*, unsigned, uint16_t) {}
+template <class T>
+FUSEDRNN_INLINE void store_to_block(T*, unsigned, T) {}
 FUSEDRNN_INLINE void sync_cluster() {}
 #endif
 

@@ -333,8 +333,8 @@ KINDS = {
         (
             "a gate's first bias for all its products",
             EVALUATION,
-            "n.attribute.biases[k]) if",
-            "n.attribute.biases[0]) if",
+            "dense.biases[k]) if",
+            "dense.biases[0]) if",
         ),
     ],
     "selections": [

@@ -72,7 +72,7 @@ def evaluated(cell):
 def compute(step, operation):
     n = operation.node
     if operation.op not in ("fma", "fnma"):
-        return step._value(n)
+        return step.value(n)
     a, b, c = (step.values[v] for v in operation.args)
     return a * b + c if operation.op == "fma" else c - a * b
 

@@ -17,15 +17,17 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fusedrnn.backends.cuda.graphs import GraphCache
+from fusedrnn.backends.cuda.nvrtc import Code
 
 HERE = Path(__file__).parent
 MUTANT = os.environ.get("FUSEDRNN_TEST_CSRC")  # other sources than those of this tree
 CSRC = Path(MUTANT or HERE.parents[1] / "csrc")
+RACES = ["-DFUSEDRNN_RACES", "-g"] if os.environ.get("FUSEDRNN_TEST_RACES") else []  # ThreadSanitizer watches
 COMPILER = shutil.which("g++") or shutil.which("c++")
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off",
          "-fno-math-errno", "-DFUSEDRNN_EMULATED", f"-I{HERE}"]  # fmt: skip
@@ -69,9 +71,9 @@ def build(
     return target
 
 
-def runtime(*flags: str) -> Path:
-    """The object of emulation.cpp."""
-    return build([HERE / "emulation.cpp"], ["-c", "-fPIC", "-fvisibility=hidden", *flags])
+def runtime() -> Path:
+    """The object of emulation.cpp, which is never watched itself."""
+    return build([HERE / "emulation.cpp"], ["-c", "-fPIC", "-fvisibility=hidden", *RACES])
 
 
 @functools.cache
@@ -80,11 +82,11 @@ def _version(compiler: str) -> bytes:
 
 
 @functools.cache
-def library(cell: str, dtype: str, warps: int, precision: str = "ieee") -> ctypes.CDLL:
-    """The kernels of one cell, dtype and precision."""
-    flags = ["-fPIC", "-shared", "-fvisibility=hidden", f"-DFUSEDRNN_CELL={cell}",
-             f"-DFUSEDRNN_DTYPE={dtype}", f"-DFUSEDRNN_WARPS={warps}",
-             f"-DFUSEDRNN_PRECISION={precision}", *fma()]  # fmt: skip
+def library(code: Code, warps: int) -> ctypes.CDLL:
+    """The kernels."""
+    flags = ["-fPIC", "-shared", "-fvisibility=hidden", f"-DFUSEDRNN_WARPS={warps}", *fma(), *RACES]
+    flags += [f"-DFUSEDRNN_{name.upper()}={value}" for name, value in code._asdict().items()]
+    flags += ["-fsanitize=thread"] if RACES else []
     sources = [HERE / "library.cpp", runtime()]
     made = build(sources, [*flags, "-w"], CSRC, CSRC.parent) if MUTANT else build(sources, flags, CSRC)
     found = ctypes.CDLL(str(made))
@@ -109,53 +111,28 @@ def rounded(a: Any, precision: str) -> Any:
     return np.where(np.isfinite(a), nearest.astype(np.uint32).view(np.float32), a)
 
 
-class _Place(NamedTuple):
-    """Where an array lies, and how."""
+class _Place:
+    """Where an array lies, and how: the array may be gone."""
 
-    address: int
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, a: Any) -> _Place:
-        return cls(a.ctypes.data, a.dtype, a.shape, a.strides)
+    def __init__(self, a: Any) -> None:
+        self.dtype, self.__array_interface__ = a.dtype, a.__array_interface__
 
     def array(self) -> Any:
-        size = self.dtype.itemsize + sum(
-            (n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)
-        )
-        memory = (ctypes.c_char * size).from_address(self.address)
-        return np.ndarray(self.shape, self.dtype, memory, 0, self.strides)
+        return np.asarray(self).view(self.dtype)
 
 
 class EmulatedDevice:
     """Implements ``fusedrnn.backends.cuda.device.Device``.
 
-    Args:
-        multiprocessors: How many blocks a cooperative launch may have.
-        shared_bytes: How much dynamic shared memory a block may have.
-        warps: Of a block.
-        seed: Of the order in which threads run; each launch draws another one from it.
-        cluster: How many blocks a cluster may have.
+    ``seed`` is that of the order in which threads run; each launch draws another one from it.
     """
 
     matrix_units = True
+    shared_bytes = 227 * 1024
     _lock = threading.Lock()  # one launch at a time: the fibers are those of one thread
 
-    def __init__(
-        self,
-        multiprocessors: int = 4,
-        shared_bytes: int = 227 * 1024,
-        warps: int = 2,
-        seed: int = 0,
-        cluster: int = 8,
-    ) -> None:
-        self.multiprocessors = multiprocessors
-        self.shared_bytes = shared_bytes
-        self.warps = warps
-        self.seed = seed
-        self.cluster = cluster
+    def __init__(self, multiprocessors: int = 4, warps: int = 2, seed: int = 0, cluster: int = 8) -> None:
+        self.multiprocessors, self.warps, self.seed, self.cluster = multiprocessors, warps, seed, cluster
         self.launches: list[str] = []  # the names of the kernels that ran
         self.products: list[str] = []  # the precisions of the products that ran
         self.replays = 0  # of what was recorded
@@ -164,11 +141,10 @@ class EmulatedDevice:
         self._guarded: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
     def is_array(self, a: Any) -> bool:
-        """Whether it lies in the device's memory."""
         return isinstance(a, np.ndarray)
 
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
-        """A C-contiguous array whose content is not used: NaN, and of integers large numbers."""
+        """What nobody may use: NaN, and of integers large numbers."""
         dtype = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         size = int(np.prod(shape)) * dtype.itemsize
@@ -180,28 +156,20 @@ class EmulatedDevice:
         self._guarded[key] = weakref.ref(memory, lambda _: self._guarded.pop(key, None)), size
         return made
 
-    def zeros(self, shape: int | Sequence[int], dtype: Any) -> Any:
-        """A C-contiguous array of zeros."""
-        made = self.empty(shape, dtype)
-        made[...] = 0
-        return made
-
     def asarray(self, a: Any) -> Any:
-        """A copy of a host array."""
         made = self.empty(a.shape, a.dtype)
         made[...] = a
         return made
 
     def pointer(self, a: Any) -> int:
-        """The address of the first element."""
         return int(a.ctypes.data)
 
     def matmul(self, a: Any, b: Any, out: Any, precision: str = "ieee") -> None:
-        """The product of two matrices of any strides, into a C-contiguous one; of tf32x3 in float32."""
+        """Of tf32x3 in float32."""
         assert a.ndim == b.ndim == out.ndim == 2
         assert out.flags.c_contiguous
         if self._recorded is not None:
-            views = [_Place.of(array) for array in (a, b, out)]
+            views = [_Place(array) for array in (a, b, out)]
             product = EmulatedDevice.matmul  # whatever arrays a subclass has
             self._recorded.append(lambda: product(self, *(view.array() for view in views), precision))
             return
@@ -235,51 +203,31 @@ class EmulatedDevice:
         return run
 
     def launch(
-        self,
-        cell: str,
-        dtype: str,
-        kernel: str,
-        grid: tuple[int, int],
-        args: Sequence[Argument],
-        shared: int = 0,
-        cooperative: bool = False,
-        precision: str = "ieee",
+        self, code: Code, kernel: str, grid: tuple[int, int], args: Sequence[Argument], shared: int = 0
     ) -> None:
         """Runs a kernel to its end.
-
-        Args:
-            cell: A type of csrc/cells/cells.def.
-            dtype: By its name in C++, out of ``nvrtc.DTYPES``.
-            kernel: Its name in csrc/cuda/kernels.cu.
-            grid: Blocks along x and y.
-            args: By value.
-            shared: Bytes of a block's dynamic shared memory.
-            cooperative: All blocks run at once.
-            precision: Of csrc/cuda/tile.h.
 
         Raises:
             RuntimeError: The launch is impossible, or its threads wait for each other for ever, or
                 diverge, or wrote where they must not.
         """
-        if shared > self.shared_bytes:
-            raise RuntimeError(f"{kernel}: {shared} bytes of shared memory, there are {self.shared_bytes}")
-        if kernel.startswith("cluster") and grid[0] > self.cluster:
-            raise RuntimeError(f"{kernel}: a cluster of {grid[0]} blocks, there are {self.cluster} places")
-        if cooperative and grid[0] * grid[1] > self.multiprocessors:
-            raise RuntimeError(
-                f"{kernel}: {grid[0]} x {grid[1]} blocks at once, there are {self.multiprocessors} places"
-            )
+        cooperative = kernel.startswith("grid")
+        for what, needed, most in (
+            ("bytes of shared memory", shared, self.shared_bytes),
+            ("blocks of a cluster", grid[0] * kernel.startswith("cluster"), self.cluster),
+            ("blocks at once", grid[0] * grid[1] * cooperative, self.multiprocessors),
+        ):
+            if needed > most:
+                raise RuntimeError(f"{kernel}: {needed} {what}, there is room for {most}")
         if self._recorded is not None:
             copies = [type(arg).from_buffer_copy(arg) for arg in args]
-            self._recorded.append(
-                lambda: self.launch(cell, dtype, kernel, grid, copies, shared, cooperative, precision)
-            )
+            self._recorded.append(lambda: self.launch(code, kernel, grid, copies, shared))
             return
         count = len(args)
         addresses = (ctypes.c_void_p * count)(*map(ctypes.addressof, args))
         sizes = (ctypes.c_size_t * count)(*map(ctypes.sizeof, args))
         error = ctypes.create_string_buffer(4096)
-        run = library(cell, dtype, self.warps, precision).fusedrnn_launch
+        run = library(code, self.warps).fusedrnn_launch
         seed = self.seed * 1_000_003 + len(self.launches)
         with self._lock:
             failed = run(

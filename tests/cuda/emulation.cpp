@@ -1,8 +1,12 @@
 // Fibers and who runs next. Never instrumented, also where ThreadSanitizer watches the kernels: what it knows of this
 // file are the calls to its own interface. SPDX-License-Identifier: Apache-2.0
+#undef _FORTIFY_SOURCE  // its longjmp goes up one stack alone
+
 #include "emulation.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -12,12 +16,13 @@
 #include <memory>
 #include <vector>
 
-#if !defined(__x86_64__) || !defined(__ELF__) || defined(FUSEDRNN_UCONTEXT)
-#include <ucontext.h>
-#define FUSEDRNN_SWITCH_BY_UCONTEXT
-#endif
 #if defined(FUSEDRNN_RACES)
 #include <sanitizer/tsan_interface.h>
+#define FUSEDRNN_TELL(call) call  // ThreadSanitizer
+constexpr bool kRaces = true;
+#else
+#define FUSEDRNN_TELL(call)
+constexpr bool kRaces = false;
 #endif
 
 emulation::Dim threadIdx, blockIdx, blockDim, gridDim;
@@ -31,69 +36,36 @@ constexpr unsigned kBlocksAtOnce = 3;  // of a launch that is not cooperative
 constexpr unsigned kVain = 64;         // polls that find the same, one after the other: it waits for ever
 constexpr unsigned char kNan = 0xff;   // all bits set: NaN as float and as double
 constexpr size_t kGuard = 256;         // bytes on both sides of shared memory that nobody may write
-#if defined(FUSEDRNN_RACES)
-constexpr size_t kStack = 256 << 10;  // a report is made on the stack where the race is seen
-#else
-constexpr size_t kStack = 64 << 10;
-#endif
+constexpr size_t kStack = (kRaces ? 256 : 64) << 10;  // a report is made on the stack where the race is seen
 
 // --- one stack that runs something, and how to leave it for another ---------------------------------------------
 
 void run_fibers();  // what every stack runs, without end
 
-#if defined(FUSEDRNN_SWITCH_BY_UCONTEXT)
+// Entered by setcontext the first time, and by longjmp where it was left: that calls nothing of the kernel.
 struct Context {
-  ucontext_t context;
+  ucontext_t first;
+  jmp_buf left;
+  bool was_left = false;
+
   void start(char* stack) {
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack, context.uc_stack.ss_size = kStack, context.uc_link = nullptr;
-    makecontext(&context, run_fibers, 0);
+    getcontext(&first);
+    first.uc_stack.ss_sp = stack, first.uc_stack.ss_size = kStack, first.uc_link = nullptr;
+    makecontext(&first, run_fibers, 0);
+    was_left = false;
   }
-  void leave_for(Context& to) { swapcontext(&context, &to.context); }
-};
-#else
-extern "C" void fusedrnn_emulation_switch(void** from, void* to);
-asm(R"(
-.text
-.hidden fusedrnn_emulation_switch
-.globl fusedrnn_emulation_switch
-.type fusedrnn_emulation_switch, @function
-fusedrnn_emulation_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size fusedrnn_emulation_switch, .-fusedrnn_emulation_switch
-)");
-struct Context {
-  void* top;
-  void start(char* stack) {
-    void** p = reinterpret_cast<void**>(stack + kStack) - 2;  // aligned as at a call
-    *p = reinterpret_cast<void*>(run_fibers);
-    top = p - 6;
+  void enter() {
+    if (was_left) _longjmp(left, 1);
+    setcontext(&first);
   }
-  void leave_for(Context& to) { fusedrnn_emulation_switch(&top, to.top); }
 };
-#endif
 
 struct Stack {
   char *mapped, *memory;
   Context context;
-#if defined(FUSEDRNN_RACES)
-  void* thread = __tsan_create_fiber(0);
-#endif
+  void* thread = nullptr;  // to ThreadSanitizer
   Stack() {
+    FUSEDRNN_TELL(thread = __tsan_create_fiber(0));
     static size_t made = 0;
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
     void* p = mmap(nullptr, kStack + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -106,9 +78,7 @@ struct Stack {
     memory = mapped + page - made++ * 1600 % page / 64 * 64;
   }
   ~Stack() {
-#if defined(FUSEDRNN_RACES)
-    __tsan_destroy_fiber(thread);
-#endif
+    FUSEDRNN_TELL(__tsan_destroy_fiber(thread));
     munmap(mapped, kStack + size_t(sysconf(_SC_PAGESIZE)));
   }
 };
@@ -135,21 +105,20 @@ struct Fiber {
   unsigned again = 0;
 };
 
+// Of a block, of a cluster, or of the lanes of a warp.
+struct Barrier {
+  unsigned round = 0, arrived = 0;
+  int kind = 0;  // of what the lanes do
+  Place place{"", 0};
+  char order[2];  // addresses that stand for its even and odd rounds
+};
+
 struct Warp {
   Fiber* fibers;       // 32 of them
   uint32_t ready = 0;  // a bit for each that can run
   size_t place_in_ready;
   Words words[2];  // of this exchange and of the last
-  unsigned round = 0, arrived = 0;
-  int kind = 0;
-  Place place{"", 0};
-};
-
-// A barrier of a block or of a cluster.
-struct Barrier {
-  unsigned round = 0, arrived = 0;
-  Place place{"", 0};
-  char order[2];  // addresses that stand for its even and odd rounds
+  Barrier barrier;
 };
 
 struct Block {
@@ -168,8 +137,7 @@ struct Cluster {
 
 struct Scheduler {
   Launch launch;
-  void (*kernel)(void*);
-  void* argument;
+  const std::function<void()>* kernel;
   Context main;
   std::string error;
   std::vector<std::unique_ptr<Block>> blocks;  // those that have begun
@@ -182,10 +150,8 @@ struct Scheduler {
   uint64_t random;
   unsigned stay;  // of 64 choices so many are another lane of the same warp, where one can run: a warp runs ahead
   unsigned begun, ended;
-  char order[2];  // addresses that stand for the beginning and the end of the launch
-#if defined(FUSEDRNN_RACES)
-  void* main_thread;
-#endif
+  char order[2];      // addresses that stand for the beginning and the end of the launch
+  void* main_thread;  // to ThreadSanitizer
 
   uint64_t draw() {
     random ^= random << 13, random ^= random >> 7, random ^= random << 17;
@@ -211,9 +177,7 @@ struct Scheduler {
       fiber.block = &block, fiber.thread = i, fiber.warp = &block.warps[i / kWarp];
       if (i % kWarp == 0) fiber.warp->fibers = &fiber;
       wake(fiber);
-#if defined(FUSEDRNN_RACES)
-      give_stack(fiber);
-#endif
+      if (kRaces) give_stack(fiber);
     }
   }
 
@@ -274,19 +238,17 @@ struct Scheduler {
     }
   }
 
+  // Comes back when somebody enters `from`.
   void switch_stack(Context& from, Stack& to) {
-#if defined(FUSEDRNN_RACES)
-    __tsan_switch_to_fiber(to.thread, __tsan_switch_to_fiber_no_sync);
-#endif
-    from.leave_for(to.context);
+    from.was_left = true;
+    if (_setjmp(from.left)) return;
+    FUSEDRNN_TELL(__tsan_switch_to_fiber(to.thread, __tsan_switch_to_fiber_no_sync));
+    to.context.enter();
   }
 
   void return_to_main() {
-#if defined(FUSEDRNN_RACES)
-    __tsan_switch_to_fiber(main_thread, __tsan_switch_to_fiber_no_sync);
-#endif
-    Context nowhere;
-    nowhere.leave_for(main);
+    FUSEDRNN_TELL(__tsan_switch_to_fiber(main_thread, __tsan_switch_to_fiber_no_sync));
+    main.enter();
   }
 
   void fail(const std::string& what) {
@@ -334,9 +296,7 @@ struct Scheduler {
   void end_fiber() {
     Block& block = *current->block;
     current->state = State::ended;
-#if defined(FUSEDRNN_RACES)
-    __tsan_release(&order[1]);
-#endif
+    FUSEDRNN_TELL(__tsan_release(&order[1]));
     if (--block.live == 0) {
       const size_t end = block.memory.size();
       for (size_t i = 0; i < kGuard; ++i)
@@ -353,35 +313,29 @@ Scheduler scheduler;
 
 void run_fibers() {
   for (;;) {
-#if defined(FUSEDRNN_RACES)
-    __tsan_acquire(&scheduler.order[0]);
-#endif
-    scheduler.kernel(scheduler.argument);
+    FUSEDRNN_TELL(__tsan_acquire(&scheduler.order[0]));
+    (*scheduler.kernel)();
     scheduler.end_fiber();
     Fiber *from = scheduler.current, *to = scheduler.pick();
     if (!to) scheduler.fail_without_progress();
     scheduler.become(to);
-#if defined(FUSEDRNN_RACES)
-    scheduler.switch_stack(from->stack->context, *to->stack);
-#else
     Stack* stack = from->stack;
-    from->stack = nullptr;
+    if (!kRaces) from->stack = nullptr;
     if (to->stack) {
-      scheduler.stacks.push_back(stack);
+      if (!kRaces) scheduler.stacks.push_back(stack);
       scheduler.switch_stack(stack->context, *to->stack);
     }
     to->stack = stack;  // and goes on here
-#endif
   }
 }
 
 }  // namespace
 
-std::string launch(const Launch& launch, void (*kernel)(void*), void* argument) {
+std::string launch(const Launch& launch, const std::function<void()>& kernel) {
   Scheduler& s = scheduler;
   if (launch.threads == 0 || launch.threads % kWarp) return "a block has whole warps";
   if (launch.grid.x == 0 || launch.grid.y == 0) return "a grid has at least one block";
-  s.launch = launch, s.kernel = kernel, s.argument = argument;
+  s.launch = launch, s.kernel = &kernel;
   s.error.clear(), s.ready.clear(), s.polling.clear();
   const size_t threads = size_t(s.block_count()) * launch.threads;
   s.ready.reserve(threads / kWarp), s.polling.reserve(threads);  // nothing is allocated while fibers run
@@ -395,22 +349,16 @@ std::string launch(const Launch& launch, void (*kernel)(void*), void* argument) 
   s.clusters.assign(launch.clusters ? launch.grid.y : 0, Cluster());
   unsigned at_once = launch.cooperative ? s.block_count() : kBlocksAtOnce;
   if (launch.clusters && at_once < launch.grid.x) at_once = launch.grid.x;
-#if defined(FUSEDRNN_RACES)
-  at_once = s.block_count();  // no stack is used twice: it would be a race of its own
-  s.main_thread = __tsan_get_current_fiber();
-#endif
+  if (kRaces) at_once = s.block_count();  // no stack is used twice: it would be a race of its own
+  FUSEDRNN_TELL(s.main_thread = __tsan_get_current_fiber());
   while (s.begun < s.block_count() && s.begun < at_once) s.begin_block();
-#if defined(FUSEDRNN_RACES)
-  __tsan_release(&s.order[0]);
-#endif
+  FUSEDRNN_TELL(__tsan_release(&s.order[0]));
   Fiber* first = s.pick();
   if (!first->stack) s.give_stack(*first);
   s.become(first);
   s.switch_stack(s.main, *first->stack);
   // back: all have ended, or an error
-#if defined(FUSEDRNN_RACES)
-  __tsan_acquire(&s.order[1]);
-#endif
+  FUSEDRNN_TELL(__tsan_acquire(&s.order[1]));
   for (auto& block : s.blocks) {
     for (Fiber& fiber : block->fibers)
       if (fiber.stack) s.stacks.push_back(fiber.stack);
@@ -425,18 +373,16 @@ char* shared_memory() { return scheduler.current->block->memory.data() + kGuard;
 
 namespace {
 
-// Waits until `count` fibers are here; `all` calls its argument on each of them.
+// Waits until `count` fibers are here; `all` calls its argument on each of them. What lanes do orders no memory.
 template <class All>
-void wait_for(Barrier& barrier, State state, size_t count, Place place, const char* what, All all) {
+void wait_for(Barrier& barrier, State state, size_t count, Place place, const char* what, All all, int kind = 0) {
   Scheduler& s = scheduler;
   Fiber& self = *s.current;
-  if (barrier.arrived) s.expect_same(what, place, barrier.place, true);
+  if (barrier.arrived) s.expect_same(what, place, barrier.place, kind == barrier.kind);
   self.place = barrier.place = place;
-  self.counter = nullptr;
-#if defined(FUSEDRNN_RACES)
-  char* order = &barrier.order[barrier.round % 2];
-  __tsan_release(order);
-#endif
+  self.counter = nullptr, barrier.kind = kind;
+  [[maybe_unused]] char* order = &barrier.order[barrier.round % 2];
+  FUSEDRNN_TELL(if (state != State::lanes) __tsan_release(order));
   if (++barrier.arrived == count) {
     barrier.arrived = 0;
     ++barrier.round;
@@ -447,9 +393,7 @@ void wait_for(Barrier& barrier, State state, size_t count, Place place, const ch
     self.state = state;
     s.leave();
   }
-#if defined(FUSEDRNN_RACES)
-  __tsan_acquire(order);
-#endif
+  FUSEDRNN_TELL(if (state != State::lanes) __tsan_acquire(order));
 }
 
 }  // namespace
@@ -489,25 +433,14 @@ void* in_block(void* p, unsigned rank) {
 }
 
 const Words& exchange(const uint32_t* words, int count, int kind, Place place) {
-  Scheduler& s = scheduler;
-  Fiber& self = *s.current;
-  const unsigned lane = self.thread % kWarp;
+  const Fiber& self = *scheduler.current;
   Warp& warp = *self.warp;
-  if (warp.arrived) s.expect_same("an exchange between lanes", place, warp.place, kind == warp.kind);
-  warp.kind = kind;
-  self.place = warp.place = place;
-  self.counter = nullptr;
-  Words& all = warp.words[warp.round % 2];
-  for (int i = 0; i < count; ++i) all.of_lane[lane][i] = words[i];
-  if (++warp.arrived == kWarp) {
-    warp.arrived = 0;
-    ++warp.round;
-    for (unsigned i = 0; i < kWarp; ++i)
-      if (i != lane) s.wake(warp.fibers[i]);
-  } else {
-    self.state = State::lanes;
-    s.leave();
-  }
+  Words& all = warp.words[warp.barrier.round % 2];
+  for (int i = 0; i < count; ++i) all.of_lane[self.thread % kWarp][i] = words[i];
+  const auto each = [&](auto wake) {
+    for (unsigned i = 0; i < kWarp; ++i) wake(warp.fibers[i]);
+  };
+  wait_for(warp.barrier, State::lanes, kWarp, place, "an exchange between lanes", each, kind);
   return all;
 }
 

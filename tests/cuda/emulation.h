@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <functional>
 #include <string>
 
 namespace emulation {
@@ -27,8 +28,8 @@ struct Launch {
   uint64_t seed;     // of the order in which threads run
 };
 
-// Calls kernel(argument) once for each thread. What went wrong: nothing where it is empty.
-std::string launch(const Launch&, void (*kernel)(void*), void* argument);
+// Calls kernel() once for each thread. What went wrong: nothing where it is empty.
+std::string launch(const Launch&, const std::function<void()>& kernel);
 
 struct Place {
   const char* file;
@@ -54,6 +55,7 @@ void poll(const unsigned* counter);  // before every load of a counter that anot
 extern emulation::Dim threadIdx, blockIdx, blockDim, gridDim;
 
 #define FUSEDRNN_KERNEL(threads) extern "C" void
+#define FUSEDRNN_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace fusedrnn {
 namespace cuda {

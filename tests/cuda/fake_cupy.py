@@ -69,35 +69,21 @@ class ndarray:
     def __setitem__(self, index: Any, value: Any) -> None:
         self._array[_own(index)] = _own(value)
 
-    def __len__(self) -> int:
-        return len(self._array)
-
     def __iter__(self) -> Any:
         return map(ndarray, self._array)
 
-    def __float__(self) -> float:
-        return float(self._array)
-
-    def __int__(self) -> int:
-        return int(self._array)
-
-    def __bool__(self) -> bool:
-        return bool(self._array)
-
-    def __repr__(self) -> str:
-        return repr(self._array)
-
-
-def _operator(name: str) -> Any:
-    function = getattr(operator, name)
-    return lambda a, *b: _wrapped(function(a._array, *map(_own, b)))
-
 
 for _name in OPERATORS:
-    setattr(ndarray, f"__{_name.strip('_')}__", _operator(_name))
-for _name in ("add", "sub", "mul", "truediv", "pow"):
     _function = getattr(operator, _name)
-    setattr(ndarray, f"__r{_name}__", lambda a, b, f=_function: _wrapped(f(_own(b), a._array)))
+    setattr(
+        ndarray,
+        f"__{_name.strip('_')}__",
+        lambda a, *b, f=_function: _wrapped(f(a._array, *map(_own, b))),
+    )
+    if _name in ("add", "sub", "mul", "truediv", "pow"):
+        setattr(ndarray, f"__r{_name}__", lambda a, b, f=_function: _wrapped(f(_own(b), a._array)))
+for _function in (len, float, int, bool, repr):
+    setattr(ndarray, f"__{_function.__name__}__", lambda a, f=_function: f(a._array))
 ndarray.__hash__ = None  # type: ignore[assignment]
 
 

@@ -8,21 +8,17 @@ import itertools
 import sys
 import threading
 import types
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-import emulated
 import fusedrnn
 from fusedrnn import backends, kernels
 from fusedrnn import layers as L
 from fusedrnn.backends.cuda import cublas, cupy_device, nvrtc
 from fusedrnn.cells import LSTM
 from problems import problem
-
-needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
 # --- what is missing ----------------------------------------------------------------------------------------
 
@@ -33,21 +29,17 @@ def unavailable(
     """``cupy_device.unavailable()`` on a computer of such a kind."""
     runtime = types.SimpleNamespace(runtimeGetVersion=lambda: majors[0] * 1000, getDevice=lambda: 0)
     fake_cuda = types.SimpleNamespace(runtime=runtime, **({"cublas": None} if cublas else {}))
-    bindings = types.SimpleNamespace(__version__=f"{majors[1]}.1.0")
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=fake_cuda))
     monkeypatch.setattr(cupy_device, "_installed", lambda module: module not in absent)
-    import_module = importlib.import_module
-    monkeypatch.setattr(
-        importlib, "import_module", lambda n, *a: bindings if n == "cuda.bindings" else import_module(n, *a)
-    )
+    bindings = types.SimpleNamespace(__version__=f"{majors[1]}.1.0")
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr(cupy_device.nvrtc, "version", lambda: (majors[2], 0))
-    answers = {"cuInit": None, "cuDeviceGetCount": count, "cuDeviceGet": 0}
-    answers["cuDriverGetVersion"] = 1000 * (driver or 0)
+    answers = {"cuDriverGetVersion": 1000 * (driver or 0), "cuDeviceGetCount": count}
 
     def call(function, *_):
         if driver is None:
             raise RuntimeError(f"{function}: CUDA_ERROR_NO_DEVICE")
-        return answers[function]
+        return answers.get(function)
 
     monkeypatch.setattr(cupy_device, "_call", call)
     monkeypatch.setattr(cupy_device, "_capability", lambda handle: capability)
@@ -101,28 +93,68 @@ def test_named_where_it_cannot_run(monkeypatch):
 # --- the device that is a GPU: what can be seen of it without one -------------------------------------------
 
 
+class FakeCublas:
+    """cuBLAS's functions that are called, with the types of its manual, on this computer's memory."""
+
+    DTYPES = (np.float32, np.float64, np.float16) + (None,) * 11 + (ml_dtypes.bfloat16,)
+    INVALID_VALUE, NOT_SUPPORTED = 7, 15
+
+    def __init__(self):
+        for name, types_ in cublas.FUNCTIONS.items():
+            setattr(self, name, ctypes.CFUNCTYPE(ctypes.c_int, *types_)(getattr(self, f"_{name}")))
+
+    def _cublasSetStream_v2(self, handle, stream):
+        self.stream, self.workspace = stream, None  # as in cuBLAS
+        return 0
+
+    def _cublasSetWorkspace_v2(self, handle, workspace, size):
+        self.workspace = workspace
+        return int(size < 4 << 20)
+
+    def _cublasGemmEx(self, handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta,
+                      c, c_type, ldc, compute, algorithm):  # fmt: skip
+        self.compute, halves = compute, a_type not in (0, 1)
+        if a_type != b_type or algorithm != -1 or c_type not in ((a_type, 0) if halves else (a_type,)):
+            return self.NOT_SUPPORTED
+        if (a_type == 1) != (compute == 70) or (halves and compute != 68):
+            return self.NOT_SUPPORTED
+        if lda < (k if op_a else m) or ldb < (n if op_b else k) or ldc < m:
+            return self.INVALID_VALUE
+
+        def matrix(address, dtype, step, rows, columns):
+            """Column by column."""
+            dtype = np.dtype(self.DTYPES[dtype])
+            memory = (ctypes.c_char * ((step * (columns - 1) + rows) * dtype.itemsize)).from_address(address)
+            return np.ndarray((rows, columns), dtype, memory, 0, (dtype.itemsize, step * dtype.itemsize))
+
+        sums = np.float64 if a_type == 1 else np.float32
+        if [float(matrix(x, a_type == 1, 1, 1, 1)[0, 0]) for x in (alpha, beta)] != [1, 0]:
+            return self.INVALID_VALUE
+        left = matrix(a, a_type, lda, *((k, m) if op_a else (m, k))).astype(sums)
+        right = matrix(b, b_type, ldb, *((n, k) if op_b else (k, n))).astype(sums)
+        matrix(c, c_type, ldc, m, n)[...] = (left.T if op_a else left) @ (right.T if op_b else right)
+        return 0
+
+
 @pytest.fixture
 def gpu(monkeypatch):
-    """A device in the stream 4711 whose memory is this computer's, with a cuBLAS that follows its manual, the
-    four numbers of its handle, and whether the stream is being captured."""
-    made = emulated.build([Path(emulated.HERE, "cublas.cpp")], ["-fPIC", "-shared", "-fvisibility=hidden"])
-    monkeypatch.setattr(cublas, "_library", lambda: ctypes.CDLL(str(made)))
-    handle, capturing = np.zeros(4, np.int64), [False]
+    """A device in the stream 4711 and this computer's memory, its cuBLAS, whether somebody records."""
+    library, capturing = FakeCublas(), [False]
+    monkeypatch.setattr(cublas, "_library", lambda: library)
     cuda = types.SimpleNamespace(
-        device=types.SimpleNamespace(get_cublas_handle=lambda: handle.ctypes.data),
+        device=types.SimpleNamespace(get_cublas_handle=lambda: 1),
         get_current_stream=lambda: types.SimpleNamespace(ptr=4711, is_capturing=lambda: capturing[0]),
     )
     device = object.__new__(cupy_device.CupyDevice)
     device._cupy, device._of_thread, device.cluster = types.SimpleNamespace(cuda=cuda), threading.local(), 0
     device.empty, device.pointer = np.empty, lambda a: a.ctypes.data
-    return device, handle, capturing
+    return device, library, capturing
 
 
-@needs_compiler
 @pytest.mark.parametrize("precision", nvrtc.PRECISIONS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 def test_products_by_cublas(gpu, dtype, precision):
-    device, handle, _ = gpu
+    device, library, _ = gpu
     halves = np.dtype(dtype).itemsize == 2
     rng = np.random.default_rng(0)
 
@@ -146,34 +178,32 @@ def test_products_by_cublas(gpu, dtype, precision):
     # cublasComputeType_t of the toolkit's cublas_api.h.
     by_precision = {"ieee": 68, "tf32x3": 68, "tf32": 77, "bf16": 75, "fp16": 74}
     how = by_precision[precision] if dtype == np.float32 else 70 if dtype == np.float64 else 68
-    assert (handle[0], handle[3]) == (4711, how)
+    assert (library.stream, library.compute) == (4711, how)
     with pytest.raises(ValueError, match="matmul: expected an axis of neighbours"):
         device.matmul(np.zeros((6, 6), dtype)[::2, ::2], np.zeros((3, 3), dtype), np.zeros((3, 3), dtype))
 
 
-@needs_compiler
 def test_a_captured_product_has_a_workspace_of_its_own(gpu):
     """That of repeated work for all of its products; cuBLAS's own where nobody records."""
-    device, handle, capturing = gpu
+    device, library, capturing = gpu
     a, out, used = np.ones((2, 2)), np.empty((2, 2)), []
 
     def work():
         for _ in range(2):
             device.matmul(a, a, out)
-            used.append(handle[1])
+            used.append(library.workspace)
 
     empty, all_of = device.empty, []
     device.empty = lambda shape, dtype: all_of.append(empty(shape, dtype)) or all_of[-1]
     work()
-    assert used == [0, 0]
+    assert used == [None, None]
     capturing[0] = True
     device.repeat("a", work)
     assert used[2:] == [all_of[0].ctypes.data] * 2
     device.matmul(a, a, out)
-    assert handle[1] not in (0, *used)  # the work's is free again
+    assert library.workspace not in (None, *used)  # the work's is free again
 
 
-@needs_compiler
 def test_an_error_of_cublas_names_its_function(gpu):
     device, _, capturing = gpu
     capturing[0] = True
@@ -193,6 +223,11 @@ def driver(monkeypatch):
     real = importlib.import_module("cuda.bindings.driver")
     calls = []
 
+    def parameters(at):
+        """The address of the first argument, and the numbers that both begin with."""
+        addresses = (ctypes.c_void_p * 2).from_address(at)
+        return addresses[0], *(ctypes.c_int64.from_address(a).value for a in addresses)
+
     class Driver:
         def __getattr__(self, name):
             if not name.startswith("cu"):
@@ -200,33 +235,18 @@ def driver(monkeypatch):
             assert callable(getattr(real, name))
 
             def call(*arguments):
+                last = arguments[-1]
+                value = {
+                    "cuOccupancyMaxActiveBlocksPerMultiprocessor": lambda: 1,
+                    "cuOccupancyMaxActiveClusters": lambda: int(last.gridDimX <= 8),
+                    "cuModuleLoadData": lambda: "module",
+                    "cuModuleGetFunction": lambda: last,
+                }.get(name, lambda: None)()
                 if name == "cuLaunchKernelEx":
-                    config, function, parameters, extra = arguments
-                    launch = {
-                        "grid": (config.gridDimX, config.gridDimY, config.gridDimZ),
-                        "block": (config.blockDimX, config.blockDimY, config.blockDimZ),
-                        "shared": config.sharedMemBytes,
-                        "stream": int(config.hStream),
-                        "attributes": [
-                            (a.id, a.value.cooperative, a.value.clusterDim.x) for a in config.attrs
-                        ],
-                        "count": config.numAttrs,
-                        "parameters": ctypes.c_void_p.from_address(parameters).value,
-                        "first": ctypes.c_int64.from_address(
-                            ctypes.c_void_p.from_address(parameters).value
-                        ).value,
-                        "second": ctypes.c_int64.from_address(
-                            ctypes.c_void_p.from_address(parameters + 8).value
-                        ).value,
-                        "extra": extra,
-                    }
-                    arguments = (function, launch)
+                    config, function, at, extra = arguments
+                    assert extra == 0
+                    arguments = (function, config, parameters(at))
                 calls.append((name, *arguments))
-                answers = {"cuOccupancyMaxActiveBlocksPerMultiprocessor": 1, "cuModuleLoadData": "module"}
-                answers["cuOccupancyMaxActiveClusters"] = (
-                    1 if name != "cuOccupancyMaxActiveClusters" else (int(arguments[-1].gridDimX <= 8))
-                )
-                value = arguments[-1] if name == "cuModuleGetFunction" else answers.get(name)
                 return (failing.get(name, real.CUresult.CUDA_SUCCESS), *(() if value is None else (value,)))
 
             return call
@@ -234,7 +254,7 @@ def driver(monkeypatch):
     failing = {}
     fake = Driver()
     monkeypatch.setattr(cupy_device, "_driver", lambda: fake)
-    monkeypatch.setattr(cupy_device.nvrtc, "cubin", lambda *key: " ".join(key).encode())
+    monkeypatch.setattr(cupy_device.nvrtc, "cubin", lambda code, *more: " ".join((*code, *more)).encode())
     device = object.__new__(cupy_device.CupyDevice)
     streams = types.SimpleNamespace(
         runtime=types.SimpleNamespace(setDevice=lambda n: calls.append(("setDevice", n))),
@@ -242,37 +262,38 @@ def driver(monkeypatch):
     )
     device._cupy = types.SimpleNamespace(cuda=streams)
     device.number, device.multiprocessors, device.shared_bytes, device.architecture = 1, 4, 99_000, "sm_90"
-    device._modules, device._functions, device._places = {}, {}, {}
+    device._modules, device._functions, device._known = {}, {}, {}
     device._lock = threading.Lock()
     return device, calls, failing, real
+
+
+CODE = nvrtc.Code("Lstm", "float")
+JOB, STEP = ctypes.c_int64(123), ctypes.c_int64(456)
+
+
+def launches(calls):
+    """Of each its function, blocks, threads, bytes, stream, what it needs beside them, and arguments."""
+    found = []
+    for _, function, c, parameters in (call for call in calls if call[0] == "cuLaunchKernelEx"):
+        assert c.numAttrs == len(c.attrs)
+        grid, block = (c.gridDimX, c.gridDimY, c.gridDimZ), (c.blockDimX, c.blockDimY, c.blockDimZ)
+        found.append((function, grid, block, c.sharedMemBytes, int(c.hStream), c.attrs, parameters))
+    return found
 
 
 @bindings
 def test_launches(driver):
     device, calls, _, real = driver
-    job, step = ctypes.c_int64(123), ctypes.c_int64(456)
-    device.launch("Lstm", "float", "step_forward", (7, 1), (job, step))
-    device.launch("Lstm", "float", "grid_forward", (2, 2), (job, step), 50_000, cooperative=True)
-    launches = [call for call in calls if call[0] == "cuLaunchKernelEx"]
-    (_, function, plain), (_, grid_function, cooperative) = launches
-    assert (function, grid_function) == (b"step_forward", b"grid_forward")
-    expected = {
-        "grid": (7, 1, 1),
-        "block": (256, 1, 1),
-        "shared": 0,
-        "stream": 4711,
-        "attributes": [],
-        "count": 0,
-    }
-    assert plain | expected == plain
-    assert (plain["first"], plain["second"], plain["extra"]) == (123, 456, 0)
-    assert plain["parameters"] == ctypes.addressof(job)
-    flag = real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-    assert (cooperative["grid"], cooperative["shared"]) == ((2, 2, 1), 50_000)
-    ((found, value, _),) = cooperative["attributes"]
-    assert (found, value, cooperative["count"]) == (flag, 1, 1)
+    device.launch(CODE, "step_forward", (7, 1), (JOB, STEP))
+    device.launch(CODE, "grid_forward", (2, 2), (JOB, STEP), 50_000)
+    given = ctypes.addressof(JOB), 123, 456
+    plain, (*cooperative, (attribute,), parameters) = launches(calls)
+    assert plain == (b"step_forward", (7, 1, 1), (256, 1, 1), 0, 4711, [], given)
+    assert (cooperative, parameters) == ([b"grid_forward", (2, 2, 1), (256, 1, 1), 50_000, 4711], given)
+    assert attribute.id == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    assert attribute.value.cooperative == 1
     loads = [call for call in calls if call[0] == "cuModuleLoadData"]
-    assert [code for _, code in loads] == [b"Lstm float sm_90 ieee steps", b"Lstm float sm_90 ieee grid"]
+    assert [code for _, code in loads] == [b"Lstm float ieee sm_90 steps", b"Lstm float ieee sm_90 grid"]
     beyond = real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     assert ("cuFuncSetAttribute", b"grid_forward", beyond, 99_000) in calls
     assert [call for call in calls if call[0] == "setDevice"] == [("setDevice", 1)] * 2
@@ -281,27 +302,22 @@ def test_launches(driver):
 @bindings
 def test_a_cluster_is_a_row_of_the_grid(driver):
     device, calls, _, real = driver
-    job, step = ctypes.c_int64(123), ctypes.c_int64(456)
-    device.launch("Lstm", "float", "cluster_forward", (3, 50), (job, step), 60_000, precision="tf32")
-    (launch,) = (call[2] for call in calls if call[0] == "cuLaunchKernelEx")
-    ((found, _, blocks),) = launch["attributes"]
-    assert found == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    assert (blocks, launch["grid"], launch["shared"]) == (3, (3, 50, 1), 60_000)
-    assert ("cuModuleLoadData", b"Lstm float sm_90 tf32 cluster") in calls
+    device.launch(CODE._replace(precision="tf32"), "cluster_forward", (3, 50), (JOB, STEP), 60_000)
+    ((_, grid, _, shared, _, (attribute,), _),) = launches(calls)
+    assert attribute.id == real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    assert (attribute.value.clusterDim.x, grid, shared) == (3, (3, 50, 1), 60_000)
+    assert ("cuModuleLoadData", b"Lstm float tf32 sm_90 cluster") in calls
     with pytest.raises(RuntimeError, match=r"^cluster_forward: a cluster of 9 blocks does not run on this"):
-        device.launch("Lstm", "float", "cluster_forward", (9, 1), (job, step))
+        device.launch(CODE, "cluster_forward", (9, 1), (JOB, STEP))
 
 
 @bindings
 def test_a_grid_that_does_not_run_at_once_is_an_error(driver):
     device, calls, failing, real = driver
-    args, too_many = (
-        (ctypes.c_int64(), ctypes.c_int64()),
-        r"5 x 1 blocks do not run at once on this GPU, 4 do",
-    )
-    with pytest.raises(RuntimeError, match=rf"^grid_forward: {too_many}"):
-        device.launch("Lstm", "float", "grid_forward", (5, 1), args, cooperative=True)
-    assert not any(call[0] == "cuLaunchKernelEx" for call in calls)
+    too_many = r"^grid_forward: 5 x 1 blocks do not run at once on this GPU, 4 do"
+    with pytest.raises(RuntimeError, match=too_many):
+        device.launch(CODE, "grid_forward", (5, 1), (JOB, STEP))
+    assert not launches(calls)
     failing["cuLaunchKernelEx"] = real.CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(RuntimeError, match=r"^cuLaunchKernelEx: CUDA_ERROR_INVALID_VALUE"):
-        device.launch("Lstm", "float", "step_forward", (1, 1), args)
+        device.launch(CODE, "step_forward", (1, 1), (JOB, STEP))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gc
 import threading
-import types
 import warnings
 import weakref
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from emulated import EmulatedDevice
 from fusedrnn.backends.cuda import CudaBackend, cupy_device
 from fusedrnn.backends.cuda.graphs import GraphCache
 from fusedrnn.cells import GRU, LSTM
-from problems import CELLS, NORMED, assert_bitwise_equal, name, named, problem, run
+from problems import CELLS, NORMED, assert_bitwise_equal, name, problem, run
 
 needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "detach_every": 2}
@@ -32,10 +32,10 @@ class Rewinding(EmulatedDevice):
 
     def __init__(self, **options):
         super().__init__(16, **options)
-        self.given, self.next = [], 0
+        self.given, self.first, self.next = [], 0, 0
 
     def rewind(self):
-        self.next = 0
+        self.next = self.first
 
     def empty(self, shape, dtype):
         made = super().empty(shape, dtype)
@@ -58,10 +58,12 @@ class Plain(EmulatedDevice):
         work()
 
 
-def call(backend, p, packed):
-    forward = backend.forward(p.cell, p.x, packed, p.state0, **p.options)
-    gradients = backend.backward(forward.tape, p.dy, p.dstateT, p.dstates)
-    return {key: a.copy() for key, a in named(p.cell, forward, gradients).items()}
+def assert_same(device, p, weights=None, precision="ieee", need=None):
+    """A call has the bits that it has where nothing is recorded."""
+    device.rewind()
+    given, plain = (CudaBackend(d, "steps", precision, _tested=True) for d in (device, Plain(16)))
+    got = run(given, replace(p, weights=weights or p.weights), need=need)
+    assert_bitwise_equal(got, run(plain, p, need=need))
 
 
 def overwrite(p, q):
@@ -80,17 +82,13 @@ def overwrite(p, q):
 )
 @pytest.mark.parametrize("cell", [*CELLS, NORMED[2]], ids=name)
 def test_what_is_repeated_takes_the_numbers_that_are_there_now(cell, options):
-    device = Rewinding()
-    backend, plain = CudaBackend(device, "steps", _tested=True), CudaBackend(Plain(16), "steps", _tested=True)
-    p = problem(cell, 5, 4, 3, 7, **options)
-    packed = backend.pack(cell, p.weights)
-    first = device.next
+    device, p = Rewinding(), problem(cell, 5, 4, 3, 7, **options)
+    packed = CudaBackend(device, _tested=True).pack(cell, p.weights)
+    device.first = device.next  # what is packed of weights stays as it is
     for seed in range(4):
-        q = problem(cell, 5, 4, 3, 7, seed=seed, **options)
-        overwrite(p, replace(q, weights=p.weights))  # what is packed of weights stays as it is
-        device.next = first
+        overwrite(p, replace(problem(cell, 5, 4, 3, 7, seed=seed, **options), weights=p.weights))
         replays = device.replays
-        assert_bitwise_equal(call(backend, p, packed), run(plain, replace(q, weights=p.weights)))
+        assert_same(device, p, packed)
         assert device.replays - replays == (0 if seed == 0 else 2)  # forward and back
     assert len(device.graphs) == 2
 
@@ -98,13 +96,10 @@ def test_what_is_repeated_takes_the_numbers_that_are_there_now(cell, options):
 @needs_compiler
 def test_weights_may_change_in_place():
     """Those of the recurrence are read where they lie, by a packing that was made anew."""
-    device = Rewinding()
-    backend, plain = CudaBackend(device, "steps", _tested=True), CudaBackend(Plain(16), "steps", _tested=True)
-    p = problem(LSTM(), 5, 4, 3, 7)
+    device, p = Rewinding(), problem(LSTM(), 5, 4, 3, 7)
     for seed in range(3):
         overwrite(p, problem(LSTM(), 5, 4, 3, 7, seed=seed))
-        device.rewind()
-        assert_bitwise_equal(call(backend, p, p.weights), run(plain, p))
+        assert_same(device, p)
     assert device.replays == 4
 
 
@@ -123,75 +118,46 @@ def test_weights_may_change_in_place():
     ids=["T", "reverse", "detach_every", "state0", "dy", "weight_hh", "reset"],
 )
 def test_another_call_is_not_taken_for_the_same(change):
-    device = Rewinding()
-    backend, plain = CudaBackend(device, "steps", _tested=True), CudaBackend(Plain(16), "steps", _tested=True)
-    p = problem(LSTM(), 5, 4, 3, 7)
+    device, p = Rewinding(), problem(LSTM(), 5, 4, 3, 7)
     other = change(p)
     for q in (p, p, other, p, other):
-        device.rewind()
-        assert_bitwise_equal(call(backend, q, q.weights), run(plain, q))
+        assert_same(device, q)
 
 
 @needs_compiler
-def test_another_precision_is_another_call():
-    device = Rewinding()
-    p = problem(LSTM(), 5, 4, 3, 7, dtype=np.float32)
+def test_another_precision_or_a_need_without_the_initial_state_is_another_call():
+    device, p = Rewinding(), problem(LSTM(), 5, 4, 3, 7, dtype=np.float32)
     for precision in ("ieee", "ieee", "bf16", "ieee", "bf16", "bf16"):
-        device.rewind()
-        backend, plain = (CudaBackend(d, "steps", precision, _tested=True) for d in (device, Plain(16)))
-        assert_bitwise_equal(call(backend, p, p.weights), run(plain, p))
-
-
-@needs_compiler
-def test_a_need_without_the_initial_state_is_another_call():
-    device = Rewinding()
-    backend = CudaBackend(device, "steps", _tested=True)
-    p = problem(GRU(), 5, 4, 3, 7)
-    want = run(CudaBackend(Plain(16), "steps", _tested=True), p)
+        assert_same(device, p, precision=precision)
+    device, p = Rewinding(), problem(GRU(), 5, 4, 3, 7)
     for need in (("weight_hh",), ("weight_hh",), ("weight_hh", "state0"), ("weight_hh",), None):
-        device.rewind()
-        got = run(backend, p, need=need)
-        assert_bitwise_equal(got, {key: want[key] for key in got})
+        assert_same(device, p, need=need)
 
 
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
-def graphs(max_size=3):
-    """A GraphCache that writes down what it does."""
-    done = []
+@pytest.mark.parametrize(
+    ("keys", "max_size", "done", "kept"),
+    [
+        ("abcd", 3, "abcd", 0),  # what comes once is not recorded
+        ("aaaa", 3, "a+rrr", 1),  # what comes again is, once
+        ("aabbabcbba", 2, "a+rb+rrrcrra", 1),  # the oldest goes first: c takes a's place
+    ],
+)
+def test_keys_and_what_is_done(keys, max_size, done, kept):
+    """Work by its key, + where it is recorded, r where what was recorded runs."""
+    log = []
 
     def record(work):
-        done.append("record")
-        return lambda: done.append("repeat")
+        log.append("+")
+        return lambda: log.append("r")
 
-    return GraphCache(record, max_size), done
-
-
-def test_what_comes_once_is_not_recorded():
-    kept, done = graphs()
-    for key in "abcd":
-        kept.run(key, lambda key=key: done.append(key))
-    assert done == list("abcd")
-    assert len(kept) == 0
-
-
-def test_what_comes_again_is_recorded_once():
-    kept, done = graphs()
-    for _ in range(4):
-        kept.run("a", lambda: done.append("work"))
-    assert done == ["work", "record", "repeat", "repeat", "repeat"]
-
-
-def test_the_oldest_goes_first():
-    kept, done = graphs(max_size=2)
-    for key in "aabbabcb":  # c takes a's place
-        kept.run(key, lambda: None)
-    assert done.count("record") == 2
-    done.clear()
-    kept.run("b", lambda: None)
-    kept.run("a", lambda: done.append("work"))
-    assert done == ["repeat", "work"]
+    graphs = GraphCache(record, max_size)
+    for key in keys:
+        graphs.run(key, lambda key=key: log.append(key))
+    assert "".join(log) == done
+    assert len(graphs) == kept
 
 
 def test_what_is_forgotten_is_let_go_of():
@@ -232,93 +198,64 @@ def test_where_recording_fails_all_runs_as_before_and_says_so_once():
 # --- what a GPU is told ------------------------------------------------------------------------------------
 
 
-class Stream:
-    """CuPy's stream, as far as recording goes."""
-
-    def __init__(self, log, capturing=False):
-        self.log, self.capturing = log, capturing
-
-    def is_capturing(self):
-        if isinstance(self.capturing, Exception):
-            raise self.capturing
-        return self.capturing
-
-    def __enter__(self):
-        self.log.append("on the stream")
-        return self
-
-    def __exit__(self, *_):
-        self.log.append("off the stream")
-
-    def begin_capture(self, mode):
-        self.log.append(f"begin, {mode}")
-
-    def end_capture(self):
-        self.log.append("end")
-        return types.SimpleNamespace(launch=lambda: self.log.append("launch"))
-
-
 @pytest.fixture
 def gpu():
-    log = []
+    """A device, and all that is asked of CuPy, of the stream where it records, and of the work."""
+    asked = mock.MagicMock()
+    asked.recording.__enter__.return_value = asked.recording
+    asked.cuda.get_current_stream().is_capturing.return_value = False
     device = object.__new__(cupy_device.CupyDevice)
-    cuda = types.SimpleNamespace(
-        get_current_stream=lambda: current,
-        device=types.SimpleNamespace(get_cublas_handle=lambda: log.append("handle")),
-        runtime=types.SimpleNamespace(streamCaptureModeThreadLocal="thread local"),
-    )
-    current = Stream(log)
-    device._cupy = types.SimpleNamespace(cuda=cuda)
-    device._recording = Stream(log)
-    device._graphs = GraphCache(device._record)
-    device._of_thread = threading.local()
-    device.empty, device.pointer = np.empty, lambda a: 4711
-    device.cluster = 0
-    return device, current, log
+    device._cupy, device._recording = asked, asked.recording
+    device._graphs, device._of_thread = GraphCache(device._record), threading.local()
+    device.empty, device.pointer, device.cluster = np.empty, lambda a: 4711, 0
+    return device, asked
+
+
+CAPTURED = ["cuda.device.get_cublas_handle", "recording.__enter__", "recording.begin_capture", "work",
+            "recording.end_capture", "recording.__exit__"]  # fmt: skip
+LAUNCHED = "recording.end_capture().launch"
+
+
+def log_of(asked):
+    """Names of what was called, in order."""
+    return [name for name, *_ in asked.mock_calls if "get_current_stream" not in name and "bool" not in name]
 
 
 def test_a_graph_is_captured_and_launched(gpu):
-    device, _, log = gpu
+    device, asked = gpu
     for _ in range(3):
-        device.repeat("a", lambda: log.append("work"))
-    captured = ["handle", "on the stream", "begin, thread local", "work", "end", "off the stream"]
-    assert log == ["work", *captured, "launch", "launch"]
+        device.repeat("a", asked.work)
+    assert log_of(asked) == ["work", *CAPTURED, LAUNCHED, LAUNCHED]
+    mode = asked.cuda.runtime.streamCaptureModeThreadLocal
+    asked.recording.begin_capture.assert_called_once_with(mode)
 
 
-@pytest.mark.parametrize(
-    "capturing", [True, RuntimeError("cudaErrorStreamCaptureImplicit")], ids=["", "error"]
-)
+@pytest.mark.parametrize("capturing", [[True], RuntimeError("cudaErrorStreamCaptureImplicit")], ids=type)
 def test_within_a_graph_of_somebody_else_nothing_is_captured(gpu, capturing):
-    device, current, log = gpu
-    current.capturing = capturing
+    device, asked = gpu
+    is_capturing = asked.cuda.get_current_stream().is_capturing
+    is_capturing.side_effect = capturing * 3 if isinstance(capturing, list) else capturing
     for _ in range(3):
-        device.repeat("a", lambda: log.append("work"))
-    assert log == ["work"] * 3
+        device.repeat("a", asked.work)
+    assert log_of(asked) == ["work"] * 3
 
 
 def test_a_capture_that_fails_is_ended(gpu):
-    device, _, log = gpu
-
-    def work():
-        log.append("work")
-        if len(log) == 5:
-            raise RuntimeError("not while capturing")
-
-    device.repeat("a", work)
+    device, asked = gpu
+    asked.work.side_effect = [None, RuntimeError("not while capturing"), None]
+    device.repeat("a", asked.work)
     with pytest.warns(RuntimeWarning, match="not while capturing"):
-        device.repeat("a", work)
-    assert log == [
-        "work", "handle", "on the stream", "begin, thread local", "work", "end", "off the stream", "work"
-    ]  # fmt: skip
+        device.repeat("a", asked.work)
+    assert log_of(asked) == ["work", *CAPTURED, "work"]
 
 
 def test_the_workspace_is_part_of_the_key(gpu):
-    device, _, log = gpu
+    device, asked = gpu
     for at in (1, 2, 2, 1):
         device.pointer = lambda a, at=at: at
-        device.repeat("a", lambda: log.append("work"))
-    assert log.count("launch") == 2
-    assert log.count("begin, thread local") == 2
+        device.repeat("a", asked.work)
+    assert log_of(asked).count(LAUNCHED) == 2
+    assert asked.recording.begin_capture.call_count == 2
 
 
 @pytest.mark.skipif(not cupy_device._installed("cupy"), reason="CuPy is not installed")

@@ -27,11 +27,14 @@ from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import GRU, LSTM, RNN
 from problems import (
     CELLS,
+    FORWARD,
+    GRADIENT,
     NORMED,
     OPTIONS,
     SIZES,
     assert_bitwise_equal,
     assert_close,
+    assert_standard,
     error,
     errors,
     expected_names,
@@ -45,19 +48,20 @@ from test_regularization import CALLS, KINDS, of
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
 REFERENCE = ReferenceBackend()
-FORWARD = {np.float32: 2e-6, np.float64: 1e-14}
-GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
 ONE_PHASE = tuple(cell for cell in CELLS if cell != GRU(reset_after=False))
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "detach_every": 2}
 
 
 def pairs(kernels: Any) -> Any:
-    """Cells with the kernels that can run them."""
+    """Cells with the kernels that can run them; "chosen": by the plan, as a user's call."""
     return pytest.mark.parametrize(
         ("cell", "kernel"),
-        [(c, k) for c in CELLS for k in kernels if k == "steps" or c in ONE_PHASE],
+        [(c, k) for c in CELLS for k in kernels if k in ("steps", "chosen") or c in ONE_PHASE],
         ids=lambda v: v if isinstance(v, str) else name(v),
     )
+
+
+every_pair = pairs((*KERNELS, "chosen"))
 
 
 class Tiled(CudaBackend):
@@ -74,13 +78,15 @@ class Tiled(CudaBackend):
         at_once: int = 8,
         **options: Any,
     ) -> None:
-        device = EmulatedDevice(multiprocessors=256, cluster=16, **options)
-        super().__init__(device, kernel, precision, _tested=True)
+        device = EmulatedDevice(**{"multiprocessors": 256, "cluster": 16} | options)
+        super().__init__(device, None if kernel == "chosen" else kernel, precision, _tested=True)
         self.units, self.rows, self.staged = units, rows, (at_once, chunk)
 
     def _plan(self, device, kernels, sizes, dtype, options, backward):
         _, B, H = sizes
         kernel = options.kernel
+        if kernel is None:
+            return super()._plan(device, kernels, sizes, dtype, options, backward)
         if kernel == "steps" or min(sizes) == 0:
             return Plan("steps")
         limits = Limits(device.multiprocessors, device.shared_bytes, device.warps, device.cluster)
@@ -128,25 +134,31 @@ def assert_right(backend, cell, sizes, dtype=np.float64, **options):
     """Within the promised figures. They are for H >= 7; below, 4 times plain NumPy's error will do."""
     p = problem(cell, *sizes, dtype=dtype, **options)
     want = truth(cell, sizes, tuple(options.items()))
-    got = run(backend, p)
+    if sizes[3] >= 7:
+        return assert_standard(backend, p, want)
+    got, plain = run(backend, p), run(REFERENCE, p)
     assert got.keys() == want.keys() == expected_names(p)
     assert {a.dtype for a in got.values()} == {np.dtype(dtype)}
     for gradient, tolerance in ((False, FORWARD[dtype]), (True, GRADIENT[dtype])):
         named = {key: a for key, a in want.items() if key.startswith("d") == gradient}
-        if sizes[3] < 7:
-            plain = run(REFERENCE, p)
-            tolerance = max(tolerance, 4 * max(error(plain[key], a) for key, a in named.items()))
+        tolerance = max(tolerance, 4 * max(error(plain[key], a) for key, a in named.items()))
         assert_close({key: got[key] for key in named}, named, tolerance)
     return got
 
 
 # --- right -------------------------------------------------------------------------------------------------
 
+WITHOUT = (
+    *({"state0": False, "reverse": reverse} for reverse in (False, True)),
+    *({"upstream": u} for n in range(4) for u in itertools.combinations(("dy", "dstateT", "dstates"), n)),
+)
+EVERY_OPTION = (*OPTIONS, *({**EVERYTHING, **options} for options in WITHOUT))
 
-@pairs(KERNELS)
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: name(LSTM(), o)[5:] or "plain")
+
+@every_pair
+@pytest.mark.parametrize("options", EVERY_OPTION, ids=lambda o: name(LSTM(), o)[5:] or "plain")
 def test_options(cell, kernel, options):
-    sizes = SIZES[OPTIONS.index(options) % len(SIZES)]
+    sizes = SIZES[EVERY_OPTION.index(options) % len(SIZES)]
     assert_right(Tiled(kernel), cell, sizes, **options)
 
 
@@ -163,7 +175,7 @@ def test_every_option_at_every_shape(cell, part):
             assert_right(Tiled(kernel, units, rows, seed=k), cell, sizes, **options)
 
 
-@pairs(KERNELS)
+@every_pair
 def test_float32(cell, kernel):
     for k in (7, 12, 22, 34):
         sizes, units, rows = SHAPES[k]
@@ -176,31 +188,9 @@ def test_float32(cell, kernel):
 @pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=name)
 def test_eight_warps(cell, kernel):
     """As on a GPU: warps share the rows, the columns and k."""
-    for units, rows in ((5, 9), (40, 17), (16, 4)):
-        for reverse in (False, True):
-            assert_right(
-                Tiled(kernel, units, rows, warps=8, seed=units),
-                cell,
-                (4, 17, 3, 40),
-                reverse=reverse,
-                **EVERYTHING,
-            )
-
-
-@pairs(KERNELS)
-@pytest.mark.parametrize(
-    "upstream",
-    [u for n in range(4) for u in itertools.combinations(("dy", "dstateT", "dstates"), n)],
-    ids=str,
-)
-def test_any_upstream_gradient_may_be_missing(cell, kernel, upstream):
-    assert_right(Tiled(kernel), cell, (4, 5, 3, 9), upstream=upstream, **EVERYTHING)
-
-
-@pairs(KERNELS)
-def test_no_initial_state(cell, kernel):
-    for reverse in (False, True):
-        assert_right(Tiled(kernel), cell, (5, 7, 2, 9), state0=False, reverse=reverse, **EVERYTHING)
+    for (units, rows), reverse in itertools.product(((5, 9), (40, 17), (16, 4)), (False, True)):
+        backend = Tiled(kernel, units, rows, warps=8, seed=units)
+        assert_right(backend, cell, (4, 17, 3, 40), reverse=reverse, **EVERYTHING)
 
 
 @pytest.mark.slow
@@ -236,26 +226,17 @@ def test_as_much_as_registers_hold(kernel, cell, H, units, less):
     assert_right(backend, cell, (3, 9, 2, H - less), **EVERYTHING)
 
 
-# --- the same bits -----------------------------------------------------------------------------------------
-
-
-@pairs(KERNELS)
+@every_pair
 def test_the_same_bits_in_any_order_of_the_threads(cell, kernel):
+    """And again from the same tape."""
     p = problem(cell, 5, 11, 3, 19, **EVERYTHING)
     first = run(Tiled(kernel, 7, 6, seed=0), p)
-    for seed in (0, *range(1, 8)):
-        assert_bitwise_equal(run(Tiled(kernel, 7, 6, seed=seed), p), first)
-
-
-@pairs(KERNELS)
-def test_backward_twice(cell, kernel):
-    p = problem(cell, 5, 7, 3, 9, **EVERYTHING)
-    backend = Tiled(kernel)
-    f = backend.forward(p.cell, p.x, p.weights, p.state0, **p.options)
-    first, second = (
-        named(cell, None, backend.backward(f.tape, p.dy, p.dstateT, p.dstates)) for _ in range(2)
-    )
-    assert_bitwise_equal(first, second)
+    for seed in range(8):
+        backend = Tiled(kernel, 7, 6, seed=seed)
+        f = backend.forward(p.cell, p.x, p.weights, p.state0, **p.options)
+        for _ in range(2):
+            again = named(cell, f, backend.backward(f.tape, p.dy, p.dstateT, p.dstates))
+            assert_bitwise_equal(again, first)
 
 
 # --- products by the matrix units --------------------------------------------------------------------------
@@ -278,12 +259,14 @@ def test_precisions(precision, kernel):
         assert precision == "tf32x3" or worst >= UNITS[precision] / 16  # the factors are rounded
 
 
+@pytest.mark.parametrize(("dtype", "own"), [("float64", "ieee"), ("float16", "fp16"), ("bfloat16", "bf16")])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_float64_has_no_precisions(kernel):
-    p = problem(LSTM(), 3, 2, 3, 7, dtype=np.float64)
-    backend = Tiled(kernel, precision="bf16")
-    assert_bitwise_equal(run(backend, p), run(Tiled(kernel), p))
-    assert set(backend.device.products) == {"ieee"}
+def test_other_dtypes_have_no_precisions_but_their_own(kernel, dtype, own):
+    p = problem(LSTM(), 3, 2, 3, 7).astype(dtype)
+    for precision in {"tf32", "bf16"} - {own}:
+        backend = Tiled(kernel, precision=precision)
+        assert_bitwise_equal(run(backend, p), run(Tiled(kernel), p))
+        assert set(backend.device.products) == {own}
 
 
 # --- arrays of 16 bits -------------------------------------------------------------------------------------
@@ -291,22 +274,16 @@ def test_float64_has_no_precisions(kernel):
 HALVES = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the distance between neighbours, relatively
 
 
-def of_halves(cell, sizes, half, **options):
-    """A problem in the dtype; and the reference's results, in long double, for the numbers in it."""
-    p = problem(cell, *sizes, **options).astype(np.float16 if half == "float16" else ml_dtypes.bfloat16)
-    return p, run(REFERENCE, p.astype(np.longdouble))
-
-
 @pytest.mark.parametrize("half", HALVES)
-@pairs(KERNELS)
+@every_pair
 def test_halves(cell, kernel, half):
     """Beside the reference on the same numbers: off by the roundings of what is stored, and no more."""
     for sizes, units, rows in (((5, 11, 3, 19), 7, 6), ((3, 17, 4, 40), 16, 17), ((4, 3, 9, 72), 24, 3)):
         if cell == RNN(relu=True) and sizes[3] == 72:
             continue  # rounding puts a sum on the other side of 0, where the gradient is another
         for options in ({}, EVERYTHING, {**EVERYTHING, "reverse": True}):
-            p, want = of_halves(cell, sizes, half, **options)
-            got = run(Tiled(kernel, units, rows), p)
+            p = problem(cell, *sizes, **options).astype(half)
+            got, want = run(Tiled(kernel, units, rows), p), run(REFERENCE, p.astype(np.longdouble))
             assert {a.dtype.name for a in got.values()} == {half}
             assert_close(got, want, 3 * HALVES[half])
 
@@ -327,37 +304,24 @@ def test_halves_leave_c_and_its_gradient_in_float32(kernel, half):
         dstateT=(None, np.ones((B, H))),
         dstates=(None, np.full((T, B, H), part)),
     )
-    p = p.astype(np.float16 if half == "float16" else ml_dtypes.bfloat16)
-    got = run(Tiled(kernel), p)
+    got = run(Tiled(kernel), p.astype(half))
     for found in ("cT", "dc0"):
         np.testing.assert_allclose(got[found].astype(float), 1 + T * part, rtol=2 * HALVES[half])
 
 
-@pytest.mark.parametrize("half", HALVES)
-def test_halves_have_no_other_precision(half):
-    p, _ = of_halves(LSTM(), (3, 2, 3, 7), half)
-    backend = Tiled("grid", precision="tf32")
-    assert_bitwise_equal(run(backend, p), run(Tiled("grid"), p))
-    assert set(backend.device.products) == {"fp16" if half == "float16" else "bf16"}
-
-
 # --- recurrent dropout, zoneout, layer norm ----------------------------------------------------------------
 
-KERNEL_NORMED = NORMED[:4]  # not of GRU with reset before
+STEPPED = (*CELLS, *NORMED[:4])  # not GRU with reset before and layer norm
 
 
 @pytest.mark.parametrize("call", CALLS, ids=["plain", "all", "reverse"])
 @pytest.mark.parametrize(
     ("cell", "kind"),
-    [
-        pytest.param(cell, kind, id=f"{name(cell)}-{kind}")
-        for cell in (*CELLS, *KERNEL_NORMED)
-        for kind in ("none", *KINDS)
-        if (kind == "none" and cell.layer_norm) or (kind != "none" and of(kind, cell))
-    ],
+    [(c, k) for c in STEPPED for k in (None, *KINDS) if (of(k, c) if k else c.layer_norm)],
+    ids=lambda v: v if isinstance(v, str) else name(v) if v else "none",
 )
 def test_regularization_and_layer_norm(cell, kind, call):
-    r = None if kind == "none" else of(kind, cell)
+    r = None if kind is None else of(kind, cell)
     for sizes in ((5, 11, 3, 19), (3, 4, 2, 70)):
         assert_right(Tiled("steps"), cell, sizes, regularization=r, **call)
 
@@ -378,7 +342,7 @@ def test_regularization_and_layer_norm_in_other_dtypes(cell, dtype):
     assert_close(got, want, tolerance)
 
 
-@pytest.mark.parametrize("cell", [*CELLS, *KERNEL_NORMED], ids=name)
+@pytest.mark.parametrize("cell", STEPPED, ids=name)
 def test_regularization_and_layer_norm_give_the_same_bits_in_any_order(cell):
     p = problem(cell, 5, 11, 3, 19, regularization=of("all", cell), **EVERYTHING)
     first = run(Tiled("steps", seed=0), p)

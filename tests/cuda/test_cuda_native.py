@@ -18,12 +18,11 @@ from fusedrnn.backends.cuda import CudaBackend, cupy_device
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import LSTM, RNN
 from fusedrnn.gradcheck import GradcheckError, gradcheck
-from problems import CELLS, error, name, problem, run
+from problems import error, problem, run
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
-cells = pytest.mark.parametrize("cell", CELLS, ids=name)
 
 
 @pytest.fixture
@@ -44,13 +43,28 @@ def put(*arrays):
     return made if len(made) > 1 else made[0]
 
 
+def same_on_both(work, tolerance):
+    """What ``work`` returns of arrays of NumPy's and, from the same seed, of the GPU's is the same."""
+    found = []
+    for move in (np.asarray, put):
+        np.random.seed(0)
+        found.append([fusedrnn.cuda.as_numpy(a) for a in work(move)])
+    for want, got in zip(*found, strict=True):
+        assert error(got, want) <= tolerance
+
+
+def place(layer, move):
+    """The layer where ``move`` puts arrays."""
+    if move is put:
+        layer.to_gpu()
+    return layer
+
+
 def test_modules_of_arrays(gpu):
     host, there = np.arange(3.0), put(np.arange(3.0))
     assert fusedrnn.cuda.gpu_enable
-    assert fusedrnn.cuda.get_array_module(host) is np
-    assert fusedrnn.cuda.get_array_module(there) is gpu
-    assert fusedrnn.cuda.get_array_module(fusedrnn.Variable(there)) is gpu
-    assert fusedrnn.cuda.get_array_module(3.5) is np
+    for x, module in ((host, np), (3.5, np), (there, gpu), (fusedrnn.Variable(there), gpu)):
+        assert fusedrnn.cuda.get_array_module(x) is module
     np.testing.assert_array_equal(fusedrnn.cuda.as_numpy(there), host)
     assert fusedrnn.as_array(there) is there
 
@@ -75,18 +89,14 @@ def test_arrays_choose_the_backend(gpu, monkeypatch):
 def test_packed_rows(gpu):
     rng = np.random.default_rng(0)
     x, weights = rng.standard_normal((6, 3)), problem(LSTM(), 2, 2, 3, 7).weights
-    sizes = np.array([3, 2, 1])
-    results = []
-    for move in (np.asarray, put):
-        out = kernels.forward(
-            LSTM(), move(x), Weights(*(None if w is None else move(w) for w in weights)), batch_sizes=sizes
-        )
+
+    def work(move):
+        moved = Weights(*(None if w is None else move(w) for w in weights))
+        out = kernels.forward(LSTM(), move(x), moved, batch_sizes=np.array([3, 2, 1]))
         back = kernels.backward(out.tape, move(np.ones((6, 7))))
-        results.append(
-            [fusedrnn.cuda.as_numpy(a) for a in (out.y, *out.stateT, back.dx, back.dweights.weight_hh)]
-        )
-    for got, want in zip(*results, strict=True):
-        assert error(want, got) <= 2e-14
+        return out.y, *out.stateT, back.dx, back.dweights.weight_hh
+
+    same_on_both(work, 2e-14)
 
 
 class Net(fusedrnn.Model):
@@ -101,48 +111,32 @@ class Net(fusedrnn.Model):
         return self.out(F.dropout(self.rnn(x), 0.3))
 
 
-KINDS = pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (L.RNN, {}),
-        (L.LSTM, {"num_layers": 2, "dropout": 0.5}),
-        (L.GRU, {"bidirectional": True}),
-        (L.GRU, {"reset_after": False}),
-        (L.LSTM, {"fused": False}),
-        (L.LSTM, {"recompute": True}),
-        (L.LSTM, {"fused": False, "layer_norm": True}),
-    ],
-    ids=["rnn", "lstm-2", "gru-bi", "gru-before", "unfused", "recompute", "unfused-norm"],
-)
-
-
 def trained(kind, options, *, gpu, optimizer=optimizers.Adam, moves=(), **more):
-    """Parameters after a few steps of training, and the losses."""
+    """Losses and parameters of a few steps of training, the net and its optimizer."""
     np.random.seed(3)
     net = Net(kind, dtype=np.float64, **options)
     if gpu:
         net.to_gpu()
-    place = put if gpu else np.asarray
     opt = optimizer(0.05, **more).setup(net)
     rng = np.random.default_rng(1)
     x, t = rng.standard_normal((3, 6, 4, 2)), rng.integers(0, 3, (3, 24))
     reset = rng.random((6, 4)) < 0.2
-    losses = []
+    losses, carries = [], not options.get("bidirectional")
     for k in range(3):
         if k in moves:  # to the other side and on
             (net.to_cpu if gpu else net.to_gpu)()
             gpu = not gpu
-            place = put if gpu else np.asarray
-        if not options.get("bidirectional"):
-            net.rnn.sequence(place(x[k]), lengths=[6, 2, 0, 5], reset=place(reset))
-        y = net(place(x[k]))
-        loss = F.softmax_cross_entropy(F.reshape(y, (24, 3)), place(t[k]))
-        loss = loss + F.mean_squared_error(y, place(np.zeros((6, 4, 3)))) * 0.1
+        move = put if gpu else np.asarray
+        if carries:
+            net.rnn.sequence(move(x[k]), lengths=[6, 2, 0, 5], reset=move(reset))
+        y = net(move(x[k]))
+        loss = F.softmax_cross_entropy(F.reshape(y, (24, 3)), move(t[k]))
+        loss = loss + F.mean_squared_error(y, move(np.zeros((6, 4, 3)))) * 0.1
         loss = loss + F.sum(F.relu(y[1:, [0, 0, 2]]) ** 2) / 7 - F.mean(F.tanh(y) * F.sigmoid(y))
         loss = loss + F.sum(F.log(F.exp(F.softmax(F.reshape(y, (24, 3)))[:, :2])))
         net.cleargrads()
         loss.backward()
-        if not options.get("bidirectional"):
+        if carries:
             loss.unchain_backward()
             net.rnn.reset_state()
         opt.update()
@@ -157,40 +151,45 @@ def assert_same_training(got, want):
         assert error(got[1][key], want[1][key]) <= 1e-11, key
 
 
-@KINDS
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (L.RNN, {}),
+        (L.LSTM, {"num_layers": 2, "dropout": 0.5}),
+        (L.GRU, {"bidirectional": True}),
+        (L.GRU, {"reset_after": False}),
+        (L.LSTM, {"fused": False}),
+        (L.LSTM, {"recompute": True}),
+        (L.LSTM, {"fused": False, "layer_norm": True}),
+    ],
+    ids=["rnn", "lstm-2", "gru-bi", "gru-before", "unfused", "recompute", "unfused-norm"],
+)
 def test_training(gpu, kind, options):
     """The same numbers as on the CPU, masks of dropout included; every array stays where it belongs."""
-    got = trained(kind, options, gpu=True, max_norm=1.0, weight_decay=0.01)
-    assert_same_training(got, trained(kind, options, gpu=False, max_norm=1.0, weight_decay=0.01))
+    got, want = (trained(kind, options, gpu=gpu, max_norm=1.0, weight_decay=0.01) for gpu in (True, False))
+    assert_same_training(got, want)
     assert all(isinstance(p.data, fake_cupy.ndarray) for p in got[2].params())
 
 
-def test_training_that_moves(gpu):
+def test_training_that_moves_and_by_another_optimizer(gpu):
     want = trained(L.LSTM, {}, gpu=False)
     assert_same_training(trained(L.LSTM, {}, gpu=True, moves=(1, 2)), want)
     assert_same_training(trained(L.LSTM, {}, gpu=False, moves=(2,)), want)
-    assert_same_training(
-        trained(L.LSTM, {}, gpu=True, optimizer=optimizers.SGD),
-        trained(L.LSTM, {}, gpu=False, optimizer=optimizers.SGD),
-    )
+    got, want = (trained(L.LSTM, {}, gpu=gpu, optimizer=optimizers.SGD) for gpu in (True, False))
+    assert_same_training(got, want)
 
 
 def test_single_steps(gpu):
     x = np.random.default_rng(0).standard_normal((4, 3, 2))
-    results = []
-    for on_gpu in (False, True):
-        np.random.seed(0)
-        layer = L.LSTM(5, dtype=np.float64)
-        if on_gpu:
-            layer.to_gpu()
-        ys = [layer(put(step) if on_gpu else step) for step in x]
+
+    def work(move):
+        layer = place(L.LSTM(5, dtype=np.float64), move)
+        ys = [layer(move(step)) for step in x]
         loss = F.sum(F.stack(ys) * F.concatenate(ys, axis=0).reshape(4, 3, 5))
         loss.backward()
-        results.append(
-            [fusedrnn.cuda.as_numpy(a) for a in (loss.data, layer.c.data, layer.weight_hh.grad.data)]
-        )
-    for want, got in zip(*results, strict=True):
-        assert error(got, want) <= 1e-13
+        return loss.data, layer.c.data, layer.weight_hh.grad.data
+
+    same_on_both(work, 1e-13)
 
 
 def test_to_gpu_and_back(gpu):
@@ -221,20 +220,13 @@ def test_mixing_is_an_error_that_names_the_argument(gpu):
     np.random.seed(0)
     x = np.zeros((3, 2, 4), np.float32)
     layer, linear = L.LSTM(4, in_size=4), L.Linear(2, in_size=4)
-    with pytest.raises(
-        TypeError, match=r"^x is an array of cupy, expected one of numpy, as the layer's parameters"
-    ):
-        layer(put(x))
-    with pytest.raises(TypeError, match=r"^linear: x is an array of cupy, expected one of numpy, as W"):
-        linear(put(x))
-    layer.to_gpu()
-    linear.to_gpu()
-    with pytest.raises(
-        TypeError, match=r"^x is an array of numpy, expected one of cupy, as the layer's parameters"
-    ):
-        layer(x)
-    with pytest.raises(TypeError, match=r"^linear: x is an array of numpy, expected one of cupy, as W"):
-        linear(x)
+    for wrong, own, given in (("cupy", "numpy", put(x)), ("numpy", "cupy", x)):
+        mixed = rf"x is an array of {wrong}, expected one of {own}, as"
+        with pytest.raises(TypeError, match=rf"^{mixed} the layer's parameters"):
+            layer(given)
+        with pytest.raises(TypeError, match=rf"^linear: {mixed} W"):
+            linear(given)
+        layer.to_gpu(), linear.to_gpu()
     state = np.zeros((2, 4), np.float32)
     with pytest.raises(TypeError, match=r"^the state passed in is an array of numpy, expected one of cupy"):
         layer.sequence(put(x), (state, state))
@@ -296,38 +288,28 @@ def test_lists_numbers_and_masked_losses(gpu, fused):
     x, t, labels = rng.standard_normal((5, 3, 2)), rng.standard_normal((5, 3, 4)), rng.integers(0, 4, (5, 3))
     lengths, reset = [5, 0, 2], (rng.random((5, 3)) < 0.3).astype(int).tolist()
     mask = np.arange(5)[:, None] < lengths
-    found = []
-    for move in (np.asarray, put):
-        np.random.seed(4)
-        net = fusedrnn.models.Sequential(L.LSTM(4, in_size=2, dtype=np.float64, fused=fused))
-        if move is put:
-            net.to_gpu()
+
+    def work(move):
+        net = place(fusedrnn.models.Sequential(L.LSTM(4, in_size=2, dtype=np.float64, fused=fused)), move)
         y = net(move(x), lengths=lengths, reset=reset)
         loss = F.mean_squared_error(y, move(t), mask) + F.softmax_cross_entropy(y, move(labels), mask)
         loss.backward()
         assert f"{loss:.6f}" == f"{float(loss):.6f}"
-        grads = [fusedrnn.cuda.as_numpy(p.grad.data) for p in net.params()]
-        found.append([np.asarray(y), loss.item(), *grads])
+        grads = [p.grad.data for p in net.params()]
         again = net.layers[0]
         again.reset_state()
         y.unchain_backward()
         with fusedrnn.no_grad():
             same = again(move(x), lengths=np.array(lengths, "i2"), reset=move(np.array(reset, "u1")))
         np.testing.assert_array_equal(np.asarray(same), np.asarray(y))
-    for got, want in zip(*reversed(found), strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
+        return np.asarray(y), loss.item(), *grads
+
+    same_on_both(work, 2e-14)
 
 
 def test_the_gradcheck_suite(gpu):
     """What ``fusedrnn gradcheck --backend cuda`` runs."""
-    options = [
-        "plain",
-        "all-together",
-        "recompute",
-        "2-layers-bidirectional-all",
-        "zoneout",
-        "layer-norm",
-    ]
+    options = ["plain", "all-together", "recompute", "2-layers-bidirectional-all", "zoneout", "layer-norm"]
     rows = gradcheck_suite.run_suite(
         cells=["lstm", "gru"], backends=["cuda"], sizes=gradcheck_suite.QUICK[:1], options=options
     )
@@ -347,7 +329,10 @@ def test_the_gradcheck_suite_of_a_forced_kernel_leaves_out_what_it_cannot_run(gp
     assert set(ran.values()) == {None}
 
 
-GRADCHECKS = pytest.mark.parametrize(
+METHODS = pytest.mark.parametrize("method", ["oracle", "central"])
+
+
+@pytest.mark.parametrize(
     ("kind", "options"),
     [
         (L.RNN, {}),
@@ -357,15 +342,11 @@ GRADCHECKS = pytest.mark.parametrize(
     ],
     ids=["rnn", "lstm-2", "gru-bi", "unfused-norm"],
 )
-
-
-@GRADCHECKS
-@pytest.mark.parametrize("method", ["oracle", "central"])
+@METHODS
 def test_gradcheck_of_a_layer(gpu, kind, options, method):
     """With lengths and a reset; afterwards the layer is as it was, and where it was."""
     np.random.seed(0)
-    layer = kind(3, dtype=np.float64, **options)
-    layer.to_gpu()
+    layer = place(kind(3, dtype=np.float64, **options), put)
     reset = np.zeros((4, 3), bool)
     reset[2, 0] = True
     calls = {"lengths": [4, 2, 3], "reset": put(reset)}
@@ -379,16 +360,15 @@ def test_gradcheck_of_a_layer(gpu, kind, options, method):
     assert all(p._data is before[n] for n, p in layer.named_params())
 
 
-@pytest.mark.parametrize("method", ["oracle", "central"])
+@METHODS
 def test_gradcheck_of_one_step_and_a_state(gpu, method):
     np.random.seed(0)
-    layer = L.LSTM(3, in_size=2, dtype=np.float64)
-    layer.to_gpu()
+    layer = place(L.LSTM(3, in_size=2, dtype=np.float64), put)
     x, h, c = put(*(np.random.randn(2, n) for n in (2, 3, 3)))
     assert gradcheck(layer, (x, (h, c)), method=method)
 
 
-@pytest.mark.parametrize("method", ["oracle", "central"])
+@METHODS
 @pytest.mark.parametrize("tensor", ["dx", "dweights"])
 def test_gradcheck_finds_a_wrong_gradient(gpu, monkeypatch, method, tensor):
     """Of the backend that runs there: that is what was evaluated."""
@@ -402,23 +382,17 @@ def test_gradcheck_finds_a_wrong_gradient(gpu, monkeypatch, method, tensor):
         return found
 
     monkeypatch.setattr(backend, "backward", wrong)
-    layer = L.GRU(3, in_size=2, dtype=np.float64)
-    layer.to_gpu()
+    layer = place(L.GRU(3, in_size=2, dtype=np.float64), put)
     name = {"dx": r"gradient of x|/ d inputs\[0\]", "dweights": "(gradient of|/ d) weight_hh"}[tensor]
     with pytest.raises(GradcheckError, match=name):
         gradcheck(layer, put(np.random.randn(4, 3, 2)), method=method)
 
 
-def test_gradcheck_of_a_function_of_variables(gpu):
+def test_gradcheck_of_functions_and_models(gpu):
     a, b = (fusedrnn.Variable(put(np.random.randn(3, 2))) for _ in range(2))
     assert gradcheck(lambda a, b: F.tanh(a) * b, (a, b))
-
-
-def test_gradcheck_of_a_model(gpu):
     np.random.seed(0)
-    net = Net(L.GRU, dtype=np.float64)
-    net.to_gpu()
-    assert gradcheck(net, put(np.random.randn(3, 2, 2)))
+    assert gradcheck(place(Net(L.GRU, dtype=np.float64), put), put(np.random.randn(3, 2, 2)))
 
 
 def test_info_shows_plans(gpu, capsys):

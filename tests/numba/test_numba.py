@@ -1,4 +1,5 @@
-"""The Numba backend against the reference in long double, and what else it promises.
+"""The Numba backend against the reference in long double, and what else it promises beside what every backend
+does (core/test_every_backend.py).
 
 Tolerances as for the C++ kernels (test_kernels.py): standard problems, relative to each tensor's largest
 entry. The first run compiles every cell in both dtypes, which takes most of the time; later runs find them in
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +20,14 @@ import pytest
 
 from fusedrnn.backends import get
 from fusedrnn.backends import numba as module
-from fusedrnn.backends.protocol import NEED
-from fusedrnn.cells import GRU, LSTM, RNN, activations
+from fusedrnn.cells import GRU, LSTM, activations
 from problems import (
     CELLS,
     OPTIONS,
     SIZES,
     assert_bitwise_equal,
     assert_close,
-    expected_names,
+    assert_standard,
     name,
     named,
     problem,
@@ -38,30 +37,11 @@ from problems import (
 NUMBA, REFERENCE = get("numba"), get("reference")
 needs_numba = pytest.mark.skipif(NUMBA.unavailable() is not None, reason=str(NUMBA.unavailable()))
 DTYPES = (np.float32, np.float64)
-FORWARD = {np.float32: 2e-6, np.float64: 1e-14}
-GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
 
 
 def truth(p):
     return run(REFERENCE, p.astype(np.longdouble))
-
-
-def split(results):
-    """Results and gradients."""
-    forward = {key: a for key, a in results.items() if not key.startswith("d")}
-    return forward, {key: a for key, a in results.items() if key.startswith("d")}
-
-
-def assert_standard(p, want=None):
-    """The results are within the promised figures; they are returned."""
-    dtype = p.x.dtype.type
-    got, want = run(NUMBA, p), want or truth(p)
-    assert got.keys() == want.keys() == expected_names(p)
-    assert {a.dtype for a in got.values()} == {np.dtype(dtype)}
-    for g, w, tolerance in zip(split(got), split(want), (FORWARD[dtype], GRADIENT[dtype]), strict=True):
-        assert_close(g, w, tolerance)
-    return got
 
 
 # --- standard problems -------------------------------------------------------------------------------------
@@ -77,7 +57,7 @@ def test_options(cell, options):
         p = problem(cell, *size, **options)
         want = truth(p)
         for dtype in DTYPES:
-            assert_standard(p.astype(dtype), want)
+            assert_standard(NUMBA, p.astype(dtype), want)
 
 
 @needs_numba
@@ -87,7 +67,7 @@ def test_hidden_and_input_sizes(cell):
         p = problem(cell, 4, 5, H % 19 + 1, H, **EVERYTHING, reverse=H % 2 == 0)
         want = truth(p)
         for dtype in DTYPES:
-            assert_standard(p.astype(dtype), want)
+            assert_standard(NUMBA, p.astype(dtype), want)
 
 
 @needs_numba
@@ -98,7 +78,7 @@ def test_panels_and_long_sequences(cell):
         p = problem(cell, *size, **EVERYTHING)
         want = truth(p)
         for dtype in DTYPES:
-            assert_standard(p.astype(dtype), want)
+            assert_standard(NUMBA, p.astype(dtype), want)
 
 
 @needs_numba
@@ -109,7 +89,7 @@ def test_chunks_of_the_backward_pass(monkeypatch, cell, reverse):
     want = truth(p)
     for rows in (1, 7, 16):  # of da in a chunk; at least those of one step
         monkeypatch.setattr(module, "CHUNK", rows * cell.gates * 11 * 8)
-        assert_standard(p, want)
+        assert_standard(NUMBA, p, want)
 
 
 @needs_numba
@@ -117,13 +97,13 @@ def test_chunks_of_the_backward_pass(monkeypatch, cell, reverse):
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_rows_shared_among_threads(monkeypatch, cell, options):
     p = problem(cell, 5, 13, 3, 9, **options)
-    alone = assert_standard(p)
+    alone = assert_standard(NUMBA, p)
     monkeypatch.setattr(module, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(module, "get_num_threads", lambda: 3)
     calls = []
     share = module._share
     monkeypatch.setattr(module, "_share", lambda f, groups: (calls.append(len(groups)), share(f, groups)))
-    together = assert_standard(p)
+    together = assert_standard(NUMBA, p)
     assert calls == [3, 3]
     for key in alone:
         if not key.startswith(("dw", "db")):  # the sums over rows are others
@@ -131,70 +111,7 @@ def test_rows_shared_among_threads(monkeypatch, cell, options):
     assert_bitwise_equal(together, run(NUMBA, p))
 
 
-@needs_numba
-@pytest.mark.parametrize(("T", "B"), [(0, 3), (4, 0), (0, 0)])
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_nothing_to_do(cell, T, B):
-    for options in ({}, {"reverse": True}):
-        p = problem(cell, T, B, 3, 7, **options)
-        assert_bitwise_equal(run(NUMBA, p), run(REFERENCE, p))
-        p = problem(cell, T, B, 3, 7, **options, lengths=True, return_states=True)
-        p = replace(p, reset=np.zeros((T, B), bool))
-        assert_bitwise_equal(run(NUMBA, p), run(REFERENCE, p))
-
-
-@needs_numba
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_no_row_has_a_step(cell):
-    p = replace(problem(cell, 4, 3, 2, 7, **EVERYTHING), lengths=np.zeros(3, np.int32))
-    assert_bitwise_equal(run(NUMBA, p), run(REFERENCE, p))
-
-
-# --- what may be left out ----------------------------------------------------------------------------------
-
-
-@needs_numba
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_each_gradient_alone(cell):
-    p = problem(cell, 5, 3, 4, 9, **EVERYTHING, biases="both")
-    every = run(NUMBA, p)
-    tape = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options).tape
-    single = [(n,) for n in NEED if n not in LSTM(layer_norm=True).vectors]
-    for need in [(), *single, ("x", "bias_hh"), ("weight_hh", "state0")]:
-        got = named(p.cell, None, NUMBA.backward(tape, p.dy, p.dstateT, p.dstates, need=need))
-        states = [f"d{s}0" for s in cell.states]
-        wanted = {key for n in need for key in (states if n == "state0" else [f"d{n}"])}
-        assert_bitwise_equal(got, {key: every[key] for key in wanted})
-
-
-@needs_numba
-@pytest.mark.parametrize(
-    "upstream", [(), ("dy",), ("dstateT",), ("dstates",), ("dstateT", "dstates")], ids=str
-)
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_upstream_gradients_may_be_missing(cell, upstream):
-    assert_standard(problem(cell, 5, 3, 4, 9, return_states=True, upstream=upstream))
-
-
-@needs_numba
-def test_one_state_has_an_upstream_gradient():
-    for k in (0, 1):
-        p = problem(LSTM(), 5, 3, 4, 9, **EVERYTHING)
-        hide = lambda d: tuple(None if j == k else e for j, e in enumerate(d))  # noqa: B023, E731
-        assert_standard(replace(p, dstateT=hide(p.dstateT), dstates=hide(p.dstates)))
-
-
-@needs_numba
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_nothing_saved(cell):
-    for options in ({}, {"reverse": True}, {**EVERYTHING, "reverse": True}):
-        for B in (1, 3, 37):  # below 32 rows, the input products of several steps are made at once
-            p = problem(cell, 7, B, 3, 9, **options)
-            saved = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options)
-            bare = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options, save=None)
-            assert bare.tape is None
-            assert saved.tape.bytes > 0
-            assert_bitwise_equal(named(cell, bare, None), named(cell, saved, None))
+# --- arguments ---------------------------------------------------------------------------------------------
 
 
 @needs_numba
@@ -211,45 +128,6 @@ def test_truncated_gradients_are_a_named_error():
         NUMBA.forward(p.cell, p.x, p.weights, detach_every=2)
 
 
-# --- arguments ---------------------------------------------------------------------------------------------
-
-
-@needs_numba
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_any_strides_of_x(cell, dtype):
-    p = problem(cell, 6, 5, 3, 9, dtype=dtype, lengths=True)
-    want = run(NUMBA, p)
-    wide = np.full((5, 13, 4), np.nan, dtype)
-    wide[:, ::-2][:, :6, :3] = p.x.transpose(1, 0, 2)
-    views = [
-        np.ascontiguousarray(p.x.transpose(1, 0, 2)).transpose(1, 0, 2),
-        wide[:, ::-2][:, :6, :3].transpose(1, 0, 2),
-        np.asfortranarray(p.x),
-    ]
-    for x in views:
-        assert not x.flags.c_contiguous
-        assert_bitwise_equal(run(NUMBA, replace(p, x=x)), want)
-    same = np.broadcast_to(p.x[:1, :1], (6, 5, 3))
-    repeated = replace(p, x=same, lengths=None)
-    assert_bitwise_equal(run(NUMBA, repeated), run(NUMBA, replace(repeated, x=same.copy())))
-
-
-@needs_numba
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_inputs_are_not_written_to(cell):
-    p = problem(cell, 5, 3, 4, 9, **EVERYTHING)
-    given = [p.x, p.lengths, p.reset, p.dy, *p.state0, *p.dstateT, *p.dstates]
-    given += [w for w in p.weights if w is not None]
-    before = [a.copy() for a in given]
-    want = run(NUMBA, p)
-    for a in given:
-        a.flags.writeable = False
-    assert_bitwise_equal(run(NUMBA, p), want)
-    for a, b in zip(given, before, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 @needs_numba
 def test_results_share_no_memory_but_the_last_state_in_y():
     p = problem(LSTM(), 5, 3, 4, 9, return_states=True)
@@ -257,16 +135,6 @@ def test_results_share_no_memory_but_the_last_state_in_y():
     results = [forward.y, *forward.stateT, *forward.states, *p.state0, p.x]
     for i, a in enumerate(results):
         assert not any(np.shares_memory(a, b) for b in results[i + 1 :])
-
-
-@needs_numba
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_packed_weights(cell):
-    p = problem(cell, 5, 3, 4, 9, **EVERYTHING, biases="both")
-    packed = NUMBA.pack(p.cell, p.weights)
-    assert_bitwise_equal(run(NUMBA, replace(p, weights=packed)), run(NUMBA, p))
-    with pytest.raises(ValueError, match="weights: packed for"):
-        NUMBA.forward(RNN() if cell != RNN() else RNN(relu=True), p.x, packed)
 
 
 @needs_numba
@@ -279,20 +147,6 @@ def test_single_steps_with_packed_weights_are_the_sequence():
             one = NUMBA.forward(cell, p.x[t : t + 1], packed, state, save=None)
             assert_close({"y": one.y[0]}, {"y": whole.y[t]}, 1e-14)
             state = one.stateT
-
-
-@needs_numba
-def test_wrong_arguments_are_named():
-    p = problem(GRU(), 4, 3, 2, 7)
-    forward = NUMBA.forward(p.cell, p.x, p.weights)
-    with pytest.raises(TypeError, match="x: expected dtype float64"):
-        NUMBA.forward(p.cell, p.x.astype(np.float32), p.weights)
-    with pytest.raises(TypeError, match="weight_ih: expected dtype float32 or float64"):
-        NUMBA.forward(p.cell, p.x, p.astype(np.longdouble).weights)
-    with pytest.raises(ValueError, match=r"dy: expected shape \(4, 3, 7\)"):
-        NUMBA.backward(forward.tape, p.dy[1:])
-    with pytest.raises(TypeError, match="tape: expected what forward of the numba backend returned"):
-        NUMBA.backward(REFERENCE.forward(p.cell, p.x, p.weights).tape, p.dy)
 
 
 # --- promises ----------------------------------------------------------------------------------------------
@@ -310,26 +164,6 @@ def test_the_same_bits_run_to_run(cell, dtype):
     for _ in range(2):
         again = named(p.cell, None, NUMBA.backward(tape, p.dy, p.dstateT, p.dstates))
         assert_bitwise_equal(again, {key: first[key] for key in again})
-
-
-@needs_numba
-@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_nan_stays_in_its_row(cell, dtype, bad):
-    p = problem(cell, 5, 7, 4, 19, dtype=dtype)
-    clean = run(NUMBA, p)
-    x = p.x.copy()
-    x[1, 2] = bad
-    got = run(NUMBA, replace(p, x=x))
-    others = [b for b in range(7) if b != 2]
-    for key in ("y", "dx", *(f"{s}T" for s in cell.states), *(f"d{s}0" for s in cell.states)):
-        axis = clean[key].ndim - 2
-        assert_bitwise_equal({key: got[key].take(others, axis)}, {key: clean[key].take(others, axis)})
-    if np.isnan(bad):
-        assert np.isnan(got["y"][1:, 2]).all()
-        assert np.isnan(got["hT"][2]).all()
-        assert np.isnan(got["dweight_ih"]).any()
 
 
 @needs_numba

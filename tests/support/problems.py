@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fusedrnn.backends import get
 from fusedrnn.backends.protocol import NEED, Array, Forward, Gradients, Regularization, State, Weights
 from fusedrnn.cells import GRU, LSTM, RNN, Cell
 
@@ -249,6 +250,22 @@ def assert_close(got: dict[str, Array], want: dict[str, Array], tolerance: float
     """Every array of ``want`` is there and within the tolerance, relative to its largest entry."""
     bad = {key: e for key, e in errors(got, want).items() if not e <= tolerance}
     assert not bad, f"beyond {tolerance}: {bad}"
+
+
+FORWARD = {np.float32: 2e-6, np.float64: 1e-14}  # the promise of the project for standard problems
+GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
+
+
+def assert_standard(backend: Any, p: Problem, want: dict[str, Array] | None = None) -> dict[str, Array]:
+    """The results are within the promised figures of the reference's in long double; they are returned."""
+    dtype = p.x.dtype.type
+    got, want = run(backend, p), want or run(get("reference"), p.astype(np.longdouble))
+    assert got.keys() == want.keys() == expected_names(p)
+    assert {a.dtype for a in got.values()} == {np.dtype(dtype)}
+    for gradient, tolerance in ((False, FORWARD[dtype]), (True, GRADIENT[dtype])):
+        part = {key: a for key, a in want.items() if key.startswith("d") == gradient}
+        assert_close({key: got[key] for key in part}, part, tolerance)
+    return got
 
 
 def assert_bitwise_equal(got: dict[str, Array], want: dict[str, Array]) -> None:

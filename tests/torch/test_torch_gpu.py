@@ -17,6 +17,7 @@ from emulated import EmulatedDevice  # noqa: E402
 from fusedrnn import torch as fused  # noqa: E402
 from fusedrnn.backends.cuda import CudaBackend  # noqa: E402
 from fusedrnn.torch import gpu, ops, paths  # noqa: E402
+from torch_pairs import CELLS, LAYERS, flat  # noqa: E402
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -34,9 +35,7 @@ def device(monkeypatch):
     backend = CudaBackend(emulated)
 
     def unsupported(dtype, where, tensors):
-        for t in tensors:
-            assert t is None or not t.is_cpu
-        return
+        assert not any(t is not None and t.is_cpu for t in tensors)
 
     monkeypatch.setattr(paths, "unsupported", unsupported)
     monkeypatch.setattr(gpu, "backend", lambda: backend)
@@ -59,8 +58,42 @@ def moved(module):
     return module
 
 
+def pair(kind, *sizes, **options):
+    """PyTorch's, and ours elsewhere with the same weights."""
+    theirs, ours = (getattr(library, kind)(*sizes, **options) for library in (torch.nn, fused))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, moved(ours)
+
+
+def results(layer, x, *state, rounded=None, within=None, **given):
+    """A call's outputs, the gradient of x, those of the parameters. That of y is ``rounded``, where it is."""
+    x = x.clone().requires_grad_()
+    with within or contextlib.nullcontext():
+        out = flat(layer(x, *state, **given))
+    y, generator = out[0], torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(rounded or y.dtype)
+    y.backward(dy.to(y.dtype).as_subclass(type(y)))
+    return out, [x.grad], [p.grad for p in layer.parameters()]
+
+
+def elsewhere(*shape, dtype=None):
+    return torch.randn(*shape, dtype=dtype).as_subclass(Elsewhere)
+
+
 def here(t):
     return t.detach().as_subclass(torch.Tensor)
+
+
+def largest(t):
+    return float(here(t).abs().max())
+
+
+def assert_close(got, want, *tolerances):
+    """One tolerance for each group of ``results``."""
+    for group, expected, tolerance in zip(got, want, tolerances, strict=True):
+        for a, b in zip(group, expected, strict=True):
+            assert a.shape == b.shape
+            assert largest(here(a) - here(b)) <= tolerance
 
 
 OPTIONS = {
@@ -69,190 +102,106 @@ OPTIONS = {
     "batch first": {"batch_first": True},
     "no bias": {"bias": False},
 }
+layers_and_cells = pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_layers_beside_pytorchs(name, options, device):
-    theirs = getattr(torch.nn, name)(3, 7, dtype=torch.float64, **options)
-    ours = getattr(fused, name)(3, 7, dtype=torch.float64, **options)
-    ours.load_state_dict(theirs.state_dict())
-    moved(ours)
-    x = torch.randn(5, 4, 3, dtype=torch.float64)
-    a, b = x.clone().requires_grad_(), x.clone().as_subclass(Elsewhere).requires_grad_()
-    y, _ = theirs(a)
-    z, _ = ours(b)
+def sizes_of_x(kind):
+    return (4, 3) if "Cell" in kind else (5, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [*((k, o) for k in LAYERS for o in OPTIONS), *((k, "plain") for k in CELLS)]
+)
+def test_beside_pytorchs(kind, options, device):
+    theirs, ours = pair(kind, 3, 7, dtype=torch.float64, **OPTIONS[options])
+    x = torch.randn(*sizes_of_x(kind), dtype=torch.float64)
+    want, got = results(theirs, x), results(ours, x.as_subclass(Elsewhere))
     assert ours.last_path == "fused"
     assert device.launches
-    dy = torch.randn_like(y)
-    y.backward(dy)
-    z.backward(dy.as_subclass(Elsewhere))
-    assert torch.allclose(here(z), y, rtol=0, atol=1e-13)
-    assert torch.allclose(here(b.grad), a.grad, rtol=0, atol=1e-13)
-    for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
-        assert torch.allclose(here(q.grad), p.grad, rtol=0, atol=1e-12)
-
-
-def test_lengths_resets_and_states(device):
-    plain = fused.LSTM(3, 7, dtype=torch.float64)
-    ours = fused.LSTM(3, 7, dtype=torch.float64)
-    ours.load_state_dict(plain.state_dict())
-    moved(ours)
-    x = torch.randn(6, 4, 3, dtype=torch.float64)
-    lengths, reset = torch.tensor([6, 2, 0, 5]), torch.rand(6, 4) < 0.3
-    given = {"lengths": lengths, "reset": reset, "return_states": True}
-    with torch.no_grad():
-        z, _, (h, c) = ours(x.as_subclass(Elsewhere), **given)
-    assert ours.last_path == "fused"
-    expected, _, states = reference(plain, x, given)
-    assert torch.allclose(here(z), expected, rtol=0, atol=1e-13)
-    for got, want in zip((h, c), states, strict=True):
-        assert torch.allclose(here(got), want, rtol=0, atol=1e-13)
-
-
-def reference(layer, x, given):
-    """The layer's results by the reference backend."""
-    from fusedrnn.backends.protocol import Weights
-    from fusedrnn.cells import LSTM
-    from fusedrnn.kernels import forward
-
-    weights = Weights(*(p.detach().numpy() for p in layer.parameters()))
-    out = forward(
-        LSTM(), x.numpy(), weights, lengths=given["lengths"].numpy(), reset=given["reset"].numpy(),
-        return_states=True, backend="reference",
-    )  # fmt: skip
-    return torch.from_numpy(out.y), out.stateT, [torch.from_numpy(s[None]) for s in out.states]
+    assert_close(got, want, 1e-13, 1e-13, 1e-12)
 
 
 def test_a_packed_sequence(device):
-    theirs = torch.nn.GRU(3, 7, dtype=torch.float64)
-    ours = fused.GRU(3, 7, dtype=torch.float64)
-    ours.load_state_dict(theirs.state_dict())
-    moved(ours)
+    theirs, ours = pair("GRU", 3, 7, dtype=torch.float64)
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (5, 4, 1)])
-    y, h = theirs(packed)
-    elsewhere = packed._replace(data=packed.data.as_subclass(Elsewhere))
-    z, g = ours(elsewhere)
+    want, got = theirs(packed), ours(packed._replace(data=packed.data.as_subclass(Elsewhere)))
     assert ours.last_path == "fused"
-    assert torch.allclose(here(z.data), y.data, rtol=0, atol=1e-13)
-    assert torch.allclose(here(g), h, rtol=0, atol=1e-13)
+    assert_close([flat(got)], [flat(want)], 1e-13)
 
 
-@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
-def test_cells(name, device):
-    theirs = getattr(torch.nn, name)(3, 7, dtype=torch.float64)
-    ours = getattr(fused, name)(3, 7, dtype=torch.float64)
-    ours.load_state_dict(theirs.state_dict())
-    moved(ours)
-    x = torch.randn(4, 3, dtype=torch.float64)
-    y, z = theirs(x), ours(x.as_subclass(Elsewhere))
-    assert ours.last_path == "fused"
-    for want, got in zip(*[r if isinstance(r, tuple) else (r,) for r in (y, z)], strict=True):
-        assert torch.allclose(here(got), want, rtol=0, atol=1e-13)
+GIVEN = {"lengths": torch.tensor([4, 2, 0, 3]), "reset": torch.arange(20).view(5, 4) % 3 == 1}
+OWN = [
+    ({}, {**GIVEN, "return_states": True}),
+    ({"num_layers": 2, "recurrent_dropout": 0.3, "zoneout_h": 0.2}, {}),
+    ({"num_layers": 2, "layer_norm": True}, {}),
+]
 
 
-@pytest.mark.parametrize("dtype", gpu.HALVES)
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
-def test_16_bits(name, dtype, device):
-    """Beside PyTorch's own in float32, on the same numbers."""
-    theirs = getattr(torch.nn, name)(3, 7).to(dtype)
-    ours = getattr(fused, name)(3, 7).to(dtype)
-    ours.load_state_dict(theirs.state_dict())
-    moved(ours)
-    theirs.float()
-    x = torch.randn(*((4, 3) if "Cell" in name else (5, 4, 3))).to(dtype)
-    a, b = x.float().requires_grad_(), x.clone().as_subclass(Elsewhere).requires_grad_()
-    y, z = first_of(theirs(a)), first_of(ours(b))
-    assert ours.last_path == "fused"
-    assert z.dtype is dtype
-    dy = torch.randn_like(y).to(dtype)
-    y.backward(dy.float())
-    z.backward(dy.as_subclass(Elsewhere))
-    tolerance = 4 * torch.finfo(dtype).eps
-    assert largest(here(z).float() - y) <= tolerance
-    assert b.grad.dtype is dtype
-    for want, got in [(a, b), *zip(theirs.parameters(), ours.parameters(), strict=True)]:
-        assert largest(here(got.grad).float() - want.grad) <= tolerance * largest(want.grad)
-
-
-@pytest.mark.parametrize("dtype", gpu.HALVES)
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
-def test_autocast(name, dtype, device):
-    """As on the rounded numbers; gradients come back in the parameters' dtype."""
-    layer = getattr(fused, name)(3, 7)
-    rounded = getattr(fused, name)(3, 7).to(dtype)
-    rounded.load_state_dict(layer.state_dict())
-    moved(layer), moved(rounded)
-    x = torch.randn(*((4, 3) if "Cell" in name else (5, 4, 3))).as_subclass(Elsewhere).requires_grad_()
-    h = torch.randn(4, 7).as_subclass(Elsewhere)
-    h = h if "Cell" in name else h[None]
-    state = (h, 2 * h) if "LSTM" in name else h
-    with torch.autocast("cpu", dtype):  # these tensors say that they are on the CPU's device
-        z = first_of(layer(x, state))
-        assert layer.last_path == "fused"
-    low = (h.to(dtype), (2 * h).to(dtype)) if "LSTM" in name else h.to(dtype)
-    w = first_of(rounded(x.detach().to(dtype), low))
-    assert z.dtype is w.dtype is dtype
-    assert torch.equal(here(z), here(w))
-    dz = torch.randn_like(z)
-    z.backward(dz), w.backward(dz)
-    assert x.grad.dtype is torch.float32
-    for p, q in zip(layer.parameters(), rounded.parameters(), strict=True):
-        assert p.grad.dtype is torch.float32
-        assert torch.equal(here(p.grad), here(q.grad).float())
-
-
-def test_autocast_of_a_packed_sequence(device):
-    layer = moved(fused.LSTM(3, 7))
-    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (5, 4, 1)])
-    elsewhere = packed._replace(data=packed.data.as_subclass(Elsewhere))
-    with torch.autocast("cpu", torch.bfloat16):
-        z, _ = layer(elsewhere)
-    assert layer.last_path == "fused"
-    assert z.data.dtype is torch.bfloat16
-
-
-def test_autocast_leaves_float64(device):
-    layer = moved(fused.LSTM(3, 7, dtype=torch.float64))
-    with torch.autocast("cpu", torch.bfloat16):
-        z, _ = layer(torch.randn(5, 4, 3, dtype=torch.float64).as_subclass(Elsewhere))
-    assert z.dtype is torch.float64
-
-
-def first_of(result):
-    return result[0] if isinstance(result, tuple) else result
-
-
-def largest(t):
-    return float(t.detach().as_subclass(torch.Tensor).abs().max())
-
-
-@pytest.mark.parametrize("options", [{"recurrent_dropout": 0.3, "zoneout_h": 0.2}, {"layer_norm": True}])
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_options_of_our_own(name, options, request):
+@pytest.mark.parametrize(("options", "given"), OWN, ids=["given", "masks", "norm"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_options_of_our_own(kind, options, given, request):
     """As on the CPU, masks included."""
-    cpu = getattr(fused, name)(3, 7, num_layers=2, dtype=torch.float64, **options)
-    there = getattr(fused, name)(3, 7, num_layers=2, dtype=torch.float64, **options)
+    cpu, there = (getattr(fused, kind)(3, 7, dtype=torch.float64, **options) for _ in range(2))
     there.load_state_dict(cpu.state_dict())
     x = torch.randn(5, 4, 3, dtype=torch.float64)
     torch.manual_seed(5)
-    y, _ = cpu(x)
-    y.square().sum().backward()
+    want = results(cpu, x, **given)
     device = request.getfixturevalue("device")
-    moved(there)
     torch.manual_seed(5)
-    z, _ = there(x.as_subclass(Elsewhere))
-    z.square().sum().backward()
+    got = results(moved(there), x.as_subclass(Elsewhere), **given)
     assert there.last_path == "fused"
-    assert "step_forward" in device.launches
-    assert largest(here(z) - y) <= 1e-13
-    for p, q in zip(cpu.parameters(), there.parameters(), strict=True):
-        assert largest(here(q.grad) - p.grad) <= 1e-12
+    assert ("step_forward" in device.launches) == (options != {})
+    assert_close(got, want, 1e-13, 1e-12, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", gpu.HALVES)
+@layers_and_cells
+def test_16_bits(kind, dtype, device):
+    """Beside PyTorch's own in float32, on the same numbers."""
+    theirs, ours = pair(kind, 3, 7, dtype=dtype)
+    x = torch.randn(*sizes_of_x(kind)).to(dtype)
+    got = results(ours, x.as_subclass(Elsewhere))
+    assert ours.last_path == "fused"
+    want = results(theirs.float(), x.float(), rounded=dtype)
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert largest(here(got[0][0]).float() - want[0][0]) <= tolerance
+    for a, b in zip(got[1] + got[2], want[1] + want[2], strict=True):
+        assert a.dtype is dtype
+        assert largest(here(a).float() - b) <= tolerance * largest(b)
+
+
+@pytest.mark.parametrize("dtype", gpu.HALVES)
+@layers_and_cells
+def test_autocast(kind, dtype, device):
+    """As on the rounded numbers; gradients come back in the parameters' dtype."""
+    layer, rounded = getattr(fused, kind)(3, 7), getattr(fused, kind)(3, 7).to(dtype)
+    rounded.load_state_dict(layer.state_dict())
+    x, h = elsewhere(*sizes_of_x(kind)), elsewhere(*(() if "Cell" in kind else (1,)), 4, 7)
+    state, low = ((h, 2 * h) if "LSTM" in kind else h, (h.to(dtype), (2 * h).to(dtype)))
+    # These tensors say that they are on the CPU's device.
+    out, dx, gradients = results(moved(layer), x, state, within=torch.autocast("cpu", dtype))
+    assert layer.last_path == "fused"
+    want, _, expected = results(moved(rounded), x.to(dtype), low if "LSTM" in kind else low[0])
+    assert {t.dtype for t in (out[0], want[0])} == {dtype}
+    assert torch.equal(here(out[0]), here(want[0]))
+    assert {g.dtype for g in dx + gradients} == {torch.float32}
+    for a, b in zip(gradients, expected, strict=True):
+        assert torch.equal(here(a), here(b).float())
+
+
+def test_autocast_of_a_packed_sequence_and_of_float64(device):
+    layer, double = moved(fused.LSTM(3, 7)), moved(fused.LSTM(3, 7, dtype=torch.float64))
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 3) for n in (5, 4, 1)])
+    with torch.autocast("cpu", torch.bfloat16):
+        z, _ = layer(packed._replace(data=packed.data.as_subclass(Elsewhere)))
+        w, _ = double(elsewhere(5, 4, 3, dtype=torch.float64))
+    assert layer.last_path == "fused"
+    assert (z.data.dtype, w.dtype) == (torch.bfloat16, torch.float64)
 
 
 def test_weights_that_changed_are_packed_anew(device):
     ours = moved(fused.LSTM(3, 7))
-    x = torch.randn(2, 3, 3).as_subclass(Elsewhere)
+    x = elsewhere(2, 3, 3)
     with torch.no_grad():
         first, again = here(ours(x)[0]), here(ours(x)[0])
         ours.weight_hh_l0.mul_(2)

@@ -87,10 +87,11 @@ class Step:
         """Compute some values, each after its arguments."""
         for n in nodes:
             if n.op not in GIVEN:
-                self.values[n] = self.value(n, [self.values[a] for a in n.args if a.op != "input"])
+                self.values[n] = self.value(n)
 
-    def value(self, n: Node, args: list[Any]) -> Any:
+    def value(self, n: Node) -> Any:
         """One value from those of its arguments."""
+        args = [self.values[a] for a in n.args if a.op != "input"]
         match n.op:
             case "constant":
                 return self.constant(number(n))
@@ -159,17 +160,17 @@ class Evaluation(Step):
             for operand, weight, bias in zip(n.args, n.attribute.weights, biases, strict=True):
                 yield side(operand), weight, bias, operand, self.of(d)
 
-    def value(self, n: Node, args: list[Any]) -> Any:
+    def value(self, n: Node) -> Any:
         """One value from those of its arguments."""
         match n.op:
             case "transposed":
                 return self.transposed(*n.attribute)
             case "normalise_gradient":
-                normed, *dx = args
-                return normalise_gradient(n.attribute, normed, [np.broadcast_to(d, self.shape) for d in dx])
-            case "item" if isinstance(args[0], Normed):
-                return args[0].x[n.attribute]
-        return super().value(n, args)
+                normed, *dx = n.args
+                return normalise_gradient(n.attribute, self.values[normed], [self.of(d) for d in dx])
+            case "item" if isinstance(normed := self.values[n.args[0]], Normed):
+                return normed.x[n.attribute]
+        return super().value(n)
 
     def constant(self, value: float) -> Array:
         """A number in the dtype at hand."""

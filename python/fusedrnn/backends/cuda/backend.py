@@ -22,7 +22,7 @@ from fusedrnn.backends.cuda.nvrtc import KERNELS, PRECISIONS
 from fusedrnn.backends.cuda.plans import Limits, Plan, choose
 from fusedrnn.backends.cuda.self_test import self_test
 from fusedrnn.backends.cuda.weights import Packed, compute, copy, dtypes_of, kind_of, pack, precision_of
-from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, Rows, State, Weights
+from fusedrnn.backends.protocol import Array, Forward, Gradients, State, Weights
 from fusedrnn.cells import Cell
 
 KERNEL, PRECISION = "FUSEDRNN_CUDA_KERNEL", "FUSEDRNN_CUDA_PRECISION"  # of the environment
@@ -85,7 +85,7 @@ class CudaBackend:
         self._device = device
         self._kernel, self._precision = kernel, precision
         self._test = not _tested
-        self._tested: list[tuple[Device, tuple[str, str, str]]] = []  # where and what passed its self-test
+        self._tested: set[tuple[Device, str, str, str]] = set()  # where and what passed its self-test
         self.last_plan: Plan | None = None
 
     def unavailable(self) -> str | None:
@@ -107,35 +107,14 @@ class CudaBackend:
         return pack(self.device, cell, weights)
 
     def forward(
-        self,
-        cell: Cell,
-        x: Array,
-        weights: Weights | Packed,
-        state0: State | None = None,
-        *,
-        lengths: Rows | None = None,
-        reset: Rows | None = None,
-        reverse: bool = False,
-        return_states: bool = False,
-        detach_every: int | None = None,
-        regularization: Regularization | None = None,
-        save: str | None = "all",
+        self, cell: Cell, x: Array, weights: Weights | Packed, state0: State | None = None, **options: Any
     ) -> Forward:
-        """One layer, one direction, the whole sequence.
+        """One layer, one direction, the whole sequence; the options are those of ``protocol.Backend``.
 
         With ``lengths`` of NumPy's, and ``reset`` of booleans or of NumPy's, nothing waits for the GPU to
         know their values. With ``save="boundary_states"`` the tape keeps no more than with None, and
         backward runs all of forward again.
         """
-        options = {
-            "lengths": lengths,
-            "reset": reset,
-            "reverse": reverse,
-            "return_states": return_states,
-            "detach_every": detach_every,
-            "regularization": regularization,
-            "save": save,
-        }
         packed, a = self._checked(cell, x, weights, state0, options)
         kernel_options = self._kernel_options()
         y, stateT, states, c, saved = self._run(a, packed, kernel_options, a.save == "all")
@@ -143,12 +122,7 @@ class CudaBackend:
         return Forward(y, stateT, states, tape)
 
     def _checked(
-        self,
-        cell: Cell,
-        x: Array,
-        weights: Weights | Packed,
-        state0: State | None,
-        options: dict[str, Any],
+        self, cell: Cell, x: Array, weights: Weights | Packed, state0: State | None, options: dict[str, Any]
     ) -> tuple[Packed, ForwardArguments]:
         """The packed weights, and the arguments of forward as they have to be."""
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
@@ -176,12 +150,10 @@ class CudaBackend:
         *,
         y: Array,
         saved: tuple[Array | None, ...],
-        return_states: bool = False,
         **options: Any,
     ) -> Tape:
         """The tape again, of what forward got and returned and of what ``saved`` gave."""
-        options |= {"return_states": return_states, "save": "all"}
-        packed, a = self._checked(cell, x, weights, state0, options)
+        packed, a = self._checked(cell, x, weights, state0, options | {"save": "all"})
         T, B, _, H, _ = a.sizes
         kernels = kernels_of(cell, a.regularization is not None)
         arrays = iter(saved)
@@ -205,17 +177,8 @@ class CudaBackend:
             )
         a, packed = tape.arguments, tape.packed
         _check_current(self.device, packed, "tape")
-        b = check_backward(
-            a.cell,
-            a.weights,
-            a.sizes,
-            dy,
-            dstateT,
-            dstates,
-            need=need,
-            return_states=a.return_states,
-            kind=kind_of(packed.device),
-        )
+        of, kind = (a.cell, a.weights, a.sizes), kind_of(packed.device)
+        b = check_backward(*of, dy, dstateT, dstates, need=need, return_states=a.return_states, kind=kind)
         if a.save == "boundary_states":
             again = a._replace(return_states=False)
             y, _, _, c, saved = self._run(again, packed, tape.kernel_options, True)
@@ -225,30 +188,14 @@ class CudaBackend:
         device, kernels, dtype = packed.device, run.kernels, a.x.dtype
         rows = device.empty((T * B, kernels.accumulators * H), dtype)
         da = rows.reshape(T, B, kernels.accumulators * H)
-        dstate0 = tuple(device.empty((B, H), dtype) for _ in a.cell.states)
         wanted = "state0" in b.need
-        final, every, initial = ((*(s or ()), None, None) for s in (b.dstateT, b.dstates, a.state0))
-        job = BackwardJob(
-            run.steps,
-            H,
-            y=run.pointer(tape.y),
-            h0=run.pointer(initial[0]),
-            c0=run.pointer(initial[1]),
-            c=run.pointer(tape.c),
-            saved=run.pointer(tape.saved),
-            dy=run.pointer(b.dy),
-            dhT=run.pointer(final[0]),
-            dcT=run.pointer(final[1]),
-            dh_states=run.pointer(every[0]),
-            dc_states=run.pointer(every[1]),
-            da=run.pointer(da),
-            dh0=run.pointer(dstate0[0] if wanted else None),
-            dc0=run.pointer(dstate0[1] if wanted and kernels.has_c else None),
-            rules=run.rules,
+        dstate0 = tuple(device.empty((B, H), dtype) for _ in a.cell.states) if wanted else None
+        job = run.job(
+            BackwardJob,
+            {"y": tape.y, "c": tape.c, "saved": tape.saved, "dy": b.dy, "da": da},
+            {"{}0": a.state0, "d{}T": b.dstateT, "d{}_states": b.dstates, "d{}0": dstate0},
         )
-        plan = self._plan(device, kernels, (T, B, H), dtype, tape.kernel_options, True)
-        self._pass(device, dtype, tape.kernel_options.precision, plan.kernel)
-        self.last_plan = plan
+        plan = self._tested_plan(run, tape.kernel_options, True)
         if plan.kernel == "steps":
             run.steps_backward(job, da, wanted)
         else:
@@ -260,15 +207,12 @@ class CudaBackend:
         if "x" in b.need:
             dx = device.empty((T, B, I), dtype)
             part = kernels.input
-            run.product(
-                rows[:, part.first * H : (part.first + part.count) * H],
-                packed.ih,
-                dx.reshape(T * B, I),
-            )
+            da_x = rows[:, part.first * H : (part.first + part.count) * H]
+            run.product(da_x, packed.ih, dx.reshape(T * B, I))
             if run.padding is not None:
                 dx[run.padding] = 0  # a weight may be infinite
         given = Weights(**{name: dweights.get(name) for name in Weights._fields})
-        return Gradients(dx, given, dstate0 if wanted else None)
+        return Gradients(dx, given, dstate0)
 
     def _run(
         self, a: ForwardArguments, packed: Packed, kernel_options: KernelOptions, save: bool
@@ -286,35 +230,35 @@ class CudaBackend:
             saved = device.empty((T if save else 1, B, kernels.saved * H), run.compute)
         projected = device.empty((T * B, kernels.input.count * H), run.compute)
         run.product(a.x.reshape(T * B, I), packed.ih.T, projected)
-        (h0, c0, *_), (hT, cT, *_), (h_states, c_states, *_) = (
-            (*(s or ()), None, None) for s in (a.state0, stateT, states)
-        )
-        job = ForwardJob(
-            run.steps,
-            H,
-            projected=run.pointer(projected),
-            bias=run.pointer(packed.bias),
-            weight=run.pointer(packed.hh),
-            h0=run.pointer(h0),
-            c0=run.pointer(c0),
-            y=run.pointer(y),
-            hT=run.pointer(hT),
-            cT=run.pointer(cT),
-            h_states=run.pointer(h_states),
-            c_states=run.pointer(c_states),
-            rules=run.rules,
-            c=run.pointer(c),
-            saved=run.pointer(saved),
-            saved_step=B * kernels.saved * H if save else 0,
-        )
-        plan = self._plan(device, kernels, (T, B, H), dtype, kernel_options, False)
-        self._pass(device, dtype, kernel_options.precision, plan.kernel)
-        self.last_plan = plan
+        arrays: dict[str, Array | None] = {"projected": projected, "bias": packed.bias, "weight": packed.hh}
+        arrays |= {"y": y, "c": c, "saved": saved}
+        job = run.job(ForwardJob, arrays, {"{}0": a.state0, "{}T": stateT, "{}_states": states})
+        job.saved_step = B * kernels.saved * H if save else 0
+        plan = self._tested_plan(run, kernel_options, False)
         if plan.kernel == "steps":
             run.steps_forward(job)
         else:
             run.whole(plan, "forward", job)
         return y, stateT, states, c, saved if save else None
+
+    def _tested_plan(self, run: Launches, options: KernelOptions, backward: bool) -> Plan:
+        """The plan of a pass, ``last_plan`` from here on, once the kernel has passed its self-test."""
+        T, B, _, H, _ = run.a.sizes
+        device, dtype = run.device, run.a.x.dtype
+        plan = self._plan(device, run.kernels, (T, B, H), dtype, options, backward)
+        dtype = np.dtype(np.float32) if dtype in FLOATS else dtype  # float64 is float32's code
+        new = device, dtype.name, options.precision, plan.kernel
+        if self._test and new not in self._tested:
+            if device.captured():
+                raise RuntimeError(
+                    f"the first call in {dtype.name} with kernel {plan.kernel!r} on a GPU cannot be "
+                    "captured, since it compiles, tests and waits: make one before, backward too"
+                )
+            tested = CudaBackend(device, plan.kernel, options.precision, _tested=True)
+            self_test(tested, dtype, options.precision)
+            self._tested.add(new)
+        self.last_plan = plan
+        return plan
 
     def _plan(
         self,
@@ -347,21 +291,6 @@ class CudaBackend:
                 f"precision: expected 'ieee' on this GPU, which has no others, got {precision!r}"
             )
         return KernelOptions(kernel, precision)
-
-    def _pass(self, device: Device, dtype: np.dtype[Any], precision: str, kernel: str) -> None:
-        """The self-test of a kernel variant, the first time; float64 is float32's code."""
-        if not self._test:
-            return
-        dtype = np.dtype(np.float32) if dtype in FLOATS else dtype
-        new = dtype.name, precision, kernel
-        if not any(d is device and passed == new for d, passed in self._tested):
-            if device.captured():
-                raise RuntimeError(
-                    f"the first call in {dtype.name} with kernel {kernel!r} on a GPU cannot be captured, "
-                    "since it compiles, tests and waits: make one before, backward too"
-                )
-            self_test(CudaBackend(device, kernel, precision, _tested=True), dtype, precision)
-            self._tested.append((device, new))
 
 
 def _check_current(device: Device, packed: Packed, name: str) -> None:

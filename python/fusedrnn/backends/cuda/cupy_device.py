@@ -91,9 +91,9 @@ class CupyDevice:
         self.architecture = "sm_{}{}".format(*capability)
         self.cluster = CLUSTER if capability >= (9, 0) else 0
         self.matrix_units = capability >= (8, 0)
-        self._modules: dict[tuple[str, str, str, str], Any] = {}
-        self._functions: dict[tuple[str, str, str, str, str], Any] = {}
-        self._places: dict[tuple[Any, ...], int] = {}  # blocks, or clusters, of a kernel that run at once
+        self._modules: dict[tuple[nvrtc.Code, str], Any] = {}
+        self._functions: dict[tuple[nvrtc.Code, str], Any] = {}
+        self._known: dict[Hashable, int] = {}  # blocks of a multiprocessor, or clusters, that run at once
         self._lock = threading.Lock()
         self._graphs = GraphCache(self._record)
         self._of_thread = threading.local()  # workspace: of the work that is repeated
@@ -106,11 +106,6 @@ class CupyDevice:
     def empty(self, shape: Any, dtype: Any) -> Array:
         """A new array."""
         made: Array = self._cupy.empty(shape, dtype)
-        return made
-
-    def zeros(self, shape: Any, dtype: Any) -> Array:
-        """A new array of zeros."""
-        made: Array = self._cupy.zeros(shape, dtype)
         return made
 
     def asarray(self, a: Array) -> Array:
@@ -174,70 +169,59 @@ class CupyDevice:
         return launch
 
     def launch(
-        self,
-        cell: str,
-        dtype: str,
-        kernel: str,
-        grid: tuple[int, int],
-        args: Sequence[Any],
-        shared: int = 0,
-        cooperative: bool = False,
-        precision: str = "ieee",
+        self, code: nvrtc.Code, kernel: str, grid: tuple[int, int], args: Sequence[Any], shared: int = 0
     ) -> None:
         """Run a kernel on CuPy's current stream."""
         driver = _driver()
         self._cupy.cuda.runtime.setDevice(self.number)  # its context becomes this thread's
-        function = self._function(cell, dtype, precision, kernel)
+        function = self._function(code, kernel)
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = 32 * self.warps, 1, 1
         config.sharedMemBytes = shared
         config.hStream = driver.CUstream(self._cupy.cuda.get_current_stream().ptr)
+        attribute, kinds = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
         if kernel.startswith("cluster"):
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             attribute.value.clusterDim.x = grid[0]
             attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
             config.attrs, config.numAttrs = [attribute], 1
-            clusters = (cell, dtype, precision, kernel, grid[0], shared)
-            if clusters not in self._places:
-                self._places[clusters] = _call("cuOccupancyMaxActiveClusters", function, config)
-            if self._places[clusters] == 0:
+            key = code, kernel, shared, grid[0]
+            if self._places(key, "cuOccupancyMaxActiveClusters", function, config) == 0:
                 raise RuntimeError(f"{kernel}: a cluster of {grid[0]} blocks does not run on this GPU")
-        elif cooperative:
-            key = (cell, dtype, precision, kernel, shared)
-            if key not in self._places:
-                of_one = _call(
-                    "cuOccupancyMaxActiveBlocksPerMultiprocessor", function, 32 * self.warps, shared
-                )
-                self._places[key] = of_one * self.multiprocessors
-            if grid[0] * grid[1] > self._places[key]:
+        elif kernel.startswith("grid"):
+            of_one = ("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, 32 * self.warps, shared)
+            most = self._places((code, kernel, shared), *of_one) * self.multiprocessors
+            if grid[0] * grid[1] > most:
                 raise RuntimeError(
-                    f"{kernel}: {grid[0]} x {grid[1]} blocks do not run at once on this GPU, "
-                    f"{self._places[key]} do"
+                    f"{kernel}: {grid[0]} x {grid[1]} blocks do not run at once on this GPU, {most} do"
                 )
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
             attribute.value.cooperative = 1
             config.attrs, config.numAttrs = [attribute], 1
         addresses = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
         _call("cuLaunchKernelEx", config, function, ctypes.addressof(addresses), 0)
 
-    def _function(self, cell: str, dtype: str, precision: str, kernel: str) -> Any:
+    def _places(self, key: Hashable, *asked: Any) -> int:
+        """How many run at once: what the driver says, which is asked once."""
+        if key not in self._known:
+            self._known[key] = _call(*asked)
+        return self._known[key]
+
+    def _function(self, code: nvrtc.Code, kernel: str) -> Any:
         """A kernel, loaded."""
         variant = nvrtc.variant_of(kernel)
-        module = (cell, dtype, precision, variant)
         with self._lock:
-            if (*module, kernel) not in self._functions:
-                if module not in self._modules:
-                    code = nvrtc.cubin(cell, dtype, self.architecture, precision, variant)
-                    self._modules[module] = _call("cuModuleLoadData", code)
-                function = _call("cuModuleGetFunction", self._modules[module], kernel.encode())
-                if kernel.startswith(("grid", "cluster")):  # beyond 48 KiB only when asked for
+            if (code, kernel) not in self._functions:
+                if (code, variant) not in self._modules:
+                    compiled = nvrtc.cubin(code, self.architecture, variant)
+                    self._modules[code, variant] = _call("cuModuleLoadData", compiled)
+                function = _call("cuModuleGetFunction", self._modules[code, variant], kernel.encode())
+                if variant != "steps":  # beyond 48 KiB only when asked for
                     attribute = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                     _call("cuFuncSetAttribute", function, attribute, self.shared_bytes)
-                self._functions[*module, kernel] = function
-            return self._functions[*module, kernel]
+                self._functions[code, kernel] = function
+            return self._functions[code, kernel]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
+from fusedrnn.backends.cuda.nvrtc import Code
 from fusedrnn.backends.protocol import Array
 
 
@@ -25,9 +26,6 @@ class Device(Protocol):
 
     def empty(self, shape: Any, dtype: Any) -> Array:
         """A C-contiguous array of whatever was there."""
-
-    def zeros(self, shape: Any, dtype: Any) -> Array:
-        """A C-contiguous array of zeros."""
 
     def asarray(self, a: Array) -> Array:
         """A NumPy array's copy in the device's memory."""
@@ -50,21 +48,11 @@ class Device(Protocol):
         """Do what ``work`` launches and multiplies, which for the same key, on this device, is the same."""
 
     def launch(
-        self,
-        cell: str,
-        dtype: str,
-        kernel: str,
-        grid: tuple[int, int],
-        args: Sequence[Any],
-        shared: int = 0,
-        cooperative: bool = False,
-        precision: str = "ieee",
+        self, code: Code, kernel: str, grid: tuple[int, int], args: Sequence[Any], shared: int = 0
     ) -> None:
-        """Run a kernel of csrc/cuda/kernels.cu, compiled for a type of csrc/cells/cells.def, a dtype by its
-        name in C++ (``nvrtc.DTYPES``), and a precision of csrc/cuda/tile.h, in blocks of 32 times
-        ``warps`` threads.
+        """Run a kernel of csrc/cuda/kernels.cu in blocks of 32 times ``warps`` threads.
 
-        ``args`` are ctypes structures and numbers, passed by value; ``shared`` is in bytes. ``cooperative``:
-        all blocks run at once, or it is a RuntimeError. Of a kernel whose name begins with cluster each row
-        of the grid is a cluster.
+        ``args`` are ctypes structures and numbers, passed by value; ``shared`` is in bytes. Of a kernel whose
+        name begins with cluster each row of the grid is a cluster; with grid, all blocks run at once. Where
+        they cannot it is a RuntimeError.
         """

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fusedrnn.backends.arguments import ForwardArguments
-from fusedrnn.backends.cuda import nvrtc
-from fusedrnn.backends.cuda.jobs import (
-    BackwardJob,
-    ForwardJob,
-    Index,
-    Part,
-    Pointer,
-    Rules,
-    Steps,
-    kernels_of,
-)
+from fusedrnn.backends.cuda import jobs, nvrtc
+from fusedrnn.backends.cuda.jobs import BackwardJob, ForwardJob, Index, Part, Pointer, kernels_of
 from fusedrnn.backends.cuda.plans import Plan
 from fusedrnn.backends.cuda.weights import Packed, compute, precision_of
 from fusedrnn.backends.protocol import Array
 
+Job = TypeVar("Job", ForwardJob, BackwardJob)
+States = tuple[Array | None, ...] | None
 MOST_SUMS = 8  # that a block of csrc/cuda/norm.h makes at once: two for each of four norms
 
 
@@ -34,18 +27,20 @@ class Launches:
         self.packed, self.a = packed, a
         self.device = packed.device
         self.kernels = kernels_of(a.cell, a.regularization is not None)
-        self.rules = Rules.of(a.regularization)
-        self.dtype, self.compute = nvrtc.DTYPES[a.x.dtype.name], compute(a.x.dtype)
-        self.precision = precision_of(a.x.dtype, precision)
+        self.rules = jobs.Rules.of(a.regularization)
+        self.compute, self.precision = compute(a.x.dtype), precision_of(a.x.dtype, precision)
+        self.code = nvrtc.Code(self.kernels.type, nvrtc.DTYPES[a.x.dtype.name], self.precision)
         self.kept: list[Array] = []
-        self.steps = Steps(
-            a.sizes.T,
-            a.sizes.B,
-            self.pointer(a.lengths),
-            self.pointer(a.reset),
-            a.reverse,
-            a.detach_every or 0,
-        )
+        rows = self.pointer(a.lengths), self.pointer(a.reset)
+        self.steps = jobs.Steps(a.sizes.T, a.sizes.B, *rows, a.reverse, a.detach_every or 0)
+
+    def job(self, kind: type[Job], arrays: dict[str, Array | None], states: dict[str, States]) -> Job:
+        """A job with the addresses of these arrays, and of those of each state: "{}0" names h0 and c0."""
+        for name, of_states in states.items():
+            for state, array in zip(self.a.cell.states, of_states or (), strict=False):
+                arrays[name.format(state)] = array
+        addresses = {name: self.pointer(a) for name, a in arrays.items()}
+        return kind(self.steps, self.a.sizes.H, rules=self.rules, **addresses)
 
     def pointer(self, array: Array | None) -> int | None:
         """The address of an array, or of nothing."""
@@ -61,7 +56,7 @@ class Launches:
         threads = 32 * self.device.warps
         blocks = min(-(-rows * self.a.sizes.H // threads), 32 * self.device.multiprocessors)
         if blocks:
-            self._launch(kernel, (blocks, 1), args)
+            self.device.launch(self.code, kernel, (blocks, 1), args)
 
     def step(self, kernel: str, job: ForwardJob | BackwardJob, s: int) -> None:
         """Step s: each unit by itself, or with layer norm a block for each row."""
@@ -70,20 +65,14 @@ class Launches:
             self.each(kernel, self.a.sizes.B, job, Index(s))
         elif blocks:
             shared = self.device.warps * MOST_SUMS * 8
-            self._launch(kernel, (blocks, 1), (job, Index(s)), shared)
+            self.device.launch(self.code, kernel, (blocks, 1), (job, Index(s)), shared)
 
-    def _launch(self, kernel: str, blocks: tuple[int, int], args: Any, shared: int = 0) -> None:
-        self.device.launch(
-            self.kernels.type, self.dtype, kernel, blocks, args, shared, precision=self.precision
-        )
-
-    def repeat(self, work: Callable[[], None], *jobs: ForwardJob | BackwardJob) -> None:
+    def repeat(self, work: Callable[[], None], *given: ForwardJob | BackwardJob) -> None:
         """Launches and products of all steps. The jobs know all sizes and addresses but the weights'."""
         if self.a.sizes.B == 0:
             return
         weights = self.pointer(self.packed.hh), self.pointer(self.packed.hh2)
-        key = (self.kernels.type, self.dtype, self.precision, *weights, *map(bytes, jobs))
-        self.device.repeat(key, work)
+        self.device.repeat((self.code, *weights, *map(bytes, given)), work)
 
     def steps_forward(self, job: ForwardJob) -> None:
         """Forward, one launch a step, its product between the launches."""
@@ -149,18 +138,11 @@ class Launches:
         job.units, job.rows, job.at_once, job.chunk = plan.units, plan.rows, plan.at_once, plan.chunk
         name, _, weights = plan.kernel.partition("_")
         if name == "grid":
-            self.kept.append(self.device.zeros((plan.blocks[1],), np.uint32))
-            job.arrived = self.pointer(self.kept[-1])
-        self.device.launch(
-            self.kernels.type,
-            self.dtype,
-            f"{name}_{direction}{weights and '_' + weights}",
-            plan.blocks,
-            (job,),
-            plan.shared,
-            cooperative=name == "grid",
-            precision=self.precision,
-        )
+            arrived = self.scratch((plan.blocks[1],), np.uint32)
+            arrived[...] = 0
+            job.arrived = self.pointer(arrived)
+        kernel = f"{name}_{direction}{weights and '_' + weights}"
+        self.device.launch(self.code, kernel, plan.blocks, (job,), plan.shared)
 
     def product(self, a: Array, b: Array, out: Array) -> None:
         """out = a b in the precision of the call, for all sizes."""

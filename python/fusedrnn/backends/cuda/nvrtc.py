@@ -13,21 +13,22 @@ import importlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 WARPS = 8  # of a block; FUSEDRNN_WARPS
 # The kernel variants. They are compiled one by one: a call needs two or three.
 KERNELS = ("steps", "cluster_registers", "cluster", "grid_registers", "grid")
 DTYPES = {"float32": "float", "float64": "double", "float16": "Half", "bfloat16": "Bfloat16"}  # in C++
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16")  # of csrc/cuda/tile.h
-# In C++ the dtypes, each with the precisions that it knows.
-DTYPE_PRECISIONS = (
-    *(("float", p) for p in PRECISIONS),
-    ("double", "ieee"),
-    ("Half", "fp16"),
-    ("Bfloat16", "bf16"),
-)
 _PACKAGE = Path(__file__).resolve().parents[2]
+
+
+class Code(NamedTuple):
+    """What the kernels are compiled for."""
+
+    cell: str  # a type of csrc/cells/cells.def, or Regularized<> of one
+    dtype: str  # out of the values of ``DTYPES``
+    precision: str = "ieee"  # of the products within a launch; of Half fp16, of Bfloat16 bf16 alone
 
 
 @functools.cache
@@ -45,55 +46,40 @@ def variant_of(kernel: str) -> str:
     return variant if variant in KERNELS else "steps"
 
 
-def flags(cell: str, dtype: str, precision: str) -> list[str]:
-    """What NVRTC is told of the kernels; beside it the architecture and the folders of headers."""
-    return [
-        "--std=c++17",
-        "--fmad=false",
-        f"--define-macro=FUSEDRNN_CELL={cell}",
-        f"--define-macro=FUSEDRNN_DTYPE={dtype}",
-        f"--define-macro=FUSEDRNN_PRECISION={precision}",
-        f"--define-macro=FUSEDRNN_WARPS={WARPS}",
-    ]
-
-
-def cubin(
-    cell: str, dtype: str, architecture: str, precision: str = "ieee", variant: str | None = None
-) -> bytes:
+def cubin(code: Code, architecture: str, variant: str | None = None) -> bytes:
     """Code for a GPU by NVRTC, of this run or of an earlier one.
 
     Args:
-        cell: A type of csrc/cells/cells.def, or Regularized<> of one.
-        dtype: Out of the values of ``DTYPES``.
+        code: For what.
         architecture: Such as "sm_90".
-        precision: Of the products within a launch, out of ``PRECISIONS``; for double "ieee", for Half "fp16"
-            and for Bfloat16 "bf16" alone.
         variant: Whose kernels, out of ``KERNELS``; None: all.
 
     Raises:
         RuntimeError: NVRTC refuses; the message is its own.
     """
-    options = [f"--gpu-architecture={architecture}", *flags(cell, dtype, precision)]
-    name = cell.replace("<", "-").rstrip(">")  # Regularized<Lstm>
+    macros = {name.upper(): value for name, value in code._asdict().items()} | {"WARPS": WARPS}
+    name = code.cell.replace("<", "-").rstrip(">")  # Regularized<Lstm>
     if variant:
-        options.append(f"--define-macro=FUSEDRNN_ONLY={KERNELS.index(variant)}")
+        macros["ONLY"] = KERNELS.index(variant)
         name += f"-{variant}"
-    path = folder() / f"{name}-{dtype}-{precision}-{architecture}-{key(options, version())}.cubin"
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--fmad=false"]
+    options += [f"--define-macro=FUSEDRNN_{macro}={value}" for macro, value in macros.items()]
+    path = folder() / "-".join((name, *code[1:], architecture, f"{key(options, version())}.cubin"))
     with contextlib.suppress(OSError):
         return path.read_bytes()
     headers = sources(), sources() / "cuda" / "nvrtc"
-    code = _compile([*options, *(f"--include-path={path}" for path in headers)])
+    made = _compile([*options, *(f"--include-path={path}" for path in headers)])
     with contextlib.suppress(OSError):  # a folder that cannot be written to is no error
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
-                file.write(code)
+                file.write(made)
                 file.flush()
                 os.replace(file.name, path)  # at once: other processes may do the same
             except BaseException:
                 os.unlink(file.name)
                 raise
-    return code
+    return made
 
 
 def folder() -> Path:

@@ -79,7 +79,8 @@ def pack(device: Device, cell: Cell, weights: Weights) -> Packed:
     """Weights prepared for repeated calls, stale as soon as one of them changes."""
     w, _, H = check_weights(cell, weights, dtypes_of(device), kind=kind_of(device))
     kernels = kernels_of(cell)
-    bias = device.zeros((kernels.accumulators, H), compute(w.weight_ih.dtype))
+    bias = device.empty((kernels.accumulators, H), compute(w.weight_ih.dtype))
+    bias[...] = 0
     for part, given in (
         (kernels.input, w.bias_ih),
         (kernels.recurrent, w.bias_hh),
