@@ -33,7 +33,11 @@ OPERATIONS: dict[str, Any] = {
     "exp": F.exp,
     "log": F.log,
     "sqrt": lambda a: a**0.5,
+    "softplus": lambda a: F.where(_data(a) > 30, a, F.log(1 + F.exp(F.where(_data(a) > 30, 0.0, a)))),
     "relu": F.relu,
+    "absolute": lambda a: a * cuda.get_array_module(_data(a)).sign(_data(a)),
+    "maximum": lambda a, b: F.where(_second(_data(b), _data(a)), b, a),
+    "minimum": lambda a, b: F.where(_second(-_data(b), -_data(a)), b, a),
     "where": F.where,
     "greater": lambda a, b: _data(a) > _data(b),
     "greater_equal": lambda a, b: _data(a) >= _data(b),
@@ -50,20 +54,19 @@ class UnfusedStep(Step):
         return {}
 
     def product(self, n: Node, k: int) -> Variable:
-        """The product with one operand: one operation for all gates that it enters."""
-        operand = n.args[k]
+        """The product with one operand: one operation for all gates that it enters; and its bias."""
+        operand, dense, H = n.args[k], n.attribute, self.shape[1]
         users = [m for m in self.cell.forward_nodes if m.op == "dense" and operand in m.args]
         blocks = [m.attribute.weights[m.args.index(operand)] for m in users]
-        first, H = min(blocks), self.shape[1]
+        first = min(blocks)
         if operand not in self._products:
             columns = slice(first * H, (max(blocks) + 1) * H)
-            bias = self.weights[f"bias_{side(operand)}"] if n.attribute.biases else None
-            bias = None if bias is None else bias[columns]
             weight = self.weights[f"weight_{side(operand)}"][:, columns]
-            self._products[operand] = F.linear(self.operand(operand), weight, bias)
-        column = (n.attribute.weights[k] - first) * H
+            self._products[operand] = F.linear(self.operand(operand), weight)
+        column = (dense.weights[k] - first) * H
         found: Variable = self._products[operand][:, column : column + H]
-        return found
+        bias = self.block(f"bias_{side(operand)}", dense.biases[k]) if dense.biases else None
+        return found if bias is None else found + bias
 
     def normalise(self, norm: Norm, values: list[Variable]) -> list[Variable]:
         """What the gains of a norm multiply."""
@@ -163,6 +166,11 @@ def _first(layer: Recurrent, begin: State | None, slot: int, batch: int) -> Stat
 def _zero(layer: Recurrent) -> Array:
     zero: Array = layer.xp.zeros((), layer.dtype)
     return zero
+
+
+def _second(b: Any, a: Any) -> Any:
+    """Where b is larger than a, or NaN."""
+    return (b > a) | (b != b)
 
 
 def _data(a: Any) -> Any:

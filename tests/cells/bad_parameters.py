@@ -329,3 +329,8 @@ def decorated(function):
 @decorated
 def behind_a_decorator(p, x):
     return tanh(p.dense("a", x))
+
+
+@bad("dt is not used", "a number for each row and step")
+def unused_row_scalar(p, x, h, *, dt):
+    return tanh(p.dense("a", x, h))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -123,6 +125,8 @@ class Draw:
         parts = [[self.take()] for _ in self.states]
         for k, value in enumerate(sorted(self.unused)):
             parts[k % len(parts)].append(value)
+        used = {word for line in self.lines for word in re.findall(r"\w+", line)}
+        parts[0] += [scalar for scalar in self.scalars if scalar not in used]
         new = [f"tanh({' + '.join(p)})" for p in parts]
         arguments = ", ".join(["p", "x", *self.states, *(["*", *self.scalars] if self.scalars else [])])
         body = "\n    ".join([*self.lines, f"return {', '.join(new)}"])

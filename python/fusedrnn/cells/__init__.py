@@ -1,8 +1,9 @@
 """The cells: what one step computes. Cells know no time, time loops know no gates.
 
-A cell is one function (``fusedrnn.cells.builtin``). Everything else is derived from it: the gradient
+A cell is one function, made a cell by ``cell`` (``fusedrnn.cells.builtin`` has the built-in ones); it
+computes with ``+ - * /`` and the operations named here. Everything else is derived from it: the gradient
 (``gradient``), what forward saves (``saved``), in which round a value is known (``rounds``), which products
-and sums round once (``fusion``). ``print(cell.definition)`` shows what was found.
+and sums round once (``fusion``). ``print`` shows what was found.
 
 The classes here name the built-in cells with their options: they are what layers and backends are given.
 """
@@ -14,7 +15,21 @@ from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
 from fusedrnn.cells import builtin
-from fusedrnn.cells.definition import Definition
+from fusedrnn.cells.definition import Definition, cell
+from fusedrnn.cells.symbols import (
+    CellError,
+    absolute,
+    exp,
+    log,
+    maximum,
+    minimum,
+    relu,
+    sigmoid,
+    softplus,
+    sqrt,
+    tanh,
+    where,
+)
 
 
 class _Cell:
@@ -89,4 +104,23 @@ Cell: TypeAlias = RNN | LSTM | GRU
 
 CELLS: dict[str, type[Cell]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 
-__all__ = ["CELLS", "GRU", "LSTM", "RNN", "Cell"]
+__all__ = [
+    "CELLS",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Cell",
+    "CellError",
+    "absolute",
+    "cell",
+    "exp",
+    "log",
+    "maximum",
+    "minimum",
+    "relu",
+    "sigmoid",
+    "softplus",
+    "sqrt",
+    "tanh",
+    "where",
+]

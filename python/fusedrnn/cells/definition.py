@@ -48,7 +48,7 @@ class Definition:
             hash(chosen)
         except TypeError:
             refuse(f"{self.__name__}: expected options that Python can hash, such as numbers, got {options}")
-        return variant(self.function, chosen)
+        return variant(self.function, chosen, repr(chosen))
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         name = self.__name__
@@ -61,7 +61,8 @@ class Definition:
         return hash(self._key())
 
     def _key(self) -> tuple[Any, ...]:
-        return self.function, tuple(self.options.items())
+        chosen = tuple(self.options.items())
+        return self.function, chosen, repr(chosen)
 
     @cached_property
     def trace(self) -> Trace:
@@ -142,6 +143,6 @@ def cell(function: Callable[..., Any]) -> Definition:
 
 
 @functools.cache
-def variant(function: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Definition:
-    """The cell with these options: each is derived once."""
+def variant(function: Callable[..., Any], options: tuple[tuple[str, Any], ...], said: str) -> Definition:
+    """The cell with these options, derived once. Their text ``said`` tells 1 from True and 0.0 from -0.0."""
     return Definition(function, dict(options))

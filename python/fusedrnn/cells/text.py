@@ -98,7 +98,7 @@ class _Names:
     def _expression(self, operation: Operation) -> str:
         n, op = operation.node, operation.op
         if op == "constant":
-            return f"{number(n):g}"
+            return repr(number(n)).removesuffix(".0")
         if op == "vector":
             return _vector(n)
         if op == "dense":
@@ -116,8 +116,10 @@ class _Names:
             return f"{args[0]} {INFIX[op]} {args[1]}"
         if op == "neg":
             return f"-{args[0]}"
-        name = op.replace("normalise", f"{n.attribute.kind}_norm") if "normalise" in op else op
-        return f"{name}({', '.join(args)})"
+        if "normalise" in op:
+            op = op.replace("normalise", f"{n.attribute.kind}_norm")
+            args.append(f"eps={n.attribute.eps}")
+        return f"{op}({', '.join(args)})"
 
     def _products(self, n: Node) -> Iterable[str]:
         for k, (operand, weight) in enumerate(zip(n.args, n.attribute.weights, strict=True)):

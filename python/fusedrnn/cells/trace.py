@@ -324,6 +324,12 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
     for what, node, line in p.lines:
         if node not in used:
             raise CellError(f"{line}\n{what} is not used: no new state depends on it; use it or leave it out")
+    for name, node in t.scalars.items():
+        if node not in used:
+            raise CellError(
+                f"{lines.definition()}\n{t.name}: {name} is not used: no new state depends on it. After * an "
+                "argument without default is a number for each row and step; an option has a default"
+            )
     if t.x not in used:
         raise CellError(
             f"{lines.definition()}\n{t.name}: no new state depends on the input x; expected it in p.dense, "
