@@ -17,7 +17,7 @@ from fusedrnn.cells.graph import Node
 from fusedrnn.cells.trace import Norm
 
 if TYPE_CHECKING:
-    from fusedrnn.layers import Recurrent
+    from fusedrnn.recurrent import Recurrent
 
 State = tuple[Variable, ...]
 

@@ -1,0 +1,181 @@
+"""What every layer is: parameters by name, where they lie, how they are saved."""
+
+# mypy: disable-error-code="no-any-return"
+# NumPy methods on arrays of open dtype give Any
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from fusedrnn import cuda, npz
+from fusedrnn.autograd import Array, Parameter, Variable
+
+PathLike = str | os.PathLike[str]
+
+
+class Layer:
+    """Attributes that are a ``Parameter`` or a ``Layer`` belong to it, in the order of assignment."""
+
+    gpu = False  # whether parameters are, and states begin, on a GPU
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self.forward(*inputs, **options)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def walk(self, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Layer]]:
+        """This layer and all below it, each once, with the path of attributes that leads there."""
+        seen = set() if seen is None else seen
+        if id(self) not in seen:
+            seen.add(id(self))
+            yield path, self
+            for name, value in list(vars(self).items()):
+                if isinstance(value, Layer):
+                    yield from value.walk(f"{path}/{name}" if path else name, seen)
+
+    def named_params(self) -> Iterator[tuple[str, Parameter]]:
+        """Every parameter once, with its path, such as ``rnn/weight_ih``."""
+        seen = set()
+        for path, layer in self.walk():
+            for name, value in vars(layer).items():
+                if isinstance(value, Parameter) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield f"{path}/{name}" if path else name, value
+
+    def params(self) -> Iterator[Parameter]:
+        """Every parameter once."""
+        return (p for _, p in self.named_params())
+
+    def cleargrads(self) -> None:
+        for p in self.params():
+            p.cleargrad()
+
+    def save_weights(self, path: PathLike) -> None:
+        """Write every parameter to one ``.npz`` file, under its path, such as ``rnn/weight_ih``."""
+        arrays = {}
+        for name, p in self.named_params():
+            if p._data is None:
+                raise ValueError(f"{name} has no values yet: its size is known at the first call")
+            arrays[name] = cuda.as_numpy(p._data)
+        npz.write(path, arrays)
+
+    def load_weights(self, path: PathLike) -> None:
+        """Read what ``save_weights`` wrote, or DeZero's layout.
+
+        Cast to each layer's dtype; sizes that a layer does not know yet come from the file. A missing, extra,
+        misshapen or pickled entry is a ValueError that names it; then no parameter has changed.
+        """
+        self.assign_weights(npz.read(path), str(path))
+
+    def assign_weights(self, arrays: Mapping[str, Array], source: str) -> None:
+        """Set every parameter from its array; all are checked before the first is set."""
+        left = dict(arrays)
+        done: set[int] = set()
+        moves: list[tuple[Layer, Parameter, Array]] = []
+        sized: list[tuple[Layer, dict[str, Array]]] = []
+        for path, layer in self.walk():
+            prefix = f"{path}/" if path else ""
+            taken = layer.from_dezero_layout(prefix, left, source)
+            for name, shape in layer.weight_shapes().items():
+                parameter = vars(layer)[name]
+                if id(parameter) in done:  # shared by two layers: saved once
+                    continue
+                done.add(id(parameter))
+                if name not in taken:
+                    key = prefix + name
+                    if key not in left:
+                        raise ValueError(f"{source}: entry {key!r} is missing")
+                    taken[name] = npz.checked(left.pop(key), shape, key, source)
+                values = taken[name].astype(layer.dtype_of(name, taken[name]), order="C")
+                moves.append((layer, parameter, values))
+            sized.append((layer, taken))
+        if left:
+            extra = ", ".join(map(repr, sorted(left)))
+            raise ValueError(f"{source}: extra entries that the model does not have: {extra}")
+        for layer, taken in sized:
+            layer.check_sizes(taken, source)
+        for layer, parameter, array in moves:
+            parameter.assign(layer.to_device(array))
+        for layer, taken in sized:
+            layer.take_sizes(taken)
+
+    def to_cpu(self) -> None:
+        """Parameters, their gradients and carried states become NumPy arrays."""
+        self._move(False)
+
+    def to_gpu(self) -> None:
+        """Parameters, their gradients and carried states become CuPy arrays, on the current GPU. What is not
+        known yet is drawn as on the CPU and then goes there too. A carried state leaves its graph.
+
+        Raises:
+            RuntimeError: There is no GPU, or something is missing; the message says what.
+        """
+        cuda.require_gpu(f"{type(self).__name__}.to_gpu")
+        self._move(True)
+
+    def _move(self, gpu: bool) -> None:
+        for _, layer in self.walk():
+            layer.gpu = gpu
+            for name, value in list(vars(layer).items()):
+                if (
+                    isinstance(value, Variable)
+                    and value._data is not None
+                    and cuda.on_gpu(value._data) != gpu
+                ):
+                    moved = layer.to_device(value._data)
+                    if not isinstance(value, Parameter):
+                        setattr(layer, name, Variable(moved))
+                        continue
+                    value.assign(moved)
+                    if value.grad is not None:
+                        value.grad = Variable(layer.to_device(value.grad._data))
+
+    @property
+    def xp(self) -> Any:
+        """The array module of the parameters."""
+        return importlib.import_module("cupy") if self.gpu else np
+
+    def to_device(self, array: Array) -> Array:
+        """The array where the parameters are."""
+        placed: Array = cuda.as_cupy(array) if self.gpu else cuda.as_numpy(array)
+        return placed
+
+    # What load_weights asks; a layer whose sizes may be open, or that can read another layout, overrides it.
+
+    def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
+        """Shape of each parameter of this very layer; None for a length, or for all, that is open."""
+        found = {name: value._data for name, value in vars(self).items() if isinstance(value, Parameter)}
+        return {name: None if data is None else data.shape for name, data in found.items()}
+
+    def dtype_of(self, name: str, array: Array) -> np.dtype[Any]:
+        """The dtype that a loaded parameter is cast to."""
+        data = vars(self)[name]._data
+        return array.dtype if data is None else data.dtype
+
+    def from_dezero_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
+        """Take this layer's parameters out of ``arrays`` where they are in DeZero's layout."""
+        return {}
+
+    def check_sizes(self, arrays: Mapping[str, Array], source: str) -> None:
+        """A ValueError where loaded arrays contradict one another."""
+
+    def take_sizes(self, arrays: Mapping[str, Array]) -> None:
+        """Settle open sizes by loaded arrays."""
+
+
+def drawn(in_size: int, out_size: int, dtype: np.dtype[Any]) -> Array:
+    """A matrix as weights start: ``randn(in_size, out_size) * sqrt(1 / in_size)``."""
+    return np.random.randn(in_size, out_size).astype(dtype) * float(np.sqrt(1 / in_size))
+
+
+def checked_dtype(dtype: Any) -> np.dtype[Any]:
+    """float32 or float64, or a TypeError."""
+    found = np.dtype(dtype)
+    if found not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise TypeError(f"dtype is {found}, expected float32 or float64")
+    return found

@@ -1,0 +1,505 @@
+"""The recurrent layers.
+
+They are stateful: they carry ``h`` (and ``c``) from call to call until ``reset_state()``. A call with ``(B,
+I)`` is one time step, one with ``(T, B, I)`` a whole sequence in one node of the graph.
+"""
+
+# mypy: disable-error-code="no-any-return"
+# NumPy methods on arrays of open dtype give Any
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fusedrnn import cells, cuda, npz, unfused
+from fusedrnn import functions as F
+from fusedrnn.autograd import Array, Parameter, Variable, as_variable, config
+from fusedrnn.backends.arguments import (
+    check_regularization,
+    check_shape,
+    check_whole,
+)
+from fusedrnn.backends.protocol import Regularization, Weights
+from fusedrnn.layer import Layer, checked_dtype, drawn
+
+State = tuple[Variable, ...]
+
+
+class Recurrent(Layer):
+    """What LSTM, GRU and RNN have in common.
+
+    Args:
+        hidden_size: H.
+        in_size: I; None: the first call tells.
+        num_layers: layers one above the other; the upper ones read the h of the one below.
+        bidirectional: a second set of weights runs through time backwards; y is ``(T, B, 2*H)``. Such a
+            layer takes whole sequences only and carries no state from one call to the next: the end of a
+            sequence is where its backward half begins.
+        dropout: share of zeros between layers, while training.
+        recurrent_dropout: share of zeros, while training, in what weight_hh multiplies: one mask per call,
+            layer, direction and row, the same at every step (Gal and Ghahramani 2016). Fused layers only.
+        zoneout_h, zoneout_c: share of the units of h and c that keep their value at a step, drawn for each
+            step; in evaluation the mean of old and new, so weighted (Krueger et al. 2016). ``zoneout_c`` is
+            for the LSTM. Fused layers only.
+        bias: one bias per gate, ``bias_ih``; a GRU with ``reset_after`` also has ``bias_hh``.
+        dtype: float32 or float64; inputs are cast to it.
+        fused: one node per call, by a kernel. False: one node per operation, to read and to compare with.
+        backend: the name of a backend; None: the best one.
+        recompute: keep few states for backward and run forward again there, to save memory.
+        layer_norm: normalise the gates' input and recurrent parts, and an LSTM's c on its way to h
+            (Ba, Kiros and Hinton 2016).
+
+    Parameters: ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, H), ``bias_ih`` (G*H,), ``bias_hh`` (G*H,); with
+        ``layer_norm`` also ``gain_ih`` (G*H,), ``gain_hh`` (G*H,), and of an LSTM ``gain_c`` (H,) and
+        ``bias_c`` (H,). With several layers or directions their names end in ``_l0``, ``_l1_reverse`` and so
+        on, as in PyTorch.
+
+    Every matrix of a gate starts as ``randn(I, H) * sqrt(1 / I)`` and lies transposed in its place; biases
+    start at zero, gains at one. Drawn from NumPy's global generator, layer by layer: first the input
+    matrices, then the hidden ones; what depends on an unknown ``in_size`` is drawn at the first call.
+    """
+
+    draws: ClassVar[tuple[int, ...]]  # the gates in the order they are drawn
+    dezero_names: ClassVar[tuple[str, ...]] = ()  # its names of the gates, in memory order
+    draws_hidden_late = False
+
+    h: Variable | None
+    c: Variable | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        in_size: int | None = None,
+        *,
+        cell: cells.Cell,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        bias: bool = True,
+        dtype: npt.DTypeLike = np.float32,
+        fused: bool = True,
+        backend: str | None = None,
+        recompute: bool = False,
+        layer_norm: bool = False,
+    ) -> None:
+        self.cell = dataclasses.replace(cell, layer_norm=bool(layer_norm))
+        self.hidden_size = check_whole("hidden_size", hidden_size)
+        self.in_size = None if in_size is None else check_whole("in_size", in_size)
+        self.num_layers = check_whole("num_layers", num_layers)
+        self.bidirectional = bool(bidirectional)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, expected 0 <= dropout < 1")
+        self.dropout = float(dropout)
+        self.dtype = checked_dtype(dtype)
+        self.fused = bool(fused)
+        rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)
+        if check_regularization(cell, rates) is not None and not self.fused:
+            raise ValueError(
+                "recurrent_dropout, zoneout_h, zoneout_c: expected 0 in a layer with fused=False, "
+                f"got {recurrent_dropout}, {zoneout_h}, {zoneout_c}"
+            )
+        self.recurrent_dropout, self.zoneout_h, self.zoneout_c = map(float, rates[:3])
+        self.backend = backend
+        self.recompute = bool(recompute)
+        self.suffixes = [""]  # of the parameters' names, one per layer and direction
+        if num_layers > 1 or bidirectional:
+            ends = ("", "_reverse") if bidirectional else ("",)
+            self.suffixes = [f"_l{k}{end}" for k in range(num_layers) for end in ends]
+        rows = cell.gates * hidden_size
+        biases = ("bias_ih", "bias_hh") if self.two_biases else ("bias_ih",)
+        vectors = (*(biases if bias else ()), *self.cell.vectors)
+        for suffix in self.suffixes:
+            for name in Weights._fields:
+                parameter = None
+                if name.startswith("weight") or name in vectors:
+                    parameter = Parameter(None, name=name + suffix)
+                if parameter is not None and name in vectors:
+                    size = hidden_size if name.endswith("_c") else rows
+                    parameter.assign(np.full(size, name.startswith("gain"), self.dtype))
+                setattr(self, name + suffix, parameter)
+        self._packed: tuple[Any, Any] | None = None
+        self._draw(hidden=self.in_size is not None or not self.draws_hidden_late)
+        self.reset_state()
+
+    @property
+    def two_biases(self) -> bool:
+        return self.cell.two_biases
+
+    # State
+
+    def reset_state(self) -> None:
+        """Forget the state: the next call begins at zero."""
+        self.h = self.c = None
+
+    @property
+    def state(self) -> State | None:
+        """``(h,)`` or ``(h, c)``, or None after ``reset_state``. Each is ``(B, H)``; with several layers or
+        directions ``(L*D, B, H)``. Arrays and variables can be set."""
+        h, c = self.h, self.c
+        if len(self.cell.states) == 1:
+            return None if h is None else (as_variable(h),)
+        if h is None and c is None:
+            return None
+        h = _zeros_like(c) if h is None else h
+        c = _zeros_like(h) if c is None else c
+        return as_variable(h), as_variable(c)
+
+    @state.setter
+    def state(self, value: tuple[Any, ...] | None) -> None:
+        if value is not None and self.bidirectional:
+            raise ValueError("state: a bidirectional layer carries none; pass it to the call")
+        self.h, self.c = (None, None) if value is None else (*self._as_state(value), None)[:2]
+
+    def _as_state(self, value: Any) -> State:
+        names = self.cell.states
+        if not isinstance(value, tuple | list) or len(value) != len(names):
+            expected = "(h, c)" if len(names) == 2 else "(h,)"
+            raise TypeError(f"state is {type(value).__name__}, expected a tuple {expected}")
+        return tuple([as_variable(s) for s in value])
+
+    def _begin(self, state: Any, batch: int) -> State | None:
+        """The state that a call begins with, checked."""
+        if state is None and self.bidirectional:
+            return None
+        given = self.state if state is None else self._as_state(state)
+        if given is None:
+            return None
+        layers = len(self.suffixes)
+        expected = (batch, self.hidden_size) if layers == 1 else (layers, batch, self.hidden_size)
+        for s in given:
+            what = "the carried state" if state is None else "the state passed in"
+            self._check_device(what, s)
+            if s._data.shape != expected:
+                hint = "call reset_state() before a batch of another size" if state is None else ""
+                check_shape(f"{what} {'h' if s is given[0] else 'c'}", s._data.shape, expected, hint)
+        return given
+
+    # Calls
+
+    def forward(self, x: Any, state: Any = None, *, lengths: Any = None, reset: Any = None) -> Variable:
+        """One step for ``(B, I)``, a sequence for ``(T, B, I)``, with ``lengths`` and ``reset`` as in
+        ``sequence``."""
+        x = as_variable(x)
+        ndim = x._data.ndim
+        if ndim == 2:
+            if lengths is not None or reset is not None:
+                raise ValueError(
+                    f"{'reset' if lengths is None else 'lengths'}: expected None for one step, x of shape "
+                    f"{x.shape}; a sequence is (T, B, I), also where T is 1"
+                )
+            return self.step(x, state)
+        if ndim == 3:
+            return self.sequence(x, state, lengths=lengths, reset=reset)
+        raise ValueError(f"x: expected shape (B, I), one step, or (T, B, I), a sequence, got {x.shape}")
+
+    def step(self, x: Any, state: Any = None) -> Variable:
+        """One time step: x ``(B, I)`` to h ``(B, H)``, which is carried as ``.h`` (and c as ``.c``).
+
+        ``state`` takes the place of the carried one. Masks are those of a call: a step draws its own, so for
+        recurrent dropout by one mask for all steps a sequence has to come in one call.
+        """
+        x = as_variable(x)
+        if self.bidirectional:
+            raise ValueError("step: a bidirectional layer needs the whole sequence (T, B, I) at once")
+        self._check_input(x, 2)
+        B, I = x._data.shape
+        begin = self._begin(state, B)
+        self._settle(I, needs_hidden=begin is not None)
+        if self.fused and len(self.suffixes) == 1:
+            after = self._fused_step(x, begin)
+            y = after[0]
+        else:
+            ys, after, _ = self._forward_sequence(F.reshape(x, (1, *x.shape)), begin, None, None, False)
+            y = ys[0]
+        self.h, self.c = (*after, None)[:2]
+        return y
+
+    def sequence(
+        self,
+        x: Any,
+        state: Any = None,
+        *,
+        lengths: Any = None,
+        reset: Any = None,
+        return_states: bool = False,
+        detach_every: int | None = None,
+    ) -> Any:
+        """A whole sequence: x ``(T, B, I)`` to y ``(T, B, D*H)``, the h of the last layer at every step.
+
+        Args:
+            x: the inputs.
+            state: takes the place of the carried one.
+            lengths: ``(B,)`` whole numbers from 0 to T, a list or an array; from there on a row's state
+                stands still and y is 0.
+            reset: ``(T, B)`` booleans, or 0 and 1, lists or an array; where true, the state is cleared
+                before that step.
+            return_states: also give the states of every step: ``y, (h,)`` or ``y, (h, c)``, each ``(T, B,
+                H)``; with several layers or directions ``(L*D, T, B, H)``.
+            detach_every: truncate back-propagation: after every so many steps the state goes on and the
+                gradient stops. Fused layers only.
+        """
+        x = as_variable(x)
+        self._check_input(x, 3)
+        T, B, I = x.shape
+        begin = self._begin(state, B)
+        self._settle(I, needs_hidden=begin is not None or T > 1)
+        if detach_every is not None and not self.fused:
+            raise ValueError("detach_every: expected None in a layer with fused=False")
+        y, after, states = self._forward_sequence(x, begin, lengths, reset, return_states, detach_every)
+        self.h, self.c = (*after, None)[:2]
+        return (y, states) if return_states else y
+
+    def _forward_sequence(
+        self,
+        x: Variable,
+        begin: State | None,
+        lengths: Any,
+        reset: Any,
+        return_states: bool,
+        detach_every: int | None = None,
+    ) -> tuple[Variable, State, State]:
+        """A sequence, fused or not. Dropout between layers draws from NumPy's global generator."""
+        masks = None
+        if config.train and self.dropout:
+            shape = (*x.shape[:2], self.hidden_size * (2 if self.bidirectional else 1))
+            scale = 1 / (1 - self.dropout)
+            keeps = [np.random.rand(*shape) >= self.dropout for _ in range(self.num_layers - 1)]
+            masks = [self.to_device(np.where(keep, scale, 0).astype(self.dtype)) for keep in keeps]
+        if self.fused:
+            return self._fused(x, begin, lengths, reset, return_states, detach_every, masks)
+        return unfused.run(self, x, begin, lengths, reset, masks)
+
+    def _check_input(self, x: Variable, ndim: int) -> None:
+        shape = x._data.shape
+        if len(shape) != ndim or (self.in_size is not None and shape[-1] != self.in_size):
+            I = "I" if self.in_size is None else str(self.in_size)
+            expected = f"(B, {I})" if ndim == 2 else f"(T, B, {I})"
+            raise ValueError(f"x: expected shape {expected}, got {x.shape}")
+        if x._data.dtype.kind not in "fiub":
+            raise TypeError(f"x: expected real numbers, got {x.dtype}")
+        self._check_device("x", x)
+
+    def _check_device(self, what: str, x: Variable) -> None:
+        if cuda.on_gpu(x._data) != self.gpu:
+            module = "cupy" if self.gpu else "numpy"
+            raise TypeError(
+                f"{what} is an array of {cuda.get_array_module(x).__name__}, expected one of {module}, as "
+                "the layer's parameters are (to_gpu and to_cpu move them)"
+            )
+
+    # Fused: one node
+
+    def _fused_step(self, x: Variable, begin: State | None) -> State:
+        names, weights = self._slots("")
+        packed = self._pack(names, weights)
+        options: dict[str, Any] = {} if packed is not None else {"backend": self.backend}  # those know theirs
+        if regularization := self._regularization():
+            options["regularization"] = regularization
+        node = F.Fused(self.cell, [names], step=True, packed=packed, **options)
+        after = node(x, *weights, *(begin or ()))
+        return after if isinstance(after, tuple) else (after,)
+
+    def _regularization(self) -> Regularization | None:
+        """Of one call; while training its seed is drawn from NumPy's global generator, as dropout is."""
+        rates = self.recurrent_dropout, self.zoneout_h, self.zoneout_c
+        if not any(rates):
+            return None
+        seed = int(np.random.randint(2**63 - 1, dtype=np.int64)) if config.train else None
+        return Regularization(*rates, seed)
+
+    def _pack(self, names: list[str], weights: list[Variable]) -> Any:
+        """Weights prepared for repeated steps, as long as nobody can have changed them."""
+        versions = []
+        for p in weights:
+            if not (isinstance(p, Parameter) and p.private):
+                return None
+            versions.append(p.version)
+        key = (versions, weights, self.backend)  # another parameter may have the same version
+        if self._packed is None or self._packed[0] != key:
+            self._packed = (key, F.pack(self.cell, names, [p._data for p in weights], self.backend))
+        return self._packed[1]
+
+    def _fused(
+        self,
+        x: Variable,
+        begin: State | None,
+        lengths: Any,
+        reset: Any,
+        return_states: bool,
+        detach_every: int | None,
+        masks: list[Array] | None,
+    ) -> tuple[Variable, State, State]:
+        slots = [self._slots(suffix) for suffix in self.suffixes]
+        options: dict[str, Any] = {
+            "lengths": lengths,
+            "reset": reset,
+            "return_states": return_states,
+            "detach_every": detach_every,
+            "regularization": self._regularization(),
+        }
+        if len(slots) > 1:
+            options |= {"bidirectional": self.bidirectional, "masks": masks}
+        save = "boundary_states" if self.recompute else "all"
+        node = F.Fused(self.cell, [names for names, _ in slots], backend=self.backend, save=save, **options)
+        y, *rest = node(x, *(w for _, weights in slots for w in weights), *(begin or ()))
+        n = len(self.cell.states)
+        return y, tuple(rest[:n]), tuple(rest[n:])
+
+    def _slots(self, suffix: str) -> tuple[list[str], list[Variable]]:
+        """The weights of one layer and direction that exist, and their names."""
+        own = vars(self)
+        names: list[str] = []
+        weights: list[Variable] = []
+        for name in Weights._fields:
+            parameter = own[name + suffix]
+            if parameter is not None:
+                names.append(name)
+                weights.append(parameter)
+        if weights[1]._data is None:  # not drawn before a state needs it
+            rows = self.cell.gates * self.hidden_size
+            weights[1] = as_variable(self.xp.zeros((rows, self.hidden_size), self.dtype))
+        return names, weights
+
+    def weights_of(self, suffix: str) -> dict[str, Variable | None]:
+        """The weights of one layer and direction by name; None of what it does not have."""
+        found: dict[str, Variable | None] = dict.fromkeys(Weights._fields)
+        return found | dict(zip(*self._slots(suffix), strict=True))
+
+    # Sizes, start, files
+
+    def _draw(self, hidden: bool) -> None:
+        """Draw every matrix whose sizes are known and that has no values yet."""
+        H, D = self.hidden_size, 2 if self.bidirectional else 1
+        for k, suffix in enumerate(self.suffixes):
+            columns = self.in_size if k < D else H * D
+            for name, size in (("weight_ih", columns), ("weight_hh", H if hidden or k >= D else None)):
+                p = vars(self)[name + suffix]
+                if p._data is None and size is not None:
+                    matrix = np.empty((self.cell.gates * H, size), self.dtype)
+                    for gate in self.draws:
+                        matrix[gate * H : (gate + 1) * H] = drawn(size, H, self.dtype).T
+                    p.assign(self.to_device(matrix))
+
+    def _settle(self, in_size: int, needs_hidden: bool) -> None:
+        """Draw what was open, at a call."""
+        if self.in_size is None:
+            self.in_size = check_whole("the last axis of x", in_size)
+            self._draw(hidden=needs_hidden or len(self.suffixes) > 1)
+        elif needs_hidden and self.draws_hidden_late:
+            self._draw(hidden=True)
+
+    def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
+        H, D = self.hidden_size, 2 if self.bidirectional else 1
+        shapes: dict[str, tuple[int | None, ...] | None] = {}
+        for k, suffix in enumerate(self.suffixes):
+            columns = self.in_size if k < D else H * D
+            rows = self.cell.gates * H
+            full: dict[str, tuple[int | None, ...]] = {"weight_ih": (rows, columns), "weight_hh": (rows, H)}
+            full |= {n: (H if n.endswith("_c") else rows,) for n in Weights._fields[2:]}
+            shapes |= {n + suffix: s for n, s in full.items() if vars(self)[n + suffix] is not None}
+        return shapes
+
+    def dtype_of(self, name: str, array: Array) -> np.dtype[Any]:
+        return self.dtype
+
+    def check_sizes(self, arrays: Mapping[str, Array], source: str) -> None:
+        sizes = [arrays["weight_ih" + s].shape[1] for s in self.suffixes[: 2 if self.bidirectional else 1]]
+        if min(sizes) != max(sizes) or min(sizes) == 0:
+            raise ValueError(f"{source}: entries 'weight_ih{self.suffixes[0]}' have input sizes {sizes}")
+
+    def take_sizes(self, arrays: Mapping[str, Array]) -> None:
+        self.in_size = arrays["weight_ih" + self.suffixes[0]].shape[1]
+
+    def from_dezero_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
+        """``x2f/W`` (I, H), ``x2f/b`` (H,), ``h2f/W`` (H, H), one set per gate."""
+        gates = self.dezero_names
+        if self.suffixes != [""] or not any(f"{prefix}{s}2{g}/W" in arrays for g in gates for s in "xh"):
+            return {}
+        H = self.hidden_size
+        parts: dict[str, list[Array]] = {"weight_ih": [], "weight_hh": [], "bias_ih": []}
+        I = self.in_size
+        for gate in gates:
+            for name, entry, shape in (
+                ("weight_ih", f"x2{gate}/W", (I, H)),
+                ("weight_hh", f"h2{gate}/W", (H, H)),
+                ("bias_ih", f"x2{gate}/b", (H,)),
+            ):
+                if vars(self)[name] is None:
+                    continue
+                key = prefix + entry
+                if key not in arrays:
+                    raise ValueError(f"{source}: entry {key!r} is missing")
+                array = npz.checked(arrays.pop(key), shape, key, source)
+                parts[name].append(array.T)
+                I = array.shape[0] if name == "weight_ih" else I  # all gates read the same input
+        return {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
+
+
+class RNN(Recurrent):
+    """Elman network: ``h = tanh(x W + h U + b)``, or relu for tanh. See ``Recurrent`` for the arguments.
+
+    Without ``in_size`` the hidden matrix is drawn when a state first meets it: at the second step.
+    """
+
+    draws = (0,)
+    dezero_names = ("h",)
+    draws_hidden_late = True
+    cell: cells.RNN
+
+    def __init__(
+        self, hidden_size: int, in_size: int | None = None, *, relu: bool = False, **options: Any
+    ) -> None:
+        super().__init__(hidden_size, in_size, cell=cells.RNN(relu=relu), **options)
+
+
+class LSTM(Recurrent):
+    """Long short-term memory. See ``Recurrent`` for the arguments.
+
+    ``i, f, o = sigmoid``, ``g = tanh`` of ``x W + h U + b``, each of its own; ``c = f*c + i*g``, ``h =
+    o*tanh(c)`` (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000). Memory order i f g o;
+    drawn as f i o g. The forget gate's biases start at ``forget_bias``; 1 keeps more of c at the start of a
+    training (Jozefowicz et al. 2015).
+    """
+
+    draws = (1, 0, 3, 2)
+    dezero_names = ("i", "f", "u", "o")
+
+    def __init__(
+        self, hidden_size: int, in_size: int | None = None, *, forget_bias: float = 0.0, **options: Any
+    ) -> None:
+        super().__init__(hidden_size, in_size, cell=cells.LSTM(), **options)
+        for suffix in self.suffixes:
+            bias = vars(self)["bias_ih" + suffix]
+            if bias is not None:
+                bias._data[hidden_size : 2 * hidden_size] = forget_bias
+            elif forget_bias:
+                raise ValueError(f"forget_bias is {forget_bias}, expected 0 in a layer with bias=False")
+
+
+class GRU(Recurrent):
+    """Gated recurrent unit. See ``Recurrent`` for the arguments.
+
+    ``r, z = sigmoid(x W + h U + b)``, each of its own; ``h = (1 - z) * n + z * h``; with ``reset_after``
+    (PyTorch, cuDNN) ``n = tanh(x W + b + r * (h U + b'))``, without (Cho et al. 2014) ``n = tanh(x W + (r *
+    h) U + b)``. Memory order and order of draws r z n.
+    """
+
+    draws = (0, 1, 2)
+    cell: cells.GRU
+
+    def __init__(
+        self, hidden_size: int, in_size: int | None = None, *, reset_after: bool = True, **options: Any
+    ) -> None:
+        super().__init__(hidden_size, in_size, cell=cells.GRU(reset_after=reset_after), **options)
+
+
+def _zeros_like(x: Any) -> Variable:
+    data = as_variable(x)._data
+    return as_variable(cuda.get_array_module(data).zeros_like(data))
