@@ -4,9 +4,10 @@ Tolerances are the promise of the project, relative to each tensor's largest ent
 (weights as PyTorch initialises them, inputs of order one, upstream gradients on every step, H >= 7, T <=
 256): float64 forward 1e-14, gradients 2e-14; float32 forward 2e-6, gradients 5e-6. Elsewhere no fixed
 figure can hold; there the error of a gradient stays within 40 yardsticks + 4 eps, the yardstick being how
-far the long-double gradient moves when every activation is disturbed by one eps of the tested dtype, and that
-of a forward result within 4 yardsticks + 4 eps, the input disturbed as well. (Without that the yardstick is
-blind to the rounding of W x: on data in the thousands nobody, plain NumPy included, stays within 40.)
+far the long-double gradient moves at most, in up to 40 runs, when every activation is disturbed by one eps of
+the tested dtype, and that of a forward result within 4 yardsticks + 4 eps, the input disturbed as well.
+(Without that the yardstick is blind to the rounding of W x: on data in the thousands nobody, plain NumPy
+included, stays within 40.)
 """
 
 from __future__ import annotations
@@ -117,30 +118,32 @@ def disturbed_input(p, eps, seed):
     return replace(p, x=p.x * (1 + eps * rng.choice([-1, 1], p.x.shape).astype(p.x.dtype)))
 
 
+RUNS = 40  # of 5 alone, the largest move scatters by a factor of 2 with the random numbers
+
+
 def yardsticks(p, want, dtype):
-    """Of each result, the largest move in 5 disturbed runs, relative to its largest entry."""
+    """Of each result the largest move in 5, 10, ... disturbed runs, relative to its largest entry."""
     eps = np.longdouble(np.finfo(dtype).eps)
     p = p.astype(np.longdouble)
     forward, gradients = split(want)
     worst = dict.fromkeys(want, 0.0)
-    for seed in range(5):
+    for seed in range(RUNS):
         with disturbed(eps, seed):
             same_input = split(run(REFERENCE, p))[1]
             other_input = split(run(REFERENCE, disturbed_input(p, eps, seed)))[0]
         moved = errors(other_input, forward) | errors(same_input, gradients)
         worst = {key: max(worst[key], moved[key]) for key in want}
-    return worst
+        if seed % 5 == 4:
+            yield worst
 
 
-def allowed(p, want, dtype):
+def allowed(worst, p, want, dtype):
     """4 yardsticks of a result, 40 of a gradient, + 4 eps; of a float32 gradient also what sums may lose.
 
     That is, the products too small for float32.
     """
     eps = float(np.finfo(dtype).eps)
-    limits = {
-        key: (40 if key.startswith("d") else 4) * y + 4 * eps for key, y in yardsticks(p, want, dtype).items()
-    }
+    limits = {key: (40 if key.startswith("d") else 4) * y + 4 * eps for key, y in worst.items()}
     if dtype is np.float32:
         T, _, H = want["y"].shape
         upstream = [a for a in (p.dy, *(p.dstateT or ()), *(p.dstates or ())) if a is not None]
@@ -157,9 +160,13 @@ def assert_hard(p, dtype):
     p = p.astype(dtype)
     want, got = truth(p), run(CPU, p)
     assert got.keys() == want.keys() == expected_names(p)
-    limits = allowed(p, want, dtype)
-    beyond = {key: (e, limits[key]) for key, e in errors(got, want).items() if not e <= limits[key]}
-    assert not beyond, f"error, allowed: {beyond}"
+    found = errors(got, want)
+    for worst in yardsticks(p, want, dtype):
+        limits = allowed(worst, p, want, dtype)
+        beyond = {key: (e, limits[key]) for key, e in found.items() if not e <= limits[key]}
+        if not beyond:  # more runs allow no less
+            return
+    raise AssertionError(f"error, allowed: {beyond}")
 
 
 def assert_no_worse_than_numpy(draw, dtype):

@@ -87,7 +87,8 @@ def _loop(kernel: Kernel, f: Function, renamed: dict[str, str] | None = None) ->
     def place(name: str) -> str:
         name = (renamed or {}).get(name, name)
         array, _, index = name.rstrip("]").partition("[")
-        columns = f"{index} * H : {int(index) + 1} * H" if index else ":"
+        parts = len(kernel.products) > 1
+        columns = f"{index} * H : {int(index) + 1} * H" if index and parts else ":"
         row = f"{ARRAYS.get(array, array)}{index}_k"
         rows[row] = f"{ARRAYS.get(array, array)}[k, {columns}]"
         return f"{row}[j]"
