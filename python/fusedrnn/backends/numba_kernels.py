@@ -9,8 +9,8 @@ side by side. ``rows[p] = t*B + b``; ``before[p]`` is the position of the step b
 -1-b where that is the initial state of row b, or -1-B where the state is cleared. Initial states have B+1
 rows, the last one of zeros. ``first[t]`` and ``last[t]`` bound the positions of t that a call works on.
 
-The columns of ``gates`` and of ``da`` are those of the cell's accumulators (``fusedrnn.cells.kernel``): those
-that x feeds come first, those that states feed last, among these that of a cell with two phases.
+The columns of ``gates`` and of ``da`` are the cell's accumulators (``fusedrnn.cells.kernel``): first those of
+x, last those of states; ``rh`` is what the second product of a cell with two phases multiplies.
 What a cell, or a caller, does not need is an array of width 0, on which every loop is empty.
 """
 
