@@ -334,3 +334,8 @@ def behind_a_decorator(p, x):
 @bad("dt is not used", "a number for each row and step")
 def unused_row_scalar(p, x, h, *, dt):
     return tanh(p.dense("a", x, h))
+
+
+@bad("second argument", "state of that name")
+def input_and_state_swapped(p, h, x):
+    return tanh(p.dense("a", x, h))

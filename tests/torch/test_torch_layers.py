@@ -899,6 +899,23 @@ def test_second_derivatives(kind):
 
 
 @every_layer
+def test_second_derivatives_of_a_batch_of_gradients(kind):
+    """As ``hessian(vectorize=True)`` and ``is_grads_batched`` ask for them."""
+    found = []
+    for layer in module_pair(kind, I, H, dtype=torch.float64):
+        x = torch.linspace(-1, 1, T * B * I, dtype=torch.float64).reshape(T, B, I)
+        wanted = [p for p in layer.parameters() if p.requires_grad]
+        for vectorize in (False, True):
+            rows = torch.autograd.functional.jacobian(
+                lambda x, layer=layer: layer(x)[0].sin().sum(-1), x, create_graph=True, vectorize=vectorize
+            )
+            found.append(torch.autograd.grad(rows.square().sum(), wanted))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert_close(a, b)
+
+
+@every_layer
 def test_a_bias_changed_before_second_derivatives_is_noticed(kind):
     """First derivatives do not need it."""
     _, ours = module_pair(kind, I, H)

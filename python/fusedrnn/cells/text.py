@@ -25,7 +25,8 @@ def describe(cell: Definition) -> str:
     t, gradient = cell.trace, cell.gradient
     names = _Names(cell)
     options = [f"{name}={value!r}" for name, value in cell.options.items()]
-    arguments = ["p", "x", *t.states, *(["*", *t.scalars] if t.scalars else [])]
+    states = [name if not start else f"{name}={start:g}" for name, start in t.start.items()]
+    arguments = ["p", "x", *states, *(["*", *t.scalars] if t.scalars else [])]
     lines = [f"{cell.__name__}({', '.join(arguments)})" + (f" with {', '.join(options)}" if options else "")]
     lines += [f"  {parameter}: {' '.join(blocks)}" for parameter, blocks in t.blocks.items()]
     kept = {*cell.saved, *t.after.values()}

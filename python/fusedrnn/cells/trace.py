@@ -303,6 +303,11 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
                 t.scalars[name] = t.graph.node("scalar", attribute=name, shape=ROW)
                 keywords[name] = Symbol(t.graph, t.scalars[name])
         elif k >= len(args):
+            if name == "x":
+                raise CellError(
+                    f"{lines.definition()}\n{t.name}: expected the input x as the second argument, before "
+                    "the states; got a state of that name"
+                )
             start = 0.0 if argument.default is argument.empty else argument.default
             if not _is_finite(start):
                 raise CellError(

@@ -92,12 +92,36 @@ class Recurrence(torch.autograd.Function):
                         f"derivatives of derivatives need it as it was\n{IN_PLACE}"
                     )
                 saved[k] = bias
+            upstream = [dy, *of_final, *of_every]
+            if not all(d is None or torch._C._has_storage(d) for d in upstream):
+                # A batch of upstream gradients: a Function would not record what it does with them.
+                call = Call(*saved[:14], *ctx.options)
+                own: list[Any] = [None if t is None else t.view_as(t) for t in saved[:11]]
+                first = _first(Call._make([*own, *call[11:]]), upstream, own)
+                return (*[d if n else None for d, n in zip(first, need, strict=True)], *[None] * (N - 11 + 2))
         found = run(*saved[:14], *ctx.options, *saved[14:], dy, *of_final, *of_every, need)
         return (*[g if n else None for g, n in zip(found, need, strict=True)], *[None] * (N - 11 + 2))
 
 
 def _versioned(t: Any) -> tuple[Tensor | None, int]:
     return t, 0 if t is None or t.is_inference() else t._version
+
+
+def _first(
+    call: Call, upstream: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of the inputs of a call, recorded; None where there is none.
+
+    ``upstream`` are those of y, of both final states and of both states of every step.
+    """
+    results = differentiable.recurrence(call, upstream[3] is not None or upstream[4] is not None)
+    n = len(CELLS[call.cell].states)
+    given = [*upstream[: 1 + n], *upstream[3 : 3 + n]] if call.x.dim() == 3 else upstream[1 : 1 + n]
+    used = [(y, d) for y, d in zip(results, given, strict=False) if d is not None and y.requires_grad]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    ys, ds = [y for y, _ in used], [d for _, d in used]
+    found = iter(torch.autograd.grad(ys, wanted, ds, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
 class Differentiable(torch.autograd.Function):
@@ -120,21 +144,10 @@ class Differentiable(torch.autograd.Function):
             for k in places:  # each in its own place, also where one tensor stands in two
                 t = arguments[k]
                 arguments[k] = t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
-            inputs = [k for k in places if k < 11]
             call, upstream = Call(*arguments[:N]), arguments[N + 3 : N + 8]
-            results = differentiable.recurrence(call, upstream[3] is not None or upstream[4] is not None)
-            n = len(CELLS[call.cell].states)
-            given = [*upstream[: 1 + n], *upstream[3 : 3 + n]] if call.x.dim() == 3 else upstream[1 : 1 + n]
-            used = [(y, d) for y, d in zip(results, given, strict=False) if d is not None and y.requires_grad]
-            first = torch.autograd.grad(
-                [y for y, _ in used],
-                [arguments[k] for k in inputs],
-                [d for _, d in used],
-                create_graph=True,
-                allow_unused=True,
-            )
-            pairs = [(d, grads[k]) for k, d in zip(inputs, first, strict=True) if d is not None]
-            pairs = [(d, g) for d, g in pairs if g is not None and d.requires_grad]
+            first = _first(call, upstream, [arguments[k] if k in places else None for k in range(11)])
+            pairs = [(d, g) for d, g in zip(first, grads, strict=True) if d is not None and g is not None]
+            pairs = [(d, g) for d, g in pairs if d.requires_grad]
             found: list[Tensor | None] = [None] * len(arguments)
             if pairs:
                 second = torch.autograd.grad(
