@@ -59,3 +59,21 @@ def keep(rate: float, kind: str, seed: int, stream: int, time: int, rows: Array,
     words = philox(counter, (seed % 2**32, seed >> 32)).reshape(len(rows), 4 * counter.shape[1])[:, :units]
     kept: Array = words >= np.uint64(threshold(rate))
     return kept
+
+
+def dropout(rate: float, seed: int, stream: int, rows: Array, units: int) -> Array:
+    """What recurrent dropout multiplies with, (len(rows), units): 0 with this rate, else 1 / (1 - rate)."""
+    kept = keep(rate, "recurrent_dropout", seed, stream, 0, rows, units)
+    return np.where(kept, 1 / (1 - rate) if rate < 1 else 0.0, 0.0)
+
+
+def zoneout(
+    rate: float, state: str, seed: int | None, stream: int, time: int, rows: Array, units: int
+) -> Array | None:
+    """The share of the new state ("h" or "c") that is kept, (len(rows), units): drawn, or without a seed its
+    mean. None: all of it."""
+    if not rate:
+        return None
+    if seed is None:
+        return np.full((len(rows), units), 1 - rate)
+    return keep(rate, f"zoneout_{state}", seed, stream, time, rows, units)

@@ -12,9 +12,9 @@ from fusedrnn import cuda
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Variable, as_variable
 from fusedrnn.backends.arguments import check_lengths, check_reset
-from fusedrnn.cells.evaluation import Step, side
+from fusedrnn.cells.evaluation import Step
 from fusedrnn.cells.graph import Node
-from fusedrnn.cells.trace import Norm
+from fusedrnn.cells.trace import Norm, side
 
 if TYPE_CHECKING:
     from fusedrnn.recurrent import Recurrent
@@ -50,21 +50,22 @@ class UnfusedStep(Step):
     operations = OPERATIONS
 
     @functools.cached_property
-    def _products(self) -> dict[Node, Variable]:
+    def _products(self) -> dict[Node, tuple[int, Variable]]:
+        """Of each operand the first block of weights that it meets, and its product with all of them."""
         return {}
 
     def product(self, n: Node, k: int) -> Variable:
         """The product with one operand: one operation for all gates that it enters; and its bias."""
         operand, dense, H = n.args[k], n.attribute, self.shape[1]
-        users = [m for m in self.cell.forward_nodes if m.op == "dense" and operand in m.args]
-        blocks = [m.attribute.weights[m.args.index(operand)] for m in users]
-        first = min(blocks)
         if operand not in self._products:
-            columns = slice(first * H, (max(blocks) + 1) * H)
+            users = [m for m in self.cell.forward_nodes if m.op == "dense" and operand in m.args]
+            blocks = [m.attribute.weights[m.args.index(operand)] for m in users]
+            columns = slice(min(blocks) * H, (max(blocks) + 1) * H)
             weight = self.weights[f"weight_{side(operand)}"][:, columns]
-            self._products[operand] = F.linear(self.operand(operand), weight)
+            self._products[operand] = min(blocks), F.linear(self.operand(operand), weight)
+        first, products = self._products[operand]
         column = (dense.weights[k] - first) * H
-        found: Variable = self._products[operand][:, column : column + H]
+        found: Variable = products[:, column : column + H]
         bias = self.block(f"bias_{side(operand)}", dense.biases[k]) if dense.biases else None
         return found if bias is None else found + bias
 

@@ -50,15 +50,8 @@ def gradients(cell, arguments, dy, dlast):
     for k in reversed(range(T)):
         step = steps[k]
         chain = list(step.backward([chain[0] + dy[k], *chain[1:]]))
-        for side, weight, bias, operand, d in step.products():
-            found["weights"][f"weight_{side}"][weight * H : (weight + 1) * H] += d.T @ step.operand(operand)
-            if bias is not None:
-                found["weights"][f"bias_{side}"][bias * H : (bias + 1) * H] += d.sum(0)
-            if side == "ih":
-                found["x"]["x"][k] += d @ step.block("weight_ih", weight)
-        for n, d in cell.gradient.vectors.items():
-            parameter, block = n.attribute
-            found["weights"][parameter][block * H : (block + 1) * H] += step.of(d).sum(0)
+        step.add_weight_gradients(found["weights"])
+        found["x"]["x"][k] = step.input_gradient()
         for name, d in cell.gradient.scalars.items():
             found["scalars"][name][k] += step.of(d).sum(-1, keepdims=True)
     found["states"] = dict(zip(arguments["states"], chain, strict=True))

@@ -36,14 +36,7 @@ def expected(cell):
     step = Evaluation(cell, weights, x, [*states.values()], scalars)
     new, dstates = step.after, step.backward(upstream)
     dweights = {name: np.zeros_like(w) for name, w in weights.items()}
-    H = step.shape[1]
-    for side, weight, bias, operand, d in step.products():
-        dweights[f"weight_{side}"][weight * H : (weight + 1) * H] += d.T @ step.operand(operand)
-        if bias is not None:
-            dweights[f"bias_{side}"][bias * H : (bias + 1) * H] += d.sum(0)
-    for n, d in cell.gradient.vectors.items():
-        parameter, block = n.attribute
-        dweights[parameter][block * H : (block + 1) * H] += step.of(d).sum(0)
+    step.add_weight_gradients(dweights)
     return new, dstates, dweights
 
 

@@ -238,7 +238,7 @@ struct Scheduler {
     }
   }
 
-  // Comes back when somebody enters `from`.
+  // Returns when something switches back to `from`.
   void switch_stack(Context& from, Stack& to) {
     from.was_left = true;
     if (_setjmp(from.left)) return;

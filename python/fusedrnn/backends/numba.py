@@ -38,6 +38,7 @@ from fusedrnn.backends.protocol import (
 )
 from fusedrnn.cells import Cell
 from fusedrnn.cells.kernel import Kernel
+from fusedrnn.cells.trace import side
 from fusedrnn.threads import get_num_threads
 
 NARROW = 16  # below this input size, dx is made of dot products
@@ -285,7 +286,7 @@ def _biases(kernel: Kernel) -> Iterator[tuple[str, int, int]]:
     """Each block of a bias and the accumulator that it is added to: parameter, accumulator, block."""
     for k, n in enumerate(kernel.products):
         for operand, block in zip(n.args, n.attribute.biases, strict=True):
-            yield "bias_ih" if operand.op == "input" else "bias_hh", k, block
+            yield f"bias_{side(operand)}", k, block
 
 
 def _nothing(rows: int, columns: int, dtype: np.dtype[Any]) -> Array:

@@ -547,6 +547,11 @@ def kernel(cell: Cell) -> Kernel:
     return Kernel(cell.definition)
 
 
+@functools.cache
+def _written(cell: Cell) -> str:
+    return numba_steps.source(kernel(cell))
+
+
 _lock = threading.Lock()
 _loops: dict[tuple[str, Cell, str], Any] = {}
 
@@ -573,7 +578,7 @@ def steps(cell: Cell, dtype: np.dtype[Any]) -> dict[str, Any]:
     """The functions ``step`` and ``back`` of a cell."""
     functions: dict[str, Any] = {"product": product, "flat": flat, "number": dtype.type}
     functions |= {name: getattr(activations, name) for name in ("tanh", "sigmoid", "relu")}
-    written = numba_steps.source(kernel(cell))
+    written = _written(cell)
     exec(compile(written, f"<{cell}>", "exec"), functions)
     for name in ("step", "back"):
         # Symbols of compiled code go by this name, also of code from Numba's cache: each cell needs its own.
@@ -585,7 +590,7 @@ def _for_cell(direction: str, cell: Cell, dtype: np.dtype[Any]) -> Any:
     loop = _forward_loop if direction == "forward" else _backward_loop
     function = FunctionType(loop.__code__, {**loop.__globals__, **steps(cell, dtype)}, loop.__name__)
     # Numba's cache goes by this name, and sees changes of this file only.
-    function.__qualname__ = f"{direction}_{cell.name}_{_fingerprint(numba_steps.source(kernel(cell)))}"
+    function.__qualname__ = f"{direction}_{cell.name}_{_fingerprint(_written(cell))}"
     signature = _signature(direction, dtype)
     try:
         return njit(signature, cache=True, **OPTIONS)(function)

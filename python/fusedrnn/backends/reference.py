@@ -148,29 +148,11 @@ class ReferenceBackend:
                     dbefore = _each(keeps, lambda keep, d, all_d: d + (1 - keep) * all_d, dbefore, dstate)
                     dbefore = _stopped(step, dbefore)
                     chain = tuple(_put(c, rows, d) for c, d in zip(chain, dbefore, strict=True))
-                    _add_gradients(values, dweights, None if dx is None else dx[t], rows)
+                    values.add_weight_gradients(dweights)
+                    if dx is not None:
+                        dx[t, rows] = values.input_gradient()
         all_weights = Weights(*map(dweights.get, Weights._fields))
         return Gradients(dx, all_weights, chain if "state0" in b.need else None)
-
-
-def _add_gradients(step: Evaluation, dweights: dict[str, Array], dx: Array | None, rows: Any) -> None:
-    """Add one step's part to the gradients that are wanted: of weights by name, and dx (B, I)."""
-    H = step.shape[1]
-
-    def add(parameter: str, block: int, part: Array) -> None:
-        dweights[parameter][block * H : (block + 1) * H] += part
-
-    for side, weight, bias, operand, d in step.products():
-        if f"weight_{side}" in dweights:
-            add(f"weight_{side}", weight, d.T @ step.operand(operand))
-        if bias is not None and f"bias_{side}" in dweights:
-            add(f"bias_{side}", bias, d.sum(axis=0))
-        if side == "ih" and dx is not None:
-            dx[rows] += d @ step.block("weight_ih", weight)
-    for vector, found in step.cell.gradient.vectors.items():
-        parameter, block = vector.attribute
-        if parameter in dweights:
-            add(parameter, block, step.of(found).sum(axis=0))
 
 
 def _dropout(a: ForwardArguments, step: Step) -> Array | None:
@@ -178,9 +160,8 @@ def _dropout(a: ForwardArguments, step: Step) -> Array | None:
     r = a.regularization
     if r is None or r.seed is None or not r.recurrent_dropout:
         return None
-    rate = r.recurrent_dropout
-    kept = masks.keep(rate, "recurrent_dropout", r.seed, r.stream, 0, _numbers(a, step), a.sizes.H)
-    return np.where(kept, 1 / (1 - rate) if rate < 1 else 0, 0).astype(a.x.dtype)
+    rows = _numbers(a, step)
+    return masks.dropout(r.recurrent_dropout, r.seed, r.stream, rows, a.sizes.H).astype(a.x.dtype)
 
 
 def _numbers(a: ForwardArguments, step: Step) -> Array:
@@ -195,16 +176,12 @@ def _keeps(a: ForwardArguments, step: Step) -> tuple[Array | None, ...]:
     if r is None:
         return (None,) * len(a.cell.states)
 
-    def of(kind: str, rate: float, seed: int | None, stream: int) -> Array | None:
-        if not rate:
-            return None
-        rows = _numbers(a, step)
-        if seed is None:
-            return np.full((len(rows), a.sizes.H), 1 - rate).astype(a.x.dtype)
-        return masks.keep(rate, kind, seed, stream, step.t, rows, a.sizes.H).astype(a.x.dtype)
-
     rates = {"h": r.zoneout_h, "c": r.zoneout_c}
-    return tuple(of(f"zoneout_{name}", rates[name], r.seed, r.stream) for name in a.cell.states)
+    found = (
+        masks.zoneout(rates[name], name, r.seed, r.stream, step.t, _numbers(a, step), a.sizes.H)
+        for name in a.cell.states
+    )
+    return tuple(None if keep is None else keep.astype(a.x.dtype) for keep in found)
 
 
 def _each(

@@ -14,11 +14,9 @@ import numpy.typing as npt
 from fusedrnn.cells.activations import OPERATIONS
 from fusedrnn.cells.definition import Definition
 from fusedrnn.cells.graph import Node, number
-from fusedrnn.cells.trace import Norm
+from fusedrnn.cells.trace import Norm, side
 
 Array = npt.NDArray[Any]
-
-
 GIVEN = {"input", "state", "scalar", "upstream"}  # operations that compute nothing
 
 
@@ -90,7 +88,7 @@ class Step:
                 self.values[n] = self.value(n)
 
     def value(self, n: Node) -> Any:
-        """One value from those of its arguments."""
+        """Compute one value from its arguments."""
         args = [self.values[a] for a in n.args if a.op != "input"]
         match n.op:
             case "constant":
@@ -129,9 +127,9 @@ class Step:
             return self.x
         return self.values[n] if self.dropout is None else self.values[n] * self.dropout
 
-    def block(self, parameter: str, number: int) -> Any:
-        """A block of H rows of a parameter; None of one that is not there."""
-        values, H = self.weights.get(parameter), self.shape[1]
+    def block(self, parameter: str, number: int, of: Mapping[str, Any] | None = None) -> Any:
+        """A block of H rows of a parameter, or of its gradient; None of one that is not there."""
+        values, H = (self.weights if of is None else of).get(parameter), self.shape[1]
         return None if values is None else values[number * H : (number + 1) * H]
 
 
@@ -153,6 +151,25 @@ class Evaluation(Step):
         """The value of a node for each row and unit (B, H)."""
         return np.broadcast_to(self.values[n], self.shape)
 
+    def add_weight_gradients(self, dweights: Mapping[str, Array]) -> None:
+        """Add the gradients of this step to those of the weights that are there, by name."""
+        for which, weight, bias, operand, d in self.products():
+            if (dweight := self.block(f"weight_{which}", weight, dweights)) is not None:
+                dweight += d.T @ self.operand(operand)
+            if bias is not None and (dbias := self.block(f"bias_{which}", bias, dweights)) is not None:
+                dbias += d.sum(axis=0)
+        for n, dn in self.cell.gradient.vectors.items():
+            if (dvector := self.block(n.attribute[0], n.attribute[1], dweights)) is not None:
+                dvector += self.of(dn).sum(axis=0)
+
+    def input_gradient(self) -> Array:
+        """The gradient of x (B, I)."""
+        total = np.zeros(self.x.shape, self.x.dtype)
+        for which, weight, _, _, d in self.products():
+            if which == "ih":
+                total += d @ self.block("weight_ih", weight)
+        return total
+
     def products(self) -> Iterator[tuple[str, int, int | None, Node, Array]]:
         """Of each product with each operand: "ih" or "hh", blocks of weight and bias, operand, gradient."""
         for n, d in self.cell.gradient.dense.items():
@@ -161,7 +178,7 @@ class Evaluation(Step):
                 yield side(operand), weight, bias, operand, self.of(d)
 
     def value(self, n: Node) -> Any:
-        """One value from those of its arguments."""
+        """Compute one value from its arguments."""
         match n.op:
             case "transposed":
                 return self.transposed(*n.attribute)
@@ -187,8 +204,3 @@ class Evaluation(Step):
             weight = self.block("weight_hh", n.attribute.weights[n.args.index(operand)])
             total = total + self.of(self.cell.gradient.dense[n]) @ weight
         return total if self.dropout is None else total * self.dropout
-
-
-def side(operand: Node) -> str:
-    """Which weights and biases multiply an operand: weight_ih and bias_ih, or weight_hh and bias_hh."""
-    return "ih" if operand.op == "input" else "hh"

@@ -46,7 +46,7 @@ class Graph:
         self._made: dict[tuple[Any, ...], Node] = {}
 
     def node(self, op: str, *args: Node, attribute: Any = None, shape: str | None = None) -> Node:
-        """The node of this operation; by default its shape is what those of its arguments broadcast to."""
+        """Return the node of this operation. By default its shape is the broadcast shape of its arguments."""
         ids = tuple(a.id for a in args)
         key = (op, tuple(sorted(ids)) if op in COMMUTATIVE else ids, attribute)
         if key not in self._made:

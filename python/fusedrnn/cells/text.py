@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fusedrnn.cells.fusion import Operation
 from fusedrnn.cells.graph import Node, number
 from fusedrnn.cells.rounds import WAITS, rounds
+from fusedrnn.cells.trace import side
 
 if TYPE_CHECKING:
     from fusedrnn.cells.definition import Definition
@@ -124,10 +125,9 @@ class _Names:
 
     def _products(self, n: Node) -> Iterable[str]:
         for k, (operand, weight) in enumerate(zip(n.args, n.attribute.weights, strict=True)):
-            side = "ih" if operand.op == "input" else "hh"
-            yield f"weight_{side}[{weight}] {self.use(operand, 'neg')}"
+            yield f"weight_{side(operand)}[{weight}] {self.use(operand, 'neg')}"
             if n.attribute.biases:
-                yield f"bias_{side}[{n.attribute.biases[k]}]"
+                yield f"bias_{side(operand)}[{n.attribute.biases[k]}]"
 
 
 def _id(item: tuple[Node, Node]) -> int:

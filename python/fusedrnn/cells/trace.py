@@ -29,6 +29,11 @@ class Dense(NamedTuple):
     biases: tuple[int, ...]  # likewise, or empty
 
 
+def side(operand: Node) -> str:
+    """Which weights and biases multiply an operand: weight_ih and bias_ih, or weight_hh and bias_hh."""
+    return "ih" if operand.op == "input" else "hh"
+
+
 class Norm(NamedTuple):
     """``layer``: less the mean, over the standard deviation. ``rms``: over the root mean square."""
 

@@ -104,17 +104,12 @@ def _dropout(r: Regularization, x: Tensor, H: int) -> Tensor | None:
     """(B, H), what recurrent dropout multiplies operands with."""
     if r.seed is None or not r.recurrent_dropout:
         return None
-    rate = r.recurrent_dropout
-    kept = masks.keep(rate, "recurrent_dropout", r.seed, r.stream, 0, np.arange(x.size(1)), H)
-    return torch.as_tensor(np.where(kept, 1 / (1 - rate) if rate < 1 else 0.0, 0.0)).to(x)
+    rows = np.arange(x.size(1))
+    return torch.as_tensor(masks.dropout(r.recurrent_dropout, r.seed, r.stream, rows, H)).to(x)
 
 
 def _keep(r: Regularization, state: str, t: int, x: Tensor, H: int) -> Tensor | None:
     """(B, H), the share of a new state that zoneout keeps."""
     rate = {"h": r.zoneout_h, "c": r.zoneout_c}[state]
-    if not rate:
-        return None
-    B = x.size(1)
-    if r.seed is None:
-        return x.new_full((B, H), 1 - rate)
-    return torch.as_tensor(masks.keep(rate, f"zoneout_{state}", r.seed, r.stream, t, np.arange(B), H)).to(x)
+    found = masks.zoneout(rate, state, r.seed, r.stream, t, np.arange(x.size(1)), H)
+    return None if found is None else torch.as_tensor(found).to(x)

@@ -145,7 +145,7 @@ class Differentiable(torch.autograd.Function):
                 t = arguments[k]
                 arguments[k] = t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
             call, upstream = Call(*arguments[:N]), arguments[N + 3 : N + 8]
-            first = _first(call, upstream, [arguments[k] if k in places else None for k in range(11)])
+            first = _first(call, upstream, arguments[:11])
             pairs = [(d, g) for d, g in zip(first, grads, strict=True) if d is not None and g is not None]
             pairs = [(d, g) for d, g in pairs if d.requires_grad]
             found: list[Tensor | None] = [None] * len(arguments)
