@@ -29,6 +29,7 @@ pytestmark = [
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+ENVIRONMENT = dict(os.environ)  # as it is now: pytest changes it while the threads of a test read it
 RACE = 66  # the exit code with which ThreadSanitizer reports one
 TYPES = [kernels_of(cell).type for cell in (*CELLS, *NORMED[:4])]
 TYPES += ["Regularized<Lstm>", "Regularized<LstmLayerNorm>", "Regularized<GruResetBefore>"]
@@ -37,7 +38,7 @@ TYPES += ["Regularized<Lstm>", "Regularized<LstmLayerNorm>", "Regularized<GruRes
 def run(csrc: Path, arguments: list[str], limit: int, **settings: str) -> subprocess.CompletedProcess[str]:
     """check.py on these sources."""
     command = [sys.executable, HERE / "check.py", *arguments]
-    settings = {**os.environ, "FUSEDRNN_TEST_CSRC": str(csrc), **settings}
+    settings = {**ENVIRONMENT, "FUSEDRNN_TEST_CSRC": str(csrc), **settings}
     options = {"env": settings, "capture_output": True, "text": True, "timeout": limit}
     done = subprocess.run(command, **options)
     if "unexpected memory mapping" in done.stderr:  # ThreadSanitizer, of addresses drawn from too many
