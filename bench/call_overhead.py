@@ -29,10 +29,9 @@ import numpy as np
 
 from fusedrnn import _core, autograd, kernels, layers, system, terminal
 from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.backends.protocol import Weights
-from fusedrnn.cells import GRU, LSTM, Cell
+from fusedrnn.cells import Cell, gru, lstm
 
-CELLS: tuple[Cell, ...] = (LSTM(), GRU())
+CELLS: tuple[Cell, ...] = (lstm, gru)
 SIZES = ((1, 1, 8), (1, 64, 256), (8, 64, 256), (64, 64, 256))  # B, I, H; the first is hardly any arithmetic
 GOALS = {"backend": 5.0, "kernels": 5.0, "layer": 10.0}  # microseconds beyond the arithmetic, forward
 
@@ -91,7 +90,7 @@ def levels(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Block]]:
     """The levels of each kind of call, after a check that they agree."""
     draw = np.random.default_rng(0).standard_normal
     layer = {"lstm": layers.LSTM, "gru": layers.GRU}[cell.name](H, I)
-    weights = Weights(**{name: p._data for name, p in layer.named_params()})
+    weights = {name: p._data for name, p in layer.named_params()}
     x = draw((1, B, I)).astype(np.float32)
     dy = draw((1, B, H)).astype(np.float32)
     state = tuple([draw((B, H)).astype(np.float32) for _ in cell.states])

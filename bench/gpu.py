@@ -29,7 +29,7 @@ from fusedrnn.backends.cuda.jobs import kernels_of
 from fusedrnn.backends.cuda.nvrtc import KERNELS
 from fusedrnn.bench import cuda
 from fusedrnn.bench.runner import OURS
-from fusedrnn.cells import CELLS, GRU, LSTM, RNN, Cell
+from fusedrnn.cells import CELLS, Cell, gru, lstm, rnn
 from fusedrnn.gradcheck_suite import variants
 from fusedrnn.terminal import plain_table
 
@@ -102,9 +102,9 @@ def do_all(run: Run, checks: Iterable[tuple[str, list[str]]], seconds: float, at
 
 # Cells, dtypes and precisions: one by one, as calls compile them, it would take minutes.
 NEEDED: dict[str, tuple[Collection[Cell], list[str]]] = {
-    "first": ([LSTM()], ["float ieee"]),
+    "first": ([lstm], ["float ieee"]),
     "checks": (variants().values(), ["float ieee", "double ieee", "Half fp16", "Bfloat16 bf16"]),
-    "timing": ([LSTM(), GRU(), RNN()], ["float ieee", "float tf32", "Half fp16", "Bfloat16 bf16"]),
+    "timing": ([lstm, gru, rnn], ["float ieee", "float tf32", "Half fp16", "Bfloat16 bf16"]),
 }
 
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from fusedrnn import backends, problems
 from fusedrnn.backends.cuda import CudaBackend
-from fusedrnn.backends.protocol import Array, Weights
+from fusedrnn.backends.protocol import Array
 from fusedrnn.bench.libraries import check
 from fusedrnn.bench.peer_torch import FusedLayer, Place, Torch
-from fusedrnn.cells import CELLS, LSTM, RNN
+from fusedrnn.cells import CELLS, lstm, rnn
 from fusedrnn.cuda import as_cupy, as_numpy
-from fusedrnn.gradcheck import GRADIENT
+from fusedrnn.gradcheck.oracle import GRADIENT
 from fusedrnn.problems import Case, Data, Shape
 
 SMALL, WIDER = Shape(7, 9, 5, 75), Shape(64, 17, 33, 101)  # which every kernel variant can run
@@ -30,18 +30,18 @@ LIMIT = GRADIENT | {"float16": 4e-3, "bfloat16": 3e-2}  # of 16 bits four eps: h
 
 def problem(shape: Shape, cell: str = "lstm", dtype: str = "float32", seed: int = 0) -> Data:
     """NumPy's arrays, with states that are not zero and a gradient for every output."""
-    return problems.make(Case(CELLS[cell](), shape, "step"), np.dtype(dtype), seed)
+    return problems.make(Case(CELLS[cell], shape, "step"), np.dtype(dtype), seed)
 
 
 def results(of: Any, data: Data, put: Callable[[Array], Any] | None = None) -> dict[str, Array]:
     """Every output and gradient of a call, of copies of the arrays on the GPU or as ``put`` makes them."""
     put, states = put or as_cupy, data.case.cell.states
-    weights = Weights(*(None if w is None else put(w) for w in data.weights[0]))
+    weights = {n: put(w) for n, w in data.weights[0].items()}
     out = of.forward(data.case.cell, put(data.x), weights, tuple(put(s[0]) for s in data.state0 or ()))
     back = of.backward(out.tape, put(data.dy), tuple(put(s[0]) for s in data.dstateT))
     found = {"y": out.y, "dx": back.dx} | dict(zip(states, out.stateT, strict=True))
     found |= {f"d{n}": s for n, s in zip(states, back.dstate0, strict=True)}
-    found |= {f"d{n}": w for n, w in back.dweights._asdict().items() if w is not None}
+    found |= {f"d{n}": w for n, w in back.dweights.items()}
     return {name: as_numpy(a) for name, a in found.items()}
 
 
@@ -68,7 +68,7 @@ def cpu(cell: str) -> str:
 
 def api() -> str:
     """``fusedrnn.torch.LSTM`` on CUDA tensors beside ``torch.nn.LSTM`` in float64."""
-    data = problems.make(Case(LSTM(), SMALL), "float32")
+    data = problems.make(Case(lstm, SMALL), "float32")
     ours, theirs = FusedLayer(data, 1, Place("cuda")), Torch(data, 1, Place("cuda", "float64"))
     error = check("fusedrnn", ours.results(), theirs.results(), 1e-4)
     if ours.path != "fused":
@@ -145,15 +145,15 @@ def size(*numbers: str) -> str:
     import cupy
 
     T, B, I, H = map(int, numbers)
-    weights = Weights(*(w if w is None else as_cupy(w) for w in problem(Shape(1, 1, I, H), "rnn").weights[0]))
+    weights = {n: as_cupy(w) for n, w in problem(Shape(1, 1, I, H), "rnn").weights[0].items()}
     draw = cupy.random.default_rng(0).standard_normal
     try:
-        out = CudaBackend().forward(RNN(), draw((T, B, I), dtype=cupy.float32), weights)
+        out = CudaBackend().forward(rnn, draw((T, B, I), dtype=cupy.float32), weights)
         back = CudaBackend().backward(out.tape, draw((T, B, H), dtype=cupy.float32))
     except cupy.cuda.memory.OutOfMemoryError:
         return "not run: out of memory"
-    for a in (out.y, back.dx, *back.dweights):
-        if a is not None and not bool(cupy.isfinite(a).all()):
+    for a in (out.y, back.dx, *back.dweights.values()):
+        if not bool(cupy.isfinite(a).all()):
             raise AssertionError("not finite")
     return "finite"
 

@@ -27,9 +27,10 @@ NAMES = {
 
 def measure() -> dict[str, Any]:
     from fusedrnn import gradcheck_suite, system
+    from fusedrnn.gradcheck import tables
     from fusedrnn.problems import Shape
 
-    def progress(done: int, total: int, row: gradcheck_suite.Row) -> None:
+    def progress(done: int, total: int, row: tables.Row) -> None:
         print(
             end=f"\r\x1b[K{done} of {total}: {row.cell} {row.backend} {row.isa} {row.option}", file=sys.stderr
         )
@@ -42,10 +43,10 @@ def measure() -> dict[str, Any]:
     for row in rows:
         if row.passed is not True:
             print(f"{row.cell} {row.backend} {row.isa} {row.dtype} {row.option}: {row.note}", file=sys.stderr)
-    header, text = gradcheck_suite.format_tensors(rows)
+    header, text = tables.format_tensors(rows)
     proofs = dict.fromkeys(gradcheck_suite.variants(), 0.0)
     for row in rows:
-        if row.backend == gradcheck_suite.ORACLE:
+        if row.backend == tables.ORACLE:
             proofs[row.cell] = max(proofs[row.cell], *row.errors.values())
     return {
         "environment": system.environment(),

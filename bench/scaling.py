@@ -56,9 +56,9 @@ def call_of(shape: Sequence[int]) -> Callable[[], Any]:
     """Forward + backward of one problem, the one that ``fusedrnn bench`` times."""
     from fusedrnn import problems
     from fusedrnn.bench.libraries import Native
-    from fusedrnn.cells import LSTM
+    from fusedrnn.cells import lstm
 
-    case = problems.Case(LSTM(), problems.Shape(*shape))
+    case = problems.Case(lstm, problems.Shape(*shape))
     return Native(problems.make(case, "float32"), "cpu")
 
 
@@ -118,7 +118,7 @@ def measure_machine(threads: int, caches: dict[str, str], quick: bool) -> dict[s
     """What ``model.Machine`` holds; the small costs of the kernels from problems with hardly any products."""
     from fusedrnn import kernels, problems
     from fusedrnn._core import testing
-    from fusedrnn.cells import LSTM
+    from fusedrnn.cells import lstm
     from fusedrnn.threads import set_num_threads
 
     repeats = 5 if quick else 21
@@ -155,11 +155,11 @@ def measure_machine(threads: int, caches: dict[str, str], quick: bool) -> dict[s
     steps, cells = (1024, 1, 1, 16), (32, 256, 1, 32)
     found["step"] = rest(steps) / steps[0]
     found["unit"] = rest(cells) / math.prod((cells[0], cells[1], cells[3]))
-    weights = problems.make(problems.Case(LSTM(), problems.Shape(1, 1, 512, 512)), "float32").weights[0]
+    weights = problems.make(problems.Case(lstm, problems.Shape(1, 1, 512, 512)), "float32").weights[0]
 
     def pack() -> float:
         start = time.perf_counter()
-        kernels.pack(LSTM(), weights, backend="cpu")
+        kernels.pack(lstm, weights, backend="cpu")
         return time.perf_counter() - start
 
     found["weight"] = statistics.median(repeat(pack, repeats)) / (model.GATES * 512 * 1024)

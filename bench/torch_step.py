@@ -21,10 +21,10 @@ import torch
 from fusedrnn import kernels, system
 from fusedrnn.bench.report import BUSY
 from fusedrnn.bench.timing import Others, ratio, same_threads, spread, time_blocks
+from fusedrnn.cells import lstm
 from fusedrnn.threads import set_num_threads, set_thread_pool
 
 SHAPES = ((64, 16, 128, 128), (30, 30, 1, 100))  # T, B, I, H
-CELL = kernels.LSTM()
 
 
 class Fused(torch.autograd.Function):
@@ -32,15 +32,16 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, *parameters):
-        weights = kernels.Weights(*(p.detach().numpy() for p in parameters))
-        y, _, _, ctx.tape = kernels.forward(CELL, x.detach().numpy(), weights)
+        weights = {name: p.detach().numpy() for name, p in zip(lstm.blocks, parameters, strict=True)}
+        y, _, _, ctx.tape = kernels.forward(lstm, x.detach().numpy(), weights)
         return torch.from_numpy(y)
 
     @staticmethod
     def backward(ctx, dy):
-        need = [name for name, wanted in zip(kernels.NEED, ctx.needs_input_grad, strict=False) if wanted]
+        names = ("x", *lstm.blocks)
+        need = [name for name, wanted in zip(names, ctx.needs_input_grad, strict=True) if wanted]
         dx, dweights, _ = kernels.backward(ctx.tape, dy.contiguous().numpy(), need=need)
-        return tuple(None if g is None else torch.from_numpy(g) for g in (dx, *dweights))
+        return tuple(None if g is None else torch.from_numpy(g) for g in (dx, *dweights.values()))
 
 
 class FusedLSTM(torch.nn.LSTM):

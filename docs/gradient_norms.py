@@ -13,7 +13,7 @@ import numpy as np
 
 from fusedrnn import kernels
 from fusedrnn.backends.protocol import Weights
-from fusedrnn.cells import LSTM, RNN, Cell
+from fusedrnn.cells import Cell, lstm, rnn
 
 T, B, I, H = 100, 8, 4, 64
 
@@ -25,14 +25,15 @@ def orthogonal(draw: np.random.Generator) -> np.ndarray:
 def weights(cell: Cell, gain: float, forget_bias: float = 0.0) -> Weights:
     """Each gate's recurrent weights orthogonal times ``gain``, input weights small, bias zero but for f."""
     draw = np.random.default_rng(3)
-    bias = np.zeros((cell.gates, H))
+    gates = cell.blocks["weight_ih"]
+    bias = np.zeros((gates, H))
     if cell.name == "lstm":
         bias[1] = forget_bias
-    return Weights(
-        weight_ih=draw.standard_normal((cell.gates * H, I)) * 0.1,
-        weight_hh=np.concatenate([gain * orthogonal(draw) for _ in range(cell.gates)]),
-        bias_ih=bias.ravel(),
-    )
+    return {
+        "weight_ih": draw.standard_normal((gates * H, I)) * 0.1,
+        "weight_hh": np.concatenate([gain * orthogonal(draw) for _ in range(gates)]),
+        "bias_ih": bias.ravel(),
+    }
 
 
 def norms(cell: Cell, w: Weights) -> np.ndarray:
@@ -58,11 +59,11 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     curves = (  # colours that colour-blind readers tell apart
-        ("Elman, gain 0.8", RNN(), weights(RNN(), 0.8), "#d55e00", "-"),
-        ("Elman, gain 1.0", RNN(), weights(RNN(), 1.0), "#e69f00", "--"),
-        ("Elman, gain 1.6", RNN(), weights(RNN(), 1.6), "#cc79a7", ":"),
-        ("LSTM, forget bias 0", LSTM(), weights(LSTM(), 0.5), "#56b4e9", "--"),
-        ("LSTM, forget bias 4", LSTM(), weights(LSTM(), 0.5, 4.0), "#0072b2", "-"),
+        ("Elman, gain 0.8", rnn, weights(rnn, 0.8), "#d55e00", "-"),
+        ("Elman, gain 1.0", rnn, weights(rnn, 1.0), "#e69f00", "--"),
+        ("Elman, gain 1.6", rnn, weights(rnn, 1.6), "#cc79a7", ":"),
+        ("LSTM, forget bias 0", lstm, weights(lstm, 0.5), "#56b4e9", "--"),
+        ("LSTM, forget bias 4", lstm, weights(lstm, 0.5, 4.0), "#0072b2", "-"),
     )
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for label, cell, w, colour, style in curves:

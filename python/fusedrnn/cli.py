@@ -181,11 +181,11 @@ def run_bench(args: argparse.Namespace) -> None:
     check_writable("--plot", args.plot)
     if args.plot:
         from fusedrnn.bench import plot  # says what to install where matplotlib is missing
-    cell = CELLS[args.cell]() if args.cell else None
+    cell = CELLS[args.cell] if args.cell else None
     suite = args.suite or ("core" if args.device == "cpu" else "gpu")
     listed = problems.SUITES[suite]
     if args.shape:
-        listed = tuple(problems.Case(cell or CELLS["lstm"](), each) for each in args.shape)
+        listed = tuple(problems.Case(cell or CELLS["lstm"], each) for each in args.shape)
     cases = problems.select(listed, cell, args.forward)
     if args.quick and not args.shape:
         cases = problems.quick(cases)
@@ -262,6 +262,7 @@ def print_cuda(report: dict[str, Any]) -> None:
 
 def add_gradcheck(parser: argparse.ArgumentParser) -> None:
     from fusedrnn import gradcheck_suite
+    from fusedrnn.gradcheck import tables
 
     parser.description = (
         "Compares every output and gradient of every cell, backend, dtype and option with a reference in "
@@ -270,7 +271,7 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
     )
     choices = {
         "cell": list(CELLS),
-        "backend": [gradcheck_suite.ORACLE, *backends.NAMES],
+        "backend": [tables.ORACLE, *backends.NAMES],
         "dtype": list(gradcheck_suite.DTYPES),
         "option": list(gradcheck_suite.OPTIONS),
     }
@@ -289,8 +290,9 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
 
 def run_gradcheck(args: argparse.Namespace) -> None:
     from fusedrnn import gradcheck_suite
+    from fusedrnn.gradcheck import tables
 
-    def progress(done: int, total: int, row: gradcheck_suite.Row) -> None:
+    def progress(done: int, total: int, row: tables.Row) -> None:
         note(f"{done} of {total}: {row.cell} {row.backend} {row.dtype} {row.option}")
 
     rows = gradcheck_suite.run_suite(
@@ -305,14 +307,14 @@ def run_gradcheck(args: argparse.Namespace) -> None:
     )
     note("")
     if args.tensors:
-        header, cells = gradcheck_suite.format_tensors(rows)
+        header, cells = tables.format_tensors(rows)
     else:
-        header, cells = gradcheck_suite.format_rows(rows if args.verbose else gradcheck_suite.summarize(rows))
+        header, cells = tables.format_rows(rows if args.verbose else tables.summarize(rows))
         if not args.verbose:
             header = tuple("options" if name == "option" else name for name in header)
     left = 3 if args.tensors else 4
     terminal.table("Largest error, relative to each tensor's largest entry", header, cells, left)
-    for line in gradcheck_suite.format_notes(rows):
+    for line in tables.format_notes(rows):
         print(line)
     wrong = [row for row in rows if row.passed is False]
     absent = [row for row in rows if row.passed is None]

@@ -13,7 +13,6 @@ import numpy as np
 from fusedrnn import autograd, cuda, kernels, multilayer
 from fusedrnn.autograd import Array, Function, Variable, as_variable, config, sum_to
 from fusedrnn.backends.arguments import booleans
-from fusedrnn.backends.protocol import Weights
 from fusedrnn.cells import Cell
 
 
@@ -274,7 +273,7 @@ class Fused(Function):
             out = run(self.cell, x, self.packed.weights, state0, **self.options)
         else:
             each = iter(arrays)
-            weights = [Weights(**{name: next(each) for name in names}) for names in self.names]
+            weights = [{name: next(each) for name in names} for names in self.names]
             if self.single:
                 out = kernels.forward(self.cell, x, weights[0], state0, **self.options)
             else:
@@ -301,7 +300,7 @@ class Fused(Function):
             dx, slots, dstate0 = multilayer.backward_multilayer(self.tape, dy, dstateT, dstates, need=need)
         if self.step and dx is not None:
             dx = dx[0]
-        found = [getattr(slot, name) for slot, names in zip(slots, self.names, strict=True) for name in names]
+        found = [slot[name] for slot, names in zip(slots, self.names, strict=True) for name in names]
         states = () if len(self.inputs) == 1 + len(self.flat) else dstate0 or (None,) * n
         return dx, *found, *states
 
@@ -317,7 +316,7 @@ def _contiguous(array: Any, dtype: Any) -> Array:
 
 def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> kernels.Packed:
     """Weights prepared for repeated steps of a ``Fused`` node."""
-    return kernels.pack(cell, Weights(**dict(zip(names, arrays, strict=True))), backend=backend)
+    return kernels.pack(cell, dict(zip(names, arrays, strict=True)), backend=backend)
 
 
 def exp(x: Any) -> Variable:

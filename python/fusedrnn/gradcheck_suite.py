@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,11 @@ import numpy as np
 
 from fusedrnn import backends as registry
 from fusedrnn import cuda, kernels, multilayer
-from fusedrnn.backends.protocol import Array, Regularization, Unsupported, Weights
+from fusedrnn.backends.arguments import check_cell
+from fusedrnn.backends.protocol import Array, Regularization, Unsupported
 from fusedrnn.cells import CELLS, Cell
-from fusedrnn.gradcheck import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
+from fusedrnn.gradcheck.oracle import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
+from fusedrnn.gradcheck.tables import ORACLE, Row
 from fusedrnn.problems import Shape
 
 
@@ -69,44 +71,26 @@ OPTIONS = {
 DTYPES = ("float32", "float64")
 SIZES = (Shape(13, 5, 3, 7), Shape(37, 19, 5, 17), Shape(256, 2, 1, 31))
 QUICK = SIZES[:1]
-ORACLE = "oracle"  # in the column of the backends: the proof of what they are compared with
 # Complex steps in long double against the hand-written backward pass, relative to the gradient's 2-norm;
 # where long double is no wider than float64, what complex steps reach there.
 PROOF = max(1e-16, min(1e-13, 1000 * float(np.finfo(WIDE).eps)))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One cell, backend, dtype and option; of each tensor the worst over the sizes."""
-
-    cell: str
-    backend: str
-    isa: str  # instruction set, of the cpu backend
-    dtype: str
-    option: str
-    errors: dict[str, float]  # largest difference from the oracle, relative to the tensor's largest entry
-    numpy: dict[str, float]  # that of plain NumPy in the same dtype
-    limits: dict[str, float]
-    passed: bool | None  # None: not run, and note says why
-    seconds: float
-    note: str = ""
 
 
 def variants() -> dict[str, Cell]:
     """Every cell with every combination of its options, by name: rnn, rnn relu=True, lstm, ..."""
     found: dict[str, Cell] = {}
     for name, cell in CELLS.items():
-        switches = [f for f in dataclasses.fields(cell) if isinstance(f.default, bool)]
-        switches = [f for f in switches if f.name != "layer_norm"]  # that is one of OPTIONS
-        for values in itertools.product(*([f.default, not f.default] for f in switches)):
-            chosen: dict[str, Any] = {f.name: v for f, v in zip(switches, values, strict=True)}
-            other = [f" {f.name}={chosen[f.name]}" for f in switches if chosen[f.name] != f.default]
-            found[name + "".join(other)] = cell(**chosen)
+        # layer norm is one of OPTIONS
+        switches = {n: v for n, v in cell.options.items() if isinstance(v, bool) and n != "layer_norm"}
+        for values in itertools.product(*([value, not value] for value in switches.values())):
+            chosen = dict(zip(switches, values, strict=True))
+            other = [f" {n}={value}" for n, value in chosen.items() if value != switches[n]]
+            found[name + "".join(other)] = cell.with_options(**chosen)
     return found
 
 
 def run_suite(
-    cells: Sequence[str] | None = None,
+    cells: Sequence[str | Cell] | None = None,
     backends: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
     options: Sequence[str] | None = None,
@@ -122,7 +106,8 @@ def run_suite(
     and within 4 times plain NumPy's error, for which at least 4 machine epsilons count.
 
     Args:
-        cells: Names out of ``CELLS`` ("rnn" is both of its forms) or ``variants()``; None: all.
+        cells: Names out of ``CELLS`` ("rnn" is both of its forms) or ``variants()``, and cells of your own,
+            which run with the options that they have; None: all that are built in.
         backends: Names out of ``fusedrnn.backends.NAMES``, "oracle"; None: all that can run here. Of those
             that cannot there is one row, not passed and not failed, which says why.
         dtypes: "float32", "float64"; None: both.
@@ -138,15 +123,23 @@ def run_suite(
         RuntimeError: A backend asked for by name cannot run here, or a process of a level broke off.
     """
     every = variants()
-    _known("cells", cells, [*CELLS, *every])
+    own = [c for c in cells or () if isinstance(c, Cell)]
+    _known("cells", cells, [*CELLS, *every, *own])
     _known("backends", backends, [ORACLE, *registry.NAMES])
     _known("dtypes", dtypes, DTYPES)
     _known("options", options, OPTIONS)
     _known("levels", levels, available_levels())
     chosen = {n: c for n, c in every.items() if cells is None or n in cells or c.name in cells}
+    chosen |= {check_cell(c).name: c for c in own}
     asked = [ORACLE, *registry.NAMES] if backends is None else list(backends)
     dtypes = DTYPES if dtypes is None else dtypes
     options = tuple(OPTIONS) if options is None else options
+    pairs = [
+        (name, cell, option)
+        for name, cell in chosen.items()
+        for option in options
+        if not OPTIONS[option].layer_norm or "layer_norm" in cell.options
+    ]
 
     rows: list[Row] = []
     running = []
@@ -162,27 +155,24 @@ def run_suite(
     isolated = levels if levels is not None and "cpu" in running else ()
     if "cpu" in running and not isolated:
         here.insert(0, "cpu")
-    per_backend = len(chosen) * len(options) * len(dtypes)
-    total = per_backend * (len(here) + len(isolated)) + (ORACLE in running) * len(chosen) * len(options)
-    total += len(rows)
+    total = len(pairs) * (len(dtypes) * (len(here) + len(isolated)) + (ORACLE in running)) + len(rows)
 
     def done(row: Row) -> None:
         rows.append(row)
         if progress is not None:
             progress(len(rows), total, row)
 
-    for cell_name, cell in chosen.items():
-        for option in options:
-            if ORACLE in running:
-                done(_prove(cell_name, cell, option, sizes[0], seed))
-            for dtype in dtypes if here else ():
-                problems = [_draw(cell, OPTIONS[option], size, np.dtype(dtype), seed) for size in sizes]
-                truths = [_results(p.cast(WIDE), "reference") for p in problems]
-                plain = [_results(p, "reference") for p in problems]
-                for backend in here:
-                    done(_row(cell_name, backend, dtype, option, problems, truths, plain))
+    for cell_name, cell, option in pairs:
+        if ORACLE in running:
+            done(_prove(cell_name, cell, option, sizes[0], seed))
+        for dtype in dtypes if here else ():
+            problems = [_draw(cell, OPTIONS[option], size, np.dtype(dtype), seed) for size in sizes]
+            truths = [_results(p.cast(WIDE), "reference") for p in problems]
+            plain = [_results(p, "reference") for p in problems]
+            for backend in here:
+                done(_row(cell_name, backend, dtype, option, problems, truths, plain))
     for level in isolated:
-        for row in _isolated(level, list(chosen), dtypes, options, seed, sizes):
+        for row in _isolated(level, [name for name in chosen if name in every], dtypes, options, seed, sizes):
             done(row)
     return rows
 
@@ -197,12 +187,13 @@ def available_levels() -> list[str]:
     return [level for level in info["built"] if level in info["detected"]]
 
 
-def _known(argument: str, names: Sequence[str] | None, known: Any) -> None:
+def _known(argument: str, names: Sequence[Any] | None, known: Any) -> None:
     if isinstance(names, str):
         raise TypeError(f"{argument}: expected a list of names, got the text {names!r}")
     for name in names or ():
         if name not in known:
-            raise ValueError(f"{argument}: expected names out of {', '.join(known)}, got {name!r}")
+            expected = ", ".join(k for k in known if isinstance(k, str))
+            raise ValueError(f"{argument}: expected names out of {expected}, got {name!r}")
 
 
 @dataclass(frozen=True)
@@ -212,7 +203,7 @@ class _Problem:
     cell: Cell
     option: Option
     x: Array
-    weights: tuple[Weights, ...]  # layer by layer, forward before reverse
+    weights: tuple[dict[str, Array], ...]  # layer by layer, forward before reverse
     state0: tuple[Array, ...] | None  # in front layers x directions, as in all that follows
     lengths: Array | None
     reset: Array | None
@@ -227,8 +218,8 @@ class _Problem:
         def mapped(value: Any) -> Any:
             if isinstance(value, np.ndarray):
                 return function(value) if value.dtype.kind in "fc" else value
-            if isinstance(value, Weights):
-                return Weights(*map(mapped, value))
+            if isinstance(value, dict):
+                return {name: mapped(array) for name, array in value.items()}
             return tuple(map(mapped, value)) if isinstance(value, tuple) else value
 
         return dataclasses.replace(
@@ -245,7 +236,7 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
     D = 2 if option.bidirectional else 1
     N = option.layers * D
     rng = np.random.default_rng([seed, T, B, I, H])
-    cell = dataclasses.replace(cell, layer_norm=option.layer_norm)
+    cell = cell.with_options(layer_norm=True) if option.layer_norm else cell
     own = "both" if cell.two_biases else "ih"
     biases = own if option.biases == "own" else option.biases
 
@@ -255,28 +246,24 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
     def uniform(*shape: int) -> Array:
         return rng.uniform(-(H**-0.5), H**-0.5, shape)
 
-    rows = cell.gates * H
-    weights = tuple(
-        Weights(
-            uniform(rows, I if n < D else H * D),
-            uniform(rows, H),
-            uniform(rows) if biases in ("ih", "both") else None,
-            uniform(rows) if biases in ("hh", "both") else None,
-        )
-        for n in range(N)
-    )
-    weights = tuple(w._replace(**_norm_weights(cell, H, rng)) for w in weights)
+    absent = {"ih": ["bias_hh"], "hh": ["bias_ih"], "both": []}.get(biases, ["bias_ih", "bias_hh"])
+    plain = {n: count * H for n, count in cell.blocks.items() if n not in (*absent, *cell.vectors)}
+    weights: tuple[dict[str, Array], ...] = ()
+    for n in range(N):
+        columns = {"weight_ih": (I if n < D else H * D,), "weight_hh": (H,)}
+        weights += ({name: uniform(rows, *columns.get(name, ())) for name, rows in plain.items()},)
+    weights = tuple(w | _norm_weights(cell, H, rng) for w in weights)
     lengths = rng.integers(1, T + 1, B) if option.lengths else None
     if lengths is not None:
         lengths[: min(2, B)] = (T, 0)[: min(2, B)]
-    states = len(cell.states)
+    states, starts = len(cell.states), cell.trace.start.values()
     keep = 1 - option.dropout
     problem = _Problem(
         cell,
         option,
         x=normal(T, B, I),
         weights=weights,
-        state0=tuple(normal(N, B, H) for _ in range(states)) if option.state0 else None,
+        state0=tuple(_state(start, normal(N, B, H)) for start in starts) if option.state0 else None,
         lengths=lengths,
         reset=rng.random((T, B)) < 0.1 if option.reset else None,
         masks=tuple(np.where(rng.random((T, B, H * D)) < keep, 1 / keep, 0) for _ in range(option.layers - 1))
@@ -289,11 +276,14 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
     return problem.cast(dtype)
 
 
+def _state(start: float, normal: Array) -> Array:
+    """A state; one that starts elsewhere than at 0 may be a divisor, or have a logarithm."""
+    return start * (1 + abs(normal)) if start else normal
+
+
 def _norm_weights(cell: Cell, H: int, rng: np.random.Generator) -> dict[str, Array]:
     """Of layer norm: gains about 0.1, as in Cooijmans et al. 2016 (about 1 many problems are chaotic)."""
-    drawn = {
-        name: rng.standard_normal(H if name.endswith("_c") else cell.gates * H) / 4 for name in cell.vectors
-    }
+    drawn = {name: rng.standard_normal(cell.blocks[name] * H) / 4 for name in cell.vectors}
     return drawn | {name: 0.1 * (1 + drawn[name]) for name in drawn if name.startswith("gain")}
 
 
@@ -325,9 +315,9 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
         rest = {n: cuda.as_cupy(a) for n in ("lengths", "reset") if (a := getattr(p, n)) is not None}
         p = dataclasses.replace(p, **rest)
     option, names = p.option, p.cell.states
-    zoneout_c = option.zoneout if "c" in names else 0.0
+    zoneout_h, zoneout_c = (option.zoneout if state in names else 0.0 for state in "hc")
     shared: dict[str, Any] = {
-        "regularization": Regularization(option.recurrent_dropout, option.zoneout, zoneout_c, seed=len(p.x)),
+        "regularization": Regularization(option.recurrent_dropout, zoneout_h, zoneout_c, len(p.x)),
         "lengths": p.lengths,
         "reset": p.reset,
         "return_states": option.return_states,
@@ -354,9 +344,7 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
     else:
         dx, dweights, dstate0 = multilayer.backward_multilayer(out.tape, p.dy, p.dstateT, p.dstates)
     found["dx"] = (dx,)
-    for name, w in p.weights[0]._asdict().items():
-        if w is not None:
-            found[f"d{name}"] = tuple(getattr(d, name) for d in dweights)
+    found |= {f"d{name}": tuple(d[name] for d in dweights) for name in p.weights[0]}
     found |= {f"d{n}0": (s,) for n, s in zip(names, dstate0 or (None,) * len(names), strict=True)}
     return _on_host(found)
 
@@ -425,7 +413,7 @@ def _row(
         seconds += time.perf_counter() - start
         numpy = _errors(same, truth, kind)
         for name in names:
-            T, B, I, H = *problem.x.shape, problem.weights[0].weight_hh.shape[1]
+            T, B, I, H = *problem.x.shape, problem.dy.shape[2] // (2 if problem.option.bidirectional else 1)
             if found[name] > limits[name]:
                 notes.append(f"{name} {found[name]:.2g} > {limits[name]:.2g} at {Shape(T, B, I, H)}")
             elif found[name] > TIMES_NUMPY * max(numpy[name], floor):
@@ -461,17 +449,17 @@ def _prove(cell_name: str, cell: Cell, option: str, size: Shape, seed: int) -> R
         steps = [1j * h * v for v in directions]
         if name == "dx":
             moved = dataclasses.replace(lifted, x=lifted.x + steps[0])
-        elif name[1:] in Weights._fields:
+        elif name[1:] in p.weights[0]:
             moved = dataclasses.replace(
                 lifted,
                 weights=tuple(
-                    w._replace(**{name[1:]: getattr(w, name[1:]) + s})
-                    for w, s in zip(lifted.weights, steps, strict=True)
+                    w | {name[1:]: w[name[1:]] + s} for w, s in zip(lifted.weights, steps, strict=True)
                 ),
             )
         else:
             shape = (len(p.weights), *p.dstateT[0].shape[1:])
-            begin = lifted.state0 or tuple(np.zeros(shape, np.clongdouble) for _ in cell.states)
+            starts = cell.trace.start.values()
+            begin = lifted.state0 or tuple(np.full(shape, n, np.clongdouble) for n in starts)
             k = cell.states.index(name[1:-1])
             begin = tuple(s + steps[0].reshape(shape) if k == n else s for n, s in enumerate(begin))
             moved = dataclasses.replace(lifted, state0=begin)
@@ -535,103 +523,3 @@ def serve() -> None:
         print(json.dumps(dataclasses.asdict(row)), flush=True)
 
     run_suite(backends=["cpu"], progress=progress, **asked)
-
-
-# --- tables -------------------------------------------------------------------------------------------------
-
-COLUMNS = ("cell", "backend", "dtype", "option", "outputs", "NumPy", "gradients", "NumPy", "s", "passed")
-
-
-def format_rows(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of text: of each row the worst output and the worst gradient, beside plain NumPy's."""
-
-    def worst(figures: Mapping[str, float], gradient: bool) -> str:
-        found = [v for name, v in figures.items() if name.startswith("d") == gradient]
-        return f"{max(found):.1e}" if found else ""
-
-    return COLUMNS, [
-        (
-            row.cell,
-            f"{row.backend} {row.isa}".strip(),
-            row.dtype,
-            row.option,
-            worst(row.errors, False),
-            worst(row.numpy, False),
-            worst(row.errors, True),
-            worst(row.numpy, True),
-            f"{row.seconds:.2f}" if row.passed is not None else "",
-            {True: "yes", False: "NO", None: "not run"}[row.passed],
-        )
-        for row in rows
-    ]
-
-
-def summarize(rows: Sequence[Row]) -> list[Row]:
-    """One row for each cell, backend and dtype: of each tensor the worst over the options; ``option`` says
-    how many of them have passed."""
-    found: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        found.setdefault((row.cell, row.backend, row.isa, row.dtype), []).append(row)
-    return [_worst(same) for same in found.values()]
-
-
-def _worst(rows: Sequence[Row]) -> Row:
-    """The rows of one cell, backend and dtype as one."""
-    run = [row for row in rows if row.passed is not None]
-    if not run:
-        return rows[0]
-
-    def largest(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-        return {name: max(f.get(name, 0.0) for f in figures) for each in figures for name in each}
-
-    return dataclasses.replace(
-        run[0],
-        option=f"{sum(bool(row.passed) for row in run)} of {len(rows)}",
-        errors=largest([row.errors for row in run]),
-        numpy=largest([row.numpy for row in run]),
-        limits=largest([row.limits for row in run]),
-        passed=all(row.passed for row in run),
-        seconds=sum(row.seconds for row in run),
-    )
-
-
-def format_notes(rows: Sequence[Row]) -> list[str]:
-    """What failed, and why something was not run: a line for each different reason."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.passed is not True:
-            found.setdefault(("failed" if row.passed is False else "not run", row.note), []).append(row)
-    lines = []
-    for (what, note), same in found.items():
-        first = same[0]
-        where = (first.cell, first.backend, first.isa, first.dtype, first.option)
-        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
-        lines.append(f"{what}: {', '.join(filter(None, where))}{more}: {note}")
-    return lines
-
-
-def format_tensors(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of text: of each cell, dtype and tensor the worst over all options, by backend.
-
-    The second last column is plain NumPy's error in the same dtype, the last the limit.
-    """
-    run = [row for row in rows if row.passed is not None and row.backend not in (ORACLE, "reference")]
-    run.sort(key=lambda row: registry.NAMES.index(row.backend))
-    columns = list(dict.fromkeys(row.isa or row.backend for row in run))
-    worst: dict[tuple[str, str, str], dict[str, float]] = {}
-    for row in run:
-        for tensor, error in row.errors.items():
-            found = worst.setdefault((row.cell, row.dtype, tensor), {})
-            for column, value in (
-                (row.isa or row.backend, error),
-                ("NumPy", row.numpy[tensor]),
-                ("limit", row.limits[tensor]),
-            ):
-                found[column] = max(found.get(column, 0.0), value)
-    columns += ["NumPy", "limit"]
-    order = list(dict.fromkeys(tensor for row in run for tensor in row.errors))
-    cells = list(dict.fromkeys(row.cell for row in run))
-    keys = sorted(worst, key=lambda k: (cells.index(k[0]), k[1], order.index(k[2])))
-    return ("cell", "dtype", "tensor", *columns), [
-        (*key, *(f"{worst[key][c]:.1e}" if c in worst[key] else "" for c in columns)) for key in keys
-    ]

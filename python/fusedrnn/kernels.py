@@ -1,6 +1,6 @@
 """The stateless API: one layer in one direction, forward and backward, NumPy in and NumPy out.
 
-    y, stateT, states, tape = forward(LSTM(), x, Weights(weight_ih, weight_hh, bias_ih))
+    y, stateT, states, tape = forward(lstm, x, {"weight_ih": weight_ih, "weight_hh": weight_hh})
     dx, dweights, dstate0 = backward(tape, dy)
 
 Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (= H), ``G`` gates. What a
@@ -11,7 +11,7 @@ arrays of a call are of one kind.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ import numpy as np
 from fusedrnn import backends, cuda
 from fusedrnn.backends.arguments import check_batch_sizes, listed
 from fusedrnn.backends.protocol import (
-    NEED,
     Array,
     Backend,
     Forward,
@@ -30,13 +29,9 @@ from fusedrnn.backends.protocol import (
     State,
     Weights,
 )
-from fusedrnn.cells import GRU, LSTM, RNN, Cell
+from fusedrnn.cells import Cell, gru, lstm, rnn
 
 __all__ = [
-    "GRU",
-    "LSTM",
-    "NEED",
-    "RNN",
     "Cell",
     "Forward",
     "Gradients",
@@ -47,7 +42,10 @@ __all__ = [
     "Weights",
     "backward",
     "forward",
+    "gru",
+    "lstm",
     "pack",
+    "rnn",
 ]
 
 
@@ -120,7 +118,8 @@ def pack(cell: Cell, weights: Weights, backend: str | None = None) -> Packed:
     The result is stale as soon as a weight changes; whoever changes it packs anew.
 
     Args:
-        cell: ``RNN()``, ``LSTM()`` or ``GRU()`` with its options.
+        cell: ``lstm``, ``gru`` or ``rnn``, also with options, ``gru.with_options(reset_after=False)``; or any
+            other, on the backends that run it.
         weights: As in ``forward``.
         backend: As in ``forward``.
 
@@ -131,7 +130,7 @@ def pack(cell: Cell, weights: Weights, backend: str | None = None) -> Packed:
         TypeError, ValueError: An argument is wrong; the message names it.
         RuntimeError: The backend cannot run here.
     """
-    chosen = _chosen(backend, getattr(weights, "weight_ih", None))
+    chosen = _chosen(backend, weights.get("weight_ih") if isinstance(weights, Mapping) else None)
     return Packed(chosen, cell, chosen.pack(cell, weights))
 
 
@@ -153,17 +152,19 @@ def forward(
 ) -> Forward:
     """Run one layer in one direction over a whole sequence.
 
-    Formulas and their sources are in ``fusedrnn.cells.builtin``: Elman 1990 for ``RNN``, Hochreiter and
-    Schmidhuber 1997 with the forget gate of Gers et al. 2000 for ``LSTM``, Cho et al. 2014 for
-    ``GRU(reset_after=False)``, and PyTorch's and cuDNN's form for ``GRU()``; Ba, Kiros and Hinton 2016 for
+    Formulas and their sources are in ``fusedrnn.cells.builtin``: Elman 1990 for ``rnn``, Hochreiter and
+    Schmidhuber 1997 with the forget gate of Gers et al. 2000 for ``lstm``, PyTorch's and cuDNN's form for
+    ``gru``, Cho et al. 2014 for ``gru`` with ``reset_after=False``; Ba, Kiros and Hinton 2016 for
     ``layer_norm=True``.
 
     Args:
-        cell: ``RNN()``, ``LSTM()`` or ``GRU()`` with its options.
+        cell: ``lstm``, ``gru`` or ``rnn``, also with options, ``gru.with_options(reset_after=False)``; or any
+            other, on the backends that run it.
         x: (T, B, I), any strides over T and B; float32 or float64 (long double and complex in the reference).
-        weights: ``Weights`` in PyTorch's layout, weight_ih (G*H, I), weight_hh (G*H, P), bias_ih and bias_hh
-            (G*H,) or None, of x's dtype; of a cell with ``layer_norm`` also gain_ih and gain_hh (G*H,), of an
-            LSTM gain_c and bias_c (H,); or what ``pack`` returned.
+        weights: By name, in PyTorch's layout and of x's dtype: weight_ih (G*H, I), weight_hh (G*H, P),
+            bias_ih and bias_hh (G*H,), which may be missing; of a cell with ``layer_norm`` also gain_ih and
+            gain_hh (G*H,), of an LSTM gain_c and bias_c (H,). ``cell.blocks`` has the names. Or what ``pack``
+            returned.
         state0: (h,) or (h, c), each (B, ·), of x's dtype; None is zeros.
         lengths: (B,) whole numbers from 0 to T, a list or an array. From its length on a row's state stands
             still and y is 0.
@@ -197,7 +198,9 @@ def forward(
         if backend is not None and backend != chosen.name:
             raise ValueError(f"backend: expected {chosen.name!r}, which packed, got {backend!r}")
         if cell is not weights.cell and cell != weights.cell:
-            raise ValueError(f"cell: expected {weights.cell}, for which the weights were packed, got {cell}")
+            raise ValueError(
+                f"cell: expected {weights.cell!r}, for which the weights were packed, got {cell!r}"
+            )
         weights = weights.weights
     else:
         chosen = _chosen(backend, x)
@@ -249,11 +252,11 @@ def backward(
         dy: Like y, or None. Never read at padding.
         dstateT: One entry per state, like stateT or None each, or None.
         dstates: One entry per state, like states or None each, or None; only after ``return_states=True``.
-        need: Names out of ``NEED``, or None for all.
+        need: "x", names of weights, "state0"; or None for all.
 
     Returns:
-        dx like x, +0 at padding; dweights, a ``Weights``; dstate0 like state0. What is not in ``need`` is
-        None.
+        dx like x, +0 at padding; dweights, by name, of the weights that were given; dstate0 like state0. What
+        is not in ``need`` is None.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.

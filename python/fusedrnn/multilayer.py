@@ -31,7 +31,7 @@ class MultilayerGradients(NamedTuple):
     """Result of ``backward_multilayer``; what ``need`` left out is None."""
 
     dx: Array | None  # (T, B, I)
-    dweights: list[Weights]  # one per layer and direction
+    dweights: list[dict[str, Any]]  # one per layer and direction
     dstate0: State | None  # (L*D, B, ·) each
 
 
@@ -64,7 +64,7 @@ def forward_multilayer(
     Args:
         cell: The cell of every layer.
         x: (T, B, I).
-        weights: L*D ``Weights`` (or what ``kernels.pack`` returned); from the second layer on I is D*P.
+        weights: L*D mappings by name (or what ``kernels.pack`` returned); from the second layer on I is D*P.
         state0: (h,) or (h, c), each (L*D, B, ·); None is zeros.
         bidirectional: D = 2: every layer also runs in reverse.
         dropout: Probability with which an output of each layer but the last is zeroed, the others scaled by
@@ -87,8 +87,10 @@ def forward_multilayer(
     if not isinstance(bidirectional, bool | np.bool_):
         raise TypeError(f"bidirectional: expected True or False, got {type(bidirectional).__name__}")
     D = 2 if bidirectional else 1
-    if isinstance(weights, Weights | kernels.Packed) or not isinstance(weights, Sequence):
-        raise TypeError(f"weights: expected a list of Weights, got {type(weights).__name__}")
+    if isinstance(weights, kernels.Packed) or not isinstance(weights, Sequence):
+        raise TypeError(
+            f"weights: expected a list, one entry per layer and direction, got {type(weights).__name__}"
+        )
     if not weights or len(weights) % D:
         expected = "L*2 entries (bidirectional)" if bidirectional else "at least 1 entry"
         raise ValueError(f"weights: expected {expected}, got {len(weights)}")
@@ -156,10 +158,10 @@ def backward_multilayer(
         dy: (T, B, D*P) or None.
         dstateT: One entry per state, (L*D, B, ·) or None each, or None.
         dstates: One entry per state, (L*D, T, B, ·) or None each, or None; only after ``return_states=True``.
-        need: Names out of ``kernels.NEED``, of every layer ("x" is that of the first), or None for all.
+        need: "x", that of the first layer; names of weights, of every layer; "state0". None for all.
 
     Returns:
-        dx (T, B, I); dweights, a ``Weights`` per layer and direction; dstate0 like state0. What is not in
+        dx (T, B, I); dweights, by name, per layer and direction; dstate0 like state0. What is not in
         ``need`` is None.
 
     Raises:
@@ -169,13 +171,13 @@ def backward_multilayer(
         raise TypeError(f"tape: expected what forward_multilayer returned, got {type(tape).__name__}")
     cell, D = tape.cell, tape.D
     N = len(tape.tapes)
-    wanted = check_need(need)
+    wanted = check_need(cell, need)
     _check_states("dstateT", cell, dstateT, N)
     _check_states("dstates", cell, dstates, N)
     if dy is not None:
         _check_like("dy", dy, tape.y_shape)
     dx: Array | None = dy
-    dweights: list[Weights] = []
+    dweights: list[dict[str, Any]] = []
     dstate0: list[State] = []
     for layer in reversed(range(N // D)):
         dys = [None] * D if dx is None else cuda.get_array_module(dx).split(dx, D, axis=2)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fusedrnn.backends.protocol import Array, Weights
-from fusedrnn.cells import CELLS, GRU, LSTM, RNN, Cell
+from fusedrnn.backends.protocol import Array
+from fusedrnn.cells import CELLS, Cell, gru, lstm, rnn
 
 
 class Shape(NamedTuple):
@@ -86,70 +86,70 @@ SPEED = (
 
 # Training lists of DeepBench (code/kernels/rnn_problems.h), there as (hidden, batch, steps); I = H.
 _DEEPBENCH: tuple[tuple[Cell, int, int, int], ...] = (
-    *((RNN(), 50, B, H) for H in (1760, 2048, 2560) for B in (16, 32, 64, 128)),
-    *((LSTM(), 25, B, H) for H in (512, 1024, 2048, 4096) for B in (16, 32, 64, 128)),
-    *((LSTM(), 50, B, 1536) for B in (8, 16, 32)),
-    *((LSTM(), 150, B, 256) for B in (16, 32, 64)),
-    *((GRU(), T, 32, 2816) for T in (750, 375, 187)),
-    *((GRU(), T, 32, H) for H in (2048, 1536, 2560) for T in (1500, 750, 375, 187)),
-    (GRU(), 1, 32, 512),
-    (GRU(), 1500, 32, 1024),
-    (GRU(), 1500, 64, 1024),
+    *((rnn, 50, B, H) for H in (1760, 2048, 2560) for B in (16, 32, 64, 128)),
+    *((lstm, 25, B, H) for H in (512, 1024, 2048, 4096) for B in (16, 32, 64, 128)),
+    *((lstm, 50, B, 1536) for B in (8, 16, 32)),
+    *((lstm, 150, B, 256) for B in (16, 32, 64)),
+    *((gru, T, 32, 2816) for T in (750, 375, 187)),
+    *((gru, T, 32, H) for H in (2048, 1536, 2560) for T in (1500, 750, 375, 187)),
+    (gru, 1, 32, 512),
+    (gru, 1500, 32, 1024),
+    (gru, 1500, 64, 1024),
 )
 
 SUITES: dict[str, tuple[Case, ...]] = {
-    "core": tuple(Case(LSTM(), shape) for shape in SPEED),
+    "core": tuple(Case(lstm, shape) for shape in SPEED),
     "programs": (  # models that people publish or run every day
-        Case(LSTM(), Shape(365, 256, 31, 128), name="hydrology"),
-        Case(LSTM(), Shape(1000, 50, 1, 16), name="amp modelling"),
-        Case(LSTM(), Shape(1000, 50, 1, 40), name="amp modelling"),
-        Case(LSTM(), Shape(48, 32, 20, 40), name="DeepAR", layers=2),
-        Case(LSTM(), Shape(26, 256, 10, 8), name="darts"),
-        Case(LSTM(), Shape(100, 64, 64, 256), layers=2, bidirectional=True),
+        Case(lstm, Shape(365, 256, 31, 128), name="hydrology"),
+        Case(lstm, Shape(1000, 50, 1, 16), name="amp modelling"),
+        Case(lstm, Shape(1000, 50, 1, 40), name="amp modelling"),
+        Case(lstm, Shape(48, 32, 20, 40), name="DeepAR", layers=2),
+        Case(lstm, Shape(26, 256, 10, 8), name="darts"),
+        Case(lstm, Shape(100, 64, 64, 256), layers=2, bidirectional=True),
     ),
     "rl": (  # ragged sequences, resets and single steps, as reinforcement learning has them
-        Case(LSTM(), Shape(100, 64, 64, 256), ragged=True),
-        Case(LSTM(), Shape(200, 32, 32, 128), ragged=True),
-        *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (LSTM(), GRU()) for B in (8, 128)),
-        *(Case(cell, Shape(1, B, 64, 256), "step") for cell in (LSTM(), GRU()) for B in (1, 8, 64)),
+        Case(lstm, Shape(100, 64, 64, 256), ragged=True),
+        Case(lstm, Shape(200, 32, 32, 128), ragged=True),
+        *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (lstm, gru) for B in (8, 128)),
+        *(Case(cell, Shape(1, B, 64, 256), "step") for cell in (lstm, gru) for B in (1, 8, 64)),
     ),
     # Our PyTorch modules instead of PyTorch's: single steps, and training steps with Adam. Between two of
     # these all weights change, as in training: who keeps them in another order has to make it anew.
     "pytorch": (
         *(
             Case(cell, Shape(1, 1, 64, 256), "step", api=api)
-            for cell in (LSTM(), GRU())
+            for cell in (lstm, gru)
             for api in ("layer", "cell")
         ),
-        Case(LSTM(), Shape(100, 1, 64, 64), "update", api="layer"),
-        *(Case(LSTM(), shape, "update", api="layer") for shape in SPEED),
-        Case(LSTM(), Shape(200, 32, 32, 128), "update", ragged=True, api="layer"),
-        Case(LSTM(), Shape(128, 8, 64, 256), "update", resets=0.03, api="layer"),
+        Case(lstm, Shape(100, 1, 64, 64), "update", api="layer"),
+        *(Case(lstm, shape, "update", api="layer") for shape in SPEED),
+        Case(lstm, Shape(200, 32, 32, 128), "update", ragged=True, api="layer"),
+        Case(lstm, Shape(128, 8, 64, 256), "update", resets=0.03, api="layer"),
     ),
     "wide": (  # what the benchmarks of others run
-        Case(LSTM(), Shape(100, 64, 512, 512), name="PyTorch fastrnns"),
-        Case(GRU(), Shape(100, 64, 512, 512), name="FlagGems"),
-        Case(GRU(), Shape(32, 64, 512, 512), name="Sample Factory"),
-        Case(LSTM(), Shape(50, 64, 500, 500), name="benchdnn pytorch_testcase"),
-        Case(LSTM(), Shape(629, 128, 128, 128), name="benchdnn paddlepaddle"),
-        Case(LSTM(), Shape(2000, 8, 256, 256), name="PyTorch issue 81634", layers=2),
+        Case(lstm, Shape(100, 64, 512, 512), name="PyTorch fastrnns"),
+        Case(gru, Shape(100, 64, 512, 512), name="FlagGems"),
+        Case(gru, Shape(32, 64, 512, 512), name="Sample Factory"),
+        Case(lstm, Shape(50, 64, 500, 500), name="benchdnn pytorch_testcase"),
+        Case(lstm, Shape(629, 128, 128, 128), name="benchdnn paddlepaddle"),
+        Case(lstm, Shape(2000, 8, 256, 256), name="PyTorch issue 81634", layers=2),
     ),
     "gpu": (
         # The published comparison on an H100: NX-AI/flashrnn, speed_experiments/kernel_speed_benchmark.py.
-        *(Case(cell, Shape(1024, 16, 768, 768), name="FlashRNN") for cell in (LSTM(), GRU())),
+        *(Case(cell, Shape(1024, 16, 768, 768), name="FlashRNN") for cell in (lstm, gru)),
         # Beyond what cuDNN's kernels of all steps hold, and multiples of 128, which its fp16 LSTM wants.
         *(
             Case(cell, Shape(256, B, H, H))
             for H, B in ((256, 64), (512, 16), (1024, 16), (256, 1), (1024, 64), (256, 16), (1024, 1))
-            for cell in (LSTM(), GRU())
+            for cell in (lstm, gru)
         ),
-        *(Case(LSTM(), Shape(1, 8, 64, 256), "step", api=api) for api in ("cell", "layer")),
-        *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (LSTM(), GRU()) for B in (8, 128)),
-        *(Case(cell, Shape(100, 64, 64, 256), ragged=True) for cell in (LSTM(), GRU())),
-        *(Case(cell, Shape(256, 32, 100, 300)) for cell in (LSTM(), GRU())),  # sizes that are no multiples
-        Case(LSTM(), Shape(30, 128, 7, 100), name="pollution"),
-        *(Case(LSTM(), Shape(256, B, 128, 128)) for B in (1, 64)),  # cuDNN's kernel for small H
-        Case(RNN(), Shape(256, 16, 512, 512)),
+        *(Case(lstm, Shape(1, 8, 64, 256), "step", api=api) for api in ("cell", "layer")),
+        *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (lstm, gru) for B in (8, 128)),
+        *(Case(cell, Shape(100, 64, 64, 256), ragged=True) for cell in (lstm, gru)),
+        *(Case(cell, Shape(256, 32, 100, 300)) for cell in (lstm, gru)),  # sizes that are no multiples
+        Case(lstm, Shape(30, 128, 7, 100), name="pollution"),
+        *(Case(lstm, Shape(256, B, 128, 128)) for B in (1, 64)),  # cuDNN's kernel for small H
+        Case(rnn, Shape(256, 16, 512, 512)),
     ),
     "deepbench": tuple(Case(cell, Shape(T, B, H, H)) for cell, T, B, H in _DEEPBENCH),
 }
@@ -198,7 +198,7 @@ def describe(case: Case) -> dict[str, Any]:
 def described(row: dict[str, Any]) -> Case:
     """The case that ``describe`` wrote down."""
     options = ("kind", "name", "layers", "bidirectional", "ragged", "resets", "api")
-    return Case(CELLS[row["cell"]](), Shape(*row["shape"]), **{key: row[key] for key in options})
+    return Case(CELLS[row["cell"]], Shape(*row["shape"]), **{key: row[key] for key in options})
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Data:
 
     case: Case
     x: Array  # (T, B, I)
-    weights: tuple[Weights, ...]  # layer by layer, forward before reverse
+    weights: tuple[dict[str, Array], ...]  # layer by layer, forward before reverse
     state0: tuple[Array, ...] | None  # (L*D, B, H) for each state; of a single step only
     lengths: Array | None  # (B,)
     reset: Array | None  # (T, B) bool
@@ -233,19 +233,13 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
     def states() -> tuple[Array, ...]:
         return tuple(normal(case.layers * D, B, H) for _ in case.cell.states)
 
-    rows = case.cell.gates * H
     # In an update each moves by itself; else the second is zero where one would do.
     two_biases = case.kind == "update" or case.cell.two_biases
-    weights = tuple(
-        Weights(
-            weight_ih=uniform(rows, I if layer == 0 else D * H),
-            weight_hh=uniform(rows, H),
-            bias_ih=uniform(rows),
-            bias_hh=uniform(rows) if two_biases else None,
-        )
-        for layer in range(case.layers)
-        for _ in range(D)
-    )
+    weights: tuple[dict[str, Array], ...] = ()
+    for n in range(case.layers * D):
+        columns = {"weight_ih": (I if n < D else D * H,), "weight_hh": (H,)}
+        drawn = {b: count * H for b, count in case.cell.blocks.items() if two_biases or b != "bias_hh"}
+        weights += ({name: uniform(rows, *columns.get(name, ())) for name, rows in drawn.items()},)
     return Data(
         case=case,
         x=normal(T, B, I),
@@ -275,7 +269,7 @@ def astype(data: Data, dtype: npt.DTypeLike) -> Data:
     return replace(
         data,
         x=cast(data.x),
-        weights=tuple(Weights(*map(cast, w)) for w in data.weights),
+        weights=tuple({name: cast(a) for name, a in w.items()} for w in data.weights),
         state0=None if data.state0 is None else tuple(map(cast, data.state0)),
         dy=cast(data.dy),
         dstateT=tuple(map(cast, data.dstateT)),
@@ -296,5 +290,5 @@ def flops(case: Case) -> float:
     T, B, I, H = case.shape
     D = case.directions
     inputs = I + (case.layers - 1) * D * H
-    forward = 2.0 * T * B * valid(case) * case.cell.gates * H * D * (inputs + case.layers * H)
+    forward = 2.0 * T * B * valid(case) * case.cell.blocks["weight_ih"] * H * D * (inputs + case.layers * H)
     return 3 * forward if case.kind in ("training", "update") else forward

@@ -8,8 +8,7 @@ I)`` is one time step, one with ``(T, B, I)`` a whole sequence in one node of th
 # NumPy methods on arrays of open dtype give Any
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,21 +17,18 @@ import numpy.typing as npt
 from fusedrnn import cells, cuda, npz, unfused
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable, config
-from fusedrnn.backends.arguments import (
-    check_regularization,
-    check_shape,
-    check_whole,
-)
-from fusedrnn.backends.protocol import Regularization, Weights
+from fusedrnn.backends.arguments import check_cell, check_regularization, check_shape, check_whole
+from fusedrnn.backends.protocol import Regularization
 from fusedrnn.layer import Layer, checked_dtype, drawn
 
 State = tuple[Variable, ...]
 
 
 class Recurrent(Layer):
-    """What LSTM, GRU and RNN have in common.
+    """Layers of any cell; what LSTM, GRU and RNN have in common.
 
     Args:
+        cell: what a step computes, such as ``fusedrnn.cells.lstm`` or a function of your own.
         hidden_size: H.
         in_size: I; None: the first call tells.
         num_layers: layers one above the other; the upper ones read the h of the one below.
@@ -43,39 +39,37 @@ class Recurrent(Layer):
         recurrent_dropout: share of zeros, while training, in what weight_hh multiplies: one mask per call,
             layer, direction and row, the same at every step (Gal and Ghahramani 2016). Fused layers only.
         zoneout_h, zoneout_c: share of the units of h and c that keep their value at a step, drawn for each
-            step; in evaluation the mean of old and new, so weighted (Krueger et al. 2016). ``zoneout_c`` is
-            for the LSTM. Fused layers only.
+            step; in evaluation the mean of old and new, so weighted (Krueger et al. 2016). Of cells that
+            have such a state. Fused layers only.
         bias: one bias per gate, ``bias_ih``; a GRU with ``reset_after`` also has ``bias_hh``.
         dtype: float32 or float64; inputs are cast to it.
         fused: one node per call, by a kernel. False: one node per operation, to read and to compare with.
         backend: the name of a backend; None: the best one.
         recompute: keep few states for backward and run forward again there, to save memory.
-        layer_norm: normalise the gates' input and recurrent parts, and an LSTM's c on its way to h
-            (Ba, Kiros and Hinton 2016).
 
-    Parameters: ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, H), ``bias_ih`` (G*H,), ``bias_hh`` (G*H,); with
-        ``layer_norm`` also ``gain_ih`` (G*H,), ``gain_hh`` (G*H,), and of an LSTM ``gain_c`` (H,) and
-        ``bias_c`` (H,). With several layers or directions their names end in ``_l0``, ``_l1_reverse`` and so
-        on, as in PyTorch.
+    Parameters: those of the cell, ``cell.blocks``. ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, H),
+        ``bias_ih`` (G*H,), ``bias_hh`` (G*H,), all others (H,) or a multiple of H. With several layers or
+        directions their names end in ``_l0``, ``_l1_reverse`` and so on, as in PyTorch.
 
     Every matrix of a gate starts as ``randn(I, H) * sqrt(1 / I)`` and lies transposed in its place; biases
-    start at zero, gains at one. Drawn from NumPy's global generator, layer by layer: first the input
-    matrices, then the hidden ones; what depends on an unknown ``in_size`` is drawn at the first call.
+    start at zero, gains at one, other vectors as the cell says. Drawn from NumPy's global generator, layer by
+    layer: first the input matrices, then the hidden ones; what depends on an unknown ``in_size`` is drawn at
+    the first call.
     """
 
-    draws: ClassVar[tuple[int, ...]]  # the gates in the order they are drawn
+    draws: ClassVar[tuple[int, ...] | None] = None  # the gates in the order they are drawn, if not their own
     dezero_names: ClassVar[tuple[str, ...]] = ()  # its names of the gates, in memory order
     draws_hidden_late = False
 
-    h: Variable | None
-    c: Variable | None
+    h: Variable | None = None
+    c: Variable | None = None
 
     def __init__(
         self,
+        cell: cells.Cell,
         hidden_size: int,
         in_size: int | None = None,
         *,
-        cell: cells.Cell,
         num_layers: int = 1,
         bidirectional: bool = False,
         dropout: float = 0.0,
@@ -87,9 +81,8 @@ class Recurrent(Layer):
         fused: bool = True,
         backend: str | None = None,
         recompute: bool = False,
-        layer_norm: bool = False,
     ) -> None:
-        self.cell = dataclasses.replace(cell, layer_norm=bool(layer_norm))
+        self.cell = check_cell(cell)
         self.hidden_size = check_whole("hidden_size", hidden_size)
         self.in_size = None if in_size is None else check_whole("in_size", in_size)
         self.num_layers = check_whole("num_layers", num_layers)
@@ -112,17 +105,18 @@ class Recurrent(Layer):
         if num_layers > 1 or bidirectional:
             ends = ("", "_reverse") if bidirectional else ("",)
             self.suffixes = [f"_l{k}{end}" for k in range(num_layers) for end in ends]
-        rows = cell.gates * hidden_size
         biases = ("bias_ih", "bias_hh") if self.two_biases else ("bias_ih",)
-        vectors = (*(biases if bias else ()), *self.cell.vectors)
+        vectors = (*(biases if bias else ()), *cell.vectors)
+        for name in (*cell.states, *(name + suffix for name in cell.blocks for suffix in self.suffixes)):
+            if name not in ("h", "c") and hasattr(self, name):
+                raise ValueError(f"cell: expected other names than those of a layer's attributes, got {name}")
         for suffix in self.suffixes:
-            for name in Weights._fields:
+            for name, blocks in cell.blocks.items():
                 parameter = None
-                if name.startswith("weight") or name in vectors:
+                if name.startswith("weight_") or name in vectors:
                     parameter = Parameter(None, name=name + suffix)
                 if parameter is not None and name in vectors:
-                    size = hidden_size if name.endswith("_c") else rows
-                    parameter.assign(np.full(size, name.startswith("gain"), self.dtype))
+                    parameter.assign(_first_values(cell, name, blocks * hidden_size, self.dtype))
                 setattr(self, name + suffix, parameter)
         self._packed: tuple[Any, Any] | None = None
         self._draw(hidden=self.in_size is not None or not self.draws_hidden_late)
@@ -135,32 +129,36 @@ class Recurrent(Layer):
     # State
 
     def reset_state(self) -> None:
-        """Forget the state: the next call begins at zero."""
-        self.h = self.c = None
+        """Forget the state: the next call begins at zero, or where the cell's states start."""
+        self._carry([None] * len(self.cell.states))
+
+    def _carry(self, state: Sequence[Variable | None]) -> None:
+        """The state that the next call begins with, in attributes of its names."""
+        vars(self).update(zip(self.cell.states, state, strict=True))
 
     @property
     def state(self) -> State | None:
         """``(h,)`` or ``(h, c)``, or None after ``reset_state``. Each is ``(B, H)``; with several layers or
         directions ``(L*D, B, H)``. Arrays and variables can be set."""
-        h, c = self.h, self.c
-        if len(self.cell.states) == 1:
-            return None if h is None else (as_variable(h),)
-        if h is None and c is None:
+        own = {name: vars(self)[name] for name in self.cell.states}
+        there = [s for s in own.values() if s is not None]
+        if not there:
             return None
-        h = _zeros_like(c) if h is None else h
-        c = _zeros_like(h) if c is None else c
-        return as_variable(h), as_variable(c)
+        data, start = as_variable(there[0])._data, self.cell.trace.start
+        return tuple(
+            as_variable(self.xp.full_like(data, start[name]) if s is None else s) for name, s in own.items()
+        )
 
     @state.setter
     def state(self, value: tuple[Any, ...] | None) -> None:
         if value is not None and self.bidirectional:
             raise ValueError("state: a bidirectional layer carries none; pass it to the call")
-        self.h, self.c = (None, None) if value is None else (*self._as_state(value), None)[:2]
+        self._carry([None] * len(self.cell.states) if value is None else self._as_state(value))
 
     def _as_state(self, value: Any) -> State:
         names = self.cell.states
         if not isinstance(value, tuple | list) or len(value) != len(names):
-            expected = "(h, c)" if len(names) == 2 else "(h,)"
+            expected = f"({', '.join(names)}{',' if len(names) == 1 else ''})"
             raise TypeError(f"state is {type(value).__name__}, expected a tuple {expected}")
         return tuple([as_variable(s) for s in value])
 
@@ -173,12 +171,12 @@ class Recurrent(Layer):
             return None
         layers = len(self.suffixes)
         expected = (batch, self.hidden_size) if layers == 1 else (layers, batch, self.hidden_size)
-        for s in given:
+        for name, s in zip(self.cell.states, given, strict=True):
             what = "the carried state" if state is None else "the state passed in"
             self._check_device(what, s)
             if s._data.shape != expected:
                 hint = "call reset_state() before a batch of another size" if state is None else ""
-                check_shape(f"{what} {'h' if s is given[0] else 'c'}", s._data.shape, expected, hint)
+                check_shape(f"{what} {name}", s._data.shape, expected, hint)
         return given
 
     # Calls
@@ -218,7 +216,7 @@ class Recurrent(Layer):
         else:
             ys, after, _ = self._forward_sequence(F.reshape(x, (1, *x.shape)), begin, None, None, False)
             y = ys[0]
-        self.h, self.c = (*after, None)[:2]
+        self._carry(after)
         return y
 
     def sequence(
@@ -253,7 +251,7 @@ class Recurrent(Layer):
         if detach_every is not None and not self.fused:
             raise ValueError("detach_every: expected None in a layer with fused=False")
         y, after, states = self._forward_sequence(x, begin, lengths, reset, return_states, detach_every)
-        self.h, self.c = (*after, None)[:2]
+        self._carry(after)
         return (y, states) if return_states else y
 
     def _forward_sequence(
@@ -297,7 +295,7 @@ class Recurrent(Layer):
     # Fused: one node
 
     def _fused_step(self, x: Variable, begin: State | None) -> State:
-        names, weights = self._slots("")
+        names, weights = map(list, zip(*self.weights_of("").items(), strict=True))
         packed = self._pack(names, weights)
         options: dict[str, Any] = {} if packed is not None else {"backend": self.backend}  # those know theirs
         if regularization := self._regularization():
@@ -336,7 +334,7 @@ class Recurrent(Layer):
         detach_every: int | None,
         masks: list[Array] | None,
     ) -> tuple[Variable, State, State]:
-        slots = [self._slots(suffix) for suffix in self.suffixes]
+        slots = [self.weights_of(suffix) for suffix in self.suffixes]
         options: dict[str, Any] = {
             "lengths": lengths,
             "reset": reset,
@@ -347,30 +345,19 @@ class Recurrent(Layer):
         if len(slots) > 1:
             options |= {"bidirectional": self.bidirectional, "masks": masks}
         save = "boundary_states" if self.recompute else "all"
-        node = F.Fused(self.cell, [names for names, _ in slots], backend=self.backend, save=save, **options)
-        y, *rest = node(x, *(w for _, weights in slots for w in weights), *(begin or ()))
+        node = F.Fused(self.cell, [list(slot) for slot in slots], backend=self.backend, save=save, **options)
+        y, *rest = node(x, *(w for slot in slots for w in slot.values()), *(begin or ()))
         n = len(self.cell.states)
         return y, tuple(rest[:n]), tuple(rest[n:])
 
-    def _slots(self, suffix: str) -> tuple[list[str], list[Variable]]:
-        """The weights of one layer and direction that exist, and their names."""
-        own = vars(self)
-        names: list[str] = []
-        weights: list[Variable] = []
-        for name in Weights._fields:
-            parameter = own[name + suffix]
-            if parameter is not None:
-                names.append(name)
-                weights.append(parameter)
-        if weights[1]._data is None:  # not drawn before a state needs it
-            rows = self.cell.gates * self.hidden_size
-            weights[1] = as_variable(self.xp.zeros((rows, self.hidden_size), self.dtype))
-        return names, weights
-
-    def weights_of(self, suffix: str) -> dict[str, Variable | None]:
-        """The weights of one layer and direction by name; None of what it does not have."""
-        found: dict[str, Variable | None] = dict.fromkeys(Weights._fields)
-        return found | dict(zip(*self._slots(suffix), strict=True))
+    def weights_of(self, suffix: str) -> dict[str, Variable]:
+        """The weights of one layer and direction that exist, by name."""
+        found = {name: vars(self)[name + suffix] for name in self.cell.blocks}
+        found = {name: p for name, p in found.items() if p is not None}
+        if "weight_hh" in found and found["weight_hh"]._data is None:  # not drawn before a state needs it
+            rows = self.cell.blocks["weight_hh"] * self.hidden_size
+            found["weight_hh"] = as_variable(self.xp.zeros((rows, self.hidden_size), self.dtype))
+        return found
 
     # Sizes, start, files
 
@@ -380,10 +367,11 @@ class Recurrent(Layer):
         for k, suffix in enumerate(self.suffixes):
             columns = self.in_size if k < D else H * D
             for name, size in (("weight_ih", columns), ("weight_hh", H if hidden or k >= D else None)):
-                p = vars(self)[name + suffix]
-                if p._data is None and size is not None:
-                    matrix = np.empty((self.cell.gates * H, size), self.dtype)
-                    for gate in self.draws:
+                p = vars(self).get(name + suffix)
+                if p is not None and p._data is None and size is not None:
+                    blocks = self.cell.blocks[name]
+                    matrix = np.empty((blocks * H, size), self.dtype)
+                    for gate in self.draws or range(blocks):
                         matrix[gate * H : (gate + 1) * H] = drawn(size, H, self.dtype).T
                     p.assign(self.to_device(matrix))
 
@@ -400,10 +388,10 @@ class Recurrent(Layer):
         shapes: dict[str, tuple[int | None, ...] | None] = {}
         for k, suffix in enumerate(self.suffixes):
             columns = self.in_size if k < D else H * D
-            rows = self.cell.gates * H
-            full: dict[str, tuple[int | None, ...]] = {"weight_ih": (rows, columns), "weight_hh": (rows, H)}
-            full |= {n: (H if n.endswith("_c") else rows,) for n in Weights._fields[2:]}
-            shapes |= {n + suffix: s for n, s in full.items() if vars(self)[n + suffix] is not None}
+            widths: dict[str, tuple[int | None, ...]] = {"weight_ih": (columns,), "weight_hh": (H,)}
+            for name, blocks in self.cell.blocks.items():
+                if vars(self)[name + suffix] is not None:
+                    shapes[name + suffix] = (blocks * H, *widths.get(name, ()))
         return shapes
 
     def dtype_of(self, name: str, array: Array) -> np.dtype[Any]:
@@ -445,18 +433,26 @@ class Recurrent(Layer):
 class RNN(Recurrent):
     """Elman network: ``h = tanh(x W + h U + b)``, or relu for tanh. See ``Recurrent`` for the arguments.
 
+    ``layer_norm`` normalises the input and the recurrent part (Ba, Kiros and Hinton 2016), each with a gain,
+    ``gain_ih`` and ``gain_hh`` (H,).
+
     Without ``in_size`` the hidden matrix is drawn when a state first meets it: at the second step.
     """
 
-    draws = (0,)
     dezero_names = ("h",)
     draws_hidden_late = True
-    cell: cells.RNN
 
     def __init__(
-        self, hidden_size: int, in_size: int | None = None, *, relu: bool = False, **options: Any
+        self,
+        hidden_size: int,
+        in_size: int | None = None,
+        *,
+        relu: bool = False,
+        layer_norm: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(hidden_size, in_size, cell=cells.RNN(relu=relu), **options)
+        cell = cells.rnn.with_options(relu=bool(relu), layer_norm=bool(layer_norm))
+        super().__init__(cell, hidden_size, in_size, **options)
 
 
 class LSTM(Recurrent):
@@ -465,16 +461,25 @@ class LSTM(Recurrent):
     ``i, f, o = sigmoid``, ``g = tanh`` of ``x W + h U + b``, each of its own; ``c = f*c + i*g``, ``h =
     o*tanh(c)`` (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000). Memory order i f g o;
     drawn as f i o g. The forget gate's biases start at ``forget_bias``; 1 keeps more of c at the start of a
-    training (Jozefowicz et al. 2015).
+    training (Jozefowicz et al. 2015). ``layer_norm`` normalises the gates' input and recurrent parts, and c
+    on its way to h (Ba, Kiros and Hinton 2016), with ``gain_ih`` and ``gain_hh`` (4*H,), ``gain_c`` and
+    ``bias_c`` (H,).
     """
 
     draws = (1, 0, 3, 2)
     dezero_names = ("i", "f", "u", "o")
 
     def __init__(
-        self, hidden_size: int, in_size: int | None = None, *, forget_bias: float = 0.0, **options: Any
+        self,
+        hidden_size: int,
+        in_size: int | None = None,
+        *,
+        forget_bias: float = 0.0,
+        layer_norm: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(hidden_size, in_size, cell=cells.LSTM(), **options)
+        cell = cells.lstm.with_options(layer_norm=bool(layer_norm))
+        super().__init__(cell, hidden_size, in_size, **options)
         for suffix in self.suffixes:
             bias = vars(self)["bias_ih" + suffix]
             if bias is not None:
@@ -488,18 +493,31 @@ class GRU(Recurrent):
 
     ``r, z = sigmoid(x W + h U + b)``, each of its own; ``h = (1 - z) * n + z * h``; with ``reset_after``
     (PyTorch, cuDNN) ``n = tanh(x W + b + r * (h U + b'))``, without (Cho et al. 2014) ``n = tanh(x W + (r *
-    h) U + b)``. Memory order and order of draws r z n.
+    h) U + b)``. Memory order and order of draws r z n. ``layer_norm`` normalises the input and recurrent
+    parts (Ba, Kiros and Hinton 2016), r and z together and n by itself, with ``gain_ih`` and ``gain_hh``
+    (3*H,).
     """
 
-    draws = (0, 1, 2)
-    cell: cells.GRU
-
     def __init__(
-        self, hidden_size: int, in_size: int | None = None, *, reset_after: bool = True, **options: Any
+        self,
+        hidden_size: int,
+        in_size: int | None = None,
+        *,
+        reset_after: bool = True,
+        layer_norm: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(hidden_size, in_size, cell=cells.GRU(reset_after=reset_after), **options)
+        cell = cells.gru.with_options(reset_after=bool(reset_after), layer_norm=bool(layer_norm))
+        super().__init__(cell, hidden_size, in_size, **options)
 
 
-def _zeros_like(x: Any) -> Variable:
-    data = as_variable(x)._data
-    return as_variable(cuda.get_array_module(data).zeros_like(data))
+def _first_values(cell: cells.Cell, name: str, size: int, dtype: np.dtype[Any]) -> Array:
+    """What a bias, a gain or a vector starts from."""
+    begin = cell.trace.begin.get(name, 0.0)
+    if isinstance(begin, tuple):
+        return np.random.uniform(*begin, size).astype(dtype)
+    if not callable(begin):
+        return np.full(size, begin, dtype)
+    drawn = np.asarray(begin((size,)))
+    check_shape(f"what init of {name} gives", drawn.shape, (size,))
+    return drawn.astype(dtype)

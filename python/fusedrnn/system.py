@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import backends
-from fusedrnn.cells import LSTM
+from fusedrnn.cells import lstm
 from fusedrnn.threads import get_num_threads, get_thread_pool
 
 PLANNED = ((100, 1, 64), (50, 16, 256), (100, 64, 512), (25, 128, 1024))  # T, B, H whose plans info shows
@@ -65,9 +65,7 @@ def _cuda_plans() -> dict[str, str]:
     backend: Any = backends.get("cuda")
     plans = {}
     for T, B, H in PLANNED:
-        forward, backward = (
-            backend.plan(LSTM(), T, B, H, "float32", backward=back) for back in (False, True)
-        )
+        forward, backward = (backend.plan(lstm, T, B, H, "float32", backward=back) for back in (False, True))
         plans[f"LSTM T={T} B={B} H={H}"] = f"{forward}; back {backward}"
     return plans
 

@@ -131,9 +131,9 @@ def _through_time(
     reverse: bool,
 ) -> tuple[list[Variable], State, list[State]]:
     """One layer in one direction: its y at every step, the final state, the state after every step."""
-    cell, zero = layer.cell.definition, _zero(layer)
-    w = {n: p if p is None or p.ndim == 1 else p.T for n, p in layer.weights_of(layer.suffixes[slot]).items()}
-    T = len(inputs)
+    cell, zero = layer.cell, _zero(layer)
+    w = {n: p if p.ndim == 1 else p.T for n, p in layer.weights_of(layer.suffixes[slot]).items()}
+    T, start = len(inputs), cell.trace.start.values()
     ys: list[Any] = [None] * T
     every: list[Any] = [None] * T
     for t in reversed(range(T)) if reverse else range(T):
@@ -144,7 +144,7 @@ def _through_time(
         if cut is not None:
             if active is not None:
                 cut = cut & active[t]
-            state = tuple(F.where(cut[:, None], zero, s) for s in state)
+            state = tuple(F.where(cut[:, None], zero + n, s) for n, s in zip(start, state, strict=True))
         after = UnfusedStep(cell, w, inputs[t], state).after
         if active is None:
             ys[t], every[t], state = after[0], after, after
@@ -159,8 +159,8 @@ def _through_time(
 
 def _first(layer: Recurrent, begin: State | None, slot: int, batch: int) -> State:
     if begin is None:
-        shape = (batch, layer.hidden_size)
-        return tuple(as_variable(layer.xp.zeros(shape, layer.dtype)) for _ in layer.cell.states)
+        shape, start = (batch, layer.hidden_size), layer.cell.trace.start.values()
+        return tuple(as_variable(layer.xp.full(shape, n, layer.dtype)) for n in start)
     return begin if len(layer.suffixes) == 1 else tuple(s[slot] for s in begin)
 
 

@@ -17,12 +17,12 @@ import pytest
 
 from fusedrnn import backends, bench, cli, problems, system
 from fusedrnn.bench import libraries, memory, registry, report, runner, timing
-from fusedrnn.cells import CELLS, GRU, LSTM, RNN
+from fusedrnn.cells import CELLS, gru, lstm, rnn
 from fusedrnn.problems import Case, Shape
 from fusedrnn.threads import get_num_threads
 
 pytestmark = pytest.mark.alone
-SMALL = Case(LSTM(), Shape(6, 5, 3, 17))
+SMALL = Case(lstm, Shape(6, 5, 3, 17))
 OUTSIDE = [name for name in bench.PEERS if name not in bench.OWN]
 
 
@@ -66,9 +66,9 @@ def test_the_suites_hold_what_the_documents_say():
 
 def test_a_cell_selects_its_cases_or_takes_their_place():
     rl = problems.SUITES["rl"]
-    assert problems.select(rl, GRU()) == tuple(case for case in rl if case.cell == GRU())
-    elman = problems.select(rl, RNN())
-    assert {case.cell for case in elman} == {RNN()}
+    assert problems.select(rl, gru) == tuple(case for case in rl if case.cell == gru)
+    elman = problems.select(rl, rnn)
+    assert {case.cell for case in elman} == {rnn}
     assert [case.shape for case in elman] == list(dict.fromkeys(case.shape for case in rl))
     assert {case.kind for case in problems.select(rl, forward=True)} == {"forward", "step"}
 
@@ -89,7 +89,7 @@ def test_quick_takes_every_kind_and_the_smallest_of_it(suite):
 
 def test_operations():
     forward = 2 * 30 * 30 * 400 * 101
-    case = Case(LSTM(), Shape(30, 30, 1, 100))
+    case = Case(lstm, Shape(30, 30, 1, 100))
     assert problems.flops(case) == 3 * forward
     assert problems.flops(dataclasses.replace(case, kind="forward")) == forward
     both = dataclasses.replace(case, layers=2, bidirectional=True, kind="forward")
@@ -103,10 +103,11 @@ def test_operations():
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
 def test_a_seed_is_the_same_problem_in_every_dtype(cell):
-    case = Case(cell(), Shape(3, 2, 5, 7), resets=0.5)
+    case = Case(cell, Shape(3, 2, 5, 7), resets=0.5)
     single, double = (problems.make(case, dtype, seed=4) for dtype in ("float32", "float64"))
     np.testing.assert_array_equal(single.x, double.x.astype("float32"))
-    np.testing.assert_array_equal(single.weights[0].weight_hh, double.weights[0].weight_hh.astype("float32"))
+    (w,), (wide,) = single.weights, double.weights
+    np.testing.assert_array_equal(w["weight_hh"], wide["weight_hh"].astype("float32"))
     np.testing.assert_array_equal(single.reset, double.reset)
     assert not np.array_equal(double.x, problems.make(case, "float64", seed=5).x)
 
@@ -217,7 +218,7 @@ def test_ours_saves_its_tape_and_borrows_its_outputs(case):
 
 
 def test_peak_memory_is_that_of_the_case_and_not_of_the_parent():
-    case = Case(LSTM(), Shape(100, 64, 4, 128))
+    case = Case(lstm, Shape(100, 64, 4, 128))
     ballast = np.ones(200 << 20, np.int8)  # a child's getrusage would begin there
     gates = 100 * 64 * 4 * 128 * 4  # bytes, the least that a tape holds
     found = memory.peak(case, "float32", 1, backends.get().name, None)
@@ -369,6 +370,6 @@ def test_numba_says_how_long_it_compiles():
 def test_training_steps_of_ragged_rows_and_resets(rows, peer):
     """Their losses are compared with those of a variant of PyTorch's that can do the same."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    case = Case(LSTM(), Shape(6, 5, 3, 17), "update", api="layer", **rows)
+    case = Case(lstm, Shape(6, 5, 3, 17), "update", api="layer", **rows)
     row = runner.run_case(case, "float32", "cpu", [peer], 1, True)
     assert row["libraries"].keys() == {runner.OURS, runner.FULL, peer}

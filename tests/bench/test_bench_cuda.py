@@ -19,7 +19,7 @@ from fusedrnn.bench import cuda, peer_torch  # noqa: E402
 from fusedrnn.bench.cuda import runs, tables  # noqa: E402
 from fusedrnn.bench.peer_torch import Place, Torch  # noqa: E402
 from fusedrnn.bench.runner import FULL, OURS  # noqa: E402
-from fusedrnn.cells import GRU, LSTM  # noqa: E402
+from fusedrnn.cells import gru, lstm  # noqa: E402
 from fusedrnn.problems import Case, Shape  # noqa: E402
 
 emulated = test_torch_gpu.device
@@ -43,7 +43,7 @@ def test_the_suite_has_what_the_goals_speak_of_and_a_pytorch_variant_for_each():
 
 def test_the_bound_by_hand():
     """LSTM, T = 5, B = 2, I = 3, H = 4: x 30, y 40, weights 16 * 3 + 16 * 4 + 16 = 128 numbers."""
-    case = Case(LSTM(), Shape(5, 2, 3, 4), "forward")
+    case = Case(lstm, Shape(5, 2, 3, 4), "forward")
     assert runs.moved_bytes(case, 4) == 4 * (30 + 40 + 128)
     assert runs.moved_bytes(replace(case, kind="training"), 2) == 2 * 3 * (30 + 40 + 128)
     # Two layers, both directions: the second's input is the first's output, 8 wide.
@@ -97,8 +97,8 @@ def test_a_mode_is_set_and_taken_back(monkeypatch):
             assert (os.environ, switches()) == (was, before)
 
 
-SMALL = Case(LSTM(), Shape(4, 3, 2, 9))
-STEP = Case(LSTM(), Shape(1, 8, 64, 256), "step", api="cell")
+SMALL = Case(lstm, Shape(4, 3, 2, 9))
+STEP = Case(lstm, Shape(1, 8, 64, 256), "step", api="cell")
 
 
 @pytest.fixture
@@ -192,16 +192,16 @@ def row(case, mode="fp32", failed=None, **us):
     return found | {"libraries": libraries, "failed": failed or {}}
 
 
-FLASH = Case(LSTM(), Shape(1024, 16, 768, 768), "forward")
-WIDE = Case(LSTM(), Shape(256, 64, 256, 256))
-RESETS = Case(LSTM(), Shape(128, 8, 64, 256), resets=0.03)
+FLASH = Case(lstm, Shape(1024, 16, 768, 768), "forward")
+WIDE = Case(lstm, Shape(256, 64, 256, 256))
+RESETS = Case(lstm, Shape(128, 8, 64, 256), resets=0.03)
 ROWS = [
     row(FLASH, "fp16", fusedrnn=1.5, torch=2.0),
     row(replace(FLASH, kind="training"), "fp16", fusedrnn=6.0, torch=12.6),
     row(WIDE, "bf16", fusedrnn=1.0, torch=2.5),
     row(replace(WIDE, shape=Shape(256, 1, 128, 128)), "bf16", fusedrnn=1.0, torch=0.1),  # H too small
     row(replace(WIDE, shape=Shape(256, 65, 256, 256)), "bf16", fusedrnn=1.0, torch=0.1),  # B too large
-    row(replace(WIDE, cell=GRU()), "bf16", {OURS: "no bfloat16"}),
+    row(replace(WIDE, cell=gru), "bf16", {OURS: "no bfloat16"}),
     row(WIDE, fusedrnn=1.0, torch=1.3),
     row(RESETS, fusedrnn=1.1, **{FULL: 1.0}),
     row(replace(RESETS, kind="forward"), fusedrnn=1.0, **{FULL: 0.98}),
@@ -276,13 +276,13 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     file = tmp_path / "gpu.json"
     command = ["bench", "--device", "cuda", "--precision", "fp16,tf32", "--cell", "gru", "--json", str(file)]
     assert cli.main(command) == 0
-    gru = tuple(case for case in problems.SUITES["gpu"] if case.cell == GRU())
-    assert (asked["modes"], asked["suite"], asked["cases"]) == (["fp16", "tf32"], "gpu", gru)
+    chosen = tuple(case for case in problems.SUITES["gpu"] if case.cell == gru)
+    assert (asked["modes"], asked["suite"], asked["cases"]) == (["fp16", "tf32"], "gpu", chosen)
     out = capsys.readouterr().out
     assert "cluster / steps" in out
     assert "times LSTMCell" in out
-    goals = cuda.judge(ROWS, cuda.expected(gru, ["fp16", "tf32"]))
+    goals = cuda.judge(ROWS, cuda.expected(chosen, ["fp16", "tf32"]))
     assert bench.load(str(file)) == json.loads(json.dumps(REPORT | {"goals": goals}))
     assert cli.main(["bench", "--device", "cuda", "--shape", "5,3,2,17", "--forward"]) == 0
-    assert asked["cases"] == (Case(LSTM(), Shape(5, 3, 2, 17), "forward"),)
+    assert asked["cases"] == (Case(lstm, Shape(5, 3, 2, 17), "forward"),)
     assert (asked["modes"], asked["suite"]) == (list(cuda.MODES), None)

@@ -13,11 +13,11 @@ import pytest
 
 from fusedrnn import bench, cli, problems
 from fusedrnn.bench import libraries, registry, runner
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import gru, lstm, rnn
 from fusedrnn.problems import Case, Shape
 from fusedrnn.threads import get_num_threads
 
-SMALL = Case(LSTM(), Shape(6, 5, 3, 17))
+SMALL = Case(lstm, Shape(6, 5, 3, 17))
 OUTSIDE = [name for name in bench.PEERS if name not in bench.OWN]
 
 
@@ -42,7 +42,7 @@ EXPECTED = {"training": {"y", "h", "dx"}, "forward": {"y", "h"}, "step": {"y", "
 
 CASES = [
     dataclasses.replace(SMALL, cell=cell, **options)
-    for cell in (LSTM(), GRU(), RNN(), RNN(relu=True))
+    for cell in (lstm, gru, rnn, rnn.with_options(relu=True))
     for options in VARIANTS.values()
 ]
 
@@ -55,7 +55,7 @@ def dtypes_of(peer: str, case: Case) -> list[str]:
 @pytest.mark.parametrize(
     ("peer", "case"),
     [
-        pytest.param(peer, case, id=f"{peer} {case.cell} {case}")
+        pytest.param(peer, case, id=f"{peer} {case.cell!r} {case}")
         for peer in OUTSIDE
         for case in CASES
         if dtypes_of(peer, case)
@@ -72,7 +72,7 @@ def test_the_peers_compute_the_same_problem(peer, case):
         assert set(exact) >= EXPECTED[case.kind]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.cell} {case}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.cell!r} {case}")
 @pytest.mark.parametrize("api", registry.APIS)
 def test_our_pytorch_modules_compute_the_same_problem(api, case):
     """As what is measured; the path says that our kernels ran."""

@@ -26,7 +26,7 @@ from fusedrnn.backends.cuda import CudaBackend, cupy_device  # noqa: E402
 from fusedrnn.backends.cuda.nvrtc import KERNELS  # noqa: E402
 from fusedrnn.bench import cuda  # noqa: E402
 from fusedrnn.bench.peer_torch import Place  # noqa: E402
-from fusedrnn.cells import CELLS, LSTM  # noqa: E402
+from fusedrnn.cells import CELLS, lstm  # noqa: E402
 from test_cuda_compile import needs_nvrtc  # noqa: E402
 
 emulated, modules = test_bench_cuda.emulated, test_bench_cuda.modules
@@ -238,9 +238,9 @@ def test_every_kernel_variant_can_run_what_is_checked(kernel, gpu):
     """On an H100."""
     sizes, h100 = __import__("gpu_check"), CudaBackend(EmulatedDevice(132, warps=8), kernel)
     for (T, B, _, H), dtype in ((sizes.SMALL, "float32"), (sizes.SMALL, "float16"), (sizes.WIDER, "float32")):
-        for cell in [LSTM] if sizes.WIDER[0] == T else CELLS.values():
+        for cell in [lstm] if sizes.WIDER[0] == T else CELLS.values():
             for back in (False, True):
-                assert h100.plan(cell(), T, B, H, dtype, backward=back).kernel == kernel
+                assert h100.plan(cell, T, B, H, dtype, backward=back).kernel == kernel
 
 
 OTHERS = ["bits steps", "cpu rnn", "gradients steps gru bfloat16", "size 5 2 1 1", "small cluster", "api"]

@@ -13,7 +13,7 @@ import pytest
 import bad_parameters  # noqa: F401  it adds to CASES
 from bad_values import CASES
 from fusedrnn.cells.builtin import lstm
-from fusedrnn.cells.definition import Definition, cell
+from fusedrnn.cells.definition import Cell, cell
 from fusedrnn.cells.symbols import CellError, absolute, exp, maximum, minimum, relu, tanh, where
 
 pytestmark = pytest.mark.quick
@@ -43,7 +43,7 @@ def check(error, function, words):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.function.__name__)
 def test_a_mistake_is_named(case):
     with pytest.raises(CellError) as caught:
-        Definition(case.function).trace  # noqa: B018
+        Cell(case.function).trace  # noqa: B018
     check(caught.value, case.at, case.words)
 
 
@@ -71,9 +71,9 @@ def test_a_value_of_an_earlier_run_is_named(where_it_is_used):
         return old if len(KEPT) > 1 else a
 
     KEPT.clear()
-    Definition(keeps).trace  # noqa: B018
+    Cell(keeps).trace  # noqa: B018
     with pytest.raises(CellError, match="earlier run") as caught:
-        Definition(keeps).trace  # noqa: B018
+        Cell(keeps).trace  # noqa: B018
     assert __file__ in str(caught.value)
 
 
@@ -94,7 +94,7 @@ def no_function():
     [
         (unknown_option, ["lstm has no option peephole", "its options: layer_norm"]),
         (option_that_is_a_list, ["can hash", "[1]"]),
-        (no_function, ["expected a function", "Definition"]),
+        (no_function, ["expected a function", "Cell"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -112,7 +112,7 @@ def test_the_line_of_a_cell_in_a_library_is_named():
     code = "def made(p, x, h):\n    if h:\n        return h\n"
     names = {"__name__": "numpy.cells"}
     exec(compile(code, "library.py", "exec"), names)
-    names["run"] = lambda: Definition(names["made"]).trace
+    names["run"] = lambda: Cell(names["made"]).trace
     with pytest.raises(CellError, match=Path(__file__).name):  # this test is the user's
         names["run"]()
 

@@ -134,7 +134,7 @@ def near(operation, sums, normed, operand):
             return p.dense("a", x, value), h - c
         return value * p.dense("a", x), h - c
 
-    made.__name__ = f"{'normed ' * normed}sums, {operation.__name__}, {'operand' if operand else 'factor'}"
+    made.name = f"{'normed ' * normed}sums, {operation.__name__}, {'operand' if operand else 'factor'}"
     return made
 
 

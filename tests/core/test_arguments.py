@@ -10,8 +10,8 @@ import pytest
 
 from fusedrnn import kernels
 from fusedrnn.backends import arguments
-from fusedrnn.backends.protocol import NEED, Weights
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.backends.protocol import Weights
+from fusedrnn.cells import Cell, gru, lstm, rnn
 from problems import problem
 
 pytestmark = pytest.mark.quick
@@ -20,7 +20,7 @@ T, B, I, H = 4, 3, 2, 5
 
 
 def good(cell: Any = None) -> dict[str, Any]:
-    p = problem(cell or LSTM(), T, B, I, H, lengths=True, reset=True)
+    p = problem(cell or lstm, T, B, I, H, lengths=True, reset=True)
     return {
         "cell": p.cell,
         "x": p.x,
@@ -32,7 +32,7 @@ def good(cell: Any = None) -> dict[str, Any]:
 
 
 def weights(**changed: Any) -> Weights:
-    return good()["weights"]._replace(**changed)
+    return good()["weights"] | changed
 
 
 def swapped(a: np.ndarray) -> np.ndarray:
@@ -43,9 +43,9 @@ G = good()
 W = G["weights"]
 
 BAD_FORWARD = [
-    ("cell", "lstm", TypeError, "cell: expected an instance of RNN, LSTM, GRU, got str"),
-    ("cell", LSTM, TypeError, "cell: .*got type"),
-    ("cell", GRU(), ValueError, r"weight_ih: expected shape \(3\*H, I\) for the cell gru.*got \(20, 2\)"),
+    ("cell", "lstm", TypeError, "cell: expected a cell such as lstm, got str"),
+    ("cell", Cell, TypeError, "cell: .*got type"),
+    ("cell", gru, ValueError, r"weight_ih: expected shape \(3\*H, I\) for the cell gru.*got \(20, 2\)"),
     ("x", G["x"].tolist(), TypeError, "x: expected a NumPy array, got list"),
     ("x", None, TypeError, "x: expected a NumPy array, got NoneType"),
     ("x", np.ma.masked_array(G["x"]), TypeError, "x: expected a NumPy array, got numpy.ma"),
@@ -57,28 +57,45 @@ BAD_FORWARD = [
     ("x", G["x"][0], ValueError, r"x: expected shape \(T, B, 2\), got \(3, 2\)"),
     ("x", G["x"][..., :1], ValueError, r"x: expected shape \(T, B, 2\), got \(4, 3, 1\)"),
     ("x", G["x"][None], ValueError, r"x: .*got \(1, 4, 3, 2\)"),
-    ("weights", tuple(W), TypeError, "weights: expected Weights .*got tuple"),
+    ("weights", tuple(W.values()), TypeError, "weights: expected a mapping .*got tuple"),
     ("weights", None, TypeError, "weights: .*got NoneType"),
-    ("weights", weights(weight_ih=None), TypeError, "weight_ih: .*got NoneType"),
-    ("weights", weights(weight_hh=None), TypeError, "weight_hh: .*got NoneType"),
-    ("weights", weights(weight_ih=W.weight_ih.astype(int)), TypeError, "weight_ih: .*got int64"),
-    ("weights", weights(weight_ih=W.weight_ih[0]), ValueError, r"weight_ih: .*got \(2,\)"),
-    ("weights", weights(weight_ih=W.weight_ih[:19]), ValueError, r"weight_ih: .*got \(19, 2\)"),
-    ("weights", weights(weight_ih=W.weight_ih[:0]), ValueError, r"weight_ih: .*got \(0, 2\)"),
-    ("weights", weights(weight_ih=W.weight_ih[:, :0]), ValueError, r"weight_ih: .*got \(20, 0\)"),
+    ("weights", weights(weight_ih=None), ValueError, r"weights: .*weight_ih of shape \(4\*H, I\).*got none"),
+    ("weights", weights(weight_hh=None), ValueError, r"weights: .*weight_hh of shape \(20, 5\).*got none"),
+    ("weights", {"weight_ih": W["weight_ih"]}, ValueError, "weights: expected weight_hh of .*got none"),
     (
         "weights",
-        weights(weight_hh=W.weight_hh.T),
+        weights(gain_ih=W["bias_ih"]),
+        ValueError,
+        "weights: expected names out of weight_ih, weight_hh, bias_ih, bias_hh for lstm.*got gain_ih",
+    ),
+    ("weights", weights(weight_ih=W["weight_ih"].astype(int)), TypeError, "weight_ih: .*got int64"),
+    ("weights", weights(weight_ih=W["weight_ih"][0]), ValueError, r"weight_ih: .*got \(2,\)"),
+    ("weights", weights(weight_ih=W["weight_ih"][:19]), ValueError, r"weight_ih: .*got \(19, 2\)"),
+    ("weights", weights(weight_ih=W["weight_ih"][:0]), ValueError, r"weight_ih: .*got \(0, 2\)"),
+    ("weights", weights(weight_ih=W["weight_ih"][:, :0]), ValueError, r"weight_ih: .*got \(20, 0\)"),
+    (
+        "weights",
+        weights(weight_hh=W["weight_hh"].T),
         ValueError,
         r"weight_hh: expected shape \(20, 5\), got \(5, 20\)",
     ),
-    ("weights", weights(weight_hh=W.weight_hh[:, :3]), ValueError, r"weight_hh: .*got \(20, 3\)"),
-    ("weights", weights(weight_hh=W.weight_hh.astype("f")), TypeError, "weight_hh: .*got float32"),
-    ("weights", weights(weight_hh=swapped(W.weight_hh)), TypeError, "weight_hh: expected native byte order"),
-    ("weights", weights(bias_ih=W.bias_ih[:5]), ValueError, r"bias_ih: expected shape \(20,\), got \(5,\)"),
+    ("weights", weights(weight_hh=W["weight_hh"][:, :3]), ValueError, r"weight_hh: .*got \(20, 3\)"),
+    ("weights", weights(weight_hh=W["weight_hh"].astype("f")), TypeError, "weight_hh: .*got float32"),
+    (
+        "weights",
+        weights(weight_hh=swapped(W["weight_hh"])),
+        TypeError,
+        "weight_hh: expected native byte order",
+    ),
+    (
+        "weights",
+        weights(bias_ih=W["bias_ih"][:5]),
+        ValueError,
+        r"bias_ih: expected shape \(20,\), got \(5,\)",
+    ),
     ("weights", weights(bias_ih=0.0), TypeError, "bias_ih: .*got float"),
-    ("weights", weights(bias_hh=W.bias_ih[None]), ValueError, r"bias_hh: .*got \(1, 20\)"),
-    ("weights", weights(bias_hh=W.bias_ih.astype("f")), TypeError, "bias_hh: .*got float32"),
+    ("weights", weights(bias_hh=W["bias_ih"][None]), ValueError, r"bias_hh: .*got \(1, 20\)"),
+    ("weights", weights(bias_hh=W["bias_ih"].astype("f")), TypeError, "bias_hh: .*got float32"),
     (
         "state0",
         G["state0"][0],
@@ -132,7 +149,7 @@ def test_forward(argument: str, value: Any, exception: type[Exception], message:
         kernels.forward(**call)
 
 
-UP = problem(LSTM(), T, B, I, H, return_states=True)
+UP = problem(lstm, T, B, I, H, return_states=True)
 
 BAD_BACKWARD = [
     ("dy", UP.dy.tolist(), TypeError, "dy: .*got list"),
@@ -178,7 +195,7 @@ def test_what_is_allowed() -> None:
     changed = {
         "state0": [np.asfortranarray(s) for s in call["state0"]],
         "reset": np.asfortranarray(call["reset"]),
-        "weights": Weights(*(None if w is None else np.asfortranarray(w) for w in W)),
+        "weights": {n: np.asfortranarray(w) for n, w in W.items()} | {"bias_hh": None},
         "reverse": np.False_,
     }
     for a in (call["x"], *changed["state0"]):
@@ -194,14 +211,14 @@ class TestNormalised:
         a = arguments.check_forward(
             g["cell"],
             np.asfortranarray(g["x"]),
-            Weights(*(None if w is None else np.asfortranarray(w) for w in W)),
+            {n: np.asfortranarray(w) for n, w in W.items()},
             [np.asfortranarray(s) for s in g["state0"]],
             lengths=g["lengths"].astype("i2"),
             reset=np.asfortranarray(g["reset"]),
         )
         assert a.sizes == (T, B, I, H, H)
         assert a.x.strides[2] == a.x.itemsize
-        for b in (a.weights.weight_ih, a.weights.weight_hh, *a.state0, a.reset):
+        for b in (*a.weights.values(), *a.state0, a.reset):
             assert b.flags.c_contiguous
             assert b.flags.aligned
         assert a.lengths.dtype == np.int64
@@ -216,26 +233,27 @@ class TestNormalised:
 
     def test_only_strides_of_whole_elements(self) -> None:
         packed = np.zeros((T, B, I), [("pad", "i4"), ("v", "f8")])
-        a = arguments.check_forward(LSTM(), packed["v"], W)
+        a = arguments.check_forward(lstm, packed["v"], W)
         assert all(stride % 8 == 0 for stride in a.x.strides)
         odd = np.ndarray((T, B, I), "f8", np.zeros(1000, "u1").data, offset=8, strides=(100, 20, 8))
-        a = arguments.check_forward(LSTM(), odd, W)
+        a = arguments.check_forward(lstm, odd, W)
         assert all(stride % 8 == 0 for stride in a.x.strides)
         assert a.x.flags.aligned
 
     def test_dtypes_of_the_backend(self) -> None:
-        w = Weights(*(None if w is None else w.astype(np.longdouble) for w in W))
+        w = {n: w.astype(np.longdouble) for n, w in W.items()}
         with pytest.raises(TypeError, match=r"^weight_ih: expected dtype float32 or float64, got"):
-            arguments.check_weights(LSTM(), w)
+            arguments.check_weights(lstm, w)
 
     def test_need(self) -> None:
-        assert arguments.check_need(None) == frozenset(NEED)
-        assert arguments.check_need(None, W) == frozenset(NEED) - {"bias_hh", *LSTM(layer_norm=True).vectors}
-        assert arguments.check_need(["x", "bias_hh"], W) == {"x"}
-        assert arguments.check_need(()) == frozenset()
+        names = {"x", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "state0"}
+        assert arguments.check_need(lstm, None) == names
+        assert arguments.check_need(lstm, None, W) == names - {"bias_hh"}
+        assert arguments.check_need(lstm, ["x", "bias_hh"], W) == {"x"}
+        assert arguments.check_need(lstm, ()) == frozenset()
 
     def test_all_none_is_none(self) -> None:
-        p = problem(RNN(), T, B, I, H)
+        p = problem(rnn, T, B, I, H)
         sizes = arguments.Sizes(T, B, I, H, H)
         b = arguments.check_backward(p.cell, p.weights, sizes, None, (None,), (None,), return_states=False)
         assert b.dstateT is None

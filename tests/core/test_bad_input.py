@@ -19,9 +19,8 @@ from problems import CELLS, NORMED, assert_bitwise_equal, name, named, problem, 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, kernels, threads
 from fusedrnn.backends import get
-from fusedrnn.backends.cpu import CpuBackend, cell_id
-from fusedrnn.backends.protocol import NEED, Weights
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.backends.cpu import NEED, WEIGHTS, CpuBackend, cell_id
+from fusedrnn.cells import Cell, gru, lstm, rnn
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poison")]
 
@@ -125,14 +124,14 @@ FLOAT = st.sampled_from([np.float32, np.float64])
 def arguments(cell, dtype):
     """A good call: of forward, and of backward."""
     p = problem(cell, T, B, I, H, dtype=dtype, lengths=True, reset=True, return_states=True, biases="both")
-    forward = {"x": p.x, **p.weights._asdict(), "lengths": p.lengths, "reset": p.reset}
+    forward = {"x": p.x, **p.weights, "lengths": p.lengths, "reset": p.reset}
     forward |= {f"{s}0": a for s, a in zip(cell.states, p.state0, strict=True)}
     backward = {"dy": p.dy} | {f"d{s}T": a for s, a in zip(cell.states, p.dstateT, strict=True)}
     return forward, backward | {f"d{s}_states": a for s, a in zip(cell.states, p.dstates, strict=True)}
 
 
 def weights_of(a):
-    return Weights(*(a[key] for key in Weights._fields))
+    return {key: a[key] for key in WEIGHTS if key in a}
 
 
 def run_forward(backend, cell, a):
@@ -169,7 +168,7 @@ def entries_of(cell, good):
 
 
 def core_pack(cell, a):
-    return _core.pack(cell_id(cell), *weights_of(a))
+    return _core.pack(cell_id(cell), *map(a.get, WEIGHTS))
 
 
 def core_forward(cell, a, packed=None):
@@ -250,7 +249,7 @@ APIS = {
 @given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
 def test_any_argument_of_an_api(api, entry, cell, dtype, data, corrupt):
     forward, backward = arguments(cell, dtype)
-    good = {"forward": forward, "backward": backward, "pack": {k: forward[k] for k in Weights._fields}}[entry]
+    good = {"forward": forward, "backward": backward, "pack": weights_of(forward)}[entry]
     which = data.draw(st.sampled_from(sorted(good)), "argument")
     check(entries_of(cell, forward)[entry](APIS[api]), good, which, corrupt)
 
@@ -259,7 +258,7 @@ def test_any_argument_of_an_api(api, entry, cell, dtype, data, corrupt):
 @given(cell=CELL, dtype=FLOAT, data=st.data(), corrupt=CORRUPTIONS)
 def test_any_argument_of_the_compiled_pack(cell, dtype, data, corrupt):
     forward, _ = arguments(cell, dtype)
-    good = {k: forward[k] for k in Weights._fields}
+    good = weights_of(forward)
     which = data.draw(st.sampled_from(sorted(good)), "argument")
     check(lambda a: numbered(core_forward(cell, forward, core_pack(cell, a))), good, which, corrupt)
 
@@ -270,7 +269,7 @@ def test_any_argument_of_the_compiled_pack(cell, dtype, data, corrupt):
 def test_any_argument_of_the_compiled_forward(cell, dtype, data, corrupt):
     good, _ = arguments(cell, dtype)
     packed = core_pack(cell, good)
-    which = data.draw(st.sampled_from(sorted(good.keys() - set(Weights._fields))), "argument")
+    which = data.draw(st.sampled_from(sorted(good.keys() - set(WEIGHTS))), "argument")
     check(lambda a: numbered(core_forward(cell, a, packed)), good, which, corrupt)
 
 
@@ -299,7 +298,7 @@ THINGS = st.sampled_from(
         [1],
         {},
         object(),
-        LSTM,
+        Cell,
         np.float64(2),
         np.zeros(2),
         print,
@@ -310,10 +309,10 @@ THINGS = st.sampled_from(
 @settings(max_examples=150)
 @given(thing=THINGS, which=st.sampled_from(["cell", "x", "weights", "state0", "lengths", "reset", "reverse",
                                            "return_states", "save", "backend", "batch_sizes"]))  # fmt: skip
-@example(thing=[LSTM()], which="cell")
+@example(thing=[lstm], which="cell")
 @example(thing=np.int64(1), which="reverse")
 def test_anything_for_any_argument_of_kernels_forward(thing, which):
-    p = problem(LSTM(), T, B, I, H)
+    p = problem(lstm, T, B, I, H)
     good = {"cell": p.cell, "x": p.x, "weights": p.weights, "state0": p.state0}
     try:
         kernels.forward(**{**good, which: thing})
@@ -326,7 +325,7 @@ def test_anything_for_any_argument_of_kernels_forward(thing, which):
 @settings(max_examples=100)
 @given(thing=THINGS, which=st.sampled_from(["tape", "dy", "dstateT", "dstates", "need"]))
 def test_anything_for_any_argument_of_kernels_backward(thing, which):
-    p = problem(LSTM(), T, B, I, H)
+    p = problem(lstm, T, B, I, H)
     tape = kernels.forward(p.cell, p.x, p.weights).tape
     try:
         kernels.backward(**{"tape": tape, which: thing})
@@ -340,11 +339,11 @@ def test_anything_for_any_argument_of_kernels_backward(thing, which):
 @given(data=st.data())
 def test_anything_for_any_argument_of_the_compiled_module(data):
     """No crash; pybind11's own TypeErrors name every argument of the signature."""
-    forward, backward = arguments(LSTM(), np.float32)
-    packed = core_pack(LSTM(), forward)
-    tape = core_forward(LSTM(), forward)[-1]
+    forward, backward = arguments(lstm, np.float32)
+    packed = core_pack(lstm, forward)
+    tape = core_forward(lstm, forward)[-1]
     calls = {
-        _core.pack: [2, *weights_of(forward)],
+        _core.pack: [2, *map(forward.get, WEIGHTS)],
         _core.forward: [packed, *(forward[k] for k in ("x", "h0", "c0", "lengths", "reset")), False, True, 1],
         _core.backward: [tape, *backward.values(), [True] * len(NEED)],
         _core.set_num_threads: [_core.num_threads()],
@@ -395,10 +394,10 @@ def test_a_borrowed_array_that_changed_its_shape_is_found(which):
     changes = [lambda a: a.resize((1,) * a.ndim, refcheck=False), lambda a: setattr(a, "shape", (-1,)),
                lambda a: setattr(a, "dtype", np.uint32)]  # fmt: skip
     for change in changes:
-        p = problem(LSTM(), 6, 5, 9, 9, dtype=np.float32)
+        p = problem(lstm, 6, 5, 9, 9, dtype=np.float32)
         forward = CPU.forward(p.cell, p.x, p.weights, p.state0)
         h0, c0 = p.state0
-        borrowed = {"x": p.x, "y": forward.y, **p.weights._asdict(), "h0": h0, "c0": c0}[which]
+        borrowed = {"x": p.x, "y": forward.y, **p.weights, "h0": h0, "c0": c0}[which]
         try:
             change(borrowed)
         except (ValueError, DeprecationWarning):  # numpy may forbid it
@@ -410,20 +409,20 @@ def test_a_borrowed_array_that_changed_its_shape_is_found(which):
 @pytest.mark.quick
 @pytest.mark.parametrize("value", [-1, T + 1, 2**62, -(2**62)])
 def test_lengths_out_of_range(value):
-    forward, _ = arguments(LSTM(), np.float32)
+    forward, _ = arguments(lstm, np.float32)
     lengths = forward["lengths"].copy()
     lengths[1] = value
     with pytest.raises(ValueError, match="lengths"):
-        run_forward(CPU, LSTM(), forward | {"lengths": lengths})
+        run_forward(CPU, lstm, forward | {"lengths": lengths})
     with pytest.raises(ValueError, match="lengths"):
-        core_forward(LSTM(), forward | {"lengths": lengths}, core_pack(LSTM(), forward))
+        core_forward(lstm, forward | {"lengths": lengths}, core_pack(lstm, forward))
 
 
 @pytest.mark.parametrize("cell", [-1, len(_core.CELLS), 2**31 - 1, -(2**31)])
 def test_the_compiled_pack_refuses_unknown_cells(cell):
-    forward, _ = arguments(LSTM(), np.float32)
+    forward, _ = arguments(lstm, np.float32)
     with pytest.raises(ValueError, match="cell"):
-        _core.pack(cell, *weights_of(forward))
+        _core.pack(cell, *map(forward.get, WEIGHTS))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (8, 0), (0, 0), (6, 3), (4, 3)])
@@ -440,7 +439,7 @@ def test_the_compiled_pack_refuses_weights_without_units_or_inputs(shape):
 
 
 def test_a_tape_of_another_backend_or_none_is_refused():
-    p = problem(GRU(), T, B, I, H)
+    p = problem(gru, T, B, I, H)
     other = get("reference").forward(p.cell, p.x, p.weights).tape
     none = CPU.forward(p.cell, p.x, p.weights, save=None).tape
     for tape in (other, none, object()):
@@ -451,25 +450,25 @@ def test_a_tape_of_another_backend_or_none_is_refused():
 
 
 def test_packed_weights_of_another_cell_or_dtype_are_refused():
-    p = problem(RNN(), T, B, I, H)
+    p = problem(rnn, T, B, I, H)
     with pytest.raises(ValueError, match="weights"):
-        CPU.forward(RNN(relu=True), p.x, CPU.pack(RNN(), p.weights))
+        CPU.forward(rnn.with_options(relu=True), p.x, CPU.pack(rnn, p.weights))
     with pytest.raises(TypeError, match="x"):
-        CPU.forward(RNN(), p.x.astype(np.float32), CPU.pack(RNN(), p.weights))
-    forward, _ = arguments(LSTM(), np.float32)
-    packed = core_pack(LSTM(), arguments(LSTM(), np.float64)[0])
+        CPU.forward(rnn, p.x.astype(np.float32), CPU.pack(rnn, p.weights))
+    forward, _ = arguments(lstm, np.float32)
+    packed = core_pack(lstm, arguments(lstm, np.float64)[0])
     with pytest.raises(TypeError, match="x"):
-        core_forward(LSTM(), forward, packed)
+        core_forward(lstm, forward, packed)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("need", [("y",), ("x", "dx"), "x", 3, [None]])
 def test_need_takes_known_names_alone(need):
-    p = problem(RNN(), T, B, I, H)
+    p = problem(rnn, T, B, I, H)
     tape = CPU.forward(p.cell, p.x, p.weights).tape
     with pytest.raises((TypeError, ValueError), match="need"):
         CPU.backward(tape, p.dy, need=need)
-    assert CPU.backward(tape, p.dy, need=NEED).dx is not None
+    assert CPU.backward(tape, p.dy, need=("x", *rnn.blocks, "state0")).dx is not None
 
 
 @pytest.mark.quick
@@ -484,8 +483,8 @@ def test_set_num_threads_refuses(count):
 @pytest.mark.parametrize("api", APIS)
 def test_the_checks_see_a_wrong_result(api):
     """An API that reads a spoiled argument differently from its clean copy does not pass."""
-    forward, _ = arguments(GRU(), np.float32)
-    call = entries_of(GRU(), forward)["forward"](APIS[api])
+    forward, _ = arguments(gru, np.float32)
+    call = entries_of(gru, forward)["forward"](APIS[api])
 
     def careless(a):
         results = call(a)
@@ -505,5 +504,5 @@ def test_the_checks_see_a_wrong_result(api):
 
 
 def test_after_all_this_the_kernels_still_work():
-    p = problem(LSTM(), T, B, I, H, dtype=np.float32, return_states=True)
+    p = problem(lstm, T, B, I, H, dtype=np.float32, return_states=True)
     assert_bitwise_equal(run(CPU, p), run(CPU, p))

@@ -13,8 +13,7 @@ import pytest
 from fusedrnn import autograd, kernels, layers
 from fusedrnn import functions as F
 from fusedrnn.autograd import Function, Variable
-from fusedrnn.backends.protocol import Weights
-from fusedrnn.cells import GRU, LSTM
+from fusedrnn.cells import gru, lstm
 from fusedrnn.gradcheck import GradcheckError, gradcheck
 
 CELLS = {
@@ -125,12 +124,11 @@ def test_models_with_state_and_lazy_sizes(rng, fast_mode):
 
 @pytest.mark.quick
 @BOTH
-@pytest.mark.parametrize("cell", [LSTM(), GRU(reset_after=False)], ids=str)
+@pytest.mark.parametrize("cell", [lstm, gru.with_options(reset_after=False)], ids=repr)
 def test_functions_of_arrays(rng, cell, fast_mode):
-    rows = cell.gates * 3
-    weights = Weights(
-        rng.standard_normal((rows, 2)), rng.standard_normal((rows, 3)), rng.standard_normal(rows)
-    )
+    rows = cell.blocks["weight_ih"] * 3
+    shapes = {"weight_ih": (rows, 2), "weight_hh": (rows, 3), "bias_ih": rows}
+    weights = {n: rng.standard_normal(shape) for n, shape in shapes.items()}
     state0 = tuple(rng.standard_normal((2, 3)) for _ in cell.states)
 
     def run(x, weights, state0):

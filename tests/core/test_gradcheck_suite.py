@@ -14,14 +14,12 @@ from fusedrnn import backends, gradcheck_suite
 from fusedrnn.backends.protocol import Unsupported
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import CELLS, definition, gradient
+from fusedrnn.gradcheck.tables import format_notes, format_rows, format_tensors
 from fusedrnn.gradcheck_suite import (
     OPTIONS,
     QUICK,
     SIZES,
     available_levels,
-    format_notes,
-    format_rows,
-    format_tensors,
     run_suite,
     variants,
 )
@@ -189,7 +187,7 @@ def test_a_broken_one_fails(broken, tensor, wrong):
         if tensor == "dx":
             return g._replace(dx=change(g.dx))
         if tensor == "dweight_hh":
-            return g._replace(dweights=g.dweights._replace(weight_hh=change(g.dweights.weight_hh)))
+            return g._replace(dweights=g.dweights | {"weight_hh": change(g.dweights["weight_hh"])})
         return g._replace(dstate0=(g.dstate0[0], change(g.dstate0[1]))) if tensor == "dc0" else g
 
     broken(forward, backward)

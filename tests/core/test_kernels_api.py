@@ -10,7 +10,7 @@ import pytest
 import problems
 from fusedrnn import backends, kernels
 from fusedrnn.backends.reference import ReferenceBackend
-from fusedrnn.cells import GRU, LSTM
+from fusedrnn.cells import gru, lstm
 from problems import assert_bitwise_equal, name, named, problem, run
 
 pytestmark = pytest.mark.quick
@@ -41,15 +41,15 @@ class TestRagged:
 
     def test_against_torch(self) -> None:
         torch = pytest.importorskip("torch")
-        p = problem(GRU(), 5, 4, 2, 7, biases="both")
+        p = problem(gru, 5, 4, 2, 7, biases="both")
         module = torch.nn.GRU(2, 7, dtype=torch.float64)
         with torch.no_grad():
-            for parameter, w in zip(module.parameters(), p.weights[:4], strict=True):
+            for parameter, w in zip(module.parameters(), p.weights.values(), strict=True):
                 parameter.copy_(torch.tensor(w))
         packed = torch.nn.utils.rnn.pack_padded_sequence(torch.tensor(p.x), torch.tensor(self.lengths))
         out, hT = module(packed, torch.tensor(p.state0[0][None]))
         f = kernels.forward(
-            GRU(),
+            gru,
             packed.data.numpy(),
             p.weights,
             p.state0,
@@ -71,28 +71,28 @@ class TestRagged:
         ],
     )
     def test_wrong_batch_sizes(self, batch_sizes: Any, exception: type[Exception]) -> None:
-        p = problem(LSTM(), 3, 1, 2, 5)
+        p = problem(lstm, 3, 1, 2, 5)
         with pytest.raises(exception, match=r"^batch_sizes: expected"):
-            kernels.forward(LSTM(), p.x[:, 0], p.weights, batch_sizes=batch_sizes, backend="reference")
+            kernels.forward(lstm, p.x[:, 0], p.weights, batch_sizes=batch_sizes, backend="reference")
 
     def test_wrong_rows(self) -> None:
-        p = problem(LSTM(), 3, 1, 2, 5)
+        p = problem(lstm, 3, 1, 2, 5)
         sizes = np.array([2, 1])
         x = p.x[:, 0]
         for bad in (x[:2], p.x):
             with pytest.raises(ValueError, match=r"^x: expected packed rows of shape \(3, ·\)"):
-                kernels.forward(LSTM(), bad, p.weights, batch_sizes=sizes, backend="reference")
+                kernels.forward(lstm, bad, p.weights, batch_sizes=sizes, backend="reference")
         with pytest.raises(ValueError, match=r"^reset: expected packed rows of shape \(3,\)"):
             kernels.forward(
-                LSTM(), x, p.weights, batch_sizes=sizes, reset=np.ones(2, bool), backend="reference"
+                lstm, x, p.weights, batch_sizes=sizes, reset=np.ones(2, bool), backend="reference"
             )
-        tape = kernels.forward(LSTM(), x, p.weights, batch_sizes=sizes, backend="reference").tape
+        tape = kernels.forward(lstm, x, p.weights, batch_sizes=sizes, backend="reference").tape
         with pytest.raises(ValueError, match=r"^dy: expected packed rows"):
             kernels.backward(tape, p.dy)
 
     def test_no_steps(self) -> None:
-        p = problem(LSTM(), 3, 1, 2, 5)
-        f = kernels.forward(LSTM(), p.x[:0, 0], p.weights, batch_sizes=np.zeros(0, int), backend="reference")
+        p = problem(lstm, 3, 1, 2, 5)
+        f = kernels.forward(lstm, p.x[:0, 0], p.weights, batch_sizes=np.zeros(0, int), backend="reference")
         assert f.y.shape == (0, 5)
         assert f.stateT[0].shape == (0, 5)
 
@@ -107,12 +107,12 @@ class TestPack:
         assert_bitwise_equal(named(cell, f, g), run(ReferenceBackend(), p))
 
     def test_for_another_backend_or_cell(self) -> None:
-        p = problem(GRU(), 3, 2, 3, 7)
-        packed = kernels.pack(GRU(), p.weights, "reference")
+        p = problem(gru, 3, 2, 3, 7)
+        packed = kernels.pack(gru, p.weights, "reference")
         with pytest.raises(ValueError, match=r"^backend: expected 'reference'"):
-            kernels.forward(GRU(), p.x, packed, backend="cpu")
-        with pytest.raises(ValueError, match=r"^cell: expected GRU\(reset_after=True, layer_norm=False\)"):
-            kernels.forward(GRU(reset_after=False), p.x, packed)
+            kernels.forward(gru, p.x, packed, backend="cpu")
+        with pytest.raises(ValueError, match=r"^cell: expected gru\(reset_after=True, layer_norm=False\)"):
+            kernels.forward(gru.with_options(reset_after=False), p.x, packed)
 
 
 class TestChoice:
@@ -141,4 +141,4 @@ class TestChoice:
     def test_a_named_backend_that_cannot_run_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ReferenceBackend, "unavailable", lambda self: "the moon is full")
         with pytest.raises(RuntimeError, match=r"'reference' cannot run here: the moon is full"):
-            kernels.pack(LSTM(), problem(LSTM(), 2, 1, 2, 3).weights, "reference")
+            kernels.pack(lstm, problem(lstm, 2, 1, 2, 3).weights, "reference")

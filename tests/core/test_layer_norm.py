@@ -20,9 +20,8 @@ from array_calls import Arrays
 from fusedrnn import checkpoint, kernels
 from fusedrnn import layers as L
 from fusedrnn.backends import get
-from fusedrnn.backends.protocol import NEED, Weights
 from fusedrnn.backends.reference import ReferenceBackend
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import lstm
 from fusedrnn.gradcheck import gradcheck
 from problems import (
     NORMED,
@@ -49,7 +48,7 @@ kernel_cells = pytest.mark.parametrize("cell", KERNELS, ids=name)
 
 
 @normed
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: name(LSTM(), o)[5:] or "plain")
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: name(lstm, o)[5:] or "plain")
 def test_the_reference_against_complex_steps(cell, options):
     """Tiny, so that every entry has a step of its own. The figure is that of test_reference.py, 90 eps."""
     p = problem(cell, 5, 4, 3, 4, **options)
@@ -75,7 +74,7 @@ def torch_step(torch, cell, w, x, state):
 
     def part(which, v):
         a = v @ w[f"weight_{which}"].T
-        if isinstance(cell, GRU):
+        if cell.name == "gru":
             parts = (normalise(a[:, : 2 * H], (2 * H,)), normalise(a[:, 2 * H :], (H,)))
             a = torch.cat(parts, 1)
         else:
@@ -83,9 +82,9 @@ def torch_step(torch, cell, w, x, state):
         return a * w[f"gain_{which}"] + w[f"bias_{which}"]
 
     ax, ah = part("ih", x), part("hh", state[0])
-    if isinstance(cell, RNN):
-        return [torch.relu(ax + ah) if cell.relu else torch.tanh(ax + ah)]
-    if isinstance(cell, LSTM):
+    if cell.name == "rnn":
+        return [torch.relu(ax + ah) if cell.options["relu"] else torch.tanh(ax + ah)]
+    if cell.name == "lstm":
         i, f, g, o = torch.chunk(ax + ah, 4, 1)
         c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
         return [torch.sigmoid(o) * torch.tanh(normalise(c, (H,), w["gain_c"], w["bias_c"])), c]
@@ -100,9 +99,7 @@ def test_against_pytorchs_layer_norm(cell):
     """A loop over time of PyTorch's own operations, and its own derivatives."""
     torch = pytest.importorskip("torch")
     p = problem(cell, 7, 5, 6, 19, biases="both", gain=0.5)
-    given = {
-        key: torch.tensor(w, requires_grad=True) for key, w in p.weights._asdict().items() if w is not None
-    }
+    given = {key: torch.tensor(w, requires_grad=True) for key, w in p.weights.items()}
     x = torch.tensor(p.x, requires_grad=True)
     state0 = [torch.tensor(s, requires_grad=True) for s in p.state0]
     state, ys = state0, []
@@ -122,9 +119,9 @@ def test_against_pytorchs_layer_norm(cell):
 def test_without_gains_and_gates_of_any_size_the_scale_of_a_matrix_does_not_matter(cell):
     """What layer norm is for: weights ten times as large give the same, but for epsilon."""
     p = problem(cell, 5, 4, 6, 16, gain=0.5)
-    ten = p.weights._replace(weight_ih=1e3 * p.weights.weight_ih, weight_hh=1e3 * p.weights.weight_hh)
+    ten = p.weights | {key: 1e3 * p.weights[key] for key in ("weight_ih", "weight_hh")}
     large = run(REFERENCE, replace(p, weights=ten))
-    larger = run(REFERENCE, replace(p, weights=ten._replace(weight_ih=1e6 * p.weights.weight_ih)))
+    larger = run(REFERENCE, replace(p, weights=ten | {"weight_ih": 1e6 * p.weights["weight_ih"]}))
     assert_close({"y": larger["y"]}, {"y": large["y"]}, 1e-8)
 
 
@@ -200,7 +197,7 @@ class TestKernels:
         from fusedrnn import _core
         from fusedrnn.backends.cpu import cell_id
 
-        plain, normed = (cell_id(replace(cell, layer_norm=norm)) for norm in (False, True))
+        plain, normed = (cell_id(cell.with_options(layer_norm=norm)) for norm in (False, True))
         size = (20, 4, 1500, 1500, 8)
         assert not _core.testing.split(plain, *size)[1]
         assert _core.testing.split(normed, *size)[:2] == (4, True)
@@ -231,7 +228,8 @@ class TestKernels:
     def test_a_large_mean_costs_no_digits_of_the_variance(self, cell, cpu):
         """Two passes: sum of squares less square of the sum would leave none."""
         p = problem(cell, 3, 4, 5, 19)
-        p = replace(p, x=np.ones_like(p.x), weights=p.weights._replace(weight_ih=p.weights.weight_ih + 300))
+        shifted = p.weights | {"weight_ih": p.weights["weight_ih"] + 300}
+        p = replace(p, x=np.ones_like(p.x), weights=shifted)
         p = p.astype(np.float32)
         want = run(REFERENCE, p.astype(np.longdouble))
         plain, got = errors(run(REFERENCE, p), want), errors(run(cpu, p), want)
@@ -245,7 +243,7 @@ class TestKernels:
         whole = run(cpu, p)
         gradients = {key for key in whole if key.startswith("d")}
         forward = {key: a for key, a in whole.items() if key not in gradients}
-        possible = [key for key in NEED if getattr(p.weights, key, p.x) is not None]
+        possible = ("x", *p.weights, "state0")
         for need in (*itertools.combinations(possible, 1), *itertools.combinations(possible, 2), ()):
             wanted = {f"d{s}0" for s in cell.states} if "state0" in need else set()
             wanted |= {f"d{key}" for key in need if key != "state0"}
@@ -279,29 +277,30 @@ class TestKernels:
         p = problem(NORMED[4], 3, 2, 3, 5)
         for call in (lambda: cpu.pack(p.cell, p.weights), lambda: run(cpu, p)):
             with pytest.raises(
-                ValueError, match=r"layer_norm: .*is not supported by the cpu backend; use the reference"
+                ValueError,
+                match=r"cell: gru.*layer_norm.* is not supported by the cpu backend; use the reference",
             ):
                 call()
 
     def test_the_compiled_module_wants_the_gains(self, cpu):
         from fusedrnn import _core
+        from fusedrnn.backends.cpu import WEIGHTS
 
-        lstm = _core.CELLS.index("lstm")
-        p = problem(LSTM(layer_norm=True), 3, 2, 3, 5)
-        for k, key in enumerate(LSTM(layer_norm=True).vectors):
+        p = problem(lstm.with_options(layer_norm=True), 3, 2, 3, 5)
+        for key in p.cell.vectors:
+            one = {n: w for n, w in p.weights.items() if n in lstm.blocks or n == key}
             with pytest.raises(ValueError, match=f"{key}: expected None"):
-                _core.pack(
-                    lstm, *p.weights[:4], *(w if n == k else None for n, w in enumerate(p.weights[4:]))
-                )
+                _core.pack(_core.CELLS.index("lstm"), *map(one.get, WEIGHTS))
+            others = p.weights | {key: None}
             with pytest.raises(TypeError, match=key):
-                _core.pack(_core.CELLS.index("lstm_layer_norm"), *p.weights._replace(**{key: None}))
+                _core.pack(_core.CELLS.index("lstm_layer_norm"), *map(others.get, WEIGHTS))
 
 
 def test_numba_refuses_by_name():
     numba = get("numba")
     if (reason := numba.unavailable()) is not None:
         pytest.skip(reason)
-    p = problem(LSTM(layer_norm=True), 3, 2, 3, 5)
+    p = problem(lstm.with_options(layer_norm=True), 3, 2, 3, 5)
     with pytest.raises(ValueError, match="layer_norm: is not supported by the numba backend"):
         run(numba, p)
 
@@ -315,24 +314,25 @@ def test_weights_that_a_cell_needs_or_lacks(cell, backend):
     if (reason := get(backend).unavailable()) is not None:
         pytest.skip(reason)
     p = problem(cell, 3, 2, 3, 5)
-    plain = replace(cell, layer_norm=False)
+    plain = cell.with_options(layer_norm=False)
     for key in cell.vectors:
-        w = getattr(p.weights, key)
+        w = p.weights[key]
         with pytest.raises(
-            ValueError, match=rf"^{key}: expected an array of shape .*layer_norm=True.*got None"
+            ValueError, match=rf"^weights: expected {key} of shape .*layer_norm=True.*got none"
         ):
-            kernels.forward(cell, p.x, p.weights._replace(**{key: None}), backend=backend)
-        with pytest.raises(ValueError, match=rf"^{key}: expected None for .*layer_norm=False"):
-            kernels.forward(plain, p.x, Weights(*p.weights[:4], **{key: w}), backend=backend)
+            kernels.forward(cell, p.x, p.weights | {key: None}, backend=backend)
+        one = {n: v for n, v in p.weights.items() if n in plain.blocks or n == key}
+        with pytest.raises(ValueError, match=rf"^weights: expected names .*layer_norm=False.*got {key}"):
+            kernels.forward(plain, p.x, one, backend=backend)
         with pytest.raises(ValueError, match=rf"^{key}: expected shape"):
-            kernels.forward(cell, p.x, p.weights._replace(**{key: w[1:]}), backend=backend)
+            kernels.forward(cell, p.x, p.weights | {key: w[1:]}, backend=backend)
         with pytest.raises(TypeError, match=rf"^{key}: expected dtype float64"):
-            kernels.forward(cell, p.x, p.weights._replace(**{key: w.astype("f")}), backend=backend)
+            kernels.forward(cell, p.x, p.weights | {key: w.astype("f")}, backend=backend)
         with pytest.raises(TypeError, match=rf"^{key}: expected a NumPy array"):
-            kernels.forward(cell, p.x, p.weights._replace(**{key: w.tolist()}), backend=backend)
-    for key in set(LSTM(layer_norm=True).vectors) - set(cell.vectors):
-        with pytest.raises(ValueError, match=f"^{key}: expected None"):
-            kernels.forward(cell, p.x, p.weights._replace(**{key: np.ones(5)}), backend=backend)
+            kernels.forward(cell, p.x, p.weights | {key: w.tolist()}, backend=backend)
+    for key in set(lstm.with_options(layer_norm=True).vectors) - set(cell.vectors):
+        with pytest.raises(ValueError, match=f"^weights: expected names .*got {key}"):
+            kernels.forward(cell, p.x, p.weights | {key: np.ones(5)}, backend=backend)
 
 
 # --- layers ------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_parameters_of_a_layer(kind, deep):
         names = ("gain_ih", "gain_hh", *(("gain_c", "bias_c") if kind == "lstm" else ()))
         for key in names:
             value = found.pop(key + suffix)
-            assert value.shape == (5 if key.endswith("_c") else 5 * layer.cell.gates,)
+            assert value.shape == (5 if key.endswith("_c") else 5 * layer.cell.blocks["weight_ih"],)
             assert (value == (0 if key == "bias_c" else 1)).all()
             assert value.dtype == np.float32
     plain = LAYERS[kind](5, 3, **deep)

@@ -137,9 +137,9 @@ def test_layers_and_directions(kind, bidirectional, dropout):
     options = {"num_layers": 3, "bidirectional": bidirectional, "dropout": dropout}
     layer, plain = build(kind, rng, **options), build(kind, rng, fused=False, **options)
     copy_weights(layer, plain)
-    D = 1 + bidirectional
-    assert layer.weight_ih_l0.shape == (layer.cell.gates * H, I)
-    assert getattr(layer, "weight_ih_l1" + "_reverse" * bidirectional).shape == (layer.cell.gates * H, D * H)
+    D, rows = 1 + bidirectional, layer.cell.blocks["weight_ih"] * H
+    assert layer.weight_ih_l0.shape == (rows, I)
+    assert getattr(layer, "weight_ih_l1" + "_reverse" * bidirectional).shape == (rows, D * H)
     x, state0 = rng.standard_normal((T, B, I)), states(layer, rng, (3 * D,))
     extra = {"lengths": np.array([T, 0, 3, 1, 6]), "reset": rng.random((T, B)) < 0.3}
 
@@ -401,7 +401,7 @@ def test_order_of_the_draws(kind, known, chunk):
     between = L.Linear(2, in_size=3)
     layer(x)
     np.random.seed(1)
-    W_ih, W_hh = (np.zeros((layer.cell.gates * H, n), np.float32) for n in (I, H))
+    W_ih, W_hh = (np.zeros((layer.cell.blocks["weight_ih"] * H, n), np.float32) for n in (I, H))
 
     def fill(W):
         for gate in ORDERS[kind]:

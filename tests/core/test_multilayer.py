@@ -9,8 +9,7 @@ import pytest
 
 import problems
 from fusedrnn import kernels
-from fusedrnn.backends.protocol import Weights
-from fusedrnn.cells import GRU, LSTM, RNN, Cell
+from fusedrnn.cells import Cell, gru, lstm, rnn
 from fusedrnn.multilayer import backward_multilayer, dropout_mask, forward_multilayer
 from problems import assert_bitwise_equal, assert_close, name, problem
 
@@ -50,12 +49,12 @@ def run_multilayer(
         if g.dstate0 is not None:
             out[f"d{state}0"] = g.dstate0[k]
     for n, d in enumerate(g.dweights):
-        out |= {f"d{key}_{n}": a for key, a in d._asdict().items()}
+        out |= {f"d{key}_{n}": a for key, a in d.items()}
     return {key: a for key, a in out.items() if a is not None}
 
 
 class TestTorch:
-    @pytest.mark.parametrize("cell", [RNN(), LSTM(), GRU()], ids=name)
+    @pytest.mark.parametrize("cell", [rnn, lstm, gru], ids=name)
     @pytest.mark.parametrize(("L", "D"), [(1, 2), (3, 1), (2, 2)])
     @pytest.mark.parametrize("packed", [False, True])
     def test_forward_and_gradients(self, cell: Any, L: int, D: int, packed: bool) -> None:
@@ -65,7 +64,7 @@ class TestTorch:
         module = getattr(torch.nn, cell.name.upper())(I, H, L, bidirectional=D == 2, dtype=torch.float64)
         parameters = list(module.parameters())
         with torch.no_grad():
-            for parameter, w in zip(parameters, (w for ws in s["weights"] for w in ws[:4]), strict=True):
+            for parameter, w in zip(parameters, (w for ws in s["weights"] for w in ws.values()), strict=True):
                 parameter.copy_(torch.tensor(w))
         x = torch.tensor(s["x"], requires_grad=True)
         state0 = [torch.tensor(a, requires_grad=True) for a in s["state0"]]
@@ -79,7 +78,7 @@ class TestTorch:
         want = {"y": y, "dx": x.grad}
         for state, a, d in zip(cell.states, stateT, state0, strict=True):
             want |= {f"{state}T": a, f"d{state}0": d.grad}
-        keys = [f"d{key}_{n}" for n in range(L * D) for key in Weights._fields[:4]]
+        keys = [f"d{key}_{n}" for n in range(L * D) for key in cell.blocks]
         want |= {key: a.grad for key, a in zip(keys, parameters, strict=True)}
         got = run_multilayer(cell, s, bidirectional=D == 2, lengths=lengths)
         assert_close(got, {key: a.detach().numpy() for key, a in want.items()}, 5e-15)
@@ -121,7 +120,7 @@ class TestComposition:
         g_low = [back(n, f, dmiddle[..., n * H : (n + 1) * H]) for n, f in enumerate(low)]
         np.testing.assert_array_equal(got["dx"], g_low[0].dx + g_low[1].dx)
         for n, (f, g) in enumerate(zip(low + high, g_low + g_high, strict=True)):
-            for key, d in g.dweights._asdict().items():
+            for key, d in g.dweights.items():
                 np.testing.assert_array_equal(got.get(f"d{key}_{n}"), d)
             for k, state in enumerate(cell.states):
                 np.testing.assert_array_equal(got[f"{state}T"][n], f.stateT[k])
@@ -129,16 +128,16 @@ class TestComposition:
                 np.testing.assert_array_equal(got[f"d{state}0"][n], g.dstate0[k])
 
     def test_recompute_gives_the_same_bits(self) -> None:
-        s = stacked(LSTM(), 2, 2)
+        s = stacked(lstm, 2, 2)
         assert_bitwise_equal(
-            run_multilayer(LSTM(), s, bidirectional=True, save="boundary_states"),
-            run_multilayer(LSTM(), s, bidirectional=True),
+            run_multilayer(lstm, s, bidirectional=True, save="boundary_states"),
+            run_multilayer(lstm, s, bidirectional=True),
         )
 
     @pytest.mark.parametrize("need", [(), ("x",), ("weight_hh",), ("state0", "bias_ih")], ids=str)
     def test_only_what_is_needed(self, need: tuple[str, ...]) -> None:
-        s = stacked(LSTM(), 3, 1)
-        got, whole = run_multilayer(LSTM(), s, need=need), run_multilayer(LSTM(), s)
+        s = stacked(lstm, 3, 1)
+        got, whole = run_multilayer(lstm, s, need=need), run_multilayer(lstm, s)
         expected = {"y", "hT", "cT"}
         for key in need:
             if key == "x":
@@ -150,17 +149,17 @@ class TestComposition:
         assert_bitwise_equal(got, {key: whole[key] for key in expected})
 
     def test_no_upstream_gradient_and_no_tape(self) -> None:
-        s = stacked(GRU(), 2, 1)
-        f = forward_multilayer(GRU(), s["x"], s["weights"], backend="reference")
+        s = stacked(gru, 2, 1)
+        f = forward_multilayer(gru, s["x"], s["weights"], backend="reference")
         g = backward_multilayer(f.tape)
         assert not g.dx.any()
-        assert not g.dweights[0].weight_ih.any()
-        assert forward_multilayer(GRU(), s["x"], s["weights"], save=None, backend="reference").tape is None
+        assert not g.dweights[0]["weight_ih"].any()
+        assert forward_multilayer(gru, s["x"], s["weights"], save=None, backend="reference").tape is None
 
     def test_packed_weights(self) -> None:
-        s = stacked(GRU(), 2, 1)
-        packed = [kernels.pack(GRU(), w, "reference") for w in s["weights"]]
-        assert_bitwise_equal(run_multilayer(GRU(), {**s, "weights": packed}), run_multilayer(GRU(), s))
+        s = stacked(gru, 2, 1)
+        packed = [kernels.pack(gru, w, "reference") for w in s["weights"]]
+        assert_bitwise_equal(run_multilayer(gru, {**s, "weights": packed}), run_multilayer(gru, s))
 
 
 class TestDropout:
@@ -172,40 +171,40 @@ class TestDropout:
         assert not dropout_mask(np.random.default_rng(0), 1, (3, 3), np.float64).any()
 
     def test_drawn_from_the_callers_generator(self) -> None:
-        s = stacked(RNN(), 3, 1)
+        s = stacked(rnn, 3, 1)
         options = {"dropout": 0.5, "backend": "reference"}
         first, second = (
-            forward_multilayer(RNN(), s["x"], s["weights"], rng=np.random.default_rng(1), **options)
+            forward_multilayer(rnn, s["x"], s["weights"], rng=np.random.default_rng(1), **options)
             for _ in range(2)
         )
         np.testing.assert_array_equal(first.y, second.y)
         masks = first.tape.masks
         assert [m.shape for m in masks] == [(T, B, H)] * 2
         assert (masks[0] != masks[1]).any()
-        by_masks = forward_multilayer(RNN(), s["x"], s["weights"], masks=masks, backend="reference")
+        by_masks = forward_multilayer(rnn, s["x"], s["weights"], masks=masks, backend="reference")
         np.testing.assert_array_equal(by_masks.y, first.y)
 
     def test_float32_stays_float32(self) -> None:
-        s = stacked(LSTM(), 2, 2, np.float32)
-        got = run_multilayer(LSTM(), s, bidirectional=True, dropout=0.5, rng=np.random.default_rng(1))
+        s = stacked(lstm, 2, 2, np.float32)
+        got = run_multilayer(lstm, s, bidirectional=True, dropout=0.5, rng=np.random.default_rng(1))
         assert {a.dtype for a in got.values()} == {np.dtype(np.float32)}
 
     def test_one_layer_has_no_dropout(self) -> None:
-        s = stacked(LSTM(), 1, 2)
+        s = stacked(lstm, 1, 2)
         assert_bitwise_equal(
-            run_multilayer(LSTM(), s, bidirectional=True, dropout=0.5),
-            run_multilayer(LSTM(), s, bidirectional=True),
+            run_multilayer(lstm, s, bidirectional=True, dropout=0.5),
+            run_multilayer(lstm, s, bidirectional=True),
         )
 
 
-S = stacked(LSTM(), 2, 1)
+S = stacked(lstm, 2, 1)
 
 
 @pytest.mark.parametrize(
     ("argument", "value", "exception", "message"),
     [
         ("cell", "lstm", TypeError, "cell: "),
-        ("weights", S["weights"][0], TypeError, "weights: expected a list of Weights"),
+        ("weights", S["weights"][0], TypeError, "weights: expected a list, .*got dict"),
         ("weights", [], ValueError, "weights: expected at least 1"),
         ("weights", S["weights"][::-1], ValueError, "x: expected shape"),
         ("state0", S["state0"][0], TypeError, r"state0: expected a tuple \(h, c\)"),
@@ -224,7 +223,7 @@ S = stacked(LSTM(), 2, 1)
 )
 def test_wrong_arguments(argument: str, value: Any, exception: type[Exception], message: str) -> None:
     call = {
-        "cell": LSTM(),
+        "cell": lstm,
         "x": S["x"],
         "weights": S["weights"],
         "state0": S["state0"],
@@ -250,6 +249,6 @@ def test_wrong_arguments(argument: str, value: Any, exception: type[Exception], 
 def test_wrong_arguments_backward(
     argument: str, value: Any, exception: type[Exception], message: str
 ) -> None:
-    tape = forward_multilayer(LSTM(), S["x"], S["weights"], backend="reference").tape
+    tape = forward_multilayer(lstm, S["x"], S["weights"], backend="reference").tape
     with pytest.raises(exception, match=f"^{message}"):
         backward_multilayer(**{"tape": tape, argument: value})

@@ -22,7 +22,7 @@ from fusedrnn.autograd import test_mode as evaluation
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.backends.reference import ReferenceBackend
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import gru, lstm, rnn
 from problems import CELLS, NORMED, assert_bitwise_equal, assert_close, name, problem, run
 from test_reference import oracle_results
 
@@ -306,7 +306,7 @@ def test_dropout_of_one_leaves_no_recurrent_product(cell, backend):
     """GRU reset-after keeps bias_hh, and its z * h_prev."""
     p = problem(cell, 5, 4, 2, 19, **EVERYTHING)
     got = run(get(backend), replace(p, regularization=Regularization(1, seed=3)))
-    without = p.weights._replace(weight_hh=np.zeros_like(p.weights.weight_hh))
+    without = p.weights | {"weight_hh": np.zeros_like(p.weights["weight_hh"])}
     want = run(get(backend), replace(p, weights=without))
     assert not got.pop("dweight_hh").any()
     assert want.pop("dweight_hh").any()
@@ -314,7 +314,7 @@ def test_dropout_of_one_leaves_no_recurrent_product(cell, backend):
 
 
 @backends
-@pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=name)
+@pytest.mark.parametrize("cell", [lstm, gru], ids=name)
 def test_evaluation_is_the_mean_of_training(cell, backend):
     """Of one step with zoneout, over many rows of the same input: within 5 standard deviations."""
     B = 4000
@@ -333,8 +333,8 @@ def test_evaluation_is_the_mean_of_training(cell, backend):
 @backends
 def test_dropout_is_one_mask_for_the_whole_call_and_scaled(backend):
     """An Elman cell with weight_hh = 1 shows what it multiplied."""
-    cell, H = RNN(relu=True), 9
-    weights = kernels.Weights(np.zeros((H, 2)), np.eye(H))
+    cell, H = rnn.with_options(relu=True), 9
+    weights = {"weight_ih": np.zeros((H, 2)), "weight_hh": np.eye(H)}
     x, h0 = np.zeros((3, 4, 2)), np.ones((4, H))
     y = kernels.forward(
         cell, x, weights, (h0,), backend=backend, regularization=Regularization(0.25, seed=5)
@@ -378,7 +378,7 @@ def test_dropout_is_one_mask_for_the_whole_call_and_scaled(backend):
 def test_wrong_arguments_are_named(backend, wrong, error, message):
     if (reason := get(backend).unavailable()) is not None:
         pytest.skip(reason)
-    p = problem(GRU(), 2, 3, 2, 5)
+    p = problem(gru, 2, 3, 2, 5)
     with pytest.raises(error, match=message):
         kernels.forward(p.cell, p.x, p.weights, regularization=wrong, backend=backend)
     with pytest.raises(error, match=message):
@@ -389,7 +389,7 @@ def test_wrong_arguments_are_named(backend, wrong, error, message):
 def test_the_compiled_module_refuses_what_would_be_unsafe(cpu):
     from fusedrnn import _core
 
-    p = problem(RNN(), 2, 3, 2, 5)
+    p = problem(rnn, 2, 3, 2, 5)
     packed = cpu.pack(p.cell, p.weights).core
     rest = (p.x, None, None, None, None, False, False, 1, 0)
     assert len(_core.forward(packed, *rest, (0.5, 0.5, 0.0, 1, 0))) == 6
@@ -410,7 +410,7 @@ def test_the_compiled_module_refuses_what_would_be_unsafe(cpu):
 def test_numba_refuses_by_name():
     if (reason := get("numba").unavailable()) is not None:
         pytest.skip(reason)
-    p = problem(GRU(), 2, 3, 2, 5)
+    p = problem(gru, 2, 3, 2, 5)
     with pytest.raises(ValueError, match="regularization: is not supported by the numba backend"):
         get("numba").forward(p.cell, p.x, p.weights, regularization=Regularization(0.1, seed=1))
     get("numba").forward(p.cell, p.x, p.weights, regularization=Regularization(0.1))  # does nothing
@@ -421,7 +421,7 @@ def test_numba_refuses_by_name():
 
 @backends
 def test_each_layer_and_direction_has_masks_of_its_own(backend):
-    cell, r = GRU(), Regularization(0.3, 0.2, seed=4)
+    cell, r = gru, Regularization(0.3, 0.2, seed=4)
     first, second = (problem(cell, 5, 3, I, 7, seed).weights for seed, I in ((1, 2), (2, 14)))
     other = [problem(cell, 5, 3, I, 7, seed).weights for seed, I in ((3, 2), (4, 14))]
     x = problem(cell, 5, 3, 2, 7).x
@@ -452,7 +452,7 @@ def test_each_layer_and_direction_has_masks_of_its_own(backend):
 @backends
 def test_packed_rows(backend):
     r = Regularization(0.3, 0.2, 0.1, seed=4)
-    p = problem(LSTM(), 3, 4, 2, 5)
+    p = problem(lstm, 3, 4, 2, 5)
     sizes = np.array([4, 3, 1])
     ragged = kernels.Ragged.of(sizes)
     x = ragged.rows(p.x)
@@ -502,8 +502,8 @@ def test_layers_draw_in_training_and_not_in_evaluation():
     assert (net(x).data != net(x).data).any()
     with evaluation():
         np.testing.assert_array_equal(y(1), y(2))
-        w = kernels.Weights(net.weight_ih.data, net.weight_hh.data, net.bias_ih.data)
-        want = kernels.forward(LSTM(), x, w, regularization=Regularization(0, 0.2, 0.1))
+        w = {n: p.data for n, p in net.named_params()}
+        want = kernels.forward(lstm, x, w, regularization=Regularization(0, 0.2, 0.1))
         np.testing.assert_array_equal(y(1), want.y)
     plain = layers.LSTM(9, 3, recurrent_dropout=0.0)
     before = np.random.get_state()[2]
@@ -517,8 +517,8 @@ def test_a_layer_in_training_is_fusedrnn_kernels_with_its_seed():
     y = net(x)
     r = y.creator.options["regularization"]
     assert r[:3] == (0.3, 0.2, 0.0)
-    w = kernels.Weights(*(getattr(net, n).data for n in kernels.Weights._fields[:4]))
-    np.testing.assert_array_equal(kernels.forward(GRU(), x, w, regularization=r).y, y.data)
+    w = {n: p.data for n, p in net.named_params()}
+    np.testing.assert_array_equal(kernels.forward(gru, x, w, regularization=r).y, y.data)
 
 
 def test_layers_refuse_by_name():

@@ -17,7 +17,7 @@ import fusedrnn.layers as L
 import oracle
 from fusedrnn import Variable, backends, kernels, multilayer
 from fusedrnn.backends.cuda import CudaBackend
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import gru, lstm, rnn
 from problems import assert_bitwise_equal, assert_close, name, named, problem, run
 
 pytestmark = pytest.mark.quick
@@ -29,13 +29,13 @@ with contextlib.suppress(ImportError):
     from fusedrnn.torch import compilable
 
 T, B, I, H = 5, 3, 2, 3
-CELLS = (LSTM(), GRU(), RNN())
+CELLS = (lstm, gru, rnn)
 cells = pytest.mark.parametrize("cell", CELLS, ids=name)
 
 
 def drawn(cell, **options):
     """A problem with random lengths and resets, 0 and T among the lengths; both biases, as PyTorch has."""
-    biases = "both" if isinstance(cell, GRU) else "bias_ih"
+    biases = "both" if cell.name == "gru" else "bias_ih"
     more = {"lengths": True, "reset": True, "return_states": True, "biases": biases}
     return problem(cell, T, B, I, H, **more | options)
 
@@ -87,9 +87,8 @@ def through_layers(fused):
     def api(p):
         kind = {"lstm": L.LSTM, "gru": L.GRU, "rnn": L.RNN}[p.cell.name]
         layer = kind(H, I, dtype=p.x.dtype, fused=fused)
-        for key, w in p.weights._asdict().items():
-            if w is not None:
-                getattr(layer, key).data = w.copy()
+        for key, w in p.weights.items():
+            getattr(layer, key).data = w.copy()
         x, state0 = Variable(p.x), tuple(map(Variable, p.state0))
         y, states = layer.sequence(x, state0, lengths=p.lengths, reset=p.reset, return_states=True)
         found = {"y": y} | {f"{s}T": getattr(layer, s) for s in p.cell.states}
@@ -110,9 +109,8 @@ def through_torch(compiled):
         face = compilable if compiled else fusedrnn.torch
         layer = getattr(face, names[p.cell.name])(I, H, dtype=torch.float64)
         with torch.no_grad():
-            for key, w in p.weights._asdict().items():
-                if f"{key}_l0" in dict(layer.named_parameters()):
-                    getattr(layer, f"{key}_l0").copy_(torch.tensor(0.0 if w is None else w))
+            for key in p.cell.blocks:
+                getattr(layer, f"{key}_l0").copy_(torch.tensor(p.weights.get(key, 0.0)))
         x, *state0 = (torch.tensor(a, requires_grad=True) for a in (p.x, *(s[None] for s in p.state0)))
         call = torch.compile(layer, backend="aot_eager") if compiled else layer
         pair = len(state0) == 2
@@ -128,9 +126,7 @@ def through_torch(compiled):
         found = {"y": y} | {f"{s}T": v[0] for s, v in zip(p.cell.states, final, strict=True)}
         found |= {s: v[0] for s, v in zip(p.cell.states, states, strict=True)}
         found |= {"dx": x.grad} | {f"d{s}0": v.grad[0] for s, v in zip(p.cell.states, state0, strict=True)}
-        found |= {
-            f"d{k}": getattr(layer, f"{k}_l0").grad for k, w in p.weights._asdict().items() if w is not None
-        }
+        found |= {f"d{k}": getattr(layer, f"{k}_l0").grad for k in p.weights}
         return {key: v.detach().numpy() for key, v in found.items()}
 
     return api
@@ -172,7 +168,7 @@ def test_states_are_held_past_a_rows_end(api, cell):
 @apis
 def test_states_are_held_where_a_direction_begins(api):
     """In reverse the padding comes first, and the initial state stands there."""
-    p = drawn(LSTM(), reverse=True)
+    p = drawn(lstm, reverse=True)
     if api in ("cpu", "numba", "reference", "cuda"):
         got = APIS[api](p)
         want = oracle.forward(p)
@@ -202,7 +198,7 @@ RESETS = {
 
 @apis
 def test_every_kind_of_lengths_and_resets_is_taken(api):
-    p = drawn(LSTM())
+    p = drawn(lstm)
     expected = APIS[api](p)
     if api == "torch, compiled":  # it compiles for seconds
         kinds = [("list of Python's", "lists of 0 and 1"), ("dtype i", "dtype B")]
@@ -218,13 +214,11 @@ def test_every_kind_of_lengths_and_resets_is_taken(api):
 
 @pytest.mark.parametrize("kind", ["list", "array"])
 def test_packed_rows_take_lists(kind):
-    p = problem(GRU(), 3, 2, I, H)
+    p = problem(gru, 3, 2, I, H)
     sizes, rows, reset = [2, 2, 1], p.x.reshape(-1, I)[:5], [1, 0, 0, 1, 0]
-    expected = kernels.forward(
-        GRU(), rows, p.weights, batch_sizes=np.array(sizes), reset=np.array(reset, bool)
-    )
+    expected = kernels.forward(gru, rows, p.weights, batch_sizes=np.array(sizes), reset=np.array(reset, bool))
     given = {"list": (sizes, reset), "array": (np.array(sizes, "i2"), np.array(reset, "u1"))}[kind]
-    got = kernels.forward(GRU(), rows, p.weights, batch_sizes=given[0], reset=given[1])
+    got = kernels.forward(gru, rows, p.weights, batch_sizes=given[0], reset=given[1])
     np.testing.assert_array_equal(got.y, expected.y)
 
 
@@ -253,4 +247,4 @@ WRONG = [
 @apis
 def test_the_same_is_refused_in_the_same_words(api, changed, error, words):
     with pytest.raises(error, match=f"^{words}"):
-        APIS[api](replace(drawn(LSTM()), **changed))
+        APIS[api](replace(drawn(lstm), **changed))

@@ -18,7 +18,7 @@ pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, layers
 from fusedrnn.backends import cpu
 from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.cells import GRU, LSTM
+from fusedrnn.cells import gru, lstm
 
 pytestmark = [pytest.mark.kernel, pytest.mark.alone]
 
@@ -57,7 +57,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", ODD)
-@pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=name)
+@pytest.mark.parametrize("cell", [lstm, gru], ids=name)
 def test_what_is_not_ordinary_is_checked_once_and_gives_the_same_bits(cell, case, checks):
     p = problem(cell, 5, 3, 7, 9, dtype=np.float32, return_states=True)
     odd = ODD[case]
@@ -70,7 +70,7 @@ def test_what_is_not_ordinary_is_checked_once_and_gives_the_same_bits(cell, case
 
 def test_what_the_compiled_module_cannot_see_is_refused_before_it():
     """None for a state means zeros there, and numbers would pass for flags."""
-    p = problem(LSTM(), 2, 3, 7, 9, dtype=np.float32)
+    p = problem(lstm, 2, 3, 7, 9, dtype=np.float32)
     h, c = p.state0
     for state0 in ((None, c), (h, None), (None, None)):
         with pytest.raises(TypeError, match=r"state0 [hc]: expected a NumPy array, got NoneType"):
@@ -90,7 +90,7 @@ def test_an_error_of_a_signal_handler_is_no_refusal(direction, checks):
     def handler(*_):
         raise ValueError("from the handler")
 
-    p = problem(LSTM(), 2, 1, 3, 512, dtype=np.float32)
+    p = problem(lstm, 2, 1, 3, 512, dtype=np.float32)
     x = np.broadcast_to(p.x[:1], (20_000, 1, 3))
     tape = CPU.forward(p.cell, x[:8000], p.weights).tape
     call = {
@@ -111,7 +111,7 @@ def test_an_error_of_a_signal_handler_is_no_refusal(direction, checks):
 def test_refusals_are_the_errors_they_stand_for():
     assert issubclass(_core.RefusedType, TypeError)
     assert issubclass(_core.RefusedValue, ValueError)
-    p = problem(LSTM(), 2, 3, 7, 9, dtype=np.float32)
+    p = problem(lstm, 2, 3, 7, 9, dtype=np.float32)
     core = CPU.pack(p.cell, p.weights).core
     arguments = [core, p.x, *p.state0, None, None, False, False, 1]
     for place, value, error in (
@@ -164,7 +164,7 @@ def buffers(call):
     raise AssertionError("more than a hundred")
 
 
-@pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=name)
+@pytest.mark.parametrize("cell", [lstm, gru], ids=name)
 def test_the_repeated_call_runs_so_often_and_leaves_nothing(cell):
     p = problem(cell, 1, 4, 3, 8, dtype=np.float32)
     packed = CPU.pack(cell, p.weights)

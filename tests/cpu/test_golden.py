@@ -61,7 +61,7 @@ def digest(arrays: dict[str, Any]) -> str:
 
 def given(p: Problem) -> str:
     """The digest of what goes in: another NumPy may draw other numbers."""
-    arrays = {"x": p.x, "dy": p.dy} | dict(zip(p.weights._fields, p.weights, strict=True))
+    arrays = {"x": p.x, "dy": p.dy} | p.weights
     return digest({key: a for key, a in arrays.items() if a is not None})
 
 

@@ -23,8 +23,7 @@ from problems import CELLS, assert_bitwise_equal, name, problem, run
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, kernels
 from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.backends.protocol import Weights
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import gru, lstm, rnn
 
 pytestmark = [pytest.mark.kernel, pytest.mark.alone]
 
@@ -34,24 +33,23 @@ EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
 PRELUDE = """
 import ctypes, os, signal, sys, threading, time
 import numpy as np
-from problems import assert_bitwise_equal, problem, run
+from problems import CELLS, assert_bitwise_equal, problem, run
 from fusedrnn import _core
 from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.backends.protocol import Weights
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import gru, lstm, rnn
 CPU = CpuBackend()
 _core.set_num_threads(int(os.environ.get("TEST_THREADS", "2")))
 _core.testing.thresholds(False)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a process started in the background
 
-small = problem(LSTM(), 9, 40, 5, 33, dtype=np.float32)
+small = problem(lstm, 9, 40, 5, 33, dtype=np.float32)
 want = run(CPU, small)
 
 def check():
     assert_bitwise_equal(run(CPU, small), want)
 
 def long_forward(T=40_000, H=512, B=1):  # some seconds; no copy of x is made
-    p = problem(LSTM(), 2, B, 3, H, dtype=np.float32)
+    p = problem(lstm, 2, B, 3, H, dtype=np.float32)
     x = np.broadcast_to(p.x[:1], (8 * T, B, 3))  # long enough for a timer on a quiet machine
     return lambda: CPU.forward(p.cell, x, p.weights, p.state0, save=None)
 
@@ -62,8 +60,8 @@ def long_work(kind):  # some seconds each
         return long_forward(T=60_000, H=64, B=33)
     if kind == "pack":
         square = np.ones((6000, 6000), np.float32)  # some tenths of a second each
-        return lambda: [CPU.pack(RNN(), Weights(square, square)) for _ in range(99)]
-    p = problem(LSTM(), 2, 1, 3, 512, dtype=np.float32)
+        return lambda: [CPU.pack(rnn, {"weight_ih": square, "weight_hh": square}) for _ in range(99)]
+    p = problem(lstm, 2, 1, 3, 512, dtype=np.float32)
     x = np.broadcast_to(p.x[:1], {"backward": (8_000, 1, 3), "weights of a large batch": (40, 800, 3)}[kind])
     tape = CPU.forward(p.cell, x, p.weights).tape
     dhT = np.ones((x.shape[1], 512), np.float32)
@@ -173,7 +171,7 @@ x86 = pytest.mark.skipif("_core.testing.control_word() == 0", reason="reads MXCS
 @pytest.mark.quick
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_gil_is_released_in_kernels(direction):
-    p = problem(LSTM(), 2, 1, 3, 512, dtype=np.float32)
+    p = problem(lstm, 2, 1, 3, 512, dtype=np.float32)
     x = np.broadcast_to(p.x[:1], (1500, 1, 3))
     tape = CPU.forward(p.cell, x, p.weights, p.state0).tape
     work = {
@@ -312,7 +310,7 @@ def test_multiprocessing(method, tmp_path):
             f"""
             import multiprocessing
             def work(seed):
-                results = run(CPU, problem(GRU(), 6, 40, 5, 33, seed, np.float32))
+                results = run(CPU, problem(gru, 6, 40, 5, 33, seed, np.float32))
                 return {{key: a.tobytes() for key, a in results.items()}}
             if __name__ == "__main__":
                 here = [work(seed) for seed in range(6)]
@@ -354,7 +352,7 @@ def test_64_calling_threads_get_the_same_bits(threads):
 @pytest.mark.quick
 def test_threads_share_packed_weights_and_a_tape(threads):
     threads(2)
-    p = problem(LSTM(), 6, 33, 5, 33, dtype=np.float32)
+    p = problem(lstm, 6, 33, 5, 33, dtype=np.float32)
     packed = CPU.pack(p.cell, p.weights)
     want = run(CPU, p)
     tape = CPU.forward(p.cell, p.x, packed, p.state0).tape
@@ -403,7 +401,7 @@ def test_control_word_is_restored_whole_and_does_not_change_the_bits(word):
     python(
         f"""
         cases = [problem(cell, 6, 40, 5, 33, dtype=dtype, biases="both", return_states=True)
-                 for cell in (RNN(), RNN(relu=True), LSTM(), GRU(), GRU(reset_after=False))
+                 for cell in CELLS
                  for dtype in (np.float32, np.float64)]
         for p in cases:
             plain = run(CPU, p)
@@ -427,7 +425,7 @@ def test_control_word_is_restored_whole_and_does_not_change_the_bits(word):
 def test_unmasked_exceptions_do_not_trap_in_kernels():
     python(
         """
-        p = problem(LSTM(), 6, 40, 5, 33, dtype=np.float32)
+        p = problem(lstm, 6, 40, 5, 33, dtype=np.float32)
         p.x[2] = np.inf
         plain = run(CPU, p)
         assert np.isnan(plain["dx"]).any()
@@ -467,7 +465,7 @@ def test_subnormal_input_is_not_slow(cell, threads):
     threads(1)
     p = problem(cell, 20, 16, 16, 64, dtype=np.float32)
     tiny = np.float32(1e-40)
-    weights = Weights(*(None if w is None else w * tiny for w in p.weights))
+    weights = {n: w * tiny for n, w in p.weights.items()}
 
     def seconds(x, w, dy):
         best = np.inf
@@ -486,12 +484,12 @@ def test_subnormal_input_is_not_slow(cell, threads):
 def test_flushing_subnormals_can_be_switched_off(dtype):
     tiny = np.finfo(dtype).smallest_subnormal
     one = np.ones((1, 1), dtype)
-    w = Weights(one, np.zeros((1, 1), dtype))
+    w = {"weight_ih": one, "weight_hh": np.zeros((1, 1), dtype)}
     x = np.full((3, 2, 1), 5 * tiny)
 
     def results():
-        forward = CPU.forward(RNN(relu=True), x, w)
-        return forward.y, CPU.backward(forward.tape, np.full((3, 2, 1), tiny)).dweights.weight_hh
+        forward = CPU.forward(rnn.with_options(relu=True), x, w)
+        return forward.y, CPU.backward(forward.tape, np.full((3, 2, 1), tiny)).dweights["weight_hh"]
 
     try:
         assert not results()[0].any()
@@ -515,7 +513,7 @@ def huge(shape, dtype=np.float32):
 @pytest.mark.parametrize(
     ("T", "B"), [(2**45, 1), (1, 2**45), (2**30, 2**28), (2**57, 2), (2, 2**57), (2**58, 1)]
 )
-@pytest.mark.parametrize("cell", [LSTM(), RNN()], ids=name)
+@pytest.mark.parametrize("cell", [lstm, rnn], ids=name)
 def test_sizes_beyond_memory_are_an_error(cell, T, B):
     p = problem(cell, 2, 3, 1, 7, dtype=np.float32)
     for options in ({}, {"return_states": True}, {"save": None}):
@@ -526,8 +524,8 @@ def test_sizes_beyond_memory_are_an_error(cell, T, B):
 
 
 def test_weights_beyond_memory_are_an_error():
-    w = Weights(huge((4 * 2**42, 8)), huge((4 * 2**42, 2**14)))
-    for call in (lambda: CPU.pack(LSTM(), w), lambda: CPU.forward(LSTM(), huge((2, 2, 8)), w)):
+    w = {"weight_ih": huge((4 * 2**42, 8)), "weight_hh": huge((4 * 2**42, 2**14))}
+    for call in (lambda: CPU.pack(lstm, w), lambda: CPU.forward(lstm, huge((2, 2, 8)), w)):
         with pytest.raises((MemoryError, ValueError)) as error:
             call()
         assert str(error.value)
@@ -535,14 +533,14 @@ def test_weights_beyond_memory_are_an_error():
 
 def test_many_steps_without_rows_take_no_time():
     """B = 0 is legal, so T may be anything: nothing is walked through."""
-    p = problem(GRU(), 2, 1, 3, 7, dtype=np.float32)
+    p = problem(gru, 2, 1, 3, 7, dtype=np.float32)
     start = time.monotonic()
-    forward = CPU.forward(GRU(), np.empty((2**40, 0, 3), np.float32), p.weights)
+    forward = CPU.forward(gru, np.empty((2**40, 0, 3), np.float32), p.weights)
     gradients = CPU.backward(forward.tape, np.empty((2**40, 0, 7), np.float32))
     assert time.monotonic() - start < 2
     assert forward.y.shape == (2**40, 0, 7)
     assert gradients.dx.shape == (2**40, 0, 3)
-    assert not gradients.dweights.weight_hh.any()
+    assert not gradients.dweights["weight_hh"].any()
 
 
 @pytest.mark.parametrize("save", ["all", "boundary_states", None])
@@ -578,7 +576,7 @@ def test_every_failing_allocation_is_a_memory_error_and_leaks_nothing(cell, save
 
 
 def test_the_cache_of_memory_is_bounded_and_can_be_given_back():
-    run(CPU, problem(LSTM(), 50, 64, 5, 64, dtype=np.float32))
+    run(CPU, problem(lstm, 50, 64, 5, 64, dtype=np.float32))
     gc.collect()
     _, cached, limit = _core.testing.arena()
     assert 0 < cached <= limit

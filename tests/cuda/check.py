@@ -64,7 +64,7 @@ def race(cell, regularized, dtype: str, precision: str) -> str:
         ((3, 20, 2, 5), 3, 19, {"detach_every": 2}),
         ((2, 9, 2, 64 // R + 1), 16 // R, 9, {"state0": False}),  # chunks of k in the last split
         # More rows than blocks of the smallest GPU, so that a block has several.
-        *([((2, 35, 2, 5), 3, 9, {})] if cell.layer_norm else []),
+        *([((2, 35, 2, 5), 3, 9, {})] if cell.vectors else []),
     )
     numpy_dtype = {"float": "float32", "double": "float64", "Half": "float16"}.get(dtype, dtype.lower())
     r = of("all", cell) if regularized else None

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from emulated import EmulatedDevice
-from fusedrnn.backends.protocol import Weights
 
 # What the package may use.
 NAMES = [
     "abs", "add", "arange", "asarray", "broadcast_to", "concatenate", "divide", "empty", "exp", "expand_dims",
-    "log", "matmul", "maximum", "moveaxis", "multiply", "ones_like", "split", "sqrt", "square", "stack",
-    "take_along_axis", "tanh", "where", "zeros", "zeros_like",
+    "full", "log", "matmul", "maximum", "moveaxis", "multiply", "ones_like", "split", "sqrt", "square",
+    "stack", "take_along_axis", "tanh", "where", "zeros", "zeros_like",
 ]  # fmt: skip
 VALUES = ["shape", "ndim", "size", "dtype", "itemsize", "strides", "nbytes", "flags"]
 METHODS = ["any", "astype", "copy", "item", "max", "min", "reshape", "sum", "transpose"]
@@ -159,7 +158,7 @@ def moved(p: Any, put: Any) -> Any:
 
     tuples = {n: all_of(getattr(p, n)) for n in ("state0", "dstateT", "dstates")}
     ones = dict(zip(ONE, all_of(getattr(p, n) for n in ONE), strict=True))
-    return replace(p, weights=Weights(*all_of(p.weights)), **tuples, **ones)
+    return replace(p, weights={n: put(w) for n, w in p.weights.items()}, **tuples, **ones)
 
 
 def hidden(p: Any) -> Any:

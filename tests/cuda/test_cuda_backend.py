@@ -19,7 +19,7 @@ from fusedrnn.backends import get as get_backend
 from fusedrnn.backends.cuda import KERNEL, CudaBackend, cupy_device, nvrtc, plans
 from fusedrnn.backends.cuda.jobs import kernels_of
 from fusedrnn.backends.protocol import Regularization
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import gru, lstm, rnn
 from problems import (
     CELLS,
     FORWARD,
@@ -69,7 +69,7 @@ WHOLES = {launch for kernel in nvrtc.KERNELS for launch in launches_of(kernel)}
 def test_every_kernel_by_argument_and_by_environment(device, monkeypatch, cell, kernel):
     p = problem(cell, *SIZES[0], **EVERYTHING)
     by_argument = CudaBackend(device, kernel)
-    if kernel != "steps" and cell == GRU(reset_after=False):
+    if kernel != "steps" and cell == gru.with_options(reset_after=False):
         with pytest.raises(
             ValueError, match=rf"^kernel: '{kernel}' cannot run GruResetBefore, which has two phases"
         ):
@@ -102,7 +102,7 @@ def test_what_is_kept_for_backward(backend, cell):
 
 @pytest.mark.parametrize("kernel", nvrtc.KERNELS)
 def test_no_row_has_a_step(device, kernel):
-    p = replace(problem(LSTM(), 4, 3, 2, 7, **EVERYTHING), lengths=np.zeros(3, np.int32))
+    p = replace(problem(lstm, 4, 3, 2, 7, **EVERYTHING), lengths=np.zeros(3, np.int32))
     assert_bitwise_equal(run(CudaBackend(device, kernel), p), run(REFERENCE, p))
 
 
@@ -110,10 +110,10 @@ def test_no_row_has_a_step(device, kernel):
 def test_padding_reaches_nothing_whatever_the_weights(backend, cell):
     """dx there is +0 though a weight is infinite."""
     p = problem(cell, 4, 3, 2, 7, lengths=True)
-    ih = p.weights.weight_ih.copy()
+    ih = p.weights["weight_ih"].copy()
     ih[0, 0] = np.inf
     with np.errstate(all="ignore"):
-        got = run(backend, replace(p, weights=p.weights._replace(weight_ih=ih)))
+        got = run(backend, replace(p, weights=p.weights | {"weight_ih": ih}))
     padding = np.arange(4)[:, np.newaxis] >= p.lengths
     for key in ("y", "dx"):
         assert not got[key][padding].any()
@@ -145,10 +145,10 @@ def test_all_arrays_stay_on_the_device(cell, backend):
 
 @pytest.mark.parametrize("argument", ["x", "weight_hh", "bias_ih", "state0", "dy", "dstateT", "dstates"])
 def test_an_array_of_numpy_among_those_of_a_gpu(argument):
-    p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
+    p = problem(lstm, 3, 2, 3, 7, **EVERYTHING)
     mixed = fake_cupy.hidden(p)
-    if argument in p.weights._fields:
-        mixed = replace(mixed, weights=mixed.weights._replace(**{argument: getattr(p.weights, argument)}))
+    if argument in p.weights:
+        mixed = replace(mixed, weights=mixed.weights | {argument: p.weights[argument]})
     else:
         mixed = replace(mixed, **{argument: getattr(p, argument)})
     with pytest.raises(
@@ -160,7 +160,7 @@ def test_an_array_of_numpy_among_those_of_a_gpu(argument):
 @pytest.mark.parametrize("dtype", ["?", "u1", "i8"])
 def test_resets_that_are_on_the_gpu_stay_there(backend, dtype, monkeypatch):
     """Of those that are no booleans one number is waited for: whether another than 0 and 1 is among them."""
-    p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
+    p = problem(lstm, 3, 2, 3, 7, **EVERYTHING)
     there = fake_cupy.hidden(replace(p, reset=p.reset.astype(dtype)))
     assert isinstance(there.reset, fake_cupy.ndarray)
     backend_there, expected = CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), run(backend, p)
@@ -176,7 +176,7 @@ def test_resets_that_are_on_the_gpu_stay_there(backend, dtype, monkeypatch):
 
 
 def test_lengths_may_be_numpys(backend):
-    p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
+    p = problem(lstm, 3, 2, 3, 7, **EVERYTHING)
     mixed = replace(fake_cupy.hidden(p), lengths=p.lengths)
     got = run(CudaBackend(fake_cupy.HiddenDevice(16), _tested=True), mixed)
     assert_bitwise_equal({key: a.get() for key, a in got.items()}, run(backend, p))
@@ -198,7 +198,7 @@ def test_16_bits_need_matrix_units_and_bfloat16_a_package(
 ):
     device = EmulatedDevice(16)
     device.matrix_units = matrix_units
-    backend, p = CudaBackend(device, _tested=True), problem(LSTM(), 3, 2, 3, 7).astype(dtype)
+    backend, p = CudaBackend(device, _tested=True), problem(lstm, 3, 2, 3, 7).astype(dtype)
     if not packages:
         monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     if expected is None:
@@ -209,10 +209,8 @@ def test_16_bits_need_matrix_units_and_bfloat16_a_package(
 
 
 def test_what_is_not_supported_names_who_has_it(backend):
-    p = problem(GRU(reset_after=False, layer_norm=True), 3, 2, 3, 7)
-    with pytest.raises(
-        ValueError, match=r"^layer_norm: GRU.* is not supported by the cuda backend; use the ref"
-    ):
+    p = problem(gru.with_options(reset_after=False, layer_norm=True), 3, 2, 3, 7)
+    with pytest.raises(ValueError, match=r"^cell: gru.* is not supported by the cuda backend; use the ref"):
         backend.forward(p.cell, p.x, p.weights)
 
 
@@ -220,9 +218,9 @@ def test_what_is_not_supported_names_who_has_it(backend):
 def test_what_runs_step_by_step_alone_says_so(device, kernel):
     r = Regularization(0.5, seed=1)
     for p, why in (
-        (problem(LSTM(), 3, 2, 3, 7, regularization=r), "Regularized<Lstm>, which has recurrent dropout or"),
-        (problem(LSTM(layer_norm=True), 3, 2, 3, 7), "LstmLayerNorm, which has layer norm;"),
-        (problem(GRU(reset_after=False), 3, 2, 3, 7), "GruResetBefore, which has two phases;"),
+        (problem(lstm, 3, 2, 3, 7, regularization=r), "Regularized<Lstm>, which has recurrent dropout or"),
+        (problem(lstm.with_options(layer_norm=True), 3, 2, 3, 7), "LstmLayerNorm, which has layer norm;"),
+        (problem(gru.with_options(reset_after=False), 3, 2, 3, 7), "GruResetBefore, which has two phases;"),
     ):
         with pytest.raises(ValueError, match=rf"^kernel: '{kernel}' cannot run {why}.* use 'steps'$"):
             run(CudaBackend(device, kernel, _tested=True), p)
@@ -236,7 +234,7 @@ def test_a_kernel_that_there_is_not(backend, monkeypatch):
         CudaBackend(backend.device, "warp")
     monkeypatch.setenv(KERNEL, "warp")
     with pytest.raises(ValueError, match=rf"^environment variable {KERNEL}: expected one of .* got 'warp'"):
-        run(backend, problem(LSTM(), 3, 2, 3, 7))
+        run(backend, problem(lstm, 3, 2, 3, 7))
 
 
 def test_a_tape_and_packed_weights_belong_to_one_gpu(device, monkeypatch):
@@ -244,7 +242,7 @@ def test_a_tape_and_packed_weights_belong_to_one_gpu(device, monkeypatch):
     current = device
     monkeypatch.setattr(cupy_device, "current", lambda: current)
     backend = CudaBackend()
-    p = problem(LSTM(), 3, 2, 3, 7)
+    p = problem(lstm, 3, 2, 3, 7)
     packed = backend.pack(p.cell, p.weights)
     tape = backend.forward(p.cell, p.x, packed).tape
     current = other
@@ -276,7 +274,7 @@ def test_a_device_that_computes_wrongly_is_refused(called, tested, kernel):
                 out[...] = out * np.float32(1.001 if tested == np.float32 else 1.2)
 
     backend = CudaBackend(Wrong(16), kernel)
-    p = problem(RNN(), 3, 2, 3, 7)
+    p = problem(rnn, 3, 2, 3, 7)
     if tested != np.float32:
         run(backend, p)
     for _ in range(2):
@@ -294,7 +292,7 @@ def test_a_first_call_cannot_be_captured():
 
     device = Captured(16)
     backend = CudaBackend(device)
-    p = problem(RNN(), 3, 2, 3, 7, dtype=np.float32)
+    p = problem(rnn, 3, 2, 3, 7, dtype=np.float32)
     with pytest.raises(
         RuntimeError, match=r"^the first call in float32 with kernel 'cluster_reg.*' on a GPU"
     ):
@@ -312,7 +310,7 @@ def test_a_first_call_cannot_be_captured():
 @pytest.mark.parametrize("precision", nvrtc.PRECISIONS)
 def test_the_self_test_takes_every_precision(precision):
     device = EmulatedDevice(multiprocessors=16)
-    p = problem(LSTM(), 3, 2, 3, 7, dtype=np.float32)
+    p = problem(lstm, 3, 2, 3, 7, dtype=np.float32)
     backend = CudaBackend(device, precision=precision)
     run(backend, p)
     assert set(device.products) == {precision}
@@ -323,7 +321,7 @@ def test_the_self_test_takes_every_precision(precision):
 def test_each_kernel_variant_has_its_self_test_once(kernel):
     device = EmulatedDevice(multiprocessors=16)
     backend = CudaBackend(device, kernel)
-    p = problem(RNN(), 3, 2, 3, 7)
+    p = problem(rnn, 3, 2, 3, 7)
     mine = set(launches_of(kernel)) or {"begin_forward", "begin_backward"}
     for calls in (2, 3):  # the first goes before the call's own
         run(backend, p)
@@ -345,7 +343,7 @@ def test_on_a_gpu(cell):
         p = problem(cell, *size, **options).astype(dtype)
         q = fake_cupy.moved(p, cupy.asarray)
         want = run(REFERENCE, p.astype(np.longdouble))
-        for kernel in nvrtc.KERNELS if cell != GRU(reset_after=False) else (None,):
+        for kernel in nvrtc.KERNELS if cell != gru.with_options(reset_after=False) else (None,):
             got = {key: a.get() for key, a in run(CudaBackend(kernel=kernel), q).items()}
             for key, a in got.items():
                 if dtype in halves:

@@ -22,7 +22,7 @@ from fusedrnn.backends.cuda import cupy_device, nvrtc
 from fusedrnn.backends.cuda.jobs import BackwardJob, ForwardJob, MaskRule, Rules, Steps, kernels_of
 from fusedrnn.backends.cuda.launches import MOST_SUMS
 from fusedrnn.backends.cuda.plans import TILES, Layout, Limits, Tile, cut
-from fusedrnn.cells import LSTM, RNN
+from fusedrnn.cells import lstm, rnn
 from problems import CELLS, NORMED
 
 ROOT = Path(__file__).parents[2]
@@ -357,7 +357,7 @@ def blocks():
     for kernel, (number, kind) in itertools.product(nvrtc.KERNELS[1:], enumerate(TILES)):
         compute, precision = (8, "ieee") if kind == "float64" else (4, kind)
         for cell, backward, H, units, rows in itertools.product(
-            (kernels_of(RNN()), kernels_of(LSTM())), (False, True), (1, 33, 100, 261), (1, 7, 13), (1, 9, 31)
+            (kernels_of(rnn), kernels_of(lstm)), (False, True), (1, 33, 100, 261), (1, 7, 13), (1, 9, 31)
         ):
             plan = cut(kernel, cell, 31, H, compute, device, precision, backward, units, rows)
             if plan is None:

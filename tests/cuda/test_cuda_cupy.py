@@ -17,7 +17,7 @@ import fusedrnn
 from fusedrnn import backends, kernels
 from fusedrnn import layers as L
 from fusedrnn.backends.cuda import cublas, cupy_device, nvrtc
-from fusedrnn.cells import LSTM
+from fusedrnn.cells import lstm
 from problems import problem
 
 # --- what is missing ----------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_it_can_run_where_nothing_is_missing(monkeypatch):
 
 def test_named_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(cupy_device, "unavailable", lambda: "the moon is full")
-    p = problem(LSTM(), 3, 2, 3, 7)
+    p = problem(lstm, 3, 2, 3, 7)
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: the moon is full"):
         kernels.forward(p.cell, p.x, p.weights, backend="cuda")
     for call in (

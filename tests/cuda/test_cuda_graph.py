@@ -20,7 +20,7 @@ import emulated
 from emulated import EmulatedDevice
 from fusedrnn.backends.cuda import CudaBackend, cupy_device
 from fusedrnn.backends.cuda.graphs import GraphCache
-from fusedrnn.cells import GRU, LSTM
+from fusedrnn.cells import gru, lstm
 from problems import CELLS, NORMED, assert_bitwise_equal, name, problem, run
 
 needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
@@ -68,7 +68,7 @@ def assert_same(device, p, weights=None, precision="ieee", need=None):
 
 def overwrite(p, q):
     """The problem p with the numbers of q where its own were."""
-    pairs = [(p.x, q.x), *zip(p.weights, q.weights, strict=True)]
+    pairs = [(p.x, q.x), *zip(p.weights.values(), q.weights.values(), strict=True)]
     for ours, theirs in ((p.state0, q.state0), (p.dstateT, q.dstateT), (p.dstates, q.dstates)):
         pairs += zip(ours or (), theirs or (), strict=True)
     for to, of in (*pairs, (p.dy, q.dy), (p.lengths, q.lengths), (p.reset, q.reset)):
@@ -96,9 +96,9 @@ def test_what_is_repeated_takes_the_numbers_that_are_there_now(cell, options):
 @needs_compiler
 def test_weights_may_change_in_place():
     """Those of the recurrence are read where they lie, by a packing that was made anew."""
-    device, p = Rewinding(), problem(LSTM(), 5, 4, 3, 7)
+    device, p = Rewinding(), problem(lstm, 5, 4, 3, 7)
     for seed in range(3):
-        overwrite(p, problem(LSTM(), 5, 4, 3, 7, seed=seed))
+        overwrite(p, problem(lstm, 5, 4, 3, 7, seed=seed))
         assert_same(device, p)
     assert device.replays == 4
 
@@ -112,13 +112,13 @@ def test_weights_may_change_in_place():
         lambda p: replace(p, detach_every=2),
         lambda p: replace(p, state0=tuple(2 * s for s in p.state0)),
         lambda p: replace(p, dy=2 * p.dy),
-        lambda p: replace(p, weights=p.weights._replace(weight_hh=2 * p.weights.weight_hh)),
+        lambda p: replace(p, weights=p.weights | {"weight_hh": 2 * p.weights["weight_hh"]}),
         lambda p: replace(p, reset=np.ones(p.x.shape[:2], bool)),
     ],
     ids=["T", "reverse", "detach_every", "state0", "dy", "weight_hh", "reset"],
 )
 def test_another_call_is_not_taken_for_the_same(change):
-    device, p = Rewinding(), problem(LSTM(), 5, 4, 3, 7)
+    device, p = Rewinding(), problem(lstm, 5, 4, 3, 7)
     other = change(p)
     for q in (p, p, other, p, other):
         assert_same(device, q)
@@ -126,10 +126,10 @@ def test_another_call_is_not_taken_for_the_same(change):
 
 @needs_compiler
 def test_another_precision_or_a_need_without_the_initial_state_is_another_call():
-    device, p = Rewinding(), problem(LSTM(), 5, 4, 3, 7, dtype=np.float32)
+    device, p = Rewinding(), problem(lstm, 5, 4, 3, 7, dtype=np.float32)
     for precision in ("ieee", "ieee", "bf16", "ieee", "bf16", "bf16"):
         assert_same(device, p, precision=precision)
-    device, p = Rewinding(), problem(GRU(), 5, 4, 3, 7)
+    device, p = Rewinding(), problem(gru, 5, 4, 3, 7)
     for need in (("weight_hh",), ("weight_hh",), ("weight_hh", "state0"), ("weight_hh",), None):
         assert_same(device, p, need=need)
 

@@ -22,9 +22,8 @@ from fusedrnn.backends.cuda import CudaBackend
 from fusedrnn.backends.cuda.nvrtc import KERNELS
 from fusedrnn.backends.cuda.plans import WARP, Layout, Limits, Plan, Tile, cut
 from fusedrnn.backends.cuda.weights import compute, precision_of
-from fusedrnn.backends.protocol import Weights
 from fusedrnn.backends.reference import ReferenceBackend
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import Cell, gru, lstm, rnn
 from problems import (
     CELLS,
     FORWARD,
@@ -48,7 +47,7 @@ from test_regularization import CALLS, KINDS, of
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
 REFERENCE = ReferenceBackend()
-ONE_PHASE = tuple(cell for cell in CELLS if cell != GRU(reset_after=False))
+ONE_PHASE = tuple(cell for cell in CELLS if cell != gru.with_options(reset_after=False))
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "detach_every": 2}
 
 
@@ -156,7 +155,7 @@ EVERY_OPTION = (*OPTIONS, *({**EVERYTHING, **options} for options in WITHOUT))
 
 
 @every_pair
-@pytest.mark.parametrize("options", EVERY_OPTION, ids=lambda o: name(LSTM(), o)[5:] or "plain")
+@pytest.mark.parametrize("options", EVERY_OPTION, ids=lambda o: name(lstm, o)[5:] or "plain")
 def test_options(cell, kernel, options):
     sizes = SIZES[EVERY_OPTION.index(options) % len(SIZES)]
     assert_right(Tiled(kernel), cell, sizes, **options)
@@ -185,7 +184,7 @@ def test_float32(cell, kernel):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=name)
+@pytest.mark.parametrize("cell", [lstm, gru], ids=name)
 def test_eight_warps(cell, kernel):
     """As on a GPU: warps share the rows, the columns and k."""
     for (units, rows), reverse in itertools.product(((5, 9), (40, 17), (16, 4)), (False, True)):
@@ -204,24 +203,24 @@ def test_k_of_several_chunks(cell, kernel):
 def test_rows_of_several_groups(at_once):
     """With the weights in registers: three tiles of rows, brought one by one, by two or all."""
     backend = Tiled("grid_registers", units=5, rows=24, warps=8, at_once=at_once)
-    assert_right(backend, LSTM(), (3, 24, 2, 40), **EVERYTHING)
+    assert_right(backend, lstm, (3, 24, 2, 40), **EVERYTHING)
 
 
 @pytest.mark.parametrize("less", [0, 1, 33])
 @pytest.mark.parametrize(
     ("kernel", "cell", "H", "units"),
     [
-        ("grid_registers", RNN(), 256, 8),
-        ("grid_registers", LSTM(), 64, 4),
-        ("cluster_registers", LSTM(), 64, 4),
+        ("grid_registers", rnn, 256, 8),
+        ("grid_registers", lstm, 64, 4),
+        ("cluster_registers", lstm, 64, 4),
     ],
-    ids=str,
+    ids=lambda v: name(v) if isinstance(v, Cell) else str(v),
 )
 def test_as_much_as_registers_hold(kernel, cell, H, units, less):
     """In float64 a lane keeps 4 times 32 k: here all of them are taken, the last not whole, the last not."""
     backend = Tiled(kernel, units, rows=8)
     tile = Tile.of(8, "ieee")
-    K = cell.gates * H
+    K = cell.blocks["weight_ih"] * H
     assert tile.kept * WARP * Layout.of(8, units, tile.columns, 2, True).splits == K
     assert_right(backend, cell, (3, 9, 2, H - less), **EVERYTHING)
 
@@ -248,7 +247,7 @@ UNITS = {"tf32": 2.0**-11, "bf16": 2.0**-8, "fp16": 2.0**-11, "tf32x3": 2.0**-20
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("precision", UNITS)
 def test_precisions(precision, kernel):
-    cell = LSTM()
+    cell = lstm
     for sizes, units, rows in (((5, 11, 3, 19), 7, 6), ((3, 17, 4, 40), 16, 17)):
         p = problem(cell, *sizes, dtype=np.float32, **EVERYTHING)
         backend = Tiled(kernel, units, rows, precision=precision)
@@ -262,7 +261,7 @@ def test_precisions(precision, kernel):
 @pytest.mark.parametrize(("dtype", "own"), [("float64", "ieee"), ("float16", "fp16"), ("bfloat16", "bf16")])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_other_dtypes_have_no_precisions_but_their_own(kernel, dtype, own):
-    p = problem(LSTM(), 3, 2, 3, 7).astype(dtype)
+    p = problem(lstm, 3, 2, 3, 7).astype(dtype)
     for precision in {"tf32", "bf16"} - {own}:
         backend = Tiled(kernel, precision=precision)
         assert_bitwise_equal(run(backend, p), run(Tiled(kernel), p))
@@ -279,7 +278,7 @@ HALVES = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the distance between
 def test_halves(cell, kernel, half):
     """Beside the reference on the same numbers: off by the roundings of what is stored, and no more."""
     for sizes, units, rows in (((5, 11, 3, 19), 7, 6), ((3, 17, 4, 40), 16, 17), ((4, 3, 9, 72), 24, 3)):
-        if cell == RNN(relu=True) and sizes[3] == 72:
+        if cell == rnn.with_options(relu=True) and sizes[3] == 72:
             continue  # rounding puts a sum on the other side of 0, where the gradient is another
         for options in ({}, EVERYTHING, {**EVERYTHING, "reverse": True}):
             p = problem(cell, *sizes, **options).astype(half)
@@ -294,11 +293,11 @@ def test_halves_leave_c_and_its_gradient_in_float32(kernel, half):
     """1 and many parts, each so small that in 16 bits it would be lost."""
     T, B, H, part = 400, 2, 3, 2.0**-13
     bias = np.repeat([30, 30, part, 30], H)  # i = f = o = 1; every step adds about g = 2^-13 to c
-    p = problem(LSTM(), T, B, 1, H, return_states=True)
-    zeros = [None if a is None else np.zeros_like(a) for a in p.weights]
+    p = problem(lstm, T, B, 1, H, return_states=True)
+    zeros = {n: np.zeros_like(w) for n, w in p.weights.items()}
     p = replace(
         p,
-        weights=Weights(*zeros)._replace(bias_ih=bias),
+        weights=zeros | {"bias_ih": bias},
         state0=(np.zeros((B, H)), np.ones((B, H))),
         dy=None,
         dstateT=(None, np.ones((B, H))),
@@ -317,7 +316,7 @@ STEPPED = (*CELLS, *NORMED[:4])  # not GRU with reset before and layer norm
 @pytest.mark.parametrize("call", CALLS, ids=["plain", "all", "reverse"])
 @pytest.mark.parametrize(
     ("cell", "kind"),
-    [(c, k) for c in STEPPED for k in (None, *KINDS) if (of(k, c) if k else c.layer_norm)],
+    [(c, k) for c in STEPPED for k in (None, *KINDS) if (of(k, c) if k else c.vectors)],
     ids=lambda v: v if isinstance(v, str) else name(v) if v else "none",
 )
 def test_regularization_and_layer_norm(cell, kind, call):
@@ -328,12 +327,16 @@ def test_regularization_and_layer_norm(cell, kind, call):
 
 @pytest.mark.parametrize("warps", [1, 8])
 def test_layer_norm_in_blocks_of_other_sizes(warps):
-    assert_right(Tiled("steps", warps=warps), LSTM(layer_norm=True), (3, 4, 2, 300), **EVERYTHING)
+    assert_right(
+        Tiled("steps", warps=warps), lstm.with_options(layer_norm=True), (3, 4, 2, 300), **EVERYTHING
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("cell", [LSTM(), GRU(), RNN(layer_norm=True), LSTM(layer_norm=True)], ids=name)
+@pytest.mark.parametrize(
+    "cell", [lstm, gru, rnn.with_options(layer_norm=True), lstm.with_options(layer_norm=True)], ids=name
+)
 def test_regularization_and_layer_norm_in_other_dtypes(cell, dtype):
     p = problem(cell, 5, 11, 3, 19, regularization=of("all", cell), **EVERYTHING).astype(dtype)
     tolerance = (4 if dtype == np.float32 else 1.5) * float(ml_dtypes.finfo(dtype).eps)

@@ -15,8 +15,7 @@ from fusedrnn import backends, checkpoint, cli, gradcheck_suite, kernels, multil
 from fusedrnn import functions as F
 from fusedrnn import layers as L
 from fusedrnn.backends.cuda import CudaBackend, cupy_device
-from fusedrnn.backends.protocol import Weights
-from fusedrnn.cells import LSTM, RNN
+from fusedrnn.cells import lstm, rnn
 from fusedrnn.gradcheck import GradcheckError, gradcheck
 from problems import error, problem, run
 
@@ -70,31 +69,31 @@ def test_modules_of_arrays(gpu):
 
 
 def test_arrays_choose_the_backend(gpu, monkeypatch):
-    p = problem(LSTM(), 3, 2, 3, 7, **EVERYTHING)
+    p = problem(lstm, 3, 2, 3, 7, **EVERYTHING)
     on_gpu = fake_cupy.hidden(p)
     monkeypatch.setenv("FUSEDRNN_BACKEND", "reference")  # what chooses among those for NumPy
     want = run(kernels, p)
     got = run(kernels, on_gpu)
     assert all(isinstance(a, fake_cupy.ndarray) for a in got.values())
     assert max(error(a.get(), want[key]) for key, a in got.items()) <= 2e-14
-    packed = kernels.pack(LSTM(), on_gpu.weights)
+    packed = kernels.pack(lstm, on_gpu.weights)
     assert packed.backend.name == "cuda"
     for x, weights, wrong in ((p.x, on_gpu.weights, "weight_ih"), (on_gpu.x, p.weights, "weight_ih")):
         with pytest.raises(TypeError, match=rf"^{wrong}: expected a"):
-            kernels.forward(LSTM(), x, weights)
+            kernels.forward(lstm, x, weights)
     with pytest.raises(TypeError, match=r"^weight_ih: expected a NumPy array, got cupy.ndarray"):
-        kernels.forward(LSTM(), on_gpu.x, on_gpu.weights, backend="reference")
+        kernels.forward(lstm, on_gpu.x, on_gpu.weights, backend="reference")
 
 
 def test_packed_rows(gpu):
     rng = np.random.default_rng(0)
-    x, weights = rng.standard_normal((6, 3)), problem(LSTM(), 2, 2, 3, 7).weights
+    x, weights = rng.standard_normal((6, 3)), problem(lstm, 2, 2, 3, 7).weights
 
     def work(move):
-        moved = Weights(*(None if w is None else move(w) for w in weights))
-        out = kernels.forward(LSTM(), move(x), moved, batch_sizes=np.array([3, 2, 1]))
+        moved = {n: move(w) for n, w in weights.items()}
+        out = kernels.forward(lstm, move(x), moved, batch_sizes=np.array([3, 2, 1]))
         back = kernels.backward(out.tape, move(np.ones((6, 7))))
-        return out.y, *out.stateT, back.dx, back.dweights.weight_hh
+        return out.y, *out.stateT, back.dx, back.dweights["weight_hh"]
 
     same_on_both(work, 2e-14)
 
@@ -233,10 +232,10 @@ def test_mixing_is_an_error_that_names_the_argument(gpu):
     layer.state = state, state
     with pytest.raises(TypeError, match=r"^the carried state is an array of numpy, expected one of cupy"):
         layer(put(x))
-    weights = Weights(*(None if w is None else put(w) for w in problem(RNN(), 2, 1, 4, 4).weights))
+    weights = {n: put(w) for n, w in problem(rnn, 2, 1, 4, 4).weights.items()}
     with pytest.raises(TypeError, match=r"^masks\[0\]: expected an array like x"):
         multilayer.forward_multilayer(
-            RNN(), put(np.zeros((3, 2, 4))), [weights, weights], masks=[np.ones((3, 2, 4))]
+            rnn, put(np.zeros((3, 2, 4))), [weights, weights], masks=[np.ones((3, 2, 4))]
         )
 
 
@@ -377,7 +376,7 @@ def test_gradcheck_finds_a_wrong_gradient(gpu, monkeypatch, method, tensor):
 
     def wrong(*args, **kwargs):
         found = backward(*args, **kwargs)
-        array = found.dx if tensor == "dx" else found.dweights.weight_hh
+        array = found.dx if tensor == "dx" else found.dweights["weight_hh"]
         array[(0,) * array.ndim] = array[(0,) * array.ndim] * 1.01
         return found
 

@@ -8,7 +8,7 @@ import pytest
 
 from fusedrnn.backends.cuda.jobs import kernels_of
 from fusedrnn.backends.cuda.plans import Layout, Limits, Tile, choose
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import gru, lstm, rnn
 from problems import CELLS, name
 
 H100 = Limits(132, 227 * 1024, 8, 8)
@@ -61,30 +61,30 @@ def test_the_choice():
     def kernel(cell, T, B, H, itemsize=4, **options):
         return choose(kernels_of(cell), T, B, H, itemsize, H100, **options).kernel
 
-    assert kernel(LSTM(), 1, 16, 256) == "steps"  # one step
-    assert kernel(GRU(reset_after=False), 50, 16, 256) == "steps"
-    assert kernel(LSTM(), 50, 16, 128) == kernel(LSTM(), 50, 16, 256, precision="tf32") == "cluster_registers"
-    assert kernel(LSTM(), 50, 16, 256) == "grid_registers"
-    assert kernel(LSTM(), 50, 16, 312, precision="tf32") == "cluster"
-    assert kernel(LSTM(), 50, 16, 448, precision="fp16") == "cluster"
+    assert kernel(lstm, 1, 16, 256) == "steps"  # one step
+    assert kernel(gru.with_options(reset_after=False), 50, 16, 256) == "steps"
+    assert kernel(lstm, 50, 16, 128) == kernel(lstm, 50, 16, 256, precision="tf32") == "cluster_registers"
+    assert kernel(lstm, 50, 16, 256) == "grid_registers"
+    assert kernel(lstm, 50, 16, 312, precision="tf32") == "cluster"
+    assert kernel(lstm, 50, 16, 448, precision="fp16") == "cluster"
     for B, precision in itertools.product((1, 16, 64), ("ieee", "bf16")):
         for H, backward in itertools.product((512, 768, 1024), (False, True)):
             wanted = "grid_registers"
-            assert kernel(LSTM(), 50, B, H, precision=precision, backward=backward) == wanted
-    assert kernel(LSTM(), 50, 64, 1024, precision="tf32") == "grid_registers"
-    assert kernel(LSTM(), 50, 64, 512, precision="tf32", backward=True) == "grid_registers"
-    assert kernel(LSTM(), 50, 64, 1024, precision="tf32", backward=True) == "grid"
-    assert kernel(LSTM(), 50, 16, 4096) == "steps"  # no place for all blocks at once
-    assert kernel(LSTM(), 50, 16, 256, forced="grid") == "grid"
+            assert kernel(lstm, 50, B, H, precision=precision, backward=backward) == wanted
+    assert kernel(lstm, 50, 64, 1024, precision="tf32") == "grid_registers"
+    assert kernel(lstm, 50, 64, 512, precision="tf32", backward=True) == "grid_registers"
+    assert kernel(lstm, 50, 64, 1024, precision="tf32", backward=True) == "grid"
+    assert kernel(lstm, 50, 16, 4096) == "steps"  # no place for all blocks at once
+    assert kernel(lstm, 50, 16, 256, forced="grid") == "grid"
     with pytest.raises(
         ValueError, match=r"^kernel: 'grid' cannot run Lstm with B = 16, H = 4096 on this GPU"
     ):
-        kernel(LSTM(), 50, 16, 4096, forced="grid")
+        kernel(lstm, 50, 16, 4096, forced="grid")
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
 @pytest.mark.parametrize("B", [1, 16, 64])
-@pytest.mark.parametrize("cell", [LSTM(), GRU()], ids=name)
+@pytest.mark.parametrize("cell", [lstm, gru], ids=name)
 def test_goals_run_in_one_launch(cell, B, precision):
     """Where a goal is set, 192 < H <= 1024, no call of an H100 goes step by step."""
     for H, backward in itertools.product(range(193, 1025), (False, True)):
@@ -94,7 +94,7 @@ def test_goals_run_in_one_launch(cell, B, precision):
 
 def test_more_rows_than_places_wait():
     """Clusters that find no place wait for others to end; a grid has no more blocks than run at once."""
-    plan = choose(kernels_of(RNN()), 50, 4096, 64, 4, H100)
+    plan = choose(kernels_of(rnn), 50, 4096, 64, 4, H100)
     assert plan.kernel.startswith("cluster")
     assert plan.blocks[0] * plan.blocks[1] > 132
-    assert choose(kernels_of(RNN()), 50, 4096, 2048, 4, H100).kernel in ("grid", "grid_registers", "steps")
+    assert choose(kernels_of(rnn), 50, 4096, 2048, 4, H100).kernel in ("grid", "grid_registers", "steps")

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from fusedrnn import kernels
-from fusedrnn.backends.protocol import Weights
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import gru, lstm, rnn
 
 pytestmark = pytest.mark.quick
 
@@ -23,24 +22,25 @@ def sigmoid(a):
     return 1 / (1 + np.exp(-a))
 
 
-page: dict = {"np": np, "sigmoid": sigmoid, "Weights": Weights}
+page: dict = {"np": np, "sigmoid": sigmoid}
 for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
     exec(compile(block, "docs/bptt.md", "exec"), page)
 
 
-@pytest.mark.parametrize("cell", [RNN(), LSTM(), GRU(), GRU(reset_after=False)], ids=repr)
+@pytest.mark.parametrize("cell", [rnn, lstm, gru, gru.with_options(reset_after=False)], ids=repr)
 def test_what_is_derived_stands_on_the_page(cell):
-    assert f"```text\n{cell.definition}\n```" in PAGE
+    assert f"```text\n{cell}\n```" in PAGE
 
 
 def make(gates: int, two_biases: bool, seed: int = 1):
     draw = np.random.default_rng(seed).standard_normal
-    weights = Weights(
-        draw((gates * H, I)),
-        draw((gates * H, H)) * 0.5,
-        draw(gates * H),
-        draw(gates * H) if two_biases else None,
-    )
+    weights = {
+        "weight_ih": draw((gates * H, I)),
+        "weight_hh": draw((gates * H, H)) * 0.5,
+        "bias_ih": draw(gates * H),
+    }
+    if two_biases:
+        weights["bias_hh"] = draw(gates * H)
     return weights, draw((T, B, I)), draw((B, H)), draw((T, B, H))
 
 
@@ -81,29 +81,26 @@ def test_one_state_cells(name):
         states.append(h)
         tape.append(saved)
     dx = np.empty_like(x)
-    dweights = [None if w is None else np.zeros_like(w) for w in weights]
+    dweights = {key: np.zeros_like(w) for key, w in weights.items()}
     carry = 0
     for t in reversed(range(T)):
         da_x, da_h, v, chain, direct = back(weights, dy[t] + carry, tape[t], states[t])
         carry = chain + direct
-        dx[t] = da_x @ weights.weight_ih
-        dweights[0] += da_x.T @ x[t]
+        dx[t] = da_x @ weights["weight_ih"]
+        dweights["weight_ih"] += da_x.T @ x[t]
         if isinstance(v, tuple):
-            dweights[1] += np.concatenate([da_h[:, : 2 * H].T @ v[0], da_h[:, 2 * H :].T @ v[1]])
+            dweights["weight_hh"] += np.concatenate([da_h[:, : 2 * H].T @ v[0], da_h[:, 2 * H :].T @ v[1]])
         else:
-            dweights[1] += da_h.T @ v
-        dweights[2] += da_x.sum(axis=0)
+            dweights["weight_hh"] += da_h.T @ v
+        dweights["bias_ih"] += da_x.sum(axis=0)
         if two_biases:
-            dweights[3] += da_h.sum(axis=0)
+            dweights["bias_hh"] += da_h.sum(axis=0)
 
     assert_gradient(dx, complex_step(lambda v: loss(weights, v, h0), x))
     assert_gradient(carry, complex_step(lambda v: loss(weights, x, v), h0))
-    for field, got in zip(Weights._fields, dweights, strict=True):
-        if got is not None:
-            truth = complex_step(
-                lambda v, field=field: loss(weights._replace(**{field: v}), x, h0), getattr(weights, field)
-            )
-            assert_gradient(got, truth)
+    for key, got in dweights.items():
+        truth = complex_step(lambda v, key=key: loss(weights | {key: v}, x, h0), weights[key])
+        assert_gradient(got, truth)
 
 
 def test_recurrent_dropout_and_zoneout():
@@ -130,17 +127,17 @@ def test_recurrent_dropout_and_zoneout():
             da, v, dh, dc_carried = page["regularized_lstm_back"](
                 weights, dy[t] + dh, dc_carried, tape[t], *before[t], m, *k[t]
             )
-            dx[t] = da @ weights.weight_ih
+            dx[t] = da @ weights["weight_ih"]
             dweight_hh = dweight_hh + da.T @ v
         assert_gradient(dx, complex_step(lambda v: loss(weights, v, h0, c0), x))
         assert_gradient(dh, complex_step(lambda v: loss(weights, x, v, c0), h0))
         assert_gradient(dc_carried, complex_step(lambda v: loss(weights, x, h0, v), c0))
-        moved = complex_step(lambda v: loss(weights._replace(weight_hh=v), x, h0, c0), weights.weight_hh)
-        assert_gradient(dweight_hh, moved)
+        truth = complex_step(lambda v: loss(weights | {"weight_hh": v}, x, h0, c0), weights["weight_hh"])
+        assert_gradient(dweight_hh, truth)
 
 
 @pytest.fixture(scope="module")
-def lstm():
+def example():
     """Forward and backward of the page's LSTM, with every intermediate value, and the loss as a function."""
     weights, x, h0, dy = make(4, False)
     c0 = np.random.default_rng(2).standard_normal((B, H))
@@ -176,29 +173,26 @@ def lstm():
     }  # fmt: skip
 
 
-def test_lstm_cell(lstm):
-    w, x, h0, c0, loss = (lstm[k] for k in ("weights", "x", "h0", "c0", "loss"))
-    da = np.stack(lstm["da"])
-    h_prev = np.stack([h for h, _ in lstm["before"]])
-    assert_gradient(da @ w.weight_ih, complex_step(lambda v: loss(w, v, h0, c0), x))
-    assert_gradient(lstm["dh0"], complex_step(lambda v: loss(w, x, v, c0), h0))
-    assert_gradient(lstm["dc0"], complex_step(lambda v: loss(w, x, h0, v), c0))
+def test_lstm_cell(example):
+    w, x, h0, c0, loss = (example[k] for k in ("weights", "x", "h0", "c0", "loss"))
+    da = np.stack(example["da"])
+    h_prev = np.stack([h for h, _ in example["before"]])
+    assert_gradient(da @ w["weight_ih"], complex_step(lambda v: loss(w, v, h0, c0), x))
+    assert_gradient(example["dh0"], complex_step(lambda v: loss(w, x, v, c0), h0))
+    assert_gradient(example["dc0"], complex_step(lambda v: loss(w, x, h0, v), c0))
     products = {
         "weight_ih": np.einsum("tbg,tbi->gi", da, x),
         "weight_hh": np.einsum("tbg,tbh->gh", da, h_prev),
         "bias_ih": da.sum(axis=(0, 1)),
     }
-    for field, got in products.items():
-        assert_gradient(
-            got,
-            complex_step(lambda v, field=field: loss(w._replace(**{field: v}), x, h0, c0), getattr(w, field)),
-        )
+    for key, got in products.items():
+        assert_gradient(got, complex_step(lambda v, key=key: loss(w | {key: v}, x, h0, c0), w[key]))
 
 
 def test_lstm_with_layer_norm():
     weights, x, h0, dy = make(4, False)
     draw = np.random.default_rng(3).standard_normal
-    weights = weights._replace(gain_ih=draw(4 * H), gain_hh=draw(4 * H), gain_c=draw(H), bias_c=draw(H))
+    weights |= {"gain_ih": draw(4 * H), "gain_hh": draw(4 * H), "gain_c": draw(H), "bias_c": draw(H)}
     c0 = draw((B, H))
     step, back = page["lstm_norm_step"], page["lstm_norm_back"]
 
@@ -215,16 +209,16 @@ def test_lstm_with_layer_norm():
         h, c, saved = step(weights, x[t], h, c)
         tape.append(saved)
         y.append(h)
-    run = kernels.forward(LSTM(layer_norm=True), x, weights, (h0, c0), backend="reference")
+    run = kernels.forward(lstm.with_options(layer_norm=True), x, weights, (h0, c0), backend="reference")
     np.testing.assert_allclose(y, run.y, rtol=0, atol=1e-13)
 
-    dweights = {key: np.zeros_like(w) for key, w in weights._asdict().items() if w is not None}
+    dweights = {key: np.zeros_like(w) for key, w in weights.items()}
     dx, chain, dc = np.empty_like(x), 0, 0
     for t in reversed(range(T)):
         h_prev, c_prev = before[t]
         da, dm, dproduct_x, dproduct_h, chain, dc = back(weights, dy[t] + chain, dc, tape[t], c_prev)
         *_, norm_x, norm_h, norm_c = tape[t]
-        dx[t] = dproduct_x @ weights.weight_ih
+        dx[t] = dproduct_x @ weights["weight_ih"]
         dweights["weight_ih"] += dproduct_x.T @ x[t]
         dweights["weight_hh"] += dproduct_h.T @ h_prev
         for key, d in (("bias_ih", da), ("gain_ih", da * norm_x[0]), ("gain_hh", da * norm_h[0])):
@@ -235,16 +229,14 @@ def test_lstm_with_layer_norm():
     assert_gradient(dx, complex_step(lambda v: loss(weights, v, h0, c0), x))
     assert_gradient(chain, complex_step(lambda v: loss(weights, x, v, c0), h0))
     assert_gradient(dc, complex_step(lambda v: loss(weights, x, h0, v), c0))
-    for field, got in dweights.items():
-        truth = complex_step(
-            lambda v, field=field: loss(weights._replace(**{field: v}), x, h0, c0), getattr(weights, field)
-        )
+    for key, got in dweights.items():
+        truth = complex_step(lambda v, key=key: loss(weights | {key: v}, x, h0, c0), weights[key])
         assert_gradient(got, truth)
 
 
-def truths(lstm, t):
+def truths(example, t):
     """Whole derivatives at step t by the complex step, for the quantities of the page's table."""
-    w, x, h0, c0, loss = (lstm[k] for k in ("weights", "x", "h0", "c0", "loss"))
+    w, x, h0, c0, loss = (example[k] for k in ("weights", "x", "h0", "c0", "loss"))
 
     def by_state(name, t):
         return complex_step(lambda v: loss(w, x, h0, c0, (name, t, v)), np.zeros((B, H)))
@@ -276,7 +268,7 @@ PRINTED = [
 
 
 @pytest.mark.parametrize(("number", "printed", "quantity", "formula"), PRINTED, ids=[p[0] for p in PRINTED])
-def test_published_error(lstm, number, printed, quantity, formula):
+def test_published_error(example, number, printed, quantity, formula):
     """Row ``number`` of the page: the right formula is right, the printed one off by more than a tenth."""
     (row,) = re.findall(rf"^\| {number} \| (.*?) \| `(.*?)` \|", PAGE, re.MULTILINE)
     assert row[0] == printed
@@ -284,16 +276,16 @@ def test_published_error(lstm, number, printed, quantity, formula):
     assert name == quantity
 
     t = 2
-    _, f, _, o, c = lstm["tape"][t]
+    _, f, _, o, c = example["tape"][t]
     values = {
-        "np": np, "tanh": np.tanh, "f": f, "o": o, "c": c, "U_o": lstm["weights"].weight_ih[3 * H :],
-        "weight_ih": lstm["weights"].weight_ih, "weight_hh": lstm["weights"].weight_hh,
-        "dh": lstm["dh"][t], "dc": lstm["dc"][t], "da": lstm["da"][t], "dy": lstm["dy"][t],
-        "dc_next": lstm["dc"][t + 1], "f_next": lstm["tape"][t + 1][1], "da_next": lstm["da"][t + 1],
-        "dy_prev": lstm["dy"][t - 1], "dh_prev": lstm["dh"][t - 1],
-        "o_prev": lstm["tape"][t - 1][3], "c_prev": lstm["before"][t][1],
+        "np": np, "tanh": np.tanh, "f": f, "o": o, "c": c, "U_o": example["weights"]["weight_ih"][3 * H :],
+        "weight_ih": example["weights"]["weight_ih"], "weight_hh": example["weights"]["weight_hh"],
+        "dh": example["dh"][t], "dc": example["dc"][t], "da": example["da"][t], "dy": example["dy"][t],
+        "dc_next": example["dc"][t + 1], "f_next": example["tape"][t + 1][1], "da_next": example["da"][t + 1],
+        "dy_prev": example["dy"][t - 1], "dh_prev": example["dh"][t - 1],
+        "o_prev": example["tape"][t - 1][3], "c_prev": example["before"][t][1],
     }  # fmt: skip
-    truth = truths(lstm, t)[quantity]
+    truth = truths(example, t)[quantity]
     assert_gradient(eval(right, values), truth)
     wrong = eval(formula, values)
     assert wrong.shape == truth.shape
@@ -301,23 +293,23 @@ def test_published_error(lstm, number, printed, quantity, formula):
 
 
 @pytest.mark.parametrize("cut", range(1, T))
-def test_chunks_with_gradients_passed_on_are_full_bptt(lstm, cut):
+def test_chunks_with_gradients_passed_on_are_full_bptt(example, cut):
     """Dropping dstate0 at a chunk boundary truncates; passing it on as dstateT gives the full gradient."""
-    w, x, dy, h0, c0 = (lstm[k] for k in ("weights", "x", "dy", "h0", "c0"))
-    first = kernels.forward(LSTM(), x[:cut], w, (h0, c0), backend="reference")
-    second = kernels.forward(LSTM(), x[cut:], w, first.stateT, backend="reference")
+    w, x, dy, h0, c0 = (example[k] for k in ("weights", "x", "dy", "h0", "c0"))
+    first = kernels.forward(lstm, x[:cut], w, (h0, c0), backend="reference")
+    second = kernels.forward(lstm, x[cut:], w, first.stateT, backend="reference")
     late = kernels.backward(second.tape, dy[cut:])
     early = kernels.backward(first.tape, dy[:cut], late.dstate0)
     cut_off = kernels.backward(first.tape, dy[:cut])
-    assert_gradient(np.concatenate([early.dx, late.dx]), np.stack(lstm["da"]) @ w.weight_ih)
-    assert_gradient(early.dstate0[0], lstm["dh0"])
-    assert_gradient(early.dstate0[1], lstm["dc0"])
+    assert_gradient(np.concatenate([early.dx, late.dx]), np.stack(example["da"]) @ w["weight_ih"])
+    assert_gradient(early.dstate0[0], example["dh0"])
+    assert_gradient(early.dstate0[1], example["dc0"])
     assert np.max(np.abs(cut_off.dx - early.dx)) > 1e-3 * np.max(np.abs(early.dx))
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_page_is_what_the_library_computes(name):
-    cell = {"elman": RNN(), "gru_after": GRU(), "gru_before": GRU(reset_after=False)}[name]
+    cell = {"elman": rnn, "gru_after": gru, "gru_before": gru.with_options(reset_after=False)}[name]
     weights, x, h0, _ = make(*CELLS[name])
     y = kernels.forward(cell, x, weights, (h0,), backend="reference").y
     h = h0
@@ -339,7 +331,7 @@ def test_update_gate_the_other_way_round():
 
 def test_parameter_counts():
     """An LSTM has four times the parameters of an Elman network, not fewer; a GRU three times."""
-    count = {gates: sum(w.size for w in make(gates, False)[0] if w is not None) for gates in (1, 3, 4)}
+    count = {gates: sum(w.size for w in make(gates, False)[0].values()) for gates in (1, 3, 4)}
     assert count[1] == H * (I + H + 1)
     assert count[4] == 4 * count[1]
     assert count[3] == 3 * count[1]

@@ -20,7 +20,7 @@ import pytest
 
 from fusedrnn.backends import get
 from fusedrnn.backends import numba as module
-from fusedrnn.cells import GRU, LSTM, activations
+from fusedrnn.cells import activations, gru, lstm
 from problems import (
     CELLS,
     OPTIONS,
@@ -88,7 +88,7 @@ def test_chunks_of_the_backward_pass(monkeypatch, cell, reverse):
     p = problem(cell, 9, 5, 3, 11, **EVERYTHING, reverse=reverse)
     want = truth(p)
     for rows in (1, 7, 16):  # of da in a chunk; at least those of one step
-        monkeypatch.setattr(module, "CHUNK", rows * cell.gates * 11 * 8)
+        monkeypatch.setattr(module, "CHUNK", rows * cell.blocks["weight_ih"] * 11 * 8)
         assert_standard(NUMBA, p, want)
 
 
@@ -116,21 +116,21 @@ def test_rows_shared_among_threads(monkeypatch, cell, options):
 
 @needs_numba
 def test_boundary_states_are_a_named_error():
-    p = problem(LSTM(), 3, 2, 3, 7)
+    p = problem(lstm, 3, 2, 3, 7)
     with pytest.raises(ValueError, match='save: "boundary_states" is not supported by the numba backend'):
         NUMBA.forward(p.cell, p.x, p.weights, save="boundary_states")
 
 
 @needs_numba
 def test_truncated_gradients_are_a_named_error():
-    p = problem(LSTM(), 3, 2, 3, 7)
+    p = problem(lstm, 3, 2, 3, 7)
     with pytest.raises(ValueError, match="detach_every: is not supported by the numba backend"):
         NUMBA.forward(p.cell, p.x, p.weights, detach_every=2)
 
 
 @needs_numba
 def test_results_share_no_memory_but_the_last_state_in_y():
-    p = problem(LSTM(), 5, 3, 4, 9, return_states=True)
+    p = problem(lstm, 5, 3, 4, 9, return_states=True)
     forward = NUMBA.forward(p.cell, p.x, p.weights, p.state0, **p.options)
     results = [forward.y, *forward.stateT, *forward.states, *p.state0, p.x]
     for i, a in enumerate(results):
@@ -170,7 +170,7 @@ def test_the_same_bits_run_to_run(cell, dtype):
 def test_calls_from_many_threads(monkeypatch):
     monkeypatch.setattr(module, "WORTH_A_THREAD", 1)
     monkeypatch.setattr(module, "get_num_threads", lambda: 2)
-    ps = [problem(cell, 7, 9, 5, 19, seed, **EVERYTHING) for cell in (LSTM(), GRU()) for seed in range(4)]
+    ps = [problem(cell, 7, 9, 5, 19, seed, **EVERYTHING) for cell in (lstm, gru) for seed in range(4)]
     want = [run(NUMBA, p) for p in ps]
     with ThreadPoolExecutor(8) as pool:
         for got, w in zip(pool.map(lambda p: run(NUMBA, p), ps * 5), want * 5, strict=True):
@@ -184,9 +184,9 @@ def test_a_forked_child_has_threads_of_its_own():
         import os, warnings
         from problems import assert_bitwise_equal, problem, run
         from fusedrnn.backends import numba as module
-        from fusedrnn.cells import LSTM
+        from fusedrnn.cells import lstm
         module.WORTH_A_THREAD, module.get_num_threads = 1, lambda: 2
-        p = problem(LSTM(), 7, 9, 5, 19)
+        p = problem(lstm, 7, 9, 5, 19)
         want = run(module.NumbaBackend(), p)
         warnings.simplefilter("ignore")  # of forking beside threads
         child = os.fork()
@@ -279,11 +279,10 @@ def test_compiled_code_is_kept_between_processes(tmp_path):
     code = """
 import numpy as np
 from fusedrnn.backends import get, numba_kernels
-from fusedrnn.backends.protocol import Weights
-from fusedrnn.cells import RNN
-w = Weights(np.ones((7, 2), np.float32), np.ones((7, 7), np.float32))
-get("numba").forward(RNN(), np.ones((3, 2, 2), np.float32), w, save=None)
-print(sum(numba_kernels.forward_loop(RNN(), np.dtype("f4")).stats.cache_hits.values()))
+from fusedrnn.cells import rnn
+w = {"weight_ih": np.ones((7, 2), np.float32), "weight_hh": np.ones((7, 7), np.float32)}
+get("numba").forward(rnn, np.ones((3, 2, 2), np.float32), w, save=None)
+print(sum(numba_kernels.forward_loop(rnn, np.dtype("f4")).stats.cache_hits.values()))
 """
     assert [python(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)] == ["0", "1"]
 
@@ -295,17 +294,17 @@ def test_cells_from_the_cache_beside_cells_compiled_here(tmp_path):
 import sys
 import numpy as np
 from fusedrnn.backends import get
-from fusedrnn.backends.protocol import Weights
-from fusedrnn.cells import GRU, LSTM
-for cell in {"lstm": [LSTM()], "both": [GRU(), LSTM()]}[sys.argv[1]]:
-    w = [np.linspace(-1, 1, cell.gates * n * m, dtype=np.float32) for n, m in ((7, 2), (7, 7))]
-    w = Weights(w[0].reshape(-1, 2), w[1].reshape(-1, 7))
+from fusedrnn.cells import gru, lstm
+for cell in {"lstm": [lstm], "both": [gru, lstm]}[sys.argv[1]]:
+    rows = 7 * cell.blocks["weight_ih"]
+    w = {f"weight_{n}": np.linspace(-1, 1, rows * m, dtype=np.float32).reshape(-1, m)
+         for n, m in (("ih", 2), ("hh", 7))}
     print(get("numba").forward(cell, np.ones((3, 2, 2), np.float32), w, save=None).y.tobytes().hex())
 """
-    lstm, both = (
+    alone, both = (
         python(code, arguments=[which], NUMBA_CACHE_DIR=str(tmp_path)).split() for which in ("lstm", "both")
     )
-    assert both[1:] == lstm
+    assert both[1:] == alone
 
 
 @needs_numba
@@ -316,7 +315,7 @@ def test_the_cache_knows_the_cells_sources(monkeypatch):
     monkeypatch.setattr(numba_kernels, "njit", lambda *a, **k: lambda f: names.append(f.__qualname__))
     for source in ("one", "one", "two"):
         monkeypatch.setattr(numba_kernels.inspect, "getsource", lambda m, source=source: source)
-        numba_kernels._for_cell("forward", LSTM(), np.dtype("f4"))
+        numba_kernels._for_cell("forward", lstm, np.dtype("f4"))
     one, again, two = (n for n in names if n.startswith("forward"))
     assert one == again != two
 
@@ -331,7 +330,7 @@ def test_without_a_place_for_the_cache(monkeypatch):
         return lambda function: "compiled"
 
     monkeypatch.setattr(numba_kernels, "njit", njit)
-    assert numba_kernels._for_cell("backward", GRU(), np.dtype("f8")) == "compiled"
+    assert numba_kernels._for_cell("backward", gru, np.dtype("f8")) == "compiled"
 
 
 def test_the_backend_does_not_import_numba_before_it_must():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fusedrnn.backends.cpu import CpuBackend
+from fusedrnn.backends.cpu import WEIGHTS, CpuBackend
 
 CPU = CpuBackend()
 
@@ -16,10 +16,11 @@ class Arrays:
         self.p, self.recompute = p, recompute
         self.options = (p.lengths, p.reset, p.reverse, recompute, p.detach_every or 0, p.regularization)
         self.states = (*(p.state0 or ()), None, None)[:2]
+        self.weights = tuple(map(p.weights.get, WEIGHTS))
 
     def forward(self, weights=None):
         p, cell = self.p, self.p.cell
-        (*time, batch, _), units = p.x.shape, p.weights.weight_hh.shape[1]
+        (*time, batch, _), units = p.x.shape, p.weights["weight_hh"].shape[1]
         two, steps = "c" in cell.states, time[0] if time else 1
 
         def new(*shape, there=True):
@@ -41,16 +42,16 @@ class Arrays:
             "c_states": new(*states, there=p.return_states and two),
             "tape": new(rows, shape[1]),
         }
-        given = tuple(p.weights) if weights is None else weights
+        given = self.weights if weights is None else weights
         CPU.run_forward(cell, given, p.x, *self.states, *self.options, *out.values())
         return out
 
     def backward(self, y, tape):
         p, cell = self.p, self.p.cell
-        names = ["dx", *[f"d{name}" for name in p.weights._fields], "dh0", "dc0"]
-        like = [p.x, *p.weights, *(*(p.state0 or p.dstateT), None)[:2]]
+        names = ["dx", *[f"d{name}" for name in WEIGHTS], "dh0", "dc0"]
+        like = [p.x, *self.weights, *(*(p.state0 or p.dstateT), None)[:2]]
         found = {name: None if a is None else np.empty_like(a) for name, a in zip(names, like, strict=True)}
         upstream = [p.dy, *(*(p.dstateT or ()), None, None)[:2], *(*(p.dstates or ()), None, None)[:2]]
         out = list(found.values())
-        CPU.run_backward(cell, tuple(p.weights), p.x, *self.states, *self.options, y, tape, *upstream, out)
+        CPU.run_backward(cell, self.weights, p.x, *self.states, *self.options, y, tape, *upstream, out)
         return {name: a for name, a in found.items() if a is not None}

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from fusedrnn.backends.protocol import Array, Regularization, Weights
-from fusedrnn.cells import GRU, LSTM, RNN
 from fusedrnn.cells.activations import relu, sigmoid, tanh
 from problems import Problem
 
@@ -49,7 +48,7 @@ def norm(v: Array) -> Array:
 
 def norm_gates(cell: Any, a: Array) -> Array:
     """r and z of a GRU together and n by itself, all gates of the others together."""
-    if not isinstance(cell, GRU):
+    if cell.name != "gru":
         return norm(a)
     n = len(a) // 3 * 2
     return np.concatenate([norm(a[:n]), norm(a[n:])])
@@ -59,26 +58,26 @@ def cell_step(cell: Any, x: Array, state: list[Array], w: Weights, mask: Any = 1
     """One step of one row; ``mask`` is that of recurrent dropout."""
     h = state[0]
     H = len(h)
-    ax, ah = w.weight_ih @ x, w.weight_hh @ (mask * h)
-    if cell.layer_norm:
-        ax, ah = norm_gates(cell, ax) * w.gain_ih, norm_gates(cell, ah) * w.gain_hh
-    ax = ax + (0 if w.bias_ih is None else w.bias_ih)
-    bias_hh = np.zeros_like(ax) if w.bias_hh is None else w.bias_hh
+    ax, ah = w["weight_ih"] @ x, w["weight_hh"] @ (mask * h)
+    if cell.vectors:
+        ax, ah = norm_gates(cell, ax) * w["gain_ih"], norm_gates(cell, ah) * w["gain_hh"]
+    ax = ax + w.get("bias_ih", 0)
+    bias_hh = w.get("bias_hh", np.zeros_like(ax))
     ah = ah + bias_hh
-    if isinstance(cell, RNN):
-        return [relu(ax + ah) if cell.relu else tanh(ax + ah)]
-    if isinstance(cell, LSTM):
+    if cell.name == "rnn":
+        return [relu(ax + ah) if cell.options["relu"] else tanh(ax + ah)]
+    if cell.name == "lstm":
         a = ax + ah
         c = sigmoid(a[H : 2 * H]) * state[1] + sigmoid(a[:H]) * tanh(a[2 * H : 3 * H])
-        m = norm(c) * w.gain_c + w.bias_c if cell.layer_norm else c
+        m = norm(c) * w["gain_c"] + w["bias_c"] if cell.vectors else c
         return [sigmoid(a[3 * H :]) * tanh(m), c]
     r = sigmoid(ax[:H] + ah[:H])
     z = sigmoid(ax[H : 2 * H] + ah[H : 2 * H])
-    if cell.reset_after:
+    if cell.options["reset_after"]:
         n = tanh(ax[2 * H :] + r * ah[2 * H :])
     else:
-        q = w.weight_hh[2 * H :] @ (mask * r * h)
-        q = norm(q) * w.gain_hh[2 * H :] if cell.layer_norm else q
+        q = w["weight_hh"][2 * H :] @ (mask * r * h)
+        q = norm(q) * w["gain_hh"][2 * H :] if cell.vectors else q
         n = tanh(ax[2 * H :] + q + bias_hh[2 * H :])
     return [n + z * (h - n)]
 
@@ -86,7 +85,7 @@ def cell_step(cell: Any, x: Array, state: list[Array], w: Weights, mask: Any = 1
 def forward(p: Problem) -> dict[str, Array]:
     """y, the final state and the states of every step, by the names of ``problems.named``."""
     T, B, _ = p.x.shape
-    H = p.weights.weight_hh.shape[1]
+    H = p.weights["weight_hh"].shape[1]
     dtype = p.x.dtype
     r = p.regularization or Regularization()
     out = {"y": np.zeros((T, B, H), dtype)}
@@ -149,7 +148,7 @@ def loss(p: Problem) -> Any:
 
 def variables(p: Problem) -> dict[str, Array]:
     """The arrays that gradients belong to, by the gradient's name."""
-    arrays = {"dx": p.x} | {f"d{n}": w for n, w in p.weights._asdict().items() if w is not None}
+    arrays = {"dx": p.x} | {f"d{n}": w for n, w in p.weights.items()}
     if p.state0 is not None:
         arrays |= {f"d{s}0": a for s, a in zip(p.cell.states, p.state0, strict=True)}
     return arrays
@@ -159,7 +158,7 @@ def with_states(p: Problem) -> Problem:
     """The problem with zeros written out where state0 is None, since that has a gradient too."""
     if p.state0 is not None:
         return p
-    shape = (p.x.shape[1], p.weights.weight_hh.shape[1])
+    shape = (p.x.shape[1], p.weights["weight_hh"].shape[1])
     zeros = tuple(np.zeros(shape, p.x.dtype) for _ in p.cell.states)
     return Problem(**{**p.__dict__, "state0": zeros})
 

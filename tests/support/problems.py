@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from fusedrnn.backends import get
-from fusedrnn.backends.protocol import NEED, Array, Forward, Gradients, Regularization, State, Weights
-from fusedrnn.cells import GRU, LSTM, RNN, Cell
+from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Weights
+from fusedrnn.cells import Cell, gru, lstm, rnn
 
-CELLS: tuple[Cell, ...] = (RNN(), RNN(relu=True), LSTM(), GRU(), GRU(reset_after=False))
+CELLS: tuple[Cell, ...] = (rnn, rnn.with_options(relu=True), lstm, gru, gru.with_options(reset_after=False))
 
-NORMED: tuple[Cell, ...] = tuple(replace(cell, layer_norm=True) for cell in CELLS)
+NORMED: tuple[Cell, ...] = tuple(cell.with_options(layer_norm=True) for cell in CELLS)
 
 # T, B, I, H: T > 1; primes, and one more or less than the widths of vectors and tiles.
 SIZES = ((2, 3, 5, 7), (5, 1, 1, 15), (7, 7, 3, 17), (3, 13, 17, 31), (11, 2, 2, 33))
@@ -84,7 +84,7 @@ class Problem:
         return replace(
             self,
             x=cast(self.x),
-            weights=Weights(*map(cast, self.weights)),
+            weights={n: cast(w) for n, w in self.weights.items()},
             state0=cast_all(self.state0),
             dy=cast(self.dy),
             dstateT=cast_all(self.dstateT),
@@ -134,22 +134,20 @@ def problem(
         return rng.uniform(-(H**-0.5), H**-0.5, shape).astype(np.float32)
 
     if biases == "native":
-        biases = "both" if isinstance(cell, GRU) and cell.reset_after else "bias_ih"
-    rows = cell.gates * H
-    weights = Weights(
-        uniform(rows, I),
-        uniform(rows, H),
-        uniform(rows) if biases in ("both", "bias_ih") else None,
-        uniform(rows) if biases in ("both", "bias_hh") else None,
-    )
+        biases = "both" if cell.options.get("reset_after") else "bias_ih"
+    columns = {"weight_ih": (I,), "weight_hh": (H,)}
+    weights = {
+        key: uniform(blocks * H, *columns.get(key, ()))
+        for key, blocks in cell.blocks.items()
+        if key not in cell.vectors and (key.startswith("weight") or biases in ("both", key))
+    }
     x, dy = normal(T, B, I), normal(T, B, H)
-    h0 = tuple(normal(B, H) for _ in cell.states)
+    h0 = tuple(1 + abs(normal(B, H)) if start else normal(B, H) for start in cell.trace.start.values())
     dstateT = tuple(normal(B, H) for _ in cell.states)
     dstates = tuple(normal(T, B, H) for _ in cell.states)
-    if cell.layer_norm:
-        drawn = {w: normal(H if w.endswith("_c") else rows) / 4 for w in cell.vectors}
-        drawn |= {w: np.float32(gain) * (1 + drawn[w]) for w in drawn if w.startswith("gain")}
-        weights = weights._replace(**drawn)
+    for key in cell.vectors:
+        drawn = normal(cell.blocks[key] * H) / 4
+        weights[key] = np.float32(gain) * (1 + drawn) if key.startswith("gain") else drawn
     n = resets = None
     if reset:
         resets = rng.random((T, B)) < 0.3
@@ -181,11 +179,11 @@ def problem(
 def name(cell: Cell, options: dict[str, Any] | None = None) -> str:
     """A test id."""
     parts = [cell.name]
-    if isinstance(cell, RNN) and cell.relu:
+    if cell.options.get("relu"):
         parts.append("relu")
-    if isinstance(cell, GRU) and not cell.reset_after:
+    if cell.options.get("reset_after") is False:
         parts.append("before")
-    if cell.layer_norm:
+    if cell.vectors:
         parts.append("norm")
     for key, value in (options or {}).items():
         parts.append(key if value is True else f"{key}={value}")
@@ -211,7 +209,7 @@ def named(cell: Cell, forward: Forward | None, gradients: Gradients | None) -> d
             arrays |= dict(zip(cell.states, forward.states, strict=True))
     if gradients is not None:
         arrays["dx"] = gradients.dx
-        arrays |= {f"d{n}": a for n, a in gradients.dweights._asdict().items()}
+        arrays |= {f"d{n}": a for n, a in gradients.dweights.items()}
         if gradients.dstate0 is not None:
             arrays |= {f"d{s}0": a for s, a in zip(cell.states, gradients.dstate0, strict=True)}
     return {key: a for key, a in arrays.items() if a is not None}
@@ -221,7 +219,7 @@ def expected_names(p: Problem) -> set[str]:
     """What ``run`` must return for a problem with ``need=None``."""
     states = set(p.cell.states)
     names = {"y", "dx"} | {f"{s}T" for s in states} | {f"d{s}0" for s in states}
-    names |= {f"d{n}" for n, w in p.weights._asdict().items() if w is not None and n in NEED}
+    names |= {f"d{n}" for n in p.weights}
     return names | (states if p.return_states else set())
 
 

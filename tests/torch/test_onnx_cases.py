@@ -13,10 +13,9 @@ import warnings
 import numpy as np
 import pytest
 
-from fusedrnn.backends.protocol import Weights
 from fusedrnn.bench.libraries import TOLERANCE
 from fusedrnn.bench.peer_onnx import GATES, IR, OPSET
-from fusedrnn.cells import GRU, LSTM, RNN
+from fusedrnn.cells import gru, lstm, rnn
 from fusedrnn.kernels import forward
 
 onnx = pytest.importorskip("onnx")
@@ -37,17 +36,17 @@ def cell_of(op, attributes):
     usual = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}[op]
     activations = attributes.get("activations", usual * directions)
     if op == "RNN" and activations == ["Relu"] * directions:
-        return RNN(relu=True)
+        return rnn.with_options(relu=True)
     if activations != usual * directions:
         raise NotImplementedError(f"activations {activations}")
     if op == "GRU":
-        return GRU(reset_after=bool(attributes.get("linear_before_reset", 0)))
-    return {"LSTM": LSTM, "RNN": RNN}[op]()
+        return gru.with_options(reset_after=bool(attributes.get("linear_before_reset", 0)))
+    return {"LSTM": lstm, "RNN": rnn}[op]
 
 
 def from_onnx(cell, rows):
     """Rows (G*H, ...) in our order of gates."""
-    blocks = rows.reshape(cell.gates, -1, *rows.shape[1:])
+    blocks = rows.reshape(cell.blocks["weight_ih"], -1, *rows.shape[1:])
     return np.ascontiguousarray(blocks[np.argsort(GATES[cell.name])].reshape(rows.shape))
 
 
@@ -73,8 +72,10 @@ def run(node, arrays, backend):
     lengths = arrays["sequence_lens"].astype(np.int64) if "sequence_lens" in arrays else None
     found = []
     for d, reverse in enumerate(REVERSE[attributes.get("direction", "forward")]):
-        biases = np.split(arrays["B"][d], 2) if "B" in arrays else ()
-        weights = Weights(*(from_onnx(cell, w) for w in (arrays["W"][d], arrays["R"][d], *biases)))
+        given = {"weight_ih": arrays["W"][d], "weight_hh": arrays["R"][d]}
+        if "B" in arrays:
+            given["bias_ih"], given["bias_hh"] = np.split(arrays["B"][d], 2)
+        weights = {n: from_onnx(cell, w) for n, w in given.items()}
         begin = tuple(np.ascontiguousarray(s[d]) for s in states) or None
         out = forward(cell, x, weights, begin, lengths=lengths, reverse=reverse, save=None, backend=backend)
         found.append((out.y, *out.stateT))

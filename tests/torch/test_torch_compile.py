@@ -16,9 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedrnn.torch as ours
 from fusedrnn import backends
-from fusedrnn.kernels import Weights
 from fusedrnn.torch import compilable, ops
-from fusedrnn.torch.ops import NORMED, Call
+from fusedrnn.torch.ops import NORMED, WEIGHTS, Call
 from fusedrnn.torch.recurrence import recurrence
 
 # What PyTorch itself warns of while it compiles is no concern of these tests.
@@ -66,7 +65,7 @@ def breaks(model, *args, **options) -> int:
     return torch._dynamo.explain(model)(*args, **options).graph_break_count
 
 
-TENSORS = 3 + len(Weights._fields)  # the first inputs: x, h0, c0, the weights
+TENSORS = 3 + len(WEIGHTS)  # the first inputs: x, h0, c0, the weights
 
 
 def inputs(
@@ -221,14 +220,14 @@ def test_the_tape_in_an_array_gives_the_same_bits(mode, options, poison):
     out = backend.forward(
         ops.CELLS[call.cell],
         x,
-        Weights(*weights),
+        dict(zip(WEIGHTS, weights, strict=True)),
         state,
         lengths=lengths,
         reset=reset,
         regularization=call.regularization(),
     )
     dx, dweights, dstate0 = backend.backward(out.tape, out.y)
-    expected = (dx, *(*(dstate0 or ()), None, None)[:2], *dweights)
+    expected = (dx, *(*(dstate0 or ()), None, None)[:2], *map(dweights.get, WEIGHTS))
     for kept in (tape, moved, larger):
         found = torch.ops.fusedrnn.recurrence_backward(*call, y, kept, None, y, None, None, None, None, need)
         for ours_, own, needed in zip(found, expected, need, strict=True):

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusedrnn import problems
 from fusedrnn.bench.peer_torch import FusedLayer, Torch
+from fusedrnn.cells import CELLS
 from torch_pairs import LAYERS, assert_close, every_kind, every_layer, flat, ft, module_pair, state_of
 
 pytestmark = [
@@ -162,7 +163,7 @@ def test_what_is_saved_is_no_more_than_pytorchs(kind, dtype):
     """As PyTorch counts it."""
     large = [(min(T, 20), min(B, 32), I, H) for T, B, I, H in problems.SPEED if H <= 512]
     small = itertools.product((20,), (8,), (1, 5, 32), (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 50))
-    cell = {"LSTM": problems.LSTM(), "GRU": problems.GRU(), "RNN": problems.RNN()}[kind]
+    cell = CELLS[kind.lower()]
     for shape in map(problems.Shape._make, (*large, *small)):
         data = problems.make(problems.Case(cell, shape, api="layer"), dtype, 0)
         theirs, ours = (sum(library(data, 1).saved().values()) for library in (Torch, FusedLayer))

@@ -8,13 +8,13 @@ are NumPy's, or of the kind that a backend says; ``lengths`` and ``reset`` may a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn.backends.protocol import NEED, Array, Regularization, State, Weights
-from fusedrnn.cells import CELLS, Cell
+from fusedrnn.backends.protocol import Array, Regularization, State, Unsupported
+from fusedrnn.cells import Cell
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # what compiled backends take
 
@@ -53,7 +53,7 @@ class ForwardArguments(NamedTuple):
 
     cell: Cell
     x: Array  # (T, B, I)
-    weights: Weights  # C-contiguous, dtype of x
+    weights: dict[str, Array]  # C-contiguous, dtype of x; those that there are, in the cell's order
     state0: State | None
     lengths: Array | None  # (B,) int64, a copy
     reset: Array | None  # (T, B) bool, a copy
@@ -77,50 +77,49 @@ class BackwardArguments(NamedTuple):
 def check_cell(cell: Any) -> Cell:
     """The cell itself, or a TypeError."""
     if not isinstance(cell, Cell):
-        names = ", ".join(c.__name__ for c in CELLS.values())
-        raise TypeError(f"cell: expected an instance of {names}, got {_kind(cell)}")
+        raise TypeError(f"cell: expected a cell such as lstm, got {_kind(cell)}")
+    if cell.trace.scalars:
+        names = ", ".join(cell.trace.scalars)
+        raise Unsupported(f"cell: {cell.name} takes {names} of each row and step, which no backend takes yet")
     return cell
 
 
 def check_weights(
     cell: Cell, weights: Any, dtypes: Collection[np.dtype[Any]] = FLOATS, kind: Kind = NUMPY
-) -> tuple[Weights, int, int]:
-    """The checked weights with their I and H."""
-    check_cell(cell)
-    if not isinstance(weights, Weights):
+) -> tuple[dict[str, Array], int, int]:
+    """The checked weights that there are, in the cell's order, with their I and H."""
+    blocks = check_cell(cell).blocks
+    if not isinstance(weights, Mapping):
         raise TypeError(
-            f"weights: expected Weights (or what pack of this backend returned), got {_kind(weights)}"
+            "weights: expected a mapping of names to arrays (or what pack of this backend returned), got "
+            f"{_kind(weights)}"
         )
-    _array("weight_ih", weights.weight_ih, kind)
-    dtype = weights.weight_ih.dtype
+    for name, value in weights.items():
+        if value is not None and name not in blocks:
+            raise ValueError(f"weights: expected names out of {', '.join(blocks)} for {cell!r}, got {name}")
+    gates = blocks["weight_ih"]
+    first = weights.get("weight_ih")
+    if first is None:
+        raise ValueError(f"weights: expected weight_ih of shape ({gates}*H, I) for {cell!r}, got none")
+    _array("weight_ih", first, kind)
+    dtype = first.dtype
     if dtype not in dtypes:
         raise TypeError(f"weight_ih: expected dtype {_names(dtypes)}, got {dtype}")
-    gates = cell.gates
-    if weights.weight_ih.ndim != 2:
-        raise ValueError(f"weight_ih: expected shape ({gates}*H, I), got {weights.weight_ih.shape}")
-    rows, I = weights.weight_ih.shape
-    if rows == 0 or rows % gates or I == 0:
+    if first.ndim != 2 or not first.size or len(first) % gates:
         raise ValueError(
-            f"weight_ih: expected shape ({gates}*H, I) for the cell {cell.name}, H and I at least 1, "
-            f"got {weights.weight_ih.shape}"
+            f"weight_ih: expected shape ({gates}*H, I) for the cell {cell.name}, H and I at least 1, got "
+            f"{first.shape}"
         )
-    H = rows // gates
-    normed = cell.vectors
-    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, I), "weight_hh": (rows, H)}
-    shapes |= dict.fromkeys(("bias_ih", "bias_hh", "gain_ih", "gain_hh"), (rows,))
-    shapes |= dict.fromkeys(("gain_c", "bias_c"), (H,))
-    for name in Weights._fields[4:]:
-        if getattr(weights, name) is not None and name not in normed:
-            raise ValueError(f"{name}: expected None for {cell}, got {_kind(getattr(weights, name))}")
-        if getattr(weights, name) is None and name in normed:
-            raise ValueError(f"{name}: expected an array of shape {shapes[name]} for {cell}, got None")
-    checked = [
-        None
-        if value is None and name not in ("weight_ih", "weight_hh")
-        else _checked(name, value, dtype, shapes[name], kind)
-        for name, value in weights._asdict().items()
-    ]
-    return Weights(*checked), I, H
+    H, I = len(first) // gates, first.shape[1]
+    checked: dict[str, Array] = {}
+    for name, count in blocks.items():
+        shape = (count * H, *({"weight_ih": (I,), "weight_hh": (H,)}.get(name, ())))
+        value = weights.get(name)
+        if value is not None:
+            checked[name] = _checked(name, value, dtype, shape, kind)
+        elif name not in ("bias_ih", "bias_hh"):
+            raise ValueError(f"weights: expected {name} of shape {shape} for {cell!r}, got none")
+    return checked, I, H
 
 
 def check_regularization(cell: Cell, value: Any) -> Regularization | None:
@@ -132,8 +131,11 @@ def check_regularization(cell: Cell, value: Any) -> Regularization | None:
     dropout, zoneout_h, zoneout_c = (
         _rate(name, getattr(value, name)) for name in ("recurrent_dropout", "zoneout_h", "zoneout_c")
     )
-    if zoneout_c and "c" not in cell.states:
-        raise ValueError(f"zoneout_c: expected 0 for the cell {cell.name}, which has no c, got {zoneout_c}")
+    for state, rate in (("h", zoneout_h), ("c", zoneout_c)):
+        if rate and state not in cell.states:
+            raise ValueError(
+                f"zoneout_{state}: expected 0 for the cell {cell.name}, which has no {state}, got {rate}"
+            )
     seed = None if value.seed is None else check_whole("seed", value.seed, 0, 2**63 - 1)
     stream = check_whole("stream", value.stream, 0, 2**30 - 1)
     if not (zoneout_h or zoneout_c or (dropout and seed is not None)):
@@ -252,7 +254,7 @@ def check_forward(
 ) -> ForwardArguments:
     """Check and normalise the arguments of ``forward``; ``dtypes`` and ``kind``: what the backend takes."""
     weights, I, H = check_weights(cell, weights, dtypes, kind)
-    dtype = weights.weight_ih.dtype
+    dtype = weights["weight_ih"].dtype
     x = _sequence(x, dtype, I, kind)
     T, B, _ = x.shape
     if state0 is not None:
@@ -293,7 +295,7 @@ def check_detach_every(value: Any) -> int | None:
 
 def check_backward(
     cell: Cell,
-    weights: Weights,
+    weights: Mapping[str, Array],
     sizes: Sizes,
     dy: Any = None,
     dstateT: Any = None,
@@ -312,46 +314,48 @@ def check_backward(
         dy: (T, B, P) or None.
         dstateT: One entry per state, (B, ·) or None each, or None.
         dstates: One entry per state, (T, B, ·) or None each, or None; only after return_states.
-        need: Names out of NEED, or None for all.
+        need: "x", names of weights, "state0"; or None for all.
         return_states: What the forward call was given.
         kind: The arrays that the backend takes.
     """
     T, B, _, H, P = sizes
-    dtype = weights.weight_ih.dtype
+    dtype = weights["weight_ih"].dtype
     if dy is not None:
         dy = _checked("dy", dy, dtype, (T, B, P), kind)
-    width = {"h": P, "c": H}
+    widths = [P, *[H] * len(cell.states)]
     if dstateT is not None:
         given = entries("dstateT", cell, dstateT)
         dstateT = tuple(
-            None if d is None else _checked(f"dstateT {n}", d, dtype, (B, width[n]), kind)
-            for n, d in zip(cell.states, given, strict=True)
+            None if d is None else _checked(f"dstateT {n}", d, dtype, (B, width), kind)
+            for n, d, width in zip(cell.states, given, widths, strict=False)
         )
     if dstates is not None:
         given = entries("dstates", cell, dstates)
         dstates = tuple(
-            None if d is None else _checked(f"dstates {n}", d, dtype, (T, B, width[n]), kind)
-            for n, d in zip(cell.states, given, strict=True)
+            None if d is None else _checked(f"dstates {n}", d, dtype, (T, B, width), kind)
+            for n, d, width in zip(cell.states, given, widths, strict=False)
         )
     dstateT, dstates = (None if d is None or all(e is None for e in d) else d for d in (dstateT, dstates))
     if dstates is not None and not return_states:
         raise ValueError(
             "dstates: expected None, because forward ran without return_states=True; got gradients"
         )
-    return BackwardArguments(dy, dstateT, dstates, check_need(need, weights))
+    return BackwardArguments(dy, dstateT, dstates, check_need(cell, need, weights))
 
 
-def check_need(need: Any, weights: Weights | None = None) -> frozenset[str]:
-    """The names wanted, without those that ``weights`` lacks; None means all."""
+def check_need(cell: Cell, need: Any, weights: Collection[str] | None = None) -> frozenset[str]:
+    """The names wanted, None means all; without those of weights that there are not."""
+    known = ("x", *cell.blocks, "state0")
     if need is None:
-        need = NEED
+        need = known
     if isinstance(need, str) or not isinstance(need, Collection):
-        raise TypeError(f"need: expected None or a collection of names out of {NEED}, got {_kind(need)}")
+        raise TypeError(
+            f"need: expected None or a collection of names out of {', '.join(known)}, got {_kind(need)}"
+        )
     for name in need:
-        if name not in NEED:
-            raise ValueError(f"need: expected names out of {NEED}, got {name!r}")
-    absent = {name for name, value in weights._asdict().items() if value is None} if weights else set()
-    return frozenset(need) - absent
+        if name not in known:
+            raise ValueError(f"need: expected names out of {', '.join(known)}, got {name!r}")
+    return frozenset(need) - ((cell.blocks.keys() - weights) if weights is not None else set())
 
 
 def _kind(value: Any) -> str:

@@ -21,7 +21,6 @@ from fusedrnn.backends.arguments import (
     check_weights,
 )
 from fusedrnn.backends.protocol import (
-    NEED,
     Array,
     Forward,
     Gradients,
@@ -31,7 +30,8 @@ from fusedrnn.backends.protocol import (
     Unsupported,
     Weights,
 )
-from fusedrnn.cells import GRU, LSTM, RNN, Cell
+from fusedrnn.cells import Cell
+from fusedrnn.cells.builtin import COMPILED
 
 try:
     from fusedrnn import _core
@@ -44,6 +44,9 @@ except ImportError as error:  # a source tree that was never built
     )
 
 
+# The weights that _core takes, in its order.
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "gain_ih", "gain_hh", "gain_c", "bias_c")
+NEED = ("x", *WEIGHTS, "state0")
 SAVE = {None: 0, "all": 1, "boundary_states": 2}  # the ids that _core takes
 
 
@@ -51,7 +54,7 @@ class Packed(NamedTuple):
     """Weights in the kernels' order, and the arrays they were made of, which backward still reads."""
 
     cell: Cell
-    weights: Weights
+    weights: dict[str, Array]
     core: Any
 
 
@@ -59,7 +62,7 @@ class Tape(NamedTuple):
     """What backward needs: the call, and the kernels' own tape. x, y and the weights are borrowed."""
 
     cell: Cell
-    weights: Weights
+    weights: dict[str, Array]
     return_states: bool
     core: Any
 
@@ -76,20 +79,10 @@ def cell_id(cell: Cell, backend: str = "cpu") -> int:
     Raises:
         ValueError: It has none; the message names the backend.
     """
-    match cell:
-        case RNN():
-            name = "rnn_relu" if cell.relu else "rnn_tanh"
-        case LSTM():
-            name = "lstm"
-        case GRU():
-            name = "gru_reset_after" if cell.reset_after else "gru_reset_before"
-    if cell.layer_norm:
-        name += "_layer_norm"
-        if name not in _core.CELLS:
-            raise Unsupported(
-                f"layer_norm: {cell} is not supported by the {backend} backend; use the reference"
-            )
-    return int(_core.CELLS.index(name))
+    for name, compiled in COMPILED.items():
+        if cell == compiled and name in _core.CELLS:
+            return int(_core.CELLS.index(name))
+    raise Unsupported(f"cell: {cell!r} is not supported by the {backend} backend; use the reference")
 
 
 _Two = tuple[Any, Any]
@@ -121,7 +114,9 @@ class CpuBackend:
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         checked, _, _ = check_weights(cell, weights)
-        return Packed(cell, checked, _core.pack(cell_id(cell), *checked))
+        return Packed(
+            cell, checked, _core.pack(cell_id(cell), *[cast(Array, checked.get(name)) for name in WEIGHTS])
+        )
 
     def forward(
         self,
@@ -141,7 +136,7 @@ class CpuBackend:
         """One layer, one direction, the whole sequence."""
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if cell is not packed.cell and check_cell(cell) != packed.cell:
-            raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
+            raise ValueError(f"weights: packed for {packed.cell!r}, expected {cell!r}")
         if regularization is not None:
             regularization = check_regularization(packed.cell, regularization)
         results = None
@@ -253,7 +248,7 @@ class CpuBackend:
                 f"tape: expected what forward of the cpu backend returned, got {type(tape).__name__}"
             )
         cell = tape.cell
-        wanted = NEED if need is None else check_need(need)
+        wanted = NEED if need is None else check_need(cell, need)
         flags = [name in wanted for name in NEED]
         results = None
         final, every = _two(cell, dstateT, True), _two(cell, dstates, True)
@@ -277,4 +272,5 @@ class CpuBackend:
             results = _core.backward(tape.core, b.dy, *final, *every, flags)
         dx, *dweights, dh0, dc0 = results
         dstate0 = None if dh0 is None else (dh0, dc0) if "c" in cell.states else (dh0,)
-        return Gradients(dx, Weights(*dweights), dstate0)
+        by_name = dict(zip(WEIGHTS, dweights, strict=True))
+        return Gradients(dx, {name: by_name[name] for name in tape.weights}, dstate0)

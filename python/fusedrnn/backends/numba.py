@@ -51,7 +51,7 @@ class Packed(NamedTuple):
     """Copies of the weights in the kernels' order, and the arrays they were made of."""
 
     cell: Cell
-    weights: Weights
+    weights: dict[str, Array]
     ih_t: Array  # (I, G*H), rows of zeros added up to a multiple of four
     hh_t: Array  # (H, G*H), the same
     bias: Array  # (columns of gates,)
@@ -103,15 +103,15 @@ class NumbaBackend:
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         checked, I, H = check_weights(cell, weights)
-        if cell.layer_norm:
+        if cell.vectors:
             raise Unsupported("layer_norm: is not supported by the numba backend; use cpu or reference")
         kernel = _kernels().kernel(cell)
-        bias = np.zeros((len(kernel.products), H), checked.weight_ih.dtype)
+        bias = np.zeros((len(kernel.products), H), checked["weight_ih"].dtype)
         for name, k, block in _biases(kernel):
-            if (b := getattr(checked, name)) is not None:
+            if (b := checked.get(name)) is not None:
                 bias[k] += b[block * H : (block + 1) * H]
-        ih = checked.weight_ih.reshape(-1, H, I)[kernel.input.blocks].reshape(-1, I)
-        hh = checked.weight_hh.reshape(-1, H, H)[_recurrent(kernel)].reshape(-1, H)
+        ih = checked["weight_ih"].reshape(-1, H, I)[kernel.input.blocks].reshape(-1, I)
+        hh = checked["weight_hh"].reshape(-1, H, H)[_recurrent(kernel)].reshape(-1, H)
         return Packed(cell, checked, _transposed(ih), _transposed(hh), bias.reshape(-1), ih, hh)
 
     def forward(
@@ -132,7 +132,7 @@ class NumbaBackend:
         """One layer, one direction, the whole sequence."""
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if packed.cell != check_cell(cell):
-            raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
+            raise ValueError(f"weights: packed for {packed.cell!r}, expected {cell!r}")
         a = check_forward(
             cell,
             x,
@@ -257,7 +257,7 @@ class NumbaBackend:
         dih, dhh, dbias = (functools.reduce(np.add, parts) for parts in zip(*sums, strict=True))
         return Gradients(
             dx.reshape(T, B, I) if "x" in b.need else None,
-            _unpacked(kernel, b.need, dih[:I], dhh[:H], dbias),
+            _unpacked(packed, kernel, b.need, dih[:I], dhh[:H], dbias),
             ((dh, dc) if two else (dh,)) if "state0" in b.need else None,
         )
 
@@ -342,7 +342,7 @@ def _groups(a: ForwardArguments, order: Order) -> list[tuple[Array, Array]]:
     """Bounds (first, last) of the positions of each t, one pair for each thread that is worth it."""
     T, B, I, H, _ = a.sizes
     rows = np.full(B, T) if a.lengths is None else a.lengths
-    work = len(order.rows) * a.cell.gates * H * (I + H)
+    work = len(order.rows) * H * (a.cell.blocks["weight_ih"] * I + a.cell.blocks["weight_hh"] * H)
     count = max(1, min(get_num_threads(), B // 4, work // WORTH_A_THREAD))
     total = rows.cumsum()
     cuts = [0, *(int(np.searchsorted(total, k * total[-1] / count)) for k in range(1, count)), B]
@@ -381,7 +381,9 @@ def _at(values: Array, initial: Array, positions: Array) -> Array:
     return out
 
 
-def _unpacked(kernel: Kernel, need: frozenset[str], dih_t: Array, dhh_t: Array, dbias: Array) -> Weights:
+def _unpacked(
+    packed: Packed, kernel: Kernel, need: frozenset[str], dih_t: Array, dhh_t: Array, dbias: Array
+) -> dict[str, Array | None]:
     """The gradients of the weights, in the order of the weights."""
     found: dict[str, Array] = {}
     for name, columns, blocks in (
@@ -399,4 +401,4 @@ def _unpacked(kernel: Kernel, need: frozenset[str], dih_t: Array, dhh_t: Array, 
     for name, k, block in _biases(kernel):
         if name in found:
             found[name][block * H : (block + 1) * H] = dbias[0, k * H : (k + 1) * H]
-    return Weights(*map(found.get, Weights._fields))
+    return {name: found.get(name) for name in packed.weights}

@@ -544,7 +544,7 @@ def _backward_loop(
 @functools.cache
 def kernel(cell: Cell) -> Kernel:
     """What is derived of a cell for its kernels."""
-    return Kernel(cell.definition)
+    return Kernel(cell)
 
 
 @functools.cache
@@ -579,7 +579,7 @@ def steps(cell: Cell, dtype: np.dtype[Any]) -> dict[str, Any]:
     functions: dict[str, Any] = {"product": product, "flat": flat, "number": dtype.type}
     functions |= {name: getattr(activations, name) for name in ("tanh", "sigmoid", "relu")}
     written = _written(cell)
-    exec(compile(written, f"<{cell}>", "exec"), functions)
+    exec(compile(written, f"<{cell!r}>", "exec"), functions)
     for name in ("step", "back"):
         # Symbols of compiled code go by this name, also of code from Numba's cache: each cell needs its own.
         functions[name].__qualname__ = f"{name}_{_fingerprint(written)}"

@@ -24,8 +24,8 @@ Rules (``t`` is time, ``b`` a row of the batch):
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy.typing as npt
 
@@ -33,24 +33,14 @@ from fusedrnn.cells import Cell
 
 Array = npt.NDArray[Any]
 Rows = Array | Sequence[Any]  # lengths (B,) and resets (T, B), as lists too
-State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; h is (B, P), c is (B, H)
+State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; the first is (B, P), others (B, H)
+# Of one layer and direction by name, laid out as in PyTorch: weight_ih (G*H, I), weight_hh (G*H, P), bias_ih
+# and bias_hh (G*H,), which may be missing; the cell's other parameters (n*H,). Gradients have the same names.
+Weights: TypeAlias = Mapping[str, Any]
 
 
 class Unsupported(ValueError):
     """The backend or the kernel does not support this; another one does."""
-
-
-class Weights(NamedTuple):
-    """Weights of one layer and direction, laid out as in PyTorch; gradients of them use the same tuple."""
-
-    weight_ih: Any  # (G*H, I)
-    weight_hh: Any  # (G*H, P)
-    bias_ih: Any = None  # (G*H,) or None
-    bias_hh: Any = None  # (G*H,) or None
-    gain_ih: Any = None  # (G*H,), with layer_norm, else None; so are those below
-    gain_hh: Any = None  # (G*H,)
-    gain_c: Any = None  # (H,), LSTM only
-    bias_c: Any = None  # (H,), LSTM only
 
 
 class Regularization(NamedTuple):
@@ -83,11 +73,8 @@ class Gradients(NamedTuple):
     """Result of ``backward``; what ``need`` left out is None."""
 
     dx: Array | None  # (T, B, I)
-    dweights: Weights
+    dweights: dict[str, Any]  # of each weight that was given
     dstate0: State | None
-
-
-NEED = ("x", *Weights._fields, "state0")
 
 
 class Backend(Protocol):
@@ -125,6 +112,6 @@ class Backend(Protocol):
         dstateT: tuple[Array | None, ...] | None = None,
         dstates: tuple[Array | None, ...] | None = None,
         *,
-        need: Collection[str] | None = None,  # names out of NEED; None means all
+        need: Collection[str] | None = None,  # "x", names of weights, "state0"; None means all
     ) -> Gradients:
         """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)``; any may be missing."""

@@ -8,7 +8,7 @@ computes is in ``fusedrnn.cells.evaluation``; the derivation is in docs/bptt.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class ReferenceBackend:
         """None: it needs nothing but NumPy."""
         return None
 
-    def pack(self, cell: Cell, weights: Weights) -> Weights:
+    def pack(self, cell: Cell, weights: Weights) -> dict[str, Array]:
         """The checked weights; NumPy needs no preparation."""
         return check_weights(cell, weights, DTYPES)[0]
 
@@ -93,7 +93,7 @@ class ReferenceBackend:
         )
         T, B, _, _, P = a.sizes
         y = np.zeros((T, B, P), a.x.dtype)
-        state = _filled(a, a.state0)
+        state = _start(a) if a.state0 is None else tuple(s.copy() for s in a.state0)
         states = tuple(np.empty((T, *s.shape), s.dtype) for s in state) if a.return_states else ()
 
         chunks = _chunks(_steps(a))
@@ -128,12 +128,12 @@ class ReferenceBackend:
             a.cell, a.weights, a.sizes, dy, dstateT, dstates, need=need, return_states=a.return_states
         )
         upstream = [
-            [d for d in (b.dy if name == "h" else None, b.dstates[k] if b.dstates else None) if d is not None]
-            for k, name in enumerate(a.cell.states)
+            [d for d in (b.dy if k == 0 else None, b.dstates[k] if b.dstates else None) if d is not None]
+            for k in range(len(a.cell.states))
         ]  # of each state, what comes in at every step
-        chain = _filled(a, b.dstateT)  # gradient of the state that came out of the step at hand
+        chain = _gradient(a, b.dstateT)  # gradient of the state that came out of the step at hand
         dx = np.zeros(a.x.shape, a.x.dtype) if "x" in b.need else None
-        dweights = {n: np.zeros_like(w) for n, w in a.weights._asdict().items() if n in b.need}
+        dweights = {n: np.zeros_like(w) for n, w in a.weights.items() if n in b.need}
         with np.errstate(all="ignore"):
             for chunk, kept in zip(reversed(tape.chunks), reversed(tape.kept), strict=True):
                 run = kept if isinstance(kept, Run) else _run(a, chunk, kept)
@@ -151,8 +151,7 @@ class ReferenceBackend:
                     values.add_weight_gradients(dweights)
                     if dx is not None:
                         dx[t, rows] = values.input_gradient()
-        all_weights = Weights(*map(dweights.get, Weights._fields))
-        return Gradients(dx, all_weights, chain if "state0" in b.need else None)
+        return Gradients(dx, {n: dweights.get(n) for n in a.weights}, chain if "state0" in b.need else None)
 
 
 def _dropout(a: ForwardArguments, step: Step) -> Array | None:
@@ -178,7 +177,7 @@ def _keeps(a: ForwardArguments, step: Step) -> tuple[Array | None, ...]:
 
     rates = {"h": r.zoneout_h, "c": r.zoneout_c}
     found = (
-        masks.zoneout(rates[name], name, r.seed, r.stream, step.t, _numbers(a, step), a.sizes.H)
+        masks.zoneout(rates.get(name, 0.0), name, r.seed, r.stream, step.t, _numbers(a, step), a.sizes.H)
         for name in a.cell.states
     )
     return tuple(None if keep is None else keep.astype(a.x.dtype) for keep in found)
@@ -197,12 +196,9 @@ def _each(
 def _run(a: ForwardArguments, steps: list[Step], state: State) -> Run:
     """Forward over some steps from a state."""
     run = Run([state], [])
-    weights = a.weights._asdict()
     for step in steps:
-        before = _cleared(step, state)
-        values = Evaluation(
-            a.cell.definition, weights, a.x[step.t, step.rows], before, dropout=_dropout(a, step)
-        )
+        before = _cleared(a, step, state)
+        values = Evaluation(a.cell, a.weights, a.x[step.t, step.rows], before, dropout=_dropout(a, step))
         after = _each(_keeps(a, step), lambda keep, n, s: keep * n + (1 - keep) * s, values.after, before)
         state = tuple(_put(s, step.rows, n) for s, n in zip(state, after, strict=True))
         run.states.append(state)
@@ -242,13 +238,17 @@ def _chunks(steps: list[Step]) -> list[list[Step]]:
     return [steps[k : k + size] for k in range(0, len(steps), size)]
 
 
-def _filled(a: ForwardArguments, given: tuple[Array | None, ...] | None) -> State:
-    """A copy of the given state or of its gradient, zeros for what is missing."""
-    shapes = [(a.sizes.B, a.sizes.P if name == "h" else a.sizes.H) for name in a.cell.states]
-    return tuple(
-        np.zeros(shape, a.x.dtype) if s is None else s.copy()
-        for shape, s in zip(shapes, given or (None,) * len(shapes), strict=True)
-    )
+def _start(a: ForwardArguments) -> State:
+    """The state that a sequence starts from where none is given."""
+    shape = a.sizes.B, a.sizes.H
+    return tuple(np.full(shape, start, a.x.dtype) for start in a.cell.trace.start.values())
+
+
+def _gradient(a: ForwardArguments, given: tuple[Array | None, ...] | None) -> State:
+    """A copy of the gradient of a state, zeros for what is missing."""
+    shape = a.sizes.B, a.sizes.H
+    missing = (None,) * len(a.cell.states)
+    return tuple(np.zeros(shape, a.x.dtype) if d is None else d.copy() for d in given or missing)
 
 
 def _put(state: Array, rows: Any, new: Array) -> Array:
@@ -258,19 +258,22 @@ def _put(state: Array, rows: Any, new: Array) -> Array:
     return state
 
 
-def _cut(step: Step, values: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Zero where the step is cut off from the one before it; ``values`` are of the step's rows."""
-    if step.cut is None:
+def _cut(rows: Array | None, step: Step, values: State, new: Sequence[float]) -> State:
+    """The new numbers in these rows of all; ``values`` are of the step's rows."""
+    if rows is None:
         return values
-    return tuple(np.where(step.cut[step.rows, None], np.zeros((), v.dtype), v) for v in values)
+    return tuple(
+        np.where(rows[step.rows, None], v.dtype.type(n), v) for v, n in zip(values, new, strict=True)
+    )
 
 
-def _stopped(step: Step, values: tuple[Array, ...]) -> tuple[Array, ...]:
+def _stopped(step: Step, values: State) -> State:
     """The gradient of the state before the step, of its rows."""
-    values = _cut(step, values)
-    return values if step.stop is None else _cut(step._replace(cut=step.stop), values)
+    zeros = [0.0] * len(values)
+    return _cut(step.stop, step, _cut(step.cut, step, values, zeros), zeros)
 
 
-def _cleared(step: Step, state: State) -> tuple[Array, ...]:
+def _cleared(a: ForwardArguments, step: Step, state: State) -> State:
     """The state that goes into the step, of its rows."""
-    return _cut(step, tuple(s[step.rows] for s in state))
+    start = list(a.cell.trace.start.values())
+    return _cut(step.cut, step, tuple(s[step.rows] for s in state), start)

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,12 +68,12 @@ def named(
     y: Array,
     stateT: Sequence[Array],
     dx: Array | None = None,
-    dweights: Sequence[Sequence[Any]] = (),
+    dweights: Sequence[Mapping[str, Any]] = (),
 ) -> Results:
     """What a library computed, under the names and in the shapes in which ``check`` compares it.
 
-    ``dweights`` has an entry per layer and direction in the order of ``Weights``, as far as the library
-    knows them; the gradient of a bias that the problem does not have is left out.
+    ``dweights`` has an entry per layer and direction, of the weights that the library knows; the gradient of
+    a bias that the problem does not have is left out.
     """
     case = data.case
     T, B, _, H = case.shape
@@ -83,9 +83,8 @@ def named(
     if dx is not None:
         results["dx"] = dx
     for n, (weights, gradients) in enumerate(zip(data.weights, dweights, strict=False)):
-        for key, weight, gradient in zip(weights._fields, weights, gradients, strict=False):
-            if weight is not None:
-                results[f"d{key}[{n}]" if N > 1 else f"d{key}"] = gradient
+        for key in [key for key in weights if key in gradients]:
+            results[f"d{key}[{n}]" if N > 1 else f"d{key}"] = gradients[key]
     return results
 
 
@@ -179,7 +178,7 @@ def numba_start(cell: str, dtype: str) -> str:
     code = (
         "import sys, time; from fusedrnn import cells, problems;"
         "from fusedrnn.bench.libraries import Native;"
-        "case = problems.Case(cells.CELLS[sys.argv[1]](), problems.Shape(2, 2, 2, 8));"
+        "case = problems.Case(cells.CELLS[sys.argv[1]], problems.Shape(2, 2, 2, 8));"
         "start = time.perf_counter(); Native(problems.make(case, sys.argv[2]), 'numba')();"
         "print(time.perf_counter() - start)"
     )

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from fusedrnn.bench.libraries import Results, named
-from fusedrnn.cells import RNN
 from fusedrnn.problems import Case, Data, flops
 
 GATES = {"lstm": "ifuo", "rnn": ("",)}  # its letters in our order of gates
@@ -35,9 +34,9 @@ class DeZero:
         weights = data.weights[0]
         for gate, rows in self.gates():
             inputs, hidden = self.linears(gate)
-            inputs.W.data = weights.weight_ih[rows].T.copy()
-            inputs.b.data = weights.bias_ih[rows].copy()
-            hidden.W.data = weights.weight_hh[rows].T.copy()
+            inputs.W.data = weights["weight_ih"][rows].T.copy()
+            inputs.b.data = weights["bias_ih"][rows].copy()
+            hidden.W.data = weights["weight_hh"][rows].T.copy()
 
     @classmethod
     def missing(cls) -> str | None:
@@ -49,7 +48,7 @@ class DeZero:
 
     @classmethod
     def refuses(cls, case: Case, dtype: str) -> str | None:
-        if case.cell.name not in GATES or (isinstance(case.cell, RNN) and case.cell.relu):
+        if case.cell.name not in GATES or case.cell.options.get("relu"):
             return "it has LSTM and tanh RNN only"
         if case.kind != "training" or case.layers > 1 or case.bidirectional or case.ragged or case.resets:
             return "it takes part in plain training of one layer only"
@@ -83,12 +82,11 @@ class DeZero:
     def results(self) -> Results:
         ys, states, xs = self()
         parts = [self.linears(gate) for gate, _ in self.gates()]
-        dweights = (
-            np.concatenate([inputs.W.grad.data.T for inputs, _ in parts]),
-            np.concatenate([hidden.W.grad.data.T for _, hidden in parts]),
-            np.concatenate([inputs.b.grad.data for inputs, _ in parts]),
-            None,
-        )
+        dweights = {
+            "weight_ih": np.concatenate([inputs.W.grad.data.T for inputs, _ in parts]),
+            "weight_hh": np.concatenate([hidden.W.grad.data.T for _, hidden in parts]),
+            "bias_ih": np.concatenate([inputs.b.grad.data for inputs, _ in parts]),
+        }
         y = np.stack([y.data for y in ys])
         dx = np.stack([x.grad.data for x in xs])
         return named(self.data, y, [s.data for s in states], dx, [dweights])

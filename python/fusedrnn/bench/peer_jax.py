@@ -10,7 +10,7 @@ import numpy as np
 
 from fusedrnn.backends.protocol import Weights
 from fusedrnn.bench.libraries import Results, named, not_installed
-from fusedrnn.cells import RNN, Cell
+from fusedrnn.cells import Cell
 from fusedrnn.problems import Case, Data
 
 _pool: int | None = None  # XLA's threads are made once in a process
@@ -53,7 +53,7 @@ def step(jax: Any, cell: Cell, ax: Any, ah: Any, state: Any) -> Any:
         z = sigmoid(zx + zh)
         n = np_.tanh(nx + sigmoid(rx + rh) * nh)
         return ((1 - z) * n + z * state[0],)
-    return (jax.nn.relu(ax + ah) if isinstance(cell, RNN) and cell.relu else np_.tanh(ax + ah),)
+    return (jax.nn.relu(ax + ah) if cell.options["relu"] else np_.tanh(ax + ah),)
 
 
 def build(jax: Any, data: Data) -> Any:
@@ -65,15 +65,15 @@ def build(jax: Any, data: Data) -> Any:
     fresh = None if data.reset is None else np_.asarray(data.reset)[:, :, None]
 
     def direction(x: Any, weights: Weights, state0: Any, reverse: bool) -> Any:
-        ax = x @ weights.weight_ih.T + weights.bias_ih
+        ax = x @ weights["weight_ih"].T + weights["bias_ih"]
 
         def body(state: Any, now: Any) -> Any:
             ax, valid, fresh = now
             if fresh is not None:
                 state = tuple(np_.where(fresh, 0, s) for s in state)
-            ah = state[0] @ weights.weight_hh.T
-            if weights.bias_hh is not None:
-                ah = ah + weights.bias_hh
+            ah = state[0] @ weights["weight_hh"].T
+            if "bias_hh" in weights:
+                ah = ah + weights["bias_hh"]
             after = step(jax, case.cell, ax, ah, state)
             if valid is None:
                 return after, after[0]

@@ -11,7 +11,7 @@ import numpy as np
 
 from fusedrnn.backends.protocol import Array, Weights
 from fusedrnn.bench.libraries import Results, named, not_installed
-from fusedrnn.cells import RNN, Cell
+from fusedrnn.cells import Cell
 from fusedrnn.problems import Case, Data
 
 GATES = {"lstm": [0, 3, 1, 2], "gru": [1, 0, 2], "rnn": [0]}  # ONNX: i o f c; z r h
@@ -20,19 +20,22 @@ OPSET, IR = 17, 9  # old enough for every ONNX Runtime that is around
 
 def reorder(cell: Cell, rows: Array) -> Array:
     """Rows (G*H, ...) in ONNX's order of gates."""
-    blocks = rows.reshape(cell.gates, -1, *rows.shape[1:])
+    blocks = rows.reshape(cell.blocks["weight_ih"], -1, *rows.shape[1:])
     return blocks[GATES[cell.name]].reshape(rows.shape)
 
 
 def initialisers(cell: Cell, directions: tuple[Weights, ...]) -> tuple[Array, Array, Array]:
     """W (D, G*H, I), R (D, G*H, H) and B (D, 2*G*H) of one layer."""
     biases = [
-        [np.zeros_like(w.bias_ih) if b is None else reorder(cell, b) for b in (w.bias_ih, w.bias_hh)]
+        [
+            reorder(cell, w[b]) if b in w else np.zeros(len(w["weight_ih"]), w["weight_ih"].dtype)
+            for b in ("bias_ih", "bias_hh")
+        ]
         for w in directions
     ]
     return (
-        np.stack([reorder(cell, w.weight_ih) for w in directions]),
-        np.stack([reorder(cell, w.weight_hh) for w in directions]),
+        np.stack([reorder(cell, w["weight_ih"]) for w in directions]),
+        np.stack([reorder(cell, w["weight_hh"]) for w in directions]),
         np.stack([np.concatenate(pair) for pair in biases]),
     )
 
@@ -49,9 +52,9 @@ def model(data: Data) -> bytes:
         "direction": "bidirectional" if case.bidirectional else "forward",
     }
     if case.cell.name == "gru":
-        attributes["linear_before_reset"] = int(getattr(case.cell, "reset_after", True))
-    if isinstance(case.cell, RNN):
-        attributes["activations"] = ["Relu" if case.cell.relu else "Tanh"] * D
+        attributes["linear_before_reset"] = int(case.cell.options["reset_after"])
+    if case.cell.name == "rnn":
+        attributes["activations"] = ["Relu" if case.cell.options["relu"] else "Tanh"] * D
     inputs = [make.make_tensor_value_info("X", float32, [T, B, I])]
     merged = onnx.numpy_helper.from_array(np.array([0, 0, -1], np.int64), "merged")
     constants = [merged] if case.layers > 1 or D > 1 else []

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn.bench.libraries import Results, named, not_installed
-from fusedrnn.cells import RNN
 from fusedrnn.problems import Case, Data
+
+PLAIN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the parameters in its order
 
 
 class Place(NamedTuple):
@@ -39,7 +40,7 @@ class Torch:
         self.dtype = getattr(torch, place.dtype or str(data.x.dtype))
         case = data.case
         self.module = self.build()
-        values = [value for weights in data.weights for value in weights[:4]]  # PyTorch has no layer norm
+        values = [weights.get(name) for weights in data.weights for name in PLAIN]
         with torch.no_grad():
             for parameter, value in zip(self.module.parameters(), values, strict=True):
                 if value is None:
@@ -86,8 +87,8 @@ class Torch:
     def options(self) -> dict[str, Any]:
         """What layers and cells take alike."""
         found: dict[str, Any] = {"dtype": self.dtype, "device": self.place.device}
-        if isinstance(self.data.case.cell, RNN):
-            found["nonlinearity"] = "relu" if self.data.case.cell.relu else "tanh"
+        if "relu" in self.data.case.cell.options:
+            found["nonlinearity"] = "relu" if self.data.case.cell.options["relu"] else "tanh"
         return found
 
     def pair(self, state: Any) -> Any:
@@ -116,7 +117,7 @@ class Torch:
         if gradients is None:
             return named(self.data, y, stateT)
         dx, *rest = map(self.array, gradients)
-        dweights = [rest[k : k + 4] for k in range(0, len(rest), 4)]
+        dweights = [dict(zip(PLAIN, rest[k : k + 4], strict=True)) for k in range(0, len(rest), 4)]
         return named(self.data, y, stateT, dx, dweights)
 
     def array(self, tensor: Any) -> Any:

@@ -41,3 +41,17 @@ def gru(p: Any, x: Any, h: Any, *, reset_after: bool = True, layer_norm: bool = 
     else:
         n = tanh(p.dense("n", x, r * h, layer_norm=layer_norm))
     return n + z * (h - n)
+
+
+# Those that csrc has loops for, by their names in csrc/cells/cells.def.
+COMPILED = {
+    "rnn_tanh": rnn,
+    "rnn_relu": rnn.with_options(relu=True),
+    "lstm": lstm,
+    "gru_reset_after": gru,
+    "gru_reset_before": gru.with_options(reset_after=False),
+    "rnn_tanh_layer_norm": rnn.with_options(layer_norm=True),
+    "rnn_relu_layer_norm": rnn.with_options(relu=True, layer_norm=True),
+    "lstm_layer_norm": lstm.with_options(layer_norm=True),
+    "gru_reset_after_layer_norm": gru.with_options(layer_norm=True),
+}

@@ -9,24 +9,10 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from fusedrnn.cells.builtin import gru, lstm, rnn
-from fusedrnn.cells.definition import Definition
+from fusedrnn.cells.builtin import COMPILED
 from fusedrnn.cells.fusion import lower
 from fusedrnn.cells.graph import number
 from fusedrnn.cells.kernel import Function, Kernel, Part
-
-# The types of csrc/cells/cells.def.
-BUILTIN: dict[str, Definition] = {
-    "RnnTanh": rnn,
-    "RnnRelu": rnn.with_options(relu=True),
-    "Lstm": lstm,
-    "GruResetAfter": gru,
-    "GruResetBefore": gru.with_options(reset_after=False),
-    "RnnTanhLayerNorm": rnn.with_options(layer_norm=True),
-    "RnnReluLayerNorm": rnn.with_options(relu=True, layer_norm=True),
-    "LstmLayerNorm": lstm.with_options(layer_norm=True),
-    "GruResetAfterLayerNorm": gru.with_options(layer_norm=True),
-}
 
 BEGIN = """\
 // The cells, by generate.py from python/fusedrnn/cells/builtin.py. SPDX-License-Identifier: Apache-2.0
@@ -72,8 +58,13 @@ SIGNATURES = {
 
 def header() -> str:
     """The text of csrc/cells/derived.h."""
-    structs = (f"\nstruct {name} {{\n{body(Kernel(cell))}}};\n" for name, cell in BUILTIN.items())
+    structs = (f"\nstruct {_type(name)} {{\n{body(Kernel(cell))}}};\n" for name, cell in COMPILED.items())
     return BEGIN + "".join(structs) + END
+
+
+def _type(name: str) -> str:
+    """The type of a cell in csrc/cells/cells.def."""
+    return "".join(part.capitalize() for part in name.split("_"))
 
 
 def body(kernel: Kernel) -> str:

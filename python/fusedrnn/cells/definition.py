@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import pickle
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NoReturn
@@ -16,21 +18,24 @@ from fusedrnn.cells.rounds import rounds
 from fusedrnn.cells.symbols import kind, refuse
 from fusedrnn.cells.trace import Trace, trace
 
+PLAIN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # parameters of dense products
 
-class Definition:
+
+class Cell:
     """A cell as one function defines it, with its options; made by ``cell``.
 
     Two are equal if function and options are. Nothing is derived before it is asked for.
+
+    Attributes:
+        name: of the function.
+        function: what ``cell`` was given.
+        options: their values by name.
     """
 
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> None:
         self.function = function
-        self.__name__, self.__doc__, self.__module__ = (
-            function.__name__,
-            function.__doc__,
-            function.__module__,
-        )
-        self.__qualname__ = function.__qualname__
+        self.name, self.__doc__, self.__module__ = function.__name__, function.__doc__, function.__module__
+        self.__name__, self.__qualname__ = function.__name__, function.__qualname__
         parameters = inspect.signature(function).parameters.values()
         known = {
             a.name: a.default for a in parameters if a.kind == a.KEYWORD_ONLY and a.default is not a.empty
@@ -38,31 +43,63 @@ class Definition:
         for name in options or {}:
             if name not in known:
                 expected = ", ".join(known) or "none"
-                refuse(f"{self.__name__} has no option {name}; its options: {expected}")
+                refuse(f"{self.name} has no option {name}; its options: {expected}")
         self.options = known | dict(options or {})
+        chosen = tuple(self.options.items())
+        self._key = function, chosen, repr(chosen)
 
-    def with_options(self, **options: Any) -> Definition:
+    def with_options(self, **options: Any) -> Cell:
         """This cell with other values of some options: keyword arguments with a default."""
         chosen = tuple((self.options | options).items())
         try:
             hash(chosen)
         except TypeError:
-            refuse(f"{self.__name__}: expected options that Python can hash, such as numbers, got {options}")
+            refuse(f"{self.name}: expected options that Python can hash, such as numbers, got {options}")
         return variant(self.function, chosen, repr(chosen))
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        name = self.__name__
-        refuse(f"a cell is not called; in another cell write {name}.function(p, x, h) for its values")
+        refuse(f"a cell is not called; in another cell write {self.name}.function(p, x, h) for its values")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Definition) and self._key() == other._key()
+        return self is other or (isinstance(other, Cell) and self._key == other._key)
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return self._hash
 
-    def _key(self) -> tuple[Any, ...]:
-        chosen = tuple(self.options.items())
-        return self.function, chosen, repr(chosen)
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if "<locals>" in self.__qualname__:
+            raise pickle.PicklingError(
+                f"the cell {self.name} is defined inside a function; define it at the top of a module"
+            )
+        return _named, (self.__module__, self.__qualname__, self.options)
+
+    def __deepcopy__(self, memo: Any) -> Cell:
+        return self
+
+    @cached_property
+    def states(self) -> tuple[str, ...]:
+        """The names of the states; the first is the output."""
+        return tuple(self.trace.states)
+
+    @cached_property
+    def blocks(self) -> dict[str, int]:
+        """Of each parameter how many blocks of H rows it has: weights, biases, then all others."""
+        found = {name: len(owners) for name, owners in self.trace.blocks.items()}
+        return {name: found[name] for name in PLAIN if name in found} | found
+
+    @cached_property
+    def vectors(self) -> tuple[str, ...]:
+        """The parameters beside ``weight_ih weight_hh bias_ih bias_hh``, of one axis."""
+        return tuple(name for name in self.blocks if name not in PLAIN)
+
+    @property
+    def two_biases(self) -> bool:
+        """Whether bias_hh is of use beside bias_ih: a product with a state is not added to one with x."""
+        return self.trace.separate
 
     @cached_property
     def trace(self) -> Trace:
@@ -118,10 +155,10 @@ class Definition:
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        return f"{self.__name__}({options})"
+        return f"{self.name}({options})"
 
 
-def cell(function: Callable[..., Any]) -> Definition:
+def cell(function: Callable[..., Any]) -> Cell:
     """Make a cell of a function of the parameters ``p``, the input ``x`` and each state.
 
     ::
@@ -139,10 +176,19 @@ def cell(function: Callable[..., Any]) -> Definition:
     """
     if not inspect.isfunction(function):
         refuse(f"cell: expected a function of p, x and the states, got {kind(function)}")
-    return Definition(function)
+    return Cell(function)
 
 
 @functools.cache
-def variant(function: Callable[..., Any], options: tuple[tuple[str, Any], ...], said: str) -> Definition:
+def variant(function: Callable[..., Any], options: tuple[tuple[str, Any], ...], said: str) -> Cell:
     """The cell with these options, derived once. Their text ``said`` tells 1 from True and 0.0 from -0.0."""
-    return Definition(function, dict(options))
+    return Cell(function, dict(options))
+
+
+def _named(module: str, name: str, options: dict[str, Any]) -> Cell:
+    """A cell that was pickled, by where it is found."""
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    chosen: Cell = found.with_options(**options)
+    return chosen

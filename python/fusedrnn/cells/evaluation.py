@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusedrnn.cells.activations import OPERATIONS
-from fusedrnn.cells.definition import Definition
+from fusedrnn.cells.definition import Cell
 from fusedrnn.cells.graph import Node, number
 from fusedrnn.cells.trace import Norm, side
 
@@ -63,7 +63,7 @@ class Step:
 
     def __init__(
         self,
-        cell: Definition,
+        cell: Cell,
         weights: Mapping[str, Any],
         x: Any,
         before: Sequence[Any],

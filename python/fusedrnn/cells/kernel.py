@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fusedrnn.cells.definition import Definition
+from fusedrnn.cells.definition import Cell
 from fusedrnn.cells.fusion import lower
 from fusedrnn.cells.graph import Node, reach
 from fusedrnn.cells.rounds import rounds
@@ -40,7 +40,7 @@ class Kernel:
     ``dc_prev``; with layer norm ``p[k]`` what an accumulator becomes by norm, gain and bias, and ``dp[k]``.
     """
 
-    def __init__(self, cell: Definition) -> None:
+    def __init__(self, cell: Cell) -> None:
         self.cell = cell
         t, gradient = cell.trace, cell.gradient
         forward, backward = cell.forward_nodes, cell.backward_nodes

@@ -12,12 +12,12 @@ from fusedrnn.cells.rounds import WAITS, rounds
 from fusedrnn.cells.trace import side
 
 if TYPE_CHECKING:
-    from fusedrnn.cells.definition import Definition
+    from fusedrnn.cells.definition import Cell
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "greater": ">", "greater_equal": ">="}
 
 
-def describe(cell: Definition) -> str:
+def describe(cell: Cell) -> str:
     """Parameters, forward, saved values and backward, one line for each value that is used twice or is kept.
 
     ``fma(a, b, c)`` is a * b + c and ``fnma(a, b, c)`` is c - a * b, rounded once. ``new h`` is the state
@@ -28,7 +28,7 @@ def describe(cell: Definition) -> str:
     options = [f"{name}={value!r}" for name, value in cell.options.items()]
     states = [name if not start else f"{name}={start:g}" for name, start in t.start.items()]
     arguments = ["p", "x", *states, *(["*", *t.scalars] if t.scalars else [])]
-    lines = [f"{cell.__name__}({', '.join(arguments)})" + (f" with {', '.join(options)}" if options else "")]
+    lines = [f"{cell.name}({', '.join(arguments)})" + (f" with {', '.join(options)}" if options else "")]
     lines += [f"  {parameter}: {' '.join(blocks)}" for parameter, blocks in t.blocks.items()]
     kept = {*cell.saved, *t.after.values()}
     lines += ["forward", *names.lines(cell.forward, kept)]
@@ -49,7 +49,7 @@ def describe(cell: Definition) -> str:
 class _Names:
     """Names for values: of what is used once, its expression."""
 
-    def __init__(self, cell: Definition) -> None:
+    def __init__(self, cell: Cell) -> None:
         t = cell.trace
         self.of = {t.x: "x"} | {n: name for name, n in (t.states | t.scalars).items()}
         self.of |= {n: f"d{name}" for name, n in cell.gradient.upstream.items()}

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from fusedrnn import cells
-from fusedrnn.backends.protocol import Weights
 from fusedrnn.torch import dynamo, ops, paths
 from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.frozen import Freezable, Frozen, frozen
-from fusedrnn.torch.ops import CELLS, Call
+from fusedrnn.torch.ops import CELLS, Call, Weights
 from fusedrnn.torch.recurrence import recurrence, weights_of
 from fusedrnn.torch.scripted import Scriptable
 
@@ -43,7 +42,7 @@ class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
         if isinstance(input, Tensor) and (dtype := paths.lowered(input)) is not None:
             input = paths.lower(input, dtype)
             state0 = paths.lower_state(state0, dtype)
-            weights = Weights(*[paths.lower(w, dtype) for w in weights])
+            weights = tuple([paths.lower(w, dtype) for w in weights])
         reason = self._unsupported(input, state0, weights if packed is None else None)
         if reason is not None:
             if paths.is_proxy(given):
@@ -59,10 +58,11 @@ class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
 
     def _one(self, weights: Weights, packed: Frozen | None = None) -> Run:
         """A step of a batch by the kernels, in autograd."""
+        defaults = Call._field_defaults.values()
 
         def run(x: Tensor, state0: Sequence[Tensor] | None) -> Sequence[Tensor]:
             h0, c0 = (None, None) if state0 is None else (*state0, None)[:2]
-            call = Call(x, h0, c0, *weights, None, None, None, self.mode)
+            call = Call._make((x, h0, c0, *weights, None, None, None, self.mode, *defaults))
             if packed is None:
                 return recurrence(call)
             return ops.run(call, False, None, packed.packed[0])
@@ -95,7 +95,7 @@ class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
             return reason
         if weights is None:
             return None
-        return paths.unsupported_weights(input, weights, self.cell.gates, self.input_size, self.hidden_size)
+        return paths.unsupported_weights(input, weights, self.cell, self.input_size, self.hidden_size)
 
     def _misshapen(self, input: Tensor, state: tuple[Any, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""

@@ -1,11 +1,11 @@
 """One layer in one direction in PyTorch's own operations: for derivatives of gradients, which no kernel has.
 
-It computes what the operator ``recurrence`` does, from the same function of the cell, a step at a time.
+It computes what the kernels do, from the same function of the cell, a step at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fusedrnn import masks
-from fusedrnn.backends.protocol import Regularization, Weights
+from fusedrnn.backends.protocol import Regularization
+from fusedrnn.cells import Cell
 from fusedrnn.cells.evaluation import Step
 from fusedrnn.cells.trace import Norm
-from fusedrnn.torch.ops import CELLS, Call
 
 
 class TorchStep(Step):
@@ -53,32 +53,57 @@ class TorchStep(Step):
         return (v / (v.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()).chunk(len(values), dim=-1)
 
 
-def recurrence(call: Call, return_states: bool) -> list[Tensor]:
-    """What the operator ``recurrence`` returns but its tape, as functions of all tensors of the call."""
-    cell = CELLS[call.cell]
-    x = call.x if call.x.dim() == 3 else call.x[None]
-    T, B, _, H = call.sizes()
-    zero = x.new_zeros(())
-    state = [x.new_zeros((B, H)) if s is None else s for s in (call.h0, call.c0)[: len(cell.states)]]
-    weights = dict(zip(Weights._fields, call.weights, strict=True))
-    lengths, reset = (None if a is None else torch.as_tensor(a, device=x.device) for a in call.rows())
+def recurrence(
+    cell: Cell,
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    state0: Sequence[Tensor | None] | None = None,
+    *,
+    lengths: Any = None,
+    reset: Any = None,
+    reverse: bool = False,
+    return_states: bool = False,
+    detach_every: int | None = None,
+    regularization: Regularization | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor] | None]:
+    """One layer in one direction, of any cell.
+
+    Args:
+        cell: What a step computes.
+        x: (T, B, I).
+        weights: By name; there is weight_ih.
+        state0: One tensor (B, H) per state, or None for where it starts.
+        lengths, reset: As ``fusedrnn.kernels.forward`` has them, checked.
+        reverse, return_states, detach_every, regularization: As there.
+
+    Returns:
+        y (T, B, H); the final state; with ``return_states`` the states of every step, (T, B, H) each.
+    """
+    T, B, _ = x.shape
+    H = weights["weight_ih"].size(0) // cell.blocks["weight_ih"]
+    starts, zero = [x.new_tensor(s) for s in cell.trace.start.values()], x.new_zeros(())
+    given = state0 or [None] * len(starts)
+    state = [s.expand(B, H) if g is None else g for s, g in zip(starts, given, strict=True)]
+    lengths, reset = (None if a is None else torch.as_tensor(a, device=x.device) for a in (lengths, reset))
     active = None if lengths is None else torch.arange(T, device=x.device)[:, None] < lengths
+    reset = reset if reset is None else reset != 0
     cuts = reset if reset is None or active is None else reset & active
-    if cuts is not None and call.reverse:  # what comes from t + 1 is cleared where t + 1 is reset
+    if cuts is not None and reverse:  # what comes from t + 1 is cleared where t + 1 is reset
         cuts = torch.cat([cuts[1:], torch.zeros_like(cuts[:1])])
-    r = call.regularization()
+    r = regularization
     dropout = None if r is None else _dropout(r, x, H)
     ys: list[Any] = [None] * T
     every: list[Any] = [None] * T
     ran: Tensor | None = None  # the rows for which the step before was one
-    for k, t in enumerate(reversed(range(T)) if call.reverse else range(T)):
+    for k, t in enumerate(reversed(range(T)) if reverse else range(T)):
         if cuts is not None:
-            state = [torch.where(cuts[t, :, None], zero, s) for s in state]
-        if call.detach_every and k and k % call.detach_every == 0:
-            state = [s.detach() if ran is None else torch.where(ran, s.detach(), s) for s in state]
+            state = [torch.where(cuts[t, :, None], n, s) for n, s in zip(starts, state, strict=True)]
         row = None if active is None else active[t, :, None]
+        if detach_every and k and k % detach_every == 0:  # neither the initial nor the final state
+            goes_on = None if ran is None or row is None else ran & row
+            state = [s.detach() if goes_on is None else torch.where(goes_on, s.detach(), s) for s in state]
         x_t = x[t] if row is None else torch.where(row, x[t], zero)  # NaN in the padding would come back
-        after: list[Tensor] = list(TorchStep(cell.definition, weights, x_t, state, dropout=dropout).after)
+        after: list[Tensor] = list(TorchStep(cell, weights, x_t, state, dropout=dropout).after)
         if r is not None:
             keeps = [_keep(r, name, t, x, H) for name in cell.states]
             after = [
@@ -93,11 +118,11 @@ def recurrence(call: Call, return_states: bool) -> list[Tensor]:
             every[t] = [torch.where(row, a, s.detach()) for a, s in zip(after, state, strict=True)]
             state = [torch.where(row, a, s) for a, s in zip(after, state, strict=True)]
         ran = row
-    found = [torch.stack(ys) if T else x.new_zeros((0, B, H))] if call.x.dim() == 3 else []
-    found += state
-    if return_states:
-        found += [torch.stack([s[j] for s in every]) for j in range(len(cell.states))]
-    return found
+    empty = x.new_zeros((0, B, H))
+    y = torch.stack(ys) if T else empty
+    if not return_states:
+        return y, state, None
+    return y, state, [torch.stack([s[j] for s in every]) if T else empty for j in range(len(state))]
 
 
 def _dropout(r: Regularization, x: Tensor, H: int) -> Tensor | None:
@@ -110,6 +135,6 @@ def _dropout(r: Regularization, x: Tensor, H: int) -> Tensor | None:
 
 def _keep(r: Regularization, state: str, t: int, x: Tensor, H: int) -> Tensor | None:
     """(B, H), the share of a new state that zoneout keeps."""
-    rate = {"h": r.zoneout_h, "c": r.zoneout_c}[state]
+    rate = {"h": r.zoneout_h, "c": r.zoneout_c}.get(state, 0.0)
     found = masks.zoneout(rate, state, r.seed, r.stream, t, np.arange(x.size(1)), H)
     return None if found is None else torch.as_tensor(found).to(x)

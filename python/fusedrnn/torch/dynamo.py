@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn.backends.protocol import Weights
 from fusedrnn.torch import paths
+from fusedrnn.torch.ops import Weights
 from fusedrnn.torch.recurrence import weights_of
 
 # The options of a call without any.
@@ -25,7 +25,7 @@ def unsupported(input: Any, state: tuple[Any, ...] | None, weights: list[Weights
     """Why the operators cannot take this call, or None; what sizes have to be is the layer's to say."""
     if isinstance(input, PackedSequence):
         return "a PackedSequence; pass padded input and lengths="
-    tensors = [input, *(state or ()), *(w for four in weights for w in four if w is not None)]
+    tensors = [input, *(state or ()), *(w for each in weights for w in each if w is not None)]
     if not all(isinstance(t, Tensor) for t in tensors):
         return "the input or the state is not made of tensors"
     if input.dtype not in (torch.float32, torch.float64):

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fusedrnn import backends
-from fusedrnn.backends.protocol import Weights
+from fusedrnn.backends.cpu import WEIGHTS
 from fusedrnn.torch import gpu, paths
 from fusedrnn.torch.memory import array
+from fusedrnn.torch.ops import Weights
 
 M = TypeVar("M", bound=torch.nn.Module)
 UNFREEZE = "the layer is frozen; fusedrnn.torch.unfreeze(model) first"
@@ -27,11 +28,11 @@ class Frozen:
     """The packed weights of a layer or cell, and what its parameters were. A copy of it is not frozen."""
 
     def __init__(self, module: Any, weights: list[Weights]) -> None:
-        first = weights[0].weight_ih
+        first = weights[0][0]
         self.dtype, self.device, self.weights = first.dtype, first.device, weights
         backend = backends.usable(None) if first.is_cpu else gpu.backend()
         with gpu.on(first.device):  # of each layer and direction, as ``ops.run`` takes them
-            arrays = [Weights(*[array(w) for w in each]) for each in weights]
+            arrays = [dict(zip(WEIGHTS, map(array, each), strict=True)) for each in weights]
             self.packed = [(backend, backend.pack(module.cell, each)) for each in arrays]
         # Where each parameter is found, and what it was.
         self.parameters = [
@@ -137,7 +138,7 @@ def freeze(model: M) -> M:
             weights = layer._freezable_weights()
             if not weights:
                 raise RuntimeError(f"{path}: the kernels cannot run it: proj_size")
-            first = weights[0].weight_ih
+            first = weights[0][0]
             reason = paths.unsupported(first.dtype, first.device, [w for each in weights for w in each])
             if reason is not None:
                 raise RuntimeError(f"{path}: the kernels cannot run it: {reason}")

@@ -22,12 +22,13 @@ from fusedrnn.backends.arguments import (
     check_shape,
     listed,
 )
-from fusedrnn.backends.protocol import Regularization, Weights
+from fusedrnn.backends.cpu import WEIGHTS
+from fusedrnn.backends.protocol import Regularization
 from fusedrnn.torch import dynamo, ops, paths
 from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.frozen import Freezable, Frozen, frozen
-from fusedrnn.torch.ops import CELLS, NORMED, Call
-from fusedrnn.torch.recurrence import recurrence, weights_of
+from fusedrnn.torch.ops import CELLS, NORMED, Call, Weights
+from fusedrnn.torch.recurrence import recurrence, steps, weights_of
 from fusedrnn.torch.scripted import ALWAYS, OPTIONS, Scriptable
 
 # One layer in one direction, of number j: from (j, reverse, x, initial state) to y, the final state, and with
@@ -54,7 +55,8 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
             weights; gains start as 1, ``bias_c`` as 0.
 
     All these by keyword. Masks are drawn from PyTorch's default generator, by one seed a call.
-    ``last_path`` is "fused" after a call that ran our kernels, else "fallback: " and why PyTorch's ran.
+    ``last_path`` is "fused" after a call that ran our kernels, else "fallback: " and why PyTorch's ran, or
+    "steps in PyTorch: " and why the cell's steps ran in PyTorch's operations, which PyTorch's layer cannot.
     """
 
     last_path: str | None = None
@@ -179,14 +181,20 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
         weights = self._weights() if packed is None else packed.weights
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         given_input, input, state0, weights = input, *self._lowered(input, state0, weights)
-        reason = self._unsupported(input, state0, weights if packed is None else [])
+        reason, recorded = self._unsupported(input, state0, weights if packed is None else []), False
         if reason is not None:
             if paths.is_proxy(given_input):
                 return paths.call_module(self, given_input, hx, **paths.all_asked_for(options))
-            if given := paths.asked_for(options) or self._only_ours():
+            given = paths.asked_for(options) or self._only_ours()
+            recorded = bool(given or paths.vmapped()) and self._unrecordable(input, state0, weights) is None
+            if given and not recorded:
                 raise RuntimeError(f"{given} needs the kernels of fusedrnn, which cannot run here: {reason}")
-            return paths.fall_back(self, reason, super().forward, given_input, hx)
-        self.__dict__["last_path"] = paths.FUSED
+            if not recorded:
+                return paths.fall_back(self, reason, super().forward, given_input, hx)
+            paths.record(self, reason)
+            packed = None
+        else:
+            self.__dict__["last_path"] = paths.FUSED
         if packed is not None:
             packed.check(input.data if isinstance(input, PackedSequence) else input, state0)
         if isinstance(input, PackedSequence):
@@ -194,10 +202,10 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
                 raise ValueError(
                     f"{given}: expected none with a PackedSequence; pass padded input and lengths="
                 )
-            return self._packed_sequence(input, state0, weights, packed)
+            return self._packed_sequence(input, state0, weights, packed, recorded)
         options["regularization"] = self._regularization()
         x, state0, options = self._to_kernels(input, state0, options)
-        run = self._one(weights, options, packed)
+        run = self._one(weights, options, packed, recorded)
         return self._from_kernels(input, self._run_layers(x, state0, run))
 
     def _lowered(self, input: Any, state0: Any, weights: list[Weights]) -> tuple[Any, Any, list[Weights]]:
@@ -210,11 +218,18 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
         return (
             input._replace(data=data) if isinstance(input, PackedSequence) else data,
             paths.lower_state(state0, dtype),
-            [Weights(*[paths.lower(w, dtype) for w in given]) for given in weights],
+            [tuple([paths.lower(w, dtype) for w in given]) for given in weights],
         )
 
-    def _one(self, weights: Sequence[Weights], options: dict[str, Any], packed: Frozen | None = None) -> Run:
-        """One layer in one direction by the kernels, in autograd; of a frozen layer without."""
+    def _one(
+        self,
+        weights: Sequence[Weights],
+        options: dict[str, Any],
+        packed: Frozen | None = None,
+        recorded: bool = False,
+    ) -> Run:
+        """One layer in one direction by the kernels, in autograd; of a frozen layer without. Or ``recorded``,
+        in PyTorch's operations."""
         regularization = options["regularization"]
         rates: list[float] = [] if regularization is None else list(regularization[:3])
         seed: Any = None if regularization is None else regularization.seed
@@ -224,7 +239,9 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
             h0, c0 = (None, None) if state0 is None else (*state0, None)[:2]
             lengths, reset, every = options["lengths"], options["reset"], options["detach_every"]
             tensors = (x, h0, c0, *weights[j], lengths, reset, seed)
-            call = Call(*tensors, kind, reverse, self.recompute, every, rates, j)
+            call = Call._make((*tensors, kind, reverse, self.recompute, every, rates, j))
+            if recorded:
+                return steps(call, states)
             if packed is None:
                 return recurrence(call, states)
             return ops.run(call, states, None, packed.packed[j])
@@ -238,7 +255,7 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
         if not self.layer_norm:
             return [weights_of(self, names) for names in self._all_weights]
         suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
-        return [weights_of(self, [name + suffix for name in Weights._fields]) for suffix in suffixes]
+        return [weights_of(self, [name + suffix for name in WEIGHTS]) for suffix in suffixes]
 
     _freezable_weights = _weights
 
@@ -266,10 +283,18 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
         D, H = 2 if self.bidirectional else 1, self.hidden_size
         for j, each in enumerate(weights):
             I = self.input_size if j < D else D * H
-            reason = paths.unsupported_weights(data, each, self.cell.gates, I, H)
+            reason = paths.unsupported_weights(data, each, self.cell, I, H)
             if reason is not None:
                 return reason
         return None
+
+    def _unrecordable(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
+        """Why PyTorch's operations cannot run this call in place of the kernels, or None."""
+        data = input.data if isinstance(input, PackedSequence) else input
+        tensors = [data, *(state or ()), *(w for each in weights for w in each if w is not None)]
+        if not all(isinstance(t, Tensor) for t in tensors):
+            return "the input or the state is not made of tensors"
+        return paths.unrecordable(tensors) or self._misshapen(input, state)
 
     def _misshapen(self, input: Any, state: tuple[Tensor, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""
@@ -306,6 +331,7 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
         state0: tuple[Tensor, ...] | None,
         weights: list[Weights],
         packed: Frozen | None,
+        recorded: bool,
     ) -> Any:
         """Rows of different lengths, longest first: padded for the kernel, whose results are packed again."""
         sizes = input.batch_sizes
@@ -322,7 +348,7 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
             "detach_every": None,
             "regularization": self._regularization(),
         }
-        run = self._one(weights, options, packed)
+        run = self._one(weights, options, packed, recorded)
         y, final, _ = self._run_layers(x, state0, run, valid)
         if input.unsorted_indices is not None:
             final = tuple(s.index_select(1, input.unsorted_indices) for s in final)

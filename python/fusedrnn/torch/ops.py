@@ -7,7 +7,6 @@ So tracers, counters and compilers see one operator, whatever called it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,20 +17,22 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fusedrnn import backends, cells
 from fusedrnn.backends.arguments import booleans, check_lengths
-from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.backends.protocol import NEED, Regularization, Weights
+from fusedrnn.backends.cpu import WEIGHTS, CpuBackend
+from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import Cell
 from fusedrnn.torch import gpu
 from fusedrnn.torch.memory import array, contiguous, contiguous_features, given, tensor
 
 CELLS: dict[str, Cell] = {  # by PyTorch's name
-    "LSTM": cells.LSTM(),
-    "GRU": cells.GRU(),
-    "RNN_TANH": cells.RNN(),
-    "RNN_RELU": cells.RNN(relu=True),
+    "LSTM": cells.lstm,
+    "GRU": cells.gru,
+    "RNN_TANH": cells.rnn,
+    "RNN_RELU": cells.rnn.with_options(relu=True),
 }
 NORMED = "_LAYER_NORM"  # ends the names of cells with layer norm
-CELLS |= {f"{name}{NORMED}": dataclasses.replace(cell, layer_norm=True) for name, cell in CELLS.items()}
+CELLS |= {f"{name}{NORMED}": cell.with_options(layer_norm=True) for name, cell in CELLS.items()}
+
+Weights = tuple[Any, ...]  # of one layer and direction in the order of WEIGHTS, None where there is none
 
 _CALL = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
@@ -85,8 +86,9 @@ class Call(NamedTuple):
     stream: int = 0  # of layer and direction: their masks differ
 
     @property
-    def weights(self) -> Weights:
-        return Weights(*self[3:11])
+    def weights(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: w for name, w in zip(WEIGHTS, self[3:11], strict=True) if w is not None}
 
     def rows(self) -> tuple[Any, Any]:
         """``lengths`` and ``reset`` as arrays, values checked."""
@@ -128,7 +130,7 @@ class Call(NamedTuple):
         lengths, reset = self.rows()
         x = array(contiguous_features(self.x))
         state0 = tuple([array(contiguous(s)) for s in (self.h0, self.c0) if s is not None])
-        weights = Weights(*[array(contiguous(w)) for w in self.weights])
+        weights = {name: array(contiguous(w)) for name, w in self.weights.items()}
         options = {
             "lengths": lengths,
             "reset": reset,
@@ -286,16 +288,17 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
             kept = backend.forward(*first, **options, return_states=states).tape
         n = len(CELLS[call.cell].states)
         need_x, need_h, need_c, *need_weights = need
+        wanted = {"x": need_x, "state0": need_h or need_c} | dict(zip(WEIGHTS, need_weights, strict=True))
         dx, dw, dstate0 = backend.backward(
             kept,
             array(contiguous(dy)) if call.x.dim() == 3 else None,
             tuple([array(contiguous(d)) for d in (dhT, dcT)])[:n],
             tuple([array(contiguous(d)) for d in (dh_states, dc_states)])[:n] if states else None,
-            need=[name for name, n in zip(NEED, (need_x, *need_weights, need_h or need_c), strict=True) if n],
+            need=[name for name in ("x", *call.weights, "state0") if wanted[name]],
         )
         if dx is not None and call.x.dim() == 2:
             dx = dx[0]
-        found = (dx, *(*(dstate0 or (None,)), None)[:2], *dw)
+        found = (dx, *(*(dstate0 or (None,)), None)[:2], *map(dw.get, WEIGHTS))
         return _with_empty([tensor(a) if n else None for a, n in zip(found, need, strict=True)], call.x)
 
 

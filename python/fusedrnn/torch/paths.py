@@ -6,13 +6,14 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.protocol import Weights
+from fusedrnn.backends.cpu import WEIGHTS
+from fusedrnn.cells import Cell
 from fusedrnn.torch import gpu
 
 FUSED = "fused"
@@ -55,6 +56,12 @@ def fall_back(module: torch.nn.Module, reason: str, original: Callable[..., Any]
     return output
 
 
+def record(module: torch.nn.Module, reason: str) -> None:
+    """Say, or refuse, that a layer runs a step at a time in PyTorch's operations. For ``forward`` alone."""
+    module.__dict__["last_path"] = f"steps in PyTorch: {reason}"
+    tell(module, reason, "its steps in PyTorch's operations")
+
+
 def all_asked_for(options: dict[str, Any]) -> dict[str, Any]:
     """The options that a call asked for."""
     return {name: value for name, value in options.items() if value is not None and value is not False}
@@ -65,12 +72,12 @@ def asked_for(options: dict[str, Any]) -> str | None:
     return next(iter(all_asked_for(options)), None)
 
 
-def tell(module: torch.nn.Module, reason: str) -> None:
+def tell(module: torch.nn.Module, reason: str, what: str = "PyTorch's own implementation") -> None:
     """Warn of a fallback, once for each kind of layer and reason; or refuse it."""
     if _settings.forced:
         return
     kind = type(module).__name__
-    text = f"{kind} runs PyTorch's own implementation: {reason}"
+    text = f"{kind} runs {what}: {reason}"
     if _errors:
         raise RuntimeError(text)
     if (kind, reason) not in _told:
@@ -90,6 +97,24 @@ def mode() -> str | None:
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is at work"
     return None
+
+
+def vmapped() -> bool:
+    """Whether torch.func.vmap is at work, for which PyTorch's own layers have no rules."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def unrecordable(tensors: Sequence[Tensor]) -> str | None:
+    """Why PyTorch's operations cannot run the steps of a layer with these tensors either, or None."""
+    if _settings.forced:
+        return "fusedrnn.torch.fallback()"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit traces"
+    first = tensors[0]
+    if not first.is_floating_point() or any(t.dtype is not first.dtype for t in tensors):
+        return "dtypes differ, or are not of floating-point numbers"
+    return None if all(t.device == first.device for t in tensors) else "devices differ"
 
 
 def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tensor | None]) -> str | None:
@@ -118,7 +143,7 @@ def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tens
     return None
 
 
-def unsupported_weights(input: Tensor, weights: Weights, gates: int, I: int, H: int) -> str | None:
+def unsupported_weights(input: Tensor, weights: Sequence[Any], cell: Cell, I: int, H: int) -> str | None:
     """Why the kernels cannot take these weights of one layer and direction beside such an input, or None.
 
     Raises:
@@ -127,16 +152,17 @@ def unsupported_weights(input: Tensor, weights: Weights, gates: int, I: int, H: 
     reason = unsupported(input.dtype, input.device, weights)
     if reason is not None:
         return reason
-    for name, w, shape in zip(Weights._fields, weights, _shapes(gates, I, H), strict=True):
+    for name, w, shape in zip(WEIGHTS, weights, _shapes(cell, I, H), strict=True):
         if w is not None and w.shape != shape:
             raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(w.shape)}")
     return None
 
 
 @functools.cache
-def _shapes(gates: int, I: int, H: int) -> tuple[tuple[int, ...], ...]:
-    rows = gates * H
-    return (rows, I), (rows, H), (rows,), (rows,), (rows,), (rows,), (H,), (H,)
+def _shapes(cell: Cell, I: int, H: int) -> tuple[tuple[int, ...], ...]:
+    """Of the weights in the order of WEIGHTS."""
+    columns = {"weight_ih": (I,), "weight_hh": (H,)}
+    return tuple((cell.blocks.get(name, 0) * H, *columns.get(name, ())) for name in WEIGHTS)
 
 
 def _traced(t: Any) -> bool:

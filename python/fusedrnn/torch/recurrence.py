@@ -8,23 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.protocol import Weights
+from fusedrnn.backends.cpu import WEIGHTS
 from fusedrnn.torch import differentiable, ops
-from fusedrnn.torch.ops import CELLS, Call, N
+from fusedrnn.torch.ops import CELLS, Call, N, Weights
 
 IN_PLACE = (
     "fusedrnn: backward needs the inputs, the weights and the output of the layer as they were; if it is the "
     "output, apply operations that are not in place, as torch.relu for torch.relu_, or clone it before"
 )
 
-PLAIN = Weights._fields[:4]  # without layer norm
+PLAIN = WEIGHTS[:4]  # without layer norm
 
 
 def weights_of(module: torch.nn.Module, names: Sequence[str] = PLAIN) -> Weights:
     """The weights of one layer and direction, None where there is none, as they are now: a parametrization, a
     functional call or a tied weight may have put others in place of the parameters."""
     own = module._parameters
-    return Weights(*[own[name] if name in own else getattr(module, name, None) for name in names])
+    found = [own[name] if name in own else getattr(module, name, None) for name in names]
+    return (*found, *[None] * (len(WEIGHTS) - len(found)))
 
 
 def recurrence(call: Call, return_states: bool = False) -> list[Tensor]:
@@ -107,6 +108,28 @@ def _versioned(t: Any) -> tuple[Tensor | None, int]:
     return t, 0 if t is None or t.is_inference() else t._version
 
 
+def steps(call: Call, return_states: bool = False) -> list[Tensor]:
+    """What ``recurrence`` returns, a step at a time in PyTorch's own operations, which record themselves."""
+    cell = CELLS[call.cell]
+    lengths, reset = call.lengths, call.reset
+    if torch._C._functorch.peek_interpreter_stack() is None:  # a transform's tensors have no values to check
+        lengths, reset = call.rows()
+    with torch.autocast(call.x.device.type, enabled=False):
+        y, final, every = differentiable.recurrence(
+            cell,
+            call.x if call.x.dim() == 3 else call.x[None],
+            call.weights,
+            (call.h0, call.c0)[: len(cell.states)],
+            lengths=lengths,
+            reset=reset,
+            reverse=call.reverse,
+            return_states=return_states,
+            detach_every=call.detach_every,
+            regularization=call.regularization(),
+        )
+    return [*([y] if call.x.dim() == 3 else []), *final, *(every or [])]
+
+
 def _first(
     call: Call, upstream: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
@@ -114,8 +137,8 @@ def _first(
 
     ``upstream`` are those of y, of both final states and of both states of every step.
     """
-    results = differentiable.recurrence(call, upstream[3] is not None or upstream[4] is not None)
     n = len(CELLS[call.cell].states)
+    results = steps(call, upstream[3] is not None or upstream[4] is not None)
     given = [*upstream[: 1 + n], *upstream[3 : 3 + n]] if call.x.dim() == 3 else upstream[1 : 1 + n]
     used = [(y, d) for y, d in zip(results, given, strict=False) if d is not None and y.requires_grad]
     wanted = [t for t in inputs if t is not None and t.requires_grad]

@@ -127,7 +127,7 @@ class CudaBackend:
         """The packed weights, and the arguments of forward as they have to be."""
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if packed.cell != check_cell(cell):
-            raise ValueError(f"weights: packed for {packed.cell}, expected {cell}")
+            raise ValueError(f"weights: packed for {packed.cell!r}, expected {cell!r}")
         _check_current(self.device, packed, "weights")
         dtypes, kind = dtypes_of(packed.device), kind_of(packed.device)
         a = check_forward(cell, x, packed.weights, state0, **options, dtypes=dtypes, kind=kind)
@@ -211,8 +211,7 @@ class CudaBackend:
             run.product(da_x, packed.ih, dx.reshape(T * B, I))
             if run.padding is not None:
                 dx[run.padding] = 0  # a weight may be infinite
-        given = Weights(**{name: dweights.get(name) for name in Weights._fields})
-        return Gradients(dx, given, dstate0)
+        return Gradients(dx, {name: dweights.get(name) for name in a.weights}, dstate0)
 
     def _run(
         self, a: ForwardArguments, packed: Packed, kernel_options: KernelOptions, save: bool

@@ -169,7 +169,7 @@ class Launches:
 
     def norm_gradients(self, need: Collection[str]) -> dict[str, Array]:
         """Of the gains and biases."""
-        A, gates, dtype = self.kernels.accumulators, self.a.cell.gates, self.a.x.dtype
+        A, gates, dtype = self.kernels.accumulators, self.kernels.input.count, self.a.x.dtype
         sums = self.norm_sums.sum(axis=0)  # gains, then biases: of the input part, of the recurrent one; of c
         firsts = {"gain_ih": 0, "gain_hh": gates, "bias_ih": A, "bias_hh": A + gates}
         found = {name: sums[first : first + gates].reshape(-1) for name, first in firsts.items()}
@@ -179,8 +179,8 @@ class Launches:
 
     def weight_gradients(self, job: BackwardJob, rows: Array, need: Collection[str]) -> dict[str, Array]:
         """In PyTorch's order, of da as rows (T*B, A*H)."""
-        T, B, I, H, _ = self.a.sizes
-        gates, device, dtype, kernels = self.a.cell.gates, self.device, self.a.x.dtype, self.kernels
+        T, B, _, H, _ = self.a.sizes
+        device, dtype, kernels = self.device, self.a.x.dtype, self.kernels
         found: dict[str, Array] = {}
 
         def multiply(name: str, part: Part, operand: Array) -> None:
@@ -189,23 +189,23 @@ class Launches:
                 self.product(da.T, operand, found[name][gate * H : (gate + n) * H])
 
         if "weight_ih" in need:
-            found["weight_ih"] = device.empty((gates * H, I), dtype)
+            found["weight_ih"] = device.empty(self.a.weights["weight_ih"].shape, dtype)
             multiply("weight_ih", kernels.input, self.valid_x())
         if "weight_hh" in need:
-            found["weight_hh"] = device.empty((gates * H, H), dtype)
+            found["weight_hh"] = device.empty(self.a.weights["weight_hh"].shape, dtype)
             h = device.empty((T * B, H), dtype)
             middle = device.empty((T * B, H), dtype) if kernels.two_phases else None
             self.each("operands", T * B, job, Pointer(self.pointer(h)), Pointer(self.pointer(middle)))
             multiply("weight_hh", kernels.recurrent, h)
             if middle is not None:
                 multiply("weight_hh", kernels.recurrent2, middle)
-        if self.a.cell.layer_norm:
+        if kernels.layer_norm:
             return found | self.norm_gradients(need)
         biases = {"bias_ih": (kernels.input,), "bias_hh": (kernels.recurrent, kernels.recurrent2)}
         if biases.keys() & need:
             sums = self.sum(rows).reshape(-1, H)
         for name in biases.keys() & need:
-            found[name] = device.empty((gates * H,), dtype)
+            found[name] = device.empty(self.a.weights[name].shape, dtype)
             for part in biases[name]:
                 for k, gate, n in part.runs():
                     first = part.first + k

@@ -60,7 +60,7 @@ class Packed:
 
     device: Device
     cell: Cell
-    weights: Weights
+    weights: dict[str, Array]
     bias: Array  # (A*H,), in what is computed in
     ih: Array  # (X*H, I)
     hh: Array  # (R*H, H)
@@ -79,26 +79,27 @@ def pack(device: Device, cell: Cell, weights: Weights) -> Packed:
     """Weights prepared for repeated calls, stale as soon as one of them changes."""
     w, _, H = check_weights(cell, weights, dtypes_of(device), kind=kind_of(device))
     kernels = kernels_of(cell)
-    bias = device.empty((kernels.accumulators, H), compute(w.weight_ih.dtype))
+    bias = device.empty((kernels.accumulators, H), compute(w["weight_ih"].dtype))
     bias[...] = 0
-    for part, given in (
-        (kernels.input, w.bias_ih),
-        (kernels.recurrent, w.bias_hh),
-        (kernels.recurrent2, w.bias_hh),
+    for part, name in (
+        (kernels.input, "bias_ih"),
+        (kernels.recurrent, "bias_hh"),
+        (kernels.recurrent2, "bias_hh"),
     ):
-        for k, gate, n in part.runs() if given is not None else ():
+        for k, gate, n in part.runs() if name in w else ():
             first = part.first + k
-            bias[first : first + n] += given.reshape(-1, H)[gate : gate + n].astype(bias.dtype)
-    ih = _ordered(device, w.weight_ih, kernels.input.gates, H)
-    hh = w.weight_hh[: kernels.recurrent.count * H]  # in their own order in every cell
-    hh2 = w.weight_hh[kernels.recurrent2.gates[0] * H :] if kernels.two_phases else None
+            bias[first : first + n] += w[name].reshape(-1, H)[gate : gate + n].astype(bias.dtype)
+    ih = _ordered(device, w["weight_ih"], kernels.input.gates, H)
+    hh = w["weight_hh"][: kernels.recurrent.count * H]  # in their own order in every cell
+    hh2 = w["weight_hh"][kernels.recurrent2.gates[0] * H :] if kernels.two_phases else None
     packed = Packed(device, cell, w, bias.reshape(-1), ih, hh, hh2)
-    if not cell.layer_norm:
+    if not kernels.layer_norm:
         return packed
     gain = device.empty((kernels.accumulators * H,), bias.dtype)
-    gain[: cell.gates * H], gain[cell.gates * H :] = w.gain_ih, w.gain_hh
-    gain_c, bias_c = (None if a is None else a.astype(bias.dtype) for a in (w.gain_c, w.bias_c))
-    return replace(packed, gain=gain, gain_c=gain_c, bias_c=bias_c)
+    rows = len(w["gain_ih"])
+    gain[:rows], gain[rows:] = w["gain_ih"], w["gain_hh"]
+    of_c: dict[str, Any] = {n: w[n].astype(bias.dtype) for n in ("gain_c", "bias_c") if n in w}
+    return replace(packed, gain=gain, **of_c)
 
 
 def _ordered(device: Device, weight: Array, gates: tuple[int, ...], H: int) -> Array:

@@ -22,7 +22,7 @@ from fusedrnn.bench.libraries import Results, check, not_installed
 from fusedrnn.bench.peer_torch import FusedLayer, FusedModule, Place
 from fusedrnn.bench.runner import FULL, OURS, Progress, torch_variants
 from fusedrnn.bench.timing import ratio, spread
-from fusedrnn.cells import RNN
+from fusedrnn.cells import rnn
 from fusedrnn.problems import Case, Data, Shape
 
 PEERS: dict[str, Any] = {name: registry.PEERS[name] for name in torch_variants(registry.PEERS)}
@@ -143,7 +143,7 @@ def measure(bench: Bench, size: int = 8192, megabytes: int = 1024, steps: int = 
     b = torch.empty_like(a)
     copied = rate(2.0 * a.nbytes, lambda: b.copy_(a))
     with use(MODES["fp32"]):
-        case = Case(RNN(), Shape(steps, 1, 1, 8), "forward")
+        case = Case(rnn, Shape(steps, 1, 1, 8), "forward")
         return Rates(
             operations, copied, rate(steps, FusedLayer(problems.make(case, "float32"), 1, bench.place))
         )
@@ -155,7 +155,7 @@ def moved_bytes(case: Case, itemsize: int) -> float:
     Going back reads them and dy, and writes dx and the weights' gradients.
     """
     T, B, I, H = case.shape
-    D, L, G = case.directions, case.layers, case.cell.gates
+    D, L, G = case.directions, case.layers, case.cell.blocks["weight_ih"]
     inputs = I + (L - 1) * D * H  # of all layers together
     arrays = T * B * problems.valid(case) * (inputs + L * D * H)
     weights = D * G * H * (inputs + L * H + L)

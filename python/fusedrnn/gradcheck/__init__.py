@@ -1,0 +1,108 @@
+"""Gradient checking of one layer or function, ours or anybody's. All kernels at once: ``gradcheck_suite``.
+
+Two measures of right. ``oracle``: the NumPy reference in long double, itself proved by complex-step
+derivatives, against which a kernel's error is a few units in the last place. ``central``: differences
+``(f(x + h) - f(x - h)) / 2h``, which need nothing but the function, and are good to about 1e-10 in float64.
+
+Sources of the figures: the oracle's are what the kernels promise on standard problems (docs/accuracy.md). A
+central difference errs by about ``h**2`` (truncation) plus ``eps / h`` (rounding), least at
+``h = eps**(1/3)``, where both are ``eps**(2/3)`` (SciPy's choice too, scipy/optimize/_numdiff.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fusedrnn.gradcheck.adapters import adapted
+from fusedrnn.gradcheck.central import check_central
+from fusedrnn.gradcheck.compare import GradcheckError
+from fusedrnn.gradcheck.oracle import check_oracle
+from fusedrnn.layers import Recurrent
+
+__all__ = ["GradcheckError", "gradcheck"]
+
+
+def gradcheck(
+    func_or_layer: Any,
+    inputs: Any,
+    *,
+    eps: float | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    raise_exception: bool = True,
+    nondet_tol: float = 0.0,
+    fast_mode: bool = False,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> bool:
+    """Check the gradients of a layer or function, and of a layer its parameters'.
+
+    What can be checked: the layers of this library; functions of its Variables; PyTorch modules and functions
+    of PyTorch tensors; and functions of NumPy arrays that return ``(outputs, backward)``, where
+    ``backward(*doutputs)`` gives the gradients in the structure of the inputs.
+
+    Fails on: a wrong element, NaN or infinity, a wrong shape or dtype, a missing gradient, a result that
+    differs when the same thing is evaluated again, an input that was written to.
+
+    Args:
+        func_or_layer: What is checked. Parameters and carried states are as before when this returns.
+        inputs: One input or a tuple of them, nested as the function takes them. Checked are arrays of float32
+            or float64, of Variables and tensors those that require a gradient. A recurrent layer of ours
+            takes ``x`` or ``(x, state)``, x (B, I) or (T, B, I); without a state it begins with the one it
+            carries. A layer on a GPU takes CuPy's arrays; it is evaluated there and compared on the CPU.
+        eps: ``central``: the step. None: the cube root of the machine epsilon times max(1, abs(x)).
+        atol, rtol: ``central``: passed where ``abs(a - n) <= atol + rtol * abs(n)`` for every element, as in
+            PyTorch; rtol None: 300 * epsilon**(2/3) (1.1e-8 in float64, 7e-3 in float32); atol None: that,
+            times the largest output or derivative. ``oracle``: rtol is relative to the tensor's largest
+            entry; None: outputs 1e-14 and gradients 2e-14 in float64, 2e-6 and 5e-6 in float32, or 4 times
+            plain NumPy's own error where a badly conditioned problem makes that larger; atol None: 0.
+        raise_exception: False: return False instead of raising ``GradcheckError``.
+        nondet_tol: By how much two evaluations of the same may differ.
+        fast_mode: ``central``: a few random directions instead of every element: 8 evaluations a tensor
+            instead of 2 an element.
+        method: "oracle", for the RNN, LSTM and GRU of ``fusedrnn.layers``; "central", for everything. None:
+            the first where it is possible.
+        options: Keyword arguments of every call, such as ``{"lengths": lengths}``.
+        seed: Of the random upstream gradients and directions; also of NumPy's, Python's and PyTorch's global
+            generators, which are set anew for every evaluation, so that dropout draws the same masks, and
+            left as they were.
+
+    Returns:
+        True, or False where a check failed and ``raise_exception`` is False.
+
+    Raises:
+        GradcheckError: A check failed; an AssertionError.
+        TypeError, ValueError: An argument is wrong.
+    """
+    possible = isinstance(func_or_layer, Recurrent)
+    if method is None:
+        method = "oracle" if possible else "central"
+    if method not in ("oracle", "central"):
+        raise ValueError(f'method: expected "oracle", "central" or None, got {method!r}')
+    if method == "oracle" and not possible:
+        raise TypeError(
+            'method: "oracle" checks the RNN, LSTM and GRU of fusedrnn.layers, '
+            f'got {type(func_or_layer).__name__}; use "central"'
+        )
+    if method == "oracle" and (eps is not None or fast_mode):
+        raise ValueError('eps, fast_mode: expected None and False with method "oracle", which takes no steps')
+    if not callable(func_or_layer):
+        raise TypeError(f"func_or_layer: expected something to call, got {type(func_or_layer).__name__}")
+    for name, value in (("eps", eps), ("atol", atol), ("rtol", rtol), ("nondet_tol", nondet_tol)):
+        if value is not None and not (value > 0 if name == "eps" else value >= 0):
+            raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    options = dict(options or {})
+    inputs = tuple(inputs) if type(inputs) in (tuple, list) else (inputs,)
+    try:
+        if method == "oracle":
+            check_oracle(func_or_layer, inputs, options, atol, rtol, nondet_tol, seed)
+        else:
+            with adapted(func_or_layer, inputs, options) as adapter:
+                check_central(adapter, eps, atol, rtol, nondet_tol, fast_mode, seed)
+    except GradcheckError:
+        if raise_exception:
+            raise
+        return False
+    return True

@@ -1,0 +1,271 @@
+"""Cells that a user writes: sequences by the reference, unfused, in PyTorch's operations.
+
+The values of a step are tested in tests/cells; here it is what a layer does around it: padding, resets,
+directions, layers, regularization, files.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import fusedrnn.layers as L
+from fusedrnn import Variable, gradcheck_suite, kernels
+from fusedrnn.backends import get
+from fusedrnn.backends.protocol import Regularization, Unsupported
+from fusedrnn.cells import cell, lstm, relu, sigmoid, tanh
+from fusedrnn.gradcheck import gradcheck
+from problems import assert_close, name, problem, run
+
+REFERENCE = get("reference")
+
+
+@cell
+def mgu(p, x, h):
+    """Zhou et al. 2016."""
+    f = sigmoid(p.dense("f", x, h))
+    n = tanh(p.dense("n", x, f * h))
+    return n + (1 - f) * (h - n)
+
+
+@cell
+def ind_rnn(p, x, h):
+    """Li et al. 2018."""
+    return relu(p.dense("a", x) + p.vector("u", init=(0.0, 1.0)) * h)
+
+
+@cell
+def normed(p, x, h, c, n=1):
+    """Three states, of which one starts from 1; two operands beside x; a norm; a vector from a function."""
+    i, f, o = p.layer_norm("all", *p.dense("i f o", x, h))
+    f, n = sigmoid(f + p.vector("decay", init=np.ones) * c), sigmoid(f) * n + sigmoid(i)
+    c = f * c + tanh(i) + tanh(p.dense("q", c / n))
+    return sigmoid(o) * tanh(c / n), c, n
+
+
+OWN = [mgu, ind_rnn, normed]
+own = pytest.mark.parametrize("cell", OWN, ids=name)
+OPTIONS = [
+    {},
+    {"reverse": True, "reset": True},
+    {"lengths": True, "return_states": True},
+    {"lengths": True, "reset": True, "reverse": True, "return_states": True},
+    {"biases": "none", "state0": False, "reset": True},
+]
+options = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+
+
+# --- the reference ------------------------------------------------------------------------------------------
+
+
+@own
+def test_the_gradient_check_of_the_suite(cell):
+    rows = gradcheck_suite.run_suite(
+        cells=[cell], backends=["oracle", "reference"], sizes=gradcheck_suite.QUICK, dtypes=["float64"]
+    )
+    assert len(rows) == 2 * sum("layer-norm" not in name for name in gradcheck_suite.OPTIONS)
+    assert [row.note for row in rows if not row.passed] == []
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+@own
+def test_the_reference_with_masks_and_detach_every(cell, seed):
+    """Against PyTorch's recording of the same steps. Rows end where gradients stop: ends are not cut off."""
+    rates = [0.25 if state in cell.states else 0.0 for state in "hc"]
+    options = {"regularization": Regularization(0.25, *rates, seed), "detach_every": 2, "lengths": True}
+    for reverse in (False, True):
+        torch_recurrence_is_the_reference(cell, options | {"reverse": reverse})
+
+
+def test_a_state_starts_from_its_default_and_again_after_a_reset():
+    p = problem(normed, 5, 3, 2, 7, state0=False)
+    cut = np.zeros((5, 3), bool)
+    cut[3] = True
+    whole = kernels.forward(normed, p.x, p.weights, reset=cut, backend="reference")
+    start = tuple(np.full((3, 7), n) for n in (0.0, 0.0, 1.0))
+    first = kernels.forward(normed, p.x[:3], p.weights, start, backend="reference")
+    second = kernels.forward(normed, p.x[3:], p.weights, backend="reference")
+    np.testing.assert_array_equal(whole.y, np.concatenate([first.y, second.y]))
+    np.testing.assert_array_equal(whole.stateT[2], second.stateT[2])
+    back = kernels.backward(whole.tape, whole.y)
+    assert not any(d is None for d in back.dweights.values())
+
+
+# --- layers -------------------------------------------------------------------------------------------------
+
+
+@own
+def test_layers_fused_and_unfused_are_the_same(cell):
+    rng = np.random.default_rng(1)
+    x, n = rng.standard_normal((6, 3, 4)), [6, 0, 4]
+    fused, unfused = (
+        L.Recurrent(cell, 5, 4, num_layers=2, bidirectional=True, dtype="float64", **how)
+        for how in ({"backend": "reference"}, {"fused": False})
+    )
+    for p, q in zip(fused.params(), unfused.params(), strict=True):
+        p.data = q.data = rng.standard_normal(p.shape) / 2
+    found = []
+    for net in (fused, unfused):
+        given = Variable(x)
+        y = net(given, lengths=n, reset=rng.random((6, 3)) < 0)
+        (y * y).sum().backward()
+        found.append({"y": y.data, "dx": given.grad.data} | {n: p.grad.data for n, p in net.named_params()})
+    assert found[0].keys() == found[1].keys()
+    assert_close(found[0], found[1], 1e-13)
+
+
+@pytest.mark.parametrize("how", [{"backend": "reference"}, {"fused": False}], ids=str)
+@own
+def test_a_layer_passes_the_gradient_check(cell, how):
+    net = L.Recurrent(cell, 5, 4, dtype="float64", **how)
+    x = np.random.default_rng(0).standard_normal((6, 3, 4))
+    assert gradcheck(net, x, options={"lengths": [6, 1, 3]})
+    assert gradcheck(net, x, method="central", fast_mode=True)
+    assert gradcheck(net, x[0])  # one step, from the state that the layer carries
+
+
+def test_what_vectors_start_from():
+    net = L.Recurrent(normed, 8, 3)
+    assert net.decay.data.tolist() == net.gain_all.data.tolist()[:8] == [1] * 8
+    u = L.Recurrent(ind_rnn, 1000, 3).u.data
+    assert u.dtype == np.float32
+    assert 0 <= u.min() < 0.1 < 0.9 < u.max() <= 1
+
+
+def test_a_layer_carries_each_state_by_its_name():
+    net = L.Recurrent(normed, 5, 4, backend="reference", dtype="float64")
+    x = np.random.default_rng(0).standard_normal((6, 3, 4))
+    whole = net(x).data
+    net.reset_state()
+    halves = [net(x[:3]).data, net(x[3:]).data]
+    np.testing.assert_array_equal(whole, np.concatenate(halves))
+    net.reset_state()
+    net.c = np.zeros((3, 5))  # the others where they start
+    assert [s.data.ravel()[0] for s in net.state] == [0, 0, 1]
+    np.testing.assert_array_equal(net(x).data, whole)
+
+
+def test_a_name_that_a_layer_has_already_is_refused():
+    @cell
+    def careless(p, x, dtype):
+        return tanh(p.dense("a", x, dtype))
+
+    with pytest.raises(ValueError, match=r"cell: expected other names than those .* attributes, got dtype"):
+        L.Recurrent(careless, 5)
+
+
+def test_weights_in_a_file_and_pickled_models(tmp_path):
+    net = L.Recurrent(ind_rnn, 5, 4, num_layers=2, backend="reference")
+    net.save_weights(tmp_path / "w.npz")
+    other = L.Recurrent(ind_rnn, 5, num_layers=2, backend="reference")
+    other.load_weights(tmp_path / "w.npz")
+    x = np.random.default_rng(0).standard_normal((6, 3, 4))
+    want = net(x).data
+    net.reset_state()
+    for same in (other, pickle.loads(pickle.dumps(net)), copy.deepcopy(net)):
+        same.reset_state()
+        np.testing.assert_array_equal(same(x).data, want)
+
+
+# --- PyTorch ------------------------------------------------------------------------------------------------
+
+
+def in_torch(p):
+    """Results and gradients by name, as ``problems.run`` has them."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    from fusedrnn.torch.differentiable import recurrence
+
+    def leaf(a):
+        return torch.from_numpy(a.copy()).requires_grad_()
+
+    x, weights = leaf(p.x), {n: leaf(w) for n, w in p.weights.items()}
+    state0 = None if p.state0 is None else [leaf(s) for s in p.state0]
+    y, final, every = recurrence(p.cell, x, weights, state0, **p.options)
+    pairs = [(y, p.dy), *zip(final, p.dstateT, strict=True), *zip(every or (), p.dstates or (), strict=True)]
+    valid = torch.ones(len(y), y.shape[1], 1, dtype=torch.bool)
+    if p.lengths is not None:
+        valid = (torch.arange(len(y))[:, None] < torch.as_tensor(p.lengths))[..., None]
+    loss = sum(
+        torch.where(valid, a * torch.from_numpy(np.nan_to_num(d)), 0).sum() if a.ndim == 3
+        else (a * torch.from_numpy(d)).sum()
+        for a, d in pairs
+    )  # fmt: skip
+    loss.backward()
+    found = {"y": y, "dx": x.grad} | {f"d{n}": w.grad for n, w in weights.items()}
+    found |= {f"{s}T": a for s, a in zip(p.cell.states, final, strict=True)}
+    found |= dict(zip(p.cell.states, every or (), strict=False))
+    if state0 is not None:
+        found |= {f"d{s}0": a.grad for s, a in zip(p.cell.states, state0, strict=True)}
+    return {n: np.nan_to_num(a.detach().numpy()) for n, a in found.items()}
+
+
+def torch_recurrence_is_the_reference(cell, options):
+    p = problem(cell, 7, 3, 4, 5, **options)
+    if p.detach_every:
+        p = replace(p, lengths=p.lengths // p.detach_every * p.detach_every)
+    want = run(REFERENCE, p)
+    if p.state0 is None:  # a gradient that goes nowhere in PyTorch
+        want = {n: a for n, a in want.items() if n not in {f"d{s}0" for s in cell.states}}
+    assert_close(in_torch(p), want, 1e-13)
+
+
+@options
+@own
+def test_in_pytorchs_operations(cell, options):
+    torch_recurrence_is_the_reference(cell, options)
+
+
+@own
+def test_derivatives_of_gradients_in_pytorch(cell):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    from fusedrnn.torch.differentiable import recurrence
+
+    p = problem(cell, 3, 2, 2, 3)
+    names = list(p.weights)
+    arrays = [torch.from_numpy(a).requires_grad_() for a in (p.x, *p.state0, *p.weights.values())]
+
+    def function(x, *rest):
+        n = len(cell.states)
+        weights = dict(zip(names, rest[n:], strict=True))
+        y, final, _ = recurrence(cell, x, weights, rest[:n], reset=np.array([[0, 0], [0, 1], [1, 0]], bool))
+        return (y, *final)
+
+    assert torch.autograd.gradcheck(function, arrays)
+    assert torch.autograd.gradgradcheck(function, arrays)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+def test_backends_say_what_they_do_not_run():
+    p = problem(mgu, 2, 1, 3, 4)
+    with pytest.raises(Unsupported, match=r"cell: mgu\(\) is not supported by the cpu backend"):
+        kernels.forward(mgu, p.x, p.weights, backend="cpu")
+
+    @cell
+    def timed(p, x, h, *, dt):
+        return tanh(p.dense("a", x, h) * dt)
+
+    with pytest.raises(Unsupported, match="cell: timed takes dt of each row and step, which no backend"):
+        kernels.forward(timed, p.x, p.weights, backend="reference")
+
+
+def test_zoneout_of_a_state_that_a_cell_does_not_have():
+    with pytest.raises(ValueError, match=r"zoneout_c: expected 0 for the cell mgu, which has no c, got 0\.5"):
+        L.Recurrent(mgu, 5, zoneout_c=0.5)
+
+
+def test_a_cell_inside_a_function_is_not_pickled():
+    @cell
+    def hidden(p, x, h):
+        return tanh(p.dense("a", x, h))
+
+    assert copy.deepcopy(hidden) is hidden
+    with pytest.raises(pickle.PicklingError, match="the cell hidden is defined inside a function; define it"):
+        pickle.dumps(hidden)
+    for one in (mgu, lstm, lstm.with_options(layer_norm=True)):
+        assert pickle.loads(pickle.dumps(one)) == one
