@@ -1,9 +1,9 @@
 // The C++ interface of the CPU kernels. SPDX-License-Identifier: Apache-2.0
 //
-// Legend: T time steps, B batch, I input size, H hidden size, P projected size (= H for now), G gates.
-// All sizes and strides are 64-bit and count elements. Nothing here knows Python. Callers check shapes (src/module.cpp
-// does); sizes are checked for overflow here, before anything is allocated. Inputs are never written to and outputs
-// never overlap inputs. "contiguous" is C order.
+// Legend: T time steps, B batch, I input size, H hidden size, P projected size (at most H; H where nothing is
+// projected), G gates. All sizes and strides are 64-bit and count elements. Nothing here knows Python. Callers check
+// shapes (src/module.cpp does); sizes are checked for overflow here, before anything is allocated. Inputs are never
+// written to and outputs never overlap inputs. "contiguous" is C order.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -37,10 +37,11 @@ struct Weights {
   T* weight_hh = nullptr;  // (G*H, P) contiguous
   T* bias_ih = nullptr;    // (G*H) or null
   T* bias_hh = nullptr;    // (G*H) or null
-  T* gain_ih = nullptr;    // (G*H); this and what follows with layer norm
+  T* gain_ih = nullptr;    // (G*H); this and the next three with layer norm
   T* gain_hh = nullptr;    // (G*H)
   T* gain_c = nullptr;     // (H), LSTM
   T* bias_c = nullptr;     // (H), LSTM
+  T* weight_hr = nullptr;  // (P, H), of cells that project
 };
 
 template <class T>

@@ -21,12 +21,14 @@ namespace {
 
 // Weights of a layer, in the order of fusedrnn.backends.protocol.Weights, and what a gradient is asked for: these, x
 // and the initial state.
-constexpr int kWeights = 8, kNeeds = kWeights + 2;
+constexpr int kWeights = 9, kNeeds = kWeights + 2;
 
 int gates_of(CellId cell) { return cpu::kernels<float>().shape[int(cell)].gates; }
 bool has_c(CellId cell) { return cpu::kernels<float>().shape[int(cell)].has_c; }
 
 bool layer_norm(CellId cell) { return cpu::kernels<float>().shape[int(cell)].layer_norm; }
+
+bool projects(CellId cell) { return cpu::kernels<float>().shape[int(cell)].projects; }
 
 CellId cell_of(int id) {
   if (id < 0 || id >= cpu::kCells)
@@ -119,6 +121,16 @@ Index hidden_size(CellId cell, const py::object& weight_ih) {
   return a.shape[0] / gates_of(cell);
 }
 
+// P, by the rows of weight_hr; H where nothing is projected.
+Index projected_size(CellId cell, const py::object& weight_hr, Index H) {
+  if (!projects(cell)) return H;
+  View a;
+  if (!view_of(weight_hr, a)) throw RefusedType("weight_hr: expected an array, got " + type_name(weight_hr));
+  if (a.ndim != 2 || a.shape[0] < 1 || a.shape[0] > H)
+    throw RefusedValue("weight_hr: expected (P, H), P from 1 to H, got " + a.text());
+  return a.shape[0];
+}
+
 template <class T>
 Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, Index P) {
   const Index rows = gates_of(cell) * H;
@@ -132,17 +144,18 @@ Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, 
     else if (!w[4 + i].is_none())
       throw RefusedValue(std::string(names[i]) + ": expected None for this cell");
   }
+  if (projects(cell))
+    weights.weight_hr = need<T>(w[8], "weight_hr", {P, H});
+  else if (!w[8].is_none())
+    throw RefusedValue("weight_hr: expected None for this cell");
   return weights;
 }
 
 template <class T>
 std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
-  View ih, hh;
-  view_of(w[0], ih), view_of(w[1], hh);
-  const Index I = ih.shape[1], P = hh.shape[1], H = hidden_size(cell, w[0]);
-  if (P != H)
-    throw py::value_error("weight_hh: expected (G*H, H), got " + hh.text() +
-                          "; a projected size P != H is not supported yet");
+  View ih;
+  view_of(w[0], ih);
+  const Index I = ih.shape[1], H = hidden_size(cell, w[0]), P = projected_size(cell, w[8], H);
   auto packed = std::make_unique<PyPacked>();
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
   for (int i = 0; i < kWeights; ++i) packed->weights[i] = w[i];
@@ -167,11 +180,11 @@ bool is_float32(const py::object& o, const char* name, int ndim) {
 
 std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weight_hh, py::object bias_ih,
                                   py::object bias_hh, py::object gain_ih, py::object gain_hh, py::object gain_c,
-                                  py::object bias_c) {
+                                  py::object bias_c, py::object weight_hr) {
   const CellId cell = cell_of(id);
   const bool f32 = is_float32(weight_ih, "weight_ih", 2);
   is_float32(weight_hh, "weight_hh", 2);
-  const py::object w[kWeights] = {weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh, gain_c, bias_c};
+  const py::object w[kWeights] = {weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh, gain_c, bias_c, weight_hr};
   return f32 ? pack_as<float>(cell, w) : pack_as<double>(cell, w);
 }
 
@@ -230,30 +243,31 @@ struct ForwardSetup {
   std::unique_ptr<PyTape> tape = std::make_unique<PyTape>();  // owns the lengths and resets that `call` points to
   Outputs out;
 
-  // Of packed weights, or of eight as they are.
+  // Of packed weights, or as they are.
   ForwardSetup(CellId cell, const PyPacked* packed, const py::object* weights, const py::object& x,
                const py::object& h0, const py::object& c0, const Options& options, Outputs given)
       : out(std::move(given)) {
     const Time n = time_of(x);
     const Index H = packed ? packed->H : hidden_size(cell, weights[0]);
+    const Index P = packed ? packed->P : projected_size(cell, weights[8], H);
     const bool c = has_c(cell);
-    call.problem = problem_of(*tape, cell, {n.T, n.B, n.I, H, H}, options);
+    call.problem = problem_of(*tape, cell, {n.T, n.B, n.I, H, P}, options);
     if (packed) {
       call.packed = packed->get(T());
       if (!call.packed) throw RefusedType("x: expected the dtype of the weights");
       if (packed->I != n.I) throw RefusedValue("x: expected " + std::to_string(packed->I) + " features");
     } else {
-      call.weights = weights_of<T>(weights, cell, n.I, H, H);
+      call.weights = weights_of<T>(weights, cell, n.I, H, P);
     }
     call.x = over_time<T>(x, "x", n, n.I);
-    call.h0 = maybe<T>(h0, "h0", {n.B, H});
+    call.h0 = maybe<T>(h0, "h0", {n.B, P});
     if (c) call.c0 = maybe<T>(c0, "c0", {n.B, H});
     call.poll = signals();
-    if (!n.step) call.y = output<T>(out.y, "y", {n.T, n.B, H});
-    call.hT = output<T>(out.hT, "hT", {n.B, H});
+    if (!n.step) call.y = output<T>(out.y, "y", {n.T, n.B, P});
+    call.hT = output<T>(out.hT, "hT", {n.B, P});
     if (n.step) call.y = call.hT;
     if (c) call.cT = output<T>(out.cT, "cT", {n.B, H});
-    call.h_states = output<T>(out.h_states, "h_states", {n.T, n.B, H});
+    call.h_states = output<T>(out.h_states, "h_states", {n.T, n.B, P});
     if (c) call.c_states = output<T>(out.c_states, "c_states", {n.T, n.B, H});
     for (const py::object* o : {&out.hT, n.step ? &out.hT : &out.y, c ? &out.cT : &out.hT})
       if (o->is_none()) throw RefusedType("y, hT, cT: expected arrays, got None");
@@ -296,7 +310,7 @@ py::tuple py_forward(const py::object& packed, const py::object& x, const py::ob
                                                       {lengths, reset, reverse, detach_every, regularization});
 }
 
-// Eight weights, or as many packed.
+// All weights, or as many packed.
 struct Given {
   const PyPacked* packed = nullptr;
   py::object weights[kWeights];
@@ -365,39 +379,49 @@ struct BackwardSetup {
                 std::vector<py::object> given)
       : out(std::move(given)) {
     const CellId cell = tape.problem.cell;
-    const Index H = tape.problem.sizes.H, rows = gates_of(cell) * H;
+    const Index H = tape.problem.sizes.H, P = tape.problem.sizes.P, rows = gates_of(cell) * H;
     const bool c = has_c(cell), norm = layer_norm(cell);
     call.problem = tape.problem;
     call.tape = core;
     if (!core) throw RefusedType("tape: expected the dtype of the call");
-    call.weights = weights_of<T>(tape.weights, cell, n.I, H, H);
+    call.weights = weights_of<T>(tape.weights, cell, n.I, H, P);
     call.x = over_time<T>(tape.x, "x", n, n.I);
     if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPacked&>().get(T());
-    call.y = n.step ? need<T>(tape.y, "y", {n.B, H}) : need<T>(tape.y, "y", {n.T, n.B, H});
-    call.h0 = maybe<T>(tape.h0, "h0", {n.B, H});
+    call.y = n.step ? need<T>(tape.y, "y", {n.B, P}) : need<T>(tape.y, "y", {n.T, n.B, P});
+    call.h0 = maybe<T>(tape.h0, "h0", {n.B, P});
     if (c) call.c0 = maybe<T>(tape.c0, "c0", {n.B, H});
-    call.dy = over_time<T>(dy, "dy", n, H);
-    call.dhT = maybe<T>(dhT, "dhT", {n.B, H});
-    call.dh_states = sequence<T>(dh_states, "dh_states", {n.T, n.B, H});
+    call.dy = over_time<T>(dy, "dy", n, P);
+    call.dhT = maybe<T>(dhT, "dhT", {n.B, P});
+    call.dh_states = sequence<T>(dh_states, "dh_states", {n.T, n.B, P});
     if (c) {
       call.dcT = maybe<T>(dcT, "dcT", {n.B, H});
       call.dc_states = sequence<T>(dc_states, "dc_states", {n.T, n.B, H});
     }
     call.poll = signals();
     const py::object none = py::none();
-    const bool there[kNeeds + 1] = {
-        true,      true, true, !tape.weights[2].is_none(), !tape.weights[3].is_none(), norm, norm, norm && c,
-        norm && c, true, c};
+    const bool there[kNeeds + 1] = {true,
+                                    true,
+                                    true,
+                                    !tape.weights[2].is_none(),
+                                    !tape.weights[3].is_none(),
+                                    norm,
+                                    norm,
+                                    norm && c,
+                                    norm && c,
+                                    projects(cell),
+                                    true,
+                                    c};
     for (int i = 0; i < kNeeds + 1; ++i)
       if (!there[i]) out[i] = none;
     call.dx = n.step ? output<T>(out[0], "dx", {n.B, n.I}) : output<T>(out[0], "dx", {n.T, n.B, n.I});
     Weights<T>& dw = call.dweights;
     dw.weight_ih = output<T>(out[1], "dweight_ih", {rows, n.I});
-    dw.weight_hh = output<T>(out[2], "dweight_hh", {rows, H});
+    dw.weight_hh = output<T>(out[2], "dweight_hh", {rows, P});
     dw.bias_ih = output<T>(out[3], "dbias_ih", {rows}), dw.bias_hh = output<T>(out[4], "dbias_hh", {rows});
     dw.gain_ih = output<T>(out[5], "dgain_ih", {rows}), dw.gain_hh = output<T>(out[6], "dgain_hh", {rows});
     dw.gain_c = output<T>(out[7], "dgain_c", {H}), dw.bias_c = output<T>(out[8], "dbias_c", {H});
-    call.dh0 = output<T>(out[9], "dh0", {n.B, H}), call.dc0 = output<T>(out[10], "dc0", {n.B, H});
+    dw.weight_hr = output<T>(out[9], "dweight_hr", {P, H});
+    call.dh0 = output<T>(out[10], "dh0", {n.B, P}), call.dc0 = output<T>(out[11], "dc0", {n.B, H});
   }
 
   void run() {
@@ -441,8 +465,8 @@ template <class T>
 void run_backward_as(CellId cell, PyTape& owner, bool recompute, const Options& options, const py::object& saved,
                      const py::object* upstream, std::vector<py::object> out) {
   const Time n = time_of(owner.x);
-  const Index H = hidden_size(cell, owner.weights[0]);
-  const Problem problem = problem_of(owner, cell, {n.T, n.B, n.I, H, H}, options);
+  const Index H = hidden_size(cell, owner.weights[0]), P = projected_size(cell, owner.weights[8], H);
+  const Problem problem = problem_of(owner, cell, {n.T, n.B, n.I, H, P}, options);
   const Save save = recompute ? Save::boundary_states : Save::all;
   const TapePtr<T> tape = tape_over<T>(problem, save, tape_memory<T>(saved, problem, save));
   BackwardSetup<T>(owner, tape.get(), n, upstream[0], upstream[1], upstream[2], upstream[3], upstream[4],
@@ -471,9 +495,11 @@ void py_run_backward(int id, const py::object& weights, const py::object& x, con
 }
 
 // (rows, width) of a tape, in elements; with lengths as if all rows were as long as the longest.
-py::tuple py_tape_shape(int id, Index T, Index B, Index I, Index H, bool recompute, bool regularized, bool float64) {
-  Problem problem{cell_of(id), {T, B, I, H, H}};
+py::tuple py_tape_shape(int id, Index T, Index B, Index I, Index H, Index P, bool recompute, bool regularized,
+                        bool float64) {
+  Problem problem{cell_of(id), {T, B, I, H, P}};
   if (T < 0 || B < 0 || I < 1 || H < 1) throw py::value_error("expected T and B at least 0, I and H at least 1");
+  if (projects(problem.cell) ? P < 1 || P > H : P != H) throw py::value_error("expected P from 1 to H, or H");
   if (regularized) problem.regularization.zoneout_h = 1;
   const Save save = recompute ? Save::boundary_states : Save::all;
   const TapeShape shape = float64 ? tape_shape<double>(problem, save) : tape_shape<float>(problem, save);

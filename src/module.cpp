@@ -150,7 +150,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("CELLS") = py::tuple(cells);
   m.def("pack", &py_pack, py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"),
         py::arg("bias_hh"), py::arg("gain_ih") = py::none(), py::arg("gain_hh") = py::none(),
-        py::arg("gain_c") = py::none(), py::arg("bias_c") = py::none());
+        py::arg("gain_c") = py::none(), py::arg("bias_c") = py::none(), py::arg("weight_hr") = py::none());
   m.def("forward", &py_forward, py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("lengths"),
         py::arg("reset"), py::arg("reverse"), py::arg("return_states"), py::arg("save"), py::arg("detach_every") = 0,
         py::arg("regularization") = py::none());
@@ -163,7 +163,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("detach_every"), py::arg("regularization"), py::arg("y"), py::arg("tape"), py::arg("dy"),
         py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"), py::arg("dc_states"), py::arg("out"));
   m.def("tape_shape", &py_tape_shape, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-        py::arg("recompute"), py::arg("regularized"), py::arg("float64"));
+        py::arg("P"), py::arg("recompute"), py::arg("regularized"), py::arg("float64"));
   m.def("cell_layout", &cell_layout, py::arg("cell"), py::arg("regularized"));
   m.def("empty", &py_empty, py::arg("rows"), py::arg("width"), py::arg("float64"));
   m.def("take_tensors", &take_tensors, py::arg("tensor"), py::arg("parameter"), py::arg("api"));

@@ -10,6 +10,7 @@ struct RnnTanh {
   static constexpr int gates = 1, accumulators = 1, saved = 0, phases = 1;
   static constexpr bool has_c = false, has_direct = false, reads_h_prev = false, reads_h = true, layer_norm = false;
   static constexpr Part input = {0, 1, {0}}, recurrent = {0, 1, {0}}, recurrent2 = {0, 0, {}};
+  static constexpr bool projects = false;
   template <class V>
   FUSEDRNN_INLINE static void forward(const V* a, V, V, V*, V& h, V&) {
     const V v1 = tanh(a[0]);
@@ -27,6 +28,7 @@ struct RnnRelu {
   static constexpr int gates = 1, accumulators = 1, saved = 0, phases = 1;
   static constexpr bool has_c = false, has_direct = false, reads_h_prev = false, reads_h = true, layer_norm = false;
   static constexpr Part input = {0, 1, {0}}, recurrent = {0, 1, {0}}, recurrent2 = {0, 0, {}};
+  static constexpr bool projects = false;
   template <class V>
   FUSEDRNN_INLINE static void forward(const V* a, V, V, V*, V& h, V&) {
     const V v1 = relu(a[0]);
@@ -44,6 +46,7 @@ struct Lstm {
   static constexpr int gates = 4, accumulators = 4, saved = 4, phases = 1;
   static constexpr bool has_c = true, has_direct = false, reads_h_prev = false, reads_h = false, layer_norm = false;
   static constexpr Part input = {0, 4, {0, 1, 2, 3}}, recurrent = {0, 4, {0, 1, 2, 3}}, recurrent2 = {0, 0, {}};
+  static constexpr bool projects = false;
   template <class V>
   FUSEDRNN_INLINE static void forward(const V* a, V, V c_prev, V* saved, V& h, V& c) {
     const V v1 = sigmoid(a[1]);
@@ -101,6 +104,7 @@ struct GruResetAfter {
   static constexpr int gates = 3, accumulators = 4, saved = 4, phases = 1;
   static constexpr bool has_c = false, has_direct = true, reads_h_prev = true, reads_h = false, layer_norm = false;
   static constexpr Part input = {0, 3, {2, 0, 1}}, recurrent = {1, 3, {0, 1, 2}}, recurrent2 = {0, 0, {}};
+  static constexpr bool projects = false;
   template <class V>
   FUSEDRNN_INLINE static void forward(const V* a, V h_prev, V, V* saved, V& h, V&) {
     const V v1 = sigmoid(a[1]);
@@ -143,6 +147,7 @@ struct GruResetBefore {
   static constexpr int gates = 3, accumulators = 3, saved = 3, phases = 2;
   static constexpr bool has_c = false, has_direct = true, reads_h_prev = true, reads_h = false, layer_norm = false;
   static constexpr Part input = {0, 3, {0, 1, 2}}, recurrent = {0, 2, {0, 1}}, recurrent2 = {2, 1, {2}};
+  static constexpr bool projects = false;
   template <class V>
   FUSEDRNN_INLINE static void forward(const V* a, V h_prev, V, V* saved, V& middle, V&) {
     const V v1 = sigmoid(a[0]);
@@ -194,6 +199,7 @@ struct RnnTanhLayerNorm {
   static constexpr bool has_c = false, has_direct = false, reads_h_prev = false, reads_h = true, layer_norm = true;
   static constexpr Part input = {0, 1, {0}}, recurrent = {1, 1, {0}}, recurrent2 = {0, 0, {}};
   FUSEDRNN_INLINE static constexpr int norm_of(int s) { return s <= 0 ? 0 : 1; }
+  static constexpr bool projects = false;
   template <class V>
   FUSEDRNN_INLINE static void forward(const V* p, V, V& h) {
     const V v1 = p[0] + p[1];
@@ -214,6 +220,7 @@ struct RnnReluLayerNorm {
   static constexpr bool has_c = false, has_direct = false, reads_h_prev = false, reads_h = true, layer_norm = true;
   static constexpr Part input = {0, 1, {0}}, recurrent = {1, 1, {0}}, recurrent2 = {0, 0, {}};
   FUSEDRNN_INLINE static constexpr int norm_of(int s) { return s <= 0 ? 0 : 1; }
+  static constexpr bool projects = false;
   template <class V>
   FUSEDRNN_INLINE static void forward(const V* p, V, V& h) {
     const V v1 = p[0] + p[1];
@@ -234,6 +241,7 @@ struct LstmLayerNorm {
   static constexpr bool has_c = true, has_direct = false, reads_h_prev = false, reads_h = false, layer_norm = true;
   static constexpr Part input = {0, 4, {0, 1, 2, 3}}, recurrent = {4, 4, {0, 1, 2, 3}}, recurrent2 = {0, 0, {}};
   FUSEDRNN_INLINE static constexpr int norm_of(int s) { return s <= 3 ? 0 : 1; }
+  static constexpr bool projects = false;
   template <class V>
   FUSEDRNN_INLINE static void forward_state(const V* p, V c_prev, V& c, V& o) {
     const V v1 = p[0] + p[4];
@@ -307,6 +315,7 @@ struct GruResetAfterLayerNorm {
   static constexpr bool has_c = false, has_direct = true, reads_h_prev = true, reads_h = false, layer_norm = true;
   static constexpr Part input = {0, 3, {0, 1, 2}}, recurrent = {3, 3, {0, 1, 2}}, recurrent2 = {0, 0, {}};
   FUSEDRNN_INLINE static constexpr int norm_of(int s) { return s <= 1 ? 0 : s <= 2 ? 1 : s <= 4 ? 2 : 3; }
+  static constexpr bool projects = false;
   template <class V>
   FUSEDRNN_INLINE static void forward(const V* p, V h_prev, V& h) {
     const V v1 = p[0] + p[3];
@@ -348,6 +357,16 @@ struct GruResetAfterLayerNorm {
     dp[4] = v17;
     dp[5] = v15;
     direct = v9;
+  }
+};
+
+struct LstmProjected : Lstm {
+  static constexpr bool projects = true;
+  template <class V>
+  FUSEDRNN_INLINE static V new_h(const V* saved, V, V c) {
+    const V v1 = tanh(c);
+    const V v2 = saved[3] * v1;
+    return v2;
   }
 };
 

@@ -14,7 +14,7 @@ struct Regularized : Cell {
   // The candidate h, where the cell's backward reads it. With layer norm that of c: its gates are not kept to make it
   // again.
   static constexpr int saved = Cell::saved + (Cell::reads_h || (Cell::layer_norm && Cell::has_c));
-  static constexpr bool has_direct = true, reads_h_prev = true, reads_h = false;
+  static constexpr bool has_direct = true, reads_h_prev = !Cell::projects, reads_h = false;
 
   template <class V>
   FUSEDRNN_INLINE static void forward(const V* a, V h_prev, V c_prev, V* saved, V& h, V& c) {
@@ -29,6 +29,12 @@ struct Regularized : Cell {
     if constexpr (Cell::reads_h) h = saved[Cell::saved];
     if constexpr (Cell::has_c) c = Cell::new_c(saved, c_prev);
     Cell::backward(saved, h_prev, h, c_prev, c, dh, dc, da, dc_prev, direct);
+  }
+
+  // Of a cell that projects: what is projected, of the candidate c.
+  template <class V>
+  FUSEDRNN_INLINE static V new_h(const V* saved, V c_prev, V) {
+    return Cell::new_h(saved, c_prev, Cell::new_c(saved, c_prev));
   }
 
   template <class V>

@@ -1,4 +1,4 @@
-// The time loop backward and the weight gradients, for any cell. SPDX-License-Identifier: Apache-2.0
+// The time loop backward, for any cell. SPDX-License-Identifier: Apache-2.0
 //
 // Steps are walked back in chunks counted from the end. Within a chunk, per step: the chain (da of the later step times
 // the recurrent weights, plus what the cell passes on directly), then the upstream gradients, then the cell. The
@@ -7,7 +7,7 @@
 #pragma once
 #include "cpu/forward.h"
 #include "cpu/tile.h"
-#include "simd/transpose.h"
+#include "cpu/weight_gradients.h"
 
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
@@ -18,42 +18,6 @@ using cpu::kBlock;
 using cpu::Kept;
 using cpu::Packed;
 using cpu::Worker;
-
-// Columns of [1 | x | h_prev | middle] that share the accumulators they give gradients to: one product of the joint
-// rows.
-struct Group {
-  Index column, columns;
-  int first, count;  // accumulators
-  Index offset;      // of the group in a block of dpacked
-};
-
-struct Groups {
-  Group group[4];
-  int count = 0;
-  Index block_step = 0;
-  // Column ranges, in the order of the joint rows.
-  Groups(const CellShape& shape, Index I, Index P) {
-    const Part &input = shape.input, &recurrent = shape.recurrent;
-    if (input.first == recurrent.first && input.count == recurrent.count) {
-      add(0, 1 + I + P, 0, shape.accumulators);
-    } else {
-      if (!shape.layer_norm) add(0, 1, 0, shape.accumulators);
-      add(1, I, input.first, input.count);
-      add(1 + I, P, recurrent.first, recurrent.count);
-    }
-    if (shape.phases == 2) add(1 + I + P, P, shape.recurrent2.first, shape.recurrent2.count);
-  }
-  void add(Index column, Index columns, int first, int accumulators) {
-    group[count++] = {column, columns, first, accumulators, block_step};
-    block_step += columns * accumulators * kBlock;
-  }
-  // Where dpacked holds the gradient of (column, accumulator) for the first unit of a block.
-  const Group& of_column(Index column) const {
-    int n = 0;
-    while (column >= group[n].column + group[n].columns) ++n;
-    return group[n];
-  }
-};
 
 enum class After { product, final_state, nothing };  // where a row's chain comes from
 
@@ -96,11 +60,12 @@ struct BackwardSteps {
   const CellShape& shape;
   const bool regularized;
   BackwardRows<T> rows;
-  const Groups groups;
+  const WeightGradients<V> weights;
   const Index B, units;  // units: blocks * 16
   Index row_begin, row_end, block_begin, block_end;
-  Kept<T> kept;     // what forward saved, or of this chunk if it has to be made again
-  Index count = 0;  // valid rows of the chunk
+  Index h_begin, h_end;  // blocks of h: those of units, or of a projection
+  Kept<T> kept;          // what forward saved, or of this chunk if it has to be made again
+  Index count = 0;       // valid rows of the chunk
 
   FUSEDRNN_NOINLINE BackwardSteps(const BackwardJob<T>& job_, const Worker& worker_, const CellShape& shape_,
                                   bool regularized_)
@@ -110,7 +75,7 @@ struct BackwardSteps {
         regularized(regularized_),
         rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B, job_.chunk_steps * job_.steps.B,
              job_.chunk_steps),
-        groups(shape_, job_.I, job_.P),
+        weights(job_, worker_, shape_),
         B(job_.steps.B),
         units(job_.blocks * kBlock),
         kept(job_.kept) {
@@ -119,6 +84,8 @@ struct BackwardSteps {
     row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : B;
     block_begin = worker.by_rows ? 0 : job.blocks * i / n,
     block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
+    const Index h_blocks = blocks_of(job.P);
+    h_begin = worker.by_rows ? 0 : h_blocks * i / n, h_end = worker.by_rows ? h_blocks : h_blocks * (i + 1) / n;
     for (Index b = 0; b < B; ++b) rows.latest[b] = nullptr;
   }
 
@@ -155,7 +122,9 @@ struct BackwardSteps {
   }
 
   // Of a regularized cell.
-  Masks<T> masks() const { return {job.regularization, worker.region.thread, B, units, block_begin, block_end}; }
+  Masks<T> masks() const {
+    return {job.regularization, worker.region.thread, B, units, h_begin, h_end, block_begin, block_end};
+  }
 
   // The chunk's valid rows, in the order in which they are walked: every thread makes the same list.
   FUSEDRNN_NOINLINE void list_rows(Index s_end, Index s_begin) {
@@ -209,17 +178,17 @@ struct BackwardSteps {
   }
   static constexpr Index kLargePanel = 512 << 10;
 
+  // Tiles of rows and of the blocks [begin, end).
   template <class Epilogue>
-  bool tiles(Index n_rows, Epilogue&& tile_at) const {
-    const Tiling row_tiles(n_rows, max_rows<V>(width())),
-        panels(block_end - block_begin, n_rows == 1 ? kOneRow : width());
+  bool tiles(Index n_rows, Index begin, Index end, Epilogue&& tile_at) const {
+    const Tiling row_tiles(n_rows, max_rows<V>(width())), panels(end - begin, n_rows == 1 ? kOneRow : width());
     const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
       for (Index n = 0; n < inner; ++n) {
         const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
-        const Index first = row_tiles.begin(i), block = block_begin + panels.begin(j);
-        const int m = int(row_tiles.begin(i + 1) - first), wide = int(block_begin + panels.begin(j + 1) - block);
+        const Index first = row_tiles.begin(i), block = begin + panels.begin(j);
+        const int m = int(row_tiles.begin(i + 1) - first), wide = int(begin + panels.begin(j + 1) - block);
         for (Index lane = 0; lane < kBlock; lane += V::lanes) tile_at(first, m, block, wide, lane);
       }
       if (!worker.poll()) return false;
@@ -244,8 +213,16 @@ struct BackwardSteps {
             nullptr};
   }
 
-  // The gradient that reaches the n rows of rows.at from later steps, for every vector of units of this thread:
-  // then(row, u, dh, dc). Selection, never multiplication: what a cut or a row's end leaves out is never read.
+  // The gradient of c that reaches a row from the later step.
+  FUSEDRNN_INLINE V dc_of(const BackwardRow<T>& row, Index u) const {
+    if (row.after == After::product) return V::load(job.dc + row.b * units + u);
+    if (row.after == After::final_state && job.dcT) return V::load(job.dcT + row.b * job.H + u, job.H - u);
+    return V::zero();
+  }
+
+  // The gradient that reaches the n rows of rows.at from later steps, for every vector of h of this thread: then(row,
+  // u, dh, dc), without dc where h is projected, whose units are not those of c. Selection, never multiplication: what
+  // a cut or a row's end leaves out is never read.
   template <class Then>
   FUSEDRNN_INLINE bool chains(const CellShape& shape, bool regularized, Index n, Then&& then) const {
     bool any = false;  // does any row need the product?
@@ -254,24 +231,22 @@ struct BackwardSteps {
       rows.da[i] = follows ? rows.latest[rows.at[i].b] + shape.recurrent.first * kBlock : job.zeros;
       any |= follows;
     }
-    return tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
+    return tiles(n, h_begin, h_end, [&](Index first, int m, Index block, int wide, Index lane) {
       alignas(64) T acc[kMaxTile * V::lanes];
       if (any) multiply(shape, job.recurrent, shape.recurrent, rows.da + first, block, lane, m, wide, acc);
       for (int i = 0; i < m; ++i)
         for (int w = 0; w < wide; ++w) {
           const BackwardRow<T>& row = rows.at[first + i];
-          const Index u = (block + w) * kBlock + lane, b = row.b, in_row = job.H - u;
-          V dh = V::zero(), dc = V::zero();
+          const Index u = (block + w) * kBlock + lane, b = row.b;
+          V dh = V::zero();
           if (row.after == After::product) {
             dh = V::load(acc + (w * m + i) * V::lanes);
             if (regularized) dh = masks().dropped(b, u, dh);
             if (shape.has_direct) dh = dh + V::load(job.direct + b * units + u);
-            if (shape.has_c) dc = V::load(job.dc + b * units + u);
           } else if (row.after == After::final_state) {
-            if (job.dhT) dh = V::load(job.dhT + b * job.P + u, in_row);
-            if (shape.has_c && job.dcT) dc = V::load(job.dcT + b * job.H + u, in_row);
+            if (job.dhT) dh = V::load(job.dhT + b * job.P + u, job.P - u);
           }
-          then(row, u, dh, dc);
+          then(row, u, dh, shape.has_c && !shape.projects ? dc_of(row, u) : V::zero());
         }
     });
   }
@@ -347,93 +322,6 @@ struct BackwardSteps {
     return true;
   }
 
-  // Adds the chunk's part of the weight gradients: the joint rows, transposed, times da. Threads take whole output
-  // tiles.
-  bool weight_gradients(bool first_chunk) {
-    const Tiling panels(job.blocks, panel_blocks(shape));
-    Index total = 0;
-    for (int g = 0; g < groups.count; ++g) total += column_tiles(groups.group[g]).pieces;
-    const Index n = worker.region.threads, i = worker.region.thread;
-    const Index begin = total * panels.pieces * i / n, end = total * panels.pieces * (i + 1) / n;
-    for (Index item = begin; item < end; ++item) {
-      const Index panel = item / total;
-      Index at = item % total;
-      int g = 0;
-      for (;; ++g) {
-        const Index pieces = column_tiles(groups.group[g]).pieces;
-        if (at < pieces) break;
-        at -= pieces;
-      }
-      const Index block = panels.begin(panel);
-      weight_tile(groups.group[g], at, block, int(panels.begin(panel + 1) - block), first_chunk);
-      if ((item & 15) == 0 && !worker.poll()) return false;
-    }
-    return true;
-  }
-
-  // A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
-  static constexpr Index kSumRows = 4096;
-
-  Tiling column_tiles(const Group& group) const {
-    return Tiling(group.columns, max_rows<V>(group.count * panel_blocks(shape)));
-  }
-
-  void weight_tile(const Group& group, Index at, Index block, int wide, bool first_chunk) {
-    const Tiling columns = column_tiles(group);
-    const Index first = columns.begin(at);
-    const int m = int(columns.begin(at + 1) - first), vectors = group.count * wide, A = shape.accumulators;
-    const T* a[kMaxTile];
-    Index row = 0;
-    do {
-      const Index rows_here = count - row < kSumRows ? count - row : kSumRows;
-      const bool overwrite = first_chunk && row == 0;
-      for (int r = 0; r < m; ++r) a[r] = job.inputs + row * job.inputs_row + group.column + first + r;
-      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
-        alignas(64) T acc[kMaxTile * V::lanes];
-        for (int v = 0; v < m * vectors; ++v) V::zero().store(acc + v * V::lanes);
-        const Product<T> p = {a,
-                              0,
-                              job.inputs_row,
-                              0,
-                              job.da + row * job.da_row + (block * A + group.first) * kBlock + lane,
-                              job.da_row,
-                              panel_blocks(shape) > 1 ? A * kBlock : kBlock,
-                              1,
-                              rows_here};
-        tile_for<V>(m, vectors)(&p, 1, acc);
-        for (int r = 0; r < m; ++r)
-          for (int w = 0; w < wide; ++w)
-            for (int s = 0; s < group.count; ++s) {
-              T* sum = job.dpacked + (block + w) * job.dpacked_block + group.offset +
-                       ((first + r) * group.count + s) * kBlock + lane;
-              const V part = V::load(acc + ((w * group.count + s) * m + r) * V::lanes);
-              (overwrite ? part : V::load(sum) + part).store(sum);
-            }
-      }
-      row += kSumRows;
-    } while (row < count);
-  }
-
-  // dpacked back to PyTorch's layout: gate rows of (G*H, columns), from joint columns [column, column + columns).
-  void unpack(T* out, Index column, Index columns, const Part& part) const {
-    if (!out || !part.count) return;
-    const Group& group = groups.of_column(column);
-    const Index n = worker.region.threads, i = worker.region.thread;
-    const Index step = group.count * kBlock;
-    for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block)
-      for (int s = 0; s < part.count; ++s) {
-        const T* from = job.dpacked + block * job.dpacked_block + group.offset + (column - group.column) * step +
-                        (part.first - group.first + s) * kBlock;
-        T* to = out + (part.gate[s] * job.H + block * kBlock) * columns;
-        const Index lanes = job.H - block * kBlock < kBlock ? job.H - block * kBlock : kBlock;
-        Index k = 0;
-        if (lanes == kBlock)
-          for (; k + kBlock <= columns; k += kBlock) transpose(from + k * step, step, to + k, columns);
-        for (; k < columns; ++k)
-          for (Index lane = 0; lane < lanes; ++lane) to[lane * columns + k] = from[k * step + lane];
-      }
-  }
-
   // The gradient of the initial state: one more product, no cell.
   FUSEDRNN_NOINLINE bool initial_state() {
     Index n = 0;
@@ -444,9 +332,14 @@ struct BackwardSteps {
       rows.at[n].b = b;
       rows.at[n++].after = empty ? After::final_state : cut ? After::nothing : After::product;
     }
+    const auto c = [&](const BackwardRow<T>& row, Index u, V dc) { dc.store(job.dc0 + row.b * job.H + u, job.H - u); };
+    if (shape.projects && job.dc0)
+      for (Index i = 0; i < n; ++i)
+        for (Index u = block_begin * kBlock; u < block_end * kBlock; u += V::lanes)
+          c(rows.at[i], u, dc_of(rows.at[i], u));
     return chains(shape, regularized, n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) {
-      if (job.dh0) dh.store(job.dh0 + row.b * job.P + u, job.H - u);
-      if (shape.has_c && job.dc0) dc.store(job.dc0 + row.b * job.H + u, job.H - u);
+      if (job.dh0) dh.store(job.dh0 + row.b * job.P + u, job.P - u);
+      if (shape.has_c && !shape.projects && job.dc0) c(row, u, dc);
     });
   }
 
@@ -463,19 +356,8 @@ struct BackwardSteps {
     if (job.need_weights) gather_inputs();
     if (!worker.barrier()) return false;
     if (job.dx && !input_gradients()) return false;
-    if (job.need_weights && !weight_gradients(first_chunk)) return false;
+    if (!weights.add(count, first_chunk)) return false;
     return worker.barrier();
-  }
-
-  FUSEDRNN_NOINLINE void unpack_weights() const {
-    if (!shape.layer_norm) {
-      unpack(job.dbias_ih, 0, 1, shape.input);
-      unpack(job.dbias_hh, 0, 1, shape.recurrent);
-      unpack(job.dbias_hh, 0, 1, shape.recurrent2);
-    }
-    unpack(job.dweight_ih, 1, job.I, shape.input);
-    unpack(job.dweight_hh, 1 + job.I, job.P, shape.recurrent);
-    unpack(job.dweight_hh, 1 + job.I + job.P, job.P, shape.recurrent2);
   }
 };
 
@@ -485,6 +367,7 @@ struct BackwardLoop : BackwardSteps<V> {
   using T = typename V::scalar;
   using CellType = Cell;
   using Vector = V;
+  using Base::block_begin, Base::block_end;
   using Base::job, Base::worker, Base::rows, Base::B, Base::units, Base::masks, Base::offset;
   static constexpr int A = Cell::accumulators;
   static constexpr CellShape shape = shape_of<Cell>();
@@ -506,9 +389,17 @@ struct BackwardLoop : BackwardSteps<V> {
         rows.at[i].keep_c = keep_c ? keep_c + i * units : nullptr;
       }
     }
-    const bool done = this->chains(shape, kRegularized<Cell>, n,
-                                   [&](const BackwardRow<T>& row, Index u, V dh, V dc) { cell_at(row, u, dh, dc); });
+    const bool done = this->chains(shape, kRegularized<Cell>, n, [&](const BackwardRow<T>& row, Index u, V dh, V dc) {
+      if constexpr (Cell::projects)
+        projected_at(row, u, dh);
+      else
+        cell_at(row, u, dh, dc);
+    });
     if (!done) return false;
+    if constexpr (Cell::projects) {
+      if (!worker.by_rows && !worker.barrier()) return false;
+      if (!through_projection(n)) return false;
+    }
     if constexpr (Cell::layer_norm)
       for (Index i = 0; i < n; ++i) {
         normed_row_backward(*this, rows.at[i]);
@@ -518,7 +409,7 @@ struct BackwardLoop : BackwardSteps<V> {
     if constexpr (Cell::phases == 2) {
       if (!worker.by_rows && !worker.barrier()) return false;
       for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + Cell::recurrent2.first * kBlock;
-      return this->tiles(n, [&](Index first, int m, Index block, int wide, Index lane) {
+      return this->tiles(n, block_begin, block_end, [&](Index first, int m, Index block, int wide, Index lane) {
         alignas(64) T acc[kMaxTile * V::lanes];
         this->multiply(shape, job.recurrent2, Cell::recurrent2, rows.da + first, block, lane, m, wide, acc);
         for (int i = 0; i < m; ++i)
@@ -529,17 +420,54 @@ struct BackwardLoop : BackwardSteps<V> {
     return true;
   }
 
-  // One vector of units of one row: the upstream gradients, then the cell.
-  FUSEDRNN_INLINE void cell_at(const BackwardRow<T>& row, Index u, V dh, V dc) const {
-    const Index in_row = job.H - u;
+  // The gradients of what the step's rows project, then the cell on them.
+  bool through_projection(Index n) const {
+    const Packed<T>& weight_hr = job.projection;
+    for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + this->weights.dh_at;
+    return this->tiles(n, block_begin, block_end, [&](Index first, int m, Index block, int wide, Index lane) {
+      alignas(64) T acc[kMaxTile * V::lanes];
+      for (int k = 0; k < m * wide; ++k) V::zero().store(acc + k * V::lanes);
+      const Product<T> p = {
+          rows.da + first,      0, 1,    0, weight_hr.data + block * weight_hr.block_step + lane, kBlock,
+          weight_hr.block_step, 1, job.P};
+      tile_for<V>(m, wide)(&p, 1, acc);
+      for (int i = 0; i < m; ++i)
+        for (int w = 0; w < wide; ++w) {
+          const BackwardRow<T>& row = rows.at[first + i];
+          const Index u = (block + w) * kBlock + lane;
+          V dc = this->dc_of(row, u);
+          const V dc_before = add_upstream_c(row, u, dc);
+          gates_at(row, u, V::load(acc + (w * m + i) * V::lanes), dc, V::zero(), dc_before);
+        }
+    });
+  }
+
+  // One vector of a projected h of one row: its gradient is kept for the products with weight_hr.
+  FUSEDRNN_INLINE void projected_at(const BackwardRow<T>& row, Index u, V dh) const {
+    const V dh_before = add_upstream_h(row, u, dh);
+    dh.store(row.da + this->weights.dh_at + u);
+    if constexpr (kRegularized<Cell>) dh_before.store(job.direct + row.b * units + u);
+  }
+
+  // What comes in beside the chain; -> of zoneout, what goes past the cell to the state before.
+  FUSEDRNN_INLINE V add_upstream_h(const BackwardRow<T>& row, Index u, V& dh) const {
+    const Index in_row = job.P - u;
     if (row.dy) dh = dh + V::load(row.dy + u, in_row);
     if (row.dh_state) dh = dh + V::load(row.dh_state + u, in_row);
-    if (Cell::has_c && row.dc_state) dc = dc + V::load(row.dc_state + u, in_row);
-    V dh_before = V::zero(), dc_before = V::zero();  // what goes past the cell to the state before
-    if constexpr (kRegularized<Cell>) {
-      if (row.keep_h) dh_before = Cell::zoneout_backward(V::load(row.keep_h + u), dh);
-      if (row.keep_c) dc_before = Cell::zoneout_backward(V::load(row.keep_c + u), dc);
-    }
+    if constexpr (kRegularized<Cell>)
+      if (row.keep_h) return Cell::zoneout_backward(V::load(row.keep_h + u), dh);
+    return V::zero();
+  }
+  FUSEDRNN_INLINE V add_upstream_c(const BackwardRow<T>& row, Index u, V& dc) const {
+    if (Cell::has_c && row.dc_state) dc = dc + V::load(row.dc_state + u, job.H - u);
+    if constexpr (kRegularized<Cell>)
+      if (row.keep_c) return Cell::zoneout_backward(V::load(row.keep_c + u), dc);
+    return V::zero();
+  }
+
+  // One vector of units of one row: the upstream gradients, then the cell.
+  FUSEDRNN_INLINE void cell_at(const BackwardRow<T>& row, Index u, V dh, V dc) const {
+    const V dh_before = add_upstream_h(row, u, dh), dc_before = add_upstream_c(row, u, dc);
     if constexpr (Cell::layer_norm) {  // needs all units: normed_row_backward
       if constexpr (kRegularized<Cell>) {
         dh_before.store(job.direct + row.b * units + u);
@@ -569,7 +497,9 @@ struct BackwardLoop : BackwardSteps<V> {
     if constexpr (kRegularized<Cell>) direct = direct + dh_before, dc_prev = dc_prev + dc_before;
     for (int s = 0; s < A; ++s) da[s].store(row.da + offset(u, A) + s * kBlock);
     if (Cell::has_c) dc_prev.store(job.dc + row.b * units + u);
-    if (Cell::has_direct) direct.store(job.direct + row.b * units + u);
+    if (Cell::has_direct && !Cell::projects) direct.store(job.direct + row.b * units + u);
+    if constexpr (Cell::projects)
+      if (job.dprojection) Cell::new_h(saved, c_prev, c).store(row.da + this->weights.unprojected_at + u);
   }
 
   FUSEDRNN_INLINE void cell2_at(const BackwardRow<T>& row, Index u, V dmiddle) const {
@@ -612,7 +542,7 @@ struct BackwardLoop : BackwardSteps<V> {
     if (job.dx && job.steps.lengths) this->zero_padding();
     if constexpr (Cell::layer_norm)
       if (job.norm_sums) unpack_norm_sums(*this);
-    if (job.need_weights) this->unpack_weights();
+    this->weights.unpack();
     return true;
   }
 };

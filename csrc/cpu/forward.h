@@ -46,8 +46,8 @@ static_assert(kOneRow <= cpu::kPanelVectors && 4 <= cpu::kPanelVectors);
 
 template <class Cell>
 constexpr CellShape shape_of() {
-  return {Cell::gates,      Cell::accumulators, Cell::saved, Cell::phases,    Cell::has_c,
-          Cell::has_direct, Cell::layer_norm,   Cell::input, Cell::recurrent, Cell::recurrent2};
+  return {Cell::gates,      Cell::accumulators, Cell::saved, Cell::phases,    Cell::has_c,     Cell::has_direct,
+          Cell::layer_norm, Cell::projects,     Cell::input, Cell::recurrent, Cell::recurrent2};
 }
 
 // What the time loop needs around a cell, compiled once for all of them: compiling it for each took half of the build.
@@ -60,16 +60,19 @@ struct ForwardSteps {
   const CellShape& shape;
   const bool regularized;
   ForwardRows<T> rows;
-  ForwardRows<T> ahead;                    // the rows of several steps, for their projection
-  Index ahead_begin = 0;                   // the first of these steps
-  Index row_begin, row_end;                // this thread's rows of the batch
-  Index block_begin, block_end;            // and its blocks of units
-  Packed<T> input, recurrent, recurrent2;  // weights of the blocks from `packed_from` on
+  ForwardRows<T> ahead;          // the rows of several steps, for their projection
+  Index ahead_begin = 0;         // the first of these steps
+  Index row_begin, row_end;      // this thread's rows of the batch
+  Index block_begin, block_end;  // and its blocks of units
+  Index h_begin, h_end;          // and of h, which are others where it is projected
+  // Weights of the blocks from `packed_from` on.
+  Packed<T> input, recurrent, recurrent2, projection;
   Index packed_from = 0;
 
   // Of a regularized cell.
   Masks<T> masks() const {
-    return {job.regularization, worker.region.thread, job.steps.B, job.blocks * kBlock, block_begin, block_end};
+    const Index B = job.steps.B, units = job.blocks * kBlock;
+    return {job.regularization, worker.region.thread, B, units, h_begin, h_end, block_begin, block_end};
   }
 
   FUSEDRNN_NOINLINE ForwardSteps(const ForwardJob<T>& job_, const Worker& worker_, const CellShape& shape_,
@@ -86,21 +89,24 @@ struct ForwardSteps {
     row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : job.steps.B;
     block_begin = worker.by_rows ? 0 : job.blocks * i / n,
     block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
-    input = job.input, recurrent = job.recurrent, recurrent2 = job.recurrent2;
+    const Index h_blocks = blocks_of(job.P);
+    h_begin = worker.by_rows ? 0 : h_blocks * i / n, h_end = worker.by_rows ? h_blocks : h_blocks * (i + 1) / n;
+    input = job.input, recurrent = job.recurrent, recurrent2 = job.recurrent2, projection = job.projection;
   }
 
   // Packs the weights of a panel, where they were not: of a phase, blocks [block, block + wide).
   FUSEDRNN_NOINLINE void pack_panel(int phase, Index block, int wide) {
     T* to = job.panel + worker.region.thread * job.panel_step;
     packed_from = block;
-    const auto take = [&](const T* weight, Index k, const Part& part, Packed<T>& packed) {
+    const auto take = [&](const T* weight, Index rows, Index k, const Part& part, Packed<T>& packed) {
       packed = {to, k * part.count * kBlock};
-      pack(PackJob<T>{weight, job.H, k, part, to, packed.block_step, block, block + wide});
+      pack(PackJob<T>{weight, rows, k, part, to, packed.block_step, block, block + wide});
       to += wide * packed.block_step;
     };
-    if (phase == 2) return take(job.weight_hh, job.P, shape.recurrent2, recurrent2);
-    take(job.weight_ih, job.I, shape.input, input);
-    take(job.weight_hh, job.P, shape.recurrent, recurrent);
+    if (phase == 2 && shape.projects) return take(job.weight_hr, job.P, job.H, cpu::kProjection, projection);
+    if (phase == 2) return take(job.weight_hh, job.H, job.P, shape.recurrent2, recurrent2);
+    take(job.weight_ih, job.H, job.I, shape.input, input);
+    take(job.weight_hh, job.H, job.P, shape.recurrent, recurrent);
   }
 
   // Of cells with c.
@@ -284,6 +290,7 @@ struct ForwardLoop : ForwardSteps<V> {
   static constexpr CellShape shape = shape_of<Cell>();
   static constexpr int kWide = panel_blocks(shape);
   static constexpr int kRows = max_rows<V>(tile_vectors(shape) * kWide);
+  static constexpr int kPhases = Cell::phases + Cell::projects;
 
   ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_) : Base(job_, worker_, shape, kRegularized<Cell>) {}
 
@@ -314,7 +321,7 @@ struct ForwardLoop : ForwardSteps<V> {
     }
     // Local: a store could change whatever is reached through a pointer, and it would be read again for every vector.
     const T *const *h_prevs = rows.h + first, *const *c_prevs = rows.c + first;
-    T *const *h_outs = (Cell::phases == 2 ? rows.middle : rows.h_out) + first, *const *c_outs = rows.c_out + first,
+    T *const *h_outs = (kPhases == 2 ? rows.middle : rows.h_out) + first, *const *c_outs = rows.c_out + first,
              *const *saveds = rows.saved + first, *const *c_states = rows.c_state + first;
     const Index H = job.H;
     const bool stream = job.stream;
@@ -330,7 +337,7 @@ struct ForwardLoop : ForwardSteps<V> {
         if constexpr (kRegularized<Cell>) {
           if constexpr (Cell::phases == 2)
             h = masks().dropped(rows.b[first + i], u, h);
-          else
+          else if constexpr (!Cell::projects)
             h = zoned(rows.keep_h, first + i, u, h, h_prev);
           if constexpr (Cell::has_c) c = zoned(rows.keep_c, first + i, u, c, c_prev);
         }
@@ -340,7 +347,7 @@ struct ForwardLoop : ForwardSteps<V> {
           c.store(c_outs[i] + u, in_row);
           if (c_states[i]) c.store(c_states[i] + u, in_row);
         }
-        h.store(h_outs[i] + u, Cell::phases == 2 ? Index(kBlock) : in_row);
+        h.store(h_outs[i] + u, kPhases == 2 ? Index(kBlock) : in_row);
       }
     }
   }
@@ -381,6 +388,25 @@ struct ForwardLoop : ForwardSteps<V> {
     }
   }
 
+  // Tile of the projection: h from what phase 1 has left.
+  void project_tile(Index first, int m, Index block, int wide, Index lane) {
+    alignas(64) T acc[kMaxTile * V::lanes];
+    for (int n = 0; n < wide * m; ++n) V::zero().store(acc + n * V::lanes);
+    Product<T> p =
+        Base::product(shape, this->projection, cpu::kProjection, rows.middle + first, job.H, block - packed_from, lane);
+    p.b_gap = this->projection.block_step;
+    tile_for<V>(m, wide)(&p, 1, acc);
+    for (int w = 0; w < wide; ++w) {
+      const Index u = (block + w) * kBlock + lane, in_row = job.P - u;
+      for (int i = 0; i < m; ++i) {
+        V h = V::load(acc + (w * m + i) * V::lanes);
+        if constexpr (kRegularized<Cell>)
+          h = zoned(rows.keep_h, first + i, u, h, V::load(rows.h[first + i] + u, in_row));
+        h.store(rows.h_out[first + i] + u, in_row);
+      }
+    }
+  }
+
   // Blocks per tile: in phase 2, with one accumulator, as many as a tile of phase 1 has vectors.
   Index width(int phase) const {
     if (rows.count > 1) return phase == 1 ? kWide : A * kWide;
@@ -388,18 +414,25 @@ struct ForwardLoop : ForwardSteps<V> {
   }
 
   bool step(int phase) {
-    const Tiling tiles(rows.count, kRows), panels(block_end - block_begin, width(phase));
+    const bool of_h = Cell::projects && phase == 2;
+    const Index begin = of_h ? this->h_begin : block_begin, end = of_h ? this->h_end : block_end;
+    const Tiling tiles(rows.count, kRows), panels(end - begin, width(phase));
     const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
       for (Index n = 0; n < inner; ++n) {
         const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
-        const Index first = tiles.begin(i), block = block_begin + panels.begin(j);
-        const int m = int(tiles.begin(i + 1) - first), wide = int(block_begin + panels.begin(j + 1) - block);
+        const Index first = tiles.begin(i), block = begin + panels.begin(j);
+        const int m = int(tiles.begin(i + 1) - first), wide = int(begin + panels.begin(j + 1) - block);
         if constexpr (!Cell::layer_norm)
           if (job.weight_hh && n == 0) this->pack_panel(phase, block, wide);
         for (Index lane = 0; lane < kBlock; lane += V::lanes)
-          phase == 1 ? phase1(first, m, block, wide, lane) : phase2(first, m, block, wide, lane);
+          if (phase == 1)
+            phase1(first, m, block, wide, lane);
+          else if constexpr (Cell::projects)
+            project_tile(first, m, block, wide, lane);
+          else
+            phase2(first, m, block, wide, lane);
       }
       if (!worker.poll()) return false;
     }
@@ -414,7 +447,7 @@ struct ForwardLoop : ForwardSteps<V> {
             !this->project(s, s + job.projected_steps < end ? s + job.projected_steps : end))
           return false;
       this->select_rows(s);
-      for (int phase = 1; phase <= Cell::phases; ++phase) {
+      for (int phase = 1; phase <= kPhases; ++phase) {
         if constexpr (Cell::layer_norm) {
           if (!normed_step(*this)) return false;
         } else {

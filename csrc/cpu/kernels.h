@@ -16,6 +16,8 @@ using Index = int64_t;
 
 constexpr Index kBlock = 16;  // hidden units per block, on every instruction set and dtype
 
+constexpr Part kProjection = {0, 1, {0}};  // weight_hr: its rows in their own order
+
 constexpr Index kPanelVectors = 8;  // of 16, at most: the accumulators of a panel of blocks
 
 constexpr int kCells = 0
@@ -27,7 +29,7 @@ constexpr int kCells = 0
 // What allocation and packing know of a cell without knowing its maths.
 struct CellShape {
   int gates, accumulators, saved, phases;
-  bool has_c, has_direct, layer_norm;
+  bool has_c, has_direct, layer_norm, projects;
   Part input, recurrent, recurrent2;
 };
 
@@ -86,10 +88,10 @@ struct ForwardJob {
   Index I, H, P, blocks;
   const T* x;
   Index x_step, x_row;
-  Packed<T> input, recurrent, recurrent2;
+  Packed<T> input, recurrent, recurrent2, projection;
   // Instead of packed ones, for a single step: weights as PyTorch lays them out, and memory of `panel_step` elements
   // per thread, where the blocks of a panel are packed just before they are used.
-  const T *weight_ih, *weight_hh;  // null: packed
+  const T *weight_ih, *weight_hh, *weight_hr;  // null: packed
   T* panel;
   Index panel_step;
   const T* bias;   // [block][accumulator][16]
@@ -103,7 +105,7 @@ struct ForwardJob {
   bool stream;         // kept.saved is larger than the caches: write past them where a vector is a line
   T* boundary_states;  // [chunk][B][H]: c before each chunk of chunk_steps, counted from the end; or null
   Index chunk_steps;
-  T* middle;  // [B][blocks*16], two-phase cells
+  T* middle;  // [B][blocks*16]: what the second product of a step multiplies
   // W x + bias of so many steps at once: [step][B][blocks][input's accumulators][16], or null: step by step.
   T* projected;
   Index projected_steps;
@@ -121,7 +123,8 @@ struct BackwardJob {
   Index I, H, P, blocks;
   const T* x;
   Index x_step, x_row;
-  Packed<T> input, recurrent, recurrent2;  // transposed: blocks of outputs, k over [unit block][accumulator][16]
+  // Transposed: blocks of outputs, k over [unit block][accumulator][16].
+  Packed<T> input, recurrent, recurrent2, projection;
   const T *h0, *c0, *zeros, *y;
   Kept<T> kept;
   const ForwardJob<T>* replay;  // with boundary states only: fills `kept` chunk by chunk; else null
@@ -133,11 +136,12 @@ struct BackwardJob {
   bool need_weights;
   T* dpacked;  // [block][group of columns][column][accumulator][16]
   Index dpacked_block;
-  T *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh;
+  T* dprojection;  // [block of P][unit][16], where weight_hr has a gradient; else null
+  T *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh, *dweight_hr;
   NormWeights<T> norm;
   T* norm_sums;  // [B][blocks*16*kNormSums], or null: no gradient of a gain or bias is needed
   T *dgain_ih, *dgain_hh, *dgain_c, *dbias_c;
-  T* da;  // a chunk's valid rows: [row][da_row]
+  T* da;  // a chunk's valid rows: [row][da_row]; of a cell that projects with dh and what is projected behind
   Index da_row;
   T* boundary;  // [B][da_row]: each row's latest da, kept across chunks
   T* inputs;    // a chunk's valid rows of [1 | x | h_prev | middle]

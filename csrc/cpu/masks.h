@@ -37,18 +37,19 @@ void draw_mask(const MaskRule& rule, uint64_t seed, uint32_t stream, MaskKind ki
   }
 }
 
-// What a thread keeps of the masks of a step: arrays of [row of the step][units], its own units filled in.
+// What a thread keeps of the masks of a step: arrays of [row of the step][units], filled in for its own units of h and
+// of c, which differ where h is projected.
 template <class T>
 struct Masks {
   const cpu::Regularization<T>& rules;
-  Index thread, B, units, block_begin, block_end;
+  Index thread, B, units, h_begin, h_end, c_begin, c_end;
 
   // What zoneout keeps of the new h and c of the step's rows; null where it does nothing.
   const T* keep_h(Index t, const Index* rows, Index n) const {
-    return keep(rules.zoneout_h, MaskKind::zoneout_h, 1, t, rows, n);
+    return keep(rules.zoneout_h, MaskKind::zoneout_h, 1, t, rows, n, h_begin, h_end);
   }
   const T* keep_c(Index t, const Index* rows, Index n) const {
-    return keep(rules.zoneout_c, MaskKind::zoneout_c, 2, t, rows, n);
+    return keep(rules.zoneout_c, MaskKind::zoneout_c, 2, t, rows, n, c_begin, c_end);
   }
   // What recurrent dropout multiplies row b's units with; null: nothing.
   const T* dropout(Index b) const { return rules.dropout ? rules.dropout + b * units : nullptr; }
@@ -69,9 +70,10 @@ struct Masks {
 
  private:
   T* array(Index place) const { return rules.scratch + (thread * 3 + place) * B * units; }
-  const T* keep(const MaskRule& rule, MaskKind kind, Index place, Index t, const Index* rows, Index n) const {
+  const T* keep(const MaskRule& rule, MaskKind kind, Index place, Index t, const Index* rows, Index n, Index begin,
+                Index end) const {
     if (!rule.acts) return nullptr;
-    draw_mask<T>(rule, rules.seed, rules.stream, kind, t, rows, n, block_begin, block_end, units, array(place));
+    draw_mask<T>(rule, rules.seed, rules.stream, kind, t, rows, n, begin, end, units, array(place));
     return array(place);
   }
 };

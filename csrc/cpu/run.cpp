@@ -7,27 +7,14 @@
 #include <vector>
 
 #include "api.h"
-#include "cpu/arena.h"
 #include "cpu/control_word.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
+#include "cpu/layout.h"
+#include "cpu/packed_weights.h"
 #include "cpu/threads.h"
 
 namespace fusedrnn {
-
-using cpu::Buffer;
-using cpu::CellShape;
-using cpu::kBlock;
-
-template <class T>
-struct PackedWeights {
-  CellId cell;
-  Index I, H, P;
-  Buffer memory;
-  cpu::Packed<T> input, recurrent, recurrent2;
-  const T* bias;
-  cpu::NormWeights<T> norm;
-};
 
 template <class T>
 struct Tape {
@@ -42,46 +29,6 @@ namespace {
 
 std::atomic<bool> thresholds{true};
 std::atomic<bool> flush_subnormals{true};
-
-Index blocks_of(Index n) { return (n + kBlock - 1) / kBlock; }
-
-// Elements rounded up to whole cache lines.
-template <class T>
-Index lines(Index n) {
-  const Index line = 64 / Index(sizeof(T));
-  return (n + line - 1) / line * line;
-}
-
-// Several arrays in one buffer: `take` each twice, once to count and once for the address.
-template <class T>
-class Layout {
- public:
-  // n elements per factor product, on a cache line of their own; null while counting.
-  T* take(std::initializer_list<Index> factors) {
-    std::size_t n = 1;
-    for (Index f : factors) n = cpu::checked_product({n, std::size_t(f)});
-    const std::size_t at = used;
-    used += std::size_t(lines<T>(Index(n)));
-    cpu::checked_product({used, sizeof(T)});
-    return base ? base + at : nullptr;
-  }
-  Buffer allocate() {
-    Buffer memory(used * sizeof(T) + 64);
-    base = memory.as<T>();
-    used = 0;
-    return memory;
-  }
-
- private:
-  T* base = nullptr;
-  std::size_t used = 0;
-};
-
-// Weights of a row of blocks lie k * count * 16 apart; one more line keeps them out of each other's cache sets.
-template <class T>
-Index block_step(Index k, int count) {
-  return k * count * kBlock + kBlock;
-}
 
 // Runs kernel(job, worker) on the pool with the kernels' own floating-point control word on every thread. The hook runs
 // the caller's code, so it gets the caller's.
@@ -121,7 +68,7 @@ constexpr Index kSharedCache = 16 << 20;  // bytes that backward would still fin
 
 template <class T>
 std::size_t weight_bytes(const CellShape& shape, const Sizes& n) {
-  return std::size_t(shape.gates) * n.H * (n.I + n.P) * sizeof(T);
+  return (std::size_t(shape.gates) * n.H * (n.I + n.P) + shape.projects * n.H * n.P) * sizeof(T);
 }
 
 // Rows where the weights stay in each core's cache anyway or there are many rows; else units, each core keeping its own
@@ -129,7 +76,8 @@ std::size_t weight_bytes(const CellShape& shape, const Sizes& n) {
 template <class T>
 Split split_for(const CellShape& shape, const Sizes& n, int threads) {
   const cpu::ControlWord word(false);  // or the caller's would show our inexact quotients
-  const double step = double(n.B) * shape.gates * double(n.H) * double(n.I + n.P);
+  const double gates = shape.gates * double(n.I + n.P), projection = shape.projects * double(n.P);
+  const double step = double(n.B) * double(n.H) * (gates + projection);
   const auto limit = [&](double work, double minimum, Index items) {
     return int(std::max<double>(1, std::min<double>({double(threads), work / minimum, double(items)})));
   };
@@ -154,7 +102,8 @@ template <class T>
 struct Chunk {
   Index da_row, inputs_row, steps, count;
   Chunk(const CellShape& shape, const Sizes& n) {
-    da_row = shape.accumulators * blocks_of(n.H) * kBlock + kBlock;
+    const Index projected = shape.projects ? blocks_of(n.P) + blocks_of(n.H) : 0;  // dh, and what was projected
+    da_row = (shape.accumulators * blocks_of(n.H) + projected + 1) * kBlock;
     inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
     const Index row = (da_row + inputs_row) * Index(sizeof(T));
     const Index rows = weight_bytes<T>(shape, n) > 4 * SplitRule::core_cache ? 640 : 384;
@@ -222,73 +171,6 @@ Steps steps_of(const Problem& p) {
   return {p.sizes.B ? p.sizes.T : 0, p.sizes.B, p.lengths, p.reset, p.reverse, p.detach_every};
 }
 
-// Packs blocks of several parts side by side on the pool.
-template <class T>
-struct PackAll {
-  void (*pack)(const cpu::PackJob<T>&);
-  cpu::PackJob<T> job[3];
-  int count = 0;
-
-  void run(double elements, Poll poll) {
-    const int threads = elements > 1e5 ? cpu::num_threads() : 1;
-    constexpr Index kTogether = 4;  // blocks between two polls; of a row's columns, as many come at once
-    const auto body = [](void* data, cpu::Region& region) {
-      const PackAll& all = *static_cast<const PackAll*>(data);
-      for (int i = 0; i < all.count; ++i) {
-        cpu::PackJob<T> part = all.job[i];
-        const Index n = part.block_end;
-        const Index end = n * (region.thread + 1) / region.threads;
-        for (Index block = n * region.thread / region.threads; block < end; block = part.block_end) {
-          part.block_begin = block, part.block_end = std::min(end, block + kTogether);
-          part.out = all.job[i].out + block * part.block_step;
-          all.pack(part);
-          if (!region.poll()) return;
-        }
-      }
-    };
-    if (cpu::run(threads, body, this, poll.hook, poll.context) == cpu::Outcome::interrupted) throw Interrupted{};
-  }
-};
-
-template <class T>
-void set_weights(cpu::ForwardJob<T>& job, const PackedWeights<T>& packed) {
-  job.input = packed.input, job.recurrent = packed.recurrent, job.recurrent2 = packed.recurrent2,
-  job.bias = packed.bias, job.norm = packed.norm;
-}
-
-// Gains or biases in the order of the accumulators; each adds to what its part's accumulators have.
-template <class T>
-void pack_vectors(const CellShape& shape, Index H, const T* ih, const T* hh, T* out) {
-  std::fill(out, out + blocks_of(H) * shape.accumulators * kBlock, T(0));
-  const auto add = [&](const T* from, const Part& part) {
-    for (int s = 0; from && s < part.count; ++s)
-      for (Index u = 0; u < H; ++u)
-        out[(u / kBlock * shape.accumulators + part.first + s) * kBlock + u % kBlock] += from[part.gate[s] * H + u];
-  };
-  add(ih, shape.input);
-  add(hh, shape.recurrent);
-  add(hh, shape.recurrent2);
-}
-
-// What layer norm multiplies and adds, in memory of its own kind.
-template <class T>
-struct PackedNorm {
-  T *gain, *gain_c, *bias_c;
-  void take(Layout<T>& layout, const CellShape& shape, Index blocks) {
-    const Index some = shape.layer_norm ? blocks : 0, states = shape.has_c ? some : 0;
-    gain = layout.take({some, shape.accumulators, kBlock});
-    gain_c = layout.take({states, kBlock}), bias_c = layout.take({states, kBlock});
-  }
-  cpu::NormWeights<T> fill(const CellShape& shape, Index H, const Weights<const T>& weights, const T* bias) {
-    if (!shape.layer_norm) return {};
-    pack_vectors(shape, H, weights.gain_ih, weights.gain_hh, gain);
-    if (!shape.has_c) return {gain, bias, nullptr, nullptr};
-    for (auto [from, to] : {std::pair(weights.gain_c, gain_c), std::pair(weights.bias_c, bias_c)})
-      std::fill(std::copy(from, from + H, to), to + blocks_of(H) * kBlock, T(0));
-    return {gain, bias, gain_c, bias_c};
-  }
-};
-
 }  // namespace
 
 template <class T>
@@ -308,21 +190,23 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
   PackedPtr<T> packed(new PackedWeights<T>);
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
   Layout<T> layout;
-  T *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *bias = nullptr;
+  T *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *projection = nullptr, *bias = nullptr;
   const Index input_step = block_step<T>(I, shape.input.count),
               recurrent_step = block_step<T>(P, shape.recurrent.count),
-              recurrent2_step = shape.recurrent2.count ? block_step<T>(P, shape.recurrent2.count) : 0;
+              recurrent2_step = shape.recurrent2.count ? block_step<T>(P, shape.recurrent2.count) : 0,
+              projection_step = block_step<T>(H, 1);
   PackedNorm<T> norm;
   for (int pass = 0; pass < 2; ++pass) {
     input = layout.take({blocks, input_step});
     recurrent = layout.take({blocks, recurrent_step});
     recurrent2 = layout.take({blocks, recurrent2_step});
+    projection = layout.take({shape.projects ? blocks_of(P) : 0, projection_step});
     bias = layout.take({blocks, shape.accumulators, kBlock});
     norm.take(layout, shape, blocks);
     if (pass == 0) packed->memory = layout.allocate();
   }
   packed->input = {input, input_step}, packed->recurrent = {recurrent, recurrent_step},
-  packed->recurrent2 = {recurrent2, recurrent2_step};
+  packed->recurrent2 = {recurrent2, recurrent2_step}, packed->projection = {projection, projection_step};
   packed->bias = bias;
 
   PackAll<T> all{kernels.pack, {}, 0};
@@ -330,6 +214,8 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
   all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent, recurrent, recurrent_step, 0, blocks};
   if (shape.recurrent2.count)
     all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, blocks};
+  if (shape.projects)
+    all.job[all.count++] = {weights.weight_hr, P, H, cpu::kProjection, projection, projection_step, 0, blocks_of(P)};
   all.run(double(shape.gates) * double(H) * double(I + P), poll);
 
   const cpu::ControlWord word(flush_subnormals.load());
@@ -368,7 +254,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   char* threads = nullptr;
   const Index ahead = projected_steps<T>(shape, n);
   const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B, ahead)) + 64;
-  const Index panel_step = lines<T>(cpu::kPanelVectors * kBlock * (n.I + n.P));
+  const Index panel_step = lines<T>(cpu::kPanelVectors * kBlock * std::max(n.I + n.P, n.H));
+  const bool two_products = shape.phases == 2 || shape.projects;
   Buffer memory;
   const bool keeps = all || shape.phases == 2 || shape.layer_norm;  // read again in the same step
   for (int pass = 0; pass < 2; ++pass) {
@@ -376,7 +263,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     saved = kept_in.take({!(all && outside) && keeps ? rows : 0, shape.saved, n.H});
     c = kept_in.take({!(all && outside) && shape.has_c ? rows : 0, n.H});
     boundary_states = tape_layout.take({outside ? 0 : boundary_count, n.B, n.H});
-    middle = scratch.take({shape.phases == 2 ? n.B : 0, units});
+    middle = scratch.take({two_products ? n.B : 0, units});
     projected = scratch.take({ahead, n.B, blocks, shape.input.count, kBlock});
     zeros = scratch.take({zero_count});
     masks = scratch.take({regularization_memory(problem, split.threads), n.B, units});
@@ -408,7 +295,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   if (by_panel) {
     const cpu::ControlWord word(flush_subnormals.load());
     pack_vectors(shape, n.H, call.weights.bias_ih, call.weights.bias_hh, bias);
-    job.weight_ih = call.weights.weight_ih, job.weight_hh = call.weights.weight_hh, job.bias = bias;
+    job.weight_ih = call.weights.weight_ih, job.weight_hh = call.weights.weight_hh;
+    job.weight_hr = call.weights.weight_hr, job.bias = bias;
     job.panel = panel, job.panel_step = panel_step;
   }
   job.h0 = call.h0, job.c0 = call.c0, job.zeros = zeros;
@@ -425,7 +313,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   job.stream = all && shape.phases == 1 && !shape.layer_norm && row_bytes % 64 == 0 &&
                reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 && (!thresholds || rows * row_bytes > kSharedCache);
   job.boundary_states = boundary_count ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
-  job.middle = shape.phases == 2 ? middle : nullptr;
+  job.middle = two_products ? middle : nullptr;
   job.projected = ahead ? projected : nullptr, job.projected_steps = ahead;
   job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;
   job.rows_outside = !by_panel && rows_outside<T>(shape, n);
@@ -469,16 +357,18 @@ void backward(const BackwardCall<T>& call) {
   const PackedPtr<T> own =
       replay && !call.packed ? pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll) : nullptr;
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
+  const bool two_products = shape.phases == 2 || shape.projects;
   const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column
   Layout<T> layout;
   T *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr, *da = nullptr,
     *boundary = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr, *c = nullptr,
-    *middle = nullptr, *h_out = nullptr, *bias = nullptr, *norm_sums = nullptr, *masks = nullptr;
+    *middle = nullptr, *h_out = nullptr, *bias = nullptr, *norm_sums = nullptr, *masks = nullptr, *projection = nullptr,
+    *dprojection = nullptr;
   PackedNorm<T> norm;
   char *threads = nullptr, *replay_threads = nullptr;
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
   const Index input_step = block_step<T>(units, k_input), recurrent_step = block_step<T>(units, k_recurrent),
-              recurrent2_step = block_step<T>(units, k_recurrent2);
+              recurrent2_step = block_step<T>(units, k_recurrent2), projection_step = block_step<T>(n.P, 1);
   const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
   const Index zero_count = std::max({n.P, units, chunk.da_row});
   const Index replay_steps = replay ? chunk.steps : 0, replay_rows = replay ? n.B : 0;
@@ -490,13 +380,15 @@ void backward(const BackwardCall<T>& call) {
     input = layout.take({call.dx ? blocks_of(n.I) : 0, input_step});
     recurrent = layout.take({blocks_of(n.P), recurrent_step});
     recurrent2 = layout.take({k_recurrent2 ? blocks_of(n.P) : 0, recurrent2_step});
+    projection = layout.take({shape.projects ? blocks : 0, projection_step});
     dpacked = layout.take({need_weights ? blocks : 0, dpacked_block});
+    dprojection = layout.take({dw.weight_hr ? blocks_of(n.P) : 0, n.H, kBlock});
     da = layout.take({chunk.steps, n.B, chunk.da_row});
     boundary = layout.take({n.B, chunk.da_row});
     inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
     saved = layout.take({replay_steps, n.B, shape.saved, n.H});
     c = layout.take({shape.has_c ? replay_steps : 0, n.B, n.H});
-    middle = layout.take({shape.phases == 2 ? replay_rows : 0, units});
+    middle = layout.take({two_products ? replay_rows : 0, units});
     h_out = layout.take({replay_rows, n.P});
     replay_threads = reinterpret_cast<char*>(
         layout.take({replay ? split.threads : 0, (replay_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
@@ -520,6 +412,8 @@ void backward(const BackwardCall<T>& call) {
   if (k_recurrent2)
     all.job[all.count++] = {call.weights.weight_hh, n.H, n.P,           shape.recurrent2, recurrent2,
                             recurrent2_step,        0,   blocks_of(n.P)};
+  if (shape.projects)
+    all.job[all.count++] = {call.weights.weight_hr, n.P, n.H, cpu::kProjection, projection, projection_step, 0, blocks};
   all.run(double(shape.gates) * double(n.H) * double(n.I + n.P), call.poll);
 
   cpu::BackwardJob<T> job{};
@@ -527,7 +421,7 @@ void backward(const BackwardCall<T>& call) {
   job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks;
   job.x = call.x.data, job.x_step = call.x.step, job.x_row = call.x.row;
   job.input = {input, input_step}, job.recurrent = {recurrent, recurrent_step},
-  job.recurrent2 = {recurrent2, recurrent2_step};
+  job.recurrent2 = {recurrent2, recurrent2_step}, job.projection = {projection, projection_step};
   job.h0 = call.h0, job.c0 = shape.has_c ? call.c0 : nullptr, job.zeros = zeros;
   job.y = call.y;
   job.kept = {0,
@@ -546,7 +440,7 @@ void backward(const BackwardCall<T>& call) {
     set_weights(again, *packed);
     again.h0 = job.h0, again.c0 = job.c0, again.zeros = zeros;
     again.y = job.y, again.h_out = h_out;
-    again.middle = shape.phases == 2 ? middle : nullptr;
+    again.middle = two_products ? middle : nullptr;
     again.rows_outside = rows_outside<T>(shape, n);
     again.scratch = replay_threads, again.scratch_step = replay_bytes;
     again.regularization = job.regularization;
@@ -559,7 +453,9 @@ void backward(const BackwardCall<T>& call) {
   job.dx = call.dx, job.dh0 = call.dh0, job.dc0 = call.dc0;
   job.need_weights = need_weights;
   job.dpacked = dpacked, job.dpacked_block = dpacked_block;
+  job.dprojection = dw.weight_hr ? dprojection : nullptr;
   job.dweight_ih = dw.weight_ih, job.dweight_hh = dw.weight_hh, job.dbias_ih = dw.bias_ih, job.dbias_hh = dw.bias_hh;
+  job.dweight_hr = dw.weight_hr;
   if (shape.layer_norm) {
     const cpu::ControlWord word(flush_subnormals.load());
     pack_vectors(shape, n.H, call.weights.bias_ih, call.weights.bias_hh, bias);

@@ -13,6 +13,8 @@ namespace FUSEDRNN_LEVEL {
 
 using cpu::Index;
 
+FUSEDRNN_INLINE Index blocks_of(Index n) { return (n + cpu::kBlock - 1) / cpu::kBlock; }
+
 // Units of a block in the tape: the last one has only those there are.
 FUSEDRNN_INLINE Index units_of(Index H, Index block) {
   return H - block * cpu::kBlock < cpu::kBlock ? H - block * cpu::kBlock : cpu::kBlock;

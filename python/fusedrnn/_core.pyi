@@ -28,6 +28,7 @@ def pack(
     gain_hh: _Array | None = None,
     gain_c: _Array | None = None,
     bias_c: _Array | None = None,
+    weight_hr: _Array | None = None,
 ) -> Packed: ...
 def forward(
     packed: Packed,
@@ -47,7 +48,7 @@ def forward(
 # ``out`` of run_backward, are written to; None for what is not wanted.
 def run_forward(
     cell: int,
-    weights: Packed | tuple[Any, ...],  # packed, or eight
+    weights: Packed | tuple[Any, ...],  # packed, or in the order of pack
     x: Any,  # (T, B, I), or one step, (B, I)
     h0: Any,
     c0: Any,
@@ -89,7 +90,7 @@ def cell_layout(
     cell: int, regularized: bool
 ) -> tuple[str, int, int, bool, list[tuple[int, list[int]]], bool]: ...
 def tape_shape(
-    cell: int, T: int, B: int, I: int, H: int, recompute: bool, regularized: bool, float64: bool
+    cell: int, T: int, B: int, I: int, H: int, P: int, recompute: bool, regularized: bool, float64: bool
 ) -> tuple[int, int]: ...
 def empty(rows: int, width: int, float64: bool) -> _Array: ...
 def take_tensors(tensor: type, parameter: type, api: Any) -> None: ...

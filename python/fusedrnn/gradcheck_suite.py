@@ -247,31 +247,34 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
         return rng.uniform(-(H**-0.5), H**-0.5, shape)
 
     absent = {"ih": ["bias_hh"], "hh": ["bias_ih"], "both": []}.get(biases, ["bias_ih", "bias_hh"])
-    plain = {n: count * H for n, count in cell.blocks.items() if n not in (*absent, *cell.vectors)}
+    P = 2 * H // 3 if cell.projects else H
+    widths = cell.widths(H, P)
     weights: tuple[dict[str, Array], ...] = ()
     for n in range(N):
-        columns = {"weight_ih": (I if n < D else H * D,), "weight_hh": (H,)}
-        weights += ({name: uniform(rows, *columns.get(name, ())) for name, rows in plain.items()},)
+        shapes = cell.shapes(I if n < D else P * D, H, P)
+        weights += ({n: uniform(*s) for n, s in shapes.items() if n not in (*absent, *cell.vectors)},)
     weights = tuple(w | _norm_weights(cell, H, rng) for w in weights)
     lengths = rng.integers(1, T + 1, B) if option.lengths else None
     if lengths is not None:
         lengths[: min(2, B)] = (T, 0)[: min(2, B)]
-    states, starts = len(cell.states), cell.trace.start.values()
+    starts = cell.trace.start.values()
     keep = 1 - option.dropout
     problem = _Problem(
         cell,
         option,
         x=normal(T, B, I),
         weights=weights,
-        state0=tuple(_state(start, normal(N, B, H)) for start in starts) if option.state0 else None,
+        state0=tuple(_state(start, normal(N, B, width)) for start, width in zip(starts, widths, strict=True))
+        if option.state0
+        else None,
         lengths=lengths,
         reset=rng.random((T, B)) < 0.1 if option.reset else None,
-        masks=tuple(np.where(rng.random((T, B, H * D)) < keep, 1 / keep, 0) for _ in range(option.layers - 1))
+        masks=tuple(np.where(rng.random((T, B, P * D)) < keep, 1 / keep, 0) for _ in range(option.layers - 1))
         if option.dropout
         else None,
-        dy=normal(T, B, H * D),
-        dstateT=tuple(normal(N, B, H) for _ in range(states)),
-        dstates=tuple(normal(N, T, B, H) for _ in range(states)) if option.return_states else None,
+        dy=normal(T, B, P * D),
+        dstateT=tuple(normal(N, B, width) for width in widths),
+        dstates=tuple(normal(N, T, B, width) for width in widths) if option.return_states else None,
     )
     return problem.cast(dtype)
 

@@ -3,7 +3,8 @@
     y, stateT, states, tape = forward(lstm, x, {"weight_ih": weight_ih, "weight_hh": weight_hh})
     dx, dweights, dstate0 = backward(tape, dy)
 
-Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (= H), ``G`` gates. What a
+Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (H for
+cells that project nothing), ``G`` gates. What a
 call means in detail (padding, resets, direction) is in ``fusedrnn.backends.protocol``; several layers are in
 ``fusedrnn.multilayer``. With CuPy arrays in place of NumPy's a call runs on their GPU (docs/cuda.md). All
 arrays of a call are of one kind.

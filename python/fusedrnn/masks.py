@@ -49,7 +49,7 @@ def keep(rate: float, kind: str, seed: int, stream: int, time: int, rows: Array,
         stream: Of the same seed, other masks: layer * directions + direction.
         time: The index of the step in the sequence, also when it runs in reverse; 0 for recurrent dropout.
         rows: Numbers of rows of the batch.
-        units: H.
+        units: H, or P where it masks a first state that is projected.
     """
     counter = np.empty((len(rows), -(-units // 4), 4), np.uint32)
     counter[..., 0] = np.arange(counter.shape[1])

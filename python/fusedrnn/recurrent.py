@@ -30,6 +30,7 @@ class Recurrent(Layer):
     Args:
         cell: what a step computes, such as ``fusedrnn.cells.lstm`` or a function of your own.
         hidden_size: H.
+        proj_size: P, of a cell that projects its first state (``p.project``): 1 to H; else 0.
         in_size: I; None: the first call tells.
         num_layers: layers one above the other; the upper ones read the h of the one below.
         bidirectional: a second set of weights runs through time backwards; y is ``(T, B, 2*H)``. Such a
@@ -47,9 +48,10 @@ class Recurrent(Layer):
         backend: the name of a backend; None: the best one.
         recompute: keep few states for backward and run forward again there, to save memory.
 
-    Parameters: those of the cell, ``cell.blocks``. ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, H),
-        ``bias_ih`` (G*H,), ``bias_hh`` (G*H,), all others (H,) or a multiple of H. With several layers or
-        directions their names end in ``_l0``, ``_l1_reverse`` and so on, as in PyTorch.
+    Parameters: those of the cell, ``cell.blocks``. ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, P), P being H
+        where nothing is projected, ``bias_ih`` (G*H,), ``bias_hh`` (G*H,), ``weight_hr`` (P, H), all others
+        (H,) or a multiple of H. With several layers or directions their names end in ``_l0``,
+        ``_l1_reverse`` and so on, as in PyTorch.
 
     Every matrix of a gate starts as ``randn(I, H) * sqrt(1 / I)`` and lies transposed in its place; biases
     start at zero, gains at one, other vectors as the cell says. Drawn from NumPy's global generator, layer by
@@ -81,9 +83,12 @@ class Recurrent(Layer):
         fused: bool = True,
         backend: str | None = None,
         recompute: bool = False,
+        proj_size: int = 0,
     ) -> None:
         self.cell = check_cell(cell)
         self.hidden_size = check_whole("hidden_size", hidden_size)
+        limits = (1, self.hidden_size) if cell.projects else (0, 0)
+        self.proj_size = check_whole("proj_size", proj_size, *limits)
         self.in_size = None if in_size is None else check_whole("in_size", in_size)
         self.num_layers = check_whole("num_layers", num_layers)
         self.bidirectional = bool(bidirectional)
@@ -126,6 +131,16 @@ class Recurrent(Layer):
     def two_biases(self) -> bool:
         return self.cell.two_biases
 
+    @property
+    def out_size(self) -> int:
+        """P"""
+        return self.proj_size or self.hidden_size
+
+    def _widths(self) -> dict[str, int]:
+        """Of each state how many units it has."""
+        widths = self.cell.widths(self.hidden_size, self.out_size)
+        return dict(zip(self.cell.states, widths, strict=True))
+
     # State
 
     def reset_state(self) -> None:
@@ -138,16 +153,15 @@ class Recurrent(Layer):
 
     @property
     def state(self) -> State | None:
-        """``(h,)`` or ``(h, c)``, or None after ``reset_state``. Each is ``(B, H)``; with several layers or
-        directions ``(L*D, B, H)``. Arrays and variables can be set."""
+        """``(h,)`` or ``(h, c)``, or None after ``reset_state``. Each is ``(B, H)``, of a projection h ``(B,
+        P)``; with several layers or directions they are stacked. Arrays and variables can be set."""
         own = {name: vars(self)[name] for name in self.cell.states}
         there = [s for s in own.values() if s is not None]
         if not there:
             return None
-        data, start = as_variable(there[0])._data, self.cell.trace.start
-        return tuple(
-            as_variable(self.xp.full_like(data, start[name]) if s is None else s) for name, s in own.items()
-        )
+        data, start, widths = as_variable(there[0])._data, self.cell.trace.start, self._widths()
+        missing = {n: self.xp.full((*data.shape[:-1], widths[n]), start[n], data.dtype) for n in own}
+        return tuple(as_variable(missing[name] if s is None else s) for name, s in own.items())
 
     @state.setter
     def state(self, value: tuple[Any, ...] | None) -> None:
@@ -170,8 +184,8 @@ class Recurrent(Layer):
         if given is None:
             return None
         layers = len(self.suffixes)
-        expected = (batch, self.hidden_size) if layers == 1 else (layers, batch, self.hidden_size)
-        for name, s in zip(self.cell.states, given, strict=True):
+        for (name, width), s in zip(self._widths().items(), given, strict=True):
+            expected = (batch, width) if layers == 1 else (layers, batch, width)
             what = "the carried state" if state is None else "the state passed in"
             self._check_device(what, s)
             if s._data.shape != expected:
@@ -266,7 +280,7 @@ class Recurrent(Layer):
         """A sequence, fused or not. Dropout between layers draws from NumPy's global generator."""
         masks = None
         if config.train and self.dropout:
-            shape = (*x.shape[:2], self.hidden_size * (2 if self.bidirectional else 1))
+            shape = (*x.shape[:2], self.out_size * (2 if self.bidirectional else 1))
             scale = 1 / (1 - self.dropout)
             keeps = [np.random.rand(*shape) >= self.dropout for _ in range(self.num_layers - 1)]
             masks = [self.to_device(np.where(keep, scale, 0).astype(self.dtype)) for keep in keeps]
@@ -356,23 +370,29 @@ class Recurrent(Layer):
         found = {name: p for name, p in found.items() if p is not None}
         if "weight_hh" in found and found["weight_hh"]._data is None:  # not drawn before a state needs it
             rows = self.cell.blocks["weight_hh"] * self.hidden_size
-            found["weight_hh"] = as_variable(self.xp.zeros((rows, self.hidden_size), self.dtype))
+            found["weight_hh"] = as_variable(self.xp.zeros((rows, self.out_size), self.dtype))
         return found
 
     # Sizes, start, files
 
+    def _shapes(self, k: int) -> dict[str, tuple[Any, ...]]:
+        """Of the parameters of one layer and direction; the number of inputs may be None."""
+        D, P = 2 if self.bidirectional else 1, self.out_size
+        return self.cell.shapes(self.in_size if k < D else P * D, self.hidden_size, P)
+
     def _draw(self, hidden: bool) -> None:
         """Draw every matrix whose sizes are known and that has no values yet."""
-        H, D = self.hidden_size, 2 if self.bidirectional else 1
+        D = 2 if self.bidirectional else 1
         for k, suffix in enumerate(self.suffixes):
-            columns = self.in_size if k < D else H * D
-            for name, size in (("weight_ih", columns), ("weight_hh", H if hidden or k >= D else None)):
+            for name, shape in self._shapes(k).items():
                 p = vars(self).get(name + suffix)
-                if p is not None and p._data is None and size is not None:
-                    blocks = self.cell.blocks[name]
-                    matrix = np.empty((blocks * H, size), self.dtype)
-                    for gate in self.draws or range(blocks):
-                        matrix[gate * H : (gate + 1) * H] = drawn(size, H, self.dtype).T
+                late = name == "weight_hh" and not hidden and k < D
+                if p is not None and p._data is None and shape[-1] is not None and not late:
+                    matrix = np.empty(shape, self.dtype)
+                    blocks = np.split(matrix, self.cell.blocks[name])
+                    own_order = None if name == "weight_hr" else self.draws
+                    for gate in own_order or range(len(blocks)):
+                        blocks[gate][...] = drawn(shape[1], len(blocks[gate]), self.dtype).T
                     p.assign(self.to_device(matrix))
 
     def _settle(self, in_size: int, needs_hidden: bool) -> None:
@@ -384,14 +404,11 @@ class Recurrent(Layer):
             self._draw(hidden=True)
 
     def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
-        H, D = self.hidden_size, 2 if self.bidirectional else 1
         shapes: dict[str, tuple[int | None, ...] | None] = {}
         for k, suffix in enumerate(self.suffixes):
-            columns = self.in_size if k < D else H * D
-            widths: dict[str, tuple[int | None, ...]] = {"weight_ih": (columns,), "weight_hh": (H,)}
-            for name, blocks in self.cell.blocks.items():
+            for name, shape in self._shapes(k).items():
                 if vars(self)[name + suffix] is not None:
-                    shapes[name + suffix] = (blocks * H, *widths.get(name, ()))
+                    shapes[name + suffix] = shape
         return shapes
 
     def dtype_of(self, name: str, array: Array) -> np.dtype[Any]:
@@ -461,7 +478,8 @@ class LSTM(Recurrent):
     ``i, f, o = sigmoid``, ``g = tanh`` of ``x W + h U + b``, each of its own; ``c = f*c + i*g``, ``h =
     o*tanh(c)`` (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000). Memory order i f g o;
     drawn as f i o g. The forget gate's biases start at ``forget_bias``; 1 keeps more of c at the start of a
-    training (Jozefowicz et al. 2015). ``layer_norm`` normalises the gates' input and recurrent parts, and c
+    training (Jozefowicz et al. 2015). With ``proj_size`` ``h = weight_hr (o*tanh(c))`` has so many units
+    (Sak et al. 2014). ``layer_norm`` normalises the gates' input and recurrent parts, and c
     on its way to h (Ba, Kiros and Hinton 2016), with ``gain_ih`` and ``gain_hh`` (4*H,), ``gain_c`` and
     ``bias_c`` (H,).
     """
@@ -476,10 +494,11 @@ class LSTM(Recurrent):
         *,
         forget_bias: float = 0.0,
         layer_norm: bool = False,
+        proj_size: int = 0,
         **options: Any,
     ) -> None:
-        cell = cells.lstm.with_options(layer_norm=bool(layer_norm))
-        super().__init__(cell, hidden_size, in_size, **options)
+        cell = cells.lstm.with_options(layer_norm=bool(layer_norm), project=proj_size != 0)
+        super().__init__(cell, hidden_size, in_size, proj_size=proj_size, **options)
         for suffix in self.suffixes:
             bias = vars(self)["bias_ih" + suffix]
             if bias is not None:

@@ -49,6 +49,15 @@ class UnfusedStep(Step):
 
     operations = OPERATIONS
 
+    def units(self) -> int:
+        """H"""
+        H: int = self.weights["weight_ih"].shape[1] // self.cell.blocks["weight_ih"]
+        return H
+
+    def project(self, value: Variable) -> Variable:
+        """The product with weight_hr."""
+        return F.linear(value, self.weights["weight_hr"])
+
     @functools.cached_property
     def _products(self) -> dict[Node, tuple[int, Variable]]:
         """Of each operand the first block of weights that it meets, and its product with all of them."""
@@ -159,8 +168,8 @@ def _through_time(
 
 def _first(layer: Recurrent, begin: State | None, slot: int, batch: int) -> State:
     if begin is None:
-        shape, start = (batch, layer.hidden_size), layer.cell.trace.start.values()
-        return tuple(as_variable(layer.xp.full(shape, n, layer.dtype)) for n in start)
+        starts = zip(layer.cell.trace.start.values(), layer._widths().values(), strict=True)
+        return tuple(as_variable(layer.xp.full((batch, width), n, layer.dtype)) for n, width in starts)
     return begin if len(layer.suffixes) == 1 else tuple(s[slot] for s in begin)
 
 

@@ -115,7 +115,59 @@ def normalised_gate_not_used(p, x, h):
     return tanh(i)
 
 
-@bad("no linear", "p.dense", "p.vector", "p.layer_norm", "p.rms_norm")
+@bad("p.project", "one projection", "second")
+def projected_twice(p, x, h, c):
+    h = p.project(tanh(p.dense("a", x, h)))
+    return h, p.project(c)  # here
+
+
+@bad("p.project", "got x", "before the layer")
+def input_projected(p, x, h):
+    return p.project(x)  # here
+
+
+@bad("p.project", "one number for each unit", "vector")
+def vector_projected(p, x, h):
+    return p.project(p.vector("v"))  # here
+
+
+@bad("p.project", "return p.project(h)", "nothing else")
+def projection_in_a_sum(p, x, h):
+    a = p.project(tanh(p.dense("a", x, h)))
+    return a + 1  # here
+
+
+@bad("p.dense", "a projected value")
+def projection_as_an_operand(p, x, h):
+    a = p.project(tanh(p.dense("a", x, h)))
+    return tanh(p.dense("b", a))  # here
+
+
+@bad("new c", "a projected value")
+def projection_as_the_second_state(p, x, h, c):
+    a = tanh(p.dense("a", x, h))
+    return a + c, p.project(a)  # here
+
+
+@bad("the projection", "not used", "leave it out")
+def projection_not_used(p, x, h):
+    a = tanh(p.dense("a", x, h))
+    p.project(a)  # here
+    return a
+
+
+@bad("state h", "size of its own", "p.dense")
+def projected_state_in_a_sum(p, x, h, c):
+    c = tanh(p.dense("a", x, h)) + h * c
+    return p.project(c), c  # here
+
+
+@bad("state h", "size of its own", "p.dense")
+def projected_state_as_another(p, x, h, c):
+    return p.project(tanh(p.dense("a", x, h) + c)), h  # here
+
+
+@bad("no linear", "p.dense", "p.vector", "p.layer_norm", "p.rms_norm", "p.project")
 def unknown_method_of_p(p, x, h):
     return tanh(p.linear("a", x, h))  # here
 

@@ -59,6 +59,9 @@ class Parameters:
             total = [a + b for a, b in zip(total, parts, strict=True)]
         return total if len(total) > 1 else total[0]
 
+    def project(self, value):
+        return value @ self.weights["weight_hr"].T
+
     def vector(self, name, init=0):
         return self.weights[name]
 
@@ -86,6 +89,6 @@ def new_states(cell, weights, x, before, scalars):
     old = cell.function
     names = {name: IDS.get(id(value), value) for name, value in old.__globals__.items()}
     function = types.FunctionType(old.__code__, names, old.__name__, old.__defaults__, old.__closure__)
-    p = Parameters(weights, x, before[0].shape[-1])
+    p = Parameters(weights, x, len(weights["weight_ih"]) // cell.blocks["weight_ih"])
     found = function(p, x, *before, **cell.options, **scalars)
     return found if isinstance(found, tuple) else (found,)

@@ -160,8 +160,20 @@ KINDS = {
         (
             "state: what goes through products replaces the rest",
             EVALUATION,
-            "sum(parts[1:], start=parts[0]) if parts",
-            "parts[0] if parts",
+            "sum(parts[1:], start=np.broadcast_to(parts[0], zeros.shape)) if parts",
+            "np.broadcast_to(parts[0], zeros.shape) if parts",
+        ),
+        (
+            "weight_hr: the gradient of c in place of that of h",
+            EVALUATION,
+            "dweight += self.values[self.cell.gradient.upstream[h]].T",
+            "dweight += self.values[[*self.cell.gradient.upstream.values()][-1]].T[: len(dweight)]",
+        ),
+        (
+            "a projection: the other sign",
+            GRADIENT,
+            'Term(1, g.node("project_transposed", term.node, shape=UNIT))',
+            'Term(1, g.neg(g.node("project_transposed", term.node, shape=UNIT)))',
         ),
         (
             "transposed: the first block of weights for every operand",
@@ -212,8 +224,14 @@ KINDS = {
         (
             "the operands of products are not wanted",
             SAVED,
-            'if n.op == "dense" for a in n.args}',
-            'if n.op == "transposed" for a in n.args}',
+            'n.op in ("dense", "project") for a in n.args}',
+            'n.op == "project" for a in n.args}',
+        ),
+        (
+            "what is projected is not wanted",
+            SAVED,
+            'n.op in ("dense", "project") for a in n.args}',
+            'n.op == "dense" for a in n.args}',
         ),
         ("a norm is saved, as one value", SAVED, 'n.shape == UNIT and n.op != "item"', 'n.op != "item"'),
         ("a product is made again", SAVED, 'make = IMPOSSIBLE if n.op == "dense" else COST', "make = COST"),
@@ -292,7 +310,9 @@ KINDS = {
     "rounds": [
         ("a norm does not wait", ROUNDS, '"normalise", "transposed"', '"transposed"'),
         ("a transposed product does not wait", ROUNDS, '"transposed", ', ""),
-        ("the gradient of a norm does not wait", ROUNDS, ', "normalise_gradient"}', "}"),
+        ("the gradient of a norm does not wait", ROUNDS, ', "normalise_gradient"', ""),
+        ("a projection does not wait", ROUNDS, ', "project"', ""),
+        ("the gradient of a projection does not wait", ROUNDS, ', "project_transposed"', ""),
         ("a product does not wait", ROUNDS, 'WAITS = {"dense", ', "WAITS = {"),
         ("the first argument is enough", ROUNDS, "for a in n.args)", "for a in n.args[:1])"),
         ("the smallest round of the arguments", ROUNDS, "max((found[a]", "min((found[a]"),

@@ -29,6 +29,22 @@ def peephole_lstm(p, x, h, c):
 
 
 @cell
+def lstmp(p, x, h, c):
+    """Sak et al. 2014."""
+    i, f, g, o = p.dense("i f g o", x, h)
+    i, f = sigmoid(i + p.vector("pi") * c), sigmoid(f + p.vector("pf") * c)
+    c = f * c + i * tanh(g)
+    return p.project(sigmoid(o + p.vector("po") * c) * tanh(c)), c
+
+
+@cell
+def projected_rnn(p, x, h):
+    """No state has H units, and no other gradient than weight_hr's needs what is projected."""
+    a, b = p.dense("a b", x, h)
+    return p.project(tanh(a) + b)
+
+
+@cell
 def ind_rnn(p, x, h):
     """Li et al. 2018."""
     return relu(p.dense("a", x) + p.vector("u", init=1) * h)
@@ -155,6 +171,8 @@ BUILTIN = [
     builtin.lstm.with_options(layer_norm=True),
     builtin.gru.with_options(layer_norm=True),
     builtin.gru.with_options(reset_after=False, layer_norm=True),
+    builtin.lstm.with_options(project=True),
+    builtin.lstm.with_options(project=True, layer_norm=True),
 ]
 PUBLISHED = [
     peephole_lstm,
@@ -171,5 +189,7 @@ PUBLISHED = [
     sru,
     co_rnn,
     dreamer_gru,
+    lstmp,
+    projected_rnn,
 ]
 CELLS = [*BUILTIN, *PUBLISHED, everything]

@@ -6,7 +6,7 @@ import numpy as np
 
 from fusedrnn.cells.evaluation import Evaluation
 
-T, B, I, H = 3, 2, 3, 4
+T, B, I, H, P = 3, 2, 3, 4, 3
 
 
 def draw(cell, dtype, seed=0):
@@ -17,14 +17,15 @@ def draw(cell, dtype, seed=0):
     def normal(*shape):
         return rng.standard_normal(shape).astype(dtype)
 
-    weights = {}
-    for name, blocks in t.blocks.items():
-        columns = {"weight_ih": (I,), "weight_hh": (H,)}.get(name, ())
-        weights[name] = normal(len(blocks) * H, *columns) / 2 + (1 if t.begin.get(name) == 1 else 0)
+    width = P if cell.projects else H
+    shapes, widths = cell.shapes(I, H, width), dict(zip(t.states, cell.widths(H, width), strict=True))
+    weights = {n: normal(*shapes[n]) / 2 + (1 if t.begin.get(n) == 1 else 0) for n in t.blocks}
     found = {"weights": weights, "x": {"x": normal(T, B, I)}}
-    found["states"] = {s: np.abs(normal(B, H)) + 1 / 2 if t.start[s] else normal(B, H) for s in t.states}
+    found["states"] = {
+        s: np.abs(normal(B, width)) + 1 / 2 if t.start[s] else normal(B, width) for s, width in widths.items()
+    }
     found["scalars"] = {s: np.abs(normal(T, B, 1)) + 1 / 4 for s in t.scalars}
-    return found, normal(T, B, H), {s: normal(B, H) for s in t.states}
+    return found, normal(T, B, width), {s: normal(B, width) for s, width in widths.items()}
 
 
 def forward(cell, weights, x, states, scalars):

@@ -17,7 +17,7 @@ import sequences
 from fusedrnn.cells import cpp, definition, saved
 from fusedrnn.cells.graph import UNIT
 from fusedrnn.cells.symbols import exp, sqrt, tanh
-from published import BUILTIN, CELLS, PUBLISHED, everything
+from published import BUILTIN, CELLS, PUBLISHED, everything, projected_rnn
 
 pytestmark = pytest.mark.quick
 
@@ -83,6 +83,8 @@ def test_nothing_derived_has_changed():
         (BUILTIN[5], ["dense a"] * 2),
         (BUILTIN[6], [f"dense {gate}" for gate in "ifgo"] * 2),
         (BUILTIN[7], [*["dense r", "dense z"] * 2, *["dense n"] * 2]),
+        (BUILTIN[9], ["sigmoid i", "sigmoid f", "tanh g", "sigmoid o"]),
+        (projected_rnn, ["tanh a", "add"]),
     ],
     **ids,
 )
@@ -104,7 +106,7 @@ def price(cell, kept):
     forward = set(cell.forward_nodes)
     there = {n for n in forward if n.op in ("state", "input", "constant")} | set(cell.trace.after.values())
     wanted = saved._read_by_backward(cell.gradient, forward)
-    left = [*wanted, *(a for n in forward if n.op == "dense" for a in n.args)]
+    left = [*wanted, *(a for n in forward if n.op in ("dense", "project") for a in n.args)]
     total, seen = SAVE * len(kept), set()
     fused = set(cell.fused.values())
     while left:
@@ -112,7 +114,7 @@ def price(cell, kept):
         if n in there or n in kept or n in seen:
             continue
         seen.add(n)
-        if n.op == "dense":
+        if n.op in ("dense", "project"):
             return None
         if n.shape == UNIT and n.op != "item" and n not in fused:
             total += COST.get(n.op, 1)

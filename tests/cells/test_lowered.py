@@ -53,7 +53,7 @@ FEW = [product_returned, late_sums, early_factor_last, late_factor_last]
 each_cell = pytest.mark.parametrize("cell", [*CELLS, *FEW], ids=repr)
 
 # What reads all units of a row: a product with a matrix, a norm, and their gradients.
-READS_ROWS = ("dense", "transposed", "normalise", "normalise_gradient")
+READS_ROWS = ("dense", "transposed", "normalise", "normalise_gradient", "project", "project_transposed")
 
 
 def evaluated(cell):
@@ -97,10 +97,10 @@ def test_backward_needs_only_states_and_what_is_saved(cell):
     step, given, kept = evaluated(cell)
     expected, step.values = step.values, {n: step.values[n] for n in given | kept}
     for operation in cell.backward:
-        assert operation.op != "dense"  # no product of forward is made again
+        assert operation.op not in ("dense", "project")  # no product of forward is made again
         step.values[operation.node] = compute(step, operation)
     check_equal(step, expected, cell.gradient.outputs)
-    for product in cell.gradient.dense:
+    for product in (n for n in cell.forward_nodes if n.op in ("dense", "project")):
         for operand in product.args:
             if operand.op != "input":  # for the gradient of the weights
                 assert operand in given | kept or can_be_made(operand, given | kept)
@@ -108,7 +108,9 @@ def test_backward_needs_only_states_and_what_is_saved(cell):
 
 def can_be_made(n, there):
     """Whether a value can be made of these, without a product."""
-    return n in there or (n.op not in ("dense", "state") and all(can_be_made(a, there) for a in n.args))
+    return n in there or (
+        n.op not in ("dense", "project", "state") and all(can_be_made(a, there) for a in n.args)
+    )
 
 
 # --- rounds -------------------------------------------------------------------------------------------------
@@ -150,6 +152,7 @@ def test_round_by_round_every_value_is_there_in_time(cell, which):
         (ltc, 1, 1),
         (dreamer_gru, 2, 2),
         (everything, 3, 3),
+        (BUILTIN[9], 2, 2),  # the projection, and its gradient before that of the products
     ],
     ids=repr,
 )

@@ -28,7 +28,7 @@ CPU = CpuBackend()
 T, B, I, H = 4, 3, 2, 5
 ERRORS = (TypeError, ValueError, OverflowError, MemoryError)
 NAMES = (
-    r"(x|weights?(_ih|_hh)?|(bias|gain)_(ih|hh|c)|state0|h0|c0|lengths|reset|dy|dstateT|dstates|d[hc]T|"
+    r"(x|weights?(_ih|_hh|_hr)?|(bias|gain)_(ih|hh|c)|state0|h0|c0|lengths|reset|dy|dstateT|dstates|d[hc]T|"
     r"d[hc]_states|"
 )
 NAMED = re.compile(
@@ -371,7 +371,7 @@ def test_anything_for_any_argument_of_the_compiled_module(data):
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_overlapping_inputs_are_read_only_and_right(cell):
     """x, dy and the states may be views of one another."""
-    p = problem(cell, 6, 5, 9, 9, dtype=np.float32)
+    p = problem(cell, 6, 5, 9, 9, dtype=np.float32, P=9)
     memory = np.random.default_rng(0).standard_normal(6 * 5 * 9 + 50).astype(np.float32)
     before = memory.copy()
     x, dy = memory[:270].reshape(6, 5, 9), memory[7:277].reshape(6, 5, 9)

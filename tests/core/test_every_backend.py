@@ -13,11 +13,11 @@ import emulated
 from fusedrnn.backends import get
 from fusedrnn.backends.cuda import CudaBackend
 from fusedrnn.cells import lstm, rnn
-from problems import CELLS, assert_bitwise_equal, assert_standard, name, named, problem, run
+from problems import PLAIN, assert_bitwise_equal, assert_standard, name, named, problem, run
 
 REFERENCE = get("reference")
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
-cells = pytest.mark.parametrize("cell", CELLS, ids=name)
+cells = pytest.mark.parametrize("cell", PLAIN, ids=name)
 
 
 @pytest.fixture(scope="module", params=["numba", "cuda"])

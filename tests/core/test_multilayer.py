@@ -20,18 +20,20 @@ T, B, I, H = 6, 4, 3, 5
 
 def stacked(cell: Cell, L: int, D: int, dtype: Any = np.float64) -> dict[str, Any]:
     """Weights, state and upstream gradients of several layers."""
+    P = problem(cell, T, B, I, H).dy.shape[2]
+    widths = cell.widths(H, P)
     rng = np.random.default_rng([L, D])
     parts = [
-        problem(cell, T, B, I if n < D else D * H, H, seed=n, biases="both", dtype=dtype)
+        problem(cell, T, B, I if n < D else D * P, H, seed=n, biases="both", dtype=dtype)
         for n in range(L * D)
     ]
     return {
         "x": parts[0].x,
         "weights": [p.weights for p in parts],
         "state0": tuple(np.stack([p.state0[k] for p in parts]) for k in range(len(cell.states))),
-        "dy": rng.standard_normal((T, B, D * H)).astype(dtype),
-        "dstateT": tuple(rng.standard_normal((L * D, B, H)).astype(dtype) for _ in cell.states),
-        "dstates": tuple(rng.standard_normal((L * D, T, B, H)).astype(dtype) for _ in cell.states),
+        "dy": rng.standard_normal((T, B, D * P)).astype(dtype),
+        "dstateT": tuple(rng.standard_normal((L * D, B, width)).astype(dtype) for width in widths),
+        "dstates": tuple(rng.standard_normal((L * D, T, B, width)).astype(dtype) for width in widths),
     }
 
 
@@ -89,8 +91,9 @@ class TestComposition:
     def test_by_hand(self, cell: Any) -> None:
         """Two layers, two directions, masks, lengths, resets, gradients of all states: call by call."""
         s = stacked(cell, 2, 2)
+        P = s["dy"].shape[2] // 2
         rng = np.random.default_rng(7)
-        mask = dropout_mask(rng, 0.4, (T, B, 2 * H), np.float64)
+        mask = dropout_mask(rng, 0.4, (T, B, 2 * P), np.float64)
         options = {
             "lengths": np.array([6, 0, 3, 5]),
             "reset": rng.random((T, B)) < 0.3,
@@ -114,10 +117,10 @@ class TestComposition:
         high = [layer(n, middle) for n in (2, 3)]
         np.testing.assert_array_equal(got["y"], np.concatenate([f.y for f in high], axis=2))
         g_high = [
-            back(n, f, s["dy"][..., (n - 2) * H : (n - 1) * H]) for n, f in zip((2, 3), high, strict=True)
+            back(n, f, s["dy"][..., (n - 2) * P : (n - 1) * P]) for n, f in zip((2, 3), high, strict=True)
         ]
         dmiddle = (g_high[0].dx + g_high[1].dx) * mask
-        g_low = [back(n, f, dmiddle[..., n * H : (n + 1) * H]) for n, f in enumerate(low)]
+        g_low = [back(n, f, dmiddle[..., n * P : (n + 1) * P]) for n, f in enumerate(low)]
         np.testing.assert_array_equal(got["dx"], g_low[0].dx + g_low[1].dx)
         for n, (f, g) in enumerate(zip(low + high, g_low + g_high, strict=True)):
             for key, d in g.dweights.items():

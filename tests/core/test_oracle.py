@@ -24,7 +24,7 @@ ORACLE_ERROR = {np.complex128: 1e-15, np.clongdouble: 5e-19}
 def mp_loss(p: problems.Problem, v: dict[str, Any]) -> Any:
     """The oracle's loss in mpmath, number by number, without options; every formula written again."""
     T, B, _ = p.x.shape
-    H = p.weights["weight_hh"].shape[1]
+    H = p.state0[-1].shape[1]
     zero = mpmath.mpf(0)
 
     def sigmoid(a: Any) -> Any:
@@ -51,6 +51,8 @@ def mp_loss(p: problems.Problem, v: dict[str, Any]) -> Any:
                 a = [m + n for m, n in zip(ax, ah, strict=True)]
                 c = [sigmoid(a[H + u]) * c[u] + sigmoid(a[u]) * mpmath.tanh(a[2 * H + u]) for u in range(H)]
                 h = [sigmoid(a[3 * H + u]) * mpmath.tanh(c[u]) for u in range(H)]
+                if "dweight_hr" in v:
+                    h = [dot(w, h) for w in v["dweight_hr"]]
             else:
                 r = [sigmoid(ax[u] + ah[u]) for u in range(H)]
                 z = [sigmoid(ax[H + u] + ah[H + u]) for u in range(H)]

@@ -400,7 +400,7 @@ def test_the_compiled_module_refuses_what_would_be_unsafe(cpu):
         with pytest.raises(TypeError):
             _core.forward(packed, *rest, wrong)
     r = Regularization(zoneout_h=0.5, seed=1)
-    sizes = (2, 3, 2, 5)
+    sizes = (2, 3, 2, 5, 5)
     assert cpu.tape_shape(p.cell, sizes, regularized=True)[1] > cpu.tape_shape(p.cell, sizes)[1]
     out = Arrays(replace(p, regularization=r), False).forward()
     with pytest.raises(ValueError, match="tape: expected"):

@@ -25,6 +25,7 @@ FORWARD, BACKWARD, PACK, TILE, MASKS = (
     f"cpu/{f}.h" for f in ("forward", "backward", "pack", "tile", "masks")
 )
 RUN, MATH, TRANSPOSE, PHILOX = "cpu/run.cpp", "simd/math.h", "simd/transpose.h", "simd/philox.h"
+WEIGHTS, PACKED = "cpu/weight_gradients.h", "cpu/packed_weights.h"
 STEPS, NORM, ROW_NORM = "steps.h", "cpu/layer_norm.h", "cells/row_norm.h"
 
 MUTANTS = [
@@ -35,7 +36,12 @@ MUTANTS = [
         "const V v5 = fma(v1, c_prev, v4);",
         "const V v5 = fma(v2, c_prev, v1 * v3);",
     ),
-    Mutant("lstm: tanh of the previous c", CELLS, "const V v1 = tanh(c);", "const V v1 = tanh(c_prev);"),
+    Mutant(
+        "lstm: derivative of tanh at the previous c",
+        CELLS,
+        "const V v4 = fnma(v1, v1, V::set(1));",
+        "const V v4 = fnma(tanh(c_prev), tanh(c_prev), V::set(1));",
+    ),
     Mutant("lstm: carried dc lost", CELLS, "const V v8 = fma(v3, v4, dc);", "const V v8 = v3 * v4;"),
     Mutant(
         "lstm: dc not through the forget gate", CELLS, "const V v17 = v8 * saved[0];", "const V v17 = v8;"
@@ -134,7 +140,7 @@ MUTANTS = [
     Mutant(
         "forward: last lane of the tail skipped",
         FORWARD,
-        "Cell::phases == 2 ? Index(kBlock) : in_row",
+        "kPhases == 2 ? Index(kBlock) : in_row",
         "Cell::phases == 2 ? Index(kBlock) : in_row - 1",
     ),
     Mutant(
@@ -177,15 +183,20 @@ MUTANTS = [
     Mutant(
         "backward: dc of the later step lost",
         BACKWARD,
-        "if (shape.has_c) dc = V::load(job.dc + b * units + u);",
+        "if (row.after == After::product) return V::load(job.dc + row.b * units + u);",
         "",
     ),
-    Mutant("backward: dhT lost", BACKWARD, "if (job.dhT) dh = V::load(job.dhT + b * job.P + u, in_row);", ""),
+    Mutant(
+        "backward: dhT lost",
+        BACKWARD,
+        "if (job.dhT) dh = V::load(job.dhT + b * job.P + u, job.P - u);",
+        "",
+    ),
     Mutant(
         "backward: dcT lost",
         BACKWARD,
-        "if (shape.has_c && job.dcT) dc = V::load(job.dcT + b * job.H + u, in_row);",
-        "",
+        "row.after == After::final_state && job.dcT",
+        "false",
     ),
     Mutant(
         "backward: dy replaces the chain",
@@ -202,7 +213,7 @@ MUTANTS = [
     Mutant(
         "backward: dc of the states lost",
         BACKWARD,
-        "if (Cell::has_c && row.dc_state) dc = dc + V::load(row.dc_state + u, in_row);",
+        "if (Cell::has_c && row.dc_state) dc = dc + V::load(row.dc_state + u, job.H - u);",
         "",
     ),
     Mutant(
@@ -241,13 +252,13 @@ MUTANTS = [
     Mutant(
         "backward: dh0 missing",
         BACKWARD,
-        "if (job.dh0) dh.store(job.dh0 + row.b * job.P + u, job.H - u);",
+        "if (job.dh0) dh.store(job.dh0 + row.b * job.P + u, job.P - u);",
         "",
     ),
     Mutant(
         "backward: dc0 missing",
         BACKWARD,
-        "if (shape.has_c && job.dc0) dc.store(job.dc0 + row.b * job.H + u, job.H - u);",
+        "if (shape.has_c && !shape.projects && job.dc0) c(row, u, dc);",
         "",
     ),
     Mutant(
@@ -278,17 +289,17 @@ MUTANTS = [
     Mutant("backward: nothing carried between chunks", BACKWARD, "rows.latest[b] = boundary;", ""),
     Mutant(
         "backward: every chunk begins at zero",
-        BACKWARD,
+        WEIGHTS,
         "const bool overwrite = first_chunk && row == 0;",
         "const bool overwrite = row == 0;",
     ),
     Mutant(
         "backward: sums begin with stale memory",
-        BACKWARD,
+        WEIGHTS,
         "const bool overwrite = first_chunk && row == 0;",
         "const bool overwrite = false && first_chunk;",
     ),
-    Mutant("backward: wrong slice of the gates", BACKWARD, "part.first - group.first + s", "s"),
+    Mutant("backward: wrong slice of the gates", WEIGHTS, "part.first - group.first + s", "s"),
     Mutant(
         "backward: dx at padding not zeroed",
         BACKWARD,
@@ -300,6 +311,50 @@ MUTANTS = [
         BACKWARD,
         "V::load(acc + (w * m + r) * V::lanes).store(row + column, job.I - column);",
         "V::load(acc + (w * m + r) * V::lanes).store(row + column, job.I - column - 1);",
+    ),
+    # projection
+    Mutant(
+        "projection: the weights of the first block for all",
+        FORWARD,
+        "p.b_gap = this->projection.block_step;",
+        "p.b_gap = 0;",
+    ),
+    Mutant(
+        "projection: h not zoned",
+        FORWARD,
+        "h = zoned(rows.keep_h, first + i, u, h, V::load(rows.h[first + i] + u, in_row));",
+        ";",
+    ),
+    Mutant(
+        "projection: a panel of weight_hr not packed",
+        FORWARD,
+        "take(job.weight_hr, job.P, job.H, cpu::kProjection, projection)",
+        "take(job.weight_hr, job.P, job.H, cpu::kProjection, recurrent2)",
+    ),
+    Mutant(
+        "projection: dh of another row",
+        BACKWARD,
+        "rows.da[i] = rows.at[i].da + this->weights.dh_at;",
+        "rows.da[i] = rows.at[0].da + this->weights.dh_at;",
+    ),
+    Mutant("projection: dc0 missing", BACKWARD, "c(rows.at[i], u, dc_of(rows.at[i], u));", ";"),
+    Mutant(
+        "projection: dh of the state before lost",
+        BACKWARD,
+        "if constexpr (kRegularized<Cell>) dh_before.store(job.direct + row.b * units + u);",
+        "if constexpr (kRegularized<Cell>) V::zero().store(job.direct + row.b * units + u);",
+    ),
+    Mutant(
+        "projection: of the zoned c",
+        REGULARIZED,
+        "Cell::new_h(saved, c_prev, Cell::new_c(saved, c_prev))",
+        "Cell::new_h(saved, c_prev, c_prev)",
+    ),
+    Mutant(
+        "projection: dweight_hr of what is behind",
+        WEIGHTS,
+        "dh_at + blocks_of(job_.P) * kBlock",
+        "dh_at",
     ),
     # recurrent dropout and zoneout
     Mutant(
@@ -419,11 +474,11 @@ MUTANTS = [
     ),
     Mutant(
         "run: bias_hh twice",
-        RUN,
+        PACKED,
         "add(hh, shape.recurrent2);",
         "add(hh, shape.recurrent); add(hh, shape.recurrent2);",
     ),
-    Mutant("run: bias_ih forgotten", RUN, "add(ih, shape.input);", ""),
+    Mutant("run: bias_ih forgotten", PACKED, "add(ih, shape.input);", ""),
     Mutant(
         "run: h0 forgotten in backward",
         RUN,

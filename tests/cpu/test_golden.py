@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from problems import CELLS as PLAIN
-from problems import NORMED, Problem, name, problem, run
+from problems import NORMED, PLAIN, Problem, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core

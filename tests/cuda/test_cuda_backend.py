@@ -21,10 +21,10 @@ from fusedrnn.backends.cuda.jobs import kernels_of
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import gru, lstm, rnn
 from problems import (
-    CELLS,
     FORWARD,
     GRADIENT,
     OPTIONS,
+    PLAIN,
     SIZES,
     assert_bitwise_equal,
     assert_close,
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ c
 
 REFERENCE = get_backend("reference")
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
-cells = pytest.mark.parametrize("cell", CELLS, ids=name)
+cells = pytest.mark.parametrize("cell", PLAIN, ids=name)
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,11 @@ from fusedrnn.backends.cuda.jobs import BackwardJob, ForwardJob, MaskRule, Rules
 from fusedrnn.backends.cuda.launches import MOST_SUMS
 from fusedrnn.backends.cuda.plans import TILES, Layout, Limits, Tile, cut
 from fusedrnn.cells import lstm, rnn
-from problems import CELLS, NORMED
+from problems import NORMED, PLAIN
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-TYPES = tuple(kernels_of(cell).type for cell in CELLS)
+TYPES = tuple(kernels_of(cell).type for cell in PLAIN)
 NORMED_TYPES = tuple(kernels_of(cell).type for cell in NORMED[:4])
 STEPPED_TYPES = (*NORMED_TYPES, *(f"Regularized<{type_}>" for type_ in (*TYPES, *NORMED_TYPES)))
 KERNELS = [

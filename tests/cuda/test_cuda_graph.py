@@ -21,7 +21,7 @@ from emulated import EmulatedDevice
 from fusedrnn.backends.cuda import CudaBackend, cupy_device
 from fusedrnn.backends.cuda.graphs import GraphCache
 from fusedrnn.cells import gru, lstm
-from problems import CELLS, NORMED, assert_bitwise_equal, name, problem, run
+from problems import NORMED, PLAIN, assert_bitwise_equal, name, problem, run
 
 needs_compiler = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "detach_every": 2}
@@ -80,7 +80,7 @@ def overwrite(p, q):
 @pytest.mark.parametrize(
     "options", [{}, EVERYTHING, {**EVERYTHING, "reverse": True}], ids=["", "all", "reverse"]
 )
-@pytest.mark.parametrize("cell", [*CELLS, NORMED[2]], ids=name)
+@pytest.mark.parametrize("cell", [*PLAIN, NORMED[2]], ids=name)
 def test_what_is_repeated_takes_the_numbers_that_are_there_now(cell, options):
     device, p = Rewinding(), problem(cell, 5, 4, 3, 7, **options)
     packed = CudaBackend(device, _tested=True).pack(cell, p.weights)

@@ -25,11 +25,11 @@ from fusedrnn.backends.cuda.weights import compute, precision_of
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import Cell, gru, lstm, rnn
 from problems import (
-    CELLS,
     FORWARD,
     GRADIENT,
     NORMED,
     OPTIONS,
+    PLAIN,
     SIZES,
     assert_bitwise_equal,
     assert_close,
@@ -47,7 +47,7 @@ from test_regularization import CALLS, KINDS, of
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler")
 
 REFERENCE = ReferenceBackend()
-ONE_PHASE = tuple(cell for cell in CELLS if cell != gru.with_options(reset_after=False))
+ONE_PHASE = tuple(cell for cell in PLAIN if cell != gru.with_options(reset_after=False))
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "detach_every": 2}
 
 
@@ -55,7 +55,7 @@ def pairs(kernels: Any) -> Any:
     """Cells with the kernels that can run them; "chosen": by the plan, as a user's call."""
     return pytest.mark.parametrize(
         ("cell", "kernel"),
-        [(c, k) for c in CELLS for k in kernels if k in ("steps", "chosen") or c in ONE_PHASE],
+        [(c, k) for c in PLAIN for k in kernels if k in ("steps", "chosen") or c in ONE_PHASE],
         ids=lambda v: v if isinstance(v, str) else name(v),
     )
 
@@ -163,7 +163,7 @@ def test_options(cell, kernel, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("cell", CELLS, ids=name)
+@pytest.mark.parametrize("cell", PLAIN, ids=name)
 def test_every_option_at_every_shape(cell, part):
     """The kernels take turns."""
     kernels = KERNELS if cell in ONE_PHASE else KERNELS[:1]
@@ -310,7 +310,7 @@ def test_halves_leave_c_and_its_gradient_in_float32(kernel, half):
 
 # --- recurrent dropout, zoneout, layer norm ----------------------------------------------------------------
 
-STEPPED = (*CELLS, *NORMED[:4])  # not GRU with reset before and layer norm
+STEPPED = (*PLAIN, *NORMED[:4])  # not GRU with reset before and layer norm
 
 
 @pytest.mark.parametrize("call", CALLS, ids=["plain", "all", "reverse"])

@@ -19,7 +19,7 @@ import pytest
 import emulated
 from cuda_mutants import MUTANTS, Mutant
 from fusedrnn.backends.cuda.jobs import kernels_of
-from problems import CELLS, NORMED
+from problems import NORMED, PLAIN
 
 pytestmark = [
     pytest.mark.skipif(emulated.COMPILER is None, reason="needs a C++ compiler"),
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 ENVIRONMENT = dict(os.environ)  # as it is now: pytest changes it while the threads of a test read it
 RACE = 66  # the exit code with which ThreadSanitizer reports one
-TYPES = [kernels_of(cell).type for cell in (*CELLS, *NORMED[:4])]
+TYPES = [kernels_of(cell).type for cell in (*PLAIN, *NORMED[:4])]
 TYPES += ["Regularized<Lstm>", "Regularized<LstmLayerNorm>", "Regularized<GruResetBefore>"]
 
 

@@ -22,8 +22,8 @@ from fusedrnn.backends import get
 from fusedrnn.backends import numba as module
 from fusedrnn.cells import activations, gru, lstm
 from problems import (
-    CELLS,
     OPTIONS,
+    PLAIN,
     SIZES,
     assert_bitwise_equal,
     assert_close,
@@ -51,7 +51,7 @@ def truth(p):
 @pytest.mark.parametrize(
     "options", [o for o in OPTIONS if "detach_every" not in o], ids=lambda o: "-".join(map(str, o)) or "plain"
 )
-@pytest.mark.parametrize("cell", CELLS, ids=name)
+@pytest.mark.parametrize("cell", PLAIN, ids=name)
 def test_options(cell, options):
     for size in SIZES:
         p = problem(cell, *size, **options)
@@ -61,7 +61,7 @@ def test_options(cell, options):
 
 
 @needs_numba
-@pytest.mark.parametrize("cell", CELLS, ids=name)
+@pytest.mark.parametrize("cell", PLAIN, ids=name)
 def test_hidden_and_input_sizes(cell):
     for H in range(7, 35):
         p = problem(cell, 4, 5, H % 19 + 1, H, **EVERYTHING, reverse=H % 2 == 0)
@@ -71,7 +71,7 @@ def test_hidden_and_input_sizes(cell):
 
 
 @needs_numba
-@pytest.mark.parametrize("cell", CELLS, ids=name)
+@pytest.mark.parametrize("cell", PLAIN, ids=name)
 def test_panels_and_long_sequences(cell):
     """Gates wider than a panel of the product, more rows than one of its blocks, 256 steps."""
     for size in ((3, 67, 37, 131), (256, 3, 2, 7)):
@@ -83,7 +83,7 @@ def test_panels_and_long_sequences(cell):
 
 @needs_numba
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("cell", CELLS, ids=name)
+@pytest.mark.parametrize("cell", PLAIN, ids=name)
 def test_chunks_of_the_backward_pass(monkeypatch, cell, reverse):
     p = problem(cell, 9, 5, 3, 11, **EVERYTHING, reverse=reverse)
     want = truth(p)
@@ -94,7 +94,7 @@ def test_chunks_of_the_backward_pass(monkeypatch, cell, reverse):
 
 @needs_numba
 @pytest.mark.parametrize("options", [{}, EVERYTHING, {**EVERYTHING, "reverse": True}], ids=len)
-@pytest.mark.parametrize("cell", CELLS, ids=name)
+@pytest.mark.parametrize("cell", PLAIN, ids=name)
 def test_rows_shared_among_threads(monkeypatch, cell, options):
     p = problem(cell, 5, 13, 3, 9, **options)
     alone = assert_standard(NUMBA, p)
@@ -139,7 +139,7 @@ def test_results_share_no_memory_but_the_last_state_in_y():
 
 @needs_numba
 def test_single_steps_with_packed_weights_are_the_sequence():
-    for cell in CELLS:
+    for cell in PLAIN:
         p = problem(cell, 6, 3, 4, 9)
         packed, state = NUMBA.pack(cell, p.weights), p.state0
         whole = NUMBA.forward(cell, p.x, packed, state)
@@ -154,7 +154,7 @@ def test_single_steps_with_packed_weights_are_the_sequence():
 
 @needs_numba
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-@pytest.mark.parametrize("cell", CELLS, ids=name)
+@pytest.mark.parametrize("cell", PLAIN, ids=name)
 def test_the_same_bits_run_to_run(cell, dtype):
     p = problem(cell, 9, 7, 5, 19, dtype=dtype, **EVERYTHING)
     first = run(NUMBA, p)
@@ -231,7 +231,7 @@ def test_activations_are_within_2_ulp(dtype):
 
 
 @needs_numba
-@pytest.mark.parametrize("cell", CELLS, ids=name)
+@pytest.mark.parametrize("cell", PLAIN, ids=name)
 def test_float32_stays_float32(cell):
     """No value in the compiled steps is a double: neither in the cells' formulas nor around them."""
     from numba import types

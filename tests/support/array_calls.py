@@ -20,26 +20,27 @@ class Arrays:
 
     def forward(self, weights=None):
         p, cell = self.p, self.p.cell
-        (*time, batch, _), units = p.x.shape, p.weights["weight_hh"].shape[1]
+        *time, batch, _ = p.x.shape
+        units = len(p.weights["weight_ih"]) // cell.blocks["weight_ih"]
+        width = p.weights["weight_hh"].shape[1]
         two, steps = "c" in cell.states, time[0] if time else 1
 
         def new(*shape, there=True):
             return np.full(shape, np.nan, p.x.dtype) if there else None
 
-        sizes = (steps, batch, p.x.shape[-1], units)
+        sizes = (steps, batch, p.x.shape[-1], units, width)
         regularized = self.options[-1] is not None
         shape = CPU.tape_shape(
             cell, sizes, recompute=self.recompute, regularized=regularized, float64=p.x.dtype == np.float64
         )
         lengths = self.options[0]
         rows = shape[0] if lengths is None or self.recompute else int(lengths.sum())
-        states = (steps, batch, units)
         out = {
-            "y": new(*states, there=bool(time)),
-            "hT": new(batch, units),
+            "y": new(steps, batch, width, there=bool(time)),
+            "hT": new(batch, width),
             "cT": new(batch, units, there=two),
-            "h_states": new(*states, there=p.return_states),
-            "c_states": new(*states, there=p.return_states and two),
+            "h_states": new(steps, batch, width, there=p.return_states),
+            "c_states": new(steps, batch, units, there=p.return_states and two),
             "tape": new(rows, shape[1]),
         }
         given = self.weights if weights is None else weights

@@ -57,7 +57,7 @@ def norm_gates(cell: Any, a: Array) -> Array:
 def cell_step(cell: Any, x: Array, state: list[Array], w: Weights, mask: Any = 1) -> list[Array]:
     """One step of one row; ``mask`` is that of recurrent dropout."""
     h = state[0]
-    H = len(h)
+    H = len(state[-1])
     ax, ah = w["weight_ih"] @ x, w["weight_hh"] @ (mask * h)
     if cell.vectors:
         ax, ah = norm_gates(cell, ax) * w["gain_ih"], norm_gates(cell, ah) * w["gain_hh"]
@@ -70,7 +70,8 @@ def cell_step(cell: Any, x: Array, state: list[Array], w: Weights, mask: Any = 1
         a = ax + ah
         c = sigmoid(a[H : 2 * H]) * state[1] + sigmoid(a[:H]) * tanh(a[2 * H : 3 * H])
         m = norm(c) * w["gain_c"] + w["bias_c"] if cell.vectors else c
-        return [sigmoid(a[3 * H :]) * tanh(m), c]
+        h = sigmoid(a[3 * H :]) * tanh(m)
+        return [w["weight_hr"] @ h if "weight_hr" in w else h, c]
     r = sigmoid(ax[:H] + ah[:H])
     z = sigmoid(ax[H : 2 * H] + ah[H : 2 * H])
     if cell.options["reset_after"]:
@@ -82,19 +83,24 @@ def cell_step(cell: Any, x: Array, state: list[Array], w: Weights, mask: Any = 1
     return [n + z * (h - n)]
 
 
+def widths_of(p: Problem) -> list[int]:
+    """Of h, which weight_hh multiplies, and of c, which has four gates for each unit."""
+    return [p.weights["weight_hh"].shape[1], len(p.weights["weight_ih"]) // 4][: len(p.cell.states)]
+
+
 def forward(p: Problem) -> dict[str, Array]:
     """y, the final state and the states of every step, by the names of ``problems.named``."""
     T, B, _ = p.x.shape
-    H = p.weights["weight_hh"].shape[1]
-    dtype = p.x.dtype
+    dtype, widths = p.x.dtype, widths_of(p)
+    P = widths[0]
     r = p.regularization or Regularization()
-    out = {"y": np.zeros((T, B, H), dtype)}
-    for s in p.cell.states:
-        out[f"{s}T"], out[s] = np.zeros((B, H), dtype), np.zeros((T, B, H), dtype)
+    out = {"y": np.zeros((T, B, P), dtype)}
+    for s, width in zip(p.cell.states, widths, strict=True):
+        out[f"{s}T"], out[s] = np.zeros((B, width), dtype), np.zeros((T, B, width), dtype)
     for b in range(B):
         length = T if p.lengths is None else int(p.lengths[b])
         state = [
-            np.zeros(H, dtype) if p.state0 is None else p.state0[k][b] for k in range(len(p.cell.states))
+            np.zeros(width, dtype) if p.state0 is None else p.state0[k][b] for k, width in enumerate(widths)
         ]
         if p.reverse:
             for k, s in enumerate(p.cell.states):  # padding comes first: the initial state stands there
@@ -108,7 +114,7 @@ def forward(p: Problem) -> dict[str, Array]:
                 state = [np.zeros_like(s) for s in state]
             mask: Any = 1
             if r.recurrent_dropout and r.seed is not None:
-                keep = kept(0, r.recurrent_dropout, r.seed, r.stream, 0, b, H)
+                keep = kept(0, r.recurrent_dropout, r.seed, r.stream, 0, b, P)
                 mask = np.where(keep, 1 / max(1 - r.recurrent_dropout, 1e-9), 0)
             new = cell_step(p.cell, p.x[t, b], state, p.weights, mask)
             for k, rate in enumerate((r.zoneout_h, r.zoneout_c)[: len(new)]):
@@ -116,7 +122,7 @@ def forward(p: Problem) -> dict[str, Array]:
                     keep = 1 - rate
                     new[k] = keep * new[k] + (1 - keep) * state[k]
                 else:
-                    new[k] = np.where(kept(k + 1, rate, r.seed, r.stream, t, b, H), new[k], state[k])
+                    new[k] = np.where(kept(k + 1, rate, r.seed, r.stream, t, b, widths[k]), new[k], state[k])
             state = new
             out["y"][t, b] = state[0]
             for k, s in enumerate(p.cell.states):
@@ -158,8 +164,7 @@ def with_states(p: Problem) -> Problem:
     """The problem with zeros written out where state0 is None, since that has a gradient too."""
     if p.state0 is not None:
         return p
-    shape = (p.x.shape[1], p.weights["weight_hh"].shape[1])
-    zeros = tuple(np.zeros(shape, p.x.dtype) for _ in p.cell.states)
+    zeros = tuple(np.zeros((p.x.shape[1], width), p.x.dtype) for width in widths_of(p))
     return Problem(**{**p.__dict__, "state0": zeros})
 
 

@@ -16,9 +16,12 @@ from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Weights
 from fusedrnn.cells import Cell, gru, lstm, rnn
 
-CELLS: tuple[Cell, ...] = (rnn, rnn.with_options(relu=True), lstm, gru, gru.with_options(reset_after=False))
+# What every backend has, and what the kernels of the CPU have beside these and layer norm.
+PLAIN: tuple[Cell, ...] = (rnn, rnn.with_options(relu=True), lstm, gru, gru.with_options(reset_after=False))
+PROJECTED = lstm.with_options(project=True)
+CELLS = (*PLAIN, PROJECTED)
 
-NORMED: tuple[Cell, ...] = tuple(cell.with_options(layer_norm=True) for cell in CELLS)
+NORMED: tuple[Cell, ...] = tuple(cell.with_options(layer_norm=True) for cell in PLAIN)
 
 # T, B, I, H: T > 1; primes, and one more or less than the widths of vectors and tiles.
 SIZES = ((2, 3, 5, 7), (5, 1, 1, 15), (7, 7, 3, 17), (3, 13, 17, 31), (11, 2, 2, 33))
@@ -56,7 +59,7 @@ class Problem:
     return_states: bool
     detach_every: int | None
     regularization: Regularization | None
-    dy: Array | None  # (T, B, H)
+    dy: Array | None  # (T, B, P)
     dstateT: tuple[Array | None, ...] | None
     dstates: tuple[Array | None, ...] | None
 
@@ -108,6 +111,7 @@ def problem(
     detach_every: int | None = None,
     regularization: Regularization | None = None,
     state0: bool = True,
+    P: int | None = None,
     biases: str = "native",
     upstream: tuple[str, ...] = ("dy", "dstateT", "dstates"),
     gain: float = 0.1,
@@ -120,6 +124,7 @@ def problem(
         reset: New segments at random steps, step 0 of row 0 among them.
         reverse, return_states, detach_every, regularization: Passed on.
         state0: A non-zero initial state, else None.
+        P: The projected size; None: two thirds of H, of a cell that projects.
         biases: "native" (bias_ih, and bias_hh for GRU reset-after), "both", "none", "bias_ih", "bias_hh".
         upstream: Which gradients come in; dstates only with return_states.
         gain: Of layer norm, about which its gains are drawn. 0.1 as in Cooijmans et al., "Recurrent batch
@@ -135,18 +140,20 @@ def problem(
 
     if biases == "native":
         biases = "both" if cell.options.get("reset_after") else "bias_ih"
-    columns = {"weight_ih": (I,), "weight_hh": (H,)}
-    weights = {
-        key: uniform(blocks * H, *columns.get(key, ()))
-        for key, blocks in cell.blocks.items()
-        if key not in cell.vectors and (key.startswith("weight") or biases in ("both", key))
-    }
-    x, dy = normal(T, B, I), normal(T, B, H)
-    h0 = tuple(1 + abs(normal(B, H)) if start else normal(B, H) for start in cell.trace.start.values())
-    dstateT = tuple(normal(B, H) for _ in cell.states)
-    dstates = tuple(normal(T, B, H) for _ in cell.states)
+    P = H if not cell.projects else P or max(1, H * 2 // 3)
+    shapes, widths = cell.shapes(I, H, P), cell.widths(H, P)
+    absent = {n for n in ("bias_ih", "bias_hh") if biases not in ("both", n)}
+    weights = {n: uniform(*shapes[n]) for n in shapes if n not in (*absent, *cell.vectors)}
+    x, dy = normal(T, B, I), normal(T, B, P)
+    starts = cell.trace.start.values()
+    h0 = tuple(
+        1 + abs(normal(B, width)) if start else normal(B, width)
+        for start, width in zip(starts, widths, strict=True)
+    )
+    dstateT = tuple(normal(B, width) for width in widths)
+    dstates = tuple(normal(T, B, width) for width in widths)
     for key in cell.vectors:
-        drawn = normal(cell.blocks[key] * H) / 4
+        drawn = normal(*shapes[key]) / 4
         weights[key] = np.float32(gain) * (1 + drawn) if key.startswith("gain") else drawn
     n = resets = None
     if reset:
@@ -185,6 +192,8 @@ def name(cell: Cell, options: dict[str, Any] | None = None) -> str:
         parts.append("before")
     if cell.vectors:
         parts.append("norm")
+    if cell.projects:
+        parts.append("projected")
     for key, value in (options or {}).items():
         parts.append(key if value is True else f"{key}={value}")
     return "-".join(parts)

@@ -35,7 +35,8 @@ def state_of(layer: Any, batch: int | None, like: torch.Tensor) -> Any:
     rows = () if batch is None else (batch,)
     if isinstance(layer, torch.nn.RNNBase):
         rows = (layer.num_layers * (1 + layer.bidirectional), *rows)
-    h, c = (like.new_empty(*rows, layer.hidden_size).normal_() for _ in range(2))
+    widths = (getattr(layer, "proj_size", 0) or layer.hidden_size, layer.hidden_size)
+    h, c = (like.new_empty(*rows, width).normal_() for width in widths)
     return (h, c) if isinstance(layer, (torch.nn.LSTM, torch.nn.LSTMCell)) else h
 
 

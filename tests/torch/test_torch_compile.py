@@ -94,7 +94,8 @@ def inputs(
     rows = torch.tensor([T, 2, 0]) if lengths else None
     cuts = torch.rand(T, B) < 0.3 if reset else None
     seed = torch.tensor(2**40 + 3) if regularized else None
-    return draw(T, B, I), h0, c0, draw(G * H, I), draw(G * H, H), *biases, *gains, *of_c, rows, cuts, seed
+    weights = draw(G * H, I), draw(G * H, H), *biases, *gains, *of_c, None
+    return draw(T, B, I), h0, c0, *weights, rows, cuts, seed
 
 
 def cell_of(mode, options):
@@ -152,14 +153,14 @@ def test_opcheck_of_forward(mode, options, dtype, reverse):
 def test_opcheck_of_backward(mode, options, dtype, reverse):
     call = call_of(mode, dtype, reverse=reverse, grad=False, **options)
     two = mode == "LSTM"
-    there = [t is not None for t in call[:11]]
+    there = [t is not None for t in call[:TENSORS]]
     for save in (True, False):
         (y, *_), tape = forward(call, True, save)
         dy, dhT, dh_states = torch.randn_like(y), torch.randn(B, H, dtype=dtype), torch.randn_like(y)
         if save:
             grads, need = (dy, dhT, dhT if two else None, dh_states, dh_states if two else None), there
         else:
-            grads, need = (dy, *[None] * 4), [False, False, False, True, *[False] * 7]
+            grads, need = (dy, *[None] * 4), [False, False, False, True, *[False] * (TENSORS - 4)]
         arguments = (*call, y, tape, None, *grads, need)
         torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, arguments)
 
@@ -168,7 +169,7 @@ def test_opcheck_of_detach_every():
     call = call_of("LSTM", detach_every=2, grad=False)
     torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, (*call, True, T * B))
     (y, *_), tape = forward(call)
-    arguments = (*call, y, tape, None, y, None, None, None, None, [True] * 7 + [False] * 4)
+    arguments = (*call, y, tape, None, y, None, None, None, None, [True] * 7 + [False] * (TENSORS - 7))
     torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, arguments)
 
 
@@ -240,7 +241,7 @@ def test_a_tape_that_is_none_of_the_calls_is_refused():
     run = torch.ops.fusedrnn.recurrence_backward
     for bad in (tape[:-1], tape[:, 1:], tape.double()[:0], tape.float(), tape[None]):
         with pytest.raises((ValueError, TypeError), match="tape"):
-            run(*call, y, bad, None, y, None, None, None, None, [True] * 7 + [False] * 4)
+            run(*call, y, bad, None, y, None, None, None, None, [True] * 7 + [False] * (TENSORS - 7))
 
 
 def test_another_backend_runs_forward_again(monkeypatch):
@@ -275,12 +276,12 @@ def test_compiled_on_another_backend(monkeypatch):
 def test_second_derivatives(mode, options, more):
     """Of every tensor that the operator takes, through all that it returns."""
     call = call_of(mode, **options, **more)
-    tensors = [t for t in call[:11] if t is not None]
+    tensors = [t for t in call[:TENSORS] if t is not None]
 
     def results(*given):
         values = iter(given)
-        own = [None if t is None else next(values) for t in call[:11]]
-        return tuple(recurrence(Call(*own, *call[11:]), return_states=True))
+        own = [None if t is None else next(values) for t in call[:TENSORS]]
+        return tuple(recurrence(Call(*own, *call[TENSORS:]), return_states=True))
 
     assert torch.autograd.gradgradcheck(results, tensors, fast_mode=True)
 
@@ -290,7 +291,7 @@ def test_second_derivatives_with_truncation(mode):
     """No gradient passes from one part of the sequence to the one before, of whatever order."""
     call, found = call_of(mode, detach_every=4, state=False), []
     T = len(call.x)
-    wanted = [t for t in call[:11] if t is not None]
+    wanted = [t for t in call[:TENSORS] if t is not None]
     for whole in (True, False):
         if whole:
             y = recurrence(call)[0]

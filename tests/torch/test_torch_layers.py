@@ -1056,17 +1056,6 @@ def test_half_precision_falls_back(kind, dtype, warned):
     assert ours.last_path == "fused"
 
 
-def test_projections_fall_back(warned):
-    theirs, ours = module_pair("LSTM", I, H, proj_size=3)
-    x = torch.randn(T, B, I)
-    with warnings.catch_warnings(action="ignore"):  # PyTorch's own
-        expected = theirs(x)
-    with pytest.warns(ft.FallbackWarning, match="proj_size"):
-        got = ours(x)
-    for a, b in zip(flat(got), flat(expected), strict=True):
-        assert torch.equal(a, b)
-
-
 @every_layer
 def test_the_meta_device_falls_back(kind, warned):
     ours = getattr(ft, kind)(I, H, device="meta")

@@ -34,7 +34,7 @@ DTYPES = (torch.float32, torch.float64)
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-10, "atol": 1e-12}}
 
 
-# LSTM with projections: ours falls back, and PyTorch says that it leaves oneDNN.
+# PyTorch says of an LSTM with projections that it leaves oneDNN.
 pytestmark = [
     pytest.mark.usefixtures("openmp_pool"),
     pytest.mark.filterwarnings("ignore::fusedrnn.torch.FallbackWarning"),
@@ -135,10 +135,10 @@ def test_the_entries_are_all_there():
 
 @entries()
 def test_the_kernels_run(info, dtype, training):
-    """No fallback but for projections: else the checks below would be PyTorch against itself."""
+    """No fallback: else the checks below would be PyTorch against itself."""
     for layer, args, _ in samples(info, dtype, training, with_packed_sequence=True):
         layer(*args)
-        assert layer.last_path == ("fallback: proj_size" if getattr(layer, "proj_size", 0) else "fused")
+        assert layer.last_path == "fused"
 
 
 @pytest.mark.quick

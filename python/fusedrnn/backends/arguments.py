@@ -86,8 +86,8 @@ def check_cell(cell: Any) -> Cell:
 
 def check_weights(
     cell: Cell, weights: Any, dtypes: Collection[np.dtype[Any]] = FLOATS, kind: Kind = NUMPY
-) -> tuple[dict[str, Array], int, int]:
-    """The checked weights that there are, in the cell's order, with their I and H."""
+) -> tuple[dict[str, Array], int, int, int]:
+    """The checked weights that there are, in the cell's order, with their I, H and P."""
     blocks = check_cell(cell).blocks
     if not isinstance(weights, Mapping):
         raise TypeError(
@@ -111,15 +111,25 @@ def check_weights(
             f"{first.shape}"
         )
     H, I = len(first) // gates, first.shape[1]
+    P = _projected_size(weights.get("weight_hr"), H, kind) if cell.projects else H
     checked: dict[str, Array] = {}
-    for name, count in blocks.items():
-        shape = (count * H, *({"weight_ih": (I,), "weight_hh": (H,)}.get(name, ())))
+    for name, shape in cell.shapes(I, H, P).items():
         value = weights.get(name)
         if value is not None:
             checked[name] = _checked(name, value, dtype, shape, kind)
         elif name not in ("bias_ih", "bias_hh"):
             raise ValueError(f"weights: expected {name} of shape {shape} for {cell!r}, got none")
-    return checked, I, H
+    return checked, I, H, P
+
+
+def _projected_size(weight_hr: Any, H: int, kind: Kind) -> int:
+    """P, by the rows of weight_hr."""
+    if weight_hr is None:
+        raise ValueError(f"weights: expected weight_hr of shape (P, {H}), P from 1 to {H}, got none")
+    _array("weight_hr", weight_hr, kind)
+    if weight_hr.ndim != 2 or not 1 <= len(weight_hr) <= H:
+        raise ValueError(f"weight_hr: expected shape (P, {H}), P from 1 to {H}, got {weight_hr.shape}")
+    return len(weight_hr)
 
 
 def check_regularization(cell: Cell, value: Any) -> Regularization | None:
@@ -253,14 +263,15 @@ def check_forward(
     kind: Kind = NUMPY,
 ) -> ForwardArguments:
     """Check and normalise the arguments of ``forward``; ``dtypes`` and ``kind``: what the backend takes."""
-    weights, I, H = check_weights(cell, weights, dtypes, kind)
+    weights, I, H, P = check_weights(cell, weights, dtypes, kind)
     dtype = weights["weight_ih"].dtype
     x = _sequence(x, dtype, I, kind)
     T, B, _ = x.shape
     if state0 is not None:
         given = entries("state0", cell, state0)
         state0 = tuple(
-            _checked(f"state0 {n}", s, dtype, (B, H), kind) for n, s in zip(cell.states, given, strict=True)
+            _checked(f"state0 {n}", s, dtype, (B, width), kind)
+            for n, s, width in zip(cell.states, given, cell.widths(H, P), strict=True)
         )
     lengths = None if lengths is None else check_lengths(lengths, T, B, kind)
     reset = None if reset is None else check_reset(reset, T, B, kind)
@@ -284,7 +295,7 @@ def check_forward(
         detach_every,
         check_regularization(cell, regularization),
         save,
-        Sizes(T, B, I, H, H),
+        Sizes(T, B, I, H, P),
     )
 
 
@@ -322,18 +333,18 @@ def check_backward(
     dtype = weights["weight_ih"].dtype
     if dy is not None:
         dy = _checked("dy", dy, dtype, (T, B, P), kind)
-    widths = [P, *[H] * len(cell.states)]
+    widths = cell.widths(H, P)
     if dstateT is not None:
         given = entries("dstateT", cell, dstateT)
         dstateT = tuple(
             None if d is None else _checked(f"dstateT {n}", d, dtype, (B, width), kind)
-            for n, d, width in zip(cell.states, given, widths, strict=False)
+            for n, d, width in zip(cell.states, given, widths, strict=True)
         )
     if dstates is not None:
         given = entries("dstates", cell, dstates)
         dstates = tuple(
             None if d is None else _checked(f"dstates {n}", d, dtype, (T, B, width), kind)
-            for n, d, width in zip(cell.states, given, widths, strict=False)
+            for n, d, width in zip(cell.states, given, widths, strict=True)
         )
     dstateT, dstates = (None if d is None or all(e is None for e in d) else d for d in (dstateT, dstates))
     if dstates is not None and not return_states:

@@ -45,7 +45,10 @@ except ImportError as error:  # a source tree that was never built
 
 
 # The weights that _core takes, in its order.
-WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "gain_ih", "gain_hh", "gain_c", "bias_c")
+WEIGHTS = (
+    *("weight_ih", "weight_hh", "bias_ih", "bias_hh", "gain_ih", "gain_hh", "gain_c", "bias_c"),
+    "weight_hr",
+)
 NEED = ("x", *WEIGHTS, "state0")
 SAVE = {None: 0, "all": 1, "boundary_states": 2}  # the ids that _core takes
 
@@ -113,7 +116,7 @@ class CpuBackend:
 
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
-        checked, _, _ = check_weights(cell, weights)
+        checked, *_ = check_weights(cell, weights)
         return Packed(
             cell, checked, _core.pack(cell_id(cell), *[cast(Array, checked.get(name)) for name in WEIGHTS])
         )
@@ -217,13 +220,13 @@ class CpuBackend:
     def tape_shape(
         self,
         cell: Cell,
-        sizes: tuple[int, int, int, int],
+        sizes: tuple[int, int, int, int, int],
         *,
         recompute: bool = False,
         regularized: bool = False,
         float64: bool = False,
     ) -> tuple[int, int]:
-        """Rows and elements per row of the array that ``run_forward`` takes for a tape, for T, B, I, H.
+        """Rows and elements per row of the array that ``run_forward`` takes for a tape, for T, B, I, H, P.
 
         Of ``lengths`` it needs as many rows as there are valid steps; more do no harm.
         """

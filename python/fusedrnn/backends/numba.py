@@ -102,7 +102,9 @@ class NumbaBackend:
 
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
-        checked, I, H = check_weights(cell, weights)
+        checked, I, H, _ = check_weights(cell, weights)
+        if cell.projects:
+            raise Unsupported("weight_hr: is not supported by the numba backend; use cpu or reference")
         if cell.vectors:
             raise Unsupported("layer_norm: is not supported by the numba backend; use cpu or reference")
         kernel = _kernels().kernel(cell)

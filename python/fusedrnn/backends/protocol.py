@@ -1,7 +1,8 @@
 """What a backend is: the words, the argument and result types, and the rules every backend keeps.
 
-Legend: ``T`` time steps, ``B`` batch, ``I`` input size, ``H`` hidden size, ``P`` projected size (= ``H``),
-``G`` gates. Sequences are ``(T, B, ...)``. Gates in memory order: LSTM ``i f g o``, GRU ``r z n``.
+Legend: ``T`` time steps, ``B`` batch, ``I`` input size, ``H`` hidden size, ``P`` projected size (``H`` for
+cells that project nothing), ``G`` gates. Sequences are ``(T, B, ...)``. Gates in memory order: LSTM
+``i f g o``, GRU ``r z n``.
 
 A backend serves one layer in one direction. Layers, directions and dropout between them are composed above.
 
@@ -35,7 +36,8 @@ Array = npt.NDArray[Any]
 Rows = Array | Sequence[Any]  # lengths (B,) and resets (T, B), as lists too
 State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; the first is (B, P), others (B, H)
 # Of one layer and direction by name, laid out as in PyTorch: weight_ih (G*H, I), weight_hh (G*H, P), bias_ih
-# and bias_hh (G*H,), which may be missing; the cell's other parameters (n*H,). Gradients have the same names.
+# and bias_hh (G*H,), which may be missing; of a cell that projects weight_hr (P, H), 1 <= P <= H; the cell's
+# other parameters (n*H,). Gradients have the same names.
 Weights: TypeAlias = Mapping[str, Any]
 
 
@@ -47,7 +49,7 @@ class Regularization(NamedTuple):
     """Recurrent dropout and zoneout of one layer and direction. Rates are probabilities, from 0 to 1.
 
     Recurrent dropout (Gal and Ghahramani 2016): what weight_hh multiplies is first multiplied with a mask
-    (B, H), the same at every step: 0 with this rate, else 1 / (1 - rate). Zoneout (Krueger et al. 2016): the
+    (B, P), the same at every step: 0 with this rate, else 1 / (1 - rate). Zoneout (Krueger et al. 2016): the
     cell's new h and c are candidates; a unit keeps its state of before the step with this rate, drawn anew
     for each step, row and unit. In evaluation nothing is dropped, and zoneout is its expectation, rate *
     before + (1 - rate) * candidate. How masks follow from the seed: ``fusedrnn.masks``.

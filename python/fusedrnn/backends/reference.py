@@ -175,10 +175,10 @@ def _keeps(a: ForwardArguments, step: Step) -> tuple[Array | None, ...]:
     if r is None:
         return (None,) * len(a.cell.states)
 
-    rates = {"h": r.zoneout_h, "c": r.zoneout_c}
+    rates, rows = {"h": r.zoneout_h, "c": r.zoneout_c}, _numbers(a, step)
     found = (
-        masks.zoneout(rates.get(name, 0.0), name, r.seed, r.stream, step.t, _numbers(a, step), a.sizes.H)
-        for name in a.cell.states
+        masks.zoneout(rates.get(name, 0.0), name, r.seed, r.stream, step.t, rows, width)
+        for name, width in zip(a.cell.states, _widths(a), strict=True)
     )
     return tuple(None if keep is None else keep.astype(a.x.dtype) for keep in found)
 
@@ -240,15 +240,19 @@ def _chunks(steps: list[Step]) -> list[list[Step]]:
 
 def _start(a: ForwardArguments) -> State:
     """The state that a sequence starts from where none is given."""
-    shape = a.sizes.B, a.sizes.H
-    return tuple(np.full(shape, start, a.x.dtype) for start in a.cell.trace.start.values())
+    starts = zip(_widths(a), a.cell.trace.start.values(), strict=True)
+    return tuple(np.full((a.sizes.B, width), start, a.x.dtype) for width, start in starts)
+
+
+def _widths(a: ForwardArguments) -> tuple[int, ...]:
+    """Of each state how many columns it has."""
+    return a.cell.widths(a.sizes.H, a.sizes.P)
 
 
 def _gradient(a: ForwardArguments, given: tuple[Array | None, ...] | None) -> State:
     """A copy of the gradient of a state, zeros for what is missing."""
-    shape = a.sizes.B, a.sizes.H
-    missing = (None,) * len(a.cell.states)
-    return tuple(np.zeros(shape, a.x.dtype) if d is None else d.copy() for d in given or missing)
+    pairs = zip(_widths(a), given or (None,) * len(a.cell.states), strict=True)
+    return tuple(np.zeros((a.sizes.B, width), a.x.dtype) if d is None else d.copy() for width, d in pairs)
 
 
 def _put(state: Array, rows: Any, new: Array) -> Array:

@@ -21,12 +21,16 @@ def rnn(p: Any, x: Any, h: Any, *, relu: bool = False, layer_norm: bool = False)
 
 
 @cell
-def lstm(p: Any, x: Any, h: Any, c: Any, *, layer_norm: bool = False) -> Any:
-    """Hochreiter and Schmidhuber 1997, forget gate by Gers et al. 2000; layout as in ``torch.nn.LSTM``."""
+def lstm(p: Any, x: Any, h: Any, c: Any, *, layer_norm: bool = False, project: bool = False) -> Any:
+    """Hochreiter and Schmidhuber 1997, forget gate by Gers et al. 2000; layout as in ``torch.nn.LSTM``.
+
+    The projection is that of Sak et al. 2014, without which h has as many units as c.
+    """
     i, f, g, o = p.dense("i f g o", x, h, layer_norm=layer_norm)
     c = sigmoid(f) * c + sigmoid(i) * tanh(g)
     m = p.layer_norm("c", c) if layer_norm else c
-    return sigmoid(o) * tanh(m), c
+    h = sigmoid(o) * tanh(m)
+    return p.project(h) if project else h, c
 
 
 @cell
@@ -54,4 +58,5 @@ COMPILED = {
     "rnn_relu_layer_norm": rnn.with_options(relu=True, layer_norm=True),
     "lstm_layer_norm": lstm.with_options(layer_norm=True),
     "gru_reset_after_layer_norm": gru.with_options(layer_norm=True),
+    "lstm_projected": lstm.with_options(project=True),
 }

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from fusedrnn.cells.builtin import COMPILED
+from fusedrnn.cells.definition import Cell
 from fusedrnn.cells.fusion import lower
 from fusedrnn.cells.graph import number
 from fusedrnn.cells.kernel import Function, Kernel, Part
@@ -38,11 +39,13 @@ EXPRESSIONS = {
     "where": "select({}, {}, {})",
 }
 
+PROJECTS = "  static constexpr bool projects = {};\n"
 
 # The functions of a kernel by name, and with layer norm by "norm" before it.
 SIGNATURES = {
     "forward": "void forward(const V* a, V h_prev, V c_prev, V* saved, V& h, V& c)",
     "new_c": "V new_c(const V* saved, V c_prev)",
+    "new_h": "V new_h(const V* saved, V c_prev, V c)",
     "backward": "void backward(const V* saved, V h_prev, V h, V c_prev, V c, V dh, V dc, V* da, V& dc_prev, "
     "V& direct)",
     "forward2": "void forward2(V a, V h_prev, V* saved, V& h)",
@@ -58,8 +61,19 @@ SIGNATURES = {
 
 def header() -> str:
     """The text of csrc/cells/derived.h."""
-    structs = (f"\nstruct {_type(name)} {{\n{body(Kernel(cell))}}};\n" for name, cell in COMPILED.items())
-    return BEGIN + "".join(structs) + END
+    return BEGIN + "".join(_struct(name, cell) for name, cell in COMPILED.items()) + END
+
+
+def _struct(name: str, cell: Cell) -> str:
+    """A cell; one that projects is that without a projection and more."""
+    parts, base = body(Kernel(cell)), ""
+    if cell.projects:
+        plain = cell.with_options(project=False)
+        inherited = body(Kernel(plain))
+        assert [part for part in inherited if part not in parts] == [PROJECTS.format("false")]
+        parts = [part for part in parts if part not in inherited]
+        base = next(f" : {_type(name)}" for name, other in COMPILED.items() if other == plain)
+    return f"\nstruct {_type(name)}{base} {{\n{''.join(parts)}}};\n"
 
 
 def _type(name: str) -> str:
@@ -67,14 +81,14 @@ def _type(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))
 
 
-def body(kernel: Kernel) -> str:
-    """A cell between the braces of its struct."""
-    (h, *c), (new_h, *_) = kernel.before, kernel.after
+def body(kernel: Kernel) -> list[str]:
+    """A cell between the braces of its struct: what it consists of, function by function."""
+    read = {name: kernel.reads(n) for n, name in [*kernel.before.items(), *kernel.after.items()]}
     flags = {
-        "has_c": bool(c),
+        "has_c": "c" in read,
         "has_direct": "direct" in kernel.direct,
-        "reads_h_prev": kernel.reads(h),
-        "reads_h": kernel.reads(new_h),
+        "reads_h_prev": read.get("h_prev", False),
+        "reads_h": read.get("h", False),
         "layer_norm": bool(kernel.normed),
     }
     counts = {
@@ -92,9 +106,9 @@ def body(kernel: Kernel) -> str:
         last = {n: k for k, n in enumerate(norms)}
         choice = "".join(f"s <= {k} ? {n} : " for n, k in [*last.items()][:-1]) + str(norms[-1])
         lines.append(f"FUSEDRNN_INLINE static constexpr int norm_of(int s) {{ return {choice}; }}")
-    for f in kernel.functions:
-        lines += function(kernel, f)
-    return "".join(f"  {line}\n" for line in lines)
+    functions = ["".join(f"  {line}\n" for line in function(kernel, f)) for f in kernel.functions]
+    projects = PROJECTS.format(str(kernel.cell.projects).lower())
+    return ["".join(f"  {line}\n" for line in lines), projects, *functions]
 
 
 def function(kernel: Kernel, f: Function) -> list[str]:

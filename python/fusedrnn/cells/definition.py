@@ -18,7 +18,8 @@ from fusedrnn.cells.rounds import rounds
 from fusedrnn.cells.symbols import kind, refuse
 from fusedrnn.cells.trace import Trace, trace
 
-PLAIN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # parameters of dense products
+# The parameters of products.
+PLAIN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 class Cell:
@@ -87,14 +88,32 @@ class Cell:
 
     @cached_property
     def blocks(self) -> dict[str, int]:
-        """Of each parameter how many blocks of H rows it has: weights, biases, then all others."""
+        """Of each parameter how many blocks of H rows (weight_hr: P rows) it has: weights, biases, weight_hr,
+        then all others."""
         found = {name: len(owners) for name, owners in self.trace.blocks.items()}
         return {name: found[name] for name in PLAIN if name in found} | found
 
     @cached_property
     def vectors(self) -> tuple[str, ...]:
-        """The parameters beside ``weight_ih weight_hh bias_ih bias_hh``, of one axis."""
+        """The parameters beside those of products, of one axis."""
         return tuple(name for name in self.blocks if name not in PLAIN)
+
+    @property
+    def projects(self) -> bool:
+        """Whether the first state is a projection, with P columns; else P is H."""
+        return "weight_hr" in self.blocks
+
+    def shapes(self, I: Any, H: Any, P: Any) -> dict[str, tuple[Any, ...]]:
+        """Of each parameter its shape, for these sizes."""
+        columns = {"weight_ih": (I,), "weight_hh": (P,), "weight_hr": (H,)}
+        return {
+            name: (count * (P if name == "weight_hr" else H), *columns.get(name, ()))
+            for name, count in self.blocks.items()
+        }
+
+    def widths(self, H: Any, P: Any) -> tuple[Any, ...]:
+        """Of each state how many columns it has: P of the first one."""
+        return (P, *[H] * (len(self.states) - 1))
 
     @property
     def two_biases(self) -> bool:

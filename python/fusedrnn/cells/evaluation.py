@@ -54,7 +54,7 @@ class Step:
         cell: what is computed.
         weights: by name, each with blocks of H rows; a bias may be None or missing.
         x: (B, I), the step's input.
-        before: the states before the step, each (B, H).
+        before: the states before the step, each (B, H); of a cell that projects, the first one (B, P).
         scalars: numbers of each row, by name, each (B, 1).
         dropout: (B, H), what recurrent dropout multiplies each operand of a product with but x; or None.
     """
@@ -71,7 +71,7 @@ class Step:
         dropout: Any = None,
     ) -> None:
         self.cell, self.weights, self.x, self.dropout = cell, weights, x, dropout
-        self.shape = before[0].shape
+        self.shape = before[0].shape[0], self.units()
         self.values: dict[Node, Any] = dict(zip(cell.trace.states.values(), before, strict=True))
         self.values |= {node: (scalars or {})[name] for name, node in cell.trace.scalars.items()}
         self.compute(cell.forward_nodes)
@@ -80,6 +80,10 @@ class Step:
     def after(self) -> tuple[Any, ...]:
         """The new states."""
         return tuple(self.values[n] for n in self.cell.trace.after.values())
+
+    def units(self) -> Any:
+        """H"""
+        return self.weights["weight_ih"].shape[0] // self.cell.blocks["weight_ih"]
 
     def compute(self, nodes: Sequence[Node]) -> None:
         """Compute some values, each after its arguments."""
@@ -99,6 +103,8 @@ class Step:
             case "dense":
                 parts = [self.product(n, k) for k in range(len(n.args))]
                 return sum(parts[1:], start=parts[0])
+            case "project":
+                return self.project(args[0])
             case "normalise":
                 return self.normalise(n.attribute, args)
             case "item":
@@ -117,6 +123,10 @@ class Step:
         product = self.operand(operand) @ weight.T
         return product if bias is None else product + bias
 
+    def project(self, value: Any) -> Any:
+        """The product with weight_hr."""
+        return value @ self.weights["weight_hr"].T
+
     def normalise(self, norm: Norm, values: list[Any]) -> Any:
         """The normalised values, by their number."""
         raise NotImplementedError
@@ -125,7 +135,11 @@ class Step:
         """What a product multiplies: x, or a value as recurrent dropout leaves it."""
         if n.op == "input":
             return self.x
-        return self.values[n] if self.dropout is None else self.values[n] * self.dropout
+        return self.dropped(self.values[n])
+
+    def dropped(self, value: Any) -> Any:
+        """An operand, or its gradient, as recurrent dropout leaves it."""
+        return value if self.dropout is None else value * self.dropout[:, : value.shape[1]]
 
     def block(self, parameter: str, number: int, of: Mapping[str, Any] | None = None) -> Any:
         """A block of H rows of a parameter, or of its gradient; None of one that is not there."""
@@ -142,14 +156,19 @@ class Evaluation(Step):
         self.values |= dict(zip(gradient.upstream.values(), upstream, strict=True))
         self.compute(self.cell.backward_nodes)
         found = []
-        for name in self.cell.trace.states:
-            parts = [self.of(d[name]) for d in (gradient.chain, gradient.direct) if name in d]
-            found.append(sum(parts[1:], start=parts[0]) if parts else np.zeros(self.shape, self.x.dtype))
+        for name, state in self.cell.trace.states.items():
+            parts = [self.values[d[name]] for d in (gradient.chain, gradient.direct) if name in d]
+            zeros = self.zeros(state)
+            found.append(sum(parts[1:], start=np.broadcast_to(parts[0], zeros.shape)) if parts else zeros)
         return tuple(found)
 
     def of(self, n: Node) -> Array:
         """The value of a node for each row and unit (B, H)."""
         return np.broadcast_to(self.values[n], self.shape)
+
+    def zeros(self, n: Node) -> Array:
+        """Of an operand's shape."""
+        return np.zeros(self.values[n].shape if n.op == "state" else self.shape, self.x.dtype)
 
     def add_weight_gradients(self, dweights: Mapping[str, Array]) -> None:
         """Add the gradients of this step to those of the weights that are there, by name."""
@@ -158,6 +177,10 @@ class Evaluation(Step):
                 dweight += d.T @ self.operand(operand)
             if bias is not None and (dbias := self.block(f"bias_{which}", bias, dweights)) is not None:
                 dbias += d.sum(axis=0)
+        if (dweight := dweights.get("weight_hr")) is not None:
+            h = next(iter(self.cell.trace.states))
+            (value,) = self.cell.trace.after[h].args
+            dweight += self.values[self.cell.gradient.upstream[h]].T @ self.of(value)
         for n, dn in self.cell.gradient.vectors.items():
             if (dvector := self.block(n.attribute[0], n.attribute[1], dweights)) is not None:
                 dvector += self.of(dn).sum(axis=0)
@@ -182,6 +205,8 @@ class Evaluation(Step):
         match n.op:
             case "transposed":
                 return self.transposed(*n.attribute)
+            case "project_transposed":
+                return self.values[n.args[0]] @ self.weights["weight_hr"]
             case "normalise_gradient":
                 normed, *dx = n.args
                 return normalise_gradient(n.attribute, self.values[normed], [self.of(d) for d in dx])
@@ -199,8 +224,9 @@ class Evaluation(Step):
 
     def transposed(self, operand: Node, products: Sequence[Node]) -> Array:
         """The gradient of an operand of some products."""
-        total = np.zeros(self.shape, self.x.dtype)
+        total = self.zeros(operand)
         for n in products:
             weight = self.block("weight_hh", n.attribute.weights[n.args.index(operand)])
             total = total + self.of(self.cell.gradient.dense[n]) @ weight
-        return total if self.dropout is None else total * self.dropout
+        dropped: Array = self.dropped(total)
+        return dropped

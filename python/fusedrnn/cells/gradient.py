@@ -63,6 +63,10 @@ def derive(t: Trace) -> Gradient:
                 found.chain[n.attribute] = back
             else:
                 terms[n].append(Term(1, back))
+        if n.op == "project":  # only a new state: its gradient is what comes in
+            (value,), (term,) = n.args, terms[n]
+            terms[value].append(Term(1, g.node("project_transposed", term.node, shape=UNIT)))
+            continue
         if n.op == "normalise":
             dx = [items[n].get(k, g.constant(0)) for k in range(len(n.args))]
             back = g.node("normalise_gradient", n, *dx, attribute=n.attribute, shape=TUPLE)

@@ -13,8 +13,8 @@ from fractions import Fraction
 from typing import Any
 
 # How many numbers a value is: one, one for each row (B, 1), one for each unit (H,), or one for each row and
-# unit (B, H). A norm gives several values at once, a tuple.
-CONSTANT, ROW, VECTOR, UNIT, TUPLE = "constant", "row", "vector", "unit", "tuple"
+# unit (B, H). A norm gives several values at once, a tuple; a projection P for each row (B, P).
+CONSTANT, ROW, VECTOR, UNIT, TUPLE, PROJECTED = "constant", "row", "vector", "unit", "tuple", "projected"
 
 COMMUTATIVE = {"add", "mul"}  # the order of their arguments does not change the result
 

@@ -35,6 +35,8 @@ class Function:
 class Kernel:
     """A cell with the states h, or h and c, of one product for each gate and operand.
 
+    Of a cell that projects, h is what is projected and dh its gradient; the loops project.
+
     The names of values: ``h_prev c_prev`` the states before, ``h c`` after, ``dh dc`` their gradients,
     ``a[k]`` the accumulators, ``saved[k]``, ``da[k]``, ``direct`` the gradient of h_prev beside products,
     ``dc_prev``; with layer norm ``p[k]`` what an accumulator becomes by norm, gain and bias, and ``dp[k]``.
@@ -48,6 +50,13 @@ class Kernel:
         self.before = dict(zip(t.states.values(), ("h_prev", "c_prev"), strict=False))
         self.after = dict(zip(t.after.values(), ("h", "c"), strict=False))
         self.upstream = dict(zip(gradient.upstream.values(), ("dh", "dc"), strict=False))
+        self.new = dict(self.after)  # what forward makes; backward is given ``after``
+        if cell.projects:
+            h = next(iter(self.after))
+            back = next(n for n in backward if n.op == "project_transposed")
+            self.new = {(h.args[0] if n is h else n): name for n, name in self.after.items()}
+            self.upstream = {(back if name == "dh" else n): name for n, name in self.upstream.items()}
+            del self.after[h], self.before[t.states[next(iter(t.states))]]
         direct = zip(("direct", "dc_prev"), map(gradient.direct.get, t.states), strict=False)
         self.direct = {name: n for name, n in direct if n is not None}
         dense = [n for n in forward if n.op == "dense"]
@@ -82,13 +91,15 @@ class Kernel:
         return [list(dict.fromkeys(found)).index(m) for m in found]
 
     def _plain(self) -> list[Function]:
-        """One round. With c also ``new_c``: c again from what forward saved."""
+        """One round. ``new_c`` and ``new_h``: c, and what is projected, again from what forward saved."""
         accumulators = {n: f"a[{k}]" for k, n in enumerate(self.products)}
         kept = {name: n for n, name in self.saved.items()}
-        new = {name: n for n, name in self.after.items()}
+        new = {name: n for n, name in self.new.items()}
         found = [Function("forward", self.before | accumulators, kept | new)]
         if "c" in new:
             found.append(Function("new_c", self.before | self.saved, {"": new["c"]}))
+        if self.cell.projects:
+            found.append(Function("new_h", self.before | self.saved | self.after, {"": new["h"]}))
         known = self.saved | self.before | self.after | self.upstream
         return [*found, Function("backward", known, self.da | self.direct)]
 

@@ -29,7 +29,8 @@ def choose(t: Trace, gradient: Gradient, fused: Container[Node]) -> list[Node]:
     forward = reach(t.after.values())
     there = {n for n in forward if n.op in ("state", "input", "constant")} | set(t.after.values())
     wanted = _read_by_backward(gradient, set(forward))
-    wanted |= {a for n in forward if n.op == "dense" for a in n.args}  # for the gradients of the weights
+    # For the gradients of the weights.
+    wanted |= {a for n in forward if n.op in ("dense", "project") for a in n.args}
     cut = Cut()
     for n in forward:
         if n in there:

@@ -294,6 +294,21 @@ class Input(_NoArithmetic):
         )
 
 
+class Projected(_NoArithmetic):
+    """What ``p.project`` gives: the first state, with a size of its own."""
+
+    what = "a projected value"
+
+    def __init__(self, graph: Graph, node: Node) -> None:
+        self.graph, self.node = graph, node
+
+    def refused(self, *others: object) -> NoReturn:
+        refuse(
+            "what p.project gives has a size of its own and is the new first state, nothing else; write "
+            "return p.project(h), c"
+        )
+
+
 def _graph_of(values: Sequence[Any]) -> Graph:
     """The graph of the first value, if all are values or numbers."""
     for value in values:
@@ -318,7 +333,7 @@ def _node(graph: Graph, value: Any) -> Node:
         refuse("expected a number that a double can hold, got a larger integer")
 
 
-def own(graph: Graph, value: Symbol | Condition) -> Node:
+def own(graph: Graph, value: Symbol | Condition | Projected) -> Node:
     """The value's node, if it belongs to this run of the cell's function."""
     if value.graph is not graph:
         refuse(

@@ -112,6 +112,10 @@ class _Names:
                 f"weight_hh[{p.attribute.weights[p.args.index(operand)]}]^T {d}"
                 for p, d in zip(products, args, strict=True)
             )
+        if op == "project":
+            return f"weight_hr {self.use(operation.args[0], 'neg')}"
+        if op == "project_transposed":
+            return f"weight_hr^T {args[0]}"
         if op == "item":
             return f"{args[0]}[{n.attribute}]"
         if op in INFIX:

@@ -11,8 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from fusedrnn.cells.graph import CONSTANT, ROW, TUPLE, UNIT, VECTOR, Graph, Node, reach
-from fusedrnn.cells.symbols import CellError, Input, Symbol, kind, line_of, line_of_cell, own, refuse
+from fusedrnn.cells.graph import CONSTANT, PROJECTED, ROW, TUPLE, UNIT, VECTOR, Graph, Node, reach
+from fusedrnn.cells.symbols import (
+    CellError,
+    Input,
+    Projected,
+    Symbol,
+    kind,
+    line_of,
+    line_of_cell,
+    own,
+    refuse,
+)
 
 # A number, a range (low, high) to draw from, or a function of a shape.
 Start = float | tuple[float, float] | Callable[..., Any]
@@ -64,11 +74,12 @@ class Parameters:
         self._trace, self._graph, self._x = trace, trace.graph, trace.x
         self._products: set[tuple[str, int]] = set()  # gate and operand
         self.lines: list[tuple[str, Node, str]] = []  # what must be used, its node, the line that makes it
+        self.projection = ""  # the line that makes it
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):
             raise AttributeError(name)
-        refuse(f"p has no {name}; use p.dense, p.vector, p.layer_norm or p.rms_norm")
+        refuse(f"p has no {name}; use p.dense, p.vector, p.layer_norm, p.rms_norm or p.project")
 
     def dense(self, names: str, *operands: Any, bias: bool = True, layer_norm: bool = False) -> Any:
         """``weight_ih x + bias_ih + weight_hh h + bias_hh`` of one gate, or a list of those of several.
@@ -149,6 +160,22 @@ class Parameters:
                 "start, or this one another name"
             )
         return Symbol(self._graph, self._vector(name, 0))
+
+    def project(self, value: Any) -> Projected:
+        """``weight_hr value``, with P columns in place of H.
+
+        It can only be returned, as the new first state; that state is then an operand of p.dense alone.
+        """
+        if self.projection:
+            refuse("p.project: expected one projection, that of the first state, got a second one")
+        if isinstance(value, Input):
+            refuse("p.project: expected a value of the cell, got x; project it before the layer")
+        node = self._operand("p.project", value)
+        self.projection = line_of_cell()
+        self._block("weight_hr", next(iter(self._trace.states)))
+        projected = self._graph.node("project", node, shape=PROJECTED)
+        self.lines.append(("the projection", projected, self.projection))
+        return Projected(self._graph, projected)
 
     def layer_norm(self, name: str, *values: Any, bias: bool = True, eps: float = 1e-5) -> Any:
         """``gain_name * (v - mean) / sqrt(variance + eps) + bias_name`` of one value, or a list of several.
@@ -331,6 +358,12 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
     for name, value in zip(t.states, _returned(t, found, lines), strict=True):
         t.after[name] = own(graph, value)
     used = reach(t.after.values())
+    first = next(iter(t.states))
+    if t.after[first].op == "project" and not _is_operand(t, t.states[first], used):
+        raise CellError(
+            f"{p.projection}\n{t.name}: the state {first}, a projection, has a size of its own; write it in "
+            "p.dense alone, and use another state for what is needed unit by unit"
+        )
     for what, node, line in p.lines:
         if node not in used:
             raise CellError(f"{line}\n{what} is not used: no new state depends on it; use it or leave it out")
@@ -348,7 +381,12 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
     return t
 
 
-def _returned(t: Trace, found: Any, lines: _Lines) -> Sequence[Symbol]:
+def _is_operand(t: Trace, state: Node, used: Sequence[Node]) -> bool:
+    """Whether a state is nothing but an operand of products."""
+    return state not in t.after.values() and all(n.op == "dense" for n in used if state in n.args)
+
+
+def _returned(t: Trace, found: Any, lines: _Lines) -> Sequence[Symbol | Projected]:
     """The new states, if the function returned them."""
     states = ", ".join(t.states)
     expected = f"{lines.result()}\n{t.name}: expected `return` with the new {states}, in this order"
@@ -361,13 +399,14 @@ def _returned(t: Trace, found: Any, lines: _Lines) -> Sequence[Symbol]:
         values = "1 value" if len(new) == 1 else f"{len(new)} values"
         raise CellError(f"{expected} and nothing else, got {values}")
     for name, value in zip(t.states, new, strict=True):
-        if not isinstance(value, Symbol):
+        projected = isinstance(value, Projected) and value is new[0]
+        if not isinstance(value, Symbol) and not projected:
             raise CellError(f"{expected}; the new {name} must be a value of the cell, got {kind(value)}")
         if value.graph is not t.graph:
             raise CellError(
                 f"{expected}; the new {name} is a value from another cell, or from an earlier run of this one"
             )
-        if value.node.shape != UNIT:
+        if value.node.shape != UNIT and not projected:
             raise CellError(
                 f"{expected}; the new {name} must be a number for each row and unit, got "
                 f"{_SIZES[value.node.shape]}"

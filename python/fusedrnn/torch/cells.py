@@ -95,7 +95,8 @@ class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
             return reason
         if weights is None:
             return None
-        return paths.unsupported_weights(input, weights, self.cell, self.input_size, self.hidden_size)
+        H = self.hidden_size
+        return paths.unsupported_weights(input, weights, self.cell, self.input_size, H, H)
 
     def _misshapen(self, input: Tensor, state: tuple[Any, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""

@@ -72,18 +72,21 @@ def recurrence(
         cell: What a step computes.
         x: (T, B, I).
         weights: By name; there is weight_ih.
-        state0: One tensor (B, H) per state, or None for where it starts.
+        state0: One tensor per state, (B, P) the first, (B, H) the others, or None for where it starts.
         lengths, reset: As ``fusedrnn.kernels.forward`` has them, checked.
         reverse, return_states, detach_every, regularization: As there.
 
     Returns:
-        y (T, B, H); the final state; with ``return_states`` the states of every step, (T, B, H) each.
+        y (T, B, P); the final state; with ``return_states`` the states of every step, each with T first.
     """
     T, B, _ = x.shape
     H = weights["weight_ih"].size(0) // cell.blocks["weight_ih"]
+    widths = cell.widths(H, weights["weight_hh"].size(1) if cell.projects else H)
     starts, zero = [x.new_tensor(s) for s in cell.trace.start.values()], x.new_zeros(())
     given = state0 or [None] * len(starts)
-    state = [s.expand(B, H) if g is None else g for s, g in zip(starts, given, strict=True)]
+    state = [
+        s.expand(B, width) if g is None else g for s, g, width in zip(starts, given, widths, strict=True)
+    ]
     lengths, reset = (None if a is None else torch.as_tensor(a, device=x.device) for a in (lengths, reset))
     active = None if lengths is None else torch.arange(T, device=x.device)[:, None] < lengths
     reset = reset if reset is None else reset != 0
@@ -105,7 +108,7 @@ def recurrence(
         x_t = x[t] if row is None else torch.where(row, x[t], zero)  # NaN in the padding would come back
         after: list[Tensor] = list(TorchStep(cell, weights, x_t, state, dropout=dropout).after)
         if r is not None:
-            keeps = [_keep(r, name, t, x, H) for name in cell.states]
+            keeps = [_keep(r, name, t, x, width) for name, width in zip(cell.states, widths, strict=True)]
             after = [
                 new if keep is None else keep * new + (1 - keep) * s
                 for keep, new, s in zip(keeps, after, state, strict=True)
@@ -118,11 +121,12 @@ def recurrence(
             every[t] = [torch.where(row, a, s.detach()) for a, s in zip(after, state, strict=True)]
             state = [torch.where(row, a, s) for a, s in zip(after, state, strict=True)]
         ran = row
-    empty = x.new_zeros((0, B, H))
-    y = torch.stack(ys) if T else empty
+    y = torch.stack(ys) if T else x.new_zeros((0, B, widths[0]))
     if not return_states:
         return y, state, None
-    return y, state, [torch.stack([s[j] for s in every]) if T else empty for j in range(len(state))]
+    if not T:
+        return y, state, [x.new_zeros((0, B, width)) for width in widths]
+    return y, state, [torch.stack(each) for each in zip(*every, strict=True)]
 
 
 def _dropout(r: Regularization, x: Tensor, H: int) -> Tensor | None:
@@ -133,8 +137,8 @@ def _dropout(r: Regularization, x: Tensor, H: int) -> Tensor | None:
     return torch.as_tensor(masks.dropout(r.recurrent_dropout, r.seed, r.stream, rows, H)).to(x)
 
 
-def _keep(r: Regularization, state: str, t: int, x: Tensor, H: int) -> Tensor | None:
-    """(B, H), the share of a new state that zoneout keeps."""
+def _keep(r: Regularization, state: str, t: int, x: Tensor, width: int) -> Tensor | None:
+    """(B, width), the share of a new state that zoneout keeps."""
     rate = {"h": r.zoneout_h, "c": r.zoneout_c}.get(state, 0.0)
-    found = masks.zoneout(rate, state, r.seed, r.stream, t, np.arange(x.size(1)), H)
+    found = masks.zoneout(rate, state, r.seed, r.stream, t, np.arange(x.size(1)), width)
     return None if found is None else torch.as_tensor(found).to(x)

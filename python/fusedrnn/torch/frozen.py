@@ -89,6 +89,10 @@ class Freezable(torch.nn.Module):
 
     _freezable_weights: Callable[[], list[Weights]]
 
+    def _lacks(self, device: torch.device) -> str | None:
+        """What the kernels of a device have not of this layer."""
+        return None
+
     def train(self, mode: bool = True) -> Any:
         """As PyTorch's; RuntimeError for a frozen layer."""
         if mode and self.__dict__.get("_fusedrnn_frozen") is not None:
@@ -136,10 +140,9 @@ def freeze(model: M) -> M:
             raise RuntimeError(f"{path}: expected a layer in evaluation; call eval() before freeze")
         if layer.__dict__.get("_fusedrnn_frozen") is None:
             weights = layer._freezable_weights()
-            if not weights:
-                raise RuntimeError(f"{path}: the kernels cannot run it: proj_size")
             first = weights[0][0]
             reason = paths.unsupported(first.dtype, first.device, [w for each in weights for w in each])
+            reason = reason or layer._lacks(first.device)
             if reason is not None:
                 raise RuntimeError(f"{path}: the kernels cannot run it: {reason}")
             for name, p in layer.named_parameters():

@@ -27,14 +27,14 @@ from fusedrnn.backends.protocol import Regularization
 from fusedrnn.torch import dynamo, ops, paths
 from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.frozen import Freezable, Frozen, frozen
-from fusedrnn.torch.ops import CELLS, NORMED, Call, Weights
+from fusedrnn.torch.ops import CELLS, NORMED, PROJECTED, Call, Weights
 from fusedrnn.torch.recurrence import recurrence, steps, weights_of
 from fusedrnn.torch.scripted import ALWAYS, OPTIONS, Scriptable
 
 # One layer in one direction, of number j: from (j, reverse, x, initial state) to y, the final state, and with
 # return_states the states of every step, as ``recurrence`` returns them.
 Run = Callable[[int, bool, Tensor, Sequence[Tensor] | None], list[Tensor]]
-# y (T, B, D*H), the final states (L*D, B, H), those of every step (L*D, T, B, H)
+# y (T, B, D*P), the final states (L*D, B, ·), those of every step (L*D, T, B, ·)
 Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
@@ -116,7 +116,7 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
     @property
     def kind(self) -> str:
         """The name of its cell in ``CELLS``."""
-        return self.mode + NORMED if self.layer_norm else self.mode
+        return self.mode + (NORMED if self.layer_norm else PROJECTED if self.proj_size else "")
 
     @property
     def cell(self) -> cells.Cell:
@@ -148,7 +148,8 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
 
         Args:
             input: (T, B, I), with ``batch_first`` (B, T, I), unbatched (T, I), or a PackedSequence.
-            hx: h_0, for the LSTM (h_0, c_0), each (L*D, B, H), unbatched (L*D, H); None is zeros.
+            hx: h_0, for the LSTM (h_0, c_0), each (L*D, B, H), unbatched (L*D, H); None is zeros. With
+                ``proj_size`` h_0 has that many units.
             lengths: (B,) whole numbers from 0 to T, for padded input: a tensor, an array or a list. From its
                 length on a row's state stands still and its output is 0. Not with a PackedSequence, which
                 says so itself.
@@ -249,15 +250,20 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
         return run
 
     def _weights(self) -> list[Weights]:
-        """Of each layer and direction; none with projections, which are PyTorch's own to run."""
-        if self.proj_size:
-            return []
-        if not self.layer_norm:
+        """Of each layer and direction."""
+        if not self.layer_norm and not self.proj_size:
             return [weights_of(self, names) for names in self._all_weights]
         suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
         return [weights_of(self, [name + suffix for name in WEIGHTS]) for suffix in suffixes]
 
     _freezable_weights = _weights
+
+    def _lacks(self, device: torch.device) -> str | None:
+        return "proj_size on a GPU" if self.proj_size and device.type != "cpu" else None
+
+    def _widths(self) -> tuple[int, ...]:
+        """Of each state how many units it has."""
+        return self.cell.widths(self.hidden_size, self.proj_size or self.hidden_size)
 
     def _only_ours(self) -> str | None:
         """The name of the first option that PyTorch's own implementation would leave out."""
@@ -273,6 +279,7 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
         if not isinstance(data, Tensor):
             return f"the input is a {type(input).__name__}"
         reason = paths.unsupported(data.dtype, data.device, (data, *(state or ())))
+        reason = reason or self._lacks(data.device)
         if reason is not None:
             return reason
         if self.mode != "GRU" and paths.autocast(data):  # PyTorch's GRU returns float32 all the same
@@ -280,10 +287,10 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
         reason = self._misshapen(input, state)
         if reason is not None:
             return reason
-        D, H = 2 if self.bidirectional else 1, self.hidden_size
+        D, H, P = 2 if self.bidirectional else 1, self.hidden_size, self._widths()[0]
         for j, each in enumerate(weights):
-            I = self.input_size if j < D else D * H
-            reason = paths.unsupported_weights(data, each, self.cell, I, H)
+            I = self.input_size if j < D else D * P
+            reason = paths.unsupported_weights(data, each, self.cell, I, H, P)
             if reason is not None:
                 return reason
         return None
@@ -298,8 +305,6 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
 
     def _misshapen(self, input: Any, state: tuple[Tensor, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""
-        if self.proj_size:
-            return "proj_size"
         if isinstance(input, PackedSequence):
             shape, rows = input.data.shape, input.batch_sizes[:1].tolist()
             if len(shape) != 2:
@@ -316,10 +321,11 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
         if shape[-1] != self.input_size or not self.input_size:
             return f"the input is of shape {tuple(shape)}"
         if state is not None:
-            size = (len(self._all_weights), *rows, self.hidden_size)
-            if len(state) != len(self.cell.states) or any(s is None or s.shape != size for s in state):
-                got = [tuple(s.shape) for s in state if s is not None]
-                if isinstance(input, PackedSequence) and len(got) == len(self.cell.states):
+            sizes = [(len(self._all_weights), *rows, width) for width in self._widths()]
+            got = [tuple(s.shape) for s in state if s is not None]
+            if len(state) != len(sizes) or got != sizes:
+                size = sizes[0] if len(set(sizes)) == 1 else sizes
+                if isinstance(input, PackedSequence) and len(got) == len(sizes):
                     # Here PyTorch's own does not check, and reads past the end of some.
                     raise RuntimeError(f"Expected hidden size {size}, got {got}")
                 return f"the state is not of shape {size}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +31,14 @@ CELLS: dict[str, Cell] = {  # by PyTorch's name
 }
 NORMED = "_LAYER_NORM"  # ends the names of cells with layer norm
 CELLS |= {f"{name}{NORMED}": cell.with_options(layer_norm=True) for name, cell in CELLS.items()}
+PROJECTED = "_PROJECTED"  # likewise with a projection
+CELLS[f"LSTM{PROJECTED}"] = cells.lstm.with_options(project=True)
 
 Weights = tuple[Any, ...]  # of one layer and direction in the order of WEIGHTS, None where there is none
 
 _CALL = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? gain_ih, Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c,"
+    " Tensor? gain_ih, Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c, Tensor? weight_hr,"
     " Tensor? lengths, Tensor? reset, Tensor? seed,"
     " str cell, bool reverse, bool recompute, int? detach_every, float[] rates, int stream"
 )
@@ -51,9 +53,9 @@ torch.library.define(
 torch.library.define(
     "fusedrnn::recurrence_backward",
     f"({_CALL}, Tensor y, Tensor? tape, Tensor? tape2, Tensor? dy, Tensor? dhT, Tensor? dcT,"
-    " Tensor? dh_states, Tensor? dc_states, bool[11] need) -> (Tensor dx, Tensor dh0, Tensor dc0,"
+    " Tensor? dh_states, Tensor? dc_states, bool[12] need) -> (Tensor dx, Tensor dh0, Tensor dc0,"
     " Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih, Tensor dbias_hh, Tensor dgain_ih,"
-    " Tensor dgain_hh, Tensor dgain_c, Tensor dbias_c)",
+    " Tensor dgain_hh, Tensor dgain_c, Tensor dbias_c, Tensor dweight_hr)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -75,6 +77,7 @@ class Call(NamedTuple):
     gain_hh: Tensor | None
     gain_c: Tensor | None
     bias_c: Tensor | None
+    weight_hr: Tensor | None
     lengths: Tensor | None  # (B,), on the CPU
     reset: Tensor | None  # (T, B)
     seed: Tensor | None  # of the masks; None: evaluation
@@ -88,7 +91,7 @@ class Call(NamedTuple):
     @property
     def weights(self) -> dict[str, Tensor]:
         """Those that there are, by name."""
-        return {name: w for name, w in zip(WEIGHTS, self[3:11], strict=True) if w is not None}
+        return {name: w for name, w in zip(WEIGHTS, self[3:LEARNED], strict=True) if w is not None}
 
     def rows(self) -> tuple[Any, Any]:
         """``lengths`` and ``reset`` as arrays, values checked."""
@@ -111,7 +114,7 @@ class Call(NamedTuple):
         """As ``CpuBackend.run_forward`` and ``run_backward`` take it, of packed weights or of these."""
         lengths, reset = (None, None) if self.lengths is self.reset is None else self.rows()
         if packed is None:
-            weights = [w if w is None or w.is_contiguous() else w.contiguous() for w in self[3:11]]
+            weights = [w if w is None or w.is_contiguous() else w.contiguous() for w in self[3:LEARNED]]
             packed = tuple(given(weights))
         return (
             CELLS[self.cell],
@@ -140,10 +143,11 @@ class Call(NamedTuple):
         }
         return (CELLS[self.cell], x if x.ndim == 3 else x[None], weights, state0 or None), options
 
-    def sizes(self) -> tuple[Any, Any, Any, Any]:
-        """T, B, I, H, which may be symbols."""
+    def sizes(self) -> tuple[Any, Any, Any, Any, Any]:
+        """T, B, I, H, P, which may be symbols."""
         T, B, I = self.x.shape if self.x.dim() == 3 else (1, *self.x.shape)
-        return T, B, I, self.weight_hh.size(1)
+        P = self.weight_hh.size(1)
+        return T, B, I, P if self.weight_hr is None else self.weight_hr.size(1), P
 
     def results(self, return_states: bool) -> int:
         """How many tensors there are but the tape."""
@@ -154,25 +158,29 @@ class Call(NamedTuple):
 
     def tape_width(self) -> int:
         """Elements of the tape for each of its rows."""
-        return _tape_width(self.cell, int(self.weight_hh.size(1)), self.recompute, bool(self.rates))
+        return _tape_width(self.cell, int(self.sizes()[3]), self.recompute, bool(self.rates))
 
     def tape_rows(self) -> int | None:
         """Rows of the tape, of tensors whose values are known."""
-        T, B, I, H = self.sizes()
+        T, B, *_ = sizes = self.sizes()
         if self.recompute and self.x.is_cpu:
             kind, acts, float64 = CELLS[self.cell], bool(self.rates), self.x.dtype is torch.float64
-            return CPU.tape_shape(kind, (T, B, I, H), recompute=True, regularized=acts, float64=float64)[0]
+            return CPU.tape_shape(kind, sizes, recompute=True, regularized=acts, float64=float64)[0]
         return T * B if self.lengths is None else int(self.lengths.sum())
 
 
 N = len(Call._fields)
+# So many of these, from the first on, may have a gradient: x, the state and the weights; and so many are
+# tensors. (A sum is no constant for mypy.)
+LEARNED: Final = 12
+TENSORS: Final = 15
 CPU = CpuBackend()
 LARGE = 1 << 16  # bytes
 
 
 @functools.cache
 def _tape_width(cell: str, H: int, recompute: bool, regularized: bool) -> int:
-    sizes = (1, 1, 1, H)
+    sizes = (1, 1, 1, H, H)  # P changes nothing
     return CPU.tape_shape(CELLS[cell], sizes, recompute=recompute, regularized=regularized)[1]
 
 
@@ -184,13 +192,13 @@ def _allocated(
 ) -> list[Tensor | None]:
     """Memory for the results of forward: y, hT, cT, h_states, c_states, tape; None for those that the call
     does not have."""
-    T, B, _, H = call.sizes()
+    T, B, _, H, P = call.sizes()
     x, two = call.x, len(CELLS[call.cell].states) == 2
     return [
-        x.new_empty((T, B, H)) if x.dim() == 3 else None,
-        x.new_empty((B, H)),
+        x.new_empty((T, B, P)) if x.dim() == 3 else None,
+        x.new_empty((B, P)),
         x.new_empty((B, H)) if two else None,
-        x.new_empty((T, B, H)) if return_states else None,
+        x.new_empty((T, B, P)) if return_states else None,
         x.new_empty((T, B, H)) if return_states and two else None,
         None if tape_rows is None else new_tape(x, tape_rows, call.tape_width()),
     ]
@@ -272,7 +280,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         if tape is None:  # compiled code asks for none where its size would depend on values
             call = call._replace(recompute=False)
             tape = run(call, False, call.tape_rows())[-1]
-        out = _gradients(call[:11], need)
+        out = _gradients(call[:LEARNED], need)
         dx, dh0, dc0, *dweights = given(out)
         dy, dh_states, dc_states = (contiguous_features(d) for d in (dy, dh_states, dc_states))
         rest = [contiguous(y), contiguous(tape), dy, contiguous(dhT), contiguous(dcT), dh_states, dc_states]
@@ -317,15 +325,15 @@ def _forward_fake(*arguments: Any) -> list[Tensor]:
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _with_empty(_gradients(arguments[:11], arguments[-1]), arguments[0])
+    return _with_empty(_gradients(arguments[:LEARNED], arguments[-1]), arguments[0])
 
 
-def _products(shapes: Sequence[Any]) -> tuple[int, int]:
-    """Operations of the products of all steps with weight_ih and weight_hh. A multiply and an add are two, as
-    PyTorch counts."""
-    x, ih, hh = shapes[0], shapes[3], shapes[4]
+def _products(shapes: Sequence[Any]) -> tuple[int, int, int]:
+    """Operations of the products of all steps with weight_ih, weight_hh and weight_hr. A multiply and an add
+    are two, as PyTorch counts."""
+    x, ih, hh, hr = shapes[0], shapes[3], shapes[4], shapes[LEARNED - 1] or (0, 0)
     rows = 2 * int(x[0] * x[1] if len(x) == 3 else x[0])
-    return rows * int(ih[0] * ih[1]), rows * int(hh[0] * hh[1])
+    return rows * int(ih[0] * ih[1]), rows * int(hh[0] * hh[1]), rows * int(hr[0] * hr[1])
 
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence)
@@ -335,6 +343,6 @@ def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence_backward)
 def _backward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    ih, hh = _products(shapes)
-    dx, _, _, dih, dhh, *_ = shapes[-1]
-    return ih * (dx + dih) + hh * (1 + dhh)
+    ih, hh, hr = _products(shapes)
+    dx, _, _, dih, dhh, *_, dhr = shapes[-1]
+    return ih * (dx + dih) + hh * (1 + dhh) + hr * (1 + dhr)

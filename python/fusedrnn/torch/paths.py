@@ -143,7 +143,9 @@ def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tens
     return None
 
 
-def unsupported_weights(input: Tensor, weights: Sequence[Any], cell: Cell, I: int, H: int) -> str | None:
+def unsupported_weights(
+    input: Tensor, weights: Sequence[Any], cell: Cell, I: int, H: int, P: int
+) -> str | None:
     """Why the kernels cannot take these weights of one layer and direction beside such an input, or None.
 
     Raises:
@@ -152,17 +154,17 @@ def unsupported_weights(input: Tensor, weights: Sequence[Any], cell: Cell, I: in
     reason = unsupported(input.dtype, input.device, weights)
     if reason is not None:
         return reason
-    for name, w, shape in zip(WEIGHTS, weights, _shapes(cell, I, H), strict=True):
+    for name, w, shape in zip(WEIGHTS, weights, _shapes(cell, I, H, P), strict=True):
         if w is not None and w.shape != shape:
             raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(w.shape)}")
     return None
 
 
 @functools.cache
-def _shapes(cell: Cell, I: int, H: int) -> tuple[tuple[int, ...], ...]:
+def _shapes(cell: Cell, I: int, H: int, P: int) -> tuple[tuple[int, ...], ...]:
     """Of the weights in the order of WEIGHTS."""
-    columns = {"weight_ih": (I,), "weight_hh": (H,)}
-    return tuple((cell.blocks.get(name, 0) * H, *columns.get(name, ())) for name in WEIGHTS)
+    shapes = cell.shapes(I, H, P)
+    return tuple(shapes.get(name, (0,)) for name in WEIGHTS)
 
 
 def _traced(t: Any) -> bool:

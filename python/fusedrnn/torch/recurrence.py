@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fusedrnn.backends.cpu import WEIGHTS
 from fusedrnn.torch import differentiable, ops
-from fusedrnn.torch.ops import CELLS, Call, N, Weights
+from fusedrnn.torch.ops import CELLS, LEARNED, TENSORS, Call, N, Weights
 
 IN_PLACE = (
     "fusedrnn: backward needs the inputs, the weights and the output of the layer as they were; if it is the "
     "output, apply operations that are not in place, as torch.relu for torch.relu_, or clone it before"
 )
 
-PLAIN = WEIGHTS[:4]  # without layer norm
+PLAIN = WEIGHTS[:4]  # without layer norm and projection
 
 
 def weights_of(module: torch.nn.Module, names: Sequence[str] = PLAIN) -> Weights:
@@ -32,15 +32,15 @@ def recurrence(call: Call, return_states: bool = False) -> list[Tensor]:
     """Run one layer in one direction.
 
     Returns:
-        y (T, B, H); then the final state, (B, H) each; then with ``return_states`` those of every step,
-        (T, B, H) each. Of one step the final state alone.
+        y (T, B, P); then the final state, h (B, P) and c (B, H); then with ``return_states`` those of every
+        step, with T first. Of one step the final state alone.
     """
     if torch.is_grad_enabled():
-        for t in call[:11]:
+        for t in call[:LEARNED]:
             if t is not None and t.requires_grad:
                 # A compiler knows no values: it keeps what the longest rows need, or runs forward again.
                 if torch.compiler.is_compiling():
-                    T, B, _, _ = call.sizes()
+                    T, B, *_ = call.sizes()
                     rows = None if call.recompute else T * B
                 else:
                     rows = call.tape_rows()
@@ -59,11 +59,11 @@ class Recurrence(torch.autograd.Function):
         tape, tape2 = (*outputs[n:], None, None)[:2]
         # Of biases backward reads the shapes alone: programs may write to them, as with torch.nn's layers.
         ctx.biases = () if call.recompute or call.gain_ih is not None or tape is None else (5, 6)
-        kept = [None if k in ctx.biases else t for k, t in enumerate(call[:14])]
+        kept = [None if k in ctx.biases else t for k, t in enumerate(call[:TENSORS])]
         ctx.there = [call[k] is not None for k in ctx.biases]
         ctx.second = [] if torch.compiler.is_compiling() else [_versioned(call[k]) for k in ctx.biases]
         ctx.save_for_backward(*kept, outputs[0], tape, tape2)
-        ctx.options = call[14:]
+        ctx.options = call[TENSORS:]
         ctx.states = len(CELLS[call.cell].states)
         ctx.set_materialize_grads(False)
         return tuple(outputs[:n])
@@ -82,7 +82,7 @@ class Recurrence(torch.autograd.Function):
         dy, *grads = given if saved[0].dim() == 3 else (None, *given)
         of_final = (*grads[: ctx.states], None)[:2]
         of_every = (*grads[ctx.states :], None, None)[:2]
-        need = ctx.needs_input_grad[:11]
+        need, rest = ctx.needs_input_grad[:LEARNED], [None] * (N - LEARNED + 2)
         run: Any = ops.backward
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
             run = Differentiable.apply
@@ -96,12 +96,12 @@ class Recurrence(torch.autograd.Function):
             upstream = [dy, *of_final, *of_every]
             if not all(d is None or torch._C._has_storage(d) for d in upstream):
                 # A batch of upstream gradients: a Function would not record what it does with them.
-                call = Call(*saved[:14], *ctx.options)
-                own: list[Any] = [None if t is None else t.view_as(t) for t in saved[:11]]
-                first = _first(Call._make([*own, *call[11:]]), upstream, own)
-                return (*[d if n else None for d, n in zip(first, need, strict=True)], *[None] * (N - 11 + 2))
-        found = run(*saved[:14], *ctx.options, *saved[14:], dy, *of_final, *of_every, need)
-        return (*[g if n else None for g, n in zip(found, need, strict=True)], *[None] * (N - 11 + 2))
+                call = Call(*saved[:TENSORS], *ctx.options)
+                own: list[Any] = [None if t is None else t.view_as(t) for t in saved[:LEARNED]]
+                first = _first(Call._make([*own, *call[LEARNED:]]), upstream, own)
+                return (*[d if n else None for d, n in zip(first, need, strict=True)], *rest)
+        found = run(*saved[:TENSORS], *ctx.options, *saved[TENSORS:], dy, *of_final, *of_every, need)
+        return (*[g if n else None for g, n in zip(found, need, strict=True)], *rest)
 
 
 def _versioned(t: Any) -> tuple[Tensor | None, int]:
@@ -162,13 +162,13 @@ class Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, again = iter(ctx.saved_tensors), torch.is_grad_enabled()
         arguments = [next(tensors) if t else a for t, a in zip(ctx.is_tensor, ctx.others, strict=True)]
-        places = [k for k in (*range(11), *range(N + 3, N + 8)) if arguments[k] is not None]
+        places = [k for k in (*range(LEARNED), *range(N + 3, N + 8)) if arguments[k] is not None]
         with torch.enable_grad():
             for k in places:  # each in its own place, also where one tensor stands in two
                 t = arguments[k]
                 arguments[k] = t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
             call, upstream = Call(*arguments[:N]), arguments[N + 3 : N + 8]
-            first = _first(call, upstream, arguments[:11])
+            first = _first(call, upstream, arguments[:LEARNED])
             pairs = [(d, g) for d, g in zip(first, grads, strict=True) if d is not None and g is not None]
             pairs = [(d, g) for d, g in pairs if d.requires_grad]
             found: list[Tensor | None] = [None] * len(arguments)

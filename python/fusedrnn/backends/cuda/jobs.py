@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from fusedrnn import masks
 from fusedrnn.backends.cpu import cell_id
-from fusedrnn.backends.protocol import Regularization
+from fusedrnn.backends.protocol import Regularization, Unsupported
 from fusedrnn.cells import Cell
 
 with contextlib.suppress(ImportError):  # said by ``cupy_device.unavailable``
@@ -179,6 +179,8 @@ def kernels_of(cell: Cell, regularized: bool = False) -> CellKernels:
     Raises:
         ValueError: There are no kernels for it.
     """
+    if cell.projects:
+        raise Unsupported("weight_hr: is not supported by the cuda backend; use the reference")
     type_, accumulators, saved, has_c, parts, layer_norm = _core.cell_layout(
         cell_id(cell, "cuda"), regularized
     )

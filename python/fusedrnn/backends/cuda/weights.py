@@ -77,7 +77,7 @@ class Packed:
 
 def pack(device: Device, cell: Cell, weights: Weights) -> Packed:
     """Weights prepared for repeated calls, stale as soon as one of them changes."""
-    w, _, H = check_weights(cell, weights, dtypes_of(device), kind=kind_of(device))
+    w, _, H, _ = check_weights(cell, weights, dtypes_of(device), kind=kind_of(device))
     kernels = kernels_of(cell)
     bias = device.empty((kernels.accumulators, H), compute(w["weight_ih"].dtype))
     bias[...] = 0

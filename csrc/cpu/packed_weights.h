@@ -1,0 +1,92 @@
+// Weights in the order in which the kernels read them. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <algorithm>
+#include <utility>
+
+#include "api.h"
+#include "cpu/dispatch.h"
+#include "cpu/layout.h"
+#include "cpu/threads.h"
+
+namespace fusedrnn {
+
+using cpu::CellShape;
+
+template <class T>
+struct PackedWeights {
+  CellId cell;
+  Index I, H, P;
+  Buffer memory;
+  cpu::Packed<T> input, recurrent, recurrent2, projection;
+  const T* bias;
+  cpu::NormWeights<T> norm;
+};
+
+// Packs blocks of several parts side by side on the pool.
+template <class T>
+struct PackAll {
+  void (*pack)(const cpu::PackJob<T>&);
+  cpu::PackJob<T> job[4];
+  int count = 0;
+
+  void run(double elements, Poll poll) {
+    const int threads = elements > 1e5 ? cpu::num_threads() : 1;
+    constexpr Index kTogether = 4;  // blocks between two polls; of a row's columns, as many come at once
+    const auto body = [](void* data, cpu::Region& region) {
+      const PackAll& all = *static_cast<const PackAll*>(data);
+      for (int i = 0; i < all.count; ++i) {
+        cpu::PackJob<T> part = all.job[i];
+        const Index n = part.block_end;
+        const Index end = n * (region.thread + 1) / region.threads;
+        for (Index block = n * region.thread / region.threads; block < end; block = part.block_end) {
+          part.block_begin = block, part.block_end = std::min(end, block + kTogether);
+          part.out = all.job[i].out + block * part.block_step;
+          all.pack(part);
+          if (!region.poll()) return;
+        }
+      }
+    };
+    if (cpu::run(threads, body, this, poll.hook, poll.context) == cpu::Outcome::interrupted) throw Interrupted{};
+  }
+};
+
+template <class T>
+void set_weights(cpu::ForwardJob<T>& job, const PackedWeights<T>& packed) {
+  job.input = packed.input, job.recurrent = packed.recurrent, job.recurrent2 = packed.recurrent2,
+  job.projection = packed.projection, job.bias = packed.bias, job.norm = packed.norm;
+}
+
+// Gains or biases in the order of the accumulators; each adds to what its part's accumulators have.
+template <class T>
+void pack_vectors(const CellShape& shape, Index H, const T* ih, const T* hh, T* out) {
+  std::fill(out, out + blocks_of(H) * shape.accumulators * kBlock, T(0));
+  const auto add = [&](const T* from, const Part& part) {
+    for (int s = 0; from && s < part.count; ++s)
+      for (Index u = 0; u < H; ++u)
+        out[(u / kBlock * shape.accumulators + part.first + s) * kBlock + u % kBlock] += from[part.gate[s] * H + u];
+  };
+  add(ih, shape.input);
+  add(hh, shape.recurrent);
+  add(hh, shape.recurrent2);
+}
+
+// What layer norm multiplies and adds, in memory of its own kind.
+template <class T>
+struct PackedNorm {
+  T *gain, *gain_c, *bias_c;
+  void take(Layout<T>& layout, const CellShape& shape, Index blocks) {
+    const Index some = shape.layer_norm ? blocks : 0, states = shape.has_c ? some : 0;
+    gain = layout.take({some, shape.accumulators, kBlock});
+    gain_c = layout.take({states, kBlock}), bias_c = layout.take({states, kBlock});
+  }
+  cpu::NormWeights<T> fill(const CellShape& shape, Index H, const Weights<const T>& weights, const T* bias) {
+    if (!shape.layer_norm) return {};
+    pack_vectors(shape, H, weights.gain_ih, weights.gain_hh, gain);
+    if (!shape.has_c) return {gain, bias, nullptr, nullptr};
+    for (auto [from, to] : {std::pair(weights.gain_c, gain_c), std::pair(weights.bias_c, bias_c)})
+      std::fill(std::copy(from, from + H, to), to + blocks_of(H) * kBlock, T(0));
+    return {gain, bias, gain_c, bias_c};
+  }
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,203 @@
+// The weight gradients of a chunk of steps, for any cell. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "cpu/forward.h"
+#include "cpu/tile.h"
+#include "simd/transpose.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+using cpu::BackwardJob;
+using cpu::CellShape;
+using cpu::kBlock;
+using cpu::Worker;
+
+// Columns of [1 | x | h_prev | middle] that share the accumulators they give gradients to: one product of the joint
+// rows.
+struct Group {
+  Index column, columns;
+  int first, count;  // accumulators
+  Index offset;      // of the group in a block of dpacked
+};
+
+struct Groups {
+  Group group[4];
+  int count = 0;
+  Index block_step = 0;
+  // Column ranges, in the order of the joint rows.
+  Groups(const CellShape& shape, Index I, Index P) {
+    const Part &input = shape.input, &recurrent = shape.recurrent;
+    if (input.first == recurrent.first && input.count == recurrent.count) {
+      add(0, 1 + I + P, 0, shape.accumulators);
+    } else {
+      if (!shape.layer_norm) add(0, 1, 0, shape.accumulators);
+      add(1, I, input.first, input.count);
+      add(1 + I, P, recurrent.first, recurrent.count);
+    }
+    if (shape.phases == 2) add(1 + I + P, P, shape.recurrent2.first, shape.recurrent2.count);
+  }
+  void add(Index column, Index columns, int first, int accumulators) {
+    group[count++] = {column, columns, first, accumulators, block_step};
+    block_step += columns * accumulators * kBlock;
+  }
+  // Where dpacked holds the gradient of (column, accumulator) for the first unit of a block.
+  const Group& of_column(Index column) const {
+    int n = 0;
+    while (column >= group[n].column + group[n].columns) ++n;
+    return group[n];
+  }
+};
+
+// Sums them up chunk by chunk, from the rows of da and the joint rows.
+template <class V>
+struct WeightGradients {
+  using T = typename V::scalar;
+
+  const BackwardJob<T>& job;
+  const Worker& worker;
+  const CellShape& shape;
+  const Groups groups;
+  // Of a cell that projects, where a row of da has the gradient of h, and what was projected.
+  const Index dh_at, unprojected_at;
+
+  WeightGradients(const BackwardJob<T>& job_, const Worker& worker_, const CellShape& shape_)
+      : job(job_),
+        worker(worker_),
+        shape(shape_),
+        groups(shape_, job_.I, job_.P),
+        dh_at(shape_.accumulators * job_.blocks * kBlock),
+        unprojected_at(dh_at + blocks_of(job_.P) * kBlock) {}
+
+  // Adds the part of a chunk of so many rows.
+  FUSEDRNN_NOINLINE bool add(Index count, bool first_chunk) const {
+    return (!job.need_weights || products(count, first_chunk)) && (!job.dprojection || projection(count, first_chunk));
+  }
+
+  // The joint rows, transposed, times da. Threads take whole output tiles.
+  bool products(Index count, bool first_chunk) const {
+    const Tiling panels(job.blocks, panel_blocks(shape));
+    Index total = 0;
+    for (int g = 0; g < groups.count; ++g) total += column_tiles(groups.group[g]).pieces;
+    const Index n = worker.region.threads, i = worker.region.thread;
+    const Index begin = total * panels.pieces * i / n, end = total * panels.pieces * (i + 1) / n;
+    for (Index item = begin; item < end; ++item) {
+      const Index panel = item / total;
+      Index at = item % total;
+      int g = 0;
+      for (;; ++g) {
+        const Index pieces = column_tiles(groups.group[g]).pieces;
+        if (at < pieces) break;
+        at -= pieces;
+      }
+      const Group& group = groups.group[g];
+      const Index block = panels.begin(panel), first = column_tiles(group).begin(at);
+      const int m = int(column_tiles(group).begin(at + 1) - first);
+      const int wide = int(panels.begin(panel + 1) - block), A = shape.accumulators;
+      add_rows(count, job.inputs + group.column + first, job.inputs_row, m, job.da + (block * A + group.first) * kBlock,
+               panel_blocks(shape) > 1 ? A * kBlock : kBlock, wide, group.count, first_chunk, [&](int r, int w, int s) {
+                 return job.dpacked + (block + w) * job.dpacked_block + group.offset +
+                        ((first + r) * group.count + s) * kBlock;
+               });
+      if ((item & 15) == 0 && !worker.poll()) return false;
+    }
+    return true;
+  }
+
+  // What was projected, transposed, times the gradient of h.
+  bool projection(Index count, bool first_chunk) const {
+    const Tiling panels(blocks_of(job.P), kProjectionPanel), columns(job.H, max_rows<V>(kProjectionPanel));
+    const Index n = worker.region.threads, i = worker.region.thread, total = panels.pieces * columns.pieces;
+    for (Index item = total * i / n; item < total * (i + 1) / n; ++item) {
+      const Index panel = item / columns.pieces, at = item % columns.pieces;
+      const Index block = panels.begin(panel), first = columns.begin(at);
+      add_rows(count, job.da + unprojected_at + first, job.da_row, int(columns.begin(at + 1) - first),
+               job.da + dh_at + block * kBlock, kBlock, int(panels.begin(panel + 1) - block), 1, first_chunk,
+               [&](int r, int w, int) { return job.dprojection + ((block + w) * job.H + first + r) * kBlock; });
+      if ((item & 15) == 0 && !worker.poll()) return false;
+    }
+    return true;
+  }
+  static constexpr int kProjectionPanel = 4;
+
+  // A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
+  static constexpr Index kSumRows = 4096;
+
+  Tiling column_tiles(const Group& group) const {
+    return Tiling(group.columns, max_rows<V>(group.count * panel_blocks(shape)));
+  }
+
+  // Adds to sum(r, w, s), which are 16 each: over the rows, column r of `a` times vector (w, s) of `b`, a row of da.
+  template <class Sum>
+  FUSEDRNN_INLINE void add_rows(Index count, const T* a, Index a_row, int m, const T* b, Index b_gap, int wide,
+                                int each, bool first_chunk, Sum&& sum_of) const {
+    const T* columns[kMaxTile];
+    Index row = 0;
+    do {
+      const Index rows_here = count - row < kSumRows ? count - row : kSumRows;
+      const bool overwrite = first_chunk && row == 0;
+      for (int r = 0; r < m; ++r) columns[r] = a + row * a_row + r;
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        alignas(64) T acc[kMaxTile * V::lanes];
+        for (int v = 0; v < m * wide * each; ++v) V::zero().store(acc + v * V::lanes);
+        const Product<T> p = {columns, 0, a_row, 0, b + row * job.da_row + lane, job.da_row, b_gap, 1, rows_here};
+        tile_for<V>(m, wide * each)(&p, 1, acc);
+        for (int r = 0; r < m; ++r)
+          for (int w = 0; w < wide; ++w)
+            for (int s = 0; s < each; ++s) {
+              T* const sum = sum_of(r, w, s) + lane;
+              const V part = V::load(acc + ((w * each + s) * m + r) * V::lanes);
+              (overwrite ? part : V::load(sum) + part).store(sum);
+            }
+      }
+      row += kSumRows;
+    } while (row < count);
+  }
+
+  // All of them back to PyTorch's layout.
+  FUSEDRNN_NOINLINE void unpack() const {
+    if (job.dprojection) unpack_projection();
+    if (!job.need_weights) return;
+    if (!shape.layer_norm) {
+      unpack(job.dbias_ih, 0, 1, shape.input);
+      unpack(job.dbias_hh, 0, 1, shape.recurrent);
+      unpack(job.dbias_hh, 0, 1, shape.recurrent2);
+    }
+    unpack(job.dweight_ih, 1, job.I, shape.input);
+    unpack(job.dweight_hh, 1 + job.I, job.P, shape.recurrent);
+    unpack(job.dweight_hh, 1 + job.I + job.P, job.P, shape.recurrent2);
+  }
+
+  // dpacked: gate rows of (G*H, columns), from joint columns [column, column + columns).
+  void unpack(T* out, Index column, Index columns, const Part& part) const {
+    if (!out || !part.count) return;
+    const Group& group = groups.of_column(column);
+    const Index n = worker.region.threads, i = worker.region.thread;
+    const Index step = group.count * kBlock;
+    for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block)
+      for (int s = 0; s < part.count; ++s) {
+        const T* from = job.dpacked + block * job.dpacked_block + group.offset + (column - group.column) * step +
+                        (part.first - group.first + s) * kBlock;
+        transpose_block(from, step, out + (part.gate[s] * job.H + block * kBlock) * columns, columns,
+                        units_of(job.H, block));
+      }
+  }
+
+  void unpack_projection() const {
+    const Index n = worker.region.threads, i = worker.region.thread, H = job.H, blocks = blocks_of(job.P);
+    for (Index block = blocks * i / n; block < blocks * (i + 1) / n; ++block)
+      transpose_block(job.dprojection + block * H * kBlock, kBlock, job.dweight_hr + block * kBlock * H, H,
+                      units_of(job.P, block));
+  }
+
+  // Up to 16 rows of so many columns, from columns of 16.
+  static void transpose_block(const T* from, Index step, T* to, Index columns, Index lanes) {
+    Index k = 0;
+    if (lanes == kBlock)
+      for (; k + kBlock <= columns; k += kBlock) transpose(from + k * step, step, to + k, columns);
+    for (; k < columns; ++k)
+      for (Index lane = 0; lane < lanes; ++lane) to[lane * columns + k] = from[k * step + lane];
+  }
+};
+
+}  // namespace FUSEDRNN_LEVEL
+}  // namespace fusedrnn
