@@ -296,15 +296,6 @@ class TestKernels:
                 _core.pack(_core.CELLS.index("lstm_layer_norm"), *map(others.get, WEIGHTS))
 
 
-def test_numba_refuses_by_name():
-    numba = get("numba")
-    if (reason := numba.unavailable()) is not None:
-        pytest.skip(reason)
-    p = problem(lstm.with_options(layer_norm=True), 3, 2, 3, 5)
-    with pytest.raises(ValueError, match="layer_norm: is not supported by the numba backend"):
-        run(numba, p)
-
-
 # --- arguments ---------------------------------------------------------------------------------------------
 
 

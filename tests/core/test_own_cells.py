@@ -1,4 +1,4 @@
-"""Cells that a user writes: sequences by the reference, unfused, in PyTorch's operations.
+"""Cells that a user writes: sequences by the reference, unfused, in PyTorch's operations and by Numba.
 
 The values of a step are tested in tests/cells; here it is what a layer does around it: padding, resets,
 directions, layers, regularization, files.
@@ -21,7 +21,8 @@ from fusedrnn.cells import cell, lstm, relu, sigmoid, tanh
 from fusedrnn.gradcheck import gradcheck
 from problems import assert_close, name, problem, run
 
-REFERENCE = get("reference")
+REFERENCE, NUMBA = get("reference"), get("numba")
+needs_numba = pytest.mark.skipif(NUMBA.unavailable() is not None, reason=str(NUMBA.unavailable()))
 
 
 @cell
@@ -236,6 +237,17 @@ def test_derivatives_of_gradients_in_pytorch(cell):
 
     assert torch.autograd.gradcheck(function, arrays)
     assert torch.autograd.gradgradcheck(function, arrays)
+
+
+# --- Numba --------------------------------------------------------------------------------------------------
+
+
+@needs_numba
+@options
+@own
+def test_by_numba(cell, options):
+    p = problem(cell, 7, 3, 4, 5, **options)
+    assert_close(run(NUMBA, p), run(REFERENCE, p), 1e-13)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

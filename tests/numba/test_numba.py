@@ -22,6 +22,7 @@ from fusedrnn.backends import get
 from fusedrnn.backends import numba as module
 from fusedrnn.cells import activations, gru, lstm
 from problems import (
+    NORMED,
     OPTIONS,
     PLAIN,
     SIZES,
@@ -109,6 +110,22 @@ def test_rows_shared_among_threads(monkeypatch, cell, options):
         if not key.startswith(("dw", "db")):  # the sums over rows are others
             assert_close({key: together[key]}, {key: alone[key]}, 1e-14)
     assert_bitwise_equal(together, run(NUMBA, p))
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    ("cell", "dtype"),
+    [
+        pytest.param(c, t, marks=[] if (c.name, t) == ("lstm", np.float32) else pytest.mark.slow)
+        for c in NORMED
+        for t in DTYPES
+    ],
+)
+def test_layer_norm(cell, dtype):
+    """Sizes of which the norms are well conditioned: core/test_layer_norm.py."""
+    for size in ((2, 3, 5, 7), (7, 7, 3, 17), (3, 13, 17, 31), (11, 2, 4, 33), (5, 5, 37, 35)):
+        for options in ({}, EVERYTHING, {**EVERYTHING, "reverse": True, "biases": "none"}):
+            assert_standard(NUMBA, problem(cell, *size, dtype=dtype, **options))
 
 
 # --- arguments ---------------------------------------------------------------------------------------------
@@ -231,16 +248,19 @@ def test_activations_are_within_2_ulp(dtype):
 
 
 @needs_numba
-@pytest.mark.parametrize("cell", PLAIN, ids=name)
+@pytest.mark.parametrize("cell", [*PLAIN, lstm.with_options(layer_norm=True)], ids=name)
 def test_float32_stays_float32(cell):
     """No value in the compiled steps is a double: neither in the cells' formulas nor around them."""
     from numba import types
 
     from fusedrnn.backends import numba_kernels
 
-    matrix = types.Array(types.float32, 2, "C")
-    for part, function in numba_kernels.steps(cell, np.dtype("f4")).items():
-        signature = (matrix,) * (7 if part == "step" else 12)
+    vector, matrix, matrices = (types.Array(types.float32, n, "C") for n in (1, 2, 3))
+    last = (types.UniTuple(matrix, len(cell.states)), types.int64, matrix, vector, matrices, matrix)
+    step = (matrix, matrices, *last)
+    back = (matrix, matrices, types.int64, matrices, matrices, matrix, *last)
+    functions = numba_kernels.steps(cell, np.dtype("f4"))
+    for function, signature in ((functions["step"], step), (functions["back"], back)):
         function.compile(signature)
         assert function.overloads[signature].signature.return_type == types.none
         code = function.inspect_llvm(signature)

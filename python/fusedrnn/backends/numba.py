@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn.backends.arguments import (
+    BackwardArguments,
     ForwardArguments,
     check_backward,
     check_cell,
     check_forward,
     check_weights,
 )
+from fusedrnn.backends.numba_layout import Layout, layout
 from fusedrnn.backends.protocol import (
     Array,
     Forward,
@@ -37,8 +39,6 @@ from fusedrnn.backends.protocol import (
     Weights,
 )
 from fusedrnn.cells import Cell
-from fusedrnn.cells.kernel import Kernel
-from fusedrnn.cells.trace import side
 from fusedrnn.threads import get_num_threads
 
 NARROW = 16  # below this input size, dx is made of dot products
@@ -52,11 +52,13 @@ class Packed(NamedTuple):
 
     cell: Cell
     weights: dict[str, Array]
-    ih_t: Array  # (I, G*H), rows of zeros added up to a multiple of four
-    hh_t: Array  # (H, G*H), the same
-    bias: Array  # (columns of gates,)
-    ih: Array  # (G*H, I)
-    hh: Array  # (G*H, H)
+    layout: Layout
+    ih_t: Array  # (I, ·), columns of the accumulators of x, rows of zeros up to a multiple of four
+    hh_t: Array  # (H, ·), columns of the parts, the same
+    bias: Array  # (columns of accumulators,)
+    ih: Array  # (·, I)
+    hh: Array  # (·, H)
+    vectors: Array  # all in one
 
 
 class Order(NamedTuple):
@@ -76,16 +78,15 @@ class Tape:
     arguments: ForwardArguments
     packed: Packed
     order: Order
-    state0: State  # (B + 1, H) each, the last row zeros
+    initial: Array  # (states, B + 1, H), in the last row what a cleared state is
     gates: Array
-    h: Array
-    c: Array
+    states: State  # (positions, H) each; the first one is y where all steps are valid
 
     @property
     def bytes(self) -> int:
         """Bytes saved for backward beside x and y."""
-        arrays = [*self.packed[2:], *self.order[:4], *self.state0, self.gates, self.c]
-        return sum(a.nbytes for a in arrays) + (0 if self.order.held is None else self.h.nbytes)
+        arrays = [*self.packed[3:], *self.order[:4], self.initial, self.gates, *self.states[1:]]
+        return sum(a.nbytes for a in arrays) + (0 if self.order.held is None else self.states[0].nbytes)
 
 
 class NumbaBackend:
@@ -102,19 +103,10 @@ class NumbaBackend:
 
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
-        checked, I, H, _ = check_weights(cell, weights)
+        checked, *_ = check_weights(cell, weights)
         if cell.projects:
             raise Unsupported("weight_hr: is not supported by the numba backend; use cpu or reference")
-        if cell.vectors:
-            raise Unsupported("layer_norm: is not supported by the numba backend; use cpu or reference")
-        kernel = _kernels().kernel(cell)
-        bias = np.zeros((len(kernel.products), H), checked["weight_ih"].dtype)
-        for name, k, block in _biases(kernel):
-            if (b := checked.get(name)) is not None:
-                bias[k] += b[block * H : (block + 1) * H]
-        ih = checked["weight_ih"].reshape(-1, H, I)[kernel.input.blocks].reshape(-1, I)
-        hh = checked["weight_hh"].reshape(-1, H, H)[_recurrent(kernel)].reshape(-1, H)
-        return Packed(cell, checked, _transposed(ih), _transposed(hh), bias.reshape(-1), ih, hh)
+        return pack(cell, checked)
 
     def forward(
         self,
@@ -156,46 +148,7 @@ class NumbaBackend:
             raise Unsupported(
                 'save: "boundary_states" is not supported by the numba backend; use "all", or the reference'
             )
-        T, B, _, H, _ = a.sizes
-        dtype = a.x.dtype
-        loop = _kernels().forward_loop(cell, dtype)
-        order = _order(a)
-        N = len(order.rows)
-        two = "c" in cell.states
-        initial = np.zeros((2, B + 1, H), dtype)
-        for padded, s in zip(initial, a.state0 or (), strict=False):
-            padded[:B] = s
-        h0, c0 = initial[0], initial[1] if two else _nothing(B + 1, 0, dtype)
-        h, c = np.empty((N, H), dtype), np.empty((N, H if two else 0), dtype)
-        kernel = _kernels().kernel(cell)
-        keep = a.save is not None and bool(kernel.saved)
-        groups = _groups(a, order)
-        ahead = max(1, AHEAD // B) if B and len(groups) == 1 else 1
-        gates = _nothing(N if keep else 0, len(packed.bias), dtype)
-
-        def run(first: Array, last: Array) -> None:
-            most = int((last - first).max(initial=0))
-            scratch = gates if keep else np.empty((most * ahead, len(packed.bias)), dtype)
-            loop(
-                scratch, h, c, a.x, order.rows, order.before, first, last, h0, c0,
-                packed.ih_t, packed.hh_t, packed.bias, len(kernel.second) * H, a.reverse, keep, ahead,
-            )  # fmt: skip
-
-        _share(run, groups)
-        state = list(zip((h, c), (h0, c0), cell.states, strict=False))
-        stateT = tuple(_at(values, s, order.final) for values, s, _ in state)
-        states = None
-        if order.held is None:
-            y = h.reshape(T, B, H)
-            if a.return_states:
-                states = tuple(values.reshape(T, B, H).copy() for values, *_ in state)
-        else:
-            y = np.zeros((T, B, H), dtype)
-            y.reshape(T * B, H)[order.rows] = h
-            if a.return_states:
-                states = tuple(_at(values, s, order.held).reshape(T, B, H) for values, s, _ in state)
-        tape = None if a.save is None else Tape(a, packed, order, (h0, c0), gates, h, c)
-        return Forward(y, stateT, states, tape)
+        return forward(packed, a)
 
     def backward(
         self,
@@ -211,57 +164,127 @@ class NumbaBackend:
             raise TypeError(
                 f"tape: expected what forward of the numba backend returned, got {type(tape).__name__}"
             )
-        a, packed, order = tape.arguments, tape.packed, tape.order
+        a = tape.arguments
         b = check_backward(
             a.cell, a.weights, a.sizes, dy, dstateT, dstates, need=need, return_states=a.return_states
         )
-        T, B, I, H, _ = a.sizes
-        dtype = a.x.dtype
-        loop = _kernels().backward_loop(a.cell, dtype)
-        two = "c" in a.cell.states
-        kernel = _kernels().kernel(a.cell)
+        dx, dweights, dstate0 = backward(tape, b)
+        return Gradients(dx, {name: dweights.get(name) for name in a.weights}, dstate0)
 
-        def steps(d: Array | None) -> Array:
-            return _nothing(T * B, 0, dtype) if d is None else d.reshape(T * B, H)
 
-        def start(d: Array | None, width: int) -> Array:
-            return np.zeros((B, width), dtype) if d is None else d.copy()
+def pack(cell: Cell, weights: dict[str, Array]) -> Packed:
+    """Checked weights, by name, in the kernels' order; a bias may be missing."""
+    found = layout(cell)
+    weight_ih = weights["weight_ih"]
+    H, I = len(weight_ih) // cell.blocks["weight_ih"], weight_ih.shape[1]
+    weight_hh = weights.get("weight_hh", _nothing(0, H, weight_ih.dtype))
 
-        final, every = ((*(d or ()), None, None) for d in (b.dstateT, b.dstates))
-        upstream = steps(b.dy), steps(every[0]), steps(every[1])
-        dh, dc = start(final[0], H), start(final[1], H if two else 0)
-        all_valid = order.held is None
-        dx = (np.empty if all_valid else np.zeros)((T * B, I if "x" in b.need else 0), dtype)
-        narrow = I < NARROW
-        rows = max(1, CHUNK // (len(packed.bias) * dtype.itemsize))
-        bias_needed = bool(b.need & {"bias_ih", "bias_hh"})
-        columns = packed.ih_t.shape[1]
-        groups = _groups(a, order)
-        sums = [
-            (
-                np.zeros((len(packed.ih_t) if "weight_ih" in b.need else 0, columns), dtype),
-                np.zeros((len(packed.hh_t) if "weight_hh" in b.need else 0, columns), dtype),
-                np.zeros((int(bias_needed), len(packed.bias)), dtype),
-            )
-            for _ in groups
-        ]
+    def block(name: str, number: int) -> Any:
+        return weights[name][number * H : (number + 1) * H] if name in weights else 0
 
-        def run(first: Array, last: Array, dih: Array, dhh: Array, dbias: Array) -> None:
-            chunk = min(rows, int((last - first).sum()))
-            loop(
-                dx, dih, dhh, dbias, dh, dc, *upstream, tape.gates, tape.h, tape.c,
-                a.x, order.rows, order.before, first, last, *tape.state0,
-                packed.ih_t if narrow else packed.ih, packed.hh,
-                narrow, len(kernel.second) * H, a.reverse, chunk,
-            )  # fmt: skip
+    bias = np.zeros((len(found.products), H), weight_ih.dtype)
+    for name, k, number in found.biases:
+        bias[k] += block(name, number)
+    vectors = np.zeros((len(found.vectors), H), weight_ih.dtype)
+    for k, n in enumerate(found.vectors):
+        vectors[k] = block(*n.attribute)
+    ih = weight_ih.reshape(-1, H, I)[found.input].reshape(-1, I)
+    hh = weight_hh.reshape(-1, H, H)[found.hidden].reshape(-1, H)
+    return Packed(
+        cell, weights, found, _transposed(ih), _transposed(hh), bias.reshape(-1), ih, hh, vectors.reshape(-1)
+    )
 
-        _share(run, [(*group, *s) for group, s in zip(groups, sums, strict=True)])
-        dih, dhh, dbias = (functools.reduce(np.add, parts) for parts in zip(*sums, strict=True))
-        return Gradients(
-            dx.reshape(T, B, I) if "x" in b.need else None,
-            _unpacked(packed, kernel, b.need, dih[:I], dhh[:H], dbias),
-            ((dh, dc) if two else (dh,)) if "state0" in b.need else None,
+
+def forward(packed: Packed, a: ForwardArguments) -> Forward:
+    """Forward with checked arguments."""
+    T, B, _, H, _ = a.sizes
+    dtype, found, trace = a.x.dtype, packed.layout, packed.layout.cell.trace
+    loop = _kernels().forward_loop(found.cell, dtype)
+    order = _order(a)
+    N = len(order.rows)
+    initial = np.empty((len(trace.states), B + 1, H), dtype)
+    initial[:] = np.reshape([*trace.start.values()], (-1, 1, 1))
+    for padded, s in zip(initial, a.state0 or (), strict=False):
+        padded[:B] = s
+    computed = tuple(np.empty((N, H), dtype) for _ in trace.states)
+    keep = a.save is not None and bool(found.saved)
+    groups = _groups(a, order, packed)
+    ahead = max(1, AHEAD // B) if B and len(groups) == 1 else 1
+    columns = found.columns * H
+    gates = _nothing(N if keep else 0, columns, dtype)
+
+    def run(first: Array, last: Array) -> None:
+        most = int((last - first).max(initial=0))
+        scratch = gates if keep else np.empty((most * ahead, columns), dtype)
+        loop(
+            scratch, computed, a.x, order.rows, order.before, first, last, initial, packed.ih_t, packed.hh_t,
+            packed.bias, packed.vectors, a.reverse, keep, ahead,
+        )  # fmt: skip
+
+    _share(run, groups)
+    stateT = tuple(map(_at, computed, initial, [order.final] * len(computed)))
+    states = None
+    if order.held is None:
+        y = computed[0].reshape(T, B, H)
+        if a.return_states:
+            states = tuple(values.reshape(T, B, H).copy() for values in computed)
+    else:
+        y = np.zeros((T, B, H), dtype)
+        y.reshape(T * B, H)[order.rows] = computed[0]
+        if a.return_states:
+            held = map(_at, computed, initial, [order.held] * len(computed))
+            states = tuple(values.reshape(T, B, H) for values in held)
+    tape = None if a.save is None else Tape(a, packed, order, initial, gates, computed)
+    return Forward(y, stateT, states, tape)
+
+
+def backward(tape: Tape, b: BackwardArguments) -> tuple[Array | None, dict[str, Array], State | None]:
+    """Backward with checked arguments: dx, the gradients of the weights by name, dstate0."""
+    a, packed, order, found = tape.arguments, tape.packed, tape.order, tape.packed.layout
+    T, B, I, H, _ = a.sizes
+    dtype = a.x.dtype
+    loop = _kernels().backward_loop(found.cell, dtype)
+
+    def steps(d: Array | None) -> Array:
+        return _nothing(T * B, 0, dtype) if d is None else d.reshape(T * B, H)
+
+    upstream = tuple(map(steps, (b.dy, *(b.dstates or (None,) * len(tape.states)))))
+    chain = np.zeros((len(tape.states), B, H), dtype)
+    for into, d in zip(chain, b.dstateT or (), strict=False):
+        into[:] = 0 if d is None else d
+    all_valid = order.held is None
+    dx = (np.empty if all_valid else np.zeros)((T * B, I if "x" in b.need else 0), dtype)
+    narrow = I < NARROW
+    columns = len(found.gradients) * H
+    rows = max(1, CHUNK // (columns * dtype.itemsize))
+    parts = np.array(
+        [(p.operand, p.first * H, len(p.blocks) * H, p.column * H) for p in found.parts], np.int64
+    ).reshape(-1, 4)
+    groups = _groups(a, order, packed)
+    sums = [
+        (
+            np.zeros((len(packed.ih_t) if "weight_ih" in b.need else 0, packed.ih_t.shape[1]), dtype),
+            np.zeros((len(packed.hh_t) if "weight_hh" in b.need else 0, packed.hh_t.shape[1]), dtype),
+            np.zeros((int(bool(b.need - {"x", "weight_ih", "weight_hh", "state0"})), columns), dtype),
         )
+        for _ in groups
+    ]
+
+    def run(first: Array, last: Array, dih: Array, dhh: Array, dsums: Array) -> None:
+        chunk = min(rows, int((last - first).sum()))
+        loop(
+            dx, dih, dhh, dsums, chain, upstream, tape.gates, tape.states, a.x, order.rows, order.before,
+            first, last, tape.initial, packed.ih_t if narrow else packed.ih, packed.hh, packed.vectors, parts,
+            narrow, a.reverse, chunk,
+        )  # fmt: skip
+
+    _share(run, [(*group, *s) for group, s in zip(groups, sums, strict=True)])
+    dih, dhh, dsums = (functools.reduce(np.add, each) for each in zip(*sums, strict=True))
+    return (
+        dx.reshape(T, B, I) if "x" in b.need else None,
+        _unpacked(found, b.need, dih[:I], dhh[:H], dsums),
+        tuple(chain) if "state0" in b.need else None,
+    )
 
 
 @functools.cache
@@ -277,18 +300,6 @@ def _unavailable() -> str | None:
 
 def _kernels() -> Any:
     return importlib.import_module("fusedrnn.backends.numba_kernels")
-
-
-def _recurrent(kernel: Kernel) -> list[int]:
-    """The blocks of weight_hh in the order of the accumulators that they feed."""
-    return [*kernel.recurrent.blocks, *kernel.recurrent2.blocks]
-
-
-def _biases(kernel: Kernel) -> Iterator[tuple[str, int, int]]:
-    """Each block of a bias and the accumulator that it is added to: parameter, accumulator, block."""
-    for k, n in enumerate(kernel.products):
-        for operand, block in zip(n.args, n.attribute.biases, strict=True):
-            yield f"bias_{side(operand)}", k, block
 
 
 def _nothing(rows: int, columns: int, dtype: np.dtype[Any]) -> Array:
@@ -340,11 +351,11 @@ def _order(a: ForwardArguments) -> Order:
     return Order(np.flatnonzero(valid), before[valid], start, final, held.reshape(-1))
 
 
-def _groups(a: ForwardArguments, order: Order) -> list[tuple[Array, Array]]:
+def _groups(a: ForwardArguments, order: Order, packed: Packed) -> list[tuple[Array, Array]]:
     """Bounds (first, last) of the positions of each t, one pair for each thread that is worth it."""
-    T, B, I, H, _ = a.sizes
+    T, B, *_ = a.sizes
     rows = np.full(B, T) if a.lengths is None else a.lengths
-    work = len(order.rows) * H * (a.cell.blocks["weight_ih"] * I + a.cell.blocks["weight_hh"] * H)
+    work = len(order.rows) * (packed.ih.size + packed.hh.size)
     count = max(1, min(get_num_threads(), B // 4, work // WORTH_A_THREAD))
     total = rows.cumsum()
     cuts = [0, *(int(np.searchsorted(total, k * total[-1] / count)) for k in range(1, count)), B]
@@ -384,23 +395,22 @@ def _at(values: Array, initial: Array, positions: Array) -> Array:
 
 
 def _unpacked(
-    packed: Packed, kernel: Kernel, need: frozenset[str], dih_t: Array, dhh_t: Array, dbias: Array
-) -> dict[str, Array | None]:
-    """The gradients of the weights, in the order of the weights."""
-    found: dict[str, Array] = {}
-    for name, columns, blocks in (
-        ("weight_ih", dih_t, kernel.input.blocks),
-        ("weight_hh", dhh_t, _recurrent(kernel)),
-    ):
-        if name in need:
-            found[name] = np.empty((columns.shape[1], columns.shape[0]), columns.dtype)
-            H = columns.shape[1] // len(blocks)
-            for k, block in enumerate(blocks):
-                found[name][block * H : (block + 1) * H] = columns[:, k * H : (k + 1) * H].T
-    H = dbias.shape[1] // len(kernel.products)
-    for name in need & {"bias_ih", "bias_hh"}:
-        found[name] = np.empty(len(kernel.cell.trace.blocks[name]) * H, dbias.dtype)
-    for name, k, block in _biases(kernel):
-        if name in found:
-            found[name][block * H : (block + 1) * H] = dbias[0, k * H : (k + 1) * H]
-    return {name: found.get(name) for name in packed.weights}
+    found: Layout, need: frozenset[str], dih_t: Array, dhh_t: Array, dsums: Array
+) -> dict[str, Array]:
+    """The gradients of the weights by name, in the order of the weights."""
+    blocks, gradient = found.cell.trace.blocks, found.cell.gradient
+    H = dsums.shape[1] // len(found.gradients)
+    gradients = {name: np.zeros(len(rows) * H, dsums.dtype) for name, rows in blocks.items() if name in need}
+    for name, columns, order in (("weight_ih", dih_t, found.input), ("weight_hh", dhh_t, found.hidden)):
+        if name in gradients:
+            gradients[name] = np.empty((columns.shape[1], columns.shape[0]), columns.dtype)
+            for k, block in enumerate(order):
+                gradients[name][block * H : (block + 1) * H] = columns[:, k * H : (k + 1) * H].T
+    sums = list(found.biases)
+    for n, d in gradient.vectors.items():
+        name, block = n.attribute
+        sums.append((name, found.gradients.index(d), block))
+    for name, k, block in sums:
+        if name in gradients:
+            gradients[name][block * H : (block + 1) * H] = dsums[0, k * H : (k + 1) * H]
+    return gradients

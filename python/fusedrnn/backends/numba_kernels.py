@@ -1,17 +1,17 @@
 """The kernels of the Numba backend. Imports Numba; ``fusedrnn.backends.numba`` imports it on first use.
 
-A step of a cell is written by ``numba_steps``; ``tanh`` and ``sigmoid`` get the polynomials of
-csrc/simd/math.h. The time loops below are written once and compiled for every cell and dtype. All arrays are
-of the dtype at hand, float32 or float64, and nothing in between is wider.
+A step of a cell is written by ``numba_steps``. The time loops below are written once and compiled for every
+cell and dtype. All arrays are of the dtype at hand, float32 or float64, and nothing in between is wider.
 
 Only valid steps have a position: positions count them in order of (t, b), so that the rows of one t lie
 side by side. ``rows[p] = t*B + b``; ``before[p]`` is the position of the step before in running order, or
--1-b where that is the initial state of row b, or -1-B where the state is cleared. Initial states have B+1
-rows, the last one of zeros. ``first[t]`` and ``last[t]`` bound the positions of t that a call works on.
+-1-b where that is the initial state of row b, or -1-B where the state is cleared. ``initial`` states have
+B+1 rows, in the last one what a cleared state is. ``first[t]`` and ``last[t]`` bound the positions of t that
+a call works on.
 
-The columns of ``gates`` and of ``da`` are the cell's accumulators (``fusedrnn.cells.kernel``): first those of
-x, last those of states; ``rh`` is what the second product of a cell with two phases multiplies.
-What a cell, or a caller, does not need is an array of width 0, on which every loop is empty.
+``numba_layout`` says what lies in ``gates`` (T*B or fewer, ·), ``da`` and ``operands``, ``numba_steps`` what
+else a step takes. ``operands`` are as wide as a product needs, with zeros beyond H. What a cell, or a caller,
+does not need is an array of width 0, on which every loop is empty.
 """
 
 from __future__ import annotations
@@ -26,209 +26,21 @@ from typing import Any
 
 import numpy as np
 from numba import njit, types
-from numba.extending import intrinsic, overload
 
-from fusedrnn.backends import numba_steps
-from fusedrnn.cells import Cell, activations
-from fusedrnn.cells.kernel import Kernel
-
-# Contraction to FMA keeps NaN, infinities, signs and the order of sums; no other liberty is given.
-OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}
-# A sum of many products may be taken in any order.
-ANY_ORDER: dict[str, Any] = {**OPTIONS, "fastmath": {"contract", "reassoc"}}
-# A call inside a loop keeps the loop from being vectorised.
-INLINE: Any = {**OPTIONS, "forceinline": True}
+from fusedrnn.backends import numba_functions, numba_steps
+from fusedrnn.backends.numba_functions import OPTIONS
+from fusedrnn.backends.numba_layout import layout
+from fusedrnn.cells import activations
+from fusedrnn.cells.definition import Cell
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
     return njit(**OPTIONS)(function)
 
 
-def _inlined(function: Callable[..., Any]) -> Any:
-    return njit(**INLINE)(function)
-
-
-# ---------------------------------------------------------------------------------------------- activations
-
-
-class _Float32:
-    """Constants of csrc/simd/math.h; coefficients.py there computes them."""
-
-    log2e = float.fromhex("0x1.715476p+0")
-    ln2_high = float.fromhex("0x1.62e4p-1")
-    ln2_low = float.fromhex("0x1.7f7d1cp-20")
-    expm1 = ("0x1.fffffep-2", "0x1.5554bp-3", "0x1.555674p-5", "0x1.122776p-7", "0x1.6bec0cp-10")
-    mantissa_bits = 23
-    shifter = 1.5 * 2.0**23 + 127  # x + shifter: round(x) + exponent bias in the lowest bits
-    sigmoid_one = 30  # sigmoid is 1 above
-    sigmoid_large = -16.28  # below, s + 1 is not exact
-    sigmoid_zero = -88  # below, sigmoid is less than 2^-126: a zero
-    tanh_one = 10  # tanh is 1 above
-
-
-class _Float64:
-    """The same for float64."""
-
-    log2e = float.fromhex("0x1.71547652b82fep+0")
-    ln2_high = float.fromhex("0x1.62e42fefa4p-1")
-    ln2_low = float.fromhex("-0x1.8432a1b0e2634p-43")
-    expm1 = (
-        "0x1.0000000000000p-1",
-        "0x1.5555555555559p-3",
-        "0x1.555555555553fp-5",
-        "0x1.111111110f6dap-7",
-        "0x1.6c16c16c1f071p-10",
-        "0x1.a01a01afd3d60p-13",
-        "0x1.a01a017bc8620p-16",
-        "0x1.71ddf87ed1aa5p-19",
-        "0x1.27e53628f65f4p-22",
-        "0x1.af5e74e35bab8p-26",
-        "0x1.1ee88b77cb4fep-29",
-    )
-    mantissa_bits = 52
-    shifter = 1.5 * 2.0**52 + 1023
-    sigmoid_one = 60
-    sigmoid_large = -36.38
-    sigmoid_zero = -709
-    tanh_one = 22
-
-
-CONSTANTS: dict[Any, Any] = {types.float32: _Float32, types.float64: _Float64}
-
-
-def _integer(x: Any) -> Any:
-    """The integer type as wide as a float type."""
-    return types.int32 if x.bitwidth == 32 else types.int64
-
-
-def _power_of_two(context: Any, n: Any) -> Any:
-    """2^n from n + shifter: its lowest bits moved to where the exponent is."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        integer = _integer(n)
-        bits = builder.bitcast(args[0], context.get_value_type(integer))
-        moved = builder.shl(bits, context.get_constant(integer, CONSTANTS[n].mantissa_bits))
-        return builder.bitcast(moved, args[0].type)
-
-    return n(n), generate
-
-
-def _copysign(context: Any, x: Any, y: Any) -> Any:
-    """|x| with the sign of y, in bits; Numba's own is a call."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        integer = _integer(x)
-        sign = context.get_constant(integer, -(1 << (x.bitwidth - 1)))
-        size, other = (builder.bitcast(a, context.get_value_type(integer)) for a in args)
-        joined = builder.or_(builder.and_(size, builder.not_(sign)), builder.and_(other, sign))
-        return builder.bitcast(joined, args[0].type)
-
-    return x(x, y), generate
-
-
-def _fma(context: Any, x: Any, y: Any, z: Any) -> Any:
-    """x * y + z in one rounding, where contraction would not do it because x * y is used twice."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fma(*args)
-
-    return x(x, y, z), generate
-
-
-power_of_two: Any = intrinsic(_power_of_two)
-fma: Any = intrinsic(_fma)
-copysign: Any = intrinsic(_copysign)
-
-
-@functools.cache
-def _reduce(dtype: Any, k: int) -> Any:
-    """The function x -> s, q with exp(k x) = s + k s q; see math.h."""
-    C, scalar = CONSTANTS[dtype], np.dtype(dtype.name).type
-    log2e, shifter = scalar(k * C.log2e), scalar(C.shifter)
-    high, low = scalar(-C.ln2_high / k), scalar(-C.ln2_low / k)
-    c = tuple(scalar(float.fromhex(text) * k ** (i + 1)) for i, text in enumerate(C.expm1))
-
-    if len(c) == 5:
-
-        def tail(r: Any) -> Any:
-            return c[0] + r * (c[1] + r * (c[2] + r * (c[3] + r * c[4])))
-    else:
-
-        def tail(r: Any) -> Any:
-            upper = c[6] + r * (c[7] + r * (c[8] + r * (c[9] + r * c[10])))
-            return c[0] + r * (c[1] + r * (c[2] + r * (c[3] + r * (c[4] + r * (c[5] + r * upper)))))
-
-    tail_inlined = _inlined(tail)
-
-    def reduce(x: Any) -> Any:
-        shifted = x * log2e + shifter
-        n = shifted - shifter
-        r = x + n * high
-        r = r + n * low
-        return power_of_two(shifted), r + r * r * tail_inlined(r)
-
-    return _inlined(reduce)
-
-
-def _tanh(x: Any) -> Any:
-    if x not in CONSTANTS:
-        return None
-    C, scalar = CONSTANTS[x], np.dtype(x.name).type
-    reduce, most, half = _reduce(x, -2), scalar(C.tanh_one), scalar(0.5)
-    two, slope, refined = (
-        scalar(2),
-        scalar(2.9),
-        x == types.float64,
-    )  # the step that float64 needs: see math.h
-
-    def tanh(x: Any) -> Any:
-        y = abs(x)
-        y = most if y > most else y  # NaN stays
-        s, q = reduce(y)
-        a = half - half * s
-        b = half + half * s
-        denominator = fma(-s, q, b)
-        ratio = fma(s, q, a) / denominator
-        if refined:
-            sq = s * q
-            rest = fma(ratio, sq, fma(-ratio, b, a) + sq)
-            ratio = fma(rest, slope - two * denominator, ratio)
-        return copysign(ratio, x)
-
-    return tanh
-
-
-def _sigmoid(x: Any) -> Any:
-    if x not in CONSTANTS:
-        return None
-    C, scalar = CONSTANTS[x], np.dtype(x.name).type
-    reduce, most = _reduce(x, -1), scalar(C.sigmoid_one)
-    large, least, one, zero = scalar(C.sigmoid_large), scalar(C.sigmoid_zero), scalar(1), scalar(0)
-
-    def sigmoid(x: Any) -> Any:
-        y = most if x > most else x
-        s, q = reduce(y)
-        total = fma(-s, q, one) + s if x < large else fma(-s, q, s + one)
-        return zero if x < least else one / total
-
-    return sigmoid
-
-
-def _relu(x: Any) -> Any:
-    zero = np.dtype(x.name).type(0)
-
-    def relu(x: Any) -> Any:
-        return zero if x <= zero else x
-
-    return relu
-
-
-for _plain, _compilable in (
-    (activations.tanh, _tanh),
-    (activations.sigmoid, _sigmoid),
-    (activations.relu, _relu),
-):
-    overload(_plain, jit_options=INLINE)(_compilable)
+def _in_any_order(function: Callable[..., Any]) -> Any:
+    """For a sum of many values."""
+    return njit(**{**OPTIONS, "fastmath": {"contract", "reassoc"}})(function)
 
 
 # ------------------------------------------------------------------------------------------------- products
@@ -315,14 +127,44 @@ def flat(a: Any) -> Any:
     return a.reshape(a.size)
 
 
-def _dot(a: Any, b: Any) -> Any:
+@_in_any_order
+def dot(a: Any, b: Any) -> Any:
+    """The sum of a * b, over the length of b."""
     total = a[0] * b[0]
     for k in range(1, b.shape[0]):
         total += a[k] * b[k]
     return total
 
 
-dot = njit(**ANY_ORDER)(_dot)
+@_in_any_order
+def norm_numbers(values: Any, centred: Any, eps: Any) -> Any:
+    """The mean of all values of a row, or 0, and 1 / their deviation from it."""
+    number = values[0].dtype.type
+    count = number(len(values) * values[0].shape[0])
+    mean = number(0)
+    if centred:
+        for v in values:
+            for j in range(v.shape[0]):
+                mean += v[j]
+        mean /= count
+    squares = number(0)
+    for v in values:
+        for j in range(v.shape[0]):
+            squares += (v[j] - mean) * (v[j] - mean)
+    return mean, number(1) / np.sqrt(squares / count + eps)
+
+
+@_in_any_order
+def norm_gradient_numbers(ds: Any, values: Any, count: Any, centred: Any, mean: Any, inverse: Any) -> Any:
+    """The mean, or 0, of gradients d of ``count`` normalised values of a row, and the mean of d * value."""
+    number = values[0].dtype.type
+    total, along = number(0), number(0)
+    for n in range(len(ds)):
+        d, v = ds[n], values[n]
+        for j in range(d.shape[0]):
+            total += d[j]
+            along += d[j] * (v[j] - mean)
+    return total / number(count) if centred else number(0), along * inverse / number(count)
 
 
 @_compiled
@@ -343,23 +185,25 @@ def weight_gradient(dw: Any, wj: Any, n: Any, v: Any, da: Any, aj: Any, tile: An
 
 
 @_compiled
-def bias_gradient(dbias: Any, da: Any, tile: Any) -> None:
-    """dbias[0] += sum of the rows of da, from zero like the weight gradients."""
+def add_sums(dsums: Any, da: Any, tile: Any) -> None:
+    """dsums[0] += sum of the rows of da, from zero like the weight gradients."""
     for j0 in range(0, da.shape[1], tile.shape[1]):
         width = min(tile.shape[1], da.shape[1] - j0)
         total = tile[0, :width]
         total[:] = 0
         for p in range(da.shape[0]):
             add(total, da[p, j0 : j0 + width])
-        add(dbias[0, j0 : j0 + width], total)
+        add(dsums[0, j0 : j0 + width], total)
 
 
 @_compiled
-def gather(out: Any, values: Any, initial: Any, before: Any) -> None:
-    """out[i] = the state at the position before[i]; wider columns of ``out`` are left alone."""
-    for i in range(before.shape[0]):
-        p = before[i]
-        copy(out[i], values[p] if p >= 0 else initial[-1 - p])
+def gather(operands: Any, q: Any, states: Any, initial: Any, before: Any) -> None:
+    """operands[n, q+i] = the state n at the position before[i]; what is wider is left alone."""
+    for n in range(len(states)):
+        values = states[n]
+        for i in range(before.shape[0]):
+            p = before[i]
+            copy(operands[n, q + i], values[p] if p >= 0 else initial[n, -1 - p])
 
 
 # ----------------------------------------------------------------------------------------------- time loops
@@ -391,40 +235,39 @@ def input_part(
 
 
 @_compiled
-def chained(now: Any, chain: Any, rows: Any, t: Any) -> None:
-    """now[k] = the gradient in the chain of the row that rows[k] belongs to."""
-    for k in range(rows.shape[0]):
-        copy(now[k], chain[rows[k] - t * chain.shape[0]])
-
-
-@_compiled
-def add_rows(now: Any, every: Any, rows: Any) -> None:
-    """now[k] += every[rows[k]]"""
-    for k in range(rows.shape[0]):
-        add(now[k], every[rows[k]])
+def arrive(now: Any, chain: Any, upstream: Any, rows: Any, t: Any) -> None:
+    """now[n, k] = the gradient of state n after step t, of the row that rows[k] belongs to."""
+    S, B = chain.shape[:2]
+    dy = upstream[0]
+    for n in range(S):
+        dstate = upstream[1 + n]
+        for k in range(rows.shape[0]):
+            into = now[n, k]
+            copy(into, chain[n, rows[k] - t * B])
+            if n == 0:
+                add(into, dy[rows[k]])
+            add(into, dstate[rows[k]])
 
 
 @_compiled
 def downstream(chain: Any, prev: Any, before: Any, rows: Any, t: Any) -> None:
-    """The gradient of the state before step t, zero where that state was cleared."""
-    B = chain.shape[0]
-    for k in range(rows.shape[0]):
-        b = rows[k] - t * B
-        if before[k] == -1 - B:
-            chain[b] = 0
-        else:
-            copy(chain[b], prev[k])
+    """The gradients of the states before step t, zero where these were cleared."""
+    S, B = chain.shape[:2]
+    for n in range(S):
+        for k in range(rows.shape[0]):
+            b = rows[k] - t * B
+            if before[k] == -1 - B:
+                chain[n, b] = 0
+            else:
+                copy(chain[n, b], prev[n, k])
 
 
 @_compiled
 def leave(
-    dx: Any, dih: Any, dhh: Any, dbias: Any, da: Any, h_prev: Any, rh: Any, x: Any, rows: Any, ih: Any,
-    narrow: Any, late: Any,
+    dx: Any, dih: Any, dhh: Any, dsums: Any, da: Any, operands: Any, x: Any, rows: Any, ih: Any, narrow: Any,
+    parts: Any,
 ) -> None:  # fmt: skip
-    """A chunk of da goes into everything that is wanted; row p of it belongs to rows[p] of the sequence.
-
-    ``late``: the columns of dhh that rh multiplies.
-    """
+    """A chunk of da goes into everything that is wanted; row p of it belongs to rows[p] of the sequence."""
     m = rows.shape[0]
     if dx.shape[1] > 0:
         if narrow:
@@ -442,36 +285,37 @@ def leave(
         for p in range(m):
             copy(x_rows[p], x[rows[p] // x.shape[1], rows[p] % x.shape[1]])
         weight_gradient(dih, 0, dih.shape[1], x_rows, da, 0, tile)
-    direct = dhh.shape[1] - late
-    offset = da.shape[1] - dhh.shape[1]
-    weight_gradient(dhh, 0, direct, h_prev, da, offset, tile)
-    weight_gradient(dhh, direct, dhh.shape[1] - direct, rh, da, offset + direct, tile)
-    if dbias.shape[0] > 0:
-        bias_gradient(dbias, da, tile)
+    for k in range(parts.shape[0]):
+        operand, first, columns, column = parts[k]
+        weight_gradient(dhh, column, columns, operands[operand], da, first, tile)
+    if dsums.shape[0] > 0:
+        add_sums(dsums, da, tile)
 
 
-step: Any = None  # of the cell that the loop is compiled for: see _for_cell
+step: Any = None  # of the cell that a loop is compiled for, as all of these: see _for_cell
 back: Any = None
+OPERANDS = WORK = NORMS = 0
 
 
 def _forward_loop(
-    gates: Any, h: Any, c: Any, x: Any, rows: Any, before: Any, first: Any, last: Any,
-    h0: Any, c0: Any, ih: Any, hh: Any, bias: Any, late: Any, reverse: Any, keep: Any, ahead: Any,
+    gates: Any, states: Any, x: Any, rows: Any, before: Any, first: Any, last: Any, initial: Any, ih: Any,
+    hh: Any, bias: Any, vectors: Any, reverse: Any, keep: Any, ahead: Any,
 ) -> None:  # fmt: skip
     """Forward through time, for the positions first[t]..last[t]-1 of every t.
 
     Args:
         gates: (positions, ·) with ``keep``, else as many rows as ``ahead`` steps need.
+        states: of each, (positions, H).
         x: (T, B, I), any strides. ih: weight_ih transposed, hh: weight_hh transposed, both with rows of zeros
-            up to a multiple of four.
+            up to a multiple of four. vectors: all in one.
         ahead: Steps whose input products are made in one go; above 1 only where their rows lie side by side.
     """
     T = first.shape[0]
     most = widest(first, last)
-    x_rows = np.zeros((most * ahead, ih.shape[0]), h.dtype)
-    h_prev = np.zeros((most, hh.shape[0]), h.dtype)
-    c_prev = np.empty((most, c.shape[1]), h.dtype)
-    rh = np.zeros((most if late else 0, hh.shape[0]), h.dtype)
+    x_rows = np.zeros((most * ahead, ih.shape[0]), x.dtype)
+    operands = np.zeros((OPERANDS, most, hh.shape[0]), x.dtype)
+    work = np.empty((WORK, most, states[0].shape[1]), x.dtype)
+    norms = np.empty((most, NORMS), x.dtype)
     base = 0
     for s in range(T):
         t = T - 1 - s if reverse else s
@@ -480,38 +324,37 @@ def _forward_loop(
             base = 0 if keep else first[low]
             input_part(gates[first[low] - base :], x, rows, first, last, low, high, ih, bias, x_rows)
         lo, hi = first[t], last[t]
-        m = hi - lo
-        gather(h_prev, h, h0, before[lo:hi])
-        gather(c_prev, c, c0, before[lo:hi])
-        step(gates[lo - base : hi - base], h_prev[:m], c_prev[:m], h[lo:hi], c[lo:hi], hh, rh)
+        gather(operands, 0, states, initial, before[lo:hi])
+        step(gates[lo - base : hi - base], operands, states, lo, hh, vectors, work, norms)
 
 
 def _backward_loop(
-    dx: Any, dih: Any, dhh: Any, dbias: Any, dh: Any, dc: Any, dy: Any, dh_steps: Any, dc_steps: Any,
-    gates: Any, h: Any, c: Any, x: Any, rows: Any, before: Any, first: Any, last: Any,
-    h0: Any, c0: Any, ih: Any, hh: Any, narrow: Any, late: Any, reverse: Any, chunk: Any,
+    dx: Any, dih: Any, dhh: Any, dsums: Any, chain: Any, upstream: Any, gates: Any, states: Any, x: Any,
+    rows: Any, before: Any, first: Any, last: Any, initial: Any, ih: Any, hh: Any, vectors: Any, parts: Any,
+    narrow: Any, reverse: Any, chunk: Any,
 ) -> None:  # fmt: skip
     """Backward through time, for the positions first[t]..last[t]-1 of every t.
 
-    Whatever is wanted is added to: dih (I, G*H) and dhh (H, G*H), transposed with rows up to a multiple of
-    four, dbias (1, columns of da). What is not wanted has no rows (dx: no columns).
+    Whatever is wanted is added to: dih and dhh, transposed with rows up to a multiple of four, dsums (1,
+    columns of da). What is not wanted has no rows (dx: no columns).
 
     Args:
-        dx, dy, dh_steps, dc_steps: (T*B, ·). dh, dc: (B, H), gradient of the final state, becomes that of the
-            initial one. ih: weight_ih, or transposed if ``narrow``; hh: weight_hh.
+        dx: (T*B, I). chain: (states, B, H), gradients of the final states, become those of the initial ones.
+        upstream: dy, then those of all steps of each state, each (T*B, H).
+        ih: weight_ih, or transposed if ``narrow``; hh: weight_hh. parts: operand, first column of da, number
+            of columns, first column of dhh.
         chunk: The rows of ``da`` kept before they go into dx and the weight gradients.
     """
     T = first.shape[0]
+    S, H = chain.shape[0], chain.shape[2]
     most = widest(first, last)
     size = max(chunk, most)
-    da = np.empty((size, dbias.shape[1]), h.dtype)
-    h_prev = np.zeros((size, max(h.shape[1], dhh.shape[0])), h.dtype)
-    rh = np.zeros((size, h_prev.shape[1] if late else 0), h.dtype)
-    c_prev = np.empty((most, c.shape[1]), h.dtype)
-    dh_now = np.empty((most, h.shape[1]), h.dtype)
-    dc_now = np.empty((most, c.shape[1]), h.dtype)
-    dh_prev = np.empty((most, h.shape[1]), h.dtype)
-    dc_prev = np.empty((most, c.shape[1]), h.dtype)
+    da = np.empty((size, dsums.shape[1]), dx.dtype)
+    operands = np.zeros((OPERANDS, size, max(H, dhh.shape[0])), dx.dtype)
+    now = np.empty((S, most, H), dx.dtype)
+    prev = np.empty((S, most, H), dx.dtype)
+    work = np.empty((WORK, most, H), dx.dtype)
+    norms = np.empty((most, NORMS), dx.dtype)
     chunk_rows = np.empty(size, np.int64)
     q = 0
     for s in range(T):
@@ -519,22 +362,13 @@ def _backward_loop(
         lo, hi = first[t], last[t]
         m = hi - lo
         chunk_rows[q : q + m] = rows[lo:hi]
-        gather(h_prev[q:], h, h0, before[lo:hi])
-        gather(c_prev, c, c0, before[lo:hi])
-        chained(dh_now, dh, rows[lo:hi], t)
-        add_rows(dh_now, dy, rows[lo:hi])
-        add_rows(dh_now, dh_steps, rows[lo:hi])
-        chained(dc_now, dc, rows[lo:hi], t)
-        add_rows(dc_now, dc_steps, rows[lo:hi])
-        back(
-            da[q : q + m], dh_now[:m], dc_now[:m], gates[lo:hi], h[lo:hi], c[lo:hi],
-            h_prev[q : q + m], c_prev[:m], dh_prev[:m], dc_prev[:m], hh, rh[q : q + m],
-        )  # fmt: skip
-        downstream(dh, dh_prev, before[lo:hi], rows[lo:hi], t)
-        downstream(dc, dc_prev, before[lo:hi], rows[lo:hi], t)
+        gather(operands, q, states, initial, before[lo:hi])
+        arrive(now, chain, upstream, rows[lo:hi], t)
+        back(da[q : q + m], operands, q, now, prev, gates[lo:hi], states, lo, hh, vectors, work, norms)
+        downstream(chain, prev, before[lo:hi], rows[lo:hi], t)
         q += m
         if q + most > size or s == T - 1:
-            leave(dx, dih, dhh, dbias, da[:q], h_prev, rh, x, chunk_rows[:q], ih, narrow, late)
+            leave(dx, dih, dhh, dsums, da[:q], operands, x, chunk_rows[:q], ih, narrow, parts)
             q = 0
 
 
@@ -542,14 +376,8 @@ def _backward_loop(
 
 
 @functools.cache
-def kernel(cell: Cell) -> Kernel:
-    """What is derived of a cell for its kernels."""
-    return Kernel(cell)
-
-
-@functools.cache
 def _written(cell: Cell) -> str:
-    return numba_steps.source(kernel(cell))
+    return numba_steps.source(layout(cell))
 
 
 _lock = threading.Lock()
@@ -575,43 +403,48 @@ def _loop(direction: str, cell: Cell, dtype: np.dtype[Any]) -> Any:
 
 
 def steps(cell: Cell, dtype: np.dtype[Any]) -> dict[str, Any]:
-    """The functions ``step`` and ``back`` of a cell."""
-    functions: dict[str, Any] = {"product": product, "flat": flat, "number": dtype.type}
-    functions |= {name: getattr(activations, name) for name in ("tanh", "sigmoid", "relu")}
+    """The functions ``step`` and ``back`` of a cell, and the numbers that go with them."""
+    called = (product, flat, norm_numbers, norm_gradient_numbers)
+    functions: dict[str, Any] = activations.OPERATIONS | {f.__name__: f for f in called}
+    functions |= {"fma": numba_functions.fma, "number": dtype.type}
     written = _written(cell)
     exec(compile(written, f"<{cell!r}>", "exec"), functions)
     for name in ("step", "back"):
         # Symbols of compiled code go by this name, also of code from Numba's cache: each cell needs its own.
         functions[name].__qualname__ = f"{name}_{_fingerprint(written)}"
-    return {name: _compiled(functions[name]) for name in ("step", "back")}
+        functions[name] = _compiled(functions[name])
+    return {name: functions[name] for name in ("step", "back", "OPERANDS", "WORK", "NORMS")}
 
 
 def _for_cell(direction: str, cell: Cell, dtype: np.dtype[Any]) -> Any:
     loop = _forward_loop if direction == "forward" else _backward_loop
     function = FunctionType(loop.__code__, {**loop.__globals__, **steps(cell, dtype)}, loop.__name__)
     # Numba's cache goes by this name, and sees changes of this file only.
-    function.__qualname__ = f"{direction}_{cell.name}_{_fingerprint(_written(cell))}"
-    signature = _signature(direction, dtype)
+    function.__qualname__ = f"{direction}_{cell.__name__}_{_fingerprint(_written(cell))}"
+    signature = _signature(direction, dtype, len(cell.trace.states))
     try:
         return njit(signature, cache=True, **OPTIONS)(function)
     except RuntimeError:  # no directory for the cache can be written to
         return njit(signature, **OPTIONS)(function)
 
 
-def _signature(direction: str, dtype: np.dtype[Any]) -> Any:
+def _signature(direction: str, dtype: np.dtype[Any], states: int) -> Any:
     """One signature for every call: whether an input may be written to, and its strides, do not matter."""
     f = types.float32 if dtype == np.float32 else types.float64
-    vector, matrix = types.Array(f, 1, "C"), types.Array(f, 2, "C")
+    vector, matrix, matrices = (types.Array(f, n, "C") for n in (1, 2, 3))
+    tuple_of: Any = types.UniTuple
     given = types.Array(f, 2, "C", readonly=True)
     x = types.Array(f, 3, "A", readonly=True)
     integers = types.Array(types.int64, 1, "C")
-    tape = (*[matrix] * 3, x, *[integers] * 4, *[matrix] * 4)
+    flag, whole = types.boolean, types.int64
+    tape = (matrix, tuple_of(matrix, states), x, *[integers] * 4, matrices, matrix, matrix)
     if direction == "forward":
-        return types.void(*tape, vector, types.int64, *[types.boolean] * 2, types.int64)
-    gradients = (*[matrix] * 6, *[given] * 3)
-    return types.void(*gradients, *tape, types.boolean, types.int64, types.boolean, types.int64)
+        return types.void(*tape, vector, vector, flag, flag, whole)
+    gradients = (*[matrix] * 4, matrices, tuple_of(given, 1 + states))
+    return types.void(*gradients, *tape, vector, types.Array(whole, 2, "C"), flag, flag, whole)
 
 
 def _fingerprint(written: str) -> str:
     """Of a step, and of the functions that it calls."""
-    return hashlib.sha256((written + inspect.getsource(activations)).encode()).hexdigest()[:16]
+    called = "".join(inspect.getsource(module) for module in (activations, numba_functions))
+    return hashlib.sha256((written + called).encode()).hexdigest()[:16]

@@ -1,18 +1,19 @@
 """The source of a step of a cell for Numba, written from what is derived of the cell.
 
-``step(a, h_prev, c_prev, h, c, hh, rh)``: ``a`` holds input part and biases, in the columns of its
-accumulators, and becomes what is saved. ``back(da, dh, dc, a, h, c, h_prev, c_prev, dh_prev, dc_prev, hh,
-rh)``: dh_prev is also the direct part. Of a cell with two phases, rh is what the second product multiplies
-(its columns are those of h_prev); dh is overwritten.
+``step(a, operands, states, lo, hh, vectors, work, norms)``: ``a`` holds input part and biases, in the columns
+of its accumulators, and becomes what is saved. ``back(da, operands, q, now, prev, a, states, lo, hh, vectors,
+work, norms)``: gradients ``now`` of the states after, ``prev`` of those before. ``operands[s]`` are the
+states before, then what else weight_hh multiplies, from row q on; ``states[s][lo:]`` those after. What is
+carried from one round to the next lies in ``work``, and of each norm two numbers of each row in ``norms``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fusedrnn.cells.fusion import lower
+from fusedrnn.backends.numba_layout import Layout, Line
 from fusedrnn.cells.graph import Node, number
-from fusedrnn.cells.kernel import Function, Kernel, Part
+from fusedrnn.cells.rounds import WAITS
 
 EXPRESSIONS = {
     "add": "{} + {}",
@@ -20,96 +21,221 @@ EXPRESSIONS = {
     "mul": "{} * {}",
     "div": "{} / {}",
     "neg": "-{}",
-    "fma": "{} * {} + {}",
-    "fnma": "{2} - {0} * {1}",
+    "fma": "fma({}, {}, {})",
+    "fnma": "fma(-{}, {}, {})",
     "greater": "{} > {}",
     "greater_equal": "{} >= {}",
     "where": "{1} if {0} else {2}",
 }
-# Where the kernels' names of values lie: an array, in its columns of an accumulator or all of them.
-ARRAYS = {"a": "a", "saved": "a", "da": "da", "direct": "dh_prev", "middle": "rh", "dmiddle": "dh"}
 
 
-def source(kernel: Kernel) -> str:
-    """The functions ``step`` and ``back``."""
-    functions = {f.name: f for f in kernel.functions}
-    step = [
-        "def step(a, h_prev, c_prev, h, c, hh, rh):",
-        "    H = h.shape[1]",
-        *_product("a", kernel.recurrent.first, kernel.recurrent, "h_prev", 0),
-        *_loop(kernel, functions["forward"]),
+def source(layout: Layout) -> str:
+    """The functions ``step`` and ``back``, and how many arrays the time loops keep for them."""
+    step, back = _Step(layout), _Back(layout)
+    counts = [
+        f"OPERANDS = {len(layout.operands)}",
+        f"WORK = {max(step.carried, back.carried)}",
+        f"NORMS = {2 * max(len(step.norms), len(back.norms))}",
     ]
-    if kernel.second:
-        columns = len(kernel.recurrent.blocks)
-        step += _product("a", kernel.recurrent2.first, kernel.recurrent2, "rh", columns)
-        step += _loop(kernel, functions["forward2"], {"a": f"a[{kernel.recurrent2.first}]"})
-    back = [
-        "def back(da, dh, dc, a, h, c, h_prev, c_prev, dh_prev, dc_prev, hh, rh):",
-        "    H = h.shape[1]",
-        *_loop(kernel, functions["backward"]),
-    ]
-    if "direct" not in kernel.direct:
-        back.append("    dh_prev[:] = 0")
-    if kernel.second:
-        columns = len(kernel.recurrent.blocks)
-        (second,) = kernel.second
-        middle = Function("middle", kernel.saved | kernel.before, {"middle": second.args[-1]})
-        late = next(name for name in kernel.da if name not in functions["backward"].outputs)
-        back += [
-            *_loop(kernel, middle),
-            "    dh[:] = 0",
-            *_chain("dh", kernel.recurrent2, f"hh[{columns} * H :]"),
-            *_loop(kernel, functions["backward2"], {"da_late": late}),
-            *_chain("dh_prev", kernel.recurrent, f"hh[: {columns} * H]"),
+    return "\n".join([*counts, "", "", *step.lines(), "", "", *back.lines(), ""])
+
+
+class _Function:
+    """One function: where its values lie, each as the text of row k, and its lines.
+
+    Every row is a slice, of which LLVM checks in fewer steps whether it overlaps with others.
+    """
+
+    def __init__(self, layout: Layout, line: Line, places: dict[Node, str]) -> None:
+        self.layout, self.line, self.places = layout, line, dict(places)
+        self.places |= {n: f"vectors[{k} * H : {k + 1} * H]" for k, n in enumerate(layout.vectors)}
+        self.results: list[tuple[Node, str]] = []
+        self.norms = [n for n, op, _ in line.operations if op.startswith("normalise")]
+        self.carried = 0
+        self.places |= {n: self.work() for n, op, _ in line.operations if op == "transposed"}
+
+    def work(self) -> str:
+        """A new place in ``work``."""
+        self.carried += 1
+        return f"work[{self.carried - 1}, k, :H]"
+
+    def result(self, n: Node, place: str) -> None:
+        """A value that has a place of its own, where later rounds find it."""
+        self.results.append((n, place))
+        self.places.setdefault(n, place)
+
+    def carry(self) -> None:
+        """Give a place to what a later round reads, if it has none."""
+        for n, _, _ in self.line.operations:
+            if self.line.last[n] > self.line.rounds[n] and n not in (*self.places, *self.norms):
+                self.result(n, self.work())
+
+    def body(self) -> list[str]:
+        """The lines of all rounds."""
+        count = 1 + max(self.line.rounds.values(), default=0)
+        return [line for round in range(count) for line in (*self.products(round), *self.loop(round))]
+
+    def products(self, round: int) -> Iterable[str]:
+        """The products that a round begins with."""
+        raise NotImplementedError
+
+    def loop(self, round: int) -> list[str]:
+        """What a round makes of all rows and units, first norms of each row."""
+        norms, statements = list[str](), list[str]()
+        rows, names = dict[str, str](), dict[Node, str]()
+
+        def word(n: Node) -> str:
+            if n.op == "constant":
+                return f"number({number(n)!r})"
+            return names.get(n) or f"{rows.setdefault(self.places[n], f'p{len(rows)}')}[j]"
+
+        def item(norm: Node, value: Node, *belongs_to: Node) -> str:
+            first, second = (rows.setdefault(p, f"p{len(rows)}") for p in self.numbers(norm))
+            if not belongs_to:
+                return f"({word(value)} - {first}) * {second}"
+            normed = item(*belongs_to)
+            _, inverse = self.numbers(belongs_to[0])
+            return f"{rows[inverse]} * ({word(value)} - {first} - {normed} * {second})"
+
+        for n, op, args in self.line.operations:
+            if self.line.rounds[n] != round:
+                continue
+            if n in self.norms:
+                norms += self.norm(n)
+            if op in WAITS:
+                continue
+            pattern = EXPRESSIONS.get(op, f"{op}({', '.join('{}' for _ in args)})")
+            expression = item(*args) if op == "item" else pattern.format(*map(word, args))
+            names[n] = f"v{len(names)}"
+            statements.append(f"{names[n]} = {expression}")
+        made = [(n, place) for n, place in self.results if self.line.rounds.get(n, 0) == round]
+        values = [word(n) for n, _ in made]
+        targets = [f"{rows.setdefault(place, f'p{len(rows)}')}[j]" for _, place in made]
+        if made:
+            statements.append(f"{', '.join(targets)} = {', '.join(values)}")
+        if not norms and not statements:
+            return []
+        return [
+            "    for k in range(m):",
+            *_indented(8, norms),
+            *_indented(8, (f"{row} = {place}" for place, row in rows.items())),
+            "        for j in range(H):",
+            *_indented(12, statements or ["pass"]),
         ]
-    else:
-        back += _chain("dh_prev", kernel.recurrent, "hh")
-    return "\n".join([*step, "", "", *back, ""])
+
+    def norm(self, n: Node) -> list[str]:
+        """The two numbers of a row that a norm needs: mean and 1 / deviation, or the means of the gradient.
+
+        The gradient is less its mean, and less its part along what was normalised: ``evaluation.py``.
+        """
+        gradient = n.op == "normalise_gradient"
+        normed, given = (n.args[0], n.args[1:]) if gradient else (n, n.args)
+        kind, eps = n.attribute
+        # Of what has no gradient that is the constant 0.
+        pairs = [(d, v) for d, v in zip(given, normed.args, strict=True) if d.op != "constant"]
+        if not pairs:
+            call = "number(0.0), number(0.0)"
+        else:
+            ds, values = (f"({', '.join(self.places[v] for v in vs)},)" for vs in zip(*pairs, strict=True))
+            centred = kind == "layer"
+            call = f"norm_numbers({values}, {centred}, number({eps!r}))"
+            if gradient:
+                numbers = ", ".join(self.numbers(normed))
+                call = f"norm_gradient_numbers({ds}, {values}, {len(given)} * H, {centred}, {numbers})"
+        return [f"{', '.join(self.numbers(n))} = {call}"]
+
+    def numbers(self, norm: Node) -> tuple[str, str]:
+        """The two numbers of a norm."""
+        k = 2 * self.norms.index(norm)
+        return f"norms[k, {k}]", f"norms[k, {k + 1}]"
 
 
-def _product(to: str, column: int, part: Part, operand: str, row: int) -> list[str]:
-    """Adds the product of an operand to its accumulators."""
-    width = f"{len(part.blocks)} * H"
-    return [
-        f"    product({to}, {column} * H, {width}, flat({operand}), 0, {operand}.shape[1], 1, hh, {row} * H)"
-    ]
+class _Step(_Function):
+    """``step``"""
+
+    def __init__(self, layout: Layout) -> None:
+        t = layout.cell.trace
+        places = {n: f"operands[{s}, k, :H]" for s, n in enumerate(t.states.values())}
+        places |= {n: _columns("a", k) for k, n in enumerate(layout.products)}
+        super().__init__(layout, layout.forward, places)
+        for n, k in layout.saved.items():
+            if n.op != "dense":
+                self.result(n, _columns("a", k))
+        for s, n in enumerate(t.after.values()):
+            self.result(n, f"states[{s}][lo + k, :H]")
+        for s, n in enumerate(layout.operands):
+            if n.op != "state":
+                self.result(n, f"operands[{s}, k, :H]")
+        self.carry()
+
+    def lines(self) -> list[str]:
+        """The function."""
+        return [
+            "def step(a, operands, states, lo, hh, vectors, work, norms):",
+            "    m, H = a.shape[0], states[0].shape[1]",
+            *self.body(),
+        ]
+
+    def products(self, round: int) -> Iterable[str]:
+        """Adds the products with operands of the round before to their accumulators."""
+        for part in self.layout.parts:
+            if self.line.rounds.get(self.layout.operands[part.operand], -1) + 1 == round:
+                to, operand = f"a, {part.first} * H, {len(part.blocks)} * H", f"operands[{part.operand}]"
+                yield f"    product({to}, flat({operand}), 0, operands.shape[2], 1, hh, {part.column} * H)"
 
 
-def _chain(to: str, part: Part, weights: str) -> list[str]:
-    """Adds the gradient of what a part multiplied."""
-    return [f"    product({to}, 0, H, flat(da), {part.first} * H, da.shape[1], 1, {weights}, 0)"]
+class _Back(_Function):
+    """``back``"""
+
+    def __init__(self, layout: Layout) -> None:
+        t, gradient = layout.cell.trace, layout.cell.gradient
+        places = {n: f"operands[{s}, q + k, :H]" for s, n in enumerate(t.states.values())}
+        places |= {n: f"states[{s}][lo + k, :H]" for s, n in enumerate(t.after.values())}
+        places |= {n: _columns("a", k) for n, k in layout.saved.items()}
+        places |= {n: f"now[{s}, k, :H]" for s, n in enumerate(gradient.upstream.values())}
+        super().__init__(layout, layout.backward, places)
+        for k, n in enumerate(layout.gradients):
+            self.result(n, _columns("da", k))
+        for s, name in enumerate(t.states):
+            if name in gradient.direct:
+                self.result(gradient.direct[name], f"prev[{s}, k, :H]")
+        for s, n in enumerate(layout.operands):
+            if n.op != "state":
+                self.result(n, f"operands[{s}, q + k, :H]")
+        self.carry()
+
+    def lines(self) -> list[str]:
+        """The function. What states receive through products is added last."""
+        t, gradient = self.layout.cell.trace, self.layout.cell.gradient
+        lines = [
+            "def back(da, operands, q, now, prev, a, states, lo, hh, vectors, work, norms):",
+            "    m, H = da.shape[0], now.shape[2]",
+            *self.body(),
+        ]
+        for s, (name, n) in enumerate(t.states.items()):
+            lines += self.transposed(f"prev[{s}, k, :H]", n, begin=name not in gradient.direct)
+        return lines
+
+    def products(self, round: int) -> Iterable[str]:
+        """The gradients of operands, from those of their accumulators."""
+        for n, op, _ in self.line.operations:
+            if op == "transposed" and self.line.rounds[n] == round:
+                yield from self.transposed(self.places[n], n.attribute[0], begin=True)
+
+    def transposed(self, place: str, operand: Node, begin: bool) -> Iterable[str]:
+        """Adds what an operand receives through its products, to 0 or to what is there."""
+        to = place.replace("k, :H", ":m")
+        if begin:
+            yield f"    {to} = 0"
+        for part in self.layout.parts:
+            if self.layout.operands[part.operand] is operand:
+                weights = f"hh[{part.column} * H : {part.column + len(part.blocks)} * H]"
+                yield f"    product({to}, 0, H, flat(da), {part.first} * H, da.shape[1], 1, {weights}, 0)"
 
 
-def _loop(kernel: Kernel, f: Function, renamed: dict[str, str] | None = None) -> list[str]:
-    """A function over all rows and units; ``renamed``: what it calls otherwise than the arrays."""
-    rows: dict[str, str] = {}
-
-    def place(name: str) -> str:
-        name = (renamed or {}).get(name, name)
-        array, _, index = name.rstrip("]").partition("[")
-        parts = len(kernel.products) > 1
-        columns = f"{index} * H : {int(index) + 1} * H" if index and parts else ":"
-        row = f"{ARRAYS.get(array, array)}{index}_k"
-        rows[row] = f"{ARRAYS.get(array, array)}[k, {columns}]"
-        return f"{row}[j]"
-
-    names, statements = dict[Node, str](f.known), list[str]()
-    for n, op, args in lower(f.outputs.values(), f.known, kernel.cell.fused):
-        if op == "constant":
-            names[n] = f"number({number(n)!r})"
-            continue
-        words = [place(names[a]) if a in f.known else names[a] for a in args]
-        names[n] = f"v{len(statements)}"
-        pattern = EXPRESSIONS.get(op, f"{op}({', '.join('{}' for _ in args)})")
-        statements.append(f"{names[n]} = {pattern.format(*words)}")
-    found = [place(names[n]) if n in f.known else names[n] for n in f.outputs.values()]
-    statements.append(f"{', '.join(map(place, f.outputs))} = {', '.join(found)}")
-    return [
-        "    for k in range(h.shape[0]):",
-        *_indented(8, (f"{row} = {part}" for row, part in rows.items())),
-        "        for j in range(H):",
-        *_indented(12, statements),
-    ]
+def _columns(array: str, block: int) -> str:
+    """A block of H columns of row k."""
+    return f"{array}[k, {block} * H : {block + 1} * H]"
 
 
 def _indented(spaces: int, lines: Iterable[str]) -> list[str]:
