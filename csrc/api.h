@@ -167,8 +167,8 @@ template <class T>
 Index chunks_of(CellId cell, const Sizes& sizes);
 // Subnormals are flushed to zero in kernels; off for tests and for those who need them.
 void set_flush_subnormals(bool on);
-// For tests: off, small problems take what only large ones are worth (all threads, stores past the caches, inputs
-// projected ahead).
+// For tests: off, small problems take what only large ones are worth (all threads, stores past the caches, W x of
+// several steps at once).
 void set_thresholds(bool on);
 // Bytes that a tape holds.
 template <class T>

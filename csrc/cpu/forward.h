@@ -20,7 +20,7 @@ template <class T>
 struct ForwardRows {
   Index count = 0;
   const T **x, **h, **c;
-  T **h_out, **c_out, **middle, **projected, **saved, **c_state;  // the last three: null where not wanted
+  T **h_out, **c_out, **middle, **sums, **saved, **c_state;  // the last three: null where not wanted
   // Of regularized cells: h as weight_hh meets it, the rows' numbers, and what zoneout keeps (cpu/masks.h).
   const T** operand;
   Index* b;
@@ -31,7 +31,7 @@ struct ForwardRows {
     x = reinterpret_cast<const T**>(memory);
     h = x + B, c = h + B;
     h_out = const_cast<T**>(c + B);
-    c_out = h_out + B, middle = c_out + B, projected = middle + B, saved = projected + B, c_state = saved + B;
+    c_out = h_out + B, middle = c_out + B, sums = middle + B, saved = sums + B, c_state = saved + B;
     operand = const_cast<const T**>(c_state + B);
     b = reinterpret_cast<Index*>(operand + B);
   }
@@ -60,7 +60,7 @@ struct ForwardSteps {
   const CellShape& shape;
   const bool regularized;
   ForwardRows<T> rows;
-  ForwardRows<T> ahead;          // the rows of several steps, for their projection
+  ForwardRows<T> ahead;          // the rows of several steps, for W x of all
   Index ahead_begin = 0;         // the first of these steps
   Index row_begin, row_end;      // this thread's rows of the batch
   Index block_begin, block_end;  // and its blocks of units
@@ -83,7 +83,7 @@ struct ForwardSteps {
         regularized(regularized_),
         rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B),
         ahead(job_.scratch + worker_.region.thread * job_.scratch_step + ForwardRows<T>::bytes(job_.steps.B),
-              job_.projected_steps * job_.steps.B) {
+              job_.ahead_steps * job_.steps.B) {
     const Index n = worker.region.threads, i = worker.region.thread;
     row_begin = worker.by_rows ? first_row(job.steps, i, n) : 0;
     row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : job.steps.B;
@@ -116,10 +116,9 @@ struct ForwardSteps {
   T* saved_row(Index t, Index b) const {
     return job.kept.saved ? job.kept.saved + job.kept.row(t, b) * (shape.saved * job.H) : nullptr;
   }
-  T* projected_row(Index s, Index b) const {
-    return job.projected
-               ? job.projected + ((s - ahead_begin) * job.steps.B + b) * job.blocks * (shape.input.count * kBlock)
-               : nullptr;
+  T* ahead_row(Index s, Index b) const {
+    return job.ahead ? job.ahead + ((s - ahead_begin) * job.steps.B + b) * job.blocks * (shape.input.count * kBlock)
+                     : nullptr;
   }
   T* h_out(Index t, Index b) const { return job.h_out + t * job.h_out_step + b * job.P; }
 
@@ -135,7 +134,7 @@ struct ForwardSteps {
       rows.middle[i] = job.middle ? job.middle + b * job.blocks * kBlock : nullptr;
       rows.h_out[i] = h_out(t, b);
       rows.c_out[i] = has_c ? c_row(t, b) : nullptr;
-      rows.projected[i] = projected_row(s, b);
+      rows.sums[i] = ahead_row(s, b);
       rows.saved[i] = saved_row(t, b);
       rows.c_state[i] = has_c && job.c_states ? job.c_states + (t * B + b) * job.H : nullptr;
       switch (before(steps, t, b)) {
@@ -195,30 +194,29 @@ struct ForwardSteps {
     }
   }
 
-  // Where the input's accumulators of tile row i lie in acc, and in a row of `projected`: then(acc, row).
+  // Where the input's accumulators of tile row i lie in acc, and in a row of job.ahead: then(acc, row).
   template <class Then>
-  FUSEDRNN_INLINE void each_projected(T* const* to, Index block, int wide, int m, Index lane, T* acc,
-                                      Then&& then) const {
+  FUSEDRNN_INLINE void each_ahead(T* const* to, Index block, int wide, int m, Index lane, T* acc, Then&& then) const {
     for (int w = 0; w < wide; ++w)
       for (int s = 0; s < shape.input.count; ++s)
         for (int i = 0; i < m; ++i)
           then(acc + ((w * shape.accumulators + shape.input.first + s) * m + i) * V::lanes,
                to[i] + ((block + w) * shape.input.count + s) * kBlock + lane);
   }
-  // The projection of rows, made before, to where the tile sums it up.
-  void load_projected(T* const* from, Index block, int wide, int m, Index lane, T* acc) const {
-    each_projected(from, block, wide, m, lane, acc, [](T* sum, const T* row) { V::load(row).store(sum); });
+  // W x of rows, made before, to where the tile sums it up.
+  void load_ahead(T* const* from, Index block, int wide, int m, Index lane, T* acc) const {
+    each_ahead(from, block, wide, m, lane, acc, [](T* sum, const T* row) { V::load(row).store(sum); });
   }
 
   // bias + W x of steps [begin, end): few rows a step would read W from afar once a step.
-  FUSEDRNN_NOINLINE bool project(Index begin, Index end) {
+  FUSEDRNN_NOINLINE bool sum_ahead(Index begin, Index end) {
     ahead_begin = begin;
     Index n = 0;
     for (Index s = begin; s < end; ++s) {
       const Index t = time_of(job.steps, s);
       for (Index b = row_begin; b < row_end; ++b)
         if (valid(job.steps, t, b))
-          ahead.x[n] = job.x + t * job.x_step + b * job.x_row, ahead.projected[n++] = projected_row(s, b);
+          ahead.x[n] = job.x + t * job.x_step + b * job.x_row, ahead.sums[n++] = ahead_row(s, b);
     }
     const Tiling tiles(n, max_rows<V>(tile_vectors(shape) * panel_blocks(shape))),
         panels(block_end - block_begin, panel_blocks(shape));
@@ -233,8 +231,8 @@ struct ForwardSteps {
           start(shape, block, wide, m, lane, acc);
           const Product<T> p = product(shape, input, shape.input, ahead.x + first, job.I, block, lane);
           tile_of(shape, m, shape.input, wide)(&p, 1, acc + shape.input.first * m * V::lanes);
-          each_projected(ahead.projected + first, block, wide, m, lane, acc,
-                         [](const T* sum, T* row) { V::load(sum).store(row); });
+          each_ahead(ahead.sums + first, block, wide, m, lane, acc,
+                     [](const T* sum, T* row) { V::load(sum).store(row); });
         }
       }
       if (!worker.poll()) return false;
@@ -310,8 +308,8 @@ struct ForwardLoop : ForwardSteps<V> {
         Base::product(shape, input, Cell::input, rows.x + first, job.I, block - packed_from, lane),
         Base::product(shape, recurrent, Cell::recurrent, (kRegularized<Cell> ? rows.operand : rows.h) + first, job.P,
                       block - packed_from, lane)};
-    if (job.projected) {
-      this->load_projected(rows.projected + first, block, wide, m, lane, acc);
+    if (job.ahead) {
+      this->load_ahead(rows.sums + first, block, wide, m, lane, acc);
       Base::tile_of(shape, m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
     } else if constexpr (Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count) {
       Base::tile_of(shape, m, Cell::input, wide)(products, 2, acc + Cell::input.first * m * V::lanes);
@@ -443,8 +441,8 @@ struct ForwardLoop : ForwardSteps<V> {
   FUSEDRNN_NOINLINE bool walk(Index begin, Index end) {
     for (Index s = begin; s < end; ++s) {
       if constexpr (!Cell::layer_norm)
-        if (job.projected && (s - begin) % job.projected_steps == 0 &&
-            !this->project(s, s + job.projected_steps < end ? s + job.projected_steps : end))
+        if (job.ahead && (s - begin) % job.ahead_steps == 0 &&
+            !this->sum_ahead(s, s + job.ahead_steps < end ? s + job.ahead_steps : end))
           return false;
       this->select_rows(s);
       for (int phase = 1; phase <= kPhases; ++phase) {

@@ -27,8 +27,8 @@ bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
   return BackwardLoop<Cell, Vec<T>>(job, worker).run();
 }
 
-Index forward_scratch(Index B, Index projected_steps) {
-  return ForwardRows<T>::bytes(B) + ForwardRows<T>::bytes(projected_steps * B);
+Index forward_scratch(Index B, Index ahead_steps) {
+  return ForwardRows<T>::bytes(B) + ForwardRows<T>::bytes(ahead_steps * B);
 }
 Index backward_scratch(Index B, Index chunk_steps) { return BackwardRows<T>::bytes(B, B * chunk_steps, chunk_steps); }
 

@@ -107,8 +107,8 @@ struct ForwardJob {
   Index chunk_steps;
   T* middle;  // [B][blocks*16]: what the second product of a step multiplies
   // W x + bias of so many steps at once: [step][B][blocks][input's accumulators][16], or null: step by step.
-  T* projected;
-  Index projected_steps;
+  T* ahead;
+  Index ahead_steps;
   T *hT, *cT, *h_states, *c_states;
   NormWeights<T> norm;
   bool rows_outside;
@@ -168,7 +168,7 @@ struct PackJob {
 template <class T>
 struct Kernels {
   const char* name;
-  Index (*forward_scratch)(Index B, Index projected_steps);  // bytes per thread
+  Index (*forward_scratch)(Index B, Index ahead_steps);  // bytes per thread
   Index (*backward_scratch)(Index B, Index chunk_steps);
   void (*pack)(const PackJob<T>&);
   void (*pack_transposed)(const PackJob<T>&);

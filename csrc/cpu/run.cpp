@@ -102,8 +102,8 @@ template <class T>
 struct Chunk {
   Index da_row, inputs_row, steps, count;
   Chunk(const CellShape& shape, const Sizes& n) {
-    const Index projected = shape.projects ? blocks_of(n.P) + blocks_of(n.H) : 0;  // dh, and what was projected
-    da_row = (shape.accumulators * blocks_of(n.H) + projected + 1) * kBlock;
+    const Index more = shape.projects ? blocks_of(n.P) + blocks_of(n.H) : 0;  // dh, and what was projected
+    da_row = (shape.accumulators * blocks_of(n.H) + more + 1) * kBlock;
     inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
     const Index row = (da_row + inputs_row) * Index(sizeof(T));
     const Index rows = weight_bytes<T>(shape, n) > 4 * SplitRule::core_cache ? 640 : 384;
@@ -117,7 +117,7 @@ struct Chunk {
 // How many steps' W x is made at once; 0: each step's with the step. One row would leave most of a tile empty, and few
 // rows would read weights larger than the cache from afar in every step. Else it gains nothing: docs/speed.md.
 template <class T>
-Index projected_steps(const CellShape& shape, const Sizes& n) {
+Index ahead_steps(const CellShape& shape, const Sizes& n) {
   constexpr Index kRows = 96;  // enough to pay for reading the weights, and their sums stay in the cache
   const bool large = !thresholds || weight_bytes<T>(shape, n) > SplitRule::core_cache;
   if (shape.layer_norm || n.I < kBlock || n.B < 1 || n.B > (large ? kRows / 4 : 1)) return 0;
@@ -249,10 +249,10 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const bool outside = call.saved;  // the tape lies in the caller's memory
   const Index rows = all ? tape_rows(problem, tape->starts) : n.B,
               boundary_count = call.save == Save::boundary_states && shape.has_c && chunk.count ? chunk.count - 1 : 0;
-  T *saved = nullptr, *c = nullptr, *boundary_states = nullptr, *middle = nullptr, *projected = nullptr,
+  T *saved = nullptr, *c = nullptr, *boundary_states = nullptr, *middle = nullptr, *ahead_sums = nullptr,
     *zeros = nullptr, *masks = nullptr, *panel = nullptr, *bias = nullptr;
   char* threads = nullptr;
-  const Index ahead = projected_steps<T>(shape, n);
+  const Index ahead = ahead_steps<T>(shape, n);
   const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B, ahead)) + 64;
   const Index panel_step = lines<T>(cpu::kPanelVectors * kBlock * std::max(n.I + n.P, n.H));
   const bool two_products = shape.phases == 2 || shape.projects;
@@ -264,7 +264,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     c = kept_in.take({!(all && outside) && shape.has_c ? rows : 0, n.H});
     boundary_states = tape_layout.take({outside ? 0 : boundary_count, n.B, n.H});
     middle = scratch.take({two_products ? n.B : 0, units});
-    projected = scratch.take({ahead, n.B, blocks, shape.input.count, kBlock});
+    ahead_sums = scratch.take({ahead, n.B, blocks, shape.input.count, kBlock});
     zeros = scratch.take({zero_count});
     masks = scratch.take({regularization_memory(problem, split.threads), n.B, units});
     panel = scratch.take({by_panel ? split.threads : 0, panel_step});
@@ -314,7 +314,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
                reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 && (!thresholds || rows * row_bytes > kSharedCache);
   job.boundary_states = boundary_count ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
   job.middle = two_products ? middle : nullptr;
-  job.projected = ahead ? projected : nullptr, job.projected_steps = ahead;
+  job.ahead = ahead ? ahead_sums : nullptr, job.ahead_steps = ahead;
   job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;
   job.rows_outside = !by_panel && rows_outside<T>(shape, n);
   job.scratch = threads, job.scratch_step = thread_bytes;

@@ -164,8 +164,8 @@ def forward(
         x: (T, B, I), any strides over T and B; float32 or float64 (long double and complex in the reference).
         weights: By name, in PyTorch's layout and of x's dtype: weight_ih (G*H, I), weight_hh (G*H, P),
             bias_ih and bias_hh (G*H,), which may be missing; of a cell with ``layer_norm`` also gain_ih and
-            gain_hh (G*H,), of an LSTM gain_c and bias_c (H,). ``cell.blocks`` has the names. Or what ``pack``
-            returned.
+            gain_hh (G*H,), of an LSTM gain_c and bias_c (H,); of one that projects weight_hr (P, H).
+            ``cell.shapes`` has the names and shapes. Or what ``pack`` returned.
         state0: (h,) or (h, c), each (B, ·), of x's dtype; None is zeros.
         lengths: (B,) whole numbers from 0 to T, a list or an array. From its length on a row's state stands
             still and y is 0.

@@ -164,7 +164,7 @@ def test_kernels(cell, kind, reverse, cpu):
     )
 
 
-# One row, one unit block and less, several chunks, inputs projected ahead, weights beyond a megabyte.
+# One row, one unit block and less, several chunks, W x of several steps at once, weights beyond a megabyte.
 @pytest.mark.slow
 @pytest.mark.kernel
 @pytest.mark.parametrize("size", [(9, 1, 3, 7), (5, 2, 20, 64), (52, 64, 2, 7), (3, 9, 67, 297)], ids=str)

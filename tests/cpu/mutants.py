@@ -126,13 +126,13 @@ MUTANTS = [
         "rows.x[i] = job.x + (t * B + b) * job.I;",
     ),
     Mutant(
-        "forward: x of another step projected",
+        "forward: x of another step ahead",
         FORWARD,
         "ahead.x[n] = job.x + t * job.x_step + b * job.x_row",
         "ahead.x[n] = job.x + (t ? t - 1 : t) * job.x_step + b * job.x_row",
     ),
     Mutant(
-        "forward: one row's projection for all",
+        "forward: one row's W x for all",
         FORWARD,
         "((s - ahead_begin) * job.steps.B + b) * job.blocks",
         "((s - ahead_begin) * job.steps.B + 0 * b) * job.blocks",

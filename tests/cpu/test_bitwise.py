@@ -183,7 +183,7 @@ def test_every_split(cell, options):
 @pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_single_steps_are_the_sequence(cell, options):
     for dtype in DTYPES:
-        for I in (3, 18):  # a wide input is projected for several steps at once
+        for I in (3, 18):  # W x of a wide input is made for several steps at once
             p = problem(cell, 17, 5, I, 19, dtype=dtype, **options)
             assert_bitwise_equal(held(p, run_in_parts(p, range(1, 17))), held(p, per_row(run(CPU, p))))
 

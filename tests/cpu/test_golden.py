@@ -27,7 +27,7 @@ pytestmark = pytest.mark.kernel
 
 CELLS = (*PLAIN, *NORMED[:4])  # the kernels have no layer norm for GRU with reset before
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
-# Split by rows; by units, with inputs projected ahead; in several chunks; a single step; less than a block.
+# Split by rows; by units, W x of several steps at once; in several chunks; a single step; less than a block.
 SIZES = ((7, 13, 5, 33), (4, 3, 90, 210), (60, 40, 3, 17), (1, 3, 20, 35), (9, 2, 1, 1))
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
