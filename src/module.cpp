@@ -16,6 +16,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/threads.h"
 #include "cpu/timing.h"
+#include "machine.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
@@ -169,6 +170,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("take_tensors", &take_tensors, py::arg("tensor"), py::arg("parameter"), py::arg("api"));
   m.def("backward", &py_backward, py::arg("tape"), py::arg("dy"), py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"),
         py::arg("dc_states"), py::arg("need"));
+  define_machine(m);
   m.def("info", &info);
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("threads"));

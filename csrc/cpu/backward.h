@@ -60,7 +60,7 @@ struct BackwardSteps {
   const CellShape& shape;
   const bool regularized;
   BackwardRows<T> rows;
-  const WeightGradients<V> weights;
+  WeightGradients<V> weights;
   const Index B, units;  // units: blocks * 16
   Index row_begin, row_end, block_begin, block_end;
   Index h_begin, h_end;  // blocks of h: those of units, or of a projection
@@ -153,22 +153,25 @@ struct BackwardSteps {
     return cut || detached(job.steps, later(t)) ? After::nothing : After::product;
   }
 
-  // acc[wide][m] = what a part's accumulators in m rows of da have for the weights of blocks [block, block+wide). Of
-  // the last block of units only the H % 16 that exist.
+  // acc[wide][m] = what a part's accumulators in m rows of da have for the weights of blocks [block, block+wide).
   FUSEDRNN_INLINE void multiply(const CellShape& shape, const Packed<T>& weights, const Part& part, const T* const* da,
                                 Index block, Index lane, int m, int wide, T* acc) const {
-    const int A = shape.accumulators;
     for (int i = 0; i < m * wide; ++i) V::zero().store(acc + i * V::lanes);
+    add_part(weights, shape.accumulators, part.first, part.count, da, block, lane, m, wide, acc);
+  }
+  // Adds it, of accumulators [first, first + in_part) of A. Of the last block of units only the H % 16 that exist.
+  FUSEDRNN_INLINE void add_part(const Packed<T>& weights, int A, int first, int in_part, const T* const* da,
+                                Index block, Index lane, int m, int wide, T* acc) const {
     const T* b = weights.data + block * weights.block_step + lane;
-    const Index full = job.H / kBlock, rest = job.H % kBlock, block_run = part.count * kBlock;
+    const Index full = job.H / kBlock, rest = job.H % kBlock, block_run = in_part * kBlock, begin = first * kBlock;
     Product<T> p[2];
     int count = 0;
     if (full)
-      p[count++] = part.count == A ? Product<T>{da, 0, 1, 0, b, kBlock, weights.block_step, 1, full * block_run}
-                                   : Product<T>{da, 0, 1, A * kBlock, b, kBlock, weights.block_step, full, block_run};
+      p[count++] = in_part == A ? Product<T>{da, begin, 1, 0, b, kBlock, weights.block_step, 1, full * block_run}
+                                : Product<T>{da, begin, 1, A * kBlock, b, kBlock, weights.block_step, full, block_run};
     if (rest)
-      p[count++] = {da,     full * A * kBlock,  1,          kBlock, b + full * block_run * kBlock,
-                    kBlock, weights.block_step, part.count, rest};
+      p[count++] = {da,     full * A * kBlock + begin, 1,       kBlock, b + full * block_run * kBlock,
+                    kBlock, weights.block_step,        in_part, rest};
     tile_for<V>(m, wide)(p, count, acc);
   }
 
@@ -228,7 +231,7 @@ struct BackwardSteps {
     bool any = false;  // does any row need the product?
     for (Index i = 0; i < n; ++i) {
       const bool follows = rows.at[i].after == After::product;
-      rows.da[i] = follows ? rows.latest[rows.at[i].b] + shape.recurrent.first * kBlock : job.zeros;
+      rows.da[i] = follows ? rows.latest[rows.at[i].b] : job.zeros;
       any |= follows;
     }
     return tiles(n, h_begin, h_end, [&](Index first, int m, Index block, int wide, Index lane) {
@@ -287,8 +290,9 @@ struct BackwardSteps {
     }
   }
 
-  // dx of this thread's share of the chunk's rows.
-  bool input_gradients() {
+  // dx of this thread's share of the chunk's rows, by multiply(da, block, lane, m, wide, acc).
+  template <class Multiply>
+  bool input_gradients(Multiply&& multiply) {
     const Index n = worker.region.threads, share_begin = count * worker.region.thread / n,
                 share = count * (worker.region.thread + 1) / n - share_begin;
     const Index blocks = (job.I + kBlock - 1) / kBlock;
@@ -303,12 +307,12 @@ struct BackwardSteps {
         const Index first = share_begin + row_tiles.begin(i);
         const int m = int(share_begin + row_tiles.begin(i + 1) - first);
         const T* da[kMaxTile];
-        for (int r = 0; r < m; ++r) da[r] = da_row(first + r) + shape.input.first * kBlock;
+        for (int r = 0; r < m; ++r) da[r] = da_row(first + r);
         const Index block = panels.begin(j);
         const int wide = int(panels.begin(j + 1) - block);
         for (Index lane = 0; lane < kBlock; lane += V::lanes) {
           alignas(64) T acc[kMaxTile * V::lanes];
-          multiply(shape, job.input, shape.input, da, block, lane, m, wide, acc);
+          multiply(da, block, lane, m, wide, acc);
           for (int r = 0; r < m; ++r)
             for (int w = 0; w < wide; ++w) {
               const Index column = (block + w) * kBlock + lane;
@@ -355,7 +359,10 @@ struct BackwardSteps {
     keep_boundary();
     if (job.need_weights) gather_inputs();
     if (!worker.barrier()) return false;
-    if (job.dx && !input_gradients()) return false;
+    const auto of_x = [&](const T* const* da, Index block, Index lane, int m, int wide, T* acc) {
+      multiply(shape, job.input, shape.input, da, block, lane, m, wide, acc);
+    };
+    if (job.dx && !input_gradients(of_x)) return false;
     if (!weights.add(count, first_chunk)) return false;
     return worker.barrier();
   }
@@ -373,6 +380,7 @@ struct BackwardLoop : BackwardSteps<V> {
   static constexpr CellShape shape = shape_of<Cell>();
 
   BackwardLoop(const BackwardJob<T>& job_, const Worker& worker_) : Base(job_, worker_, shape, kRegularized<Cell>) {
+    this->weights.groups.add_parts(shape, job.I, job.P);
     if constexpr (Cell::layer_norm)
       if (job.norm_sums)
         __builtin_memset(job.norm_sums + this->row_begin * units * kNormSums<Cell>, 0,
@@ -408,7 +416,7 @@ struct BackwardLoop : BackwardSteps<V> {
     for (Index i = 0; i < n; ++i) rows.latest[rows.at[i].b] = rows.at[i].da;
     if constexpr (Cell::phases == 2) {
       if (!worker.by_rows && !worker.barrier()) return false;
-      for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + Cell::recurrent2.first * kBlock;
+      for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da;
       return this->tiles(n, block_begin, block_end, [&](Index first, int m, Index block, int wide, Index lane) {
         alignas(64) T acc[kMaxTile * V::lanes];
         this->multiply(shape, job.recurrent2, Cell::recurrent2, rows.da + first, block, lane, m, wide, acc);

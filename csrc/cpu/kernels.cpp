@@ -8,6 +8,8 @@
 #include "cells/regularized.h"
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/machine/backward.h"
+#include "cpu/machine/forward.h"
 #include "cpu/pack.h"
 #include "simd/activation_table.h"
 
@@ -25,6 +27,13 @@ bool run_forward(const ForwardJob<T>& job, const Worker& worker) {
 template <class Cell>
 bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
   return BackwardLoop<Cell, Vec<T>>(job, worker).run();
+}
+
+bool machine_forward(const MachineForward<T>& job, const Worker& worker) {
+  return MachineForwardLoop<Vec<T>>(job, worker).run();
+}
+bool machine_backward(const MachineBackward<T>& job, const Worker& worker) {
+  return MachineBackwardLoop<Vec<T>>(job, worker).run();
 }
 
 Index forward_scratch(Index B, Index ahead_steps) {
@@ -87,6 +96,8 @@ const cpu::Kernels<T> table = {
     },
     &draw_mask<T>,
     &apply_activation<T>,
+    &machine_forward,
+    &machine_backward,
     &sum,
 };
 

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "cells/cell.h"
+#include "cpu/machine/job.h"
 #include "cpu/threads.h"
 #include "mask_rule.h"
 #include "steps.h"
@@ -17,6 +18,7 @@ using Index = int64_t;
 constexpr Index kBlock = 16;  // hidden units per block, on every instruction set and dtype
 
 constexpr Part kProjection = {0, 1, {0}};  // weight_hr: its rows in their own order
+constexpr int kMaxGroups = 64;  // of columns of the joint rows that share their accumulators: cpu/backward.h
 
 constexpr Index kPanelVectors = 8;  // of 16, at most: the accumulators of a panel of blocks
 
@@ -184,6 +186,8 @@ struct Kernels {
   void (*draw_mask)(const MaskRule&, uint64_t seed, uint32_t stream, MaskKind, Index t, const Index* rows, Index n,
                     Index begin, Index end, Index units, T* out);
   void (*activation)(int which, const T* in, T* out, Index n);
+  bool (*machine_forward)(const MachineForward<T>&, const Worker&);
+  bool (*machine_backward)(const MachineBackward<T>&, const Worker&);
   T (*sum)(const T* in, Index n);  // of all but the last few, to read them: cpu/timing.h
 };
 

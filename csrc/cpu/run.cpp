@@ -518,3 +518,5 @@ FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)
 
 }  // namespace fusedrnn
+
+#include "cpu/machine/run.h"

@@ -21,11 +21,11 @@ struct Group {
 };
 
 struct Groups {
-  Group group[4];
+  Group group[cpu::kMaxGroups];
   int count = 0;
   Index block_step = 0;
   // Column ranges, in the order of the joint rows.
-  Groups(const CellShape& shape, Index I, Index P) {
+  void add_parts(const CellShape& shape, Index I, Index P) {
     const Part &input = shape.input, &recurrent = shape.recurrent;
     if (input.first == recurrent.first && input.count == recurrent.count) {
       add(0, 1 + I + P, 0, shape.accumulators);
@@ -56,7 +56,7 @@ struct WeightGradients {
   const BackwardJob<T>& job;
   const Worker& worker;
   const CellShape& shape;
-  const Groups groups;
+  Groups groups;  // the cell's loop adds them
   // Of a cell that projects, where a row of da has the gradient of h, and what was projected.
   const Index dh_at, unprojected_at;
 
@@ -64,7 +64,6 @@ struct WeightGradients {
       : job(job_),
         worker(worker_),
         shape(shape_),
-        groups(shape_, job_.I, job_.P),
         dh_at(shape_.accumulators * job_.blocks * kBlock),
         unprojected_at(dh_at + blocks_of(job_.P) * kBlock) {}
 
@@ -169,8 +168,9 @@ struct WeightGradients {
 
   // dpacked: gate rows of (G*H, columns), from joint columns [column, column + columns).
   void unpack(T* out, Index column, Index columns, const Part& part) const {
-    if (!out || !part.count) return;
-    const Group& group = groups.of_column(column);
+    if (out && part.count) unpack(out, groups.of_column(column), column, columns, part);
+  }
+  void unpack(T* out, const Group& group, Index column, Index columns, const Part& part) const {
     const Index n = worker.region.threads, i = worker.region.thread;
     const Index step = group.count * kBlock;
     for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block)

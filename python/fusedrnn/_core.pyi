@@ -103,6 +103,38 @@ def backward(
     dc_states: _Array | None,
     need: Sequence[bool],
 ) -> tuple[Any, ...]: ...  # dx, the dweights, dh0, dc0; None for what was not needed
+
+class MachinePlan: ...
+class PackedMachine: ...
+
+class MachineTape:
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]: ...  # T, B, I, H, P
+
+MACHINE_OPERATIONS: tuple[str, ...]
+
+def machine_plan(numbers: _Array, start: list[float], constants: list[float]) -> MachinePlan: ...
+def machine_pack(plan: MachinePlan, weights: list[_Array | None]) -> PackedMachine: ...
+def machine_forward(
+    packed: PackedMachine,
+    x: _Array,
+    state0: Sequence[_Array],
+    lengths: Any,  # None, or int64, else refused
+    reset: Any,  # None, or bool, else refused
+    reverse: bool,
+    detach_every: int,
+    return_states: bool,
+    save: bool,
+) -> tuple[_Array, tuple[_Array, ...], tuple[_Array, ...] | None, MachineTape | None]: ...
+def machine_backward(
+    tape: MachineTape,
+    dy: _Array | None,
+    dstateT: Sequence[_Array | None],
+    dstates: Sequence[_Array | None],
+    need: list[bool],
+) -> tuple[_Array | None, list[_Array | None], tuple[_Array, ...] | None]: ...
 def info() -> dict[str, Any]: ...
 def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None: ...

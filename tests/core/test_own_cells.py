@@ -21,7 +21,8 @@ from fusedrnn.cells import cell, lstm, relu, sigmoid, tanh
 from fusedrnn.gradcheck import gradcheck
 from problems import assert_close, name, problem, run
 
-REFERENCE, NUMBA = get("reference"), get("numba")
+REFERENCE, NUMBA, CPU = get("reference"), get("numba"), get("cpu")
+needs_cpu = pytest.mark.skipif(CPU.unavailable() is not None, reason=str(CPU.unavailable()))
 needs_numba = pytest.mark.skipif(NUMBA.unavailable() is not None, reason=str(NUMBA.unavailable()))
 
 
@@ -50,6 +51,7 @@ def normed(p, x, h, c, n=1):
 
 OWN = [mgu, ind_rnn, normed]
 own = pytest.mark.parametrize("cell", OWN, ids=name)
+program = pytest.mark.parametrize("cell", OWN[:2], ids=name)  # the compiled module has no norms of them
 OPTIONS = [
     {},
     {"reverse": True, "reset": True},
@@ -239,6 +241,32 @@ def test_derivatives_of_gradients_in_pytorch(cell):
     assert torch.autograd.gradgradcheck(function, arrays)
 
 
+# --- C++ ----------------------------------------------------------------------------------------------------
+
+
+@needs_cpu
+@options
+@program
+def test_by_the_compiled_module(cell, options):
+    p = problem(cell, 7, 3, 4, 5, **options)
+    assert_close(run(CPU, p), run(REFERENCE, p), 1e-13)
+
+
+@needs_cpu
+@program
+def test_a_layer_by_the_compiled_module(cell):
+    """It is what runs where nothing else is asked for."""
+    net = L.Recurrent(cell, 5, 4, num_layers=2, bidirectional=True, dtype="float64")
+    x = np.random.default_rng(0).standard_normal((6, 3, 4))
+    assert gradcheck(net, x, options={"lengths": [6, 1, 3]})
+    net = L.Recurrent(cell, 5, 4, backend="cpu", dtype="float64")
+    assert gradcheck(net, x, method="central", fast_mode=True)
+    assert gradcheck(net, x[0])  # one step, from the state that the layer carries
+    whole = net(x).data
+    net.reset_state()
+    np.testing.assert_array_equal(np.concatenate([net(x[:3]).data, net(x[3:]).data]), whole)
+
+
 # --- Numba --------------------------------------------------------------------------------------------------
 
 
@@ -254,9 +282,9 @@ def test_by_numba(cell, options):
 
 
 def test_backends_say_what_they_do_not_run():
-    p = problem(mgu, 2, 1, 3, 4)
-    with pytest.raises(Unsupported, match=r"cell: mgu\(\) is not supported by the cpu backend"):
-        kernels.forward(mgu, p.x, p.weights, backend="cpu")
+    p = problem(normed, 2, 1, 3, 4)
+    with pytest.raises(Unsupported, match=r"cell: normed\(\) is not supported by the cpu backend"):
+        kernels.forward(normed, p.x, p.weights, backend="cpu")
 
     @cell
     def timed(p, x, h, *, dt):

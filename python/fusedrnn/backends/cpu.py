@@ -3,6 +3,7 @@
 A single step takes microseconds, and so would the whole check of its arguments. The compiled module checks
 what its kernels rely on, so a call goes straight there; only what it refuses goes through
 ``fusedrnn.backends.arguments``, which has the words for the error, or makes the copy that was missing.
+Built-in cells are compiled; any other one is a program that the module runs (``fusedrnn.backends.machine``).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from fusedrnn.cells.builtin import COMPILED
 
 try:
     from fusedrnn import _core
+    from fusedrnn.backends import machine
 
     _missing = None
     _REFUSED: tuple[type[Exception], ...] = (_core.RefusedType, _core.RefusedValue)
@@ -82,10 +84,17 @@ def cell_id(cell: Cell, backend: str = "cpu") -> int:
     Raises:
         ValueError: It has none; the message names the backend.
     """
+    if (found := _compiled(cell)) is None:
+        raise Unsupported(f"cell: {cell!r} is not supported by the {backend} backend; use the reference")
+    return found
+
+
+@functools.cache
+def _compiled(cell: Cell) -> int | None:
     for name, compiled in COMPILED.items():
         if cell == compiled and name in _core.CELLS:
             return int(_core.CELLS.index(name))
-    raise Unsupported(f"cell: {cell!r} is not supported by the {backend} backend; use the reference")
+    return None
 
 
 _Two = tuple[Any, Any]
@@ -106,7 +115,7 @@ def _two(cell: Cell, state: Any, missing: bool) -> _Two | None:
 
 
 class CpuBackend:
-    """Every cell in float32 and float64, any CPU; see ``protocol`` for the methods."""
+    """Every cell in float32 and float64, any CPU, norms of built-in ones alone; see ``protocol``."""
 
     name = "cpu"
 
@@ -114,8 +123,10 @@ class CpuBackend:
         """None, or why the compiled module is missing."""
         return _missing
 
-    def pack(self, cell: Cell, weights: Weights) -> Packed:
+    def pack(self, cell: Cell, weights: Weights) -> Packed | machine.Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
+        if _compiled(check_cell(cell)) is None:
+            return machine.pack(cell, weights)
         checked, *_ = check_weights(cell, weights)
         return Packed(
             cell, checked, _core.pack(cell_id(cell), *[cast(Array, checked.get(name)) for name in WEIGHTS])
@@ -125,7 +136,7 @@ class CpuBackend:
         self,
         cell: Cell,
         x: Array,
-        weights: Weights | Packed,
+        weights: Weights | Packed | machine.Packed,
         state0: State | None = None,
         *,
         lengths: Rows | None = None,
@@ -137,11 +148,24 @@ class CpuBackend:
         save: str | None = "all",
     ) -> Forward:
         """One layer, one direction, the whole sequence."""
-        packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
+        packed = weights if isinstance(weights, Packed | machine.Packed) else self.pack(cell, weights)
         if cell is not packed.cell and check_cell(cell) != packed.cell:
             raise ValueError(f"weights: packed for {packed.cell!r}, expected {cell!r}")
         if regularization is not None:
             regularization = check_regularization(packed.cell, regularization)
+        if isinstance(packed, machine.Packed):
+            return machine.forward(
+                packed,
+                x,
+                state0,
+                lengths=lengths,
+                reset=reset,
+                reverse=reverse,
+                return_states=return_states,
+                detach_every=detach_every,
+                regularization=regularization,
+                save=save,
+            )
         results = None
         state = _two(cell, state0, False)
         if (  # the compiled module would not see what these are, or would convert them
@@ -238,7 +262,7 @@ class CpuBackend:
 
     def backward(
         self,
-        tape: Tape,
+        tape: Tape | machine.Tape,
         dy: Array | None = None,
         dstateT: tuple[Array | None, ...] | None = None,
         dstates: tuple[Array | None, ...] | None = None,
@@ -246,6 +270,8 @@ class CpuBackend:
         need: Collection[str] | None = None,
     ) -> Gradients:
         """Gradients of everything in ``need``."""
+        if isinstance(tape, machine.Tape):
+            return machine.backward(tape, dy, dstateT, dstates, need=need)
         if not isinstance(tape, Tape):
             raise TypeError(
                 f"tape: expected what forward of the cpu backend returned, got {type(tape).__name__}"

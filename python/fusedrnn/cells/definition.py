@@ -19,7 +19,8 @@ from fusedrnn.cells.symbols import kind, refuse
 from fusedrnn.cells.trace import Trace, trace
 
 # The parameters of products.
-PLAIN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+PLAIN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # of dense products
+OF_PRODUCTS = (*PLAIN, "weight_hr")  # and of a projection
 
 
 class Cell:
@@ -91,12 +92,12 @@ class Cell:
         """Of each parameter how many blocks of H rows (weight_hr: P rows) it has: weights, biases, weight_hr,
         then all others."""
         found = {name: len(owners) for name, owners in self.trace.blocks.items()}
-        return {name: found[name] for name in PLAIN if name in found} | found
+        return {name: found[name] for name in OF_PRODUCTS if name in found} | found
 
     @cached_property
     def vectors(self) -> tuple[str, ...]:
         """The parameters beside those of products, of one axis."""
-        return tuple(name for name in self.blocks if name not in PLAIN)
+        return tuple(name for name in self.blocks if name not in OF_PRODUCTS)
 
     @property
     def projects(self) -> bool:

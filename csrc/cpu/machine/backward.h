@@ -1,0 +1,237 @@
+// The time loop backward of a cell that is a program. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "cpu/backward.h"
+#include "cpu/machine/rows.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+using cpu::MachineBackward;
+using cpu::MachineGradient;
+using cpu::MachineGroup;
+using cpu::MachinePart;
+using cpu::MachineRound;
+
+template <class V>
+struct MachineBackwardLoop : BackwardSteps<V> {
+  using Base = BackwardSteps<V>;
+  using T = typename V::scalar;
+  using Base::worker, Base::B, Base::units, Base::count;
+
+  const MachineBackward<T>& job;
+  const MachineCall<T>& call;
+  MachineRows<V> places;
+  Index* at;  // of each row of the step, t * B + b
+
+  MachineBackwardLoop(const MachineBackward<T>& job_, const Worker& worker_)
+      : Base(*job_.base, worker_, *job_.shape, false),
+        job(job_),
+        call(job_.call),
+        places(job_.call, worker_.region.thread) {
+    for (int g = 0; g < job.group_count; ++g)
+      this->weights.groups.add(job.groups[g].column, job.groups[g].columns, job.groups[g].first, job.groups[g].count);
+    at = reinterpret_cast<Index*>(places.table + places.count() * B);
+    places.set(cpu::kGradients, true, call.accumulators, true);
+    places.set(cpu::kSums, job.sums, call.vector_count, true);
+    for (int s = 0; s < call.states; ++s) places.set(places.direct(s), job.direct[s], 1, true);
+    for (int o = 1; o < call.operands; ++o)
+      places.set(places.operand(o), call.state_of[o] < 0 && Base::job.need_weights, 1, false);
+  }
+
+  FUSEDRNN_NOINLINE void select_rows(Index t, Index begin, Index end) {
+    for (Index i = 0; begin + i < end; ++i) {
+      const Index b = this->rows.b[begin + i];
+      places.select(i, t, b);
+      places.put(cpu::kGradients, i, this->da_row(begin + i), 0);
+      places.put(cpu::kSums, i, job.sums, b * units * call.vector_count);
+      for (int s = 0; s < call.states; ++s) places.put(places.direct(s), i, job.direct[s], b * units);
+      for (int o = 1; o < call.operands; ++o)
+        places.put(places.operand(o), i, Base::job.inputs, (begin + i) * Base::job.inputs_row + job.column_of[o]);
+      at[i] = t * B + b;
+      this->rows.at[i].b = b, this->rows.at[i].after = this->chain_of(t, b);
+    }
+  }
+
+  // acc[wide][m] = the gradient of an operand, from rows of da.
+  FUSEDRNN_NOINLINE void operand_gradient(int operand, const T* const* da, Index block, Index lane, int m, int wide,
+                                          T* acc) const {
+    for (int i = 0; i < m * wide; ++i) V::zero().store(acc + i * V::lanes);
+    for (int p = job.part_begin[operand]; p < job.part_begin[operand + 1]; ++p) {
+      const MachinePart<T>& part = job.parts[p];
+      this->add_part({part.weights, part.block_step}, call.accumulators, part.first, part.count, da, block, lane, m,
+                     wide, acc);
+    }
+  }
+
+  // What reaches each state of the n rows of rows.at from later steps and from outside, in the first registers:
+  // then(frame).
+  template <class Then>
+  FUSEDRNN_INLINE bool incoming(Index n, bool outside, Then&& then) {
+    bool any = false;
+    for (Index i = 0; i < n; ++i) {
+      const bool follows = this->rows.at[i].after == After::product;
+      this->rows.da[i] = follows ? this->rows.latest[this->rows.at[i].b] : Base::job.zeros;
+      any |= follows;
+    }
+    Frame<V> frame = places.frame(worker.region.thread);
+    return this->tiles(n, this->block_begin, this->block_end, [&](Index first, int m, Index block, int wide, Index lane) {
+      places.set_tile(frame, first, m, block, wide, lane);
+      if (outside && lane == 0) prefetch(frame);
+      for (int s = 0; s < call.states; ++s) {
+        T* const d = frame.registers + s * m * wide * V::lanes;
+        if (any && job.operand_of[s] >= 0)
+          operand_gradient(job.operand_of[s], this->rows.da + first, block, lane, m, wide, d);
+        state_gradient(s, outside, frame, d);
+      }
+      then(frame);
+    });
+  }
+
+  // What the program loads, which is far away: it comes while the products are made.
+  FUSEDRNN_INLINE void prefetch(const Frame<V>& f) const {
+    const auto fetch = [&](int place, int values) {
+      T* const* const rows = places.places[place].rows;
+      for (int i = 0; rows && i < f.rows; ++i) {
+        const char* const from = reinterpret_cast<const char*>(rows[f.first + i] + f.block * (values * kBlock));
+        for (Index at = 0; at < f.wide * values * kBlock * Index(sizeof(T)); at += 64) __builtin_prefetch(from + at);
+      }
+    };
+    fetch(cpu::kSaved, call.saved_count);
+    for (int s = 0; s < call.states; ++s) fetch(places.before(s), 1);
+  }
+
+  // d: what comes through products, of a state that is the operand of one.
+  FUSEDRNN_NOINLINE void state_gradient(int s, bool outside, const Frame<V>& f, T* d) const {
+    const bool chain = job.operand_of[s] >= 0;
+    const T *const direct = job.direct[s], *const last = job.dstateT[s], *const dy = outside && !s ? job.dy : nullptr,
+                   *const every = outside ? job.dstates[s] : nullptr;
+    for (int w = 0; w < f.wide; ++w)
+      for (int i = 0; i < f.rows; ++i, d += V::lanes) {
+        const BackwardRow<T>& row = this->rows.at[f.first + i];
+        const Index u = (f.block + w) * kBlock + f.lane, in_row = call.H - u, here = at[f.first + i] * call.H + u;
+        V v = V::zero();
+        if (row.after == After::product) {
+          if (chain) v = V::load(d);
+          if (direct) v = chain ? v + V::load(direct + row.b * units + u) : V::load(direct + row.b * units + u);
+        } else if (row.after == After::final_state && last) {
+          v = V::load(last + row.b * call.H + u, in_row);
+        }
+        if (dy) v = v + V::load(dy + here, in_row);
+        if (every) v = v + V::load(every + here, in_row);
+        v.store(d);
+      }
+  }
+
+  bool step(Index t, Index begin, Index end) {
+    const Index n = end - begin;
+    select_rows(t, begin, end);
+    const MachineRound& first_round = call.rounds[0];
+    if (!incoming(n, true, [&](const Frame<V>& f) { interpret<V>(first_round.code, first_round.count, f); }))
+      return false;
+    for (Index i = 0; i < n; ++i) this->rows.da[i] = this->rows.latest[this->rows.at[i].b] = this->da_row(begin + i);
+    Frame<V> frame = places.frame(worker.region.thread);
+    for (const MachineRound* round = call.rounds + 1; round != call.rounds + call.round_count; ++round) {
+      if (!worker.by_rows && !worker.barrier()) return false;
+      const bool done = this->tiles(n, this->block_begin, this->block_end, [&](Index first, int m, Index block, int wide, Index lane) {
+        places.set_tile(frame, first, m, block, wide, lane);
+        for (int k = 0; k < round->operand_count; ++k)
+          operand_gradient(round->operands[k], this->rows.da + first, block, lane, m, wide,
+                           frame.registers + k * m * wide * V::lanes);
+        interpret<V>(round->code, round->count, frame);
+      });
+      if (!done) return false;
+    }
+    return true;
+  }
+
+  // [1 | x | operands] of this thread's share of the chunk's rows; what the cell computes its programs put there.
+  FUSEDRNN_NOINLINE void gather() const {
+    const Index n = worker.region.threads, i = worker.region.thread;
+    for (Index r = count * i / n; r < count * (i + 1) / n; ++r) {
+      const Index t = this->rows.t[r], b = this->rows.b[r];
+      T* const row = Base::job.inputs + r * Base::job.inputs_row;
+      row[0] = T(1);
+      __builtin_memcpy(row + 1, call.x + t * call.x_step + b * call.x_row, size_t(call.I) * sizeof(T));
+      for (int o = 1; o < call.operands; ++o)
+        if (call.state_of[o] >= 0)
+          __builtin_memcpy(row + job.column_of[o], places.state_before(call.state_of[o], t, b),
+                           size_t(call.H) * sizeof(T));
+    }
+  }
+
+  bool gradients_of_chunk(bool first_chunk) {
+    this->keep_boundary();
+    if (Base::job.need_weights) gather();
+    if (!worker.barrier()) return false;
+    const auto of_x = [&](const T* const* da, Index block, Index lane, int m, int wide, T* acc) {
+      operand_gradient(0, da, block, lane, m, wide, acc);
+    };
+    if (Base::job.dx && !this->input_gradients(of_x)) return false;
+    if (!this->weights.add(count, first_chunk)) return false;
+    return worker.barrier();
+  }
+
+  // Of the initial states: the chain once more, and no program.
+  FUSEDRNN_NOINLINE bool initial_states() {
+    Index n = 0;
+    for (Index b = this->row_begin; b < this->row_end; ++b, ++n) {
+      const bool empty = length_of(call.steps, b) == 0;
+      const bool cut = !empty && before(call.steps, first_time(call.steps, b), b) == Before::nothing;
+      this->rows.at[n].b = b;
+      this->rows.at[n].after = empty ? After::final_state : cut ? After::nothing : After::product;
+      at[n] = 0;
+    }
+    return incoming(n, false, [&](const Frame<V>& f) {
+      for (int s = 0; s < call.states; ++s) {
+        if (!job.dstate0[s]) continue;
+        const T* d = f.registers + s * f.rows * f.wide * V::lanes;
+        for (int w = 0; w < f.wide; ++w)
+          for (int i = 0; i < f.rows; ++i, d += V::lanes) {
+            const Index u = (f.block + w) * kBlock + f.lane;
+            V::load(d).store(job.dstate0[s] + this->rows.at[f.first + i].b * call.H + u, call.H - u);
+          }
+      }
+    });
+  }
+
+  // The sums of all rows of the batch, in ascending order, of this thread's share of the blocks.
+  FUSEDRNN_NOINLINE void unpack_sums() const {
+    const Index n = worker.region.threads, i = worker.region.thread;
+    for (Index block = call.blocks * i / n; block < call.blocks * (i + 1) / n; ++block)
+      for (int v = 0; v < call.vector_count; ++v)
+        for (Index lane = 0; lane < kBlock && job.dvectors[v]; lane += V::lanes) {
+          V all = V::zero();
+          for (Index b = 0; b < B; ++b)
+            all = all + V::load(job.sums + ((b * call.blocks + block) * call.vector_count + v) * kBlock + lane);
+          const Index u = block * kBlock + lane;
+          all.store(job.dvectors[v] + u, call.H - u);
+        }
+  }
+
+  bool run() {
+    Index s_end = call.steps.T;
+    do {
+      const Index chunk = Base::job.chunk_steps, s_begin = s_end > chunk ? s_end - chunk : 0;
+      this->list_rows(s_end, s_begin);
+      for (Index s = s_end - 1, k = 0; s >= s_begin; --s, ++k) {
+        Index begin = this->rows.first_of_step[k], end = this->rows.first_of_step[k + 1];
+        this->own_rows(begin, end);
+        if (!step(time_of(call.steps, s), begin, end)) return false;
+        if (!worker.by_rows && !worker.barrier()) return false;
+      }
+      if (!gradients_of_chunk(s_end == call.steps.T)) return false;
+      s_end = s_begin;
+    } while (s_end > 0);
+    if (!initial_states()) return false;
+    if (Base::job.dx && call.steps.lengths) this->zero_padding();
+    if (job.sums) unpack_sums();
+    for (int g = 0; g < job.gradient_count; ++g) {
+      const MachineGradient<T>& d = job.gradients[g];
+      this->weights.unpack(d.out, this->weights.groups.group[d.group], d.column, d.columns, {d.accumulator, 1, {0}});
+    }
+    return true;
+  }
+};
+
+}  // namespace FUSEDRNN_LEVEL
+}  // namespace fusedrnn

@@ -1,0 +1,73 @@
+// The C++ interface of cells that are programs, as api.h is that of the compiled ones. SPDX-License-Identifier:
+// Apache-2.0
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "api.h"
+#include "cpu/machine/plan.h"
+
+namespace fusedrnn {
+
+// weight_ih, weight_hh, bias_ih and bias_hh, then the plan's other parameters, each contiguous; null: none.
+template <class T>
+using MachineWeights = std::vector<T*>;
+
+template <class T>
+struct PackedMachine;
+template <class T>
+struct MachineTape;
+template <class T>
+struct MachineDeleter {
+  void operator()(PackedMachine<T>* p) const;
+  void operator()(MachineTape<T>* p) const;
+};
+template <class T>
+using PackedMachinePtr = std::unique_ptr<PackedMachine<T>, MachineDeleter<T>>;
+template <class T>
+using MachineTapePtr = std::unique_ptr<MachineTape<T>, MachineDeleter<T>>;
+
+// The problem's cell is of no meaning, and it is not regularized. Of each state (B, H), or (T, B, H) in `states` and
+// `dstates`; null: none.
+template <class T>
+struct MachineForwardCall {
+  const cpu::MachinePlan* plan;
+  const PackedMachine<T>* packed;
+  Problem problem;
+  Sequence<const T> x;
+  std::vector<const T*> state0;
+  T* y;
+  std::vector<T*> stateT, states;
+  bool save;
+  Poll poll;
+};
+
+template <class T>
+struct MachineBackwardCall {
+  const cpu::MachinePlan* plan;
+  const MachineTape<T>* tape;
+  MachineWeights<const T> weights;  // as they were in forward
+  Problem problem;
+  Sequence<const T> x;
+  T* y;  // what forward returned
+  std::vector<const T*> state0;
+  const T* dy;
+  std::vector<const T*> dstateT, dstates;
+  T* dx;
+  MachineWeights<T> dweights;
+  std::vector<T*> dstate0;
+  Poll poll;
+};
+
+// The plan outlives what is packed. T is float or double; throws as those of api.h do.
+template <class T>
+PackedMachinePtr<T> pack_machine(const cpu::MachinePlan& plan, Index I, Index H, const MachineWeights<const T>& weights,
+                                 Poll poll);
+template <class T>
+MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call);
+template <class T>
+void machine_backward(const MachineBackwardCall<T>& call);
+template <class T>
+Index tape_bytes(const MachineTape<T>& tape);
+
+}  // namespace fusedrnn

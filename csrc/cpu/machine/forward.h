@@ -1,0 +1,163 @@
+// The time loop forward of a cell that is a program. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "cpu/machine/rows.h"
+#include "cpu/tile.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+using cpu::MachineForward;
+using cpu::MachinePart;
+using cpu::MachineRound;
+using cpu::MachineSum;
+using cpu::Worker;
+
+template <class V>
+struct MachineForwardLoop {
+  using T = typename V::scalar;
+
+  const MachineForward<T>& job;
+  const MachineCall<T>& call;
+  const Worker& worker;
+  MachineRows<V> rows;
+  const T** x;  // of each row of the step
+  Index count = 0;
+  Index row_begin, row_end, block_begin, block_end;  // this thread's
+
+  MachineForwardLoop(const MachineForward<T>& job_, const Worker& worker_)
+      : job(job_), call(job_.call), worker(worker_), rows(job_.call, worker_.region.thread) {
+    const Index n = worker.region.threads, i = worker.region.thread;
+    row_begin = worker.by_rows ? first_row(call.steps, i, n) : 0;
+    row_end = worker.by_rows ? first_row(call.steps, i + 1, n) : call.steps.B;
+    block_begin = worker.by_rows ? 0 : call.blocks * i / n;
+    block_end = worker.by_rows ? call.blocks : call.blocks * (i + 1) / n;
+    x = const_cast<const T**>(rows.table + rows.count() * call.steps.B);
+    rows.set(cpu::kSaved, call.saved, call.saved_count, false, job.stream);
+    for (int o = 1; o < call.operands; ++o) rows.set(rows.operand(o), job.computed[o], 1, true);
+  }
+
+  // The rows of a step, and how many there are.
+  FUSEDRNN_NOINLINE void select_rows(Index t) {
+    count = 0;
+    for (Index b = row_begin; b < row_end; ++b) {
+      if (!valid(call.steps, t, b)) continue;
+      x[count] = call.x + t * call.x_step + b * call.x_row;
+      rows.select(count, t, b);
+      for (int o = 1; o < call.operands; ++o)
+        rows.put(rows.operand(o), count, job.computed[o], b * (call.blocks * kBlock));
+      ++count;
+    }
+  }
+  const T* const* operand_rows(int o) const {
+    const int state = call.state_of[o];
+    return o == 0 ? x : rows.places[state < 0 ? rows.operand(o) : rows.before(state)].rows;
+  }
+
+  // Blocks of a tile, whose sums fill the vector registers.
+  Index width(const MachineRound& round) const { return count == 1 ? kOneRow : round.accumulators < 2 ? 4 : 1; }
+  Index height(const MachineRound& round) const { return max_rows<V>(round.accumulators < 2 ? 4 : round.widest); }
+
+  // acc[accumulator of the round][m] = bias + products, of `wide` blocks that lie b_step vectors apart.
+  FUSEDRNN_NOINLINE void sum_up(const MachineRound& round, Index first, int m, Index block, int wide, Index lane,
+                                T* acc, Index b_step) const {
+    const int A = round.accumulators;
+    for (int w = 0; w < wide; ++w)
+      for (int s = 0; s < A; ++s) {
+        const V bias = V::load(job.bias + ((block + w) * call.accumulators + round.first + s) * kBlock + lane);
+        for (int i = 0; i < m; ++i) bias.store(acc + (w * b_step + s * m + i) * V::lanes);
+      }
+    for (const MachineSum* sum = job.sums + round.sum_begin; sum != job.sums + round.sum_end; ++sum) {
+      Product<T> products[kMaxParts];
+      int n = 0;
+      for (const MachinePart<T>* part = job.parts + sum->part_begin; part != job.parts + sum->part_end; ++part) {
+        const T* const b = part->weights + block * part->block_step + lane;
+        products[n++] = {operand_rows(part->operand) + first,
+                         0,
+                         1,
+                         0,
+                         b,
+                         part->count * kBlock,
+                         A == 1 ? part->block_step : kBlock,
+                         1,
+                         part->operand ? call.H : call.I,
+                         part->block_step,
+                         b_step};
+        if (n == kMaxParts || part + 1 == job.parts + sum->part_end) {
+          const TileFn<T> tile =
+              A > 1 && wide == 2 ? tile_for_two_blocks<V>(sum->count) : tile_for<V>(m, sum->count * wide);
+          tile(products, n, acc + (sum->first - round.first) * m * V::lanes);
+          n = 0;
+        }
+      }
+    }
+  }
+  static constexpr int kMaxParts = 4;  // of a pass
+
+  void tile(const MachineRound& round, Frame<V>& frame, Index first, int m, Index block, int wide, Index lane) const {
+    const int A = round.accumulators;
+    rows.set_tile(frame, first, m, block, wide, lane);
+    if (A > 1 && wide > 1) {  // one row: the registers of a block lie together, as the sums of two blocks do
+      frame.next = V::lanes, frame.step = call.register_count * V::lanes;
+      for (int w = 0; w < wide; w += 2)
+        sum_up(round, first, m, block + w, wide - w < 2 ? 1 : 2, lane, frame.registers + w * frame.step,
+               call.register_count);
+    } else if (A) {
+      sum_up(round, first, m, block, wide, lane, frame.registers, A * m);
+    }
+    interpret<V>(round.code, round.count, frame);
+  }
+
+  bool run_round(const MachineRound& round) const {
+    Frame<V> frame = rows.frame(worker.region.thread);
+    const Tiling tiles(count, height(round)), panels(block_end - block_begin, width(round));
+    const Index outer = call.rows_outside ? tiles.pieces : panels.pieces,
+                inner = call.rows_outside ? panels.pieces : tiles.pieces;
+    for (Index o = 0; o < outer; ++o) {
+      for (Index n = 0; n < inner; ++n) {
+        const Index i = call.rows_outside ? o : n, j = call.rows_outside ? n : o;
+        const Index first = tiles.begin(i), block = block_begin + panels.begin(j);
+        const int m = int(tiles.begin(i + 1) - first), wide = int(block_begin + panels.begin(j + 1) - block);
+        for (Index lane = 0; lane < kBlock; lane += V::lanes) tile(round, frame, first, m, block, wide, lane);
+      }
+      if (!worker.poll()) return false;
+    }
+    return worker.by_rows || worker.barrier();
+  }
+
+  // Padding of y and of the states of every step, and the final states, of this thread's share of the rows.
+  FUSEDRNN_NOINLINE void finish() const {
+    const Steps& steps = call.steps;
+    const Index n = worker.region.threads, i = worker.region.thread;
+    const size_t bytes = size_t(call.H) * sizeof(T);
+    for (Index b = steps.B * i / n; b < steps.B * (i + 1) / n; ++b) {
+      const Index length = length_of(steps, b);
+      for (int s = 0; s < call.states; ++s) {
+        const T* const start = rows.start_row(s, b);
+        const T* const last = length ? rows.state_row(s, last_time(steps, b), b) : start;
+        __builtin_memcpy(job.stateT[s] + b * call.H, last, bytes);
+        if (!job.states[s]) continue;
+        const T* const held = steps.reverse ? start : last;  // in reverse padding comes before the first step
+        for (Index t = 0; t < steps.T; ++t)
+          __builtin_memcpy(job.states[s] + (t * steps.B + b) * call.H, t < length ? rows.state_row(s, t, b) : held,
+                           bytes);
+      }
+      for (Index t = length; t < steps.T; ++t) __builtin_memset(rows.state_row(0, t, b), 0, bytes);
+    }
+  }
+
+  bool run() {
+    for (Index s = 0; s < call.steps.T; ++s) {
+      select_rows(time_of(call.steps, s));
+      for (int r = 0; r < call.round_count; ++r)
+        if (!run_round(call.rounds[r])) return false;
+    }
+    if constexpr (V::whole_lines)
+      if (job.stream) V::fence();
+    if (!worker.barrier()) return false;
+    finish();
+    return true;
+  }
+};
+
+}  // namespace FUSEDRNN_LEVEL
+}  // namespace fusedrnn

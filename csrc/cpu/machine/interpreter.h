@@ -1,0 +1,228 @@
+// Runs a program over a tile. SPDX-License-Identifier: Apache-2.0
+//
+// Each instruction runs over all vectors of the tile before the next, so that choosing what to do is paid once for many
+// vectors, and its loop is the compiled cells' code for one operation: the bits are theirs. A register holds the
+// vectors of all rows and blocks of the tile, [block][row], in the nearest cache.
+#pragma once
+#include "cpu/machine/job.h"
+#include "cpu/tile.h"
+#include "simd/vec.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+using cpu::Index;
+using cpu::Instruction;
+using cpu::kBlock;
+using cpu::Operation;
+
+// Where a vector of a value lies for each row of a step.
+template <class T>
+struct Place {
+  T** rows;     // null: it is not wanted
+  int count;    // values side by side, [block][value][16]
+  bool whole;   // the last block has 16 units as well
+  bool stream;  // past the caches
+};
+
+template <class V>
+struct Frame {
+  using T = typename V::scalar;
+  Index H, blocks;
+  const Place<T>* places;
+  const T *vectors, *constants;
+  // Of registers: from one to the next, and from a vector of one to its next.
+  T* registers;
+  Index next, step;
+  // The tile: rows from `first` on, blocks from `block` on, of each of them the vector that begins with `lane`.
+  Index first, block, lane;
+  int rows, wide;
+};
+
+// f of the vectors of some registers, to another one. It may be one of them.
+template <class V, class F, class... Registers>
+FUSEDRNN_INLINE void each(Index n, Index step, typename V::scalar* d, F f, const Registers*... registers) {
+  for (Index at = 0; at < n * step; at += step) f(V::load(registers + at)...).store(d + at);
+}
+
+// then(register, memory, units that exist from there on) for each vector of a place.
+template <class V, class Then>
+FUSEDRNN_INLINE void each_at(const Frame<V>& f, const Place<typename V::scalar>& place, int value,
+                             typename V::scalar* d, Then&& then) {
+  using T = typename V::scalar;
+  T* const* const rows = place.rows + f.first;
+  const Index block = kBlock * place.count;
+  Index at = f.block * block + f.lane;
+  int full = f.wide;  // blocks with all their units
+  if (!place.whole && (f.block + f.wide) * kBlock > f.H) --full;
+  for (int w = 0; w < full; ++w, at += block)
+    for (int i = 0; i < f.rows; ++i, d += f.step) then(d, rows[i] + at + value * kBlock, kBlock);
+  if (full == f.wide) return;
+  const Index units = units_of(f.H, f.block + full);
+  for (int i = 0; i < f.rows; ++i, d += f.step) then(d, rows[i] + at + value * units, units - f.lane);
+}
+
+// Out of line, as what they need would take the registers of everything else.
+template <class V>
+FUSEDRNN_NOINLINE void load(const Frame<V>& f, const Place<typename V::scalar>& place, int value, int more,
+                            typename V::scalar* d) {
+  using T = typename V::scalar;
+  for (int k = 0; k <= more; ++k)
+    each_at<V>(f, place, value + k, d + k * f.next,
+               [](T* to, T* from, Index units) { V::load(from, units).store(to); });
+}
+template <class V>
+FUSEDRNN_NOINLINE void store(const Frame<V>& f, const Place<typename V::scalar>& place, int value,
+                             typename V::scalar* d) {
+  using T = typename V::scalar;
+  if (!place.rows) return;
+  if constexpr (V::whole_lines)
+    if (place.stream)
+      return each_at<V>(f, place, value, d, [](T* from, T* to, Index units) {
+        units == kBlock ? V::load(from).stream(to) : V::load(from).store(to, units);
+      });
+  each_at<V>(f, place, value, d, [](T* from, T* to, Index units) { V::load(from).store(to, units); });
+}
+template <class V>
+FUSEDRNN_NOINLINE void add_to(const Frame<V>& f, const Place<typename V::scalar>& place, int value,
+                              typename V::scalar* d) {
+  using T = typename V::scalar;
+  if (place.rows)
+    each_at<V>(f, place, value, d, [](T* from, T* to, Index) { (V::load(to) + V::load(from)).store(to); });
+}
+
+// By the C library, one number after the other.
+FUSEDRNN_INLINE float scalar_log(float x) { return __builtin_logf(x); }
+FUSEDRNN_INLINE double scalar_log(double x) { return __builtin_log(x); }
+FUSEDRNN_INLINE float scalar_log1p(float x) { return __builtin_log1pf(x); }
+FUSEDRNN_INLINE double scalar_log1p(double x) { return __builtin_log1p(x); }
+FUSEDRNN_INLINE float scalar_sqrt(float x) { return __builtin_sqrtf(x); }
+FUSEDRNN_INLINE double scalar_sqrt(double x) { return __builtin_sqrt(x); }
+
+template <class V, class F>
+FUSEDRNN_INLINE V by_lane(V x, F f) {
+  alignas(64) typename V::scalar lanes[V::lanes];
+  x.store(lanes);
+  for (auto& lane : lanes) lane = f(lane);
+  return V::load(lanes);
+}
+
+// log(1 + exp(x)), with exp of -x or x, whichever cannot overflow.
+template <class V>
+FUSEDRNN_INLINE V softplus(V x) {
+  return relu(x) + by_lane(exp(-abs(x)), [](auto e) { return scalar_log1p(e); });
+}
+
+// The one that `first` is true for, the first where they are equal; their sum where one is NaN.
+template <class V, class Mask>
+FUSEDRNN_INLINE V one_of(V a, V b, Mask a_or_equal, Mask second) {
+  return select(a_or_equal, a, select(second, b, a + b));
+}
+
+template <class V>
+FUSEDRNN_NOINLINE void interpret(const Instruction* code, int count, const Frame<V>& frame) {
+  using T = typename V::scalar;
+  const Frame<V> f = frame;  // local: a store could change whatever is reached through a pointer
+  const Index n = f.rows * f.wide, step = f.step;
+  const V zero = V::zero(), one = V::set(1);
+  for (const Instruction* const end = code + count; code != end; ++code) {
+    const Instruction in = *code;
+    T* const d = f.registers + in.d * f.next;
+    const T *const a = f.registers + in.a * f.next, *const b = f.registers + in.b * f.next,
+                   *const c = f.registers + in.c * f.next;
+    switch (in.op) {
+      case Operation::constant: {
+        const V value = V::set(f.constants[in.a]);
+        for (Index j = 0; j < n; ++j) value.store(d + j * step);
+        break;
+      }
+      case Operation::vector:
+        for (int w = 0; w < f.wide; ++w) {
+          const V value = V::load(f.vectors + (in.a * f.blocks + f.block + w) * kBlock + f.lane);
+          for (int i = 0; i < f.rows; ++i) value.store(d + (w * f.rows + i) * step);
+        }
+        break;
+      case Operation::load:
+        load<V>(f, f.places[in.a], in.b, in.c, d);
+        break;
+      case Operation::store:
+        store<V>(f, f.places[in.a], in.b, d);
+        break;
+      case Operation::add_to:
+        add_to<V>(f, f.places[in.a], in.b, d);
+        break;
+      case Operation::add:
+        each<V>(n, step, d, [](V x, V y) { return x + y; }, a, b);
+        break;
+      case Operation::sub:
+        each<V>(n, step, d, [](V x, V y) { return x - y; }, a, b);
+        break;
+      case Operation::mul:
+        each<V>(n, step, d, [](V x, V y) { return x * y; }, a, b);
+        break;
+      case Operation::div:
+        each<V>(n, step, d, [](V x, V y) { return x / y; }, a, b);
+        break;
+      case Operation::neg:
+        each<V>(n, step, d, [](V x) { return -x; }, a);
+        break;
+      case Operation::fma:
+        each<V>(n, step, d, [](V x, V y, V z) { return fma(x, y, z); }, a, b, c);
+        break;
+      case Operation::fnma:
+        each<V>(n, step, d, [](V x, V y, V z) { return fnma(x, y, z); }, a, b, c);
+        break;
+      case Operation::tanh:
+        each<V>(n, step, d, [](V x) { return tanh(x); }, a);
+        break;
+      case Operation::sigmoid:
+        each<V>(n, step, d, [](V x) { return sigmoid(x); }, a);
+        break;
+      case Operation::exp:
+        each<V>(n, step, d, [](V x) { return exp(x); }, a);
+        break;
+      case Operation::log:
+        each<V>(n, step, d, [](V x) { return by_lane(x, [](T y) { return scalar_log(y); }); }, a);
+        break;
+      case Operation::sqrt:
+        each<V>(n, step, d, [](V x) { return by_lane(x, [](T y) { return scalar_sqrt(y); }); }, a);
+        break;
+      case Operation::softplus:
+        each<V>(n, step, d, [](V x) { return softplus(x); }, a);
+        break;
+      case Operation::relu:
+        each<V>(n, step, d, [](V x) { return relu(x); }, a);
+        break;
+      case Operation::absolute:
+        each<V>(n, step, d, [](V x) { return abs(x); }, a);
+        break;
+      case Operation::maximum:
+        each<V>(n, step, d, [](V x, V y) { return one_of(x, y, greater_equal(x, y), greater(y, x)); }, a, b);
+        break;
+      case Operation::minimum:
+        each<V>(n, step, d, [](V x, V y) { return one_of(x, y, greater_equal(y, x), greater(x, y)); }, a, b);
+        break;
+      case Operation::where:
+        each<V>(n, step, d, [zero](V x, V y, V z) { return select(greater(x, zero), y, z); }, a, b, c);
+        break;
+      case Operation::greater:
+        each<V>(n, step, d, [zero, one](V x, V y) { return select(greater(x, y), one, zero); }, a, b);
+        break;
+      case Operation::greater_equal:
+        each<V>(n, step, d, [zero, one](V x, V y) { return select(greater_equal(x, y), one, zero); }, a, b);
+        break;
+      case Operation::one_minus:
+        each<V>(n, step, d, [one](V x) { return one - x; }, a);
+        break;
+      case Operation::sigmoid_gradient:
+        each<V>(n, step, d, [one](V x, V y) { return x * (y * (one - y)); }, a, b);
+        break;
+      case Operation::tanh_gradient:
+        each<V>(n, step, d, [one](V x, V y) { return x * fnma(y, y, one); }, a, b);
+        break;
+    }
+  }
+}
+
+}  // namespace FUSEDRNN_LEVEL
+}  // namespace fusedrnn

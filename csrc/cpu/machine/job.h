@@ -1,0 +1,145 @@
+// A cell as programs, and the jobs of the loops that run them. SPDX-License-Identifier: Apache-2.0
+//
+// Seen by files compiled for different instruction sets: plain data only, all of it checked before it gets here.
+//
+// A step runs round by round. A round begins with products of matrices, whose results are the first registers: forward
+// the round's accumulators, backward the gradients that come in (of the new states; in later rounds, of the operands
+// that the cell computes). Then its program runs over the tile. Units of one row meet in products alone, so a round
+// ends where the next product needs all units of its operand.
+#pragma once
+#include <stdint.h>
+
+#include "cells/cell.h"
+#include "steps.h"
+
+namespace fusedrnn {
+namespace cpu {
+
+enum class Operation : uint8_t {
+#define X(name) name,
+#include "cpu/machine/operations.def"
+#undef X
+};
+constexpr int kOperations = 0
+#define X(name) +1
+#include "cpu/machine/operations.def"
+#undef X
+    ;
+
+// fusedrnn.cells.program says what the numbers are for each operation.
+struct Instruction {
+  Operation op;
+  uint8_t d, a, b, c;
+};
+
+// Places in memory that instructions load from and store to: these, then of each state before the step, after it and
+// its direct gradient, then the operands from the second on (the first is x).
+enum : int { kSaved, kCarried, kGradients, kSums, kStates };
+
+template <class T>
+struct Packed;
+template <class T>
+struct BackwardJob;
+struct CellShape;
+
+// What one operand gives to neighbouring accumulators of the cell, at most four.
+template <class T>
+struct MachinePart {
+  int operand, first, count;
+  const T* weights;
+  Index block_step;
+};
+
+// Accumulators with the same parts: one pass over them.
+struct MachineSum {
+  int first, count;
+  int part_begin, part_end;
+};
+
+struct MachineRound {
+  const Instruction* code;
+  int count;
+  int first, accumulators;  // forward
+  int widest;               // of its sums, the most accumulators
+  int sum_begin, sum_end;   // forward
+  const int* operands;      // backward: whose gradients come first
+  int operand_count;
+};
+
+// What both directions know of a call.
+template <class T>
+struct MachineCall {
+  Steps steps;
+  Index I, H, blocks;
+  int states, operands, accumulators, saved_count, carried_count, vector_count;
+  const int* state_of;  // of each operand the state before that it is, or -1
+  const MachineRound* rounds;
+  int round_count;
+  const T* x;
+  Index x_step, x_row;
+  const T* vectors;  // [vector][blocks * 16]
+  const T* constants;
+  const T* const* state0;  // of each state (B, H) or null
+  const T* const* start;   // of each state H times what it starts from
+  T* const* state;         // of each state [depth][B][H]: every step's, or those of the last ones
+  const Index* depth;
+  T* saved;  // [saved_depth][B] rows of [block][saved value][16], or null
+  Index saved_depth;
+  T* carried;    // [B][block][carried value][16]
+  char* tables;  // per thread: pointers
+  Index tables_step;
+  T* registers;  // per thread
+  int register_count;
+  Index registers_step;
+  bool rows_outside;
+};
+
+template <class T>
+struct MachineForward {
+  MachineCall<T> call;
+  const MachineSum* sums;
+  const MachinePart<T>* parts;
+  const T* bias;       // [block][accumulator][16]
+  T* const* computed;  // of each operand [B][blocks * 16], or null
+  bool stream;         // saved is larger than the caches
+  T* const* stateT;    // of each state (B, H)
+  T* const* states;    // of each state (T, B, H) or null
+};
+
+// The gradient of a block of weights or biases: the column of the joint rows where it begins, and how many.
+template <class T>
+struct MachineGradient {
+  T* out;
+  int accumulator, group;
+  Index column, columns;
+};
+
+// Columns of the joint rows that give gradients to neighbouring accumulators.
+struct MachineGroup {
+  Index column, columns;
+  int first, count;
+};
+
+template <class T>
+struct MachineBackward {
+  MachineCall<T> call;
+  const BackwardJob<T>* base;  // what does not depend on the cell
+  const CellShape* shape;
+  const MachinePart<T>* parts;  // transposed
+  const int* part_begin;        // of each operand; one more at the end
+  const int* operand_of;        // of each state the operand that it is, or -1
+  const Index* column_of;       // of each operand, where it begins in a joint row
+  const MachineGroup* groups;
+  int group_count;
+  const MachineGradient<T>* gradients;
+  int gradient_count;
+  const T* dy;
+  const T *const *dstateT, *const *dstates;  // of each state; null: none
+  T* const* dstate0;
+  T* const* direct;    // of each state [B][blocks * 16], or null: it has no such gradient
+  T* sums;             // [B][block][vector][16], or null
+  T* const* dvectors;  // of each vector (H) or null
+};
+
+}  // namespace cpu
+}  // namespace fusedrnn

@@ -1,0 +1,49 @@
+// What Python says of a cell (fusedrnn.cells.program), read from numbers and checked. SPDX-License-Identifier:
+// Apache-2.0
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "cpu/machine/job.h"
+
+namespace fusedrnn::cpu {
+
+// Largest numbers; std::invalid_argument says which is larger.
+struct MachineLimits {
+  static constexpr int states = 16, operands = 64, accumulators = 64, vectors = 64, saved = 255, carried = 255,
+                       constants = 255, rounds = 64, instructions = 1 << 14, registers = 255;
+};
+constexpr int kMachineVectors = 24;  // of a register: those of the widest tile
+
+struct MachinePlan {
+  struct Product {
+    int accumulator, operand, weight, bias;  // blocks of H rows; bias: -1 where there is none
+  };
+  struct Vector {
+    int parameter, block;
+  };
+  struct Round {
+    int accumulators;           // forward
+    std::vector<int> operands;  // backward
+    std::vector<Instruction> code;
+  };
+  enum { weight_ih, weight_hh, bias_ih, bias_hh, kPlain };
+
+  int states, operands, saved, carried, carried_back, accumulators = 0, registers = 0;
+  int blocks[kPlain];  // of H rows
+  std::vector<double> start, constants;
+  std::vector<bool> direct;     // of each state
+  std::vector<int> state_of;    // of each operand; of x, and of those that the cell computes, -1
+  std::vector<int> operand_of;  // of each state, or -1
+  std::vector<Product> products;
+  std::vector<int> parameters;  // the blocks of those beside weights and biases
+  std::vector<Vector> vectors;
+  std::vector<Round> forward, backward;
+  bool reads_saved = false;  // forward, in a later round
+
+  // std::invalid_argument for whatever is out of range: no program reads or writes beside its call's memory.
+  MachinePlan(const std::int32_t* numbers, std::size_t count, std::vector<double> start_,
+              std::vector<double> constants_);
+};
+
+}  // namespace fusedrnn::cpu

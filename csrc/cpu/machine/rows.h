@@ -1,0 +1,79 @@
+// Where the values of the rows of one step lie: forward and backward alike. SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "cpu/kernels.h"
+#include "cpu/machine/interpreter.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+using cpu::MachineCall;
+
+template <class V>
+struct MachineRows {
+  using T = typename V::scalar;
+  static constexpr int kMaxPlaces = 256;
+
+  const MachineCall<T>& call;
+  Place<T> places[kMaxPlaces] = {};
+  T** table;  // the pointers of all places
+
+  FUSEDRNN_NOINLINE MachineRows(const MachineCall<T>& call_, Index thread)
+      : call(call_), table(reinterpret_cast<T**>(call_.tables + thread * call_.tables_step)) {
+    set(cpu::kSaved, call.saved, call.saved_count, false);
+    set(cpu::kCarried, call.carried, call.carried_count, true);
+    for (int s = 0; s < call.states; ++s) set(before(s), true, 1, false), set(after(s), true, 1, false);
+  }
+
+  int before(int s) const { return cpu::kStates + s; }
+  int after(int s) const { return cpu::kStates + call.states + s; }
+  int direct(int s) const { return cpu::kStates + 2 * call.states + s; }
+  int operand(int o) const { return cpu::kStates + 3 * call.states + o - 1; }
+  int count() const { return cpu::kStates + 3 * call.states + call.operands - 1; }
+
+  void set(int place, bool wanted, int values, bool whole, bool stream = false) {
+    places[place] = {wanted ? table + place * call.steps.B : nullptr, values, whole, stream};
+  }
+  void put(int place, Index i, T* memory, Index offset) {
+    if (places[place].rows) places[place].rows[i] = memory + offset;
+  }
+
+  T* state_row(int s, Index t, Index b) const {
+    return call.state[s] + (t % call.depth[s] * call.steps.B + b) * call.H;
+  }
+  const T* start_row(int s, Index b) const { return call.state0[s] ? call.state0[s] + b * call.H : call.start[s]; }
+  const T* state_before(int s, Index t, Index b) const {
+    switch (fusedrnn::FUSEDRNN_LEVEL::before(call.steps, t, b)) {
+      case Before::previous:
+        return state_row(s, call.steps.reverse ? t + 1 : t - 1, b);
+      case Before::start:
+        return start_row(s, b);
+      default:
+        return call.start[s];
+    }
+  }
+
+  // Row i of the step is row b of the batch. Programs load from states before and never store there.
+  void select(Index i, Index t, Index b) {
+    put(cpu::kSaved, i, call.saved, (t % call.saved_depth * call.steps.B + b) * (call.saved_count * call.H));
+    put(cpu::kCarried, i, call.carried, b * (call.carried_count * call.blocks * kBlock));
+    for (int s = 0; s < call.states; ++s) {
+      put(before(s), i, const_cast<T*>(state_before(s, t, b)), 0);
+      put(after(s), i, state_row(s, t, b), 0);
+    }
+  }
+
+  Frame<V> frame(Index thread) const {
+    Frame<V> f{};
+    f.H = call.H, f.blocks = call.blocks, f.places = places, f.vectors = call.vectors, f.constants = call.constants;
+    f.registers = call.registers + thread * call.registers_step;
+    return f;
+  }
+  // Registers one after the other.
+  static FUSEDRNN_INLINE void set_tile(Frame<V>& f, Index first, int m, Index block, int wide, Index lane) {
+    f.first = first, f.rows = m, f.block = block, f.wide = wide, f.lane = lane;
+    f.next = m * wide * V::lanes, f.step = V::lanes;
+  }
+};
+
+}  // namespace FUSEDRNN_LEVEL
+}  // namespace fusedrnn

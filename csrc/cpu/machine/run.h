@@ -1,0 +1,342 @@
+// One call of a cell that is a program: memory taken, weights packed, the loops run. SPDX-License-Identifier:
+// Apache-2.0
+//
+// A part of cpu/run.cpp, whose helpers it uses.
+#pragma once
+#include "cpu/machine/call.h"
+#include "cpu/machine/parts.h"
+
+namespace fusedrnn {
+
+template <class T>
+struct MachineTape {
+  Buffer memory;
+  T* saved;
+  std::vector<T*> state;  // of each state every step's; y is that of the first
+};
+
+using cpu::MachinePlan;
+
+// What is small.
+template <class T>
+struct MachineNumbers {
+  T *vectors, *constants, *start;
+  std::vector<const T*> start_of;
+
+  void take(Layout<T>& layout, const MachinePlan& plan, Index H) {
+    vectors = layout.take({Index(plan.vectors.size()), blocks_of(H), kBlock});
+    constants = layout.take({Index(plan.constants.size())});
+    start = layout.take({plan.states, H});
+  }
+  void fill(const MachinePlan& plan, Index H, const MachineWeights<const T>& weights) {
+    const Index row = blocks_of(H) * kBlock;
+    T* to = vectors;
+    for (const MachinePlan::Vector& v : plan.vectors) {
+      const T* from = weights[std::size_t(MachinePlan::kPlain + v.parameter)] + v.block * H;
+      std::fill(std::copy(from, from + H, to), to + row, T(0));
+      to += row;
+    }
+    for (std::size_t k = 0; k < plan.constants.size(); ++k) constants[k] = T(plan.constants[k]);
+    start_of.clear();
+    for (int s = 0; s < plan.states; ++s) {
+      std::fill(start + s * H, start + (s + 1) * H, T(plan.start[std::size_t(s)]));
+      start_of.push_back(start + s * H);
+    }
+  }
+};
+
+namespace {
+
+// What the rules of split and chunks go by.
+CellShape shape_of(const MachinePlan& plan) {
+  return {std::max(plan.blocks[MachinePlan::weight_ih], plan.blocks[MachinePlan::weight_hh]),
+          plan.accumulators,
+          plan.saved,
+          plan.operands - 1,
+          false,
+          false,
+          false,
+          false,
+          {},
+          {},
+          {}};
+}
+
+// Memory of every thread.
+template <class T>
+struct MachineScratch {
+  Index tables_step, registers_step;
+  char* tables;
+  T* registers;
+
+  MachineScratch(const MachinePlan& plan, Index B)
+      : tables_step(lines<char>((cpu::kStates + 3 * plan.states + plan.operands) * B * Index(sizeof(T*)))),
+        registers_step(plan.registers * cpu::kMachineVectors * (64 / Index(sizeof(T)))) {}
+  void take(Layout<T>& layout, int threads) {
+    tables = reinterpret_cast<char*>(layout.take({threads, tables_step / Index(sizeof(T))}));
+    registers = layout.take({threads, registers_step});
+  }
+};
+
+std::vector<cpu::MachineRound> rounds_of(const std::vector<MachinePlan::Round>& rounds) {
+  std::vector<cpu::MachineRound> found;
+  for (const MachinePlan::Round& r : rounds)
+    found.push_back({r.code.data(), int(r.code.size()), 0, 0, 0, 0, 0, r.operands.data(), int(r.operands.size())});
+  return found;
+}
+
+template <class T>
+cpu::MachineCall<T> machine_call(const MachinePlan& plan, const Problem& problem, const Sequence<const T>& x,
+                                 const MachineNumbers<T>& numbers, const MachineScratch<T>& scratch) {
+  cpu::MachineCall<T> call{};
+  const Sizes& n = problem.sizes;
+  call.steps = steps_of(problem);
+  call.I = n.I, call.H = n.H, call.blocks = blocks_of(n.H);
+  call.states = plan.states, call.operands = plan.operands, call.accumulators = plan.accumulators;
+  call.saved_count = plan.saved, call.vector_count = int(plan.vectors.size());
+  call.state_of = plan.state_of.data();
+  call.x = x.data, call.x_step = x.step, call.x_row = x.row;
+  call.vectors = numbers.vectors, call.constants = numbers.constants, call.start = numbers.start_of.data();
+  call.tables = scratch.tables, call.tables_step = scratch.tables_step;
+  call.register_count = plan.registers;
+  call.registers = scratch.registers, call.registers_step = scratch.registers_step;
+  call.rows_outside = rows_outside<T>(shape_of(plan), n);
+  return call;
+}
+
+}  // namespace
+
+template <class T>
+struct PackedMachine {
+  Index I, H;
+  Buffer memory;
+  cpu::MachineForwardParts parts;
+  std::vector<cpu::MachinePart<T>> packed;
+  const T* bias;  // [block][accumulator][16]
+  MachineNumbers<T> numbers;
+};
+
+template <class T>
+void MachineDeleter<T>::operator()(PackedMachine<T>* p) const {
+  delete p;
+}
+template <class T>
+void MachineDeleter<T>::operator()(MachineTape<T>* p) const {
+  delete p;
+}
+
+template <class T>
+PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, const MachineWeights<const T>& weights,
+                                 Poll poll) {
+  PackedMachinePtr<T> packed(new PackedMachine<T>);
+  packed->I = I, packed->H = H;
+  packed->parts = cpu::MachineForwardParts(plan);
+  const Index blocks = blocks_of(H);
+  const auto columns = [&](int operand) { return operand ? H : I; };
+  Layout<T> layout;
+  std::vector<T*> memory;
+  T* bias = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    memory.clear();
+    for (const cpu::HostPart& p : packed->parts.parts)
+      memory.push_back(layout.take({blocks, block_step<T>(columns(p.operand), p.part.count)}));
+    bias = layout.take({blocks, plan.accumulators, kBlock});
+    packed->numbers.take(layout, plan, H);
+    if (pass == 0) packed->memory = layout.allocate();
+  }
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  for (std::size_t k = 0; k < memory.size(); ++k) {
+    const cpu::HostPart& p = packed->parts.parts[k];
+    const Index K = columns(p.operand), step = block_step<T>(K, p.part.count);
+    PackAll<T> one{kernels.pack, {{weights[p.operand ? 1 : 0], H, K, p.part, memory[k], step, 0, blocks}}, 1};
+    one.run(double(p.part.count) * double(H) * double(K), poll);
+    packed->packed.push_back({p.operand, p.part.first, p.part.count, memory[k], step});
+  }
+  packed->numbers.fill(plan, H, weights);
+  const cpu::ControlWord word(flush_subnormals.load());
+  std::fill(bias, bias + blocks * plan.accumulators * kBlock, T(0));
+  for (const MachinePlan::Product& p : plan.products)
+    if (const T* from = p.bias < 0 ? nullptr : weights[p.operand ? MachinePlan::bias_hh : MachinePlan::bias_ih])
+      for (Index u = 0; u < H; ++u)
+        bias[(u / kBlock * plan.accumulators + p.accumulator) * kBlock + u % kBlock] += from[p.bias * H + u];
+  packed->bias = bias;
+  return packed;
+}
+
+template <class T>
+MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
+  const MachinePlan& plan = *call.plan;
+  const Sizes& n = call.problem.sizes;
+  const CellShape shape = shape_of(plan);
+  const Index units = blocks_of(n.H) * kBlock;
+  const Split split = split_for<T>(shape, n, cpu::num_threads());
+  const std::size_t S = std::size_t(plan.states), O = std::size_t(plan.operands);
+  const bool every = call.save || call.states[0], keeps = call.save || plan.reads_saved;
+  const Index saved_depth = call.save ? n.T : 1;
+  MachineTapePtr<T> tape(new MachineTape<T>);
+  std::vector<Index> depth(S, every ? n.T : std::min<Index>(n.T, 2));
+  depth[0] = n.T;
+  Layout<T> kept, layout;
+  MachineScratch<T> scratch(plan, n.B);
+  T* carried = nullptr;
+  std::vector<T*> computed(O);
+  Buffer memory;
+  for (int pass = 0; pass < 2; ++pass) {
+    tape->saved = kept.take({keeps ? saved_depth : 0, n.B, plan.saved, n.H});
+    tape->state.assign(1, call.y);
+    for (std::size_t s = 1; s < S; ++s) tape->state.push_back(kept.take({depth[s], n.B, n.H}));
+    carried = layout.take({plan.carried, n.B, units});
+    for (std::size_t o = 1; o < O; ++o) computed[o] = plan.state_of[o] < 0 ? layout.take({n.B, units}) : nullptr;
+    scratch.take(layout, split.threads);
+    if (pass == 0) tape->memory = kept.allocate(), memory = layout.allocate();
+  }
+  std::vector<cpu::MachineRound> rounds = rounds_of(plan.forward);
+  const cpu::MachineForwardParts& parts = call.packed->parts;
+  for (std::size_t r = 0; r < rounds.size(); ++r) {
+    const cpu::MachineForwardParts::Round& of = parts.rounds[r];
+    rounds[r].first = of.first, rounds[r].accumulators = of.accumulators, rounds[r].widest = of.widest;
+    rounds[r].sum_begin = of.sum_begin, rounds[r].sum_end = of.sum_end;
+  }
+
+  cpu::MachineForward<T> job{};
+  job.call = machine_call(plan, call.problem, call.x, call.packed->numbers, scratch);
+  job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
+  job.call.state0 = call.state0.data(), job.call.state = tape->state.data(), job.call.depth = depth.data();
+  job.call.saved = keeps && plan.saved ? tape->saved : nullptr, job.call.saved_depth = saved_depth;
+  job.call.carried = carried, job.call.carried_count = plan.carried;
+  job.sums = parts.sums.data(), job.parts = call.packed->packed.data(), job.bias = call.packed->bias;
+  job.computed = computed.data();
+  const Index row_bytes = plan.saved * n.H * Index(sizeof(T));
+  job.stream =
+      call.save && !plan.reads_saved && row_bytes % 64 == 0 && (!thresholds || n.T * n.B * row_bytes > kSharedCache);
+  job.stateT = call.stateT.data(), job.states = call.states.data();
+  run_job<T>(cpu::kernels<T>().machine_forward, job, split.threads, split.by_rows, call.poll);
+  if (!call.save) tape.reset();
+  return tape;
+}
+
+template <class T>
+void machine_backward(const MachineBackwardCall<T>& call) {
+  const MachinePlan& plan = *call.plan;
+  const Sizes& n = call.problem.sizes;
+  const CellShape shape = shape_of(plan);
+  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const Index blocks = blocks_of(n.H), units = blocks * kBlock;
+  const Split split = split_for<T>(shape, n, cpu::num_threads());
+  const Chunk<T> chunk(shape, n);
+  const std::size_t S = std::size_t(plan.states);
+  const auto given = [](const T* p) { return p != nullptr; };
+  const auto others = call.dweights.begin() + MachinePlan::kPlain;
+  const bool need_weights = std::any_of(call.dweights.begin(), others, given),
+             need_sums = std::any_of(others, call.dweights.end(), given);
+  const cpu::MachineBackwardParts parts(plan, n.I, n.H);
+  const auto columns = [&](int operand) { return operand ? n.H : n.I; };
+
+  Layout<T> layout;
+  MachineScratch<T> scratch(plan, n.B);
+  MachineNumbers<T> numbers;
+  T *zeros = nullptr, *dpacked = nullptr, *da = nullptr, *boundary = nullptr, *inputs = nullptr, *carried = nullptr,
+    *sums = nullptr;
+  char* threads = nullptr;
+  std::vector<T*> direct(S), memory_of;
+  const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
+  const Index zero_count = std::max(units, chunk.da_row);
+  Buffer memory;
+  for (int pass = 0; pass < 2; ++pass) {
+    zeros = layout.take({zero_count});
+    memory_of.clear();
+    for (const cpu::HostPart& p : parts.parts)
+      memory_of.push_back(
+          layout.take({p.operand || call.dx ? blocks_of(columns(p.operand)) : 0, block_step<T>(units, p.part.count)}));
+    dpacked = layout.take({need_weights ? blocks : 0, parts.block_step});
+    da = layout.take({chunk.steps, n.B, chunk.da_row});
+    boundary = layout.take({n.B, chunk.da_row});
+    inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
+    carried = layout.take({plan.carried_back, n.B, units});
+    sums = layout.take({need_sums ? n.B : 0, Index(plan.vectors.size()), units});
+    for (std::size_t s = 0; s < S; ++s) direct[s] = plan.direct[s] ? layout.take({n.B, units}) : nullptr;
+    numbers.take(layout, plan, n.H);
+    scratch.take(layout, split.threads);
+    threads =
+        reinterpret_cast<char*>(layout.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
+    if (pass == 0) memory = layout.allocate();
+  }
+  std::fill(zeros, zeros + zero_count, T(0));
+  std::fill(sums, sums + (need_sums ? n.B * Index(plan.vectors.size()) * units : 0), T(0));
+  numbers.fill(plan, n.H, call.weights);
+  std::vector<cpu::MachinePart<T>> packed;
+  for (std::size_t k = 0; k < memory_of.size(); ++k) {
+    const cpu::HostPart& p = parts.parts[k];
+    const Index K = columns(p.operand), step = block_step<T>(units, p.part.count);
+    packed.push_back({p.operand, p.part.first, p.part.count, memory_of[k], step});
+    if (!p.operand && !call.dx) continue;
+    PackAll<T> one{kernels.pack_transposed,
+                   {{call.weights[p.operand ? 1 : 0], n.H, K, p.part, memory_of[k], step, 0, blocks_of(K)}},
+                   1};
+    one.run(double(p.part.count) * double(n.H) * double(K), call.poll);
+  }
+  std::vector<cpu::MachineGradient<T>> gradients;
+  for (const MachinePlan::Product& p : plan.products) {
+    const Index K = columns(p.operand);
+    const Index o = p.operand;
+    if (T* out = call.dweights[o ? MachinePlan::weight_hh : MachinePlan::weight_ih])
+      gradients.push_back({out + p.weight * n.H * K, p.accumulator, parts.group(1 + p.operand, p.accumulator),
+                           parts.column_of[std::size_t(o)], K});
+    if (T* out = p.bias < 0 ? nullptr : call.dweights[o ? MachinePlan::bias_hh : MachinePlan::bias_ih])
+      gradients.push_back({out + p.bias * n.H, p.accumulator, parts.group(0, p.accumulator), 0, 1});
+  }
+  std::vector<T*> dvectors;
+  for (const MachinePlan::Vector& v : plan.vectors) {
+    T* const out = call.dweights[std::size_t(MachinePlan::kPlain + v.parameter)];
+    dvectors.push_back(out ? out + v.block * n.H : nullptr);
+  }
+
+  cpu::BackwardJob<T> base{};
+  base.steps = steps_of(call.problem);
+  base.I = n.I, base.H = n.H, base.P = n.H, base.blocks = blocks;
+  base.zeros = zeros, base.dx = call.dx;
+  base.need_weights = need_weights;
+  base.dpacked = dpacked, base.dpacked_block = parts.block_step;
+  base.da = da, base.da_row = chunk.da_row, base.boundary = boundary;
+  base.inputs = inputs, base.inputs_row = chunk.inputs_row;
+  base.chunk_steps = chunk.steps;
+  base.scratch = threads, base.scratch_step = thread_bytes;
+
+  const std::vector<cpu::MachineRound> rounds = rounds_of(plan.backward);
+  std::vector<T*> state = call.tape->state;
+  state[0] = call.y;
+  const std::vector<Index> depth(S, std::max<Index>(1, n.T));
+  cpu::MachineBackward<T> job{};
+  job.call = machine_call(plan, call.problem, call.x, numbers, scratch);
+  base.rows_outside = job.call.rows_outside;
+  job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
+  job.call.state0 = call.state0.data(), job.call.state = state.data(), job.call.depth = depth.data();
+  job.call.saved = plan.saved ? call.tape->saved : nullptr, job.call.saved_depth = std::max<Index>(1, n.T);
+  job.call.carried = carried, job.call.carried_count = plan.carried_back;
+  job.base = &base, job.shape = &shape;
+  job.parts = packed.data(), job.part_begin = parts.begin.data(), job.operand_of = plan.operand_of.data();
+  job.column_of = parts.column_of.data();
+  job.groups = parts.groups.data(), job.group_count = int(parts.groups.size());
+  job.gradients = gradients.data(), job.gradient_count = int(gradients.size());
+  job.dy = call.dy, job.dstateT = call.dstateT.data(), job.dstates = call.dstates.data();
+  job.dstate0 = call.dstate0.data(), job.direct = direct.data();
+  job.sums = need_sums ? sums : nullptr, job.dvectors = dvectors.data();
+  run_job<T>(kernels.machine_backward, job, split.threads, split.by_rows, call.poll);
+}
+
+template <class T>
+Index tape_bytes(const MachineTape<T>& tape) {
+  return Index(tape.memory.size());
+}
+
+#define FUSEDRNN_INSTANTIATE_MACHINE(T)                                                                            \
+  template struct MachineDeleter<T>;                                                                               \
+  template PackedMachinePtr<T> pack_machine(const cpu::MachinePlan&, Index, Index, const MachineWeights<const T>&, \
+                                            Poll);                                                                 \
+  template MachineTapePtr<T> machine_forward(const MachineForwardCall<T>&);                                        \
+  template void machine_backward(const MachineBackwardCall<T>&);                                                   \
+  template Index tape_bytes(const MachineTape<T>&);
+FUSEDRNN_INSTANTIATE_MACHINE(float)
+FUSEDRNN_INSTANTIATE_MACHINE(double)
+
+}  // namespace fusedrnn

@@ -1,0 +1,187 @@
+"""Cells without compiled kernels on the cpu backend: programs for the vector machine (csrc/cpu/machine)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+
+from fusedrnn import _core
+from fusedrnn.backends.arguments import Sizes, check_backward, check_forward, check_need, check_weights
+from fusedrnn.backends.protocol import (
+    Array,
+    Forward,
+    Gradients,
+    Regularization,
+    Rows,
+    State,
+    Unsupported,
+    Weights,
+)
+from fusedrnn.cells import Cell, program
+from fusedrnn.cells.definition import PLAIN
+
+REFUSED = (_core.RefusedType, _core.RefusedValue)
+
+
+class Packed(NamedTuple):
+    """Weights in the machine's order, and the arrays they were made of, which backward still reads."""
+
+    cell: Cell
+    weights: dict[str, Array]
+    core: _core.PackedMachine
+
+
+class Tape(NamedTuple):
+    """What backward needs: the call, and the machine's own tape. x, y and the weights are borrowed."""
+
+    cell: Cell
+    weights: dict[str, Array]
+    return_states: bool
+    core: _core.MachineTape
+
+    @property
+    def bytes(self) -> int:
+        """Bytes saved for backward beside x, y and the weights."""
+        return self.core.bytes
+
+
+@functools.cache
+def plan(cell: Cell) -> _core.MachinePlan:
+    """The cell as programs.
+
+    Raises:
+        Unsupported: It has a norm, or is too large.
+    """
+    if any(n.op in ("normalise", "project") for n in cell.forward_nodes):
+        raise Unsupported(
+            f"cell: {cell!r} is not supported by the cpu backend; use the reference (only some "
+            "built-in cells have kernels with norms and projections)"
+        )
+    made = program.plan(cell)
+    try:
+        return _core.machine_plan(np.array(made.numbers(), np.int32), made.start, made.constants)
+    except _core.RefusedValue as error:
+        raise Unsupported(
+            f"cell: {cell!r} is too large for the cpu backend ({error}); use the reference"
+        ) from error
+
+
+@functools.cache
+def names(cell: Cell) -> tuple[str, ...]:
+    """The weights in the machine's order."""
+    return (*PLAIN, *cell.vectors)
+
+
+def pack(cell: Cell, weights: Weights) -> Packed:
+    """Weights prepared for repeated calls."""
+    checked, *_ = check_weights(cell, weights)
+    return Packed(cell, checked, _core.machine_pack(plan(cell), [checked.get(name) for name in names(cell)]))
+
+
+def forward(
+    packed: Packed,
+    x: Array,
+    state0: State | None,
+    *,
+    lengths: Rows | None = None,
+    reset: Rows | None = None,
+    reverse: bool = False,
+    return_states: bool = False,
+    detach_every: int | None = None,
+    regularization: Regularization | None = None,
+    save: str | None = "all",
+) -> Forward:
+    """One layer, one direction, the whole sequence."""
+    cell = packed.cell
+    if save == "boundary_states":
+        raise Unsupported(
+            f'save: "boundary_states" is not supported by the cpu backend for {cell!r}; use "all"'
+        )
+    if regularization is not None:
+        raise Unsupported(
+            f"regularization: is not supported by the cpu backend for {cell!r}; use the reference"
+        )
+    results = None
+    if (  # the compiled module would not see what these are, or would convert them
+        type(reverse) is bool
+        and type(return_states) is bool
+        and (detach_every is None or (type(detach_every) is int and detach_every > 0))
+        and (save is None or save == "all")
+        and (state0 is None or (type(state0) is tuple and not any(s is None for s in state0)))
+    ):
+        try:
+            results = _core.machine_forward(
+                packed.core,
+                x,
+                state0 or (),
+                lengths,
+                reset,
+                reverse,
+                detach_every or 0,
+                return_states,
+                save is not None,
+            )
+        except REFUSED:
+            results = None
+    if results is None:
+        a = check_forward(
+            cell,
+            x,
+            packed.weights,
+            state0,
+            lengths=lengths,
+            reset=reset,
+            reverse=reverse,
+            return_states=return_states,
+            detach_every=detach_every,
+            save=save,
+        )
+        results = _core.machine_forward(
+            packed.core,
+            a.x,
+            a.state0 or (),
+            a.lengths,
+            a.reset,
+            a.reverse,
+            a.detach_every or 0,
+            a.return_states,
+            a.save is not None,
+        )
+    y, stateT, states, tape = results
+    kept = None if tape is None else Tape(cell, packed.weights, states is not None, tape)
+    return Forward(y, stateT, states, kept)
+
+
+def backward(
+    tape: Tape,
+    dy: Array | None = None,
+    dstateT: tuple[Array | None, ...] | None = None,
+    dstates: tuple[Array | None, ...] | None = None,
+    *,
+    need: Collection[str] | None = None,
+) -> Gradients:
+    """Gradients of everything in ``need``."""
+    cell = tape.cell
+    order = names(cell)
+    wanted = None if need is None else check_need(cell, need)
+    flags = [wanted is None or name in wanted for name in ("x", *order, "state0")]
+    results = None
+    if all(d is None or type(d) is tuple for d in (dstateT, dstates)) and (
+        dstates is None or tape.return_states
+    ):
+        try:
+            results = _core.machine_backward(tape.core, dy, dstateT or (), dstates or (), flags)
+        except REFUSED:
+            results = None
+    if results is None:
+        sizes = Sizes(*tape.core.sizes)
+        b = check_backward(
+            cell, tape.weights, sizes, dy, dstateT, dstates, need=need, return_states=tape.return_states
+        )
+        results = _core.machine_backward(tape.core, b.dy, b.dstateT or (), b.dstates or (), flags)
+    dx, dweights, dstate0 = results
+    by_name = dict(zip(order, dweights, strict=True))
+    return Gradients(dx, {name: by_name[name] for name in tape.weights}, dstate0)

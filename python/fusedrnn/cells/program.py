@@ -1,0 +1,330 @@
+"""A cell as programs for the vector machine of the compiled module (csrc/cpu/machine): nothing but numbers.
+
+A step runs round by round, forward and backward (``rounds``). Each round begins with products of matrices,
+whose results lie in the first registers: forward the accumulators of the round, backward first the gradients
+of the new states, then those of the operands that the cell computes. Then it runs a program, a line of
+instructions on registers. What the program of a later round needs of an earlier one is carried in memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fusedrnn.cells.definition import PLAIN, Cell
+from fusedrnn.cells.fusion import Operation, lower
+from fusedrnn.cells.graph import Node, number
+from fusedrnn.cells.rounds import rounds
+
+# In the order of csrc/cpu/machine/operations.def.
+OPERATIONS = (
+    *("constant", "vector", "load", "store", "add_to"),
+    *("add", "sub", "mul", "div", "neg", "fma", "fnma"),
+    *("tanh", "sigmoid", "exp", "log", "sqrt", "softplus", "relu", "absolute"),
+    *("maximum", "minimum", "where", "greater", "greater_equal"),
+    *("one_minus", "sigmoid_gradient", "tanh_gradient"),
+)
+
+# Places in memory. Then of each state those before the step and after it, and its direct gradient; then those
+# of the operands from the second on, the first being x.
+SAVED, CARRIED, GRADIENTS, SUMS, STATES = range(5)
+
+
+class Instruction(NamedTuple):
+    """Registers a, b and c become register d, but
+
+    - ``constant`` and ``vector``: number a of these becomes register d;
+    - ``load``: vector b of place a becomes register d, and the c that follow become those that follow;
+    - ``store`` and ``add_to``: register d goes to vector b of place a.
+    """
+
+    op: str
+    d: int
+    a: int = 0
+    b: int = 0
+    c: int = 0
+
+
+class Memory(NamedTuple):
+    """An instruction but for its register."""
+
+    op: str
+    a: int
+    b: int = 0
+
+
+class Product(NamedTuple):
+    """What an operand gives to an accumulator: blocks of H rows of weights and biases; bias -1: none."""
+
+    accumulator: int
+    operand: int
+    weight: int
+    bias: int
+
+
+class Round(NamedTuple):
+    """Forward how many accumulators come first, backward which operands; and the program."""
+
+    first: list[int]
+    code: list[Instruction]
+
+
+@dataclass
+class Plan:
+    """What the machine needs to know of a cell."""
+
+    start: list[float]  # of each state
+    direct: list[bool]  # of each state, whether it has a gradient that goes through no product
+    operands: list[int]  # from the second on: the number of the state before, or -1: computed
+    products: list[Product]
+    parameters: dict[str, int]  # those beside weights and biases, and the blocks of each
+    vectors: list[tuple[int, int]]  # parameter and block
+    blocks: list[int]  # of weight_ih, weight_hh, bias_ih, bias_hh
+    saved: int
+    carried: tuple[int, int] = (0, 0)  # forward and backward
+    forward: list[Round] = field(default_factory=list)
+    backward: list[Round] = field(default_factory=list)
+    constants: list[float] = field(default_factory=list)
+
+    def numbers(self) -> list[int]:
+        """The whole plan but start and constants."""
+        counts = [len(self.start), len(self.operands) + 1, len(self.products), len(self.parameters)]
+        counts += [len(self.vectors), len(self.constants), self.saved, *self.carried, *self.blocks]
+        found = [*counts, *self.direct, *self.operands]
+        for row in (*self.products, self.parameters.values(), *self.vectors):
+            found += row
+        for direction in (self.forward, self.backward):
+            found.append(len(direction))
+            for r in direction:
+                found += [len(r.first), *r.first, len(r.code)]
+                for op, *registers in r.code:
+                    found += [OPERATIONS.index(op), *registers]
+        return [int(n) for n in found]
+
+
+def plan(cell: Cell) -> Plan:
+    """The plan of a cell without norms and without numbers of rows."""
+    t, gradient = cell.trace, cell.gradient
+    own = rounds(cell.forward_nodes)
+    dense = [n for n in cell.forward_nodes if n.op == "dense"]
+    # In a round those of x alone, those of both, those of a state alone.
+    dense.sort(key=lambda n: (own[n], (n.args[0].op != "input") + (n.args[-1].op != "input")))
+    operands = [t.x, *dict.fromkeys(a for n in dense for a in n.args if a is not t.x)]
+    states, names, S = list(t.states.values()), list(t.states), len(t.states)
+    vectors = [n for n in cell.forward_nodes if n.op == "vector"]
+    found = Plan(
+        list(t.start.values()),
+        [name in gradient.direct for name in names],
+        [states.index(a) if a.op == "state" else -1 for a in operands[1:]],
+        [
+            Product(k, operands.index(a), weight, bias)
+            for k, n in enumerate(dense)
+            for a, weight, bias in zip(
+                n.args, n.attribute.weights, n.attribute.biases or [-1] * len(n.args), strict=True
+            )
+        ],
+        {name: cell.blocks[name] for name in cell.vectors},
+        [(cell.vectors.index(n.attribute[0]), n.attribute[1]) for n in vectors],
+        [cell.blocks.get(name, 0) for name in PLAIN],
+        len(cell.saved),
+    )
+    before = {n: Memory("load", STATES + s) for s, n in enumerate(states)}
+    after = [(n, Memory("store", STATES + S + s)) for s, n in enumerate(t.after.values())]
+    saved = [(n, Memory("store", SAVED, k)) for k, n in enumerate(cell.saved)]
+    computed = [
+        (n, Memory("store", STATES + 3 * S + k)) for k, n in enumerate(operands[1:]) if n.op != "state"
+    ]
+    constants: dict[str, int] = {}
+
+    forward = Direction(constants, vectors, before, [*saved, *after, *computed])
+    forward.own, forward.early = own, {n for n in cell.forward_nodes if own[n] == 0}
+    forward.kept = {n: where._replace(op="load") for n, where in [*after, *saved]}
+    for n in dense:
+        forward.given.setdefault(own[n], []).append(n)
+        for a in n.args:
+            if a not in before and a is not t.x:
+                forward.due[a] = min(own[n] - 1, forward.due.get(a, own[n]))
+    found.forward = [Round([len(given)], code) for given, code in forward.programs(cell.forward, 1)]
+
+    stores = [(gradient.dense[n], Memory("store", GRADIENTS, k)) for k, n in enumerate(dense)]
+    stores += [(d, Memory("store", STATES + 2 * S + names.index(s))) for s, d in gradient.direct.items()]
+    stores += [(d, Memory("add_to", SUMS, vectors.index(n))) for n, d in gradient.vectors.items()]
+    stores += computed  # made again, for the gradients of the weights
+    backward = Direction(constants, vectors, before | forward.kept, stores)
+    known = [*backward.anywhere, t.x, *gradient.upstream.values()]
+    line = lower([n for n, _ in stores], known, cell.fused)
+    backward.own = rounds(cell.backward_nodes, known=cell.forward_nodes)
+    backward.early = set(cell.forward_nodes)
+    backward.given[0] = list(gradient.upstream.values())
+    for n, op, _ in line:
+        if op == "transposed":
+            backward.given.setdefault(backward.own[n], []).append(n)
+    for given, code in backward.programs(line, 0):
+        which = [operands.index(n.attribute[0]) for n in given if n.op == "transposed"]
+        found.backward.append(Round(which, code))
+    found.carried = len(forward.carried), len(backward.carried)
+    found.constants = [float.fromhex(c) for c in constants]
+    return found
+
+
+class Direction:
+    """Forward or backward of a step, to be cut into programs.
+
+    Attributes:
+        own: the round of each value.
+        early: the values that need nothing but what can be loaded in any round.
+        given: of each round, what the first registers hold.
+        due: the round in which a value must be there at the latest.
+        anywhere: where values lie that are known from the start.
+        kept: where values lie once they are computed.
+        carried: the values that are stored for a later round and for nothing else.
+    """
+
+    def __init__(
+        self,
+        constants: dict[str, int],
+        vectors: Sequence[Node],
+        known: Mapping[Node, Memory],
+        stores: Iterable[tuple[Node, Memory]],
+    ) -> None:
+        self.constants, self.anywhere = constants, dict(known)
+        self.anywhere |= {n: Memory("vector", k) for k, n in enumerate(vectors)}
+        self.stores: dict[Node, list[Memory]] = {}
+        for n, where in stores:
+            self.stores.setdefault(n, []).append(where)
+        self.own: dict[Node, int] = {}
+        self.early: set[Node] = set()
+        self.given: dict[int, list[Node]] = {}
+        self.due: dict[Node, int] = {}
+        self.kept: dict[Node, Memory] = {}
+        self.carried: dict[Node, Memory] = {}
+
+    def programs(self, line: Iterable[Operation], first: int) -> list[tuple[list[Node], list[Instruction]]]:
+        """Of each round what its first registers hold, and its code; ``first`` is the usual first round."""
+        given = {n for nodes in self.given.values() for n in nodes}
+        line = [n for n in line if n.node not in given]
+        for n, op, _ in line:
+            if op == "constant":
+                self.anywhere[n] = Memory(
+                    "constant", self.constants.setdefault(n.attribute, len(self.constants))
+                )
+        line = shortened([n for n in line if n.node not in self.anywhere], self.stores)
+        at = {n: r for r, nodes in self.given.items() for n in nodes}
+        for n, _, args in reversed(line):
+            # What needs no product waits for its first use, and so do its arguments.
+            at[n] = self.due.get(n, first) if n in self.early else self.own[n]
+            for a in args:
+                self.due[a] = min(self.due.get(a, at[n]), at[n])
+        # What is stored and not computed: where it is there already.
+        made: dict[int, list[Operation]] = {}
+        for operation in line:
+            made.setdefault(at[operation.node], []).append(operation)
+        for n in self.stores:
+            at.setdefault(n, min(self.due.get(n, first), first))
+        last = max(at.values())
+        for n, _, args in line:
+            for a in args:
+                if a in at and at[a] < at[n] and a not in self.anywhere and a not in self.kept | self.carried:
+                    self.carried[a] = Memory("load", CARRIED, len(self.carried))
+                    self.stores.setdefault(a, []).append(self.carried[a]._replace(op="store"))
+        found = []
+        for r in range(min(at.values()), last + 1):
+            stored = {n for n in self.stores if at[n] == r}
+            found.append((self.given.get(r, []), self._program(r, made.get(r, []), stored)))
+        return found
+
+    def _program(self, r: int, line: Sequence[Operation], stored: set[Node]) -> list[Instruction]:
+        """One round: loads first, since they take longest, then operations, each result stored at once."""
+        given = self.given.get(r, [])
+        there = {*given, *(n for n, _, _ in line)}
+        loads = dict.fromkeys(a for _, _, args in line for a in args if a not in there)
+        loads |= dict.fromkeys(n for n in self.stores if n in stored and n not in there)
+        where = self.kept | self.carried | self.anywhere
+        loads = dict.fromkeys(sorted(loads, key=lambda n: where[n]))
+        steps: list[tuple[str, Node, tuple[Node, ...], Memory | None]] = []
+
+        def store(n: Node) -> None:
+            steps.extend((to.op, n, (n,), to) for to in (self.stores[n] if n in stored else ()))
+
+        for n in given:
+            store(n)
+        for n in loads:
+            steps.append((where[n].op, n, (), where[n]))
+            store(n)
+        for n, op, args in line:
+            steps.append((op, n, args, None))
+            store(n)
+        return _with_registers(given, steps)
+
+
+def shortened(line: Sequence[Operation], kept: Iterable[Node]) -> list[Operation]:
+    """The same values with 1 - y, x * (y * (1 - y)) and x * (1 - y * y) as one operation each."""
+    uses = Counter(a for _, _, args in line for a in args)
+    uses.update(list(kept))
+    of = {operation.node: operation for operation in line}
+    found: dict[Node, Operation] = {}
+    for n, op, args in line:
+        found[n] = Operation(n, op, args)
+        if op == "sub" and _is_one(args[0]):
+            found[n] = Operation(n, "one_minus", args[1:])
+        for x, factor in (args, args[::-1]) if op == "mul" else ():
+            if uses[factor] == 1 and factor in of and (y := _slope_of(of, of[factor])):
+                found[n] = Operation(n, f"{y[0]}_gradient", (x, y[1]))
+                break
+    needed = set(kept)
+    for n, _, args in reversed(found.values()):
+        if n in needed:
+            needed |= set(args)
+    return [operation for operation in found.values() if operation.node in needed]
+
+
+def _slope_of(of: Mapping[Node, Operation], factor: Operation) -> tuple[str, Node] | None:
+    """y where the factor is the derivative of a sigmoid or of a tanh with the value y."""
+    if factor.op == "fnma" and factor.args[0] is factor.args[1] and _is_one(factor.args[2]):
+        return "tanh", factor.args[0]
+    for y, rest in (factor.args, factor.args[::-1]) if factor.op == "mul" else ():
+        if rest in of and of[rest].op == "sub" and _is_one(rest.args[0]) and rest.args[1] is y:
+            return "sigmoid", y
+    return None
+
+
+def _is_one(n: Node) -> bool:
+    return n.op == "constant" and number(n) == 1
+
+
+def _with_registers(
+    given: Sequence[Node], steps: Sequence[tuple[str, Node, tuple[Node, ...], Memory | None]]
+) -> list[Instruction]:
+    """A register for each value, free again after its last use."""
+    last: dict[Node, int] = {}
+    for k, (_, n, args, _) in enumerate(steps):
+        last |= dict.fromkeys((n, *args), k)
+    register = {n: k for k, n in enumerate(given)}
+    free = [register[n] for n in given if n not in last]
+    count = len(given)
+    code = []
+    for k, (op, n, args, memory) in enumerate(steps):
+        sources = [register[a] for a in args]
+        for r in {register[a] for a in args if last[a] == k}:
+            heapq.heappush(free, r)
+        if n not in args:
+            if not free:
+                heapq.heappush(free, count)
+                count += 1
+            register[n] = heapq.heappop(free)
+        if memory is None:
+            code.append(Instruction(op, register[n], *sources))
+        elif code and _follows(code[-1], op, register[n], memory):
+            code[-1] = code[-1]._replace(c=code[-1].c + 1)
+        else:
+            code.append(Instruction(op, register[n], memory.a, memory.b))
+    return code
+
+
+def _follows(last: Instruction, op: str, register: int, memory: Memory) -> bool:
+    """Whether a load goes on where the one before it ends."""
+    op_before, d, a, b, more = last
+    return op == op_before == "load" and (register, *memory[1:]) == (d + more + 1, a, b + more + 1)

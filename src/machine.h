@@ -1,0 +1,225 @@
+// Calls of cells that are programs: arguments checked, outputs made, the call run without the GIL.
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <stdexcept>
+
+#include "calls.h"
+#include "cpu/machine/call.h"
+
+namespace fusedrnn {
+namespace {
+
+// numbers: int32 (n,), as fusedrnn.cells.program writes them; start and constants: lists of numbers.
+std::shared_ptr<const cpu::MachinePlan> py_machine_plan(const py::object& numbers, std::vector<double> start,
+                                                        std::vector<double> constants) {
+  View a;
+  if (!view_of(numbers, a)) throw RefusedType("numbers: expected an array, got " + type_name(numbers));
+  if (a.ndim != 1) throw RefusedValue("numbers: expected one axis, got " + a.text());
+  const std::int32_t* data = need<std::int32_t>(numbers, "numbers", {a.shape[0]});
+  try {
+    return std::make_shared<const cpu::MachinePlan>(data, std::size_t(a.shape[0]), std::move(start),
+                                                    std::move(constants));
+  } catch (const std::invalid_argument& error) {
+    throw RefusedValue(error.what());
+  }
+}
+
+using PlanPtr = std::shared_ptr<const cpu::MachinePlan>;
+
+struct PyPackedMachine {
+  PlanPtr plan;
+  Index I, H;
+  std::vector<py::object> weights;
+  PackedMachinePtr<float> f32;
+  PackedMachinePtr<double> f64;
+  const PackedMachine<float>* get(float) const { return f32.get(); }
+  const PackedMachine<double>* get(double) const { return f64.get(); }
+  PackedMachinePtr<float>& slot(float) { return f32; }
+  PackedMachinePtr<double>& slot(double) { return f64; }
+};
+
+struct PyMachineTape {
+  PyTape call;  // its problem, lengths and resets
+  PlanPtr plan;
+  py::object x, y;
+  std::vector<py::object> weights, state0;
+  MachineTapePtr<float> f32;
+  MachineTapePtr<double> f64;
+  const MachineTape<float>* get(float) const { return f32.get(); }
+  const MachineTape<double>* get(double) const { return f64.get(); }
+  MachineTapePtr<float>& slot(float) { return f32; }
+  MachineTapePtr<double>& slot(double) { return f64; }
+};
+
+void need_count(const std::vector<py::object>& given, const char* name, std::size_t count) {
+  if (given.size() != count)
+    throw RefusedValue(std::string(name) + ": expected " + std::to_string(count) + " entries, got " +
+                       std::to_string(given.size()));
+}
+
+// then(index, name, rows, columns) for each weight of a plan; columns 0: it has one axis.
+template <class Then>
+void each_weight(const cpu::MachinePlan& plan, Index I, Index H, Then&& then) {
+  static const char* const names[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
+  for (std::size_t k = 0; k < cpu::MachinePlan::kPlain; ++k)
+    then(k, names[k], plan.blocks[k] * H, k == 0 ? I : k == 1 ? H : 0);
+  for (std::size_t k = 0; k < plan.parameters.size(); ++k)
+    then(cpu::MachinePlan::kPlain + k, "parameter", plan.parameters[k] * H, Index(0));
+}
+
+// Biases may be missing, and whatever has no rows.
+template <class T>
+MachineWeights<const T> machine_weights(const cpu::MachinePlan& plan, const std::vector<py::object>& given, Index I,
+                                        Index H) {
+  need_count(given, "weights", cpu::MachinePlan::kPlain + plan.parameters.size());
+  MachineWeights<const T> found(given.size());
+  each_weight(plan, I, H, [&](std::size_t k, const char* name, Index rows, Index columns) {
+    const bool optional = k == cpu::MachinePlan::bias_ih || k == cpu::MachinePlan::bias_hh || !rows;
+    if (optional && given[k].is_none()) return;
+    found[k] = columns ? need<T>(given[k], name, {rows, columns}) : need<T>(given[k], name, {rows});
+  });
+  return found;
+}
+
+template <class T>
+std::unique_ptr<PyPackedMachine> pack_machine_as(const PlanPtr& plan, const std::vector<py::object>& given) {
+  View a;
+  view_of(given[0], a);
+  auto packed = std::make_unique<PyPackedMachine>();
+  const Index gates = plan->blocks[cpu::MachinePlan::weight_ih];
+  if (!a.shape[1] || a.shape[0] < gates) throw RefusedValue("weight_ih: expected (G*H, I), got " + a.text());
+  packed->plan = plan, packed->I = a.shape[1], packed->H = a.shape[0] / gates, packed->weights = given;
+  const MachineWeights<const T> weights = machine_weights<T>(*plan, given, packed->I, packed->H);
+  packed->slot(T()) = without_gil([&] { return pack_machine<T>(*plan, packed->I, packed->H, weights, signals()); });
+  return packed;
+}
+
+std::unique_ptr<PyPackedMachine> py_machine_pack(const PlanPtr& plan, const std::vector<py::object>& weights) {
+  need_count(weights, "weights", cpu::MachinePlan::kPlain + plan->parameters.size());
+  return (is_float32(weights[0], "weight_ih", 2) ? pack_machine_as<float> : pack_machine_as<double>)(plan, weights);
+}
+
+// An entry for each state: arrays of this shape, or None.
+template <class T>
+std::vector<const T*> of_states(const std::vector<py::object>& given, const char* name, int states, Shape shape) {
+  std::vector<const T*> found(std::size_t(states), nullptr);
+  if (given.empty()) return found;
+  need_count(given, name, std::size_t(states));
+  for (std::size_t s = 0; s < found.size(); ++s) found[s] = maybe<T>(given[s], name, shape);
+  return found;
+}
+
+// New arrays where they are wanted; null and None otherwise.
+template <class T>
+std::vector<T*> new_states(std::vector<py::object>& out, int states, Shape shape, bool wanted) {
+  std::vector<T*> found(std::size_t(states), nullptr);
+  out.assign(std::size_t(wanted ? states : 0), py::object());
+  for (std::size_t s = 0; s < out.size(); ++s) found[s] = output<T>(out[s], "state", shape);
+  return found;
+}
+
+template <class T>
+py::tuple machine_forward_as(const PyPackedMachine& packed, const py::object& x, const std::vector<py::object>& state0,
+                             const Options& options, bool return_states, bool save) {
+  const cpu::MachinePlan& plan = *packed.plan;
+  const Time n = time_of(x);
+  const Index H = packed.H;
+  auto tape = std::make_unique<PyMachineTape>();
+  MachineForwardCall<T> call{};
+  call.plan = &plan, call.packed = packed.get(T());
+  if (!call.packed) throw RefusedType("x: expected the dtype of the weights");
+  if (packed.I != n.I) throw RefusedValue("x: expected " + std::to_string(packed.I) + " features");
+  call.problem = problem_of(tape->call, CellId(0), {n.T, n.B, n.I, H, H}, options);
+  call.x = sequence<T>(x, "x", {n.T, n.B, n.I});
+  call.state0 = of_states<T>(state0, "state0", plan.states, {n.B, H});
+  py::object y;
+  std::vector<py::object> stateT, states;
+  call.y = output<T>(y, "y", {n.T, n.B, H});
+  call.stateT = new_states<T>(stateT, plan.states, {n.B, H}, true);
+  call.states = new_states<T>(states, plan.states, {n.T, n.B, H}, return_states);
+  call.save = save, call.poll = signals();
+  tape->slot(T()) = without_gil([&] { return machine_forward<T>(call); });
+  py::object kept = py::none();
+  if (save) {
+    tape->plan = packed.plan, tape->x = x, tape->y = y, tape->weights = packed.weights, tape->state0 = state0;
+    kept = py::cast(std::move(tape));
+  }
+  return py::make_tuple(y, py::tuple(py::cast(stateT)),
+                        return_states ? py::object(py::tuple(py::cast(states))) : py::object(py::none()), kept);
+}
+
+py::tuple py_machine_forward(const PyPackedMachine& packed, const py::object& x, const std::vector<py::object>& state0,
+                             const py::object& lengths, const py::object& reset, bool reverse, Index detach_every,
+                             bool return_states, bool save) {
+  return (is_float32(x, "x", 3) ? machine_forward_as<float>
+                                : machine_forward_as<double>)(packed, x, state0,
+                                                              {lengths, reset, reverse, detach_every}, return_states,
+                                                              save);
+}
+
+template <class T>
+py::tuple machine_backward_as(const PyMachineTape& tape, const py::object& dy, const std::vector<py::object>& dstateT,
+                              const std::vector<py::object>& dstates, const std::vector<bool>& needed) {
+  const cpu::MachinePlan& plan = *tape.plan;
+  const Sizes& n = tape.call.problem.sizes;
+  MachineBackwardCall<T> call{};
+  call.plan = &plan, call.tape = tape.get(T()), call.problem = tape.call.problem;
+  call.weights = machine_weights<T>(plan, tape.weights, n.I, n.H);
+  call.x = sequence<T>(tape.x, "x", {n.T, n.B, n.I});
+  call.y = const_cast<T*>(need<T>(tape.y, "y", {n.T, n.B, n.H}));
+  call.state0 = of_states<T>(tape.state0, "state0", plan.states, {n.B, n.H});
+  call.dy = maybe<T>(dy, "dy", {n.T, n.B, n.H});
+  call.dstateT = of_states<T>(dstateT, "dstateT", plan.states, {n.B, n.H});
+  call.dstates = of_states<T>(dstates, "dstates", plan.states, {n.T, n.B, n.H});
+  // x, each weight, the initial states
+  const std::size_t count = tape.weights.size();
+  if (needed.size() != count + 2) throw RefusedValue("need: expected " + std::to_string(count + 2) + " flags");
+  py::object dx = needed[0] ? py::object() : py::object(py::none());
+  call.dx = output<T>(dx, "dx", {n.T, n.B, n.I});
+  std::vector<py::object> dweights(count, py::none()), dstate0;
+  call.dweights.assign(count, nullptr);
+  each_weight(plan, n.I, n.H, [&](std::size_t k, const char* name, Index rows, Index columns) {
+    if (!needed[k + 1] || tape.weights[k].is_none()) return;
+    dweights[k] = py::object();
+    call.dweights[k] = columns ? output<T>(dweights[k], name, {rows, columns}) : output<T>(dweights[k], name, {rows});
+  });
+  call.dstate0 = new_states<T>(dstate0, plan.states, {n.B, n.H}, needed[count + 1]);
+  call.poll = signals();
+  without_gil([&] {
+    machine_backward<T>(call);
+    return 0;
+  });
+  return py::make_tuple(dx, dweights,
+                        needed[count + 1] ? py::object(py::tuple(py::cast(dstate0))) : py::object(py::none()));
+}
+
+py::tuple py_machine_backward(const PyMachineTape& tape, const py::object& dy, const std::vector<py::object>& dstateT,
+                              const std::vector<py::object>& dstates, const std::vector<bool>& need_of) {
+  return (tape.f32 ? machine_backward_as<float> : machine_backward_as<double>)(tape, dy, dstateT, dstates, need_of);
+}
+
+void define_machine(py::module_& m) {
+  py::class_<cpu::MachinePlan, std::shared_ptr<cpu::MachinePlan>>(m, "MachinePlan", "A cell as programs.");
+  py::class_<PyPackedMachine>(m, "PackedMachine", "Weights of such a cell in the kernels' own order.");
+  py::class_<PyMachineTape>(m, "MachineTape", "What forward of such a cell saved for backward.")
+      .def_property_readonly("bytes",
+                             [](const PyMachineTape& t) { return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64); })
+      .def_property_readonly("sizes", [](const PyMachineTape& t) {
+        const Sizes& n = t.call.problem.sizes;
+        return py::make_tuple(n.T, n.B, n.I, n.H, n.P);
+      });
+  py::list operations;
+#define X(name) operations.append(#name);
+#include "cpu/machine/operations.def"
+#undef X
+  m.attr("MACHINE_OPERATIONS") = py::tuple(operations);
+  m.def("machine_plan", &py_machine_plan, py::arg("numbers"), py::arg("start"), py::arg("constants"));
+  m.def("machine_pack", &py_machine_pack, py::arg("plan"), py::arg("weights"));
+  m.def("machine_forward", &py_machine_forward, py::arg("packed"), py::arg("x"), py::arg("state0"), py::arg("lengths"),
+        py::arg("reset"), py::arg("reverse"), py::arg("detach_every"), py::arg("return_states"), py::arg("save"));
+  m.def("machine_backward", &py_machine_backward, py::arg("tape"), py::arg("dy"), py::arg("dstateT"),
+        py::arg("dstates"), py::arg("need"));
+}
+
+}  // namespace
+}  // namespace fusedrnn

@@ -1,0 +1,408 @@
+"""Cells that are programs: against the reference, and against compiled cells bit by bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import published
+import test_selections
+from problems import (
+    CELLS,
+    OPTIONS,
+    SIZES,
+    assert_bitwise_equal,
+    assert_close,
+    assert_standard,
+    name,
+    problem,
+    run,
+)
+from test_bitwise import EVERYTHING, THREADED, rows, take_rows
+from test_random_cells import Draw
+from test_random_cells import made as cell_from
+
+pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
+from fusedrnn import _core
+from fusedrnn.backends import get, machine
+from fusedrnn.backends.cpu import CpuBackend
+from fusedrnn.backends.protocol import Regularization, Unsupported
+from fusedrnn.cells import cell, log, maximum, minimum, program, relu, softplus, sqrt, tanh, where
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poison")]
+
+CPU, REFERENCE = CpuBackend(), get("reference")
+DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+
+
+def runs(cell):
+    return not cell.trace.scalars and all(n.op != "normalise" for n in cell.forward_nodes)
+
+
+PROGRAMS = [c for c in published.CELLS if runs(c)]
+OWN = [c for c in PROGRAMS if c not in CELLS]
+
+
+class Machine:
+    """The cpu backend with every cell as a program, built-in ones too."""
+
+    def forward(self, cell, x, weights, state0=None, save="all", **options):
+        return machine.forward(machine.pack(cell, weights), x, state0, save=save, **options)
+
+    def backward(self, *args, **kwargs):
+        return machine.backward(*args, **kwargs)
+
+
+MACHINE = Machine()
+
+
+# --- right --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@DTYPES
+@pytest.mark.parametrize("cell", PROGRAMS, ids=name)
+def test_published_cells_are_those_of_the_reference(cell, dtype, threads):
+    for size in SIZES:
+        for options in OPTIONS:
+            p = problem(cell, *size, dtype=dtype, **options)
+            want = run(REFERENCE, p.astype(np.longdouble))
+            for count in (1, 2):
+                threads(count)
+                assert_standard(MACHINE, p, want)
+
+
+class WithoutNorms(Draw):
+    def __init__(self, draw):
+        super().__init__(draw)
+        self.scalars, self.others = [], []
+
+    def norm(self):
+        self.dense()
+
+
+@st.composite
+def sources(draw):
+    return WithoutNorms(draw).source()
+
+
+def check_random(source, number):
+    drawn = cell_from(source)
+    options = OPTIONS[number % len(OPTIONS)]
+    p = problem(drawn, *SIZES[number % len(SIZES)], **options)
+    assert_close(run(MACHINE, p), run(REFERENCE, p), 1e-12)
+
+
+@pytest.mark.quick
+@settings(max_examples=40)
+@given(sources(), st.integers(0, 1000))
+def test_random_cells(source, number):
+    check_random(source, number)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(sources(), st.integers(0, 1000))
+def test_many_random_cells(source, number):
+    check_random(source, number)
+
+
+FUNCTIONS = {
+    "relu": lambda a, b, c, d: relu(a),
+    "absolute": lambda a, b, c, d: abs(a),
+    "maximum": lambda a, b, c, d: maximum(a, b),
+    "minimum": lambda a, b, c, d: minimum(a, b),
+    "of a number": lambda a, b, c, d: maximum(0.5, a) + minimum(b, 0.5),
+    "greater": lambda a, b, c, d: where(a > b, c, d),
+    "greater_equal": lambda a, b, c, d: where(a >= b, c, d),
+    "sqrt": lambda a, b, c, d: sqrt(a),
+    "log": lambda a, b, c, d: log(a),
+    "softplus": lambda a, b, c, d: softplus(a),
+    "div": lambda a, b, c, d: a / b,
+}
+
+
+@pytest.mark.quick
+@DTYPES
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_nan_ties_and_infinities(function, dtype):
+    """Values and gradients are the reference's, NaN and the sign of a value's 0 included."""
+    made = test_selections.cell_of(function)
+    columns = np.array(test_selections.FOUR, dtype).T[:, None, :]
+    H = columns.shape[-1]
+    x, weights = np.ones((1, 1, 1), dtype), {"weight_ih": np.ones((3 * H, 1), dtype)}
+    for upstream in test_selections.UPSTREAM:
+        d = tuple(np.full((1, H), u, dtype) for u in (upstream, 0, 0, 0))
+        found = []
+        for backend in (MACHINE, REFERENCE):
+            f = backend.forward(made, x, weights, tuple(columns))
+            found.append((f.y, *(backend.backward(f.tape, None, d).dstate0)))
+        for got, want in zip(*found, strict=True):
+            np.testing.assert_allclose(got, want, rtol=4 * np.finfo(dtype).eps, atol=0)
+        y, wanted = found[0][0], found[1][0]
+        assert (np.signbit(y) == np.signbit(wanted))[~np.isnan(wanted)].all()
+
+
+@cell
+def everywhere(p, x, h, c, n=2):
+    """An operand of round 0, ten accumulators in a round, values that wait for two rounds, one value as two
+    states.
+    """
+    a, b, e, f, g = p.dense("a b e f g", x, h, p.vector("u") * c)
+    k, l, m, o, q = p.dense("k l m o q", x)
+    s = tanh(a + b) * tanh(e - f) + tanh(g + k)
+    t = tanh(p.dense("t", s, c) + l * m)
+    w = tanh(p.dense("w", t * n, h, x, bias=False) + o * q - a)
+    return w, tanh(s + t), tanh(s + t)
+
+
+@DTYPES
+def test_a_cell_of_many_rounds_and_accumulators(dtype, threads):
+    made = program.plan(everywhere)
+    assert [r.first[0] for r in made.forward] == [0, 10, 1, 1]
+    assert made.carried[0] > 0 < made.carried[1]
+    for size in [*SIZES, (4, 5, 6, 100)]:
+        for options in OPTIONS:
+            for count in (1, 3):
+                threads(count)
+                assert_standard(MACHINE, problem(everywhere, *size, dtype=dtype, **options))
+
+
+# --- the same bits ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@DTYPES
+@pytest.mark.parametrize("cell", CELLS, ids=name)
+def test_built_in_cells_have_the_bits_of_their_kernels(cell, dtype, threads):
+    """Gradients of weights too."""
+    some = [OPTIONS[0], EVERYTHING | {"reverse": True}]
+    sizes = [*((size, options) for size in SIZES for options in OPTIONS)]
+    sizes += [(size, options) for size in THREADED for options in some]
+    for size, options in sizes:
+        p = problem(cell, *size, dtype=dtype, **options)
+        for count in (1, 2):
+            threads(count)
+            assert_bitwise_equal(run(MACHINE, p), run(CPU, p))
+
+
+@pytest.mark.quick
+@DTYPES
+@pytest.mark.parametrize("cell", [*OWN, everywhere], ids=name)
+def test_threads(cell, dtype, threads):
+    for size in THREADED:
+        p = problem(cell, *size, dtype=dtype, **EVERYTHING)
+        threads(1)
+        want = run(MACHINE, p)
+        for count in (2, 3, 7):
+            threads(count)
+            assert_bitwise_equal(run(MACHINE, p), want)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cell", [*OWN, everywhere], ids=name)
+def test_batch_sizes(cell):
+    p = problem(cell, 6, 19, 5, 23, dtype=np.float32, **EVERYTHING)
+
+    def of_rows(p):
+        return {key: a for key, a in run(MACHINE, p).items() if key.removeprefix("d") not in p.weights}
+
+    whole = of_rows(p)
+    for index in ([0], [1], [18], [3, 4], list(range(7)), list(range(2, 19))):
+        assert_bitwise_equal(of_rows(rows(p, index)), take_rows(whole, index))
+
+
+# --- calls --------------------------------------------------------------------------------------------------
+
+PEEPHOLE = published.peephole_lstm
+
+
+def test_the_cpu_backend_runs_it():
+    p = problem(PEEPHOLE, 5, 3, 4, 17, **EVERYTHING)
+    assert_bitwise_equal(run(CPU, p), run(MACHINE, p))
+    packed = CPU.pack(p.cell, p.weights)
+    twice = [CPU.forward(p.cell, p.x, packed, p.state0, **p.options, save=None) for _ in range(2)]
+    assert twice[0].tape is None
+    np.testing.assert_array_equal(twice[0].y, twice[1].y)
+    np.testing.assert_array_equal(twice[0].y, run(CPU, p)["y"])
+    with pytest.raises(ValueError, match="weights: packed for peephole_lstm"):
+        CPU.forward(published.mgu, p.x, packed)
+
+
+@pytest.mark.parametrize("cell", [*OWN, everywhere], ids=name)
+def test_without_a_tape_the_results_are_the_same(cell):
+    """States are then kept of two steps alone."""
+    for options in ({}, {"lengths": True, "reset": True, "reverse": True}, {"return_states": True}):
+        p = problem(cell, 7, 4, 3, 18, **options)
+        saved, plain = (
+            MACHINE.forward(cell, p.x, p.weights, p.state0, save=save, **p.options) for save in ("all", None)
+        )
+        for a, b in zip((saved.y, *saved.stateT), (plain.y, *plain.stateT), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_backward_twice_and_only_what_is_needed():
+    p = problem(PEEPHOLE, 5, 3, 4, 17, **EVERYTHING)
+    f = CPU.forward(p.cell, p.x, p.weights, p.state0, **p.options)
+    full = CPU.backward(f.tape, p.dy, p.dstateT, p.dstates)
+    for need in ((), ("x",), ("pi",), ("weight_hh", "pf"), ("bias_ih", "state0")):
+        some = CPU.backward(f.tape, p.dy, p.dstateT, p.dstates, need=need)
+        for key, d in {"x": some.dx, **some.dweights, "state0": some.dstate0}.items():
+            assert (d is not None) == (key in need)
+            if d is not None:
+                want = {"x": full.dx, "state0": full.dstate0, **full.dweights}[key]
+                np.testing.assert_array_equal(d, want)
+
+
+@pytest.mark.parametrize("size", [(0, 3), (4, 0), (0, 0)])
+def test_no_steps_and_no_rows(size):
+    p = problem(PEEPHOLE, *size, 4, 17)
+    assert_close(run(MACHINE, p), run(REFERENCE, p), 0)
+
+
+def test_arrays_of_other_strides_and_dtypes():
+    p = problem(PEEPHOLE, 5, 3, 4, 17)
+    x = np.ascontiguousarray(p.x.transpose(1, 0, 2)).transpose(1, 0, 2)
+    assert_bitwise_equal(run(CPU, replace(p, x=x, dy=np.asfortranarray(p.dy))), run(CPU, p))
+    with pytest.raises(TypeError, match="x: expected dtype float64"):
+        CPU.forward(p.cell, p.x.astype(np.float32), p.weights)
+    with pytest.raises(ValueError, match=r"dy: expected shape \(5, 3, 17\)"):
+        CPU.backward(CPU.forward(p.cell, p.x, p.weights).tape, p.dy[1:])
+
+
+def test_what_is_not_supported():
+    p = problem(PEEPHOLE, 2, 1, 3, 4)
+    with pytest.raises(
+        Unsupported, match='save: "boundary_states" is not supported by the cpu backend for peep'
+    ):
+        CPU.forward(p.cell, p.x, p.weights, save="boundary_states")
+    with pytest.raises(Unsupported, match="regularization: is not supported by the cpu backend for peephole"):
+        CPU.forward(p.cell, p.x, p.weights, regularization=Regularization(zoneout_h=0.5))
+    q = problem(published.dreamer_gru, 2, 1, 3, 4)
+    with pytest.raises(
+        Unsupported, match=r"cell: dreamer_gru\(\) is not supported by the cpu backend; use the ref"
+    ):
+        CPU.forward(q.cell, q.x, q.weights)
+
+    @cell
+    def large(p, x, h):
+        return tanh(
+            sum(
+                a * b
+                for a, b in zip(*[iter(p.dense(" ".join(f"g{k}" for k in range(66)), x, h))] * 2, strict=True)
+            )
+        )
+
+    with pytest.raises(
+        Unsupported, match=r"cell: large\(\) is too large for the cpu backend \(program: accumul"
+    ):
+        CPU.forward(large, p.x, {"weight_ih": np.ones((264, 3)), "weight_hh": np.ones((264, 4))})
+
+
+# --- plans --------------------------------------------------------------------------------------------------
+
+
+def made(plan, numbers=None):
+    numbers = plan.numbers() if numbers is None else numbers
+    return _core.machine_plan(np.array(numbers, np.int32), plan.start, plan.constants)
+
+
+def test_operations_are_the_same_in_both_languages():
+    assert program.OPERATIONS == _core.MACHINE_OPERATIONS
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cell", PROGRAMS, ids=name)
+def test_plans(cell):
+    """The same every time; every value is in a register before it is read, and registers are used again."""
+    plan = program.plan(cell)
+    assert plan == program.plan(cell)
+    for direction in (plan.forward, plan.backward):
+        for k, r in enumerate(direction):
+            first = r.first[0] if direction is plan.forward else len(r.first) if k else len(plan.start)
+            there = set(range(first))
+            for op, d, *sources in r.code:
+                if op in ("store", "add_to"):
+                    assert d in there
+                elif op not in ("constant", "vector", "load"):
+                    count = 3 if op in ("fma", "fnma", "where") else 1
+                    assert set(sources[:count]) <= there
+                there |= set(range(d, d + 1 + (sources[2] if op == "load" else 0)))
+            assert max(there, default=0) < 20
+
+
+def run_plan(plan, numbers):
+    """Run a plan that may be wrong, if it is accepted: it must not read or write beside its call's memory."""
+    try:
+        core = made(plan, numbers)
+    except ValueError:
+        return False
+    H, I, T, B = 17, 3, 2, 3
+    rng = np.random.default_rng(0)
+
+    def array(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    weights = [
+        array(n * H, *columns) if n else None
+        for n, columns in zip(plan.blocks, ((I,), (H,), (), ()), strict=True)
+    ]
+    weights += [array(n * H) for n in plan.parameters.values()]
+    S = len(plan.start)
+    try:
+        packed = _core.machine_pack(core, weights)
+        results = _core.machine_forward(
+            packed, array(T, B, I), [array(B, H)] * S, None, None, False, 0, True, True
+        )
+        _core.machine_backward(
+            results[3], array(T, B, H), [array(B, H)] * S, [array(T, B, H)] * S, [True] * (len(weights) + 2)
+        )
+    except ValueError:  # weights of other shapes
+        return False
+    return True
+
+
+@pytest.mark.parametrize("cell", [PEEPHOLE, published.mgu, published.co_rnn, everywhere], ids=name)
+def test_broken_plans_are_refused_or_do_no_harm(cell):
+    plan = program.plan(cell)
+    numbers = plan.numbers()
+    assert run_plan(plan, numbers)
+    for at, n in enumerate(numbers):
+        for other in (n - 1, n + 1, -1, 255, 2**31 - 1, -(2**31)):
+            run_plan(plan, [*numbers[:at], other, *numbers[at + 1 :]])
+    for count in range(len(numbers)):
+        with pytest.raises(ValueError, match="program: "):
+            made(plan, numbers[:count])
+    with pytest.raises(ValueError, match="program: end: expected no more numbers, got 1"):
+        made(plan, [*numbers, 0])
+    for start, constants in (([], plan.constants), (plan.start, [*plan.constants, 1.0])):
+        with pytest.raises(ValueError, match="program: start and constants"):
+            _core.machine_plan(np.array(numbers, np.int32), start, constants)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_numbers_are_refused_or_do_no_harm(seed):
+    plan = program.plan(everywhere)
+    numbers, rng = plan.numbers(), np.random.default_rng(seed)
+    for _ in range(500):
+        with pytest.raises(ValueError, match="program: "):
+            made(plan, np.frombuffer(rng.bytes(4 * len(numbers)), np.int32))
+        changed = np.array(numbers)
+        some = rng.integers(0, len(numbers), 4)
+        changed[some] = rng.integers(-1, 12, 4)
+        run_plan(plan, changed)
+
+
+def test_numbers_of_another_kind():
+    plan = program.plan(PEEPHOLE)
+    numbers = np.array(plan.numbers())
+    with pytest.raises(TypeError, match="numbers: expected int32"):
+        _core.machine_plan(numbers, plan.start, plan.constants)
+    with pytest.raises(ValueError, match="numbers: expected one axis"):
+        _core.machine_plan(numbers[None].astype(np.int32), plan.start, plan.constants)
+    with pytest.raises(TypeError, match="numbers: expected an array"):
+        _core.machine_plan(plan.numbers(), plan.start, plan.constants)
