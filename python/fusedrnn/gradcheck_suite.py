@@ -460,11 +460,10 @@ def _prove(cell_name: str, cell: Cell, option: str, size: Shape, seed: int) -> R
                 ),
             )
         else:
-            shape = (len(p.weights), *p.dstateT[0].shape[1:])
-            starts = cell.trace.start.values()
-            begin = lifted.state0 or tuple(np.full(shape, n, np.clongdouble) for n in starts)
+            starts = zip(p.dstateT, cell.trace.start.values(), strict=True)
+            begin = lifted.state0 or tuple(np.full(d.shape, n, np.clongdouble) for d, n in starts)
             k = cell.states.index(name[1:-1])
-            begin = tuple(s + steps[0].reshape(shape) if k == n else s for n, s in enumerate(begin))
+            begin = tuple(s + steps[0].reshape(s.shape) if k == n else s for n, s in enumerate(begin))
             moved = dataclasses.replace(lifted, state0=begin)
         out = _results(moved, "reference", upstream=False)
         loss = np.where(valid, out["y"][0] * p.dy, 0).sum()

@@ -462,6 +462,8 @@ GOLDEN = {
     "lstm-norm float64": "4adf99e2cdcc2520",
     "gru-norm float32": "8f50aa588c0596fe",
     "gru-norm float64": "9307789e150cf280",
+    "lstm-projected float32": "206ce3d6354b3e1b",
+    "lstm-projected float64": "b6f84e3885fa06fc",
 }
 
 
