@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -309,3 +311,15 @@ def test_a_cell_inside_a_function_is_not_pickled():
         pickle.dumps(hidden)
     for one in (mgu, lstm, lstm.with_options(layer_norm=True)):
         assert pickle.loads(pickle.dumps(one)) == one
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+
+def test_the_page(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "cells.md").read_text()
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert names["y"].shape == (50, 8, 32)
+    assert "mgu(p, x, h)\n  weight_ih: f n\n" in capsys.readouterr().out
