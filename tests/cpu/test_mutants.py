@@ -32,7 +32,7 @@ ROOT = TESTS.parent
 FLAGS = {"avx2": ["-mavx2", "-mfma"], "neon": [], "portable": []}  # the first that runs here
 COMMON = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 COMMON += ["-Werror=unused-value"]  # part of a list as one of two expressions: a comma operator
-SHARED = ["module", "dispatch", "threads", "openmp", "arena", "isa", "timing", "switch"]
+SHARED = ["module", "dispatch", "threads", "openmp", "arena", "isa", "timing", "machine/plan", "switch"]
 MUTATED = ["kernels_float", "kernels_double", "run"]  # longest first
 SWITCH = 'extern "C" __attribute__((visibility("default"))) int fusedrnn_mutant;\n'
 ALL_OFF = SWITCH + "int fusedrnn_mutant = 0;\n"
@@ -119,6 +119,10 @@ def call(*command, **how):
     return done.stdout
 
 
+def object_of(name):
+    return f"{Path(name).name}.o"
+
+
 def compile_object(csrc, name, target):
     """One object of the module, from this copy of csrc."""
     isa = level()
@@ -158,12 +162,12 @@ def modules(tmp_path_factory, pool):
             (csrc / file).write_text(text)
         (csrc / "cpu" / "switch.cpp").write_text(ALL_OFF)
         for name in [*MUTATED, *(SHARED if k == 0 else [])]:
-            jobs.append(pool.submit(compile_object, csrc, name, folder / f"{k}" / f"{name}.o"))
+            jobs.append(pool.submit(compile_object, csrc, name, folder / f"{k}" / object_of(name)))
     for job in jobs:
         job.result()
     for k in range(len(made)):
-        objects = [folder / f"{k}" / f"{name}.o" for name in MUTATED]
-        objects += [folder / "0" / f"{name}.o" for name in SHARED]
+        objects = [folder / f"{k}" / object_of(name) for name in MUTATED]
+        objects += [folder / "0" / object_of(name) for name in SHARED]
         call(compiler(), "-shared", "-pthread", *objects, "-o", folder / f"{k}" / "_core.so")
     return [(tree, folder / f"{k}" / "_core.so") for k, tree in enumerate(made)]
 

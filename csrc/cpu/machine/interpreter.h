@@ -6,6 +6,7 @@
 #pragma once
 #include "cpu/machine/job.h"
 #include "cpu/tile.h"
+#include "simd/log.h"
 #include "simd/vec.h"
 
 namespace fusedrnn {
@@ -91,29 +92,17 @@ FUSEDRNN_NOINLINE void add_to(const Frame<V>& f, const Place<typename V::scalar>
     each_at<V>(f, place, value, d, [](T* from, T* to, Index) { (V::load(to) + V::load(from)).store(to); });
 }
 
-// By the C library, one number after the other.
-FUSEDRNN_INLINE float scalar_log(float x) { return __builtin_logf(x); }
-FUSEDRNN_INLINE double scalar_log(double x) { return __builtin_log(x); }
-FUSEDRNN_INLINE float scalar_log1p(float x) { return __builtin_log1pf(x); }
-FUSEDRNN_INLINE double scalar_log1p(double x) { return __builtin_log1p(x); }
 FUSEDRNN_INLINE float scalar_sqrt(float x) { return __builtin_sqrtf(x); }
 FUSEDRNN_INLINE double scalar_sqrt(double x) { return __builtin_sqrt(x); }
-
-template <class V, class F>
-FUSEDRNN_INLINE V by_lane(V x, F f) {
+template <class V>
+FUSEDRNN_INLINE V sqrt(V x) {
   alignas(64) typename V::scalar lanes[V::lanes];
   x.store(lanes);
-  for (auto& lane : lanes) lane = f(lane);
+  for (auto& lane : lanes) lane = scalar_sqrt(lane);
   return V::load(lanes);
 }
 
-// log(1 + exp(x)), with exp of -x or x, whichever cannot overflow.
-template <class V>
-FUSEDRNN_INLINE V softplus(V x) {
-  return relu(x) + by_lane(exp(-abs(x)), [](auto e) { return scalar_log1p(e); });
-}
-
-// The one that `first` is true for, the first where they are equal; their sum where one is NaN.
+// a or b by masks that are both false where one of them is NaN: then their sum, which is NaN too.
 template <class V, class Mask>
 FUSEDRNN_INLINE V one_of(V a, V b, Mask a_or_equal, Mask second) {
   return select(a_or_equal, a, select(second, b, a + b));
@@ -182,10 +171,10 @@ FUSEDRNN_NOINLINE void interpret(const Instruction* code, int count, const Frame
         each<V>(n, step, d, [](V x) { return exp(x); }, a);
         break;
       case Operation::log:
-        each<V>(n, step, d, [](V x) { return by_lane(x, [](T y) { return scalar_log(y); }); }, a);
+        each<V>(n, step, d, [](V x) { return log(x); }, a);
         break;
       case Operation::sqrt:
-        each<V>(n, step, d, [](V x) { return by_lane(x, [](T y) { return scalar_sqrt(y); }); }, a);
+        each<V>(n, step, d, [](V x) { return sqrt(x); }, a);
         break;
       case Operation::softplus:
         each<V>(n, step, d, [](V x) { return softplus(x); }, a);

@@ -81,10 +81,10 @@ struct MachineCall {
   const T* constants;
   const T* const* state0;  // of each state (B, H) or null
   const T* const* start;   // of each state H times what it starts from
-  T* const* state;         // of each state [depth][B][H]: every step's, or those of the last ones
-  const Index* depth;
-  T* saved;  // [saved_depth][B] rows of [block][saved value][16], or null
-  Index saved_depth;
+  T* const* state;         // of each state [step][B][H], the first is y
+  T* saved;                // [step][B] rows of [block][saved value][16], or null
+  // Where step t lies: at t & kept. All bits: every step is kept. 1: of the states but y two steps, in turn; 0: one.
+  Index states_kept, saved_kept;
   T* carried;    // [B][block][carried value][16]
   char* tables;  // per thread: pointers
   Index tables_step;

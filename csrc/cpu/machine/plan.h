@@ -10,7 +10,7 @@ namespace fusedrnn::cpu {
 
 // Largest numbers; std::invalid_argument says which is larger.
 struct MachineLimits {
-  static constexpr int states = 16, operands = 64, accumulators = 64, vectors = 64, saved = 255, carried = 255,
+  static constexpr int states = 16, operands = 48, accumulators = 64, vectors = 64, saved = 255, carried = 255,
                        constants = 255, rounds = 64, instructions = 1 << 14, registers = 255;
 };
 constexpr int kMachineVectors = 24;  // of a register: those of the widest tile

@@ -11,7 +11,7 @@ using cpu::MachineCall;
 template <class V>
 struct MachineRows {
   using T = typename V::scalar;
-  static constexpr int kMaxPlaces = 256;
+  static constexpr int kMaxPlaces = 128;
 
   const MachineCall<T>& call;
   Place<T> places[kMaxPlaces] = {};
@@ -38,7 +38,7 @@ struct MachineRows {
   }
 
   T* state_row(int s, Index t, Index b) const {
-    return call.state[s] + (t % call.depth[s] * call.steps.B + b) * call.H;
+    return call.state[s] + ((s ? t & call.states_kept : t) * call.steps.B + b) * call.H;
   }
   const T* start_row(int s, Index b) const { return call.state0[s] ? call.state0[s] + b * call.H : call.start[s]; }
   const T* state_before(int s, Index t, Index b) const {
@@ -54,7 +54,7 @@ struct MachineRows {
 
   // Row i of the step is row b of the batch. Programs load from states before and never store there.
   void select(Index i, Index t, Index b) {
-    put(cpu::kSaved, i, call.saved, (t % call.saved_depth * call.steps.B + b) * (call.saved_count * call.H));
+    put(cpu::kSaved, i, call.saved, ((t & call.saved_kept) * call.steps.B + b) * (call.saved_count * call.H));
     put(cpu::kCarried, i, call.carried, b * (call.carried_count * call.blocks * kBlock));
     for (int s = 0; s < call.states; ++s) {
       put(before(s), i, const_cast<T*>(state_before(s, t, b)), 0);
