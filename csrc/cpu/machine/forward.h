@@ -109,7 +109,13 @@ struct MachineForwardLoop {
 
   bool run_round(const MachineRound& round) const {
     Frame<V> frame = rows.frame(worker.region.thread);
-    const Tiling tiles(count, height(round)), panels(block_end - block_begin, width(round));
+    const Index blocks = block_end - block_begin;
+    if (count == 1 && blocks <= kOneRow) {  // one tile: the divisions below would take as long as a part of it
+      for (Index lane = 0; lane < kBlock && blocks; lane += V::lanes)
+        tile(round, frame, 0, 1, block_begin, int(blocks), lane);
+      return worker.poll() && (worker.by_rows || worker.barrier());
+    }
+    const Tiling tiles(count, height(round)), panels(blocks, width(round));
     const Index outer = call.rows_outside ? tiles.pieces : panels.pieces,
                 inner = call.rows_outside ? panels.pieces : tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
