@@ -18,7 +18,7 @@ using Index = int64_t;
 constexpr Index kBlock = 16;  // hidden units per block, on every instruction set and dtype
 
 constexpr Part kProjection = {0, 1, {0}};  // weight_hr: its rows in their own order
-constexpr int kMaxGroups = 64;  // of columns of the joint rows that share their accumulators: cpu/backward.h
+constexpr int kMaxGroups = 64;             // of columns of the joint rows that share their accumulators: cpu/backward.h
 
 constexpr Index kPanelVectors = 8;  // of 16, at most: the accumulators of a panel of blocks
 

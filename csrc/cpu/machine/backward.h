@@ -74,17 +74,18 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       any |= follows;
     }
     Frame<V> frame = places.frame(worker.region.thread);
-    return this->tiles(n, this->block_begin, this->block_end, [&](Index first, int m, Index block, int wide, Index lane) {
-      places.set_tile(frame, first, m, block, wide, lane);
-      if (outside && lane == 0) prefetch(frame);
-      for (int s = 0; s < call.states; ++s) {
-        T* const d = frame.registers + s * m * wide * V::lanes;
-        if (any && job.operand_of[s] >= 0)
-          operand_gradient(job.operand_of[s], this->rows.da + first, block, lane, m, wide, d);
-        state_gradient(s, outside, frame, d);
-      }
-      then(frame);
-    });
+    return this->tiles(n, this->block_begin, this->block_end,
+                       [&](Index first, int m, Index block, int wide, Index lane) {
+                         places.set_tile(frame, first, m, block, wide, lane);
+                         if (outside && lane == 0) prefetch(frame);
+                         for (int s = 0; s < call.states; ++s) {
+                           T* const d = frame.registers + s * m * wide * V::lanes;
+                           if (any && job.operand_of[s] >= 0)
+                             operand_gradient(job.operand_of[s], this->rows.da + first, block, lane, m, wide, d);
+                           state_gradient(s, outside, frame, d);
+                         }
+                         then(frame);
+                       });
   }
 
   // What the program loads, which is far away: it comes while the products are made.
@@ -132,13 +133,14 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     Frame<V> frame = places.frame(worker.region.thread);
     for (const MachineRound* round = call.rounds + 1; round != call.rounds + call.round_count; ++round) {
       if (!worker.by_rows && !worker.barrier()) return false;
-      const bool done = this->tiles(n, this->block_begin, this->block_end, [&](Index first, int m, Index block, int wide, Index lane) {
-        places.set_tile(frame, first, m, block, wide, lane);
-        for (int k = 0; k < round->operand_count; ++k)
-          operand_gradient(round->operands[k], this->rows.da + first, block, lane, m, wide,
-                           frame.registers + k * m * wide * V::lanes);
-        interpret<V>(round->code, round->count, frame);
-      });
+      const bool done = this->tiles(n, this->block_begin, this->block_end,
+                                    [&](Index first, int m, Index block, int wide, Index lane) {
+                                      places.set_tile(frame, first, m, block, wide, lane);
+                                      for (int k = 0; k < round->operand_count; ++k)
+                                        operand_gradient(round->operands[k], this->rows.da + first, block, lane, m,
+                                                         wide, frame.registers + k * m * wide * V::lanes);
+                                      interpret<V>(round->code, round->count, frame);
+                                    });
       if (!done) return false;
     }
     return true;
