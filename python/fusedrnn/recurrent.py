@@ -151,6 +151,12 @@ class Recurrent(Layer):
         """The state that the next call begins with, in attributes of its names."""
         vars(self).update(zip(self.cell.states, state, strict=True))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: a carried state without its graph, and no packed weights."""
+        own = {name: vars(self)[name] for name in self.cell.states}
+        carried = {name: None if s is None else Variable(as_variable(s)._data) for name, s in own.items()}
+        return vars(self) | carried | {"_packed": None}
+
     @property
     def state(self) -> State | None:
         """``(h,)`` or ``(h, c)``, or None after ``reset_state``. Each is ``(B, H)``, of a projection h ``(B,
