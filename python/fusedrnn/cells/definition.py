@@ -99,6 +99,11 @@ class Cell:
         """The parameters beside those of products, of one axis."""
         return tuple(name for name in self.blocks if name not in OF_PRODUCTS)
 
+    @cached_property
+    def scalars(self) -> tuple[str, ...]:
+        """The names of the numbers that each row has at each step, such as ``dt``."""
+        return tuple(self.trace.scalars)
+
     @property
     def projects(self) -> bool:
         """Whether the first state is a projection, with P columns; else P is H."""
