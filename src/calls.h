@@ -84,13 +84,13 @@ struct PyTape {
 // fusedrnn.backends.protocol.Regularization: the rates, the seed (None: evaluation) and the stream; or None.
 using PyRegularization = std::optional<std::tuple<double, double, double, std::optional<std::uint64_t>, std::uint32_t>>;
 
-Regularization regularization_of(const PyRegularization& given, CellId cell) {
+Regularization regularization_of(const PyRegularization& given, bool c) {
   if (!given) return {};
   const auto& [recurrent_dropout, zoneout_h, zoneout_c, seed, stream] = *given;
   for (const double rate : {recurrent_dropout, zoneout_h, zoneout_c})
     if (!(rate >= 0 && rate <= 1))
       throw RefusedValue("regularization: expected rates from 0 to 1, got " + std::to_string(rate));
-  if (zoneout_c > 0 && !has_c(cell)) throw RefusedValue("zoneout_c: expected 0 for a cell without c");
+  if (zoneout_c > 0 && !c) throw RefusedValue("zoneout_c: expected 0 for a cell without c");
   return {recurrent_dropout, zoneout_h, zoneout_c, seed.has_value(), seed.value_or(0), stream};
 }
 
@@ -203,7 +203,7 @@ Problem problem_of(PyTape& owner, CellId cell, const Sizes& sizes, const Options
                    nullptr,
                    options.reverse,
                    options.detach_every,
-                   regularization_of(options.regularization, cell)};
+                   regularization_of(options.regularization, has_c(cell))};
   if (options.detach_every < 0)
     throw RefusedValue("detach_every: expected 1 or more, or none, got " + std::to_string(options.detach_every));
   set_rows(owner, options.lengths, options.reset);
@@ -298,15 +298,19 @@ py::tuple forward_as(const py::object& packed_object, const py::object& x, const
   return py::make_tuple(o.y, o.hT, o.cT, o.h_states, o.c_states, kept);
 }
 
+Save save_of(int id) {
+  if (id < 0 || id > 2)
+    throw py::value_error("save: expected 0 (nothing), 1 (all) or 2 (boundary states), got " + std::to_string(id));
+  return Save(id);
+}
+
 py::tuple py_forward(const py::object& packed, const py::object& x, const py::object& h0, const py::object& c0,
                      const py::object& lengths, const py::object& reset, bool reverse, bool return_states, int save_id,
                      Index detach_every, const PyRegularization& regularization) {
   if (!py::isinstance<PyPacked>(packed))
     throw py::type_error("packed: expected what pack returned, got " + type_name(packed));
-  if (save_id < 0 || save_id > 2)
-    throw py::value_error("save: expected 0 (nothing), 1 (all) or 2 (boundary states), got " + std::to_string(save_id));
   return (is_float32(x, "x", 3) ? forward_as<float>
-                                : forward_as<double>)(packed, x, h0, c0, return_states, Save(save_id),
+                                : forward_as<double>)(packed, x, h0, c0, return_states, save_of(save_id),
                                                       {lengths, reset, reverse, detach_every, regularization});
 }
 

@@ -43,6 +43,7 @@ struct PyMachineTape {
   PlanPtr plan;
   py::object x, y;
   std::vector<py::object> weights, state0;
+  py::object packed = py::none();  // kept for boundary states only, which run forward again
   MachineTapePtr<float> f32;
   MachineTapePtr<double> f64;
   const MachineTape<float>* get(float) const { return f32.get(); }
@@ -118,10 +119,22 @@ std::vector<T*> new_states(std::vector<py::object>& out, int states, Shape shape
   return found;
 }
 
+// Of a call; the plan may only read masks that there are.
+Regularization machine_regularization(const cpu::MachinePlan& plan, const PyRegularization& given) {
+  const Regularization r = regularization_of(given, true);
+  const bool there[] = {r.drops(), r.zoneout_h > 0, r.zoneout_c > 0};
+  for (int k = 0; k < 3; ++k)
+    if (plan.reads_masks[k] && !there[k]) throw RefusedValue("plan: expected one without this mask");
+  return r;
+}
+
 template <class T>
-py::tuple machine_forward_as(const PyPackedMachine& packed, const py::object& x, const std::vector<py::object>& state0,
-                             const Options& options, bool return_states, bool save) {
-  const cpu::MachinePlan& plan = *packed.plan;
+py::tuple machine_forward_as(const py::object& packed_object, const PlanPtr& plan_of_call, const py::object& x,
+                             const std::vector<py::object>& state0, const Options& options, bool return_states,
+                             Save save) {
+  const PyPackedMachine& packed = packed_object.cast<const PyPackedMachine&>();
+  const cpu::MachinePlan& plan = *plan_of_call;
+  if (!plan.same_weights(*packed.plan)) throw RefusedValue("plan: expected one of the cell that was packed");
   const Time n = time_of(x);
   const Index H = packed.H;
   auto tape = std::make_unique<PyMachineTape>();
@@ -129,7 +142,10 @@ py::tuple machine_forward_as(const PyPackedMachine& packed, const py::object& x,
   call.plan = &plan, call.packed = packed.get(T());
   if (!call.packed) throw RefusedType("x: expected the dtype of the weights");
   if (packed.I != n.I) throw RefusedValue("x: expected " + std::to_string(packed.I) + " features");
-  call.problem = problem_of(tape->call, CellId(0), {n.T, n.B, n.I, H, H}, options);
+  problem_of(tape->call, CellId(0), {n.T, n.B, n.I, H, H}, {options.lengths, options.reset, options.reverse,
+                                                            options.detach_every});
+  tape->call.problem.regularization = machine_regularization(plan, options.regularization);
+  call.problem = tape->call.problem;
   call.x = sequence<T>(x, "x", {n.T, n.B, n.I});
   call.state0 = of_states<T>(state0, "state0", plan.states, {n.B, H});
   py::object y;
@@ -140,21 +156,26 @@ py::tuple machine_forward_as(const PyPackedMachine& packed, const py::object& x,
   call.save = save, call.poll = signals();
   tape->slot(T()) = without_gil([&] { return machine_forward<T>(call); });
   py::object kept = py::none();
-  if (save) {
-    tape->plan = packed.plan, tape->x = x, tape->y = y, tape->weights = packed.weights, tape->state0 = state0;
+  if (save != Save::nothing) {
+    if (save == Save::boundary_states) tape->packed = packed_object;
+    tape->plan = plan_of_call, tape->x = x, tape->y = y, tape->weights = packed.weights, tape->state0 = state0;
     kept = py::cast(std::move(tape));
   }
   return py::make_tuple(y, py::tuple(py::cast(stateT)),
                         return_states ? py::object(py::tuple(py::cast(states))) : py::object(py::none()), kept);
 }
 
-py::tuple py_machine_forward(const PyPackedMachine& packed, const py::object& x, const std::vector<py::object>& state0,
-                             const py::object& lengths, const py::object& reset, bool reverse, Index detach_every,
-                             bool return_states, bool save) {
-  return (is_float32(x, "x", 3) ? machine_forward_as<float>
-                                : machine_forward_as<double>)(packed, x, state0,
-                                                              {lengths, reset, reverse, detach_every}, return_states,
-                                                              save);
+py::tuple py_machine_forward(const py::object& packed, const PlanPtr& plan, const py::object& x,
+                             const std::vector<py::object>& state0, const py::object& lengths, const py::object& reset,
+                             bool reverse, Index detach_every, const PyRegularization& regularization,
+                             bool return_states, int save_id) {
+  if (!py::isinstance<PyPackedMachine>(packed))
+    throw py::type_error("packed: expected what machine_pack returned, got " + type_name(packed));
+  return (is_float32(x, "x", 3)
+              ? machine_forward_as<float>
+              : machine_forward_as<double>)(packed, plan, x, state0,
+                                            {lengths, reset, reverse, detach_every, regularization}, return_states,
+                                            save_of(save_id));
 }
 
 template <class T>
@@ -164,6 +185,7 @@ py::tuple machine_backward_as(const PyMachineTape& tape, const py::object& dy, c
   const Sizes& n = tape.call.problem.sizes;
   MachineBackwardCall<T> call{};
   call.plan = &plan, call.tape = tape.get(T()), call.problem = tape.call.problem;
+  if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPackedMachine&>().get(T());
   call.weights = machine_weights<T>(plan, tape.weights, n.I, n.H);
   call.x = sequence<T>(tape.x, "x", {n.T, n.B, n.I});
   call.y = const_cast<T*>(need<T>(tape.y, "y", {n.T, n.B, n.H}));
@@ -215,8 +237,9 @@ void define_machine(py::module_& m) {
   m.attr("MACHINE_OPERATIONS") = py::tuple(operations);
   m.def("machine_plan", &py_machine_plan, py::arg("numbers"), py::arg("start"), py::arg("constants"));
   m.def("machine_pack", &py_machine_pack, py::arg("plan"), py::arg("weights"));
-  m.def("machine_forward", &py_machine_forward, py::arg("packed"), py::arg("x"), py::arg("state0"), py::arg("lengths"),
-        py::arg("reset"), py::arg("reverse"), py::arg("detach_every"), py::arg("return_states"), py::arg("save"));
+  m.def("machine_forward", &py_machine_forward, py::arg("packed"), py::arg("plan"), py::arg("x"), py::arg("state0"),
+        py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("detach_every"), py::arg("regularization"),
+        py::arg("return_states"), py::arg("save"));
   m.def("machine_backward", &py_machine_backward, py::arg("tape"), py::arg("dy"), py::arg("dstateT"),
         py::arg("dstates"), py::arg("need"));
 }

@@ -74,7 +74,8 @@ struct Regularization {
   uint32_t stream;
   MaskRule zoneout_h, zoneout_c;
   const T* dropout;  // [B][blocks*16]: what weight_hh multiplies is multiplied with it first; or null
-  T* scratch;        // per thread: three arrays of [B][blocks*16]
+  T* scratch;        // per thread: so many arrays of [B][blocks*16]
+  int arrays;
 };
 
 // Of layer norm; null without it.

@@ -38,7 +38,8 @@ void draw_mask(const MaskRule& rule, uint64_t seed, uint32_t stream, MaskKind ki
 }
 
 // What a thread keeps of the masks of a step: arrays of [row of the step][units], filled in for its own units of h and
-// of c, which differ where h is projected.
+// of c, which differ where h is projected. The first is of an operand, then what zoneout keeps of h and c, then of more
+// operands.
 template <class T>
 struct Masks {
   const cpu::Regularization<T>& rules;
@@ -60,16 +61,16 @@ struct Masks {
     return mask ? v * V::load(mask + u) : v;
   }
   // h before the step as weight_hh meets it, of the step's row i, row b of the batch.
-  const T* operand(Index i, Index b, const T* h, Index P) const {
+  const T* operand(Index i, Index b, const T* h, Index P, Index place = 0) const {
     const T* mask = dropout(b);
     if (!mask) return h;
-    T* to = array(0) + i * units;
+    T* to = array(place) + i * units;
     for (Index u = 0; u < P; ++u) to[u] = h[u] * mask[u];
     return to;
   }
 
  private:
-  T* array(Index place) const { return rules.scratch + (thread * 3 + place) * B * units; }
+  T* array(Index place) const { return rules.scratch + (thread * rules.arrays + place) * B * units; }
   const T* keep(const MaskRule& rule, MaskKind kind, Index place, Index t, const Index* rows, Index n, Index begin,
                 Index end) const {
     if (!rule.acts) return nullptr;

@@ -144,7 +144,8 @@ MaskRule zoneout(double rate, bool training) {
 
 // For the kernels, in memory of regularization_memory's size; the mask of dropout is drawn, once for all steps.
 template <class T>
-cpu::Regularization<T> regularization_of(const Problem& problem, const cpu::Kernels<T>& kernels, T* memory) {
+cpu::Regularization<T> regularization_of(const Problem& problem, const cpu::Kernels<T>& kernels, T* memory,
+                                         int arrays = 3) {
   const Regularization& r = problem.regularization;
   if (!r.acts()) return {};
   const cpu::ControlWord word(flush_subnormals.load());
@@ -158,12 +159,13 @@ cpu::Regularization<T> regularization_of(const Problem& problem, const cpu::Kern
           zoneout(r.zoneout_h, r.training),
           zoneout(r.zoneout_c, r.training),
           r.drops() ? memory : nullptr,
-          memory + B * row};
+          memory + B * row,
+          arrays};
 }
 
-// Rows of units: the mask of dropout, and three arrays per thread.
-Index regularization_memory(const Problem& problem, int threads) {
-  return problem.regularization.acts() ? 1 + 3 * Index(threads) : 0;
+// Rows of units: the mask of dropout, and so many arrays per thread.
+Index regularization_memory(const Problem& problem, int threads, int arrays = 3) {
+  return problem.regularization.acts() ? 1 + arrays * Index(threads) : 0;
 }
 
 // Without rows there is nothing to walk through, however many steps.

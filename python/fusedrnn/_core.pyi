@@ -119,14 +119,16 @@ def machine_plan(numbers: _Array, start: list[float], constants: list[float]) ->
 def machine_pack(plan: MachinePlan, weights: list[_Array | None]) -> PackedMachine: ...
 def machine_forward(
     packed: PackedMachine,
+    plan: MachinePlan,
     x: _Array,
     state0: Sequence[_Array],
     lengths: Any,  # None, or int64, else refused
     reset: Any,  # None, or bool, else refused
     reverse: bool,
     detach_every: int,
+    regularization: _Regularization | None,
     return_states: bool,
-    save: bool,
+    save: int,
 ) -> tuple[_Array, tuple[_Array, ...], tuple[_Array, ...] | None, MachineTape | None]: ...
 def machine_backward(
     tape: MachineTape,

@@ -43,8 +43,8 @@ class Option:
     bidirectional: bool = False
     dropout: float = 0.0
     save: str = "all"
-    recurrent_dropout: float = 0.0
-    zoneout: float = 0.0  # of h, and of c where there is one
+    recurrent_dropout: float = 0.0  # of cells with weight_hh
+    zoneout: float = 0.0  # of h and c, where they are
     layer_norm: bool = False
 
 
@@ -318,9 +318,10 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
         rest = {n: cuda.as_cupy(a) for n in ("lengths", "reset") if (a := getattr(p, n)) is not None}
         p = dataclasses.replace(p, **rest)
     option, names = p.option, p.cell.states
+    dropout = option.recurrent_dropout if "weight_hh" in p.cell.blocks else 0.0
     zoneout_h, zoneout_c = (option.zoneout if state in names else 0.0 for state in "hc")
     shared: dict[str, Any] = {
-        "regularization": Regularization(option.recurrent_dropout, zoneout_h, zoneout_c, len(p.x)),
+        "regularization": Regularization(dropout, zoneout_h, zoneout_c, len(p.x)),
         "lengths": p.lengths,
         "reset": p.reset,
         "return_states": option.return_states,

@@ -1,7 +1,7 @@
 // The time loop backward of a cell that is a program. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "cpu/backward.h"
-#include "cpu/machine/rows.h"
+#include "cpu/machine/forward.h"
 
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
@@ -19,7 +19,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
   using Base::worker, Base::B, Base::units, Base::count;
 
   const MachineBackward<T>& job;
-  const MachineCall<T>& call;
+  MachineCall<T> call;  // its own: of the chunk at hand
   MachineRows<V> places;
   Index* at;  // of each row of the step, t * B + b
 
@@ -27,7 +27,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       : Base(*job_.base, worker_, *job_.shape, false),
         job(job_),
         call(job_.call),
-        places(job_.call, worker_.region.thread) {
+        places(call, worker_.region.thread) {
     for (int g = 0; g < job.group_count; ++g)
       this->weights.groups.add(job.groups[g].column, job.groups[g].columns, job.groups[g].first, job.groups[g].count);
     at = reinterpret_cast<Index*>(places.table + places.count() * B);
@@ -50,6 +50,8 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       at[i] = t * B + b;
       this->rows.at[i].b = b, this->rows.at[i].after = this->chain_of(t, b);
     }
+    places.select_masks(places.masks(worker.region.thread, this->block_begin, this->block_end), t, this->rows.b + begin,
+                        end - begin);
   }
 
   // acc[wide][m] = the gradient of an operand, from rows of da.
@@ -105,7 +107,8 @@ struct MachineBackwardLoop : BackwardSteps<V> {
   FUSEDRNN_NOINLINE void state_gradient(int s, bool outside, const Frame<V>& f, T* d) const {
     const bool chain = job.operand_of[s] >= 0;
     const T *const direct = job.direct[s], *const last = job.dstateT[s], *const dy = outside && !s ? job.dy : nullptr,
-                   *const every = outside ? job.dstates[s] : nullptr;
+                   *const every = outside ? job.dstates[s] : nullptr, *const dropout = call.regularization.dropout;
+    const bool regularized = dropout || call.regularization.zoneout_h.acts || call.regularization.zoneout_c.acts;
     for (int w = 0; w < f.wide; ++w)
       for (int i = 0; i < f.rows; ++i, d += V::lanes) {
         const BackwardRow<T>& row = this->rows.at[f.first + i];
@@ -113,7 +116,9 @@ struct MachineBackwardLoop : BackwardSteps<V> {
         V v = V::zero();
         if (row.after == After::product) {
           if (chain) v = V::load(d);
+          if (chain && dropout) v = v * V::load(dropout + row.b * units + u);
           if (direct) v = chain ? v + V::load(direct + row.b * units + u) : V::load(direct + row.b * units + u);
+          if (regularized) v = v + V::zero();  // as in the compiled cells, whose direct gradient is then a sum
         } else if (row.after == After::final_state && last) {
           v = V::load(last + row.b * call.H + u, in_row);
         }
@@ -158,6 +163,10 @@ struct MachineBackwardLoop : BackwardSteps<V> {
         if (call.state_of[o] >= 0)
           __builtin_memcpy(row + job.column_of[o], places.state_before(call.state_of[o], t, b),
                            size_t(call.H) * sizeof(T));
+      if (const T* dropout = call.regularization.dropout)
+        for (int o = 1; o < call.operands; ++o)
+          for (Index u = 0; call.state_of[o] >= 0 && u < call.H; ++u)
+            row[job.column_of[o] + u] *= dropout[b * units + u];
     }
   }
 
@@ -210,11 +219,23 @@ struct MachineBackwardLoop : BackwardSteps<V> {
         }
   }
 
+  // Runs forward again over a chunk, from the states before it.
+  bool replay(Index s_begin, Index s_end) {
+    call.first = call.steps.reverse ? call.steps.T - s_end : s_begin;
+    call.boundary_time = call.steps.reverse ? call.steps.T - s_begin : s_begin - 1;
+    call.boundary =
+        job.boundary_states + (call.steps.T - s_end) / Base::job.chunk_steps * (call.states - 1) * B * call.H;
+    MachineForward<T> again = *job.replay;
+    again.call.first = call.first, again.call.boundary_time = call.boundary_time, again.call.boundary = call.boundary;
+    return MachineForwardLoop<V>(again, worker).walk(s_begin, s_end);
+  }
+
   bool run() {
     Index s_end = call.steps.T;
     do {
       const Index chunk = Base::job.chunk_steps, s_begin = s_end > chunk ? s_end - chunk : 0;
       this->list_rows(s_end, s_begin);
+      if (job.replay && !replay(s_begin, s_end)) return false;
       for (Index s = s_end - 1, k = 0; s >= s_begin; --s, ++k) {
         Index begin = this->rows.first_of_step[k], end = this->rows.first_of_step[k + 1];
         this->own_rows(begin, end);

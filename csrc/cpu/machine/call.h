@@ -27,8 +27,8 @@ using PackedMachinePtr = std::unique_ptr<PackedMachine<T>, MachineDeleter<T>>;
 template <class T>
 using MachineTapePtr = std::unique_ptr<MachineTape<T>, MachineDeleter<T>>;
 
-// The problem's cell is of no meaning, and it is not regularized. Of each state (B, H), or (T, B, H) in `states` and
-// `dstates`; null: none.
+// The problem's cell is of no meaning. The plan is that of the weights, or has the same products and vectors: another
+// one where the call is regularized. Of each state (B, H), or (T, B, H) in `states` and `dstates`; null: none.
 template <class T>
 struct MachineForwardCall {
   const cpu::MachinePlan* plan;
@@ -38,7 +38,7 @@ struct MachineForwardCall {
   std::vector<const T*> state0;
   T* y;
   std::vector<T*> stateT, states;
-  bool save;
+  Save save;
   Poll poll;
 };
 
@@ -46,6 +46,7 @@ template <class T>
 struct MachineBackwardCall {
   const cpu::MachinePlan* plan;
   const MachineTape<T>* tape;
+  const PackedMachine<T>* packed;  // of boundary states, which run forward again; else it is not read
   MachineWeights<const T> weights;  // as they were in forward
   Problem problem;
   Sequence<const T> x;

@@ -21,6 +21,7 @@ struct MachineForwardLoop {
   const Worker& worker;
   MachineRows<V> rows;
   const T** x;  // of each row of the step
+  Index* batch;  // and which row of the batch it is
   Index count = 0;
   Index row_begin, row_end, block_begin, block_end;  // this thread's
 
@@ -32,25 +33,37 @@ struct MachineForwardLoop {
     block_begin = worker.by_rows ? 0 : call.blocks * i / n;
     block_end = worker.by_rows ? call.blocks : call.blocks * (i + 1) / n;
     x = const_cast<const T**>(rows.table + rows.count() * call.steps.B);
+    batch = reinterpret_cast<Index*>(x + call.steps.B);
     rows.set(cpu::kSaved, call.saved, call.saved_count, false, job.stream);
-    for (int o = 1; o < call.operands; ++o) rows.set(rows.operand(o), job.computed[o], 1, true);
+    for (int o = 1; o < call.operands; ++o)
+      rows.set(rows.operand(o), job.computed[o] || call.regularization.dropout, 1, true);
   }
 
   // The rows of a step, and how many there are.
   FUSEDRNN_NOINLINE void select_rows(Index t) {
+    const Masks<T> masks = rows.masks(worker.region.thread, block_begin, block_end);
     count = 0;
     for (Index b = row_begin; b < row_end; ++b) {
       if (!valid(call.steps, t, b)) continue;
       x[count] = call.x + t * call.x_step + b * call.x_row;
       rows.select(count, t, b);
-      for (int o = 1; o < call.operands; ++o)
-        rows.put(rows.operand(o), count, job.computed[o], b * (call.blocks * kBlock));
-      ++count;
+      for (int o = 1; o < call.operands; ++o) {
+        if (job.computed[o])
+          rows.put(rows.operand(o), count, job.computed[o], b * masks.units);
+        else if (call.regularization.dropout)
+          rows.put(rows.operand(o), count,
+                   const_cast<T*>(masks.operand(count, b, rows.state_before(call.state_of[o], t, b), call.H,
+                                                MachineCall<T>::array_of(o))),
+                   0);
+      }
+      batch[count++] = b;
     }
+    rows.select_masks(masks, t, batch, count);
   }
   const T* const* operand_rows(int o) const {
+    if (o == 0) return x;
     const int state = call.state_of[o];
-    return o == 0 ? x : rows.places[state < 0 ? rows.operand(o) : rows.before(state)].rows;
+    return rows.places[state < 0 || call.regularization.dropout ? rows.operand(o) : rows.before(state)].rows;
   }
 
   // Blocks of a tile, whose sums fill the vector registers.
@@ -151,15 +164,34 @@ struct MachineForwardLoop {
     }
   }
 
-  bool run() {
-    for (Index s = 0; s < call.steps.T; ++s) {
+  // The states but y before step s, if a chunk begins there: chunks are counted from the end.
+  FUSEDRNN_NOINLINE void keep_boundary(Index s) const {
+    const Steps& steps = call.steps;
+    const Index left = steps.T - s, t = time_of(steps, s - 1), H = call.H;
+    if (!left || left % job.chunk_steps) return;
+    T* to = job.boundary_states + (left / job.chunk_steps - 1) * (call.states - 1) * steps.B * H;
+    const Index first = block_begin * kBlock, end = block_end < call.blocks ? block_end * kBlock : H;
+    for (int k = 1; k < call.states; ++k, to += steps.B * H)
+      for (Index b = row_begin; b < row_end; ++b)
+        if (valid(steps, t, b))
+          __builtin_memcpy(to + b * H + first, rows.state_row(k, t, b) + first, size_t(end - first) * sizeof(T));
+  }
+
+  // Steps [begin, end).
+  FUSEDRNN_NOINLINE bool walk(Index begin, Index end) {
+    for (Index s = begin; s < end; ++s) {
       select_rows(time_of(call.steps, s));
       for (int r = 0; r < call.round_count; ++r)
         if (!run_round(call.rounds[r])) return false;
+      if (job.boundary_states) keep_boundary(s + 1);
     }
     if constexpr (V::whole_lines)
       if (job.stream) V::fence();
-    if (!worker.barrier()) return false;
+    return worker.barrier();
+  }
+
+  bool run() {
+    if (!walk(0, call.steps.T)) return false;
     finish();
     return true;
   }

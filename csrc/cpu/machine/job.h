@@ -33,13 +33,16 @@ struct Instruction {
 };
 
 // Places in memory that instructions load from and store to: these, then of each state before the step, after it and
-// its direct gradient, then the operands from the second on (the first is x).
-enum : int { kSaved, kCarried, kGradients, kSums, kStates };
+// its direct gradient, then the operands from the second on (the first is x). kDropout, kKeepH and kKeepC are the masks
+// of recurrent dropout and zoneout.
+enum : int { kSaved, kCarried, kGradients, kSums, kDropout, kKeepH, kKeepC, kStates };
 
 template <class T>
 struct Packed;
 template <class T>
 struct BackwardJob;
+template <class T>
+struct Regularization;
 struct CellShape;
 
 // What one operand gives to neighbouring accumulators of the cell, at most four.
@@ -83,8 +86,12 @@ struct MachineCall {
   const T* const* start;   // of each state H times what it starts from
   T* const* state;         // of each state [step][B][H], the first is y
   T* saved;                // [step][B] rows of [block][saved value][16], or null
-  // Where step t lies: at t & kept. All bits: every step is kept. 1: of the states but y two steps, in turn; 0: one.
-  Index states_kept, saved_kept;
+  // Where step t lies: at (t - first) & kept. All bits: every step is kept, or those of a chunk, from `first` on. 1: of
+  // the states but y two steps, in turn; 0: one.
+  Index states_kept, saved_kept, first;
+  Index boundary_time;  // of a chunk, that of the step before it, or -1
+  const T* boundary;    // the states but y after that: [state][B][H]
+  T* y_again;           // where the first state goes when forward runs again: one step (B, H); else null
   T* carried;    // [B][block][carried value][16]
   char* tables;  // per thread: pointers
   Index tables_step;
@@ -92,6 +99,9 @@ struct MachineCall {
   int register_count;
   Index registers_step;
   bool rows_outside;
+  Regularization<T> regularization;
+  // Where cpu/masks.h has an operand as dropout leaves it.
+  static int array_of(int operand) { return operand == 1 ? 0 : operand + 1; }
 };
 
 template <class T>
@@ -104,6 +114,8 @@ struct MachineForward {
   bool stream;         // saved is larger than the caches
   T* const* stateT;    // of each state (B, H)
   T* const* states;    // of each state (T, B, H) or null
+  T* boundary_states;  // [chunk][state but y][B][H]: before each chunk, counted from the end, but the first; or null
+  Index chunk_steps;
 };
 
 // The gradient of a block of weights or biases: the column of the joint rows where it begins, and how many.
@@ -139,6 +151,8 @@ struct MachineBackward {
   T* const* direct;    // of each state [B][blocks * 16], or null: it has no such gradient
   T* sums;             // [B][block][vector][16], or null
   T* const* dvectors;  // of each vector (H) or null
+  const MachineForward<T>* replay;  // with boundary states: makes the saved values and states of a chunk; else null
+  const T* boundary_states;
 };
 
 }  // namespace cpu

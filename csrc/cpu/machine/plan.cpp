@@ -72,6 +72,7 @@ int values_at(const MachinePlan& plan, int place, Operation op, bool backward) {
   if (place == kCarried) return load || store ? backward ? plan.carried_back : plan.carried : 0;
   if (place == kGradients) return store && backward ? plan.accumulators : 0;
   if (place == kSums) return op == Operation::add_to ? backward ? int(plan.vectors.size()) : 0 : 0;
+  if (place < kStates) return load;  // a mask
   const int state = place - kStates, S = plan.states;
   if (state < S) return load;                              // before the step
   if (state < 2 * S) return load || (store && !backward);  // after it
@@ -79,7 +80,7 @@ int values_at(const MachinePlan& plan, int place, Operation op, bool backward) {
   return store && plan.state_of[std::size_t(state - 3 * S + 1)] < 0;
 }
 
-std::vector<Instruction> read_code(Numbers& numbers, const MachinePlan& plan, bool backward, int& registers) {
+std::vector<Instruction> read_code(Numbers& numbers, MachinePlan& plan, bool backward, int& registers) {
   std::vector<Instruction> code(std::size_t(numbers.next("instructions", 0, Limits::instructions)));
   const int places = kStates + 3 * plan.states + plan.operands - 1;
   for (Instruction& in : code) {
@@ -104,6 +105,7 @@ std::vector<Instruction> read_code(Numbers& numbers, const MachinePlan& plan, bo
         registers = std::max(registers, in.d + in.c + 1);
         below("place", in.a, places);
         below("value of a place", in.b + in.c, values_at(plan, in.a, in.op, backward));
+        if (in.a >= kDropout && in.a < kStates) plan.reads_masks[in.a - kDropout] = true;
         break;
       case Operation::store:
       case Operation::add_to:
@@ -180,6 +182,15 @@ MachinePlan::MachinePlan(const std::int32_t* data, std::size_t count, std::vecto
     round.code = read_code(numbers, *this, true, registers);
   }
   numbers.finish();
+}
+
+bool MachinePlan::same_weights(const MachinePlan& other) const {
+  const auto rounds_alike = [](const Round& a, const Round& b) { return a.accumulators == b.accumulators; };
+  return this == &other ||
+         (states == other.states && start == other.start && state_of == other.state_of && products == other.products &&
+          parameters == other.parameters && vectors == other.vectors &&
+          std::equal(blocks, blocks + kPlain, other.blocks) &&
+          std::equal(forward.begin(), forward.end(), other.forward.begin(), other.forward.end(), rounds_alike));
 }
 
 }  // namespace fusedrnn::cpu

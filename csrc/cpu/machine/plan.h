@@ -18,9 +18,13 @@ constexpr int kMachineVectors = 24;  // of a register: those of the widest tile
 struct MachinePlan {
   struct Product {
     int accumulator, operand, weight, bias;  // blocks of H rows; bias: -1 where there is none
+    bool operator==(const Product& o) const {
+      return accumulator == o.accumulator && operand == o.operand && weight == o.weight && bias == o.bias;
+    }
   };
   struct Vector {
     int parameter, block;
+    bool operator==(const Vector& o) const { return parameter == o.parameter && block == o.block; }
   };
   struct Round {
     int accumulators;           // forward
@@ -40,10 +44,13 @@ struct MachinePlan {
   std::vector<Vector> vectors;
   std::vector<Round> forward, backward;
   bool reads_saved = false;  // forward, in a later round
+  bool reads_masks[3] = {};  // of dropout, of zoneout on h and on c
 
   // std::invalid_argument for whatever is out of range: no program reads or writes beside its call's memory.
   MachinePlan(const std::int32_t* numbers, std::size_t count, std::vector<double> start_,
               std::vector<double> constants_);
+  // Whether weights that are packed for one are packed for the other.
+  bool same_weights(const MachinePlan& other) const;
 };
 
 }  // namespace fusedrnn::cpu

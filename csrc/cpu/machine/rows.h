@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/kernels.h"
 #include "cpu/machine/interpreter.h"
+#include "cpu/masks.h"
 
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
@@ -21,6 +22,9 @@ struct MachineRows {
       : call(call_), table(reinterpret_cast<T**>(call_.tables + thread * call_.tables_step)) {
     set(cpu::kSaved, call.saved, call.saved_count, false);
     set(cpu::kCarried, call.carried, call.carried_count, true);
+    set(cpu::kDropout, call.regularization.dropout, 1, true);
+    set(cpu::kKeepH, call.regularization.zoneout_h.acts, 1, true);
+    set(cpu::kKeepC, call.regularization.zoneout_c.acts, 1, true);
     for (int s = 0; s < call.states; ++s) set(before(s), true, 1, false), set(after(s), true, 1, false);
   }
 
@@ -38,13 +42,17 @@ struct MachineRows {
   }
 
   T* state_row(int s, Index t, Index b) const {
-    return call.state[s] + ((s ? t & call.states_kept : t) * call.steps.B + b) * call.H;
+    return call.state[s] + ((s ? (t - call.first) & call.states_kept : t) * call.steps.B + b) * call.H;
+  }
+  const T* previous_row(int s, Index t, Index b) const {
+    if (s && t == call.boundary_time) return call.boundary + ((s - 1) * call.steps.B + b) * call.H;
+    return state_row(s, t, b);
   }
   const T* start_row(int s, Index b) const { return call.state0[s] ? call.state0[s] + b * call.H : call.start[s]; }
   const T* state_before(int s, Index t, Index b) const {
     switch (fusedrnn::FUSEDRNN_LEVEL::before(call.steps, t, b)) {
       case Before::previous:
-        return state_row(s, call.steps.reverse ? t + 1 : t - 1, b);
+        return previous_row(s, call.steps.reverse ? t + 1 : t - 1, b);
       case Before::start:
         return start_row(s, b);
       default:
@@ -54,11 +62,24 @@ struct MachineRows {
 
   // Row i of the step is row b of the batch. Programs load from states before and never store there.
   void select(Index i, Index t, Index b) {
-    put(cpu::kSaved, i, call.saved, ((t & call.saved_kept) * call.steps.B + b) * (call.saved_count * call.H));
+    put(cpu::kSaved, i, call.saved, (((t - call.first) & call.saved_kept) * call.steps.B + b) * (call.saved_count * call.H));
     put(cpu::kCarried, i, call.carried, b * (call.carried_count * call.blocks * kBlock));
     for (int s = 0; s < call.states; ++s) {
       put(before(s), i, const_cast<T*>(state_before(s, t, b)), 0);
-      put(after(s), i, state_row(s, t, b), 0);
+      put(after(s), i, s || !call.y_again ? state_row(s, t, b) : call.y_again + b * call.H, 0);
+    }
+  }
+  // Of the blocks [begin, end).
+  Masks<T> masks(Index thread, Index begin, Index end) const {
+    return {call.regularization, thread, call.steps.B, call.blocks * kBlock, begin, end, begin, end};
+  }
+  // Draws the masks of the n rows b of a step.
+  void select_masks(const Masks<T>& masks, Index t, const Index* b, Index n) {
+    const T *const keep_h = masks.keep_h(t, b, n), *const keep_c = masks.keep_c(t, b, n);
+    for (Index i = 0; i < n; ++i) {
+      put(cpu::kDropout, i, const_cast<T*>(masks.dropout(b[i])), 0);
+      put(cpu::kKeepH, i, const_cast<T*>(keep_h), i * masks.units);
+      put(cpu::kKeepC, i, const_cast<T*>(keep_c), i * masks.units);
     }
   }
 

@@ -11,8 +11,11 @@ namespace fusedrnn {
 template <class T>
 struct MachineTape {
   Buffer memory;
+  // Of every step; null where forward runs again.
   T* saved;
-  std::vector<T*> state;  // of each state every step's; y is that of the first
+  std::vector<T*> state;  // of each state; y is that of the first
+  bool replays;
+  T* boundary_states;  // see cpu::MachineForward
 };
 
 using cpu::MachinePlan;
@@ -28,6 +31,9 @@ struct MachineNumbers {
     constants = layout.take({Index(plan.constants.size())});
     start = layout.take({plan.states, H});
   }
+  void fill_constants(const MachinePlan& plan) {
+    for (std::size_t k = 0; k < plan.constants.size(); ++k) constants[k] = T(plan.constants[k]);
+  }
   void fill(const MachinePlan& plan, Index H, const MachineWeights<const T>& weights) {
     const Index row = blocks_of(H) * kBlock;
     T* to = vectors;
@@ -36,7 +42,7 @@ struct MachineNumbers {
       std::fill(std::copy(from, from + H, to), to + row, T(0));
       to += row;
     }
-    for (std::size_t k = 0; k < plan.constants.size(); ++k) constants[k] = T(plan.constants[k]);
+    fill_constants(plan);
     start_of.clear();
     for (int s = 0; s < plan.states; ++s) {
       std::fill(start + s * H, start + (s + 1) * H, T(plan.start[std::size_t(s)]));
@@ -70,7 +76,7 @@ struct MachineScratch {
   T* registers;
 
   MachineScratch(const MachinePlan& plan, Index B)
-      : tables_step(lines<char>((cpu::kStates + 3 * plan.states + plan.operands) * B * Index(sizeof(T*)))),
+      : tables_step(lines<char>((cpu::kStates + 3 * plan.states + plan.operands + 1) * B * Index(sizeof(T*)))),
         registers_step(plan.registers * cpu::kMachineVectors * (64 / Index(sizeof(T)))) {}
   void take(Layout<T>& layout, int threads) {
     tables = reinterpret_cast<char*>(layout.take({threads, tables_step / Index(sizeof(T))}));
@@ -84,6 +90,19 @@ std::vector<cpu::MachineRound> rounds_of(const std::vector<MachinePlan::Round>& 
     found.push_back({r.code.data(), int(r.code.size()), 0, 0, 0, 0, 0, r.operands.data(), int(r.operands.size())});
   return found;
 }
+
+std::vector<cpu::MachineRound> forward_rounds(const MachinePlan& plan, const cpu::MachineForwardParts& parts) {
+  std::vector<cpu::MachineRound> rounds = rounds_of(plan.forward);
+  for (std::size_t r = 0; r < rounds.size(); ++r) {
+    const cpu::MachineForwardParts::Round& of = parts.rounds[r];
+    rounds[r].first = of.first, rounds[r].accumulators = of.accumulators, rounds[r].widest = of.widest;
+    rounds[r].sum_begin = of.sum_begin, rounds[r].sum_end = of.sum_end;
+  }
+  return rounds;
+}
+
+// Of Masks: its own three, of which one is of the second operand, and the others from the third on.
+int mask_arrays(const MachinePlan& plan) { return std::max(3, plan.operands + 1); }
 
 template <class T>
 cpu::MachineCall<T> machine_call(const MachinePlan& plan, const Problem& problem, const Sequence<const T>& x,
@@ -100,6 +119,7 @@ cpu::MachineCall<T> machine_call(const MachinePlan& plan, const Problem& problem
   call.tables = scratch.tables, call.tables_step = scratch.tables_step;
   call.register_count = plan.registers;
   call.registers = scratch.registers, call.registers_step = scratch.registers_step;
+  call.states_kept = call.saved_kept = -1, call.boundary_time = -1;
   call.rows_outside = rows_outside<T>(shape_of(plan), n);
   return call;
 }
@@ -171,45 +191,55 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   const Index units = blocks_of(n.H) * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
   const std::size_t S = std::size_t(plan.states), O = std::size_t(plan.operands);
-  const bool every = call.save || call.states[0], keeps = call.save || plan.reads_saved;
-  MachineTapePtr<T> tape(new MachineTape<T>);
-  Layout<T> kept, layout;
+  const bool all = call.save == Save::all, every = all || call.states[0], keeps = all || plan.reads_saved;
+  MachineTapePtr<T> tape(call.save == Save::nothing ? nullptr : new MachineTape<T>{});
+  const Chunk<T> chunk(shape, n);
+  const Index boundaries = call.save == Save::boundary_states && chunk.count ? chunk.count - 1 : 0;
+  Layout<T> tape_layout, layout;
+  Layout<T>& kept = all ? tape_layout : layout;
   MachineScratch<T> scratch(plan, n.B);
-  T* carried = nullptr;
-  std::vector<T*> computed(O);
+  MachineNumbers<T> numbers = call.packed->numbers;  // but for the constants
+  T *carried = nullptr, *saved = nullptr, *boundary_states = nullptr, *masks = nullptr;
+  std::vector<T*> computed(O), state(S, call.y);
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
-    tape->saved = kept.take({keeps ? call.save ? n.T : 1 : 0, n.B, plan.saved, n.H});
-    tape->state.assign(1, call.y);
-    for (std::size_t s = 1; s < S; ++s) tape->state.push_back(kept.take({every ? n.T : 2, n.B, n.H}));
+    saved = kept.take({keeps ? all ? n.T : 1 : 0, n.B, plan.saved, n.H});
+    for (std::size_t s = 1; s < S; ++s) state[s] = kept.take({every ? n.T : 2, n.B, n.H});
+    boundary_states = tape_layout.take({boundaries, plan.states - 1, n.B, n.H});
     carried = layout.take({plan.carried, n.B, units});
     for (std::size_t o = 1; o < O; ++o) computed[o] = plan.state_of[o] < 0 ? layout.take({n.B, units}) : nullptr;
+    numbers.constants = layout.take({Index(plan.constants.size())});
+    masks = layout.take({regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
     scratch.take(layout, split.threads);
-    if (pass == 0) tape->memory = kept.allocate(), memory = layout.allocate();
+    if (pass == 0) {
+      if (tape) tape->memory = tape_layout.allocate();
+      memory = layout.allocate();
+    }
   }
-  std::vector<cpu::MachineRound> rounds = rounds_of(plan.forward);
+  numbers.fill_constants(plan);
+  if (tape && all)
+    tape->saved = saved, tape->state = state;
+  else if (tape)
+    tape->replays = plan.saved || S > 1, tape->boundary_states = boundary_states, tape->state.assign(S, nullptr);
   const cpu::MachineForwardParts& parts = call.packed->parts;
-  for (std::size_t r = 0; r < rounds.size(); ++r) {
-    const cpu::MachineForwardParts::Round& of = parts.rounds[r];
-    rounds[r].first = of.first, rounds[r].accumulators = of.accumulators, rounds[r].widest = of.widest;
-    rounds[r].sum_begin = of.sum_begin, rounds[r].sum_end = of.sum_end;
-  }
+  const std::vector<cpu::MachineRound> rounds = forward_rounds(plan, parts);
 
   cpu::MachineForward<T> job{};
-  job.call = machine_call(plan, call.problem, call.x, call.packed->numbers, scratch);
+  job.call = machine_call(plan, call.problem, call.x, numbers, scratch);
+  job.call.regularization = regularization_of(call.problem, cpu::kernels<T>(), masks, mask_arrays(plan));
   job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
-  job.call.state0 = call.state0.data(), job.call.state = tape->state.data();
-  job.call.saved = keeps && plan.saved ? tape->saved : nullptr;
-  job.call.states_kept = every ? -1 : 1, job.call.saved_kept = call.save ? -1 : 0;
+  job.call.state0 = call.state0.data(), job.call.state = state.data();
+  job.call.saved = keeps && plan.saved ? saved : nullptr;
+  job.call.states_kept = every ? -1 : 1, job.call.saved_kept = all ? -1 : 0;
   job.call.carried = carried, job.call.carried_count = plan.carried;
   job.sums = parts.sums.data(), job.parts = call.packed->packed.data(), job.bias = call.packed->bias;
   job.computed = computed.data();
   const Index row_bytes = plan.saved * n.H * Index(sizeof(T));
   job.stream =
-      call.save && !plan.reads_saved && row_bytes % 64 == 0 && (!thresholds || n.T * n.B * row_bytes > kSharedCache);
+      all && !plan.reads_saved && row_bytes % 64 == 0 && (!thresholds || n.T * n.B * row_bytes > kSharedCache);
   job.stateT = call.stateT.data(), job.states = call.states.data();
+  job.boundary_states = boundaries && S > 1 ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
   run_job<T>(cpu::kernels<T>().machine_forward, job, split.threads, split.by_rows, call.poll);
-  if (!call.save) tape.reset();
   return tape;
 }
 
@@ -222,7 +252,8 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
   const Chunk<T> chunk(shape, n);
-  const std::size_t S = std::size_t(plan.states);
+  const std::size_t S = std::size_t(plan.states), O = std::size_t(plan.operands);
+  const bool replays = call.tape->replays;
   const auto given = [](const T* p) { return p != nullptr; };
   const auto others = call.dweights.begin() + MachinePlan::kPlain;
   const bool need_weights = std::any_of(call.dweights.begin(), others, given),
@@ -234,9 +265,10 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   MachineScratch<T> scratch(plan, n.B);
   MachineNumbers<T> numbers;
   T *zeros = nullptr, *dpacked = nullptr, *da = nullptr, *boundary = nullptr, *inputs = nullptr, *carried = nullptr,
-    *sums = nullptr;
+    *sums = nullptr, *masks = nullptr, *saved = call.tape->saved, *y_again = nullptr;
   char* threads = nullptr;
-  std::vector<T*> direct(S), memory_of;
+  std::vector<T*> direct(S), memory_of, computed(O), state = call.tape->state;
+  const Index replay_steps = replays ? chunk.steps : 0, replay_rows = replays ? n.B : 0;
   const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
   const Index zero_count = std::max(units, chunk.da_row);
   Buffer memory;
@@ -250,7 +282,12 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     da = layout.take({chunk.steps, n.B, chunk.da_row});
     boundary = layout.take({n.B, chunk.da_row});
     inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
-    carried = layout.take({plan.carried_back, n.B, units});
+    carried = layout.take({std::max(plan.carried_back, replays ? plan.carried : 0), n.B, units});
+    if (replays) saved = layout.take({replay_steps, n.B, plan.saved, n.H});
+    for (std::size_t s = 1; replays && s < S; ++s) state[s] = layout.take({replay_steps, n.B, n.H});
+    for (std::size_t o = 1; o < O; ++o) computed[o] = plan.state_of[o] < 0 ? layout.take({replay_rows, units}) : nullptr;
+    y_again = layout.take({replay_rows, n.H});
+    masks = layout.take({regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
     sums = layout.take({need_sums ? n.B : 0, Index(plan.vectors.size()), units});
     for (std::size_t s = 0; s < S; ++s) direct[s] = plan.direct[s] ? layout.take({n.B, units}) : nullptr;
     numbers.take(layout, plan, n.H);
@@ -301,16 +338,27 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   base.scratch = threads, base.scratch_step = thread_bytes;
 
   const std::vector<cpu::MachineRound> rounds = rounds_of(plan.backward);
-  std::vector<T*> state = call.tape->state;
   state[0] = call.y;
   cpu::MachineBackward<T> job{};
   job.call = machine_call(plan, call.problem, call.x, numbers, scratch);
   base.rows_outside = job.call.rows_outside;
-  job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
+  job.call.regularization = regularization_of(call.problem, kernels, masks, mask_arrays(plan));
   job.call.state0 = call.state0.data(), job.call.state = state.data();
-  job.call.saved = plan.saved ? call.tape->saved : nullptr;
-  job.call.states_kept = job.call.saved_kept = -1;
+  job.call.saved = plan.saved ? saved : nullptr;
   job.call.carried = carried, job.call.carried_count = plan.carried_back;
+  cpu::MachineForward<T> again{};
+  std::vector<cpu::MachineRound> again_rounds;
+  if (replays) {
+    const cpu::MachineForwardParts& forward_parts = call.packed->parts;
+    again_rounds = forward_rounds(plan, forward_parts);
+    again.call = job.call;
+    again.call.rounds = again_rounds.data(), again.call.round_count = int(again_rounds.size());
+    again.call.carried_count = plan.carried, again.call.y_again = y_again;
+    again.sums = forward_parts.sums.data(), again.parts = call.packed->packed.data(), again.bias = call.packed->bias;
+    again.computed = computed.data();
+    job.replay = &again, job.boundary_states = call.tape->boundary_states;
+  }
+  job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
   job.base = &base, job.shape = &shape;
   job.parts = packed.data(), job.part_begin = parts.begin.data(), job.operand_of = plan.operand_of.data();
   job.column_of = parts.column_of.data();

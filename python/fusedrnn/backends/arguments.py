@@ -146,6 +146,10 @@ def check_regularization(cell: Cell, value: Any) -> Regularization | None:
             raise ValueError(
                 f"zoneout_{state}: expected 0 for the cell {cell.name}, which has no {state}, got {rate}"
             )
+    if dropout and "weight_hh" not in cell.blocks:
+        raise ValueError(
+            f"recurrent_dropout: expected 0 for the cell {cell.name}, which has no weight_hh, got {dropout}"
+        )
     seed = None if value.seed is None else check_whole("seed", value.seed, 0, 2**63 - 1)
     stream = check_whole("stream", value.stream, 0, 2**30 - 1)
     if not (zoneout_h or zoneout_c or (dropout and seed is not None)):

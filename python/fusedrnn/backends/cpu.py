@@ -22,6 +22,7 @@ from fusedrnn.backends.arguments import (
     check_weights,
 )
 from fusedrnn.backends.protocol import (
+    SAVE,
     Array,
     Forward,
     Gradients,
@@ -52,7 +53,6 @@ WEIGHTS = (
     "weight_hr",
 )
 NEED = ("x", *WEIGHTS, "state0")
-SAVE = {None: 0, "all": 1, "boundary_states": 2}  # the ids that _core takes
 
 
 class Packed(NamedTuple):

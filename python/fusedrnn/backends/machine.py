@@ -11,6 +11,7 @@ import numpy as np
 from fusedrnn import _core
 from fusedrnn.backends.arguments import Sizes, check_backward, check_forward, check_need, check_weights
 from fusedrnn.backends.protocol import (
+    SAVE,
     Array,
     Forward,
     Gradients,
@@ -49,8 +50,8 @@ class Tape(NamedTuple):
 
 
 @functools.cache
-def plan(cell: Cell) -> _core.MachinePlan:
-    """The cell as programs.
+def plan(cell: Cell, dropout: bool = False, zoned: tuple[str, ...] = ()) -> _core.MachinePlan:
+    """The cell as programs, with recurrent dropout, and with zoneout on some states.
 
     Raises:
         Unsupported: It has a norm, or is too large.
@@ -60,7 +61,7 @@ def plan(cell: Cell) -> _core.MachinePlan:
             f"cell: {cell!r} is not supported by the cpu backend; use the reference (only some "
             "built-in cells have kernels with norms and projections)"
         )
-    made = program.plan(cell)
+    made = program.plan(cell, dropout, zoned)
     try:
         return _core.machine_plan(np.array(made.numbers(), np.int32), made.start, made.constants)
     except _core.RefusedValue as error:
@@ -94,35 +95,33 @@ def forward(
     regularization: Regularization | None = None,
     save: str | None = "all",
 ) -> Forward:
-    """One layer, one direction, the whole sequence."""
+    """One layer, one direction, the whole sequence; ``regularization`` is checked."""
     cell = packed.cell
-    if save == "boundary_states":
-        raise Unsupported(
-            f'save: "boundary_states" is not supported by the cpu backend for {cell!r}; use "all"'
-        )
-    if regularization is not None:
-        raise Unsupported(
-            f"regularization: is not supported by the cpu backend for {cell!r}; use the reference"
-        )
+    programs = plan(cell)
+    if (r := regularization) is not None:
+        zoned = tuple(s for s, rate in (("h", r.zoneout_h), ("c", r.zoneout_c)) if rate)
+        programs = plan(cell, r.seed is not None and r.recurrent_dropout > 0, zoned)
     results = None
     if (  # the compiled module would not see what these are, or would convert them
         type(reverse) is bool
         and type(return_states) is bool
         and (detach_every is None or (type(detach_every) is int and detach_every > 0))
-        and (save is None or save == "all")
-        and (state0 is None or (type(state0) is tuple and not any(s is None for s in state0)))
+        and (save is None or (type(save) is str and save in SAVE))
+        and (state0 is None or (type(state0) is tuple and state0 and not any(s is None for s in state0)))
     ):
         try:
             results = _core.machine_forward(
                 packed.core,
+                programs,
                 x,
                 state0 or (),
                 lengths,
                 reset,
                 reverse,
                 detach_every or 0,
+                regularization,
                 return_states,
-                save is not None,
+                SAVE[save],
             )
         except REFUSED:
             results = None
@@ -137,18 +136,21 @@ def forward(
             reverse=reverse,
             return_states=return_states,
             detach_every=detach_every,
+            regularization=regularization,
             save=save,
         )
         results = _core.machine_forward(
             packed.core,
+            programs,
             a.x,
             a.state0 or (),
             a.lengths,
             a.reset,
             a.reverse,
             a.detach_every or 0,
+            regularization,
             a.return_states,
-            a.save is not None,
+            SAVE[a.save],
         )
     y, stateT, states, tape = results
     kept = None if tape is None else Tape(cell, packed.weights, states is not None, tape)
@@ -169,7 +171,7 @@ def backward(
     wanted = None if need is None else check_need(cell, need)
     flags = [wanted is None or name in wanted for name in ("x", *order, "state0")]
     results = None
-    if all(d is None or type(d) is tuple for d in (dstateT, dstates)) and (
+    if all(d is None or (type(d) is tuple and d) for d in (dstateT, dstates)) and (
         dstates is None or tape.return_states
     ):
         try:

@@ -41,6 +41,9 @@ State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; the first is
 Weights: TypeAlias = Mapping[str, Any]
 
 
+SAVE = {None: 0, "all": 1, "boundary_states": 2}  # what forward keeps: the ids that the compiled module takes
+
+
 class Unsupported(ValueError):
     """The backend or the kernel does not support this; another one does."""
 

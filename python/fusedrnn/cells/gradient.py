@@ -7,6 +7,7 @@ one writes it by hand, with one rounding less.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -96,42 +97,39 @@ def derive(t: Trace) -> Gradient:
     return found
 
 
-def multiples(d: Node) -> list[tuple[Node, list[Node]]]:
-    """A gradient as every gradient that it is a multiple of, longest first, each with the other factors."""
-    found = [(d, list[Node]())]
+def multiples(d: Node) -> dict[Node, Node | None]:
+    """Every gradient that a gradient is a multiple of, longest first, each with the factor that makes it the
+    one before."""
+    found: dict[Node, Node | None] = {d: None}
     while d.op == "mul":
         a, b = d.args
         d, factor = (a, b) if a.upstream else (b, a)
-        found.append((d, [factor, *found[-1][1]]))
+        found[d] = factor
     return found
 
 
 def add_up(g: Graph, terms: list[Term]) -> Term:
     """The sum of the terms, factored."""
-    terms = list(terms)
-    while (shared := _shared(terms)) is not None:
+    left = [(term, multiples(term.node)) for term in terms]
+    counts = Counter(d for _, of in left for d in of)
+    while (shared := next((d for _, of in left for d in of if counts[d] > 1), None)) is not None:
         inner, rest = [], []
-        for term in terms:
-            factors = next((f for d, f in multiples(term.node) if d is shared), None)
-            if factors is None:
-                rest.append(term)
+        for term, of in left:
+            if shared not in of:
+                rest.append((term, of))
                 continue
+            counts.subtract(of.keys())
+            factors = list(of.values())[1 : list(of).index(shared) + 1]
             product = g.constant(1)
-            for f in factors:
+            for f in reversed(factors):
+                assert f is not None
                 product = g.mul(product, f)
             inner.append(Term(term.sign, product))
         total = _sum(g, inner)
-        terms = [*rest, Term(total.sign, g.mul(shared, total.node))]
-    return _sum(g, terms)
-
-
-def _shared(terms: list[Term]) -> Node | None:
-    """The first gradient of which two terms are multiples."""
-    for k, term in enumerate(terms):
-        for d, _ in multiples(term.node):
-            if any(d is e for other in terms[k + 1 :] for e, _ in multiples(other.node)):
-                return d
-    return None
+        node = g.mul(shared, total.node)
+        left = [*rest, (Term(total.sign, node), multiples(node))]
+        counts.update(left[-1][1].keys())
+    return _sum(g, [term for term, _ in left])
 
 
 def _sum(g: Graph, terms: list[Term]) -> Term:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from fusedrnn.cells.definition import PLAIN, Cell
 from fusedrnn.cells.fusion import Operation, lower
-from fusedrnn.cells.graph import Node, number
+from fusedrnn.cells.graph import UNIT, Node, number
 from fusedrnn.cells.rounds import rounds
+from fusedrnn.cells.saved import choose
 
 # In the order of csrc/cpu/machine/operations.def.
 OPERATIONS = (
@@ -29,8 +30,10 @@ OPERATIONS = (
 )
 
 # Places in memory. Then of each state those before the step and after it, and its direct gradient; then those
-# of the operands from the second on, the first being x.
-SAVED, CARRIED, GRADIENTS, SUMS, STATES = range(5)
+# of the operands from the second on, the first being x. DROPOUT and KEEP are the masks of recurrent dropout and
+# zoneout.
+SAVED, CARRIED, GRADIENTS, SUMS, DROPOUT, KEEP_H, KEEP_C, STATES = range(8)
+KEEP = {"h": KEEP_H, "c": KEEP_C}
 
 
 class Instruction(NamedTuple):
@@ -105,8 +108,14 @@ class Plan:
         return [int(n) for n in found]
 
 
-def plan(cell: Cell) -> Plan:
-    """The plan of a cell without norms and without numbers of rows."""
+def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
+    """The plan of a cell without norms and without numbers of rows.
+
+    Args:
+        cell: what a step computes.
+        dropout: with recurrent dropout of the operands. Of those that are states the time loop takes care.
+        zoned: the states on which zoneout acts.
+    """
     t, gradient = cell.trace, cell.gradient
     own = rounds(cell.forward_nodes)
     dense = [n for n in cell.forward_nodes if n.op == "dense"]
@@ -117,7 +126,7 @@ def plan(cell: Cell) -> Plan:
     vectors = [n for n in cell.forward_nodes if n.op == "vector"]
     found = Plan(
         list(t.start.values()),
-        [name in gradient.direct for name in names],
+        [name in gradient.direct or name in zoned for name in names],
         [states.index(a) if a.op == "state" else -1 for a in operands[1:]],
         [
             Product(k, operands.index(a), weight, bias)
@@ -129,44 +138,108 @@ def plan(cell: Cell) -> Plan:
         {name: cell.blocks[name] for name in cell.vectors},
         [(cell.vectors.index(n.attribute[0]), n.attribute[1]) for n in vectors],
         [cell.blocks.get(name, 0) for name in PLAIN],
-        len(cell.saved),
+        0,
     )
+    # The masks, and the operations that they add.
+    mask = {k: _operation("mask").node for k in (DROPOUT, *KEEP.values())}
+    more: list[Operation] = []
+    after, rest = dict(t.after), {}
+    for s in zoned:
+        keep = mask[KEEP[s]]
+        rest[s] = _operation("one_minus", keep)
+        old = _operation("mul", rest[s].node, t.states[s])
+        more += [rest[s], old, _operation("fma", keep, after[s], old.node)]
+        after[s] = more[-1].node
+    product = {}  # of each operand that the cell computes, what products multiply
+    for n in operands[1:]:
+        if n.op != "state":
+            product[n] = n
+            if dropout:
+                more.append(_operation("mul", n, mask[DROPOUT]))
+                product[n] = more[-1].node
     before = {n: Memory("load", STATES + s) for s, n in enumerate(states)}
-    after = [(n, Memory("store", STATES + S + s)) for s, n in enumerate(t.after.values())]
-    saved = [(n, Memory("store", SAVED, k)) for k, n in enumerate(cell.saved)]
+    before |= {n: Memory("load", place) for place, n in mask.items()}
+    chosen = choose(t, gradient, set(cell.fused.values()), zoned) if zoned else cell.saved
+    found.saved = len(chosen)
+    kept = [(n, Memory("store", STATES + S + s)) for s, n in enumerate(after.values())]
+    kept += [(n, Memory("store", SAVED, k)) for k, n in enumerate(chosen)]
     computed = [
-        (n, Memory("store", STATES + 3 * S + k)) for k, n in enumerate(operands[1:]) if n.op != "state"
+        (product[n], Memory("store", STATES + 3 * S + k)) for k, n in enumerate(operands[1:]) if n in product
     ]
     constants: dict[str, int] = {}
 
-    forward = Direction(constants, vectors, before, [*saved, *after, *computed])
-    forward.own, forward.early = own, {n for n in cell.forward_nodes if own[n] == 0}
-    forward.kept = {n: where._replace(op="load") for n, where in [*after, *saved]}
+    forward = Direction(constants, vectors, before, [*kept, *computed])
+    forward.own = _with_rounds(own, more)
+    forward.early = {n for n, r in forward.own.items() if r == 0}
+    forward.kept = {n: where._replace(op="load") for n, where in kept}
     for n in dense:
         forward.given.setdefault(own[n], []).append(n)
         for a in n.args:
-            if a not in before and a is not t.x:
-                forward.due[a] = min(own[n] - 1, forward.due.get(a, own[n]))
-    found.forward = [Round([len(given)], code) for given, code in forward.programs(cell.forward, 1)]
+            if a in product:
+                due = forward.due.get(product[a], own[n])
+                forward.due[product[a]] = min(own[n] - 1, due)
+    line = [*cell.forward, *more]
+    found.forward = [Round([len(given)], code) for given, code in forward.programs(line, 1)]
+
+    known = [*before, *forward.kept, *vectors, t.x, *gradient.upstream.values()]
+    groups = (gradient.dense, gradient.direct, gradient.vectors)
+    line = lower([*(n for group in groups for n in group.values()), *product], known, cell.fused)
+    transposed = [n for n, op, _ in line if op == "transposed"]
+    # What comes in becomes the gradient of what the cell computes.
+    first = {u: _operation("mul", mask[KEEP[s]], u) for s, u in gradient.upstream.items() if s in zoned}
+    first |= {n: _operation("mul", n, mask[DROPOUT]) for n in transposed if dropout}
+    line = [o._replace(args=tuple(first[a].node if a in first else a for a in o.args)) for o in line]
+    part = {s: _operation("mul", rest[s].node, gradient.upstream[s]) for s in zoned}  # what goes past the cell
+    line = [*rest.values(), *part.values(), *first.values(), *line]
+    line += [o for o in more if o.node in product.values()]
+    direct = {s: first[d].node if d in first else d for s, d in gradient.direct.items()}
+    own = _with_rounds(rounds(cell.backward_nodes, cell.forward_nodes), line)
+    for s in zoned:
+        direct[s] = _add(line, own, direct[s], part[s].node) if s in direct else part[s].node
 
     stores = [(gradient.dense[n], Memory("store", GRADIENTS, k)) for k, n in enumerate(dense)]
-    stores += [(d, Memory("store", STATES + 2 * S + names.index(s))) for s, d in gradient.direct.items()]
     stores += [(d, Memory("add_to", SUMS, vectors.index(n))) for n, d in gradient.vectors.items()]
+    stores = [(first[n].node if n in first else n, where) for n, where in stores]
+    stores += [(d, Memory("store", STATES + 2 * S + names.index(s))) for s, d in direct.items()]
     stores += computed  # made again, for the gradients of the weights
     backward = Direction(constants, vectors, before | forward.kept, stores)
-    known = [*backward.anywhere, t.x, *gradient.upstream.values()]
-    line = lower([n for n, _ in stores], known, cell.fused)
-    backward.own = rounds(cell.backward_nodes, known=cell.forward_nodes)
+    backward.own = _with_rounds(own, line)
     backward.early = set(cell.forward_nodes)
     backward.given[0] = list(gradient.upstream.values())
-    for n, op, _ in line:
-        if op == "transposed":
-            backward.given.setdefault(backward.own[n], []).append(n)
+    for n in transposed:
+        backward.given.setdefault(backward.own[n], []).append(n)
     for given, code in backward.programs(line, 0):
         which = [operands.index(n.attribute[0]) for n in given if n.op == "transposed"]
         found.backward.append(Round(which, code))
     found.carried = len(forward.carried), len(backward.carried)
     found.constants = [float.fromhex(c) for c in constants]
+    return found
+
+
+def _operation(op: str, *args: Node) -> Operation:
+    """One that the cell does not have."""
+    return Operation(Node(0, op, args, None, UNIT, False), op, args)
+
+
+def _add(line: list[Operation], own: Mapping[Node, int], total: Node, part: Node) -> Node:
+    """Add to a sum, or to its first part if that is of an earlier round, as the compiled cells do."""
+    for k, o in enumerate(line):
+        if o.node is total and o.op in ("add", "fma", "fnma"):
+            early = min(o.args if o.op == "add" else o.args[2:], key=lambda a: own.get(a, 0))
+            if own.get(early, 0) < own[total]:
+                added = _operation("add", early, part)
+                line[k] = o._replace(args=tuple(added.node if a is early else a for a in o.args))
+                line.insert(k, added)
+                return total
+    line.append(_operation("add", total, part))
+    return line[-1].node
+
+
+def _with_rounds(own: Mapping[Node, int], more: Iterable[Operation]) -> dict[Node, int]:
+    """The round of each value, those of these operations included, whose products have one already."""
+    found = dict(own)
+    for n, _, args in more:
+        found.setdefault(n, max((found.get(a, 0) for a in args), default=0))
     return found
 
 
@@ -227,7 +300,8 @@ class Direction:
         last = max(at.values())
         for n, _, args in line:
             for a in args:
-                if a in at and at[a] < at[n] and a not in self.anywhere and a not in self.kept | self.carried:
+                there = a in self.anywhere or a in self.kept or a in self.carried
+                if a in at and at[a] < at[n] and not there:
                     self.carried[a] = Memory("load", CARRIED, len(self.carried))
                     self.stores.setdefault(a, []).append(self.carried[a]._replace(op="store"))
         found = []

@@ -18,16 +18,18 @@ COST = dict.fromkeys(("tanh", "sigmoid", "exp", "log", "softplus"), 10) | {"div"
 IMPOSSIBLE = 10**6
 
 
-def choose(t: Trace, gradient: Gradient, fused: Container[Node]) -> list[Node]:
+def choose(t: Trace, gradient: Gradient, fused: Container[Node], zoned: Container[str] = ()) -> list[Node]:
     """The values to save, in the order in which forward makes them.
 
     Args:
         t: the cell.
         gradient: what backward computes.
         fused: the products that no operation computes by itself; they cost nothing and are never saved.
+        zoned: the states of which zoneout keeps something else than what the cell computes.
     """
     forward = reach(t.after.values())
-    there = {n for n in forward if n.op in ("state", "input", "constant")} | set(t.after.values())
+    there = {n for n in forward if n.op in ("state", "input", "constant")}
+    there |= {n for name, n in t.after.items() if name not in zoned}
     wanted = _read_by_backward(gradient, set(forward))
     # For the gradients of the weights.
     wanted |= {a for n in forward if n.op in ("dense", "project") for a in n.args}
@@ -95,23 +97,32 @@ class Cut:
             edges[v] = edges.get(v, 0) + c
 
     def smallest(self) -> set[Hashable]:
-        """The chosen elements: what SOURCE still reaches when no more flow fits (Edmonds and Karp 1972)."""
+        """The chosen elements: what SOURCE still reaches when no more flow fits (Dinic 1970)."""
         while True:
-            before: dict[Hashable, Hashable] = {self.SOURCE: None}
+            level: dict[Hashable, int] = {self.SOURCE: 0}
             queue: list[Hashable] = [self.SOURCE]
             for a in queue:
                 for b, capacity in self._left[a].items():
-                    if capacity > 0 and b not in before:
-                        before[b] = a
+                    if capacity > 0 and b not in level:
+                        level[b] = level[a] + 1
                         queue.append(b)
-            if self.SINK not in before:
-                return set(before)
-            path: list[tuple[Hashable, Hashable]] = []
-            end: Hashable = self.SINK
-            while end != self.SOURCE:
-                path.append((before[end], end))
-                end = before[end]
-            flow = min(self._left[a][b] for a, b in path)
-            for a, b in path:
-                self._left[a][b] -= flow
-                self._left[b][a] += flow
+            if self.SINK not in level:
+                return set(level)
+            # All that fits through shortest paths: of each element the next ones that are not used up.
+            after = {a: [b for b in self._left[a] if level.get(b) == level[a] + 1] for a in level}
+            path: list[Hashable] = [self.SOURCE]
+            while path:
+                a = path[-1]
+                if a == self.SINK:
+                    edges = list(zip(path, path[1:], strict=False))
+                    flow = min(self._left[a][b] for a, b in edges)
+                    for a, b in edges:
+                        self._left[a][b] -= flow
+                        self._left[b][a] += flow
+                    path = [self.SOURCE]
+                elif not after[a]:
+                    path.pop()
+                elif self._left[a][after[a][-1]] > 0 and (after[after[a][-1]] or after[a][-1] == self.SINK):
+                    path.append(after[a][-1])
+                else:
+                    after[a].pop()
