@@ -142,8 +142,8 @@ py::tuple machine_forward_as(const py::object& packed_object, const PlanPtr& pla
   call.plan = &plan, call.packed = packed.get(T());
   if (!call.packed) throw RefusedType("x: expected the dtype of the weights");
   if (packed.I != n.I) throw RefusedValue("x: expected " + std::to_string(packed.I) + " features");
-  problem_of(tape->call, CellId(0), {n.T, n.B, n.I, H, H}, {options.lengths, options.reset, options.reverse,
-                                                            options.detach_every});
+  problem_of(tape->call, CellId(0), {n.T, n.B, n.I, H, H},
+             {options.lengths, options.reset, options.reverse, options.detach_every});
   tape->call.problem.regularization = machine_regularization(plan, options.regularization);
   call.problem = tape->call.problem;
   call.x = sequence<T>(x, "x", {n.T, n.B, n.I});
@@ -171,11 +171,10 @@ py::tuple py_machine_forward(const py::object& packed, const PlanPtr& plan, cons
                              bool return_states, int save_id) {
   if (!py::isinstance<PyPackedMachine>(packed))
     throw py::type_error("packed: expected what machine_pack returned, got " + type_name(packed));
-  return (is_float32(x, "x", 3)
-              ? machine_forward_as<float>
-              : machine_forward_as<double>)(packed, plan, x, state0,
-                                            {lengths, reset, reverse, detach_every, regularization}, return_states,
-                                            save_of(save_id));
+  return (is_float32(x, "x", 3) ? machine_forward_as<float>
+                                : machine_forward_as<double>)(packed, plan, x, state0,
+                                                              {lengths, reset, reverse, detach_every, regularization},
+                                                              return_states, save_of(save_id));
 }
 
 template <class T>
@@ -235,6 +234,11 @@ void define_machine(py::module_& m) {
 #include "cpu/machine/operations.def"
 #undef X
   m.attr("MACHINE_OPERATIONS") = py::tuple(operations);
+  using Limits = cpu::MachineLimits;  // of what a cell's forward function shows
+  py::dict limits;
+  limits["operations"] = Limits::operations, limits["states"] = Limits::states;
+  limits["accumulators"] = Limits::accumulators, limits["vectors"] = Limits::vectors;
+  m.attr("MACHINE_LIMITS") = limits;
   m.def("machine_plan", &py_machine_plan, py::arg("numbers"), py::arg("start"), py::arg("constants"));
   m.def("machine_pack", &py_machine_pack, py::arg("plan"), py::arg("weights"));
   m.def("machine_forward", &py_machine_forward, py::arg("packed"), py::arg("plan"), py::arg("x"), py::arg("state0"),

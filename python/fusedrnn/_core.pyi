@@ -114,6 +114,7 @@ class MachineTape:
     def sizes(self) -> tuple[int, int, int, int, int]: ...  # T, B, I, H, P
 
 MACHINE_OPERATIONS: tuple[str, ...]
+MACHINE_LIMITS: dict[str, int]
 
 def machine_plan(numbers: _Array, start: list[float], constants: list[float]) -> MachinePlan: ...
 def machine_pack(plan: MachinePlan, weights: list[_Array | None]) -> PackedMachine: ...

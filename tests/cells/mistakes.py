@@ -134,10 +134,10 @@ KINDS = {
         (
             "factoring: the sign of what is in brackets lost",
             GRADIENT,
-            "[*rest, Term(total.sign, g.mul(shared, total.node))]",
-            "[*rest, Term(1, g.mul(shared, total.node))]",
+            "(Term(total.sign, node), multiples(node))",
+            "(Term(1, node), multiples(node))",
         ),
-        ("factoring: the other terms lost", GRADIENT, "terms = [*rest, Term(", "terms = [Term("),
+        ("factoring: the other terms lost", GRADIENT, "left = [*rest, (Term(", "left = [(Term("),
         ("factoring: only the last factor", GRADIENT, "product = g.mul(product, f)", "product = f"),
         (
             "chain: the sign of what comes in lost",
@@ -219,7 +219,7 @@ KINDS = {
         ("tanh costs more than a save", SAVED, '"softplus"), 10)', '"softplus"), 20)'),
         ("a division costs as much as a sum", SAVED, '{"div": 4, "sqrt": 4}', "{}"),
         ("states are not free", SAVED, '("state", "input", "constant")', '("input", "constant")'),
-        ("new states are not free", SAVED, "} | set(t.after.values())", "}"),
+        ("new states are not free", SAVED, "    there |= {n for name", "    {n for name"),
         ("a fused product is saved", SAVED, " and n not in fused else", " else"),
         (
             "the operands of products are not wanted",

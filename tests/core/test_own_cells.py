@@ -69,10 +69,13 @@ options = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) 
 
 @own
 def test_the_gradient_check_of_the_suite(cell):
+    backends = ["oracle", "reference"]
+    if cell in OWN[:2] and CPU.unavailable() is None:
+        backends.append("cpu")
     rows = gradcheck_suite.run_suite(
-        cells=[cell], backends=["oracle", "reference"], sizes=gradcheck_suite.QUICK, dtypes=["float64"]
+        cells=[cell], backends=backends, sizes=gradcheck_suite.QUICK, dtypes=["float64"]
     )
-    assert len(rows) == 2 * sum("layer-norm" not in name for name in gradcheck_suite.OPTIONS)
+    assert len(rows) == len(backends) * sum("layer-norm" not in name for name in gradcheck_suite.OPTIONS)
     assert [row.note for row in rows if not row.passed] == []
 
 
@@ -81,7 +84,8 @@ def test_the_gradient_check_of_the_suite(cell):
 def test_the_reference_with_masks_and_detach_every(cell, seed):
     """Against PyTorch's recording of the same steps. Rows end where gradients stop: ends are not cut off."""
     rates = [0.25 if state in cell.states else 0.0 for state in "hc"]
-    options = {"regularization": Regularization(0.25, *rates, seed), "detach_every": 2, "lengths": True}
+    dropout = 0.25 if "weight_hh" in cell.blocks else 0.0
+    options = {"regularization": Regularization(dropout, *rates, seed), "detach_every": 2, "lengths": True}
     for reverse in (False, True):
         torch_recurrence_is_the_reference(cell, options | {"reverse": reverse})
 
@@ -271,6 +275,22 @@ def test_a_layer_by_the_compiled_module(cell):
     np.testing.assert_array_equal(np.concatenate([net(x[:3]).data, net(x[3:]).data]), whole)
 
 
+@needs_cpu
+def test_a_layer_with_masks_and_recompute_by_the_compiled_module():
+    options = {"recurrent_dropout": 0.2, "zoneout_h": 0.1, "num_layers": 2, "dtype": "float64"}
+    x = np.random.default_rng(0).standard_normal((40, 3, 4))
+    found = []
+    for backend in ("cpu", "reference"):
+        np.random.seed(0)
+        net = L.Recurrent(mgu, 5, 4, recompute=True, backend=backend, **options)
+        given = Variable(x)
+        y = net(given)
+        (y * y).sum().backward()
+        found.append({"y": y.data, "dx": given.grad.data} | {n: p.grad.data for n, p in net.named_params()})
+    assert_close(*found, 1e-13)
+    assert gradcheck(L.Recurrent(mgu, 5, 4, recompute=True, **options), x[:6])
+
+
 # --- Numba --------------------------------------------------------------------------------------------------
 
 
@@ -298,9 +318,16 @@ def test_backends_say_what_they_do_not_run():
         kernels.forward(timed, p.x, p.weights, backend="reference")
 
 
-def test_zoneout_of_a_state_that_a_cell_does_not_have():
+def test_masks_of_what_a_cell_does_not_have():
     with pytest.raises(ValueError, match=r"zoneout_c: expected 0 for the cell mgu, which has no c, got 0\.5"):
         L.Recurrent(mgu, 5, zoneout_c=0.5)
+    message = r"recurrent_dropout: expected 0 for the cell ind_rnn, which has no weight_hh, got 0\.5"
+    with pytest.raises(ValueError, match=message):
+        L.Recurrent(ind_rnn, 5, recurrent_dropout=0.5)
+    p = problem(ind_rnn, 2, 1, 3, 4)
+    for seed in (None, 1):
+        with pytest.raises(ValueError, match=message):
+            kernels.forward(ind_rnn, p.x, p.weights, regularization=Regularization(0.5, seed=seed))
 
 
 def test_a_cell_inside_a_function_is_not_pickled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +30,7 @@ from test_random_cells import made as cell_from
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core
 from fusedrnn.backends import get, machine
+from fusedrnn.backends.arguments import check_regularization
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Regularization, Unsupported
 from fusedrnn.cells import cell, log, maximum, minimum, program, relu, softplus, sqrt, tanh, where
@@ -51,7 +53,8 @@ OWN = [c for c in PROGRAMS if c not in PLAIN]
 class Machine:
     """The cpu backend with every cell as a program, built-in ones too."""
 
-    def forward(self, cell, x, weights, state0=None, save="all", **options):
+    def forward(self, cell, x, weights, state0=None, save="all", regularization=None, **options):
+        options["regularization"] = check_regularization(cell, regularization)
         return machine.forward(machine.pack(cell, weights), x, state0, save=save, **options)
 
     def backward(self, *args, **kwargs):
@@ -59,6 +62,19 @@ class Machine:
 
 
 MACHINE = Machine()
+
+
+def regularized(cell, dropout, zoneout_h, zoneout_c, seed=None):
+    """These rates, 0 of what the cell does not have."""
+    rates = (
+        rate if there else 0.0
+        for rate, there in (
+            (dropout, "weight_hh" in cell.blocks),
+            (zoneout_h, "h" in cell.states),
+            (zoneout_c, "c" in cell.states),
+        )
+    )
+    return Regularization(*rates, seed, stream=3)
 
 
 # --- right --------------------------------------------------------------------------------------------------
@@ -94,8 +110,10 @@ def sources(draw):
 def check_random(source, number):
     drawn = cell_from(source)
     options = OPTIONS[number % len(OPTIONS)]
-    p = problem(drawn, *SIZES[number % len(SIZES)], **options)
-    assert_close(run(MACHINE, p), run(REFERENCE, p), 1e-12)
+    masks = [None, regularized(drawn, 0.3, 0.3, 0.4, seed=number), regularized(drawn, 0, 0.3, 0)]
+    regularization = masks[number % len(masks)]
+    p = problem(drawn, *SIZES[number % len(SIZES)], regularization=regularization, **options)
+    assert_close(run(MACHINE, p, save=("all", "boundary_states")[number // 3 % 2]), run(REFERENCE, p), 1e-12)
 
 
 @pytest.mark.quick
@@ -191,6 +209,42 @@ def test_built_in_cells_have_the_bits_of_their_kernels(cell, dtype, threads):
             assert_bitwise_equal(run(MACHINE, p), run(CPU, p))
 
 
+# Training, evaluation, and each mask alone. The longest problem has several chunks.
+RATES = [(0.3, 0.4, 0.4, 7), (0.3, 0.4, 0.4), (0.3, 0, 0, 8), (0, 0.4, 0, 9), (0, 0, 0.4)]
+MASKED = [(2, 3, 5, 7), (200, 13, 3, 33)]
+
+
+@pytest.mark.quick
+@DTYPES
+@pytest.mark.parametrize("cell", PLAIN, ids=name)
+def test_masks_and_recompute_have_the_bits_of_the_kernels(cell, dtype, threads):
+    for k, rates in enumerate(RATES):
+        for size in MASKED:
+            options = EVERYTHING | {"regularization": regularized(cell, *rates), "reverse": k % 2 == 1}
+            p = problem(cell, *size, dtype=dtype, **options)
+            threads(1)
+            want = run(CPU, p)
+            for count, save in ((1, "all"), (1, "boundary_states"), (2, "all"), (2, "boundary_states")):
+                threads(count)
+                assert_bitwise_equal(run(MACHINE, p, save=save), want)
+
+
+@pytest.mark.quick
+@DTYPES
+@pytest.mark.parametrize("cell", [*OWN, everywhere], ids=name)
+def test_masks_and_recompute_of_other_cells(cell, dtype, threads):
+    """In training and in evaluation; whatever is kept and however it is split, the bits are the same."""
+    for seed in (None, 7):
+        options = EVERYTHING | {"regularization": regularized(cell, 0.25, 0.3, 0.3, seed)}
+        for size, reverse in zip(MASKED, (True, False), strict=True):
+            p = problem(cell, *size, dtype=dtype, reverse=reverse, **options)
+            threads(1)
+            want = assert_standard(MACHINE, p) if size is MASKED[0] else run(MACHINE, p)
+            for count in (1, 3):
+                threads(count)
+                assert_bitwise_equal(run(MACHINE, p, save="boundary_states"), want)
+
+
 @pytest.mark.quick
 @DTYPES
 @pytest.mark.parametrize("cell", [*OWN, everywhere], ids=name)
@@ -261,8 +315,19 @@ def test_backward_twice_and_only_what_is_needed():
 
 @pytest.mark.parametrize("size", [(0, 3), (4, 0), (0, 0)])
 def test_no_steps_and_no_rows(size):
-    p = problem(PEEPHOLE, *size, 4, 17)
-    assert_close(run(MACHINE, p), run(REFERENCE, p), 0)
+    for more in ({}, {"regularization": Regularization(0.3, 0.3, 0.3, 1)}):
+        p = problem(PEEPHOLE, *size, 4, 17, **more)
+        for save in ("all", "boundary_states"):
+            assert_close(run(MACHINE, p, save=save), run(REFERENCE, p), 0)
+
+
+def test_a_tape_of_boundary_states_is_small():
+    for one in (PEEPHOLE, published.mgu):
+        p = problem(one, 1000, 2, 3, 64, dtype=np.float32)
+        full, few = (CPU.forward(one, p.x, p.weights, save=s).tape for s in ("all", "boundary_states"))
+        count = len(one.saved) + len(one.states) - 1
+        assert full.bytes >= 1000 * 2 * 64 * 4 * count
+        assert few.bytes < full.bytes / 50
 
 
 def test_arrays_of_other_strides_and_dtypes():
@@ -277,12 +342,10 @@ def test_arrays_of_other_strides_and_dtypes():
 
 def test_what_is_not_supported():
     p = problem(PEEPHOLE, 2, 1, 3, 4)
-    with pytest.raises(
-        Unsupported, match='save: "boundary_states" is not supported by the cpu backend for peep'
-    ):
-        CPU.forward(p.cell, p.x, p.weights, save="boundary_states")
-    with pytest.raises(Unsupported, match="regularization: is not supported by the cpu backend for peephole"):
-        CPU.forward(p.cell, p.x, p.weights, regularization=Regularization(zoneout_h=0.5))
+    with pytest.raises(ValueError, match=r"state0: expected a tuple .* got one of length 0"):
+        CPU.forward(p.cell, p.x, p.weights, ())
+    with pytest.raises(ValueError, match=r"dstateT: expected a tuple .* got one of length 0"):
+        CPU.backward(CPU.forward(p.cell, p.x, p.weights).tape, p.dy, ())
     q = problem(published.dreamer_gru, 2, 1, 3, 4)
     with pytest.raises(
         Unsupported, match=r"cell: dreamer_gru\(\) is not supported by the cpu backend; use the ref"
@@ -299,9 +362,46 @@ def test_what_is_not_supported():
         )
 
     with pytest.raises(
-        Unsupported, match=r"cell: large\(\) is too large for the cpu backend \(program: accumul"
+        Unsupported, match=r"cell: large\(\) is too large .* \(accumulators: expected at most 64, got 66\)"
     ):
         CPU.forward(large, p.x, {"weight_ih": np.ones((264, 3)), "weight_hh": np.ones((264, 4))})
+
+    @cell
+    def long(p, x, h):
+        a = p.dense("a", x, h)
+        for _ in range(501):
+            a = tanh(a) * h
+        return a
+
+    with pytest.raises(Unsupported, match=r"\(operations: expected at most 1000, got 1005\)"):
+        CPU.forward(long, p.x, {"weight_ih": np.ones((4, 3)), "weight_hh": np.ones((4, 4))})
+
+
+def test_the_work_of_a_plan_does_not_grow_with_the_square_of_a_cell():
+    def chain(count):
+        @cell
+        def made(p, x, h):
+            a = p.dense("a", x, h)
+            for _ in range(count):
+                a = tanh(a * h) + h
+            return a
+
+        lines = 0
+
+        def count_lines(frame, event, arg):
+            nonlocal lines
+            lines += event == "line"
+            return count_lines
+
+        before = sys.gettrace()
+        sys.settrace(count_lines)
+        try:
+            program.plan(made)
+        finally:
+            sys.settrace(before)
+        return lines
+
+    assert chain(40) < 8 * chain(10)
 
 
 # --- plans --------------------------------------------------------------------------------------------------
@@ -320,23 +420,24 @@ def test_operations_are_the_same_in_both_languages():
 @pytest.mark.parametrize("cell", PROGRAMS, ids=name)
 def test_plans(cell):
     """The same every time; every value is in a register before it is read, and registers are used again."""
-    plan = program.plan(cell)
-    assert plan == program.plan(cell)
-    for direction in (plan.forward, plan.backward):
-        for k, r in enumerate(direction):
-            first = r.first[0] if direction is plan.forward else len(r.first) if k else len(plan.start)
-            there = set(range(first))
-            for op, d, *sources in r.code:
-                if op in ("store", "add_to"):
-                    assert d in there
-                elif op not in ("constant", "vector", "load"):
-                    count = 3 if op in ("fma", "fnma", "where") else 1
-                    assert set(sources[:count]) <= there
-                there |= set(range(d, d + 1 + (sources[2] if op == "load" else 0)))
-            assert max(there, default=0) < 20
+    for options in ((), (True, [s for s in cell.states if s in "hc"])):
+        plan = program.plan(cell, *options)
+        assert plan == program.plan(cell, *options)
+        for direction in (plan.forward, plan.backward):
+            for k, r in enumerate(direction):
+                first = r.first[0] if direction is plan.forward else len(r.first) if k else len(plan.start)
+                there = set(range(first))
+                for op, d, *sources in r.code:
+                    if op in ("store", "add_to"):
+                        assert d in there
+                    elif op not in ("constant", "vector", "load"):
+                        count = 3 if op in ("fma", "fnma", "where") else 1
+                        assert set(sources[:count]) <= there
+                    there |= set(range(d, d + 1 + (sources[2] if op == "load" else 0)))
+                assert max(there, default=0) < 20
 
 
-def run_plan(plan, numbers):
+def run_plan(plan, numbers, save=1):
     """Run a plan that may be wrong, if it is accepted: it must not read or write beside its call's memory."""
     try:
         core = made(plan, numbers)
@@ -357,7 +458,17 @@ def run_plan(plan, numbers):
     try:
         packed = _core.machine_pack(core, weights)
         results = _core.machine_forward(
-            packed, array(T, B, I), [array(B, H)] * S, None, None, False, 0, True, True
+            packed,
+            core,
+            array(T, B, I),
+            [array(B, H)] * S,
+            None,
+            None,
+            False,
+            0,
+            (0.5, 0.5, 0.5, 1, 0),
+            True,
+            save,
         )
         _core.machine_backward(
             results[3], array(T, B, H), [array(B, H)] * S, [array(T, B, H)] * S, [True] * (len(weights) + 2)
@@ -369,12 +480,12 @@ def run_plan(plan, numbers):
 
 @pytest.mark.parametrize("cell", [PEEPHOLE, published.mgu, published.co_rnn, everywhere], ids=name)
 def test_broken_plans_are_refused_or_do_no_harm(cell):
-    plan = program.plan(cell)
+    plan = program.plan(cell, True, [s for s in cell.states if s in "hc"])
     numbers = plan.numbers()
     assert run_plan(plan, numbers)
     for at, n in enumerate(numbers):
         for other in (n - 1, n + 1, -1, 255, 2**31 - 1, -(2**31)):
-            run_plan(plan, [*numbers[:at], other, *numbers[at + 1 :]])
+            run_plan(plan, [*numbers[:at], other, *numbers[at + 1 :]], save=1 + at % 2)
     for count in range(len(numbers)):
         with pytest.raises(ValueError, match="program: "):
             made(plan, numbers[:count])
@@ -396,6 +507,24 @@ def test_random_numbers_are_refused_or_do_no_harm(seed):
         some = rng.integers(0, len(numbers), 4)
         changed[some] = rng.integers(-1, 12, 4)
         run_plan(plan, changed)
+
+
+def test_plans_of_another_cell_or_with_masks_that_a_call_does_not_draw():
+    cell = published.mgu
+    p = problem(cell, 2, 1, 3, 4)
+    packed = machine.pack(cell, p.weights).core
+    for plan, masks, message in (
+        (machine.plan(published.janet), None, "plan: expected one of the cell that was packed"),
+        (machine.plan(cell, True), (0.0, 0.5, 0.0, 1, 0), "plan: expected one without this mask"),
+        (machine.plan(cell, False, ("h",)), None, "plan: expected one without this mask"),
+        (machine.plan(cell, False, ("h",)), (0.5, 0.0, 0.0, 1, 0), "plan: expected one without this mask"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _core.machine_forward(packed, plan, p.x, (), None, None, False, 0, masks, False, 1)
+    with pytest.raises(ValueError, match="save: expected 0"):
+        _core.machine_forward(packed, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 3)
+    with pytest.raises(TypeError, match="packed: expected what machine_pack returned, got"):
+        _core.machine_forward(1, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 1)
 
 
 def test_numbers_of_another_kind():

@@ -24,10 +24,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
   Index* at;  // of each row of the step, t * B + b
 
   MachineBackwardLoop(const MachineBackward<T>& job_, const Worker& worker_)
-      : Base(*job_.base, worker_, *job_.shape, false),
-        job(job_),
-        call(job_.call),
-        places(call, worker_.region.thread) {
+      : Base(*job_.base, worker_, *job_.shape, false), job(job_), call(job_.call), places(call, worker_.region.thread) {
     for (int g = 0; g < job.group_count; ++g)
       this->weights.groups.add(job.groups[g].column, job.groups[g].columns, job.groups[g].first, job.groups[g].count);
     at = reinterpret_cast<Index*>(places.table + places.count() * B);

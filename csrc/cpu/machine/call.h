@@ -46,7 +46,7 @@ template <class T>
 struct MachineBackwardCall {
   const cpu::MachinePlan* plan;
   const MachineTape<T>* tape;
-  const PackedMachine<T>* packed;  // of boundary states, which run forward again; else it is not read
+  const PackedMachine<T>* packed;   // of boundary states, which run forward again; else it is not read
   MachineWeights<const T> weights;  // as they were in forward
   Problem problem;
   Sequence<const T> x;

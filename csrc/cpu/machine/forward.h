@@ -20,7 +20,7 @@ struct MachineForwardLoop {
   const MachineCall<T>& call;
   const Worker& worker;
   MachineRows<V> rows;
-  const T** x;  // of each row of the step
+  const T** x;   // of each row of the step
   Index* batch;  // and which row of the batch it is
   Index count = 0;
   Index row_begin, row_end, block_begin, block_end;  // this thread's

@@ -92,8 +92,8 @@ struct MachineCall {
   Index boundary_time;  // of a chunk, that of the step before it, or -1
   const T* boundary;    // the states but y after that: [state][B][H]
   T* y_again;           // where the first state goes when forward runs again: one step (B, H); else null
-  T* carried;    // [B][block][carried value][16]
-  char* tables;  // per thread: pointers
+  T* carried;           // [B][block][carried value][16]
+  char* tables;         // per thread: pointers
   Index tables_step;
   T* registers;  // per thread
   int register_count;
@@ -148,9 +148,9 @@ struct MachineBackward {
   const T* dy;
   const T *const *dstateT, *const *dstates;  // of each state; null: none
   T* const* dstate0;
-  T* const* direct;    // of each state [B][blocks * 16], or null: it has no such gradient
-  T* sums;             // [B][block][vector][16], or null
-  T* const* dvectors;  // of each vector (H) or null
+  T* const* direct;                 // of each state [B][blocks * 16], or null: it has no such gradient
+  T* sums;                          // [B][block][vector][16], or null
+  T* const* dvectors;               // of each vector (H) or null
   const MachineForward<T>* replay;  // with boundary states: makes the saved values and states of a chunk; else null
   const T* boundary_states;
 };

@@ -8,8 +8,10 @@
 
 namespace fusedrnn::cpu {
 
-// Largest numbers; std::invalid_argument says which is larger.
+// Largest numbers; std::invalid_argument says which is larger. `operations` of a cell's step only Python counts: those
+// of larger cells would take seconds to derive.
 struct MachineLimits {
+  static constexpr int operations = 1000;
   static constexpr int states = 16, operands = 48, accumulators = 64, vectors = 64, saved = 255, carried = 255,
                        constants = 255, rounds = 64, instructions = 1 << 14, registers = 255;
 };

@@ -62,7 +62,8 @@ struct MachineRows {
 
   // Row i of the step is row b of the batch. Programs load from states before and never store there.
   void select(Index i, Index t, Index b) {
-    put(cpu::kSaved, i, call.saved, (((t - call.first) & call.saved_kept) * call.steps.B + b) * (call.saved_count * call.H));
+    put(cpu::kSaved, i, call.saved,
+        (((t - call.first) & call.saved_kept) * call.steps.B + b) * (call.saved_count * call.H));
     put(cpu::kCarried, i, call.carried, b * (call.carried_count * call.blocks * kBlock));
     for (int s = 0; s < call.states; ++s) {
       put(before(s), i, const_cast<T*>(state_before(s, t, b)), 0);

@@ -235,8 +235,7 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   job.sums = parts.sums.data(), job.parts = call.packed->packed.data(), job.bias = call.packed->bias;
   job.computed = computed.data();
   const Index row_bytes = plan.saved * n.H * Index(sizeof(T));
-  job.stream =
-      all && !plan.reads_saved && row_bytes % 64 == 0 && (!thresholds || n.T * n.B * row_bytes > kSharedCache);
+  job.stream = all && !plan.reads_saved && row_bytes % 64 == 0 && (!thresholds || n.T * n.B * row_bytes > kSharedCache);
   job.stateT = call.stateT.data(), job.states = call.states.data();
   job.boundary_states = boundaries && S > 1 ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
   run_job<T>(cpu::kernels<T>().machine_forward, job, split.threads, split.by_rows, call.poll);
@@ -285,7 +284,8 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     carried = layout.take({std::max(plan.carried_back, replays ? plan.carried : 0), n.B, units});
     if (replays) saved = layout.take({replay_steps, n.B, plan.saved, n.H});
     for (std::size_t s = 1; replays && s < S; ++s) state[s] = layout.take({replay_steps, n.B, n.H});
-    for (std::size_t o = 1; o < O; ++o) computed[o] = plan.state_of[o] < 0 ? layout.take({replay_rows, units}) : nullptr;
+    for (std::size_t o = 1; o < O; ++o)
+      computed[o] = plan.state_of[o] < 0 ? layout.take({replay_rows, units}) : nullptr;
     y_again = layout.take({replay_rows, n.H});
     masks = layout.take({regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
     sums = layout.take({need_sums ? n.B : 0, Index(plan.vectors.size()), units});

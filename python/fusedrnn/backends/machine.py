@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -61,13 +62,20 @@ def plan(cell: Cell, dropout: bool = False, zoned: tuple[str, ...] = ()) -> _cor
             f"cell: {cell!r} is not supported by the cpu backend; use the reference (only some "
             "built-in cells have kernels with norms and projections)"
         )
+    count = Counter(n.op for n in cell.forward_nodes)
+    counts = {"operations": count.total(), "accumulators": count["dense"], "vectors": count["vector"]}
+    for what, n in (counts | {"states": len(cell.states)}).items():
+        if n > (most := _core.MACHINE_LIMITS[what]):
+            raise _too_large(cell, f"{what}: expected at most {most}, got {n}")
     made = program.plan(cell, dropout, zoned)
     try:
         return _core.machine_plan(np.array(made.numbers(), np.int32), made.start, made.constants)
     except _core.RefusedValue as error:
-        raise Unsupported(
-            f"cell: {cell!r} is too large for the cpu backend ({error}); use the reference"
-        ) from error
+        raise _too_large(cell, error) from error
+
+
+def _too_large(cell: Cell, what: object) -> Unsupported:
+    return Unsupported(f"cell: {cell!r} is too large for the cpu backend ({what}); use the reference")
 
 
 @functools.cache

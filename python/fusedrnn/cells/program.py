@@ -30,8 +30,7 @@ OPERATIONS = (
 )
 
 # Places in memory. Then of each state those before the step and after it, and its direct gradient; then those
-# of the operands from the second on, the first being x. DROPOUT and KEEP are the masks of recurrent dropout and
-# zoneout.
+# of the operands from the second on, the first being x. DROPOUT and KEEP: the masks of dropout and zoneout.
 SAVED, CARRIED, GRADIENTS, SUMS, DROPOUT, KEEP_H, KEEP_C, STATES = range(8)
 KEEP = {"h": KEEP_H, "c": KEEP_C}
 
@@ -189,13 +188,13 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
     first = {u: _operation("mul", mask[KEEP[s]], u) for s, u in gradient.upstream.items() if s in zoned}
     first |= {n: _operation("mul", n, mask[DROPOUT]) for n in transposed if dropout}
     line = [o._replace(args=tuple(first[a].node if a in first else a for a in o.args)) for o in line]
-    part = {s: _operation("mul", rest[s].node, gradient.upstream[s]) for s in zoned}  # what goes past the cell
-    line = [*rest.values(), *part.values(), *first.values(), *line]
+    past = {s: _operation("mul", rest[s].node, gradient.upstream[s]) for s in zoned}  # it goes past the cell
+    line = [*rest.values(), *past.values(), *first.values(), *line]
     line += [o for o in more if o.node in product.values()]
     direct = {s: first[d].node if d in first else d for s, d in gradient.direct.items()}
     own = _with_rounds(rounds(cell.backward_nodes, cell.forward_nodes), line)
     for s in zoned:
-        direct[s] = _add(line, own, direct[s], part[s].node) if s in direct else part[s].node
+        direct[s] = _add(line, own, direct[s], past[s].node) if s in direct else past[s].node
 
     stores = [(gradient.dense[n], Memory("store", GRADIENTS, k)) for k, n in enumerate(dense)]
     stores += [(d, Memory("add_to", SUMS, vectors.index(n))) for n, d in gradient.vectors.items()]

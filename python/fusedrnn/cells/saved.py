@@ -8,6 +8,7 @@ about what a processor core needs for a vector. They decide what a tape holds, s
 from __future__ import annotations
 
 from collections.abc import Container, Hashable
+from itertools import pairwise
 
 from fusedrnn.cells.gradient import Gradient
 from fusedrnn.cells.graph import UNIT, Node, reach
@@ -114,7 +115,7 @@ class Cut:
             while path:
                 a = path[-1]
                 if a == self.SINK:
-                    edges = list(zip(path, path[1:], strict=False))
+                    edges = list(pairwise(path))
                     flow = min(self._left[a][b] for a, b in edges)
                     for a, b in edges:
                         self._left[a][b] -= flow
