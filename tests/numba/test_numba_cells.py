@@ -18,7 +18,7 @@ from fusedrnn.cells.definition import cell
 from fusedrnn.cells.evaluation import Evaluation
 from fusedrnn.cells.symbols import absolute, maximum, minimum, relu, tanh, where
 from problems import assert_bitwise_equal, errors
-from published import PUBLISHED, co_rnn, everything, slstm, sru
+from published import PUBLISHED, everything, slstm
 from test_random_cells import made as made_from
 from test_random_cells import sources
 from test_selections import NUMBERS, UPSTREAM
@@ -154,7 +154,7 @@ def check(made, dtype, H, reverse=False, **options):
 
 
 # Each takes seconds to compile.
-USUAL = {(slstm, np.float64), (sru, np.float64), (co_rnn, np.float64), (everything, np.float32)}
+USUAL = {(slstm, np.float64), (everything, np.float32)}
 EACH = [
     pytest.param(made, t, id=f"{made!r}-{t.__name__}", marks=[] if (made, t) in USUAL else pytest.mark.slow)
     for made in [*PUBLISHED, everything]
@@ -194,7 +194,9 @@ def without_gradient(p, x, h, c):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("made", [apart, without_gradient], ids=repr)
+@pytest.mark.parametrize(
+    "made", [apart, pytest.param(without_gradient, marks=pytest.mark.slow)], ids=["apart", "without_gradient"]
+)
 def test_other_layouts(made, dtype):
     check(made, dtype, 5)
     check(made, dtype, 17, reverse=True)

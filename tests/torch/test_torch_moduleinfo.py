@@ -264,6 +264,7 @@ def test_grad(info, dtype, training):
         assert torch.autograd.gradcheck(*function_of(layer, args))
 
 
+@pytest.mark.slow
 @entries((torch.float64,))
 def test_gradgrad(info, dtype, training):
     for layer, args, _ in samples(info, dtype, training, requires_grad=True):
