@@ -176,14 +176,16 @@ def test_published_cells(made, dtype):
 
 
 @cell
-def apart(p, x, h, c, m):
-    """Operands whose gates do not lie side by side, and one that is a product; states that are others."""
+def apart(p, x, h, c, m, u):
+    """Operands whose gates do not lie side by side, and one that is a product; states that are others, or a
+    product that nothing else uses.
+    """
     a, b = p.dense("a b", x, h)
     d, e = p.dense("d e", h, c)
     f = p.dense("f", x, c, a * tanh(b))
     g = p.dense("g", d, bias=False)
     k = where(p.dense("k", m) > 0, f, g)
-    return tanh(k + e), h, g
+    return tanh(k + e), h, g, p.dense("u", k)
 
 
 @cell

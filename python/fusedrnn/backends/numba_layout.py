@@ -135,7 +135,9 @@ def _line(outputs: Iterable[Node], known: Iterable[Node], cell: Cell) -> Line:
             operations.append(Operation(n, op, args))
     early: dict[Node, int] = {}
     for n, op, args in operations:
-        early[n] = max(0, max(early.get(a, -1) for a in args) + (op in WAITS))
+        # A state's gradient is copied in round 0 if it is a product's, too: products begin after that.
+        given = 0 if op == "transposed" else -1
+        early[n] = max(0, max(early.get(a, given) for a in args) + (op in WAITS))
     rounds = {n: early[n] for n in outputs if n in early}
     last = dict[Node, int]()
     for n, op, args in reversed(operations):
