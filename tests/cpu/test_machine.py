@@ -33,7 +33,7 @@ from fusedrnn.backends import get, machine
 from fusedrnn.backends.arguments import check_regularization
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Regularization, Unsupported
-from fusedrnn.cells import cell, log, maximum, minimum, program, relu, softplus, sqrt, tanh, where
+from fusedrnn.cells import cell, log, maximum, minimum, program, relu, softplus, sqrt, tanh, where, zoo
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poison")]
 
@@ -48,6 +48,7 @@ def runs(cell):
 
 PROGRAMS = [c for c in published.CELLS if runs(c)]
 OWN = [c for c in PROGRAMS if c not in PLAIN]
+ZOO = [c for c in zoo.ALL if runs(c) and c not in PROGRAMS]
 
 
 class Machine:
@@ -91,6 +92,13 @@ def test_published_cells_are_those_of_the_reference(cell, dtype, threads):
             for count in (1, 2):
                 threads(count)
                 assert_standard(MACHINE, p, want)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cell", ZOO, ids=name)
+def test_the_rest_of_the_zoo_is_that_of_the_reference(cell):
+    p = problem(cell, 5, 3, 4, 17, dtype=np.float32, lengths=True, reset=True, biases="both")
+    assert_standard(MACHINE, p, run(REFERENCE, p.astype(np.longdouble)))
 
 
 class WithoutNorms(Draw):
