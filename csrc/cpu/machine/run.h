@@ -11,11 +11,10 @@ namespace fusedrnn {
 template <class T>
 struct MachineTape {
   Buffer memory;
-  // Of every step; null where forward runs again.
   T* saved;
-  std::vector<T*> state;  // of each state; y is that of the first
-  bool replays;
-  T* boundary_states;  // see cpu::MachineForward
+  std::vector<T*> state;  // of each state every step's; y is that of the first
+  bool replays;           // what is above is null: forward runs again
+  T* boundary_states;     // see cpu::MachineForward
 };
 
 using cpu::MachinePlan;
@@ -32,6 +31,7 @@ struct MachineNumbers {
     start = layout.take({plan.states, H});
   }
   void fill_constants(const MachinePlan& plan) {
+    const cpu::ControlWord word(false);  // or the caller's would show that they are rounded
     for (std::size_t k = 0; k < plan.constants.size(); ++k) constants[k] = T(plan.constants[k]);
   }
   void fill(const MachinePlan& plan, Index H, const MachineWeights<const T>& weights) {

@@ -58,7 +58,7 @@ class Regularization(NamedTuple):
     before + (1 - rate) * candidate. How masks follow from the seed: ``fusedrnn.masks``.
     """
 
-    recurrent_dropout: float = 0.0
+    recurrent_dropout: float = 0.0  # 0 for cells without weight_hh
     zoneout_h: float = 0.0
     zoneout_c: float = 0.0  # 0 for cells without c
     seed: int | None = None  # of the masks, 0 <= seed < 2**63; None: evaluation
