@@ -22,6 +22,16 @@ struct CellState {
   FUSEDRNN_INLINE static constexpr int norm_of(int) { return 0; }
 };
 
+// x of a, and da of dx, by the numbers of a row: the means of a, of dx and of dx x.
+template <class V>
+FUSEDRNN_INLINE V normalised(V a, V mean, V inverse) {
+  return (a - mean) * inverse;
+}
+template <class V>
+FUSEDRNN_INLINE V normalised_gradient(V dx, V x, V mean, V along, V inverse) {
+  return inverse * fnma(x, along, dx - mean);
+}
+
 // Mean and 1 / sqrt(variance + epsilon) of each norm of a row, and what is made with them.
 template <class Cell, class Units>
 struct RowNorm {
@@ -60,7 +70,7 @@ struct RowNorm {
   FUSEDRNN_INLINE Index at(Index u, int s) const { return units.at(u, s, A); }
   FUSEDRNN_INLINE V x(Index u, int s) const {
     const int n = Cell::norm_of(s);
-    return (load(u, s) - mean[n].all()) * V::set(inverse[n]);
+    return normalised(load(u, s), mean[n].all(), V::set(inverse[n]));
   }
   // p of all accumulators.
   FUSEDRNN_INLINE void parts(const T* gain, const T* bias, Index u, V* p) const {
@@ -93,7 +103,7 @@ struct RowNormBackward {
   }
   FUSEDRNN_INLINE V da(Index u, int s, V dx) const {
     const int n = Cell::norm_of(s);
-    return V::set(norm.inverse[n]) * fnma(norm.x(u, s), V::set(means[kNorms + n]), dx - V::set(means[n]));
+    return normalised_gradient(dx, norm.x(u, s), V::set(means[n]), V::set(means[kNorms + n]), V::set(norm.inverse[n]));
   }
 };
 

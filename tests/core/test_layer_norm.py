@@ -38,7 +38,7 @@ from test_reference import assert_right_along_a_direction
 
 REFERENCE = ReferenceBackend()
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
-KERNELS = NORMED[:4]  # not GRU with reset before
+KERNELS = NORMED[:4]  # GRU with reset before is a program: tests/cpu/test_machine.py
 
 normed = pytest.mark.parametrize("cell", NORMED, ids=name)
 kernel_cells = pytest.mark.parametrize("cell", KERNELS, ids=name)
@@ -272,15 +272,6 @@ class TestKernels:
             assert np.array_equal(out["y"], want["y"])
             for key, value in call.backward(out["y"], out["tape"]).items():
                 assert np.array_equal(value, want[key]), key
-
-    def test_gru_with_reset_before_is_refused_by_name(self, cpu):
-        p = problem(NORMED[4], 3, 2, 3, 5)
-        for call in (lambda: cpu.pack(p.cell, p.weights), lambda: run(cpu, p)):
-            with pytest.raises(
-                ValueError,
-                match=r"cell: gru.*layer_norm.* is not supported by the cpu backend; use the reference",
-            ):
-                call()
 
     def test_the_compiled_module_wants_the_gains(self, cpu):
         from fusedrnn import _core

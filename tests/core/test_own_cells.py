@@ -53,7 +53,6 @@ def normed(p, x, h, c, n=1):
 
 OWN = [mgu, ind_rnn, normed]
 own = pytest.mark.parametrize("cell", OWN, ids=name)
-program = pytest.mark.parametrize("cell", OWN[:2], ids=name)  # the compiled module has no norms of them
 OPTIONS = [
     {},
     {"reverse": True, "reset": True},
@@ -254,14 +253,14 @@ def test_derivatives_of_gradients_in_pytorch(cell):
 
 @needs_cpu
 @options
-@program
+@own
 def test_by_the_compiled_module(cell, options):
     p = problem(cell, 7, 3, 4, 5, **options)
     assert_close(run(CPU, p), run(REFERENCE, p), 1e-13)
 
 
 @needs_cpu
-@program
+@own
 def test_a_layer_by_the_compiled_module(cell):
     """It is what runs where nothing else is asked for."""
     net = L.Recurrent(cell, 5, 4, num_layers=2, bidirectional=True, dtype="float64")
@@ -306,9 +305,14 @@ def test_by_numba(cell, options):
 
 
 def test_backends_say_what_they_do_not_run():
-    p = problem(normed, 2, 1, 3, 4)
-    with pytest.raises(Unsupported, match=r"cell: normed\(\) is not supported by the cpu backend"):
-        kernels.forward(normed, p.x, p.weights, backend="cpu")
+    p = problem(mgu, 2, 1, 3, 4)
+
+    @cell
+    def projected(p, x, h):
+        return p.project(tanh(p.dense("a", x, h)))
+
+    with pytest.raises(Unsupported, match=r"cell: projected\(\) is not supported by the cpu backend"):
+        kernels.forward(projected, p.x, p.weights, backend="cpu")
 
     @cell
     def timed(p, x, h, *, dt):

@@ -504,12 +504,12 @@ MUTANTS = [
         "totals[n] / count[n] + T(kEpsilon)",
         "totals[n] / count[n]",
     ),
-    Mutant("norm: gradient keeps its mean", ROW_NORM, "dx - V::set(means[n])", "dx"),
+    Mutant("norm: gradient keeps its mean", ROW_NORM, "dx - mean", "dx"),
     Mutant(
         "norm: gradient keeps its part along x",
         ROW_NORM,
-        "fnma(norm.x(u, s), V::set(means[kNorms + n]), dx - V::set(means[n]))",
-        "dx - V::set(means[n])",
+        "fnma(x, along, dx - mean)",
+        "dx - mean",
     ),
     Mutant("norm: gradient not scaled", ROW_NORM, "V::set(norm.inverse[n])", "V::set(1)"),
     Mutant(

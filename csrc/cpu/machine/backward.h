@@ -10,7 +10,6 @@ using cpu::MachineBackward;
 using cpu::MachineGradient;
 using cpu::MachineGroup;
 using cpu::MachinePart;
-using cpu::MachineRound;
 
 template <class V>
 struct MachineBackwardLoop : BackwardSteps<V> {
@@ -30,6 +29,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     at = reinterpret_cast<Index*>(places.table + places.count() * B);
     places.set(cpu::kGradients, true, call.accumulators, true);
     places.set(cpu::kSums, job.sums, call.vector_count, true);
+    places.set(cpu::kNormGradients, job.norm_gradients, 0, true);
     for (int s = 0; s < call.states; ++s) places.set(places.direct(s), job.direct[s], 1, true);
     for (int o = 1; o < call.operands; ++o)
       places.set(places.operand(o), call.state_of[o] < 0 && Base::job.need_weights, 1, false);
@@ -41,6 +41,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       places.select(i, t, b);
       places.put(cpu::kGradients, i, this->da_row(begin + i), 0);
       places.put(cpu::kSums, i, job.sums, b * units * call.vector_count);
+      places.put(cpu::kNormGradients, i, job.norm_gradients, b * (job.norm_gradient_count * cpu::kNormGradientNumbers));
       for (int s = 0; s < call.states; ++s) places.put(places.direct(s), i, job.direct[s], b * units);
       for (int o = 1; o < call.operands; ++o)
         places.put(places.operand(o), i, Base::job.inputs, (begin + i) * Base::job.inputs_row + job.column_of[o]);
@@ -135,6 +136,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     Frame<V> frame = places.frame(worker.region.thread);
     for (const MachineRound* round = call.rounds + 1; round != call.rounds + call.round_count; ++round) {
       if (!worker.by_rows && !worker.barrier()) return false;
+      if (round->norm_count && !MachineNorms<V>{places}.run(*round, n, true, worker)) return false;
       const bool done = this->tiles(n, this->block_begin, this->block_end,
                                     [&](Index first, int m, Index block, int wide, Index lane) {
                                       places.set_tile(frame, first, m, block, wide, lane);

@@ -1,6 +1,6 @@
 // The time loop forward of a cell that is a program. SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include "cpu/machine/rows.h"
+#include "cpu/machine/norm.h"
 #include "cpu/tile.h"
 
 namespace fusedrnn {
@@ -8,7 +8,6 @@ namespace FUSEDRNN_LEVEL {
 
 using cpu::MachineForward;
 using cpu::MachinePart;
-using cpu::MachineRound;
 using cpu::MachineSum;
 using cpu::Worker;
 
@@ -121,6 +120,7 @@ struct MachineForwardLoop {
   }
 
   bool run_round(const MachineRound& round) const {
+    if (round.norm_count && !MachineNorms<V>{rows}.run(round, count, false, worker)) return false;
     Frame<V> frame = rows.frame(worker.region.thread);
     const Index blocks = block_end - block_begin;
     if (count == 1 && blocks <= kOneRow) {  // one tile: the divisions below would take as long as a part of it

@@ -4,6 +4,7 @@
 // vectors, and its loop is the compiled cells' code for one operation: the bits are theirs. A register holds the
 // vectors of all rows and blocks of the tile, [block][row], in the nearest cache.
 #pragma once
+#include "cells/row_norm.h"
 #include "cpu/machine/job.h"
 #include "cpu/tile.h"
 #include "simd/log.h"
@@ -90,6 +91,14 @@ FUSEDRNN_NOINLINE void add_to(const Frame<V>& f, const Place<typename V::scalar>
   using T = typename V::scalar;
   if (place.rows)
     each_at<V>(f, place, value, d, [](T* from, T* to, Index) { (V::load(to) + V::load(from)).store(to); });
+}
+
+// then(offset of a vector in its register, the numbers of its row) for each vector of the tile.
+template <class V, class Then>
+FUSEDRNN_INLINE void each_row(const Frame<V>& f, int place, Index offset, Then&& then) {
+  typename V::scalar* const* const rows = f.places[place].rows + f.first;
+  for (int i = 0; i < f.rows; ++i)
+    for (int w = 0; w < f.wide; ++w) then((w * f.rows + i) * f.step, rows[i] + offset);
 }
 
 FUSEDRNN_INLINE float scalar_sqrt(float x) { return __builtin_sqrtf(x); }
@@ -208,6 +217,17 @@ FUSEDRNN_NOINLINE void interpret(const Instruction* code, int count, const Frame
         break;
       case Operation::tanh_gradient:
         each<V>(n, step, d, [one](V x, V y) { return x * fnma(y, y, one); }, a, b);
+        break;
+      case Operation::normalise:
+        each_row(f, cpu::kNorms, in.b * cpu::kNormNumbers, [d, a](Index at, const T* row) {
+          normalised(V::load(a + at), V::set(row[0]), V::set(row[1])).store(d + at);
+        });
+        break;
+      case Operation::normalise_gradient:
+        each_row(f, cpu::kNormGradients, in.c * cpu::kNormGradientNumbers, [d, a, b](Index at, const T* row) {
+          normalised_gradient(V::load(a + at), V::load(b + at), V::set(row[0]), V::set(row[1]), V::set(row[2]))
+              .store(d + at);
+        });
         break;
     }
   }

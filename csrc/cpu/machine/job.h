@@ -4,8 +4,9 @@
 //
 // A step runs round by round. A round begins with products of matrices, whose results are the first registers: forward
 // the round's accumulators, backward the gradients that come in (of the new states; in later rounds, of the operands
-// that the cell computes). Then its program runs over the tile. Units of one row meet in products alone, so a round
-// ends where the next product needs all units of its operand.
+// that the cell computes), or with the numbers of a row by which a norm is made (norm.h), or both. Then its program
+// runs over the tile. Units of one row meet in products and norms alone, so a round ends where the next one needs all
+// units.
 #pragma once
 #include <stdint.h>
 
@@ -34,8 +35,9 @@ struct Instruction {
 
 // Places in memory that instructions load from and store to: these, then of each state before the step, after it and
 // its direct gradient, then the operands from the second on (the first is x). kDropout, kKeepH and kKeepC are the masks
-// of recurrent dropout and zoneout.
-enum : int { kSaved, kCarried, kGradients, kSums, kDropout, kKeepH, kKeepC, kStates };
+// of recurrent dropout and zoneout. Of the numbers of norms each row has some, not each unit: instructions that
+// normalise read them.
+enum : int { kSaved, kCarried, kGradients, kSums, kDropout, kKeepH, kKeepC, kNorms, kNormGradients, kStates };
 
 template <class T>
 struct Packed;
@@ -59,6 +61,24 @@ struct MachineSum {
   int part_begin, part_end;
 };
 
+// A vector of a place that programs load from.
+struct MachineValue {
+  int place, value;
+};
+
+// The numbers of each row by which values are normalised; backward, those of their gradients.
+struct MachineNorm {
+  int number, of;     // backward: the number of the norm whose values had these gradients
+  int begin, end;     // of the round's values; backward: each gradient and then its normalised value
+  int size, epsilon;  // how many values are normalised together; a constant
+  bool centred;       // or by the mean square
+};
+
+// Mean and 1 / deviation of values; of gradients their mean, that of their products with what was normalised, and
+// 1 / deviation again.
+constexpr int kNormNumbers = 2, kNormGradientNumbers = 3;
+constexpr int kMostNormed = 64;  // values of a norm
+
 struct MachineRound {
   const Instruction* code;
   int count;
@@ -67,6 +87,9 @@ struct MachineRound {
   int sum_begin, sum_end;   // forward
   const int* operands;      // backward: whose gradients come first
   int operand_count;
+  const MachineNorm* norms;
+  int norm_count;
+  const MachineValue* values;
 };
 
 // What both directions know of a call.
@@ -93,7 +116,9 @@ struct MachineCall {
   const T* boundary;    // the states but y after that: [state][B][H]
   T* y_again;           // where the first state goes when forward runs again: one step (B, H); else null
   T* carried;           // [B][block][carried value][16]
-  char* tables;         // per thread: pointers
+  T* norms;             // [step][B][norm][kNormNumbers], kept as saved is
+  int norm_count;
+  char* tables;  // per thread: pointers
   Index tables_step;
   T* registers;  // per thread
   int register_count;
@@ -148,8 +173,10 @@ struct MachineBackward {
   const T* dy;
   const T *const *dstateT, *const *dstates;  // of each state; null: none
   T* const* dstate0;
-  T* const* direct;                 // of each state [B][blocks * 16], or null: it has no such gradient
-  T* sums;                          // [B][block][vector][16], or null
+  T* const* direct;   // of each state [B][blocks * 16], or null: it has no such gradient
+  T* sums;            // [B][block][vector][16], or null
+  T* norm_gradients;  // [B][norm][kNormGradientNumbers]
+  int norm_gradient_count;
   T* const* dvectors;               // of each vector (H) or null
   const MachineForward<T>* replay;  // with boundary states: makes the saved values and states of a chunk; else null
   const T* boundary_states;

@@ -59,6 +59,7 @@ int sources(Operation op) {
     case Operation::greater_equal:
     case Operation::sigmoid_gradient:
     case Operation::tanh_gradient:
+    case Operation::normalise_gradient:
       return 2;
     default:
       return 1;
@@ -72,6 +73,7 @@ int values_at(const MachinePlan& plan, int place, Operation op, bool backward) {
   if (place == kCarried) return load || store ? backward ? plan.carried_back : plan.carried : 0;
   if (place == kGradients) return store && backward ? plan.accumulators : 0;
   if (place == kSums) return op == Operation::add_to ? backward ? int(plan.vectors.size()) : 0 : 0;
+  if (place == kNorms || place == kNormGradients) return 0;
   if (place < kStates) return load;  // a mask
   const int state = place - kStates, S = plan.states;
   if (state < S) return load;                              // before the step
@@ -80,9 +82,44 @@ int values_at(const MachinePlan& plan, int place, Operation op, bool backward) {
   return store && plan.state_of[std::size_t(state - 3 * S + 1)] < 0;
 }
 
+int count_places(const MachinePlan& plan) { return kStates + 3 * plan.states + plan.operands - 1; }
+
+// The norms that a round begins with. Their values are loaded from places.
+void read_norms(Numbers& numbers, const MachinePlan& plan, bool backward, int& count, MachinePlan::Round& round) {
+  round.norms.resize(std::size_t(numbers.next("norms", 0, Limits::norms - count)));
+  for (MachineNorm& norm : round.norms) {
+    norm.number = count++;
+    norm.begin = int(round.values.size());
+    if (backward) {
+      if (!plan.norms) refuse("norms", "none of gradients without norms of values");
+      norm.of = numbers.next("norm", 0, plan.norms - 1);
+      const MachineNorm* of = nullptr;
+      for (const MachinePlan::Round& r : plan.forward)
+        for (const MachineNorm& each : r.norms)
+          if (each.number == norm.of) of = &each;
+      norm.size = of->size, norm.epsilon = of->epsilon, norm.centred = of->centred;
+    } else {
+      if (plan.constants.empty()) refuse("norms", "none without constants");
+      norm.of = norm.number;
+      norm.centred = numbers.next("centred", 0, 1) != 0;
+      norm.epsilon = numbers.next("constant", 0, int(plan.constants.size()) - 1);
+    }
+    const int values = numbers.next("values of a norm", backward ? 0 : 1, backward ? norm.size : kMostNormed);
+    if (!backward) norm.size = values;
+    for (int k = 0; k < (backward ? 2 : 1) * values; ++k) {
+      const int place = numbers.next("place", 0, count_places(plan) - 1);
+      const int side_by_side = values_at(plan, place, Operation::load, backward);
+      if (!side_by_side || (place >= kDropout && place < kStates))
+        refuse("place", "one to load from, got " + std::to_string(place));
+      round.values.push_back({place, numbers.next("value of a place", 0, side_by_side - 1)});
+    }
+    norm.end = int(round.values.size());
+  }
+}
+
 std::vector<Instruction> read_code(Numbers& numbers, MachinePlan& plan, bool backward, int& registers) {
   std::vector<Instruction> code(std::size_t(numbers.next("instructions", 0, Limits::instructions)));
-  const int places = kStates + 3 * plan.states + plan.operands - 1;
+  const int places = count_places(plan);
   for (Instruction& in : code) {
     in.op = Operation(numbers.next("operation", 0, kOperations - 1));
     int n[4];
@@ -111,6 +148,12 @@ std::vector<Instruction> read_code(Numbers& numbers, MachinePlan& plan, bool bac
       case Operation::add_to:
         below("place", in.a, places);
         below("value of a place", in.b, values_at(plan, in.a, in.op, backward));
+        break;
+      case Operation::normalise:
+        below("norm", in.b, plan.norms);
+        break;
+      case Operation::normalise_gradient:
+        below("norm of gradients", in.c, backward ? plan.norm_gradients : 0);
         break;
       default:
         break;
@@ -156,9 +199,10 @@ MachinePlan::MachinePlan(const std::int32_t* data, std::size_t count, std::vecto
   }
   for (int& n : parameters) n = numbers.next("blocks", 1, kMostBlocks);
   for (Vector& v : vectors) {
-    if (parameters.empty()) refuse("vectors", "none without parameters");
-    v.parameter = numbers.next("parameter", 0, int(parameters.size()) - 1);
-    v.block = numbers.next("block of a parameter", 0, parameters[std::size_t(v.parameter)] - 1);
+    v.parameter = numbers.next("parameter", bias_ih, kPlain + int(parameters.size()) - 1);
+    v.block =
+        numbers.next("block of a parameter", 0,
+                     (v.parameter < kPlain ? blocks[v.parameter] : parameters[std::size_t(v.parameter - kPlain)]) - 1);
   }
   forward.resize(std::size_t(numbers.next("rounds", 1, Limits::rounds)));
   for (Round& round : forward) {
@@ -166,6 +210,8 @@ MachinePlan::MachinePlan(const std::int32_t* data, std::size_t count, std::vecto
     round.accumulators = numbers.next("accumulators", 0, Limits::accumulators - accumulators);
     accumulators += round.accumulators;
     registers = std::max(registers, round.accumulators);
+    read_norms(numbers, *this, false, norms, round);
+    for (const MachineValue& v : round.values) reads_saved |= v.place == kSaved;
     round.code = read_code(numbers, *this, false, registers);
     for (const Instruction& in : round.code) reads_saved |= in.op == Operation::load && in.a == kSaved;
   }
@@ -179,6 +225,8 @@ MachinePlan::MachinePlan(const std::int32_t* data, std::size_t count, std::vecto
     round.operands.resize(std::size_t(numbers.next("operands of a round", 0, first ? 0 : operands - 1)));
     for (int& o : round.operands) o = numbers.next("operand", 1, operands - 1);
     registers = std::max(registers, first ? states : int(round.operands.size()));
+    read_norms(numbers, *this, true, norm_gradients, round);
+    if (first && norm_gradients) refuse("norms", "none in the first round backward");
     round.code = read_code(numbers, *this, true, registers);
   }
   numbers.finish();

@@ -13,7 +13,7 @@ namespace fusedrnn::cpu {
 struct MachineLimits {
   static constexpr int operations = 1000;
   static constexpr int states = 16, operands = 48, accumulators = 64, vectors = 64, saved = 255, carried = 255,
-                       constants = 255, rounds = 64, instructions = 1 << 14, registers = 255;
+                       constants = 255, norms = 255, rounds = 64, instructions = 1 << 14, registers = 255;
 };
 constexpr int kMachineVectors = 24;  // of a register: those of the widest tile
 
@@ -25,17 +25,19 @@ struct MachinePlan {
     }
   };
   struct Vector {
-    int parameter, block;
+    int parameter, block;  // bias_ih, bias_hh or one from kPlain on
     bool operator==(const Vector& o) const { return parameter == o.parameter && block == o.block; }
   };
   struct Round {
     int accumulators;           // forward
     std::vector<int> operands;  // backward
+    std::vector<MachineNorm> norms;
+    std::vector<MachineValue> values;
     std::vector<Instruction> code;
   };
   enum { weight_ih, weight_hh, bias_ih, bias_hh, kPlain };
 
-  int states, operands, saved, carried, carried_back, accumulators = 0, registers = 0;
+  int states, operands, saved, carried, carried_back, accumulators = 0, registers = 0, norms = 0, norm_gradients = 0;
   int blocks[kPlain];  // of H rows
   std::vector<double> start, constants;
   std::vector<bool> direct;     // of each state

@@ -25,6 +25,7 @@ struct MachineRows {
     set(cpu::kDropout, call.regularization.dropout, 1, true);
     set(cpu::kKeepH, call.regularization.zoneout_h.acts, 1, true);
     set(cpu::kKeepC, call.regularization.zoneout_c.acts, 1, true);
+    set(cpu::kNorms, call.norms, 0, true);
     for (int s = 0; s < call.states; ++s) set(before(s), true, 1, false), set(after(s), true, 1, false);
   }
 
@@ -62,8 +63,9 @@ struct MachineRows {
 
   // Row i of the step is row b of the batch. Programs load from states before and never store there.
   void select(Index i, Index t, Index b) {
-    put(cpu::kSaved, i, call.saved,
-        (((t - call.first) & call.saved_kept) * call.steps.B + b) * (call.saved_count * call.H));
+    const Index kept = ((t - call.first) & call.saved_kept) * call.steps.B + b;
+    put(cpu::kSaved, i, call.saved, kept * (call.saved_count * call.H));
+    put(cpu::kNorms, i, call.norms, kept * (call.norm_count * cpu::kNormNumbers));
     put(cpu::kCarried, i, call.carried, b * (call.carried_count * call.blocks * kBlock));
     for (int s = 0; s < call.states; ++s) {
       put(before(s), i, const_cast<T*>(state_before(s, t, b)), 0);

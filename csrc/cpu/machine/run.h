@@ -11,7 +11,7 @@ namespace fusedrnn {
 template <class T>
 struct MachineTape {
   Buffer memory;
-  T* saved;
+  T *saved, *norms;
   std::vector<T*> state;  // of each state every step's; y is that of the first
   bool replays;           // what is above is null: forward runs again
   T* boundary_states;     // see cpu::MachineForward
@@ -38,8 +38,8 @@ struct MachineNumbers {
     const Index row = blocks_of(H) * kBlock;
     T* to = vectors;
     for (const MachinePlan::Vector& v : plan.vectors) {
-      const T* from = weights[std::size_t(MachinePlan::kPlain + v.parameter)] + v.block * H;
-      std::fill(std::copy(from, from + H, to), to + row, T(0));
+      const T* from = weights[std::size_t(v.parameter)];  // null: a bias that is not there
+      std::fill(from ? std::copy(from + v.block * H, from + (v.block + 1) * H, to) : to, to + row, T(0));
       to += row;
     }
     fill_constants(plan);
@@ -87,7 +87,8 @@ struct MachineScratch {
 std::vector<cpu::MachineRound> rounds_of(const std::vector<MachinePlan::Round>& rounds) {
   std::vector<cpu::MachineRound> found;
   for (const MachinePlan::Round& r : rounds)
-    found.push_back({r.code.data(), int(r.code.size()), 0, 0, 0, 0, 0, r.operands.data(), int(r.operands.size())});
+    found.push_back({r.code.data(), int(r.code.size()), 0, 0, 0, 0, 0, r.operands.data(), int(r.operands.size()),
+                     r.norms.data(), int(r.norms.size()), r.values.data()});
   return found;
 }
 
@@ -120,6 +121,7 @@ cpu::MachineCall<T> machine_call(const MachinePlan& plan, const Problem& problem
   call.register_count = plan.registers;
   call.registers = scratch.registers, call.registers_step = scratch.registers_step;
   call.states_kept = call.saved_kept = -1, call.boundary_time = -1;
+  call.norm_count = plan.norms;
   call.rows_outside = rows_outside<T>(shape_of(plan), n);
   return call;
 }
@@ -199,11 +201,12 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   Layout<T>& kept = all ? tape_layout : layout;
   MachineScratch<T> scratch(plan, n.B);
   MachineNumbers<T> numbers = call.packed->numbers;  // but for the constants
-  T *carried = nullptr, *saved = nullptr, *boundary_states = nullptr, *masks = nullptr;
+  T *carried = nullptr, *saved = nullptr, *boundary_states = nullptr, *masks = nullptr, *norms = nullptr;
   std::vector<T*> computed(O), state(S, call.y);
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
     saved = kept.take({keeps ? all ? n.T : 1 : 0, n.B, plan.saved, n.H});
+    norms = kept.take({all ? n.T : 1, n.B, plan.norms, cpu::kNormNumbers});
     for (std::size_t s = 1; s < S; ++s) state[s] = kept.take({every ? n.T : 2, n.B, n.H});
     boundary_states = tape_layout.take({boundaries, plan.states - 1, n.B, n.H});
     carried = layout.take({plan.carried, n.B, units});
@@ -218,9 +221,10 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   }
   numbers.fill_constants(plan);
   if (tape && all)
-    tape->saved = saved, tape->state = state;
+    tape->saved = saved, tape->norms = norms, tape->state = state;
   else if (tape)
-    tape->replays = plan.saved || S > 1, tape->boundary_states = boundary_states, tape->state.assign(S, nullptr);
+    tape->replays = plan.saved || plan.norms || S > 1, tape->boundary_states = boundary_states,
+    tape->state.assign(S, nullptr);
   const cpu::MachineForwardParts& parts = call.packed->parts;
   const std::vector<cpu::MachineRound> rounds = forward_rounds(plan, parts);
 
@@ -230,6 +234,7 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
   job.call.state0 = call.state0.data(), job.call.state = state.data();
   job.call.saved = keeps && plan.saved ? saved : nullptr;
+  job.call.norms = plan.norms ? norms : nullptr;
   job.call.states_kept = every ? -1 : 1, job.call.saved_kept = all ? -1 : 0;
   job.call.carried = carried, job.call.carried_count = plan.carried;
   job.sums = parts.sums.data(), job.parts = call.packed->packed.data(), job.bias = call.packed->bias;
@@ -253,10 +258,16 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   const Chunk<T> chunk(shape, n);
   const std::size_t S = std::size_t(plan.states), O = std::size_t(plan.operands);
   const bool replays = call.tape->replays;
-  const auto given = [](const T* p) { return p != nullptr; };
-  const auto others = call.dweights.begin() + MachinePlan::kPlain;
-  const bool need_weights = std::any_of(call.dweights.begin(), others, given),
-             need_sums = std::any_of(others, call.dweights.end(), given);
+  const auto wanted = [&](int parameter) { return call.dweights[std::size_t(parameter)] != nullptr; };
+  const bool need_weights =
+                 std::any_of(plan.products.begin(), plan.products.end(),
+                             [&](const MachinePlan::Product& p) {
+                               const bool state = p.operand > 0;
+                               return wanted(state ? MachinePlan::weight_hh : MachinePlan::weight_ih) ||
+                                      (p.bias >= 0 && wanted(state ? MachinePlan::bias_hh : MachinePlan::bias_ih));
+                             }),
+             need_sums = std::any_of(plan.vectors.begin(), plan.vectors.end(),
+                                     [&](const MachinePlan::Vector& v) { return wanted(v.parameter); });
   const cpu::MachineBackwardParts parts(plan, n.I, n.H);
   const auto columns = [&](int operand) { return operand ? n.H : n.I; };
 
@@ -264,7 +275,8 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   MachineScratch<T> scratch(plan, n.B);
   MachineNumbers<T> numbers;
   T *zeros = nullptr, *dpacked = nullptr, *da = nullptr, *boundary = nullptr, *inputs = nullptr, *carried = nullptr,
-    *sums = nullptr, *masks = nullptr, *saved = call.tape->saved, *y_again = nullptr;
+    *sums = nullptr, *masks = nullptr, *saved = call.tape->saved, *y_again = nullptr, *norms = call.tape->norms,
+    *norm_gradients = nullptr;
   char* threads = nullptr;
   std::vector<T*> direct(S), memory_of, computed(O), state = call.tape->state;
   const Index replay_steps = replays ? chunk.steps : 0, replay_rows = replays ? n.B : 0;
@@ -283,12 +295,14 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
     carried = layout.take({std::max(plan.carried_back, replays ? plan.carried : 0), n.B, units});
     if (replays) saved = layout.take({replay_steps, n.B, plan.saved, n.H});
+    if (replays) norms = layout.take({replay_steps, n.B, plan.norms, cpu::kNormNumbers});
     for (std::size_t s = 1; replays && s < S; ++s) state[s] = layout.take({replay_steps, n.B, n.H});
     for (std::size_t o = 1; o < O; ++o)
       computed[o] = plan.state_of[o] < 0 ? layout.take({replay_rows, units}) : nullptr;
     y_again = layout.take({replay_rows, n.H});
     masks = layout.take({regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
     sums = layout.take({need_sums ? n.B : 0, Index(plan.vectors.size()), units});
+    norm_gradients = layout.take({n.B, plan.norm_gradients, cpu::kNormGradientNumbers});
     for (std::size_t s = 0; s < S; ++s) direct[s] = plan.direct[s] ? layout.take({n.B, units}) : nullptr;
     numbers.take(layout, plan, n.H);
     scratch.take(layout, split.threads);
@@ -322,7 +336,7 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   }
   std::vector<T*> dvectors;
   for (const MachinePlan::Vector& v : plan.vectors) {
-    T* const out = call.dweights[std::size_t(MachinePlan::kPlain + v.parameter)];
+    T* const out = call.dweights[std::size_t(v.parameter)];
     dvectors.push_back(out ? out + v.block * n.H : nullptr);
   }
 
@@ -345,6 +359,7 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   job.call.regularization = regularization_of(call.problem, kernels, masks, mask_arrays(plan));
   job.call.state0 = call.state0.data(), job.call.state = state.data();
   job.call.saved = plan.saved ? saved : nullptr;
+  job.call.norms = plan.norms ? norms : nullptr;
   job.call.carried = carried, job.call.carried_count = plan.carried_back;
   cpu::MachineForward<T> again{};
   std::vector<cpu::MachineRound> again_rounds;
@@ -367,6 +382,8 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   job.dy = call.dy, job.dstateT = call.dstateT.data(), job.dstates = call.dstates.data();
   job.dstate0 = call.dstate0.data(), job.direct = direct.data();
   job.sums = need_sums ? sums : nullptr, job.dvectors = dvectors.data();
+  job.norm_gradients = plan.norm_gradients ? norm_gradients : nullptr;
+  job.norm_gradient_count = plan.norm_gradients;
   run_job<T>(kernels.machine_backward, job, split.threads, split.by_rows, call.poll);
 }
 

@@ -55,12 +55,12 @@ def plan(cell: Cell, dropout: bool = False, zoned: tuple[str, ...] = ()) -> _cor
     """The cell as programs, with recurrent dropout, and with zoneout on some states.
 
     Raises:
-        Unsupported: It has a norm, or is too large.
+        Unsupported: It has a projection, or is too large.
     """
-    if any(n.op in ("normalise", "project") for n in cell.forward_nodes):
+    if cell.projects:
         raise Unsupported(
-            f"cell: {cell!r} is not supported by the cpu backend; use the reference (only some "
-            "built-in cells have kernels with norms and projections)"
+            f"cell: {cell!r} is not supported by the cpu backend; use the reference (only built-in cells "
+            "have kernels with projections)"
         )
     count = Counter(n.op for n in cell.forward_nodes)
     counts = {"operations": count.total(), "accumulators": count["dense"], "vectors": count["vector"]}

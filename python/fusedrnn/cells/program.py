@@ -2,8 +2,9 @@
 
 A step runs round by round, forward and backward (``rounds``). Each round begins with products of matrices,
 whose results lie in the first registers: forward the accumulators of the round, backward first the gradients
-of the new states, then those of the operands that the cell computes. Then it runs a program, a line of
-instructions on registers. What the program of a later round needs of an earlier one is carried in memory.
+of the new states, then those of the operands that the cell computes. A round may also begin with norms: with
+the numbers of each row by which values, which lie in memory, are normalised. Then it runs a program, a line
+of instructions on registers. What the program of a later round needs of an earlier one is carried in memory.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ OPERATIONS = (
     *("tanh", "sigmoid", "exp", "log", "sqrt", "softplus", "relu", "absolute"),
     *("maximum", "minimum", "where", "greater", "greater_equal"),
     *("one_minus", "sigmoid_gradient", "tanh_gradient"),
+    *("normalise", "normalise_gradient"),
 )
 
 # Places in memory. Then of each state those before the step and after it, and its direct gradient; then those
-# of the operands from the second on, the first being x. DROPOUT and KEEP: the masks of dropout and zoneout.
-SAVED, CARRIED, GRADIENTS, SUMS, DROPOUT, KEEP_H, KEEP_C, STATES = range(8)
+# of the operands from the second on, the first being x. DROPOUT and KEEP: the masks of dropout and zoneout. No
+# instruction loads or stores the numbers of norms.
+SAVED, CARRIED, GRADIENTS, SUMS, DROPOUT, KEEP_H, KEEP_C, _NORMS, _NORM_GRADIENTS, STATES = range(10)
 KEEP = {"h": KEEP_H, "c": KEEP_C}
 
 
@@ -40,7 +43,9 @@ class Instruction(NamedTuple):
 
     - ``constant`` and ``vector``: number a of these becomes register d;
     - ``load``: vector b of place a becomes register d, and the c that follow become those that follow;
-    - ``store`` and ``add_to``: register d goes to vector b of place a.
+    - ``store`` and ``add_to``: register d goes to vector b of place a;
+    - ``normalise``: b is the number of the norm of which a is a value;
+    - ``normalise_gradient``: c is that of the gradients' norm, a is a gradient, b what was normalised.
     """
 
     op: str
@@ -67,10 +72,22 @@ class Product(NamedTuple):
     bias: int
 
 
+class RowNumbers(NamedTuple):
+    """The numbers of a row by which a norm is made.
+
+    Forward ``of`` is whether values are centred, and the constant ``eps``; backward which norm of forward it
+    is. ``values`` are places and vectors of them; backward those of each gradient and what was normalised.
+    """
+
+    of: list[int]
+    values: list[Memory]
+
+
 class Round(NamedTuple):
-    """Forward how many accumulators come first, backward which operands; and the program."""
+    """Forward how many accumulators come first, backward which operands; then norms; and the program."""
 
     first: list[int]
+    norms: list[RowNumbers]
     code: list[Instruction]
 
 
@@ -83,7 +100,7 @@ class Plan:
     operands: list[int]  # from the second on: the number of the state before, or -1: computed
     products: list[Product]
     parameters: dict[str, int]  # those beside weights and biases, and the blocks of each
-    vectors: list[tuple[int, int]]  # parameter and block
+    vectors: list[tuple[int, int]]  # parameter and block; parameters begin with PLAIN
     blocks: list[int]  # of weight_ih, weight_hh, bias_ih, bias_hh
     saved: int
     carried: tuple[int, int] = (0, 0)  # forward and backward
@@ -101,14 +118,18 @@ class Plan:
         for direction in (self.forward, self.backward):
             found.append(len(direction))
             for r in direction:
-                found += [len(r.first), *r.first, len(r.code)]
+                found += [len(r.first), *r.first, len(r.norms)]
+                for of, values in r.norms:
+                    found += [*of, len(values) // (1 if direction is self.forward else 2)]
+                    found += [k for where in values for k in (where.a, where.b)]
+                found.append(len(r.code))
                 for op, *registers in r.code:
                     found += [OPERATIONS.index(op), *registers]
         return [int(n) for n in found]
 
 
 def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
-    """The plan of a cell without norms and without numbers of rows.
+    """The plan of a cell without projection and without numbers of rows.
 
     Args:
         cell: what a step computes.
@@ -135,7 +156,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
             )
         ],
         {name: cell.blocks[name] for name in cell.vectors},
-        [(cell.vectors.index(n.attribute[0]), n.attribute[1]) for n in vectors],
+        [((*PLAIN, *cell.vectors).index(n.attribute[0]), n.attribute[1]) for n in vectors],
         [cell.blocks.get(name, 0) for name in PLAIN],
         0,
     )
@@ -171,6 +192,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
     forward.own = _with_rounds(own, more)
     forward.early = {n for n, r in forward.own.items() if r == 0}
     forward.kept = {n: where._replace(op="load") for n, where in kept}
+    forward.norms = sorted((n for n in cell.forward_nodes if n.op == "normalise"), key=lambda n: own[n])
     for n in dense:
         forward.given.setdefault(own[n], []).append(n)
         for a in n.args:
@@ -178,11 +200,15 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
                 due = forward.due.get(product[a], own[n])
                 forward.due[product[a]] = min(own[n] - 1, due)
     line = [*cell.forward, *more]
-    found.forward = [Round([len(given)], code) for given, code in forward.programs(line, 1)]
+    for given, its_norms, code in forward.programs(line, 1):
+        found.forward.append(Round([len(given)], its_norms, code))
 
     known = [*before, *forward.kept, *vectors, t.x, *gradient.upstream.values()]
     groups = (gradient.dense, gradient.direct, gradient.vectors)
-    line = lower([*(n for group in groups for n in group.values()), *product], known, cell.fused)
+    back = [n for n in cell.backward_nodes if n.op == "normalise_gradient"]
+    normed = [n for n in cell.forward_nodes if n.op == "item" and n.args[0] in {b.args[0] for b in back}]
+    outputs = [n for group in groups for n in group.values()]
+    line = lower([*outputs, *product, *normed], known, cell.fused)
     transposed = [n for n, op, _ in line if op == "transposed"]
     # What comes in becomes the gradient of what the cell computes.
     first = {u: _operation("mul", mask[KEEP[s]], u) for s, u in gradient.upstream.items() if s in zoned}
@@ -204,12 +230,14 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
     backward = Direction(constants, vectors, before | forward.kept, stores)
     backward.own = _with_rounds(own, line)
     backward.early = set(cell.forward_nodes)
+    backward.norms = sorted(back, key=lambda n: backward.own[n])
+    backward.norms_before = forward.norms
     backward.given[0] = list(gradient.upstream.values())
     for n in transposed:
         backward.given.setdefault(backward.own[n], []).append(n)
-    for given, code in backward.programs(line, 0):
+    for given, its_norms, code in backward.programs(line, 0):
         which = [operands.index(n.attribute[0]) for n in given if n.op == "transposed"]
-        found.backward.append(Round(which, code))
+        found.backward.append(Round(which, its_norms, code))
     found.carried = len(forward.carried), len(backward.carried)
     found.constants = [float.fromhex(c) for c in constants]
     return found
@@ -249,6 +277,7 @@ class Direction:
         own: the round of each value.
         early: the values that need nothing but what can be loaded in any round.
         given: of each round, what the first registers hold.
+        norms: those made here, in the order of their rounds; ``norms_before``: backward, those of forward.
         due: the round in which a value must be there at the latest.
         anywhere: where values lie that are known from the start.
         kept: where values lie once they are computed.
@@ -270,21 +299,32 @@ class Direction:
         self.own: dict[Node, int] = {}
         self.early: set[Node] = set()
         self.given: dict[int, list[Node]] = {}
+        self.norms: list[Node] = []
+        self.norms_before: list[Node] = []
         self.due: dict[Node, int] = {}
         self.kept: dict[Node, Memory] = {}
         self.carried: dict[Node, Memory] = {}
 
-    def programs(self, line: Iterable[Operation], first: int) -> list[tuple[list[Node], list[Instruction]]]:
-        """Of each round what its first registers hold, and its code; ``first`` is the usual first round."""
+    def programs(
+        self, line: Iterable[Operation], first: int
+    ) -> list[tuple[list[Node], list[RowNumbers], list[Instruction]]]:
+        """Of each round what its first registers hold, norms and code; ``first`` is the usual first round."""
         given = {n for nodes in self.given.values() for n in nodes}
         line = [n for n in line if n.node not in given]
+        items = {(n.args[0], n.attribute): n for n, op, _ in line if op == "item"}
+        line = normalised(line, items)
+        normed = [(n, values_of(n, items)) for n in self.norms]
         for n, op, _ in line:
             if op == "constant":
                 self.anywhere[n] = Memory(
                     "constant", self.constants.setdefault(n.attribute, len(self.constants))
                 )
-        line = shortened([n for n in line if n.node not in self.anywhere], self.stores)
+        kept = [*self.stores, *(a for _, values in normed for a in values)]
+        line = shortened([n for n in line if n.node not in self.anywhere], kept)
         at = {n: r for r, nodes in self.given.items() for n in nodes}
+        for n, values in normed:
+            at[n] = self.own[n]
+            self.due |= {a: min(at[n] - 1, self.due.get(a, at[n])) for a in values}
         for n, _, args in reversed(line):
             # What needs no product waits for its first use, and so do its arguments.
             at[n] = self.due.get(n, first) if n in self.early else self.own[n]
@@ -297,8 +337,8 @@ class Direction:
         for n in self.stores:
             at.setdefault(n, min(self.due.get(n, first), first))
         last = max(at.values())
-        for n, _, args in line:
-            for a in args:
+        for n, needs in [*normed, *((n, args) for n, _, args in line)]:
+            for a in needs:
                 there = a in self.anywhere or a in self.kept or a in self.carried
                 if a in at and at[a] < at[n] and not there:
                     self.carried[a] = Memory("load", CARRIED, len(self.carried))
@@ -306,8 +346,21 @@ class Direction:
         found = []
         for r in range(min(at.values()), last + 1):
             stored = {n for n in self.stores if at[n] == r}
-            found.append((self.given.get(r, []), self._program(r, made.get(r, []), stored)))
+            norms = [self._numbers(n, values) for n, values in normed if at[n] == r]
+            found.append((self.given.get(r, []), norms, self._program(r, made.get(r, []), stored)))
         return found
+
+    def _where(self) -> dict[Node, Memory]:
+        return self.kept | self.carried | self.anywhere
+
+    def _numbers(self, norm: Node, values: Sequence[Node]) -> RowNumbers:
+        where = self._where()
+        if norm.op == "normalise_gradient":
+            of = [self.norms_before.index(norm.args[0])]
+        else:
+            kind, eps = norm.attribute
+            of = [kind == "layer", self.constants.setdefault(eps.hex(), len(self.constants))]
+        return RowNumbers(of, [where[a] for a in values])
 
     def _program(self, r: int, line: Sequence[Operation], stored: set[Node]) -> list[Instruction]:
         """One round: loads first, since they take longest, then operations, each result stored at once."""
@@ -315,7 +368,7 @@ class Direction:
         there = {*given, *(n for n, _, _ in line)}
         loads = dict.fromkeys(a for _, _, args in line for a in args if a not in there)
         loads |= dict.fromkeys(n for n in self.stores if n in stored and n not in there)
-        where = self.kept | self.carried | self.anywhere
+        where = self._where()
         loads = dict.fromkeys(sorted(loads, key=lambda n: where[n]))
         steps: list[tuple[str, Node, tuple[Node, ...], Memory | None]] = []
 
@@ -330,7 +383,34 @@ class Direction:
         for n, op, args in line:
             steps.append((op, n, args, None))
             store(n)
-        return _with_registers(given, steps)
+        numbers = {n: k for norms in (self.norms, self.norms_before) for k, n in enumerate(norms)}
+        return _with_registers(given, steps, numbers)
+
+
+Items = Mapping[tuple[Node, int], Node]  # of norms, by their number
+
+
+def normalised(line: Iterable[Operation], items: Items) -> list[Operation]:
+    """The line without norms: their items are made of values, by the numbers of a row."""
+    norms = {n for n, _ in items}
+    found = []
+    for n, op, args in line:
+        if op == "item":
+            (norm,), k = args, n.attribute
+            back = norm.op == "normalise_gradient"
+            n_args = (norm.args[1 + k], items[norm.args[0], k]) if back else (norm.args[k],)
+            found.append(Operation(n, norm.op, n_args))
+        elif n not in norms:
+            found.append(Operation(n, op, args))
+    return found
+
+
+def values_of(norm: Node, items: Items) -> list[Node]:
+    """The values of a norm, or each gradient and what was normalised; one that is 0 adds nothing."""
+    if norm.op == "normalise":
+        return list(norm.args)
+    normed, *gradients = norm.args
+    return [v for k, d in enumerate(gradients) if d.op != "constant" for v in (d, items[normed, k])]
 
 
 def shortened(line: Sequence[Operation], kept: Iterable[Node]) -> list[Operation]:
@@ -369,7 +449,9 @@ def _is_one(n: Node) -> bool:
 
 
 def _with_registers(
-    given: Sequence[Node], steps: Sequence[tuple[str, Node, tuple[Node, ...], Memory | None]]
+    given: Sequence[Node],
+    steps: Sequence[tuple[str, Node, tuple[Node, ...], Memory | None]],
+    norms: Mapping[Node, int],
 ) -> list[Instruction]:
     """A register for each value, free again after its last use."""
     last: dict[Node, int] = {}
@@ -389,7 +471,8 @@ def _with_registers(
                 count += 1
             register[n] = heapq.heappop(free)
         if memory is None:
-            code.append(Instruction(op, register[n], *sources))
+            number = [norms[n.args[0]]] if n.op == "item" else []
+            code.append(Instruction(op, register[n], *sources, *number))
         elif code and _follows(code[-1], op, register[n], memory):
             code[-1] = code[-1]._replace(c=code[-1].c + 1)
         else:
