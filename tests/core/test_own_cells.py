@@ -305,12 +305,11 @@ def test_by_numba(cell, options):
 
 
 def test_backends_say_what_they_do_not_run():
-    p = problem(mgu, 2, 1, 3, 4)
-
     @cell
     def projected(p, x, h):
         return p.project(tanh(p.dense("a", x, h)))
 
+    p = problem(projected, 2, 1, 3, 4)
     with pytest.raises(Unsupported, match=r"cell: projected\(\) is not supported by the cpu backend"):
         kernels.forward(projected, p.x, p.weights, backend="cpu")
 
