@@ -261,6 +261,16 @@ def test_by_the_compiled_module(cell, options):
 
 @needs_cpu
 @own
+def test_the_gradient_check_of_the_suite_by_the_compiled_module(cell):
+    rows = gradcheck_suite.run_suite(
+        cells=[cell], backends=["cpu"], sizes=gradcheck_suite.QUICK, dtypes=["float64"]
+    )
+    assert [row.note for row in rows if row.passed is False] == []
+    assert sum(row.passed is True for row in rows) == 12
+
+
+@needs_cpu
+@own
 def test_a_layer_by_the_compiled_module(cell):
     """It is what runs where nothing else is asked for."""
     net = L.Recurrent(cell, 5, 4, num_layers=2, bidirectional=True, dtype="float64")
