@@ -58,7 +58,7 @@ def test_every_backend_passes(cell, backend):
     if backend == "numba":
         missing = {form: set(OPTIONS) if "project" in form else {"recompute", *masked} for form in forms}
     if backend == "cpu":
-        missing |= {form: norms for form in forms if form in ("gru reset_after=False", "lstm project=True")}
+        missing |= {form: norms for form in forms if form == "lstm project=True"}
     assert not_run == {(form, option) for form, options in missing.items() for option in options}
 
 
