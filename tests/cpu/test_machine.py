@@ -558,7 +558,7 @@ def test_broken_plans_are_refused_or_do_no_harm(cell):
 
 GRADIENTS, SAVED = (program.Memory("load", place) for place in (program.GRADIENTS, program.SAVED))
 WRONG_NORMS = {
-    "eps": ("forward", 1, [1, 255], [SAVED], "constant: expected 0 to 0, got 255"),
+    "eps": ("forward", 1, [1, 255], [SAVED], "constant: expected 0 to 1, got 255"),
     "centred": ("forward", 1, [2, 0], [SAVED], "centred: expected 0 to 1, got 2"),
     "no values": ("forward", 1, [1, 0], [], "values of a norm: expected 1 to 64, got 0"),
     "many values": ("forward", 1, [1, 0], [SAVED] * 65, "values of a norm: expected 1 to 64, got 65"),
