@@ -114,7 +114,6 @@ def test_the_rest_of_the_zoo_is_that_of_the_reference(cell):
     assert_standard(MACHINE, p, run(REFERENCE, p.astype(np.longdouble)))
 
 
-
 @pytest.mark.quick
 @DTYPES
 @pytest.mark.parametrize("cell", NORMS, ids=name)
@@ -274,7 +273,7 @@ MASKED = [(2, 3, 5, 7), (200, 13, 3, 33)]
 
 @pytest.mark.quick
 @DTYPES
-@pytest.mark.parametrize("cell", PLAIN, ids=name)
+@pytest.mark.parametrize("cell", COMPILED, ids=name)
 def test_masks_and_recompute_have_the_bits_of_the_kernels(cell, dtype, threads):
     for k, rates in enumerate(RATES):
         for size in MASKED:
@@ -289,7 +288,7 @@ def test_masks_and_recompute_have_the_bits_of_the_kernels(cell, dtype, threads):
 
 @pytest.mark.quick
 @DTYPES
-@pytest.mark.parametrize("cell", [*OWN, everywhere], ids=name)
+@pytest.mark.parametrize("cell", [*OWN, everywhere, norms], ids=name)
 def test_masks_and_recompute_of_other_cells(cell, dtype, threads):
     """In training and in evaluation; whatever is kept and however it is split, the bits are the same."""
     for seed in (None, 7):

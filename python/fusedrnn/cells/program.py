@@ -32,8 +32,8 @@ OPERATIONS = (
 )
 
 # Places in memory. Then of each state those before the step and after it, and its direct gradient; then those
-# of the operands from the second on, the first being x. DROPOUT and KEEP: the masks of dropout and zoneout. No
-# instruction loads or stores the numbers of norms.
+# of the operands from the second on, the first being x. DROPOUT and KEEP: the masks of dropout and zoneout.
+# What lies in places of norms no instruction loads or stores.
 SAVED, CARRIED, GRADIENTS, SUMS, DROPOUT, KEEP_H, KEEP_C, _NORMS, _NORM_GRADIENTS, STATES = range(10)
 KEEP = {"h": KEEP_H, "c": KEEP_C}
 
