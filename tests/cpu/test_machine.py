@@ -491,7 +491,7 @@ def test_plans(cell):
                         count = {"fma": 3, "fnma": 3, "where": 3, "normalise_gradient": 2}.get(op, 1)
                         assert set(sources[:count]) <= there
                     there |= set(range(d, d + 1 + (sources[2] if op == "load" else 0)))
-                assert max(there, default=0) < 32  # an LSTM with layer norm has 16 gains and biases at once
+                assert max(there, default=0) < 40  # an LSTM with layer norm has 16 gains and biases at once
 
 
 def run_plan(plan, numbers, save=1):
