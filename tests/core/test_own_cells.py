@@ -265,8 +265,8 @@ def test_the_gradient_check_of_the_suite_by_the_compiled_module(cell):
     rows = gradcheck_suite.run_suite(
         cells=[cell], backends=["cpu"], sizes=gradcheck_suite.QUICK, dtypes=["float64"]
     )
-    assert [row.note for row in rows if row.passed is False] == []
-    assert sum(row.passed is True for row in rows) == 12
+    assert len(rows) == 16
+    assert [row.note for row in rows if not row.passed] == []
 
 
 @needs_cpu
