@@ -40,7 +40,7 @@ class Fused(torch.autograd.Function):
     def backward(ctx, dy):
         names = ("x", *lstm.blocks)
         need = [name for name, wanted in zip(names, ctx.needs_input_grad, strict=True) if wanted]
-        dx, dweights, _ = kernels.backward(ctx.tape, dy.contiguous().numpy(), need=need)
+        dx, dweights, *_ = kernels.backward(ctx.tape, dy.contiguous().numpy(), need=need)
         return tuple(None if g is None else torch.from_numpy(g) for g in (dx, *dweights.values()))
 
 

@@ -42,7 +42,7 @@ struct PyMachineTape {
   PyTape call;  // its problem, lengths and resets
   PlanPtr plan;
   py::object x, y;
-  std::vector<py::object> weights, state0;
+  std::vector<py::object> weights, state0, scalars;
   py::object packed = py::none();  // kept for boundary states only, which run forward again
   MachineTapePtr<float> f32;
   MachineTapePtr<double> f64;
@@ -110,6 +110,15 @@ std::vector<const T*> of_states(const std::vector<py::object>& given, const char
   return found;
 }
 
+// Of each row scalar (T, B).
+template <class T>
+std::vector<const T*> of_rows(const std::vector<py::object>& given, const cpu::MachinePlan& plan, Shape shape) {
+  std::vector<const T*> found;
+  need_count(given, "scalars", std::size_t(plan.scalars));
+  for (const py::object& one : given) found.push_back(need<T>(one, "scalars", shape));
+  return found;
+}
+
 // New arrays where they are wanted; null and None otherwise.
 template <class T>
 std::vector<T*> new_states(std::vector<py::object>& out, int states, Shape shape, bool wanted) {
@@ -131,7 +140,7 @@ Regularization machine_regularization(const cpu::MachinePlan& plan, const PyRegu
 template <class T>
 py::tuple machine_forward_as(const py::object& packed_object, const PlanPtr& plan_of_call, const py::object& x,
                              const std::vector<py::object>& state0, const Options& options, bool return_states,
-                             Save save) {
+                             Save save, const std::vector<py::object>& scalars) {
   const PyPackedMachine& packed = packed_object.cast<const PyPackedMachine&>();
   const cpu::MachinePlan& plan = *plan_of_call;
   if (!plan.same_weights(*packed.plan)) throw RefusedValue("plan: expected one of the cell that was packed");
@@ -147,6 +156,7 @@ py::tuple machine_forward_as(const py::object& packed_object, const PlanPtr& pla
   tape->call.problem.regularization = machine_regularization(plan, options.regularization);
   call.problem = tape->call.problem;
   call.x = sequence<T>(x, "x", {n.T, n.B, n.I});
+  call.scalars = of_rows<T>(scalars, plan, {n.T, n.B});
   call.state0 = of_states<T>(state0, "state0", plan.states, {n.B, H});
   py::object y;
   std::vector<py::object> stateT, states;
@@ -159,6 +169,7 @@ py::tuple machine_forward_as(const py::object& packed_object, const PlanPtr& pla
   if (save != Save::nothing) {
     if (save == Save::boundary_states) tape->packed = packed_object;
     tape->plan = plan_of_call, tape->x = x, tape->y = y, tape->weights = packed.weights, tape->state0 = state0;
+    tape->scalars = scalars;
     kept = py::cast(std::move(tape));
   }
   return py::make_tuple(y, py::tuple(py::cast(stateT)),
@@ -168,13 +179,13 @@ py::tuple machine_forward_as(const py::object& packed_object, const PlanPtr& pla
 py::tuple py_machine_forward(const py::object& packed, const PlanPtr& plan, const py::object& x,
                              const std::vector<py::object>& state0, const py::object& lengths, const py::object& reset,
                              bool reverse, Index detach_every, const PyRegularization& regularization,
-                             bool return_states, int save_id) {
+                             bool return_states, int save_id, const std::vector<py::object>& scalars) {
   if (!py::isinstance<PyPackedMachine>(packed))
     throw py::type_error("packed: expected what machine_pack returned, got " + type_name(packed));
   return (is_float32(x, "x", 3) ? machine_forward_as<float>
                                 : machine_forward_as<double>)(packed, plan, x, state0,
                                                               {lengths, reset, reverse, detach_every, regularization},
-                                                              return_states, save_of(save_id));
+                                                              return_states, save_of(save_id), scalars);
 }
 
 template <class T>
@@ -188,13 +199,15 @@ py::tuple machine_backward_as(const PyMachineTape& tape, const py::object& dy, c
   call.weights = machine_weights<T>(plan, tape.weights, n.I, n.H);
   call.x = sequence<T>(tape.x, "x", {n.T, n.B, n.I});
   call.y = const_cast<T*>(need<T>(tape.y, "y", {n.T, n.B, n.H}));
+  call.scalars = of_rows<T>(tape.scalars, plan, {n.T, n.B});
   call.state0 = of_states<T>(tape.state0, "state0", plan.states, {n.B, n.H});
   call.dy = maybe<T>(dy, "dy", {n.T, n.B, n.H});
   call.dstateT = of_states<T>(dstateT, "dstateT", plan.states, {n.B, n.H});
   call.dstates = of_states<T>(dstates, "dstates", plan.states, {n.T, n.B, n.H});
-  // x, each weight, the initial states
-  const std::size_t count = tape.weights.size();
-  if (needed.size() != count + 2) throw RefusedValue("need: expected " + std::to_string(count + 2) + " flags");
+  // x, each weight, the initial states, each row scalar
+  const std::size_t count = tape.weights.size(), rows = tape.scalars.size();
+  if (needed.size() != count + 2 + rows)
+    throw RefusedValue("need: expected " + std::to_string(count + 2 + rows) + " flags");
   py::object dx = needed[0] ? py::object() : py::object(py::none());
   call.dx = output<T>(dx, "dx", {n.T, n.B, n.I});
   std::vector<py::object> dweights(count, py::none()), dstate0;
@@ -205,13 +218,20 @@ py::tuple machine_backward_as(const PyMachineTape& tape, const py::object& dy, c
     call.dweights[k] = columns ? output<T>(dweights[k], name, {rows, columns}) : output<T>(dweights[k], name, {rows});
   });
   call.dstate0 = new_states<T>(dstate0, plan.states, {n.B, n.H}, needed[count + 1]);
+  std::vector<py::object> dscalars(rows, py::none());
+  call.dscalars.assign(rows, nullptr);
+  for (std::size_t k = 0; k < rows; ++k) {
+    if (!needed[count + 2 + k]) continue;
+    dscalars[k] = py::object();
+    call.dscalars[k] = output<T>(dscalars[k], "scalars", {n.T, n.B});
+  }
   call.poll = signals();
   without_gil([&] {
     machine_backward<T>(call);
     return 0;
   });
-  return py::make_tuple(dx, dweights,
-                        needed[count + 1] ? py::object(py::tuple(py::cast(dstate0))) : py::object(py::none()));
+  return py::make_tuple(
+      dx, dweights, needed[count + 1] ? py::object(py::tuple(py::cast(dstate0))) : py::object(py::none()), dscalars);
 }
 
 py::tuple py_machine_backward(const PyMachineTape& tape, const py::object& dy, const std::vector<py::object>& dstateT,
@@ -243,7 +263,7 @@ void define_machine(py::module_& m) {
   m.def("machine_pack", &py_machine_pack, py::arg("plan"), py::arg("weights"));
   m.def("machine_forward", &py_machine_forward, py::arg("packed"), py::arg("plan"), py::arg("x"), py::arg("state0"),
         py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("detach_every"), py::arg("regularization"),
-        py::arg("return_states"), py::arg("save"));
+        py::arg("return_states"), py::arg("save"), py::arg("scalars"));
   m.def("machine_backward", &py_machine_backward, py::arg("tape"), py::arg("dy"), py::arg("dstateT"),
         py::arg("dstates"), py::arg("need"));
 }

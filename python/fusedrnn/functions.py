@@ -136,6 +136,17 @@ class Linear(Function):
         return gradients[: len(self.inputs)]
 
 
+class Cast(Function):
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+
+    def forward(self, x: Array) -> Array:
+        return cuda.as_array(x, self.dtype)
+
+    def backward(self, gy: Variable) -> Array:
+        return gy._data
+
+
 class Dropout(Function):
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
@@ -236,10 +247,11 @@ class Fused(Function):
     """Recurrent layers over a whole sequence, or a step of one, as one node: a kernel forward, a kernel back.
 
     Inputs: x ``(T, B, I)``, with ``step`` ``(B, I)``; then the weights of each layer and direction, by
-        ``names``; then the initial state, where there is one. Outputs: y, the final state, with
-        ``return_states`` the state of every step; with ``step`` only the new state. Everything is cast to
-        the dtype of the weights. For several layers or directions ``options`` are those of
-        ``fusedrnn.multilayer``, else those of ``kernels.forward``; with ``packed`` weights there are none.
+        ``names``; then the cell's row scalars, ``(T, B)`` or ``(B,)`` each; then the initial state, where
+        there is one. Outputs: y, the final state, with ``return_states`` the state of every step; with
+        ``step`` only the new state. Everything is cast to the dtype of the weights. For several layers or
+        directions ``options`` are those of ``fusedrnn.multilayer``, else those of ``kernels.forward``; with
+        ``packed`` weights there are none.
     """
 
     tape: Any = None
@@ -263,9 +275,13 @@ class Fused(Function):
         state: list[Array] = []
         for s in arrays[len(self.flat) :]:
             state.append(cuda.as_array(s, dtype))
-        state0 = tuple(state) or None
         if self.step:
             x = x[np.newaxis]
+        if names := self.cell.scalars:
+            given, state = state[: len(names)], state[len(names) :]
+            given = [s[np.newaxis] for s in given] if self.step else given
+            self.options["scalars"] = dict(zip(names, given, strict=True))
+        state0 = tuple(state) or None
         if not self.needs_backward:
             self.options["save"] = None
         if self.packed is not None:  # straight to the backend that packed: a step is short
@@ -284,8 +300,9 @@ class Fused(Function):
     def backward(self, *gys: Variable | None) -> tuple[Array | None, ...]:
         n = len(self.cell.states)
         wanted = [x.requires_grad for x in self.inputs]
-        need = {name for name, want in zip(["x", *self.flat], wanted, strict=False) if want}
-        if any(wanted[1 + len(self.flat) :]):
+        before = ["x", *self.flat, *self.cell.scalars]  # of the state
+        need = {name for name, want in zip(before, wanted, strict=False) if want}
+        if any(wanted[len(before) :]):
             need.add("state0")
         dtype = self.inputs[1].dtype
         gradients = [None if g is None else _contiguous(g._data, dtype) for g in gys]
@@ -294,14 +311,18 @@ class Fused(Function):
         dy, dstateT, dstates = gradients[0], tuple(gradients[1 : 1 + n]), tuple(gradients[1 + n :]) or None
         if self.single:
             run = kernels.backward if self.packed is None else self.packed.backend.backward
-            dx, dweights, dstate0 = run(self.tape, dy, dstateT, dstates, need=need)
+            dx, dweights, dstate0, dscalars = run(self.tape, dy, dstateT, dstates, need=need)
             slots = [dweights]
         else:
-            dx, slots, dstate0 = multilayer.backward_multilayer(self.tape, dy, dstateT, dstates, need=need)
+            dx, slots, dstate0, dscalars = multilayer.backward_multilayer(
+                self.tape, dy, dstateT, dstates, need=need
+            )
+        found = [slot[name] for slot, names in zip(slots, self.names, strict=True) for name in names]
         if self.step and dx is not None:
             dx = dx[0]
-        found = [slot[name] for slot, names in zip(slots, self.names, strict=True) for name in names]
-        states = () if len(self.inputs) == 1 + len(self.flat) else dstate0 or (None,) * n
+        for d in dscalars.values():
+            found.append(d[0] if self.step and d is not None else d)
+        states = () if len(self.inputs) == len(before) else dstate0 or (None,) * n
         return dx, *found, *states
 
 
@@ -363,6 +384,11 @@ def concatenate(xs: Sequence[Any], axis: int = 0) -> Variable:
 
 def stack(xs: Sequence[Any], axis: int = 0) -> Variable:
     return Stack(axis)(*xs)
+
+
+def cast(x: Any, dtype: np.dtype[Any]) -> Variable:
+    """x in another dtype."""
+    return Cast(dtype)(x)
 
 
 def where(condition: Array, a: Any, b: Any) -> Variable:

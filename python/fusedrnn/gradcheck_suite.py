@@ -208,6 +208,7 @@ class _Problem:
     lengths: Array | None
     reset: Array | None
     masks: tuple[Array, ...] | None
+    scalars: dict[str, Array]
     dy: Array
     dstateT: tuple[Array, ...]
     dstates: tuple[Array, ...] | None
@@ -253,7 +254,7 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
     for n in range(N):
         shapes = cell.shapes(I if n < D else P * D, H, P)
         weights += ({n: uniform(*s) for n, s in shapes.items() if n not in (*absent, *cell.vectors)},)
-    weights = tuple(w | _norm_weights(cell, H, rng) for w in weights)
+    weights = tuple(w | _vectors(cell, H, rng) for w in weights)
     lengths = rng.integers(1, T + 1, B) if option.lengths else None
     if lengths is not None:
         lengths[: min(2, B)] = (T, 0)[: min(2, B)]
@@ -272,6 +273,7 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
         masks=tuple(np.where(rng.random((T, B, P * D)) < keep, 1 / keep, 0) for _ in range(option.layers - 1))
         if option.dropout
         else None,
+        scalars={name: (1 + abs(normal(T, B))) / 4 for name in cell.scalars},
         dy=normal(T, B, P * D),
         dstateT=tuple(normal(N, B, width) for width in widths),
         dstates=tuple(normal(N, T, B, width) for width in widths) if option.return_states else None,
@@ -284,10 +286,16 @@ def _state(start: float, normal: Array) -> Array:
     return start * (1 + abs(normal)) if start else normal
 
 
-def _norm_weights(cell: Cell, H: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Of layer norm: gains about 0.1, as in Cooijmans et al. 2016 (about 1 many problems are chaotic)."""
+def _vectors(cell: Cell, H: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Gains of layer norm about 0.1, as in Cooijmans et al. 2016 (about 1 many problems are chaotic). Vectors
+    that start from another number than 0 below it: near 0 a time constant is badly conditioned."""
     drawn = {name: rng.standard_normal(cell.blocks[name] * H) / 4 for name in cell.vectors}
-    return drawn | {name: 0.1 * (1 + drawn[name]) for name in drawn if name.startswith("gain")}
+    for name, begin in cell.trace.begin.items():
+        if name.startswith("gain"):
+            drawn[name] = 0.1 * (1 + drawn[name])
+        elif isinstance(begin, int | float) and begin:
+            drawn[name] = begin * np.exp(-abs(drawn[name]))
+    return drawn
 
 
 def _poisoned(problem: _Problem) -> _Problem:
@@ -297,12 +305,14 @@ def _poisoned(problem: _Problem) -> _Problem:
     padding = np.arange(len(problem.x))[:, np.newaxis] >= problem.lengths
 
     def poison(a: Array) -> Array:
-        return np.where(padding[..., np.newaxis], np.asarray(np.nan, a.dtype), a)
+        where = padding if a.shape == padding.shape else padding[..., np.newaxis]
+        return np.where(where, np.asarray(np.nan, a.dtype), a)
 
     dstates = problem.dstates
     return dataclasses.replace(
         problem,
         x=poison(problem.x),
+        scalars={name: poison(s) for name, s in problem.scalars.items()},
         dy=poison(problem.dy),
         dstates=None if dstates is None else tuple(map(poison, dstates)),
     )
@@ -325,6 +335,7 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
         "lengths": p.lengths,
         "reset": p.reset,
         "return_states": option.return_states,
+        "scalars": p.scalars,
         "save": option.save,
         "backend": backend,
     }
@@ -344,10 +355,11 @@ def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
     if option.layers == 1 and not option.bidirectional:
         dstates = None if p.dstates is None else tuple(s[0] for s in p.dstates)
         g = kernels.backward(out.tape, p.dy, tuple(s[0] for s in p.dstateT), dstates)
-        dx, dweights, dstate0 = g.dx, [g.dweights], g.dstate0
+        dx, dweights, dstate0, dscalars = g.dx, [g.dweights], g.dstate0, g.dscalars
     else:
-        dx, dweights, dstate0 = multilayer.backward_multilayer(out.tape, p.dy, p.dstateT, p.dstates)
+        dx, dweights, dstate0, dscalars = multilayer.backward_multilayer(out.tape, p.dy, p.dstateT, p.dstates)
     found["dx"] = (dx,)
+    found |= {f"d{name}": (d,) for name, d in dscalars.items()}
     found |= {f"d{name}": tuple(d[name] for d in dweights) for name in p.weights[0]}
     found |= {f"d{n}0": (s,) for n, s in zip(names, dstate0 or (None,) * len(names), strict=True)}
     return _on_host(found)
@@ -453,6 +465,10 @@ def _prove(cell_name: str, cell: Cell, option: str, size: Shape, seed: int) -> R
         steps = [1j * h * v for v in directions]
         if name == "dx":
             moved = dataclasses.replace(lifted, x=lifted.x + steps[0])
+        elif (scalar := name[1:]) in p.scalars:
+            moved = dataclasses.replace(
+                lifted, scalars=lifted.scalars | {scalar: lifted.scalars[scalar] + steps[0]}
+            )
         elif name[1:] in p.weights[0]:
             moved = dataclasses.replace(
                 lifted,

@@ -1,7 +1,7 @@
 """The stateless API: one layer in one direction, forward and backward, NumPy in and NumPy out.
 
     y, stateT, states, tape = forward(lstm, x, {"weight_ih": weight_ih, "weight_hh": weight_hh})
-    dx, dweights, dstate0 = backward(tape, dy)
+    dx, dweights, dstate0, dscalars = backward(tape, dy)
 
 Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (H for
 cells that project nothing), ``G`` gates. What a
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn import backends, cuda
-from fusedrnn.backends.arguments import check_batch_sizes, listed
+from fusedrnn.backends.arguments import check_batch_sizes, check_cell, check_scalar_names, listed
 from fusedrnn.backends.protocol import (
     Array,
     Backend,
@@ -27,6 +27,7 @@ from fusedrnn.backends.protocol import (
     Gradients,
     Regularization,
     Rows,
+    Scalars,
     State,
     Weights,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Packed",
     "Ragged",
     "Regularization",
+    "Scalars",
     "Tape",
     "Weights",
     "backward",
@@ -148,6 +150,7 @@ def forward(
     return_states: bool = False,
     detach_every: int | None = None,
     regularization: Regularization | None = None,
+    scalars: Scalars | None = None,
     save: str | None = "all",
     backend: str | None = None,
 ) -> Forward:
@@ -171,9 +174,9 @@ def forward(
             still and y is 0.
         reset: (T, B) booleans, or 0 and 1, lists or an array, true where step t is the first of a new
             segment: the state is cut between t-1 and t.
-        batch_sizes: (T,) whole numbers, never increasing, a list or an array of NumPy's: x, y, states and
-            reset are then packed rows (sum, ·), as in ``torch.nn.utils.rnn.PackedSequence``; not together
-            with ``lengths``.
+        batch_sizes: (T,) whole numbers, never increasing, a list or an array of NumPy's: x, y, states,
+            scalars and reset are then packed rows (sum, ·), as in ``torch.nn.utils.rnn.PackedSequence``; not
+            together with ``lengths``.
         reverse: Run from each row's last step down to step 0.
         return_states: Also return the states of every step, those of padding held.
         detach_every: Truncate back-propagation: after every so many steps, counted as they run, the state
@@ -181,6 +184,9 @@ def forward(
         regularization: ``Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed)``: recurrent dropout
             (Gal and Ghahramani 2016) and zoneout (Krueger et al. 2016), with masks drawn from the seed, or,
             where that is None, as in evaluation. The same seed gives the same masks.
+        scalars: Of a cell whose function takes numbers of each row and step (``def gru_d(p, x, h, *, dt)``),
+            these by name, ``{"dt": dt}``, each (T, B), of x's dtype. ``dt[t]`` belongs to step t in both
+            directions.
         save: What the tape keeps: "all"; "boundary_states", only the states at chunk boundaries, and run
             forward again in backward (recompute); or None for no tape.
         backend: "cpu", "numba", "reference", "cuda", or None: "cuda" for CuPy arrays, for others see
@@ -212,6 +218,9 @@ def forward(
         ragged = Ragged.of(batch_sizes)
         x = ragged.pad("x", x)
         reset = None if reset is None else ragged.pad("reset", listed("reset", reset), rank=1)
+        scalars = {
+            n: ragged.pad(n, s, rank=1) for n, s in check_scalar_names(check_cell(cell), scalars).items()
+        }
         lengths = cuda.get_array_module(x).asarray(ragged.lengths)
     out = chosen.forward(
         cell,
@@ -224,6 +233,7 @@ def forward(
         return_states=return_states,
         detach_every=detach_every,
         regularization=regularization,
+        scalars=scalars,
         save=save,
     )
     y, stateT, states, tape = out
@@ -253,11 +263,11 @@ def backward(
         dy: Like y, or None. Never read at padding.
         dstateT: One entry per state, like stateT or None each, or None.
         dstates: One entry per state, like states or None each, or None; only after ``return_states=True``.
-        need: "x", names of weights, "state0"; or None for all.
+        need: "x", names of weights and scalars, "state0"; or None for all.
 
     Returns:
-        dx like x, +0 at padding; dweights, by name, of the weights that were given; dstate0 like state0. What
-        is not in ``need`` is None.
+        dx like x, +0 at padding; dweights, by name, of the weights that were given; dstate0 like state0;
+        dscalars, by name, like scalars, +0 at padding. What is not in ``need`` is None.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
@@ -270,5 +280,9 @@ def backward(
         dy = None if dy is None else ragged.pad("dy", dy)
         if dstates is not None:
             dstates = tuple(None if d is None else ragged.pad("dstates", d) for d in dstates)
-    dx, dweights, dstate0 = tape.backend.backward(tape.tape, dy, dstateT, dstates, need=need)
-    return Gradients(ragged.rows(dx) if ragged and dx is not None else dx, dweights, dstate0)
+    found = tape.backend.backward(tape.tape, dy, dstateT, dstates, need=need)
+    if not ragged:
+        return found
+    dx, dweights, dstate0, dscalars = found
+    rows = {name: None if d is None else ragged.rows(d) for name, d in dscalars.items()}
+    return Gradients(None if dx is None else ragged.rows(dx), dweights, dstate0, rows)

@@ -13,7 +13,7 @@ import numpy as np
 
 from fusedrnn import cuda, kernels
 from fusedrnn.backends.arguments import check_cell, check_need, check_regularization, check_shape, entries
-from fusedrnn.backends.protocol import Array, Forward, Regularization, Rows, State, Weights
+from fusedrnn.backends.protocol import Array, Forward, Regularization, Rows, Scalars, State, Weights
 from fusedrnn.cells import Cell
 
 
@@ -33,6 +33,7 @@ class MultilayerGradients(NamedTuple):
     dx: Array | None  # (T, B, I)
     dweights: list[dict[str, Any]]  # one per layer and direction
     dstate0: State | None  # (L*D, B, ·) each
+    dscalars: dict[str, Any]  # (T, B) each, the sum over layers and directions
 
 
 def dropout_mask(rng: np.random.Generator, dropout: float, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -56,6 +57,7 @@ def forward_multilayer(
     return_states: bool = False,
     detach_every: int | None = None,
     regularization: Regularization | None = None,
+    scalars: Scalars | None = None,
     save: str | None = "all",
     backend: str | None = None,
 ) -> Forward:
@@ -74,6 +76,7 @@ def forward_multilayer(
             instead of drawing them.
         regularization: As in ``kernels.forward``; the stream of each layer and direction is set here, so
             that each draws masks of its own from the one seed.
+        scalars: As in ``kernels.forward``; every layer and direction gets the same.
         lengths, reset, return_states, detach_every, save, backend: As in ``kernels.forward``.
 
     Returns:
@@ -129,6 +132,7 @@ def forward_multilayer(
                 return_states=return_states,
                 detach_every=detach_every,
                 regularization=None if regularization is None else regularization._replace(stream=n),
+                scalars=scalars,
                 save=save,
                 backend=backend,
             )
@@ -158,11 +162,12 @@ def backward_multilayer(
         dy: (T, B, D*P) or None.
         dstateT: One entry per state, (L*D, B, ·) or None each, or None.
         dstates: One entry per state, (L*D, T, B, ·) or None each, or None; only after ``return_states=True``.
-        need: "x", that of the first layer; names of weights, of every layer; "state0". None for all.
+        need: "x", that of the first layer; names of weights, of every layer; names of scalars; "state0". None
+            for all.
 
     Returns:
-        dx (T, B, I); dweights, by name, per layer and direction; dstate0 like state0. What is not in
-        ``need`` is None.
+        dx (T, B, I); dweights, by name, per layer and direction; dstate0 like state0; dscalars, by name, each
+        the sum over layers and directions. What is not in ``need`` is None.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
@@ -179,6 +184,7 @@ def backward_multilayer(
     dx: Array | None = dy
     dweights: list[dict[str, Any]] = []
     dstate0: list[State] = []
+    dscalars: dict[str, Any] = dict.fromkeys(cell.scalars)
     for layer in reversed(range(N // D)):
         dys = [None] * D if dx is None else cuda.get_array_module(dx).split(dx, D, axis=2)
         need_layer = wanted if layer == 0 else wanted | {"x"}
@@ -190,13 +196,16 @@ def backward_multilayer(
         ]
         dweights = [g.dweights for g in gradients] + dweights
         dstate0 = [g.dstate0 for g in gradients if g.dstate0 is not None] + dstate0
+        for g in gradients:
+            for name, d in g.dscalars.items():
+                dscalars[name] = d if dscalars[name] is None else dscalars[name] + d
         parts = [g.dx for g in gradients if g.dx is not None]
         dx = sum(parts[1:], start=parts[0]) if parts else None
         mask = tape.masks[layer - 1] if layer > 0 else None
         if dx is not None and mask is not None:
             dx = dx * mask
     stacked = (cuda.get_array_module(s[0]).stack(s) for s in zip(*dstate0, strict=True))
-    return MultilayerGradients(dx, dweights, tuple(stacked) if "state0" in wanted else None)
+    return MultilayerGradients(dx, dweights, tuple(stacked) if "state0" in wanted else None, dscalars)
 
 
 def _entry(states: tuple[Array | None, ...] | None, n: int) -> tuple[Array | None, ...] | None:

@@ -22,6 +22,7 @@ from fusedrnn.backends.protocol import Regularization
 from fusedrnn.layer import Layer, checked_dtype, drawn
 
 State = tuple[Variable, ...]
+CALL = ("state", "lengths", "reset", "return_states", "detach_every")  # the arguments of calls beside x
 
 
 class Recurrent(Layer):
@@ -115,6 +116,9 @@ class Recurrent(Layer):
         for name in (*cell.states, *(name + suffix for name in cell.blocks for suffix in self.suffixes)):
             if name not in ("h", "c") and hasattr(self, name):
                 raise ValueError(f"cell: expected other names than those of a layer's attributes, got {name}")
+        for name in cell.scalars:
+            if name in CALL:
+                raise ValueError(f"cell: expected other names than those of a call's arguments, got {name}")
         for suffix in self.suffixes:
             for name, blocks in cell.blocks.items():
                 parameter = None
@@ -201,9 +205,11 @@ class Recurrent(Layer):
 
     # Calls
 
-    def forward(self, x: Any, state: Any = None, *, lengths: Any = None, reset: Any = None) -> Variable:
+    def forward(
+        self, x: Any, state: Any = None, *, lengths: Any = None, reset: Any = None, **scalars: Any
+    ) -> Variable:
         """One step for ``(B, I)``, a sequence for ``(T, B, I)``, with ``lengths`` and ``reset`` as in
-        ``sequence``."""
+        ``sequence``; both with the cell's row scalars."""
         x = as_variable(x)
         ndim = x._data.ndim
         if ndim == 2:
@@ -212,16 +218,17 @@ class Recurrent(Layer):
                     f"{'reset' if lengths is None else 'lengths'}: expected None for one step, x of shape "
                     f"{x.shape}; a sequence is (T, B, I), also where T is 1"
                 )
-            return self.step(x, state)
+            return self.step(x, state, **scalars)
         if ndim == 3:
-            return self.sequence(x, state, lengths=lengths, reset=reset)
+            return self.sequence(x, state, lengths=lengths, reset=reset, **scalars)
         raise ValueError(f"x: expected shape (B, I), one step, or (T, B, I), a sequence, got {x.shape}")
 
-    def step(self, x: Any, state: Any = None) -> Variable:
+    def step(self, x: Any, state: Any = None, **scalars: Any) -> Variable:
         """One time step: x ``(B, I)`` to h ``(B, H)``, which is carried as ``.h`` (and c as ``.c``).
 
-        ``state`` takes the place of the carried one. Masks are those of a call: a step draws its own, so for
-        recurrent dropout by one mask for all steps a sequence has to come in one call.
+        ``state`` takes the place of the carried one. ``scalars`` are the cell's row scalars, such as ``dt``,
+        each ``(B,)``. Masks are those of a call: a step draws its own, so for recurrent dropout by one mask
+        for all steps a sequence has to come in one call.
         """
         x = as_variable(x)
         if self.bidirectional:
@@ -229,12 +236,14 @@ class Recurrent(Layer):
         self._check_input(x, 2)
         B, I = x._data.shape
         begin = self._begin(state, B)
+        rows = self._scalars(scalars, (B,))
         self._settle(I, needs_hidden=begin is not None)
         if self.fused and len(self.suffixes) == 1:
-            after = self._fused_step(x, begin)
+            after = self._fused_step(x, rows, begin)
             y = after[0]
         else:
-            ys, after, _ = self._forward_sequence(F.reshape(x, (1, *x.shape)), begin, None, None, False)
+            rows = [F.reshape(s, (1, B)) for s in rows]
+            ys, after, _ = self._forward_sequence(F.reshape(x, (1, *x.shape)), rows, begin, None, None, False)
             y = ys[0]
         self._carry(after)
         return y
@@ -248,6 +257,7 @@ class Recurrent(Layer):
         reset: Any = None,
         return_states: bool = False,
         detach_every: int | None = None,
+        **scalars: Any,
     ) -> Any:
         """A whole sequence: x ``(T, B, I)`` to y ``(T, B, D*H)``, the h of the last layer at every step.
 
@@ -262,21 +272,26 @@ class Recurrent(Layer):
                 H)``; with several layers or directions ``(L*D, T, B, H)``.
             detach_every: truncate back-propagation: after every so many steps the state goes on and the
                 gradient stops. Fused layers only.
+            scalars: the cell's row scalars, numbers of each row and step, such as ``dt`` of ``def gru_d(p, x,
+                h, *, dt)``: each ``(T, B)``. ``dt[t]`` belongs to step t; all layers and directions get the
+                same.
         """
         x = as_variable(x)
         self._check_input(x, 3)
         T, B, I = x.shape
         begin = self._begin(state, B)
+        rows = self._scalars(scalars, (T, B))
         self._settle(I, needs_hidden=begin is not None or T > 1)
         if detach_every is not None and not self.fused:
             raise ValueError("detach_every: expected None in a layer with fused=False")
-        y, after, states = self._forward_sequence(x, begin, lengths, reset, return_states, detach_every)
+        y, after, states = self._forward_sequence(x, rows, begin, lengths, reset, return_states, detach_every)
         self._carry(after)
         return (y, states) if return_states else y
 
     def _forward_sequence(
         self,
         x: Variable,
+        scalars: list[Variable],
         begin: State | None,
         lengths: Any,
         reset: Any,
@@ -291,8 +306,28 @@ class Recurrent(Layer):
             keeps = [np.random.rand(*shape) >= self.dropout for _ in range(self.num_layers - 1)]
             masks = [self.to_device(np.where(keep, scale, 0).astype(self.dtype)) for keep in keeps]
         if self.fused:
-            return self._fused(x, begin, lengths, reset, return_states, detach_every, masks)
-        return unfused.run(self, x, begin, lengths, reset, masks)
+            return self._fused(x, scalars, begin, lengths, reset, return_states, detach_every, masks)
+        return unfused.run(self, x, begin, lengths, reset, masks, scalars)
+
+    def _scalars(self, given: Mapping[str, Any], shape: tuple[int, ...]) -> list[Variable]:
+        """The row scalars of a call, checked, in the order of the cell's and of the layer's dtype."""
+        names, found = self.cell.scalars, list[Variable]()
+        for name in given:
+            if name not in names:
+                expected = ", ".join((*CALL, *names))
+                raise TypeError(f"{name}: expected an argument out of {expected}, got one of another name")
+        for name in names:
+            if given.get(name) is None:
+                raise TypeError(
+                    f"{name}: expected one number for each row and step, as {self.cell.name} has, got none"
+                )
+            s = as_variable(given[name])
+            check_shape(name, s._data.shape, shape)
+            if s._data.dtype.kind not in "fiub":
+                raise TypeError(f"{name}: expected real numbers, got {s.dtype}")
+            self._check_device(name, s)
+            found.append(s if s.dtype == self.dtype else F.cast(s, self.dtype))
+        return found
 
     def _check_input(self, x: Variable, ndim: int) -> None:
         shape = x._data.shape
@@ -314,14 +349,14 @@ class Recurrent(Layer):
 
     # Fused: one node
 
-    def _fused_step(self, x: Variable, begin: State | None) -> State:
+    def _fused_step(self, x: Variable, scalars: list[Variable], begin: State | None) -> State:
         names, weights = map(list, zip(*self.weights_of("").items(), strict=True))
         packed = self._pack(names, weights)
         options: dict[str, Any] = {} if packed is not None else {"backend": self.backend}  # those know theirs
         if regularization := self._regularization():
             options["regularization"] = regularization
         node = F.Fused(self.cell, [names], step=True, packed=packed, **options)
-        after = node(x, *weights, *(begin or ()))
+        after = node(x, *weights, *scalars, *(begin or ()))
         return after if isinstance(after, tuple) else (after,)
 
     def _regularization(self) -> Regularization | None:
@@ -347,6 +382,7 @@ class Recurrent(Layer):
     def _fused(
         self,
         x: Variable,
+        scalars: list[Variable],
         begin: State | None,
         lengths: Any,
         reset: Any,
@@ -366,7 +402,7 @@ class Recurrent(Layer):
             options |= {"bidirectional": self.bidirectional, "masks": masks}
         save = "boundary_states" if self.recompute else "all"
         node = F.Fused(self.cell, [list(slot) for slot in slots], backend=self.backend, save=save, **options)
-        y, *rest = node(x, *(w for slot in slots for w in slot.values()), *(begin or ()))
+        y, *rest = node(x, *(w for slot in slots for w in slot.values()), *scalars, *(begin or ()))
         n = len(self.cell.states)
         return y, tuple(rest[:n]), tuple(rest[n:])
 

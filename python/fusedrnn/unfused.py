@@ -94,8 +94,10 @@ def run(
     lengths: Any,
     reset: Any,
     masks: list[Array] | None,
+    scalars: list[Variable],
 ) -> tuple[Variable, State, State]:
-    """A sequence: y, the final states, the states of every step. ``masks``: of dropout between layers."""
+    """A sequence: y, the final states, the states of every step. ``masks``: of dropout between layers.
+    ``scalars``: each (T, B), in the order of the cell's."""
     T, B, _ = x.shape
     n, D = len(layer.cell.states), 2 if layer.bidirectional else 1
     if T == 0:
@@ -108,6 +110,12 @@ def run(
         active = layer.xp.arange(T)[:, None] < layer.to_device(check_lengths(lengths, T, B, kind))
         # a NaN in the padding would come back in the gradients of the weights, as 0 * NaN
         inputs = [F.where(active[t][:, None], inputs[t], _zero(layer)) for t in range(T)]
+        one = _zero(layer) + 1  # a cell may divide by it
+        scalars = [F.where(active, s, one) for s in scalars]
+    rows = [
+        {n: F.reshape(s[t], (B, 1)) for n, s in zip(layer.cell.scalars, scalars, strict=True)}
+        for t in range(T)
+    ]
     ends: list[State] = []
     states: list[list[State]] = []  # of each layer and direction, step by step
     for k in range(layer.num_layers):
@@ -117,7 +125,7 @@ def run(
         for direction in range(D):
             slot = k * D + direction
             first = _first(layer, begin, slot, B)
-            ys, end, every = _through_time(layer, slot, inputs, first, active, reset, direction == 1)
+            ys, end, every = _through_time(layer, slot, inputs, rows, first, active, reset, direction == 1)
             outputs.append(ys)
             ends.append(end)
             states.append(every)
@@ -134,6 +142,7 @@ def _through_time(
     layer: Recurrent,
     slot: int,
     inputs: list[Variable],
+    scalars: list[dict[str, Variable]],
     state: State,
     active: Array | None,
     reset: Array | None,
@@ -154,7 +163,7 @@ def _through_time(
             if active is not None:
                 cut = cut & active[t]
             state = tuple(F.where(cut[:, None], zero + n, s) for n, s in zip(start, state, strict=True))
-        after = UnfusedStep(cell, w, inputs[t], state).after
+        after = UnfusedStep(cell, w, inputs[t], state, scalars[t]).after
         if active is None:
             ys[t], every[t], state = after[0], after, after
         else:

@@ -323,13 +323,6 @@ def test_backends_say_what_they_do_not_run():
     with pytest.raises(Unsupported, match=r"cell: projected\(\) is not supported by the cpu backend"):
         kernels.forward(projected, p.x, p.weights, backend="cpu")
 
-    @cell
-    def timed(p, x, h, *, dt):
-        return tanh(p.dense("a", x, h) * dt)
-
-    with pytest.raises(Unsupported, match="cell: timed takes dt of each row and step, which no backend"):
-        kernels.forward(timed, p.x, p.weights, backend="reference")
-
 
 def test_masks_of_what_a_cell_does_not_have():
     with pytest.raises(ValueError, match=r"zoneout_c: expected 0 for the cell mgu, which has no c, got 0\.5"):

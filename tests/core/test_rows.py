@@ -80,7 +80,7 @@ def through_stack(p):
     back = multilayer.backward_multilayer(out.tape, p.dy, *upstream)
     out = out._replace(stateT=[s[0] for s in out.stateT], states=[s[0] for s in out.states])
     dstate0 = tuple(d[0] for d in back.dstate0)
-    return named(p.cell, out, kernels.Gradients(back.dx, back.dweights[0], dstate0))
+    return named(p.cell, out, kernels.Gradients(back.dx, back.dweights[0], dstate0, {}))
 
 
 def through_layers(fused):

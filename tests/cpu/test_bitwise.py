@@ -52,6 +52,7 @@ def rows(p, index):
     return replace(
         p, x=of(p.x, 1), state0=of_all(p.state0, 0), lengths=of(p.lengths, 0), reset=of(p.reset, 1),
         dy=of(p.dy, 1), dstateT=of_all(p.dstateT, 0), dstates=of_all(p.dstates, 1),
+        scalars={key: of(a, 1) for key, a in p.scalars.items()},
     )  # fmt: skip
 
 

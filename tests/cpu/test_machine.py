@@ -27,8 +27,8 @@ from problems import (
     run,
 )
 from test_bitwise import EVERYTHING, THREADED, rows, take_rows
-from test_random_cells import Draw
 from test_random_cells import made as cell_from
+from test_random_cells import sources
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core
@@ -57,11 +57,11 @@ CPU, REFERENCE = CpuBackend(), get("reference")
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 
 
-PROGRAMS = [c for c in published.CELLS if not (c.scalars or c.projects)]
+PROGRAMS = [c for c in published.CELLS if not c.projects]
 COMPILED = [*PLAIN, *NORMED[:4]]
 NORMS = [c for c in PROGRAMS if c not in COMPILED and any(n.op == "normalise" for n in c.forward_nodes)]
 OWN = [c for c in PROGRAMS if c not in COMPILED]
-ZOO = [c for c in zoo.ALL if not (c.scalars or c.projects) and c not in PROGRAMS]
+ZOO = [c for c in zoo.ALL if not c.projects and c not in PROGRAMS]
 
 
 class Machine:
@@ -126,17 +126,6 @@ def test_badly_conditioned_norms(cell, dtype):
 
         test_kernels.assert_hard(draw(0), dtype)
         test_kernels.assert_no_worse_than_numpy(draw, dtype)
-
-
-class WithoutScalars(Draw):
-    def __init__(self, draw):
-        super().__init__(draw)
-        self.scalars, self.others = [], []
-
-
-@st.composite
-def sources(draw):
-    return WithoutScalars(draw).source()
 
 
 def check_random(source, number):
@@ -321,11 +310,69 @@ def test_batch_sizes(cell):
     p = problem(cell, 6, 19, 5, 23, dtype=np.float32, **EVERYTHING)
 
     def of_rows(p):
-        return {key: a for key, a in run(MACHINE, p).items() if key.removeprefix("d") not in p.weights}
+        found = {key: a for key, a in run(MACHINE, p).items() if key.removeprefix("d") not in p.weights}
+        return {key: a[..., None] if key[1:] in p.scalars else a for key, a in found.items()}
 
     whole = of_rows(p)
     for index in ([0], [1], [18], [3, 4], list(range(7)), list(range(2, 19))):
         assert_bitwise_equal(of_rows(rows(p, index)), take_rows(whole, index))
+
+
+# --- row scalars --------------------------------------------------------------------------------------------
+
+
+@cell
+def scaled(p, x, h, *, dt):
+    """Its gradient of dt is 0 / 0 in the lanes behind the last unit."""
+    return p.dense("a", x, bias=False) / p.vector("u", init=1) * dt
+
+
+@DTYPES
+def test_gradients_of_row_scalars_are_summed_in_one_order(dtype, threads):
+    """Each block's 16 units by halves, then the blocks in order."""
+    for H in (1, 15, 16, 37):
+        p = problem(scaled, 2, 3, 4, H, dtype=dtype, lengths=True)
+        ones = {"dt": np.where(np.isnan(p.scalars["dt"]), p.scalars["dt"], dtype(1))}
+        p = replace(p, scalars=ones, weights=p.weights | {"u": np.ones(H, dtype)}, dstateT=None)
+        for count in (1, 2):
+            threads(count)
+            got = run(MACHINE, p)
+            blocks = np.zeros((2, 3, -(-H // 16) * 16), dtype)
+            blocks[..., :H] = np.where(got["y"] == 0, 0, p.dy) * got["y"]  # dt is 1: y is what multiplies it
+            blocks = blocks.reshape(2, 3, -1, 16)
+            while blocks.shape[-1] > 1:
+                half = blocks.shape[-1] // 2
+                blocks = blocks[..., :half] + blocks[..., half:]
+            want = np.zeros((2, 3), dtype)
+            for block in range(blocks.shape[2]):
+                want += blocks[..., block, 0]
+            assert_bitwise_equal({"": got["ddt"]}, {"": want})
+
+
+def test_calls_with_row_scalars():
+    p = problem(published.gru_d, 5, 3, 4, 17, **EVERYTHING)
+    want = run(CPU, p)
+    assert_bitwise_equal(run(CPU, replace(p, scalars={"dt": np.asfortranarray(p.scalars["dt"])})), want)
+    f = CPU.forward(p.cell, p.x, p.weights, p.state0, **p.options)
+    for need in ((), ("dt",), ("w", "x")):
+        some = CPU.backward(f.tape, p.dy, p.dstateT, p.dstates, need=need)
+        assert (some.dscalars["dt"] is not None) == ("dt" in need)
+        if need == ("dt",):
+            np.testing.assert_array_equal(some.dscalars["dt"], want["ddt"])
+    for size in ((0, 3), (4, 0)):
+        empty = problem(published.gru_d, *size, 4, 17)
+        assert run(CPU, empty)["ddt"].shape == size
+    for wrong, error in (
+        (p.scalars["dt"][1:], r"dt: expected shape \(5, 3\), got \(4, 3\)"),
+        (p.scalars["dt"].astype(np.float32), "dt: expected dtype float64"),
+        ([[1.0]], "dt: expected a NumPy array, got list"),
+        (None, r"scalars: expected dt of shape \(T, B\) for gru_d"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            CPU.forward(p.cell, p.x, p.weights, scalars={"dt": wrong})
+    q = problem(PLAIN[0], 2, 1, 3, 4)
+    with pytest.raises(ValueError, match=r"scalars: expected none for rnn\(.*, got dt"):
+        CPU.forward(q.cell, q.x, q.weights, scalars={"dt": q.x})
 
 
 # --- calls --------------------------------------------------------------------------------------------------
@@ -484,13 +531,13 @@ def test_plans(cell):
             for k, r in enumerate(direction):
                 first = r.first[0] if direction is plan.forward else len(r.first) if k else len(plan.start)
                 there = set(range(first))
-                for op, d, *sources in r.code:
+                for op, d, *operands in r.code:
                     if op in ("store", "add_to"):
                         assert d in there
-                    elif op not in ("constant", "vector", "load"):
+                    elif op not in ("constant", "vector", "scalar", "load"):
                         count = {"fma": 3, "fnma": 3, "where": 3, "normalise_gradient": 2}.get(op, 1)
-                        assert set(sources[:count]) <= there
-                    there |= set(range(d, d + 1 + (sources[2] if op == "load" else 0)))
+                        assert set(operands[:count]) <= there
+                    there |= set(range(d, d + 1 + (operands[2] if op == "load" else 0)))
                 assert max(there, default=0) < 40  # an LSTM with layer norm has 16 gains and biases at once
 
 
@@ -526,9 +573,14 @@ def run_plan(plan, numbers, save=1):
             (0.5, 0.5, 0.5, 1, 0),
             True,
             save,
+            [array(T, B)] * plan.scalars,
         )
         _core.machine_backward(
-            results[3], array(T, B, H), [array(B, H)] * S, [array(T, B, H)] * S, [True] * (len(weights) + 2)
+            results[3],
+            array(T, B, H),
+            [array(B, H)] * S,
+            [array(T, B, H)] * S,
+            [True] * (len(weights) + 2 + plan.scalars),
         )
     except ValueError:  # weights of other shapes
         return False
@@ -536,7 +588,9 @@ def run_plan(plan, numbers, save=1):
 
 
 @pytest.mark.parametrize(
-    "cell", [PEEPHOLE, published.mgu, published.co_rnn, everywhere, norms, NORMED[0]], ids=name
+    "cell",
+    [PEEPHOLE, published.mgu, published.gru_d, published.co_rnn, everywhere, norms, NORMED[0]],
+    ids=name,
 )
 def test_broken_plans_are_refused_or_do_no_harm(cell):
     plan = program.plan(cell, True, [s for s in cell.states if s in "hc"])
@@ -626,11 +680,15 @@ def test_plans_of_another_cell_or_with_masks_that_a_call_does_not_draw():
         (machine.plan(cell, False, ("h",)), (0.5, 0.0, 0.0, 1, 0), "plan: expected one without this mask"),
     ):
         with pytest.raises(ValueError, match=message):
-            _core.machine_forward(packed, plan, p.x, (), None, None, False, 0, masks, False, 1)
+            _core.machine_forward(packed, plan, p.x, (), None, None, False, 0, masks, False, 1, [])
     with pytest.raises(ValueError, match="save: expected 0"):
-        _core.machine_forward(packed, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 3)
+        _core.machine_forward(packed, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 3, [])
     with pytest.raises(TypeError, match="packed: expected what machine_pack returned, got"):
-        _core.machine_forward(1, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 1)
+        _core.machine_forward(1, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 1, [])
+    with pytest.raises(ValueError, match="scalars: expected 0 entries, got 1"):
+        _core.machine_forward(
+            packed, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 1, [p.x]
+        )
 
 
 def test_numbers_of_another_kind():

@@ -256,9 +256,21 @@ def test_float32_stays_float32(cell):
     from fusedrnn.backends import numba_kernels
 
     vector, matrix, matrices = (types.Array(types.float32, n, "C") for n in (1, 2, 3))
-    last = (types.UniTuple(matrix, len(cell.states)), types.int64, matrix, vector, matrices, matrix)
-    step = (matrix, matrices, *last)
-    back = (matrix, matrices, types.int64, matrices, matrices, matrix, *last)
+    states = (types.UniTuple(matrix, len(cell.states)), types.int64, matrix, vector)
+    step = (matrix, matrices, *states, matrix, matrices, matrix)
+    back = (
+        matrix,
+        matrices,
+        types.int64,
+        matrices,
+        matrices,
+        matrix,
+        *states,
+        matrix,
+        matrix,
+        matrices,
+        matrix,
+    )
     functions = numba_kernels.steps(cell, np.dtype("f4"))
     for function, signature in ((functions["step"], step), (functions["back"], back)):
         function.compile(signature)

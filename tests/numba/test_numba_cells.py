@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 
 from fusedrnn.backends import get
 from fusedrnn.backends import numba as module
@@ -18,7 +18,7 @@ from fusedrnn.cells.definition import cell
 from fusedrnn.cells.evaluation import Evaluation
 from fusedrnn.cells.symbols import absolute, maximum, minimum, relu, tanh, where
 from problems import assert_bitwise_equal, errors
-from published import PUBLISHED, everything, slstm
+from published import PUBLISHED, everything, gru_d, slstm
 from test_random_cells import made as made_from
 from test_random_cells import sources
 from test_selections import NUMBERS, UPSTREAM
@@ -49,17 +49,19 @@ def draw(made, H, seed=0, *, rows=True, state0=True, biases=True):
         weights[name] = values / np.float32(H**0.5) if columns else values / 4 + float(t.begin.get(name) == 1)
     if not biases:
         weights = {name: w for name, w in weights.items() if name not in ("bias_ih", "bias_hh")}
+    scalars = {name: np.abs(normal(T, B)) + np.float32(0.25) for name in t.scalars}
     x, dy, dstates = normal(T, B, I), normal(T, B, H), [normal(T, B, H) for _ in t.states]
     initial = [np.abs(normal(B, H)) + start if start else normal(B, H) for start in t.start.values()]
     lengths, reset = None, None
     if rows:
         lengths, reset = np.array([T, 0, 3]), rng.random((T, B)) < 0.3
         reset[0, 0] = reset[2, 2] = True
-        for a in (x, dy, *dstates):
+        for a in (x, dy, *dstates, *scalars.values()):
             a[np.arange(T)[:, None] >= lengths] = np.nan
     return {
         "weights": weights,
         "x": x,
+        "scalars": scalars,
         "state0": initial if state0 else None,
         "lengths": lengths,
         "reset": reset,
@@ -88,7 +90,7 @@ def steps_of(made, p, reverse):
     found |= {name: np.zeros((T, B, H), x.dtype) for name in states}
     found |= {f"{name}T": np.zeros((B, H), x.dtype) for name in states}
     found |= {f"d{name}0": np.zeros((B, H), x.dtype) for name in states}
-    dweights = {name: np.zeros_like(w) for name, w in weights.items()}
+    dweights = {name: np.zeros_like(w) for name, w in (weights | p["scalars"]).items()}
     for b in range(B):
         n = T if p["lengths"] is None else p["lengths"][b]
         order = range(n)[::-1] if reverse else range(n)
@@ -97,7 +99,8 @@ def steps_of(made, p, reverse):
         for t in order:
             at = t + 1 if reverse else t  # where the cut between this step and the one before it is noted
             cut = p["reset"] is not None and at < n and p["reset"][at, b]
-            step = Evaluation(made, weights, x[t, b : b + 1], start if cut else state)
+            rows = {name: s[t, b] for name, s in p["scalars"].items()}
+            step = Evaluation(made, weights, x[t, b : b + 1], start if cut else state, rows)
             state = step.after
             done.append((t, cut, step))
             found["y"][t, b] = state[0][0]
@@ -111,7 +114,9 @@ def steps_of(made, p, reverse):
             upstream = [chain[s] + p["dstates"][s][t, b] + (p["dy"][t, b] if s == 0 else 0) for s in S]
             chain = step.backward(upstream)
             chain = [np.zeros_like(d) if cut else d for d in chain]
-            step.add_weight_gradients(dweights)
+            step.add_weight_gradients({name: dweights[name] for name in weights})
+            for name in p["scalars"]:
+                dweights[name][t, b] = step.scalar_gradient(name)[0]
             found["dx"][t, b] = step.input_gradient()[0]
         for s in S:
             found[f"d{states[s]}0"][b] = chain[s][0]
@@ -124,17 +129,18 @@ def run(made, p, reverse, save="all"):
     packed = module.pack(made, p["weights"])
     a = ForwardArguments(
         made, p["x"], p["weights"], p["state0"], p["lengths"], p["reset"], reverse, True, None, None, save,
-        Sizes(T, B, I, H, H),
+        Sizes(T, B, I, H, H), p["scalars"],
     )  # fmt: skip
     forward = module.forward(packed, a)
     found = {"y": forward.y} | {f"{name}T": s for name, s in zip(states, forward.stateT, strict=True)}
     found |= dict(zip(states, forward.states, strict=True))
     if save is None:
         return found
-    need = frozenset({"x", "state0", *p["weights"]})
-    dx, dweights, dstate0 = module.backward(
+    need = frozenset({"x", "state0", *p["weights"], *p["scalars"]})
+    dx, dweights, dstate0, dscalars = module.backward(
         forward.tape, BackwardArguments(p["dy"], p["dstateT"], p["dstates"], need)
     )
+    dweights |= dscalars
     found |= {"dx": dx} | {f"d{name}": d for name, d in dweights.items()}
     return found | {f"d{name}0": d for name, d in zip(states, dstate0, strict=True)}
 
@@ -154,12 +160,12 @@ def check(made, dtype, H, reverse=False, **options):
 
 
 # Each takes seconds to compile.
-USUAL = {(slstm, np.float64), (everything, np.float32)}
+USUAL = {(slstm, np.float64), (gru_d, np.float32), (everything, np.float32)}
 EACH = [
     pytest.param(made, t, id=f"{made!r}-{t.__name__}", marks=[] if (made, t) in USUAL else pytest.mark.slow)
     for made in [*PUBLISHED, everything]
     for t in DTYPES
-    if not made.trace.scalars
+    if not made.projects
 ]
 
 
@@ -220,7 +226,6 @@ def test_many_random_cells(source):
 
 def check_random(source, dtype):
     made = made_from(source)
-    assume(not made.trace.scalars)
     check(made, dtype, 5)
     check(made, dtype, 6, reverse=True, rows=False)
 
@@ -293,7 +298,7 @@ def test_selections_are_those_of_numpy(dtype, upstream):
     x = np.ones((1, 1, 1), dtype)
     packed = module.pack(choices, weights)
     a = ForwardArguments(
-        choices, x, weights, state, None, None, False, True, None, None, "all", Sizes(1, 1, 1, H, H)
+        choices, x, weights, state, None, None, False, True, None, None, "all", Sizes(1, 1, 1, H, H), {}
     )
     for alone in range(S):
         with np.errstate(all="ignore"):
@@ -302,7 +307,7 @@ def test_selections_are_those_of_numpy(dtype, upstream):
             dstate = step.backward(d)
         forward = module.forward(packed, a)
         assert_bitwise_equal(dict(enumerate(forward.stateT)), dict(enumerate(step.after)))
-        *_, found = module.backward(forward.tape, BackwardArguments(None, d, None, frozenset(["state0"])))
+        *_, found, _ = module.backward(forward.tape, BackwardArguments(None, d, None, frozenset(["state0"])))
         # The sign of a gradient of 0 is nobody's concern.
         assert_bitwise_equal(
             {s: v + 0 for s, v in enumerate(found)}, {s: v + 0 for s, v in enumerate(dstate)}

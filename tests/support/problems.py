@@ -7,7 +7,7 @@ upstream gradients at padding) is NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ class Problem:
     dy: Array | None  # (T, B, P)
     dstateT: tuple[Array | None, ...] | None
     dstates: tuple[Array | None, ...] | None
+    scalars: dict[str, Array] = field(default_factory=dict)  # (T, B) each
 
     @property
     def options(self) -> dict[str, Any]:
@@ -73,6 +74,7 @@ class Problem:
             "return_states": self.return_states,
             "detach_every": self.detach_every,
             "regularization": self.regularization,
+            **({"scalars": self.scalars} if self.scalars else {}),
         }
 
     def astype(self, dtype: Any) -> Problem:
@@ -88,6 +90,7 @@ class Problem:
             self,
             x=cast(self.x),
             weights={n: cast(w) for n, w in self.weights.items()},
+            scalars={n: cast(s) for n, s in self.scalars.items()},
             state0=cast_all(self.state0),
             dy=cast(self.dy),
             dstateT=cast_all(self.dstateT),
@@ -155,6 +158,7 @@ def problem(
     for key in cell.vectors:
         drawn = normal(*shapes[key]) / 4
         weights[key] = np.float32(gain) * (1 + drawn) if key.startswith("gain") else drawn
+    scalars = {key: (1 + np.abs(normal(T, B))) / 4 for key in cell.scalars}
     n = resets = None
     if reset:
         resets = rng.random((T, B)) < 0.3
@@ -164,7 +168,7 @@ def problem(
         if B > 1:
             n[[0, B - 1]] = T, 0
         padding = np.arange(T)[:, None] >= n
-        for a in (x, dy, *dstates):
+        for a in (x, dy, *dstates, *scalars.values()):
             a[padding] = np.nan
     return Problem(
         cell,
@@ -180,6 +184,7 @@ def problem(
         dy if "dy" in upstream else None,
         dstateT if "dstateT" in upstream else None,
         dstates if "dstates" in upstream and return_states else None,
+        scalars,
     ).astype(dtype)
 
 
@@ -219,6 +224,7 @@ def named(cell: Cell, forward: Forward | None, gradients: Gradients | None) -> d
     if gradients is not None:
         arrays["dx"] = gradients.dx
         arrays |= {f"d{n}": a for n, a in gradients.dweights.items()}
+        arrays |= {f"d{n}": a for n, a in gradients.dscalars.items()}
         if gradients.dstate0 is not None:
             arrays |= {f"d{s}0": a for s, a in zip(cell.states, gradients.dstate0, strict=True)}
     return {key: a for key, a in arrays.items() if a is not None}
@@ -228,7 +234,7 @@ def expected_names(p: Problem) -> set[str]:
     """What ``run`` must return for a problem with ``need=None``."""
     states = set(p.cell.states)
     names = {"y", "dx"} | {f"{s}T" for s in states} | {f"d{s}0" for s in states}
-    names |= {f"d{n}" for n in p.weights}
+    names |= {f"d{n}" for n in (*p.weights, *p.scalars)}
     return names | (states if p.return_states else set())
 
 

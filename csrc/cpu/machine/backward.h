@@ -20,16 +20,15 @@ struct MachineBackwardLoop : BackwardSteps<V> {
   const MachineBackward<T>& job;
   MachineCall<T> call;  // its own: of the chunk at hand
   MachineRows<V> places;
-  Index* at;  // of each row of the step, t * B + b
 
   MachineBackwardLoop(const MachineBackward<T>& job_, const Worker& worker_)
       : Base(*job_.base, worker_, *job_.shape, false), job(job_), call(job_.call), places(call, worker_.region.thread) {
     for (int g = 0; g < job.group_count; ++g)
       this->weights.groups.add(job.groups[g].column, job.groups[g].columns, job.groups[g].first, job.groups[g].count);
-    at = reinterpret_cast<Index*>(places.table + places.count() * B);
     places.set(cpu::kGradients, true, call.accumulators, true);
     places.set(cpu::kSums, job.sums, call.vector_count, true);
     places.set(cpu::kNormGradients, job.norm_gradients, 0, true);
+    places.set(cpu::kScalars, job.of_units, call.scalar_count, true);
     for (int s = 0; s < call.states; ++s) places.set(places.direct(s), job.direct[s], 1, true);
     for (int o = 1; o < call.operands; ++o)
       places.set(places.operand(o), call.state_of[o] < 0 && Base::job.need_weights, 1, false);
@@ -42,10 +41,10 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       places.put(cpu::kGradients, i, this->da_row(begin + i), 0);
       places.put(cpu::kSums, i, job.sums, b * units * call.vector_count);
       places.put(cpu::kNormGradients, i, job.norm_gradients, b * (job.norm_gradient_count * cpu::kNormGradientNumbers));
+      places.put(cpu::kScalars, i, job.of_units, (begin + i) * units * call.scalar_count);
       for (int s = 0; s < call.states; ++s) places.put(places.direct(s), i, job.direct[s], b * units);
       for (int o = 1; o < call.operands; ++o)
         places.put(places.operand(o), i, Base::job.inputs, (begin + i) * Base::job.inputs_row + job.column_of[o]);
-      at[i] = t * B + b;
       this->rows.at[i].b = b, this->rows.at[i].after = this->chain_of(t, b);
     }
     places.select_masks(places.masks(worker.region.thread, this->block_begin, this->block_end), t, this->rows.b + begin,
@@ -110,7 +109,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     for (int w = 0; w < f.wide; ++w)
       for (int i = 0; i < f.rows; ++i, d += V::lanes) {
         const BackwardRow<T>& row = this->rows.at[f.first + i];
-        const Index u = (f.block + w) * kBlock + f.lane, in_row = call.H - u, here = at[f.first + i] * call.H + u;
+        const Index u = (f.block + w) * kBlock + f.lane, in_row = call.H - u, here = f.at[f.first + i] * call.H + u;
         V v = V::zero();
         if (row.after == After::product) {
           if (chain) v = V::load(d);
@@ -169,10 +168,31 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     }
   }
 
+  // Row scalars of this thread's share of the chunk's rows: each block's 16 units by halves, then the blocks in order.
+  FUSEDRNN_NOINLINE void sum_units() const {
+    const Index n = worker.region.threads, i = worker.region.thread;
+    for (Index r = count * i / n; r < count * (i + 1) / n; ++r)
+      for (int s = 0; s < call.scalar_count; ++s) {
+        if (!job.dscalars[s]) continue;
+        T all = 0;
+        for (Index block = 0; block < call.blocks; ++block) {
+          const T* const from = job.of_units + ((r * call.blocks + block) * call.scalar_count + s) * kBlock;
+          const Index there = units_of(call.H, block);
+          T unit[kBlock];
+          for (Index u = 0; u < kBlock; ++u) unit[u] = u < there ? from[u] : T(0);
+          for (Index half = kBlock / 2; half; half /= 2)
+            for (Index u = 0; u < half; ++u) unit[u] += unit[u + half];
+          all += unit[0];
+        }
+        job.dscalars[s][this->rows.t[r] * B + this->rows.b[r]] = all;
+      }
+  }
+
   bool gradients_of_chunk(bool first_chunk) {
     this->keep_boundary();
     if (Base::job.need_weights) gather();
     if (!worker.barrier()) return false;
+    if (job.of_units) sum_units();
     const auto of_x = [&](const T* const* da, Index block, Index lane, int m, int wide, T* acc) {
       operand_gradient(0, da, block, lane, m, wide, acc);
     };
@@ -189,7 +209,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       const bool cut = !empty && before(call.steps, first_time(call.steps, b), b) == Before::nothing;
       this->rows.at[n].b = b;
       this->rows.at[n].after = empty ? After::final_state : cut ? After::nothing : After::product;
-      at[n] = 0;
+      places.at[n] = 0;
     }
     return incoming(n, false, [&](const Frame<V>& f) {
       for (int s = 0; s < call.states; ++s) {

@@ -35,6 +35,7 @@ struct MachineForwardCall {
   const PackedMachine<T>* packed;
   Problem problem;
   Sequence<const T> x;
+  std::vector<const T*> scalars;  // of each row scalar (T, B)
   std::vector<const T*> state0;
   T* y;
   std::vector<T*> stateT, states;
@@ -50,13 +51,14 @@ struct MachineBackwardCall {
   MachineWeights<const T> weights;  // as they were in forward
   Problem problem;
   Sequence<const T> x;
+  std::vector<const T*> scalars;
   T* y;  // what forward returned
   std::vector<const T*> state0;
   const T* dy;
   std::vector<const T*> dstateT, dstates;
   T* dx;
   MachineWeights<T> dweights;
-  std::vector<T*> dstate0;
+  std::vector<T*> dstate0, dscalars;
   Poll poll;
 };
 

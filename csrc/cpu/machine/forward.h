@@ -31,7 +31,7 @@ struct MachineForwardLoop {
     row_end = worker.by_rows ? first_row(call.steps, i + 1, n) : call.steps.B;
     block_begin = worker.by_rows ? 0 : call.blocks * i / n;
     block_end = worker.by_rows ? call.blocks : call.blocks * (i + 1) / n;
-    x = const_cast<const T**>(rows.table + rows.count() * call.steps.B);
+    x = const_cast<const T**>(rows.table + (rows.count() + 1) * call.steps.B);
     batch = reinterpret_cast<Index*>(x + call.steps.B);
     rows.set(cpu::kSaved, call.saved, call.saved_count, false, job.stream);
     for (int o = 1; o < call.operands; ++o)

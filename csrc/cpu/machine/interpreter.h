@@ -33,6 +33,8 @@ struct Frame {
   Index H, blocks;
   const Place<T>* places;
   const T *vectors, *constants;
+  const T* const* scalars;
+  const Index* at;  // of each row of the step, t * B + b
   // Of registers: from one to the next, and from a vector of one to its next.
   T* registers;
   Index next, step;
@@ -138,6 +140,12 @@ FUSEDRNN_NOINLINE void interpret(const Instruction* code, int count, const Frame
         for (int w = 0; w < f.wide; ++w) {
           const V value = V::load(f.vectors + (in.a * f.blocks + f.block + w) * kBlock + f.lane);
           for (int i = 0; i < f.rows; ++i) value.store(d + (w * f.rows + i) * step);
+        }
+        break;
+      case Operation::scalar:
+        for (int i = 0; i < f.rows; ++i) {
+          const V value = V::set(f.scalars[in.a][f.at[f.first + i]]);
+          for (int w = 0; w < f.wide; ++w) value.store(d + (w * f.rows + i) * step);
         }
         break;
       case Operation::load:

@@ -37,7 +37,7 @@ struct Instruction {
 // its direct gradient, then the operands from the second on (the first is x). kDropout, kKeepH and kKeepC are the masks
 // of recurrent dropout and zoneout. Of the numbers of norms each row has some, not each unit: instructions that
 // normalise read them.
-enum : int { kSaved, kCarried, kGradients, kSums, kDropout, kKeepH, kKeepC, kNorms, kNormGradients, kStates };
+enum : int { kSaved, kCarried, kGradients, kSums, kScalars, kDropout, kKeepH, kKeepC, kNorms, kNormGradients, kStates };
 
 template <class T>
 struct Packed;
@@ -97,7 +97,7 @@ template <class T>
 struct MachineCall {
   Steps steps;
   Index I, H, blocks;
-  int states, operands, accumulators, saved_count, carried_count, vector_count;
+  int states, operands, accumulators, saved_count, carried_count, vector_count, scalar_count;
   const int* state_of;  // of each operand the state before that it is, or -1
   const MachineRound* rounds;
   int round_count;
@@ -105,10 +105,11 @@ struct MachineCall {
   Index x_step, x_row;
   const T* vectors;  // [vector][blocks * 16]
   const T* constants;
-  const T* const* state0;  // of each state (B, H) or null
-  const T* const* start;   // of each state H times what it starts from
-  T* const* state;         // of each state [step][B][H], the first is y
-  T* saved;                // [step][B] rows of [block][saved value][16], or null
+  const T* const* scalars;  // of each row scalar (T, B)
+  const T* const* state0;   // of each state (B, H) or null
+  const T* const* start;    // of each state H times what it starts from
+  T* const* state;          // of each state [step][B][H], the first is y
+  T* saved;                 // [step][B] rows of [block][saved value][16], or null
   // Where step t lies: at (t - first) & kept. All bits: every step is kept, or those of a chunk, from `first` on. 1: of
   // the states but y two steps, in turn; 0: one.
   Index states_kept, saved_kept, first;
@@ -180,6 +181,8 @@ struct MachineBackward {
   T* const* dvectors;               // of each vector (H) or null
   const MachineForward<T>* replay;  // with boundary states: makes the saved values and states of a chunk; else null
   const T* boundary_states;
+  T* of_units;  // the gradients of row scalars before they are summed: [row of a chunk][block][scalar][16], or null
+  T* const* dscalars;  // of each row scalar (T, B) or null
 };
 
 }  // namespace cpu

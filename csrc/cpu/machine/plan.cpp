@@ -41,6 +41,7 @@ int sources(Operation op) {
   switch (op) {
     case Operation::constant:
     case Operation::vector:
+    case Operation::scalar:
     case Operation::load:
     case Operation::store:
     case Operation::add_to:
@@ -74,6 +75,7 @@ int values_at(const MachinePlan& plan, int place, Operation op, bool backward) {
   if (place == kGradients) return store && backward ? plan.accumulators : 0;
   if (place == kSums) return op == Operation::add_to ? backward ? int(plan.vectors.size()) : 0 : 0;
   if (place == kNorms || place == kNormGradients) return 0;
+  if (place == kScalars) return store && backward ? plan.scalars : 0;
   if (place < kStates) return load;  // a mask
   const int state = place - kStates, S = plan.states;
   if (state < S) return load;                              // before the step
@@ -137,6 +139,9 @@ std::vector<Instruction> read_code(Numbers& numbers, MachinePlan& plan, bool bac
       case Operation::vector:
         below("vector", in.a, int(plan.vectors.size()));
         break;
+      case Operation::scalar:
+        below("row scalar", in.a, plan.scalars);
+        break;
       case Operation::load:  // c more of them
         below("register", in.d + in.c, Limits::registers);
         registers = std::max(registers, in.d + in.c + 1);
@@ -181,6 +186,7 @@ MachinePlan::MachinePlan(const std::int32_t* data, std::size_t count, std::vecto
   carried = numbers.next("carried values", 0, Limits::carried);
   carried_back = numbers.next("carried values", 0, Limits::carried);
   for (int& n : blocks) n = numbers.next("blocks", 0, kMostBlocks);
+  scalars = numbers.next("row scalars", 0, Limits::scalars);
   if (!blocks[weight_ih]) refuse("blocks", "at least one of weight_ih, got 0");
   for (int s = 0; s < states; ++s) direct.push_back(numbers.next("direct", 0, 1));
   state_of.push_back(-1);

@@ -12,8 +12,9 @@ namespace fusedrnn::cpu {
 // of larger cells would take seconds to derive.
 struct MachineLimits {
   static constexpr int operations = 1000;
-  static constexpr int states = 16, operands = 48, accumulators = 64, vectors = 64, saved = 255, carried = 255,
-                       constants = 255, norms = 255, rounds = 64, instructions = 1 << 14, registers = 255;
+  static constexpr int states = 16, operands = 48, accumulators = 64, vectors = 64, scalars = 16, saved = 255,
+                       carried = 255, constants = 255, norms = 255, rounds = 64, instructions = 1 << 14,
+                       registers = 255;
 };
 constexpr int kMachineVectors = 24;  // of a register: those of the widest tile
 
@@ -37,7 +38,8 @@ struct MachinePlan {
   };
   enum { weight_ih, weight_hh, bias_ih, bias_hh, kPlain };
 
-  int states, operands, saved, carried, carried_back, accumulators = 0, registers = 0, norms = 0, norm_gradients = 0;
+  int states, operands, saved, scalars, carried, carried_back, accumulators = 0, registers = 0, norms = 0,
+                                                               norm_gradients = 0;
   int blocks[kPlain];  // of H rows
   std::vector<double> start, constants;
   std::vector<bool> direct;     // of each state

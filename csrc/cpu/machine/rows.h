@@ -17,9 +17,11 @@ struct MachineRows {
   const MachineCall<T>& call;
   Place<T> places[kMaxPlaces] = {};
   T** table;  // the pointers of all places
+  Index* at;  // of each row of the step, t * B + b
 
   FUSEDRNN_NOINLINE MachineRows(const MachineCall<T>& call_, Index thread)
       : call(call_), table(reinterpret_cast<T**>(call_.tables + thread * call_.tables_step)) {
+    at = reinterpret_cast<Index*>(table + count() * call.steps.B);
     set(cpu::kSaved, call.saved, call.saved_count, false);
     set(cpu::kCarried, call.carried, call.carried_count, true);
     set(cpu::kDropout, call.regularization.dropout, 1, true);
@@ -63,6 +65,7 @@ struct MachineRows {
 
   // Row i of the step is row b of the batch. Programs load from states before and never store there.
   void select(Index i, Index t, Index b) {
+    at[i] = t * call.steps.B + b;
     const Index kept = ((t - call.first) & call.saved_kept) * call.steps.B + b;
     put(cpu::kSaved, i, call.saved, kept * (call.saved_count * call.H));
     put(cpu::kNorms, i, call.norms, kept * (call.norm_count * cpu::kNormNumbers));
@@ -89,6 +92,7 @@ struct MachineRows {
   Frame<V> frame(Index thread) const {
     Frame<V> f{};
     f.H = call.H, f.blocks = call.blocks, f.places = places, f.vectors = call.vectors, f.constants = call.constants;
+    f.scalars = call.scalars, f.at = at;
     f.registers = call.registers + thread * call.registers_step;
     return f;
   }

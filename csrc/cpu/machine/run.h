@@ -76,7 +76,7 @@ struct MachineScratch {
   T* registers;
 
   MachineScratch(const MachinePlan& plan, Index B)
-      : tables_step(lines<char>((cpu::kStates + 3 * plan.states + plan.operands + 1) * B * Index(sizeof(T*)))),
+      : tables_step(lines<char>((cpu::kStates + 3 * plan.states + plan.operands + 2) * B * Index(sizeof(T*)))),
         registers_step(plan.registers * cpu::kMachineVectors * (64 / Index(sizeof(T)))) {}
   void take(Layout<T>& layout, int threads) {
     tables = reinterpret_cast<char*>(layout.take({threads, tables_step / Index(sizeof(T))}));
@@ -114,6 +114,7 @@ cpu::MachineCall<T> machine_call(const MachinePlan& plan, const Problem& problem
   call.I = n.I, call.H = n.H, call.blocks = blocks_of(n.H);
   call.states = plan.states, call.operands = plan.operands, call.accumulators = plan.accumulators;
   call.saved_count = plan.saved, call.vector_count = int(plan.vectors.size());
+  call.scalar_count = plan.scalars;
   call.state_of = plan.state_of.data();
   call.x = x.data, call.x_step = x.step, call.x_row = x.row;
   call.vectors = numbers.vectors, call.constants = numbers.constants, call.start = numbers.start_of.data();
@@ -231,6 +232,7 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   cpu::MachineForward<T> job{};
   job.call = machine_call(plan, call.problem, call.x, numbers, scratch);
   job.call.regularization = regularization_of(call.problem, cpu::kernels<T>(), masks, mask_arrays(plan));
+  job.call.scalars = call.scalars.data();
   job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
   job.call.state0 = call.state0.data(), job.call.state = state.data();
   job.call.saved = keeps && plan.saved ? saved : nullptr;
@@ -267,7 +269,9 @@ void machine_backward(const MachineBackwardCall<T>& call) {
                                       (p.bias >= 0 && wanted(state ? MachinePlan::bias_hh : MachinePlan::bias_ih));
                              }),
              need_sums = std::any_of(plan.vectors.begin(), plan.vectors.end(),
-                                     [&](const MachinePlan::Vector& v) { return wanted(v.parameter); });
+                                     [&](const MachinePlan::Vector& v) { return wanted(v.parameter); }),
+             need_scalars =
+                 std::any_of(call.dscalars.begin(), call.dscalars.end(), [](const T* p) { return p != nullptr; });
   const cpu::MachineBackwardParts parts(plan, n.I, n.H);
   const auto columns = [&](int operand) { return operand ? n.H : n.I; };
 
@@ -275,8 +279,8 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   MachineScratch<T> scratch(plan, n.B);
   MachineNumbers<T> numbers;
   T *zeros = nullptr, *dpacked = nullptr, *da = nullptr, *boundary = nullptr, *inputs = nullptr, *carried = nullptr,
-    *sums = nullptr, *masks = nullptr, *saved = call.tape->saved, *y_again = nullptr, *norms = call.tape->norms,
-    *norm_gradients = nullptr;
+    *sums = nullptr, *of_units = nullptr, *masks = nullptr, *saved = call.tape->saved, *y_again = nullptr,
+    *norms = call.tape->norms, *norm_gradients = nullptr;
   char* threads = nullptr;
   std::vector<T*> direct(S), memory_of, computed(O), state = call.tape->state;
   const Index replay_steps = replays ? chunk.steps : 0, replay_rows = replays ? n.B : 0;
@@ -303,6 +307,7 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     masks = layout.take({regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
     sums = layout.take({need_sums ? n.B : 0, Index(plan.vectors.size()), units});
     norm_gradients = layout.take({n.B, plan.norm_gradients, cpu::kNormGradientNumbers});
+    of_units = layout.take({need_scalars ? chunk.steps : 0, n.B, plan.scalars, units});
     for (std::size_t s = 0; s < S; ++s) direct[s] = plan.direct[s] ? layout.take({n.B, units}) : nullptr;
     numbers.take(layout, plan, n.H);
     scratch.take(layout, split.threads);
@@ -312,6 +317,9 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   }
   std::fill(zeros, zeros + zero_count, T(0));
   std::fill(sums, sums + (need_sums ? n.B * Index(plan.vectors.size()) * units : 0), T(0));
+  std::fill(of_units, of_units + (need_scalars ? chunk.steps * n.B * plan.scalars * units : 0), T(0));
+  for (T* const d : call.dscalars)
+    if (d) std::fill(d, d + n.T * n.B, T(0));  // padding
   numbers.fill(plan, n.H, call.weights);
   std::vector<cpu::MachinePart<T>> packed;
   for (std::size_t k = 0; k < memory_of.size(); ++k) {
@@ -357,6 +365,7 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   job.call = machine_call(plan, call.problem, call.x, numbers, scratch);
   base.rows_outside = job.call.rows_outside;
   job.call.regularization = regularization_of(call.problem, kernels, masks, mask_arrays(plan));
+  job.call.scalars = call.scalars.data();
   job.call.state0 = call.state0.data(), job.call.state = state.data();
   job.call.saved = plan.saved ? saved : nullptr;
   job.call.norms = plan.norms ? norms : nullptr;
@@ -384,6 +393,7 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   job.sums = need_sums ? sums : nullptr, job.dvectors = dvectors.data();
   job.norm_gradients = plan.norm_gradients ? norm_gradients : nullptr;
   job.norm_gradient_count = plan.norm_gradients;
+  job.of_units = need_scalars ? of_units : nullptr, job.dscalars = call.dscalars.data();
   run_job<T>(kernels.machine_backward, job, split.threads, split.by_rows, call.poll);
 }
 

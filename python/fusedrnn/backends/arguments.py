@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn.backends.protocol import Array, Regularization, State, Unsupported
+from fusedrnn.backends.protocol import Array, Regularization, State
 from fusedrnn.cells import Cell
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # what compiled backends take
@@ -63,6 +63,7 @@ class ForwardArguments(NamedTuple):
     regularization: Regularization | None  # None: there is nothing to do
     save: str | None
     sizes: Sizes
+    scalars: dict[str, Array]  # (T, B) each
 
 
 class BackwardArguments(NamedTuple):
@@ -78,10 +79,30 @@ def check_cell(cell: Any) -> Cell:
     """The cell itself, or a TypeError."""
     if not isinstance(cell, Cell):
         raise TypeError(f"cell: expected a cell such as lstm, got {_kind(cell)}")
-    if cell.trace.scalars:
-        names = ", ".join(cell.trace.scalars)
-        raise Unsupported(f"cell: {cell.name} takes {names} of each row and step, which no backend takes yet")
     return cell
+
+
+def check_scalar_names(cell: Cell, value: Any) -> Mapping[str, Any]:
+    """The row scalars by name, exactly those of the cell; None for none."""
+    value = {} if value is None else value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"scalars: expected a mapping of names to arrays, got {_kind(value)}")
+    for name in value:
+        if name not in cell.scalars:
+            names = "names out of " + ", ".join(cell.scalars) if cell.scalars else "none"
+            raise ValueError(f"scalars: expected {names} for {cell!r}, got {name}")
+    for name in cell.scalars:
+        if value.get(name) is None:
+            raise ValueError(f"scalars: expected {name} of shape (T, B) for {cell!r}, got none")
+    return value
+
+
+def check_scalars(
+    cell: Cell, value: Any, dtype: np.dtype[Any], T: int, B: int, kind: Kind = NUMPY
+) -> dict[str, Array]:
+    """The row scalars by name in the cell's order, each (T, B), C-contiguous."""
+    given = check_scalar_names(cell, value)
+    return {name: _checked(name, given[name], dtype, (T, B), kind) for name in cell.scalars}
 
 
 def check_weights(
@@ -262,6 +283,7 @@ def check_forward(
     return_states: Any = False,
     detach_every: Any = None,
     regularization: Any = None,
+    scalars: Any = None,
     save: Any = "all",
     dtypes: Collection[np.dtype[Any]] = FLOATS,
     kind: Kind = NUMPY,
@@ -300,6 +322,7 @@ def check_forward(
         check_regularization(cell, regularization),
         save,
         Sizes(T, B, I, H, P),
+        check_scalars(cell, scalars, dtype, T, B, kind),
     )
 
 
@@ -329,7 +352,7 @@ def check_backward(
         dy: (T, B, P) or None.
         dstateT: One entry per state, (B, ·) or None each, or None.
         dstates: One entry per state, (T, B, ·) or None each, or None; only after return_states.
-        need: "x", names of weights, "state0"; or None for all.
+        need: "x", names of weights and row scalars, "state0"; or None for all.
         return_states: What the forward call was given.
         kind: The arrays that the backend takes.
     """
@@ -360,7 +383,7 @@ def check_backward(
 
 def check_need(cell: Cell, need: Any, weights: Collection[str] | None = None) -> frozenset[str]:
     """The names wanted, None means all; without those of weights that there are not."""
-    known = ("x", *cell.blocks, "state0")
+    known = ("x", *cell.blocks, *cell.scalars, "state0")
     if need is None:
         need = known
     if isinstance(need, str) or not isinstance(need, Collection):

@@ -28,6 +28,7 @@ from fusedrnn.backends.protocol import (
     Gradients,
     Regularization,
     Rows,
+    Scalars,
     State,
     Unsupported,
     Weights,
@@ -145,6 +146,7 @@ class CpuBackend:
         return_states: bool = False,
         detach_every: int | None = None,
         regularization: Regularization | None = None,
+        scalars: Scalars | None = None,
         save: str | None = "all",
     ) -> Forward:
         """One layer, one direction, the whole sequence."""
@@ -164,6 +166,7 @@ class CpuBackend:
                 return_states=return_states,
                 detach_every=detach_every,
                 regularization=regularization,
+                scalars=scalars,
                 save=save,
             )
         results = None
@@ -174,6 +177,7 @@ class CpuBackend:
             and type(return_states) is bool
             and (detach_every is None or (type(detach_every) is int and detach_every > 0))
             and (save is None or (type(save) is str and save in SAVE))
+            and scalars is None
         ):
             h0, c0 = state
             try:
@@ -204,6 +208,7 @@ class CpuBackend:
                 return_states=return_states,
                 detach_every=detach_every,
                 regularization=regularization,
+                scalars=scalars,
                 save=save,
             )
             h0, c0 = cast(_Two, _two(cell, a.state0, False))
@@ -302,4 +307,4 @@ class CpuBackend:
         dx, *dweights, dh0, dc0 = results
         dstate0 = None if dh0 is None else (dh0, dc0) if "c" in cell.states else (dh0,)
         by_name = dict(zip(WEIGHTS, dweights, strict=True))
-        return Gradients(dx, {name: by_name[name] for name in tape.weights}, dstate0)
+        return Gradients(dx, {name: by_name[name] for name in tape.weights}, dstate0, {})

@@ -10,7 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from fusedrnn import _core
-from fusedrnn.backends.arguments import Sizes, check_backward, check_forward, check_need, check_weights
+from fusedrnn.backends.arguments import (
+    Sizes,
+    check_backward,
+    check_forward,
+    check_need,
+    check_scalar_names,
+    check_weights,
+)
 from fusedrnn.backends.protocol import (
     SAVE,
     Array,
@@ -18,6 +25,7 @@ from fusedrnn.backends.protocol import (
     Gradients,
     Regularization,
     Rows,
+    Scalars,
     State,
     Unsupported,
     Weights,
@@ -101,6 +109,7 @@ def forward(
     return_states: bool = False,
     detach_every: int | None = None,
     regularization: Regularization | None = None,
+    scalars: Scalars | None = None,
     save: str | None = "all",
 ) -> Forward:
     """One layer, one direction, the whole sequence; ``regularization`` is checked."""
@@ -109,6 +118,7 @@ def forward(
     if (r := regularization) is not None:
         zoned = tuple(s for s, rate in (("h", r.zoneout_h), ("c", r.zoneout_c)) if rate)
         programs = plan(cell, r.seed is not None and r.recurrent_dropout > 0, zoned)
+    rows = check_scalar_names(cell, scalars)
     results = None
     if (  # the compiled module would not see what these are, or would convert them
         type(reverse) is bool
@@ -130,6 +140,7 @@ def forward(
                 regularization,
                 return_states,
                 SAVE[save],
+                [rows[name] for name in cell.scalars],
             )
         except REFUSED:
             results = None
@@ -145,6 +156,7 @@ def forward(
             return_states=return_states,
             detach_every=detach_every,
             regularization=regularization,
+            scalars=rows,
             save=save,
         )
         results = _core.machine_forward(
@@ -159,6 +171,7 @@ def forward(
             regularization,
             a.return_states,
             SAVE[a.save],
+            list(a.scalars.values()),
         )
     y, stateT, states, tape = results
     kept = None if tape is None else Tape(cell, packed.weights, states is not None, tape)
@@ -177,7 +190,7 @@ def backward(
     cell = tape.cell
     order = names(cell)
     wanted = None if need is None else check_need(cell, need)
-    flags = [wanted is None or name in wanted for name in ("x", *order, "state0")]
+    flags = [wanted is None or name in wanted for name in ("x", *order, "state0", *cell.scalars)]
     results = None
     if all(d is None or (type(d) is tuple and d) for d in (dstateT, dstates)) and (
         dstates is None or tape.return_states
@@ -192,6 +205,7 @@ def backward(
             cell, tape.weights, sizes, dy, dstateT, dstates, need=need, return_states=tape.return_states
         )
         results = _core.machine_backward(tape.core, b.dy, b.dstateT or (), b.dstates or (), flags)
-    dx, dweights, dstate0 = results
+    dx, dweights, dstate0, drows = results
     by_name = dict(zip(order, dweights, strict=True))
-    return Gradients(dx, {name: by_name[name] for name in tape.weights}, dstate0)
+    dscalars = dict(zip(cell.scalars, drows, strict=True))
+    return Gradients(dx, {name: by_name[name] for name in tape.weights}, dstate0, dscalars)

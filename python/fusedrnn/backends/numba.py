@@ -34,6 +34,7 @@ from fusedrnn.backends.protocol import (
     Gradients,
     Regularization,
     Rows,
+    Scalars,
     State,
     Unsupported,
     Weights,
@@ -81,11 +82,12 @@ class Tape:
     initial: Array  # (states, B + 1, H), in the last row what a cleared state is
     gates: Array
     states: State  # (positions, H) each; the first one is y where all steps are valid
+    scalars: Array  # (row scalars, positions)
 
     @property
     def bytes(self) -> int:
         """Bytes saved for backward beside x and y."""
-        arrays = [*self.packed[3:], *self.order[:4], self.initial, self.gates, *self.states[1:]]
+        arrays = [*self.packed[3:], *self.order[:4], self.initial, self.gates, *self.states[1:], self.scalars]
         return sum(a.nbytes for a in arrays) + (0 if self.order.held is None else self.states[0].nbytes)
 
 
@@ -121,6 +123,7 @@ class NumbaBackend:
         return_states: bool = False,
         detach_every: int | None = None,
         regularization: Regularization | None = None,
+        scalars: Scalars | None = None,
         save: str | None = "all",
     ) -> Forward:
         """One layer, one direction, the whole sequence."""
@@ -138,6 +141,7 @@ class NumbaBackend:
             return_states=return_states,
             detach_every=detach_every,
             regularization=regularization,
+            scalars=scalars,
             save=save,
         )
         if a.detach_every is not None:
@@ -168,8 +172,7 @@ class NumbaBackend:
         b = check_backward(
             a.cell, a.weights, a.sizes, dy, dstateT, dstates, need=need, return_states=a.return_states
         )
-        dx, dweights, dstate0 = backward(tape, b)
-        return Gradients(dx, {name: dweights.get(name) for name in a.weights}, dstate0)
+        return backward(tape, b)
 
 
 def pack(cell: Cell, weights: dict[str, Array]) -> Packed:
@@ -207,6 +210,9 @@ def forward(packed: Packed, a: ForwardArguments) -> Forward:
     for padded, s in zip(initial, a.state0 or (), strict=False):
         padded[:B] = s
     computed = tuple(np.empty((N, H), dtype) for _ in trace.states)
+    scalars = np.empty((len(a.scalars), N), dtype)
+    for into, s in zip(scalars, a.scalars.values(), strict=True):
+        into[:] = s.reshape(-1)[order.rows]
     keep = a.save is not None and bool(found.saved)
     groups = _groups(a, order, packed)
     ahead = max(1, AHEAD // B) if B and len(groups) == 1 else 1
@@ -218,7 +224,7 @@ def forward(packed: Packed, a: ForwardArguments) -> Forward:
         scratch = gates if keep else np.empty((most * ahead, columns), dtype)
         loop(
             scratch, computed, a.x, order.rows, order.before, first, last, initial, packed.ih_t, packed.hh_t,
-            packed.bias, packed.vectors, a.reverse, keep, ahead,
+            packed.bias, packed.vectors, scalars, a.reverse, keep, ahead,
         )  # fmt: skip
 
     _share(run, groups)
@@ -234,12 +240,12 @@ def forward(packed: Packed, a: ForwardArguments) -> Forward:
         if a.return_states:
             held = map(_at, computed, initial, [order.held] * len(computed))
             states = tuple(values.reshape(T, B, H) for values in held)
-    tape = None if a.save is None else Tape(a, packed, order, initial, gates, computed)
+    tape = None if a.save is None else Tape(a, packed, order, initial, gates, computed, scalars)
     return Forward(y, stateT, states, tape)
 
 
-def backward(tape: Tape, b: BackwardArguments) -> tuple[Array | None, dict[str, Array], State | None]:
-    """Backward with checked arguments: dx, the gradients of the weights by name, dstate0."""
+def backward(tape: Tape, b: BackwardArguments) -> Gradients:
+    """Backward with checked arguments."""
     a, packed, order, found = tape.arguments, tape.packed, tape.order, tape.packed.layout
     T, B, I, H, _ = a.sizes
     dtype = a.x.dtype
@@ -254,6 +260,7 @@ def backward(tape: Tape, b: BackwardArguments) -> tuple[Array | None, dict[str, 
         into[:] = 0 if d is None else d
     all_valid = order.held is None
     dx = (np.empty if all_valid else np.zeros)((T * B, I if "x" in b.need else 0), dtype)
+    dscalars = np.zeros_like(tape.scalars)
     narrow = I < NARROW
     columns = len(found.gradients) * H
     rows = max(1, CHUNK // (columns * dtype.itemsize))
@@ -274,16 +281,23 @@ def backward(tape: Tape, b: BackwardArguments) -> tuple[Array | None, dict[str, 
         chunk = min(rows, int((last - first).sum()))
         loop(
             dx, dih, dhh, dsums, chain, upstream, tape.gates, tape.states, a.x, order.rows, order.before,
-            first, last, tape.initial, packed.ih_t if narrow else packed.ih, packed.hh, packed.vectors, parts,
-            narrow, a.reverse, chunk,
+            first, last, tape.initial, packed.ih_t if narrow else packed.ih, packed.hh, packed.vectors,
+            tape.scalars, dscalars, parts, narrow, a.reverse, chunk,
         )  # fmt: skip
 
     _share(run, [(*group, *s) for group, s in zip(groups, sums, strict=True)])
     dih, dhh, dsums = (functools.reduce(np.add, each) for each in zip(*sums, strict=True))
-    return (
+    dweights = _unpacked(found, b.need, dih[:I], dhh[:H], dsums)
+    drows: dict[str, Array | None] = dict.fromkeys(a.scalars)
+    for name, d in zip(a.scalars, dscalars, strict=True):
+        if name in b.need:
+            drows[name] = padded = np.zeros((T, B), dtype)
+            padded.reshape(-1)[order.rows] = d
+    return Gradients(
         dx.reshape(T, B, I) if "x" in b.need else None,
-        _unpacked(found, b.need, dih[:I], dhh[:H], dsums),
+        {name: dweights.get(name) for name in a.weights},
         tuple(chain) if "state0" in b.need else None,
+        drows,
     )
 
 

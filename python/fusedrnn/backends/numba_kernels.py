@@ -137,6 +137,15 @@ def dot(a: Any, b: Any) -> Any:
 
 
 @_in_any_order
+def total(a: Any) -> Any:
+    """The sum of a row."""
+    found = a[0]
+    for j in range(1, a.shape[0]):
+        found += a[j]
+    return found
+
+
+@_in_any_order
 def norm_numbers(values: Any, centred: Any, eps: Any) -> Any:
     """The mean of all values of a row, or 0, and 1 / their deviation from it."""
     number = values[0].dtype.type
@@ -299,7 +308,7 @@ OPERANDS = WORK = NORMS = 0
 
 def _forward_loop(
     gates: Any, states: Any, x: Any, rows: Any, before: Any, first: Any, last: Any, initial: Any, ih: Any,
-    hh: Any, bias: Any, vectors: Any, reverse: Any, keep: Any, ahead: Any,
+    hh: Any, bias: Any, vectors: Any, scalars: Any, reverse: Any, keep: Any, ahead: Any,
 ) -> None:  # fmt: skip
     """Forward through time, for the positions first[t]..last[t]-1 of every t.
 
@@ -307,7 +316,7 @@ def _forward_loop(
         gates: (positions, ·) with ``keep``, else as many rows as ``ahead`` steps need.
         states: of each, (positions, H).
         x: (T, B, I), any strides. ih: weight_ih transposed, hh: weight_hh transposed, both with rows of zeros
-            up to a multiple of four. vectors: all in one.
+            up to a multiple of four. vectors: all in one. scalars: (row scalars, positions).
         ahead: Steps whose input products are made in one go; above 1 only where their rows lie side by side.
     """
     T = first.shape[0]
@@ -325,13 +334,13 @@ def _forward_loop(
             input_part(gates[first[low] - base :], x, rows, first, last, low, high, ih, bias, x_rows)
         lo, hi = first[t], last[t]
         gather(operands, 0, states, initial, before[lo:hi])
-        step(gates[lo - base : hi - base], operands, states, lo, hh, vectors, work, norms)
+        step(gates[lo - base : hi - base], operands, states, lo, hh, vectors, scalars, work, norms)
 
 
 def _backward_loop(
     dx: Any, dih: Any, dhh: Any, dsums: Any, chain: Any, upstream: Any, gates: Any, states: Any, x: Any,
-    rows: Any, before: Any, first: Any, last: Any, initial: Any, ih: Any, hh: Any, vectors: Any, parts: Any,
-    narrow: Any, reverse: Any, chunk: Any,
+    rows: Any, before: Any, first: Any, last: Any, initial: Any, ih: Any, hh: Any, vectors: Any, scalars: Any,
+    dscalars: Any, parts: Any, narrow: Any, reverse: Any, chunk: Any,
 ) -> None:  # fmt: skip
     """Backward through time, for the positions first[t]..last[t]-1 of every t.
 
@@ -342,7 +351,7 @@ def _backward_loop(
         dx: (T*B, I). chain: (states, B, H), gradients of the final states, become those of the initial ones.
         upstream: dy, then those of all steps of each state, each (T*B, H).
         ih: weight_ih, or transposed if ``narrow``; hh: weight_hh. parts: operand, first column of da, number
-            of columns, first column of dhh.
+            of columns, first column of dhh. scalars, dscalars: (row scalars, positions).
         chunk: The rows of ``da`` kept before they go into dx and the weight gradients.
     """
     T = first.shape[0]
@@ -364,7 +373,10 @@ def _backward_loop(
         chunk_rows[q : q + m] = rows[lo:hi]
         gather(operands, q, states, initial, before[lo:hi])
         arrive(now, chain, upstream, rows[lo:hi], t)
-        back(da[q : q + m], operands, q, now, prev, gates[lo:hi], states, lo, hh, vectors, work, norms)
+        back(
+            da[q : q + m], operands, q, now, prev, gates[lo:hi], states, lo, hh, vectors, scalars, dscalars,
+            work, norms,
+        )  # fmt: skip
         downstream(chain, prev, before[lo:hi], rows[lo:hi], t)
         q += m
         if q + most > size or s == T - 1:
@@ -404,7 +416,7 @@ def _loop(direction: str, cell: Cell, dtype: np.dtype[Any]) -> Any:
 
 def steps(cell: Cell, dtype: np.dtype[Any]) -> dict[str, Any]:
     """The functions ``step`` and ``back`` of a cell, and the numbers that go with them."""
-    called = (product, flat, norm_numbers, norm_gradient_numbers)
+    called = (product, flat, total, norm_numbers, norm_gradient_numbers)
     functions: dict[str, Any] = activations.OPERATIONS | {f.__name__: f for f in called}
     functions |= {"fma": numba_functions.fma, "number": dtype.type}
     written = _written(cell)
@@ -439,9 +451,10 @@ def _signature(direction: str, dtype: np.dtype[Any], states: int) -> Any:
     flag, whole = types.boolean, types.int64
     tape = (matrix, tuple_of(matrix, states), x, *[integers] * 4, matrices, matrix, matrix)
     if direction == "forward":
-        return types.void(*tape, vector, vector, flag, flag, whole)
+        return types.void(*tape, vector, vector, matrix, flag, flag, whole)
     gradients = (*[matrix] * 4, matrices, tuple_of(given, 1 + states))
-    return types.void(*gradients, *tape, vector, types.Array(whole, 2, "C"), flag, flag, whole)
+    rows = (matrix, matrix)
+    return types.void(*gradients, *tape, vector, *rows, types.Array(whole, 2, "C"), flag, flag, whole)
 
 
 def _fingerprint(written: str) -> str:

@@ -62,10 +62,11 @@ class Layout:
         self.parts = list(self._parts())
         self.vectors = [n for n in cell.forward_nodes if n.op == "vector"]
 
-        given = [t.x, *t.states.values()]
+        given = [t.x, *t.states.values(), *t.scalars.values()]
         self.forward = _line([*t.after.values(), *cell.saved, *computed], given, cell)
         kept = [*given, *t.after.values(), *cell.saved, *gradient.upstream.values()]
-        found = [*gradient.dense.values(), *gradient.direct.values(), *gradient.vectors.values(), *computed]
+        found = [*gradient.dense.values(), *gradient.direct.values(), *gradient.vectors.values()]
+        found += [*gradient.scalars.values(), *computed]
         self.backward = _line(found, kept, cell)
 
         self.saved = self._columns_of_saved()  # of ``gates``

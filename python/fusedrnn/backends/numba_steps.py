@@ -1,10 +1,11 @@
 """The source of a step of a cell for Numba, written from what is derived of the cell.
 
-``step(a, operands, states, lo, hh, vectors, work, norms)``: ``a`` holds input part and biases, in the columns
-of its accumulators, and becomes what is saved. ``back(da, operands, q, now, prev, a, states, lo, hh, vectors,
-work, norms)``: gradients ``now`` of the states after, ``prev`` of those before. ``operands[s]`` are the
-states before, then what else weight_hh multiplies, from row q on; ``states[s][lo:]`` those after. What is
-carried from one round to the next lies in ``work``, and of each norm two numbers of each row in ``norms``.
+``step(a, operands, states, lo, hh, vectors, scalars, work, norms)``: ``a`` holds input part and biases, in
+the columns of its accumulators, and becomes what is saved. ``back(da, operands, q, now, prev, a, states, lo,
+hh, vectors, scalars, dscalars, work, norms)``: gradients ``now`` of the states after, ``prev`` of those
+before. ``operands[s]`` are the states before, then what else weight_hh multiplies, from row q on;
+``states[s][lo:]`` those after; ``scalars[s, lo:]`` numbers of each row. What is carried from one round to the
+next lies in ``work``, and of each norm two numbers of each row in ``norms``.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class _Function:
         self.layout, self.line, self.places = layout, line, dict(places)
         self.places |= {n: f"vectors[{k} * H : {k + 1} * H]" for k, n in enumerate(layout.vectors)}
         self.results: list[tuple[Node, str]] = []
+        self.scalars = {n: f"scalars[{s}, lo + k]" for s, n in enumerate(layout.cell.trace.scalars.values())}
         self.norms = [n for n, op, _ in line.operations if op.startswith("normalise")]
         self.carried = 0
         self.places |= {n: self.work() for n, op, _ in line.operations if op == "transposed"}
@@ -87,6 +89,8 @@ class _Function:
         def word(n: Node) -> str:
             if n.op == "constant":
                 return f"number({number(n)!r})"
+            if n in self.scalars:
+                return rows.setdefault(self.scalars[n], f"p{len(rows)}")
             return names.get(n) or f"{rows.setdefault(self.places[n], f'p{len(rows)}')}[j]"
 
         def item(norm: Node, value: Node, *belongs_to: Node) -> str:
@@ -171,7 +175,7 @@ class _Step(_Function):
     def lines(self) -> list[str]:
         """The function."""
         return [
-            "def step(a, operands, states, lo, hh, vectors, work, norms):",
+            "def step(a, operands, states, lo, hh, vectors, scalars, work, norms):",
             "    m, H = a.shape[0], states[0].shape[1]",
             *self.body(),
         ]
@@ -202,16 +206,24 @@ class _Back(_Function):
         for s, n in enumerate(layout.operands):
             if n.op != "state":
                 self.result(n, f"operands[{s}, q + k, :H]")
+        self.of_units: dict[int, str] = {}  # of each row scalar with a gradient, where that of each unit is
+        for s, name in enumerate(t.scalars):
+            if name in gradient.scalars:
+                self.of_units[s] = self.work()
+                self.result(gradient.scalars[name], self.of_units[s])
         self.carry()
 
     def lines(self) -> list[str]:
         """The function. What states receive through products is added last."""
         t, gradient = self.layout.cell.trace, self.layout.cell.gradient
         lines = [
-            "def back(da, operands, q, now, prev, a, states, lo, hh, vectors, work, norms):",
+            "def back(da, operands, q, now, prev, a, states, lo, hh, vectors, scalars, dscalars, work, "
+            "norms):",
             "    m, H = da.shape[0], now.shape[2]",
             *self.body(),
         ]
+        for s, place in self.of_units.items():
+            lines += ["    for k in range(m):", f"        dscalars[{s}, lo + k] = total({place})"]
         for s, (name, n) in enumerate(t.states.items()):
             lines += self.transposed(f"prev[{s}, k, :H]", n, begin=name not in gradient.direct)
         return lines

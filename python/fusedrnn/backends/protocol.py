@@ -17,6 +17,7 @@ Rules (``t`` is time, ``b`` a row of the batch):
   gradient comes back; the initial and the final state are not cut off.
 - ``regularization``: recurrent dropout and zoneout; see ``Regularization``. Steps beyond a row's length and
   cuts come first: a state that stands still is not zoned, and after a cut the state before is zero.
+- ``scalars``: number (t, b) belongs to step t of row b in both directions.
 - ``reverse``: from ``lengths[b] - 1`` down to 0; ``stateT`` is then the state after step 0.
 - Padding and resets act by selection, never by multiplication.
 - ``T = 0`` and ``B = 0`` are legal.
@@ -39,6 +40,8 @@ State = tuple[Array, ...]  # (h,) for RNN and GRU, (h, c) for LSTM; the first is
 # and bias_hh (G*H,), which may be missing; of a cell that projects weight_hr (P, H), 1 <= P <= H; the cell's
 # other parameters (n*H,). Gradients have the same names.
 Weights: TypeAlias = Mapping[str, Any]
+# Of a cell with row scalars (``cell.scalars``) by name, each (T, B): one number for each row and step.
+Scalars: TypeAlias = Mapping[str, Any]
 
 
 SAVE = {None: 0, "all": 1, "boundary_states": 2}  # what forward keeps: the ids that the compiled module takes
@@ -80,6 +83,7 @@ class Gradients(NamedTuple):
     dx: Array | None  # (T, B, I)
     dweights: dict[str, Any]  # of each weight that was given
     dstate0: State | None
+    dscalars: dict[str, Any]  # of each row scalar (T, B), {} for cells without
 
 
 class Backend(Protocol):
@@ -106,6 +110,7 @@ class Backend(Protocol):
         return_states: bool = False,
         detach_every: int | None = None,
         regularization: Regularization | None = None,
+        scalars: Scalars | None = None,
         save: str | None = "all",  # "all" | "boundary_states" | None
     ) -> Forward:
         """Run one layer in one direction over the whole sequence."""
@@ -117,6 +122,6 @@ class Backend(Protocol):
         dstateT: tuple[Array | None, ...] | None = None,
         dstates: tuple[Array | None, ...] | None = None,
         *,
-        need: Collection[str] | None = None,  # "x", names of weights, "state0"; None means all
+        need: Collection[str] | None = None,  # "x", names of weights and scalars, "state0"; None: all
     ) -> Gradients:
         """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)``; any may be missing."""

@@ -16,7 +16,16 @@ import numpy as np
 
 from fusedrnn import masks
 from fusedrnn.backends.arguments import ForwardArguments, check_backward, check_forward, check_weights
-from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, Rows, State, Weights
+from fusedrnn.backends.protocol import (
+    Array,
+    Forward,
+    Gradients,
+    Regularization,
+    Rows,
+    Scalars,
+    State,
+    Weights,
+)
 from fusedrnn.cells import Cell
 from fusedrnn.cells.evaluation import Evaluation
 
@@ -74,6 +83,7 @@ class ReferenceBackend:
         return_states: bool = False,
         detach_every: int | None = None,
         regularization: Regularization | None = None,
+        scalars: Scalars | None = None,
         save: str | None = "all",
     ) -> Forward:
         """Run one layer in one direction; see ``fusedrnn.backends.protocol``."""
@@ -88,6 +98,7 @@ class ReferenceBackend:
             return_states=return_states,
             detach_every=detach_every,
             regularization=regularization,
+            scalars=scalars,
             save=save,
             dtypes=DTYPES,
         )
@@ -134,6 +145,7 @@ class ReferenceBackend:
         chain = _gradient(a, b.dstateT)  # gradient of the state that came out of the step at hand
         dx = np.zeros(a.x.shape, a.x.dtype) if "x" in b.need else None
         dweights = {n: np.zeros_like(w) for n, w in a.weights.items() if n in b.need}
+        dscalars = {n: np.zeros_like(s) for n, s in a.scalars.items() if n in b.need}
         with np.errstate(all="ignore"):
             for chunk, kept in zip(reversed(tape.chunks), reversed(tape.kept), strict=True):
                 run = kept if isinstance(kept, Run) else _run(a, chunk, kept)
@@ -151,7 +163,14 @@ class ReferenceBackend:
                     values.add_weight_gradients(dweights)
                     if dx is not None:
                         dx[t, rows] = values.input_gradient()
-        return Gradients(dx, {n: dweights.get(n) for n in a.weights}, chain if "state0" in b.need else None)
+                    for name, d in dscalars.items():
+                        d[t, rows] = values.scalar_gradient(name)
+        return Gradients(
+            dx,
+            {n: dweights.get(n) for n in a.weights},
+            chain if "state0" in b.need else None,
+            {n: dscalars.get(n) for n in a.scalars},
+        )
 
 
 def _dropout(a: ForwardArguments, step: Step) -> Array | None:
@@ -198,7 +217,9 @@ def _run(a: ForwardArguments, steps: list[Step], state: State) -> Run:
     run = Run([state], [])
     for step in steps:
         before = _cleared(a, step, state)
-        values = Evaluation(a.cell, a.weights, a.x[step.t, step.rows], before, dropout=_dropout(a, step))
+        scalars = {name: s[step.t, step.rows, None] for name, s in a.scalars.items()}
+        x = a.x[step.t, step.rows]
+        values = Evaluation(a.cell, a.weights, x, before, scalars, _dropout(a, step))
         after = _each(_keeps(a, step), lambda keep, n, s: keep * n + (1 - keep) * s, values.after, before)
         state = tuple(_put(s, step.rows, n) for s, n in zip(state, after, strict=True))
         run.states.append(state)

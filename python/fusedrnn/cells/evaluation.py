@@ -193,6 +193,12 @@ class Evaluation(Step):
                 total += d @ self.block("weight_ih", weight)
         return total
 
+    def scalar_gradient(self, name: str) -> Array:
+        """The gradient of a number of each row (B,): the sum over its units."""
+        d = self.cell.gradient.scalars.get(name)
+        found: Array = np.zeros(self.shape[0], self.x.dtype) if d is None else self.of(d).sum(axis=1)
+        return found
+
     def products(self) -> Iterator[tuple[str, int, int | None, Node, Array]]:
         """Of each product with each operand: "ih" or "hh", blocks of weight and bias, operand, gradient."""
         for n, d in self.cell.gradient.dense.items():

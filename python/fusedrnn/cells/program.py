@@ -23,7 +23,7 @@ from fusedrnn.cells.saved import choose
 
 # In the order of csrc/cpu/machine/operations.def.
 OPERATIONS = (
-    *("constant", "vector", "load", "store", "add_to"),
+    *("constant", "vector", "scalar", "load", "store", "add_to"),
     *("add", "sub", "mul", "div", "neg", "fma", "fnma"),
     *("tanh", "sigmoid", "exp", "log", "sqrt", "softplus", "relu", "absolute"),
     *("maximum", "minimum", "where", "greater", "greater_equal"),
@@ -34,14 +34,14 @@ OPERATIONS = (
 # Places in memory. Then of each state those before the step and after it, and its direct gradient; then those
 # of the operands from the second on, the first being x. DROPOUT and KEEP: the masks of dropout and zoneout.
 # What lies in places of norms no instruction loads or stores.
-SAVED, CARRIED, GRADIENTS, SUMS, DROPOUT, KEEP_H, KEEP_C, _NORMS, _NORM_GRADIENTS, STATES = range(10)
+SAVED, CARRIED, GRADIENTS, SUMS, SCALARS, DROPOUT, KEEP_H, KEEP_C, _NORMS, _NORM_GRADIENTS, STATES = range(11)
 KEEP = {"h": KEEP_H, "c": KEEP_C}
 
 
 class Instruction(NamedTuple):
     """Registers a, b and c become register d, but
 
-    - ``constant`` and ``vector``: number a of these becomes register d;
+    - ``constant``, ``vector`` and ``scalar``: number a of these becomes register d;
     - ``load``: vector b of place a becomes register d, and the c that follow become those that follow;
     - ``store`` and ``add_to``: register d goes to vector b of place a;
     - ``normalise``: b is the number of the norm of which a is a value;
@@ -103,6 +103,7 @@ class Plan:
     vectors: list[tuple[int, int]]  # parameter and block; parameters begin with PLAIN
     blocks: list[int]  # of weight_ih, weight_hh, bias_ih, bias_hh
     saved: int
+    scalars: int  # numbers of each row and step
     carried: tuple[int, int] = (0, 0)  # forward and backward
     forward: list[Round] = field(default_factory=list)
     backward: list[Round] = field(default_factory=list)
@@ -112,6 +113,7 @@ class Plan:
         """The whole plan but start and constants."""
         counts = [len(self.start), len(self.operands) + 1, len(self.products), len(self.parameters)]
         counts += [len(self.vectors), len(self.constants), self.saved, *self.carried, *self.blocks]
+        counts.append(self.scalars)
         found = [*counts, *self.direct, *self.operands]
         for row in (*self.products, self.parameters.values(), *self.vectors):
             found += row
@@ -129,7 +131,7 @@ class Plan:
 
 
 def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
-    """The plan of a cell without projection and without numbers of rows.
+    """The plan of a cell without projection.
 
     Args:
         cell: what a step computes.
@@ -159,6 +161,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
         [((*PLAIN, *cell.vectors).index(n.attribute[0]), n.attribute[1]) for n in vectors],
         [cell.blocks.get(name, 0) for name in PLAIN],
         0,
+        len(cell.scalars),
     )
     # The masks, and the operations that they add.
     mask = {k: _operation("mask").node for k in (DROPOUT, *KEEP.values())}
@@ -179,6 +182,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
                 product[n] = more[-1].node
     before = {n: Memory("load", STATES + s) for s, n in enumerate(states)}
     before |= {n: Memory("load", place) for place, n in mask.items()}
+    before |= {n: Memory("scalar", k) for k, n in enumerate(t.scalars.values())}
     chosen = choose(t, gradient, set(cell.fused.values()), zoned) if zoned else cell.saved
     found.saved = len(chosen)
     kept = [(n, Memory("store", STATES + S + s)) for s, n in enumerate(after.values())]
@@ -204,7 +208,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
         found.forward.append(Round([len(given)], its_norms, code))
 
     known = [*before, *forward.kept, *vectors, t.x, *gradient.upstream.values()]
-    groups = (gradient.dense, gradient.direct, gradient.vectors)
+    groups = (gradient.dense, gradient.direct, gradient.vectors, gradient.scalars)
     back = [n for n in cell.backward_nodes if n.op == "normalise_gradient"]
     normed = [n for n in cell.forward_nodes if n.op == "item" and n.args[0] in {b.args[0] for b in back}]
     outputs = [n for group in groups for n in group.values()]
@@ -224,6 +228,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
 
     stores = [(gradient.dense[n], Memory("store", GRADIENTS, k)) for k, n in enumerate(dense)]
     stores += [(d, Memory("add_to", SUMS, vectors.index(n))) for n, d in gradient.vectors.items()]
+    stores += [(d, Memory("store", SCALARS, cell.scalars.index(s))) for s, d in gradient.scalars.items()]
     stores = [(first[n].node if n in first else n, where) for n, where in stores]
     stores += [(d, Memory("store", STATES + 2 * S + names.index(s))) for s, d in direct.items()]
     stores += computed  # made again, for the gradients of the weights

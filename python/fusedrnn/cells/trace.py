@@ -373,6 +373,11 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
                 f"{lines.definition()}\n{t.name}: {name} is not used: no new state depends on it. After * an "
                 "argument without default is a number for each row and step; an option has a default"
             )
+        if name in t.blocks or name == "state0":
+            raise CellError(
+                f"{lines.definition()}\n{t.name}: expected another name than {name} for a number of each row "
+                "and step; gradients of parameters and of the initial state go by these names"
+            )
     if t.x not in used:
         raise CellError(
             f"{lines.definition()}\n{t.name}: no new state depends on the input x; expected it in p.dense, "

@@ -36,6 +36,7 @@ def gradcheck(
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    **scalars: Any,
 ) -> bool:
     """Check the gradients of a layer or function, and of a layer its parameters'.
 
@@ -68,6 +69,8 @@ def gradcheck(
         seed: Of the random upstream gradients and directions; also of NumPy's, Python's and PyTorch's global
             generators, which are set anew for every evaluation, so that dropout draws the same masks, and
             left as they were.
+        scalars: Of a recurrent layer of ours the row scalars of its cell, such as ``dt``, by name; they are
+            checked like inputs.
 
     Returns:
         True, or False where a check failed and ``raise_exception`` is False.
@@ -95,6 +98,12 @@ def gradcheck(
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
     options = dict(options or {})
     inputs = tuple(inputs) if type(inputs) in (tuple, list) else (inputs,)
+    if scalars:
+        if not possible:
+            raise TypeError(
+                f"{next(iter(scalars))}: expected none but for a recurrent layer of fusedrnn.layers"
+            )
+        inputs = (*inputs, scalars)
     try:
         if method == "oracle":
             check_oracle(func_or_layer, inputs, options, atol, rtol, nondet_tol, seed)

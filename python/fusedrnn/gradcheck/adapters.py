@@ -30,12 +30,12 @@ def _flatten(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     return [leaf for key, part in parts for leaf in _flatten(part, f"{path}[{key!r}]")]
 
 
-def _rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
+def rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
     """The same tree with other leaves."""
     if isinstance(tree, Mapping):
-        return {key: _rebuild(part, leaves) for key, part in tree.items()}
+        return {key: rebuild(part, leaves) for key, part in tree.items()}
     if isinstance(tree, tuple | list):
-        parts = [_rebuild(part, leaves) for part in tree]
+        parts = [rebuild(part, leaves) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     return next(leaves)
 
@@ -84,7 +84,7 @@ class Adapter:
         leaves = [leaf for _, leaf in self.leaves]
         for k, value in zip(self.slots, given, strict=False):
             leaves[k] = value
-        return _rebuild(self.inputs, iter(leaves))
+        return rebuild(self.inputs, iter(leaves))
 
     def run(self, values: Sequence[Array]) -> tuple[list[Array], VJP]:
         """The outputs at these values, and the function from their gradients to those of the values."""
@@ -301,25 +301,26 @@ class _Kept:
 
 def call_recurrent(layer: Recurrent, arguments: Any, options: Mapping[str, Any]) -> dict[str, Variable]:
     """All that a call gives, by name: y, the final state, and the state of every step."""
-    x, state = x_and_state(layer, arguments)
+    x, state, scalars = split(layer, arguments)
     if x.ndim == 2:
-        found = {"y": layer.step(x, state, **options)}
+        found = {"y": layer.step(x, state, **scalars, **options)}
     else:
-        y, states = layer.sequence(x, state, return_states=True, **options)
+        y, states = layer.sequence(x, state, return_states=True, **scalars, **options)
         found = {"y": y} | {f"{n} of every step": s for n, s in zip(layer.cell.states, states, strict=True)}
     final = [vars(layer)[n] for n in layer.cell.states]
     return found | {f"final {n}": s for n, s in zip(layer.cell.states, final, strict=True)}
 
 
-def x_and_state(layer: Recurrent, arguments: Sequence[Any]) -> tuple[Any, Any]:
-    """``(x,)``, ``(x, state)``, or ``(x, h)`` and ``(x, h, c)``."""
+def split(layer: Recurrent, arguments: Sequence[Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """``(x,)``, ``(x, state)``, or ``(x, h)`` and ``(x, h, c)``, then row scalars, as x, state and these."""
     names = layer.cell.states
     x, *rest = arguments
+    scalars = rest.pop() if rest and isinstance(rest[-1], Mapping) else {}
     if len(rest) == 1 and (isinstance(rest[0], tuple | list) or rest[0] is None):
         rest = list(rest[0] or ())
     if rest and len(rest) != len(names):
         raise ValueError(f"inputs: expected x, or x and a state ({', '.join(names)},), got {len(arguments)}")
-    return x, tuple(rest) or None
+    return x, tuple(rest) or None, dict(scalars)
 
 
 def backward(pairs: Sequence[tuple[Variable, Array]]) -> None:

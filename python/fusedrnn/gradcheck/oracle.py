@@ -13,7 +13,7 @@ from fusedrnn import cuda, multilayer
 from fusedrnn.autograd import Variable
 from fusedrnn.backends.protocol import Array, Regularization
 from fusedrnn.functions import Fused
-from fusedrnn.gradcheck.adapters import VariableAdapter, backward, call_recurrent, host, x_and_state
+from fusedrnn.gradcheck.adapters import VariableAdapter, backward, call_recurrent, host, rebuild, split
 from fusedrnn.gradcheck.central import breaking_off
 from fusedrnn.gradcheck.compare import compare, fixed_random, same
 from fusedrnn.layers import Recurrent
@@ -39,7 +39,7 @@ def check_oracle(
     unknown = sorted(set(options) - {"lengths", "reset"})
     if unknown:
         raise ValueError(f'options: expected lengths and reset with method "oracle", got {unknown}')
-    x, state = x_and_state(layer, inputs)
+    x, state, scalars = split(layer, inputs)
     with VariableAdapter(layer, inputs, options) as adapter:
         assert isinstance(adapter, VariableAdapter)
         begin = layer.state if state is None and not layer.bidirectional else state
@@ -47,13 +47,15 @@ def check_oracle(
             layer,
             host(x).astype(layer.dtype),
             None if begin is None else [host(s).astype(layer.dtype) for s in begin],
-            *_drawn(layer, adapter, x, state, options, seed),
+            {name: host(s).astype(layer.dtype) for name, s in scalars.items()},
+            *_drawn(layer, adapter, inputs, options, seed),
             options,
         )
         variables = adapter.given(adapter.values)
         everything = [*variables, *adapter.params]
-        # leaf 0 of the inputs is x, the others are the state
-        tensors = ["x" if k == 0 else layer.cell.states[k - 1] for k in adapter.slots]
+        # leaf 0 of the inputs is x, the last ones are row scalars, the others are the state
+        others = [*layer.cell.states, *[""] * len(adapter.leaves)][: len(adapter.leaves) - 1 - len(scalars)]
+        tensors = [["x", *others, *scalars][k] for k in adapter.slots]
         tensors += adapter.names[len(adapter.slots) :]
         dtypes = {name: value.dtype for name, value in zip(tensors, adapter.values, strict=True)}
 
@@ -100,7 +102,7 @@ def check_oracle(
 
 
 def _drawn(
-    layer: Recurrent, adapter: VariableAdapter, x: Any, state: Any, options: Mapping[str, Any], seed: int
+    layer: Recurrent, adapter: VariableAdapter, inputs: Any, options: Mapping[str, Any], seed: int
 ) -> tuple[Sequence[Array] | None, Regularization | None]:
     """What the layer draws: the masks of dropout between layers, and its regularization with the seed.
 
@@ -113,7 +115,7 @@ def _drawn(
     clone.fused, clone.backend = True, "reference"
     clone.to_cpu()  # with the parameters, which are the layer's own
     with fixed_random(seed):
-        given = (host(x), state and tuple(map(host, state)))
+        given = rebuild(inputs, (None if leaf is None else host(leaf) for _, leaf in adapter.leaves))
         node = call_recurrent(clone, given, _on_host(options))["y"].creator
     if layer.gpu:
         layer.to_gpu()
@@ -135,6 +137,7 @@ class _Call:
     layer: Recurrent
     x: Array  # (B, I) or (T, B, I)
     state0: Sequence[Array] | None
+    scalars: Mapping[str, Array]  # (B,) or (T, B) each
     masks: Sequence[Array] | None
     regularization: Regularization | None
     options: Mapping[str, Any]
@@ -169,6 +172,9 @@ class _Call:
             masks=None if self.masks is None else [m.astype(dtype) for m in self.masks],
             return_states=True,
             regularization=self.regularization,
+            scalars={
+                n: s.astype(dtype)[np.newaxis] if step else s.astype(dtype) for n, s in self.scalars.items()
+            },
             backend="reference",
             **_on_host(self.options),
         )
@@ -186,6 +192,7 @@ class _Call:
         )
         assert g.dx is not None
         gradients = {"x": g.dx[0] if step else g.dx}
+        gradients |= {n: d[0] if step else d for n, d in g.dscalars.items()}
         gradients |= {n: shown(s) for n, s in zip(names, g.dstate0 or (), strict=True)}
         for suffix, dweights in zip(layer.suffixes, g.dweights, strict=True):
             gradients |= {n + suffix: d for n, d in dweights.items()}

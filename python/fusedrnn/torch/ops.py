@@ -297,7 +297,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         n = len(CELLS[call.cell].states)
         need_x, need_h, need_c, *need_weights = need
         wanted = {"x": need_x, "state0": need_h or need_c} | dict(zip(WEIGHTS, need_weights, strict=True))
-        dx, dw, dstate0 = backend.backward(
+        dx, dw, dstate0, _ = backend.backward(
             kept,
             array(contiguous(dy)) if call.x.dim() == 3 else None,
             tuple([array(contiguous(d)) for d in (dhT, dcT)])[:n],

@@ -211,7 +211,7 @@ class CudaBackend:
             run.product(da_x, packed.ih, dx.reshape(T * B, I))
             if run.padding is not None:
                 dx[run.padding] = 0  # a weight may be infinite
-        return Gradients(dx, {name: dweights.get(name) for name in a.weights}, dstate0)
+        return Gradients(dx, {name: dweights.get(name) for name in a.weights}, dstate0, {})
 
     def _run(
         self, a: ForwardArguments, packed: Packed, kernel_options: KernelOptions, save: bool
