@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from fusedrnn.cells.fusion import Operation
@@ -21,7 +21,9 @@ def describe(cell: Cell) -> str:
     """Parameters, forward, saved values and backward, one line for each value that is used twice or is kept.
 
     ``fma(a, b, c)`` is a * b + c and ``fnma(a, b, c)`` is c - a * b, rounded once. ``new h`` is the state
-    after the step, ``dh`` its gradient; backward ends with the gradients of all that forward reads.
+    after the step, ``dh`` its gradient; backward ends with the gradients of all that forward reads. A round
+    begins where all units of a row must be known, with a product or a norm of them; from the second on its
+    number stands behind the line.
     """
     t, gradient = cell.trace, cell.gradient
     names = _Names(cell)
@@ -31,9 +33,11 @@ def describe(cell: Cell) -> str:
     lines = [f"{cell.name}({', '.join(arguments)})" + (f" with {', '.join(options)}" if options else "")]
     lines += [f"  {parameter}: {' '.join(blocks)}" for parameter, blocks in t.blocks.items()]
     kept = {*cell.saved, *t.after.values()}
-    lines += ["forward", *names.lines(cell.forward, kept)]
+    nodes = cell.forward_nodes
+    lines += ["forward", *names.lines(cell.forward, kept, rounds(nodes))]
     lines += ["saved", f"  {' '.join(names.of[n] for n in cell.saved) or 'nothing beside the states'}"]
-    lines += ["backward", *names.lines(cell.backward, set(gradient.outputs))]
+    late = rounds(cell.backward_nodes, known=nodes)
+    lines += ["backward", *names.lines(cell.backward, set(gradient.outputs), late)]
     for n, d in sorted(gradient.dense.items(), key=_id):
         lines.append(f"  gradient of {names.product(n)}: {names.use(d)}")
     for state in t.states:
@@ -55,11 +59,11 @@ class _Names:
         self.of |= {n: f"d{name}" for name, n in cell.gradient.upstream.items()}
         self.of |= {n: f"new {name}" for name, n in t.after.items() if n not in self.of}
         self._gates = Counter(n.attribute.gate for n in cell.forward_nodes if n.op == "dense")
-        forward = cell.forward_nodes
-        self._rounds = rounds(forward) | rounds(cell.backward_nodes, known=forward)
         self._count = 0
 
-    def lines(self, operations: list[Operation], kept: Iterable[Node]) -> list[str]:
+    def lines(
+        self, operations: list[Operation], kept: Iterable[Node], rounds: Mapping[Node, int]
+    ) -> list[str]:
         """A line for each value that is kept or used more than once."""
         kept = set(kept)
         uses = Counter(a for operation in operations for a in operation.args)
@@ -76,7 +80,7 @@ class _Names:
                 if n not in self.of:
                     self._count += 1
                     self.of[n] = f"v{self._count}"
-                late = f"    (round {self._rounds[n]})" if n.op in WAITS and self._rounds[n] > 1 else ""
+                late = f"    (round {rounds[n]})" if n.op in WAITS and rounds[n] > 1 else ""
                 found.append(f"  {self.of[n]} = {words}{late}")
             else:
                 self._inlined[n] = operation
