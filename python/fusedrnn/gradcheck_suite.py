@@ -26,7 +26,7 @@ from fusedrnn.backends.protocol import Array, Regularization, Unsupported
 from fusedrnn.cells import CELLS, Cell
 from fusedrnn.gradcheck.oracle import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
 from fusedrnn.gradcheck.tables import ORACLE, Row
-from fusedrnn.problems import Shape
+from fusedrnn.problems import Shape, near
 
 
 @dataclass(frozen=True)
@@ -287,15 +287,14 @@ def _state(start: float, normal: Array) -> Array:
 
 
 def _vectors(cell: Cell, H: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Gains of layer norm about 0.1, as in Cooijmans et al. 2016 (about 1 many problems are chaotic). Vectors
-    that start from another number than 0 below it: near 0 a time constant is badly conditioned."""
+    """Gains about 0.1, as in Cooijmans et al. 2016 (about 1 many problems are chaotic); other vectors near
+    where they start."""
     drawn = {name: rng.standard_normal(cell.blocks[name] * H) / 4 for name in cell.vectors}
-    for name, begin in cell.trace.begin.items():
-        if name.startswith("gain"):
-            drawn[name] = 0.1 * (1 + drawn[name])
-        elif isinstance(begin, int | float) and begin:
-            drawn[name] = begin * np.exp(-abs(drawn[name]))
-    return drawn
+    begin = cell.trace.begin
+    return {
+        name: 0.1 * (1 + d) if name.startswith("gain") else near(begin.get(name, 0.0), d, rng)
+        for name, d in drawn.items()
+    }
 
 
 def _poisoned(problem: _Problem) -> _Problem:

@@ -154,6 +154,9 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "deepbench": tuple(Case(cell, Shape(T, B, H, H)) for cell, T, B, H in _DEEPBENCH),
 }
 
+# At which a cell of a user's is timed.
+OWN_CELL = (Shape(100, 32, 16, 64), Shape(50, 32, 1, 32), Shape(100, 64, 64, 256), Shape(100, 1, 1, 64))
+
 
 def select(cases: tuple[Case, ...], cell: Cell | None = None, forward: bool = False) -> tuple[Case, ...]:
     """The cases of one cell, or, where there are none, all of them with that cell in place; each once.
@@ -239,7 +242,11 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
     for n in range(case.layers * D):
         columns = {"weight_ih": (I if n < D else D * H,), "weight_hh": (H,)}
         drawn = {b: count * H for b, count in case.cell.blocks.items() if two_biases or b != "bias_hh"}
-        weights += ({name: uniform(rows, *columns.get(name, ())) for name, rows in drawn.items()},)
+        found = {name: uniform(rows, *columns.get(name, ())) for name, rows in drawn.items()}
+        for name in case.cell.vectors:
+            if name in found and not name.startswith("gain_"):
+                found[name] = near(case.cell.trace.begin.get(name, 0.0), found[name], draw).astype(dtype)
+        weights += (found,)
     return Data(
         case=case,
         x=normal(T, B, I),
@@ -250,6 +257,21 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
         dy=normal(T, B, D * H),
         dstateT=states(),
     )
+
+
+def near(begin: Any, drawn: Array, draw: np.random.Generator) -> Array:
+    """A vector's values near where it starts: about 0 a time constant is badly conditioned.
+
+    Args:
+        begin: ``init`` of ``p.vector``.
+        drawn: What it is where it starts from 0, small beside 1.
+        draw: For those that start from a range.
+    """
+    if isinstance(begin, tuple):
+        low, high = begin
+        return draw.uniform(low, high, drawn.shape)
+    start = np.asarray(begin(drawn.shape) if callable(begin) else begin)
+    return np.where(start == 0, drawn, start * np.exp(-abs(drawn)))
 
 
 def lengths(case: Case) -> Array | None:
@@ -283,12 +305,14 @@ def valid(case: Case) -> float:
 
 
 def flops(case: Case) -> float:
-    """Operations: ``2*T*B*G*H*(I+H)`` forward per layer and direction, twice that for the backward.
+    """Operations: ``2*T*B*H*(G*I + G*H)`` forward per layer and direction, twice that for the backward.
 
-    Steps beyond a row's length do not count.
+    ``G`` are the gates with x and those with a state, each with its own. Steps beyond a row's length do not
+    count.
     """
     T, B, I, H = case.shape
     D = case.directions
     inputs = I + (case.layers - 1) * D * H
-    forward = 2.0 * T * B * valid(case) * case.cell.blocks["weight_ih"] * H * D * (inputs + case.layers * H)
+    ih, hh = (case.cell.blocks.get(name, 0) for name in ("weight_ih", "weight_hh"))
+    forward = 2.0 * T * B * valid(case) * H * D * (ih * inputs + hh * case.layers * H)
     return 3 * forward if case.kind in ("training", "update") else forward

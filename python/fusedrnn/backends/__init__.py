@@ -11,7 +11,11 @@ import os
 from types import SimpleNamespace
 from typing import cast
 
-from fusedrnn.backends.protocol import Backend
+import numpy as np
+
+from fusedrnn.backends.protocol import Backend, Unsupported
+from fusedrnn.cells import Cell
+from fusedrnn.cells.builtin import COMPILED
 
 _CLASSES = {
     "cpu": "CpuBackend",
@@ -52,6 +56,24 @@ def usable(name: str | None = None) -> Backend:
     if reason is not None:
         raise RuntimeError(f"backend {backend.name!r} cannot run here: {reason}")
     return backend
+
+
+def refuses(name: str, cell: Cell) -> str | None:
+    """None where a backend runs this cell here, else one line that says why not."""
+    backend = _load(name)
+    if (reason := backend.unavailable()) is not None:
+        return reason
+    if name == "cuda":  # whose arrays are not NumPy's
+        return (
+            None
+            if cell in COMPILED.values() and not cell.projects
+            else f"cell: {cell!r} is not supported by the cuda backend"
+        )
+    try:
+        backend.pack(cell, {k: np.zeros(shape) for k, shape in cell.shapes(1, 1, 1).items()})
+    except Unsupported as error:
+        return str(error)
+    return None
 
 
 @functools.cache

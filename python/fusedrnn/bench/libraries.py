@@ -159,17 +159,20 @@ class OwnBackend(Native):
 
     @classmethod
     def refuses(cls, case: Case, dtype: str) -> str | None:
-        return "an update is PyTorch's" if case.kind == "update" else None
+        if case.kind == "update":
+            return "an update is PyTorch's"
+        return backends.refuses(cls.backend_name, case.cell)
 
 
 class Numba(OwnBackend):
-    """The jitted Python cells; the path says how long they take to compile."""
+    """The jitted Python cells; of built-in ones the path says how long they take to compile."""
 
     backend_name = "numba"
 
     def __init__(self, data: Data, threads: int) -> None:
         super().__init__(data, threads)
-        self.path = numba_start(data.case.cell.name, str(data.x.dtype))
+        if data.case.cell.is_builtin:
+            self.path = numba_start(data.case.cell.name, str(data.x.dtype))
 
 
 @functools.cache

@@ -57,7 +57,7 @@ def step(jax: Any, cell: Cell, ax: Any, ah: Any, state: Any) -> Any:
 
 
 def build(jax: Any, data: Data) -> Any:
-    """``forward(x, weights) -> y, stateT`` of the case."""
+    """``forward(x, weights, state0) -> y, stateT`` of the case."""
     case, np_ = data.case, jax.numpy
     valid = None
     if data.lengths is not None:
@@ -105,7 +105,7 @@ class Jax:
         self.data = data
         self.path = f"jitted lax.scan, {threads} thread(s) in XLA's pool"
         self.training = data.case.kind == "training"
-        forward = build(jax, data)
+        forward = self.forward()
 
         def training(x: Any, weights: Any, state0: Any, upstream: Any) -> Any:
             out, backward = jax.vjp(lambda x, weights: forward(x, weights, state0), x, weights)
@@ -113,12 +113,17 @@ class Jax:
 
         _, B, _, H = data.case.shape
         N = data.case.layers * data.case.directions
-        zeros = tuple(np.zeros((N, B, H), data.x.dtype) for _ in data.case.cell.states)
-        arguments: Any = [data.x, data.weights, zeros if data.state0 is None else data.state0]
+        begin = data.case.cell.trace.start.values()
+        starts = tuple(np.full((N, B, H), start, data.x.dtype) for start in begin)
+        arguments: Any = [data.x, data.weights, starts if data.state0 is None else data.state0]
         if self.training:
             arguments.append((data.dy, data.dstateT))
         self.arguments = jax.device_put(arguments, jax.devices("cpu")[0])
         self.function = jax.jit(training if self.training else forward)
+
+    def forward(self) -> Any:
+        """``forward(x, weights, state0) -> y, stateT``"""
+        return build(self.jax, self.data)
 
     @classmethod
     def missing(cls) -> str | None:

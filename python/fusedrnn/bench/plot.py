@@ -19,6 +19,9 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "onnxruntime": ("ONNX Runtime", "#d55e00", "v"),
     "jax": ("JAX lax.scan", "#009e73", "^"),
     "dezero": ("DeZero", "#cc79a7", "X"),
+    "torch-loop": ("PyTorch loop", "#0072b2", "o"),
+    "torchscript": ("TorchScript loop", "#56b4e9", "s"),
+    "jax-scan": ("JAX lax.scan", "#009e73", "^"),
     "numba": ("our Numba backend", "#e69f00", "P"),
     "reference": ("our NumPy reference", "#999999", "*"),
 }

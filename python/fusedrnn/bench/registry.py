@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fusedrnn.bench.libraries import Library, Native, Numba, Peer, Reference
 from fusedrnn.bench.peer_dezero import DeZero
 from fusedrnn.bench.peer_jax import Jax
+from fusedrnn.bench.peer_loops import LoopInJax, LoopInTorch, LoopInTorchScript
 from fusedrnn.bench.peer_onnx import OnnxRuntime
 from fusedrnn.bench.peer_torch import FusedCell, FusedLayer, Torch, TorchCell, TorchMasked, TorchPacked
 from fusedrnn.problems import Case, Data
@@ -19,10 +20,14 @@ PEERS: dict[str, type[Peer]] = {
     "onnxruntime": OnnxRuntime,
     "jax": Jax,
     "dezero": DeZero,
+    "torch-loop": LoopInTorch,
+    "torchscript": LoopInTorchScript,
+    "jax-scan": LoopInJax,
     "numba": Numba,
     "reference": Reference,
 }
 OWN = ("numba", "reference")  # backends of ours: shown, but nobody's best
+LOOPS = ("torch-loop", "torchscript", "jax-scan")  # for cells that no library has
 APIS: dict[str, type[Peer]] = {"layer": FusedLayer, "cell": FusedCell}
 
 
@@ -32,13 +37,20 @@ def ours(data: Data, backend: str, threads: int) -> Library:
     return APIS[api](data, threads) if api else Native(data, backend)
 
 
+def refuses(name: str, case: Case, dtype: str) -> str | None:
+    """None where a peer can take part in a case, else why not."""
+    if not case.cell.is_builtin and name not in (*LOOPS, *OWN):
+        return f"it has no {case.cell.name}"
+    return PEERS[name].refuses(case, dtype)
+
+
 def choose(
     names: Sequence[str] | None, cases: Sequence[Case], dtype: str, backend: str
 ) -> tuple[list[str], list[str]]:
     """Who takes part, and a line for each who is left out.
 
     Args:
-        names: Out of ``PEERS``; None for all but our own backends.
+        names: Out of ``PEERS``; None for all but our own backends, for a user's cell with Numba.
         cases, dtype: What is timed; who could take part in none of it is left out.
         backend: The one that is measured, which is no peer of its own.
 
@@ -46,14 +58,16 @@ def choose(
         RuntimeError: A peer was asked for by name and cannot run.
         ValueError: A peer was asked for by name and takes part in no case.
     """
-    wanted = [name for name in PEERS if name not in OWN] if names is None else names
+    wanted = names
+    if wanted is None:
+        users = not all(case.cell.is_builtin for case in cases)
+        wanted = [name for name in PEERS if name not in OWN or (name == "numba" and users)]
     taken, left_out = [], []
     for name in wanted:
         if name == backend:
             continue
-        peer = PEERS[name]
-        reasons = [peer.refuses(case, dtype) for case in cases]
-        missing = peer.missing()
+        reasons = [refuses(name, case, dtype) for case in cases]
+        missing = PEERS[name].missing()
         if all(reasons):
             if names is not None:
                 raise ValueError(f"--peers {name}: it takes part in none of these cases: {reasons[0]}")

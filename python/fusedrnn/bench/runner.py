@@ -42,7 +42,7 @@ def run_case(
     data = problems.make(case, dtype)
     libraries: dict[str, Any] = {OURS: registry.ours(data, backend, threads)}
     for name in peers:
-        if registry.PEERS[name].refuses(case, dtype) is None:
+        if registry.refuses(name, case, dtype) is None:
             libraries[name] = registry.PEERS[name](data, threads)
     exact = truth(case, dtype, threads)
     errors = {name: check(name, each.results(), exact, TOLERANCE[dtype]) for name, each in libraries.items()}

@@ -105,6 +105,11 @@ class Cell:
         return tuple(self.trace.scalars)
 
     @property
+    def is_builtin(self) -> bool:
+        """Whether it comes with the package, whatever its options are."""
+        return self.__module__ == "fusedrnn.cells.builtin"
+
+    @property
     def projects(self) -> bool:
         """Whether the first state is a projection, with P columns; else P is H."""
         return "weight_hr" in self.blocks
