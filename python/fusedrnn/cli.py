@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from typing import Any, NoReturn
 
 from fusedrnn import backends, programs, system, terminal
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import CELLS, Cell
+from fusedrnn.cells.files import load
 from fusedrnn.programs.common import at_least
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -65,16 +66,53 @@ def note(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def add_cell(parser: argparse.ArgumentParser, what: str) -> None:
+    """A cell of the user's own as the first argument."""
+    parser.add_argument(
+        "own",
+        nargs="?",
+        metavar="FILE.py:NAME",
+        help=f"{what}: NAME in this file, or in a module as package.module:NAME",
+    )
+
+
+def own_cell(args: argparse.Namespace, without: Sequence[str] = ()) -> Cell | None:
+    """The user's own cell, if there is one, with which some options cannot be given."""
+    if args.own is None:
+        return None
+    for option in without:
+        if getattr(args, option) not in (None, False):
+            raise ValueError(f"--{option}: not with {args.own}")
+    return load(args.own)
+
+
 def add_info(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Shows the version, the compiler, the instruction sets that were built, that this processor has and "
         "that is in use, the number of threads, and each backend; where one cannot run here, why. With "
-        "a GPU also how the cuda backend would run some sizes."
+        "a GPU also how the cuda backend would run some sizes. Of a cell: what was derived from it, and on "
+        "which backends it runs."
     )
+    add_cell(parser, "show a cell of your own")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
 
 
+def describe(cell: Cell) -> None:
+    """Print what was derived from a cell, and where it runs."""
+    print(cell)
+    print("operations")
+    for direction in ("forward", "backward"):
+        count = sum(o.op not in ("constant", "vector") for o in getattr(cell, direction))
+        print(f"  {direction}: {count}")
+    print("backends")
+    for name in backends.NAMES:
+        print(f"  {name}: {backends.refuses(name, cell) or 'runs it'}")
+
+
 def run_info(args: argparse.Namespace) -> None:
+    if (cell := own_cell(args, ("json",))) is not None:
+        describe(cell)
+        return
     found = system.info()
     if args.json:
         print(json.dumps(found, indent=1))
@@ -115,8 +153,10 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "they are installed and can do the same. All take part in one run with the same numbers and the same "
         "count of threads; each result is checked before it is timed. A ratio above 1 means that fusedrnn is "
         "faster. With --device cuda our PyTorch modules beside PyTorch's own, which run cuDNN, forward and "
-        "with backward: microseconds a step, and per cent of what this GPU allows."
+        "with backward: microseconds a step, and per cent of what this GPU allows. A cell of your own is "
+        "timed beside the loop that people write for it, in PyTorch, in TorchScript and as JAX's scan."
     )
+    add_cell(parser, "time a cell of your own")
     parser.add_argument(
         "--device", choices=list(OF_A_DEVICE), default="cpu", help="where it runs (default: %(default)s)"
     )
@@ -152,7 +192,11 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "--peers",
         type=names(list(bench.PEERS)),
         metavar="NAMES",
-        help=f"out of {','.join(bench.PEERS)} (default: all that are installed, without the last two)",
+        help=f"out of {','.join(bench.PEERS)} (default: all that are installed and have the cell, without "
+        "the last two; of a cell of your own with numba)",
+    )
+    parser.add_argument(
+        "--show-loop", action="store_true", help="print the loops written for FILE.py:NAME, and time nothing"
     )
     parser.add_argument("--backend", choices=backends.FOR_NUMPY, help="our backend (default: the fastest)")
     parser.add_argument(
@@ -181,11 +225,24 @@ def run_bench(args: argparse.Namespace) -> None:
     check_writable("--plot", args.plot)
     if args.plot:
         from fusedrnn.bench import plot  # says what to install where matplotlib is missing
-    cell = CELLS[args.cell] if args.cell else None
+    own = own_cell(args, ("cell", "suite", "memory"))
+    unable: list[str] = []
+    if own is None and args.show_loop:
+        raise ValueError("--show-loop: expected FILE.py:NAME, got none")
+    if own is not None:
+        if args.device != "cpu":
+            raise ValueError(f"--device {args.device}: not with {args.own}")
+        sources = [loop(own).source() for loop in (bench.TorchLoop, bench.JaxScan)]
+        if args.show_loop:
+            print("\n\n".join(sources), end="")
+            return
+        args.backend, unable = able(own, args.backend)
+    cell = own or (CELLS[args.cell] if args.cell else None)
     suite = args.suite or ("core" if args.device == "cpu" else "gpu")
     listed = problems.SUITES[suite]
-    if args.shape:
-        listed = tuple(problems.Case(cell or CELLS["lstm"], each) for each in args.shape)
+    if args.shape or own:
+        suite = None
+        listed = tuple(problems.Case(cell or CELLS["lstm"], s) for s in args.shape or problems.OWN_CELL)
     cases = problems.select(listed, cell, args.forward)
     if args.quick and not args.shape:
         cases = problems.quick(cases)
@@ -200,11 +257,11 @@ def run_bench(args: argparse.Namespace) -> None:
                 bar.advance(what)
 
         if args.device == "cuda":
-            report = run_cuda(args, cases, None if args.shape else suite, progress)
+            report = run_cuda(args, cases, suite, progress)
         else:
             report = bench.run(
                 cases,
-                suite=None if args.shape else suite,
+                suite=suite,
                 dtype=args.dtype or "float32",
                 peers=args.peers,
                 backend=args.backend,
@@ -222,10 +279,25 @@ def run_bench(args: argparse.Namespace) -> None:
     terminal.table(*bench.table(report))
     if args.memory:
         terminal.table(*bench.memory_table(report))
-    for line in bench.summary(report):
+    for line in [*bench.summary(report), *unable]:
         print(line)
     if args.plot:
         plot.draw(report, args.plot)
+
+
+def able(cell: Cell, asked: str | None) -> tuple[str, list[str]]:
+    """The backend that runs a cell, and a line for each faster one that does not.
+
+    Raises:
+        ValueError: The backend that was asked for, or every one, does not run it.
+    """
+    unable: list[str] = []
+    for name in [asked] if asked else dict.fromkeys([backends.get().name, *backends.FOR_NUMPY]):
+        reason = backends.refuses(name, cell)
+        if reason is None:
+            return name, unable
+        unable.append(f"without {name}: {reason}")
+    raise ValueError("; ".join(unable))
 
 
 def run_cuda(
@@ -269,6 +341,7 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
         "long double, which is itself proved by complex-step derivatives, and prints the worst error of each "
         "cell, backend and dtype beside that of plain NumPy. Exit code 1 where one is too large."
     )
+    add_cell(parser, "check a cell of your own in place of the built-in ones")
     choices = {
         "cell": list(CELLS),
         "backend": [tables.ORACLE, *backends.NAMES],
@@ -295,8 +368,9 @@ def run_gradcheck(args: argparse.Namespace) -> None:
     def progress(done: int, total: int, row: tables.Row) -> None:
         note(f"{done} of {total}: {row.cell} {row.backend} {row.dtype} {row.option}")
 
+    cell = own_cell(args, ("cell", "levels"))
     rows = gradcheck_suite.run_suite(
-        cells=args.cell,
+        cells=args.cell if cell is None else [cell],
         backends=args.backend,
         dtypes=args.dtype,
         options=args.option,

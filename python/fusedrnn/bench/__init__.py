@@ -8,8 +8,9 @@ median over the blocks of peer / ours.
 Cases are in ``fusedrnn.problems``; a peer is a class here and a line in ``registry``.
 """
 
+from fusedrnn.bench.loops import JaxScan, TorchLoop
 from fusedrnn.bench.registry import OWN, PEERS
 from fusedrnn.bench.report import load, memory_table, save, summary, table
 from fusedrnn.bench.runner import run
 
-__all__ = ["OWN", "PEERS", "load", "memory_table", "run", "save", "summary", "table"]
+__all__ = ["OWN", "PEERS", "JaxScan", "TorchLoop", "load", "memory_table", "run", "save", "summary", "table"]
