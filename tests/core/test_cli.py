@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import pytest
 
 from fusedrnn import backends, cli, terminal
+from fusedrnn.cells.files import load
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -244,6 +246,145 @@ def test_gradcheck_fails_on_a_wrong_gradient(monkeypatch, capsys):
     assert err.startswith("fusedrnn gradcheck: gru reference float32 plain: ")
     assert err.count("\n") == 1
     assert out.splitlines()[-1] == "0 passed, 4 failed, 0 not run"
+
+
+# --- a cell of the user's own -----------------------------------------------------------------------------
+
+OWN = """\
+from fusedrnn.cells import cell, tanh
+
+count = 3
+
+
+@cell
+def simple(p, x, h):
+    return tanh(p.dense("a", x, h))
+
+
+@cell
+def twice(p, x, h):
+    return tanh(p.dense("b", x, tanh(p.dense("a", x, h))))
+
+
+@cell
+def normed(p, x, h):
+    return tanh(p.layer_norm("a", p.dense("a", x, h)))
+
+
+@cell
+def asks(p, x, h):
+    if h > 0:
+        return h
+    return p.dense("a", x, h)
+
+
+@cell
+def misspelt(p, x, h):
+    return tahn(p.dense("a", x, h))
+
+
+@cell
+def timed(p, x, h, *, dt):
+    return h + dt * tanh(p.dense("a", x, h))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A file of cells in the current folder; another one that fails."""
+    (tmp_path / "own_cells.py").write_text(OWN)
+    (tmp_path / "own_fails.py").write_text("import os\n\nos.environ['nobody sets this']\n")
+    (tmp_path / "own_exits.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "own_syntax.py").write_text("def f(:\n")
+    (tmp_path / "queue.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name in ("own_cells", "own_fails", "own_exits", "own_syntax", "file_queue"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.quick
+def test_info_of_a_cell(own, capsys):
+    assert cli.main(["info", "own_cells.py:twice"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("twice(p, x, h)\n")
+    assert "(round 2)" in out.partition("saved")[0]
+    assert "operations\n  forward: 4\n" in out
+    assert "  reference: runs it\n" in out
+    assert cli.main(["info", "own_cells:normed"]) == 0  # by the name of its module
+    out = capsys.readouterr().out
+    if backends.get("cpu").unavailable() is None:
+        assert "  cpu: cell: normed() is not supported by the cpu backend" in out
+
+
+def test_a_cell_of_a_file_can_be_pickled(own):
+    found = load("own_cells.py:simple")
+    assert pickle.loads(pickle.dumps(found)) == found
+    import queue  # another module of the name of a file
+
+    assert load("queue.py:simple").__module__ == "file_queue"
+    assert sys.modules["queue"] is queue
+
+
+@pytest.mark.quick
+def test_gradcheck_of_a_cell(own, capsys):
+    command = ["gradcheck", "own_cells.py:simple", "--quick", "--option", "plain", "--dtype", "float64"]
+    assert cli.main([*command, "--backend", "oracle", "reference"]) == 0
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if line.startswith("simple ")]) == 2
+    assert out.splitlines()[-1] == "2 passed, 0 failed, 0 not run"
+
+
+@pytest.mark.quick
+def test_bench_shows_the_loops_of_a_cell(own, capsys):
+    assert cli.main(["bench", "own_cells.py:simple", "--show-loop"]) == 0
+    out = capsys.readouterr().out
+    assert "for a_x in a_x_all.unbind(0):" in out
+    assert "jax.lax.scan(step, (h,), (a_x_all,))" in out
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("info own_cells.py", "expected a cell as FILE.py:NAME, such as cells.py:mgu, got 'own_cells.py'"),
+        ("info nowhere.py:mgu", "nowhere.py: no such file"),
+        ("info nowhere:mgu", "there is no module nowhere; a file is written with .py"),
+        (
+            "info own_cells.py:mgu",
+            "own_cells.py has no mgu; its cells: simple, twice, normed, asks, misspelt, timed",
+        ),
+        ("info own_cells.py:count", "own_cells.py: expected count to be a cell, made by @cell, got int"),
+        ("info own_cells.py:asks", "own_cells.py:23: if h > 0: whether a condition holds is known only"),
+        (
+            "info own_cells.py:misspelt",
+            "own_cells.py:30: return tahn(p.dense(\"a\", x, h)) NameError: name 'tahn' is not defined",
+        ),
+        (
+            "info own_fails.py:a",
+            "own_fails.py:3: os.environ['nobody sets this'] KeyError: 'nobody sets this'",
+        ),
+        ("info own_exits.py:a", "own_exits.py:1: raise SystemExit(0) SystemExit: 0"),
+        ("info own_syntax.py:a", "own_syntax.py:1: def f(: SyntaxError: invalid syntax"),
+        ("info own_cells.py:simple --json", "--json: not with own_cells.py:simple"),
+        ("gradcheck own_cells.py:simple --cell lstm", "--cell: not with own_cells.py:simple"),
+        ("gradcheck own_cells.py:simple --levels", "--levels: not with own_cells.py:simple"),
+        ("gradcheck own_cells.py:timed", "cell: timed takes dt of each row and step"),
+        ("bench own_cells.py:timed", "timed: bench writes no loop yet for a cell that takes dt"),
+        ("bench own_cells.py:simple --suite core", "--suite: not with own_cells.py:simple"),
+        ("bench own_cells.py:simple --memory", "--memory: not with own_cells.py:simple"),
+        ("bench own_cells.py:simple --device cuda", "--device cuda: not with own_cells.py:simple"),
+        ("bench own_cells.py:simple --peers torch", "--peers torch: it takes part in none of these cases"),
+        ("bench --show-loop", "--show-loop: expected FILE.py:NAME, got none"),
+    ],
+)
+def test_what_is_wrong_with_a_cell_is_one_line(own, arguments, message, capsys):
+    assert cli.main(arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
 
 
 # --- tables -----------------------------------------------------------------------------------------------

@@ -67,11 +67,10 @@ def choose(
         if name == backend:
             continue
         reasons = [refuses(name, case, dtype) for case in cases]
-        missing = PEERS[name].missing()
         if all(reasons):
             if names is not None:
                 raise ValueError(f"--peers {name}: it takes part in none of these cases: {reasons[0]}")
-        elif missing is None:
+        elif (missing := PEERS[name].missing()) is None:
             taken.append(name)
         elif names is not None:
             raise RuntimeError(f"peer {name}: {missing}")

@@ -1,0 +1,175 @@
+"""The loops that people write, which the benchmark writes for a user's cell: right, and as good as theirs."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+import published
+from fusedrnn import cli, problems
+from fusedrnn.bench import JaxScan, TorchLoop, libraries, registry, runner
+from fusedrnn.bench.peer_loops import LoopInJax, LoopInTorch, LoopInTorchScript
+from fusedrnn.bench.timing import same_threads
+from fusedrnn.cells import builtin, cell, exp, maximum, sigmoid, tanh
+from fusedrnn.problems import Case, Shape
+from fusedrnn.threads import get_num_threads
+
+
+@cell
+def awkward(p, x, h, x_, n=1):
+    """Two states change places, names clash, a gate without a bias, rows that are not beside each other."""
+    a, b = p.dense("a b", x, h, bias=False)
+    q, r = p.dense("q lambda", x, x_)
+    s = tanh(p.dense("s", x))
+    t = p.dense("a", s)
+    e = p.dense("b", n, a)
+    y, z = p.rms_norm("y", q, s, bias=True)
+    grown = maximum(h - (a - (b - r)), 0.5) * (t / exp(-p.vector("c", init=1)))
+    return x_, grown + z + p.dense("q", h), y * e - h
+
+
+@cell
+def two_operands(p, x, h, g):
+    """Gates of one operand, of which some have x."""
+    a, b = p.dense("a b", x, h)
+    c, d = p.dense("c d", x, g)
+    e = p.dense("e", g)
+    return g + tanh(a) * sigmoid(e), h * sigmoid(b) + tanh(c) * sigmoid(d)
+
+
+CELLS = [
+    builtin.gru,
+    builtin.gru.with_options(layer_norm=True),
+    builtin.lstm.with_options(layer_norm=True),
+    published.mgu,
+    published.peephole_lstm,
+    published.dreamer_gru,
+    published.slstm,
+    published.sru,
+    published.co_rnn,
+    published.everything,
+    awkward,
+    two_operands,
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small operations wait for each other otherwise."""
+    with same_threads(1):
+        yield
+
+
+def check(peer, cell, threads=1):
+    """Outputs and gradients, in float64, are those of the reference."""
+    data = problems.make(Case(cell, Shape(4, 3, 2, 5)), "float64")
+    exact = libraries.Native(data, "reference").results()
+    assert set(exact) >= {"y", *cell.states, "dx", "dweight_ih"}
+    libraries.check(cell.name, peer(data, threads).results(), exact, libraries.TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=repr)
+def test_the_loop_in_pytorch_is_right(cell):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    check(LoopInTorch, cell)
+
+
+@pytest.mark.parametrize("cell", [published.mgu, published.everything], ids=repr)
+def test_torchscript_compiles_the_loop(cell):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    check(LoopInTorchScript, cell)
+
+
+@pytest.mark.parametrize("cell", [awkward, pytest.param(published.mgu, marks=pytest.mark.slow)], ids=repr)
+def test_the_scan_in_jax_is_right(cell):
+    pytest.importorskip("jax", reason="JAX is not installed")
+    check(LoopInJax, cell, get_num_threads())
+
+
+def test_the_loop_reads_as_people_write_it():
+    assert TorchLoop(published.mgu).source().splitlines() == [
+        "import torch",
+        "import torch.nn.functional as F",
+        "",
+        "",
+        "def mgu(x, weight_ih, weight_hh, bias_ih, h):",
+        "    H = h.shape[1]",
+        "    w_f = weight_hh[:H].t()",
+        "    w_n = weight_hh[H:].t()",
+        "    f_x_all, n_x_all = F.linear(x, weight_ih, bias_ih).chunk(2, -1)",
+        "    ys = []",
+        "    for f_x, n_x in zip(f_x_all.unbind(0), n_x_all.unbind(0)):",
+        "        f = torch.addmm(f_x, h, w_f)",
+        "        f = torch.sigmoid(f)",
+        "        n = torch.addmm(n_x, f * h, w_n)",
+        "        h = h + f * (torch.tanh(n) - h)",
+        "        ys.append(h)",
+        "    return torch.stack(ys), h",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "products", "of_x_alone"),
+    [
+        (builtin.lstm, 1, ()),
+        (builtin.gru, 1, ()),
+        (builtin.gru.with_options(reset_after=False), 2, ()),
+        (builtin.lstm.with_options(layer_norm=True), 1, ("ifgo_x",)),
+        (published.min_gru, 0, ("sigmoid",)),
+        (published.co_rnn, 2, ()),
+    ],
+    ids=repr,
+)
+def test_a_step_has_one_product_for_each_operand(cell, products, of_x_alone):
+    """And what x alone decides stands before the loop."""
+    for loop, product in ((TorchLoop(cell), r"mm\("), (JaxScan(cell), " @ ")):
+        body = "\n".join(loop.body())
+        assert len(re.findall(product, body)) == products
+        assert not any(words in body for words in of_x_alone)
+
+
+def test_cells_without_a_loop_say_so():
+    for other, why in ((published.gru_d, "takes dt"), (published.lstmp, "projects")):
+        with pytest.raises(ValueError, match=f"{other.name}: bench writes no loop yet for a cell that {why}"):
+            TorchLoop(other)
+
+
+def test_a_wrong_loop_is_refused_and_not_timed(monkeypatch):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    monkeypatch.setattr(TorchLoop, "operations", {**TorchLoop.operations, "tanh": "torch.sigmoid"})
+    monkeypatch.setattr(runner, "time_blocks", lambda *arguments: pytest.fail("it was timed"))
+    case = Case(published.mgu, Shape(4, 3, 2, 5))
+    with pytest.raises(RuntimeError, match="torch-loop: y is off by"):
+        runner.run_case(case, "float32", "reference", ["torch-loop"], 1, quick=True)
+
+
+def test_a_cell_of_ones_own_is_timed_beside_its_loops(monkeypatch):
+    case = Case(published.mgu, Shape(4, 3, 2, 5))
+    for name in ("torch", "jax"):
+        monkeypatch.setitem(sys.modules, name, None)
+    taken, left_out = registry.choose(None, [case], "float32", "cpu")
+    assert set(taken) <= {"numba"}
+    assert [line.split(":")[0] for line in left_out if "numba" not in line] == [
+        f"without {name}" for name in registry.LOOPS
+    ]
+    builtin_case = Case(builtin.lstm, case.shape)
+    assert all(registry.refuses(name, builtin_case, "float32") for name in registry.LOOPS)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_the_command_times_a_cell(tmp_path, capsys):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    file = tmp_path / "cell_to_time.py"
+    file.write_text(
+        "from fusedrnn.cells import cell, tanh\n\n"
+        "@cell\ndef simple(p, x, h):\n    return tanh(p.dense('a', x, h))\n"
+    )
+    peers = "torch-loop,torchscript,reference"
+    command = ["bench", f"{file}:simple", "--quick", "--shape", "3,2,1,4", "--threads", "1", "--peers", peers]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "simple 3,2,1,4" in out
+    assert "torchscript: geometric mean of the ratios" in out
