@@ -161,7 +161,7 @@ class OwnBackend(Native):
     def refuses(cls, case: Case, dtype: str) -> str | None:
         if case.kind == "update":
             return "an update is PyTorch's"
-        return backends.refuses(cls.backend_name, case.cell)
+        return None if cls.missing() else backends.refuses(cls.backend_name, case.cell)
 
 
 class Numba(OwnBackend):
