@@ -179,10 +179,8 @@ class Loop:
         if state and stage == EACH_STEP:
             name = self.fresh(f"new_{state}")
         elif len(gates) == 1 and gates[0] in self.values and self.uses[gates[0]] == 1:
-            gate: str = gates[0].attribute.gate
-            name = (
-                self.fresh(gate) if gate not in self.taken else self.values[gates[0]].name
-            )  # f = sigmoid(f)
+            gate: str = gates[0].attribute.gate  # f = sigmoid(f)
+            name = self.values[gates[0]].name if gate in self.taken else self.fresh(gate)
         else:
             name = next(v for k in range(1, len(self.nodes)) if self.fresh(v := f"v{k}") == v)
         self.values[n] = Value(name, stage)
