@@ -39,6 +39,15 @@ def two_operands(p, x, h, g):
     return g + tanh(a) * sigmoid(e), h * sigmoid(b) + tanh(c) * sigmoid(d)
 
 
+@cell
+def late(p, x, h):
+    """Gates of h and of what x alone decides, one of them after another that has h."""
+    z = tanh(p.dense("z", x))
+    first = p.dense("a", h)
+    u = sigmoid(p.dense("u", h, z) + first)
+    return z + u * (h - z)
+
+
 CELLS = [
     builtin.gru,
     builtin.gru.with_options(layer_norm=True),
@@ -52,6 +61,7 @@ CELLS = [
     published.everything,
     awkward,
     two_operands,
+    late,
 ]
 
 

@@ -263,7 +263,7 @@ class Loop:
 
     def gate(self, n: Node) -> None:
         """A gate's sum, and before it the products of its operands with all their gates."""
-        for operand in n.args:
+        for operand in sorted(n.args, key=lambda a: self.stage[a]):
             for nodes in self.groups.pop(operand, ()):
                 self.product(operand, nodes)
         parts = self.parts.get(n, ())
@@ -285,8 +285,9 @@ class Loop:
             self.assign(ONCE, name, weights + self.transposed)
             weights = name
         before = self.whole.pop(nodes, None)
-        if len(nodes) == 1 and self.parts.get(nodes[0]):
-            before = self.parts[nodes[0]].pop()
+        parts = self.parts.get(nodes[0], [])
+        if len(nodes) == 1 and parts and parts[-1].stage <= stage:
+            before = parts.pop()
         bias = None
         if self.has_bias(nodes[0], operand) and nodes[0] not in self.folded:
             blocks = [n.attribute.biases[k] for n, k in at.items()]
@@ -299,17 +300,17 @@ class Loop:
             self.lines[ALL_STEPS].append(Line(sequence, f"{sequence} + {bias}"))
             bias = None
         added = [] if before is None else [self.word(before, stage)]
-        parts = {
+        made = {
             part: Value(self.fresh(_beside([self.gate_name(n, operand) for n in part])), stage)
             for part in self.segments(operand, nodes)
         }
         text = self.multiply(value, weights, bias, added, each)
-        self.assign_all([*parts.values()], text, [len(part) for part in parts])
-        for part, made in parts.items():
+        self.assign_all([*made.values()], text, [len(part) for part in made])
+        for part, columns in made.items():
             if len(part) > 1:
-                self.whole[part] = made
+                self.whole[part] = columns
             else:
-                self.parts.setdefault(part[0], []).append(made)
+                self.parts.setdefault(part[0], []).append(columns)
 
     def gate_name(self, n: Node, operand: Node) -> str:
         """A name for the product of a gate with an operand: the gate's, if that is all of it."""
