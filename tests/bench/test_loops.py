@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import sys
 
+import numpy as np
 import pytest
+from hypothesis import assume, given, settings
 
 import published
+import test_random_cells
 from fusedrnn import cli, problems
 from fusedrnn.bench import JaxScan, TorchLoop, libraries, registry, runner
 from fusedrnn.bench.peer_loops import LoopInJax, LoopInTorch, LoopInTorchScript
@@ -84,6 +87,20 @@ def check(peer, cell, threads=1):
 def test_the_loop_in_pytorch_is_right(cell):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     check(LoopInTorch, cell)
+
+
+@pytest.mark.slow
+@settings(max_examples=300)
+@given(test_random_cells.sources())
+def test_the_loops_of_random_cells_are_right(source):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    drawn = test_random_cells.made(source)
+    assume(not drawn.scalars)
+    assume(not drawn.projects)
+    data = problems.make(Case(drawn, Shape(3, 2, 2, 3)), "float64")
+    exact = libraries.Native(data, "reference").results()
+    assume(all(np.isfinite(a).all() and a.any() for a in exact.values()))
+    libraries.check(source, LoopInTorch(data, 1).results(), exact, 1e-9)
 
 
 @pytest.mark.parametrize("cell", [published.mgu, published.everything], ids=repr)

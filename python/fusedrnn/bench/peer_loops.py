@@ -44,7 +44,9 @@ class LoopInTorch:
             tensor.requires_grad_(self.training)
         shape = case.shape.B, case.shape.H
         x = self.inputs[0]
-        self.state0 = [x.new_full(shape, start) for start in case.cell.trace.start.values()]
+        begin = case.cell.trace.start.values()
+        # A state that no weight reaches has a gradient too.
+        self.state0 = [x.new_full(shape, start, requires_grad=self.training) for start in begin]
         self.upstream = [torch.from_numpy(d) for d in (data.dy, *(d[0] for d in data.dstateT))]
 
     def prepared(self, loop: Loop) -> Any:
