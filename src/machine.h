@@ -119,11 +119,17 @@ std::vector<const T*> of_rows(const std::vector<py::object>& given, const cpu::M
   return found;
 }
 
-// New arrays where they are wanted; null and None otherwise.
+// As many to be made as there are states, where they are wanted.
+std::vector<py::object> new_states(int states, bool wanted) {
+  return std::vector<py::object>(std::size_t(wanted ? states : 0));
+}
+
+// The memory of outputs: of the arrays that the caller gave, or of new ones; null where there is none.
 template <class T>
-std::vector<T*> new_states(std::vector<py::object>& out, int states, Shape shape, bool wanted) {
+std::vector<T*> state_outputs(std::vector<py::object>& out, int states, Shape shape) {
   std::vector<T*> found(std::size_t(states), nullptr);
-  out.assign(std::size_t(wanted ? states : 0), py::object());
+  if (out.empty()) return found;
+  need_count(out, "states", std::size_t(states));
   for (std::size_t s = 0; s < out.size(); ++s) found[s] = output<T>(out[s], "state", shape);
   return found;
 }
@@ -137,11 +143,30 @@ Regularization machine_regularization(const cpu::MachinePlan& plan, const PyRegu
   return r;
 }
 
+const Problem& machine_problem(PyTape& owner, const cpu::MachinePlan& plan, const Sizes& sizes,
+                               const Options& options) {
+  problem_of(owner, CellId(0), sizes, {options.lengths, options.reset, options.reverse, options.detach_every});
+  owner.problem.regularization = machine_regularization(plan, options.regularization);
+  return owner.problem;
+}
+
+// The memory of a tape in an array (T*B, width) of the caller's.
 template <class T>
-py::tuple machine_forward_as(const py::object& packed_object, const PlanPtr& plan_of_call, const py::object& x,
-                             const std::vector<py::object>& state0, const Options& options, bool return_states,
-                             Save save, const std::vector<py::object>& scalars) {
-  const PyPackedMachine& packed = packed_object.cast<const PyPackedMachine&>();
+T* machine_memory(const py::object& o, const cpu::MachinePlan& plan, const Sizes& n) {
+  return const_cast<T*>(need<T>(o, "tape", {n.T * n.B, tape_width(plan, n.H)}));
+}
+
+struct MachineOutputs {
+  py::object y;
+  std::vector<py::object> stateT, states;
+};
+
+// Where `saved` is an array of the caller's, what backward needs goes there.
+template <class T>
+std::unique_ptr<PyMachineTape> machine_run_as(const PyPackedMachine& packed, const PlanPtr& plan_of_call,
+                                              const py::object& x, const std::vector<py::object>& state0,
+                                              const std::vector<py::object>& scalars, const Options& options,
+                                              MachineOutputs& out, Save save, const py::object& saved) {
   const cpu::MachinePlan& plan = *plan_of_call;
   if (!plan.same_weights(*packed.plan)) throw RefusedValue("plan: expected one of the cell that was packed");
   const Time n = time_of(x);
@@ -151,29 +176,35 @@ py::tuple machine_forward_as(const py::object& packed_object, const PlanPtr& pla
   call.plan = &plan, call.packed = packed.get(T());
   if (!call.packed) throw RefusedType("x: expected the dtype of the weights");
   if (packed.I != n.I) throw RefusedValue("x: expected " + std::to_string(packed.I) + " features");
-  problem_of(tape->call, CellId(0), {n.T, n.B, n.I, H, H},
-             {options.lengths, options.reset, options.reverse, options.detach_every});
-  tape->call.problem.regularization = machine_regularization(plan, options.regularization);
-  call.problem = tape->call.problem;
+  call.problem = machine_problem(tape->call, plan, {n.T, n.B, n.I, H, H}, options);
   call.x = sequence<T>(x, "x", {n.T, n.B, n.I});
   call.scalars = of_rows<T>(scalars, plan, {n.T, n.B});
   call.state0 = of_states<T>(state0, "state0", plan.states, {n.B, H});
-  py::object y;
-  std::vector<py::object> stateT, states;
-  call.y = output<T>(y, "y", {n.T, n.B, H});
-  call.stateT = new_states<T>(stateT, plan.states, {n.B, H}, true);
-  call.states = new_states<T>(states, plan.states, {n.T, n.B, H}, return_states);
+  call.y = output<T>(out.y, "y", {n.T, n.B, H});
+  call.stateT = state_outputs<T>(out.stateT, plan.states, {n.B, H});
+  call.states = state_outputs<T>(out.states, plan.states, {n.T, n.B, H});
   call.save = save, call.poll = signals();
+  if (!saved.is_none()) call.saved = machine_memory<T>(saved, plan, call.problem.sizes);
   tape->slot(T()) = without_gil([&] { return machine_forward<T>(call); });
+  return tape;
+}
+
+template <class T>
+py::tuple machine_forward_as(const py::object& packed_object, const PlanPtr& plan_of_call, const py::object& x,
+                             const std::vector<py::object>& state0, const Options& options, bool return_states,
+                             Save save, const std::vector<py::object>& scalars) {
+  const PyPackedMachine& packed = packed_object.cast<const PyPackedMachine&>();
+  MachineOutputs out{{}, new_states(packed.plan->states, true), new_states(packed.plan->states, return_states)};
+  auto tape = machine_run_as<T>(packed, plan_of_call, x, state0, scalars, options, out, save, py::none());
   py::object kept = py::none();
   if (save != Save::nothing) {
     if (save == Save::boundary_states) tape->packed = packed_object;
-    tape->plan = plan_of_call, tape->x = x, tape->y = y, tape->weights = packed.weights, tape->state0 = state0;
+    tape->plan = plan_of_call, tape->x = x, tape->y = out.y, tape->weights = packed.weights, tape->state0 = state0;
     tape->scalars = scalars;
     kept = py::cast(std::move(tape));
   }
-  return py::make_tuple(y, py::tuple(py::cast(stateT)),
-                        return_states ? py::object(py::tuple(py::cast(states))) : py::object(py::none()), kept);
+  return py::make_tuple(out.y, py::tuple(py::cast(out.stateT)),
+                        return_states ? py::object(py::tuple(py::cast(out.states))) : py::object(py::none()), kept);
 }
 
 py::tuple py_machine_forward(const py::object& packed, const PlanPtr& plan, const py::object& x,
@@ -188,9 +219,15 @@ py::tuple py_machine_forward(const py::object& packed, const PlanPtr& plan, cons
                                                               return_states, save_of(save_id), scalars);
 }
 
+// Gradients of x, of each weight, of the initial states and of each row scalar.
+struct MachineGradients {
+  py::object dx;
+  std::vector<py::object> dweights, dstate0, dscalars;
+};
+
 template <class T>
-py::tuple machine_backward_as(const PyMachineTape& tape, const py::object& dy, const std::vector<py::object>& dstateT,
-                              const std::vector<py::object>& dstates, const std::vector<bool>& needed) {
+void machine_backward_as(const PyMachineTape& tape, const py::object& dy, const std::vector<py::object>& dstateT,
+                         const std::vector<py::object>& dstates, MachineGradients& out) {
   const cpu::MachinePlan& plan = *tape.plan;
   const Sizes& n = tape.call.problem.sizes;
   MachineBackwardCall<T> call{};
@@ -204,43 +241,95 @@ py::tuple machine_backward_as(const PyMachineTape& tape, const py::object& dy, c
   call.dy = maybe<T>(dy, "dy", {n.T, n.B, n.H});
   call.dstateT = of_states<T>(dstateT, "dstateT", plan.states, {n.B, n.H});
   call.dstates = of_states<T>(dstates, "dstates", plan.states, {n.T, n.B, n.H});
-  // x, each weight, the initial states, each row scalar
-  const std::size_t count = tape.weights.size(), rows = tape.scalars.size();
-  if (needed.size() != count + 2 + rows)
-    throw RefusedValue("need: expected " + std::to_string(count + 2 + rows) + " flags");
-  py::object dx = needed[0] ? py::object() : py::object(py::none());
-  call.dx = output<T>(dx, "dx", {n.T, n.B, n.I});
-  std::vector<py::object> dweights(count, py::none()), dstate0;
-  call.dweights.assign(count, nullptr);
+  call.dx = output<T>(out.dx, "dx", {n.T, n.B, n.I});
+  need_count(out.dweights, "gradients of weights", tape.weights.size());
+  call.dweights.assign(tape.weights.size(), nullptr);
   each_weight(plan, n.I, n.H, [&](std::size_t k, const char* name, Index rows, Index columns) {
-    if (!needed[k + 1] || tape.weights[k].is_none()) return;
-    dweights[k] = py::object();
-    call.dweights[k] = columns ? output<T>(dweights[k], name, {rows, columns}) : output<T>(dweights[k], name, {rows});
+    if (tape.weights[k].is_none()) out.dweights[k] = py::none();
+    call.dweights[k] =
+        columns ? output<T>(out.dweights[k], name, {rows, columns}) : output<T>(out.dweights[k], name, {rows});
   });
-  call.dstate0 = new_states<T>(dstate0, plan.states, {n.B, n.H}, needed[count + 1]);
-  std::vector<py::object> dscalars(rows, py::none());
-  call.dscalars.assign(rows, nullptr);
-  for (std::size_t k = 0; k < rows; ++k) {
-    if (!needed[count + 2 + k]) continue;
-    dscalars[k] = py::object();
-    call.dscalars[k] = output<T>(dscalars[k], "scalars", {n.T, n.B});
-  }
+  call.dstate0 = state_outputs<T>(out.dstate0, plan.states, {n.B, n.H});
+  need_count(out.dscalars, "gradients of scalars", tape.scalars.size());
+  for (py::object& one : out.dscalars) call.dscalars.push_back(output<T>(one, "scalars", {n.T, n.B}));
   call.poll = signals();
   without_gil([&] {
     machine_backward<T>(call);
     return 0;
   });
-  return py::make_tuple(
-      dx, dweights, needed[count + 1] ? py::object(py::tuple(py::cast(dstate0))) : py::object(py::none()), dscalars);
 }
 
 py::tuple py_machine_backward(const PyMachineTape& tape, const py::object& dy, const std::vector<py::object>& dstateT,
-                              const std::vector<py::object>& dstates, const std::vector<bool>& need_of) {
-  return (tape.f32 ? machine_backward_as<float> : machine_backward_as<double>)(tape, dy, dstateT, dstates, need_of);
+                              const std::vector<py::object>& dstates, const std::vector<bool>& needed) {
+  // x, each weight, the initial states, each row scalar
+  const std::size_t count = tape.weights.size(), rows = tape.scalars.size();
+  if (needed.size() != count + 2 + rows)
+    throw RefusedValue("need: expected " + std::to_string(count + 2 + rows) + " flags");
+  MachineGradients out{{},
+                       std::vector<py::object>(count),
+                       new_states(tape.plan->states, needed[count + 1]),
+                       std::vector<py::object>(rows)};
+  if (!needed[0]) out.dx = py::none();
+  for (std::size_t k = 0; k < count; ++k)
+    if (!needed[k + 1]) out.dweights[k] = py::none();
+  for (std::size_t k = 0; k < rows; ++k)
+    if (!needed[count + 2 + k]) out.dscalars[k] = py::none();
+  (tape.f32 ? machine_backward_as<float> : machine_backward_as<double>)(tape, dy, dstateT, dstates, out);
+  return py::make_tuple(out.dx, out.dweights,
+                        needed[count + 1] ? py::object(py::tuple(py::cast(out.dstate0))) : py::object(py::none()),
+                        out.dscalars);
+}
+
+// Forward with nothing kept: all that backward needs is in arrays of the caller's. `tape` is None where nothing is
+// saved.
+void py_machine_run_forward(const PyPackedMachine& packed, const PlanPtr& plan, const py::object& x,
+                            const std::vector<py::object>& state0, const std::vector<py::object>& scalars,
+                            const py::object& lengths, const py::object& reset, bool reverse, Index detach_every,
+                            const PyRegularization& regularization, const py::object& y,
+                            const std::vector<py::object>& stateT, const std::vector<py::object>& states,
+                            const py::object& tape) {
+  MachineOutputs out{y, stateT, states};
+  (is_float32(x, "x", 3) ? machine_run_as<float>
+                         : machine_run_as<double>)(packed, plan, x, state0, scalars,
+                                                   {lengths, reset, reverse, detach_every, regularization}, out,
+                                                   tape.is_none() ? Save::nothing : Save::all, tape);
+}
+
+// Backward of machine_run_forward: from the same arguments, its results, and gradients of them to the outputs.
+template <class T>
+void machine_run_backward_as(PyMachineTape& tape, const Options& options, const py::object& saved, const py::object& dy,
+                             const std::vector<py::object>& dstateT, const std::vector<py::object>& dstates,
+                             MachineGradients& out) {
+  const Time n = time_of(tape.x);
+  View a;
+  view_of(tape.weights[0], a);
+  const Index H = a.shape[0] / tape.plan->blocks[cpu::MachinePlan::weight_ih];
+  const Sizes& sizes = machine_problem(tape.call, *tape.plan, {n.T, n.B, n.I, H, H}, options).sizes;
+  tape.slot(T()) = machine_tape_over<T>(*tape.plan, sizes, machine_memory<T>(saved, *tape.plan, sizes));
+  machine_backward_as<T>(tape, dy, dstateT, dstates, out);
+}
+
+void py_machine_run_backward(const PlanPtr& plan, const std::vector<py::object>& weights, const py::object& x,
+                             const std::vector<py::object>& state0, const std::vector<py::object>& scalars,
+                             const py::object& lengths, const py::object& reset, bool reverse, Index detach_every,
+                             const PyRegularization& regularization, const py::object& y, const py::object& saved,
+                             const py::object& dy, const std::vector<py::object>& dstateT,
+                             const std::vector<py::object>& dstates, const py::object& dx,
+                             const std::vector<py::object>& dweights, const std::vector<py::object>& dstate0,
+                             const std::vector<py::object>& dscalars) {
+  PyMachineTape tape;
+  tape.plan = plan, tape.x = x, tape.y = y, tape.weights = weights, tape.state0 = state0, tape.scalars = scalars;
+  need_count(weights, "weights", cpu::MachinePlan::kPlain + plan->parameters.size());
+  MachineGradients out{dx, dweights, dstate0, dscalars};
+  (is_float32(weights[0], "weight_ih", 2)
+       ? machine_run_backward_as<float>
+       : machine_run_backward_as<double>)(tape, {lengths, reset, reverse, detach_every, regularization}, saved, dy,
+                                          dstateT, dstates, out);
 }
 
 void define_machine(py::module_& m) {
-  py::class_<cpu::MachinePlan, std::shared_ptr<cpu::MachinePlan>>(m, "MachinePlan", "A cell as programs.");
+  py::class_<cpu::MachinePlan, std::shared_ptr<cpu::MachinePlan>>(m, "MachinePlan", "A cell as programs.")
+      .def("tape_width", &tape_width, py::arg("H"), "Columns of the array that machine_run_forward takes for a tape.");
   py::class_<PyPackedMachine>(m, "PackedMachine", "Weights of such a cell in the kernels' own order.");
   py::class_<PyMachineTape>(m, "MachineTape", "What forward of such a cell saved for backward.")
       .def_property_readonly("bytes",
@@ -266,6 +355,15 @@ void define_machine(py::module_& m) {
         py::arg("return_states"), py::arg("save"), py::arg("scalars"));
   m.def("machine_backward", &py_machine_backward, py::arg("tape"), py::arg("dy"), py::arg("dstateT"),
         py::arg("dstates"), py::arg("need"));
+  m.def("machine_run_forward", &py_machine_run_forward, py::arg("packed"), py::arg("plan"), py::arg("x"),
+        py::arg("state0"), py::arg("scalars"), py::arg("lengths"), py::arg("reset"), py::arg("reverse"),
+        py::arg("detach_every"), py::arg("regularization"), py::arg("y"), py::arg("stateT"), py::arg("states"),
+        py::arg("tape"));
+  m.def("machine_run_backward", &py_machine_run_backward, py::arg("plan"), py::arg("weights"), py::arg("x"),
+        py::arg("state0"), py::arg("scalars"), py::arg("lengths"), py::arg("reset"), py::arg("reverse"),
+        py::arg("detach_every"), py::arg("regularization"), py::arg("y"), py::arg("tape"), py::arg("dy"),
+        py::arg("dstateT"), py::arg("dstates"), py::arg("dx"), py::arg("dweights"), py::arg("dstate0"),
+        py::arg("dscalars"));
 }
 
 }  // namespace

@@ -104,7 +104,9 @@ def backward(
     need: Sequence[bool],
 ) -> tuple[Any, ...]: ...  # dx, the dweights, dh0, dc0; None for what was not needed
 
-class MachinePlan: ...
+class MachinePlan:
+    def tape_width(self, H: int) -> int: ...
+
 class PackedMachine: ...
 
 class MachineTape:
@@ -139,6 +141,43 @@ def machine_backward(
     dstates: Sequence[_Array | None],
     need: list[bool],
 ) -> tuple[_Array | None, list[_Array | None], tuple[_Array, ...] | None, list[_Array | None]]: ...
+def machine_run_forward(
+    packed: PackedMachine,
+    plan: MachinePlan,
+    x: _Array,
+    state0: Sequence[_Array],
+    scalars: Sequence[_Array],
+    lengths: Any,
+    reset: Any,
+    reverse: bool,
+    detach_every: int,
+    regularization: Any,
+    y: _Array,
+    stateT: Sequence[_Array],
+    states: Sequence[_Array],
+    tape: _Array | None,
+) -> None: ...
+def machine_run_backward(
+    plan: MachinePlan,
+    weights: Sequence[_Array | None],
+    x: _Array,
+    state0: Sequence[_Array],
+    scalars: Sequence[_Array],
+    lengths: Any,
+    reset: Any,
+    reverse: bool,
+    detach_every: int,
+    regularization: Any,
+    y: _Array,
+    tape: _Array,
+    dy: _Array | None,
+    dstateT: Sequence[_Array | None],
+    dstates: Sequence[_Array | None],
+    dx: _Array | None,
+    dweights: Sequence[_Array | None],
+    dstate0: Sequence[_Array],
+    dscalars: Sequence[_Array | None],
+) -> None: ...
 def info() -> dict[str, Any]: ...
 def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None: ...

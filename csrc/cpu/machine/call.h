@@ -40,6 +40,7 @@ struct MachineForwardCall {
   T* y;
   std::vector<T*> stateT, states;
   Save save;
+  T* saved = nullptr;  // memory for a tape of everything, (T, B, tape_width); null: its own
   Poll poll;
 };
 
@@ -72,5 +73,12 @@ template <class T>
 void machine_backward(const MachineBackwardCall<T>& call);
 template <class T>
 Index tape_bytes(const MachineTape<T>& tape);
+// Elements of a tape for each row and step.
+inline Index tape_width(const cpu::MachinePlan& plan, Index H) {
+  return (plan.saved + plan.states - 1) * H + plan.norms * cpu::kNormNumbers;
+}
+// A tape over memory that `saved` of a forward call was; the memory outlives it.
+template <class T>
+MachineTapePtr<T> machine_tape_over(const cpu::MachinePlan& plan, const Sizes& sizes, T* saved);
 
 }  // namespace fusedrnn

@@ -186,6 +186,18 @@ PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, cons
   return packed;
 }
 
+// What is saved, then the states but the first.
+template <class T>
+MachineTapePtr<T> machine_tape_over(const MachinePlan& plan, const Sizes& n, T* saved) {
+  MachineTapePtr<T> tape(new MachineTape<T>{});
+  tape->saved = saved;
+  tape->state.assign(1, nullptr);
+  saved += n.T * n.B * plan.saved * n.H;
+  for (int s = 1; s < plan.states; ++s, saved += n.T * n.B * n.H) tape->state.push_back(saved);
+  tape->norms = saved;
+  return tape;
+}
+
 template <class T>
 MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   const MachinePlan& plan = *call.plan;
@@ -204,11 +216,16 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   MachineNumbers<T> numbers = call.packed->numbers;  // but for the constants
   T *carried = nullptr, *saved = nullptr, *boundary_states = nullptr, *masks = nullptr, *norms = nullptr;
   std::vector<T*> computed(O), state(S, call.y);
+  if (call.saved)
+    tape = machine_tape_over(plan, n, call.saved), saved = tape->saved, norms = tape->norms, state = tape->state;
+  state[0] = call.y;
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
-    saved = kept.take({keeps ? all ? n.T : 1 : 0, n.B, plan.saved, n.H});
-    norms = kept.take({all ? n.T : 1, n.B, plan.norms, cpu::kNormNumbers});
-    for (std::size_t s = 1; s < S; ++s) state[s] = kept.take({every ? n.T : 2, n.B, n.H});
+    if (!call.saved) {
+      saved = kept.take({keeps ? all ? n.T : 1 : 0, n.B, plan.saved, n.H});
+      norms = kept.take({all ? n.T : 1, n.B, plan.norms, cpu::kNormNumbers});
+      for (std::size_t s = 1; s < S; ++s) state[s] = kept.take({every ? n.T : 2, n.B, n.H});
+    }
     boundary_states = tape_layout.take({boundaries, plan.states - 1, n.B, n.H});
     carried = layout.take({plan.carried, n.B, units});
     for (std::size_t o = 1; o < O; ++o) computed[o] = plan.state_of[o] < 0 ? layout.take({n.B, units}) : nullptr;
@@ -242,7 +259,8 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   job.sums = parts.sums.data(), job.parts = call.packed->packed.data(), job.bias = call.packed->bias;
   job.computed = computed.data();
   const Index row_bytes = plan.saved * n.H * Index(sizeof(T));
-  job.stream = all && !plan.reads_saved && row_bytes % 64 == 0 && (!thresholds || n.T * n.B * row_bytes > kSharedCache);
+  job.stream = all && !plan.reads_saved && row_bytes % 64 == 0 && reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 &&
+               (!thresholds || n.T * n.B * row_bytes > kSharedCache);
   job.stateT = call.stateT.data(), job.states = call.states.data();
   job.boundary_states = boundaries && S > 1 ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
   run_job<T>(cpu::kernels<T>().machine_forward, job, split.threads, split.by_rows, call.poll);
@@ -406,6 +424,7 @@ Index tape_bytes(const MachineTape<T>& tape) {
   template struct MachineDeleter<T>;                                                                               \
   template PackedMachinePtr<T> pack_machine(const cpu::MachinePlan&, Index, Index, const MachineWeights<const T>&, \
                                             Poll);                                                                 \
+  template MachineTapePtr<T> machine_tape_over(const MachinePlan&, const Sizes&, T*);                              \
   template MachineTapePtr<T> machine_forward(const MachineForwardCall<T>&);                                        \
   template void machine_backward(const MachineBackwardCall<T>&);                                                   \
   template Index tape_bytes(const MachineTape<T>&);

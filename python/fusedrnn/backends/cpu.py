@@ -38,7 +38,7 @@ from fusedrnn.cells.builtin import COMPILED
 
 try:
     from fusedrnn import _core
-    from fusedrnn.backends import machine
+    from fusedrnn.backends import machine as machine
 
     _missing = None
     _REFUSED: tuple[type[Exception], ...] = (_core.RefusedType, _core.RefusedValue)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,6 +82,14 @@ def plan(cell: Cell, dropout: bool = False, zoned: tuple[str, ...] = ()) -> _cor
         raise _too_large(cell, error) from error
 
 
+def plan_of(cell: Cell, regularization: Regularization | None) -> _core.MachinePlan:
+    """That of a call."""
+    if (r := regularization) is None:
+        return plan(cell)
+    zoned = tuple(s for s, rate in (("h", r.zoneout_h), ("c", r.zoneout_c)) if rate)
+    return plan(cell, r.seed is not None and r.recurrent_dropout > 0, zoned)
+
+
 def _too_large(cell: Cell, what: object) -> Unsupported:
     return Unsupported(f"cell: {cell!r} is too large for the cpu backend ({what}); use the reference")
 
@@ -114,10 +122,7 @@ def forward(
 ) -> Forward:
     """One layer, one direction, the whole sequence; ``regularization`` is checked."""
     cell = packed.cell
-    programs = plan(cell)
-    if (r := regularization) is not None:
-        zoned = tuple(s for s, rate in (("h", r.zoneout_h), ("c", r.zoneout_c)) if rate)
-        programs = plan(cell, r.seed is not None and r.recurrent_dropout > 0, zoned)
+    programs = plan_of(cell, regularization)
     rows = check_scalar_names(cell, scalars)
     results = None
     if (  # the compiled module would not see what these are, or would convert them
@@ -209,3 +214,22 @@ def backward(
     by_name = dict(zip(order, dweights, strict=True))
     dscalars = dict(zip(cell.scalars, drows, strict=True))
     return Gradients(dx, {name: by_name[name] for name in tape.weights}, dstate0, dscalars)
+
+
+def pack_given(cell: Cell, weights: Sequence[Any]) -> _core.PackedMachine:
+    """Weights in the order of ``names``, unchecked but by the compiled module, which has to take them."""
+    return _core.machine_pack(plan(cell), list(weights))
+
+
+def run_forward(cell: Cell, packed: _core.PackedMachine, *arguments: Any) -> None:
+    """Forward into arrays of the caller's, the tape (T*B, ``plan_of(…).tape_width(H)``) among them; what is
+    None is not wanted. ``_core.machine_run_forward`` has the arguments, of which the 8th is a regularization.
+
+    With ``run_backward`` for libraries that keep arrays, in which all is that backward needs.
+    """
+    _core.machine_run_forward(packed, plan_of(cell, arguments[7]), *arguments)
+
+
+def run_backward(cell: Cell, weights: Sequence[Any], *arguments: Any) -> None:
+    """Backward of ``run_forward``, into arrays; ``_core.machine_run_backward`` has the arguments."""
+    _core.machine_run_backward(plan_of(cell, arguments[7]), weights, *arguments)
