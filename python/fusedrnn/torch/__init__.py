@@ -15,6 +15,7 @@ from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
 from fusedrnn.torch.convert import Converted, convert, patched, to_torch
 from fusedrnn.torch.frozen import freeze, unfreeze
 from fusedrnn.torch.layers import GRU, LSTM, RNN
+from fusedrnn.torch.own import Recurrent, RecurrentCell
 from fusedrnn.torch.paths import FallbackWarning, fallback, set_fallback_errors
 
 # PyTorch's threads spin after its operations: beside them ours would wait (docs/speed.md).
@@ -30,6 +31,8 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Recurrent",
+    "RecurrentCell",
     "compilable",
     "convert",
     "fallback",

@@ -21,7 +21,7 @@ Run = Callable[[Tensor, Sequence[Tensor] | None], Sequence[Tensor]]
 
 
 class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
-    """What the three have in common. ``last_path`` is as in ``layers.Recurrent``."""
+    """What the three have in common. ``last_path`` is as in ``layers.NamedLayer``."""
 
     last_path: str | None = None
     mode: str  # the cell by PyTorch's name, as layers have it

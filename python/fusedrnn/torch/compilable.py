@@ -13,12 +13,12 @@ import torch
 
 from fusedrnn.torch import dynamo
 from fusedrnn.torch.forget_bias import ForgetBias
-from fusedrnn.torch.layers import Recurrent
+from fusedrnn.torch.layers import NamedLayer
 
 __all__ = ["GRU", "LSTM", "RNN"]
 
 
-class _Compilable(Recurrent):
+class _Compilable(NamedLayer):
     """A forward that the compiler does not leave alone."""
 
     def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:

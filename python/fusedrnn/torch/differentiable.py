@@ -59,6 +59,7 @@ def recurrence(
     weights: Mapping[str, Tensor],
     state0: Sequence[Tensor | None] | None = None,
     *,
+    scalars: Mapping[str, Tensor] | None = None,
     lengths: Any = None,
     reset: Any = None,
     reverse: bool = False,
@@ -73,6 +74,7 @@ def recurrence(
         x: (T, B, I).
         weights: By name; there is weight_ih.
         state0: One tensor per state, (B, P) the first, (B, H) the others, or None for where it starts.
+        scalars: (T, B) each, of the cell's numbers of each row and step by name; padding is never read.
         lengths, reset: As ``fusedrnn.kernels.forward`` has them, checked.
         reverse, return_states, detach_every, regularization: As there.
 
@@ -81,7 +83,7 @@ def recurrence(
     """
     T, B, _ = x.shape
     H = weights["weight_ih"].size(0) // cell.blocks["weight_ih"]
-    widths = cell.widths(H, weights["weight_hh"].size(1) if cell.projects else H)
+    widths = cell.widths(H, weights["weight_hr"].size(0) if cell.projects else H)
     starts, zero = [x.new_tensor(s) for s in cell.trace.start.values()], x.new_zeros(())
     given = state0 or [None] * len(starts)
     state = [
@@ -93,6 +95,11 @@ def recurrence(
     cuts = reset if reset is None or active is None else reset & active
     if cuts is not None and reverse:  # what comes from t + 1 is cleared where t + 1 is reset
         cuts = torch.cat([cuts[1:], torch.zeros_like(cuts[:1])])
+    numbers = {name: (scalars or {})[name][:, :, None] for name in cell.scalars}
+    if active is not None:  # 1 is as good a time as any, and NaN would come back
+        numbers = {
+            name: torch.where(active[:, :, None], v, torch.ones_like(zero)) for name, v in numbers.items()
+        }
     r = regularization
     dropout = None if r is None else _dropout(r, x, H)
     ys: list[Any] = [None] * T
@@ -106,7 +113,8 @@ def recurrence(
             goes_on = None if ran is None or row is None else ran & row
             state = [s.detach() if goes_on is None else torch.where(goes_on, s.detach(), s) for s in state]
         x_t = x[t] if row is None else torch.where(row, x[t], zero)  # NaN in the padding would come back
-        after: list[Tensor] = list(TorchStep(cell, weights, x_t, state, dropout=dropout).after)
+        now = {name: v[t] for name, v in numbers.items()}
+        after: list[Tensor] = list(TorchStep(cell, weights, x_t, state, now, dropout).after)
         if r is not None:
             keeps = [_keep(r, name, t, x, width) for name, width in zip(cell.states, widths, strict=True)]
             after = [

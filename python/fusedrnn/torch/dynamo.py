@@ -44,7 +44,7 @@ def _outside(module: Any, *args: Any, **options: Any) -> Any:
     return module.forward(*args, **options)
 
 
-def _break(module: Any, reason: str, *args: Any, **options: Any) -> Any:
+def leave_graph(module: Any, reason: str, *args: Any, **options: Any) -> Any:
     """Leave the graph, and run as without a compiler; with ``fullgraph=True`` that is an error."""
     text = f"fusedrnn: {type(module).__name__} does not compile here: {reason}"
     if not torch.compiler.is_dynamo_compiling():  # torch.export, which has no other way
@@ -66,7 +66,7 @@ def leave_alone(function: Callable[..., Any]) -> None:
 
 
 def layer(module: Any, input: Any, hx: Any, options: dict[str, Any]) -> Any:
-    """``Recurrent.forward``; what the operators cannot take breaks the graph."""
+    """``NamedLayer.forward``; what the operators cannot take breaks the graph."""
     options = {**NONE, **options}
     if torch.onnx.is_in_onnx_export():  # which knows PyTorch's operators
         if given := paths.asked_for(options) or module._only_ours():
@@ -78,7 +78,7 @@ def layer(module: Any, input: Any, hx: Any, options: dict[str, Any]) -> Any:
     if reason is None:
         reason = module._misshapen(input, state0)
     if reason is not None:
-        return _break(module, reason, input, hx, **options)
+        return leave_graph(module, reason, input, hx, **options)
     module.last_path = paths.FUSED
     options = {**options, "regularization": module._regularization()}
     x, state0, options = module._to_kernels(input, state0, options)
@@ -96,6 +96,6 @@ def cell(module: Any, input: Any, hx: Any) -> Any:
     if reason is None:
         reason = module._misshapen(input, state0)
     if reason is not None:
-        return _break(module, reason, input, hx)
+        return leave_graph(module, reason, input, hx)
     module.last_path = paths.FUSED
     return module._batched(input, state0, module._one(weights))

@@ -32,7 +32,8 @@ class Frozen:
         self.dtype, self.device, self.weights = first.dtype, first.device, weights
         backend = backends.usable(None) if first.is_cpu else gpu.backend()
         with gpu.on(first.device):  # of each layer and direction, as ``ops.run`` takes them
-            arrays = [dict(zip(WEIGHTS, map(array, each), strict=True)) for each in weights]
+            names = module._weight_names
+            arrays = [dict(zip(names, map(array, each), strict=True)) for each in weights]
             self.packed = [(backend, backend.pack(module.cell, each)) for each in arrays]
         # Where each parameter is found, and what it was.
         self.parameters = [
@@ -88,6 +89,7 @@ class Freezable(torch.nn.Module):
     """What is an error while a layer is frozen."""
 
     _freezable_weights: Callable[[], list[Weights]]
+    _weight_names: Sequence[str] = WEIGHTS  # of each of these
 
     def _lacks(self, device: torch.device) -> str | None:
         """What the kernels of a device have not of this layer."""

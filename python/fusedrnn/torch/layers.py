@@ -6,39 +6,27 @@ Formulas and their sources are in ``fusedrnn.cells.builtin``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import cells
-from fusedrnn.backends.arguments import (
-    check_batch_sizes,
-    check_detach_every,
-    check_regularization,
-    check_shape,
-    listed,
-)
+from fusedrnn.backends.arguments import check_batch_sizes, check_regularization
 from fusedrnn.backends.cpu import WEIGHTS
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.torch import dynamo, ops, paths
+from fusedrnn.torch.base import RecurrentBase, Run
 from fusedrnn.torch.forget_bias import ForgetBias
-from fusedrnn.torch.frozen import Freezable, Frozen, frozen
+from fusedrnn.torch.frozen import Frozen, frozen
 from fusedrnn.torch.ops import CELLS, NORMED, PROJECTED, Call, Weights
 from fusedrnn.torch.recurrence import recurrence, steps, weights_of
 from fusedrnn.torch.scripted import ALWAYS, OPTIONS, Scriptable
 
-# One layer in one direction, of number j: from (j, reverse, x, initial state) to y, the final state, and with
-# return_states the states of every step, as ``recurrence`` returns them.
-Run = Callable[[int, bool, Tensor, Sequence[Tensor] | None], list[Tensor]]
-# y (T, B, D*P), the final states (L*D, B, ·), those of every step (L*D, T, B, ·)
-Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
-
-class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
+class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
     """What the three have in common.
 
     Args:
@@ -62,10 +50,6 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
     last_path: str | None = None
     # As they are in a layer of torch.nn that becomes one of ours.
     recompute = layer_norm = False
-    # 0, not 0.0: a compiler would make an input of its graph of a float, and compile anew.
-    recurrent_dropout: float = 0
-    zoneout_h: float = 0
-    zoneout_c: float = 0
 
     def __init__(
         self,
@@ -121,15 +105,6 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
     @property
     def cell(self) -> cells.Cell:
         return CELLS[self.kind]
-
-    def _regularization(self) -> Regularization | None:
-        """Of one call. Its seed is a tensor, so that it can be drawn in compiled code; it is on the CPU,
-        whatever the default device."""
-        rates = self.recurrent_dropout, self.zoneout_h, self.zoneout_c
-        if not any(rates if self.training else rates[1:]):
-            return None
-        seed: Any = torch.randint(2**63 - 1, (), device="cpu") if self.training else None
-        return Regularization(*rates, seed)
 
     def flatten_parameters(self) -> None:
         """Nothing: it serves cuDNN alone, and its flat memory is what safetensors refuses."""
@@ -261,10 +236,6 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
     def _lacks(self, device: torch.device) -> str | None:
         return "proj_size on a GPU" if self.proj_size and device.type != "cpu" else None
 
-    def _widths(self) -> tuple[int, ...]:
-        """Of each state how many units it has."""
-        return self.cell.widths(self.hidden_size, self.proj_size or self.hidden_size)
-
     def _only_ours(self) -> str | None:
         """The name of the first option that PyTorch's own implementation would leave out."""
         names = (*ALWAYS, "recurrent_dropout") if self.training else ALWAYS
@@ -331,143 +302,25 @@ class Recurrent(Freezable, Scriptable, torch.nn.RNNBase):
                 return f"the state is not of shape {size}"
         return None
 
-    def _packed_sequence(
-        self,
-        input: PackedSequence,
-        state0: tuple[Tensor, ...] | None,
-        weights: list[Weights],
-        packed: Frozen | None,
-        recorded: bool,
-    ) -> Any:
-        """Rows of different lengths, longest first: padded for the kernel, whose results are packed again."""
-        sizes = input.batch_sizes
-        B, T = int(sizes[0]), len(sizes)
-        running = torch.arange(B, device="cpu") < sizes[:, None]  # (T, B), where PyTorch's batch sizes are
-        valid = running.to(input.data.device)
-        if state0 is not None and input.sorted_indices is not None:
-            state0 = tuple(s.index_select(1, input.sorted_indices) for s in state0)
-        x = input.data.new_zeros(T, B, input.data.size(-1)).masked_scatter(valid[:, :, None], input.data)
-        options = {
-            "lengths": running.sum(0),
-            "reset": None,
-            "return_states": False,
-            "detach_every": None,
-            "regularization": self._regularization(),
-        }
-        run = self._one(weights, options, packed, recorded)
-        y, final, _ = self._run_layers(x, state0, run, valid)
-        if input.unsorted_indices is not None:
-            final = tuple(s.index_select(1, input.unsorted_indices) for s in final)
-        output = PackedSequence(y[valid], sizes, input.sorted_indices, input.unsorted_indices)
-        return output, final if len(final) == 2 else final[0]
 
-    def _to_kernels(
-        self, input: Tensor, state0: tuple[Tensor, ...] | None, options: dict[str, Any]
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, dict[str, Any]]:
-        """A call's input, time first and batched: x (T, B, I), the state (L*D, B, H) each, and the options.
-
-        ``lengths`` (B,) and ``reset`` (T, B) become tensors; their values are not looked at: a compiler that
-        traces knows none.
-        """
-        batched = input.dim() == 3
-        x = input if batched else input.unsqueeze(1)
-        if batched and self.batch_first:
-            x = x.transpose(0, 1)
-        if state0 is not None and not batched:
-            state0 = tuple([s.unsqueeze(1) for s in state0])
-        if options["lengths"] is not None:
-            lengths = _tensor("lengths", options["lengths"]).cpu()
-            check_shape("lengths", lengths.shape, (x.size(1),) if batched else ())
-            options = {**options, "lengths": lengths if batched else lengths.unsqueeze(0)}
-        if options["reset"] is not None:
-            reset = _tensor("reset", options["reset"])
-            if reset.device != input.device:
-                reset = reset.cpu()
-            check_shape("reset", reset.shape, tuple(input.shape[:-1]))
-            if not batched:
-                reset = reset.unsqueeze(1)
-            elif self.batch_first:
-                reset = reset.transpose(0, 1)
-            options = {**options, "reset": reset}
-        if options["detach_every"] is not None:
-            options = {**options, "detach_every": check_detach_every(options["detach_every"])}
-        return x, state0, options
-
-    def _from_kernels(self, input: Tensor, results: Results) -> Any:
-        """What ``forward`` returns."""
-        y, final, states = results
-        if input.dim() == 2:
-            y, final = y.squeeze(1), tuple([s.squeeze(1) for s in final])
-            states = tuple([s.squeeze(2) for s in states])
-        elif self.batch_first:
-            y, states = y.transpose(0, 1), tuple([s.transpose(1, 2) for s in states])
-        if self.mode == "LSTM":
-            return (y, final, states) if states else (y, final)
-        return (y, final[0], states[0]) if states else (y, final[0])
-
-    def _run_layers(
-        self, x: Tensor, state0: tuple[Tensor, ...] | None, run: Run, valid: Tensor | None = None
-    ) -> Results:
-        """Layers and directions.
-
-        With ``valid`` (T, B) dropout draws for those steps alone, as PyTorch's does for a PackedSequence.
-        """
-        D, n = 2 if self.bidirectional else 1, len(self.cell.states)
-        ends: list[list[Tensor]] = []
-        for k in range(0, len(self._all_weights), D):
-            if k and self.dropout:
-                if valid is None:
-                    x = torch.nn.functional.dropout(x, self.dropout, self.training)
-                else:
-                    kept = torch.nn.functional.dropout(x[valid], self.dropout, self.training)
-                    x = x.masked_scatter(valid[:, :, None], kept)
-            halves = []
-            for j in range(k, k + D):
-                begin = None if state0 is None else [s[j] for s in state0]
-                y, *rest = run(j, j > k, x, begin)
-                halves.append(y)
-                ends.append(rest)
-            x = halves[0] if D == 1 else torch.cat(halves, 2)
-        one = len(ends) == 1
-        gathered = tuple([s[0].unsqueeze(0) if one else torch.stack(s) for s in zip(*ends, strict=True)])
-        return x, gathered[:n], gathered[n:]
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    """A copy of lengths or resets, which the caller may write to before backward: a tensor where it is, or on
-    the CPU, of lists, and of NumPy's of any integers."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if not torch.compiler.is_compiling():
-        value = listed(name, value)
-        if isinstance(value, np.ndarray):  # a copy: a tensor of what is read-only warns
-            value = np.array(value, np.int64 if value.dtype.kind in "iu" else value.dtype)
-    try:
-        return torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name}: expected a tensor, an array or a list, got {type(value).__name__}"
-        ) from error
-
-
-class LSTM(ForgetBias, Recurrent, torch.nn.LSTM):
-    """``torch.nn.LSTM`` on our kernels. See ``Recurrent`` and ``ForgetBias`` for what is added."""
+class LSTM(ForgetBias, NamedLayer, torch.nn.LSTM):
+    """``torch.nn.LSTM`` on our kernels. See ``NamedLayer`` and ``ForgetBias`` for what is added."""
 
     torch_class = torch.nn.LSTM
 
 
-class GRU(Recurrent, torch.nn.GRU):
-    """``torch.nn.GRU`` on our kernels. See ``Recurrent`` for what is added."""
+class GRU(NamedLayer, torch.nn.GRU):
+    """``torch.nn.GRU`` on our kernels. See ``NamedLayer`` for what is added."""
 
     torch_class = torch.nn.GRU
 
 
-class RNN(Recurrent, torch.nn.RNN):
-    """``torch.nn.RNN`` on our kernels. See ``Recurrent`` for what is added."""
+class RNN(NamedLayer, torch.nn.RNN):
+    """``torch.nn.RNN`` on our kernels. See ``NamedLayer`` for what is added."""
 
     torch_class = torch.nn.RNN
 
 
 # A compiler leaves PyTorch's layers and what they call alone; so it does with these. Those of ``compilable``
 # have a forward of their own.
-dynamo.leave_alone(Recurrent.forward)
+dynamo.leave_alone(NamedLayer.forward)

@@ -17,6 +17,7 @@ from fusedrnn.cells import Cell
 from fusedrnn.torch import gpu
 
 FUSED = "fused"
+STEPS = "its steps in PyTorch's operations"
 
 
 class FallbackWarning(UserWarning):
@@ -59,7 +60,7 @@ def fall_back(module: torch.nn.Module, reason: str, original: Callable[..., Any]
 def record(module: torch.nn.Module, reason: str) -> None:
     """Say, or refuse, that a layer runs a step at a time in PyTorch's operations. For ``forward`` alone."""
     module.__dict__["last_path"] = f"steps in PyTorch: {reason}"
-    tell(module, reason, "its steps in PyTorch's operations")
+    tell(module, reason, STEPS)
 
 
 def all_asked_for(options: dict[str, Any]) -> dict[str, Any]:
@@ -72,11 +73,11 @@ def asked_for(options: dict[str, Any]) -> str | None:
     return next(iter(all_asked_for(options)), None)
 
 
-def tell(module: torch.nn.Module, reason: str, what: str = "PyTorch's own implementation") -> None:
-    """Warn of a fallback, once for each kind of layer and reason; or refuse it."""
+def tell(module: torch.nn.Module | str, reason: str, what: str = "PyTorch's own implementation") -> None:
+    """Warn of a fallback, once for each kind of layer (or name) and reason; or refuse it."""
     if _settings.forced:
         return
-    kind = type(module).__name__
+    kind = module if isinstance(module, str) else type(module).__name__
     text = f"{kind} runs {what}: {reason}"
     if _errors:
         raise RuntimeError(text)

@@ -1,0 +1,180 @@
+"""What the layers of ``layers`` and ``own`` have in common: input, state and options on their way to the
+kernels, layers and directions one after the other, and results on their way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import cells
+from fusedrnn.backends.arguments import check_detach_every, check_shape, listed
+from fusedrnn.backends.protocol import Regularization
+from fusedrnn.torch.frozen import Freezable, Frozen
+from fusedrnn.torch.ops import Weights
+
+# One layer in one direction, of number j: from (j, reverse, x, initial state) to y, the final state, and with
+# return_states the states of every step, as ``recurrence`` returns them.
+Run = Callable[[int, bool, Tensor, Sequence[Tensor] | None], list[Tensor]]
+# y (T, B, D*P), the final states (L*D, B, ·), those of every step (L*D, T, B, ·)
+Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+class RecurrentBase(Freezable):
+    """A layer of a cell. ``_one`` is its own: how one layer in one direction runs."""
+
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    batch_first: bool
+    bidirectional: bool
+    dropout: float
+    _all_weights: list[list[Any]]  # names, of each layer and direction
+    # As in a layer of torch.nn that becomes one of ours. 0, not 0.0: a compiler would make an input of its
+    # graph of a float, and compile anew.
+    recurrent_dropout: float = 0
+    zoneout_h: float = 0
+    zoneout_c: float = 0
+    _one: Callable[..., Run]
+
+    @property
+    def cell(self) -> cells.Cell:
+        raise NotImplementedError
+
+    def _regularization(self) -> Regularization | None:
+        """Of one call. Its seed is a tensor, so that it can be drawn in compiled code; it is on the CPU,
+        whatever the default device."""
+        rates = self.recurrent_dropout, self.zoneout_h, self.zoneout_c
+        if not any(rates if self.training else rates[1:]):
+            return None
+        seed: Any = torch.randint(2**63 - 1, (), device="cpu") if self.training else None
+        return Regularization(*rates, seed)
+
+    def _widths(self) -> tuple[int, ...]:
+        """Of each state how many units it has."""
+        return self.cell.widths(self.hidden_size, self.proj_size or self.hidden_size)
+
+    def _packed_sequence(
+        self,
+        input: PackedSequence,
+        state0: tuple[Tensor, ...] | None,
+        weights: list[Weights],
+        packed: Frozen | None,
+        recorded: Any,
+        scalars: Sequence[Tensor] = (),
+    ) -> Any:
+        """Rows of different lengths, longest first: padded for the kernel, whose results are packed again."""
+        sizes = input.batch_sizes
+        B, T = int(sizes[0]), len(sizes)
+        running = torch.arange(B, device="cpu") < sizes[:, None]  # (T, B), where PyTorch's batch sizes are
+        valid = running.to(input.data.device)
+        if state0 is not None and input.sorted_indices is not None:
+            state0 = tuple(s.index_select(1, input.sorted_indices) for s in state0)
+        x = input.data.new_zeros(T, B, input.data.size(-1)).masked_scatter(valid[:, :, None], input.data)
+        options = {
+            "lengths": running.sum(0),
+            "reset": None,
+            "return_states": False,
+            "detach_every": None,
+            "regularization": self._regularization(),
+            "scalars": [s.new_zeros(T, B).masked_scatter(valid, s) for s in scalars],
+        }
+        run = self._one(weights, options, packed, recorded)
+        y, final, _ = self._run_layers(x, state0, run, valid)
+        if input.unsorted_indices is not None:
+            final = tuple(s.index_select(1, input.unsorted_indices) for s in final)
+        output = PackedSequence(y[valid], sizes, input.sorted_indices, input.unsorted_indices)
+        return output, final if len(final) > 1 else final[0]
+
+    def _to_kernels(
+        self, input: Tensor, state0: tuple[Tensor, ...] | None, options: dict[str, Any]
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, dict[str, Any]]:
+        """A call's input, time first and batched: x (T, B, I), the state (L*D, B, H) each, and the options.
+
+        ``lengths`` (B,) and ``reset`` (T, B) become tensors; their values are not looked at: a compiler that
+        traces knows none.
+        """
+        batched = input.dim() == 3
+        x = input if batched else input.unsqueeze(1)
+        if batched and self.batch_first:
+            x = x.transpose(0, 1)
+        if state0 is not None and not batched:
+            state0 = tuple([s.unsqueeze(1) for s in state0])
+        if options["lengths"] is not None:
+            lengths = _tensor("lengths", options["lengths"]).cpu()
+            check_shape("lengths", lengths.shape, (x.size(1),) if batched else ())
+            options = {**options, "lengths": lengths if batched else lengths.unsqueeze(0)}
+        if options["reset"] is not None:
+            reset = _tensor("reset", options["reset"])
+            if reset.device != input.device:
+                reset = reset.cpu()
+            check_shape("reset", reset.shape, tuple(input.shape[:-1]))
+            if not batched:
+                reset = reset.unsqueeze(1)
+            elif self.batch_first:
+                reset = reset.transpose(0, 1)
+            options = {**options, "reset": reset}
+        if options["detach_every"] is not None:
+            options = {**options, "detach_every": check_detach_every(options["detach_every"])}
+        return x, state0, options
+
+    def _from_kernels(self, input: Tensor, results: Results) -> Any:
+        """What ``forward`` returns."""
+        y, final, states = results
+        if input.dim() == 2:
+            y, final = y.squeeze(1), tuple([s.squeeze(1) for s in final])
+            states = tuple([s.squeeze(2) for s in states])
+        elif self.batch_first:
+            y, states = y.transpose(0, 1), tuple([s.transpose(1, 2) for s in states])
+        if len(final) > 1:
+            return (y, final, states) if states else (y, final)
+        return (y, final[0], states[0]) if states else (y, final[0])
+
+    def _run_layers(
+        self, x: Tensor, state0: tuple[Tensor, ...] | None, run: Run, valid: Tensor | None = None
+    ) -> Results:
+        """Layers and directions.
+
+        With ``valid`` (T, B) dropout draws for those steps alone, as PyTorch's does for a PackedSequence.
+        """
+        D, n = 2 if self.bidirectional else 1, len(self.cell.states)
+        ends: list[list[Tensor]] = []
+        for k in range(0, len(self._all_weights), D):
+            if k and self.dropout:
+                if valid is None:
+                    x = torch.nn.functional.dropout(x, self.dropout, self.training)
+                else:
+                    kept = torch.nn.functional.dropout(x[valid], self.dropout, self.training)
+                    x = x.masked_scatter(valid[:, :, None], kept)
+            halves = []
+            for j in range(k, k + D):
+                begin = None if state0 is None else [s[j] for s in state0]
+                y, *rest = run(j, j > k, x, begin)
+                halves.append(y)
+                ends.append(rest)
+            x = halves[0] if D == 1 else torch.cat(halves, 2)
+        one = len(ends) == 1
+        gathered = tuple([s[0].unsqueeze(0) if one else torch.stack(s) for s in zip(*ends, strict=True)])
+        return x, gathered[:n], gathered[n:]
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """A copy of lengths or resets, which the caller may write to before backward: a tensor where it is, or on
+    the CPU, of lists, and of NumPy's of any integers."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if not torch.compiler.is_compiling():
+        value = listed(name, value)
+        if isinstance(value, np.ndarray):  # a copy: a tensor of what is read-only warns
+            value = np.array(value, np.int64 if value.dtype.kind in "iu" else value.dtype)
+    try:
+        return torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: expected a tensor, an array or a list, got {type(value).__name__}"
+        ) from error

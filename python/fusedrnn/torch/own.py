@@ -1,0 +1,511 @@
+"""``Recurrent`` and ``RecurrentCell``: layers of any cell, a function of one's own (docs/cells.md)."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn.backends.arguments import check_batch_sizes, check_regularization, check_shape, check_whole
+from fusedrnn.backends.cpu import WEIGHTS
+from fusedrnn.backends.protocol import Regularization
+from fusedrnn.cells import Cell
+from fusedrnn.cells.definition import OF_PRODUCTS
+from fusedrnn.torch import cell_ops, cell_recurrence, dynamo, ops, paths
+from fusedrnn.torch.base import RecurrentBase, Run
+from fusedrnn.torch.cell_ops import CellCall
+from fusedrnn.torch.frozen import Freezable, Frozen, frozen
+from fusedrnn.torch.ops import CELLS, Call, Weights
+from fusedrnn.torch.recurrence import recurrence, weights_of
+from fusedrnn.torch.scripted import OPTIONS
+
+KINDS = {cell: name for name, cell in CELLS.items()}  # those with compiled kernels
+BIASES = ("bias_ih", "bias_hh")
+
+
+class CellModule(Freezable):
+    """What both have in common: a cell, its parameters, and one call of it."""
+
+    last_path: str | None = None
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    _all_weights: list[list[Any]]
+
+    @property
+    def cell(self) -> Cell:
+        return self._cell
+
+    def _set_cell(self, cell: Any, input_size: Any, hidden_size: Any, proj_size: Any = 0) -> None:
+        if not isinstance(cell, Cell):
+            raise TypeError(
+                "cell: expected a cell, such as fusedrnn.cells.lstm or a function under @fusedrnn.cells.cell"
+                f", got {type(cell).__name__}"
+            )
+        self._cell = cell
+        self.input_size = check_whole("input_size", input_size)
+        self.hidden_size = check_whole("hidden_size", hidden_size)
+        self.proj_size = check_whole(
+            "proj_size", proj_size, *((1, self.hidden_size) if cell.projects else (0, 0))
+        )
+        for name in cell.scalars:
+            if name in inspect.signature(self.forward).parameters:
+                raise ValueError(f"cell: expected other names than those of forward's arguments, got {name}")
+        self._key, self._kind = cell_ops.key_of(cell), KINDS.get(cell)
+        self._weight_names = tuple(cell.blocks)
+        # Where the weights of compiled kernels stand among those.
+        order = {name: k for k, name in enumerate(cell.blocks)}
+        self._order = [order.get(name) for name in WEIGHTS]
+
+    def _add_parameters(self, sizes: Mapping[str, int], bias: bool, device: Any, dtype: Any) -> None:
+        """For each suffix of names those of a layer with so many inputs."""
+        self.bias = bool(bias)
+        P = self.proj_size or self.hidden_size
+        shapes = [self.cell.shapes(I, self.hidden_size, P) for I in sizes.values()]
+        self._all_weights = [[name + suffix for name in self.cell.blocks] for suffix in sizes]
+        self._shapes = [list(each.values()) for each in shapes]
+        for suffix, each in zip(sizes, shapes, strict=True):
+            for name, shape in each.items():
+                if hasattr(self, name + suffix):
+                    raise ValueError(
+                        "cell: expected other names of parameters than those of a layer's attributes, got "
+                        f"{name + suffix}"
+                    )
+                if self.bias or name not in BIASES:
+                    values = torch.empty(shape, device=device, dtype=dtype)
+                    self.register_parameter(name + suffix, torch.nn.Parameter(values))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew: weights and biases as PyTorch does, from a range of +-1 / sqrt(H), and
+        what else the cell has as the cell says."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for names in self._all_weights:
+            for name, full in zip(self.cell.blocks, names, strict=True):
+                p = self._parameters.get(full)
+                begin = (-bound, bound) if name in OF_PRODUCTS else self.cell.trace.begin.get(name, 0.0)
+                if p is None:
+                    continue
+                if isinstance(begin, tuple):
+                    p.uniform_(*begin)
+                elif callable(begin):
+                    drawn = np.asarray(begin(tuple(p.shape)))
+                    check_shape(f"what init of {name} gives", drawn.shape, tuple(p.shape))
+                    p.copy_(torch.as_tensor(drawn, device="cpu"))
+                else:
+                    p.fill_(begin)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._key = cell_ops.key_of(self.cell)  # another process may have another
+
+    def __prepare_scriptable__(self) -> Any:
+        name = type(self).__name__
+        raise RuntimeError(
+            f"TorchScript cannot take {name}, whose cell is a Python function; torch.compile can"
+        )
+
+    def _weights(self) -> list[Weights]:
+        """Of each layer and direction."""
+        return [weights_of(self, names)[: len(names)] for names in self._all_weights]
+
+    _freezable_weights = _weights
+
+    def _acts(self) -> bool:
+        """Whether there is recurrent dropout or zoneout in a call."""
+        return False
+
+    def _lacks(self, device: torch.device) -> str | None:
+        return self._refused(device, self._weights()[0][0].dtype, False)
+
+    def _refused(self, device: torch.device, dtype: torch.dtype, detached: bool) -> str | None:
+        """What the kernels have not of this cell."""
+        if self._kind is not None:
+            return "proj_size on a GPU" if self.proj_size and device.type != "cpu" else None
+        return cell_ops.refused(self._key, device.type, str(dtype), self._acts(), detached)
+
+    def _packed(self) -> Frozen | None:
+        """What a call begins with: of a frozen layer what was packed."""
+        if torch.compiler.is_compiling():
+            return None
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(f"torch.jit cannot trace {type(self).__name__}; torch.export can")
+        return frozen(self)
+
+    def _state(self, hx: Any) -> tuple[Any, ...] | None:
+        """The tensors of a state."""
+        if hx is None:
+            return None
+        names = self.cell.states
+        state0 = paths.state(hx, len(names) > 1)
+        if len(state0) != len(names) or not all(isinstance(s, Tensor) for s in state0):
+            expected = f"a tuple of tensors ({', '.join(names)})" if len(names) > 1 else "a tensor"
+            raise TypeError(f"hx: expected {expected} for the cell {self.cell.name}, got {_kinds(hx)}")
+        return state0
+
+    def _cast(self, data: Tensor, state0: Any, weights: list[Weights]) -> tuple[Tensor, Any]:
+        """Input and state; in autocast in the dtype of the weights, which others may have left."""
+        kind, dtype = data.device.type, weights[0][0].dtype
+        if (
+            data.dtype == dtype
+            or not torch.amp.is_autocast_available(kind)
+            or not torch.is_autocast_enabled(kind)
+        ):
+            return data, state0
+        return data.to(dtype), None if state0 is None else tuple([s.to(dtype) for s in state0])
+
+    def _check(self, data: Tensor, state0: Any, sizes: Any, weights: list[Weights]) -> None:
+        """Raise unless tensors are what the cell takes; ``sizes`` are those of the states."""
+        if not data.is_floating_point():
+            raise TypeError(f"input: expected floating-point numbers, got {data.dtype}")
+        for name, s, size in zip(self.cell.states, state0 or (), sizes, strict=state0 is not None):
+            check_shape(f"hx {name}" if len(sizes) > 1 else "hx", s.shape, size)
+            _check_kind("hx", s, data)
+        for names, each, shapes in zip(self._all_weights, weights, self._shapes, strict=True):
+            for name, w, shape in zip(names, each, shapes, strict=True):
+                if w is None and not name.startswith(BIASES):
+                    raise RuntimeError(f"{name}: expected a tensor of shape {shape}, got none")
+                if w is not None:
+                    _check_kind(name, w, data)
+                    if w.shape != shape:
+                        raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(w.shape)}")
+
+    def _scalars(
+        self, given: Mapping[str, Any], data: Tensor, shape: tuple[Any, ...], of: str
+    ) -> list[Tensor]:
+        """The row scalars in the cell's order, in the input's dtype."""
+        for name in given:
+            if name not in self.cell.scalars:
+                known = ", ".join(self.cell.scalars) or "none"
+                raise TypeError(
+                    f"{name}: no argument of this layer; those of its cell's row scalars: {known}"
+                )
+        found = []
+        for name in self.cell.scalars:
+            value = given.get(name)
+            if value is None:
+                raise TypeError(f"{name}: expected numbers of shape {shape}, which the cell takes, got none")
+            value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+            check_shape(name, value.shape, shape, of)
+            found.append(value.to(data))
+        return found
+
+    def _reason(self, data: Tensor, state0: Any, weights: list[Weights], detached: bool) -> str | None:
+        """Why the kernels cannot take this call, or None."""
+        if torch.compiler.is_compiling():
+            if self._kind is not None:
+                return dynamo.unsupported(data, state0, weights)
+            return self._refused(data.device, data.dtype, detached)
+        reason = paths.mode() or self._refused(data.device, data.dtype, detached)
+        tensors = [data, *(state0 or ()), *[w for each in weights for w in each]]
+        return reason or paths.unsupported(data.dtype, data.device, tensors)
+
+    def _choose(self, reason: str | None) -> None:
+        """Say which path a call takes. For ``forward`` alone."""
+        if torch.compiler.is_compiling():  # the operator warns when it runs
+            self.last_path = paths.FUSED if reason is None else f"steps in PyTorch: {reason}"
+            return
+        if reason is None:
+            self.__dict__["last_path"] = paths.FUSED
+            return
+        self.__dict__["last_path"] = f"steps in PyTorch: {reason}"
+        paths.tell(self, reason, paths.STEPS)
+
+    def _one_call(self, call: CellCall, return_states: bool, reason: str | None, packed: Any) -> list[Tensor]:
+        """One layer in one direction, by the kernels or, for a reason, step by step."""
+        if reason is not None and not torch.compiler.is_compiling():
+            return cell_ops.steps(call, return_states)
+        if self._kind is None or reason is not None:
+            if packed is not None:
+                return cell_ops.run(call, return_states, False, packed)
+            return cell_recurrence.recurrence(call, len(self.cell.states), return_states)
+        h0, c0 = (*call.state0, None, None)[:2]
+        weights = [None if k is None else call.weights[k] for k in self._order]
+        rows = call.lengths, call.reset, call.seed
+        named = Call._make((call.x, h0, c0, *weights, *rows, self._kind, *call[8:]))
+        if packed is not None:
+            return ops.run(named, return_states, None, packed)
+        return recurrence(named, return_states)
+
+
+def _kinds(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"({', '.join(type(v).__name__ for v in value)})"
+    return type(value).__name__
+
+
+def _check_kind(name: str, t: Tensor, data: Tensor) -> None:
+    if t.dtype != data.dtype or t.device != data.device:
+        raise TypeError(
+            f"{name}: expected {data.dtype} on {data.device}, as the input is, got {t.dtype} on {t.device}"
+        )
+
+
+class Recurrent(CellModule, RecurrentBase):
+    """Layers of any cell, with the arguments, names of parameters and results of ``torch.nn.LSTM``.
+
+    Args:
+        cell: What a step computes, such as ``fusedrnn.cells.lstm`` or a function of your own.
+        input_size, hidden_size, num_layers: I, H, L.
+        bias: False: neither bias_ih nor bias_hh.
+        batch_first: Sequences are (B, T, ·).
+        dropout: The probability of zeros between layers, in training.
+        bidirectional: A second set of weights runs through time backwards; D is 2.
+        proj_size: P, of a cell that projects its first state (``p.project``): 1 to H; else 0.
+        device, dtype: Of the parameters.
+        recurrent_dropout, zoneout_h, zoneout_c, recompute: As ``fusedrnn.torch.LSTM`` has them, of cells with
+            such a state.
+
+    Parameters: those of the cell, ``cell.blocks``, with ``_l0``, ``_l0_reverse``, ``_l1`` and so on after
+    their names: ``weight_ih_l0`` (G*H, I), ``weight_hh_l0`` (G*H, P), ``bias_ih_l0`` and ``bias_hh_l0``
+    (G*H,), ``weight_hr_l0`` (P, H), each with as many rows as the cell has gates there, and vectors (H,).
+    Weights and biases start as in ``torch.nn``, from -1 / sqrt(H) to 1 / sqrt(H); others as the cell says.
+
+    ``last_path`` is "fused" after a call that ran our kernels, else "steps in PyTorch: " and why the cell's
+    steps ran in PyTorch's operations.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong, or the cell has a name that the layer has too.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self._set_cell(cell, input_size, hidden_size, proj_size)
+        self.num_layers = check_whole("num_layers", num_layers)
+        self.batch_first, self.bidirectional = bool(batch_first), bool(bidirectional)
+        if isinstance(dropout, bool) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: expected a number from 0 to 1, got {dropout}")
+        self.dropout = float(dropout)
+        rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)
+        check_regularization(cell, rates)
+        self.recurrent_dropout, self.zoneout_h, self.zoneout_c = (float(r) if r else 0 for r in rates[:3])
+        self.recompute = bool(recompute)
+        ends = ("", "_reverse") if self.bidirectional else ("",)
+        above = (self.proj_size or self.hidden_size) * len(ends)
+        sizes = {
+            f"_l{k}{end}": above if k else self.input_size for k in range(self.num_layers) for end in ends
+        }
+        self._add_parameters(sizes, bias, device, dtype)
+
+    def extra_repr(self) -> str:
+        defaults = {
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0.0,
+            "bidirectional": False,
+        }
+        defaults |= dict.fromkeys(("proj_size", *OPTIONS), 0)
+        values = {name: getattr(self, name, default) for name, default in defaults.items()}
+        more = [f"{name}={value}" for name, value in values.items() if value != defaults[name]]
+        return ", ".join([repr(self.cell), str(self.input_size), str(self.hidden_size), *more])
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Any = None,
+        reset: Any = None,
+        return_states: bool = False,
+        detach_every: int | None = None,
+        **scalars: Any,
+    ) -> Any:
+        """As ``fusedrnn.torch.LSTM``'s.
+
+        Args:
+            input: (T, B, I), with ``batch_first`` (B, T, I), unbatched (T, I), or a PackedSequence.
+            hx: The initial state, (L*D, B, H), the first with ``proj_size`` (L*D, B, P); unbatched without B.
+                A tensor for a cell of one state, a tuple for one of several. None is where the cell's states
+                start.
+            lengths, reset, return_states, detach_every: As there; ``reset`` clears to where the states start.
+            scalars: The cell's numbers of each row and step by name, such as ``dt=``, of the input's shape
+                without features; with a PackedSequence the data of one, of shape (sum of lengths,). Number t
+                belongs to step t in both directions, and to every layer. They have gradients.
+
+        Returns:
+            output, the final state as ``hx``, and with ``return_states`` those of every step.
+
+        Raises:
+            TypeError, ValueError: An argument is wrong; the message names it.
+        """
+        options: dict[str, Any] = {
+            "lengths": lengths,
+            "reset": reset,
+            "return_states": bool(return_states),
+            "detach_every": detach_every,
+        }
+        if paths.is_proxy(input):
+            return paths.call_module(self, input, hx, **paths.all_asked_for(options), **scalars)
+        is_packed = isinstance(input, PackedSequence)
+        if is_packed and (asked := paths.asked_for(options)):
+            raise ValueError(f"{asked}: expected none with a PackedSequence; pass padded input and lengths=")
+        if torch.compiler.is_compiling():
+            if torch.onnx.is_in_onnx_export():
+                raise RuntimeError(f"ONNX export knows no {type(self).__name__}; it takes torch.nn's layers")
+            if is_packed:
+                why = "a PackedSequence; pass padded input and lengths="
+                return dynamo.leave_graph(self, why, input, hx, **scalars)
+        packed = self._packed()
+        weights = self._weights() if packed is None else packed.weights
+        data, rows = self._check_input(input)
+        state0 = self._state(hx)
+        data, state0 = self._cast(data, state0, weights)
+        self._check(data, state0, [(len(self._all_weights), *rows, n) for n in self._widths()], weights)
+        hint = "of a PackedSequence its data" if is_packed else ""
+        numbers = self._scalars(scalars, data, tuple(data.shape[:-1]), hint)
+        reason = self._reason(data, state0, weights, detach_every is not None)
+        self._choose(reason)
+        if packed is not None and reason is None:
+            packed.check(data, state0)
+        else:
+            packed = None
+        if isinstance(input, PackedSequence):
+            input = input._replace(data=data)
+            return self._packed_sequence(input, state0, weights, packed, reason, numbers)
+        options["regularization"] = self._regularization()
+        x, state0, options = self._to_kernels(data, state0, options)
+        if data.dim() == 2:
+            numbers = [s.unsqueeze(1) for s in numbers]
+        elif self.batch_first:
+            numbers = [s.transpose(0, 1) for s in numbers]
+        run = self._one(weights, {**options, "scalars": numbers}, packed, reason)
+        return self._from_kernels(data, self._run_layers(x, state0, run))
+
+    def _check_input(self, input: Any) -> tuple[Tensor, list[Any]]:
+        """The input's tensor, and the batch, empty if there is none."""
+        I, data = self.input_size, input.data if isinstance(input, PackedSequence) else input
+        if not isinstance(data, Tensor):
+            raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
+        if isinstance(input, PackedSequence):
+            check_shape("input", data.shape, (data.size(0), I))
+            check_batch_sizes(input.batch_sizes.numpy(), data.size(0))
+            return data, input.batch_sizes[:1].tolist()
+        sizes = f"(B, T, {I})" if self.batch_first else f"(T, B, {I})"
+        if data.dim() not in (2, 3) or data.size(-1) != I:
+            raise ValueError(f"input: expected shape {sizes} or (T, {I}), got {tuple(data.shape)}")
+        if data.dim() == 2:
+            T, rows = data.size(0), []
+        else:
+            T, rows = data.size(int(self.batch_first)), [data.size(1 - int(self.batch_first))]
+        if not T:
+            raise ValueError(f"input: expected at least one step, got shape {tuple(data.shape)}")
+        return data, rows
+
+    def _acts(self) -> bool:
+        return bool((self.training and self.recurrent_dropout) or self.zoneout_h or self.zoneout_c)
+
+    def _one(  # type: ignore[override]
+        self, weights: Sequence[Weights], options: dict[str, Any], packed: Frozen | None, reason: str | None
+    ) -> Run:
+        regularization, states = options["regularization"], options["return_states"]
+        rates: list[float] = [] if regularization is None else list(regularization[:3])
+        seed: Any = None if regularization is None else regularization.seed
+        rows = options["lengths"], options["reset"], seed
+
+        def run(j: int, reverse: bool, x: Tensor, state0: Sequence[Tensor] | None) -> list[Tensor]:
+            tensors = x, state0 or [], weights[j], options["scalars"], *rows
+            how = self._key, reverse, self.recompute, options["detach_every"], rates, j
+            call = CellCall._make((*tensors, *how))
+            return self._one_call(call, states, reason, None if packed is None else packed.packed[j])
+
+        return run
+
+
+class RecurrentCell(CellModule):
+    """One step of any cell, with the arguments of ``torch.nn.LSTMCell``.
+
+    Parameters: as of ``Recurrent``, without ``_l0`` after their names. ``last_path`` is as there.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong, or the cell has a name that the layer has too.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(cell, Cell) and cell.projects:
+            raise ValueError(f"cell: expected one without a projection, got {cell!r}; Recurrent takes it")
+        self._set_cell(cell, input_size, hidden_size)
+        self._add_parameters({"": self.input_size}, bias, device, dtype)
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.cell!r}, {self.input_size}, {self.hidden_size}"
+        return sizes if self.bias else f"{sizes}, bias=False"
+
+    def forward(self, input: Tensor, hx: Any = None, **scalars: Any) -> Any:
+        """One step.
+
+        Args:
+            input: (B, I) or (I,).
+            hx: The state, (B, H) or (H,): a tensor for a cell of one state, a tuple for one of several; None
+                is where the cell's states start.
+            scalars: The cell's numbers of each row by name, (B,) or a number.
+
+        Returns:
+            The new state, as ``hx``.
+
+        Raises:
+            TypeError, ValueError: An argument is wrong; the message names it.
+        """
+        if paths.is_proxy(input):
+            return paths.call_module(self, input, hx, **scalars)
+        packed = self._packed()
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
+        if input.dim() not in (1, 2) or input.size(-1) != self.input_size:
+            I = self.input_size
+            raise ValueError(f"input: expected shape (B, {I}) or ({I},), got {tuple(input.shape)}")
+        weights = self._weights() if packed is None else packed.weights
+        state0 = self._state(hx)
+        input, state0 = self._cast(input, state0, weights)
+        sizes = [(*input.shape[:-1], self.hidden_size) for _ in self.cell.states]
+        self._check(input, state0, sizes, weights)
+        numbers = self._scalars(scalars, input, tuple(input.shape[:-1]), "")
+        reason = self._reason(input, state0, weights, False)
+        self._choose(reason)
+        if packed is not None and reason is None:
+            packed.check(input, state0)
+        else:
+            packed = None
+        x, begin = input.unsqueeze(0), list(state0 or ())
+        if input.dim() == 1:
+            x, begin, numbers = x.unsqueeze(0), [s.unsqueeze(0) for s in begin], [s[None] for s in numbers]
+        numbers = [s.unsqueeze(0) for s in numbers]
+        call = CellCall(x, begin, weights[0], numbers, None, None, None, self._key)
+        found = self._one_call(call, False, reason, None if packed is None else packed.packed[0])[1:]
+        if input.dim() == 1:
+            found = [s.squeeze(0) for s in found]
+        return tuple(found) if len(found) > 1 else found[0]
