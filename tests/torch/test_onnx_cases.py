@@ -16,6 +16,7 @@ import pytest
 from fusedrnn.bench.libraries import TOLERANCE
 from fusedrnn.bench.peer_onnx import GATES, IR, OPSET
 from fusedrnn.cells import gru, lstm, rnn
+from fusedrnn.cells.zoo import peephole_lstm
 from fusedrnn.kernels import forward
 
 onnx = pytest.importorskip("onnx")
@@ -27,7 +28,7 @@ INPUTS = ("X", "W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P")
 REVERSE = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
 
 
-def cell_of(op, attributes):
+def cell_of(op, attributes, peepholes):
     """The cell that a node asks for; NotImplementedError where we have none."""
     directions = len(REVERSE[attributes.get("direction", "forward")])
     for name, usual in (("clip", None), ("input_forget", 0)):
@@ -41,13 +42,14 @@ def cell_of(op, attributes):
         raise NotImplementedError(f"activations {activations}")
     if op == "GRU":
         return gru.with_options(reset_after=bool(attributes.get("linear_before_reset", 0)))
-    return {"LSTM": lstm, "RNN": rnn}[op]
+    return {"LSTM": peephole_lstm if peepholes else lstm, "RNN": rnn}[op]
 
 
 def from_onnx(cell, rows):
     """Rows (G*H, ...) in our order of gates."""
+    order = GATES["lstm" if cell is peephole_lstm else cell.name]
     blocks = rows.reshape(cell.blocks["weight_ih"], -1, *rows.shape[1:])
-    return np.ascontiguousarray(blocks[np.argsort(GATES[cell.name])].reshape(rows.shape))
+    return np.ascontiguousarray(blocks[np.argsort(order)].reshape(rows.shape))
 
 
 def run(node, arrays, backend):
@@ -63,9 +65,7 @@ def run(node, arrays, backend):
         k: v.decode() if isinstance(v, bytes) else [s.decode() for s in v] if k == "activations" else v
         for k, v in attributes.items()
     }
-    cell = cell_of(node.op_type, attributes)
-    if "P" in arrays:
-        raise NotImplementedError("peepholes")
+    cell = cell_of(node.op_type, attributes, "P" in arrays)
     batch_first = attributes.get("layout", 0) == 1
     x = arrays["X"].swapaxes(0, 1) if batch_first else arrays["X"]
     states = [arrays[k].swapaxes(0, 1) if batch_first else arrays[k] for k in INPUTS[5:7] if k in arrays]
@@ -76,6 +76,8 @@ def run(node, arrays, backend):
         if "B" in arrays:
             given["bias_ih"], given["bias_hh"] = np.split(arrays["B"][d], 2)
         weights = {n: from_onnx(cell, w) for n, w in given.items()}
+        if "P" in arrays:
+            weights |= zip(("pi", "po", "pf"), np.split(arrays["P"][d], 3), strict=True)
         begin = tuple(np.ascontiguousarray(s[d]) for s in states) or None
         out = forward(cell, x, weights, begin, lengths=lengths, reverse=reverse, save=None, backend=backend)
         found.append((out.y, *out.stateT))
@@ -92,7 +94,6 @@ CASES = {
     "GRU": ("defaults", "with_initial_bias", "seq_length", "batchwise", "reverse", "bidirectional"),
     "RNN": ("defaults", "with_initial_bias", "seq_length", "batchwise", "reverse", "bidirectional"),
 }
-UNCOVERED = pytest.mark.xfail(raises=NotImplementedError, reason="peepholes: no cell of ours has them")
 
 
 def name_of(op, case):
@@ -127,14 +128,7 @@ def test_no_case_is_left_out():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name_of(op, case), marks=UNCOVERED if "peepholes" in case else ())
-        for op, names in CASES.items()
-        for case in names
-    ],
-)
+@pytest.mark.parametrize("name", [name_of(op, case) for op, names in CASES.items() for case in names])
 def test_node_case(name, backend):
     if name not in collected():
         pytest.skip(f"onnx {onnx.__version__} has no {name}")
@@ -163,6 +157,7 @@ def test_the_case_that_tells_the_two_gru_apart_does():
 
 KINDS = {
     "LSTM": ("LSTM", {}),
+    "LSTM with peepholes": ("LSTM", {}),
     "GRU reset before": ("GRU", {"linear_before_reset": 0}),
     "GRU reset after": ("GRU", {"linear_before_reset": 1}),
     "RNN tanh": ("RNN", {"activations": ["Tanh"]}),
@@ -170,7 +165,7 @@ KINDS = {
 }
 
 
-def random_model(op, attributes, direction, ragged, begins, sizes, seed):
+def random_model(op, attributes, direction, ragged, begins, peepholes, sizes, seed):
     """A model of one node, and its inputs by name."""
     T, B, I, H = sizes
     D, G = len(REVERSE[direction]), {"LSTM": 4, "GRU": 3, "RNN": 1}[op]
@@ -185,11 +180,13 @@ def random_model(op, attributes, direction, ragged, begins, sizes, seed):
         arrays["sequence_lens"] = rng.permutation(np.linspace(1, T, B).astype(np.int32))
     if begins:
         arrays |= {k: draw(D, B, H) for k in INPUTS[5 : 7 if op == "LSTM" else 6]}
+    if peepholes:
+        arrays["P"] = draw(D, 3 * H)
     attributes = {"hidden_size": H, "direction": direction} | attributes
     if "activations" in attributes:
         attributes["activations"] = attributes["activations"] * D
     make = onnx.helper
-    slots = INPUTS[: 7 if op == "LSTM" else 6]
+    slots = INPUTS[: 8 if op == "LSTM" else 6]
     outputs = ["Y", "Y_h", "Y_c"][: 3 if op == "LSTM" else 2]
     node = make.make_node(op, [k if k in arrays else "" for k in slots], outputs, **attributes)
     kinds = {np.dtype(np.float32): onnx.TensorProto.FLOAT, np.dtype(np.int32): onnx.TensorProto.INT32}
@@ -214,7 +211,8 @@ def test_onnx_runtime_agrees(kind, direction, ragged, begins, backend):
     ort = pytest.importorskip("onnxruntime")
     op, attributes = KINDS[kind]
     for seed, sizes in itertools.product(range(2), ((7, 5, 3, 11), (1, 3, 4, 8), (23, 2, 16, 33))):
-        model, arrays = random_model(op, attributes, direction, ragged, begins, sizes, seed)
+        peepholes = kind == "LSTM with peepholes"
+        model, arrays = random_model(op, attributes, direction, ragged, begins, peepholes, sizes, seed)
         onnx.checker.check_model(model)
         session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         expected = session.run(None, arrays)
