@@ -141,10 +141,11 @@ class Cast(Function):
         self.dtype = dtype
 
     def forward(self, x: Array) -> Array:
+        self.before = x.dtype
         return cuda.as_array(x, self.dtype)
 
     def backward(self, gy: Variable) -> Array:
-        return gy._data
+        return cuda.as_array(gy._data, self.before)
 
 
 class Dropout(Function):

@@ -58,6 +58,7 @@ FUNCTIONS = {
     "concatenate": (lambda a, b: F.concatenate([a, b], axis=1), [(3, 4), (3, 2)]),
     "stack": (lambda a, b: F.stack([a, b], axis=1), [(3, 4), (3, 4)]),
     "where": (lambda a, b: F.where(np.arange(4) > 1, a, b), [(3, 4), (4,)]),
+    "cast": (lambda a: F.cast(a, np.longdouble), [(3, 4)]),
     "linear": (F.linear, [(3, 4), (4, 2), (2,)]),
     "linear without bias": (F.linear, [(3, 4), (4, 2)]),
     "linear on a sequence": (F.linear, [(5, 3, 4), (4, 2), (2,)]),
