@@ -3,10 +3,6 @@
 python examples/irregular.py --plot irregular.png      what it shows: docs/irregular.md
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import irregular_series
 import numpy as np
 from irregular_series import BATCH, HIDDEN, LAST, RATE
@@ -58,11 +54,11 @@ def plot(path, found, values, gaps, predictions):
     """One held-out series with the predictions of the two best networks, and the losses of all."""
     from matplotlib.figure import Figure
 
-    colours = dict(zip(found["networks"], ("#999999", "#56b4e9", "#e69f00", "#0072b2"), strict=True))
+    colours = dict(zip(found["networks"], ("#999999", "#d55e00", "#009e73", "#0072b2"), strict=True))
     scores = {name: np.mean([r["rmse"] for r in n["runs"]]) for name, n in found["networks"].items()}
     figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    some = slice(LAST, LAST + 40)  # the observations at 1 + some are those that were predicted
+    left, right = figure.subplots(1, 2, width_ratios=(1.8, 1))
+    some = slice(LAST, LAST + 30)  # the observations at 1 + some are those that were predicted
     time = gaps[:, 0].cumsum()[some]
     left.plot(time, values[1:, 0][some], "o", color="black", mfc="white", ms=6, label="observed", zorder=3)
     for name, marker in zip(sorted(scores, key=scores.get)[:2], "xD", strict=True):
@@ -74,31 +70,27 @@ def plot(path, found, values, gaps, predictions):
         epochs = np.arange(1, losses.shape[1] + 1)
         right.plot(epochs, losses.mean(axis=0), color=colours[name], label=name)
         right.fill_between(epochs, losses.min(axis=0), losses.max(axis=0), color=colours[name], alpha=0.25)
-    right.set(xlabel="epoch", yscale="log", title=f"training loss: mean and range of {len(losses)} seeds")
+    right.set(
+        xlabel="epoch",
+        ylabel="MSE",
+        ylim=(0.35, 0.8),
+        title=f"training loss, mean and range of {len(losses)} seeds",
+    )
     for axes in (left, right):
+        axes.set_axisbelow(True)
         axes.grid(color="#eeeeee")
         axes.legend(fontsize=8, frameon=False)
     figure.savefig(path)
 
 
-def arguments():
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
-    options.add_argument("--epochs", type=int, default=25, help="default: %(default)s")
-    options.add_argument("--series", type=int, default=1024, help="of training (default: %(default)s)")
-    options.add_argument("--json", metavar="FILE", help="what was found goes here")
+def main(given=None):
+    options = irregular_series.arguments(__doc__)
     options.add_argument("--plot", metavar="PNG", help="draw a series, its predictions and the losses")
-    return options
-
-
-def main(args):
-    found, test = irregular_series.compare(train, args.seeds, args.epochs, args.series)
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    args = options.parse_args(given)
+    found, test = irregular_series.compare(train, args)
     if args.plot:
         plot(args.plot, found, *test)
-    return found
 
 
 if __name__ == "__main__":
-    main(arguments().parse_args())
+    main()

@@ -5,6 +5,10 @@ noise after random gaps. Asked for is the next observation; the gap to it is kno
 a Kalman filter that knows them gives the best possible prediction.
 """
 
+import argparse
+import json
+from pathlib import Path
+
 import numpy as np
 
 from fusedrnn.cells import cell, exp, gru, sigmoid, tanh
@@ -103,29 +107,42 @@ def rmse(predictions, values):
     return float(np.sqrt(np.mean((predictions - values[1:])[LAST - 1 :] ** 2)))
 
 
-def compare(train, seeds, epochs, count):
+def arguments(text):
+    """The options of both; ``text`` is the script's docstring."""
+    options = argparse.ArgumentParser(description=text.partition("\n")[0])
+    options.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
+    options.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
+    options.add_argument("--series", type=int, default=1024, help="of training (default: %(default)s)")
+    options.add_argument("--json", metavar="FILE", help="where what was found goes")
+    return options
+
+
+def compare(train, args):
     """Every forecast's RMSE on held-out series, printed; ``train`` trains one network and predicts.
 
     Returns what was found, and the held-out series with each network's predictions of the first seed.
     """
-    training, test = draw(count, seed=1), draw(TEST, seed=2)
+    training, test = draw(args.series, seed=1), draw(TEST, seed=2)
+    values = test[0]
     baselines = {
-        "last value": rmse(test[0][:-1], test[0]),
-        f"linear regression, last {LAST} values and gaps": rmse(linear_regression(training, *test), test[0]),
-        "Kalman filter that knows the processes": rmse(kalman_filter(*test), test[0]),
+        "last value": rmse(values[:-1], values),
+        f"linear regression, last {LAST} values and gaps": rmse(linear_regression(training, *test), values),
+        "Kalman filter that knows the processes": rmse(kalman_filter(*test), values),
     }
     for name, score in baselines.items():
         print(f"{name:46} RMSE {score:.4f}")
     networks, predictions = {}, {}
     for name, (its_cell, gap_is_input) in NETWORKS.items():
         runs = []
-        for seed in range(seeds):
-            parameters, losses, predicted = train(its_cell, gap_is_input, training, test, seed, epochs)
-            runs.append({"seed": seed, "rmse": rmse(predicted, test[0]), "losses": losses})
+        for seed in range(args.seeds):
+            parameters, losses, predicted = train(its_cell, gap_is_input, training, test, seed, args.epochs)
+            runs.append({"seed": seed, "rmse": rmse(predicted, values), "losses": losses})
             predictions.setdefault(name, predicted)
         networks[name] = {"parameters": parameters, "runs": runs}
         scores = [run["rmse"] for run in runs]
         spread = f"{np.mean(scores):.4f}, {min(scores):.4f} to {max(scores):.4f}"
-        print(f"{name:46} RMSE {spread}, {seeds} seeds, {parameters} parameters")
-    found = {"series": count, "epochs": epochs, "baselines": baselines, "networks": networks}
+        print(f"{name:46} RMSE {spread}; {parameters} parameters")
+    found = {"series": args.series, "epochs": args.epochs, "baselines": baselines, "networks": networks}
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
     return found, (*test, predictions)

@@ -3,7 +3,6 @@
 python examples/torch/irregular.py      what it shows: docs/irregular.md
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -59,18 +58,6 @@ def train(cell, gap_is_input, training, test, seed, epochs):
     return sum(p.numel() for p in model.parameters()), losses, predictions
 
 
-def arguments():
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
-    options.add_argument("--epochs", type=int, default=25, help="default: %(default)s")
-    options.add_argument("--series", type=int, default=1024, help="of training (default: %(default)s)")
-    return options
-
-
-def main(args):
-    found, _ = irregular_series.compare(train, args.seeds, args.epochs, args.series)
-    return found
-
-
 if __name__ == "__main__":
-    main(arguments().parse_args())
+    torch.set_num_threads(1)  # at this size more of them wait for each other most of the time
+    irregular_series.compare(train, irregular_series.arguments(__doc__).parse_args())

@@ -200,6 +200,7 @@ SCRIPTS = (
     "plot_readme.py",
     "benchmarks_page.py",
     "frozen.py",
+    "irregular_page.py",
     "pollution_page.py",
     "recurrent_ppo.py",
     "scaling.py",
