@@ -216,10 +216,12 @@ class Data:
     reset: Array | None  # (T, B) bool
     dy: Array  # (T, B, D*H), the gradient that comes in on every step
     dstateT: tuple[Array, ...]  # (L*D, B, H) for each state
+    scalars: dict[str, Array]  # (T, B) for each row scalar of the cell
 
 
 def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
-    """Draw a standard problem: weights uniform in ±1/sqrt(H), everything else normal of order one.
+    """Draw a standard problem: weights uniform in ±1/sqrt(H), row scalars positive as time gaps are, at least
+    a quarter, everything else normal of order one.
 
     Drawn in float64 and then rounded, so that one seed is the same problem in every dtype.
     """
@@ -256,6 +258,7 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
         reset=np.random.default_rng(1).random((T, B)) < case.resets if case.resets else None,
         dy=normal(T, B, D * H),
         dstateT=states(),
+        scalars={name: (1 + abs(normal(T, B))) / 4 for name in case.cell.scalars},
     )
 
 
@@ -295,6 +298,7 @@ def astype(data: Data, dtype: npt.DTypeLike) -> Data:
         state0=None if data.state0 is None else tuple(map(cast, data.state0)),
         dy=cast(data.dy),
         dstateT=tuple(map(cast, data.dstateT)),
+        scalars={name: cast(a) for name, a in data.scalars.items()},
     )
 
 

@@ -15,7 +15,7 @@ from fusedrnn import cli, problems
 from fusedrnn.bench import JaxScan, TorchLoop, libraries, registry, runner
 from fusedrnn.bench.peer_loops import LoopInJax, LoopInTorch, LoopInTorchScript
 from fusedrnn.bench.timing import same_threads
-from fusedrnn.cells import builtin, cell, exp, maximum, sigmoid, tanh
+from fusedrnn.cells import builtin, cell, exp, maximum, sigmoid, tanh, where
 from fusedrnn.problems import Case, Shape
 from fusedrnn.threads import get_num_threads
 
@@ -51,6 +51,16 @@ def late(p, x, h):
     return z + u * (h - z)
 
 
+@cell
+def masked(p, x, h, *, dt, ys, now):
+    """Numbers of each row, one of which only a condition reads; a selection between two numbers."""
+    a, b = p.dense("a b", x, h)
+    rate = where(a > b, 0.1, 0.3) * p.vector("rate", init=1) * dt
+    return where(now > 0.4, h + rate * (tanh(a) - h), h * ys)
+
+
+XLA_THREADS = get_num_threads()  # as in the other tests of this process: XLA's pool keeps them
+
 CELLS = [
     builtin.gru,
     builtin.gru.with_options(layer_norm=True),
@@ -65,6 +75,9 @@ CELLS = [
     awkward,
     two_operands,
     late,
+    published.gru_d,
+    published.ltc,
+    masked,
 ]
 
 
@@ -79,7 +92,7 @@ def check(peer, cell, threads=1):
     """Outputs and gradients, in float64, are those of the reference."""
     data = problems.make(Case(cell, Shape(4, 3, 2, 5)), "float64")
     exact = libraries.Native(data, "reference").results()
-    assert set(exact) >= {"y", *cell.states, "dx", "dweight_ih"}
+    assert set(exact) >= {"y", *cell.states, "dx", "dweight_ih", *(f"d{name}" for name in cell.scalars)}
     libraries.check(cell.name, peer(data, threads).results(), exact, libraries.TOLERANCE["float64"])
 
 
@@ -95,7 +108,6 @@ def test_the_loop_in_pytorch_is_right(cell):
 def test_the_loops_of_random_cells_are_right(source):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     drawn = test_random_cells.made(source)
-    assume(not drawn.scalars)
     assume(not drawn.projects)
     data = problems.make(Case(drawn, Shape(3, 2, 2, 3)), "float64")
     exact = libraries.Native(data, "reference").results()
@@ -103,16 +115,18 @@ def test_the_loops_of_random_cells_are_right(source):
     libraries.check(source, LoopInTorch(data, 1).results(), exact, 1e-9)
 
 
-@pytest.mark.parametrize("cell", [published.mgu, published.everything], ids=repr)
+@pytest.mark.parametrize("cell", [published.mgu, published.everything, masked], ids=repr)
 def test_torchscript_compiles_the_loop(cell):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     check(LoopInTorchScript, cell)
 
 
-@pytest.mark.parametrize("cell", [awkward, pytest.param(published.mgu, marks=pytest.mark.slow)], ids=repr)
+@pytest.mark.parametrize(
+    "cell", [awkward, masked, pytest.param(published.mgu, marks=pytest.mark.slow)], ids=repr
+)
 def test_the_scan_in_jax_is_right(cell):
     pytest.importorskip("jax", reason="JAX is not installed")
-    check(LoopInJax, cell, get_num_threads())
+    check(LoopInJax, cell, XLA_THREADS)
 
 
 def test_the_loop_reads_as_people_write_it():
@@ -137,6 +151,13 @@ def test_the_loop_reads_as_people_write_it():
     ]
 
 
+def test_numbers_of_each_row_are_taken_apart_like_x():
+    lines = TorchLoop(published.gru_d).source().splitlines()
+    assert lines[4].endswith("bias_ih, w, b, dt, h):")
+    assert "    dt_all = dt[:, :, None]" in lines
+    assert "    v1_all = torch.exp(-torch.relu(w * dt_all + b))" in lines
+
+
 @pytest.mark.parametrize(
     ("cell", "products", "of_x_alone"),
     [
@@ -158,9 +179,15 @@ def test_a_step_has_one_product_for_each_operand(cell, products, of_x_alone):
 
 
 def test_cells_without_a_loop_say_so():
-    for other, why in ((published.gru_d, "takes dt"), (published.lstmp, "projects")):
-        with pytest.raises(ValueError, match=f"{other.name}: bench writes no loop yet for a cell that {why}"):
-            TorchLoop(other)
+    with pytest.raises(ValueError, match="lstmp: bench writes no loop yet for a cell that projects"):
+        TorchLoop(published.lstmp)
+
+
+def test_a_wrong_gradient_of_a_row_scalar_is_refused():
+    data = problems.make(Case(published.gru_d, Shape(4, 3, 2, 5)), "float64")
+    exact = libraries.Native(data, "reference").results()
+    with pytest.raises(RuntimeError, match="own: ddt is off by"):
+        libraries.check("own", exact | {"ddt": exact["ddt"] * (1 + 1e-6)}, exact, 1e-9)
 
 
 def test_a_wrong_loop_is_refused_and_not_timed(monkeypatch):

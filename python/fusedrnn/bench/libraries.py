@@ -69,6 +69,7 @@ def named(
     stateT: Sequence[Array],
     dx: Array | None = None,
     dweights: Sequence[Mapping[str, Any]] = (),
+    dscalars: Mapping[str, Any] | None = None,
 ) -> Results:
     """What a library computed, under the names and in the shapes in which ``check`` compares it.
 
@@ -85,6 +86,8 @@ def named(
     for n, (weights, gradients) in enumerate(zip(data.weights, dweights, strict=False)):
         for key in [key for key in weights if key in gradients]:
             results[f"d{key}[{n}]" if N > 1 else f"d{key}"] = gradients[key]
+    if dscalars is not None:
+        results |= {f"d{key}": dscalars[key] for key in data.scalars}
     return results
 
 
@@ -104,6 +107,8 @@ class Native:
         """One layer by itself, or several layers or directions."""
         data, case = self.data, self.data.case
         options: dict[str, Any] = {"lengths": data.lengths, "reset": data.reset}
+        if data.scalars:
+            options["scalars"] = data.scalars
         options["save"] = "all" if case.kind == "training" else None
         if case.kind == "training":
             options["backend"] = self.backend
@@ -126,7 +131,7 @@ class Native:
         if gradients is None:
             return named(self.data, out.y, out.stateT)
         dweights = gradients.dweights if len(self.weights) > 1 else [gradients.dweights]
-        return named(self.data, out.y, out.stateT, gradients.dx, dweights)
+        return named(self.data, out.y, out.stateT, gradients.dx, dweights, gradients.dscalars)
 
     def saved(self) -> dict[str, int] | None:
         """Bytes kept for backward: our own, and what we only borrow (outputs; of several layers also
@@ -209,7 +214,8 @@ def check(name: str, got: Results, truth: Results, tolerance: float) -> float:
     for key, exact in truth.items():
         if got[key].shape != exact.shape:
             raise RuntimeError(f"{name}: {key} has shape {got[key].shape}, expected {exact.shape}")
-        error = float(np.max(np.abs(got[key] - exact)) / np.max(np.abs(exact)))
+        largest = np.max(np.abs(exact)) or 1.0  # zeros, where only conditions read something
+        error = float(np.max(np.abs(got[key] - exact)) / largest)
         if not error <= tolerance:  # this way round a NaN fails
             raise RuntimeError(
                 f"{name}: {key} is off by {error:.1e} of its largest entry, not {tolerance:.0e}"

@@ -68,20 +68,21 @@ class Loop:
 
     def __init__(self, cell: Cell) -> None:
         t = cell.trace
-        if cell.scalars or cell.projects:
-            what = f"takes {', '.join(cell.scalars)} of each row and step" if cell.scalars else "projects"
-            raise ValueError(f"{cell.name}: bench writes no loop yet for a cell that {what}")
+        if cell.projects:
+            raise ValueError(f"{cell.name}: bench writes no loop yet for a cell that projects")
         self.cell, self.x, self.nodes = cell, t.x, cell.forward_nodes
         self.taken = {"x", "H", *self.words}
         self.name = self.fresh(cell.name)
         blocks = [name for name in cell.blocks if cell.two_biases or name != "bias_hh"]
         self.parameters = {name: self.fresh(name) for name in blocks}
+        self.scalars = {n: Value(self.fresh(name), ALL_STEPS) for name, n in t.scalars.items()}
         self.stage: dict[Node, int] = {}
         for n in self.nodes:
-            given = {"state": EACH_STEP, "input": ALL_STEPS}.get(n.op, ONCE)
+            given = {"state": EACH_STEP, "input": ALL_STEPS, "scalar": ALL_STEPS}.get(n.op, ONCE)
             self.stage[n] = max([given, *(self.stage[a] for a in n.args)])
         self.values = {n: Value(self.fresh(name), EACH_STEP) for name, n in t.states.items()}
         self.states = [v.name for v in self.values.values()]
+        self.values |= self.scalars
         self.users: dict[Node, list[Node]] = {n: [m for m in self.nodes if n in m.args] for n in self.nodes}
         self.uses = Counter(a for n in self.nodes for a in n.args)
         self.uses.update(t.after.values())
@@ -93,6 +94,8 @@ class Loop:
         self.whole: dict[Nodes, Value] = {}  # gates beside each other
         self.done: set[Node] = set()  # written with something else
         self.folded: set[Node] = set()  # whose biases stand with x
+        for name, _ in self.scalars.values():
+            self.assign(ALL_STEPS, name, f"{name}[:, :, None]")
         self.groups = self._groups()
         for nodes in self.groups.pop(self.x):
             self.product(self.x, nodes)
@@ -387,11 +390,12 @@ class Loop:
         return found
 
     def signature(self) -> str:
-        """The first line of the function: x, parameters and states."""
-        return f"def {self.name}({', '.join(['x', *self.parameters.values(), *self.states])}):"
+        """The first line of the function: x, parameters, row scalars and states."""
+        scalars = [value.name for value in self.scalars.values()]
+        return f"def {self.name}({', '.join(['x', *self.parameters.values(), *scalars, *self.states])}):"
 
     def source(self) -> str:
-        """The whole text: ``function(x, *parameters, *states) -> y, *states``."""
+        """The whole text: ``function(x, *parameters, *scalars, *states) -> y, *states``."""
         raise NotImplementedError
 
     def function(self) -> Callable[..., Any]:
@@ -446,6 +450,10 @@ class TorchLoop(Loop):
             bound = numbers.index(True)
             limit = "min" if op == "maximum" else "max"
             return f"torch.clamp({args[1 - bound]}, {limit}={args[bound]})"
+        if op == "where" and all(numbers[1:]):  # which would be of the default dtype
+            name = self.fresh("number")
+            self.assign(ONCE, name, f"x.new_full((), {args[1]})")
+            args = [args[0], name, args[2]]
         return super().call(op, args, numbers)
 
     def multiply(self, value: Text, weights: str, bias: str | None, added: Sequence[str], each: bool) -> Text:

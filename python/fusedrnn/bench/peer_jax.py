@@ -57,7 +57,7 @@ def step(jax: Any, cell: Cell, ax: Any, ah: Any, state: Any) -> Any:
 
 
 def build(jax: Any, data: Data) -> Any:
-    """``forward(x, weights, state0) -> y, stateT`` of the case."""
+    """``forward(x, weights, scalars, state0) -> y, stateT`` of the case, whose cell has no scalars."""
     case, np_ = data.case, jax.numpy
     valid = None
     if data.lengths is not None:
@@ -82,7 +82,7 @@ def build(jax: Any, data: Data) -> Any:
 
         return jax.lax.scan(body, state0, (ax, valid, fresh), reverse=reverse)
 
-    def forward(x: Any, weights: Any, state0: Any) -> Any:
+    def forward(x: Any, weights: Any, scalars: Any, state0: Any) -> Any:
         D = case.directions
         final = []
         for layer in range(case.layers):
@@ -107,22 +107,23 @@ class Jax:
         self.training = data.case.kind == "training"
         forward = self.forward()
 
-        def training(x: Any, weights: Any, state0: Any, upstream: Any) -> Any:
-            out, backward = jax.vjp(lambda x, weights: forward(x, weights, state0), x, weights)
+        def training(x: Any, weights: Any, scalars: Any, state0: Any, upstream: Any) -> Any:
+            out, backward = jax.vjp(lambda *given: forward(*given, state0), x, weights, scalars)
             return out, backward(upstream)
 
         _, B, _, H = data.case.shape
         N = data.case.layers * data.case.directions
         begin = data.case.cell.trace.start.values()
         starts = tuple(np.full((N, B, H), start, data.x.dtype) for start in begin)
-        arguments: Any = [data.x, data.weights, starts if data.state0 is None else data.state0]
+        arguments: Any = [data.x, data.weights, data.scalars]
+        arguments.append(starts if data.state0 is None else data.state0)
         if self.training:
             arguments.append((data.dy, data.dstateT))
         self.arguments = jax.device_put(arguments, jax.devices("cpu")[0])
         self.function = jax.jit(training if self.training else forward)
 
     def forward(self) -> Any:
-        """``forward(x, weights, state0) -> y, stateT``"""
+        """``forward(x, weights, scalars, state0) -> y, stateT``"""
         return build(self.jax, self.data)
 
     @classmethod
@@ -145,5 +146,5 @@ class Jax:
         if not self.training:
             y, stateT = result
             return named(self.data, y, stateT)
-        (y, stateT), (dx, dweights) = result
-        return named(self.data, y, stateT, dx, dweights)
+        (y, stateT), (dx, dweights, dscalars) = result
+        return named(self.data, y, stateT, dx, dweights, dscalars)

@@ -39,7 +39,8 @@ class LoopInTorch:
         self.function = self.prepared(loop)
         self.training = case.kind == "training"
         self.names = [*loop.parameters]
-        self.inputs = [torch.from_numpy(a) for a in (data.x, *(weights[name] for name in self.names))]
+        given = data.x, *(weights[name] for name in self.names), *data.scalars.values()
+        self.inputs = [torch.from_numpy(a) for a in given]
         for tensor in self.inputs:
             tensor.requires_grad_(self.training)
         shape = case.shape.B, case.shape.H
@@ -66,15 +67,18 @@ class LoopInTorch:
             with self.torch.no_grad():
                 return self.function(*self.inputs, *self.state0), None
         outputs = self.function(*self.inputs, *self.state0)
-        return outputs, self.torch.autograd.grad(outputs, self.inputs, self.upstream)
+        # What only conditions read has a gradient, of zeros.
+        options = {"materialize_grads": True}
+        return outputs, self.torch.autograd.grad(outputs, self.inputs, self.upstream, **options)
 
     def results(self) -> Results:
         outputs, gradients = self()
         y, *stateT = (o.detach().numpy() for o in outputs)
         if gradients is None:
             return named(self.data, y, stateT)
-        dx, *dweights = (d.numpy() for d in gradients)
-        return named(self.data, y, stateT, dx, [dict(zip(self.names, dweights, strict=True))])
+        dx, *others = (d.numpy() for d in gradients)
+        found = dict(zip([*self.names, *self.data.scalars], others, strict=True))
+        return named(self.data, y, stateT, dx, [found], found)
 
 
 class LoopInTorchScript(LoopInTorch):
@@ -96,12 +100,14 @@ class LoopInJax(Jax):
     """``jax.lax.scan`` over the steps, jitted."""
 
     def forward(self) -> Any:
-        """``forward(x, weights, state0) -> y, stateT``"""
+        """``forward(x, weights, scalars, state0) -> y, stateT``"""
         loop = JaxScan(self.data.case.cell)
         function = loop.function()
 
-        def forward(x: Any, weights: Any, state0: Any) -> Any:
+        def forward(x: Any, weights: Any, scalars: Any, state0: Any) -> Any:
+            # By name: JAX sorts what dictionaries hold.
             given = [weights[0][name] for name in loop.parameters]
+            given += [scalars[name] for name in loop.cell.scalars]
             y, *stateT = function(x, *given, *(s[0] for s in state0))
             return y, tuple(s[None] for s in stateT)
 
