@@ -371,5 +371,5 @@ def test_training_steps_of_ragged_rows_and_resets(rows, peer):
     """Their losses are compared with those of a variant of PyTorch's that can do the same."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
     case = Case(lstm, Shape(6, 5, 3, 17), "update", api="layer", **rows)
-    row = runner.run_case(case, "float32", "cpu", [peer], 1, True)
+    row = runner.run_case(case, "float32", "cpu", [peer], 1, runner.QUICK)
     assert row["libraries"].keys() == {runner.OURS, runner.FULL, peer}

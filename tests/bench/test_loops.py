@@ -196,7 +196,7 @@ def test_a_wrong_loop_is_refused_and_not_timed(monkeypatch):
     monkeypatch.setattr(runner, "time_blocks", lambda *arguments: pytest.fail("it was timed"))
     case = Case(published.mgu, Shape(4, 3, 2, 5))
     with pytest.raises(RuntimeError, match="torch-loop: y is off by"):
-        runner.run_case(case, "float32", "reference", ["torch-loop"], 1, quick=True)
+        runner.run_case(case, "float32", "reference", ["torch-loop"], 1, runner.QUICK)
 
 
 def test_a_cell_of_ones_own_is_timed_beside_its_loops(monkeypatch):

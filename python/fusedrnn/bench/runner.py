@@ -21,6 +21,8 @@ OURS = "fusedrnn"
 FULL = "fusedrnn full"  # the same case of ours without lengths and resets
 LONGEST = 5.0  # seconds a call; what is estimated to take longer is left out
 EXPECTED = 0.6  # of the rate of the matrix product, for that estimate
+# What time_blocks takes: blocks, the seconds of each, and the most for all of a library.
+QUICK, USUAL = (3, 0.02, 1.0), (9, 0.1, 5.0)
 
 Progress = Callable[[str, int, int], None]
 
@@ -35,7 +37,12 @@ def truth(case: Case, dtype: str, threads: int) -> Results:
 
 
 def run_case(
-    case: Case, dtype: str, backend: str, peers: Sequence[str], threads: int, quick: bool
+    case: Case,
+    dtype: str,
+    backend: str,
+    peers: Sequence[str],
+    threads: int,
+    timing: tuple[int, float, float] = USUAL,
 ) -> dict[str, Any]:
     """Check and time one case; a row for the table and the JSON file."""
 
@@ -51,9 +58,8 @@ def run_case(
         libraries[FULL] = registry.ours(problems.make(plain, dtype), backend, threads)
         errors[FULL] = check(FULL, libraries[FULL].results(), truth(plain, dtype, threads), TOLERANCE[dtype])
     del exact
-    blocks, seconds, limit = (3, 0.02, 1.0) if quick else (9, 0.1, 5.0)
     others = Others()
-    samples = time_blocks(libraries, blocks, seconds, limit)
+    samples = time_blocks(libraries, *timing)
     busy = others.share()
 
     work = problems.flops(case)
@@ -167,7 +173,7 @@ def run(
             if suite is not None and estimate > LONGEST:
                 skipped.append(f"{case}: about {estimate:.0f} s a call")
                 continue
-            row = run_case(case, dtype, chosen, taken, used, quick)
+            row = run_case(case, dtype, chosen, taken, used, QUICK if quick else USUAL)
             if peaks:
                 add_peaks(row, case, dtype, used, chosen)
             rows.append(row)

@@ -1,0 +1,139 @@
+"""The published cells beside the loops that people write for them, in PyTorch, TorchScript and JAX.
+
+    python bench/zoo.py            measure, on a quiet machine; write JSON and docs/zoo.md
+    python bench/zoo.py mgu ltc    measure these cells, and write nothing
+    python bench/zoo.py --check    only see whether the page is up to date
+
+Forward and backward in float32, every gradient, all threads. Each result is checked before it is timed, and
+the libraries are interleaved, as in ``fusedrnn bench``, whose cases these are for a cell of one's own.
+Needs PyTorch and JAX, except to check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from typing import Any
+
+from measured import END, ROOT, update
+
+from fusedrnn import system
+from fusedrnn.bench import registry, report, runner
+from fusedrnn.bench.libraries import version
+from fusedrnn.bench.timing import same_threads
+from fusedrnn.cells import Cell
+from fusedrnn.cells.zoo import ALL
+from fusedrnn.problems import Case, Shape
+
+FILE = ROOT / "bench" / "results" / "zoo-float32.json"
+PAGE, SCRIPT = "docs/zoo.md", "zoo.py"
+SHAPES = (Shape(100, 32, 16, 64), Shape(50, 32, 1, 32), Shape(100, 1, 1, 64))
+LARGE = Shape(100, 64, 64, 256)
+CELLS = {cell.name: cell for cell in ALL if not cell.projects}
+PEERS = {"torch-loop": "PyTorch", "torchscript": "TorchScript", "jax-scan": "JAX"}
+BLOCKS = 5
+NEW_SECTION = (
+    "## How fast\n\nForward and backward in float32 beside the loop over time that people write for a cell "
+    f"([benchmarks.md](benchmarks.md)), by `python bench/{SCRIPT}`.\n\n"
+    f"<!-- measured: begin, by bench/{SCRIPT} -->\n{END}\n\n"
+)
+
+
+def mean(values: list[float]) -> float:
+    """The geometric mean."""
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def measure(cells: list[Cell], shapes: list[Shape], seconds: float) -> dict[str, Any]:
+    """Every cell at every shape; ``seconds`` of each library there."""
+    cases = [Case(cell, shape) for cell in cells for shape in shapes]
+    registry.choose([*PEERS], cases, "float32", "cpu")  # or an error that says what to install
+    timing = BLOCKS, seconds / BLOCKS, 3 * seconds
+    rows = []
+    with same_threads(None) as threads:
+        for number, case in enumerate(cases, start=1):
+            row = runner.run_case(case, "float32", "cpu", [*PEERS], threads, timing)
+            each = {
+                name: {key: found[key] for key in ("ms", "spread", "ratio", "error") if key in found}
+                for name, found in row["libraries"].items()
+            }
+            rows.append({key: row[key] for key in ("cell", "shape", "others")} | {"libraries": each})
+            ratios = "  ".join(f"{PEERS[name]} {each[name]['ratio']:.2f}" for name in PEERS)
+            print(
+                f"{number}/{len(cases)} {case}: {each[runner.OURS]['ms']:.3g} ms, times ours {ratios}",
+                flush=True,
+            )
+    return {
+        "seconds": seconds,
+        "threads": threads,
+        "environment": system.environment() | {"jax": version("jax")},
+        "rows": rows,
+    }
+
+
+def section(found: dict[str, Any]) -> str:
+    """The page's table."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        rows.setdefault(row["cell"], []).append(row["libraries"])
+    lines = [
+        "| cell | ours, ms | " + " | ".join(PEERS.values()) + " | least of PyTorch and TorchScript |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    figures = []
+    for cell, each in rows.items():
+        ratios = [mean([libraries[name]["ratio"] for libraries in each]) for name in PEERS]
+        torch = runner.torch_variants(PEERS)
+        ratios.append(min(libraries[name]["ratio"] for libraries in each for name in torch))
+        figures.append(ratios)
+        lines.append(f"| `{cell}` | {each[0][runner.OURS]['ms']:.3g} | {joined(ratios)} |")
+    columns = [mean([*column]) for column in zip(*figures, strict=True)]
+    lines.append(f"| geometric mean | | {joined(columns)} |")
+    shapes = list(dict.fromkeys(str(Shape(*row["shape"])) for row in found["rows"]))
+    environment = found["environment"]
+    machine = environment["machine"]
+    busy = max(row["others"] or 0.0 for row in found["rows"])
+    least = min(ratios[-1] for ratios in figures)
+    lines += [
+        "",
+        f"Our time at (T,B,I,H) = {shapes[0]}; then how many times ours the others take, geometric means of "
+        f"{', '.join(shapes)}, and the least ratio at any of them to the faster of the loop in PyTorch and "
+        f"TorchScript, of all cells {least:.2f}. Backend `cpu`, {environment['isa']}, {found['threads']} "
+        f"thread(s) for everybody, PyTorch {environment['torch']}, JAX {environment['jax']}, "
+        f"{machine.get('model name', machine['architecture'])}, {environment['date'][:10]}; other processes "
+        f"took up to {busy:.0%} of the cores.",
+    ]
+    return "\n".join(lines)
+
+
+def joined(ratios: list[float]) -> str:
+    return " | ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="measure these, and write nothing")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of each library, cell and shape")
+    parser.add_argument("--large", action="store_true", help=f"also at {LARGE}")
+    parser.add_argument("--check", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    if unknown := [name for name in options.cells if name not in CELLS]:
+        parser.error(f"expected cells out of {', '.join(CELLS)}, got {', '.join(unknown)}")
+    if not options.check:
+        shapes = [*SHAPES, *([LARGE] if options.large else [])]
+        found = measure([CELLS[name] for name in options.cells or CELLS], shapes, options.seconds)
+        if options.cells:
+            print(section(found))
+            return 0
+        report.save(found, str(FILE))
+        page = ROOT / PAGE
+        if f"by bench/{SCRIPT}" not in page.read_text():
+            page.write_text(page.read_text().replace("## Built in\n", NEW_SECTION + "## Built in\n", 1))
+    return update(PAGE, SCRIPT, section(json.loads(FILE.read_text())), options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
