@@ -52,10 +52,16 @@ def measure(cells: list[Cell], shapes: list[Shape], seconds: float) -> dict[str,
     cases = [Case(cell, shape) for cell in cells for shape in shapes]
     registry.choose([*PEERS], cases, "float32", "cpu")  # or an error that says what to install
     timing = BLOCKS, seconds / BLOCKS, 3 * seconds
-    rows = []
+    rows: list[dict[str, Any]] = []
+    refused: list[str] = []
     with same_threads(None) as threads:
         for number, case in enumerate(cases, start=1):
-            row = runner.run_case(case, "float32", "cpu", [*PEERS], threads, timing)
+            try:
+                row = runner.run_case(case, "float32", "cpu", [*PEERS], threads, timing)
+            except RuntimeError as error:  # of the check; the others' figures are not lost for it
+                refused.append(f"{case}: {error}")
+                print(refused[-1], flush=True)
+                continue
             each = {
                 name: {key: found[key] for key in ("ms", "spread", "ratio", "error") if key in found}
                 for name, found in row["libraries"].items()
@@ -70,6 +76,7 @@ def measure(cells: list[Cell], shapes: list[Shape], seconds: float) -> dict[str,
         "seconds": seconds,
         "threads": threads,
         "environment": system.environment() | {"jax": version("jax")},
+        "refused": refused,
         "rows": rows,
     }
 
@@ -106,6 +113,8 @@ def section(found: dict[str, Any]) -> str:
         f"{machine.get('model name', machine['architecture'])}, {environment['date'][:10]}; other processes "
         f"took up to {busy:.0%} of the cores.",
     ]
+    if found["refused"]:
+        lines += ["", f"Not timed, since a result differs too much: {'; '.join(found['refused'])}."]
     return "\n".join(lines)
 
 
