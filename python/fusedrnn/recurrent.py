@@ -17,7 +17,13 @@ import numpy.typing as npt
 from fusedrnn import cells, cuda, npz, unfused
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable, config
-from fusedrnn.backends.arguments import check_cell, check_regularization, check_shape, check_whole
+from fusedrnn.backends.arguments import (
+    check_cell,
+    check_proj_size,
+    check_regularization,
+    check_shape,
+    check_whole,
+)
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.layer import Layer, checked_dtype, drawn
 
@@ -88,8 +94,7 @@ class Recurrent(Layer):
     ) -> None:
         self.cell = check_cell(cell)
         self.hidden_size = check_whole("hidden_size", hidden_size)
-        limits = (1, self.hidden_size) if cell.projects else (0, 0)
-        self.proj_size = check_whole("proj_size", proj_size, *limits)
+        self.proj_size = check_proj_size(cell, proj_size, self.hidden_size)
         self.in_size = None if in_size is None else check_whole("in_size", in_size)
         self.num_layers = check_whole("num_layers", num_layers)
         self.bidirectional = bool(bidirectional)
@@ -114,8 +119,11 @@ class Recurrent(Layer):
         biases = ("bias_ih", "bias_hh") if self.two_biases else ("bias_ih",)
         vectors = (*(biases if bias else ()), *cell.vectors)
         for name in (*cell.states, *(name + suffix for name in cell.blocks for suffix in self.suffixes)):
-            if name not in ("h", "c") and hasattr(self, name):
-                raise ValueError(f"cell: expected other names than those of a layer's attributes, got {name}")
+            if name not in ("h", "c") and (hasattr(type(self), name) or name in vars(self)):
+                raise ValueError(
+                    "cell: expected names of states and parameters that are no attributes of a layer, got "
+                    f"{name}"
+                )
         for name in cell.scalars:
             if name in CALL:
                 raise ValueError(f"cell: expected other names than those of a call's arguments, got {name}")

@@ -46,7 +46,7 @@ def ind_rnn(p, x, h):
 def normed(p, x, h, c, n=1):
     """Three states, of which one starts from 1; two operands beside x; a norm; a vector from a function."""
     i, f, o = p.layer_norm("all", *p.dense("i f o", x, h))
-    f, n = sigmoid(f + p.vector("decay", init=np.ones) * c), sigmoid(f) * n + sigmoid(i)
+    f, n = sigmoid(f + 0.2 * p.vector("decay", init=np.ones) * c), sigmoid(f) * n + sigmoid(i)
     c = f * c + tanh(i) + tanh(p.dense("q", c / n))
     return sigmoid(o) * tanh(c / n), c, n
 
@@ -162,7 +162,7 @@ def test_a_name_that_a_layer_has_already_is_refused():
     def careless(p, x, dtype):
         return tanh(p.dense("a", x, dtype))
 
-    with pytest.raises(ValueError, match=r"cell: expected other names than those .* attributes, got dtype"):
+    with pytest.raises(ValueError, match=r"cell: expected names .* no attributes of a layer, got dtype"):
         L.Recurrent(careless, 5)
 
 
@@ -334,6 +334,22 @@ def test_masks_of_what_a_cell_does_not_have():
     for seed in (None, 1):
         with pytest.raises(ValueError, match=message):
             kernels.forward(ind_rnn, p.x, p.weights, regularization=Regularization(0.5, seed=seed))
+
+
+def test_a_cell_of_a_name_that_computes_something_else_is_not_pickled(monkeypatch):
+    """As after a second definition in a notebook, and after an edit of the file."""
+
+    @cell
+    def other(p, x, h):
+        return 2 * tanh(p.dense("n", x, h))
+
+    kept = pickle.dumps(mgu)
+    monkeypatch.setitem(globals(), "mgu", other)
+    with pytest.raises(pickle.UnpicklingError, match=r"test_own_cells.mgu computes something else than it"):
+        pickle.loads(kept)
+    with pytest.raises(pickle.PicklingError, match=r"the cell mgu is not what test_own_cells.mgu is now"):
+        pickle.dumps(OWN[0])
+    assert OWN[0].digest != OWN[1].digest
 
 
 def test_a_cell_inside_a_function_is_not_pickled():

@@ -196,6 +196,16 @@ def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) 
     return int(value)
 
 
+def check_proj_size(cell: Cell, value: Any, H: int) -> int:
+    """P, 1 to H, of a cell that projects; else 0."""
+    size = check_whole("proj_size", value, 0)
+    if cell.projects and not 1 <= size <= H:
+        raise ValueError(f"proj_size: expected 1 to {H}, as {cell!r} projects (p.project), got {size}")
+    if size and not cell.projects:
+        raise ValueError(f"proj_size: expected 0, as {cell!r} does not project (p.project), got {size}")
+    return size
+
+
 def check_shape(name: str, got: Any, expected: tuple[int, ...], hint: str = "") -> None:
     """A ValueError unless the shape, of an array or a tensor, is the expected one."""
     if tuple(got) != expected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import inspect
 import pickle
@@ -48,15 +49,13 @@ class Cell:
                 refuse(f"{self.name} has no option {name}; its options: {expected}")
         self.options = known | dict(options or {})
         chosen = tuple(self.options.items())
+        _check_options(self.name, self.options)
         self._key = function, chosen, repr(chosen)
 
     def with_options(self, **options: Any) -> Cell:
         """This cell with other values of some options: keyword arguments with a default."""
         chosen = tuple((self.options | options).items())
-        try:
-            hash(chosen)
-        except TypeError:
-            refuse(f"{self.name}: expected options that Python can hash, such as numbers, got {options}")
+        _check_options(self.name, options)
         return variant(self.function, chosen, repr(chosen))
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -77,7 +76,13 @@ class Cell:
             raise pickle.PicklingError(
                 f"the cell {self.name} is defined inside a function; define it at the top of a module"
             )
-        return _named, (self.__module__, self.__qualname__, self.options)
+        try:
+            _named(self.__module__, self.__qualname__, self.options, self.digest)
+        except (ImportError, AttributeError, pickle.UnpicklingError) as error:
+            raise pickle.PicklingError(
+                f"the cell {self.name} is not what {self.__module__}.{self.__qualname__} is now ({error})"
+            ) from error
+        return _named, (self.__module__, self.__qualname__, self.options, self.digest)
 
     def __deepcopy__(self, memo: Any) -> Cell:
         return self
@@ -125,6 +130,15 @@ class Cell:
     def widths(self, H: Any, P: Any) -> tuple[Any, ...]:
         """Of each state how many columns it has: P of the first one."""
         return (P, *[H] * (len(self.states) - 1))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what a step computes, and of the order of the parameters: 16 hexadecimal digits."""
+        t, number = self.trace, {n: k for k, n in enumerate(self.forward_nodes)}
+        lines = [(n.op, repr(n.attribute), *(number[a] for a in n.args)) for n in number]
+        ends = [(name, t.start[name], number[n]) for name, n in t.after.items()]
+        text = repr((lines, ends, list(self.blocks.items()), self.scalars))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def two_biases(self) -> bool:
@@ -215,10 +229,19 @@ def variant(function: Callable[..., Any], options: tuple[tuple[str, Any], ...], 
     return Cell(function, dict(options))
 
 
-def _named(module: str, name: str, options: dict[str, Any]) -> Cell:
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    try:
+        hash(tuple(options.values()))
+    except TypeError:
+        refuse(f"{name}: expected options that Python can hash, such as numbers, got {dict(options)}")
+
+
+def _named(module: str, name: str, options: dict[str, Any], digest: str) -> Cell:
     """A cell that was pickled, by where it is found."""
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
     chosen: Cell = found.with_options(**options)
+    if chosen.digest != digest:
+        raise pickle.UnpicklingError(f"{module}.{name} computes something else than it did")
     return chosen

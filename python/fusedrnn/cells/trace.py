@@ -147,6 +147,8 @@ class Parameters:
                 "p.vector: the names of other parameters begin with weight_, bias_ and gain_; expected "
                 f"another name, got {name}"
             )
+        if name in self._trace.states:
+            refuse(f"p.vector: {name} is the name of a state; expected another name")
         _check_start(init)
         if name not in self._trace.blocks:
             self._block(name, name, init)
@@ -279,7 +281,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _check_start(init: Any) -> None:
-    pair = isinstance(init, tuple) and len(init) == 2 and all(map(_is_finite, init))
+    pair = isinstance(init, tuple) and len(init) == 2 and all(map(_is_finite, init)) and init[0] <= init[1]
     if not (_is_finite(init) or pair or callable(init)):
         refuse(
             "p.vector: expected init to be a finite number, a pair of them (low, high), or a function that "
@@ -339,6 +341,11 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
                 raise CellError(
                     f"{lines.definition()}\n{t.name}: expected the input x as the second argument, before "
                     "the states; got a state of that name"
+                )
+            if name.startswith(("weight_", "bias_", "gain_")):
+                raise CellError(
+                    f"{lines.definition()}\n{t.name}: the names of parameters begin with weight_, bias_ and "
+                    f"gain_; expected another name of a state, got {name}"
                 )
             start = 0.0 if argument.default is argument.empty else argument.default
             if not _is_finite(start):
@@ -402,7 +409,10 @@ def _returned(t: Trace, found: Any, lines: _Lines) -> Sequence[Symbol | Projecte
     new = found if isinstance(found, tuple) else (found,)
     if len(new) != len(t.states):
         values = "1 value" if len(new) == 1 else f"{len(new)} values"
-        raise CellError(f"{expected} and nothing else, got {values}")
+        hint = ""
+        if len(new) < len(t.states):
+            hint = "; what is not a state, such as a time gap, stands after *: `*, dt`"
+        raise CellError(f"{expected} and nothing else, got {values}{hint}")
     for name, value in zip(t.states, new, strict=True):
         projected = isinstance(value, Projected) and value is new[0]
         if not isinstance(value, Symbol) and not projected:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import hashlib
 import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -53,7 +52,8 @@ def key_of(cell: Cell) -> str:
     """What stands for a cell in the operators: where it is found in any process, and a digest of what it
     computes, so that compiled code is not that of another version of it; or a number."""
     if cell not in _keys:
-        key = f"{cell.__module__}:{cell.__qualname__}:{_digest(cell)}"
+        _ = cell.states, cell.blocks, cell.scalars  # known before a compiler asks, which cannot derive them
+        key = f"{cell.__module__}:{cell.__qualname__}:{cell.digest}"
         if cell.options:
             key += f":{tuple(cell.options.items())!r}"
         try:
@@ -87,13 +87,9 @@ def _found(key: str) -> Cell:
         raise TypeError(f"it is of type {type(found).__name__}")
     if options:
         found = found.with_options(**dict(ast.literal_eval(options[0])))
-    if _digest(found) != digest:
+    if found.digest != digest:
         raise ValueError("it computes something else than it did")
     return found
-
-
-def _digest(cell: Cell) -> str:
-    return hashlib.sha256(str(cell).encode()).hexdigest()[:8]
 
 
 class CellCall(NamedTuple):

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn.backends.arguments import check_batch_sizes, check_regularization, check_shape, check_whole
+from fusedrnn.backends.arguments import (
+    check_batch_sizes,
+    check_proj_size,
+    check_regularization,
+    check_shape,
+    check_whole,
+)
 from fusedrnn.backends.cpu import WEIGHTS
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import Cell
@@ -51,9 +57,7 @@ class CellModule(Freezable):
         self._cell = cell
         self.input_size = check_whole("input_size", input_size)
         self.hidden_size = check_whole("hidden_size", hidden_size)
-        self.proj_size = check_whole(
-            "proj_size", proj_size, *((1, self.hidden_size) if cell.projects else (0, 0))
-        )
+        self.proj_size = check_proj_size(cell, proj_size, self.hidden_size)
         for name in cell.scalars:
             if name in inspect.signature(self.forward).parameters:
                 raise ValueError(f"cell: expected other names than those of forward's arguments, got {name}")
@@ -163,8 +167,12 @@ class CellModule(Freezable):
 
     def _check(self, data: Tensor, state0: Any, sizes: Any, weights: list[Weights]) -> None:
         """Raise unless tensors are what the cell takes; ``sizes`` are those of the states."""
-        if not data.is_floating_point():
-            raise TypeError(f"input: expected floating-point numbers, got {data.dtype}")
+        first = weights[0][0]
+        if data.dtype != first.dtype or data.device != first.device:
+            raise TypeError(
+                f"input: expected {first.dtype} on {first.device}, as the weights are, got {data.dtype} on "
+                f"{data.device}"
+            )
         for name, s, size in zip(self.cell.states, state0 or (), sizes, strict=state0 is not None):
             check_shape(f"hx {name}" if len(sizes) > 1 else "hx", s.shape, size)
             _check_kind("hx", s, data)
@@ -185,11 +193,13 @@ class CellModule(Freezable):
             if name not in self.cell.scalars:
                 known = ", ".join(self.cell.scalars) or "none"
                 raise TypeError(
-                    f"{name}: no argument of this layer; those of its cell's row scalars: {known}"
+                    f"{name}: no argument of this layer; its cell's numbers of each row and step: {known}"
                 )
         found = []
         for name in self.cell.scalars:
             value = given.get(name)
+            if isinstance(value, PackedSequence):
+                value = value.data
             if value is None:
                 raise TypeError(f"{name}: expected numbers of shape {shape}, which the cell takes, got none")
             value = value if isinstance(value, Tensor) else torch.as_tensor(value)
