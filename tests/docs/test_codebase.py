@@ -204,6 +204,8 @@ SCRIPTS = (
     "pollution_page.py",
     "recurrent_ppo.py",
     "scaling.py",
+    "speechbrain_ligru.py",
+    "zoo.py",
 )
 
 
