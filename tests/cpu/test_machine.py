@@ -112,7 +112,6 @@ def test_the_rest_of_the_zoo_is_that_of_the_reference(cell):
     assert_standard(MACHINE, p, run(REFERENCE, p.astype(np.longdouble)))
 
 
-@pytest.mark.quick
 @DTYPES
 @pytest.mark.parametrize("cell", NORMS, ids=name)
 def test_badly_conditioned_norms(cell, dtype):
@@ -258,7 +257,6 @@ RATES = [(0.3, 0.4, 0.4, 7), (0.3, 0.4, 0.4), (0.3, 0, 0, 8), (0, 0.4, 0, 9), (0
 MASKED = [(2, 3, 5, 7), (200, 13, 3, 33)]
 
 
-@pytest.mark.quick
 @DTYPES
 @pytest.mark.parametrize("cell", COMPILED, ids=name)
 def test_masks_and_recompute_have_the_bits_of_the_kernels(cell, dtype, threads):
@@ -273,7 +271,6 @@ def test_masks_and_recompute_have_the_bits_of_the_kernels(cell, dtype, threads):
                 assert_bitwise_equal(run(MACHINE, p, save=save), want)
 
 
-@pytest.mark.quick
 @DTYPES
 @pytest.mark.parametrize("cell", [*OWN, everywhere, norms], ids=name)
 def test_masks_and_recompute_of_other_cells(cell, dtype, threads):
@@ -289,7 +286,6 @@ def test_masks_and_recompute_of_other_cells(cell, dtype, threads):
                 assert_bitwise_equal(run(MACHINE, p, save="boundary_states"), want)
 
 
-@pytest.mark.quick
 @DTYPES
 @pytest.mark.parametrize("cell", [*OWN, everywhere, norms], ids=name)
 def test_threads(cell, dtype, threads):
@@ -302,7 +298,6 @@ def test_threads(cell, dtype, threads):
             assert_bitwise_equal(run(MACHINE, p), want)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("cell", [*OWN, everywhere, norms], ids=name)
 def test_batch_sizes(cell):
     p = problem(cell, 6, 19, 5, 23, dtype=np.float32, **EVERYTHING)
