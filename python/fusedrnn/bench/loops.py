@@ -1,6 +1,6 @@
 """The loop over time that people write for a cell, as source text: in PyTorch, and with JAX's ``scan``.
 
-It is written as somebody would who knows the library. What depends on no state is computed for all steps
+It is what an experienced user of the library would write. What depends on no state is computed for all steps
 before the loop. ``unbind`` takes the sequences apart. A step makes one product for each recurrent operand, of
 all its gates; PyTorch's ``addmm`` adds what x gives in the same operation.
 """
