@@ -103,7 +103,7 @@ def names(cell: Cell) -> tuple[str, ...]:
 def pack(cell: Cell, weights: Weights) -> Packed:
     """Weights prepared for repeated calls."""
     checked, *_ = check_weights(cell, weights)
-    return Packed(cell, checked, _core.machine_pack(plan(cell), [checked.get(name) for name in names(cell)]))
+    return Packed(cell, checked, pack_given(cell, [checked.get(name) for name in names(cell)]))
 
 
 def forward(
