@@ -1,5 +1,7 @@
 """fusedrnn: fused LSTM, Elman RNN and GRU, forward and backward, for training from Python.
 
+::
+
     import fusedrnn
     import fusedrnn.functions as F
     import fusedrnn.layers as L

@@ -82,6 +82,7 @@ class Variable:
 
     @property
     def data(self) -> Any:
+        """The array, or None where its size is not known yet. To set it counts as a change."""
         return self._data
 
     @data.setter
@@ -91,18 +92,22 @@ class Variable:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
         return self._data.shape
 
     @property
     def ndim(self) -> int:
+        """The number of axes."""
         return self._data.ndim
 
     @property
     def size(self) -> int:
+        """The number of elements."""
         return self._data.size
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """The dtype of the array."""
         return self._data.dtype
 
     def __len__(self) -> int:
@@ -158,6 +163,7 @@ class Variable:
         return f"variable({text})"
 
     def cleargrad(self) -> None:
+        """Set ``grad`` to None."""
         self.grad = None
 
     def backward(self, retain_grad: bool = False, create_graph: bool = False, *, grad: Any = None) -> None:
@@ -248,18 +254,22 @@ class Variable:
                     functions.append(x.creator)
 
     def reshape(self, *shape: Any) -> Variable:
+        """The same elements in another shape, which may be given as one tuple or as several numbers."""
         return Reshape(shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape)(self)
 
     def transpose(self, *axes: Any) -> Variable:
+        """The axes in another order, as in ``numpy.transpose``; without an argument in reverse order."""
         if len(axes) == 1 and not isinstance(axes[0], int):
             return Transpose(axes[0])(self)
         return Transpose(axes or None)(self)
 
     @property
     def T(self) -> Variable:
+        """The axes in reverse order."""
         return Transpose(None)(self)
 
     def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Variable:
+        """The sum over all elements, or over the axes ``axis``, which ``keepdims`` keeps with length 1."""
         return Sum(axis, keepdims)(self)
 
     def __getitem__(self, index: Any) -> Variable:
@@ -315,6 +325,7 @@ class Parameter(Variable):
 
     @property
     def data(self) -> Any:
+        """The array. Whoever reads it may write into it, so ``private`` becomes False."""
         self.private = False
         return self._data
 
@@ -411,9 +422,11 @@ class Function:
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def forward(self, *xs: Any) -> Any:
+        """The outputs, an array or a tuple of arrays, for the arrays of the inputs."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def backward(self, *gys: Any) -> Any:
+        """The gradient of each input, an array, a Variable or None, for the gradient of each output."""
         raise NotImplementedError(f"{type(self).__name__}.backward")
 
     def gradients(self, retain_grad: bool) -> list[Variable | None]:
@@ -469,6 +482,8 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 class Add(Function):
+    """``a + b``, with broadcasting."""
+
     def forward(self, a: Array, b: Array) -> Array:
         return a + b
 
@@ -478,6 +493,8 @@ class Add(Function):
 
 
 class Sub(Function):
+    """``a - b``, with broadcasting."""
+
     def forward(self, a: Array, b: Array) -> Array:
         return a - b
 
@@ -487,6 +504,8 @@ class Sub(Function):
 
 
 class Mul(Function):
+    """``a * b``, with broadcasting."""
+
     def forward(self, a: Array, b: Array) -> Array:
         return a * b
 
@@ -499,6 +518,8 @@ class Mul(Function):
 
 
 class Div(Function):
+    """``a / b``, with broadcasting."""
+
     def forward(self, a: Array, b: Array) -> Array:
         return a / b
 
@@ -511,6 +532,8 @@ class Div(Function):
 
 
 class Neg(Function):
+    """``-a``."""
+
     def forward(self, a: Array) -> Array:
         return -a
 
@@ -534,6 +557,8 @@ class Pow(Function):
 
 
 class MatMul(Function):
+    """``a @ b`` of two matrices."""
+
     def forward(self, a: Array, b: Array) -> Array:
         if a.ndim != 2 or b.ndim != 2:
             raise ValueError(f"matmul: shapes {a.shape} and {b.shape}, expected two matrices")
@@ -548,6 +573,8 @@ class MatMul(Function):
 
 
 class Sum(Function):
+    """The sum over axes."""
+
     def __init__(self, axis: int | tuple[int, ...] | None, keepdims: bool) -> None:
         self.axis, self.keepdims = axis, keepdims
 
@@ -562,6 +589,8 @@ class Sum(Function):
 
 
 class Reshape(Function):
+    """The same elements in another shape."""
+
     def __init__(self, shape: Any) -> None:
         self.shape = shape
 
@@ -573,6 +602,8 @@ class Reshape(Function):
 
 
 class Transpose(Function):
+    """The axes in another order."""
+
     def __init__(self, axes: tuple[int, ...] | None) -> None:
         self.axes = axes
 
@@ -584,6 +615,8 @@ class Transpose(Function):
 
 
 class GetItem(Function):
+    """``a[index]``, for every index that NumPy takes."""
+
     def __init__(self, index: Any) -> None:
         self.index = index
 

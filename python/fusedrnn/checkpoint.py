@@ -1,5 +1,7 @@
 """Checkpoints: all that training needs to go on to the same bits, in one file, written whole or not at all.
 
+::
+
     checkpoint.save("run.ckpt", model, optimizer, loader, epoch=7, losses=losses)
     progress = checkpoint.load("run.ckpt", model, optimizer, loader)
 

@@ -17,6 +17,8 @@ from fusedrnn.cells import Cell
 
 
 class Exp(Function):
+    """The exponential of each element."""
+
     def forward(self, x: Array) -> Array:
         self.y = cuda.get_array_module(x).exp(x)
         return self.y
@@ -26,6 +28,8 @@ class Exp(Function):
 
 
 class Log(Function):
+    """The natural logarithm of each element."""
+
     def forward(self, x: Array) -> Array:
         return cuda.get_array_module(x).log(x)
 
@@ -34,6 +38,8 @@ class Log(Function):
 
 
 class Tanh(Function):
+    """The hyperbolic tangent of each element."""
+
     def forward(self, x: Array) -> Array:
         self.y = cuda.get_array_module(x).tanh(x)
         return self.y
@@ -43,7 +49,7 @@ class Tanh(Function):
 
 
 class Sigmoid(Function):
-    """1 / (1 + exp(-x)), by exp(-|x|), which cannot overflow."""
+    """``1 / (1 + exp(-x))``, by ``exp(-|x|)``, which cannot overflow."""
 
     def forward(self, x: Array) -> Array:
         xp = cuda.get_array_module(x)
@@ -68,6 +74,8 @@ class ReLU(Function):
 
 
 class Concatenate(Function):
+    """Arrays joined along an axis that they have."""
+
     def __init__(self, axis: int) -> None:
         self.axis = axis
 
@@ -80,6 +88,8 @@ class Concatenate(Function):
 
 
 class Stack(Function):
+    """Arrays of one shape joined along a new axis."""
+
     def __init__(self, axis: int) -> None:
         self.axis = axis
 
@@ -137,6 +147,8 @@ class Linear(Function):
 
 
 class Cast(Function):
+    """The elements in another dtype; the gradient goes back in the dtype of the input."""
+
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
 
@@ -149,6 +161,8 @@ class Cast(Function):
 
 
 class Dropout(Function):
+    """Zeros for a share ``ratio`` of the elements, the others divided by ``1 - ratio``."""
+
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
 
@@ -164,6 +178,8 @@ class Dropout(Function):
 
 
 class MeanSquaredError(Function):
+    """See ``mean_squared_error``."""
+
     def __init__(self, mask: Any = None) -> None:
         self.mask = mask
 
@@ -191,6 +207,8 @@ class MeanSquaredError(Function):
 
 
 class SoftmaxCrossEntropy(Function):
+    """See ``softmax_cross_entropy``."""
+
     def __init__(self, mask: Any = None) -> None:
         self.mask = mask
 
@@ -342,26 +360,38 @@ def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str
 
 
 def exp(x: Any) -> Variable:
+    """The exponential of each element."""
     return Exp()(x)
 
 
 def log(x: Any) -> Variable:
+    """The natural logarithm of each element."""
     return Log()(x)
 
 
 def tanh(x: Any) -> Variable:
+    """The hyperbolic tangent of each element."""
     return Tanh()(x)
 
 
 def sigmoid(x: Any) -> Variable:
+    """``1 / (1 + exp(-x))`` of each element. It does not overflow."""
     return Sigmoid()(x)
 
 
 def relu(x: Any) -> Variable:
+    """x where it is positive or NaN, else 0."""
     return ReLU()(x)
 
 
 def sum(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Variable:
+    """The sum over all elements, or over the axes ``axis``.
+
+    Args:
+        x: a variable or an array.
+        axis: an axis or a tuple of them; None: all.
+        keepdims: keep the summed axes with length 1.
+    """
     return as_variable(x).sum(axis, keepdims)
 
 
@@ -372,18 +402,22 @@ def mean(x: Any) -> Variable:
 
 
 def reshape(x: Any, shape: tuple[int, ...]) -> Variable:
+    """The elements of x in another shape."""
     return as_variable(x).reshape(shape)
 
 
 def transpose(x: Any, axes: tuple[int, ...] | None = None) -> Variable:
+    """The axes of x in the order ``axes``; None: in reverse order."""
     return as_variable(x).transpose(axes)
 
 
 def concatenate(xs: Sequence[Any], axis: int = 0) -> Variable:
+    """Variables or arrays joined along an axis that they have, as in ``numpy.concatenate``."""
     return Concatenate(axis)(*xs)
 
 
 def stack(xs: Sequence[Any], axis: int = 0) -> Variable:
+    """Variables or arrays of one shape joined along a new axis, as in ``numpy.stack``."""
     return Stack(axis)(*xs)
 
 

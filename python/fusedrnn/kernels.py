@@ -1,5 +1,7 @@
 """The stateless API: one layer in one direction, forward and backward, NumPy in and NumPy out.
 
+::
+
     y, stateT, states, tape = forward(lstm, x, {"weight_ih": weight_ih, "weight_hh": weight_hh})
     dx, dweights, dstate0, dscalars = backward(tape, dy)
 
@@ -53,7 +55,10 @@ __all__ = [
 
 
 class Packed(NamedTuple):
-    """What ``pack`` returns: weights prepared by one backend for repeated calls."""
+    """What ``pack`` returns: weights prepared by one backend for repeated calls.
+
+    ``backend`` is the backend that packed, ``cell`` the cell, ``weights`` the weights in the backend's order.
+    """
 
     backend: Backend
     cell: Cell
@@ -61,7 +66,10 @@ class Packed(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """What ``backward`` takes: the tape of the backend that ran, and how the rows were packed."""
+    """What ``backward`` takes: the tape of the backend that ran, and how the rows were packed.
+
+    ``backend`` is the backend that ran, ``tape`` its own tape, ``ragged`` None without ``batch_sizes``.
+    """
 
     backend: Backend
     tape: Any

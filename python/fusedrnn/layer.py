@@ -26,6 +26,7 @@ class Layer:
         return self.forward(*inputs, **options)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
+        """What a call of the layer returns. A subclass defines it."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def walk(self, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Layer]]:
@@ -52,6 +53,7 @@ class Layer:
         return (p for _, p in self.named_params())
 
     def cleargrads(self) -> None:
+        """Set the gradient of every parameter to None."""
         for p in self.params():
             p.cleargrad()
 

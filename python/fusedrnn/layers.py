@@ -49,6 +49,11 @@ class Linear(Layer):
             self.W.assign(drawn(self.in_size, out_size, self.dtype))
 
     def forward(self, x: Any) -> Variable:
+        """x ``(..., I)`` to ``(..., O)``, in the layer's dtype.
+
+        Raises:
+            ValueError: The last axis of x does not fit W.
+        """
         x = as_variable(x)
         if self.W._data is None:
             self.in_size = check_whole("the last axis of x", x.shape[-1] if x.ndim else 0)
@@ -73,4 +78,5 @@ class Dropout(Layer):
         self.dropout_ratio = dropout_ratio
 
     def forward(self, x: Any) -> Variable:
+        """x of any shape, with dropout while training."""
         return F.dropout(x, self.dropout_ratio)

@@ -33,6 +33,15 @@ class Sequential(Model):
             setattr(self, f"l{k}", layer)
 
     def forward(self, x: Any, *, lengths: Any = None, reset: Any = None) -> Any:
+        """The result of the last layer. Each layer gets the result of the one before it.
+
+        Args:
+            x: the input of the first layer.
+            lengths, reset: for the layers that take them, as in ``Recurrent.sequence``.
+
+        Raises:
+            TypeError: No layer takes an argument that was given.
+        """
         given = {"lengths": lengths, "reset": reset}
         given = {name: value for name, value in given.items() if value is not None}
         taken: set[str] = set()

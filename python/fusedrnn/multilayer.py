@@ -28,7 +28,11 @@ class Tape(NamedTuple):
 
 
 class MultilayerGradients(NamedTuple):
-    """Result of ``backward_multilayer``; what ``need`` left out is None."""
+    """Result of ``backward_multilayer``; what ``need`` left out is None.
+
+    ``dx`` is (T, B, I). ``dweights`` has one dictionary per layer and direction. ``dstate0`` has (L*D, B, ·)
+    for each state. ``dscalars`` has by name (T, B), the sum over layers and directions.
+    """
 
     dx: Array | None  # (T, B, I)
     dweights: list[dict[str, Any]]  # one per layer and direction

@@ -141,6 +141,7 @@ class Recurrent(Layer):
 
     @property
     def two_biases(self) -> bool:
+        """Whether the cell has ``bias_hh`` beside ``bias_ih``."""
         return self.cell.two_biases
 
     @property

@@ -59,6 +59,9 @@ class Regularization(NamedTuple):
     cell's new h and c are candidates; a unit keeps its state of before the step with this rate, drawn anew
     for each step, row and unit. In evaluation nothing is dropped, and zoneout is its expectation, rate *
     before + (1 - rate) * candidate. How masks follow from the seed: ``fusedrnn.masks``.
+
+    ``zoneout_c`` is 0 for cells without c, ``recurrent_dropout`` for cells without ``weight_hh``. ``seed`` is
+    a whole number from 0 to 2**63 - 1, or None in evaluation. ``stream`` is layer * D + direction.
     """
 
     recurrent_dropout: float = 0.0  # 0 for cells without weight_hh
@@ -69,7 +72,12 @@ class Regularization(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """Result of ``forward``."""
+    """Result of ``forward``.
+
+    ``y`` is (T, B, P). ``stateT`` is a tuple of the states after the last step, like ``state0``. ``states``
+    has those of every step, each (T, B, ·), or is None without ``return_states``. ``tape`` is what
+    ``backward`` takes, or None with ``save=None``.
+    """
 
     y: Array  # (T, B, P)
     stateT: State
@@ -78,7 +86,11 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Result of ``backward``; what ``need`` left out is None."""
+    """Result of ``backward``; what ``need`` left out is None.
+
+    ``dx`` is (T, B, I). ``dweights`` has by name the gradient of each weight that was given. ``dstate0`` is
+    like ``state0``. ``dscalars`` has by name the gradient of each row scalar, (T, B).
+    """
 
     dx: Array | None  # (T, B, I)
     dweights: dict[str, Any]  # of each weight that was given

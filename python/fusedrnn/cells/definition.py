@@ -30,9 +30,9 @@ class Cell:
     Two are equal if function and options are. Nothing is derived before it is asked for.
 
     Attributes:
-        name: of the function.
-        function: what ``cell`` was given.
-        options: their values by name.
+        name: The name of the function.
+        function: The function that ``cell`` was given.
+        options: The values of the options, by name.
     """
 
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> None:
@@ -53,7 +53,14 @@ class Cell:
         self._key = function, chosen, repr(chosen)
 
     def with_options(self, **options: Any) -> Cell:
-        """This cell with other values of some options: keyword arguments with a default."""
+        """This cell with other values of some options.
+
+        Args:
+            options: values by name. The options are the function's keyword arguments with a default.
+
+        Raises:
+            CellError: The cell has no option of this name, or a value cannot be hashed.
+        """
         chosen = tuple((self.options | options).items())
         _check_options(self.name, options)
         return variant(self.function, chosen, repr(chosen))
@@ -94,14 +101,14 @@ class Cell:
 
     @cached_property
     def blocks(self) -> dict[str, int]:
-        """Of each parameter how many blocks of H rows (weight_hr: P rows) it has: weights, biases, weight_hr,
-        then all others."""
+        """The number of blocks of H rows (P rows for weight_hr) of each parameter, by its name. Weights and
+        biases come first, then weight_hr, then all others."""
         found = {name: len(owners) for name, owners in self.trace.blocks.items()}
         return {name: found[name] for name in OF_PRODUCTS if name in found} | found
 
     @cached_property
     def vectors(self) -> tuple[str, ...]:
-        """The parameters beside those of products, of one axis."""
+        """The names of the parameters that belong to no product. Each has one axis."""
         return tuple(name for name in self.blocks if name not in OF_PRODUCTS)
 
     @cached_property
@@ -120,7 +127,7 @@ class Cell:
         return "weight_hr" in self.blocks
 
     def shapes(self, I: Any, H: Any, P: Any) -> dict[str, tuple[Any, ...]]:
-        """Of each parameter its shape, for these sizes."""
+        """The shape of each parameter for these sizes, by its name."""
         columns = {"weight_ih": (I,), "weight_hh": (P,), "weight_hr": (H,)}
         return {
             name: (count * (P if name == "weight_hr" else H), *columns.get(name, ()))
@@ -128,12 +135,12 @@ class Cell:
         }
 
     def widths(self, H: Any, P: Any) -> tuple[Any, ...]:
-        """Of each state how many columns it has: P of the first one."""
+        """The number of columns of each state. The first one has P, the others H."""
         return (P, *[H] * (len(self.states) - 1))
 
     @cached_property
     def digest(self) -> str:
-        """Of what a step computes, and of the order of the parameters: 16 hexadecimal digits."""
+        """16 hexadecimal digits that stand for what a step computes and for the order of the parameters."""
         t, number = self.trace, {n: k for k, n in enumerate(self.forward_nodes)}
         lines = [(n.op, repr(n.attribute), *(number[a] for a in n.args)) for n in number]
         ends = [(name, t.start[name], number[n]) for name, n in t.after.items()]
@@ -142,7 +149,8 @@ class Cell:
 
     @property
     def two_biases(self) -> bool:
-        """Whether bias_hh is of use beside bias_ih: a product with a state is not added to one with x."""
+        """Whether bias_hh is of use beside bias_ih. It is where a product with a state is not just added to
+        one with x."""
         return self.trace.separate
 
     @cached_property

@@ -253,6 +253,7 @@ class _NoArithmetic(_Refusing):
     """Refuses every operation with the same words."""
 
     def refused(self, *others: object) -> NoReturn:
+        """Raise the error of an operation on this value."""
         raise NotImplementedError
 
     def _operator(self, *others: object) -> NoReturn:

@@ -73,6 +73,7 @@ class Adapter:
         pass
 
     def checked(self, leaf: Any) -> bool:
+        """Whether the gradient of this input is checked."""
         return _is_float(leaf)
 
     def to_array(self, leaf: Any) -> Array:

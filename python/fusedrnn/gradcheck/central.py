@@ -25,6 +25,10 @@ def check_central(
     fast_mode: bool,
     seed: int,
 ) -> None:
+    """Compare the gradients with central differences; a failure is a ``GradcheckError``.
+
+    The arguments are those of ``fusedrnn.gradcheck.gradcheck``.
+    """
     rng = np.random.default_rng(seed)
 
     def forward(values: list[Array]) -> list[Array]:

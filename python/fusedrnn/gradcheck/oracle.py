@@ -36,6 +36,10 @@ def check_oracle(
     nondet_tol: float,
     seed: int,
 ) -> None:
+    """Compare a layer with the reference in long double; a failure is a ``GradcheckError``.
+
+    The arguments are those of ``fusedrnn.gradcheck.gradcheck``.
+    """
     unknown = sorted(set(options) - {"lengths", "reset"})
     if unknown:
         raise ValueError(f'options: expected lengths and reset with method "oracle", got {unknown}')

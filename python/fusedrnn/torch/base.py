@@ -44,6 +44,7 @@ class RecurrentBase(Freezable):
 
     @property
     def cell(self) -> cells.Cell:
+        """The cell of every layer and direction."""
         raise NotImplementedError
 
     def _regularization(self) -> Regularization | None:

@@ -124,6 +124,7 @@ class CellCall(NamedTuple):
         return ops.Call.rows(cast(Any, self))
 
     def regularization(self) -> Regularization | None:
+        """The rates, the seed and the stream of a call, or None without any."""
         return ops.Call.regularization(cast(Any, self))
 
     def sizes(self) -> tuple[Any, Any, Any, Any]:

@@ -42,6 +42,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """The results of a call, by the kernels."""
         n0, nw, results, return_states, *options = arguments[:OPTIONS]
         tensors = arguments[OPTIONS:]
         outputs = cell_ops.forward(_call(n0, nw, options, tensors), return_states, True)
@@ -53,6 +54,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of every argument, None for those that need none."""
         try:
             *tensors, y, tape = ctx.saved_tensors
         except RuntimeError as error:

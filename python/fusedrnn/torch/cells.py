@@ -29,6 +29,7 @@ class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
 
     @property
     def cell(self) -> cells.Cell:
+        """The cell that a step computes."""
         return CELLS[self.mode]
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:

@@ -31,7 +31,12 @@ OURS = {ours: theirs for each in (REPLACEMENTS, COMPILABLE) for theirs, ours in 
 
 
 class Converted(NamedTuple):
-    """What ``convert`` and ``to_torch`` return."""
+    """What ``convert`` and ``to_torch`` return.
+
+    ``model`` is the model. ``converted`` has the class before of each layer that changed, by its path.
+    ``left`` has the reason for each recurrent layer that did not change, by its path. The path of the model
+    itself is empty.
+    """
 
     model: torch.nn.Module
     converted: dict[str, str]  # path of each swapped layer, "" is the model itself: its class

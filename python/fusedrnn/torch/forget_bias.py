@@ -49,5 +49,6 @@ class ForgetBias:
                 p[H : 2 * H] = self.forget_bias if name.startswith("bias_ih") else 0
 
     def extra_repr(self) -> str:
+        """PyTorch's text, and ``forget_bias`` where it is given."""
         text: str = super().extra_repr()  # type: ignore[misc]
         return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias:g}"

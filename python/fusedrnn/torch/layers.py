@@ -94,6 +94,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         self._set_norms()
 
     def extra_repr(self) -> str:
+        """PyTorch's text, and the options that are set."""
         more = [f"{name}={value}" for name in OPTIONS if (value := getattr(self, name))]
         return ", ".join([super().extra_repr(), *more])
 
@@ -104,6 +105,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
 
     @property
     def cell(self) -> cells.Cell:
+        """The cell of every layer and direction."""
         return CELLS[self.kind]
 
     def flatten_parameters(self) -> None:

@@ -104,6 +104,7 @@ class Call(NamedTuple):
         return lengths, reset
 
     def regularization(self) -> Regularization | None:
+        """The rates, the seed and the stream of a call, or None without any."""
         if not self.rates:
             return None
         dropout, zoneout_h, zoneout_c = self.rates
@@ -154,6 +155,7 @@ class Call(NamedTuple):
         return (self.x.dim() == 3) + len(CELLS[self.cell].states) * (1 + return_states)
 
     def backend(self) -> Any:
+        """The backend that runs a call: that of a GPU for tensors there."""
         return backends.usable(None) if self.x.is_cpu else gpu.backend()
 
     def tape_width(self) -> int:

@@ -46,6 +46,7 @@ class CellModule(Freezable):
 
     @property
     def cell(self) -> Cell:
+        """The cell that a step computes."""
         return self._cell
 
     def _set_cell(self, cell: Any, input_size: Any, hidden_size: Any, proj_size: Any = 0) -> None:
@@ -323,6 +324,7 @@ class Recurrent(CellModule, RecurrentBase):
         self._add_parameters(sizes, bias, device, dtype)
 
     def extra_repr(self) -> str:
+        """The arguments for ``repr``."""
         defaults = {
             "num_layers": 1,
             "bias": True,
@@ -472,6 +474,7 @@ class RecurrentCell(CellModule):
         self._add_parameters({"": self.input_size}, bias, device, dtype)
 
     def extra_repr(self) -> str:
+        """The arguments for ``repr``."""
         sizes = f"{self.cell!r}, {self.input_size}, {self.hidden_size}"
         return sizes if self.bias else f"{sizes}, bias=False"
 

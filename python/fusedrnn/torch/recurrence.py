@@ -53,6 +53,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """The results of a call, by the kernels."""
         call, (return_states, rows) = Call(*arguments[:N]), arguments[N:]
         outputs = ops.forward(call, return_states, rows)
         n = call.results(return_states)
@@ -70,6 +71,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of every argument, None for those that need none."""
         try:
             saved = list(ctx.saved_tensors)
         except RuntimeError as error:
@@ -152,6 +154,7 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        """The gradients of a call, by the kernels."""
         ctx.set_materialize_grads(False)
         ctx.is_tensor = [isinstance(a, Tensor) for a in arguments]
         ctx.save_for_backward(*[a for a in arguments if isinstance(a, Tensor)])
@@ -160,6 +163,7 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of these gradients, by PyTorch's operations."""
         tensors, again = iter(ctx.saved_tensors), torch.is_grad_enabled()
         arguments = [next(tensors) if t else a for t, a in zip(ctx.is_tensor, ctx.others, strict=True)]
         places = [k for k in (*range(LEARNED), *range(N + 3, N + 8)) if arguments[k] is not None]

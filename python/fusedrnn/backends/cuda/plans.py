@@ -102,6 +102,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, columns: int, tile_columns: int, warps: int, registers: bool) -> Layout:
+        """The layout of a matrix of so many rows and columns among the warps of a block."""
         column_tiles, row_tiles, splits = -(-columns // tile_columns), -(-rows // ROWS), 1
         if registers:
             column_tiles = 1 << (column_tiles - 1).bit_length()

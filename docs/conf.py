@@ -1,0 +1,67 @@
+"""Sphinx builds the site of these pages: ``nox -s site``, into build/site. GitHub shows the same files."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+META = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+project = META["name"]
+version = release = META["version"]
+project_copyright = "the fusedrnn authors"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+nitpicky = True
+# No other project's documentation is read at build time: only our own names are checked.
+nitpick_ignore_regex = [("py:.*", r"(?!fusedrnn\b).*")]
+
+myst_heading_anchors = 4  # as GitHub names them
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # docstrings say shapes and dtypes
+autodoc_inherit_docstrings = False  # PyTorch's are in PyTorch's documentation
+autodoc_preserve_defaults = True
+autodoc_mock_imports = [] if importlib.util.find_spec("torch") else ["torch"]
+
+html_theme = "furo"
+html_title = f"{project} {version}"
+html_show_sourcelink = html_copy_source = False
+
+linkcheck_timeout = 20
+linkcheck_retries = 2
+
+# Pages of the site that are files of the top folder. What docs/ has under these names is for GitHub.
+TOP = {"contributing": ROOT / "CONTRIBUTING.md", "changelog": ROOT / "CHANGELOG.md"}
+LINK = re.compile(r"\[([^\]]+)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)")
+
+
+def fit_links(app, docname, source):
+    """Links to files that are on no page of the site, which GitHub follows, become the files' names."""
+    page = TOP.get(docname, Path(app.srcdir, docname))
+    if docname in TOP:
+        app.env.note_dependency(page)
+        source[0] = page.read_text()
+
+    def fitted(match):
+        text, target, anchor = match[1], match[2], match[3] or ""
+        path = (page.parent / target).resolve()
+        if path.is_relative_to(app.srcdir):
+            return f"[{text}](/{path.relative_to(app.srcdir)}{anchor})"
+        name = str(path.relative_to(ROOT))
+        return f"`{name}`" if name.endswith(text) else f"{text} (`{name}`)"
+
+    source[0] = LINK.sub(fitted, source[0])
+
+
+def skip_fields(app, what, name, obj, skip, options):
+    """Fields of a NamedTuple, which its docstring explains."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else None
+
+
+def setup(app):
+    app.connect("source-read", fit_links)
+    app.connect("autodoc-skip-member", skip_fields)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
