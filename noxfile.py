@@ -1,4 +1,4 @@
-"""nox -s lint | tests | thirdparty | bench | docs: each in an environment of its own."""
+"""nox -s lint | tests | thirdparty | bench | docs | site | linkcheck: each in an environment of its own."""
 
 import nox
 
@@ -8,12 +8,14 @@ nox.options.sessions = ["lint", "tests"]
 @nox.session
 def lint(session: nox.Session) -> None:
     """The linters of .ci/run."""
-    session.install("ruff", "mypy", "clang-format", "numpy")
+    session.install("ruff", "mypy", "clang-format", "codespell", "numpy")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
     sources = session.run("git", "ls-files", "*.h", "*.cpp", "*.cu", external=True, silent=True, log=False)
     session.run("clang-format", "--dry-run", "-Werror", *sources.split())
+    files = session.run("git", "ls-files", external=True, silent=True, log=False)
+    session.run("codespell", *files.splitlines())
 
 
 @nox.session
@@ -57,7 +59,22 @@ def docs(session: nox.Session) -> None:
     """The measured pictures and tables of README and docs, drawn again from their sources."""
     session.install(".[plot]")
     session.run("python", "docs/gradient_norms.py")
+    session.run("python", "docs/tile.py")
     session.run("python", "bench/plot_readme.py")
     session.run("python", "bench/benchmarks_page.py")
     session.run("python", "bench/frozen.py", "--page")
     session.run("python", "bench/scaling.py", "--page")
+
+
+@nox.session
+def site(session: nox.Session) -> None:
+    """The documentation as a site, into build/site. A warning is an error: a link that leads nowhere, too."""
+    session.install(".[docs,torch]")
+    session.run("sphinx-build", "-W", "--keep-going", "docs", "build/site", *session.posargs)
+
+
+@nox.session
+def linkcheck(session: nox.Session) -> None:
+    """Every external link of the documentation; needs the network."""
+    session.install(".[docs,torch]")
+    session.run("sphinx-build", "-b", "linkcheck", "docs", "build/linkcheck", *session.posargs)
