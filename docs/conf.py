@@ -56,12 +56,13 @@ def fit_links(app, docname, source):
     source[0] = LINK.sub(fitted, source[0])
 
 
-def skip_fields(app, what, name, obj, skip, options):
-    """Fields of a NamedTuple, which its docstring explains."""
-    return True if (obj.__doc__ or "").startswith("Alias for field number") else None
+def skip(app, what, name, obj, skip, options):
+    """Fields of a NamedTuple, which its docstring explains, and what serves PyTorch alone."""
+    field = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+    return True if field or name in ("extra_repr", "torch_class") else None
 
 
 def setup(app):
     app.connect("source-read", fit_links)
-    app.connect("autodoc-skip-member", skip_fields)
+    app.connect("autodoc-skip-member", skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -36,7 +36,7 @@ class Recurrent(Layer):
 
     Args:
         cell: what a step computes, such as ``fusedrnn.cells.lstm`` or a function of your own.
-        hidden_size: H.
+        hidden_size: the number of units, H.
         proj_size: P, of a cell that projects its first state (``p.project``): 1 to H; else 0.
         in_size: I; None: the first call tells.
         num_layers: layers one above the other; the upper ones read the h of the one below.

@@ -96,8 +96,8 @@ def to_torch(model: torch.nn.Module) -> Converted:
     Recurrent dropout, which is for training, is left behind.
 
     Returns:
-        The model, what was converted, and what was not and why: classes derived from ours, of which nobody
-        knows what they are without them.
+        The model, what was converted, and what was not and why. Not converted are classes derived from ours,
+        since ``torch.nn`` has no class that computes the same.
 
     Raises:
         ValueError: A layer has zoneout or layer norm, which ``torch.nn`` lacks; the message names both, and
