@@ -22,6 +22,16 @@ class DataLoader:
     after each round. ``index`` is the order, ``iteration`` the number of batches given in this round,
     ``max_iter`` that of a whole round, ``data_size`` the number of samples. With ``gpu=True`` the batches are
     CuPy arrays; the data set stays in NumPy's.
+
+    Args:
+        dataset: What has a length and gives the pair (input, target) of an index, such as a ``Dataset``.
+        batch_size: The number of samples in a batch, at least 1.
+        shuffle: False: the order of the data set.
+        gpu: Batches are CuPy arrays.
+
+    Raises:
+        TypeError, ValueError: ``batch_size`` is not a whole number of at least 1.
+        RuntimeError: ``gpu`` is True and there is no GPU.
     """
 
     def __init__(self, dataset: Any, batch_size: int, shuffle: bool = True, gpu: bool = False) -> None:

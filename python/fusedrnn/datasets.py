@@ -15,6 +15,11 @@ class Dataset:
 
     Without labels the second of the pair is None. An index past the end is an IndexError, which ends
     iteration.
+
+    Args:
+        train: For ``prepare``: the training part, or the part for tests.
+        transform: A function for each input; None: inputs stay as they are.
+        target_transform: A function for each target; None: targets stay as they are.
     """
 
     def __init__(

@@ -396,7 +396,7 @@ def sum(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = Fals
 
 
 def mean(x: Any) -> Variable:
-    """Over all elements."""
+    """The mean over all elements, a variable of one element."""
     x = as_variable(x)
     return x.sum() / x.size
 
@@ -422,22 +422,42 @@ def stack(xs: Sequence[Any], axis: int = 0) -> Variable:
 
 
 def cast(x: Any, dtype: np.dtype[Any]) -> Variable:
-    """x in another dtype."""
+    """The elements of x in another dtype. The gradient has the dtype of x."""
     return Cast(dtype)(x)
 
 
 def where(condition: Array, a: Any, b: Any) -> Variable:
-    """a where the condition holds, else b."""
+    """The elements of a where the condition holds, else those of b, with broadcasting.
+
+    A NaN in the branch that is not taken has no effect.
+    """
     return Where(cuda.as_array(condition, bool))(a, b)
 
 
 def matmul(a: Any, b: Any) -> Variable:
-    """Product of two matrices."""
+    """The product of two matrices.
+
+    Raises:
+        ValueError: a or b does not have two axes.
+    """
     return autograd.MatMul()(a, b)
 
 
 def linear(x: Any, W: Any, b: Any = None) -> Variable:
-    """``x W + b`` on the last axis, in W's dtype: x ``(..., I)``, W ``(I, O)``, b ``(O,)`` or None."""
+    """``x W + b`` on the last axis, in the dtype of W.
+
+    Args:
+        x: ``(..., I)``.
+        W: ``(I, O)``.
+        b: ``(O,)``, or None.
+
+    Returns:
+        ``(..., O)``.
+
+    Raises:
+        ValueError: The last axis of x does not fit W.
+        TypeError: One array is on a GPU and the other is not.
+    """
     return Linear()(x, W) if b is None else Linear()(x, W, b)
 
 
@@ -445,6 +465,9 @@ def dropout(x: Any, dropout_ratio: float = 0.5) -> Variable:
     """Zeros for a share ``dropout_ratio`` of the elements, the others divided by ``1 - dropout_ratio``.
 
     Drawn from NumPy's global generator. Within ``test_mode()`` it is x itself.
+
+    Raises:
+        ValueError: ``dropout_ratio`` is not at least 0 and below 1.
     """
     if not 0 <= dropout_ratio < 1:
         raise ValueError(f"dropout_ratio is {dropout_ratio}, expected 0 <= dropout_ratio < 1")
@@ -465,7 +488,7 @@ def mean_squared_error(y: Any, t: Any, mask: Any = None) -> Variable:
 
 
 def softmax(x: Any) -> Variable:
-    """Over the last axis of ``(N, C)``."""
+    """``exp(x)`` divided by its sum over the last axis: x ``(N, C)`` to ``(N, C)``."""
     x = as_variable(x)
     e = exp(x - x._data.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)

@@ -15,9 +15,14 @@ from fusedrnn.layers import Layer
 class Optimizer:
     """What all optimisers do before the step of their own.
 
-    ``max_norm`` scales the gradients down where their joint Euclidean norm is above it; ``weight_decay``
-    then adds that share of each parameter to its gradient. Parameters without a gradient stay. The gradients
-    are not changed.
+    Parameters without a gradient do not change. The gradients themselves do not change.
+
+    Args:
+        weight_decay: This share of each parameter is added to its gradient, at least 0.
+        max_norm: The gradients are scaled down if their joint Euclidean norm is above this; None: never.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
 
     def __init__(self, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
@@ -54,7 +59,11 @@ class Optimizer:
         return self
 
     def update(self) -> None:
-        """One step."""
+        """Change every parameter that has a gradient.
+
+        Raises:
+            RuntimeError: ``setup`` has not been called.
+        """
         if self.target is None:
             raise RuntimeError("update before setup(model)")
         pairs = [
@@ -130,7 +139,15 @@ def _rate(name: str, value: Any) -> float:
 
 
 class SGD(Optimizer):
-    """``p -= lr * g``."""
+    """Gradient descent: ``p -= lr * g`` for each parameter p with the gradient g.
+
+    Args:
+        lr: The learning rate.
+        weight_decay, max_norm: As in ``Optimizer``.
+
+    Raises:
+        TypeError, ValueError: An argument is not a finite number of at least 0.
+    """
 
     def __init__(self, lr: float = 0.01, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
         super().__init__(weight_decay=weight_decay, max_norm=max_norm)
@@ -141,8 +158,17 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """Kingma and Ba 2015, in the form at the end of its section 2. ``lr`` is another name of ``alpha``, 0.001
-    where neither is given.
+    """Adam (Kingma and Ba 2015), in the form at the end of section 2 of the paper.
+
+    Args:
+        alpha: The learning rate; 0.001 if neither it nor ``lr`` is given.
+        beta1, beta2: The decay of the means m of g and v of g*g, at least 0 and below 1.
+        eps: Added to the root of v.
+        lr: Another name of ``alpha``.
+        weight_decay, max_norm: As in ``Optimizer``.
+
+    Raises:
+        TypeError, ValueError: An argument is of a wrong type or out of its range.
 
     With ``step = alpha * sqrt(1 - beta2**t) / (1 - beta1**t)``:
     ``m += (1 - beta1) * (g - m)``, ``v += (1 - beta2) * (g*g - v)``, ``p -= step * m / (sqrt(v) + eps)``.
