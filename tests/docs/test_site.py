@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import fusedrnn
+
 ROOT = Path(__file__).parents[2]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "python" / "fusedrnn"
 PAGES = sorted(page for part in ("tutorials", "howto", "explanation") for page in (DOCS / part).glob("*.md"))
@@ -24,7 +26,17 @@ def code_of(page: Path) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if code_of(p)], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def cases() -> list:
+    """The pages with code; those that need NumPy alone are quick tests."""
+    pages = [page for page in PAGES if code_of(page)]
+    alone = [not re.search("import (torch|jax)", code_of(page)) for page in pages]
+    return [
+        pytest.param(page, id=f"{page.parent.name}-{page.stem}", marks=[pytest.mark.quick] * quick)
+        for page, quick in zip(pages, alone, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("page", cases())
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch, threads):
     """All of a page in order; its ``assert`` lines hold."""
     code = code_of(page)
@@ -121,3 +133,8 @@ def test_a_page_of_the_reference_has_every_public_module():
     public -= {"bench", "cli", "layer", "masks", "npz", "problems"}
     public -= {"programs", "recurrent", "terminal", "unfused"}
     assert {f"fusedrnn.{name}" for name in public} <= shown
+
+
+def test_the_reference_says_where_each_name_of_the_package_is():
+    index = (DOCS / "reference" / "index.md").read_text().partition("## Names in fusedrnn itself")[2]
+    assert set(fusedrnn.__all__) <= set(re.findall(r"`(\w+)`", index.partition("\n## ")[0]))
