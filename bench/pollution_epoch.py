@@ -145,7 +145,7 @@ def _measure(part: Series, model: Forecaster, device: str, rounding: float) -> d
     theirs: dict[str, Any] = {"torch": Theirs(part, model, device)}
     if device != "cpu" and peer_dezero.DeZero.missing() is None:
         theirs["dezero"] = DeZero(part, model, device)
-    ours = pollution.Training(model, part, None, float("inf"))
+    ours = pollution.training(model, part)
     if device != "cpu":
         model.to_gpu()
         ours.loader.to_gpu()

@@ -18,6 +18,20 @@ class Model(Layer):
             if layer is not self and hasattr(layer, "reset_state"):  # yours too
                 layer.reset_state()
 
+    def summary(self) -> str:
+        """Every parameter with its shape and its number of values, a line each, and their sum."""
+        rows = [("parameter", "shape", "values")]
+        total = 0
+        for name, p in self.named_params():
+            known = p._data is not None
+            total += p.size if known else 0
+            rows.append((name, str(p.shape), str(p.size)) if known else (name, "at the first call", "?"))
+        rows.append(("in all", "", str(total)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            f"{name:{widths[0]}}  {shape:{widths[1]}}  {values:>{widths[2]}}" for name, shape, values in rows
+        )
+
 
 class Sequential(Model):
     """Layers one after another, named ``l0``, ``l1``, ...

@@ -239,21 +239,27 @@ def test_a_missing_file_says_where_the_data_are(monkeypatch, tmp_path):
     monkeypatch.delenv("FUSEDRNN_DATA", raising=False)
     for given in (None, str(tmp_path / "none.csv")):
         with pytest.raises(FileNotFoundError, match=r"UCI Machine Learning Repository.*--data FILE"):
-            pollution.find(given)
+            pollution.read(given)
     monkeypatch.setenv("FUSEDRNN_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        pollution.find(None)
+        pollution.read(None)
 
 
 def test_a_wrong_file_is_named(tmp_path):
     path = tmp_path / "wrong.csv"
     path.write_text("date,pollution\n1,2\n")
     with pytest.raises(ValueError, match=r"wrong\.csv: no column dew, temp"):
-        pollution.read(path)
+        pollution.read(str(path))
     names = ",".join(pollution.INPUTS)
     path.write_text(f"{names}\n1,2,3,4,5,6,7\n1,2,x,4,5,6,7\n")
     with pytest.raises(ValueError, match=r"wrong\.csv, line 3: not a number"):
-        pollution.read(path)
+        pollution.read(str(path))
+    path.write_text(f"{names}\n1,2,nan,4,5,6,7\n")
+    with pytest.raises(ValueError, match=r"wrong\.csv, line 2: not a finite number"):
+        pollution.read(str(path))
+    path.write_bytes(b"\xff\x00\x80")
+    with pytest.raises(ValueError, match=r"wrong\.csv: expected a CSV file in UTF-8"):
+        pollution.read(str(path))
 
 
 @pytest.mark.parametrize("task", ["same-row", "ahead"])
@@ -315,10 +321,10 @@ needs_data = pytest.mark.skipif(
 @pytest.mark.slow
 def test_pollution_trained_and_evaluated_in_float64(tmp_path):
     """50 epochs on the public file; then, in the original's layout and float64, against plain NumPy."""
-    task = pollution.prepare(pollution.read(pollution.find(None)), "same-row")
+    task = pollution.prepare(pollution.read(None), "same-row")
     assert (len(task.train), len(task.test)) == (30659, 13141)
     model = pollution.build("lstm", seed=0)
-    training = pollution.Training(model, task.train, None, 0)
+    training = pollution.training(model, task.train)
     training.run(50, lambda loss: None)
     assert training.losses[-1] < 0.95 * training.losses[0]
     arrays = dezero_layout(model)
@@ -336,7 +342,7 @@ def test_pollution_trains_as_in_dezero(monkeypatch, tmp_path):
     """From one seed, with its layers, loader, optimiser and file: the same 8 updates of the first epoch."""
     monkeypatch.setattr(np, "int", int, raising=False)  # removed from NumPy since
     dezero = pytest.importorskip("dezero")
-    task = pollution.prepare(pollution.read(pollution.find(None)), "same-row")
+    task = pollution.prepare(pollution.read(None), "same-row")
     np.random.seed(0)
     theirs = dezero.Model()
     theirs.rnn, theirs.fc = dezero.layers.LSTM(100, in_size=7), dezero.layers.Linear(1, in_size=100)
@@ -365,7 +371,7 @@ def test_pollution_trains_as_in_dezero(monkeypatch, tmp_path):
     sums = []
     loss = F.mean_squared_error
     monkeypatch.setattr(F, "mean_squared_error", lambda *args: sums.append(loss(*args)) or sums[-1])
-    pollution.Training(ours, task.train, None, 0).run(1, lambda loss: None)
+    pollution.training(ours, task.train).run(1, lambda loss: None)
     np.testing.assert_allclose([float(s.data) for s in sums], losses, rtol=1e-6)
     for key, after in dezero_layout(ours).items():
         assert np.linalg.norm(after - end[key]) < 1e-4 * np.linalg.norm(end[key] - start[key]), key
@@ -373,7 +379,7 @@ def test_pollution_trains_as_in_dezero(monkeypatch, tmp_path):
 
 @needs_data
 def test_persistence_one_hour_ahead():
-    task = pollution.prepare(pollution.read(pollution.find(None)), "ahead")
+    task = pollution.prepare(pollution.read(None), "ahead")
     found = common.scores(task.trivial, task.truth)
     assert found == common.scores(task.forecast(np.zeros(len(task.test))), task.truth)
     assert found["MSE"] == pytest.approx(569.6, abs=0.05)

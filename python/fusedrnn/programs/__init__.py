@@ -7,8 +7,24 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from fusedrnn.programs import airline, pollution, sine
+from fusedrnn.programs import (
+    airline,
+    classify,
+    continual,
+    feeding_back,
+    passenger_flow,
+    pollution,
+    sine,
+    waves,
+)
 
-__all__ = ["PROGRAMS", "airline", "pollution", "sine"]
-
-PROGRAMS: dict[str, ModuleType] = {"airline": airline, "sine": sine, "pollution": pollution}
+PROGRAMS: dict[str, ModuleType] = {
+    "airline": airline,
+    "sine": sine,
+    "pollution": pollution,
+    "passenger-flow": passenger_flow,
+    "feeding-back": feeding_back,
+    "waves": waves,
+    "classify": classify,
+    "continual": continual,
+}

@@ -1,8 +1,10 @@
-"""What the programs share: how they report, the model that most of them train, scores, and figures."""
+"""What the programs share: how they report, the models that they train, data files, scores, and figures."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -102,6 +104,58 @@ class Forecaster(Model):
         return self.fc.forward(self.rnn(x))
 
 
+class LastState(Model):
+    """A recurrent layer from a zero state, and a Linear on its last state: x ``(B, T, I)`` to ``(B, O)``."""
+
+    def __init__(self, rnn: layers.Recurrent, fc: layers.Linear) -> None:
+        super().__init__()
+        self.rnn = rnn
+        self.fc = fc
+
+    def forward(self, x: Any, lengths: Any = None) -> Variable:
+        self.reset_state()
+        self.rnn(np.swapaxes(x, 0, 1), lengths=lengths)
+        h, *_ = self.rnn.state or ()  # of each row after its own last step
+        return self.fc.forward(h)
+
+
+def windows(series: Array, size: int) -> tuple[Array, Array]:
+    """Every ``size`` values in a row ``(N, size)``, and the one after them ``(N,)``."""
+    return np.lib.stride_tricks.sliding_window_view(series[:-1], size), series[size:]
+
+
+def find(data: str | None, name: str, where: str) -> Path:
+    """The file given, else that of this name in FUSEDRNN_DATA, else an error that says ``where`` it is."""
+    folder = os.environ.get("FUSEDRNN_DATA")
+    if data is None and not folder:
+        raise FileNotFoundError(f"no data file. {where}")
+    path = Path(data) if data is not None else Path(folder or "") / name
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}. {where}")
+    return path
+
+
+def read(path: Path, columns: Sequence[str], where: str) -> Array:
+    """The columns ``(N, C)`` of a CSV file, float64; what is wrong in it is named, with its line."""
+    rows = []
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = csv.DictReader(file)
+        try:
+            missing = [name for name in columns if name not in (lines.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{path}: no column {', '.join(missing)}. {where}")
+            for line in lines:
+                try:
+                    rows.append([float(line[name]) for name in columns])
+                except (TypeError, ValueError):
+                    raise ValueError(f"{path}, line {lines.line_num}: not a number in {line}") from None
+                if not np.isfinite(rows[-1]).all():
+                    raise ValueError(f"{path}, line {lines.line_num}: not a finite number in {line}")
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: expected a CSV file in UTF-8, got one that is not: {error}") from None
+    return np.array(rows).reshape(-1, len(columns))
+
+
 def scores(prediction: Array, truth: Array) -> dict[str, float]:
     """MSE, RMSE, MAE and R2, in float64."""
     p, t = prediction.astype(np.float64).ravel(), truth.astype(np.float64).ravel()
@@ -119,6 +173,14 @@ def score_table(report: Report, title: str, found: dict[str, dict[str, float]]) 
     names = list(next(iter(found.values())))
     rows = [(name, *(f"{values[n]:.6g}" for n in names)) for name, values in found.items()]
     report.table(title, ("", *names), rows)
+
+
+def compare(report: Report, found: dict[str, dict[str, float]], by: str, most: bool = False) -> None:
+    """A line: which of the others the first one does not beat, by the least score or by the ``most``."""
+    name, *others = found
+    sign = -1 if most else 1
+    ahead = [other for other in others if sign * found[other][by] <= sign * found[name][by]]
+    report.line(f"{name} does not beat: {', '.join(ahead)}." if ahead else f"{name} beats all others.")
 
 
 def will_plot(no_plot: bool, report: Report) -> bool:

@@ -8,23 +8,22 @@ no more. ``ahead`` asks for the next hour, where the forecast to beat is persist
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn import checkpoint, layers
 from fusedrnn import functions as F
-from fusedrnn.autograd import Array, no_grad
+from fusedrnn import layers
+from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.dataloaders import SeqDataLoader
 from fusedrnn.datasets import Series
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common
+from fusedrnn.programs import training as train
 from fusedrnn.programs.common import CELLS, Forecaster, Report
+from fusedrnn.programs.training import Training
 
 FILE = "beijing_pollution.csv"
 INPUTS = ("pollution", "dew", "temp", "press", "wnd_spd", "snow", "rain")
@@ -46,31 +45,9 @@ class Result(NamedTuple):
     model: Forecaster
 
 
-def find(data: str | None) -> Path:
-    """The file given, else that in FUSEDRNN_DATA, else an error that says where it is to be had."""
-    folder = os.environ.get("FUSEDRNN_DATA")
-    if data is None and not folder:
-        raise FileNotFoundError(f"no data file. {WHERE}")
-    path = Path(data) if data is not None else Path(folder or "") / FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}. {WHERE}")
-    return path
-
-
-def read(path: Path) -> Array:
+def read(data: str | None) -> Array:
     """The inputs ``(N, 7)``, float32, unscaled."""
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = csv.DictReader(file)
-        missing = [name for name in INPUTS if name not in (lines.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path}: no column {', '.join(missing)}. {WHERE}")
-        rows = []
-        for line in lines:
-            try:
-                rows.append([float(line[name]) for name in INPUTS])
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}, line {lines.line_num}: not a number in {line}") from None
-    return np.array(rows, np.float32)
+    return common.read(common.find(data, FILE, WHERE), INPUTS, WHERE).astype(np.float32)
 
 
 class Task(NamedTuple):
@@ -107,55 +84,14 @@ def prepare(rows: Array, task: str) -> Task:
     return Task(train, test, truth, now, "persistence: as now", lambda outputs: now + scale * outputs)
 
 
-class Training:
-    """A training that a checkpoint can take up at any chunk."""
+def training(model: Forecaster, part: Series, **options: Any) -> Training:
+    """Chunks of 30 steps of 128 parallel time lines, the state carried from chunk to chunk."""
+    loader = SeqDataLoader(part, BATCH, steps=TRUNCATION)
 
-    def __init__(self, model: Forecaster, part: Series, checkpoint: Path | None, every: float) -> None:
-        self.model = model
-        self.optimizer = Adam().setup(model)
-        self.loader = SeqDataLoader(part, BATCH, steps=TRUNCATION)
-        self.checkpoint = checkpoint
-        self.every = every  # seconds
-        self.losses: list[float] = []
-        self.total, self.steps = 0.0, 0  # of the epoch under way
-        self.saved = time.monotonic()
+    def step(x: Array, t: Array) -> Variable:
+        return F.mean_squared_error(model(x), t)
 
-    def save(self) -> None:
-        self.saved = time.monotonic()
-        checkpoint.save(
-            self.checkpoint or "",
-            self.model,
-            self.optimizer,
-            self.loader,
-            losses=self.losses,
-            total=self.total,
-            steps=self.steps,
-        )
-
-    def resume(self) -> None:
-        progress = checkpoint.load(self.checkpoint or "", self.model, self.optimizer, self.loader)
-        self.losses, self.total, self.steps = (progress[k] for k in ("losses", "total", "steps"))
-
-    def run(self, epochs: int, after_epoch: Callable[[float], None]) -> None:
-        """Go on until there are ``epochs`` epochs."""
-        while len(self.losses) < epochs:
-            if self.loader.iteration == 0:
-                self.model.reset_state()
-                self.total, self.steps = 0.0, 0
-            for x, t in self.loader:
-                loss = F.mean_squared_error(self.model(x), t)
-                self.model.cleargrads()
-                loss.backward()
-                loss.unchain_backward()
-                self.optimizer.update()
-                self.total += float(loss.data)
-                self.steps += len(x)
-                if self.checkpoint and time.monotonic() - self.saved >= self.every:
-                    self.save()
-            self.losses.append(self.total / self.steps)
-            after_epoch(self.losses[-1])
-        if self.checkpoint:
-            self.save()
+    return Training(model, Adam(), step, loader, steps=loader.round, **options)
 
 
 def build(cell: str, seed: int, **options: Any) -> Forecaster:
@@ -180,35 +116,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the pollution of the input row, as published, or that one hour ahead (default: %(default)s)",
     )
     parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
-    defaults = ", ".join(f"{n} of {task}" for task, n in EPOCHS.items())
-    parser.add_argument(
-        "--epochs",
-        type=common.at_least(0),
-        metavar="N",
-        help=f"how many in all; 0 trains nothing (default: {defaults})",
-    )
-    parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
-    parser.add_argument("--out", default=".", metavar="DIR", help="where the files go (default: here)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="where checkpoints go (default: none are made)")
-    parser.add_argument(
-        "--every",
-        type=float,
-        default=30,
-        metavar="SECONDS",
-        help="between checkpoints (default: %(default)s)",
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, if it exists")
+    train.add_arguments(parser, ", ".join(f"{n} of {task}" for task, n in EPOCHS.items()))
     parser.add_argument("--weights", metavar="FILE", help="train nothing: load these weights (.npz) and test")
-    parser.add_argument("--no-plot", action="store_true", help="no PNG files")
 
 
 def run(args: argparse.Namespace, report: Report) -> Result:
     """Train or load, test, plot."""
     plots = common.will_plot(args.no_plot, report)
-    if args.resume and not args.checkpoint:
-        raise ValueError("--resume needs --checkpoint FILE")
-    rows = read(find(args.data))
-    task = prepare(rows, args.task)
+    task = prepare(read(args.data), args.task)
     epochs = EPOCHS[args.task] if args.epochs is None else args.epochs
     out = common.folder(args.out)
     model = build(args.cell, args.seed)
@@ -216,13 +131,10 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     if args.weights:
         model.load_weights(args.weights)
     else:
-        training = Training(model, task.train, Path(args.checkpoint) if args.checkpoint else None, args.every)
-        if args.resume and Path(args.checkpoint).exists():
-            training.resume()
-            report.line(f"resumed from {args.checkpoint}, epoch {len(training.losses)}")
-        losses = training.losses
-        with report.progress(epochs, f"{args.cell.upper()} on air pollution", len(losses)) as progress:
-            training.run(epochs, lambda loss: progress.advance(f"mean loss {loss:.4g}"))
+        settings = {"program": "pollution", "task": args.task, "cell": args.cell, "seed": args.seed}
+        trained = training(model, task.train, settings=settings, path=args.checkpoint, every=args.every)
+        train.go(trained, epochs, args.resume, report, f"{args.cell.upper()} on air pollution")
+        losses = trained.losses
         model.save_weights(out / "pollution.npz")
         report.line(f"weights: {out / 'pollution.npz'}")
     prediction = task.forecast(predict(model, task.test))

@@ -1,0 +1,113 @@
+"""Predict the next value of a noisy wave, then go on learning with new data, from a checkpoint.
+
+The new data are a wave of another period. What was learnt of the old one is forgotten meanwhile, and the
+table says how much.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusedrnn import functions as F
+from fusedrnn import layers
+from fusedrnn.autograd import Array, Variable, no_grad
+from fusedrnn.dataloaders import DataLoader
+from fusedrnn.datasets import Series
+from fusedrnn.optimizers import Adam, Optimizer
+from fusedrnn.programs import common, training
+from fusedrnn.programs.common import LastState, Report
+from fusedrnn.programs.training import Result, Training
+
+WINDOW, HIDDEN, BATCH = 30, 64, 64
+PERIODS = {"old data": 25, "new data": 17}
+
+
+def build() -> LastState:
+    return LastState(layers.LSTM(HIDDEN, in_size=1), layers.Linear(1, in_size=HIDDEN))
+
+
+def draw(period: float, size: int) -> tuple[Series, Series, Series]:
+    """Windows of a noisy sine: of training, validation and test, in the order of time."""
+    t = np.arange(size + WINDOW)
+    series = np.sin(2 * np.pi * t / period) + 0.1 * np.random.randn(len(t))
+    x, y = common.windows(series.astype(np.float32), WINDOW)
+    x, y = x[:, :, np.newaxis], y[:, np.newaxis]
+    a, b = int(0.7 * size), int(0.85 * size)
+    return Series(x[:a], y[:a]), Series(x[a:b], y[a:b]), Series(x[b:], y[b:])
+
+
+def error(model: LastState, part: Series) -> float:
+    with no_grad():
+        return float(F.mean_squared_error(model(part.data), part.label).data)
+
+
+def prepare(
+    model: LastState, optimizer: Optimizer, part: Series, validation: Series, **options: Any
+) -> Training:
+    def step(x: Array, t: Array) -> Variable:
+        return F.mean_squared_error(model(x), t)
+
+    loader = DataLoader(part, BATCH)
+    return Training(model, optimizer, step, loader, validate=lambda: error(model, validation), **options)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size",
+        type=common.at_least(20),
+        default=1500,
+        metavar="N",
+        help="windows of each series (default: %(default)s)",
+    )
+    training.add_arguments(parser, epochs=100)
+
+
+def run(args: argparse.Namespace, report: Report) -> Result:
+    """Train on the old data; take up the checkpoint and train on the new; test on both each time."""
+    plots = common.will_plot(args.no_plot, report)
+    np.random.seed(args.seed)
+    parts = {name: draw(period, args.size) for name, period in PERIODS.items()}
+    out = common.folder(args.out)
+    path = Path(args.checkpoint or out / "continual.ckpt")
+    settings = {"program": "continual", "seed": args.seed, "size": args.size}
+    old, new = parts["old data"], parts["new data"]
+
+    model = build()
+    options = {"settings": settings, "path": path, "every": args.every}
+    first = prepare(model, Adam(0.01), *old[:2], **options)
+    training.go(first, args.epochs, args.resume, report, "LSTM on the old data")
+    before = {name: error(model, part[2]) for name, part in parts.items()}
+
+    # Later, in another process: nothing is left but the checkpoint.
+    model = build()
+    again = prepare(model, Adam(0.01), *old[:2], **options)
+    again.resume()
+    options = {"settings": settings | {"epochs": args.epochs}, "path": f"{path}.new", "every": args.every}
+    second = prepare(model, again.optimizer, *new[:2], **options)
+    training.go(second, args.epochs // 4, args.resume, report, "LSTM on the new data")
+    found = {
+        "LSTM, before": before,
+        "LSTM, after": {name: error(model, part[2]) for name, part in parts.items()},
+        "persistence: the last value again": {
+            name: common.scores(part[2].data[:, -1], part[2].label)["MSE"] for name, part in parts.items()
+        },
+    }
+    common.score_table(report, "Mean squared error of the next value, of which 0.01 is noise", found)
+    report.line(f"checkpoints: {path}, {path}.new")
+    losses, validation = first.losses + second.losses, first.validation + second.validation
+    if plots and losses:
+
+        def draw_losses(axes: Any) -> None:
+            epochs = range(1, len(losses) + 1)
+            axes.semilogy(epochs, losses, label="training")
+            axes.semilogy(epochs, validation, label="validation")
+            axes.set(title=f"New data from epoch {len(first.losses) + 1} on", xlabel="epoch", ylabel="MSE")
+            axes.legend(frameon=False)
+
+        common.plot(out / "continual.png", draw_losses)
+        report.line(f"plot: {out / 'continual.png'}")
+    return Result(losses, first.seconds + second.seconds, found, model)

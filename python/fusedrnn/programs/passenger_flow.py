@@ -1,0 +1,145 @@
+"""Forecast a growing series with a two-layer LSTM on windows of five values: a common recipe, which loses.
+
+The recipe: scale the airline passengers to [0, 1], windows of five months are the features of one step, the
+whole training part is one sequence. The series grows beyond what was seen, so that forecasts without any
+network are better. Then the same network on the change of the yearly growth, which wins: as in ``airline``,
+it is trained on 32 copies with noise, since so few months are soon learnt by heart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fusedrnn import functions as F
+from fusedrnn import layers
+from fusedrnn.autograd import Array, no_grad
+from fusedrnn.optimizers import Adam
+from fusedrnn.programs import common
+from fusedrnn.programs.airline import YEAR, passengers
+from fusedrnn.programs.common import Forecaster, Report
+from fusedrnn.programs.training import Result
+
+WINDOW, COPIES = 5, 32
+RECIPE, GROWTH = "LSTM, scaled to [0, 1]", "LSTM on the change of growth"
+
+
+def build() -> Forecaster:
+    rnn = layers.LSTM(45, in_size=WINDOW, num_layers=2)
+    return Forecaster(rnn, layers.Linear(1, in_size=45))
+
+
+def train(
+    model: Forecaster,
+    x: Array,
+    t: Array,
+    epochs: int,
+    lr: float,
+    noise: float = 0.0,
+    after_epoch: Callable[[float], None] = lambda loss: None,
+) -> list[float]:
+    """All in one batch, x ``(T, B, 5)`` and t ``(T, B, 1)``; returns the loss of every epoch."""
+    optimizer = Adam(lr).setup(model)
+    losses = []
+    for _ in range(epochs):
+        model.reset_state()
+        y = model(x + noise * np.random.standard_normal(x.shape) if noise else x)
+        loss = F.mean_squared_error(y, t) / len(x)
+        model.cleargrads()
+        loss.backward()
+        optimizer.update()
+        losses.append(float(loss.data))
+        after_epoch(losses[-1])
+    return losses
+
+
+def predict(model: Forecaster, x: Array) -> Array:
+    """Windows ``(N, 5)``, from a zero state."""
+    model.reset_state()
+    with no_grad():
+        y: Array = model(x[:, np.newaxis]).data[:, 0, 0]
+    return y
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--epochs",
+        type=common.at_least(0),
+        default=200,
+        metavar="N",
+        help="of the recipe; the other network takes a quarter (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
+    parser.add_argument("--out", default=".", metavar="DIR", help="where the PNG file goes (default: here)")
+    parser.add_argument("--no-plot", action="store_true", help="no PNG file")
+
+
+def run(args: argparse.Namespace, report: Report) -> Result:
+    """Train both, compare with forecasts without a network."""
+    plots = common.will_plot(args.no_plot, report)
+    months, values = passengers()
+    low, high = values.min(), values.max()
+    series = (values - low) / (high - low)
+    x, y = common.windows(series, WINDOW)
+    n = int(0.7 * len(x))
+    truth, first = y[n:], n + WINDOW  # of the test part, a month's index in the series
+
+    np.random.seed(args.seed)
+    model = build()
+    start = time.perf_counter()
+    with report.progress(args.epochs, "LSTM on windows of five") as progress:
+        losses = train(
+            model,
+            x[:n, np.newaxis],
+            y[:n, np.newaxis, np.newaxis],
+            args.epochs,
+            lr=1e-2,
+            after_epoch=lambda loss: progress.advance(f"loss {loss:.4f}"),
+        )
+    seconds = time.perf_counter() - start
+
+    # The same network on w, the change of the yearly growth, scaled by the training part alone.
+    log = np.log(values)
+    growth = log[YEAR:] - log[:-YEAR]
+    w = np.diff(growth)  # w[j] belongs to month j + YEAR + 1
+    known = first - YEAR - 1  # so many w belong to the training part
+    scale = w[:known].std(ddof=1)
+    wx, wy = common.windows(w / scale, WINDOW)
+    m = known - WINDOW
+    np.random.seed(args.seed)
+    grown = build()
+    many_x, many_t = (np.repeat(a[:m].reshape(m, 1, -1), COPIES, axis=1) for a in (wx, wy))
+    train(grown, many_x, many_t, args.epochs // 4, lr=3e-3, noise=1.0)
+    change = scale * predict(grown, wx)[m:]  # reads the training part first, then goes on from its state
+
+    before = log[first - YEAR : -YEAR] + growth[first - YEAR - 1 : -1]
+    forecasts = {
+        RECIPE: predict(model, x[n:]),
+        "naive: as last month": series[first - 1 : -1],
+        "seasonal naive: as a year ago": series[first - YEAR : -YEAR],
+        "growth as last month": (np.exp(before) - low) / (high - low),
+        GROWTH: (np.exp(before + change) - low) / (high - low),
+    }
+    found = {name: common.scores(forecast, truth) for name, forecast in forecasts.items()}
+    part = f"{len(truth)} months from {months[first]}"
+    common.score_table(report, f"Passengers scaled to [0, 1], one month ahead, {part}", found)
+    common.compare(report, found, "MSE")
+    common.compare(report, {name: found[name] for name in (GROWTH, *list(found)[:-1])}, "MSE")
+    report.line("The scaling uses the largest value of the whole series: it looks into the test part.")
+    if plots:
+        path = common.folder(args.out) / "passenger-flow.png"
+
+        def draw(axes: Any) -> None:
+            axes.plot(values, color="0.6", lw=3, label="passengers")
+            for name in (RECIPE, GROWTH):
+                axes.plot(range(first, len(values)), forecasts[name] * (high - low) + low, label=name)
+            axes.set(xlabel="month", ylabel="thousands")
+            axes.legend(frameon=False)
+
+        common.plot(path, draw)
+        report.line(f"plot: {path}")
+    return Result(losses, seconds, found, model)

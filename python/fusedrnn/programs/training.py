@@ -1,0 +1,215 @@
+"""Training that can be interrupted and resumed to the same bits, and that stops early."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedrnn import checkpoint, npz
+from fusedrnn.autograd import Variable
+from fusedrnn.dataloaders import DataLoader
+from fusedrnn.models import Model
+from fusedrnn.optimizers import Optimizer
+from fusedrnn.programs import common
+from fusedrnn.programs.common import Report
+
+
+class Result(NamedTuple):
+    """What a program returns."""
+
+    losses: list[float]  # of every epoch
+    seconds: float  # of training
+    scores: dict[str, dict[str, float]]  # the network's first, then what a trivial answer scores
+    model: Model
+
+
+class Training:
+    """Epochs of updates. Checkpoints are written in between, and on Ctrl-C.
+
+    Args:
+        step: Takes a batch of the loader, and returns its loss.
+        loader: Without one an epoch is one step, which takes nothing.
+        settings: What a checkpoint must have been saved with to be taken up, such as the seed.
+        steps: What an epoch's sum of losses is divided by; None: the number of batches.
+        every: Seconds between checkpoints.
+        validate: Gives the loss on the validation part after each epoch. Then ``keep_best`` goes back to the
+            weights for which it was least.
+        patience: Stop after so many epochs without a lower validation loss.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        step: Callable[..., Variable],
+        loader: DataLoader | None = None,
+        *,
+        settings: dict[str, Any] | None = None,
+        steps: int | None = None,
+        path: npz.PathLike | None = None,
+        every: float = 30,
+        validate: Callable[[], float] | None = None,
+        patience: int | None = None,
+    ) -> None:
+        self.model, self.step, self.loader, self.settings = model, step, loader, settings or {}
+        self.optimizer = optimizer.setup(model)
+        self.steps = steps or (loader.max_iter if loader else 1)
+        self.path = Path(path) if path else None
+        if self.path:
+            common.folder(str(self.path.parent))
+        self.every, self.validate, self.patience = every, validate, patience
+        self.losses: list[float] = []
+        self.validation: list[float] = []
+        self.best: dict[str, Any] = {}  # arrays, by name
+        self.total = 0.0  # of the epoch under way
+        self.seconds = 0.0  # of this process
+
+    def save(self) -> None:
+        self.saved = time.monotonic()
+        checkpoint.save(
+            self.path or "",
+            self.model,
+            self.optimizer,
+            self.loader,
+            settings=self.settings,
+            losses=self.losses,
+            validation=self.validation,
+            total=self.total,
+            **{f"best/{name}": array for name, array in self.best.items()},
+        )
+
+    def resume(self) -> None:
+        """Take up the checkpoint.
+
+        Raises:
+            CheckpointError: It is damaged, of another model or of other settings.
+        """
+        progress = checkpoint.load(self.path or "", self.model, self.optimizer, self.loader)
+        saved = progress.get("settings", {})
+        for name, value in self.settings.items():
+            if saved.get(name) != value:
+                raise checkpoint.CheckpointError(
+                    f"{self.path}: saved with {name} {saved.get(name)}, expected {value}"
+                )
+        self.losses, self.validation, self.total = (progress[k] for k in ("losses", "validation", "total"))
+        self.best = {k.removeprefix("best/"): v for k, v in progress.items() if k.startswith("best/")}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the validation loss has not become lower for too long."""
+        waited = len(self.validation) - 1 - int(np.argmin(self.validation)) if self.validation else 0
+        return self.patience is not None and waited >= self.patience
+
+    def keep_best(self) -> None:
+        """Go back to the best weights by the validation loss."""
+        if self.best:
+            self.model.assign_weights({k: v.copy() for k, v in self.best.items()}, "the best weights")
+
+    def run(self, epochs: int, after_epoch: Callable[[float], None] = lambda loss: None) -> None:
+        """Go on until there are ``epochs`` epochs, or it stops early.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, after the step under way; it says where the checkpoint is.
+        """
+        start = self.saved = time.monotonic()
+        with noted_interrupts() as interrupts:
+            while len(self.losses) < epochs and not self.stopped:
+                if self.loader is None or self.loader.iteration == 0:
+                    self.model.reset_state()
+                    self.total = 0.0
+                for batch in self.loader or [()]:
+                    loss = self.step(*batch)
+                    self.model.cleargrads()
+                    loss.backward()
+                    loss.unchain_backward()
+                    self.optimizer.update()
+                    self.total += float(loss.data)
+                    if self.loader is not None:
+                        self._pause(interrupts)
+                self.losses.append(self.total / self.steps)
+                if self.validate is not None:
+                    self.validation.append(self.validate())
+                    if self.validation[-1] == min(self.validation):
+                        self.best = {name: np.array(p) for name, p in self.model.named_params()}
+                after_epoch(self.losses[-1])
+                self._pause(interrupts)
+        if self.path:
+            self.save()
+        self.seconds += time.monotonic() - start
+
+    def _pause(self, interrupts: list[int]) -> None:
+        """Between two steps: save where it is time to, break off where Ctrl-C was pressed."""
+        if self.path and (interrupts or time.monotonic() - self.saved >= self.every):
+            self.save()
+        if interrupts:
+            where = f"saved in {self.path}, --resume goes on" if self.path else "no --checkpoint FILE, lost"
+            raise KeyboardInterrupt(f"after epoch {len(self.losses)}: {where}")
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """Within the block the first Ctrl-C only adds to the list; the second interrupts as usual."""
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def add_arguments(parser: argparse.ArgumentParser, epochs: int | str) -> None:
+    """The options of a program that trains for a while; a text for ``epochs`` says what None stands for."""
+    parser.add_argument(
+        "--epochs",
+        type=common.at_least(0),
+        default=epochs if isinstance(epochs, int) else None,
+        metavar="N",
+        help=f"how many in all; 0 trains nothing (default: {epochs})",
+    )
+    parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
+    parser.add_argument("--out", default=".", metavar="DIR", help="where the files go (default: here)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="where checkpoints go (default: none are made)")
+    parser.add_argument(
+        "--every",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="between checkpoints (default: %(default)s)",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, if it exists")
+    parser.add_argument("--no-plot", action="store_true", help="no PNG files")
+
+
+def go(training: Training, epochs: int, resume: bool, report: Report, what: str) -> None:
+    """Run it, from its checkpoint where that is wanted and there, with a progress bar."""
+    if resume and training.path is None:
+        raise ValueError("--resume needs --checkpoint FILE")
+    if resume and training.path and training.path.exists():
+        training.resume()
+        report.line(f"resumed from {training.path}, epoch {len(training.losses)}")
+
+    def note(loss: float) -> None:
+        found = f", validation {training.validation[-1]:.4g}" if training.validation else ""
+        progress.advance(f"mean loss {loss:.4g}{found}")
+
+    with report.progress(epochs, what, len(training.losses)) as progress:
+        training.run(epochs, note)
+    if training.stopped:
+        report.line(f"stopped early after epoch {len(training.losses)}")

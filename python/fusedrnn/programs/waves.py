@@ -1,0 +1,96 @@
+"""Predict the next value of combined waves from the fifty before it, with an Elman network.
+
+The network reads a window from a zero state; a Linear on its last state gives the prediction. It starts from
+uniform weights within 0.177 (hidden layer) and 1 (output), and from biases of zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from fusedrnn import functions as F
+from fusedrnn import layers
+from fusedrnn.autograd import Array, Variable, no_grad
+from fusedrnn.dataloaders import DataLoader
+from fusedrnn.datasets import Series
+from fusedrnn.optimizers import Adam
+from fusedrnn.programs import common, training
+from fusedrnn.programs.common import LastState, Report
+from fusedrnn.programs.training import Result, Training
+
+WINDOW, HIDDEN, BATCH = 50, 32, 32
+
+
+def build() -> LastState:
+    """Kaiming's start with a = sqrt(5), on matrices that are stored input first."""
+    model = LastState(layers.RNN(HIDDEN, in_size=1), layers.Linear(1, in_size=HIDDEN))
+    for name, p in model.named_params():
+        if "bias" not in name and name != "fc/b":
+            bound = 1.0 if name == "fc/W" else 0.177
+            p.data = np.random.uniform(-bound, bound, p.shape).astype(np.float32)
+    return model
+
+
+def data(wave: str, n: int) -> tuple[Array, Array]:
+    """Windows ``(N, 50, 1)``, and the value after each ``(N, 1)``."""
+    t = np.linspace(0, 0.1 * n, n)
+    series = np.sin(t) if wave == "sine" else np.sin(t) + np.cos(t) + np.sign(np.sin(t))
+    x, y = common.windows(series.astype(np.float32), WINDOW)
+    return x[:, :, np.newaxis], y[:, np.newaxis]
+
+
+def prepare(model: LastState, x: Array, t: Array, **options: Any) -> Training:
+    def step(x: Array, t: Array) -> Variable:
+        return F.mean_squared_error(model(x), t)
+
+    return Training(model, Adam(0.01), step, DataLoader(Series(x, t), BATCH), **options)
+
+
+def predict(model: LastState, x: Array) -> Array:
+    with no_grad():
+        y: Array = model(x).data
+    return y
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--wave", choices=("combined", "sine"), default="combined", help="default: combined")
+    training.add_arguments(parser, epochs=100)
+
+
+def run(args: argparse.Namespace, report: Report) -> Result:
+    """Train, save, load, test, plot."""
+    plots = common.will_plot(args.no_plot, report)
+    np.random.seed(args.seed)
+    x, t = data(args.wave, 1000)
+    n = int(0.8 * len(x))
+    model = build()
+    settings = {"program": "waves", "wave": args.wave, "seed": args.seed}
+    trained = prepare(model, x[:n], t[:n], settings=settings, path=args.checkpoint, every=args.every)
+    training.go(trained, args.epochs, args.resume, report, f"Elman network on waves: {args.wave}")
+    out = common.folder(args.out)
+    model.save_weights(out / "waves.npz")
+    report.line(f"weights: {out / 'waves.npz'}")
+
+    model = build()
+    model.load_weights(out / "waves.npz")
+    found = {
+        "RNN": common.scores(predict(model, x[n:]), t[n:]),
+        "persistence: the last value again": common.scores(x[n:, -1], t[n:]),
+    }
+    common.score_table(report, f"The next value, {len(x) - n} windows", found)
+    common.compare(report, found, "MSE")
+    if plots:
+        x, t = data(args.wave, 2560)  # 100 values of the test part of a longer wave
+        part = slice(int(0.8 * len(x)), int(0.8 * len(x)) + 100)
+
+        def draw(axes: Any) -> None:
+            axes.plot(t[part], color="0.6", lw=3, label="truth")
+            axes.plot(predict(model, x[part]), label="predicted")
+            axes.legend(frameon=False)
+
+        common.plot(out / "waves.png", draw)
+        report.line(f"plot: {out / 'waves.png'}")
+    return Result(trained.losses, trained.seconds, found, model)
