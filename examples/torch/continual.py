@@ -94,7 +94,11 @@ def program(args):
     print("test MSE, of which 0.01 is noise   old data   new data")
     for name, (a, b) in (("before", before), ("after", after), ("persistence", persistence)):
         print(f"  {name:30} {a:10.5f} {b:10.5f}")
-    return losses, seconds
+    scores = {
+        f"LSTM, {name}": {"old data": a, "new data": b}
+        for name, (a, b) in (("before", before), ("after", after))
+    }
+    return losses, seconds, scores
 
 
 def arguments():

@@ -167,7 +167,12 @@ def program(args):
     print(f"{AHEAD} days beyond the data: the last is {beyond[-1]:.0f}")
     if args.plot:
         plot(args.plot, z, prediction)
-    return losses, seconds
+    scores = {
+        "MSE": found[curve],
+        "last day": prediction[-1].item(),
+        f"{AHEAD} days beyond": beyond[-1].item(),
+    }
+    return losses, seconds, {"LSTM": scores}
 
 
 def plot(path, z, prediction):

@@ -94,13 +94,16 @@ def program(args):
         "LSTM on the change of growth": ((before + change).exp() - low) / (high - low),
     }
     print(f"test: {len(truth)} months from {months[first]}, mean squared error of the scaled values")
-    for name, forecast in forecasts.items():
-        print(f"  {name:30} {nn.functional.mse_loss(forecast, truth):.5f}")
+    scores = {
+        name: {"MSE": nn.functional.mse_loss(forecast, truth).item()} for name, forecast in forecasts.items()
+    }
+    for name, found in scores.items():
+        print(f"  {name:30} {found['MSE']:.5f}")
     print("The first row's scaling uses the largest value of the whole series: it looks into the test part.")
     if args.plot:
         networks = {name: v * (high - low) + low for name, v in forecasts.items() if "LSTM" in name}
         plot(args.plot, values, first, networks)
-    return losses, seconds
+    return losses, seconds, scores
 
 
 def plot(path, values, first, forecasts):

@@ -21,14 +21,14 @@ def relative_difference(a, b):
 
 
 def main(args, program):
-    """Run ``program(args)``, which returns the loss of every step and the seconds of training."""
+    """Run ``program(args)``, which returns the loss of every step, seconds of training and test scores."""
     if not args.compare:
         program(args)
         return
     losses, seconds = {}, {}
     for args.layers in ("torch", "fusedrnn"):
         print(f"--- {args.layers}")
-        losses[args.layers], seconds[args.layers] = program(args)
+        losses[args.layers], seconds[args.layers], _ = program(args)
     ours, theirs = losses["fusedrnn"], losses["torch"]
     print(f"--- side by side, seed {args.seed}, {torch.get_num_threads()} threads")
     print("step         torch      fusedrnn")

@@ -76,12 +76,12 @@ def program(args):
         model = build(args.layers)
         model.load_state_dict(torch.load(path, weights_only=True))
     with torch.no_grad():
-        error = nn.functional.mse_loss(model(x[n:]), y[n:])
+        error = nn.functional.mse_loss(model(x[n:]), y[n:]).item()
     persistence = nn.functional.mse_loss(x[n:, -1], y[n:])
     print(f"test: MSE {error:.3g}; persistence (the last value again) {persistence:.3g}")
     if args.plot:
         plot(args.plot, model, args.wave)
-    return losses, seconds
+    return losses, seconds, {"RNN": {"MSE": error}}
 
 
 def plot(path, model, wave):

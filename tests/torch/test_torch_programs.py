@@ -45,7 +45,7 @@ def side_by_side(module, *arguments):
     """What program() gives with PyTorch's layers and with ours: the losses of both."""
     found = []
     for layers in ("torch", "fusedrnn"):
-        losses, _ = module.program(module.arguments().parse_args([*arguments, "--layers", layers]))
+        losses, *_ = module.program(module.arguments().parse_args([*arguments, "--layers", layers]))
         found.append(losses)
     return found
 

@@ -180,7 +180,8 @@ def compare(report: Report, found: dict[str, dict[str, float]], by: str, most: b
     name, *others = found
     sign = -1 if most else 1
     ahead = [other for other in others if sign * found[other][by] <= sign * found[name][by]]
-    report.line(f"{name} does not beat: {', '.join(ahead)}." if ahead else f"{name} beats all others.")
+    verdict = f"does not beat: {', '.join(ahead)}." if ahead else "beats all others."
+    report.line(f"By {by}, {name} {verdict}")
 
 
 def will_plot(no_plot: bool, report: Report) -> bool:

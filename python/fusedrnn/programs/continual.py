@@ -97,6 +97,8 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         },
     }
     common.score_table(report, "Mean squared error of the next value, of which 0.01 is noise", found)
+    for name in PERIODS:
+        common.compare(report, {k: v for k, v in found.items() if k != "LSTM, before"}, name)
     report.line(f"checkpoints: {path}, {path}.new")
     losses, validation = first.losses + second.losses, first.validation + second.validation
     if plots and losses:

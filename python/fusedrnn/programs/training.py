@@ -141,16 +141,19 @@ class Training:
                         self.best = {name: np.array(p) for name, p in self.model.named_params()}
                 after_epoch(self.losses[-1])
                 self._pause(interrupts)
-        if self.path:
-            self.save()
-        self.seconds += time.monotonic() - start
+            self.seconds += time.monotonic() - start
+            if self.path:
+                self.save()
+        if interrupts:  # the first came while the last checkpoint was written
+            raise KeyboardInterrupt(f"after epoch {len(self.losses)}")
 
     def _pause(self, interrupts: list[int]) -> None:
         """Between two steps: save where it is time to, break off where Ctrl-C was pressed."""
         if self.path and (interrupts or time.monotonic() - self.saved >= self.every):
             self.save()
         if interrupts:
-            where = f"saved in {self.path}, --resume goes on" if self.path else "no --checkpoint FILE, lost"
+            kept = f"saved in {self.path}, --resume goes on"
+            where = kept if self.path else "nothing is kept without --checkpoint FILE"
             raise KeyboardInterrupt(f"after epoch {len(self.losses)}: {where}")
 
 
@@ -209,7 +212,10 @@ def go(training: Training, epochs: int, resume: bool, report: Report, what: str)
         found = f", validation {training.validation[-1]:.4g}" if training.validation else ""
         progress.advance(f"mean loss {loss:.4g}{found}")
 
-    with report.progress(epochs, what, len(training.losses)) as progress:
+    before = len(training.losses)
+    with report.progress(epochs, what, before) as progress:
         training.run(epochs, note)
+    if count := len(training.losses) - before:
+        report.line(f"{training.seconds / count:.3f} s an epoch")
     if training.stopped:
         report.line(f"stopped early after epoch {len(training.losses)}")

@@ -1,0 +1,360 @@
+"""The programs that exist in PyTorch too: their losses, what they claim, interruption and resuming."""
+
+import argparse
+import functools
+import importlib
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusedrnn import Model, cli, no_grad, programs
+from fusedrnn.layers import LSTM, Linear
+from fusedrnn.optimizers import Adam
+from fusedrnn.programs import classify, common, continual, feeding_back, passenger_flow, training, waves
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "torch"
+STEPS = 6
+
+
+def run(name, *given):
+    """Returns the result, and what was reported."""
+    parser = argparse.ArgumentParser()
+    programs.PROGRAMS[name].add_arguments(parser)
+    lines, tables = [], {}
+
+    class Report(common.PlainReport):
+        def line(self, text):
+            lines.append(text)
+
+        def table(self, title, columns, rows):
+            tables[title] = rows
+
+    return programs.PROGRAMS[name].run(parser.parse_args([*given, "--no-plot"]), Report()), lines
+
+
+def losses_of(trained, epochs=1):
+    """Of the first steps, one by one."""
+    found = []
+    step = trained.step
+
+    def noted(*batch):
+        loss = step(*batch)
+        found.append(float(loss.data))
+        return loss
+
+    trained.step = noted
+    trained.run(epochs)
+    return found[:STEPS]
+
+
+@pytest.fixture
+def daily(tmp_path):
+    """A file of the right form, which needs no data: a slow wave, 359 days."""
+    path = tmp_path / "daily.csv"
+    day = np.arange(359)
+    values = 90000 + 80000 * np.sin(day / 40) + np.random.default_rng(0).normal(0, 5000, 359)
+    rows = [f"day {k},{v:.0f}" for k, v in zip(day, values, strict=True)]
+    path.write_text("\n".join(["date,reported", *rows]) + "\n")
+    return path
+
+
+# --- the same losses as in PyTorch ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example whose Adam is ours: eps stands elsewhere in PyTorch's, and so is made negligible."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    monkeypatch.setattr(torch.optim, "Adam", functools.partial(torch.optim.Adam, eps=1e-16))
+    for module in (passenger_flow, feeding_back, waves, classify, continual):
+        monkeypatch.setattr(module, "Adam", functools.partial(Adam, eps=1e-16))
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.from_numpy(np.random.permutation(n)))
+    return importlib.import_module
+
+
+def twin(theirs, ours):
+    """Gives ours the weights of PyTorch's model, whose second bias stays zero from here on."""
+    import torch
+
+    arrays = {}
+    for name, p in theirs.named_parameters():
+        layer, _, weight = name.rpartition(".")
+        layer = {"head.0": "hidden", "head.2": "out"}.get(layer, layer)
+        if "bias_hh" in name:
+            torch.nn.init.zeros_(p).requires_grad_(False)
+        elif layer in ("lstm", "rnn"):
+            key = layer if hasattr(ours, layer) else "rnn"
+            single = f"{weight.removesuffix('_l0')}" if ours.__dict__[key].num_layers == 1 else weight
+            arrays[f"{key}/{single}"] = p.detach().numpy().copy()
+        else:
+            arrays[f"{layer}/{'W' if weight == 'weight' else 'b'}"] = p.detach().numpy().T.copy()
+    ours.assign_weights(arrays, "PyTorch")
+    return theirs
+
+
+def test_the_first_losses_are_those_of_pytorch(example, monkeypatch, daily, capsys):
+    import torch
+
+    found, expected = {}, {}
+
+    def theirs(name, model, *arguments, epochs=1):
+        """The losses of an example's train(args, ...), on a model of PyTorch's."""
+        module = example(name)
+        monkeypatch.setattr(module, "build", lambda layers: twin(module.Net(LSTMS[name]), model))
+        given = ["x"] if name == "feeding_back" else []
+        args = module.arguments().parse_args([*given, "--epochs", str(epochs), "--layers", "torch"])
+        np.random.seed(1)
+        tensors = [torch.from_numpy(np.asarray(a)) if isinstance(a, np.ndarray) else a for a in arguments]
+        expected[name] = module.train(args, *tensors)[1][:STEPS]
+        np.random.seed(1)
+
+    LSTMS = dict.fromkeys(("passenger_flow", "feeding_back", "classify", "continual"), torch.nn.LSTM)
+    LSTMS["waves"] = torch.nn.RNN
+
+    x, y = common.windows(np.sin(np.arange(60.0, dtype=np.float32)), passenger_flow.WINDOW)
+    x, y, model = x[:, np.newaxis].copy(), y.reshape(-1, 1, 1).copy(), passenger_flow.build()
+    theirs("passenger_flow", model, x, y, STEPS, 1e-2)
+    found["passenger_flow"] = passenger_flow.train(model, x, y, STEPS, 1e-2)
+
+    x, y = waves.data("combined", 50 + 32 * STEPS)
+    model = waves.build()
+    theirs("waves", model, x.copy(), y.copy())
+    found["waves"] = losses_of(waves.prepare(model, x, y))
+
+    part, model = classify.draw(64 * STEPS), classify.build()
+    lengths, process = part.label.T
+    module = example("classify")
+    monkeypatch.setattr(module, "validate", lambda *data: 0.0)
+    some = tuple(map(torch.from_numpy, (part.data, lengths.copy(), process.copy())))
+    theirs("classify", model, some, some)
+    found["classify"] = losses_of(classify.prepare(model, part, part, 9))
+
+    z = feeding_back.read(str(daily))
+    z = (z - z.mean()) / z.std()
+    model, module = feeding_back.Net(), example("feeding_back")
+    np.random.seed(1)
+    some = [a[..., ::20, :] if a.ndim == 3 else a[::20] for a in feeding_back.draw_sequences(z)]
+    monkeypatch.setattr(feeding_back, "draw_sequences", lambda z: some)
+    monkeypatch.setattr(module, "draw_sequences", lambda z: [torch.from_numpy(a.copy()) for a in some])
+    theirs("feeding_back", model, torch.from_numpy(z), "5", epochs=STEPS)
+    found["feeding_back"] = losses_of(feeding_back.prepare(model, z, curve="5"), epochs=STEPS)
+
+    module, model = example("continual"), continual.build()
+    parts = continual.draw(25, 64 * 12)[:2]
+    ours = twin(module.Net(torch.nn.LSTM), model)
+    optimizer = torch.optim.Adam([p for p in ours.parameters() if p.requires_grad], lr=0.01)
+    np.random.seed(1)
+    some = [tuple(torch.from_numpy(a.copy()) for a in (p.data, p.label)) for p in parts]
+    expected["continual"] = module.train(ours, optimizer, *some, 1)[:STEPS]
+    np.random.seed(1)
+    found["continual"] = losses_of(continual.prepare(model, continual.Adam(0.01), *parts))
+
+    for name, losses in expected.items():
+        assert len(losses) == STEPS
+        assert losses[-1] != losses[0]
+        assert found[name] == pytest.approx(losses, rel=1e-5, abs=0), name
+
+
+# --- what they claim --------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "given", "line"),
+    [
+        ("passenger-flow", ["--epochs", "20"], "does not beat: naive: as last month"),
+        ("waves", ["--epochs", "2"], "RNN beats all others."),
+        ("classify", ["--epochs", "2", "--size", "400"], "LSTM does not beat: likelihood ratio"),
+        ("continual", ["--epochs", "4", "--size", "300"], "By new data, LSTM, after "),
+    ],
+)
+def test_programs_run_and_say_where_they_lose(name, given, line, tmp_path):
+    result, lines = run(name, *given, "--out", str(tmp_path))
+    assert any(line in said for said in lines), lines
+    assert len(result.losses) == int(given[1]) * (1.25 if name == "continual" else 1)
+    assert result.losses[-1] < result.losses[0]
+
+
+@pytest.mark.quick
+def test_feeding_back(daily, monkeypatch):
+    result, lines = run("feeding-back", "--data", str(daily), "--epochs", "2")
+    assert "in all" in lines[0]
+    assert lines[0].split()[-1] == "601"  # PyTorch's 641 without its second bias of 40
+    assert any("days again" in line for line in lines)
+    z = np.sin(np.arange(150) / 20)
+    carried = feeding_back.feed_back(result.model, z, 20)
+    again = feeding_back.feed_back_recomputing(result.model, z, 20)
+    np.testing.assert_allclose(carried, again, rtol=0, atol=2e-6)
+    assert carried.std() > 0
+
+
+@pytest.mark.quick
+def test_padding_and_lengths_are_the_same_on_the_valid_days():
+    z = np.sin(np.arange(359) / 40)
+    np.random.seed(0)
+    model = feeding_back.Net()
+    losses, gradients = [], []
+    for use_lengths in (False, True):
+        np.random.seed(1)
+        trained = feeding_back.prepare(model, z, curve="5", over="valid", use_lengths=use_lengths)
+        loss = trained.step()
+        model.cleargrads()
+        loss.backward()
+        losses.append(float(loss.data))
+        gradients.append([p.grad.data for p in model.params()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
+    np.random.seed(1)
+    x, t, lengths, begins = feeding_back.draw_sequences(z)
+    valid = np.arange(99)[:, np.newaxis] < lengths
+    model.reset_state()
+    with no_grad():
+        y = model(x, lengths).data
+    weight = np.tanh(5 * ((begins + np.arange(99)[:, np.newaxis]) / 250 - 1)) + 1
+    assert losses[0] != pytest.approx(((y - t)[valid] ** 2).mean(), rel=1e-3)
+    expected = (weight[valid] * ((y - t)[valid] ** 2)[:, 0]).sum() / lengths.sum()
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.quick
+def test_waves_start_as_published():
+    np.random.seed(0)
+    model = waves.build()
+    assert not model.rnn.bias_ih.data.any()
+    assert not model.fc.b.data.any()
+    for weight, bound in ((model.rnn.weight_ih, 0.177), (model.rnn.weight_hh, 0.177), (model.fc.W, 1.0)):
+        assert 0.8 * bound < np.abs(weight.data).max() <= bound
+    assert len(waves.data("combined", 1000)[0]) == 950
+
+
+@pytest.mark.quick
+def test_scores_of_a_classifier():
+    found = classify.scores(np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1]))
+    assert found == {
+        "accuracy": pytest.approx(0.6),
+        "precision": pytest.approx(2 / 3),
+        "recall": pytest.approx(2 / 3),
+        "F1": pytest.approx(2 / 3),
+    }
+
+
+# --- training: early stopping, interruption, resuming -----------------------------------------------------
+
+
+@pytest.mark.quick
+def test_the_best_model_is_kept_and_training_stops_early():
+    part = classify.draw(64)
+    trained = classify.prepare(classify.build(), part, part, patience=3)
+    validation = iter([0.5, 0.4, 0.6, 0.7, 0.8, 0.1])
+    weights = []
+
+    def validate():
+        weights.append({name: p.data.copy() for name, p in trained.model.named_params()})
+        return next(validation)
+
+    trained.validate = validate
+    trained.run(9)
+    assert len(weights) == 5
+    trained.keep_best()
+    for name, p in trained.model.named_params():
+        np.testing.assert_array_equal(p.data, weights[1][name])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["classify", "waves", "continual", "feeding-back"])
+def test_interrupted_and_resumed_to_the_same_bits(name, daily, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the middle of an epoch."""
+    given = ["--epochs", "4"]
+    given += {"classify": ["--size", "200"], "continual": ["--size", "150"]}.get(name, [])
+    given += ["--data", str(daily)] if name == "feeding-back" else []
+
+    def start(folder, *more):
+        out = tmp_path / folder
+        command = ["train", name, *given, "--out", str(out), "--checkpoint", str(out / "c"), "--no-plot"]
+        return cli.main([*command, *more]), capsys.readouterr()
+
+    assert start("whole")[0] == 0
+    backward, steps = training.Variable.backward, [0]
+
+    def interrupting(self, *args, **options):
+        steps[0] += 1
+        if steps[0] == 3:
+            signal.raise_signal(signal.SIGINT)
+        return backward(self, *args, **options)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Variable, "backward", interrupting)
+            code, printed = start("stopped")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == cli.INTERRUPTED
+    assert printed.err.startswith("interrupted after epoch ")
+    assert printed.err.endswith(f"saved in {tmp_path / 'stopped' / 'c'}, --resume goes on\n")
+    assert steps[0] == 3
+    code, printed = start("stopped", "--resume")
+    assert code == 0, printed.err
+    assert "resumed from" in printed.out
+    for end in ("c", "c.new") if name == "continual" else ("c",):
+        a, b = (np.load(tmp_path / folder / end) for folder in ("whole", "stopped"))
+        with a, b:
+            assert a.files == b.files
+            for entry in a.files:
+                assert a[entry].tobytes() == b[entry].tobytes(), entry
+
+
+@pytest.mark.quick
+def test_wrong_checkpoints_and_files_are_one_line(daily, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("FUSEDRNN_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    trained = ["--checkpoint", "c", "--no-plot", "--epochs", "1"]
+
+    def fails(*command):
+        assert cli.main(["train", *command]) == cli.USAGE
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err
+
+    assert cli.main(["train", "waves", *trained]) == 0
+    before = Path("c").read_bytes()
+    assert "saved with wave combined, expected sine" in fails("waves", *trained, "--resume", "--wave", "sine")
+    assert "saved with seed 0, expected 1" in fails("waves", *trained, "--resume", "--seed", "1")
+    assert "c cannot be taken up" in fails("classify", *trained, "--resume", "--size", "99")
+    assert Path("c").read_bytes() == before
+    Path("c").write_bytes(before[: len(before) // 2])
+    assert "c cannot be taken up: c: not an .npz file" in fails("waves", *trained, "--resume")
+    assert "--resume needs --checkpoint" in fails("waves", "--resume", "--no-plot")
+
+    assert "no data file. The data are those of" in fails("feeding-back")
+    assert "there is no file none.csv" in fails("feeding-back", "--data", "none.csv")
+    text = daily.read_text()
+    for change, words in (
+        (text.replace("reported", "results"), "daily.csv: no column reported"),
+        (text.replace("day 7,", "day 7,nan\n"), "line 9: not a finite number"),
+        (text.replace("day 7,", "day 7,x"), "line 9: not a number"),
+        ("\n".join(text.split("\n")[:200]), "expected at least 350 rows"),
+        ("", "no column reported"),
+    ):
+        daily.write_text(change)
+        assert words in fails("feeding-back", "--data", str(daily))
+    assert "--lengths: expected --over valid" in fails("feeding-back", "--lengths")
+
+
+@pytest.mark.quick
+def test_summary():
+    class Net(Model):
+        def __init__(self):
+            super().__init__()
+            self.rnn = LSTM(3, in_size=2)
+            self.fc = Linear(1)
+
+    lines = Net().summary().splitlines()
+    assert lines[1].split() == ["rnn/weight_ih", "(12,", "2)", "24"]
+    assert lines[4].split() == ["fc/W", "at", "the", "first", "call", "?"]
+    assert lines[-1].split() == ["in", "all", "73"]
