@@ -202,6 +202,7 @@ SCRIPTS = (
     "frozen.py",
     "irregular_page.py",
     "pollution_page.py",
+    "programs_page.py",
     "recurrent_ppo.py",
     "scaling.py",
     "speechbrain_ligru.py",
