@@ -165,9 +165,8 @@ def scores(report: dict[str, Any]) -> list[str]:
     return [
         *markdown(header, rows, text=2),
         "",
-        f"Median (least to most) of up to {seeds} seeds, of `pollution` of 3; `sine` with the published seed "
-        f"alone, and so where there is no range. At "
-        f"or below the reported error: {'; '.join(reached)}.",
+        f"Median (least to most) of up to {seeds} seeds, of `pollution` of 3; one seed where there is no "
+        f"range, of `sine` the published one. At or below the reported error: {'; '.join(reached)}.",
     ]
 
 

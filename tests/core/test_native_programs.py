@@ -247,18 +247,22 @@ def test_scores_of_a_classifier():
 
 
 @pytest.mark.quick
-def test_the_best_model_is_kept_and_training_stops_early():
+def test_the_best_model_is_kept_and_training_stops_early(tmp_path):
+    """Also where it was resumed after the best epoch."""
     part = classify.draw(64)
-    trained = classify.prepare(classify.build(), part, part, patience=3)
     validation = iter([0.5, 0.4, 0.6, 0.7, 0.8, 0.1])
     weights = []
+    for epochs in (3, 9):
+        trained = classify.prepare(classify.build(), part, part, patience=3, path=tmp_path / "c")
+        if epochs == 9:
+            trained.resume()
 
-    def validate():
-        weights.append({name: p.data.copy() for name, p in trained.model.named_params()})
-        return next(validation)
+        def validate(model=trained.model):
+            weights.append({name: p.data.copy() for name, p in model.named_params()})
+            return next(validation)
 
-    trained.validate = validate
-    trained.run(9)
+        trained.validate = validate
+        trained.run(epochs)
     assert len(weights) == 5
     trained.keep_best()
     for name, p in trained.model.named_params():
@@ -266,9 +270,9 @@ def test_the_best_model_is_kept_and_training_stops_early():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["classify", "waves", "continual", "feeding-back"])
-def test_interrupted_and_resumed_to_the_same_bits(name, daily, tmp_path, monkeypatch, capsys):
-    """Ctrl-C in the middle of an epoch."""
+@pytest.mark.parametrize(("name", "step"), [("classify", 6), ("continual", 5), ("feeding-back", 3)])
+def test_interrupted_and_resumed_to_the_same_bits(name, step, daily, tmp_path, monkeypatch, capsys):
+    """Ctrl-C at this step, where an epoch has several in the middle of one."""
     given = ["--epochs", "4"]
     given += {"classify": ["--size", "200"], "continual": ["--size", "150"]}.get(name, [])
     given += ["--data", str(daily)] if name == "feeding-back" else []
@@ -283,7 +287,7 @@ def test_interrupted_and_resumed_to_the_same_bits(name, daily, tmp_path, monkeyp
 
     def interrupting(self, *args, **options):
         steps[0] += 1
-        if steps[0] == 3:
+        if steps[0] == step:
             signal.raise_signal(signal.SIGINT)
         return backward(self, *args, **options)
 
@@ -297,7 +301,7 @@ def test_interrupted_and_resumed_to_the_same_bits(name, daily, tmp_path, monkeyp
     assert code == cli.INTERRUPTED
     assert printed.err.startswith("interrupted after epoch ")
     assert printed.err.endswith(f"saved in {tmp_path / 'stopped' / 'c'}, --resume goes on\n")
-    assert steps[0] == 3
+    assert steps[0] == step
     code, printed = start("stopped", "--resume")
     assert code == 0, printed.err
     assert "resumed from" in printed.out
