@@ -3,7 +3,8 @@
     python bench/benchmarks_page.py            write the page
     python bench/benchmarks_page.py --check    only see whether it is up to date
 
-A run is kept by ``fusedrnn bench ... --json bench/results/NAME.json``; RUNS says which are shown.
+A run is kept by ``fusedrnn bench ... --json bench/results/NAME.json``; RUNS says which are shown, and
+what they were asked for besides their peers.
 """
 
 from __future__ import annotations
@@ -17,23 +18,21 @@ from measured import ROOT, update
 
 from fusedrnn.bench import report
 
-TORCH = "torch,torch-cell,torch-packed,torch-masked"
-# The file, and what the run was asked for.
 RUNS = {
-    "lstm-float32": "--cell lstm --peers torch,torch-cell,jax --memory",
-    "lstm-float32-1-thread": "--cell lstm --peers torch --threads 1",
-    "lstm-float32-forward": "--cell lstm --forward --peers torch,onnxruntime",
-    "gru-float32": "--cell gru --peers torch",
-    "rnn-float32": "--cell rnn --peers torch",
-    "lstm-float64": "--cell lstm --dtype float64 --peers torch",
-    "gru-float64": "--cell gru --dtype float64 --peers torch",
-    "lstm-float32-numba": "--cell lstm --peers numba",
-    "gru-float32-numba": "--cell gru --peers numba",
-    "rnn-float32-numba": "--cell rnn --peers numba",
-    "programs-float32": "--suite programs --peers torch,jax",
-    "pytorch-float32": f"--suite pytorch --peers {TORCH}",
-    "pytorch-float32-1-thread": f"--suite pytorch --peers {TORCH} --threads 1",
-    "rl-float32": f"--suite rl --peers {TORCH},onnxruntime --memory",
+    "lstm-float32": "--cell lstm --memory",
+    "lstm-float32-1-thread": "--cell lstm --threads 1",
+    "lstm-float32-forward": "--cell lstm --forward",
+    "gru-float32": "--cell gru",
+    "rnn-float32": "--cell rnn",
+    "lstm-float64": "--cell lstm --dtype float64",
+    "gru-float64": "--cell gru --dtype float64",
+    "lstm-float32-numba": "--cell lstm",
+    "gru-float32-numba": "--cell gru",
+    "rnn-float32-numba": "--cell rnn",
+    "programs-float32": "--suite programs",
+    "pytorch-float32": "--suite pytorch",
+    "pytorch-float32-1-thread": "--suite pytorch --threads 1",
+    "rl-float32": "--suite rl --memory",
 }
 
 
@@ -50,6 +49,7 @@ def markdown(table: report.Table) -> list[str]:
 def run(name: str, asked: str) -> list[str]:
     """The lines of one run."""
     found = report.load(str(ROOT / "bench" / "results" / f"{name}.json"))
+    asked += f" --peers {','.join(found['peers'])}"
     lines = [f"## `fusedrnn bench {asked}`", "", *markdown(report.table(found)), ""]
     if "--memory" in asked:
         table = report.memory_table(found)

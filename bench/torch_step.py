@@ -1,6 +1,7 @@
-"""A whole PyTorch training step (layer, Linear head, loss, backward, Adam) with our LSTM kernels inside.
+"""A whole PyTorch training step with our LSTM on one pool of threads or another, beside ``nn.LSTM``.
 
-Beside it the same model with nn.LSTM. PyTorch's own threads run between our calls, as in real training.
+PyTorch's own threads run between our calls, as in real training. The step is that of ``fusedrnn bench --suite
+pytorch``, where ours runs on PyTorch's OpenMP team.
 
     python bench/torch_step.py              all threads
     python bench/torch_step.py --threads 1
@@ -18,8 +19,11 @@ from pathlib import Path
 
 import torch
 
-from fusedrnn import kernels, system
+from fusedrnn import problems, system
+from fusedrnn.bench.libraries import TOLERANCE, check
+from fusedrnn.bench.peer_torch import FusedLayer, Torch
 from fusedrnn.bench.report import BUSY
+from fusedrnn.bench.runner import truth
 from fusedrnn.bench.timing import Others, ratio, same_threads, spread, time_blocks
 from fusedrnn.cells import lstm
 from fusedrnn.threads import set_num_threads, set_thread_pool
@@ -27,66 +31,32 @@ from fusedrnn.threads import set_num_threads, set_thread_pool
 SHAPES = ((64, 16, 128, 128), (30, 30, 1, 100))  # T, B, I, H
 
 
-class Fused(torch.autograd.Function):
-    """The least that puts forward and backward under PyTorch: y of one layer from a zero state."""
+class Ours(FusedLayer):
+    """Our layer, with so many threads of a pool for our kernels."""
 
-    @staticmethod
-    def forward(ctx, x, *parameters):
-        weights = {name: p.detach().numpy() for name, p in zip(lstm.blocks, parameters, strict=True)}
-        y, _, _, ctx.tape = kernels.forward(lstm, x.detach().numpy(), weights)
-        return torch.from_numpy(y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        names = ("x", *lstm.blocks)
-        need = [name for name, wanted in zip(names, ctx.needs_input_grad, strict=True) if wanted]
-        dx, dweights, *_ = kernels.backward(ctx.tape, dy.contiguous().numpy(), need=need)
-        return tuple(None if g is None else torch.from_numpy(g) for g in (dx, *dweights.values()))
-
-
-class FusedLSTM(torch.nn.LSTM):
-    """nn.LSTM, its forward replaced."""
-
-    def forward(self, x):
-        return Fused.apply(x, *self.parameters()), None
-
-
-class Training:
-    """One model and its optimizer; a call is a step, with ``threads`` threads of ``pool`` for our kernels."""
-
-    def __init__(self, layer, shape, threads, pool="own"):
-        T, B, I, H = shape
-        torch.manual_seed(0)
+    def __init__(self, data, threads, pool="own"):
+        super().__init__(data, threads)
         self.threads, self.pool = threads, pool
-        self.rnn = layer(I, H)
-        self.head = torch.nn.Linear(H, 1)
-        self.optimizer = torch.optim.Adam([*self.rnn.parameters(), *self.head.parameters()])
-        self.x, self.target = torch.randn(T, B, I), torch.randn(T, B, 1)
 
     def __call__(self):
         set_num_threads(self.threads)
         set_thread_pool(self.pool)
-        self.optimizer.zero_grad()
-        y, _ = self.rnn(self.x)
-        loss = torch.nn.functional.mse_loss(self.head(y), self.target)
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
+        return super().__call__()
 
 
 def measure(shape, threads, blocks=9, seconds=0.1):
     """Check that all learn the same, then time them, interleaved."""
+    case = problems.Case(lstm, problems.Shape(*shape), "update", api="layer")
+    data = problems.make(case, "float32")
     runs = {
-        "nn.LSTM": Training(torch.nn.LSTM, shape, threads),
-        "ours, own pool": Training(FusedLSTM, shape, threads),
-        "ours, OpenMP team": Training(FusedLSTM, shape, threads, "openmp"),
-        "ours, one thread": Training(FusedLSTM, shape, 1),
+        "nn.LSTM": Torch(data, threads),
+        "ours, own pool": Ours(data, threads),
+        "ours, OpenMP team": Ours(data, threads, "openmp"),
+        "ours, one thread": Ours(data, 1),
     }
-    losses = {name: torch.tensor([run() for _ in range(5)]) for name, run in runs.items()}
-    for name, found in losses.items():
-        torch.testing.assert_close(
-            found, losses["nn.LSTM"], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    exact = truth(case, "float32", threads)
+    for name, run in runs.items():
+        check(name, run.results(), exact, TOLERANCE["float32"])
     samples = time_blocks(runs, blocks, seconds, limit=5.0)
     return {
         name: {

@@ -164,11 +164,11 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     cases.add_argument(
         "--suite",
         choices=list(problems.SUITES),
-        help="the list of cases: core, eleven shapes in training; programs, published models; rl, ragged "
-        "sequences, resets and single steps; pytorch, our PyTorch modules instead of PyTorch's, also in "
-        "whole training steps; wide and deepbench, larger shapes of other benchmarks; gpu, what a GPU is "
-        "compared at; of each, on a CPU, cases of more than about 5 s a call are left out (default: core; "
-        "with --device cuda gpu)",
+        help="the list of cases: core, eleven shapes in training; programs, what libraries in PyTorch run, "
+        "beside their own way; rl, ragged sequences, resets and single steps; pytorch, our PyTorch modules "
+        "instead of PyTorch's, also in whole training steps; wide and deepbench, larger shapes of other "
+        "benchmarks; gpu, what a GPU is compared at; of each, on a CPU, cases of more than about 5 s a call "
+        "are left out (default: core; with --device cuda gpu)",
     )
     cases.add_argument(
         "--shape",

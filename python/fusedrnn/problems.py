@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ class Case:
     Kinds: ``training``, forward and backward, every gradient; ``forward``, no gradient, weights prepared
     beforehand by who can; ``step``, the same for one step that starts from a given state; ``update``, a whole
     training step in PyTorch: the layer, a linear head on every step, mean squared error, backward, Adam.
+    There x is data, without a gradient, unless it comes from an ``encoder``.
 
     APIs: none, our functions on arrays; ``layer`` and ``cell``, the modules of ``fusedrnn.torch``.
     """
@@ -44,6 +45,10 @@ class Case:
     ragged: bool = False  # lengths uniform in T/10..T
     resets: float = 0.0  # the probability that a step begins a new segment
     api: str = ""
+    proj_size: int = 0  # of an update
+    state: bool = False  # it starts from a given state, as a step does
+    encoder: bool = False  # layers before this one want the gradient of x
+    way: str = ""  # the peer that is how the library of that name runs it
 
     @property
     def directions(self) -> int:
@@ -62,6 +67,12 @@ class Case:
             parts.append("ragged")
         if self.resets:
             parts.append("resets")
+        if self.proj_size:
+            parts.append(f"proj_size {self.proj_size}")
+        if self.state:
+            parts.append("from a state")
+        if self.encoder:
+            parts.append("after an encoder")
         if self.api:
             parts.append(f"PyTorch {self.api}")
         return " ".join([*parts, self.name]).rstrip()
@@ -97,16 +108,49 @@ _DEEPBENCH: tuple[tuple[Cell, int, int, int], ...] = (
     (gru, 1500, 64, 1024),
 )
 
+
+def training(cell: Cell, shape: Shape, name: str, way: str = "torch", **more: Any) -> Case:
+    """A training step of a library in PyTorch."""
+    return Case(cell, shape, "update", name, api="layer", way=way, **more)
+
+
+def inference(cell: Cell, shape: Shape, name: str, way: str = "torch", **more: Any) -> Case:
+    """A forward pass of a library in PyTorch."""
+    return Case(cell, shape, "forward", name, api="layer", way=way, **more)
+
+
+# What libraries run, as they run it, with their default sizes. Where they leave one open, it is from their
+# examples; RNNoise's own T is 1996, which would take minutes.
+PROGRAMS = (
+    *(training(c, Shape(128, 256, 32, 512), "TorchRL", "torch-split", resets=0.03) for c in (lstm, gru)),
+    training(lstm, Shape(128, 8, 64, 256), "sb3-contrib", "torch-masked", resets=0.03),
+    training(lstm, Shape(32, 16, 4, 64), "skrl", "torch-segments", resets=0.03),
+    training(lstm, Shape(24, 1024, 48, 256), "rsl_rl", "torch-split", resets=0.01),
+    training(lstm, Shape(16, 32, 128, 128), "PufferLib", encoder=True),
+    training(gru, Shape(200, 192, 256, 256), "RNNoise", layers=3, state=True, encoder=True),
+    training(gru, Shape(500, 2, 320, 32), "SpeechBrain VAD", layers=2, bidirectional=True, encoder=True),
+    training(lstm, Shape(589, 32, 60, 128), "pyannote", layers=2, bidirectional=True, encoder=True),
+    training(
+        lstm, Shape(50, 32, 4196, 256), "flair", "torch-packed", bidirectional=True, ragged=True, encoder=True
+    ),
+    training(lstm, Shape(365, 256, 15, 20), "NeuralHydrology"),
+    training(lstm, Shape(365, 256, 31, 128), "NeuralHydrology"),
+    training(lstm, Shape(36, 128, 1, 128), "neuralforecast", layers=2, proj_size=1),
+    training(lstm, Shape(48, 32, 20, 40), "DeepAR", layers=2),
+    training(lstm, Shape(26, 256, 10, 8), "darts"),
+    *(training(lstm, Shape(1000, 50, 1, H), "amp modelling") for H in (16, 40)),
+    training(gru, Shape(300, 16, 256, 256), "DeepFilterNet3", layers=3, encoder=True),
+    inference(gru, Shape(300, 1, 256, 256), "DeepFilterNet3", layers=3),
+    *(
+        inference(lstm, Shape(510, 1, I, 256), "Kokoro", "torch-packed", bidirectional=True, ragged=True)
+        for I in (640, 512)
+    ),
+    Case(lstm, Shape(1, 1, 128, 128), "step", "silero-vad", api="cell", way="torch-cell"),
+)
+
 SUITES: dict[str, tuple[Case, ...]] = {
     "core": tuple(Case(lstm, shape) for shape in SPEED),
-    "programs": (  # models that people publish or run every day
-        Case(lstm, Shape(365, 256, 31, 128), name="hydrology"),
-        Case(lstm, Shape(1000, 50, 1, 16), name="amp modelling"),
-        Case(lstm, Shape(1000, 50, 1, 40), name="amp modelling"),
-        Case(lstm, Shape(48, 32, 20, 40), name="DeepAR", layers=2),
-        Case(lstm, Shape(26, 256, 10, 8), name="darts"),
-        Case(lstm, Shape(100, 64, 64, 256), layers=2, bidirectional=True),
-    ),
+    "programs": PROGRAMS,
     "rl": (  # ragged sequences, resets and single steps, as reinforcement learning has them
         Case(lstm, Shape(100, 64, 64, 256), ragged=True),
         Case(lstm, Shape(200, 32, 32, 128), ragged=True),
@@ -123,6 +167,11 @@ SUITES: dict[str, tuple[Case, ...]] = {
         ),
         Case(lstm, Shape(100, 1, 64, 64), "update", api="layer"),
         *(Case(lstm, shape, "update", api="layer") for shape in SPEED),
+        *(
+            Case(lstm, shape, "update", api="layer", **more)
+            for more in ({"layers": 2}, {"bidirectional": True})
+            for shape in (Shape(64, 16, 128, 128), Shape(100, 64, 64, 256))
+        ),
         Case(lstm, Shape(200, 32, 32, 128), "update", ragged=True, api="layer"),
         Case(lstm, Shape(128, 8, 64, 256), "update", resets=0.03, api="layer"),
     ),
@@ -164,44 +213,42 @@ def select(cases: tuple[Case, ...], cell: Cell | None = None, forward: bool = Fa
     Args:
         cases: One of ``SUITES``.
         cell: None for the cells as listed.
-        forward: Forward only in place of training.
+        forward: Forward only in place of training, without projections.
     """
     if cell is not None:
         own = tuple(case for case in cases if case.cell == cell)
         cases = own or tuple(replace(case, cell=cell) for case in cases)
     if forward:
-        cases = tuple(case if case.kind == "step" else replace(case, kind="forward") for case in cases)
+        cases = tuple(
+            case if case.kind == "step" else replace(case, kind="forward", proj_size=0) for case in cases
+        )
     return tuple(dict.fromkeys(cases))
 
 
 def quick(cases: tuple[Case, ...], count: int = 3) -> tuple[Case, ...]:
     """A few small cases, of every kind the smallest, in their order."""
     by_size = sorted(cases, key=flops)
-    firsts = {(case.kind, case.ragged, case.resets, case.api): case for case in reversed(by_size)}
+    firsts = {(case.kind, case.ragged, bool(case.resets), case.api): case for case in reversed(by_size)}
     chosen = list(dict.fromkeys([*firsts.values(), *by_size]))[: max(count, len(firsts))]
     return tuple(case for case in cases if case in chosen)
+
+
+OPTIONS = tuple(field.name for field in fields(Case) if field.name not in ("cell", "shape"))
 
 
 def describe(case: Case) -> dict[str, Any]:
     """A case as JSON holds it."""
     return {
         "case": str(case),
-        "name": case.name,
         "cell": case.cell.name,
         "shape": list(case.shape),
-        "kind": case.kind,
-        "layers": case.layers,
-        "bidirectional": case.bidirectional,
-        "ragged": case.ragged,
-        "resets": case.resets,
-        "api": case.api,
+        **{name: getattr(case, name) for name in OPTIONS},
     }
 
 
 def described(row: dict[str, Any]) -> Case:
     """The case that ``describe`` wrote down."""
-    options = ("kind", "name", "layers", "bidirectional", "ragged", "resets", "api")
-    return Case(CELLS[row["cell"]], Shape(*row["shape"]), **{key: row[key] for key in options})
+    return Case(CELLS[row["cell"]], Shape(*row["shape"]), **{name: row[name] for name in OPTIONS})
 
 
 @dataclass(frozen=True)
@@ -211,10 +258,10 @@ class Data:
     case: Case
     x: Array  # (T, B, I)
     weights: tuple[dict[str, Array], ...]  # layer by layer, forward before reverse
-    state0: tuple[Array, ...] | None  # (L*D, B, H) for each state; of a single step only
+    state0: tuple[Array, ...] | None  # (L*D, B, H) for each state, or zeros
     lengths: Array | None  # (B,)
     reset: Array | None  # (T, B) bool
-    dy: Array  # (T, B, D*H), the gradient that comes in on every step
+    dy: Array  # (T, B, D*H), with a projection (T, B, D*P), the gradient that comes in on every step
     dstateT: tuple[Array, ...]  # (L*D, B, H) for each state
     scalars: dict[str, Array]  # (T, B) for each row scalar of the cell
 
@@ -226,7 +273,7 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
     Drawn in float64 and then rounded, so that one seed is the same problem in every dtype.
     """
     T, B, I, H = case.shape
-    D = case.directions
+    D, P = case.directions, case.proj_size or case.shape.H
     draw = np.random.default_rng(seed)
 
     def normal(*size: int) -> Array:
@@ -242,21 +289,23 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
     two_biases = case.kind == "update" or case.cell.two_biases
     weights: tuple[dict[str, Array], ...] = ()
     for n in range(case.layers * D):
-        columns = {"weight_ih": (I if n < D else D * H,), "weight_hh": (H,)}
+        columns = {"weight_ih": (I if n < D else D * P,), "weight_hh": (P,)}
         drawn = {b: count * H for b, count in case.cell.blocks.items() if two_biases or b != "bias_hh"}
         found = {name: uniform(rows, *columns.get(name, ())) for name, rows in drawn.items()}
         for name in case.cell.vectors:
             if name in found and not name.startswith("gain_"):
                 found[name] = near(case.cell.trace.begin.get(name, 0.0), found[name], draw).astype(dtype)
+        if case.proj_size:
+            found["weight_hr"] = uniform(P, H)
         weights += (found,)
     return Data(
         case=case,
         x=normal(T, B, I),
         weights=weights,
-        state0=states() if case.kind == "step" else None,
+        state0=states() if case.kind == "step" or case.state else None,
         lengths=lengths(case),
         reset=np.random.default_rng(1).random((T, B)) < case.resets if case.resets else None,
-        dy=normal(T, B, D * H),
+        dy=normal(T, B, D * P),
         dstateT=states(),
         scalars={name: (1 + abs(normal(T, B))) / 4 for name in case.cell.scalars},
     )
@@ -278,11 +327,11 @@ def near(begin: Any, drawn: Array, draw: np.random.Generator) -> Array:
 
 
 def lengths(case: Case) -> Array | None:
-    """(B,) the lengths of a ragged case, always the same; None for others."""
+    """(B,) the lengths of a ragged case, always the same; None for others. One row alone is not padded."""
     if not case.ragged:
         return None
     T, B = case.shape[:2]
-    return np.random.default_rng(2).integers(max(1, T // 10), T, B, endpoint=True)
+    return np.random.default_rng(2).integers(max(1, T // 10) if B > 1 else T, T, B, endpoint=True)
 
 
 def astype(data: Data, dtype: npt.DTypeLike) -> Data:
@@ -311,12 +360,12 @@ def valid(case: Case) -> float:
 def flops(case: Case) -> float:
     """Operations: ``2*T*B*H*(G*I + G*H)`` forward per layer and direction, twice that for the backward.
 
-    ``G`` are the gates with x and those with a state, each with its own. Steps beyond a row's length do not
-    count.
+    ``G`` are the gates with x and those with a state, each with its own; a projection to P counts P*H more,
+    and its P in place of the H of a state. Steps beyond a row's length do not count.
     """
     T, B, I, H = case.shape
-    D = case.directions
-    inputs = I + (case.layers - 1) * D * H
+    D, P = case.directions, case.proj_size or case.shape.H
+    inputs = I + (case.layers - 1) * D * P
     ih, hh = (case.cell.blocks.get(name, 0) for name in ("weight_ih", "weight_hh"))
-    forward = 2.0 * T * B * valid(case) * H * D * (ih * inputs + hh * case.layers * H)
+    forward = 2.0 * T * B * valid(case) * H * D * (ih * inputs + (hh * P + case.proj_size) * case.layers)
     return 3 * forward if case.kind in ("training", "update") else forward

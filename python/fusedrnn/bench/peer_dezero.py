@@ -50,7 +50,8 @@ class DeZero:
     def refuses(cls, case: Case, dtype: str) -> str | None:
         if case.cell.name not in GATES or case.cell.options.get("relu"):
             return "it has LSTM and tanh RNN only"
-        if case.kind != "training" or case.layers > 1 or case.bidirectional or case.ragged or case.resets:
+        plain = not (case.bidirectional or case.ragged or case.resets or case.state)
+        if case.kind != "training" or case.layers > 1 or not plain:
             return "it takes part in plain training of one layer only"
         return "the case is too large for it" if flops(case) > LARGEST else None
 

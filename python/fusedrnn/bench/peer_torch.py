@@ -1,8 +1,12 @@
-"""PyTorch, in the four variants in which people run recurrent layers, and our modules in their place."""
+"""PyTorch, in the variants in which people run recurrent layers, and our modules in their place."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +15,12 @@ from fusedrnn.bench.libraries import Results, named, not_installed
 from fusedrnn.problems import Case, Data
 
 PLAIN = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the parameters in its order
+FUSED = "oneDNN's fused layer"
+PROJECTED = (*PLAIN, "weight_hr")
+
+# What the results of PyTorch's products in bfloat16 may be off by, of each tensor's largest entry: a few of
+# bfloat16's roundings, of 2**-9 each.
+BFLOAT16 = 0.03
 
 
 class Place(NamedTuple):
@@ -40,7 +50,8 @@ class Torch:
         self.dtype = getattr(torch, place.dtype or str(data.x.dtype))
         case = data.case
         self.module = self.build()
-        values = [weights.get(name) for weights in data.weights for name in PLAIN]
+        names = PROJECTED if case.proj_size else PLAIN
+        values = [weights.get(name) for weights in data.weights for name in names]
         with torch.no_grad():
             for parameter, value in zip(self.module.parameters(), values, strict=True):
                 if value is None:
@@ -48,7 +59,8 @@ class Torch:
                 else:
                     parameter.copy_(torch.from_numpy(value))
         self.training = case.kind in ("training", "update")
-        self.x = self.tensor(data.x).requires_grad_(self.training)
+        of_x = self.training and (case.kind == "training" or case.encoder)
+        self.x = self.tensor(data.x).requires_grad_(of_x)
         self.inputs = [self.x, *self.module.parameters()]
         self.upstream = [self.tensor(d) for d in (data.dy, *data.dstateT)]
         self.state0 = None if data.state0 is None else tuple(map(self.tensor, data.state0))
@@ -81,6 +93,7 @@ class Torch:
             case.shape.H,
             num_layers=case.layers,
             bidirectional=case.bidirectional,
+            **({"proj_size": case.proj_size} if case.proj_size else {}),
             **self.options(),
         )
 
@@ -125,7 +138,7 @@ class Torch:
         tensor = tensor.detach().cpu()
         return (tensor.float() if tensor.dtype is self.torch.bfloat16 else tensor).numpy()
 
-    @property
+    @cached_property
     def path(self) -> str:
         """Which implementation PyTorch took: oneDNN's fused layer, or one operation after another."""
         dispatch: Any = importlib.import_module("torch.utils._python_dispatch")
@@ -138,7 +151,7 @@ class Torch:
         with type("Names", (dispatch.TorchDispatchMode,), {"__torch_dispatch__": note})():
             self()
         fused = any("mkldnn_rnn_layer" in name for name in found)
-        return "oneDNN's fused layer" if fused else "one operation after another"
+        return FUSED if fused else "one operation after another"
 
     def saved(self) -> dict[str, int]:
         """Bytes kept for backward, by the saved-tensor hooks: each storage once, y's own apart (borrowed),
@@ -166,19 +179,22 @@ class Update:
     """What stands around the module of a library in a training step; a call makes one, -> the loss."""
 
     def __init__(self, library: Torch) -> None:
-        torch, data = library.torch, library.data
+        torch, case = library.torch, library.data.case
+        self.x = library.x
         self.loss = torch.nn.functional.mse_loss
         self.outputs = library.outputs
         self.target = library.upstream[0][:, :, :1]
         with torch.random.fork_rng([]):
             torch.manual_seed(0)  # float32 and float64 draw different numbers
-            self.head = torch.nn.Linear(data.case.directions * data.case.shape.H, 1, dtype=torch.float64)
+            outputs = case.directions * (case.proj_size or case.shape.H)
+            self.head = torch.nn.Linear(outputs, 1, dtype=torch.float64)
         self.head.to(library.x.dtype)
         parameters = [*library.module.parameters(), *self.head.parameters()]
         self.optimizer = torch.optim.Adam(parameters)
 
     def __call__(self) -> float:
         self.optimizer.zero_grad()
+        self.x.grad = None
         loss = self.loss(self.head(self.outputs()[0]), self.target)
         loss.backward()
         self.optimizer.step()
@@ -197,7 +213,7 @@ class TorchCell(Torch):
     def refuses(cls, case: Case, dtype: str) -> str | None:
         if case.layers > 1 or case.bidirectional or case.ragged:
             return "a loop of one cell serves one layer and direction of equal lengths"
-        return None
+        return "a cell has no projection" if case.proj_size else None
 
     def build(self) -> Any:
         case = self.data.case
@@ -239,7 +255,7 @@ class TorchMasked(Torch):
 
     @classmethod
     def refuses(cls, case: Case, dtype: str) -> str | None:
-        if not case.resets or case.ragged or case.bidirectional:
+        if not case.resets or case.ragged or case.bidirectional or case.state:
             return "a loop with masks is for resets, in one direction"
         return None
 
@@ -248,12 +264,85 @@ class TorchMasked(Torch):
         zeros = self.x.new_zeros(case.layers, case.shape.B, case.shape.H)
         state = tuple(zeros for _ in case.cell.states)
         ys = []
-        for x, start in zip(self.x, self.starts, strict=True):
-            state = tuple((1.0 - start).view(1, -1, 1) * s for s in state)
-            y, after = self.module(x.unsqueeze(0), self.pair(state))
+        begin = 0
+        for x in self.x.split(self.spans()):
+            keep = (1.0 - self.starts[begin]).view(1, -1, 1)
+            y, after = self.module(x, self.pair(tuple(keep * s for s in state)))
             state = after if isinstance(after, tuple) else (after,)
             ys.append(y)
+            begin += len(x)
         return [self.torch.cat(ys), *state]
+
+    def spans(self) -> list[int]:
+        """How many steps each call takes."""
+        return [1] * self.data.case.shape.T
+
+
+class TorchSegments(TorchMasked):
+    """The same with a call for all steps up to the next at which any row is reset, as skrl's examples do."""
+
+    def spans(self) -> list[int]:
+        T = self.data.case.shape.T
+        resets = self.starts[1:].any(1).nonzero().squeeze(1).tolist()
+        begins = [0, *(t + 1 for t in resets), T]
+        return [end - begin for begin, end in pairwise(begins)]
+
+
+class TorchSplit(Torch):
+    """The layer called once on all segments between resets as rows of their own, padded to the longest, as
+    TorchRL's and rsl_rl's modules do. Their last states are not those of the rows, so for updates only.
+    """
+
+    @classmethod
+    def refuses(cls, case: Case, dtype: str) -> str | None:
+        if not case.resets or case.ragged or case.bidirectional or case.state or case.kind != "update":
+            return "rows split at resets are for updates with resets, in one direction"
+        return None
+
+    def outputs(self) -> list[Any]:
+        torch, (T, B, I, _) = self.torch, self.data.case.shape
+        starts = self.starts.bool()
+        starts[0] = True
+        begins = starts.T.flatten().nonzero().squeeze(1)
+        lengths = begins.diff(append=begins.new_tensor([T * B]))
+        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        padded = self.x.new_zeros(*mask.shape, I)
+        padded[mask] = self.x.transpose(0, 1).flatten(0, 1)
+        y, _ = self.module(padded.transpose(0, 1))
+        return [y.transpose(0, 1)[mask].view(B, T, -1).transpose(0, 1)]
+
+
+class Medium:
+    """A variant of PyTorch's with products in bfloat16, ``set_float32_matmul_precision("medium")``."""
+
+    def __init__(self, library: Torch) -> None:
+        self.library = library
+        self.path = f"{library.path}, products in bfloat16"
+
+    def __call__(self) -> Any:
+        with medium():
+            return self.library()
+
+    def results(self) -> Results:
+        with medium():
+            return self.library.results()
+
+    def saved(self) -> dict[str, int]:
+        """As without the setting."""
+        return self.library.saved()
+
+
+@contextmanager
+def medium() -> Iterator[None]:
+    """That setting, and afterwards as before."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class FusedModule(Torch):

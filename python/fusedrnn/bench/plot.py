@@ -16,6 +16,8 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "torch-cell": ("PyTorch cell in a loop", "#56b4e9", "s"),
     "torch-packed": ("PyTorch packed sequence", "#0072b2", "D"),
     "torch-masked": ("PyTorch loop with masks", "#0072b2", "P"),
+    "torch-segments": ("PyTorch from reset to reset", "#56b4e9", "P"),
+    "torch-split": ("PyTorch split at resets", "#56b4e9", "D"),
     "onnxruntime": ("ONNX Runtime", "#d55e00", "v"),
     "jax": ("JAX lax.scan", "#009e73", "^"),
     "dezero": ("DeZero", "#cc79a7", "X"),

@@ -9,7 +9,16 @@ from fusedrnn.bench.peer_dezero import DeZero
 from fusedrnn.bench.peer_jax import Jax
 from fusedrnn.bench.peer_loops import LoopInJax, LoopInTorch, LoopInTorchScript
 from fusedrnn.bench.peer_onnx import OnnxRuntime
-from fusedrnn.bench.peer_torch import FusedCell, FusedLayer, Torch, TorchCell, TorchMasked, TorchPacked
+from fusedrnn.bench.peer_torch import (
+    FusedCell,
+    FusedLayer,
+    Torch,
+    TorchCell,
+    TorchMasked,
+    TorchPacked,
+    TorchSegments,
+    TorchSplit,
+)
 from fusedrnn.problems import Case, Data
 
 PEERS: dict[str, type[Peer]] = {
@@ -17,6 +26,8 @@ PEERS: dict[str, type[Peer]] = {
     "torch-cell": TorchCell,
     "torch-packed": TorchPacked,
     "torch-masked": TorchMasked,
+    "torch-segments": TorchSegments,
+    "torch-split": TorchSplit,
     "onnxruntime": OnnxRuntime,
     "jax": Jax,
     "dezero": DeZero,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from fusedrnn.bench.runner import FULL, OURS, torch_variants
 
 BUSY = 0.05  # of the cores; threads that wait for each other by spinning then lose far more than that
+
+# Of a suite: what of it, and how many times faster than whom its geometric mean shall be, none below 1.
+GOALS = {"pytorch": ("training steps beside torch", 1.7), "programs": ("the library's own way", 2.5)}
 
 Table = tuple[str, list[str], list[list[str]]]
 
@@ -19,6 +23,8 @@ def table(report: dict[str, Any]) -> Table:
     header = ["case", "ms", "±", "GFLOP/s", "of gemm", *peers]
     best = any(row["best"] for row in report["rows"])
     header += ["best peer", "ratio"] if best else []
+    ways = any(own_way(row) for row in report["rows"])
+    header += ["own way", "ratio"] if ways else []
     full = any(FULL in row["libraries"] for row in report["rows"])
     header += ["against full"] if full else []
     rows = []
@@ -31,10 +37,12 @@ def table(report: dict[str, Any]) -> Table:
             f"{ours['spread']:.0%}",
             f"{ours['gflops']:.1f}",
             "–" if ours["of_gemm"] is None else f"{ours['of_gemm']:.0%}",
-            *(f"{each[peer]['ratio']:.2f}" if peer in each else "–" for peer in peers),
+            *(compared(each.get(peer)) for peer in peers),
         ]
         if best:
             cells += [row["best"]["peer"], f"{row['best']['ratio']:.2f}"] if row["best"] else ["–", "–"]
+        if ways:
+            cells += [row["way"], compared(own_way(row))] if own_way(row) else ["–", "–"]
         if full:
             cells.append(against_full(row))
         rows.append(cells)
@@ -43,6 +51,36 @@ def table(report: dict[str, Any]) -> Table:
         f"{report['threads']} thread(s): ours, and peer / ours (above 1 ours is faster)"
     )
     return title, header, rows
+
+
+def compared(entry: dict[str, Any] | None) -> str:
+    """A peer's ratio, starred where it was faster with products in bfloat16."""
+    if entry is None:
+        return "–"
+    return f"{entry['ratio']:.2f}" + ("*" if "precision" in entry else "")
+
+
+def own_way(row: dict[str, Any]) -> dict[str, Any] | None:
+    """What the row's library does by itself, where that took part."""
+    found: dict[str, Any] | None = row["libraries"].get(row.get("way"))
+    return found
+
+
+def ratios(report: dict[str, Any], what: str) -> list[tuple[float, str]]:
+    """The ratios that a goal is about, each with its case."""
+    found = []
+    for row in report["rows"]:
+        torch = row["libraries"].get("torch") if row["kind"] == "update" else None
+        entry = own_way(row) if what == GOALS["programs"][0] else torch
+        if entry is not None:
+            found.append((entry["ratio"], row["case"]))
+    return found
+
+
+def mean_and_least(found: list[tuple[float, str]]) -> str:
+    """Their geometric mean, and the smallest with its case."""
+    mean = statistics.geometric_mean([ratio for ratio, _ in found])
+    return f"{mean:.2f}, the least {min(found)[0]:.2f} ({min(found)[1]})"
 
 
 def against_full(row: dict[str, Any]) -> str:
@@ -82,9 +120,22 @@ def summary(report: dict[str, Any]) -> list[str]:
             paths = {row["libraries"][peer]["path"] for row in report["rows"] if peer in row["libraries"]}
             took = ", ".join(sorted(filter(None, paths)))
             lines.append(f"{peer}: geometric mean of the ratios {mean:.2f}" + (f"; {took}" if took else ""))
-    for key, name in (("best_of_torch", "best PyTorch variant"), ("best_of_all", "best of all peers")):
-        if report[key] is not None:
-            lines.append(f"{name}: geometric mean of the ratios {report[key]:.2f}")
+    if report["best_of_torch"] is not None:
+        lines.append(f"best PyTorch variant: geometric mean of the ratios {report['best_of_torch']:.2f}")
+    best = [(row["best"]["ratio"], row["case"]) for row in report["rows"] if row["best"]]
+    if best:
+        lines.append(f"best of all peers: geometric mean of the ratios {mean_and_least(best)}")
+    what, goal = GOALS.get(report["suite"], ("", 0.0))
+    if reached := ratios(report, what) if what else []:
+        lines.append(f"{what}: geometric mean of the ratios {mean_and_least(reached)}")
+        lines.append(f"goal of {what}: {goal}, none below 1.0")
+    rounded = [e for row in report["rows"] for e in row["libraries"].values() if "precision" in e]
+    if rounded:
+        lines.append(
+            '*: faster with `torch.set_float32_matmul_precision("medium")`, so timed with it; results are '
+            f"off by up to {max(e['error'] for e in rounded):.0e} of the largest entry, "
+            f"{rounded[0]['tolerance']} allowed"
+        )
     if report["gemm"]["gflops"] is not None:
         who = max(report["gemm"]["each"], key=report["gemm"]["each"].get)
         lines.append(f"matrix product: {report['gemm']['gflops']:.0f} GFLOP/s ({who} cubed)")

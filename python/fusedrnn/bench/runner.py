@@ -7,19 +7,21 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fusedrnn import backends, problems, system
 from fusedrnn.bench import memory, registry
-from fusedrnn.bench.libraries import TOLERANCE, Native, Results, check, version
-from fusedrnn.bench.timing import Gemm, Others, ratio, same_threads, spread, time_blocks
+from fusedrnn.bench.libraries import TOLERANCE, Library, Native, Results, check, version
+from fusedrnn.bench.peer_torch import BFLOAT16, FUSED, Medium, Torch
+from fusedrnn.bench.timing import Gemm, Others, ratio, same_threads, speedup, spread, time_blocks
 from fusedrnn.problems import Case
 
 OURS = "fusedrnn"
 FULL = "fusedrnn full"  # the same case of ours without lengths and resets
 LONGEST = 5.0  # seconds a call; what is estimated to take longer is left out
+GAIN = 1.03  # from which a setting of PyTorch's counts as faster
 EXPECTED = 0.6  # of the rate of the matrix product, for that estimate
 # What time_blocks takes: blocks, the seconds of each, and the most for all of a library.
 QUICK, USUAL = (3, 0.02, 1.0), (9, 0.1, 5.0)
@@ -53,6 +55,10 @@ def run_case(
             libraries[name] = registry.PEERS[name](data, threads)
     exact = truth(case, dtype, threads)
     errors = {name: check(name, each.results(), exact, TOLERANCE[dtype]) for name, each in libraries.items()}
+    for name in torch_variants(libraries) if dtype == "float32" else ():
+        if faster_in_bfloat16(libraries[name]):
+            libraries[name] = Medium(cast(Torch, registry.PEERS[name](data, threads)))
+            errors[name] = check(name, libraries[name].results(), exact, BFLOAT16)
     if case.ragged or case.resets:
         plain = replace(case, ragged=False, resets=0.0)
         libraries[FULL] = registry.ours(problems.make(plain, dtype), backend, threads)
@@ -82,6 +88,8 @@ def run_case(
         }
         if name != OURS:
             entry["ratio"] = ratio(values, samples[OURS])
+        if isinstance(libraries[name], Medium):
+            entry |= {"precision": "bfloat16", "tolerance": BFLOAT16}
         if case.kind == "training" and hasattr(libraries[name], "saved"):
             entry["saved"] = libraries[name].saved()
         row["libraries"][name] = entry
@@ -90,6 +98,16 @@ def run_case(
         best = min(outside, key=lambda name: row["libraries"][name]["ratio"])
         row["best"] = {"peer": best, "ratio": row["libraries"][best]["ratio"]}
     return row
+
+
+def faster_in_bfloat16(library: Library) -> bool:
+    """Whether a variant of PyTorch's is faster with ``set_float32_matmul_precision("medium")``.
+
+    oneDNN's fused layer never is: it does not heed it.
+    """
+    if not isinstance(library, Torch) or library.path == FUSED:
+        return False
+    return speedup(library, Medium(library)) > GAIN
 
 
 def torch_variants(names: Iterable[str]) -> list[str]:
