@@ -36,6 +36,7 @@ VARIANTS = {
     "ragged forward": {"ragged": True, "kind": "forward", "layers": 2, "bidirectional": True},
     "resets": {"resets": 0.3},
     "update": {"kind": "update", "layers": 2, "bidirectional": True},
+    "update with resets": {"kind": "update", "resets": 0.3, "encoder": True},
 }
 EXPECTED = {"training": {"y", "h", "dx"}, "forward": {"y", "h"}, "step": {"y", "h"}, "update": {"losses"}}
 
@@ -198,7 +199,76 @@ def test_our_kernels_learn_the_same_inside_a_pytorch_step(torch_step, threads):
 
 
 def test_a_step_that_learns_something_else_is_refused(torch_step, threads, monkeypatch):
-    right = torch_step.Fused.backward
-    monkeypatch.setattr(torch_step.Fused, "backward", staticmethod(lambda ctx, dy: right(ctx, -dy)))
-    with pytest.raises(AssertionError, match="ours, own pool"):
+    right = torch_step.FusedLayer.outputs
+    monkeypatch.setattr(torch_step.FusedLayer, "outputs", lambda self: [-right(self)[0]])
+    with pytest.raises(RuntimeError, match="ours, own pool: losses"):
         torch_step.measure((5, 3, 2, 8), 1, blocks=3, seconds=0.001)
+
+
+# --- as libraries run it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dataclasses.replace(SMALL, kind="update", layers=2, proj_size=4),
+        dataclasses.replace(SMALL, kind="update", cell=gru, layers=2, state=True),
+    ],
+    ids=str,
+)
+def test_projections_and_given_states_take_part_in_updates(case):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    case = dataclasses.replace(case, api="layer", way="torch")
+    plain = dataclasses.replace(case, proj_size=0, state=False)
+    ours = registry.ours(problems.make(case, "float32"), "cpu", 1)
+    exact = truth(case, "float32")
+    assert libraries.check("layer", ours.results(), exact, libraries.TOLERANCE["float32"]) > 0
+    assert ours.path == "fused"
+    assert not np.allclose(exact["losses"], truth(plain, "float32")["losses"], rtol=1e-3)
+
+
+def test_a_row_is_split_at_every_reset():
+    """The layer gets as many rows as there are segments, and as many calls as a reset begins."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    data = problems.make(dataclasses.replace(SMALL, kind="update", resets=0.3), "float32")
+    reset = data.reset.copy()
+    reset[0] = True
+    for name, shapes in (
+        ("torch-split", lambda calls: [x.shape[1] for x in calls] == [reset.sum()]),
+        ("torch-segments", lambda calls: len(calls) == reset.any(1).sum()),
+    ):
+        peer, calls = registry.PEERS[name](data, 1), []
+        peer.module.register_forward_pre_hook(lambda _, given, calls=calls: calls.append(given[0]))
+        peer.outputs()
+        assert shapes(calls), name
+
+
+@pytest.mark.parametrize("gain", [2.0, 1.0])
+def test_pytorch_is_timed_in_bfloat16_only_where_that_is_faster(gain, monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    seen = set()
+
+    def speedup(plain, other):
+        right = plain.outputs
+
+        def outputs():
+            seen.add(torch.get_float32_matmul_precision())
+            return right()
+
+        monkeypatch.setattr(plain, "outputs", outputs)
+        plain()
+        other()
+        return gain
+
+    monkeypatch.setattr(runner, "speedup", speedup)
+    case = dataclasses.replace(SMALL, cell=gru, way="torch")
+    found = runner.run([case], suite="programs", peers=["torch"], quick=True)
+    assert seen == {"highest", "medium"}
+    assert torch.get_float32_matmul_precision() == "highest"
+    entry = found["rows"][0]["libraries"]["torch"]
+    assert entry.get("tolerance") == (0.1 if gain > 1 else None)
+    ratio = f"{entry['ratio']:.2f}" + ("*" if gain > 1 else "")
+    assert bench.table(found)[2][0][-2:] == ["torch", ratio]
+    lines = bench.summary(found)
+    assert any(line.startswith("*: faster with") for line in lines) == (gain > 1)
+    assert "goal of the library's own way: 2.5, none below 1.0" in lines

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fusedrnn.bench.runner import FULL, OURS, torch_variants
+from fusedrnn.bench.runner import FULL, OURS, WRONG, torch_variants
 
 BUSY = 0.05  # of the cores; threads that wait for each other by spinning then lose far more than that
 
@@ -136,6 +136,9 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"off by up to {max(e['error'] for e in rounded):.0e} of the largest entry, "
             f"{rounded[0]['tolerance']} allowed"
         )
+    for row in report["rows"]:
+        each = row["libraries"].values()
+        lines += [f"{row['case']}, bfloat16: {e[WRONG]}" for e in each if WRONG in e]
     if report["gemm"]["gflops"] is not None:
         who = max(report["gemm"]["each"], key=report["gemm"]["each"].get)
         lines.append(f"matrix product: {report['gemm']['gflops']:.0f} GFLOP/s ({who} cubed)")
