@@ -227,3 +227,21 @@ def test_the_command_times_a_cell(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "simple 3,2,1,4" in out
     assert "torchscript: geometric mean of the ratios" in out
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("loop", [TorchLoop, JaxScan])
+def test_a_long_expression_is_cut_into_lines(loop):
+    """Python's own parser takes no more than 200 parentheses within one another."""
+
+    @cell
+    def deep(p, x, h):
+        a = p.dense("a", x, h)
+        for _ in range(450):
+            a = tanh(a) + 1
+        return a
+
+    source = loop(deep).source()
+    compile(source, "deep", "exec")
+    assert source.count("tanh(") == 450
+    assert max(map(len, source.splitlines())) < 150

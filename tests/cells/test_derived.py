@@ -56,6 +56,25 @@ def test_gradients_of_terms_of_any_signs_are_those_by_a_complex_step(signs):
     assert sequences.worst_error(made, np.float64) < BOUNDS[0][1]
 
 
+def test_nothing_recurses_in_the_depth_of_a_cell():
+    """900 operations, each of the one before: as many as Python allows calls within one another."""
+
+    @definition.cell
+    def deep(p, x, h):
+        a = p.dense("a", x, h)
+        for _ in range(450):
+            a = tanh(a) + 1
+        return a
+
+    assert len(deep.forward_nodes) > 900
+    assert deep.digest
+    assert len(deep.saved) == 1
+    lines = str(deep).splitlines()
+    assert max(map(len, lines)) < 300
+    assert sum(line.count("tanh") for line in lines) > 450
+    assert sequences.worst_error(deep, np.float64) < 1e-12
+
+
 @pytest.mark.parametrize("cell", CELLS, **ids)
 def test_backward_may_run_twice(cell):
     arguments, dy, dlast = sequences.draw(cell, np.float64)

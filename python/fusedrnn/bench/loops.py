@@ -32,6 +32,7 @@ INFIX = {
     "neg": ("-{}", 4),
 }
 SUM, CALL = 2, 5
+DEEPEST = 10  # operations within one another on a line
 
 
 class Text(NamedTuple):
@@ -90,6 +91,7 @@ class Loop:
         self.lines: tuple[list[Line], list[Line], list[Line]] = ([], [], [])
         self.sequences: list[str] = []  # that the loop takes apart
         self.inlined: dict[Node, Text] = {}
+        self.depth: dict[Node, int] = {}  # of those, how many operations are within one another
         self.parts: dict[Node, list[Value]] = {}  # of each gate's sum
         self.whole: dict[Nodes, Value] = {}  # gates beside each other
         self.done: set[Node] = set()  # written with something else
@@ -172,10 +174,13 @@ class Loop:
         return f"{self.operations[op]}({', '.join(args)})"
 
     def keep(self, n: Node, text: Text) -> None:
-        """Give a value a line of its own if it is used twice, at a later stage or in the next step."""
+        """Give a value a line of its own if it is used twice, at a later stage or in the next step, or if it
+        is too long."""
         stage = self.stage[n]
         state = next((name for name, after in self.cell.trace.after.items() if after is n), None)
-        if self.uses[n] == 1 and not state and all(self.stage[m] == stage for m in self.users[n]):
+        once = self.uses[n] == 1 and not state and all(self.stage[m] == stage for m in self.users[n])
+        self.depth[n] = 1 + max((self.depth[a] for a in n.args if a in self.inlined), default=0)
+        if once and self.depth[n] < DEEPEST:
             self.inlined[n] = text
             return
         gates = self.gates_of(n)

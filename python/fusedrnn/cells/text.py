@@ -14,6 +14,7 @@ from fusedrnn.cells.trace import side
 if TYPE_CHECKING:
     from fusedrnn.cells.definition import Cell
 
+DEEPEST = 10  # operations within one another on a line; the one after them begins another line
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "greater": ">", "greater_equal": ">="}
 
 
@@ -64,16 +65,18 @@ class _Names:
     def lines(
         self, operations: list[Operation], kept: Iterable[Node], rounds: Mapping[Node, int]
     ) -> list[str]:
-        """A line for each value that is kept or used more than once."""
+        """A line for each value that is kept or used more than once, or that would be too long."""
         kept = set(kept)
         uses = Counter(a for operation in operations for a in operation.args)
         found = []
         self._inlined: dict[Node, Operation] = {}
+        depth: dict[Node, int] = {}  # of those, how many operations are within one another
         for operation in operations:
             n = operation.node
+            depth[n] = 1 + max((depth[a] for a in operation.args if a in self._inlined), default=0)
             if n.op in ("constant", "vector"):
                 self.of[n] = self._expression(operation)
-            elif n in self.of or n in kept or uses[n] > 1 or n.op in WAITS:
+            elif n in self.of or n in kept or uses[n] > 1 or n.op in WAITS or depth[n] == DEEPEST:
                 words = self._expression(operation)
                 if n.op == "dense":
                     self.product(n)
