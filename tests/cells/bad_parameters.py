@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from bad_values import bad
-from fusedrnn.cells.symbols import tanh
+from fusedrnn.cells.symbols import sigmoid, tanh
 
 # --- p.dense ------------------------------------------------------------------------------------------------
 
@@ -46,6 +46,18 @@ def condition_as_an_operand(p, x, h):
 @bad("p.dense", "one by one", "*values")
 def list_as_an_operand(p, x, h):
     return p.dense("a", [x, h])  # here
+
+
+@bad("expected 4, got 3", "one value for each gate")
+def more_names_than_gates(p, x, h):
+    i, f, g, o = p.dense("i f g", x, h)  # here
+    return i * f * g * o
+
+
+@bad("expected 2", "one value for each gate")
+def more_gates_than_names(p, x, h):
+    i, f = sigmoid(p.dense("i f g", x, h))  # here
+    return i * f
 
 
 @bad("i twice")

@@ -7,6 +7,7 @@ import inspect
 import linecache
 import math
 import numbers
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -361,7 +362,16 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
             f"{lines.definition()}\n{t.name}: expected the arguments p (parameters), x (input) and at least "
             f"one state, as in `def {t.name}(p, x, h):`"
         )
-    found = function(*args, **keywords)
+    try:
+        found = function(*args, **keywords)
+    except ValueError as error:
+        if "values to unpack" not in str(error):
+            raise
+        *_, last = traceback.extract_tb(error.__traceback__)
+        raise CellError(
+            f"{line_of(last.filename, last.lineno or 0)}\n{error}; p.dense gives one value for each gate "
+            "that it names, and a norm one for each value that it takes, so write as many names before ="
+        ) from error
     for name, value in zip(t.states, _returned(t, found, lines), strict=True):
         t.after[name] = own(graph, value)
     used = reach(t.after.values())
@@ -405,7 +415,10 @@ def _returned(t: Trace, found: Any, lines: _Lines) -> Sequence[Symbol | Projecte
     if found is None:
         raise CellError(f"{expected}, got nothing")
     if isinstance(found, list):
-        raise CellError(f"{expected}, got a list; write the values after `return` without brackets")
+        raise CellError(
+            f"{expected}, got a list; write the values after `return` without brackets, and take apart what "
+            'p.dense gives: i, f = p.dense("i f", x, h)'
+        )
     new = found if isinstance(found, tuple) else (found,)
     if len(new) != len(t.states):
         values = "1 value" if len(new) == 1 else f"{len(new)} values"
