@@ -123,7 +123,7 @@ def run_suite(
         RuntimeError: A backend asked for by name cannot run here, or a process of a level broke off.
     """
     every = variants()
-    own = [c for c in cells or () if isinstance(c, Cell)]
+    own = [] if isinstance(cells, Cell) else [c for c in cells or () if isinstance(c, Cell)]
     _known("cells", cells, [*CELLS, *every, *own])
     _known("backends", backends, [ORACLE, *registry.NAMES])
     _known("dtypes", dtypes, DTYPES)
@@ -188,8 +188,8 @@ def available_levels() -> list[str]:
 
 
 def _known(argument: str, names: Sequence[Any] | None, known: Any) -> None:
-    if isinstance(names, str):
-        raise TypeError(f"{argument}: expected a list of names, got the text {names!r}")
+    if isinstance(names, str | Cell):
+        raise TypeError(f"{argument}: expected a list, [{names!r}], got {names!r} by itself")
     for name in names or ():
         if name not in known:
             expected = ", ".join(k for k in known if isinstance(k, str))

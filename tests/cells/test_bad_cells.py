@@ -15,6 +15,10 @@ from bad_values import CASES
 from fusedrnn.cells.builtin import lstm
 from fusedrnn.cells.definition import Cell, cell
 from fusedrnn.cells.symbols import CellError, absolute, exp, maximum, minimum, relu, tanh, where
+from fusedrnn.gradcheck import gradcheck
+from fusedrnn.gradcheck_suite import run_suite
+from fusedrnn.layers import Recurrent
+from fusedrnn.models import Sequential
 
 pytestmark = pytest.mark.quick
 
@@ -89,9 +93,19 @@ def no_function():
     return cell(lstm)  # here
 
 
+def called():
+    return lstm(np.zeros((2, 3)))  # here
+
+
+def called_within_this_package():
+    return Sequential(lstm)(np.zeros((2, 3)))  # here
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [
+        (called, ["fusedrnn.layers.Recurrent(lstm, hidden_size)", "lstm.function(p, x, h)"]),
+        (called_within_this_package, ["fusedrnn.layers.Recurrent(lstm, hidden_size)"]),
         (unknown_option, ["lstm has no option peephole", "its options: layer_norm"]),
         (option_that_is_a_list, ["can hash", "[1]"]),
         (no_function, ["expected a function", "Cell"]),
@@ -115,6 +129,24 @@ def test_the_line_of_a_cell_in_a_library_is_named():
     names["run"] = lambda: Cell(names["made"]).trace
     with pytest.raises(CellError, match=Path(__file__).name):  # this test is the user's
         names["run"]()
+
+
+def test_what_takes_layers_says_so_of_cells_and_functions():
+    words = "a cell, such as fusedrnn.cells.lstm or a function under @fusedrnn.cells.cell, got function"
+    with pytest.raises(TypeError, match=f"^cell: expected {words}$"):
+        Recurrent(tanh, 5)
+    with pytest.raises(TypeError, match=r"^func_or_layer: expected a layer, .*Recurrent\(lstm, 5, 4,"):
+        gradcheck(lstm, np.zeros((3, 2, 4)))
+    with pytest.raises(TypeError, match=r"^cells: expected a list, \[lstm\("):
+        run_suite(cells=lstm)
+
+
+def test_the_decorator_may_have_brackets():
+    @cell()
+    def made(p, x, h):
+        return tanh(p.dense("a", x, h))
+
+    assert made.states == ("h",)
 
 
 # --- what is allowed ----------------------------------------------------------------------------------------

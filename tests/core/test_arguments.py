@@ -43,7 +43,7 @@ G = good()
 W = G["weights"]
 
 BAD_FORWARD = [
-    ("cell", "lstm", TypeError, "cell: expected a cell such as lstm, got str"),
+    ("cell", "lstm", TypeError, "cell: expected a cell, such as .*, got str"),
     ("cell", Cell, TypeError, "cell: .*got type"),
     ("cell", gru, ValueError, r"weight_ih: expected shape \(3\*H, I\) for the cell gru.*got \(20, 2\)"),
     ("x", G["x"].tolist(), TypeError, "x: expected a NumPy array, got list"),

@@ -78,7 +78,10 @@ class BackwardArguments(NamedTuple):
 def check_cell(cell: Any) -> Cell:
     """The cell itself, or a TypeError."""
     if not isinstance(cell, Cell):
-        raise TypeError(f"cell: expected a cell such as lstm, got {_kind(cell)}")
+        raise TypeError(
+            "cell: expected a cell, such as fusedrnn.cells.lstm or a function under @fusedrnn.cells.cell, "
+            f"got {_kind(cell)}"
+        )
     return cell
 
 

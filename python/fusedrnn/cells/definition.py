@@ -9,7 +9,7 @@ import inspect
 import pickle
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 from fusedrnn.cells import fusion, saved, text
 from fusedrnn.cells.fusion import Operation
@@ -66,7 +66,11 @@ class Cell:
         return variant(self.function, chosen, repr(chosen))
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse(f"a cell is not called; in another cell write {self.name}.function(p, x, h) for its values")
+        refuse(
+            "a cell is not called: for a layer of it write "
+            f"fusedrnn.layers.Recurrent({self.name}, hidden_size), in another cell "
+            f"{self.name}.function(p, x, h) for its values"
+        )
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Cell) and self._key == other._key)
@@ -210,7 +214,15 @@ class Cell:
         return f"{self.name}({options})"
 
 
-def cell(function: Callable[..., Any]) -> Cell:
+@overload
+def cell(function: Callable[..., Any]) -> Cell: ...
+
+
+@overload
+def cell() -> Callable[[Callable[..., Any]], Cell]: ...
+
+
+def cell(function: Callable[..., Any] | None = None) -> Cell | Callable[[Callable[..., Any]], Cell]:
     """Make a cell of a function of the parameters ``p``, the input ``x`` and each state.
 
     ::
@@ -226,6 +238,8 @@ def cell(function: Callable[..., Any]) -> Cell:
     with a default are options; those without one are numbers of each row and step, such as the time since
     the step before.
     """
+    if function is None:  # @cell()
+        return cell
     if not inspect.isfunction(function):
         refuse(f"cell: expected a function of p, x and the states, got {kind(function)}")
     return Cell(function)

@@ -44,6 +44,8 @@ def line_of(path: str, line: int) -> str:
 def _is_not_the_users(frame: FrameType) -> bool:
     """Whether it is a line of this package, or of a library that was called with a value of the cell."""
     module: str = frame.f_globals.get("__name__", "")
+    if module.startswith("fusedrnn.") and not module.startswith("fusedrnn.cells"):  # which has cells itself
+        return True
     return frame.f_code.co_filename in _OURS or module.partition(".")[0] in _LIBRARIES
 
 

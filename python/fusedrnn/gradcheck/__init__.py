@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fusedrnn.cells import Cell
 from fusedrnn.gradcheck.adapters import adapted
 from fusedrnn.gradcheck.central import check_central
 from fusedrnn.gradcheck.compare import GradcheckError
@@ -79,6 +80,11 @@ def gradcheck(
         GradcheckError: A check failed; an AssertionError.
         TypeError, ValueError: An argument is wrong.
     """
+    if isinstance(func_or_layer, Cell):
+        raise TypeError(
+            f"func_or_layer: expected a layer, such as fusedrnn.layers.Recurrent({func_or_layer.name}, 5, 4, "
+            f'dtype="float64"), got the cell {func_or_layer.name}'
+        )
     possible = isinstance(func_or_layer, Recurrent)
     if method is None:
         method = "oracle" if possible else "central"

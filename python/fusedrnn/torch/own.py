@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn.backends.arguments import (
     check_batch_sizes,
+    check_cell,
     check_proj_size,
     check_regularization,
     check_shape,
@@ -50,12 +51,7 @@ class CellModule(Freezable):
         return self._cell
 
     def _set_cell(self, cell: Any, input_size: Any, hidden_size: Any, proj_size: Any = 0) -> None:
-        if not isinstance(cell, Cell):
-            raise TypeError(
-                "cell: expected a cell, such as fusedrnn.cells.lstm or a function under @fusedrnn.cells.cell"
-                f", got {type(cell).__name__}"
-            )
-        self._cell = cell
+        self._cell = check_cell(cell)
         self.input_size = check_whole("input_size", input_size)
         self.hidden_size = check_whole("hidden_size", hidden_size)
         self.proj_size = check_proj_size(cell, proj_size, self.hidden_size)
