@@ -327,7 +327,9 @@ def test_backends_say_what_they_do_not_run():
 def test_masks_of_what_a_cell_does_not_have():
     with pytest.raises(ValueError, match=r"zoneout_c: expected 0 for the cell mgu, which has no c, got 0\.5"):
         L.Recurrent(mgu, 5, zoneout_c=0.5)
-    message = r"recurrent_dropout: expected 0 for the cell ind_rnn, which has no weight_hh, got 0\.5"
+    message = (
+        r"recurrent_dropout: expected 0 for the cell ind_rnn, whose p.dense multiplies x alone, got 0\.5"
+    )
     with pytest.raises(ValueError, match=message):
         L.Recurrent(ind_rnn, 5, recurrent_dropout=0.5)
     p = problem(ind_rnn, 2, 1, 3, 4)

@@ -411,7 +411,7 @@ def test_numba_refuses_by_name():
     if (reason := get("numba").unavailable()) is not None:
         pytest.skip(reason)
     p = problem(gru, 2, 3, 2, 5)
-    with pytest.raises(ValueError, match="regularization: is not supported by the numba backend"):
+    with pytest.raises(ValueError, match=r"^recurrent_dropout: not supported by the numba backend"):
         get("numba").forward(p.cell, p.x, p.weights, regularization=Regularization(0.1, seed=1))
     get("numba").forward(p.cell, p.x, p.weights, regularization=Regularization(0.1))  # does nothing
 

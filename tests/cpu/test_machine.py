@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
@@ -459,7 +460,7 @@ def test_what_is_not_supported():
         )
 
     with pytest.raises(
-        Unsupported, match=r"cell: large\(\) is too large .* \(accumulators: expected at most 64, got 66\)"
+        Unsupported, match=r"cell: large\(\) is too large .* \(gates: expected at most 64, got 66\)"
     ):
         CPU.forward(large, p.x, {"weight_ih": np.ones((264, 3)), "weight_hh": np.ones((264, 4))})
 
@@ -472,6 +473,28 @@ def test_what_is_not_supported():
 
     with pytest.raises(Unsupported, match=r"\(operations: expected at most 1000, got 1005\)"):
         CPU.forward(long, p.x, {"weight_ih": np.ones((4, 3)), "weight_hh": np.ones((4, 4))})
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (lambda p, a, k: tanh(a) + 1, "values at a time: expected at most 255"),
+        (lambda p, a, k: a + 0.1 * k, "different constants: expected at most 255"),
+        (lambda p, a, k: a * p.vector(f"v{k}"), "vectors, gains and biases of norms: expected at most 64, "),
+        (lambda p, a, k: a + p.dense(f"a{k}", tanh(a)), "gates: expected at most 64, got 301"),
+    ],
+    ids=["values", "constants", "vectors", "gates"],
+)
+def test_what_is_too_large_is_said_in_the_words_of_a_cell(step, words):
+    @cell
+    def made(p, x, h):
+        a = p.dense("a", x, h)
+        for k in range(300):
+            a = step(p, a, k)
+        return tanh(a)
+
+    with pytest.raises(Unsupported, match=re.escape(f"made() is too large for the cpu backend ({words}")):
+        machine.plan(made)
 
 
 def test_the_work_of_a_plan_does_not_grow_with_the_square_of_a_cell():

@@ -578,7 +578,11 @@ BAD = [
     ("Recurrent(mgu, I, 4)(ZEROS, UNITS)", ValueError, "hx: expected shape (1, 3, 4), got (1, 3, 5)"),
     ("Recurrent(three, I, H)(ZEROS, UNITS)", TypeError, "hx: expected a tuple of tensors (h, c, n)"),
     ("Recurrent(mgu, I, H)(ZEROS, dt=1)", TypeError, "dt: no argument of this layer"),
-    ("Recurrent(ind_rnn, I, H, recurrent_dropout=0.1)", ValueError, "which has no weight_hh, got 0.1"),
+    (
+        "Recurrent(ind_rnn, I, H, recurrent_dropout=0.1)",
+        ValueError,
+        "whose p.dense multiplies x alone, got 0.1",
+    ),
     ("Recurrent(mgu, I, H)(ZEROS, lengths=[9, 1, 1])", ValueError, "lengths: expected 0 to T = 6, got 1"),
     ("Recurrent(mgu, I, H)(ZEROS, detach_every=0)", ValueError, "detach_every: expected at least 1, got 0"),
     ("Recurrent(mgu, I, H)(PACKED, lengths=LENGTHS)", ValueError, "lengths: expected none with a Packed"),

@@ -172,7 +172,8 @@ def check_regularization(cell: Cell, value: Any) -> Regularization | None:
             )
     if dropout and "weight_hh" not in cell.blocks:
         raise ValueError(
-            f"recurrent_dropout: expected 0 for the cell {cell.name}, which has no weight_hh, got {dropout}"
+            f"recurrent_dropout: expected 0 for the cell {cell.name}, whose p.dense multiplies x alone, got "
+            f"{dropout}"
         )
     seed = None if value.seed is None else check_whole("seed", value.seed, 0, 2**63 - 1)
     stream = check_whole("stream", value.stream, 0, 2**30 - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +35,17 @@ from fusedrnn.cells import Cell, program
 from fusedrnn.cells.definition import PLAIN
 
 REFUSED = (_core.RefusedType, _core.RefusedValue)
+# What the compiled module says that a cell has too many of, as who wrote the cell would say it.
+WORDS = {
+    "accumulators": "gates",
+    "vectors": "vectors, gains and biases of norms",
+    "operands": "different operands of p.dense",
+    "row scalars": "numbers of each row",
+    "constants": "different constants",
+    "register": "values at a time",
+    "saved values": "values that backward needs again",
+    "carried values": "values that a later round needs again",
+}
 
 
 class Packed(NamedTuple):
@@ -74,12 +86,12 @@ def plan(cell: Cell, dropout: bool = False, zoned: tuple[str, ...] = ()) -> _cor
     counts = {"operations": count.total(), "accumulators": count["dense"], "vectors": count["vector"]}
     for what, n in (counts | {"states": len(cell.states)}).items():
         if n > (most := _core.MACHINE_LIMITS[what]):
-            raise _too_large(cell, f"{what}: expected at most {most}, got {n}")
+            raise _too_large(cell, f"{WORDS.get(what, what)}: expected at most {most}, got {n}")
     made = program.plan(cell, dropout, zoned)
     try:
         return _core.machine_plan(np.array(made.numbers(), np.int32), made.start, made.constants)
     except _core.RefusedValue as error:
-        raise _too_large(cell, error) from error
+        raise _too_large(cell, _in_words(str(error))) from error
 
 
 def plan_of(cell: Cell, regularization: Regularization | None) -> _core.MachinePlan:
@@ -88,6 +100,15 @@ def plan_of(cell: Cell, regularization: Regularization | None) -> _core.MachineP
         return plan(cell)
     zoned = tuple(s for s, rate in (("h", r.zoneout_h), ("c", r.zoneout_c)) if rate)
     return plan(cell, r.seed is not None and r.recurrent_dropout > 0, zoned)
+
+
+def _in_words(error: str) -> str:
+    """What a cell has too many of, from the compiled module's error."""
+    if (found := re.fullmatch(r"program: (.+): expected \d+ to (\d+), got \d+", error)) is None:
+        return error
+    what, most = found.groups()
+    # Registers are counted from 0.
+    return f"{WORDS.get(what, what)}: expected at most {int(most) + (what == 'register')}"
 
 
 def _too_large(cell: Cell, what: object) -> Unsupported:

@@ -146,11 +146,14 @@ class NumbaBackend:
         )
         if a.detach_every is not None:
             raise Unsupported("detach_every: is not supported by the numba backend; use another")
-        if a.regularization is not None:
-            raise Unsupported("regularization: is not supported by the numba backend; use another")
+        if (r := a.regularization) is not None:
+            rates = {name: getattr(r, name) for name in ("recurrent_dropout", "zoneout_h", "zoneout_c")}
+            asked = ", ".join(name for name, rate in rates.items() if rate)
+            raise Unsupported(f"{asked}: not supported by the numba backend; use another")
         if a.save == "boundary_states":
             raise Unsupported(
-                'save: "boundary_states" is not supported by the numba backend; use "all", or the reference'
+                'save: "boundary_states" (recompute=True of a layer) is not supported by the numba backend; '
+                'use "all", or another'
             )
         return forward(packed, a)
 
