@@ -526,6 +526,58 @@ def test_export_flop_counter_and_fx():
     assert torch.equal(traced(x)[0], layer(x)[0])
 
 
+@pytest.mark.parametrize("dynamo", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize(
+    ("kind", "cell"), [(ft.Recurrent, mgu), (ft.Recurrent, lstm), (ft.RecurrentCell, mgu)]
+)
+def test_onnx_export_is_refused_in_one_line(kind, cell, dynamo):
+    pytest.importorskip("onnxscript")
+    model, x = torch.nn.Sequential(kind(cell, I, H)).eval(), torch.zeros(T, B, I)
+    line = f"ONNX export knows no {kind.__name__}; it takes torch.nn's layers"
+    for each in (model, model[0]):
+        with pytest.raises(RuntimeError) as caught:
+            torch.onnx.export(each, (x if kind is ft.Recurrent else x[0],), dynamo=dynamo, verbose=False)
+        assert str(caught.value.__cause__ if dynamo else caught.value) == line
+        assert line in str(caught.value)  # PyTorch's exporter tells what it tried, and ends with this
+
+
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        (lstm, {"bidirectional": True, "recurrent_dropout": 0.1, "zoneout_c": 0.1}),
+        (gru_d, {"num_layers": 2, "dropout": 0.1, "batch_first": True}),
+        (lstmp, {"proj_size": 2}),
+    ],
+    ids=["lstm", "gru_d", "lstmp"],
+)
+def test_shapes_come_out_on_the_device_meta(cell, options):
+    def shapes(device, x, given):
+        layer = ft.Recurrent(cell, I, H, device=device, **options)
+        given = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
+        y, state = layer(x.to(device), **given)
+        y = y if isinstance(y, torch.Tensor) else y.data
+        y.sum().backward()
+        results = flat((y, state, *(p.grad for p in layer.parameters())))
+        assert {t.device.type for t in results} == {device}
+        return [t.shape for t in results]
+
+    rows, lengths = (2, 3), [3, 1]  # B, T
+    rows = rows if options.get("batch_first") else rows[::-1]
+    x, numbers = torch.zeros(*rows, I), {name: torch.ones(rows) for name in cell.scalars}
+    packed = pack_padded_sequence(x, lengths, options.get("batch_first", False))
+    for x_or_packed, given in (
+        (x, numbers),
+        (x, numbers | {"lengths": lengths, "reset": torch.zeros(rows)}),
+        (x, numbers | {"lengths": torch.tensor(lengths)}),
+        (packed, {name: torch.ones(sum(lengths)) for name in cell.scalars}),
+    ):
+        assert shapes("meta", x_or_packed, given) == shapes("cpu", x_or_packed, given)
+    if not cell.projects:
+        step = ft.RecurrentCell(cell, I, H, device="meta")
+        now = {name: torch.ones(B, device="meta") for name in cell.scalars}
+        assert {s.shape for s in flat((step(torch.zeros(B, I, device="meta"), **now),))} == {(B, H)}
+
+
 def test_frozen_layers():
     layer, x = made(three, bidirectional=True)
     step = ft.RecurrentCell(mgu, I, H, dtype=torch.float64)
@@ -593,6 +645,7 @@ BAD = [
         ValueError,
         "(12,), got (6, 3); of a PackedSequence",
     ),
+    ("Recurrent(mgu, I, H)(ZEROS, None, LENGTHS)", TypeError, "lengths, reset and others by keyword, got 3"),
     ("RecurrentCell(mgu, I, H)(ZEROS)", ValueError, "input: expected shape (B, 4) or (4,), got (6, 3, 4)"),
 ]
 PACKED = pack_padded_sequence(ZEROS, LENGTHS, enforce_sorted=False)

@@ -86,10 +86,13 @@ class RecurrentBase(Freezable):
             "scalars": [s.new_zeros(T, B).masked_scatter(valid, s) for s in scalars],
         }
         run = self._one(weights, options, packed, recorded)
-        y, final, _ = self._run_layers(x, state0, run, valid)
+        meta = x.is_meta  # masks there have no values, but shapes depend on them
+        y, final, _ = self._run_layers(x, state0, run, None if meta else valid)
         if input.unsorted_indices is not None:
             final = tuple(s.index_select(1, input.unsorted_indices) for s in final)
-        output = PackedSequence(y[valid], sizes, input.sorted_indices, input.unsorted_indices)
+        output = PackedSequence(
+            y[running if meta else valid], sizes, input.sorted_indices, input.unsorted_indices
+        )
         return output, final if len(final) > 1 else final[0]
 
     def _to_kernels(
@@ -107,7 +110,8 @@ class RecurrentBase(Freezable):
         if state0 is not None and not batched:
             state0 = tuple([s.unsqueeze(1) for s in state0])
         if options["lengths"] is not None:
-            lengths = _tensor("lengths", options["lengths"]).cpu()
+            lengths = _tensor("lengths", options["lengths"])
+            lengths = lengths if input.is_meta else lengths.cpu()
             check_shape("lengths", lengths.shape, (x.size(1),) if batched else ())
             options = {**options, "lengths": lengths if batched else lengths.unsqueeze(0)}
         if options["reset"] is not None:

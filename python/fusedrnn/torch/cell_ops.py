@@ -353,7 +353,7 @@ def steps(call: CellCall, return_states: bool) -> list[Tensor]:
     cell, lengths, reset = cell_of(call.cell), call.lengths, call.reset
     if torch._C._functorch.peek_interpreter_stack() is None:  # a transform's tensors have no values to check
         lengths, reset = call.rows()
-    with torch.autocast(call.x.device.type, enabled=False):
+    with paths.without_autocast(call.x.device):
         y, final, every = differentiable.recurrence(
             cell,
             call.x,
@@ -415,6 +415,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("fusedrnn::cell_recurrence")  # type: ignore[untyped-decorator]
 def _forward_fake(*arguments: Any) -> list[Tensor]:
+    ops.refuse_onnx("torch.ops.fusedrnn.cell_recurrence")
     call, (return_states, save) = CellCall(*arguments[:N]), arguments[N:]
     out, width = _allocated(call, return_states), call.tape_width() if save else None
     return out if width is None else [*out, call.x.new_empty((call.x.size(0) * call.x.size(1), width))]

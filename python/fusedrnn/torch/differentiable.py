@@ -84,7 +84,7 @@ def recurrence(
     T, B, _ = x.shape
     H = weights["weight_ih"].size(0) // cell.blocks["weight_ih"]
     widths = cell.widths(H, weights["weight_hr"].size(0) if cell.projects else H)
-    starts, zero = [x.new_tensor(s) for s in cell.trace.start.values()], x.new_zeros(())
+    starts, zero = [x.new_full((), s) for s in cell.trace.start.values()], x.new_zeros(())
     given = state0 or [None] * len(starts)
     state = [
         s.expand(B, width) if g is None else g for s, g, width in zip(starts, given, widths, strict=True)

@@ -96,6 +96,8 @@ class Call(NamedTuple):
     def rows(self) -> tuple[Any, Any]:
         """``lengths`` and ``reset`` as arrays, values checked."""
         lengths = reset = None
+        if self.x.is_meta:  # tensors without values
+            return self.lengths, self.reset
         if self.lengths is not None:
             lengths = check_lengths(array(contiguous(self.lengths)), self.x.size(0), self.x.size(1))
         if self.reset is not None:
@@ -317,8 +319,15 @@ for _device in ("CPU", "CUDA"):
     torch.library.impl("fusedrnn::recurrence_backward", _device, _backward)
 
 
+def refuse_onnx(what: str) -> None:
+    """Raise while ONNX exports. In compiled code PyTorch's answer is always no; it meets the operators."""
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(f"ONNX export knows no {what}; it takes torch.nn's layers")
+
+
 @torch.library.register_fake("fusedrnn::recurrence")  # type: ignore[untyped-decorator]
 def _forward_fake(*arguments: Any) -> list[Tensor]:
+    refuse_onnx("torch.ops.fusedrnn.recurrence")
     call, (return_states, tape_rows) = Call(*arguments[:N]), arguments[N:]
     if not isinstance(call.backend(), CpuBackend):  # others have none, and run forward again
         tape_rows = None

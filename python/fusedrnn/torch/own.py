@@ -134,9 +134,12 @@ class CellModule(Freezable):
 
     def _packed(self) -> Frozen | None:
         """What a call begins with: of a frozen layer what was packed."""
+        tracing = torch._C._get_tracing_state() is not None
+        if tracing or torch.compiler.is_compiling():
+            ops.refuse_onnx(type(self).__name__)
         if torch.compiler.is_compiling():
             return None
-        if torch._C._get_tracing_state() is not None:
+        if tracing:
             raise RuntimeError(f"torch.jit cannot trace {type(self).__name__}; torch.export can")
         return frozen(self)
 
@@ -337,7 +340,7 @@ class Recurrent(CellModule, RecurrentBase):
         self,
         input: Tensor | PackedSequence,
         hx: Any = None,
-        *,
+        *by_position: Any,
         lengths: Any = None,
         reset: Any = None,
         return_states: bool = False,
@@ -362,6 +365,12 @@ class Recurrent(CellModule, RecurrentBase):
         Raises:
             TypeError, ValueError: An argument is wrong; the message names it.
         """
+        if by_position:  # also from ONNX's older exporter, which gives defaults as they stand
+            self._packed()
+            raise TypeError(
+                f"{type(self).__name__}: expected lengths, reset and others by keyword, got "
+                f"{2 + len(by_position)} arguments by position"
+            )
         options: dict[str, Any] = {
             "lengths": lengths,
             "reset": reset,
@@ -373,12 +382,9 @@ class Recurrent(CellModule, RecurrentBase):
         is_packed = isinstance(input, PackedSequence)
         if is_packed and (asked := paths.asked_for(options)):
             raise ValueError(f"{asked}: expected none with a PackedSequence; pass padded input and lengths=")
-        if torch.compiler.is_compiling():
-            if torch.onnx.is_in_onnx_export():
-                raise RuntimeError(f"ONNX export knows no {type(self).__name__}; it takes torch.nn's layers")
-            if is_packed:
-                why = "a PackedSequence; pass padded input and lengths="
-                return dynamo.leave_graph(self, why, input, hx, **scalars)
+        if is_packed and torch.compiler.is_compiling():
+            why = "a PackedSequence; pass padded input and lengths="
+            return dynamo.leave_graph(self, why, input, hx, **scalars)
         packed = self._packed()
         weights = self._weights() if packed is None else packed.weights
         data, rows = self._check_input(input)

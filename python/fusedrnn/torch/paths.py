@@ -7,6 +7,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -187,6 +188,13 @@ def call_module(module: torch.nn.Module, input: Any, *args: Any, **options: Any)
 def autocast(t: Tensor) -> bool:
     """Whether autocast would lower this tensor's dtype."""
     return t.dtype is torch.float32 and torch.is_autocast_enabled(t.device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which autocast changes nothing; of some devices, such as meta, PyTorch has none."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def lowered(t: Tensor) -> torch.dtype | None:

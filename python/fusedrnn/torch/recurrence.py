@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends.cpu import WEIGHTS
-from fusedrnn.torch import differentiable, ops
+from fusedrnn.torch import differentiable, ops, paths
 from fusedrnn.torch.ops import CELLS, LEARNED, TENSORS, Call, N, Weights
 
 IN_PLACE = (
@@ -116,7 +116,7 @@ def steps(call: Call, return_states: bool = False) -> list[Tensor]:
     lengths, reset = call.lengths, call.reset
     if torch._C._functorch.peek_interpreter_stack() is None:  # a transform's tensors have no values to check
         lengths, reset = call.rows()
-    with torch.autocast(call.x.device.type, enabled=False):
+    with paths.without_autocast(call.x.device):
         y, final, every = differentiable.recurrence(
             cell,
             call.x if call.x.dim() == 3 else call.x[None],
