@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from fusedrnn.layers import Layer
+from fusedrnn.layers import Layer, Recurrent
 
 
 class Model(Layer):
@@ -36,8 +36,9 @@ class Model(Layer):
 class Sequential(Model):
     """Layers one after another, named ``l0``, ``l1``, ...
 
-    ``lengths`` and ``reset`` go on to every layer whose ``forward`` has arguments of these names: to the
-    recurrent ones, to a Sequential inside, to a model of yours that passes them on.
+    Keyword arguments, such as ``lengths``, ``reset`` and a cell's numbers of each row and step, go on to
+    every layer that takes them by name: to the recurrent ones, to a Sequential inside, to a model of yours
+    that passes them on. ``state`` does not, since it is each layer's own.
     """
 
     def __init__(self, *layers: Layer) -> None:
@@ -46,18 +47,18 @@ class Sequential(Model):
         for k, layer in enumerate(layers):
             setattr(self, f"l{k}", layer)
 
-    def forward(self, x: Any, *, lengths: Any = None, reset: Any = None) -> Any:
+    def forward(self, x: Any, **options: Any) -> Any:
         """The result of the last layer. Each layer gets the result of the one before it.
 
         Args:
             x: the input of the first layer.
-            lengths, reset: for the layers that take them, as in ``Recurrent.sequence``.
+            options: ``lengths``, ``reset`` and numbers of each row such as ``dt``, for the layers that take
+                them, as in ``Recurrent.sequence``.
 
         Raises:
             TypeError: No layer takes an argument that was given.
         """
-        given = {"lengths": lengths, "reset": reset}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None}
         taken: set[str] = set()
         for layer in self.layers:
             own = {name: given[name] for name in _taken(layer, given)} if given else {}
@@ -71,8 +72,16 @@ class Sequential(Model):
 
 
 def _taken(layer: Any, names: Iterable[str]) -> list[str]:
-    """Those names that a layer's ``forward`` has as arguments."""
+    """Those names that a layer takes as arguments."""
+    if isinstance(layer, Sequential):
+        inside = [_taken(each, names) for each in layer.layers]
+        return [name for name in names if any(name in taken for taken in inside)]
     if not isinstance(layer, Layer):  # a function such as functions.tanh
         return []
     parameters = inspect.signature(layer.forward).parameters
-    return [name for name in names if name in parameters]
+    known = parameters.keys() - {"state"}  # which is each layer's own
+    if isinstance(layer, Recurrent):
+        known |= set(layer.cell.scalars)
+    elif any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        known |= set(names)
+    return [name for name in names if name in known]

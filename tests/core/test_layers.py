@@ -9,6 +9,7 @@ import fusedrnn
 import fusedrnn.functions as F
 import fusedrnn.layers as L
 from fusedrnn import Parameter, Variable, backends, no_grad
+from fusedrnn.cells import cell, tanh
 
 KINDS = {
     "rnn": lambda *a, **k: L.RNN(*a, **k),
@@ -561,6 +562,32 @@ def test_sequential_passes_lengths_and_resets_on(cell, fused):
             assert not got.data[3:, 2].any()
         got.sum().backward()
         assert all(p.grad is not None for p in model.params())
+
+
+def test_sequential_passes_numbers_of_each_row_on():
+    @cell
+    def decays(p, x, h, *, dt):
+        return tanh(p.dense("a", x, h)) / (1 + dt)
+
+    class Passing(fusedrnn.Model):
+        def __init__(self):
+            self.rnn = L.Recurrent(decays, 3, dtype=np.float64)
+
+        def forward(self, x, **options):
+            return self.rnn(x, **options)
+
+    x, dt = np.random.randn(T, B, I), Variable(np.random.rand(T, B))
+    first, second, third = L.Recurrent(decays, 4, dtype=np.float64), L.GRU(2, dtype=np.float64), Passing()
+    model = fusedrnn.models.Sequential(fusedrnn.models.Sequential(first, F.tanh), second, third)
+    got = model(x, dt=dt)
+    model.reset_state()
+    np.testing.assert_array_equal(got.data, third(second(F.tanh(first(x, dt=dt))), dt=dt).data)
+    got.sum().backward()
+    assert dt.grad is not None
+    with pytest.raises(TypeError, match=r"^dt: expected one number for each row and step, as decays has"):
+        model(x)
+    with pytest.raises(TypeError, match=r"^state: no layer in this Sequential accepts it"):
+        fusedrnn.models.Sequential(first)(x, state=(np.zeros((B, 4)),), dt=dt)
 
 
 def test_sequential_says_which_option_nobody_takes():
