@@ -12,15 +12,12 @@ sb3-contrib``, except to check.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 
 import numpy as np
-from measured import ROOT, update
-
-FILE = ROOT / "bench" / "results" / "recurrent_ppo.json"
+from measured import RESULTS, ROOT, busy, run
 
 
 def timed(model, method, seconds):
@@ -71,14 +68,13 @@ def measure(example, frames, rounds):
     }
 
 
-def run(options):
-    """Measure and keep the figures."""
+def figures(options):
+    """What the file holds."""
     sys.path.insert(0, str(ROOT / "examples" / "torch"))
     import recurrent_ppo as example
     import sb3_contrib
     import torch
 
-    from fusedrnn import system
     from fusedrnn.bench.timing import Others
 
     rows = []
@@ -90,14 +86,8 @@ def run(options):
         for variant, each in found.items():
             ratio = f"{each['ratio']:.2f} times torch.nn"
             print(f"{threads} thread(s)  {variant:16}{each['fps']:7.0f} frames/s, {ratio}", flush=True)
-    report = {
-        "frames": options.frames,
-        "rounds": options.rounds,
-        "sb3-contrib": sb3_contrib.__version__,
-        "environment": system.environment(),
-        "rows": rows,
-    }
-    FILE.write_text(json.dumps(report, indent=1) + "\n")
+    asked = {"frames": options.frames, "rounds": options.rounds}
+    return asked | {"sb3-contrib": sb3_contrib.__version__, "rows": rows}
 
 
 def section(report):
@@ -107,13 +97,12 @@ def section(report):
         figures = [f"{each['fps']:.0f} ({each['ratio']:.2f})" for each in row["variants"].values()]
         lines.append(f"| {row['threads']} | " + " | ".join(figures) + " |")
     found = report["environment"]
-    busy = max(row["others"] or 0.0 for row in report["rows"])
     lines += [
         "",
         f"Frames per second of the whole training, environment included, and in brackets how many times "
         f"torch.nn's; medians of {report['rounds']} rounds of {report['frames']:,} frames, interleaved. "
         f"PyTorch {found['torch']}, sb3-contrib {report['sb3-contrib']}, {found['isa']}, "
-        f"{found['date'][:10]}; other processes took {busy:.0%} of the cores.",
+        f"{found['date'][:10]}; other processes took {busy(report['rows'])}.",
     ]
     return "\n".join(lines)
 
@@ -123,12 +112,7 @@ def main():
     parser.add_argument("--frames", type=int, default=4096, help="of each run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="*", help="default: all, then one")
-    parser.add_argument("--check", action="store_true", help="measure nothing")
-    options = parser.parse_args()
-    if not options.check:
-        run(options)
-    text = section(json.loads(FILE.read_text()))
-    return update("docs/third_party.md", "recurrent_ppo.py", text, options.check)
+    return run(__file__, parser, figures, section, "docs/third_party.md", RESULTS / "recurrent_ppo.json")
 
 
 if __name__ == "__main__":

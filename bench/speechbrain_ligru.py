@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
 
-from measured import ROOT, update
+from measured import RESULTS, busy, run
 
-FILE = ROOT / "bench" / "results" / "speechbrain_ligru.json"
 FEATURES, CLASSES, LAYERS = 40, 48, 2
 SIZES = ((100, 8, 128), (200, 8, 256), (200, 16, 512))  # T, B, H
 
@@ -110,12 +108,11 @@ def summary(found, warm):
     return {"seconds": seconds, "ratio": best / ours, "losses apart": apart, "runs": found}
 
 
-def run(options):
-    """Measure and keep the figures."""
+def figures(options):
+    """What the file holds."""
     import speechbrain
     import torch
 
-    from fusedrnn import system
     from fusedrnn.bench.timing import Others
 
     rows = []
@@ -125,14 +122,8 @@ def run(options):
         rows.append({"T": T, "B": B, "H": H, "others": others.share()} | row)
         times = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in row["seconds"].items())
         print(f"T={T} B={B} H={H}: {times}, losses apart {row['losses apart']}", flush=True)
-    report = {
-        "steps": options.steps,
-        "threads": torch.get_num_threads(),
-        "speechbrain": speechbrain.__version__,
-        "environment": system.environment(),
-        "rows": rows,
-    }
-    FILE.write_text(json.dumps(report, indent=1) + "\n")
+    found = {"steps": options.steps, "threads": torch.get_num_threads()}
+    return found | {"speechbrain": speechbrain.__version__, "rows": rows}
 
 
 def section(report):
@@ -148,14 +139,13 @@ def section(report):
     found = report["environment"]
     first, tenth = (max(row["losses apart"][k] for row in report["rows"]) for k in (0, 1))
     first = max(first, 2.0**-23)  # they are float32
-    busy = max(row["others"] or 0.0 for row in report["rows"])
     lines += [
         "",
         f"Milliseconds of a training step, medians of {report['steps'] - report['steps'] // 4} steps, "
         f"interleaved, {report['threads']} threads. The losses of the first step agree within {first:.0e}, "
         f"those of the tenth, which rounding parts, within {tenth:.0e}. PyTorch {found['torch']}, "
         f"SpeechBrain {report['speechbrain']}, {found['isa']}, {found['date'][:10]}; other processes took "
-        f"{busy:.0%} of the cores.",
+        f"{busy(report['rows'])}.",
     ]
     return "\n".join(lines)
 
@@ -163,12 +153,7 @@ def section(report):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--check", action="store_true", help="measure nothing")
-    options = parser.parse_args()
-    if not options.check:
-        run(options)
-    text = section(json.loads(FILE.read_text()))
-    return update("docs/third_party.md", "speechbrain_ligru.py", text, options.check)
+    return run(__file__, parser, figures, section, "docs/third_party.md", RESULTS / "speechbrain_ligru.json")
 
 
 if __name__ == "__main__":

@@ -12,34 +12,27 @@ Needs PyTorch and JAX, except to check.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
 from typing import Any
 
-from measured import END, ROOT, update
+from measured import RESULTS, busy, run
 
 from fusedrnn import system
-from fusedrnn.bench import registry, report, runner
+from fusedrnn.bench import registry, runner
 from fusedrnn.bench.libraries import version
 from fusedrnn.bench.timing import same_threads
 from fusedrnn.cells import Cell
 from fusedrnn.cells.zoo import ALL
 from fusedrnn.problems import Case, Shape
 
-FILE = ROOT / "bench" / "results" / "zoo-float32.json"
-PAGE, SCRIPT = "docs/zoo.md", "zoo.py"
+FILE = RESULTS / "zoo-float32.json"
 SHAPES = (Shape(100, 32, 16, 64), Shape(50, 32, 1, 32), Shape(100, 1, 1, 64))
 LARGE = Shape(100, 64, 64, 256)
 CELLS = {cell.name: cell for cell in ALL if not cell.projects}
 PEERS = {"torch-loop": "PyTorch", "torchscript": "TorchScript", "jax-scan": "JAX"}
 BLOCKS = 5
-NEW_SECTION = (
-    "## How fast\n\nForward and backward in float32 beside the loop over time that people write for a cell "
-    f"([benchmarks.md](benchmarks.md)), by `python bench/{SCRIPT}`.\n\n"
-    f"<!-- measured: begin, by bench/{SCRIPT} -->\n{END}\n\n"
-)
 
 
 def mean(values: list[float]) -> float:
@@ -102,7 +95,6 @@ def section(found: dict[str, Any]) -> str:
     shapes = list(dict.fromkeys(str(Shape(*row["shape"])) for row in found["rows"]))
     environment = found["environment"]
     machine = environment["machine"]
-    busy = max(row["others"] or 0.0 for row in found["rows"])
     least = min(ratios[-1] for ratios in figures)
     lines += [
         "",
@@ -111,7 +103,7 @@ def section(found: dict[str, Any]) -> str:
         f"TorchScript, of all cells {least:.2f}. Backend `cpu`, {environment['isa']}, {found['threads']} "
         f"thread(s) for everybody, PyTorch {environment['torch']}, JAX {environment['jax']}, "
         f"{machine.get('model name', machine['architecture'])}, {environment['date'][:10]}; other processes "
-        f"took up to {busy:.0%} of the cores.",
+        f"took up to {busy(found['rows'])}.",
     ]
     if found["refused"]:
         lines += ["", f"Not timed, since a result differs too much: {'; '.join(found['refused'])}."]
@@ -122,26 +114,31 @@ def joined(ratios: list[float]) -> str:
     return " | ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
+def known(name: str) -> str:
+    """The name of a cell."""
+    if name not in CELLS:
+        raise argparse.ArgumentTypeError(f"expected cells out of {', '.join(CELLS)}, got {name}")
+    return name
+
+
+def figures(options: argparse.Namespace) -> dict[str, Any] | None:
+    """What the file holds; of some cells alone they are only shown."""
+    shapes = [*SHAPES, *([LARGE] if options.large else [])]
+    found = measure([CELLS[name] for name in options.cells or CELLS], shapes, options.seconds)
+    if not options.cells:
+        return found
+    print(section(found))
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cells", nargs="*", metavar="CELL", help="measure these, and write nothing")
+    parser.add_argument(
+        "cells", nargs="*", metavar="CELL", type=known, help="measure these, and write nothing"
+    )
     parser.add_argument("--seconds", type=float, default=0.2, help="of each library, cell and shape")
     parser.add_argument("--large", action="store_true", help=f"also at {LARGE}")
-    parser.add_argument("--check", action="store_true", help="measure nothing")
-    options = parser.parse_args()
-    if unknown := [name for name in options.cells if name not in CELLS]:
-        parser.error(f"expected cells out of {', '.join(CELLS)}, got {', '.join(unknown)}")
-    if not options.check:
-        shapes = [*SHAPES, *([LARGE] if options.large else [])]
-        found = measure([CELLS[name] for name in options.cells or CELLS], shapes, options.seconds)
-        if options.cells:
-            print(section(found))
-            return 0
-        report.save(found, str(FILE))
-        page = ROOT / PAGE
-        if f"by bench/{SCRIPT}" not in page.read_text():
-            page.write_text(page.read_text().replace("## Built in\n", NEW_SECTION + "## Built in\n", 1))
-    return update(PAGE, SCRIPT, section(json.loads(FILE.read_text())), options.check)
+    return run(__file__, parser, figures, section, "docs/zoo.md", FILE)
 
 
 if __name__ == "__main__":
