@@ -2,6 +2,7 @@
 
     python bench/zoo.py            measure, on a quiet machine; write JSON and docs/zoo.md
     python bench/zoo.py mgu ltc    measure these cells, and write nothing
+    python bench/zoo.py mgu ltc --compile    measure torch.compile of these cells' loops, and write both too
     python bench/zoo.py --check    only see whether the page is up to date
 
 Forward and backward in float32, every gradient, all threads. Each result is checked before it is timed, and
@@ -12,17 +13,24 @@ Needs PyTorch and JAX, except to check.
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
+from pathlib import Path
 from typing import Any
 
-from measured import RESULTS, busy, run
+from measured import RESULTS, busy, run, update
 
 from fusedrnn import system
 from fusedrnn.bench import registry, runner
 from fusedrnn.bench.libraries import version
-from fusedrnn.bench.timing import same_threads
+from fusedrnn.bench.peer_loops import LoopCompiled
+from fusedrnn.bench.timing import Others, same_threads
 from fusedrnn.cells import Cell
 from fusedrnn.cells.zoo import ALL
 from fusedrnn.problems import Case, Shape
@@ -30,6 +38,9 @@ from fusedrnn.problems import Case, Shape
 FILE = RESULTS / "zoo-float32.json"
 SHAPES = (Shape(100, 32, 16, 64), Shape(50, 32, 1, 32), Shape(100, 1, 1, 64))
 LARGE = Shape(100, 64, 64, 256)
+COMPILED, COMPILED_SHAPE = RESULTS / "zoo-compile.json", Shape(50, 32, 1, 32)
+TOO_LONG = 3  # exit code of a process whose compiler did not end in time
+PAGE = "docs/zoo.md"
 CELLS = {cell.name: cell for cell in ALL if not cell.projects}
 PEERS = {"torch-loop": "PyTorch", "torchscript": "TorchScript", "jax-scan": "JAX"}
 BLOCKS = 5
@@ -114,6 +125,81 @@ def joined(ratios: list[float]) -> str:
     return " | ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
+def compiled(name: str, seconds: float, limit: float) -> None:
+    """One cell's loop by torch.compile, in a process of its own: prints the row, or exits with TOO_LONG."""
+
+    class Limited(LoopCompiled):
+        def results(self) -> Any:
+            timer = threading.Timer(limit, os._exit, [TOO_LONG])
+            timer.start()
+            try:
+                return super().results()
+            finally:
+                timer.cancel()
+
+    registry.PEERS["torch-compile"] = Limited
+    case, peers = Case(CELLS[name], COMPILED_SHAPE), ["torch-loop", "torchscript", "torch-compile"]
+    with same_threads(None) as threads:
+        row = runner.run_case(case, "float32", "cpu", peers, threads, (BLOCKS, seconds / BLOCKS, 3 * seconds))
+    print(json.dumps({key: row[key] for key in ("cell", "shape", "others", "libraries")}))
+
+
+def measure_compiled(options: argparse.Namespace) -> dict[str, Any]:
+    """torch.compile of the loops of the cells that were named; one whose compiler takes too long says so."""
+    rows: list[dict[str, Any]] = []
+    for name in options.cells:
+        code = f"import zoo; zoo.compiled({name!r}, {options.seconds}, {options.limit})"
+        others = Others()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # nothing compiled before
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=Path(__file__).parent,
+                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        if done.returncode not in (0, TOO_LONG):
+            raise RuntimeError(f"{name}: torch.compile failed; its error stands above")
+        row = {"cell": name, "others": others.share()}
+        if not done.returncode:
+            row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        print(compiled_line(row, options.limit), flush=True)
+    import torch  # noqa: F401  of which the environment tells the version
+
+    with same_threads(None) as threads:
+        return {"limit": options.limit, "threads": threads, "environment": system.environment(), "rows": rows}
+
+
+def compiled_line(row: dict[str, Any], limit: float) -> str:
+    """A row of the table of compiled loops."""
+    if "libraries" not in row:
+        return f"| `{row['cell']}` | | | | did not end in {limit:.0f} s |"
+    libraries = row["libraries"]
+    found = libraries["torch-compile"]
+    ratios = joined([libraries[n]["ratio"] for n in ("torch-loop", "torchscript", "torch-compile")])
+    return f"| `{row['cell']}` | {ratios} | {found['path'].removeprefix('first call ')} |"
+
+
+def page_section(found: dict[str, Any]) -> str:
+    """The page's tables, that of compiled loops if there is one."""
+    if not COMPILED.exists():
+        return section(found)
+    more = json.loads(COMPILED.read_text())
+    lines = [
+        "",
+        "| cell | PyTorch | TorchScript | torch.compile | its first call |",
+        "|---|---:|---:|---:|---:|",
+        *(compiled_line(row, more["limit"]) for row in more["rows"]),
+        "",
+        f"How many times ours the loop takes by `torch.compile` too, all steps unrolled, at (T,B,I,H) = "
+        f"{COMPILED_SHAPE}; its first call, forward and backward, compiles. {more['threads']} thread(s), "
+        f"PyTorch {more['environment']['torch']}, {more['environment']['date'][:10]}; other processes took "
+        f"up to {busy(more['rows'])}.",
+    ]
+    return "\n".join([section(found), *lines])
+
+
 def known(name: str) -> str:
     """The name of a cell."""
     if name not in CELLS:
@@ -122,7 +208,13 @@ def known(name: str) -> str:
 
 
 def figures(options: argparse.Namespace) -> dict[str, Any] | None:
-    """What the file holds; of some cells alone they are only shown."""
+    """What the file holds; of some cells alone they are only shown, and with --compile have another file."""
+    if options.compile:
+        if not options.cells:
+            raise SystemExit("--compile: expected names of cells")
+        COMPILED.write_text(json.dumps(measure_compiled(options), indent=1) + "\n")
+        update(PAGE, "zoo.py", page_section(json.loads(FILE.read_text())), check=False)
+        return None
     shapes = [*SHAPES, *([LARGE] if options.large else [])]
     found = measure([CELLS[name] for name in options.cells or CELLS], shapes, options.seconds)
     if not options.cells:
@@ -137,8 +229,10 @@ def main() -> int:
         "cells", nargs="*", metavar="CELL", type=known, help="measure these, and write nothing"
     )
     parser.add_argument("--seconds", type=float, default=0.2, help="of each library, cell and shape")
+    parser.add_argument("--compile", action="store_true", help=f"torch.compile of cells, at {COMPILED_SHAPE}")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for a compiled loop's first call")
     parser.add_argument("--large", action="store_true", help=f"also at {LARGE}")
-    return run(__file__, parser, figures, section, "docs/zoo.md", FILE)
+    return run(__file__, parser, figures, page_section, PAGE, FILE)
 
 
 if __name__ == "__main__":

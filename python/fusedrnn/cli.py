@@ -193,7 +193,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         type=names(list(bench.PEERS)),
         metavar="NAMES",
         help=f"out of {','.join(bench.PEERS)} (default: all that are installed and have the cell, without "
-        "the last two; of a cell of your own with numba)",
+        "the last three; of a cell of your own with numba)",
     )
     parser.add_argument(
         "--show-loop", action="store_true", help="print the loops written for FILE.py:NAME, and time nothing"

@@ -1,10 +1,11 @@
-"""The loop over time that people write for a cell of their own: in PyTorch, in TorchScript, as JAX's scan.
+"""The loop over time that people write for a cell of their own: in PyTorch, by two compilers, as JAX's scan.
 
 ``loops`` writes their text, which ``fusedrnn bench FILE.py:NAME --show-loop`` prints.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import Any
 
@@ -93,6 +94,20 @@ class LoopInTorchScript(LoopInTorch):
     def results(self) -> Results:
         for _ in range(WARM):
             self()
+        return super().results()
+
+
+class LoopCompiled(LoopInTorch):
+    """The same loop, its steps unrolled, by ``torch.compile``; the path says how long a first call takes."""
+
+    def prepared(self, loop: Loop) -> Any:
+        """The function that is timed."""
+        return self.torch.compile(loop.function(), fullgraph=True, dynamic=False)
+
+    def results(self) -> Results:
+        start = time.perf_counter()
+        self()
+        self.path = f"first call {time.perf_counter() - start:.1f} s"
         return super().results()
 
 

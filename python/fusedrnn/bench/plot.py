@@ -24,6 +24,7 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "torch-loop": ("PyTorch loop", "#0072b2", "o"),
     "torchscript": ("TorchScript loop", "#56b4e9", "s"),
     "jax-scan": ("JAX lax.scan", "#009e73", "^"),
+    "torch-compile": ("PyTorch loop, compiled", "#56b4e9", "D"),
     "numba": ("our Numba backend", "#e69f00", "P"),
     "reference": ("our NumPy reference", "#999999", "*"),
 }

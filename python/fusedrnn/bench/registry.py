@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fusedrnn.bench.libraries import Library, Native, Numba, Peer, Reference
 from fusedrnn.bench.peer_dezero import DeZero
 from fusedrnn.bench.peer_jax import Jax
-from fusedrnn.bench.peer_loops import LoopInJax, LoopInTorch, LoopInTorchScript
+from fusedrnn.bench.peer_loops import LoopCompiled, LoopInJax, LoopInTorch, LoopInTorchScript
 from fusedrnn.bench.peer_onnx import OnnxRuntime
 from fusedrnn.bench.peer_torch import (
     FusedCell,
@@ -34,11 +34,13 @@ PEERS: dict[str, type[Peer]] = {
     "torch-loop": LoopInTorch,
     "torchscript": LoopInTorchScript,
     "jax-scan": LoopInJax,
+    "torch-compile": LoopCompiled,
     "numba": Numba,
     "reference": Reference,
 }
 OWN = ("numba", "reference")  # backends of ours: shown, but nobody's best
-LOOPS = ("torch-loop", "torchscript", "jax-scan")  # for cells that no library has
+LOOPS = ("torch-loop", "torchscript", "jax-scan", "torch-compile")  # for cells that no library has
+ASKED_FOR = (*OWN, "torch-compile")  # take part where they are named; the last needs a minute to compile
 APIS: dict[str, type[Peer]] = {"layer": FusedLayer, "cell": FusedCell}
 
 
@@ -61,7 +63,7 @@ def choose(
     """Who takes part, and a line for each who is left out.
 
     Args:
-        names: Out of ``PEERS``; None for all but our own backends, for a user's cell with Numba.
+        names: Out of ``PEERS``; None for all but those of ``ASKED_FOR``, for a user's cell with Numba.
         cases, dtype: What is timed; who could take part in none of it is left out.
         backend: The one that is measured, which is no peer of its own.
 
@@ -72,7 +74,7 @@ def choose(
     wanted = names
     if wanted is None:
         users = not all(case.cell.is_builtin for case in cases)
-        wanted = [name for name in PEERS if name not in OWN or (name == "numba" and users)]
+        wanted = [name for name in PEERS if name not in ASKED_FOR or (name == "numba" and users)]
     taken, left_out = [], []
     for name in wanted:
         if name == backend:
