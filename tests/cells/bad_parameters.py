@@ -179,6 +179,13 @@ def projected_state_as_another(p, x, h, c):
     return p.project(tanh(p.dense("a", x, h) + c)), h  # here
 
 
+@bad("gate b", "with a projection", "x and the state h alone")
+def operand_beside_a_projection(p, x, h, c):
+    a = tanh(p.dense("a", x, h))
+    c = tanh(p.dense("b", x, a * c))  # here
+    return p.project(c), c
+
+
 @bad("no linear", "p.dense", "p.vector", "p.layer_norm", "p.rms_norm", "p.project")
 def unknown_method_of_p(p, x, h):
     return tanh(p.linear("a", x, h))  # here

@@ -381,6 +381,12 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
             f"{p.projection}\n{t.name}: the state {first}, a projection, has a size of its own; write it in "
             "p.dense alone, and use another state for what is needed unit by unit"
         )
+    for what, node, line in p.lines if t.after[first].op == "project" else ():
+        if node.op == "dense" and not set(node.args) <= {t.x, t.states[first]}:
+            raise CellError(
+                f"{line}\n{what}: with a projection weight_hh has a column for each of its units; expected x "
+                f"and the state {first} alone as operands"
+            )
     for what, node, line in p.lines:
         if node not in used:
             raise CellError(f"{line}\n{what} is not used: no new state depends on it; use it or leave it out")
