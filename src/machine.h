@@ -28,7 +28,7 @@ using PlanPtr = std::shared_ptr<const cpu::MachinePlan>;
 
 struct PyPackedMachine {
   PlanPtr plan;
-  Index I, H;
+  Index I, H, P;
   std::vector<py::object> weights;
   PackedMachinePtr<float> f32;
   PackedMachinePtr<double> f64;
@@ -60,21 +60,22 @@ void need_count(const std::vector<py::object>& given, const char* name, std::siz
 
 // then(index, name, rows, columns) for each weight of a plan; columns 0: it has one axis.
 template <class Then>
-void each_weight(const cpu::MachinePlan& plan, Index I, Index H, Then&& then) {
+void each_weight(const cpu::MachinePlan& plan, Index I, Index H, Index P, Then&& then) {
   static const char* const names[] = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"};
   for (std::size_t k = 0; k < cpu::MachinePlan::kPlain; ++k)
-    then(k, names[k], plan.blocks[k] * H, k == 0 ? I : k == 1 ? H : 0);
+    then(k, names[k], plan.blocks[k] * H, k == 0 ? I : k == 1 ? P : 0);
   for (std::size_t k = 0; k < plan.parameters.size(); ++k)
     then(cpu::MachinePlan::kPlain + k, "parameter", plan.parameters[k] * H, Index(0));
+  if (plan.projects) then(std::size_t(plan.weight_hr()), "weight_hr", P, H);
 }
 
 // Biases may be missing, and whatever has no rows.
 template <class T>
 MachineWeights<const T> machine_weights(const cpu::MachinePlan& plan, const std::vector<py::object>& given, Index I,
-                                        Index H) {
-  need_count(given, "weights", cpu::MachinePlan::kPlain + plan.parameters.size());
+                                        Index H, Index P) {
+  need_count(given, "weights", plan.weights());
   MachineWeights<const T> found(given.size());
-  each_weight(plan, I, H, [&](std::size_t k, const char* name, Index rows, Index columns) {
+  each_weight(plan, I, H, P, [&](std::size_t k, const char* name, Index rows, Index columns) {
     const bool optional = k == cpu::MachinePlan::bias_ih || k == cpu::MachinePlan::bias_hh || !rows;
     if (optional && given[k].is_none()) return;
     found[k] = columns ? need<T>(given[k], name, {rows, columns}) : need<T>(given[k], name, {rows});
@@ -82,31 +83,52 @@ MachineWeights<const T> machine_weights(const cpu::MachinePlan& plan, const std:
   return found;
 }
 
+struct MachineSizes {
+  Index I, H, P;
+};
+
+// By weight_ih, an array of two axes, and the rows of weight_hr.
+MachineSizes machine_sizes(const cpu::MachinePlan& plan, const std::vector<py::object>& weights) {
+  View a;
+  view_of(weights[0], a);
+  const Index gates = plan.blocks[cpu::MachinePlan::weight_ih];
+  if (!a.shape[1] || a.shape[0] < gates) throw RefusedValue("weight_ih: expected (G*H, I), got " + a.text());
+  const Index I = a.shape[1], H = a.shape[0] / gates;
+  if (!plan.projects) return {I, H, H};
+  const py::object& weight_hr = weights[std::size_t(plan.weight_hr())];
+  if (!view_of(weight_hr, a)) throw RefusedType("weight_hr: expected an array, got " + type_name(weight_hr));
+  if (a.ndim != 2 || a.shape[0] < 1 || a.shape[0] > H)
+    throw RefusedValue("weight_hr: expected (P, H), P from 1 to H = " + std::to_string(H) + ", got " + a.text());
+  return {I, H, a.shape[0]};
+}
+
 template <class T>
 std::unique_ptr<PyPackedMachine> pack_machine_as(const PlanPtr& plan, const std::vector<py::object>& given) {
-  View a;
-  view_of(given[0], a);
+  const auto [I, H, P] = machine_sizes(*plan, given);
+  const MachineWeights<const T> weights = machine_weights<T>(*plan, given, I, H, P);
   auto packed = std::make_unique<PyPackedMachine>();
-  const Index gates = plan->blocks[cpu::MachinePlan::weight_ih];
-  if (!a.shape[1] || a.shape[0] < gates) throw RefusedValue("weight_ih: expected (G*H, I), got " + a.text());
-  packed->plan = plan, packed->I = a.shape[1], packed->H = a.shape[0] / gates, packed->weights = given;
-  const MachineWeights<const T> weights = machine_weights<T>(*plan, given, packed->I, packed->H);
-  packed->slot(T()) = without_gil([&] { return pack_machine<T>(*plan, packed->I, packed->H, weights, signals()); });
+  packed->plan = plan, packed->I = I, packed->H = H, packed->P = P, packed->weights = given;
+  packed->slot(T()) =
+      without_gil([&] { return pack_machine<T>(*plan, packed->I, packed->H, packed->P, weights, signals()); });
   return packed;
 }
 
 std::unique_ptr<PyPackedMachine> py_machine_pack(const PlanPtr& plan, const std::vector<py::object>& weights) {
-  need_count(weights, "weights", cpu::MachinePlan::kPlain + plan->parameters.size());
+  need_count(weights, "weights", plan->weights());
   return (is_float32(weights[0], "weight_ih", 2) ? pack_machine_as<float> : pack_machine_as<double>)(plan, weights);
 }
 
-// An entry for each state: arrays of this shape, or None.
+// An entry for each state: arrays (B, ·), or (T, B, ·) of `every` step, or None. The first state has P units.
 template <class T>
-std::vector<const T*> of_states(const std::vector<py::object>& given, const char* name, int states, Shape shape) {
+std::vector<const T*> of_states(const std::vector<py::object>& given, const char* name, int states, const Sizes& n,
+                                bool every) {
   std::vector<const T*> found(std::size_t(states), nullptr);
   if (given.empty()) return found;
   need_count(given, name, std::size_t(states));
-  for (std::size_t s = 0; s < found.size(); ++s) found[s] = maybe<T>(given[s], name, shape);
+  for (std::size_t s = 0; s < found.size(); ++s) {
+    const Index width = s ? n.H : n.P;
+    found[s] = every ? maybe<T>(given[s], name, {n.T, n.B, width}) : maybe<T>(given[s], name, {n.B, width});
+  }
   return found;
 }
 
@@ -126,11 +148,14 @@ std::vector<py::object> new_states(int states, bool wanted) {
 
 // The memory of outputs: of the arrays that the caller gave, or of new ones; null where there is none.
 template <class T>
-std::vector<T*> state_outputs(std::vector<py::object>& out, int states, Shape shape) {
+std::vector<T*> state_outputs(std::vector<py::object>& out, int states, const Sizes& n, bool every) {
   std::vector<T*> found(std::size_t(states), nullptr);
   if (out.empty()) return found;
   need_count(out, "states", std::size_t(states));
-  for (std::size_t s = 0; s < out.size(); ++s) found[s] = output<T>(out[s], "state", shape);
+  for (std::size_t s = 0; s < out.size(); ++s) {
+    const Index width = s ? n.H : n.P;
+    found[s] = every ? output<T>(out[s], "state", {n.T, n.B, width}) : output<T>(out[s], "state", {n.B, width});
+  }
   return found;
 }
 
@@ -170,19 +195,19 @@ std::unique_ptr<PyMachineTape> machine_run_as(const PyPackedMachine& packed, con
   const cpu::MachinePlan& plan = *plan_of_call;
   if (!plan.same_weights(*packed.plan)) throw RefusedValue("plan: expected one of the cell that was packed");
   const Time n = time_of(x);
-  const Index H = packed.H;
   auto tape = std::make_unique<PyMachineTape>();
   MachineForwardCall<T> call{};
   call.plan = &plan, call.packed = packed.get(T());
   if (!call.packed) throw RefusedType("x: expected the dtype of the weights");
   if (packed.I != n.I) throw RefusedValue("x: expected " + std::to_string(packed.I) + " features");
-  call.problem = machine_problem(tape->call, plan, {n.T, n.B, n.I, H, H}, options);
+  const Sizes sizes = {n.T, n.B, n.I, packed.H, packed.P};
+  call.problem = machine_problem(tape->call, plan, sizes, options);
   call.x = sequence<T>(x, "x", {n.T, n.B, n.I});
   call.scalars = of_rows<T>(scalars, plan, {n.T, n.B});
-  call.state0 = of_states<T>(state0, "state0", plan.states, {n.B, H});
-  call.y = output<T>(out.y, "y", {n.T, n.B, H});
-  call.stateT = state_outputs<T>(out.stateT, plan.states, {n.B, H});
-  call.states = state_outputs<T>(out.states, plan.states, {n.T, n.B, H});
+  call.state0 = of_states<T>(state0, "state0", plan.states, sizes, false);
+  call.y = output<T>(out.y, "y", {n.T, n.B, sizes.P});
+  call.stateT = state_outputs<T>(out.stateT, plan.states, sizes, false);
+  call.states = state_outputs<T>(out.states, plan.states, sizes, true);
   call.save = save, call.poll = signals();
   if (!saved.is_none()) call.saved = machine_memory<T>(saved, plan, call.problem.sizes);
   tape->slot(T()) = without_gil([&] { return machine_forward<T>(call); });
@@ -233,23 +258,23 @@ void machine_backward_as(const PyMachineTape& tape, const py::object& dy, const 
   MachineBackwardCall<T> call{};
   call.plan = &plan, call.tape = tape.get(T()), call.problem = tape.call.problem;
   if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPackedMachine&>().get(T());
-  call.weights = machine_weights<T>(plan, tape.weights, n.I, n.H);
+  call.weights = machine_weights<T>(plan, tape.weights, n.I, n.H, n.P);
   call.x = sequence<T>(tape.x, "x", {n.T, n.B, n.I});
-  call.y = const_cast<T*>(need<T>(tape.y, "y", {n.T, n.B, n.H}));
+  call.y = const_cast<T*>(need<T>(tape.y, "y", {n.T, n.B, n.P}));
   call.scalars = of_rows<T>(tape.scalars, plan, {n.T, n.B});
-  call.state0 = of_states<T>(tape.state0, "state0", plan.states, {n.B, n.H});
-  call.dy = maybe<T>(dy, "dy", {n.T, n.B, n.H});
-  call.dstateT = of_states<T>(dstateT, "dstateT", plan.states, {n.B, n.H});
-  call.dstates = of_states<T>(dstates, "dstates", plan.states, {n.T, n.B, n.H});
+  call.state0 = of_states<T>(tape.state0, "state0", plan.states, n, false);
+  call.dy = maybe<T>(dy, "dy", {n.T, n.B, n.P});
+  call.dstateT = of_states<T>(dstateT, "dstateT", plan.states, n, false);
+  call.dstates = of_states<T>(dstates, "dstates", plan.states, n, true);
   call.dx = output<T>(out.dx, "dx", {n.T, n.B, n.I});
   need_count(out.dweights, "gradients of weights", tape.weights.size());
   call.dweights.assign(tape.weights.size(), nullptr);
-  each_weight(plan, n.I, n.H, [&](std::size_t k, const char* name, Index rows, Index columns) {
+  each_weight(plan, n.I, n.H, n.P, [&](std::size_t k, const char* name, Index rows, Index columns) {
     if (tape.weights[k].is_none()) out.dweights[k] = py::none();
     call.dweights[k] =
         columns ? output<T>(out.dweights[k], name, {rows, columns}) : output<T>(out.dweights[k], name, {rows});
   });
-  call.dstate0 = state_outputs<T>(out.dstate0, plan.states, {n.B, n.H});
+  call.dstate0 = state_outputs<T>(out.dstate0, plan.states, n, false);
   need_count(out.dscalars, "gradients of scalars", tape.scalars.size());
   for (py::object& one : out.dscalars) call.dscalars.push_back(output<T>(one, "scalars", {n.T, n.B}));
   call.poll = signals();
@@ -301,10 +326,8 @@ void machine_run_backward_as(PyMachineTape& tape, const Options& options, const 
                              const std::vector<py::object>& dstateT, const std::vector<py::object>& dstates,
                              MachineGradients& out) {
   const Time n = time_of(tape.x);
-  View a;
-  view_of(tape.weights[0], a);
-  const Index H = a.shape[0] / tape.plan->blocks[cpu::MachinePlan::weight_ih];
-  const Sizes& sizes = machine_problem(tape.call, *tape.plan, {n.T, n.B, n.I, H, H}, options).sizes;
+  const auto [I, H, P] = machine_sizes(*tape.plan, tape.weights);
+  const Sizes& sizes = machine_problem(tape.call, *tape.plan, {n.T, n.B, n.I, H, P}, options).sizes;
   tape.slot(T()) = machine_tape_over<T>(*tape.plan, sizes, machine_memory<T>(saved, *tape.plan, sizes));
   machine_backward_as<T>(tape, dy, dstateT, dstates, out);
 }
@@ -319,7 +342,7 @@ void py_machine_run_backward(const PlanPtr& plan, const std::vector<py::object>&
                              const std::vector<py::object>& dscalars) {
   PyMachineTape tape;
   tape.plan = plan, tape.x = x, tape.y = y, tape.weights = weights, tape.state0 = state0, tape.scalars = scalars;
-  need_count(weights, "weights", cpu::MachinePlan::kPlain + plan->parameters.size());
+  need_count(weights, "weights", plan->weights());
   MachineGradients out{dx, dweights, dstate0, dscalars};
   (is_float32(weights[0], "weight_ih", 2)
        ? machine_run_backward_as<float>

@@ -52,13 +52,10 @@ def test_every_backend_passes(cell, backend):
     assert len(rows) == len(forms) * len(OPTIONS) * 2
     assert failures(rows) == []
     not_run = {(r.cell, r.option) for r in rows if r.passed is None}
-    norms = {option for option in OPTIONS if option.startswith("layer-norm")}
     masked = {"recurrent-dropout", "zoneout", "dropout-zoneout-all"}
     missing = {form: set() for form in forms}
     if backend == "numba":
         missing = {form: set(OPTIONS) if "project" in form else {"recompute", *masked} for form in forms}
-    if backend == "cpu":
-        missing |= {form: norms for form in forms if form == "lstm project=True"}
     assert not_run == {(form, option) for form, options in missing.items() for option in options}
 
 

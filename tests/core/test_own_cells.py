@@ -18,7 +18,7 @@ import pytest
 import fusedrnn.layers as L
 from fusedrnn import Variable, gradcheck_suite, kernels
 from fusedrnn.backends import get
-from fusedrnn.backends.protocol import Regularization, Unsupported
+from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import cell, lstm, relu, sigmoid, tanh
 from fusedrnn.gradcheck import gradcheck
 from problems import assert_close, name, problem, run
@@ -312,16 +312,6 @@ def test_by_numba(cell, options):
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
-
-
-def test_backends_say_what_they_do_not_run():
-    @cell
-    def projected(p, x, h):
-        return p.project(tanh(p.dense("a", x, h)))
-
-    p = problem(projected, 2, 1, 3, 4)
-    with pytest.raises(Unsupported, match=r"cell: projected\(\) is not supported by the cpu backend"):
-        kernels.forward(projected, p.x, p.weights, backend="cpu")
 
 
 def test_masks_of_what_a_cell_does_not_have():

@@ -10,6 +10,7 @@ from fusedrnn import kernels
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Regularization, Unsupported
 from fusedrnn.cells import cell, lstm, tanh
+from fusedrnn.gradcheck import gradcheck
 from problems import PROJECTED, assert_bitwise_equal, assert_standard, problem, run
 
 pytestmark = pytest.mark.quick
@@ -85,11 +86,12 @@ def test_the_kernels_refuse_what_they_lack():
             _core.tape_shape(id_, 2, 3, 2, 7, P, False, False, False)
 
 
-def test_with_layer_norm_in_the_reference():
+@backends
+def test_with_layer_norm(backend):
     """Gradients by a complex step: tests/cells. Here that all of its weights have one."""
     normed = lstm.with_options(project=True, layer_norm=True)
     p = problem(normed, 3, 2, 2, 7, regularization=Regularization(0.25, 0.25, 0.25, 3))
-    found = run(get("reference"), p)
+    found = run(get(backend), p)
     assert {f"d{n}" for n in p.weights} < found.keys()
     assert all(found[f"d{n}"].any() for n in p.weights)
 
@@ -100,9 +102,10 @@ def projected_alone(p, x, h):
     return p.project(tanh(p.dense("a", x, h)))
 
 
-def test_a_cell_of_a_user():
+@backends
+def test_a_cell_of_a_user(backend):
     p = problem(projected_alone, 4, 3, 2, 7, P=3)
-    y = run(get("reference"), p)["y"]
+    y = run(get(backend), p)["y"]
     h = p.state0[0]
     for t in range(4):
         a = p.x[t] @ p.weights["weight_ih"].T + h @ p.weights["weight_hh"].T + p.weights["bias_ih"]
@@ -121,6 +124,11 @@ def test_layers_refuse_a_wrong_size():
         L.Recurrent(lstm, 7, 2, proj_size=2)
     with pytest.raises(ValueError, match=r"proj_size: expected 1 to 7, as .* projects .*, got 0"):
         L.Recurrent(PROJECTED, 7, 2)
+
+
+def test_a_layer_of_a_user_s_cell():
+    layer = L.Recurrent(projected_alone, 5, 4, proj_size=3, num_layers=2, bidirectional=True, dtype="float64")
+    assert gradcheck(layer, np.random.default_rng(0).standard_normal((4, 2, 4)))
 
 
 def test_a_layer_is_saved_and_carries_its_state(tmp_path):

@@ -16,9 +16,11 @@ import test_kernels
 import test_layer_norm
 import test_selections
 from problems import (
+    CELLS,
     NORMED,
     OPTIONS,
     PLAIN,
+    PROJECTED,
     SIZES,
     assert_bitwise_equal,
     assert_close,
@@ -58,11 +60,11 @@ CPU, REFERENCE = CpuBackend(), get("reference")
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 
 
-PROGRAMS = [c for c in published.CELLS if not c.projects]
-COMPILED = [*PLAIN, *NORMED[:4]]
+PROGRAMS = published.CELLS
+COMPILED = [*CELLS, *NORMED[:4]]
 NORMS = [c for c in PROGRAMS if c not in COMPILED and any(n.op == "normalise" for n in c.forward_nodes)]
 OWN = [c for c in PROGRAMS if c not in COMPILED]
-ZOO = [c for c in zoo.ALL if not c.projects and c not in PROGRAMS]
+ZOO = [c for c in zoo.ALL if c not in PROGRAMS]
 
 
 class Machine:
@@ -444,11 +446,6 @@ def test_what_is_not_supported():
         CPU.forward(p.cell, p.x, p.weights, ())
     with pytest.raises(ValueError, match=r"dstateT: expected a tuple .* got one of length 0"):
         CPU.backward(CPU.forward(p.cell, p.x, p.weights).tape, p.dy, ())
-    q = problem(published.lstmp, 2, 1, 3, 4)
-    with pytest.raises(
-        Unsupported, match=r"cell: lstmp\(\) is not supported by the cpu backend; use the ref"
-    ):
-        CPU.forward(q.cell, q.x, q.weights)
 
     @cell
     def large(p, x, h):
@@ -564,6 +561,7 @@ def run_plan(plan, numbers, save=1):
     except ValueError:
         return False
     H, I, T, B = 17, 3, 2, 3
+    P = 5 if plan.projects else H
     rng = np.random.default_rng(0)
 
     def array(*shape):
@@ -571,17 +569,18 @@ def run_plan(plan, numbers, save=1):
 
     weights = [
         array(n * H, *columns) if n else None
-        for n, columns in zip(plan.blocks, ((I,), (H,), (), ()), strict=True)
+        for n, columns in zip(plan.blocks, ((I,), (P,), (), ()), strict=True)
     ]
     weights += [array(n * H) for n in plan.parameters.values()]
-    S = len(plan.start)
+    weights += [array(P, H)] * plan.projects
+    widths = [P, *[H] * (len(plan.start) - 1)]
     try:
         packed = _core.machine_pack(core, weights)
         results = _core.machine_forward(
             packed,
             core,
             array(T, B, I),
-            [array(B, H)] * S,
+            [array(B, width) for width in widths],
             None,
             None,
             False,
@@ -593,9 +592,9 @@ def run_plan(plan, numbers, save=1):
         )
         _core.machine_backward(
             results[3],
-            array(T, B, H),
-            [array(B, H)] * S,
-            [array(T, B, H)] * S,
+            array(T, B, P),
+            [array(B, width) for width in widths],
+            [array(T, B, width) for width in widths],
             [True] * (len(weights) + 2 + plan.scalars),
         )
     except ValueError:  # weights of other shapes
@@ -605,7 +604,7 @@ def run_plan(plan, numbers, save=1):
 
 @pytest.mark.parametrize(
     "cell",
-    [PEEPHOLE, published.mgu, published.gru_d, published.co_rnn, everywhere, norms, NORMED[0]],
+    [PEEPHOLE, published.mgu, published.gru_d, published.co_rnn, everywhere, norms, NORMED[0], PROJECTED],
     ids=name,
 )
 def test_broken_plans_are_refused_or_do_no_harm(cell):
@@ -672,7 +671,7 @@ def test_vectors_are_biases_or_other_parameters():
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("cell", [everywhere, norms], ids=name)
+@pytest.mark.parametrize("cell", [everywhere, norms, PROJECTED], ids=name)
 def test_random_numbers_are_refused_or_do_no_harm(cell, seed):
     plan = program.plan(cell)
     numbers, rng = plan.numbers(), np.random.default_rng(seed)

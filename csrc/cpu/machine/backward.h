@@ -32,12 +32,14 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     for (int s = 0; s < call.states; ++s) places.set(places.direct(s), job.direct[s], 1, true);
     for (int o = 1; o < call.operands; ++o)
       places.set(places.operand(o), call.state_of[o] < 0 && Base::job.need_weights, 1, false);
+    if (call.projects) places.set(places.after(0), Base::job.dprojection, 1, true);
   }
 
   FUSEDRNN_NOINLINE void select_rows(Index t, Index begin, Index end) {
     for (Index i = 0; begin + i < end; ++i) {
       const Index b = this->rows.b[begin + i];
       places.select(i, t, b);
+      if (call.projects) places.put(places.after(0), i, this->da_row(begin + i), this->weights.unprojected_at);
       places.put(cpu::kGradients, i, this->da_row(begin + i), 0);
       places.put(cpu::kSums, i, job.sums, b * units * call.vector_count);
       places.put(cpu::kNormGradients, i, job.norm_gradients, b * (job.norm_gradient_count * cpu::kNormGradientNumbers));
@@ -47,8 +49,9 @@ struct MachineBackwardLoop : BackwardSteps<V> {
         places.put(places.operand(o), i, Base::job.inputs, (begin + i) * Base::job.inputs_row + job.column_of[o]);
       this->rows.at[i].b = b, this->rows.at[i].after = this->chain_of(t, b);
     }
-    places.select_masks(places.masks(worker.region.thread, this->block_begin, this->block_end), t, this->rows.b + begin,
-                        end - begin);
+    places.select_masks(
+        places.masks(worker.region.thread, this->block_begin, this->block_end, this->h_begin, this->h_end), t,
+        this->rows.b + begin, end - begin);
   }
 
   // acc[wide][m] = the gradient of an operand, from rows of da.
@@ -62,29 +65,61 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     }
   }
 
-  // What reaches each state of the n rows of rows.at from later steps and from outside, in the first registers:
-  // then(frame).
-  template <class Then>
-  FUSEDRNN_INLINE bool incoming(Index n, bool outside, Then&& then) {
+  // The rows of da that the chain multiplies, of the n rows of rows.at; false: none.
+  bool follow(Index n) {
     bool any = false;
     for (Index i = 0; i < n; ++i) {
       const bool follows = this->rows.at[i].after == After::product;
       this->rows.da[i] = follows ? this->rows.latest[this->rows.at[i].b] : Base::job.zeros;
       any |= follows;
     }
+    return any;
+  }
+
+  // What reaches the states [from, to) from later steps (`any`: through products too) and from outside, in the
+  // registers of their numbers, of blocks [begin, end): then(frame).
+  template <class Then>
+  FUSEDRNN_INLINE bool incoming(Index n, bool any, bool outside, int from, int to, Index begin, Index end,
+                                Then&& then) {
     Frame<V> frame = places.frame(worker.region.thread);
-    return this->tiles(n, this->block_begin, this->block_end,
-                       [&](Index first, int m, Index block, int wide, Index lane) {
-                         places.set_tile(frame, first, m, block, wide, lane);
-                         if (outside && lane == 0) prefetch(frame);
-                         for (int s = 0; s < call.states; ++s) {
-                           T* const d = frame.registers + s * m * wide * V::lanes;
-                           if (any && job.operand_of[s] >= 0)
-                             operand_gradient(job.operand_of[s], this->rows.da + first, block, lane, m, wide, d);
-                           state_gradient(s, outside, frame, d);
-                         }
-                         then(frame);
-                       });
+    return this->tiles(n, begin, end, [&](Index first, int m, Index block, int wide, Index lane) {
+      places.set_tile(frame, first, m, block, wide, lane);
+      if (outside && lane == 0 && from == call.projects) prefetch(frame);
+      for (int s = from; s < to; ++s) {
+        T* const d = frame.registers + s * m * wide * V::lanes;
+        if (any && job.operand_of[s] >= 0)
+          operand_gradient(job.operand_of[s], this->rows.da + first, block, lane, m, wide, d);
+        state_gradient(s, outside, frame, d);
+      }
+      then(frame);
+    });
+  }
+
+  // The gradient of a projected state is kept for the products with weight_hr, but for what zoneout leaves to the state
+  // before.
+  FUSEDRNN_NOINLINE void keep_projected(const Frame<V>& f) const {
+    const T *const *const keep = places.projected_mask(), *from = f.registers;
+    for (int w = 0; w < f.wide; ++w)
+      for (int i = 0; i < f.rows; ++i, from += V::lanes) {
+        const Index r = f.first + i, u = (f.block + w) * kBlock + f.lane;
+        V d = V::load(from);
+        if (keep) {
+          const V kept = V::load(keep[r] + u);
+          ((V::set(1) - kept) * d).store(job.direct[0] + this->rows.at[r].b * units + u);
+          d = kept * d;
+        }
+        d.store(places.places[cpu::kGradients].rows[r] + this->weights.dh_at + u);
+      }
+  }
+
+  // The gradient of what is projected, in the first register.
+  FUSEDRNN_NOINLINE void through_projection(const Frame<V>& f) const {
+    const Packed<T>& weight_hr = Base::job.projection;
+    for (int k = 0; k < f.rows * f.wide; ++k) V::zero().store(f.registers + k * V::lanes);
+    const Product<T> p = {
+        this->rows.da + f.first, 0, 1,     0, weight_hr.data + f.block * weight_hr.block_step + f.lane, kBlock,
+        weight_hr.block_step,    1, call.P};
+    tile_for<V>(f.rows, f.wide)(&p, 1, f.registers);
   }
 
   // What the program loads, which is far away: it comes while the products are made.
@@ -97,7 +132,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       }
     };
     fetch(cpu::kSaved, call.saved_count);
-    for (int s = 0; s < call.states; ++s) fetch(places.before(s), 1);
+    for (int s = call.projects; s < call.states; ++s) fetch(places.before(s), 1);
   }
 
   // d: what comes through products, of a state that is the operand of one.
@@ -106,18 +141,21 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     const T *const direct = job.direct[s], *const last = job.dstateT[s], *const dy = outside && !s ? job.dy : nullptr,
                    *const every = outside ? job.dstates[s] : nullptr, *const dropout = call.regularization.dropout;
     const bool regularized = dropout || call.regularization.zoneout_h.acts || call.regularization.zoneout_c.acts;
+    // The compiled cells' direct gradient is then a sum, but for a projected state.
+    const bool sum = regularized && !(call.projects && s == 0 && direct);
+    const Index width = places.width(s);
     for (int w = 0; w < f.wide; ++w)
       for (int i = 0; i < f.rows; ++i, d += V::lanes) {
         const BackwardRow<T>& row = this->rows.at[f.first + i];
-        const Index u = (f.block + w) * kBlock + f.lane, in_row = call.H - u, here = f.at[f.first + i] * call.H + u;
+        const Index u = (f.block + w) * kBlock + f.lane, in_row = width - u, here = f.at[f.first + i] * width + u;
         V v = V::zero();
         if (row.after == After::product) {
           if (chain) v = V::load(d);
           if (chain && dropout) v = v * V::load(dropout + row.b * units + u);
           if (direct) v = chain ? v + V::load(direct + row.b * units + u) : V::load(direct + row.b * units + u);
-          if (regularized) v = v + V::zero();  // as in the compiled cells, whose direct gradient is then a sum
+          if (sum) v = v + V::zero();
         } else if (row.after == After::final_state && last) {
-          v = V::load(last + row.b * call.H + u, in_row);
+          v = V::load(last + row.b * width + u, in_row);
         }
         if (dy) v = v + V::load(dy + here, in_row);
         if (every) v = v + V::load(every + here, in_row);
@@ -129,7 +167,17 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     const Index n = end - begin;
     select_rows(t, begin, end);
     const MachineRound& first_round = call.rounds[0];
-    if (!incoming(n, true, [&](const Frame<V>& f) { interpret<V>(first_round.code, first_round.count, f); }))
+    const bool any = follow(n);
+    if (call.projects) {
+      if (!incoming(n, any, true, 0, 1, this->h_begin, this->h_end, [&](const Frame<V>& f) { keep_projected(f); }))
+        return false;
+      if (!worker.by_rows && !worker.barrier()) return false;
+      for (Index i = 0; i < n; ++i) this->rows.da[i] = this->da_row(begin + i) + this->weights.dh_at;
+    }
+    if (!incoming(n, any, true, call.projects, call.states, this->block_begin, this->block_end, [&](const Frame<V>& f) {
+          if (call.projects) through_projection(f);
+          interpret<V>(first_round.code, first_round.count, f);
+        }))
       return false;
     for (Index i = 0; i < n; ++i) this->rows.da[i] = this->rows.latest[this->rows.at[i].b] = this->da_row(begin + i);
     Frame<V> frame = places.frame(worker.region.thread);
@@ -160,10 +208,10 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       for (int o = 1; o < call.operands; ++o)
         if (call.state_of[o] >= 0)
           __builtin_memcpy(row + job.column_of[o], places.state_before(call.state_of[o], t, b),
-                           size_t(call.H) * sizeof(T));
+                           size_t(call.P) * sizeof(T));
       if (const T* dropout = call.regularization.dropout)
         for (int o = 1; o < call.operands; ++o)
-          for (Index u = 0; call.state_of[o] >= 0 && u < call.H; ++u)
+          for (Index u = 0; call.state_of[o] >= 0 && u < call.P; ++u)
             row[job.column_of[o] + u] *= dropout[b * units + u];
     }
   }
@@ -211,17 +259,23 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       this->rows.at[n].after = empty ? After::final_state : cut ? After::nothing : After::product;
       places.at[n] = 0;
     }
-    return incoming(n, false, [&](const Frame<V>& f) {
-      for (int s = 0; s < call.states; ++s) {
-        if (!job.dstate0[s]) continue;
-        const T* d = f.registers + s * f.rows * f.wide * V::lanes;
-        for (int w = 0; w < f.wide; ++w)
-          for (int i = 0; i < f.rows; ++i, d += V::lanes) {
-            const Index u = (f.block + w) * kBlock + f.lane;
-            V::load(d).store(job.dstate0[s] + this->rows.at[f.first + i].b * call.H + u, call.H - u);
-          }
-      }
-    });
+    const bool any = follow(n);
+    const auto store = [&](int from, int to, Index begin, Index end) {
+      return incoming(n, any, false, from, to, begin, end, [&](const Frame<V>& f) {
+        for (int s = from; s < to; ++s) {
+          if (!job.dstate0[s]) continue;
+          const T* d = f.registers + s * f.rows * f.wide * V::lanes;
+          const Index width = places.width(s);
+          for (int w = 0; w < f.wide; ++w)
+            for (int i = 0; i < f.rows; ++i, d += V::lanes) {
+              const Index u = (f.block + w) * kBlock + f.lane;
+              V::load(d).store(job.dstate0[s] + this->rows.at[f.first + i].b * width + u, width - u);
+            }
+        }
+      });
+    };
+    if (call.projects && !store(0, 1, this->h_begin, this->h_end)) return false;
+    return store(call.projects, call.states, this->block_begin, this->block_end);
   }
 
   // The sums of all rows of the batch, in ascending order, of this thread's share of the blocks.
@@ -267,6 +321,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     if (!initial_states()) return false;
     if (Base::job.dx && call.steps.lengths) this->zero_padding();
     if (job.sums) unpack_sums();
+    if (Base::job.dprojection) this->weights.unpack_projection();
     for (int g = 0; g < job.gradient_count; ++g) {
       const MachineGradient<T>& d = job.gradients[g];
       this->weights.unpack(d.out, this->weights.groups.group[d.group], d.column, d.columns, {d.accumulator, 1, {0}});

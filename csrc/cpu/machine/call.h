@@ -9,7 +9,8 @@
 
 namespace fusedrnn {
 
-// weight_ih, weight_hh, bias_ih and bias_hh, then the plan's other parameters, each contiguous; null: none.
+// weight_ih, weight_hh, bias_ih and bias_hh, then the plan's other parameters, then weight_hr of a cell that projects,
+// each contiguous; null: none.
 template <class T>
 using MachineWeights = std::vector<T*>;
 
@@ -28,7 +29,8 @@ template <class T>
 using MachineTapePtr = std::unique_ptr<MachineTape<T>, MachineDeleter<T>>;
 
 // The problem's cell is of no meaning. The plan is that of the weights, or has the same products and vectors: another
-// one where the call is regularized. Of each state (B, H), or (T, B, H) in `states` and `dstates`; null: none.
+// one where the call is regularized. Of each state (B, H), or (T, B, H) in `states` and `dstates`, of a projected one
+// with P for H; null: none.
 template <class T>
 struct MachineForwardCall {
   const cpu::MachinePlan* plan;
@@ -65,8 +67,8 @@ struct MachineBackwardCall {
 
 // The plan outlives what is packed. T is float or double; throws as those of api.h do.
 template <class T>
-PackedMachinePtr<T> pack_machine(const cpu::MachinePlan& plan, Index I, Index H, const MachineWeights<const T>& weights,
-                                 Poll poll);
+PackedMachinePtr<T> pack_machine(const cpu::MachinePlan& plan, Index I, Index H, Index P,
+                                 const MachineWeights<const T>& weights, Poll poll);
 template <class T>
 MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call);
 template <class T>

@@ -23,6 +23,7 @@ struct MachineForwardLoop {
   Index* batch;  // and which row of the batch it is
   Index count = 0;
   Index row_begin, row_end, block_begin, block_end;  // this thread's
+  Index p_begin, p_end;                              // and its blocks of a projection
 
   MachineForwardLoop(const MachineForward<T>& job_, const Worker& worker_)
       : job(job_), call(job_.call), worker(worker_), rows(job_.call, worker_.region.thread) {
@@ -31,6 +32,8 @@ struct MachineForwardLoop {
     row_end = worker.by_rows ? first_row(call.steps, i + 1, n) : call.steps.B;
     block_begin = worker.by_rows ? 0 : call.blocks * i / n;
     block_end = worker.by_rows ? call.blocks : call.blocks * (i + 1) / n;
+    const Index p_blocks = blocks_of(call.P);
+    p_begin = worker.by_rows ? 0 : p_blocks * i / n, p_end = worker.by_rows ? p_blocks : p_blocks * (i + 1) / n;
     x = const_cast<const T**>(rows.table + (rows.count() + 1) * call.steps.B);
     batch = reinterpret_cast<Index*>(x + call.steps.B);
     rows.set(cpu::kSaved, call.saved, call.saved_count, false, job.stream);
@@ -40,18 +43,19 @@ struct MachineForwardLoop {
 
   // The rows of a step, and how many there are.
   FUSEDRNN_NOINLINE void select_rows(Index t) {
-    const Masks<T> masks = rows.masks(worker.region.thread, block_begin, block_end);
+    const Masks<T> masks = rows.masks(worker.region.thread, block_begin, block_end, p_begin, p_end);
     count = 0;
     for (Index b = row_begin; b < row_end; ++b) {
       if (!valid(call.steps, t, b)) continue;
       x[count] = call.x + t * call.x_step + b * call.x_row;
       rows.select(count, t, b);
+      if (call.projects) rows.put(rows.after(0), count, job.unprojected, b * masks.units);
       for (int o = 1; o < call.operands; ++o) {
         if (job.computed[o])
           rows.put(rows.operand(o), count, job.computed[o], b * masks.units);
         else if (call.regularization.dropout)
           rows.put(rows.operand(o), count,
-                   const_cast<T*>(masks.operand(count, b, rows.state_before(call.state_of[o], t, b), call.H,
+                   const_cast<T*>(masks.operand(count, b, rows.state_before(call.state_of[o], t, b), call.P,
                                                 MachineCall<T>::array_of(o))),
                    0);
       }
@@ -91,7 +95,7 @@ struct MachineForwardLoop {
                          part->count * kBlock,
                          A == 1 ? part->block_step : kBlock,
                          1,
-                         part->operand ? call.H : call.I,
+                         part->operand ? call.P : call.I,
                          part->block_step,
                          b_step};
         if (n == kMaxParts || part + 1 == job.parts + sum->part_end) {
@@ -143,24 +147,62 @@ struct MachineForwardLoop {
     return worker.by_rows || worker.barrier();
   }
 
+  // The projected state of a step, of what its programs have left.
+  FUSEDRNN_NOINLINE bool project(Index t) const {
+    constexpr int kWide = 4;
+    const Tiling tiles(count, max_rows<V>(kWide)), panels(p_end - p_begin, count == 1 ? kOneRow : kWide);
+    const T *const *const from = rows.places[rows.after(0)].rows, *const *const keep = rows.projected_mask();
+    for (Index j = 0; j < panels.pieces; ++j) {
+      const Index block = p_begin + panels.begin(j);
+      const int wide = int(p_begin + panels.begin(j + 1) - block);
+      for (Index r = 0; r < tiles.pieces; ++r) {
+        const Index first = tiles.begin(r);
+        const int m = int(tiles.begin(r + 1) - first);
+        for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+          alignas(64) T acc[kMaxTile * V::lanes];
+          for (int k = 0; k < m * wide; ++k) V::zero().store(acc + k * V::lanes);
+          const Product<T> p = {
+              from + first,        0, 1,     0, job.projection + block * job.projection_step + lane, kBlock,
+              job.projection_step, 1, call.H};
+          tile_for<V>(m, wide)(&p, 1, acc);
+          for (int w = 0; w < wide; ++w) {
+            const Index u = (block + w) * kBlock + lane, in_row = call.P - u;
+            for (int i = 0; i < m; ++i) {
+              V h = V::load(acc + (w * m + i) * V::lanes);
+              if (keep) {
+                const V kept = V::load(keep[first + i] + u);
+                const V before = V::load(rows.places[rows.before(0)].rows[first + i] + u, in_row);
+                h = fma(kept, h, (V::set(1) - kept) * before);
+              }
+              h.store(rows.new_row(0, t, batch[first + i]) + u, in_row);
+            }
+          }
+        }
+      }
+      if (!worker.poll()) return false;
+    }
+    return worker.by_rows || worker.barrier();
+  }
+
   // Padding of y and of the states of every step, and the final states, of this thread's share of the rows.
   FUSEDRNN_NOINLINE void finish() const {
     const Steps& steps = call.steps;
     const Index n = worker.region.threads, i = worker.region.thread;
-    const size_t bytes = size_t(call.H) * sizeof(T);
     for (Index b = steps.B * i / n; b < steps.B * (i + 1) / n; ++b) {
       const Index length = length_of(steps, b);
       for (int s = 0; s < call.states; ++s) {
+        const Index width = rows.width(s);
+        const size_t bytes = size_t(width) * sizeof(T);
         const T* const start = rows.start_row(s, b);
         const T* const last = length ? rows.state_row(s, last_time(steps, b), b) : start;
-        __builtin_memcpy(job.stateT[s] + b * call.H, last, bytes);
+        __builtin_memcpy(job.stateT[s] + b * width, last, bytes);
         if (!job.states[s]) continue;
         const T* const held = steps.reverse ? start : last;  // in reverse padding comes before the first step
         for (Index t = 0; t < steps.T; ++t)
-          __builtin_memcpy(job.states[s] + (t * steps.B + b) * call.H, t < length ? rows.state_row(s, t, b) : held,
+          __builtin_memcpy(job.states[s] + (t * steps.B + b) * width, t < length ? rows.state_row(s, t, b) : held,
                            bytes);
       }
-      for (Index t = length; t < steps.T; ++t) __builtin_memset(rows.state_row(0, t, b), 0, bytes);
+      for (Index t = length; t < steps.T; ++t) __builtin_memset(rows.state_row(0, t, b), 0, size_t(call.P) * sizeof(T));
     }
   }
 
@@ -180,9 +222,11 @@ struct MachineForwardLoop {
   // Steps [begin, end).
   FUSEDRNN_NOINLINE bool walk(Index begin, Index end) {
     for (Index s = begin; s < end; ++s) {
-      select_rows(time_of(call.steps, s));
+      const Index t = time_of(call.steps, s);
+      select_rows(t);
       for (int r = 0; r < call.round_count; ++r)
         if (!run_round(call.rounds[r])) return false;
+      if (call.projects && !project(t)) return false;
       if (job.boundary_states) keep_boundary(s + 1);
     }
     if constexpr (V::whole_lines)

@@ -7,6 +7,9 @@
 // that the cell computes), or with the numbers of a row by which a norm is made (norm.h), or both. Then its program
 // runs over the tile. Units of one row meet in products and norms alone, so a round ends where the next one needs all
 // units.
+//
+// Of a cell that projects its first state, programs leave what is projected; that state, of P units, is an operand
+// only.
 #pragma once
 #include <stdint.h>
 
@@ -96,7 +99,9 @@ struct MachineRound {
 template <class T>
 struct MachineCall {
   Steps steps;
-  Index I, H, blocks;
+  Index I, H, P, blocks;  // P: units of the first state, H if it is not projected
+  bool projects;
+  int projected_mask;  // where zoneout of the projected state has what it keeps: kKeepH, kKeepC or 0
   int states, operands, accumulators, saved_count, carried_count, vector_count, scalar_count;
   const int* state_of;  // of each operand the state before that it is, or -1
   const MachineRound* rounds;
@@ -135,8 +140,11 @@ struct MachineForward {
   MachineCall<T> call;
   const MachineSum* sums;
   const MachinePart<T>* parts;
-  const T* bias;       // [block][accumulator][16]
-  T* const* computed;  // of each operand [B][blocks * 16], or null
+  const T* bias;        // [block][accumulator][16]
+  T* const* computed;   // of each operand [B][blocks * 16], or null
+  const T* projection;  // weight_hr, packed; null: none
+  Index projection_step;
+  T* unprojected;      // [B][blocks * 16]: what it multiplies
   bool stream;         // saved is larger than the caches
   T* const* stateT;    // of each state (B, H)
   T* const* states;    // of each state (T, B, H) or null

@@ -80,7 +80,7 @@ struct MachineBackwardParts {
   std::vector<MachineGroup> groups;
   Index block_step = 0;  // elements of all groups for a block of units
 
-  MachineBackwardParts(const MachinePlan& plan, Index I, Index H) {
+  MachineBackwardParts(const MachinePlan& plan, Index I, Index P) {
     const std::vector<std::vector<int>> blocks = blocks_of_operands(plan);
     std::vector<int> biased(std::size_t(plan.accumulators), -1);
     for (const MachinePlan::Product& p : plan.products)
@@ -91,8 +91,8 @@ struct MachineBackwardParts {
       begin.push_back(int(parts.size()));
       add_parts(o, blocks[std::size_t(o)], 0, plan.accumulators, parts);
       column_of.push_back(column);
-      add_columns(blocks[std::size_t(o)], column, o ? H : I);
-      column += o ? H : I;
+      add_columns(blocks[std::size_t(o)], column, o ? P : I);
+      column += o ? P : I;
     }
     begin.push_back(int(parts.size()));
     if (groups.size() > std::size_t(kMaxGroups)) throw std::invalid_argument("program: too many different products");

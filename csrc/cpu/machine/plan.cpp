@@ -76,10 +76,11 @@ int values_at(const MachinePlan& plan, int place, Operation op, bool backward) {
   if (place == kSums) return op == Operation::add_to ? backward ? int(plan.vectors.size()) : 0 : 0;
   if (place == kNorms || place == kNormGradients) return 0;
   if (place == kScalars) return store && backward ? plan.scalars : 0;
-  if (place < kStates) return load;  // a mask
+  if (place < kStates) return load && place != plan.projected_mask;  // a mask
   const int state = place - kStates, S = plan.states;
-  if (state < S) return load;                              // before the step
-  if (state < 2 * S) return load || (store && !backward);  // after it
+  if (plan.projects && state < 3 * S && state % S == 0) return store && state == S;  // what is projected
+  if (state < S) return load;                                                        // before the step
+  if (state < 2 * S) return load || (store && !backward);                            // after it
   if (state < 3 * S) return store && backward && plan.direct[std::size_t(state - 2 * S)];
   return store && plan.state_of[std::size_t(state - 3 * S + 1)] < 0;
 }
@@ -187,12 +188,20 @@ MachinePlan::MachinePlan(const std::int32_t* data, std::size_t count, std::vecto
   carried_back = numbers.next("carried values", 0, Limits::carried);
   for (int& n : blocks) n = numbers.next("blocks", 0, kMostBlocks);
   scalars = numbers.next("row scalars", 0, Limits::scalars);
+  projects = numbers.next("projection", 0, 1) != 0;
+  if (const int mask = numbers.next("mask of the projection", 0, projects ? 2 : 0)) {
+    projected_mask = kDropout + mask;
+    reads_masks[mask] = true;
+  }
   if (!blocks[weight_ih]) refuse("blocks", "at least one of weight_ih, got 0");
-  for (int s = 0; s < states; ++s) direct.push_back(numbers.next("direct", 0, 1));
+  for (int s = 0; s < states; ++s) {
+    const bool zoned = projected_mask != 0, fixed = projects && s == 0;  // of a projection what zoneout leaves
+    direct.push_back(numbers.next("direct", fixed && zoned, !fixed || zoned));
+  }
   state_of.push_back(-1);
   operand_of.assign(std::size_t(states), -1);
   for (int o = 1; o < operands; ++o) {
-    const int state = numbers.next("state of an operand", -1, states - 1);
+    const int state = numbers.next("state of an operand", projects ? 0 : -1, projects ? 0 : states - 1);
     state_of.push_back(state);
     if (state >= 0) operand_of[std::size_t(state)] = o;
   }
@@ -241,8 +250,8 @@ MachinePlan::MachinePlan(const std::int32_t* data, std::size_t count, std::vecto
 bool MachinePlan::same_weights(const MachinePlan& other) const {
   const auto rounds_alike = [](const Round& a, const Round& b) { return a.accumulators == b.accumulators; };
   return this == &other ||
-         (states == other.states && start == other.start && state_of == other.state_of && products == other.products &&
-          parameters == other.parameters && vectors == other.vectors &&
+         (states == other.states && projects == other.projects && start == other.start && state_of == other.state_of &&
+          products == other.products && parameters == other.parameters && vectors == other.vectors &&
           std::equal(blocks, blocks + kPlain, other.blocks) &&
           std::equal(forward.begin(), forward.end(), other.forward.begin(), other.forward.end(), rounds_alike));
 }

@@ -41,6 +41,8 @@ struct MachinePlan {
   int states, operands, saved, scalars, carried, carried_back, accumulators = 0, registers = 0, norms = 0,
                                                                norm_gradients = 0;
   int blocks[kPlain];  // of H rows
+  bool projects = false;
+  int projected_mask = 0;  // see MachineCall
   std::vector<double> start, constants;
   std::vector<bool> direct;     // of each state
   std::vector<int> state_of;    // of each operand; of x, and of those that the cell computes, -1
@@ -55,6 +57,9 @@ struct MachinePlan {
   // std::invalid_argument for whatever is out of range: no program reads or writes beside its call's memory.
   MachinePlan(const std::int32_t* numbers, std::size_t count, std::vector<double> start_,
               std::vector<double> constants_);
+  // Weights, biases and parameters; behind them weight_hr, where the cell projects.
+  int weight_hr() const { return kPlain + int(parameters.size()); }
+  std::size_t weights() const { return std::size_t(weight_hr() + projects); }
   // Whether weights that are packed for one are packed for the other.
   bool same_weights(const MachinePlan& other) const;
 };

@@ -44,14 +44,19 @@ struct MachineRows {
     if (places[place].rows) places[place].rows[i] = memory + offset;
   }
 
+  Index width(int s) const { return s ? call.H : call.P; }
   T* state_row(int s, Index t, Index b) const {
-    return call.state[s] + ((s ? (t - call.first) & call.states_kept : t) * call.steps.B + b) * call.H;
+    return call.state[s] + ((s ? (t - call.first) & call.states_kept : t) * call.steps.B + b) * width(s);
+  }
+  // Where the state after a step goes.
+  T* new_row(int s, Index t, Index b) const {
+    return s || !call.y_again ? state_row(s, t, b) : call.y_again + b * call.P;
   }
   const T* previous_row(int s, Index t, Index b) const {
     if (s && t == call.boundary_time) return call.boundary + ((s - 1) * call.steps.B + b) * call.H;
     return state_row(s, t, b);
   }
-  const T* start_row(int s, Index b) const { return call.state0[s] ? call.state0[s] + b * call.H : call.start[s]; }
+  const T* start_row(int s, Index b) const { return call.state0[s] ? call.state0[s] + b * width(s) : call.start[s]; }
   const T* state_before(int s, Index t, Index b) const {
     switch (fusedrnn::FUSEDRNN_LEVEL::before(call.steps, t, b)) {
       case Before::previous:
@@ -72,13 +77,17 @@ struct MachineRows {
     put(cpu::kCarried, i, call.carried, b * (call.carried_count * call.blocks * kBlock));
     for (int s = 0; s < call.states; ++s) {
       put(before(s), i, const_cast<T*>(state_before(s, t, b)), 0);
-      put(after(s), i, s || !call.y_again ? state_row(s, t, b) : call.y_again + b * call.H, 0);
+      put(after(s), i, new_row(s, t, b), 0);
     }
   }
-  // Of the blocks [begin, end).
-  Masks<T> masks(Index thread, Index begin, Index end) const {
-    return {call.regularization, thread, call.steps.B, call.blocks * kBlock, begin, end, begin, end};
+  // Of the blocks [begin, end); of a projected state [p_begin, p_end).
+  Masks<T> masks(Index thread, Index begin, Index end, Index p_begin, Index p_end) const {
+    const bool h = call.projected_mask == cpu::kKeepH, c = call.projected_mask == cpu::kKeepC;
+    return {call.regularization, thread,          call.steps.B,        call.blocks * kBlock,
+            h ? p_begin : begin, h ? p_end : end, c ? p_begin : begin, c ? p_end : end};
   }
+  // What zoneout keeps of the projected state, of each row; null: all.
+  const T* const* projected_mask() const { return call.projected_mask ? places[call.projected_mask].rows : nullptr; }
   // Draws the masks of the n rows b of a step.
   void select_masks(const Masks<T>& masks, Index t, const Index* b, Index n) {
     const T *const keep_h = masks.keep_h(t, b, n), *const keep_c = masks.keep_c(t, b, n);

@@ -62,7 +62,7 @@ CellShape shape_of(const MachinePlan& plan) {
           false,
           false,
           false,
-          false,
+          plan.projects,
           {},
           {},
           {}};
@@ -111,7 +111,8 @@ cpu::MachineCall<T> machine_call(const MachinePlan& plan, const Problem& problem
   cpu::MachineCall<T> call{};
   const Sizes& n = problem.sizes;
   call.steps = steps_of(problem);
-  call.I = n.I, call.H = n.H, call.blocks = blocks_of(n.H);
+  call.I = n.I, call.H = n.H, call.P = n.P, call.blocks = blocks_of(n.H);
+  call.projects = plan.projects, call.projected_mask = plan.projected_mask;
   call.states = plan.states, call.operands = plan.operands, call.accumulators = plan.accumulators;
   call.saved_count = plan.saved, call.vector_count = int(plan.vectors.size());
   call.scalar_count = plan.scalars;
@@ -135,7 +136,8 @@ struct PackedMachine {
   Buffer memory;
   cpu::MachineForwardParts parts;
   std::vector<cpu::MachinePart<T>> packed;
-  const T* bias;  // [block][accumulator][16]
+  const T* bias;        // [block][accumulator][16]
+  const T* projection;  // weight_hr, where the cell projects
   MachineNumbers<T> numbers;
 };
 
@@ -149,21 +151,22 @@ void MachineDeleter<T>::operator()(MachineTape<T>* p) const {
 }
 
 template <class T>
-PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, const MachineWeights<const T>& weights,
-                                 Poll poll) {
+PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, Index P,
+                                 const MachineWeights<const T>& weights, Poll poll) {
   PackedMachinePtr<T> packed(new PackedMachine<T>);
   packed->I = I, packed->H = H;
   packed->parts = cpu::MachineForwardParts(plan);
   const Index blocks = blocks_of(H);
-  const auto columns = [&](int operand) { return operand ? H : I; };
+  const auto columns = [&](int operand) { return operand ? P : I; };
   Layout<T> layout;
   std::vector<T*> memory;
-  T* bias = nullptr;
+  T *bias = nullptr, *projection = nullptr;
   for (int pass = 0; pass < 2; ++pass) {
     memory.clear();
     for (const cpu::HostPart& p : packed->parts.parts)
       memory.push_back(layout.take({blocks, block_step<T>(columns(p.operand), p.part.count)}));
     bias = layout.take({blocks, plan.accumulators, kBlock});
+    projection = layout.take({plan.projects ? blocks_of(P) : 0, block_step<T>(H, 1)});
     packed->numbers.take(layout, plan, H);
     if (pass == 0) packed->memory = layout.allocate();
   }
@@ -174,6 +177,14 @@ PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, cons
     PackAll<T> one{kernels.pack, {{weights[p.operand ? 1 : 0], H, K, p.part, memory[k], step, 0, blocks}}, 1};
     one.run(double(p.part.count) * double(H) * double(K), poll);
     packed->packed.push_back({p.operand, p.part.first, p.part.count, memory[k], step});
+  }
+  packed->projection = projection;
+  if (plan.projects) {
+    PackAll<T> one{kernels.pack,
+                   {{weights[std::size_t(plan.weight_hr())], P, H, cpu::kProjection, projection, block_step<T>(H, 1), 0,
+                     blocks_of(P)}},
+                   1};
+    one.run(double(P) * double(H), poll);
   }
   packed->numbers.fill(plan, H, weights);
   const cpu::ControlWord word(flush_subnormals.load());
@@ -214,7 +225,8 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   Layout<T>& kept = all ? tape_layout : layout;
   MachineScratch<T> scratch(plan, n.B);
   MachineNumbers<T> numbers = call.packed->numbers;  // but for the constants
-  T *carried = nullptr, *saved = nullptr, *boundary_states = nullptr, *masks = nullptr, *norms = nullptr;
+  T *carried = nullptr, *saved = nullptr, *boundary_states = nullptr, *masks = nullptr, *norms = nullptr,
+    *unprojected = nullptr;
   std::vector<T*> computed(O), state(S, call.y);
   if (call.saved)
     tape = machine_tape_over(plan, n, call.saved), saved = tape->saved, norms = tape->norms, state = tape->state;
@@ -228,6 +240,7 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
     }
     boundary_states = tape_layout.take({boundaries, plan.states - 1, n.B, n.H});
     carried = layout.take({plan.carried, n.B, units});
+    unprojected = layout.take({plan.projects ? n.B : 0, units});
     for (std::size_t o = 1; o < O; ++o) computed[o] = plan.state_of[o] < 0 ? layout.take({n.B, units}) : nullptr;
     numbers.constants = layout.take({Index(plan.constants.size())});
     masks = layout.take({regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
@@ -258,6 +271,8 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   job.call.carried = carried, job.call.carried_count = plan.carried;
   job.sums = parts.sums.data(), job.parts = call.packed->packed.data(), job.bias = call.packed->bias;
   job.computed = computed.data();
+  job.projection = call.packed->projection, job.projection_step = block_step<T>(n.H, 1);
+  job.unprojected = unprojected;
   const Index row_bytes = plan.saved * n.H * Index(sizeof(T));
   job.stream = all && !plan.reads_saved && row_bytes % 64 == 0 && reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 &&
                (!thresholds || n.T * n.B * row_bytes > kSharedCache);
@@ -290,15 +305,18 @@ void machine_backward(const MachineBackwardCall<T>& call) {
                                      [&](const MachinePlan::Vector& v) { return wanted(v.parameter); }),
              need_scalars =
                  std::any_of(call.dscalars.begin(), call.dscalars.end(), [](const T* p) { return p != nullptr; });
-  const cpu::MachineBackwardParts parts(plan, n.I, n.H);
-  const auto columns = [&](int operand) { return operand ? n.H : n.I; };
+  T* const dweight_hr = plan.projects ? call.dweights[std::size_t(plan.weight_hr())] : nullptr;
+  const cpu::MachineBackwardParts parts(plan, n.I, n.P);
+  const auto columns = [&](int operand) { return operand ? n.P : n.I; };
+  const Index projection_step = block_step<T>(n.P, 1);
 
   Layout<T> layout;
   MachineScratch<T> scratch(plan, n.B);
   MachineNumbers<T> numbers;
   T *zeros = nullptr, *dpacked = nullptr, *da = nullptr, *boundary = nullptr, *inputs = nullptr, *carried = nullptr,
     *sums = nullptr, *of_units = nullptr, *masks = nullptr, *saved = call.tape->saved, *y_again = nullptr,
-    *norms = call.tape->norms, *norm_gradients = nullptr;
+    *norms = call.tape->norms, *norm_gradients = nullptr, *projection = nullptr, *dprojection = nullptr,
+    *unprojected = nullptr;
   char* threads = nullptr;
   std::vector<T*> direct(S), memory_of, computed(O), state = call.tape->state;
   const Index replay_steps = replays ? chunk.steps : 0, replay_rows = replays ? n.B : 0;
@@ -321,7 +339,10 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     for (std::size_t s = 1; replays && s < S; ++s) state[s] = layout.take({replay_steps, n.B, n.H});
     for (std::size_t o = 1; o < O; ++o)
       computed[o] = plan.state_of[o] < 0 ? layout.take({replay_rows, units}) : nullptr;
-    y_again = layout.take({replay_rows, n.H});
+    y_again = layout.take({replay_rows, n.P});
+    projection = layout.take({plan.projects ? blocks : 0, projection_step});
+    dprojection = layout.take({dweight_hr ? blocks_of(n.P) : 0, n.H, kBlock});
+    unprojected = layout.take({plan.projects ? replay_rows : 0, units});
     masks = layout.take({regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
     sums = layout.take({need_sums ? n.B : 0, Index(plan.vectors.size()), units});
     norm_gradients = layout.take({n.B, plan.norm_gradients, cpu::kNormGradientNumbers});
@@ -350,6 +371,13 @@ void machine_backward(const MachineBackwardCall<T>& call) {
                    1};
     one.run(double(p.part.count) * double(n.H) * double(K), call.poll);
   }
+  if (plan.projects) {
+    PackAll<T> one{kernels.pack_transposed,
+                   {{call.weights[std::size_t(plan.weight_hr())], n.P, n.H, cpu::kProjection, projection,
+                     projection_step, 0, blocks}},
+                   1};
+    one.run(double(n.P) * double(n.H), call.poll);
+  }
   std::vector<cpu::MachineGradient<T>> gradients;
   for (const MachinePlan::Product& p : plan.products) {
     const Index K = columns(p.operand);
@@ -368,9 +396,11 @@ void machine_backward(const MachineBackwardCall<T>& call) {
 
   cpu::BackwardJob<T> base{};
   base.steps = steps_of(call.problem);
-  base.I = n.I, base.H = n.H, base.P = n.H, base.blocks = blocks;
+  base.I = n.I, base.H = n.H, base.P = n.P, base.blocks = blocks;
   base.zeros = zeros, base.dx = call.dx;
   base.need_weights = need_weights;
+  base.projection = {projection, projection_step};
+  base.dprojection = dweight_hr ? dprojection : nullptr, base.dweight_hr = dweight_hr;
   base.dpacked = dpacked, base.dpacked_block = parts.block_step;
   base.da = da, base.da_row = chunk.da_row, base.boundary = boundary;
   base.inputs = inputs, base.inputs_row = chunk.inputs_row;
@@ -398,6 +428,8 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     again.call.carried_count = plan.carried, again.call.y_again = y_again;
     again.sums = forward_parts.sums.data(), again.parts = call.packed->packed.data(), again.bias = call.packed->bias;
     again.computed = computed.data();
+    again.projection = call.packed->projection, again.projection_step = block_step<T>(n.H, 1);
+    again.unprojected = unprojected;
     job.replay = &again, job.boundary_states = call.tape->boundary_states;
   }
   job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
@@ -420,13 +452,13 @@ Index tape_bytes(const MachineTape<T>& tape) {
   return Index(tape.memory.size());
 }
 
-#define FUSEDRNN_INSTANTIATE_MACHINE(T)                                                                            \
-  template struct MachineDeleter<T>;                                                                               \
-  template PackedMachinePtr<T> pack_machine(const cpu::MachinePlan&, Index, Index, const MachineWeights<const T>&, \
-                                            Poll);                                                                 \
-  template MachineTapePtr<T> machine_tape_over(const MachinePlan&, const Sizes&, T*);                              \
-  template MachineTapePtr<T> machine_forward(const MachineForwardCall<T>&);                                        \
-  template void machine_backward(const MachineBackwardCall<T>&);                                                   \
+#define FUSEDRNN_INSTANTIATE_MACHINE(T)                                                   \
+  template struct MachineDeleter<T>;                                                      \
+  template PackedMachinePtr<T> pack_machine(const cpu::MachinePlan&, Index, Index, Index, \
+                                            const MachineWeights<const T>&, Poll);        \
+  template MachineTapePtr<T> machine_tape_over(const MachinePlan&, const Sizes&, T*);     \
+  template MachineTapePtr<T> machine_forward(const MachineForwardCall<T>&);               \
+  template void machine_backward(const MachineBackwardCall<T>&);                          \
   template Index tape_bytes(const MachineTape<T>&);
 FUSEDRNN_INSTANTIATE_MACHINE(float)
 FUSEDRNN_INSTANTIATE_MACHINE(double)

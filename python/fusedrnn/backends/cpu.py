@@ -116,7 +116,7 @@ def _two(cell: Cell, state: Any, missing: bool) -> _Two | None:
 
 
 class CpuBackend:
-    """Every cell in float32 and float64, any CPU, norms of built-in ones alone; see ``protocol``."""
+    """Every cell in float32 and float64, any CPU; see ``protocol``."""
 
     name = "cpu"
 

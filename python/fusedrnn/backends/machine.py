@@ -75,13 +75,8 @@ def plan(cell: Cell, dropout: bool = False, zoned: tuple[str, ...] = ()) -> _cor
     """The cell as programs, with recurrent dropout, and with zoneout on some states.
 
     Raises:
-        Unsupported: It has a projection, or is too large.
+        Unsupported: It is too large.
     """
-    if cell.projects:
-        raise Unsupported(
-            f"cell: {cell!r} is not supported by the cpu backend; use the reference (only built-in cells "
-            "have kernels with projections)"
-        )
     count = Counter(n.op for n in cell.forward_nodes)
     counts = {"operations": count.total(), "accumulators": count["dense"], "vectors": count["vector"]}
     for what, n in (counts | {"states": len(cell.states)}).items():
@@ -118,7 +113,7 @@ def _too_large(cell: Cell, what: object) -> Unsupported:
 @functools.cache
 def names(cell: Cell) -> tuple[str, ...]:
     """The weights in the machine's order."""
-    return (*PLAIN, *cell.vectors)
+    return (*PLAIN, *cell.vectors, *(["weight_hr"] if cell.projects else []))
 
 
 def pack(cell: Cell, weights: Weights) -> Packed:

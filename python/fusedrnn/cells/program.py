@@ -5,6 +5,10 @@ whose results lie in the first registers: forward the accumulators of the round,
 of the new states, then those of the operands that the cell computes. A round may also begin with norms: with
 the numbers of each row by which values, which lie in memory, are normalised. Then it runs a program, a line
 of instructions on registers. What the program of a later round needs of an earlier one is carried in memory.
+
+The machine projects by itself. Programs store what is projected where otherwise the first state goes, and
+backward they begin with the gradient of that in place of the first state's. Then the only operands are x and
+the first state.
 """
 
 from __future__ import annotations
@@ -104,6 +108,8 @@ class Plan:
     blocks: list[int]  # of weight_ih, weight_hh, bias_ih, bias_hh
     saved: int
     scalars: int  # numbers of each row and step
+    projects: bool  # the first state
+    projected_mask: int = 0  # zoneout of that is h's (1) or c's (2); 0: there is none
     carried: tuple[int, int] = (0, 0)  # forward and backward
     forward: list[Round] = field(default_factory=list)
     backward: list[Round] = field(default_factory=list)
@@ -113,7 +119,7 @@ class Plan:
         """The whole plan but start and constants."""
         counts = [len(self.start), len(self.operands) + 1, len(self.products), len(self.parameters)]
         counts += [len(self.vectors), len(self.constants), self.saved, *self.carried, *self.blocks]
-        counts.append(self.scalars)
+        counts += [self.scalars, self.projects, self.projected_mask]
         found = [*counts, *self.direct, *self.operands]
         for row in (*self.products, self.parameters.values(), *self.vectors):
             found += row
@@ -131,7 +137,7 @@ class Plan:
 
 
 def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
-    """The plan of a cell without projection.
+    """The plan of a cell.
 
     Args:
         cell: what a step computes.
@@ -146,6 +152,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
     operands = [t.x, *dict.fromkeys(a for n in dense for a in n.args if a is not t.x)]
     states, names, S = list(t.states.values()), list(t.states), len(t.states)
     vectors = [n for n in cell.forward_nodes if n.op == "vector"]
+    projected = t.after[names[0]].args if cell.projects else ()
     found = Plan(
         list(t.start.values()),
         [name in gradient.direct or name in zoned for name in names],
@@ -162,11 +169,15 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
         [cell.blocks.get(name, 0) for name in PLAIN],
         0,
         len(cell.scalars),
+        cell.projects,
     )
+    if cell.projects and names[0] in zoned:
+        found.projected_mask = KEEP[names[0]] - DROPOUT
+        zoned = [s for s in zoned if s != names[0]]
     # The masks, and the operations that they add.
     mask = {k: _operation("mask").node for k in (DROPOUT, *KEEP.values())}
     more: list[Operation] = []
-    after, rest = dict(t.after), {}
+    after, rest = {s: n for s, n in t.after.items() if n.op != "project"}, {}
     for s in zoned:
         keep = mask[KEEP[s]]
         rest[s] = _operation("one_minus", keep)
@@ -185,11 +196,12 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
     before |= {n: Memory("scalar", k) for k, n in enumerate(t.scalars.values())}
     chosen = choose(t, gradient, set(cell.fused.values()), zoned) if zoned else cell.saved
     found.saved = len(chosen)
-    kept = [(n, Memory("store", STATES + S + s)) for s, n in enumerate(after.values())]
+    kept = [(n, Memory("store", STATES + S + names.index(s))) for s, n in after.items()]
     kept += [(n, Memory("store", SAVED, k)) for k, n in enumerate(chosen)]
     computed = [
         (product[n], Memory("store", STATES + 3 * S + k)) for k, n in enumerate(operands[1:]) if n in product
     ]
+    computed += [(n, Memory("store", STATES + S)) for n in projected]
     constants: dict[str, int] = {}
 
     forward = Direction(constants, vectors, before, [*kept, *computed])
@@ -203,16 +215,18 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
             if a in product:
                 due = forward.due.get(product[a], own[n])
                 forward.due[product[a]] = min(own[n] - 1, due)
-    line = [*cell.forward, *more]
+    line = [*(o for o in cell.forward if o.op != "project"), *more]
     for given, its_norms, code in forward.programs(line, 1):
         found.forward.append(Round([len(given)], its_norms, code))
 
-    known = [*before, *forward.kept, *vectors, t.x, *gradient.upstream.values()]
+    comes_in = list(gradient.upstream.values())
+    comes_in[:1] = [n for n in cell.backward_nodes if n.op == "project_transposed"] or comes_in[:1]
+    known = [*before, *forward.kept, *vectors, t.x, *comes_in]
     groups = (gradient.dense, gradient.direct, gradient.vectors, gradient.scalars)
     back = [n for n in cell.backward_nodes if n.op == "normalise_gradient"]
     normed = [n for n in cell.forward_nodes if n.op == "item" and n.args[0] in {b.args[0] for b in back}]
     outputs = [n for group in groups for n in group.values()]
-    line = lower([*outputs, *product, *normed], known, cell.fused)
+    line = lower([*outputs, *product, *normed, *projected], known, cell.fused)
     transposed = [n for n, op, _ in line if op == "transposed"]
     # What comes in becomes the gradient of what the cell computes.
     first = {u: _operation("mul", mask[KEEP[s]], u) for s, u in gradient.upstream.items() if s in zoned}
@@ -222,7 +236,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
     line = [*rest.values(), *past.values(), *first.values(), *line]
     line += [o for o in more if o.node in product.values()]
     direct = {s: first[d].node if d in first else d for s, d in gradient.direct.items()}
-    own = _with_rounds(rounds(cell.backward_nodes, cell.forward_nodes), line)
+    own = _with_rounds(rounds(cell.backward_nodes, [*cell.forward_nodes, *comes_in]), line)
     for s in zoned:
         direct[s] = _add(line, own, direct[s], past[s].node) if s in direct else past[s].node
 
@@ -237,7 +251,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
     backward.early = set(cell.forward_nodes)
     backward.norms = sorted(back, key=lambda n: backward.own[n])
     backward.norms_before = forward.norms
-    backward.given[0] = list(gradient.upstream.values())
+    backward.given[0] = comes_in
     for n in transposed:
         backward.given.setdefault(backward.own[n], []).append(n)
     for given, its_norms, code in backward.programs(line, 0):
