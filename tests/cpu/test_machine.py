@@ -20,12 +20,12 @@ from problems import (
     NORMED,
     OPTIONS,
     PLAIN,
-    PROJECTED,
     SIZES,
     assert_bitwise_equal,
     assert_close,
     assert_standard,
     name,
+    named,
     problem,
     run,
 )
@@ -34,11 +34,10 @@ from test_random_cells import made as cell_from
 from test_random_cells import sources
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
-from fusedrnn import _core
 from fusedrnn.backends import get, machine
 from fusedrnn.backends.arguments import check_regularization
 from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.backends.protocol import Regularization, Unsupported
+from fusedrnn.backends.protocol import Forward, Gradients, Regularization, Unsupported
 from fusedrnn.cells import (
     cell,
     log,
@@ -167,6 +166,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.quick
+@pytest.mark.mutation
 @DTYPES
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_nan_ties_and_infinities(function, dtype):
@@ -196,7 +196,7 @@ def everywhere(p, x, h, c, n=2):
     k, l, m, o, q = p.dense("k l m o q", x)
     s = tanh(a + b) * tanh(e - f) + tanh(g + k)
     t = tanh(p.dense("t", s, c) + l * m)
-    w = tanh(p.dense("w", t * n, h, x, bias=False) + o * q - a)
+    w = tanh(p.dense("w", t * n, h, c, n, x, bias=False) + o * q - a)
     return w, tanh(s + t), tanh(s + t)
 
 
@@ -210,6 +210,13 @@ def test_a_cell_of_many_rounds_and_accumulators(dtype, threads):
             for count in (1, 3):
                 threads(count)
                 assert_standard(MACHINE, problem(everywhere, *size, dtype=dtype, **options))
+
+
+@cell
+def unsaved(p, x, h, c):
+    """Backward needs states alone; h is an operand of more than x is."""
+    a, b = p.dense("a", x, h), p.dense("b", h, c)
+    return a - b, c / 2 + h
 
 
 @cell
@@ -235,6 +242,23 @@ def test_a_cell_of_many_norms(dtype, threads):
             for count in (1, 3):
                 threads(count)
                 assert_standard(MACHINE, problem(norms, *size, dtype=dtype, **options))
+
+
+@pytest.mark.quick
+@pytest.mark.mutation
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("cell", [everywhere, norms, unsaved, published.gru_d, published.slstm], ids=name)
+def test_everything_at_once(cell, reverse, threads):
+    """Cells that together have whatever the machine has, in tiles of several rows and of several blocks."""
+    for count, size, biases in ((2, (4, 9, 4, 19), "both"), (1, (3, 1, 2, 37), "native")):
+        threads(count)
+        for rates in (None, (0.3, 0.4, 0.2, 7), (0.3, 0.4, 0.2)):
+            regularization = regularized(cell, *rates) if rates else None
+            options = EVERYTHING | {"reverse": reverse, "regularization": regularization, "biases": biases}
+            p = problem(cell, *size, **options)
+            want = run(REFERENCE, p)
+            for save in ("all", "boundary_states"):
+                assert_close(run(MACHINE, p, save=save), want, 1e-12)
 
 
 # --- the same bits ------------------------------------------------------------------------------------------
@@ -320,26 +344,27 @@ def test_batch_sizes(cell):
 @cell
 def scaled(p, x, h, *, dt):
     """Its gradient of dt is 0 / 0 in the lanes behind the last unit."""
-    return p.dense("a", x, bias=False) / p.vector("u", init=1) * dt
+    return p.dense("a", x, bias=False) + h / p.vector("u", init=1) * dt
 
 
+@pytest.mark.quick
+@pytest.mark.mutation
 @DTYPES
 def test_gradients_of_row_scalars_are_summed_in_one_order(dtype, threads):
     """Each block's 16 units by halves, then the blocks in order."""
     for H in (1, 15, 16, 37):
-        p = problem(scaled, 2, 3, 4, H, dtype=dtype, lengths=True)
-        ones = {"dt": np.where(np.isnan(p.scalars["dt"]), p.scalars["dt"], dtype(1))}
-        p = replace(p, scalars=ones, weights=p.weights | {"u": np.ones(H, dtype)}, dstateT=None)
+        p = problem(scaled, 1, 3, 4, H, dtype=dtype, lengths=True)
+        p = replace(p, weights=p.weights | {"u": np.ones(H, dtype)}, dstateT=None)
         for count in (1, 2):
             threads(count)
             got = run(MACHINE, p)
-            blocks = np.zeros((2, 3, -(-H // 16) * 16), dtype)
-            blocks[..., :H] = np.where(got["y"] == 0, 0, p.dy) * got["y"]  # dt is 1: y is what multiplies it
-            blocks = blocks.reshape(2, 3, -1, 16)
+            blocks = np.zeros((1, 3, -(-H // 16) * 16), dtype)
+            blocks[..., :H] = np.nan_to_num(p.dy) * p.state0[0]  # at padding 0
+            blocks = blocks.reshape(1, 3, -1, 16)
             while blocks.shape[-1] > 1:
                 half = blocks.shape[-1] // 2
                 blocks = blocks[..., :half] + blocks[..., half:]
-            want = np.zeros((2, 3), dtype)
+            want = np.zeros((1, 3), dtype)
             for block in range(blocks.shape[2]):
                 want += blocks[..., block, 0]
             assert_bitwise_equal({"": got["ddt"]}, {"": want})
@@ -388,6 +413,48 @@ def test_the_cpu_backend_runs_it():
         CPU.forward(published.mgu, p.x, packed)
 
 
+@pytest.mark.quick
+@pytest.mark.mutation
+@pytest.mark.parametrize("cell", [everywhere, norms], ids=name)
+def test_chunks_are_made_again(cell):
+    """The sequence has three chunks."""
+    for reverse in (False, True):
+        p = problem(cell, 90, 9, 2, 19, lengths=True, reverse=reverse)
+        assert_bitwise_equal(run(MACHINE, p, save="boundary_states"), run(MACHINE, p))
+
+
+@pytest.mark.quick
+@pytest.mark.mutation
+@pytest.mark.parametrize("cell", [norms, published.gru_d, published.slstm], ids=name)
+def test_arrays_of_the_caller(cell):
+    """A tape is what is said of its size, and nothing behind it is written."""
+    p = problem(cell, 4, 3, 2, 17, **EVERYTHING, biases="both")
+    T, B, H = p.dy.shape
+    order = machine.names(cell)
+    weights = [p.weights.get(key) for key in order]
+    call = (p.x, list(p.state0), list(p.scalars.values()), p.lengths, p.reset, p.reverse, 0, None)
+
+    def empty(like):
+        return [np.full_like(a, np.nan) for a in like]
+
+    width = machine.plan(cell).tape_width(H)
+    memory = np.full(T * B * width + 100, 7.0)
+    tape = memory[:-100].reshape(T * B, width)
+    y, stateT, states = np.empty_like(p.dy), empty(p.state0), empty(p.dstates)
+    machine.run_forward(cell, machine.pack_given(cell, weights), *call, y, stateT, states, tape)
+    assert (memory[-100:] == 7).all()
+    dx, dweights, dstate0 = np.empty_like(p.x), empty(weights), empty(p.state0)
+    dscalars = empty(p.scalars.values())
+    upstream = (p.dy, list(p.dstateT), list(p.dstates))
+    machine.run_backward(cell, weights, *call, y, tape, *upstream, dx, dweights, dstate0, dscalars)
+    by_name = dict(zip(order, dweights, strict=True)), dict(zip(p.scalars, dscalars, strict=True))
+    got = Gradients(dx, by_name[0], tuple(dstate0), by_name[1])
+    want = run(MACHINE, p)
+    assert_bitwise_equal(named(cell, Forward(y, tuple(stateT), tuple(states), None), got), want)
+
+
+@pytest.mark.quick
+@pytest.mark.mutation
 @pytest.mark.parametrize("cell", [*OWN, everywhere, norms], ids=name)
 def test_without_a_tape_the_results_are_the_same(cell):
     """States are then kept of two steps alone."""
@@ -519,199 +586,3 @@ def test_the_work_of_a_plan_does_not_grow_with_the_square_of_a_cell():
         return lines
 
     assert chain(40) < 8 * chain(10)
-
-
-# --- plans --------------------------------------------------------------------------------------------------
-
-
-def made(plan, numbers=None):
-    numbers = plan.numbers() if numbers is None else numbers
-    return _core.machine_plan(np.array(numbers, np.int32), plan.start, plan.constants)
-
-
-def test_operations_are_the_same_in_both_languages():
-    assert program.OPERATIONS == _core.MACHINE_OPERATIONS
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("cell", PROGRAMS, ids=name)
-def test_plans(cell):
-    """The same every time; every value is in a register before it is read, and registers are used again."""
-    for options in ((), (True, [s for s in cell.states if s in "hc"])):
-        plan = program.plan(cell, *options)
-        assert plan == program.plan(cell, *options)
-        for direction in (plan.forward, plan.backward):
-            for k, r in enumerate(direction):
-                first = r.first[0] if direction is plan.forward else len(r.first) if k else len(plan.start)
-                there = set(range(first))
-                for op, d, *operands in r.code:
-                    if op in ("store", "add_to"):
-                        assert d in there
-                    elif op not in ("constant", "vector", "scalar", "load"):
-                        count = {"fma": 3, "fnma": 3, "where": 3, "normalise_gradient": 2}.get(op, 1)
-                        assert set(operands[:count]) <= there
-                    there |= set(range(d, d + 1 + (operands[2] if op == "load" else 0)))
-                assert max(there, default=0) < 40  # an LSTM with layer norm has 16 gains and biases at once
-
-
-def run_plan(plan, numbers, save=1):
-    """Run a plan that may be wrong, if it is accepted: it must not read or write beside its call's memory."""
-    try:
-        core = made(plan, numbers)
-    except ValueError:
-        return False
-    H, I, T, B = 17, 3, 2, 3
-    P = 5 if plan.projects else H
-    rng = np.random.default_rng(0)
-
-    def array(*shape):
-        return rng.standard_normal(shape).astype(np.float32)
-
-    weights = [
-        array(n * H, *columns) if n else None
-        for n, columns in zip(plan.blocks, ((I,), (P,), (), ()), strict=True)
-    ]
-    weights += [array(n * H) for n in plan.parameters.values()]
-    weights += [array(P, H)] * plan.projects
-    widths = [P, *[H] * (len(plan.start) - 1)]
-    try:
-        packed = _core.machine_pack(core, weights)
-        results = _core.machine_forward(
-            packed,
-            core,
-            array(T, B, I),
-            [array(B, width) for width in widths],
-            None,
-            None,
-            False,
-            0,
-            (0.5, 0.5, 0.5, 1, 0),
-            True,
-            save,
-            [array(T, B)] * plan.scalars,
-        )
-        _core.machine_backward(
-            results[3],
-            array(T, B, P),
-            [array(B, width) for width in widths],
-            [array(T, B, width) for width in widths],
-            [True] * (len(weights) + 2 + plan.scalars),
-        )
-    except ValueError:  # weights of other shapes
-        return False
-    return True
-
-
-@pytest.mark.parametrize(
-    "cell",
-    [PEEPHOLE, published.mgu, published.gru_d, published.co_rnn, everywhere, norms, NORMED[0], PROJECTED],
-    ids=name,
-)
-def test_broken_plans_are_refused_or_do_no_harm(cell):
-    plan = program.plan(cell, True, [s for s in cell.states if s in "hc"])
-    numbers = plan.numbers()
-    assert run_plan(plan, numbers)
-    for at, n in enumerate(numbers):
-        for other in (n - 1, n + 1, -1, 255, 2**31 - 1, -(2**31)):
-            run_plan(plan, [*numbers[:at], other, *numbers[at + 1 :]], save=1 + at % 2)
-    for count in range(len(numbers)):
-        with pytest.raises(ValueError, match="program: "):
-            made(plan, numbers[:count])
-    with pytest.raises(ValueError, match="program: end: expected no more numbers, got 1"):
-        made(plan, [*numbers, 0])
-    for start, constants in (([], plan.constants), (plan.start, [*plan.constants, 1.0])):
-        with pytest.raises(ValueError, match="program: start and constants"):
-            _core.machine_plan(np.array(numbers, np.int32), start, constants)
-
-
-GRADIENTS, SAVED = (program.Memory("load", place) for place in (program.GRADIENTS, program.SAVED))
-WRONG_NORMS = {
-    "eps": ("forward", 1, [1, 255], [SAVED], "constant: expected 0 to 1, got 255"),
-    "centred": ("forward", 1, [2, 0], [SAVED], "centred: expected 0 to 1, got 2"),
-    "no values": ("forward", 1, [1, 0], [], "values of a norm: expected 1 to 64, got 0"),
-    "many values": ("forward", 1, [1, 0], [SAVED] * 65, "values of a norm: expected 1 to 64, got 65"),
-    "place": ("forward", 1, [1, 0], [GRADIENTS], "place: expected one to load from, got 2"),
-    "value": ("forward", 1, [1, 0], [SAVED._replace(b=2)], "value of a place: expected 0 to 1, got 2"),
-    "norm": ("backward", 1, [2], [SAVED, SAVED], "norm: expected 0 to 1, got 2"),
-    "gradients": ("backward", 1, [0], [SAVED] * 4, "values of a norm: expected 0 to 1, got 2"),
-    "gradient's place": ("backward", 1, [0], [SAVED, GRADIENTS], "place: expected one to load from, got 2"),
-    "first round": ("backward", 0, [0], [SAVED, SAVED], "norms: expected none in the first round backward"),
-}
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("wrong", WRONG_NORMS.values(), ids=WRONG_NORMS)
-def test_wrong_norms_are_refused(wrong):
-    direction, number, of, values, message = wrong
-    plan = program.plan(NORMED[0])
-    norms = getattr(plan, direction)[number].norms
-    norms[:1] = [program.RowNumbers(of, values)]
-    with pytest.raises(ValueError, match=f"program: {message}"):
-        made(plan)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize(("direction", "op"), [("forward", "normalise"), ("backward", "normalise_gradient")])
-def test_wrong_numbers_of_norms_are_refused(direction, op):
-    plan = program.plan(NORMED[0])
-    code = getattr(plan, direction)[1].code
-    at = next(k for k, instruction in enumerate(code) if instruction.op == op)
-    number = {"normalise": "b", "normalise_gradient": "c"}[op]
-    code[at] = code[at]._replace(**{number: 2})
-    with pytest.raises(ValueError, match=r"program: norm.*: expected less than 2, got 2"):
-        made(plan)
-
-
-def test_vectors_are_biases_or_other_parameters():
-    plan = program.plan(NORMED[0])
-    for parameter, expected in ((1, "2 to 5, got 1"), (6, "2 to 5, got 6")):
-        plan.vectors[0] = parameter, 0
-        with pytest.raises(ValueError, match=f"program: parameter: expected {expected}"):
-            made(plan)
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("cell", [everywhere, norms, PROJECTED], ids=name)
-def test_random_numbers_are_refused_or_do_no_harm(cell, seed):
-    plan = program.plan(cell)
-    numbers, rng = plan.numbers(), np.random.default_rng(seed)
-    for _ in range(500):
-        with pytest.raises(ValueError, match="program: "):
-            made(plan, np.frombuffer(rng.bytes(4 * len(numbers)), np.int32))
-        changed = np.array(numbers)
-        some = rng.integers(0, len(numbers), 4)
-        changed[some] = rng.integers(-1, 12, 4)
-        run_plan(plan, changed)
-
-
-def test_plans_of_another_cell_or_with_masks_that_a_call_does_not_draw():
-    cell = published.mgu
-    p = problem(cell, 2, 1, 3, 4)
-    packed = machine.pack(cell, p.weights).core
-    for plan, masks, message in (
-        (machine.plan(published.janet), None, "plan: expected one of the cell that was packed"),
-        (machine.plan(cell, True), (0.0, 0.5, 0.0, 1, 0), "plan: expected one without this mask"),
-        (machine.plan(cell, False, ("h",)), None, "plan: expected one without this mask"),
-        (machine.plan(cell, False, ("h",)), (0.5, 0.0, 0.0, 1, 0), "plan: expected one without this mask"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            _core.machine_forward(packed, plan, p.x, (), None, None, False, 0, masks, False, 1, [])
-    with pytest.raises(ValueError, match="save: expected 0"):
-        _core.machine_forward(packed, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 3, [])
-    with pytest.raises(TypeError, match="packed: expected what machine_pack returned, got"):
-        _core.machine_forward(1, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 1, [])
-    with pytest.raises(ValueError, match="scalars: expected 0 entries, got 1"):
-        _core.machine_forward(
-            packed, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 1, [p.x]
-        )
-
-
-def test_numbers_of_another_kind():
-    plan = program.plan(PEEPHOLE)
-    numbers = np.array(plan.numbers())
-    with pytest.raises(TypeError, match="numbers: expected int32"):
-        _core.machine_plan(numbers, plan.start, plan.constants)
-    with pytest.raises(ValueError, match="numbers: expected one axis"):
-        _core.machine_plan(numbers[None].astype(np.int32), plan.start, plan.constants)
-    with pytest.raises(TypeError, match="numbers: expected an array"):
-        _core.machine_plan(plan.numbers(), plan.start, plan.constants)

@@ -13,7 +13,8 @@ pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core
 from fusedrnn.backends import machine
 from fusedrnn.cells import cell, program, sigmoid, tanh, where
-from test_machine import MACHINE, REFERENCE, made, regularized
+from test_machine import MACHINE, REFERENCE, regularized
+from test_machine_plans import made
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poison")]
 

@@ -1,4 +1,5 @@
-"""Every seeded mistake (mutants.py) is noticed by the fast selection of tests (marker ``mutation``).
+"""Every seeded mistake (mutants.py, machine_mutants.py) is noticed by the fast selection of tests (marker
+``mutation``); one of the vector machine by that of its own tests.
 
 Compiling would take longest, so a module holds as many mutants as it can, each behind a switch. With all of
 them off the selection has to pass, with one of them on it has to fail. Modules are built for one instruction
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from mutants import MUTANTS
+import machine_mutants
+import mutants
 
 _core = pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 
@@ -32,8 +34,8 @@ ROOT = TESTS.parent
 FLAGS = {"avx2": ["-mavx2", "-mfma"], "neon": [], "portable": []}  # the first that runs here
 COMMON = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 COMMON += ["-Werror=unused-value"]  # part of a list as one of two expressions: a comma operator
-SHARED = ["module", "dispatch", "threads", "openmp", "arena", "isa", "timing", "machine/plan", "switch"]
-MUTATED = ["kernels_float", "kernels_double", "run"]  # longest first
+SHARED = ["module", "dispatch", "threads", "openmp", "arena", "isa", "timing", "switch"]
+MUTATED = ["kernels_float", "kernels_double", "run", "machine/plan"]  # longest first
 SWITCH = 'extern "C" __attribute__((visibility("default"))) int fusedrnn_mutant;\n'
 ALL_OFF = SWITCH + "int fusedrnn_mutant = 0;\n"
 # Bits last: what takes longest is not needed for most.
@@ -46,6 +48,8 @@ SELECTION = [
         "cpu/test_bitwise.py",
     )
 ]
+OF_THE_MACHINE = [TESTS / "cpu/test_machine.py", TESTS / "cpu/test_machine_plans.py"]
+MUTANTS = [*mutants.MUTANTS, *machine_mutants.MUTANTS]
 
 
 # --- sources ------------------------------------------------------------------------------------------------
@@ -175,12 +179,12 @@ def modules(tmp_path_factory, pool):
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
-def run(module, numbers):
+def run(module, selection, numbers):
     """pytest's exit code with each of these mutants, by number; what it printed, under "output"."""
     codes = module.with_name(f"codes{numbers[0]}.json")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "mutation", "-p", "no:cacheprovider"]
     command += ["-p", "no:faulthandler", "-p", "each", "--exit-codes", codes]
-    command += ["--mutants", ",".join(map(str, numbers)), *SELECTION]
+    command += ["--mutants", ",".join(map(str, numbers)), *selection]
     environment = os.environ | {
         "FUSEDRNN_TEST_CORE": str(module),
         "FUSEDRNN_NUM_THREADS": "2",
@@ -196,8 +200,11 @@ def exit_codes(modules, pool):
     """Of each run of pytest; after the mutants behind a switch comes 0, none of them."""
     parts = []
     for tree, module in modules:
-        shares = 2 if len(tree.numbers) > 20 else 1
-        parts += [(module, tree.numbers[k::shares] + [0] * tree.switches) for k in range(shares)]
+        of_kernels = [n for n in tree.numbers if n <= len(mutants.MUTANTS)]
+        of_the_machine = [n for n in tree.numbers if n > len(mutants.MUTANTS)]
+        for selection, numbers in ((SELECTION, of_kernels), (OF_THE_MACHINE, of_the_machine)):
+            shares = 2 if len(numbers) > 20 else min(1, len(numbers))
+            parts += [(module, selection, numbers[k::shares] + [0] * tree.switches) for k in range(shares)]
     return list(pool.map(lambda part: run(*part), parts))
 
 
