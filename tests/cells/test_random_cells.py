@@ -48,7 +48,7 @@ class Draw:
 
     def __init__(self, draw):
         self.draw = draw
-        self.states = [f"s{k}" for k in range(draw(st.integers(1, 4)))]
+        self.states = ["h", "c", "m", "n"][: draw(st.integers(1, 4))]
         self.scalars = ["dt"] * draw(st.booleans())
         self.lines = []
         self.rounds = dict.fromkeys(self.states, 0)  # of each value of each row and unit, the round

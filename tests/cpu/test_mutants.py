@@ -48,7 +48,7 @@ SELECTION = [
         "cpu/test_bitwise.py",
     )
 ]
-OF_THE_MACHINE = [TESTS / "cpu/test_machine.py", TESTS / "cpu/test_machine_plans.py"]
+OF_THE_MACHINE = [TESTS / "cpu/test_machine_plans.py", TESTS / "cpu/test_machine.py"]
 MUTANTS = [*mutants.MUTANTS, *machine_mutants.MUTANTS]
 
 
