@@ -99,8 +99,8 @@ class Compiled:
         for n in nodes:
             if n.op in ("transposed", "normalise_gradient"):
                 self.given_back.setdefault(own[n], []).append(n)
-        # Of each state whose direct gradient is a sum of values of two rounds the operation and its arguments,
-        # the early one last: with zoneout what goes past the cell is added to that one.
+        # Of each state whose direct gradient is a sum of values of two rounds, the operation and its
+        # arguments, the early one last: with zoneout what goes past the cell is added to that one.
         self.sums = {}
         for state, n in gradient.direct.items():
             _, op, args = lower([n], [], cell.fused)[-1]

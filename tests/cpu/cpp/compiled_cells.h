@@ -62,10 +62,10 @@ void add_products(T* sums, const T* a, const T* b, long n) {
 }  // namespace fusedrnn
 
 using namespace fusedrnn::FUSEDRNN_LEVEL;
-#define FOR_EACH_TYPE(T)                                                                            \
-  extern "C" void multiply_##T(T* sums, const T* a, const T* b, long M, long K, long N) {           \
-    multiply(sums, a, b, M, K, N);                                                                  \
-  }                                                                                                 \
+#define FOR_EACH_TYPE(T)                                                                  \
+  extern "C" void multiply_##T(T* sums, const T* a, const T* b, long M, long K, long N) { \
+    multiply(sums, a, b, M, K, N);                                                        \
+  }                                                                                       \
   extern "C" void add_products_##T(T* sums, const T* a, const T* b, long n) { add_products(sums, a, b, n); }
 FOR_EACH_TYPE(float)
 FOR_EACH_TYPE(double)
