@@ -24,6 +24,7 @@ from problems import (
     assert_bitwise_equal,
     assert_close,
     assert_standard,
+    errors,
     name,
     named,
     problem,
@@ -133,7 +134,12 @@ def check_random(source, number):
     masks = [None, regularized(drawn, 0.3, 0.3, 0.4, seed=number), regularized(drawn, 0, 0.3, 0)]
     regularization = masks[number % len(masks)]
     p = problem(drawn, *SIZES[number % len(SIZES)], regularization=regularization, **options)
-    assert_close(run(MACHINE, p, save=("all", "boundary_states")[number // 3 % 2]), run(REFERENCE, p), 1e-12)
+    got = run(MACHINE, p, save=("all", "boundary_states")[number // 3 % 2])
+    plain = run(REFERENCE, p)
+    if any(not e <= 1e-12 for e in errors(got, plain).values()):  # such as 1 - y * y where y is almost 1
+        want = run(REFERENCE, p.astype(np.longdouble))
+        own, of_numpy = errors(got, want), errors(plain, want)
+        assert not {key: e for key, e in own.items() if not e <= max(1e-12, 4 * of_numpy[key])}
 
 
 @pytest.mark.quick
