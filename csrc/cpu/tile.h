@@ -57,11 +57,11 @@ struct Accumulators {
   }
 };
 
-// The N vectors of each of W blocks.
-template <class V, int M, int N, int W = 1>
+// The N vectors of each of W blocks, from vector `First` on.
+template <class V, int M, int N, int W = 1, int First = 0>
 void tile(const Product<typename V::scalar>* products, int count, typename V::scalar* acc) {
   using T = typename V::scalar;
-  Accumulators<V, M, N, W> sums{{}, acc, products->acc_block};
+  Accumulators<V, M, N, W> sums{{}, acc + First * M * V::lanes, products->acc_block};
   auto& c = sums.c;
   sums.load();
   for (int p = 0; p < count; ++p) {
@@ -69,7 +69,7 @@ void tile(const Product<typename V::scalar>* products, int count, typename V::sc
     const T* a[M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) a[m] = product.a[m];
-    const T* b = product.b;
+    const T* b = product.b + First * product.b_gap;
     const Index gap = product.b_gap, block = product.b_block, b_step = product.b_step, a_step = product.a_step;
     for (Index r = 0; r < product.runs; ++r) {
       const Index begin = product.a_begin + r * product.a_run, end = begin + product.run * a_step;
@@ -96,17 +96,18 @@ void tile(const Product<typename V::scalar>* products, int count, typename V::sc
 
 constexpr int kMaxTile = 24;  // accumulator vectors of the widest tile
 
-// Widest tiles that stay in registers: M*N accumulators, N weights and a broadcast. A wider one would spill.
+// Widest tiles that stay in registers: M*N accumulators, N weights and a broadcast. A wider one would spill. With 16
+// registers 3 or 4 vectors have the rows of two and are summed up two at a time: weights that come from the second
+// cache are read for 6 rows then, not for 3.
 template <class V>
 constexpr int max_rows(int n) {
-  return V::registers == 32 ? (n == 1   ? 14
-                               : n == 2 ? 12
-                               : n == 3 ? 8
-                                        : 6)
-                            : (n == 1   ? 10
-                               : n == 2 ? 6
-                               : n == 3 ? 4
-                                        : 3);
+  return V::registers == 32 ? (n == 1 ? 14 : n == 2 ? 12 : n == 3 ? 8 : 6) : (n == 1 ? 10 : 6);
+}
+
+template <class V, int M, int N>
+void tile_by_pairs(const Product<typename V::scalar>* products, int count, typename V::scalar* acc) {
+  tile<V, M, 2>(products, count, acc);
+  tile<V, M, N - 2, 1, 2>(products, count, acc);
 }
 
 template <class T>
@@ -126,7 +127,10 @@ struct Tiles {
   }
   template <int N, int M = max_rows<V>(N)>
   constexpr void fill() {
-    of[N - 1][M - 1] = &tile<V, M, N>;
+    if constexpr (V::registers == 16 && N > 2 && M * N > 12)
+      of[N - 1][M - 1] = &tile_by_pairs<V, M, N>;
+    else
+      of[N - 1][M - 1] = &tile<V, M, N>;
     if constexpr (M > 1) fill<N, M - 1>();
   }
 };
