@@ -17,4 +17,10 @@ inline bool available(Isa isa) { return built(isa) && detected(isa); }
 // names no level, or one that is not available; it names those that are.
 Isa chosen();
 
+// Whether the weight gradients of large chunks read copies in the order of their tiles. Results never depend on it.
+// FUSEDRNN_ORDERED_COPIES, 0 or 1, else by the machine: isa.cpp has the figures. std::invalid_argument for another
+// value.
+bool ordered_copies();
+void set_ordered_copies(bool on);  // for tests
+
 }  // namespace fusedrnn::cpu

@@ -100,7 +100,8 @@ bool rows_outside(const CellShape& shape, const Sizes& n) {
 // for large weights, whose gradients leave the cache, it has enough rows to be worth adding up. By the sizes alone.
 template <class T>
 struct Chunk {
-  Index da_row, inputs_row, steps, count;
+  Index da_row, inputs_row, steps, count, panel_step;
+  bool ordered;  // the weight gradients read copies
   Chunk(const CellShape& shape, const Sizes& n) {
     const Index more = shape.projects ? blocks_of(n.P) + blocks_of(n.H) : 0;  // dh, and what was projected
     da_row = (shape.accumulators * blocks_of(n.H) + more + 1) * kBlock;
@@ -111,7 +112,10 @@ struct Chunk {
     steps = std::max<Index>(1, bytes / (std::max<Index>(1, n.B) * row));
     if (n.T <= steps + steps / 2) steps = std::max<Index>(1, n.T);  // a short rest would cost as much as a chunk
     count = (n.T + steps - 1) / steps;
+    panel_step = steps * n.B * kTileVectors * kBlock;
+    ordered = cpu::ordered_copies() && (!thresholds || steps * n.B * inputs_row * Index(sizeof(T)) > Index(512) << 10);
   }
+  static constexpr Index kTileVectors = 4;  // the most that a tile of several rows multiplies
 };
 
 // How many steps' W x is made at once; 0: each step's with the step. One row would leave most of a tile empty, and few
@@ -365,7 +369,7 @@ void backward(const BackwardCall<T>& call) {
   T *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr, *da = nullptr,
     *boundary = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr, *c = nullptr,
     *middle = nullptr, *h_out = nullptr, *bias = nullptr, *norm_sums = nullptr, *masks = nullptr, *projection = nullptr,
-    *dprojection = nullptr;
+    *dprojection = nullptr, *by_tile = nullptr, *panel = nullptr;
   PackedNorm<T> norm;
   char *threads = nullptr, *replay_threads = nullptr;
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
@@ -376,6 +380,7 @@ void backward(const BackwardCall<T>& call) {
   const Index replay_steps = replay ? chunk.steps : 0, replay_rows = replay ? n.B : 0;
   const Index replay_bytes = lines<char>(kernels.forward_scratch(n.B, 0)) + 64;
   const Index dpacked_block = group_columns * shape.accumulators * kBlock;
+  const bool ordered = need_weights && chunk.ordered;
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
     zeros = layout.take({zero_count});
@@ -388,6 +393,8 @@ void backward(const BackwardCall<T>& call) {
     da = layout.take({chunk.steps, n.B, chunk.da_row});
     boundary = layout.take({n.B, chunk.da_row});
     inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
+    by_tile = layout.take({ordered ? chunk.steps : 0, n.B, chunk.inputs_row});
+    panel = layout.take({ordered ? split.threads : 0, chunk.panel_step});
     saved = layout.take({replay_steps, n.B, shape.saved, n.H});
     c = layout.take({shape.has_c ? replay_steps : 0, n.B, n.H});
     middle = layout.take({two_products ? replay_rows : 0, units});
@@ -467,6 +474,7 @@ void backward(const BackwardCall<T>& call) {
   }
   job.da = da, job.da_row = chunk.da_row, job.boundary = boundary, job.inputs = inputs,
   job.inputs_row = chunk.inputs_row;
+  job.by_tile = ordered ? by_tile : nullptr, job.panel = panel, job.panel_step = chunk.panel_step;
   job.dc = dc, job.direct = direct;
   job.chunk_steps = chunk.steps;
   job.rows_outside = rows_outside<T>(shape, n);

@@ -18,12 +18,13 @@ struct Group {
   Index column, columns;
   int first, count;  // accumulators
   Index offset;      // of the group in a block of dpacked
+  Index before;      // columns of the groups before it
 };
 
 struct Groups {
   Group group[cpu::kMaxGroups];
   int count = 0;
-  Index block_step = 0;
+  Index block_step = 0, columns = 0;
   // Column ranges, in the order of the joint rows.
   void add_parts(const CellShape& shape, Index I, Index P) {
     const Part &input = shape.input, &recurrent = shape.recurrent;
@@ -36,9 +37,9 @@ struct Groups {
     }
     if (shape.phases == 2) add(1 + I + P, P, shape.recurrent2.first, shape.recurrent2.count);
   }
-  void add(Index column, Index columns, int first, int accumulators) {
-    group[count++] = {column, columns, first, accumulators, block_step};
-    block_step += columns * accumulators * kBlock;
+  void add(Index column, Index n, int first, int accumulators) {
+    group[count++] = {column, n, first, accumulators, block_step, columns};
+    block_step += n * accumulators * kBlock, columns += n;
   }
   // Where dpacked holds the gradient of (column, accumulator) for the first unit of a block.
   const Group& of_column(Index column) const {
@@ -69,7 +70,40 @@ struct WeightGradients {
 
   // Adds the part of a chunk of so many rows.
   FUSEDRNN_NOINLINE bool add(Index count, bool first_chunk) const {
+    if (job.by_tile) {
+      order_by_tile(count);
+      if (!worker.barrier()) return false;
+    }
     return (!job.need_weights || products(count, first_chunk)) && (!job.dprojection || projection(count, first_chunk));
+  }
+
+  // The columns of each tile side by side, [tile][row][column]: in the joint rows each row of a tile is on another
+  // page, of which a tile uses a few bytes.
+  void order_by_tile(Index count) const {
+    const Index n = worker.region.threads, i = worker.region.thread, end = count * (i + 1) / n;
+    constexpr Index kTogether = 16;  // rows, which stay in the nearest cache
+    for (Index begin = count * i / n; begin < end; begin += kTogether)
+      for (int g = 0; g < groups.count; ++g) {
+        const Group& group = groups.group[g];
+        const Tiling tiles = column_tiles(group);
+        for (Index t = 0; t < tiles.pieces; ++t) {
+          const Index first = tiles.begin(t), m = tiles.begin(t + 1) - first;
+          for (Index r = begin; r < end && r < begin + kTogether; ++r) {
+            const T* const from = job.inputs + r * job.inputs_row + group.column + first;
+            T* const to = job.by_tile + count * (group.before + first) + r * m;
+            for (Index k = 0; k < m; k += V::lanes) V::load(from + k, m - k).store(to + k, m - k);
+          }
+        }
+      }
+  }
+
+  // What the tiles of a group and of some blocks read of da, one row after another, for the same reason.
+  void copy_panel(Index count, const Group& group, Index block, int wide, T* to) const {
+    const Index vectors = group.count * kBlock, next = shape.accumulators * kBlock;  // of a block
+    const T* from = job.da + block * next + group.first * kBlock;
+    for (Index r = 0; r < count; ++r, from += job.da_row)
+      for (int w = 0; w < wide; ++w, to += vectors)
+        for (Index k = 0; k < vectors; k += V::lanes) V::load(from + w * next + k).store(to + k);
   }
 
   // The joint rows, transposed, times da. Threads take whole output tiles.
@@ -79,6 +113,7 @@ struct WeightGradients {
     for (int g = 0; g < groups.count; ++g) total += column_tiles(groups.group[g]).pieces;
     const Index n = worker.region.threads, i = worker.region.thread;
     const Index begin = total * panels.pieces * i / n, end = total * panels.pieces * (i + 1) / n;
+    T* const copy = job.by_tile ? job.panel + i * job.panel_step : nullptr;
     for (Index item = begin; item < end; ++item) {
       const Index panel = item / total;
       Index at = item % total;
@@ -92,11 +127,17 @@ struct WeightGradients {
       const Index block = panels.begin(panel), first = column_tiles(group).begin(at);
       const int m = int(column_tiles(group).begin(at + 1) - first);
       const int wide = int(panels.begin(panel + 1) - block), A = shape.accumulators;
-      add_rows(count, job.inputs + group.column + first, job.inputs_row, m, job.da + (block * A + group.first) * kBlock,
-               panel_blocks(shape) > 1 ? A * kBlock : kBlock, wide, group.count, first_chunk, [&](int r, int w, int s) {
-                 return job.dpacked + (block + w) * job.dpacked_block + group.offset +
-                        ((first + r) * group.count + s) * kBlock;
-               });
+      Columns columns = {job.inputs + group.column + first, job.inputs_row, m};
+      Vectors vectors = {job.da + (block * A + group.first) * kBlock, job.da_row,
+                         panel_blocks(shape) > 1 ? A * kBlock : kBlock, wide, group.count};
+      if (copy) {
+        if (item == begin || at == 0) copy_panel(count, group, block, wide, copy);
+        columns.data = job.by_tile + count * (group.before + first), columns.row = m;
+        vectors.data = copy, vectors.row = wide * group.count * kBlock, vectors.gap = kBlock;
+      }
+      add_rows(count, columns, vectors, first_chunk, [&](int r, int w, int s) {
+        return job.dpacked + (block + w) * job.dpacked_block + group.offset + ((first + r) * group.count + s) * kBlock;
+      });
       if ((item & 15) == 0 && !worker.poll()) return false;
     }
     return true;
@@ -109,8 +150,9 @@ struct WeightGradients {
     for (Index item = total * i / n; item < total * (i + 1) / n; ++item) {
       const Index panel = item / columns.pieces, at = item % columns.pieces;
       const Index block = panels.begin(panel), first = columns.begin(at);
-      add_rows(count, job.da + unprojected_at + first, job.da_row, int(columns.begin(at + 1) - first),
-               job.da + dh_at + block * kBlock, kBlock, int(panels.begin(panel + 1) - block), 1, first_chunk,
+      add_rows(count, {job.da + unprojected_at + first, job.da_row, int(columns.begin(at + 1) - first)},
+               {job.da + dh_at + block * kBlock, job.da_row, kBlock, int(panels.begin(panel + 1) - block), 1},
+               first_chunk,
                [&](int r, int w, int) { return job.dprojection + ((block + w) * job.H + first + r) * kBlock; });
       if ((item & 15) == 0 && !worker.poll()) return false;
     }
@@ -125,20 +167,32 @@ struct WeightGradients {
     return Tiling(group.columns, max_rows<V>(group.count * panel_blocks(shape)));
   }
 
-  // Adds to sum(r, w, s), which are 16 each: over the rows, column r of `a` times vector (w, s) of `b`, a row of da.
+  // What a tile multiplies, of every row: so many columns, and of each of `wide` blocks so many vectors.
+  struct Columns {
+    const T* data;
+    Index row;
+    int count;
+  };
+  struct Vectors {
+    const T* data;
+    Index row, gap;  // from a row to the next; from a block's to the next's
+    int wide, each;
+  };
+
+  // Adds to sum(r, w, s), which are 16 each: over the rows, column r of `a` times vector (w, s) of `b`.
   template <class Sum>
-  FUSEDRNN_INLINE void add_rows(Index count, const T* a, Index a_row, int m, const T* b, Index b_gap, int wide,
-                                int each, bool first_chunk, Sum&& sum_of) const {
+  FUSEDRNN_INLINE void add_rows(Index count, const Columns& a, const Vectors& b, bool first_chunk, Sum&& sum_of) const {
+    const int m = a.count, wide = b.wide, each = b.each;
     const T* columns[kMaxTile];
     Index row = 0;
     do {
       const Index rows_here = count - row < kSumRows ? count - row : kSumRows;
       const bool overwrite = first_chunk && row == 0;
-      for (int r = 0; r < m; ++r) columns[r] = a + row * a_row + r;
+      for (int r = 0; r < m; ++r) columns[r] = a.data + row * a.row + r;
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
         alignas(64) T acc[kMaxTile * V::lanes];
         for (int v = 0; v < m * wide * each; ++v) V::zero().store(acc + v * V::lanes);
-        const Product<T> p = {columns, 0, a_row, 0, b + row * job.da_row + lane, job.da_row, b_gap, 1, rows_here};
+        const Product<T> p = {columns, 0, a.row, 0, b.data + row * b.row + lane, b.row, b.gap, 1, rows_here};
         tile_for<V>(m, wide * each)(&p, 1, acc);
         for (int r = 0; r < m; ++r)
           for (int w = 0; w < wide; ++w)

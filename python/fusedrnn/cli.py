@@ -129,6 +129,7 @@ def run_info(args: argparse.Namespace) -> None:
         ("instruction sets built", listed(found["built"])),
         ("instruction sets detected", listed(found["detected"])),
         ("instruction set in use", found["isa"] or "none"),
+        ("weight gradients read", "copies in the order of tiles" if found["ordered_copies"] else "in place"),
         ("threads", f"{found['threads']}, {found['thread_pool']} thread pool"),
     ]
     for name, why in found["backends"].items():

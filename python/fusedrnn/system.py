@@ -33,9 +33,10 @@ def info() -> dict[str, Any]:
     """What was built, what was found, what is used, and for each absent backend why.
 
     Keys: ``version``, ``python``, ``numpy``, ``compiler``, ``built`` and ``detected`` (instruction sets),
-    ``isa`` (the one in use), ``threads``, ``thread_pool`` (whose threads), ``backends`` (name -> None or why
-    not), ``backend`` (the default), ``cuda`` (how that backend would run some sizes; empty where it cannot
-    run).
+    ``isa`` (the one in use), ``ordered_copies`` (whether weight gradients of large layers read copies in the
+    order of their tiles, with which some machines are faster), ``threads``, ``thread_pool`` (whose threads),
+    ``backends`` (name -> None or why not), ``backend`` (the default), ``cuda`` (how that backend would run
+    some sizes; empty where it cannot run).
     """
     found: dict[str, Any] = {
         "version": version(),
@@ -45,6 +46,7 @@ def info() -> dict[str, Any]:
         "built": [],
         "detected": [],
         "isa": None,
+        "ordered_copies": None,
         "threads": get_num_threads(),
         "thread_pool": get_thread_pool(),
     }

@@ -288,6 +288,24 @@ MUTANTS = [
     ),
     Mutant("backward: nothing carried between chunks", BACKWARD, "rows.latest[b] = boundary;", ""),
     Mutant(
+        "weight gradients: a panel copied once a thread",
+        WEIGHTS,
+        "item == begin || at == 0",
+        "item == begin",
+    ),
+    Mutant(
+        "weight gradients: the first columns copied again",
+        WEIGHTS,
+        "V::load(from + k, m - k).store(to + k, m - k);",
+        "V::load(from, m - k).store(to + k, m - k);",
+    ),
+    Mutant(
+        "tile: both pairs the first",
+        TILE,
+        "tile<V, M, N - 2, 1, 2>(products, count, acc);",
+        "tile<V, M, N - 2, 1, 0>(products, count, acc);",
+    ),
+    Mutant(
         "backward: every chunk begins at zero",
         WEIGHTS,
         "const bool overwrite = first_chunk && row == 0;",

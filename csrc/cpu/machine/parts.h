@@ -98,6 +98,11 @@ struct MachineBackwardParts {
     if (groups.size() > std::size_t(kMaxGroups)) throw std::invalid_argument("program: too many different products");
     for (const MachineGroup& g : groups) block_step += g.columns * g.count * kBlock;
   }
+  Index columns() const {
+    Index n = 0;
+    for (const MachineGroup& g : groups) n += g.columns;
+    return n;
+  }
   // Of the biases (0) or an operand (its number and 1), the group of an accumulator.
   int group(int which, int accumulator) const {
     int g = first_group[std::size_t(which)];

@@ -316,12 +316,13 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   T *zeros = nullptr, *dpacked = nullptr, *da = nullptr, *boundary = nullptr, *inputs = nullptr, *carried = nullptr,
     *sums = nullptr, *of_units = nullptr, *masks = nullptr, *saved = call.tape->saved, *y_again = nullptr,
     *norms = call.tape->norms, *norm_gradients = nullptr, *projection = nullptr, *dprojection = nullptr,
-    *unprojected = nullptr;
+    *unprojected = nullptr, *by_tile = nullptr, *panel = nullptr;
   char* threads = nullptr;
   std::vector<T*> direct(S), memory_of, computed(O), state = call.tape->state;
   const Index replay_steps = replays ? chunk.steps : 0, replay_rows = replays ? n.B : 0;
   const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
   const Index zero_count = std::max(units, chunk.da_row);
+  const bool ordered = need_weights && chunk.ordered;
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
     zeros = layout.take({zero_count});
@@ -333,6 +334,8 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     da = layout.take({chunk.steps, n.B, chunk.da_row});
     boundary = layout.take({n.B, chunk.da_row});
     inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
+    by_tile = layout.take({ordered ? chunk.steps : 0, n.B, parts.columns()});
+    panel = layout.take({ordered ? split.threads : 0, chunk.panel_step});
     carried = layout.take({std::max(plan.carried_back, replays ? plan.carried : 0), n.B, units});
     if (replays) saved = layout.take({replay_steps, n.B, plan.saved, n.H});
     if (replays) norms = layout.take({replay_steps, n.B, plan.norms, cpu::kNormNumbers});
@@ -404,6 +407,7 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   base.dpacked = dpacked, base.dpacked_block = parts.block_step;
   base.da = da, base.da_row = chunk.da_row, base.boundary = boundary;
   base.inputs = inputs, base.inputs_row = chunk.inputs_row;
+  base.by_tile = ordered ? by_tile : nullptr, base.panel = panel, base.panel_step = chunk.panel_step;
   base.chunk_steps = chunk.steps;
   base.scratch = threads, base.scratch_step = thread_bytes;
 

@@ -1,0 +1,71 @@
+"""Weight gradients that read copies in the order of their tiles have the bits of those that read in place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from problems import CELLS, NORMED, assert_bitwise_equal, name, problem, run
+
+pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
+from fusedrnn import _core
+from fusedrnn.backends.cpu import CpuBackend
+from test_machine import MACHINE, OWN
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poison")]
+
+CPU = CpuBackend()
+
+
+@pytest.fixture
+def small():
+    """Small problems take the ways of large ones."""
+    default = _core.info()["ordered_copies"]
+    _core.testing.thresholds(False)
+    yield
+    _core.testing.thresholds(True)
+    _core.testing.ordered_copies(default)
+
+
+def check(backend, cell, threads):
+    # Several chunks; several panels and tiles of columns, the last of them narrower; fewer rows than threads.
+    for size in [(130, 40, 3, 17), (3, 5, 40, 100), (2, 1, 3, 4)]:
+        for dtype in (np.float32, np.float64):
+            p = problem(cell, *size, dtype=dtype, lengths=True, reset=True)
+            for count in (1, 3):
+                threads(count)
+                results = []
+                for on in (False, True):
+                    _core.testing.ordered_copies(on)
+                    results.append(run(backend, p))
+                assert_bitwise_equal(*results)
+
+
+@pytest.mark.quick
+@pytest.mark.mutation
+@pytest.mark.parametrize("cell", [*CELLS, *NORMED[:4]], ids=name)
+def test_compiled_cells(cell, small, threads):
+    check(CPU, cell, threads)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cell", OWN, ids=name)
+def test_cells_as_programs(cell, small, threads):
+    check(MACHINE, cell, threads)
+
+
+@pytest.mark.parametrize("value", ["0", "1", "yes"])
+def test_the_variable(value):
+    code = "from fusedrnn import _core; print(_core.info()['ordered_copies'])"
+    out = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FUSEDRNN_ORDERED_COPIES": value},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    if value == "yes":
+        assert "FUSEDRNN_ORDERED_COPIES: expected 0 or 1, got 'yes'" in out.stderr
+    else:
+        assert out.stdout.split() == [str(value == "1")], out.stderr
