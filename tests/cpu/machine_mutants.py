@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant(
         "forward: y at padding not zeroed",
         FORWARD,
-        "__builtin_memset(rows.state_row(0, t, b), 0, bytes);",
+        "__builtin_memset(rows.state_row(0, t, b), 0, size_t(call.P) * sizeof(T));",
         ";",
     ),
     Mutant("forward: states of padding in reverse", FORWARD, "steps.reverse ? start : last", "last"),
@@ -165,7 +165,13 @@ MUTANTS = [
         " : V::load(direct + row.b * units + u);",
         "",
     ),
-    Mutant("backward: dstateT lost", BACKWARD, "v = V::load(last + row.b * call.H + u, in_row);", ";"),
+    Mutant(
+        "backward: not through the projection",
+        BACKWARD,
+        "if (call.projects) through_projection(f);",
+        ";",
+    ),
+    Mutant("backward: dstateT lost", BACKWARD, "v = V::load(last + row.b * width + u, in_row);", ";"),
     Mutant("backward: dy for every state", BACKWARD, "outside && !s", "outside"),
     Mutant("backward: dstates lost", BACKWARD, "if (every) v = v + V::load(every + here, in_row);", ""),
     Mutant(
