@@ -1,7 +1,6 @@
 // Which products of matrices a plan's accumulators take. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <algorithm>
-#include <stdexcept>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -95,7 +94,6 @@ struct MachineBackwardParts {
       column += o ? P : I;
     }
     begin.push_back(int(parts.size()));
-    if (groups.size() > std::size_t(kMaxGroups)) throw std::invalid_argument("program: too many different products");
     for (const MachineGroup& g : groups) block_step += g.columns * g.count * kBlock;
   }
   Index columns() const {

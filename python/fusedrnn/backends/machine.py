@@ -40,6 +40,7 @@ WORDS = {
     "accumulators": "gates",
     "vectors": "vectors, gains and biases of norms",
     "operands": "different operands of p.dense",
+    "groups of products": "different groups of gates that an operand of p.dense feeds",
     "row scalars": "numbers of each row",
     "constants": "different constants",
     "register": "values at a time",
