@@ -399,7 +399,7 @@ def large(p, x, h):
 
 
 def test_what_the_machine_lacks_runs_as_steps(monkeypatch):
-    reason = f"cell: {large!r} is too large for the cpu backend (accumulators: expected at most 64, got 65)"
+    reason = f"cell: {large!r} is too large for the cpu backend (gates: expected at most 64, got 65)"
     monkeypatch.setattr(paths, "_told", set())
     layer, x = made(large, num_layers=2)
     with warnings.catch_warnings(record=True) as told:
