@@ -16,8 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedrnn.torch as ours
 from fusedrnn import backends
-from fusedrnn.torch import compilable, ops
-from fusedrnn.torch.ops import NORMED, WEIGHTS, Call
+from fusedrnn.torch import compilable
+from fusedrnn.torch.keys import CELLS, NORMED
+from fusedrnn.torch.ops import Call
 from fusedrnn.torch.recurrence import recurrence
 
 # What PyTorch itself warns of while it compiles is no concern of these tests.
@@ -65,9 +66,6 @@ def breaks(model, *args, **options) -> int:
     return torch._dynamo.explain(model)(*args, **options).graph_break_count
 
 
-TENSORS = 3 + len(WEIGHTS)  # the first inputs: x, h0, c0, the weights
-
-
 def inputs(
     mode,
     dtype=torch.float64,
@@ -80,22 +78,32 @@ def inputs(
     regularized=False,
     grad=True,
 ):
-    """x, h0, c0, the weights, lengths, reset and the seed, as the operators take them."""
+    """x, the state, the weights, no scalars, lengths, reset and the seed, as the operators take them."""
     G = MODES[mode]
 
     def draw(*size):
         return torch.randn(*size, dtype=dtype).mul_(0.5).requires_grad_(grad)
 
-    h0 = draw(B, H) if state else None
-    c0 = draw(B, H) if state and mode == "LSTM" else None
+    state0 = [draw(B, H) for _ in CELLS[mode].states] if state else []
     biases = (draw(G * H), draw(G * H)) if bias else (None, None)
-    gains = (draw(G * H), draw(G * H)) if normed else (None, None)
-    of_c = (draw(H), draw(H)) if normed and mode == "LSTM" else (None, None)
+    gains = (draw(G * H), draw(G * H)) if normed else ()
+    of_c = (draw(H), draw(H)) if normed and mode == "LSTM" else ()
     rows = torch.tensor([T, 2, 0]) if lengths else None
     cuts = torch.rand(T, B) < 0.3 if reset else None
     seed = torch.tensor(2**40 + 3) if regularized else None
-    weights = draw(G * H, I), draw(G * H, H), *biases, *gains, *of_c, None
-    return draw(T, B, I), h0, c0, *weights, rows, cuts, seed
+    weights = [draw(G * H, I), draw(G * H, H), *biases, *gains, *of_c]
+    return draw(T, B, I), state0, weights, [], rows, cuts, seed
+
+
+def there(call):
+    """The tensors of a call that may have a gradient."""
+    return [t for t in call.learned() if t is not None]
+
+
+def filled(call, tensors):
+    """The call with others in their place."""
+    rest = iter(tensors)
+    return call.with_learned([None if t is None else next(rest) for t in call.learned()])
 
 
 def cell_of(mode, options):
@@ -113,10 +121,11 @@ def call_of(
 
 
 def forward(call, return_states=False, save=True):
-    """The results, and the tape or None."""
+    """The results, and the tape in a list, or none."""
     found = torch.ops.fusedrnn.recurrence(*call, return_states, call.tape_rows() if save else None)
     n = call.results(return_states)
-    return found[:n], found[n] if save else None
+    assert len(found) == n + save
+    return found[:n], found[n:]
 
 
 # --- the operators ------------------------------------------------------------------------------------------
@@ -152,16 +161,15 @@ def test_opcheck_of_forward(mode, options, dtype, reverse):
 @pytest.mark.parametrize(("mode", "options", "dtype", "reverse"), list(cases()))
 def test_opcheck_of_backward(mode, options, dtype, reverse):
     call = call_of(mode, dtype, reverse=reverse, grad=False, **options)
-    two = mode == "LSTM"
-    there = [t is not None for t in call[:TENSORS]]
+    learned, first = call.learned(), 1 + len(call.state0)
     for save in (True, False):
-        (y, *_), tape = forward(call, True, save)
-        dy, dhT, dh_states = torch.randn_like(y), torch.randn(B, H, dtype=dtype), torch.randn_like(y)
-        if save:
-            grads, need = (dy, dhT, dhT if two else None, dh_states, dh_states if two else None), there
-        else:
-            grads, need = (dy, *[None] * 4), [False, False, False, True, *[False] * (TENSORS - 4)]
-        arguments = (*call, y, tape, None, *grads, need)
+        results, tape = forward(call, True, save)
+        grads = [torch.randn_like(t) for t in results]
+        need = [t is not None for t in learned]
+        if not save:
+            grads[1:] = [None] * (len(grads) - 1)
+            need = [k == first for k in range(len(learned))]
+        arguments = (*call, results[0], tape, grads, need)
         torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, arguments)
 
 
@@ -169,7 +177,7 @@ def test_opcheck_of_detach_every():
     call = call_of("LSTM", detach_every=2, grad=False)
     torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, (*call, True, T * B))
     (y, *_), tape = forward(call)
-    arguments = (*call, y, tape, None, y, None, None, None, None, [True] * 7 + [False] * (TENSORS - 7))
+    arguments = (*call, y, tape, [y, None, None], [True] * 7)
     torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, arguments)
 
 
@@ -178,29 +186,24 @@ def test_opcheck_of_detach_every():
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck_of_the_node(mode, options, recompute):
     call = call_of(mode, reverse=True, recompute=recompute, **options)
-    tensors = [t for t in call[:TENSORS] if t is not None]
 
     def run(*given):
-        rest = iter(given)
-        filled = [None if t is None else next(rest) for t in call[:TENSORS]]
-        found = recurrence(Call(*filled, *call[TENSORS:]), True)
+        found = recurrence(filled(call, given), True)
         if call.lengths is not None:  # the kernels take no gradient of held states
             valid = (torch.arange(T)[:, None] < call.lengths)[:, :, None]
             found = [t * valid if t.dim() == 3 else t for t in found]
         return tuple(found)
 
-    assert torch.autograd.gradcheck(run, tensors, fast_mode=True, check_batched_grad=True)
+    assert torch.autograd.gradcheck(run, there(call), fast_mode=True, check_batched_grad=True)
 
 
 def test_gradcheck_of_one_step():
     step = call_of("LSTM", bias=False)._replace(x=torch.randn(B, I, dtype=torch.float64).requires_grad_())
 
-    def run(x, h0, c0, *weights):
-        found = recurrence(step._replace(x=x, h0=h0, c0=c0, weight_ih=weights[0], weight_hh=weights[1]))
-        return tuple(found)
+    def run(*given):
+        return tuple(recurrence(filled(step, given)))
 
-    tensors = [t for t in step[:TENSORS] if t is not None]
-    assert torch.autograd.gradcheck(run, tensors, check_batched_grad=True)
+    assert torch.autograd.gradcheck(run, there(step), check_batched_grad=True)
 
 
 @options_of
@@ -208,47 +211,46 @@ def test_gradcheck_of_one_step():
 def test_the_tape_in_an_array_gives_the_same_bits(mode, options, poison):
     """As the kernels' own tape; the array may lie anywhere, and have more rows than it needs."""
     call = call_of(mode, torch.float32, grad=False, **options)
-    (y, *_), tape = forward(call)
+    (y, *_), (tape,) = forward(call)
     rows = T * B if call.lengths is None else int(call.lengths.sum())
     assert tape.shape == (rows, call.tape_width())
     backend = backends.usable(None)
     moved = torch.empty(tape.numel() + 1, dtype=tape.dtype)[1:].view_as(tape).copy_(tape)
     larger = torch.cat([tape, torch.full_like(tape, torch.nan)])
-    need = [t is not None for t in call[:TENSORS]]
-    arrays = [None if t is None else t.numpy() for t in call[: TENSORS + 2]]
-    x, h0, c0, *weights, lengths, reset = arrays
-    state = None if h0 is None else (h0,) if c0 is None else (h0, c0)
+    need, cell = [t is not None for t in call.learned()], CELLS[call.cell]
+    lengths, reset = call.rows()
     out = backend.forward(
-        ops.CELLS[call.cell],
-        x,
-        dict(zip(WEIGHTS, weights, strict=True)),
-        state,
+        cell,
+        call.x.numpy(),
+        {name: w.numpy() for name, w in call.by_name().items()},
+        tuple(s.numpy() for s in call.state0) or None,
         lengths=lengths,
         reset=reset,
         regularization=call.regularization(),
     )
     dx, dweights, dstate0, _ = backend.backward(out.tape, out.y)
-    expected = (dx, *(*(dstate0 or ()), None, None)[:2], *map(dweights.get, WEIGHTS))
+    expected = (dx, *(dstate0 if call.state0 else ()), *map(dweights.get, cell.blocks))
+    upstream = [y, *[None] * len(cell.states)]
     for kept in (tape, moved, larger):
-        found = torch.ops.fusedrnn.recurrence_backward(*call, y, kept, None, y, None, None, None, None, need)
+        found = torch.ops.fusedrnn.recurrence_backward(*call, y, [kept], upstream, need)
         for ours_, own, needed in zip(found, expected, need, strict=True):
             assert np.array_equal(ours_.numpy(), own) if needed else ours_.numel() == 0
 
 
 def test_a_tape_that_is_none_of_the_calls_is_refused():
     call = call_of("LSTM", grad=False)
-    (y, *_), tape = forward(call)
+    (y, *_), (tape,) = forward(call)
     run = torch.ops.fusedrnn.recurrence_backward
     for bad in (tape[:-1], tape[:, 1:], tape.double()[:0], tape.float(), tape[None]):
         with pytest.raises((ValueError, TypeError), match="tape"):
-            run(*call, y, bad, None, y, None, None, None, None, [True] * 7 + [False] * (TENSORS - 7))
+            run(*call, y, [bad], [y, None, None], [True] * 7)
 
 
 def test_another_backend_runs_forward_again(monkeypatch):
     monkeypatch.setenv("FUSEDRNN_BACKEND", "reference")
     call = call_of("LSTM", lengths=True)
     recurrence(call)[0].sum().backward()
-    leaves = [t for t in call[:TENSORS] if t is not None]
+    leaves = there(call)
     found = [t.grad.clone() for t in leaves]
     monkeypatch.delenv("FUSEDRNN_BACKEND")
     for t in leaves:
@@ -276,14 +278,11 @@ def test_compiled_on_another_backend(monkeypatch):
 def test_second_derivatives(mode, options, more):
     """Of every tensor that the operator takes, through all that it returns."""
     call = call_of(mode, **options, **more)
-    tensors = [t for t in call[:TENSORS] if t is not None]
 
     def results(*given):
-        values = iter(given)
-        own = [None if t is None else next(values) for t in call[:TENSORS]]
-        return tuple(recurrence(Call(*own, *call[TENSORS:]), return_states=True))
+        return tuple(recurrence(filled(call, given), return_states=True))
 
-    assert torch.autograd.gradgradcheck(results, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(results, there(call), fast_mode=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -291,14 +290,13 @@ def test_second_derivatives_with_truncation(mode):
     """No gradient passes from one part of the sequence to the one before, of whatever order."""
     call, found = call_of(mode, detach_every=4, state=False), []
     T = len(call.x)
-    wanted = [t for t in call[:TENSORS] if t is not None]
+    wanted = there(call)
     for whole in (True, False):
         if whole:
             y = recurrence(call)[0]
         else:
             first, *state = recurrence(call._replace(x=call.x[:4], detach_every=None))
-            state = [*(s.detach() for s in state), None][:2]
-            rest = call._replace(x=call.x[4:], h0=state[0], c0=state[1], detach_every=None)
+            rest = call._replace(x=call.x[4:], state0=[s.detach() for s in state], detach_every=None)
             y = torch.cat([first, recurrence(rest)[0]])
             assert len(y) == T > 4
         grads = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)

@@ -18,8 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import fusedrnn.torch as ft  # noqa: E402
 from fusedrnn import kernels  # noqa: E402
 from fusedrnn.cells import cell, gru, lstm, relu, rnn, sigmoid, tanh  # noqa: E402
-from fusedrnn.torch import cell_ops, differentiable, paths  # noqa: E402
-from fusedrnn.torch.cell_ops import CellCall  # noqa: E402
+from fusedrnn.torch import differentiable, keys, ops, paths  # noqa: E402
 from published import everything, gru_d, lstmp, mgu  # noqa: E402
 
 # What PyTorch itself warns of while it compiles is no concern of these tests.
@@ -380,14 +379,14 @@ def test_pickle_copies_and_state_dicts(tmp_path):
 
 def test_keys_find_cells_by_name(monkeypatch):
     before = gru.with_options(reset_after=False)
-    key = cell_ops.key_of(before)
-    monkeypatch.setattr(cell_ops, "_known", {})
-    assert cell_ops.cell_of(key) is before
+    key = keys.key_of(before)
+    monkeypatch.setattr(keys, "_known", {})
+    assert keys.cell_of(key) is before
     for bad in ("nowhere:at:all", "mgu:0", "fusedrnn.cells.builtin:COMPILED:0"):
         with pytest.raises(RuntimeError, match=f"cell: '{bad}' is not found in this process"):
-            cell_ops.cell_of(bad)
+            keys.cell_of(bad)
     with pytest.raises(RuntimeError, match="it computes something else than it did"):
-        cell_ops.cell_of(key.replace(key.split(":")[2], "00000000"))
+        keys.cell_of(key.replace(key.split(":")[2], "00000000"))
 
 
 # --- what no kernel runs ------------------------------------------------------------------------------------
@@ -466,17 +465,13 @@ def test_opcheck(cell):
     state0 = [torch.rand(B, H, dtype=torch.float64) for _ in cell.states]
     numbers = [torch.rand(T, B, dtype=torch.float64) for _ in cell.scalars]
     x, lengths = torch.randn(T, B, I, dtype=torch.float64), torch.tensor(LENGTHS)
-    rest = lengths, torch.as_tensor(RESET), torch.tensor(7), cell_ops.key_of(cell), True, False, 2
-    call = CellCall(x, state0, weights, numbers, *rest, [0.5, 0.25, 0.0], 3)
-    torch.library.opcheck(torch.ops.fusedrnn.cell_recurrence.default, (*call, True, True))
-    n = 1 + 2 * len(cell.states)
-    found = cell_ops.run(call, True, True)
-    tape = found[n] if len(found) > n else None
-    upstream = [torch.randn_like(t) for t in found[:n]]
-    need = [True] * (1 + len(state0) + len(weights) + len(numbers))
-    need[0] = False
-    arguments = (*call, found[0], tape, upstream, need)
-    torch.library.opcheck(torch.ops.fusedrnn.cell_recurrence_backward.default, arguments)
+    rest = lengths, torch.as_tensor(RESET), torch.tensor(7), keys.key_of(cell), True, False, 2
+    call = ops.Call(x, state0, weights, numbers, *rest, [0.5, 0.25, 0.0], 3)
+    torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, (*call, True, call.tape_rows()))
+    found, n = ops.run(call, True, call.tape_rows()), call.results(True)
+    upstream, need = [torch.randn_like(t) for t in found[:n]], [False] + [True] * (len(call.learned()) - 1)
+    arguments = (*call, found[0], found[n:], upstream, need)
+    torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, arguments)
 
 
 NEEDS_COMPILER = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")

@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils import rnn
 
 from fusedrnn.torch import compilable
-from fusedrnn.torch.ops import WEIGHTS, Call
+from fusedrnn.torch.ops import Call
 from fusedrnn.torch.recurrence import recurrence
 from torch_pairs import DTYPES, assert_close, assert_same, every_dtype, flat, ft, module_pair, state_of
 
@@ -22,7 +22,6 @@ pytestmark = [
 ]
 
 T, B, I, H, P = 5, 3, 4, 19, 17  # two blocks of units of each
-TENSORS = 3 + len(WEIGHTS)
 LENGTHS = [5, 2, 4]
 
 
@@ -195,12 +194,12 @@ def call_of(dtype=torch.float64, *, grad=True, ragged=False, rates=(), **options
         return torch.randn(*size, dtype=dtype).mul_(0.5).requires_grad_(grad)
 
     G = 4 * H
-    weights = draw(G, I), draw(G, P), draw(G), draw(G), None, None, None, None, draw(P, H)
+    weights = [draw(G, I), draw(G, P), draw(G), draw(G), draw(P, H)]
     rows = (torch.tensor(LENGTHS), torch.rand(T, B) < 0.3) if ragged else (None, None)
     seed = torch.tensor(7) if rates else None
     names = {"reverse": False, "recompute": False, "detach_every": None} | options
-    state = draw(B, P), draw(B, H)
-    return Call(draw(T, B, I), *state, *weights, *rows, seed, "LSTM_PROJECTED", **names, rates=rates)
+    state = [draw(B, P), draw(B, H)]
+    return Call(draw(T, B, I), state, weights, [], *rows, seed, "LSTM_PROJECTED", **names, rates=rates)
 
 
 CALLS = {
@@ -220,8 +219,8 @@ def test_opcheck(options, dtype):
     arguments = (*call, True, call.tape_rows())
     torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, arguments)
     y, hT, cT, hs, cs, tape = torch.ops.fusedrnn.recurrence(*arguments)
-    need = [t is not None for t in call[:TENSORS]]
-    arguments = (*call, y, tape, None, y.clone(), hT.clone(), cT.clone(), hs.clone(), cs.clone(), need)
+    upstream, need = [t.clone() for t in (y, hT, cT, hs, cs)], [True] * len(call.learned())
+    arguments = (*call, y, [tape], upstream, need)
     torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, arguments)
 
 
@@ -230,18 +229,15 @@ def test_opcheck(options, dtype):
 def test_derivatives_of_the_node(check, options):
     torch.manual_seed(0)
     call = call_of(**options)
-    tensors = [t for t in call[:TENSORS] if t is not None]
 
     def run(*given):
-        rest = iter(given)
-        filled = [None if t is None else next(rest) for t in call[:TENSORS]]
-        found = recurrence(Call(*filled, *call[TENSORS:]), True)
+        found = recurrence(call.with_learned(given), True)
         if call.lengths is not None:  # the kernels take no gradient of held states
             valid = (torch.arange(T)[:, None] < call.lengths)[:, :, None]
             found = [t * valid if t.dim() == 3 else t for t in found]
         return tuple(found)
 
-    assert check(run, tensors, fast_mode=True)
+    assert check(run, call.learned(), fast_mode=True)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

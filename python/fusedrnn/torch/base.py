@@ -1,5 +1,5 @@
-"""What the layers of ``layers`` and ``own`` have in common: input, state and options on their way to the
-kernels, layers and directions one after the other, and results on their way back.
+"""What the layers and cells of ``layers``, ``cells`` and ``own`` have in common: input, state and options on
+their way to the kernels, layers and directions one after the other, and results on their way back.
 """
 
 from __future__ import annotations
@@ -12,21 +12,55 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import cells
-from fusedrnn.backends.arguments import check_detach_every, check_shape, listed
+from fusedrnn.backends.arguments import check_detach_every, check_regularization, check_shape, listed
 from fusedrnn.backends.protocol import Regularization
+from fusedrnn.torch import paths
 from fusedrnn.torch.frozen import Freezable, Frozen
-from fusedrnn.torch.ops import Weights
+from fusedrnn.torch.ops import Call, Weights
+from fusedrnn.torch.recurrence import recurrence
 
 # One layer in one direction, of number j: from (j, reverse, x, initial state) to y, the final state, and with
 # return_states the states of every step, as ``recurrence`` returns them.
-Run = Callable[[int, bool, Tensor, Sequence[Tensor] | None], list[Tensor]]
+Run = Callable[[int, bool, Tensor, Sequence[Tensor]], list[Tensor]]
 # y (T, B, D*P), the final states (L*D, B, ·), those of every step (L*D, T, B, ·)
 Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
+def weights_of(module: torch.nn.Module, names: Sequence[str], count: int) -> Weights:
+    """The weights of one layer and direction, None where there is none, as they are now: a parametrization, a
+    functional call or a tied weight may have put others in place of the parameters."""
+    own = module._parameters
+    found = [own[name] if name in own else getattr(module, name, None) for name in names]
+    return (*found, *[None] * (count - len(found)))
+
+
+class StepBase(Freezable):
+    """One step of a cell."""
+
+    def _run(
+        self,
+        input: Tensor,
+        state0: Sequence[Tensor] | None,
+        weights: list[Weights],
+        packed: Frozen | None = None,
+        recorded: bool = False,
+        scalars: Sequence[Tensor] = (),
+    ) -> Any:
+        """What ``forward`` returns; scalars are of the input's shape without features."""
+        begin, batched = state0 or (), input.dim() == 2
+        if not batched:
+            input, begin = input.unsqueeze(0), [s.unsqueeze(0) for s in begin]
+        if scalars:
+            scalars = [s.reshape(1, -1) for s in scalars]
+        call = Call(input, begin, weights[0], scalars, None, None, None, self._key)
+        after = recurrence(call, False, None if packed is None else packed.packed[0], recorded)
+        if not batched:
+            after = [s.squeeze(0) for s in after]
+        return tuple(after) if len(after) > 1 else after[0]
+
+
 class RecurrentBase(Freezable):
-    """A layer of a cell. ``_one`` is its own: how one layer in one direction runs."""
+    """A layer of a cell."""
 
     input_size: int
     hidden_size: int
@@ -40,12 +74,13 @@ class RecurrentBase(Freezable):
     recurrent_dropout: float = 0
     zoneout_h: float = 0
     zoneout_c: float = 0
-    _one: Callable[..., Run]
+    recompute: bool = False
 
-    @property
-    def cell(self) -> cells.Cell:
-        """The cell of every layer and direction."""
-        raise NotImplementedError
+    def _set_options(self, recompute: bool, *rates: float) -> None:
+        """Of a layer that has its cell."""
+        self.recompute = bool(recompute)
+        check_regularization(self.cell, Regularization._make((*rates, 0, 0)))
+        self.recurrent_dropout, self.zoneout_h, self.zoneout_c = (float(r) if r else 0 for r in rates)
 
     def _regularization(self) -> Regularization | None:
         """Of one call. Its seed is a tensor, so that it can be drawn in compiled code; it is on the CPU,
@@ -60,14 +95,62 @@ class RecurrentBase(Freezable):
         """Of each state how many units it has."""
         return self.cell.widths(self.hidden_size, self.proj_size or self.hidden_size)
 
+    def _run(
+        self,
+        input: Tensor | PackedSequence,
+        state0: tuple[Tensor, ...] | None,
+        weights: list[Weights],
+        options: dict[str, Any],
+        packed: Frozen | None = None,
+        recorded: bool = False,
+        scalars: Sequence[Tensor] = (),
+    ) -> Any:
+        """What ``forward`` returns. ``options`` are its keywords; scalars are of the input's shape without
+        features."""
+        if isinstance(input, PackedSequence):
+            if given := paths.asked_for(options):
+                raise ValueError(
+                    f"{given}: expected none with a PackedSequence; pass padded input and lengths="
+                )
+            return self._packed_sequence(input, state0, weights, packed, recorded, scalars)
+        options["regularization"] = self._regularization()
+        x, state0, options = self._to_kernels(input, state0, options)
+        if input.dim() == 2:
+            scalars = [s.unsqueeze(1) for s in scalars]
+        elif self.batch_first:
+            scalars = [s.transpose(0, 1) for s in scalars]
+        run = self._one(weights, options, packed, recorded, scalars)
+        return self._from_kernels(input, self._run_layers(x, state0, run))
+
+    def _one(
+        self,
+        weights: Sequence[Weights],
+        options: dict[str, Any],
+        packed: Frozen | None,
+        recorded: bool,
+        scalars: Sequence[Tensor],
+    ) -> Run:
+        regularization, states = options["regularization"], options["return_states"]
+        rates: list[float] = [] if regularization is None else list(regularization[:3])
+        seed: Any = None if regularization is None else regularization.seed
+        lengths, reset, every = options["lengths"], options["reset"], options["detach_every"]
+        key, recompute = self._key, self.recompute
+
+        def run(j: int, reverse: bool, x: Tensor, state0: Sequence[Tensor]) -> list[Tensor]:
+            tensors = x, state0, weights[j], scalars, lengths, reset, seed
+            call = Call(*tensors, key, reverse, recompute, every, rates, j)
+            return recurrence(call, states, None if packed is None else packed.packed[j], recorded)
+
+        return run
+
     def _packed_sequence(
         self,
         input: PackedSequence,
         state0: tuple[Tensor, ...] | None,
         weights: list[Weights],
         packed: Frozen | None,
-        recorded: Any,
-        scalars: Sequence[Tensor] = (),
+        recorded: bool,
+        scalars: Sequence[Tensor],
     ) -> Any:
         """Rows of different lengths, longest first: padded for the kernel, whose results are packed again."""
         sizes = input.batch_sizes
@@ -83,9 +166,9 @@ class RecurrentBase(Freezable):
             "return_states": False,
             "detach_every": None,
             "regularization": self._regularization(),
-            "scalars": [s.new_zeros(T, B).masked_scatter(valid, s) for s in scalars],
         }
-        run = self._one(weights, options, packed, recorded)
+        padded = [s.new_zeros(T, B).masked_scatter(valid, s) for s in scalars]
+        run = self._one(weights, options, packed, recorded, padded)
         meta = x.is_meta  # masks there have no values, but shapes depend on them
         y, final, _ = self._run_layers(x, state0, run, None if meta else valid)
         if input.unsorted_indices is not None:
@@ -158,7 +241,7 @@ class RecurrentBase(Freezable):
                     x = x.masked_scatter(valid[:, :, None], kept)
             halves = []
             for j in range(k, k + D):
-                begin = None if state0 is None else [s[j] for s in state0]
+                begin = [s[j] for s in state0 or ()]
                 y, *rest = run(j, j > k, x, begin)
                 halves.append(y)
                 ends.append(rest)

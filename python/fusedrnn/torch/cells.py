@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedrnn import cells
-from fusedrnn.torch import dynamo, ops, paths
+from fusedrnn.cells.definition import PLAIN
+from fusedrnn.torch import dynamo, paths
+from fusedrnn.torch.base import StepBase, weights_of
 from fusedrnn.torch.forget_bias import ForgetBias
-from fusedrnn.torch.frozen import Freezable, Frozen, frozen
-from fusedrnn.torch.ops import CELLS, Call, Weights
-from fusedrnn.torch.recurrence import recurrence, weights_of
+from fusedrnn.torch.frozen import frozen
+from fusedrnn.torch.ops import Weights
 from fusedrnn.torch.scripted import Scriptable
 
-# From x (B, I) and the state before it to the state after it.
-Run = Callable[[Tensor, Sequence[Tensor] | None], Sequence[Tensor]]
 
-
-class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
+class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
     """What the three have in common. ``last_path`` is as in ``layers.NamedLayer``."""
 
-    last_path: str | None = None
-    mode: str  # the cell by PyTorch's name, as layers have it
+    mode: str  # the cell by PyTorch's name, as layers have it, and its key
     _bfloat16_in_autocast = False  # what PyTorch's own returns for float32
-
-    @property
-    def cell(self) -> cells.Cell:
-        """The cell that a step computes."""
-        return CELLS[self.mode]
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step: input (B, I) or (I,); hx as PyTorch's, (B, H) or (H,) each; None is zeros."""
         if torch.compiler.is_compiling():
-            return dynamo.cell(self, input, hx)
+            return dynamo.call(self, input, hx)
         packed = frozen(self)
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
-        weights = weights_of(self) if packed is None else packed.weights[0]
-        given = input
-        if isinstance(input, Tensor) and (dtype := paths.lowered(input)) is not None:
-            input = paths.lower(input, dtype)
-            state0 = paths.lower_state(state0, dtype)
-            weights = tuple([paths.lower(w, dtype) for w in weights])
-        reason = self._unsupported(input, state0, weights if packed is None else None)
+        weights = self._weights() if packed is None else packed.weights
+        given, (input, state0, weights) = input, paths.lowered(input, state0, weights)
+        reason = self._unsupported(input, state0, weights if packed is None else [])
         if reason is not None:
             if paths.is_proxy(given):
                 return paths.call_module(self, given, hx)
@@ -52,34 +38,12 @@ class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
         self.__dict__["last_path"] = paths.FUSED
         if packed is not None:
             packed.check(input, state0)
-        return self._batched(input, state0, self._one(weights, packed))
+        return self._run(input, state0, weights, packed)
 
-    def _freezable_weights(self) -> list[Weights]:
-        return [weights_of(self)]
+    def _weights(self) -> list[Weights]:
+        return [weights_of(self, PLAIN, len(PLAIN))]
 
-    def _one(self, weights: Weights, packed: Frozen | None = None) -> Run:
-        """A step of a batch by the kernels, in autograd."""
-        defaults = Call._field_defaults.values()
-
-        def run(x: Tensor, state0: Sequence[Tensor] | None) -> Sequence[Tensor]:
-            h0, c0 = (None, None) if state0 is None else (*state0, None)[:2]
-            call = Call._make((x, h0, c0, *weights, None, None, None, self.mode, *defaults))
-            if packed is None:
-                return recurrence(call)
-            return ops.run(call, False, None, packed.packed[0])
-
-        return run
-
-    def _batched(self, input: Tensor, state0: tuple[Tensor, ...] | None, run: Run) -> Any:
-        """What ``forward`` returns, of a step that knows batches alone."""
-        if input.dim() == 2:
-            after = run(input, state0)
-        else:
-            begin = None if state0 is None else tuple([s.unsqueeze(0) for s in state0])
-            after = tuple([s.squeeze(0) for s in run(input.unsqueeze(0), begin)])
-        return tuple(after) if self.mode == "LSTM" else after[0]
-
-    def _unsupported(self, input: Any, state: Any, weights: Weights | None) -> str | None:
+    def _unsupported(self, input: Any, state: Any, weights: list[Weights]) -> str | None:
         """Why the kernels cannot take this call, or None; what is wrong raises in PyTorch's."""
         reason = paths.mode()
         if reason is not None:
@@ -94,10 +58,10 @@ class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
         reason = self._misshapen(input, state)
         if reason is not None:
             return reason
-        if weights is None:
-            return None
-        H = self.hidden_size
-        return paths.unsupported_weights(input, weights, self.cell, self.input_size, H, H)
+        I, H = self.input_size, self.hidden_size
+        for each in weights:
+            reason = paths.unsupported_weights(input, each, self.cell, I, H, H)
+        return reason
 
     def _misshapen(self, input: Tensor, state: tuple[Any, ...] | None) -> str | None:
         """What PyTorch would complain of, or leave to itself."""
@@ -116,7 +80,8 @@ class CellMixin(Freezable, Scriptable, torch.nn.RNNCellBase):
 class LSTMCell(ForgetBias, CellMixin, torch.nn.LSTMCell):
     """``torch.nn.LSTMCell`` on our kernels. See ``ForgetBias`` for what is added."""
 
-    mode, torch_class = "LSTM", torch.nn.LSTMCell
+    mode = _key = "LSTM"
+    torch_class = torch.nn.LSTMCell
 
     def __init__(
         self,
@@ -134,7 +99,8 @@ class LSTMCell(ForgetBias, CellMixin, torch.nn.LSTMCell):
 class GRUCell(CellMixin, torch.nn.GRUCell):
     """``torch.nn.GRUCell`` on our kernels."""
 
-    mode, torch_class = "GRU", torch.nn.GRUCell
+    mode = _key = "GRU"
+    torch_class = torch.nn.GRUCell
 
 
 class RNNCell(CellMixin, torch.nn.RNNCell):
@@ -147,3 +113,5 @@ class RNNCell(CellMixin, torch.nn.RNNCell):
     def mode(self) -> str:  # type: ignore[override]
         """By the nonlinearity."""
         return "RNN_RELU" if self.nonlinearity == "relu" else "RNN_TANH"
+
+    _key = mode

@@ -24,7 +24,7 @@ class _Compilable(NamedLayer):
     def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
         """As ``fusedrnn.torch.LSTM``'s, ``GRU``'s and ``RNN``'s."""
         if torch.compiler.is_compiling():
-            return dynamo.layer(self, input, hx, options)
+            return dynamo.call(self, input, hx, **(dynamo.NONE | options))
         return super().forward(input, hx, **options)
 
 

@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn.torch import paths
 from fusedrnn.torch.ops import Weights
-from fusedrnn.torch.recurrence import weights_of
 
 # The options of a call without any.
 NONE = {"lengths": None, "reset": None, "return_states": False, "detach_every": None}
@@ -65,9 +64,8 @@ def leave_alone(function: Callable[..., Any]) -> None:
         frames.set_code_exec_strategy(function.__code__, strategy)
 
 
-def layer(module: Any, input: Any, hx: Any, options: dict[str, Any]) -> Any:
-    """``NamedLayer.forward``; what the operators cannot take breaks the graph."""
-    options = {**NONE, **options}
+def call(module: Any, input: Any, hx: Any, **options: Any) -> Any:
+    """``forward`` of a named layer or cell; what the operators cannot take breaks the graph."""
     if torch.onnx.is_in_onnx_export():  # which knows PyTorch's operators
         if given := paths.asked_for(options) or module._only_ours():
             raise RuntimeError(f"{given}: ONNX export takes torch.nn's layer, which has none; see to_torch")
@@ -80,22 +78,4 @@ def layer(module: Any, input: Any, hx: Any, options: dict[str, Any]) -> Any:
     if reason is not None:
         return leave_graph(module, reason, input, hx, **options)
     module.last_path = paths.FUSED
-    options = {**options, "regularization": module._regularization()}
-    x, state0, options = module._to_kernels(input, state0, options)
-
-    return module._from_kernels(input, module._run_layers(x, state0, module._one(weights, options)))
-
-
-def cell(module: Any, input: Any, hx: Any) -> Any:
-    """``CellMixin.forward``."""
-    if torch.onnx.is_in_onnx_export():
-        return module.torch_class.forward(module, input, hx)
-    weights = weights_of(module)
-    state0 = None if hx is None else paths.state(hx, module.mode == "LSTM")
-    reason = unsupported(input, state0, [weights])
-    if reason is None:
-        reason = module._misshapen(input, state0)
-    if reason is not None:
-        return leave_graph(module, reason, input, hx)
-    module.last_path = paths.FUSED
-    return module._batched(input, state0, module._one(weights))
+    return module._run(input, state0, weights, **({"options": options} if options else {}))

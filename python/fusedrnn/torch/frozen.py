@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fusedrnn import backends
-from fusedrnn.backends.cpu import WEIGHTS
+from fusedrnn.cells import Cell
 from fusedrnn.torch import gpu, paths
+from fusedrnn.torch.keys import CELLS
 from fusedrnn.torch.memory import array
 from fusedrnn.torch.ops import Weights
 
@@ -32,7 +33,7 @@ class Frozen:
         self.dtype, self.device, self.weights = first.dtype, first.device, weights
         backend = backends.usable(None) if first.is_cpu else gpu.backend()
         with gpu.on(first.device):  # of each layer and direction, as ``ops.run`` takes them
-            names = module._weight_names
+            names = module.cell.blocks
             arrays = [dict(zip(names, map(array, each), strict=True)) for each in weights]
             self.packed = [(backend, backend.pack(module.cell, each)) for each in arrays]
         # Where each parameter is found, and what it was.
@@ -86,10 +87,19 @@ def frozen(module: torch.nn.Module) -> Frozen | None:
 
 
 class Freezable(torch.nn.Module):
-    """What is an error while a layer is frozen."""
+    """A layer of a cell, and what is an error while it is frozen."""
 
-    _freezable_weights: Callable[[], list[Weights]]
-    _weight_names: Sequence[str] = WEIGHTS  # of each of these
+    last_path: str | None = None
+    _key: str  # of its cell, in CELLS unless the layer has a cell of its own
+
+    @property
+    def cell(self) -> Cell:
+        """What a step computes."""
+        return CELLS[self._key]
+
+    def _weights(self) -> list[Weights]:
+        """Of each layer and direction."""
+        raise NotImplementedError
 
     def _lacks(self, device: torch.device) -> str | None:
         """What the kernels of a device have not of this layer."""
@@ -141,7 +151,7 @@ def freeze(model: M) -> M:
         if layer.training:
             raise RuntimeError(f"{path}: expected a layer in evaluation; call eval() before freeze")
         if layer.__dict__.get("_fusedrnn_frozen") is None:
-            weights = layer._freezable_weights()
+            weights = layer._weights()
             first = weights[0][0]
             reason = paths.unsupported(first.dtype, first.device, [w for each in weights for w in each])
             reason = reason or layer._lacks(first.device)

@@ -6,24 +6,21 @@ Formulas and their sources are in ``fusedrnn.cells.builtin``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import cells
-from fusedrnn.backends.arguments import check_batch_sizes, check_regularization
-from fusedrnn.backends.cpu import WEIGHTS
-from fusedrnn.backends.protocol import Regularization
-from fusedrnn.torch import dynamo, ops, paths
-from fusedrnn.torch.base import RecurrentBase, Run
+from fusedrnn.backends.arguments import check_batch_sizes
+from fusedrnn.cells.definition import PLAIN
+from fusedrnn.torch import dynamo, paths
+from fusedrnn.torch.base import RecurrentBase, weights_of
 from fusedrnn.torch.forget_bias import ForgetBias
-from fusedrnn.torch.frozen import Frozen, frozen
-from fusedrnn.torch.ops import CELLS, NORMED, PROJECTED, Call, Weights
-from fusedrnn.torch.recurrence import recurrence, steps, weights_of
-from fusedrnn.torch.scripted import ALWAYS, OPTIONS, Scriptable
+from fusedrnn.torch.frozen import frozen
+from fusedrnn.torch.keys import NORMED, PROJECTED
+from fusedrnn.torch.ops import Weights
+from fusedrnn.torch.scripted import OPTIONS, Scriptable
 
 
 class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
@@ -47,9 +44,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
     "steps in PyTorch: " and why the cell's steps ran in PyTorch's operations, which PyTorch's layer cannot.
     """
 
-    last_path: str | None = None
-    # As they are in a layer of torch.nn that becomes one of ours.
-    recompute = layer_norm = False
+    layer_norm = False  # as it is in a layer of torch.nn that becomes one of ours
 
     def __init__(
         self,
@@ -62,10 +57,8 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self.recompute, self.layer_norm = bool(recompute), bool(layer_norm)
-        rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)
-        check_regularization(self.cell, rates)
-        self.recurrent_dropout, self.zoneout_h, self.zoneout_c = (float(r) if r else 0 for r in rates[:3])
+        self.layer_norm = bool(layer_norm)
+        self._set_options(recompute, recurrent_dropout, zoneout_h, zoneout_c)
         if self.layer_norm:
             if self.proj_size:
                 raise ValueError(f"layer_norm: expected False with proj_size, got {layer_norm}")
@@ -99,14 +92,8 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         return ", ".join([super().extra_repr(), *more])
 
     @property
-    def kind(self) -> str:
-        """The name of its cell in ``CELLS``."""
+    def _key(self) -> str:  # type: ignore[override]
         return self.mode + (NORMED if self.layer_norm else PROJECTED if self.proj_size else "")
-
-    @property
-    def cell(self) -> cells.Cell:
-        """The cell of every layer and direction."""
-        return CELLS[self.kind]
 
     def flatten_parameters(self) -> None:
         """Nothing: it serves cuDNN alone, and its flat memory is what safetensors refuses."""
@@ -154,11 +141,11 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             "detach_every": detach_every,
         }
         if torch.compiler.is_compiling():
-            return dynamo.layer(self, input, hx, options)
+            return dynamo.call(self, input, hx, **options)
         packed = frozen(self)
         weights = self._weights() if packed is None else packed.weights
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
-        given_input, input, state0, weights = input, *self._lowered(input, state0, weights)
+        given_input, (input, state0, weights) = input, paths.lowered(input, state0, weights)
         reason, recorded = self._unsupported(input, state0, weights if packed is None else []), False
         if reason is not None:
             if paths.is_proxy(given_input):
@@ -169,79 +156,25 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
                 raise RuntimeError(f"{given} needs the kernels of fusedrnn, which cannot run here: {reason}")
             if not recorded:
                 return paths.fall_back(self, reason, super().forward, given_input, hx)
-            paths.record(self, reason)
             packed = None
+            paths.record(self, reason)
         else:
             self.__dict__["last_path"] = paths.FUSED
         if packed is not None:
             packed.check(input.data if isinstance(input, PackedSequence) else input, state0)
-        if isinstance(input, PackedSequence):
-            if given := paths.asked_for(options):
-                raise ValueError(
-                    f"{given}: expected none with a PackedSequence; pass padded input and lengths="
-                )
-            return self._packed_sequence(input, state0, weights, packed, recorded)
-        options["regularization"] = self._regularization()
-        x, state0, options = self._to_kernels(input, state0, options)
-        run = self._one(weights, options, packed, recorded)
-        return self._from_kernels(input, self._run_layers(x, state0, run))
-
-    def _lowered(self, input: Any, state0: Any, weights: list[Weights]) -> tuple[Any, Any, list[Weights]]:
-        """A call's tensors in the dtype of autocast, on a GPU; else as they are."""
-        data = input.data if isinstance(input, PackedSequence) else input
-        dtype = paths.lowered(data) if isinstance(data, Tensor) else None
-        if dtype is None:
-            return input, state0, weights
-        data = paths.lower(data, dtype)
-        return (
-            input._replace(data=data) if isinstance(input, PackedSequence) else data,
-            paths.lower_state(state0, dtype),
-            [tuple([paths.lower(w, dtype) for w in given]) for given in weights],
-        )
-
-    def _one(
-        self,
-        weights: Sequence[Weights],
-        options: dict[str, Any],
-        packed: Frozen | None = None,
-        recorded: bool = False,
-    ) -> Run:
-        """One layer in one direction by the kernels, in autograd; of a frozen layer without. Or ``recorded``,
-        in PyTorch's operations."""
-        regularization = options["regularization"]
-        rates: list[float] = [] if regularization is None else list(regularization[:3])
-        seed: Any = None if regularization is None else regularization.seed
-        kind, states = self.kind, options["return_states"]
-
-        def run(j: int, reverse: bool, x: Tensor, state0: Sequence[Tensor] | None) -> list[Tensor]:
-            h0, c0 = (None, None) if state0 is None else (*state0, None)[:2]
-            lengths, reset, every = options["lengths"], options["reset"], options["detach_every"]
-            tensors = (x, h0, c0, *weights[j], lengths, reset, seed)
-            call = Call._make((*tensors, kind, reverse, self.recompute, every, rates, j))
-            if recorded:
-                return steps(call, states)
-            if packed is None:
-                return recurrence(call, states)
-            return ops.run(call, states, None, packed.packed[j])
-
-        return run
+        return self._run(input, state0, weights, options, packed, recorded)
 
     def _weights(self) -> list[Weights]:
-        """Of each layer and direction."""
-        if not self.layer_norm and not self.proj_size:
-            return [weights_of(self, names) for names in self._all_weights]
-        suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
-        return [weights_of(self, [name + suffix for name in WEIGHTS]) for suffix in suffixes]
-
-    _freezable_weights = _weights
+        names, count = self._all_weights, len(PLAIN)
+        if self.layer_norm or self.proj_size:
+            blocks = self.cell.blocks
+            count = len(blocks)
+            suffixes = [each[0].removeprefix("weight_ih") for each in names]
+            names = [[name + suffix for name in blocks] for suffix in suffixes]
+        return [weights_of(self, each, count) for each in names]
 
     def _lacks(self, device: torch.device) -> str | None:
         return "proj_size on a GPU" if self.proj_size and device.type != "cpu" else None
-
-    def _only_ours(self) -> str | None:
-        """The name of the first option that PyTorch's own implementation would leave out."""
-        names = (*ALWAYS, "recurrent_dropout") if self.training else ALWAYS
-        return next((name for name in names if getattr(self, name)), None)
 
     def _unsupported(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
         """Why the kernels cannot take this call, or None. What is wrong is left to PyTorch's own errors."""
@@ -260,10 +193,11 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         reason = self._misshapen(input, state)
         if reason is not None:
             return reason
-        D, H, P = 2 if self.bidirectional else 1, self.hidden_size, self._widths()[0]
+        D, H = 2 if self.bidirectional else 1, self.hidden_size
+        P, cell = self.proj_size or H, self.cell
         for j, each in enumerate(weights):
             I = self.input_size if j < D else D * P
-            reason = paths.unsupported_weights(data, each, self.cell, I, H, P)
+            reason = paths.unsupported_weights(data, each, cell, I, H, P)
             if reason is not None:
                 return reason
         return None

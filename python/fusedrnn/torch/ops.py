@@ -2,45 +2,36 @@
 
 Both are functions of their tensors alone: no aliases, nothing kept between calls, so weights are packed, or
 read as they lie, in every call. They have no derivatives of their own: ``recurrence.Recurrence`` joins them.
-So tracers, counters and compilers see one operator, whatever called it.
+So tracers, counters and compilers see one operator, whatever called it. What no kernel runs they run a step
+at a time in PyTorch's operations.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fusedrnn import backends, cells
+from fusedrnn import backends
+from fusedrnn.backends import cpu
 from fusedrnn.backends.arguments import booleans, check_lengths
 from fusedrnn.backends.cpu import WEIGHTS, CpuBackend
-from fusedrnn.backends.protocol import Regularization
-from fusedrnn.cells import Cell
-from fusedrnn.torch import gpu
+from fusedrnn.backends.protocol import Regularization, Unsupported
+from fusedrnn.torch import differentiable, gpu, paths
+from fusedrnn.torch.keys import CELLS, cell_of
 from fusedrnn.torch.memory import array, contiguous, contiguous_features, given, tensor
 
-CELLS: dict[str, Cell] = {  # by PyTorch's name
-    "LSTM": cells.lstm,
-    "GRU": cells.gru,
-    "RNN_TANH": cells.rnn,
-    "RNN_RELU": cells.rnn.with_options(relu=True),
-}
-NORMED = "_LAYER_NORM"  # ends the names of cells with layer norm
-CELLS |= {f"{name}{NORMED}": cell.with_options(layer_norm=True) for name, cell in CELLS.items()}
-PROJECTED = "_PROJECTED"  # likewise with a projection
-CELLS[f"LSTM{PROJECTED}"] = cells.lstm.with_options(project=True)
-
-Weights = tuple[Any, ...]  # of one layer and direction in the order of WEIGHTS, None where there is none
+Weights = tuple[Any, ...]  # of one layer and direction in the order of cell.blocks, None where there is none
 
 _CALL = (
-    "Tensor x, Tensor? h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? gain_ih, Tensor? gain_hh, Tensor? gain_c, Tensor? bias_c, Tensor? weight_hr,"
-    " Tensor? lengths, Tensor? reset, Tensor? seed,"
-    " str cell, bool reverse, bool recompute, int? detach_every, float[] rates, int stream"
+    "Tensor x, Tensor[] state0, Tensor?[] weights, Tensor[] scalars, Tensor? lengths, Tensor? reset,"
+    " Tensor? seed, str cell, bool reverse, bool recompute, int? detach_every, float[] rates, int stream"
 )
 # Returns y, the final states, those of every step, and the tape: as there are.
 torch.library.define(
@@ -48,14 +39,11 @@ torch.library.define(
     f"({_CALL}, bool return_states, SymInt? tape_rows) -> Tensor[]",
     tags=torch.Tag.pt2_compliant_tag,
 )
-# Returns the gradients of x, h0, c0 and the weights; empty ones where they are not needed. They are no list,
-# so that PyTorch can run it for a batch of upstream gradients.
+# ``upstream`` are the gradients of what forward returned but the tape. Returns those of x, state0, the
+# weights and the scalars; empty ones where they are not needed.
 torch.library.define(
     "fusedrnn::recurrence_backward",
-    f"({_CALL}, Tensor y, Tensor? tape, Tensor? tape2, Tensor? dy, Tensor? dhT, Tensor? dcT,"
-    " Tensor? dh_states, Tensor? dc_states, bool[12] need) -> (Tensor dx, Tensor dh0, Tensor dc0,"
-    " Tensor dweight_ih, Tensor dweight_hh, Tensor dbias_ih, Tensor dbias_hh, Tensor dgain_ih,"
-    " Tensor dgain_hh, Tensor dgain_c, Tensor dbias_c, Tensor dweight_hr)",
+    f"({_CALL}, Tensor y, Tensor[] tape, Tensor?[] upstream, bool[] need) -> Tensor[]",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -63,35 +51,38 @@ torch.library.define(
 class Call(NamedTuple):
     """What both operators begin with. What is missing is None.
 
-    x is (T, B, I); or (B, I), one step, whose y is not returned: it is the final h.
+    x is (T, B, I); or (B, I), one step, whose y is not returned: it is the final state's first.
     """
 
     x: Tensor
-    h0: Tensor | None
-    c0: Tensor | None
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-    gain_ih: Tensor | None
-    gain_hh: Tensor | None
-    gain_c: Tensor | None
-    bias_c: Tensor | None
-    weight_hr: Tensor | None
-    lengths: Tensor | None  # (B,), on the CPU
-    reset: Tensor | None  # (T, B)
-    seed: Tensor | None  # of the masks; None: evaluation
-    cell: str  # out of CELLS
+    state0: Sequence[Tensor]  # of each state (B, ·); or empty, for where they start
+    weights: Sequence[Tensor | None]  # in the order of cell.blocks; biases may be missing
+    scalars: Sequence[Tensor] = ()  # (T, B) each, in the order of cell.scalars
+    lengths: Tensor | None = None  # (B,), on the CPU
+    reset: Tensor | None = None  # (T, B)
+    seed: Tensor | None = None  # of the masks; None: evaluation
+    cell: str = ""  # a key
     reverse: bool = False
     recompute: bool = False
     detach_every: int | None = None
     rates: Sequence[float] = ()  # of recurrent dropout and of zoneout of h and c, or none
     stream: int = 0  # of layer and direction: their masks differ
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
-        return {name: w for name, w in zip(WEIGHTS, self[3:LEARNED], strict=True) if w is not None}
+    def learned(self) -> list[Tensor | None]:
+        """What may have a gradient."""
+        return [self.x, *self.state0, *self.weights, *self.scalars]
+
+    def with_learned(self, tensors: Sequence[Any]) -> Call:
+        """The call with others in their place."""
+        x, *rest = tensors
+        a = len(self.state0)
+        b = a + len(self.weights)
+        return self._replace(x=x, state0=rest[:a], weights=rest[a:b], scalars=rest[b:])
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The weights that there are."""
+        pairs = zip(cell_of(self.cell).blocks, self.weights, strict=True)
+        return {name: w for name, w in pairs if w is not None}
 
     def rows(self) -> tuple[Any, Any]:
         """``lengths`` and ``reset`` as arrays, values checked."""
@@ -113,115 +104,106 @@ class Call(NamedTuple):
         seed = None if self.seed is None else int(self.seed)
         return Regularization(dropout, zoneout_h, zoneout_c, seed, self.stream)
 
-    def cpu_arguments(self, packed: Any = None) -> tuple[Any, ...]:
-        """As ``CpuBackend.run_forward`` and ``run_backward`` take it, of packed weights or of these."""
-        lengths, reset = (None, None) if self.lengths is self.reset is None else self.rows()
-        if packed is None:
-            weights = [w if w is None or w.is_contiguous() else w.contiguous() for w in self[3:LEARNED]]
-            packed = tuple(given(weights))
-        return (
-            CELLS[self.cell],
-            packed,
-            *given([contiguous_features(self.x), contiguous(self.h0), contiguous(self.c0)]),
-            lengths,
-            reset,
-            self.reverse,
-            self.recompute,
-            self.detach_every or 0,
-            self.regularization() if self.rates else None,
-        )
-
-    def other_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """As other backends take it: the cell, x, the weights, the initial state; and by name."""
-        lengths, reset = self.rows()
-        x = array(contiguous_features(self.x))
-        state0 = tuple([array(contiguous(s)) for s in (self.h0, self.c0) if s is not None])
-        weights = {name: array(contiguous(w)) for name, w in self.weights.items()}
-        options = {
-            "lengths": lengths,
-            "reset": reset,
-            "reverse": self.reverse,
-            "detach_every": self.detach_every,
-            "regularization": self.regularization(),
-        }
-        return (CELLS[self.cell], x if x.ndim == 3 else x[None], weights, state0 or None), options
-
     def sizes(self) -> tuple[Any, Any, Any, Any, Any]:
         """T, B, I, H, P, which may be symbols."""
-        T, B, I = self.x.shape if self.x.dim() == 3 else (1, *self.x.shape)
-        P = self.weight_hh.size(1)
-        return T, B, I, P if self.weight_hr is None else self.weight_hr.size(1), P
+        x, blocks, first = self.x, cell_of(self.cell).blocks, self.weights[0]
+        T, B, I = x.shape if x.dim() == 3 else (1, *x.shape)
+        H = first.size(0) // blocks["weight_ih"]  # type: ignore[union-attr]
+        return T, B, I, H, self.by_name()["weight_hr"].size(0) if "weight_hr" in blocks else H
 
     def results(self, return_states: bool) -> int:
         """How many tensors there are but the tape."""
-        return (self.x.dim() == 3) + len(CELLS[self.cell].states) * (1 + return_states)
+        return (self.x.dim() == 3) + len(cell_of(self.cell).states) * (1 + return_states)
 
     def backend(self) -> Any:
         """The backend that runs a call: that of a GPU for tensors there."""
         return backends.usable(None) if self.x.is_cpu else gpu.backend()
 
+    def refused(self) -> str | None:
+        """Why no kernel runs it, or None."""
+        x = self.x
+        if self.cell in CELLS:
+            if not x.is_cpu:
+                return gpu.unavailable() if x.is_cuda else None
+            if x.dtype in FLOATS:
+                return None
+        detached = self.detach_every is not None
+        return refused(self.cell, x.device.type, str(x.dtype), bool(self.rates), detached)
+
     def tape_width(self) -> int:
         """Elements of the tape for each of its rows."""
-        return _tape_width(self.cell, int(self.sizes()[3]), self.recompute, bool(self.rates))
+        regularization = None
+        if self.rates:  # whatever the seed, which a compiler does not know
+            dropout, zoneout_h, zoneout_c = self.rates
+            regularization = Regularization(dropout, zoneout_h, zoneout_c, None if self.seed is None else 0)
+        return _tape_width(self.cell, int(self.sizes()[3]), self.recompute, regularization)
 
     def tape_rows(self) -> int | None:
-        """Rows of the tape, of tensors whose values are known."""
+        """Rows of the tape, of tensors whose values are known; None: there is none."""
         T, B, *_ = sizes = self.sizes()
+        if self.cell not in CELLS:
+            there = not (self.recompute or self.refused()) and isinstance(self.backend(), CpuBackend)
+            return T * B if there else None
         if self.recompute and self.x.is_cpu:
-            kind, acts, float64 = CELLS[self.cell], bool(self.rates), self.x.dtype is torch.float64
-            return CPU.tape_shape(kind, sizes, recompute=True, regularized=acts, float64=float64)[0]
+            cell, acts, float64 = CELLS[self.cell], bool(self.rates), self.x.dtype is torch.float64
+            return CPU.tape_shape(cell, sizes, recompute=True, regularized=acts, float64=float64)[0]
         return T * B if self.lengths is None else int(self.lengths.sum())
 
 
 N = len(Call._fields)
-# So many of these, from the first on, may have a gradient: x, the state and the weights; and so many are
-# tensors. (A sum is no constant for mypy.)
-LEARNED: Final = 12
-TENSORS: Final = 15
 CPU = CpuBackend()
 LARGE = 1 << 16  # bytes
+FLOATS = (torch.float32, torch.float64)
 
 
 @functools.cache
-def _tape_width(cell: str, H: int, recompute: bool, regularized: bool) -> int:
-    sizes = (1, 1, 1, H, H)  # P changes nothing
-    return CPU.tape_shape(CELLS[cell], sizes, recompute=recompute, regularized=regularized)[1]
+def _tape_width(key: str, H: int, recompute: bool, regularization: Regularization | None) -> int:
+    if key not in CELLS:
+        return cpu.machine.plan_of(cell_of(key), regularization).tape_width(H)
+    sizes, acts = (1, 1, 1, H, H), regularization is not None  # P changes nothing
+    return CPU.tape_shape(CELLS[key], sizes, recompute=recompute, regularized=acts)[1]
 
 
-def _allocated(
-    call: Call,
-    return_states: bool,
-    tape_rows: Any,
-    new_tape: Callable[[Tensor, Any, int], Tensor] = lambda x, rows, width: x.new_empty((rows, width)),
-) -> list[Tensor | None]:
-    """Memory for the results of forward: y, hT, cT, h_states, c_states, tape; None for those that the call
-    does not have."""
-    T, B, _, H, P = call.sizes()
-    x, two = call.x, len(CELLS[call.cell].states) == 2
-    return [
-        x.new_empty((T, B, P)) if x.dim() == 3 else None,
-        x.new_empty((B, P)),
-        x.new_empty((B, H)) if two else None,
-        x.new_empty((T, B, P)) if return_states else None,
-        x.new_empty((T, B, H)) if return_states and two else None,
-        None if tape_rows is None else new_tape(x, tape_rows, call.tape_width()),
-    ]
+def refused(key: str, device: str, dtype: str, regularized: bool, detached: bool) -> str | None:
+    """Why no kernel runs such calls of a cell, or None."""
+    if device != "cpu":
+        return f"the device is {device}"
+    if dtype not in ("torch.float32", "torch.float64"):
+        return f"the dtype is {dtype}"
+    backend = backends.usable(None).name
+    return _refused(key, backend, dtype.removeprefix("torch."), regularized, detached)
 
 
-def _own_tape(x: Tensor, rows: int, width: int) -> Tensor:
-    """Memory for a tape: if large, the kernels' own, which is used again. PyTorch's would be new pages of the
-    system's in every call, which cost as much as filling them."""
-    if rows * width * x.element_size() < LARGE:
-        return x.new_empty((rows, width))
-    return torch.from_numpy(CPU.empty(rows, width, x.dtype is torch.float64))
+# For the compiler, which knows all that it is given (``torch.compiler.assume_constant_result``, which imports
+# the compiler).
+refused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def forward(call: Call, return_states: bool, tape_rows: int | None) -> list[Tensor]:
-    """The operator ``recurrence``; by PyTorch's dispatcher, which takes 7 us, only where that is watched."""
-    if watched(call.x):
-        found: list[Tensor] = torch.ops.fusedrnn.recurrence(*call, return_states, tape_rows)
-        return found
-    return run(call, return_states, tape_rows)
+@functools.cache
+def _refused(key: str, backend: str, dtype: str, regularized: bool, detached: bool) -> str | None:
+    """A backend that cannot tell before is tried, once."""
+    cell = cell_of(key)
+    regularization = None
+    if regularized:
+        dropout, h, c = ("weight_hh" in cell.blocks), ("h" in cell.states), ("c" in cell.states)
+        regularization = Regularization(dropout / 2, h / 2, c / 2, seed=0)
+    try:
+        if backend == CpuBackend.name:
+            cpu.machine.plan(cell)
+            cpu.machine.plan_of(cell, regularization)  # the largest program
+        else:
+            weights = {name: np.zeros(shape, dtype) for name, shape in cell.shapes(1, 1, 1).items()}
+            backends.get(backend).forward(
+                cell,
+                np.zeros((1, 1, 1), dtype),
+                weights,
+                detach_every=1 if detached else None,
+                regularization=regularization,
+                scalars={name: np.zeros((1, 1), dtype) for name in cell.scalars} or None,
+            )
+    except Unsupported as error:
+        return str(error).partition("; use")[0]
+    return None
 
 
 def watched(x: Tensor) -> bool:
@@ -235,27 +217,146 @@ def watched(x: Tensor) -> bool:
     )
 
 
-def _forward(*arguments: Any) -> list[Tensor]:
-    return run(Call(*arguments[:N]), *arguments[N:])
+def forward(call: Call, return_states: bool, tape_rows: int | None) -> list[Tensor]:
+    """The operator ``recurrence``; by PyTorch's dispatcher, which takes 7 us, only where that is watched."""
+    if watched(call.x):
+        found: list[Tensor] = torch.ops.fusedrnn.recurrence(*call, return_states, tape_rows)
+        return found
+    return run(call, return_states, tape_rows)
+
+
+def backward(call: Call, y: Tensor, tape: Any, upstream: Any, need: Any) -> list[Tensor]:
+    """The operator ``recurrence_backward``, likewise."""
+    if watched(call.x):
+        found: list[Tensor] = torch.ops.fusedrnn.recurrence_backward(*call, y, tape, upstream, need)
+        return found
+    return run_backward(call, y, tape, upstream, need)
+
+
+def _allocated(call: Call, return_states: bool) -> list[Tensor]:
+    """Memory for y, the final states and those of every step."""
+    T, B, _, H, P = call.sizes()
+    x, widths = call.x, cell_of(call.cell).widths(H, P)
+    out = [x.new_empty((T, B, P))] if x.dim() == 3 else []
+    out += [x.new_empty((B, width)) for width in widths]
+    return out + [x.new_empty((T, B, width)) for width in widths] if return_states else out
+
+
+def _tape(call: Call, rows: int) -> Tensor:
+    """Memory for a tape: if large, the kernels' own, which is used again. PyTorch's would be new pages of the
+    system's in every call, which cost as much as filling them."""
+    x, width = call.x, call.tape_width()
+    if rows * width * x.element_size() < LARGE:
+        return x.new_empty((rows, width))
+    return torch.from_numpy(CPU.empty(rows, width, x.dtype is torch.float64))
+
+
+@functools.cache
+def _places(key: str) -> tuple[int | None, ...]:
+    """Of the weights that the CPU's kernels take, in their order, where each stands among those of a call."""
+    cell = cell_of(key)
+    order = {name: k for k, name in enumerate(cell.blocks)}
+    return tuple([order.get(name) for name in (WEIGHTS if key in CELLS else cpu.machine.names(cell))])
+
+
+def _two(states: Sequence[Any]) -> tuple[Any, Any]:
+    """h and c, None where there is none."""
+    return (*states, None, None)[:2]
+
+
+def _cpu_weights(call: Call) -> tuple[Any, ...]:
+    own = call.weights
+    ordered = [
+        None if k is None or (w := own[k]) is None else w if w.is_contiguous() else w.contiguous()
+        for k in _places(call.cell)
+    ]
+    return tuple(given(ordered))
+
+
+def _compiled_arguments(call: Call, weights: Any) -> tuple[Any, ...]:
+    """As ``CpuBackend.run_forward`` and ``run_backward`` take it."""
+    h0, c0 = _two(call.state0) if call.state0 else (None, None)
+    return (
+        CELLS[call.cell],
+        weights,
+        *given([contiguous_features(call.x), contiguous(h0), contiguous(c0)]),
+        *((None, None) if call.lengths is call.reset is None else call.rows()),
+        call.reverse,
+        call.recompute,
+        call.detach_every or 0,
+        call.regularization() if call.rates else None,
+    )
+
+
+def _machine_arguments(call: Call) -> tuple[Any, ...]:
+    """As ``machine.run_forward`` and ``run_backward`` take it."""
+    x: Any = contiguous_features(call.x)
+    return (
+        given([x if x.dim() == 3 else x[None]])[0],
+        given([s.contiguous() for s in call.state0]),
+        given([s.contiguous() for s in call.scalars]),
+        *call.rows(),
+        call.reverse,
+        call.detach_every or 0,
+        call.regularization(),
+    )
+
+
+def _other_arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """As other backends take it: the cell, x, the weights, the initial state; and by name."""
+    cell, (lengths, reset) = cell_of(call.cell), call.rows()
+    x = array(contiguous_features(call.x))
+    weights = {name: array(contiguous(w)) for name, w in call.by_name().items()}
+    state0 = tuple([array(contiguous(s)) for s in call.state0])
+    scalars = [array(contiguous(s)) for s in call.scalars]
+    options = {
+        "lengths": lengths,
+        "reset": reset,
+        "reverse": call.reverse,
+        "detach_every": call.detach_every,
+        "regularization": call.regularization(),
+        "scalars": dict(zip(cell.scalars, scalars, strict=True)) or None,
+    }
+    return (cell, x if x.ndim == 3 else x[None], weights, state0 or None), options
 
 
 def run(
     call: Call, return_states: bool, tape_rows: int | None, packed: tuple[Any, Any] | None = None
 ) -> list[Tensor]:
     """Forward, of the call's weights or of a backend and what it packed of them."""
+    x, compiled = call.x, call.cell in CELLS
+    plain = compiled and x.is_cpu and x.dtype in FLOATS
+    if not plain and (reason := call.refused()) is not None:
+        paths.tell(cell_of(call.cell).name, reason, paths.STEPS)
+        with torch.no_grad():
+            found = steps(call, return_states)
+        at = int(x.dim() == 3)  # states may be views, and one another's
+        return [*found[:at], *[s.clone(memory_format=torch.contiguous_format) for s in found[at:]]]
     backend, weights = (call.backend(), None) if packed is None else packed
     if isinstance(backend, CpuBackend):
-        out = _allocated(call, return_states, tape_rows, _own_tape)
-        backend.run_forward(*call.cpu_arguments(None if weights is None else weights.core), *given(out))
-        return [t for t in out if t is not None]
-    with gpu.on(call.x.device):
-        (cell, x, own, state0), options = call.other_arguments()
-        first = cell, x, own if weights is None else weights, state0
-        save = None if tape_rows is None else "boundary_states" if call.recompute else "all"
-        found = backend.forward(*first, **options, return_states=return_states, save=save)
-        kept = backend.saved(found.tape) if save == "all" and not call.x.is_cpu else []
-        y = [found.y] if call.x.dim() == 3 else []
-        return [tensor(a) for a in (*y, *found.stateT, *(found.states or ()), *kept)]
+        out = _allocated(call, return_states)
+        tape = None if tape_rows is None else _tape(call, tape_rows)
+        cell, at = cell_of(call.cell), int(x.dim() == 3)
+        end = at + len(cell.states)
+        y, final, every = out[0] if at else None, out[at:end], out[end:]
+        if compiled:
+            first = _compiled_arguments(call, _cpu_weights(call) if weights is None else weights.core)
+            backend.run_forward(*first, *given([y, *_two(final), *_two(every), tape]))
+        else:
+            machine = cpu.machine
+            core = machine.pack_given(cell, _cpu_weights(call)) if weights is None else weights.core
+            if tape is not None and call.lengths is not None:
+                tape.zero_()  # padding leaves it as it is
+            y, kept = given([x.new_empty((1, *out[0].shape)) if y is None else y, tape])
+            machine.run_forward(cell, core, *_machine_arguments(call), y, given(final), given(every), kept)
+        return out if tape is None else [*out, tape]
+    with gpu.on(x.device):
+        (cell, given_x, own, state0), options = _other_arguments(call)
+        first = cell, given_x, own if weights is None else weights, state0
+        save = None if tape_rows is None or x.is_cpu else "boundary_states" if call.recompute else "all"
+        done = backend.forward(*first, **options, return_states=return_states, save=save)
+        kept = backend.saved(done.tape) if save == "all" else []
+        return [tensor(a) for a in (*[done.y][: x.dim() == 3], *done.stateT, *(done.states or ()), *kept)]
 
 
 def _gradients(tensors: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor | None]:
@@ -263,55 +364,130 @@ def _gradients(tensors: Sequence[Tensor | None], need: Sequence[bool]) -> list[T
     return [t.new_empty(t.shape) if n and t is not None else None for t, n in zip(tensors, need, strict=True)]
 
 
-def _with_empty(found: Sequence[Tensor | None], x: Tensor) -> tuple[Tensor, ...]:
-    return tuple([x.new_empty((0,)) if t is None else t for t in found])
-
-
-def backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The operator ``recurrence_backward``, as ``forward``; by the dispatcher also for a batch of upstream
-    gradients, which have no memory of their own."""
-    if watched(arguments[0]) or not all(d is None or torch._C._has_storage(d) for d in arguments[-6:-1]):
-        found: tuple[Tensor, ...] = torch.ops.fusedrnn.recurrence_backward(*arguments)
-        return found
-    return _backward(*arguments)
-
-
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    call, (y, tape, tape2, *upstream, need) = Call(*arguments[:N]), arguments[N:]
-    backend = call.backend()
-    dy, dhT, dcT, dh_states, dc_states = upstream
-    if isinstance(backend, CpuBackend):
-        if tape is None:  # compiled code asks for none where its size would depend on values
+def run_backward(
+    call: Call, y: Tensor, tape: Sequence[Tensor], upstream: Sequence[Tensor | None], need: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of x, state0, the weights and the scalars."""
+    cell, learned, backend, step = cell_of(call.cell), call.learned(), call.backend(), call.x.dim() == 2
+    n, n0, scalars = len(cell.states), len(call.state0), 1 + len(call.state0) + len(call.weights)
+    dy, *states = (None, *upstream) if step else upstream
+    found: list[Tensor | None]
+    if not tape and call.refused() is not None:  # a tape is of a kernel, whatever hooks made of the tensors
+        with _recording():
+            inputs = [
+                None if t is None else t.detach().requires_grad_(wanted)
+                for t, wanted in zip(learned, need, strict=True)
+            ]
+            found = gradients_of_steps(call.with_learned(inputs), upstream, inputs, False)
+        found = [  # zeros where no step used what was asked for
+            torch.zeros_like(t) if d is None and w and t is not None else d
+            for t, d, w in zip(learned, found, need, strict=True)
+        ]
+    elif isinstance(backend, CpuBackend):
+        if not tape:  # compiled code asks for none where its size would depend on values
             call = call._replace(recompute=False)
-            tape = run(call, False, call.tape_rows())[-1]
-        out = _gradients(call[:LEARNED], need)
-        dx, dh0, dc0, *dweights = given(out)
-        dy, dh_states, dc_states = (contiguous_features(d) for d in (dy, dh_states, dc_states))
-        rest = [contiguous(y), contiguous(tape), dy, contiguous(dhT), contiguous(dcT), dh_states, dc_states]
-        backend.run_backward(*call.cpu_arguments(), *given(rest), [dx, *dweights, dh0, dc0])
-        return _with_empty(out, call.x)
-    states = dh_states is not None or dc_states is not None
-    with gpu.on(call.x.device):
-        first, options = call.other_arguments()
-        if tape is not None:
-            saved = array(tape), array(tape2)
-            kept = backend.tape(*first, **options, y=array(y), saved=saved, return_states=states)
+            tape = run(call, False, call.tape_rows())[-1:]
+        found = _gradients(learned, need)
+        dweights = given([None if k is None else found[1 + n0 + k] for k in _places(call.cell)])
+        final, every = [contiguous(d) for d in states[:n]], [contiguous_features(d) for d in states[n:]]
+        if call.cell in CELLS:
+            rest = [contiguous(y), contiguous(tape[0]), contiguous_features(dy), *_two(final), *_two(every)]
+            out = [given(found[:1])[0], *dweights, *given(_two(found[1 : 1 + n0]))]
+            backend.run_backward(*_compiled_arguments(call, _cpu_weights(call)), *given(rest), out)
         else:
-            kept = backend.forward(*first, **options, return_states=states).tape
-        n = len(CELLS[call.cell].states)
-        need_x, need_h, need_c, *need_weights = need
-        wanted = {"x": need_x, "state0": need_h or need_c} | dict(zip(WEIGHTS, need_weights, strict=True))
-        dx, dw, dstate0, _ = backend.backward(
-            kept,
-            array(contiguous(dy)) if call.x.dim() == 3 else None,
-            tuple([array(contiguous(d)) for d in (dhT, dcT)])[:n],
-            tuple([array(contiguous(d)) for d in (dh_states, dc_states)])[:n] if states else None,
-            need=[name for name in ("x", *call.weights, "state0") if wanted[name]],
+            if any(need[1 : 1 + n0]):  # all or none
+                found[1 : 1 + n0] = [s.new_empty(s.shape) for s in call.state0]
+            dx = found[0]
+            cpu.machine.run_backward(
+                cell,
+                _cpu_weights(call),
+                *_machine_arguments(call),
+                *given([contiguous(y[None] if step else y), contiguous(tape[0]), contiguous(dy)]),
+                given(final),
+                given([contiguous(d) for d in every]),
+                *given([dx[None] if step and dx is not None else dx]),
+                dweights,
+                given([d for d in found[1 : 1 + n0] if d is not None]),
+                given(found[scalars:]),
+            )
+    else:
+        with gpu.on(call.x.device):
+            first, options = _other_arguments(call)
+            of_final, of_every = (tuple(array(contiguous(d)) for d in ds) for ds in (states[:n], states[n:]))
+            if tape and not call.x.is_cpu:  # one of the CPU's kernels is none of another backend's
+                saved = [array(t) for t in tape]
+                kept = backend.tape(*first, **options, y=array(y), saved=saved, return_states=bool(of_every))
+            else:
+                kept = backend.forward(*first, **options, return_states=bool(of_every)).tape
+            names = ["x", *["state0"] * n0, *cell.blocks, *cell.scalars]
+            there = [t is not None and w for t, w in zip(learned, need, strict=True)]
+            wanted = list(dict.fromkeys(m for m, w in zip(names, there, strict=True) if w))
+            back = backend.backward(kept, array(contiguous(dy)), of_final, of_every or None, need=wanted)
+            dx = back.dx[0] if step and back.dx is not None else back.dx
+            arrays = [dx, *(back.dstate0 or [None] * n0)[:n0]]
+            arrays += [*map(back.dweights.get, cell.blocks), *map(back.dscalars.get, cell.scalars)]
+            found = [tensor(a) if w else None for a, w in zip(arrays, there, strict=True)]
+    return _with_empty(found, need, call.x)
+
+
+def _with_empty(found: Sequence[Tensor | None], need: Sequence[bool], x: Tensor) -> list[Tensor]:
+    return [x.new_empty((0,)) if d is None or not w else d for d, w in zip(found, need, strict=True)]
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Within the block autograd records, also where compiled code, which records itself, runs an operator."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
+        exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
+    with torch.inference_mode(False), torch._C._ForceDispatchKeyGuard(include, exclude):
+        yield
+
+
+def steps(call: Call, return_states: bool = False) -> list[Tensor]:
+    """What forward returns, a step at a time in PyTorch's own operations, which record themselves."""
+    cell, lengths, reset = cell_of(call.cell), call.lengths, call.reset
+    if torch._C._functorch.peek_interpreter_stack() is None:  # a transform's tensors have no values to check
+        lengths, reset = call.rows()
+    with paths.without_autocast(call.x.device):
+        y, final, every = differentiable.recurrence(
+            cell,
+            call.x if call.x.dim() == 3 else call.x[None],
+            call.by_name(),
+            call.state0 or None,
+            scalars=dict(zip(cell.scalars, call.scalars, strict=True)),
+            lengths=lengths,
+            reset=reset,
+            reverse=call.reverse,
+            return_states=return_states,
+            detach_every=call.detach_every,
+            regularization=call.regularization(),
         )
-        if dx is not None and call.x.dim() == 2:
-            dx = dx[0]
-        found = (dx, *(*(dstate0 or (None,)), None)[:2], *map(dw.get, WEIGHTS))
-        return _with_empty([tensor(a) if n else None for a, n in zip(found, need, strict=True)], call.x)
+    return [*[y][: call.x.dim() == 3], *final, *(every or [])]
+
+
+def gradients_of_steps(
+    call: Call, upstream: Sequence[Tensor | None], inputs: Sequence[Tensor | None], create_graph: bool
+) -> list[Tensor | None]:
+    """The gradients of inputs of a call; None where there is none."""
+    with torch.enable_grad():
+        results = steps(call, len(upstream) > call.results(False))
+        used = [(r, d) for r, d in zip(results, upstream, strict=True) if d is not None and r.requires_grad]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found: Any = [None] * len(wanted)
+        if used and wanted:
+            ys, ds = [r for r, _ in used], [d for _, d in used]
+            found = torch.autograd.grad(ys, wanted, ds, create_graph=create_graph, allow_unused=True)
+    each = iter(found)
+    return [next(each) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _forward(*arguments: Any) -> list[Tensor]:
+    return run(Call(*arguments[:N]), *arguments[N:])
+
+
+def _backward(*arguments: Any) -> list[Tensor]:
+    return run_backward(Call(*arguments[:N]), *arguments[N:])
 
 
 for _device in ("CPU", "CUDA"):
@@ -328,23 +504,26 @@ def refuse_onnx(what: str) -> None:
 @torch.library.register_fake("fusedrnn::recurrence")  # type: ignore[untyped-decorator]
 def _forward_fake(*arguments: Any) -> list[Tensor]:
     refuse_onnx("torch.ops.fusedrnn.recurrence")
-    call, (return_states, tape_rows) = Call(*arguments[:N]), arguments[N:]
-    if not isinstance(call.backend(), CpuBackend):  # others have none, and run forward again
-        tape_rows = None
-    return [t for t in _allocated(call, return_states, tape_rows) if t is not None]
+    call, (return_states, rows) = Call(*arguments[:N]), arguments[N:]
+    out = _allocated(call, return_states)
+    # Other backends have no tape, and run forward again.
+    if rows is None or call.refused() or not isinstance(call.backend(), CpuBackend):
+        return out
+    return [*out, call.x.new_empty((rows, call.tape_width()))]
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")  # type: ignore[untyped-decorator]
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _with_empty(_gradients(arguments[:LEARNED], arguments[-1]), arguments[0])
+def _backward_fake(*arguments: Any) -> list[Tensor]:
+    call, need = Call(*arguments[:N]), arguments[-1]
+    return _with_empty(_gradients(call.learned(), need), need, call.x)
 
 
-def _products(shapes: Sequence[Any]) -> tuple[int, int, int]:
-    """Operations of the products of all steps with weight_ih, weight_hh and weight_hr. A multiply and an add
-    are two, as PyTorch counts."""
-    x, ih, hh, hr = shapes[0], shapes[3], shapes[4], shapes[LEARNED - 1] or (0, 0)
+def _products(shapes: Sequence[Any]) -> list[int]:
+    """Operations of the products of all steps with each weight. A multiply and an add are two, as PyTorch
+    counts."""
+    x = shapes[0]
     rows = 2 * int(x[0] * x[1] if len(x) == 3 else x[0])
-    return rows * int(ih[0] * ih[1]), rows * int(hh[0] * hh[1]), rows * int(hr[0] * hr[1])
+    return [rows * int(s[0] * s[1]) if s is not None and len(s) == 2 else 0 for s in shapes[2]]
 
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence)
@@ -354,6 +533,8 @@ def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.fusedrnn.recurrence_backward)
 def _backward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    ih, hh, hr = _products(shapes)
-    dx, _, _, dih, dhh, *_, dhr = shapes[-1]
-    return ih * (dx + dih) + hh * (1 + dhh) + hr * (1 + dhr)
+    """Once more for the gradients of operands, and once for those of weights."""
+    n0, need, products = len(shapes[1]), shapes[-1], _products(shapes)
+    names = list(cell_of(shapes[7]).blocks)
+    operands = sum(p * (need[0] if n == "weight_ih" else 1) for n, p in zip(names, products, strict=True))
+    return operands + sum(p * w for p, w in zip(products, need[1 + n0 :], strict=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,30 +16,24 @@ from fusedrnn.backends.arguments import (
     check_batch_sizes,
     check_cell,
     check_proj_size,
-    check_regularization,
     check_shape,
     check_whole,
 )
-from fusedrnn.backends.cpu import WEIGHTS
-from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import Cell
 from fusedrnn.cells.definition import OF_PRODUCTS
-from fusedrnn.torch import cell_ops, cell_recurrence, dynamo, ops, paths
-from fusedrnn.torch.base import RecurrentBase, Run
-from fusedrnn.torch.cell_ops import CellCall
+from fusedrnn.torch import dynamo, ops, paths
+from fusedrnn.torch.base import RecurrentBase, StepBase, weights_of
 from fusedrnn.torch.frozen import Freezable, Frozen, frozen
-from fusedrnn.torch.ops import CELLS, Call, Weights
-from fusedrnn.torch.recurrence import recurrence, weights_of
+from fusedrnn.torch.keys import CELLS, key_of
+from fusedrnn.torch.ops import Weights
 from fusedrnn.torch.scripted import OPTIONS
 
-KINDS = {cell: name for name, cell in CELLS.items()}  # those with compiled kernels
 BIASES = ("bias_ih", "bias_hh")
 
 
 class CellModule(Freezable):
     """What both have in common: a cell, its parameters, and one call of it."""
 
-    last_path: str | None = None
     input_size: int
     hidden_size: int
     proj_size: int
@@ -58,11 +52,7 @@ class CellModule(Freezable):
         for name in cell.scalars:
             if name in inspect.signature(self.forward).parameters:
                 raise ValueError(f"cell: expected other names than those of forward's arguments, got {name}")
-        self._key, self._kind = cell_ops.key_of(cell), KINDS.get(cell)
-        self._weight_names = tuple(cell.blocks)
-        # Where the weights of compiled kernels stand among those.
-        order = {name: k for k, name in enumerate(cell.blocks)}
-        self._order = [order.get(name) for name in WEIGHTS]
+        self._key = key_of(cell)
 
     def _add_parameters(self, sizes: Mapping[str, int], bias: bool, device: Any, dtype: Any) -> None:
         """For each suffix of names those of a layer with so many inputs."""
@@ -105,7 +95,7 @@ class CellModule(Freezable):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._key = cell_ops.key_of(self.cell)  # another process may have another
+        self._key = key_of(self.cell)  # another process may have another
 
     def __prepare_scriptable__(self) -> Any:
         name = type(self).__name__
@@ -115,9 +105,7 @@ class CellModule(Freezable):
 
     def _weights(self) -> list[Weights]:
         """Of each layer and direction."""
-        return [weights_of(self, names)[: len(names)] for names in self._all_weights]
-
-    _freezable_weights = _weights
+        return [weights_of(self, names, len(names)) for names in self._all_weights]
 
     def _acts(self) -> bool:
         """Whether there is recurrent dropout or zoneout in a call."""
@@ -128,9 +116,9 @@ class CellModule(Freezable):
 
     def _refused(self, device: torch.device, dtype: torch.dtype, detached: bool) -> str | None:
         """What the kernels have not of this cell."""
-        if self._kind is not None:
+        if self._key in CELLS:
             return "proj_size on a GPU" if self.proj_size and device.type != "cpu" else None
-        return cell_ops.refused(self._key, device.type, str(dtype), self._acts(), detached)
+        return ops.refused(self._key, device.type, str(dtype), self._acts(), detached)
 
     def _packed(self) -> Frozen | None:
         """What a call begins with: of a frozen layer what was packed."""
@@ -210,39 +198,21 @@ class CellModule(Freezable):
     def _reason(self, data: Tensor, state0: Any, weights: list[Weights], detached: bool) -> str | None:
         """Why the kernels cannot take this call, or None."""
         if torch.compiler.is_compiling():
-            if self._kind is not None:
+            if self._key in CELLS:
                 return dynamo.unsupported(data, state0, weights)
             return self._refused(data.device, data.dtype, detached)
         reason = paths.mode() or self._refused(data.device, data.dtype, detached)
         tensors = [data, *(state0 or ()), *[w for each in weights for w in each]]
         return reason or paths.unsupported(data.dtype, data.device, tensors)
 
-    def _choose(self, reason: str | None) -> None:
-        """Say which path a call takes. For ``forward`` alone."""
-        if torch.compiler.is_compiling():  # the operator warns when it runs
-            self.last_path = paths.FUSED if reason is None else f"steps in PyTorch: {reason}"
-            return
-        if reason is None:
-            self.__dict__["last_path"] = paths.FUSED
-            return
-        self.__dict__["last_path"] = f"steps in PyTorch: {reason}"
-        paths.tell(self, reason, paths.STEPS)
-
-    def _one_call(self, call: CellCall, return_states: bool, reason: str | None, packed: Any) -> list[Tensor]:
-        """One layer in one direction, by the kernels or, for a reason, step by step."""
-        if reason is not None and not torch.compiler.is_compiling():
-            return cell_ops.steps(call, return_states)
-        if self._kind is None or reason is not None:
-            if packed is not None:
-                return cell_ops.run(call, return_states, False, packed)
-            return cell_recurrence.recurrence(call, len(self.cell.states), return_states)
-        h0, c0 = (*call.state0, None, None)[:2]
-        weights = [None if k is None else call.weights[k] for k in self._order]
-        rows = call.lengths, call.reset, call.seed
-        named = Call._make((call.x, h0, c0, *weights, *rows, self._kind, *call[8:]))
-        if packed is not None:
-            return ops.run(named, return_states, None, packed)
-        return recurrence(named, return_states)
+    def _how(
+        self, packed: Frozen | None, reason: str | None, data: Tensor, state0: Any
+    ) -> tuple[Frozen | None, bool]:
+        """What a call runs: packed weights or None, and whether step by step."""
+        if packed is not None and reason is None:
+            packed.check(data, state0)
+            return packed, False
+        return None, reason is not None and not torch.compiler.is_compiling()
 
 
 def _kinds(value: Any) -> str:
@@ -311,10 +281,7 @@ class Recurrent(CellModule, RecurrentBase):
         if isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout: expected a number from 0 to 1, got {dropout}")
         self.dropout = float(dropout)
-        rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)
-        check_regularization(cell, rates)
-        self.recurrent_dropout, self.zoneout_h, self.zoneout_c = (float(r) if r else 0 for r in rates[:3])
-        self.recompute = bool(recompute)
+        self._set_options(recompute, recurrent_dropout, zoneout_h, zoneout_c)
         ends = ("", "_reverse") if self.bidirectional else ("",)
         above = (self.proj_size or self.hidden_size) * len(ends)
         sizes = {
@@ -380,11 +347,9 @@ class Recurrent(CellModule, RecurrentBase):
         if paths.is_proxy(input):
             return paths.call_module(self, input, hx, **paths.all_asked_for(options), **scalars)
         is_packed = isinstance(input, PackedSequence)
-        if is_packed and (asked := paths.asked_for(options)):
-            raise ValueError(f"{asked}: expected none with a PackedSequence; pass padded input and lengths=")
         if is_packed and torch.compiler.is_compiling():
             why = "a PackedSequence; pass padded input and lengths="
-            return dynamo.leave_graph(self, why, input, hx, **scalars)
+            return dynamo.leave_graph(self, why, input, hx, **options, **scalars)
         packed = self._packed()
         weights = self._weights() if packed is None else packed.weights
         data, rows = self._check_input(input)
@@ -394,22 +359,10 @@ class Recurrent(CellModule, RecurrentBase):
         hint = "of a PackedSequence its data" if is_packed else ""
         numbers = self._scalars(scalars, data, tuple(data.shape[:-1]), hint)
         reason = self._reason(data, state0, weights, detach_every is not None)
-        self._choose(reason)
-        if packed is not None and reason is None:
-            packed.check(data, state0)
-        else:
-            packed = None
-        if isinstance(input, PackedSequence):
-            input = input._replace(data=data)
-            return self._packed_sequence(input, state0, weights, packed, reason, numbers)
-        options["regularization"] = self._regularization()
-        x, state0, options = self._to_kernels(data, state0, options)
-        if data.dim() == 2:
-            numbers = [s.unsqueeze(1) for s in numbers]
-        elif self.batch_first:
-            numbers = [s.transpose(0, 1) for s in numbers]
-        run = self._one(weights, {**options, "scalars": numbers}, packed, reason)
-        return self._from_kernels(data, self._run_layers(x, state0, run))
+        paths.record(self, reason)
+        packed, recorded = self._how(packed, reason, data, state0)
+        x = input._replace(data=data) if isinstance(input, PackedSequence) else data
+        return self._run(x, state0, weights, options, packed, recorded, numbers)
 
     def _check_input(self, input: Any) -> tuple[Tensor, list[Any]]:
         """The input's tensor, and the batch, empty if there is none."""
@@ -434,24 +387,8 @@ class Recurrent(CellModule, RecurrentBase):
     def _acts(self) -> bool:
         return bool((self.training and self.recurrent_dropout) or self.zoneout_h or self.zoneout_c)
 
-    def _one(  # type: ignore[override]
-        self, weights: Sequence[Weights], options: dict[str, Any], packed: Frozen | None, reason: str | None
-    ) -> Run:
-        regularization, states = options["regularization"], options["return_states"]
-        rates: list[float] = [] if regularization is None else list(regularization[:3])
-        seed: Any = None if regularization is None else regularization.seed
-        rows = options["lengths"], options["reset"], seed
 
-        def run(j: int, reverse: bool, x: Tensor, state0: Sequence[Tensor] | None) -> list[Tensor]:
-            tensors = x, state0 or [], weights[j], options["scalars"], *rows
-            how = self._key, reverse, self.recompute, options["detach_every"], rates, j
-            call = CellCall._make((*tensors, *how))
-            return self._one_call(call, states, reason, None if packed is None else packed.packed[j])
-
-        return run
-
-
-class RecurrentCell(CellModule):
+class RecurrentCell(CellModule, StepBase):
     """One step of any cell, with the arguments of ``torch.nn.LSTMCell``.
 
     Parameters: as of ``Recurrent``, without ``_l0`` after their names. ``last_path`` is as there.
@@ -510,17 +447,6 @@ class RecurrentCell(CellModule):
         self._check(input, state0, sizes, weights)
         numbers = self._scalars(scalars, input, tuple(input.shape[:-1]), "")
         reason = self._reason(input, state0, weights, False)
-        self._choose(reason)
-        if packed is not None and reason is None:
-            packed.check(input, state0)
-        else:
-            packed = None
-        x, begin = input.unsqueeze(0), list(state0 or ())
-        if input.dim() == 1:
-            x, begin, numbers = x.unsqueeze(0), [s.unsqueeze(0) for s in begin], [s[None] for s in numbers]
-        numbers = [s.unsqueeze(0) for s in numbers]
-        call = CellCall(x, begin, weights[0], numbers, None, None, None, self._key)
-        found = self._one_call(call, False, reason, None if packed is None else packed.packed[0])[1:]
-        if input.dim() == 1:
-            found = [s.squeeze(0) for s in found]
-        return tuple(found) if len(found) > 1 else found[0]
+        paths.record(self, reason)
+        packed, recorded = self._how(packed, reason, input, state0)
+        return self._run(input, state0, weights, packed, recorded, numbers)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn.backends.cpu import WEIGHTS
 from fusedrnn.cells import Cell
 from fusedrnn.torch import gpu
 
@@ -58,10 +58,16 @@ def fall_back(module: torch.nn.Module, reason: str, original: Callable[..., Any]
     return output
 
 
-def record(module: torch.nn.Module, reason: str) -> None:
-    """Say, or refuse, that a layer runs a step at a time in PyTorch's operations. For ``forward`` alone."""
-    module.__dict__["last_path"] = f"steps in PyTorch: {reason}"
-    tell(module, reason, STEPS)
+def record(module: torch.nn.Module, reason: str | None) -> None:
+    """Say that a layer runs our kernels, or say or refuse that for a reason it runs a step at a time in
+    PyTorch's operations. For ``forward`` alone."""
+    path = FUSED if reason is None else f"steps in PyTorch: {reason}"
+    if torch.compiler.is_compiling():  # the operator warns when it runs
+        module.last_path = path  # type: ignore[assignment]
+        return
+    module.__dict__["last_path"] = path
+    if reason is not None:
+        tell(module, reason, STEPS)
 
 
 def all_asked_for(options: dict[str, Any]) -> dict[str, Any]:
@@ -156,17 +162,16 @@ def unsupported_weights(
     reason = unsupported(input.dtype, input.device, weights)
     if reason is not None:
         return reason
-    for name, w, shape in zip(WEIGHTS, weights, _shapes(cell, I, H, P), strict=True):
+    for w, (name, shape) in zip(weights, _shapes(cell, I, H, P), strict=True):
         if w is not None and w.shape != shape:
             raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(w.shape)}")
     return None
 
 
 @functools.cache
-def _shapes(cell: Cell, I: int, H: int, P: int) -> tuple[tuple[int, ...], ...]:
-    """Of the weights in the order of WEIGHTS."""
-    shapes = cell.shapes(I, H, P)
-    return tuple(shapes.get(name, (0,)) for name in WEIGHTS)
+def _shapes(cell: Cell, I: int, H: int, P: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Of the weights by name."""
+    return tuple(cell.shapes(I, H, P).items())
 
 
 def _traced(t: Any) -> bool:
@@ -197,24 +202,28 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def lowered(t: Tensor) -> torch.dtype | None:
-    """What the tensors of a call on a GPU become in autocast, whose input this is; None: they stay."""
-    kind = t.device.type
-    if t.is_cpu or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+def lowered(input: Any, state0: Any, weights: list[Any]) -> tuple[Any, Any, list[Any]]:
+    """A call's tensors on a GPU in the dtype of autocast; else as they are."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    if not isinstance(data, Tensor) or data.is_cpu:
+        return input, state0, weights
+    kind = data.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return input, state0, weights
+    dtype = torch.get_autocast_dtype(kind)
+    data = _lower(data, dtype)
+    return (
+        input._replace(data=data) if isinstance(input, PackedSequence) else data,
+        None if state0 is None else tuple([_lower(s, dtype) for s in state0]),
+        [tuple([_lower(w, dtype) for w in given]) for given in weights],
+    )
 
 
-def lower(t: Any, dtype: torch.dtype) -> Any:
+def _lower(t: Any, dtype: torch.dtype) -> Any:
     """A floating-point tensor in the dtype; as autocast, leaves float64, and what is no such tensor."""
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype is torch.float64:
         return t
     return t.to(dtype)
-
-
-def lower_state(tensors: Iterable[Any] | None, dtype: torch.dtype) -> tuple[Any, ...] | None:
-    """All of a state; None stays None."""
-    return None if tensors is None else tuple([lower(t, dtype) for t in tensors])
 
 
 def state(hx: Any, pair: bool) -> tuple[Any, ...]:

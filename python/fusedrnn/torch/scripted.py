@@ -29,6 +29,11 @@ class Scriptable(torch.nn.Module):
 
     torch_class: type[torch.nn.Module]
 
+    def _only_ours(self) -> str | None:
+        """The name of the first option that PyTorch's own implementation would leave out."""
+        names = (*ALWAYS, "recurrent_dropout") if self.training else ALWAYS
+        return next((name for name in names if getattr(self, name, False)), None)
+
     def __prepare_scriptable__(self) -> torch.nn.Module:
         kind = type(self)
         theirs = self.torch_class.__name__
