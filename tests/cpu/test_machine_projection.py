@@ -48,6 +48,7 @@ def projected_choice(p, x, h, c):
 
 
 @pytest.mark.quick
+@pytest.mark.mutation
 @pytest.mark.parametrize("cell", [projected_gru, projected_c, projected_once, projected_choice], ids=name)
 def test_projections(cell, threads):
     """Of one unit to all, with and without masks, of several chunks too."""

@@ -49,7 +49,7 @@ SELECTION = [
         "cpu/test_bitwise.py",
     )
 ]
-OF_THE_MACHINE = [TESTS / "cpu/test_machine_plans.py", TESTS / "cpu/test_machine.py"]
+OF_THE_MACHINE = [TESTS / f"cpu/test_machine{of}.py" for of in ("_plans", "", "_projection")]
 MUTANTS = [*mutants.MUTANTS, *machine_mutants.MUTANTS]
 
 
