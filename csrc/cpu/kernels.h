@@ -149,7 +149,7 @@ struct BackwardJob {
   T* boundary;  // [B][da_row]: each row's latest da, kept across chunks
   T* inputs;    // a chunk's valid rows of [1 | x | h_prev | middle]
   Index inputs_row;
-  T* by_tile;  // the same as the tiles of the weight gradients read it (choices.h), or null
+  T* by_tile;  // the same as the tiles of the weight gradients read it (isa.h), or null
   T* panel;    // for each thread, what the tiles of some blocks read of da; null with by_tile
   Index panel_step;
   T *dc, *direct;  // [B][blocks*16]

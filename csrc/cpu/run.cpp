@@ -113,9 +113,11 @@ struct Chunk {
     if (n.T <= steps + steps / 2) steps = std::max<Index>(1, n.T);  // a short rest would cost as much as a chunk
     count = (n.T + steps - 1) / steps;
     panel_step = steps * n.B * kTileVectors * kBlock;
-    ordered = cpu::ordered_copies() && (!thresholds || steps * n.B * inputs_row * Index(sizeof(T)) > Index(512) << 10);
+    ordered = cpu::ordered_copies() && steps * n.B <= kMostCopied &&
+              (!thresholds || steps * n.B * inputs_row * Index(sizeof(T)) > Index(512) << 10);
   }
-  static constexpr Index kTileVectors = 4;  // the most that a tile of several rows multiplies
+  static constexpr Index kTileVectors = 4;    // the most that a tile of several rows multiplies
+  static constexpr Index kMostCopied = 4096;  // rows: each thread's panel of one step of a large batch would be huge
 };
 
 // How many steps' W x is made at once; 0: each step's with the step. One row would leave most of a tile empty, and few

@@ -1,6 +1,7 @@
 """Seeded mistakes of the vector machine, as mutants.py has them of the compiled cells.
 
-The marked part of test_machine.py and test_machine_plans.py has to notice each one, for nothing else runs.
+The marked part of the test_machine*.py that test_mutants.py lists has to notice each one, for nothing else
+runs.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 The recipe: scale the airline passengers to [0, 1], windows of five months are the features of one step, the
 whole training part is one sequence. The series grows beyond what was seen, so that forecasts without any
-network are better. Then the same network on the change of the yearly growth, which wins: as in ``airline``,
-it is trained on 32 copies with noise, since so few months are soon learnt by heart.
+network are better. Then the same network on the change of the yearly growth, which is about as good as the
+best of them: as in ``airline``, it is trained on 32 copies with noise, since so few months are soon learnt by
+heart.
 """
 
 from __future__ import annotations

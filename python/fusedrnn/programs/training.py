@@ -137,7 +137,7 @@ class Training:
                 self.losses.append(self.total / self.steps)
                 if self.validate is not None:
                     self.validation.append(self.validate())
-                    if self.validation[-1] == min(self.validation):
+                    if np.argmin(self.validation) == len(self.validation) - 1:
                         self.best = {name: np.array(p) for name, p in self.model.named_params()}
                 after_epoch(self.losses[-1])
                 self._pause(interrupts)
