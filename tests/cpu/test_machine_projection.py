@@ -78,6 +78,7 @@ WRONG_PROJECTIONS = {
 
 
 @pytest.mark.quick
+@pytest.mark.mutation
 @pytest.mark.parametrize("wrong", WRONG_PROJECTIONS.values(), ids=WRONG_PROJECTIONS)
 def test_wrong_projections_are_refused(wrong):
     changed, message = wrong
@@ -86,6 +87,7 @@ def test_wrong_projections_are_refused(wrong):
 
 
 @pytest.mark.quick
+@pytest.mark.mutation
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_programs_reach_no_projected_state(direction):
     """Before the step, after it, its gradient, and its mask: these have other units."""
