@@ -38,7 +38,8 @@ def test_the_suite_has_what_the_goals_speak_of_and_a_pytorch_variant_for_each():
             assert len(chosen) == sum(row["resets"] > 0 for row in rows)
     for case in (*problems.SUITES["gpu"], *problems.SUITES["rl"], *problems.SUITES["deepbench"]):
         first = "torch-packed" if case.ragged else "torch-masked" if case.resets else "torch"
-        assert runs.peers(case) == [first, *(["torch-cell"] if case.shape.T == 1 else [])], case
+        more = ["torch-cell"] * (case.shape.T == 1) + ["torch-segments"] * (case.resets > 0)
+        assert runs.peers(case) == [first, *more], case
 
 
 def test_the_bound_by_hand():
@@ -138,7 +139,12 @@ class TestRun:
         assert emulated.launches
         assert seen == rows
         assert [row["kind"] for row in rows] == ["forward", "training"] * 3 + ["step"]
-        beside = [{"torch"}, {"torch-masked", FULL}, {"torch-packed", FULL}, {"torch", "torch-cell"}]
+        beside = [
+            {"torch"},
+            {"torch-masked", "torch-segments", FULL},
+            {"torch-packed", FULL},
+            {"torch", "torch-cell"},
+        ]
         for row, others in zip(rows, [beside[k // 2] for k in range(7)], strict=True):
             assert row["failed"] == {}
             assert row["libraries"].keys() == {OURS} | others
