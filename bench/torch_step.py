@@ -1,13 +1,13 @@
 """A whole PyTorch training step with our LSTM on one pool of threads or another, beside ``nn.LSTM``.
 
 PyTorch's own threads run between our calls, as in real training. The step is that of ``fusedrnn bench --suite
-pytorch``, where ours runs on PyTorch's OpenMP team.
+pytorch``, where ours runs on PyTorch's OpenMP threads.
 
     python bench/torch_step.py              all threads
     python bench/torch_step.py --threads 1
     python bench/torch_step.py --json FILE
 
-Ours is timed three times: on our own pool of threads, on PyTorch's OpenMP team, on the caller's thread alone.
+Ours is timed three times: on our own pool of threads, on PyTorch's OpenMP threads, and on the caller's alone.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class Cell:
 
     @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits that stand for what a step computes and for the order of the parameters."""
+        """A hash of what a step computes and of the order of the parameters, 16 hexadecimal digits."""
         t, number = self.trace, {n: k for k, n in enumerate(self.forward_nodes)}
         lines = [(n.op, repr(n.attribute), *(number[a] for a in n.args)) for n in number]
         ends = [(name, t.start[name], number[n]) for name, n in t.after.items()]
