@@ -91,7 +91,7 @@ def section(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         rows.setdefault(row["cell"], []).append(row["libraries"])
     lines = [
-        "| cell | ours, ms | " + " | ".join(PEERS.values()) + " | least of PyTorch and TorchScript |",
+        "| cell | ours, ms | " + " | ".join(PEERS.values()) + " | lowest of PyTorch and TorchScript |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     figures = []
@@ -109,15 +109,17 @@ def section(found: dict[str, Any]) -> str:
     least = min(ratios[-1] for ratios in figures)
     lines += [
         "",
-        f"Our time at (T,B,I,H) = {shapes[0]}; then how many times ours the others take, geometric means of "
-        f"{', '.join(shapes)}, and the least ratio at any of them to the faster of the loop in PyTorch and "
-        f"TorchScript, of all cells {least:.2f}. Backend `cpu`, {environment['isa']}, {found['threads']} "
-        f"thread(s) for everybody, PyTorch {environment['torch']}, JAX {environment['jax']}, "
-        f"{machine.get('model name', machine['architecture'])}, {environment['date'][:10]}; other processes "
-        f"took up to {busy(found['rows'])}.",
+        f"The first column is our time at (T,B,I,H) = {shapes[0]}. The next three are the times of the "
+        f"loops divided by ours, as geometric means over {', '.join(shapes)}. The last one is the lowest "
+        f"ratio of the faster of PyTorch and TorchScript at any of these sizes; the lowest of all cells is "
+        f"{least:.2f}. "
+        f"Backend `cpu`, {environment['isa']}, {found['threads']} thread(s) for all libraries, PyTorch "
+        f"{environment['torch']}, JAX {environment['jax']}, "
+        f"{machine.get('model name', machine['architecture'])}, {environment['date'][:10]}. Other processes "
+        f"used up to {busy(found['rows'])}.",
     ]
     if found["refused"]:
-        lines += ["", f"Not timed, since a result differs too much: {'; '.join(found['refused'])}."]
+        lines += ["", f"Not timed, because a result differs too much: {'; '.join(found['refused'])}."]
     return "\n".join(lines)
 
 
@@ -174,7 +176,7 @@ def measure_compiled(options: argparse.Namespace) -> dict[str, Any]:
 def compiled_line(row: dict[str, Any], limit: float) -> str:
     """A row of the table of compiled loops."""
     if "libraries" not in row:
-        return f"| `{row['cell']}` | | | | did not end in {limit:.0f} s |"
+        return f"| `{row['cell']}` | | | | not finished after {limit:.0f} s |"
     libraries = row["libraries"]
     found = libraries["torch-compile"]
     ratios = joined([libraries[n]["ratio"] for n in ("torch-loop", "torchscript", "torch-compile")])
@@ -192,10 +194,10 @@ def page_section(found: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|",
         *(compiled_line(row, more["limit"]) for row in more["rows"]),
         "",
-        f"How many times ours the loop takes by `torch.compile` too, all steps unrolled, at (T,B,I,H) = "
-        f"{COMPILED_SHAPE}; its first call, forward and backward, compiles. {more['threads']} thread(s), "
-        f"PyTorch {more['environment']['torch']}, {more['environment']['date'][:10]}; other processes took "
-        f"up to {busy(more['rows'])}.",
+        f"The times of the loop divided by ours at (T,B,I,H) = {COMPILED_SHAPE}. `torch.compile` unrolls all "
+        f"steps; its first call compiles forward and backward. {more['threads']} thread(s), PyTorch "
+        f"{more['environment']['torch']}, {more['environment']['date'][:10]}. Other processes used up to "
+        f"{busy(more['rows'])}.",
     ]
     return "\n".join([section(found), *lines])
 

@@ -10,7 +10,7 @@ def gru_d(p, x, h, *, dt):
     """Che, Purushotham, Cho, Sontag and Liu 2018, "Recurrent neural networks for multivariate time series
     with missing values", Scientific Reports.
 
-    Of an x whose gaps are filled already and that holds the mask; one time gap for a row, not for a feature.
+    x includes the mask, and its missing values are already filled in. One time gap per row, not per feature.
     """
     h = exp(-relu(p.vector("w", init=1) * dt + p.vector("b"))) * h
     r, z = sigmoid(p.dense("r z", x, h))
@@ -22,7 +22,7 @@ def gru_d(p, x, h, *, dt):
 def time_aware_lstm(p, x, h, c, *, dt):
     """Baytas et al. 2017, "Patient subtyping via time-aware LSTM networks", KDD.
 
-    The short-term part of c fades with 1 / log(e + dt), the paper's choice for long gaps.
+    The short-term part of c is scaled by 1 / log(e + dt), the paper's choice for long gaps.
     """
     short = tanh(p.dense("s", c))
     c = c - short + short / log(math.e + dt)
@@ -35,7 +35,7 @@ def time_aware_lstm(p, x, h, c, *, dt):
 def cfc(p, x, h, *, dt):
     """Hasani et al. 2022, "Closed-form continuous-time neural networks", Nature Machine Intelligence.
 
-    With one layer of H units as backbone.
+    The backbone is one layer of H units.
     """
     b = 1.7159 * tanh(0.666 * p.dense("b", x, h))
     f, g, s, t = p.dense("f g s t", b)
@@ -47,8 +47,8 @@ def cfc(p, x, h, *, dt):
 def ltc(p, x, h, *, dt, steps=4):
     """Hasani, Lechner, Amini, Rus and Grosu 2021, "Liquid time-constant networks", AAAI.
 
-    One gate, in sub-steps of the semi-implicit Euler method. The gate is that of the state before the step;
-    in the paper's algorithm each sub-step makes it anew. They agree for ``steps=1``.
+    One gate, in sub-steps of the semi-implicit Euler method. The gate is computed once, from the state before
+    the step; the paper's algorithm computes it again in each sub-step. Both agree for ``steps=1``.
     """
     f, d = sigmoid(p.dense("f", x, h)), dt / steps
     for _ in range(steps):
@@ -71,7 +71,7 @@ def pl_rnn(p, x, h):
     """Koppe, Toutounji, Kirsch, Lis and Durstewitz 2019, "Identifying nonlinear dynamical systems via
     generative recurrent neural networks with applications to fMRI", PLOS Computational Biology.
 
-    The mean of the state. The paper's matrix has a diagonal of zeros, which is up to whoever trains it.
+    The mean of the state. The paper's matrix has a zero diagonal; the cell does not enforce it.
     """
     return p.vector("a", init=(0, 1)) * h + p.dense("w", x, relu(h))
 
@@ -81,7 +81,7 @@ def antisymmetric_rnn(p, x, h, *, step=0.1, gamma=0.01):
     """Chang, Chen, Haber and Chi 2019, "AntisymmetricRNN: a dynamical system view on recurrent neural
     networks", ICLR.
 
-    That weight_hh is antisymmetric, W - W^T, is a parametrization, outside the cell.
+    The paper's weight_hh is antisymmetric, W - W^T. That is a parametrization outside the cell.
     """
     return h + step * tanh(p.dense("a", x, h) - gamma * h)
 
@@ -91,8 +91,8 @@ def gated_antisymmetric_rnn(p, x, h, *, step=0.1, gamma=0.01):
     """Chang, Chen, Haber and Chi 2019, "AntisymmetricRNN: a dynamical system view on recurrent neural
     networks", ICLR.
 
-    Gate and candidate share the product with h. That weight_hh is antisymmetric, W - W^T, is a
-    parametrization, outside the cell.
+    The gate and the candidate share the product with h. The paper's weight_hh is antisymmetric, W - W^T. That
+    is a parametrization outside the cell.
     """
     q = p.dense("q", h, bias=False) - gamma * h
     z, n = p.dense("z n", x)
@@ -103,8 +103,8 @@ def gated_antisymmetric_rnn(p, x, h, *, step=0.1, gamma=0.01):
 def lipschitz_rnn(p, x, h, *, step=0.1):
     """Erichson, Azencot, Queiruga, Hodgkinson and Mahoney 2021, "Lipschitz recurrent neural networks", ICLR.
 
-    One step of Euler's method. The form of A and W, of symmetric and antisymmetric parts, is a
-    parametrization, outside the cell.
+    One step of Euler's method. The paper builds A and W from symmetric and antisymmetric parts. That is a
+    parametrization outside the cell.
     """
     return h + step * (p.dense("a", h, bias=False) + tanh(p.dense("w", x, h)))
 
@@ -114,7 +114,7 @@ def co_rnn(p, x, y, z, *, step=0.3, gamma=1.0, epsilon=0.5):
     """Rusch and Mishra 2021, "Coupled oscillatory recurrent neural network (coRNN): an accurate and
     (gradient) stable architecture for learning long time dependencies", ICLR.
 
-    With the damping taken from the step before.
+    The damping term uses the previous z.
     """
     z = z + step * (tanh(p.dense("a", x, y, z)) - gamma * y - epsilon * z)
     return y + step * z, z

@@ -1,4 +1,4 @@
-"""Cells with full recurrent matrices, most of them gated and of one state."""
+"""Cells with full recurrent matrices: most have gates and one state."""
 
 from fusedrnn.cells import cell, relu, sigmoid, tanh
 
@@ -39,7 +39,7 @@ def mgu2(p, x, h):
 def mgu3(p, x, h):
     """Heck and Salem 2017, "Simplified minimal gated unit variations for recurrent neural networks", MWSCAS.
 
-    The gate is a bias alone.
+    The gate is only a bias.
     """
     f = sigmoid(p.vector("f"))
     n = tanh(p.dense("n", x, f * h))
@@ -51,7 +51,7 @@ def li_gru(p, x, h):
     """Ravanelli, Brakel, Omologo and Bengio 2018, "Light gated recurrent units for speech recognition",
     IEEE Transactions on Emerging Topics in Computational Intelligence.
 
-    Without its batch norm.
+    Without the batch norm.
     """
     z = sigmoid(p.dense("z", x, h))
     return z * h + (1 - z) * relu(p.dense("n", x, h))
@@ -73,7 +73,7 @@ def dreamer_gru(p, x, h):
 def augru(p, x, h, *, attention):
     """Zhou et al. 2019, "Deep interest evolution network for click-through rate prediction", AAAI.
 
-    A score of each row and step scales the update gate.
+    An attention score for each row and step scales the update gate.
     """
     r, z = sigmoid(p.dense("r z", x, h))
     n = tanh(p.dense("n", x) + r * p.dense("n", h, bias=False))
@@ -85,7 +85,7 @@ def mut1(p, x, h):
     """Jozefowicz, Zaremba and Sutskever 2015, "An empirical exploration of recurrent network architectures",
     ICML.
 
-    The paper adds tanh(x) to the candidate; here x, of any size, has a matrix.
+    The paper adds tanh(x) to the candidate. Here x is multiplied by a matrix, so it can have any size.
     """
     z = sigmoid(p.dense("z", x))
     r = sigmoid(p.dense("r", x, h))
@@ -120,7 +120,7 @@ def ugrnn(p, x, h, *, forget=1.0):
 def rhn(p, x, h, *, depth=2):
     """Zilly, Srivastava, Koutník and Schmidhuber 2017, "Recurrent highway networks", ICML.
 
-    The carry gate is 1 less the transform gate, as in the paper's experiments.
+    The carry gate is 1 minus the transform gate, as in the paper's experiments.
     """
     for k in range(1, depth + 1):
         n, t = p.dense(f"n{k} t{k}", x, h) if k == 1 else p.dense(f"n{k} t{k}", h)
@@ -140,7 +140,7 @@ def nbrc(p, x, h):
     """Vecoven, Ernst and Drion 2021, "A bio-inspired bistable recurrent cell allows for long-lasting memory",
     PLOS ONE.
 
-    The neuromodulated cell: a and c read all units. Biases as in the authors' code.
+    The neuromodulated cell: a and c depend on all units. Biases as in the authors' code.
     """
     a, c = p.dense("a c", x, h)
     n = tanh(p.dense("n", x, bias=False) + (1 + tanh(a)) * h)
@@ -180,7 +180,7 @@ def fast_rnn(p, x, h):
     """Kusupati et al. 2018, "FastGRNN: a fast, accurate, stable and tiny kilobyte sized gated recurrent
     neural network", NeurIPS.
 
-    The weights of the residual connection are one number for each unit; in the paper, for all units.
+    The residual connection has its own weights for each unit. In the paper, all units share them.
     """
     n = tanh(p.dense("n", x, h))
     return sigmoid(p.vector("alpha", init=-3)) * n + sigmoid(p.vector("beta", init=3)) * h
@@ -191,8 +191,8 @@ def fast_grnn(p, x, h):
     """Kusupati et al. 2018, "FastGRNN: a fast, accurate, stable and tiny kilobyte sized gated recurrent
     neural network", NeurIPS.
 
-    Gate and candidate share both products. zeta and nu are one number for each unit; in the paper, for all
-    units. Without the low rank, a parametrization of the matrices.
+    The gate and the candidate share both products. Each unit has its own zeta and nu; in the paper, all units
+    share them. Without the low rank, which is a parametrization of the matrices.
     """
     a = p.dense("a", x, h, bias=False)
     z, n = sigmoid(a + p.vector("bz", init=1)), tanh(a + p.vector("bn", init=1))
@@ -205,7 +205,7 @@ def scrn(p, x, y, h, s, *, alpha=0.95):
     """Mikolov, Joulin, Chopra, Mathieu and Ranzato 2015, "Learning longer memory in recurrent neural
     networks", ICLR workshop.
 
-    y is what the paper's softmax takes. The slow units s are as many as those of h.
+    y is the input of the paper's softmax. There are as many slow units s as units of h.
     """
     s = (1 - alpha) * p.dense("s", x, bias=False) + alpha * s
     h = sigmoid(p.dense("h", x, h, s, bias=False))

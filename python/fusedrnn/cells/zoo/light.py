@@ -1,4 +1,4 @@
-"""Light cells: a unit's gates and candidate read no other unit of the step before."""
+"""Light cells: gates and candidate of a unit do not depend on other units of the previous step."""
 
 from fusedrnn.cells import cell, relu, sigmoid, tanh
 
@@ -25,7 +25,7 @@ def e_lstm(p, x, h, c):
     """Irie, Gopalakrishnan and Schmidhuber 2024, "Exploring the promise and limits of real-time recurrent
     learning", ICLR.
 
-    h is not read; the output gate reads all units of the new c.
+    Does not read h. The output gate depends on all units of the new c.
     """
     f, z = p.dense("f z", x)
     f, z = sigmoid(f + p.vector("wf") * c), tanh(z + p.vector("wz") * c)
@@ -53,7 +53,8 @@ def sru(p, x, h, c):
     """Lei, Zhang, Wang, Dai and Artzi 2018, "Simple recurrent units for highly parallelizable recurrence",
     EMNLP.
 
-    h is not read. The highway takes a product with x, as in the paper where x does not have H units.
+    Does not read h. The highway connection uses a product with x; so does the paper if x does not have H
+    units.
     """
     u, s = p.dense("u s", x, bias=False)
     f = sigmoid(p.dense("f", x) + p.vector("vf") * c)
@@ -66,7 +67,7 @@ def sru(p, x, h, c):
 def qrnn(p, x, h, c):
     """Bradbury, Merity, Xiong and Socher 2017, "Quasi-recurrent neural networks", ICLR.
 
-    fo-pooling, and a convolution of width 1. h is not read.
+    With fo-pooling and a convolution of width 1. Does not read h.
     """
     z, f, o = p.dense("z f o", x)
     z = tanh(z)
@@ -78,7 +79,7 @@ def qrnn(p, x, h, c):
 def qrnn_2(p, x, h, c, z, f, o):
     """Bradbury, Merity, Xiong and Socher 2017, "Quasi-recurrent neural networks", ICLR.
 
-    fo-pooling, and a convolution of width 2: z, f and o are products with the x of the step before.
+    With fo-pooling and a convolution of width 2: z, f and o are products with the previous x.
     """
     wz, wf, wo = p.dense("z f o", x)
     z = tanh(z + wz)
@@ -97,7 +98,7 @@ def t_rnn(p, x, h):
 def t_gru(p, x, h, z, f, o):
     """Balduzzi and Ghifary 2016, "Strongly-typed recurrent neural networks", ICML.
 
-    z, f and o are products with the x of the step before.
+    z, f and o are products with the previous x.
     """
     wz, wf, wo = p.dense("z f o", x)
     h = sigmoid(f + wf) * h + (z + wz) * tanh(o + wo)
@@ -108,7 +109,7 @@ def t_gru(p, x, h, z, f, o):
 def t_lstm(p, x, h, c, z, f, o):
     """Balduzzi and Ghifary 2016, "Strongly-typed recurrent neural networks", ICML.
 
-    z, f and o are products with the x of the step before. h is not read.
+    z, f and o are products with the previous x. Does not read h.
     """
     wz, wf, wo = p.dense("z f o", x)
     z = z + wz

@@ -1,4 +1,4 @@
-"""LSTMs: cells with an inner state c behind an output gate."""
+"""LSTMs: cells with a cell state c."""
 
 from fusedrnn.cells import cell, exp, maximum, relu, sigmoid, tanh
 
@@ -7,7 +7,7 @@ from fusedrnn.cells import cell, exp, maximum, relu, sigmoid, tanh
 def lstm_1997(p, x, h, c):
     """Hochreiter and Schmidhuber 1997, "Long short-term memory", Neural Computation.
 
-    Before the forget gate; what is stored is squashed to (-2, 2), the output to (-1, 1).
+    Without a forget gate. The cell input is squashed to (-2, 2), the output to (-1, 1).
     """
     i, g, o = p.dense("i g o", x, h)
     c = c + sigmoid(i) * (4 * sigmoid(g) - 2)
@@ -31,7 +31,7 @@ def lstmp(p, x, h, c):
     """Sak, Senior and Beaufays 2014, "Long short-term memory recurrent neural network architectures for
     large scale acoustic modeling", Interspeech.
 
-    Peepholes, and an output that is projected to fewer units; the paper's recurrent projection alone.
+    With peepholes and an output projected to fewer units. Only the recurrent projection of the paper.
     """
     i, f, g, o = p.dense("i f g o", x, h)
     i, f = sigmoid(i + p.vector("pi") * c), sigmoid(f + p.vector("pf") * c)
@@ -44,7 +44,7 @@ def coupled_lstm(p, x, h, c):
     """Greff et al. 2017, "LSTM: a search space odyssey", IEEE Transactions on Neural Networks and Learning
     Systems.
 
-    The variant CIFG: the input gate is 1 less the forget gate. Without peepholes.
+    The variant CIFG: the input gate is 1 minus the forget gate. Without peepholes.
     """
     f, g, o = p.dense("f g o", x, h)
     g = tanh(g)
@@ -66,7 +66,7 @@ def janet(p, x, h, c, *, beta=1.0):
 def slstm(p, x, h, c, n=1, m=0):
     """Beck et al. 2024, "xLSTM: extended long short-term memory", NeurIPS.
 
-    sLSTM with one head, an exponential forget gate and the stabiliser m. The normaliser n starts from 1, so
+    sLSTM with one head, an exponential forget gate and the stabiliser m. The normaliser n starts at 1, so
     that c / n is 0 before the first step.
     """
     i, f, z, o = p.dense("i f z o", x, h)
@@ -99,7 +99,7 @@ def residual_lstm(p, x, h, c):
     """Kim, El-Khamy and Lee 2017, "Residual LSTM: design of a deep recurrent architecture for distant speech
     recognition", Interspeech.
 
-    m is W_p tanh(c) + W_h x; where x has H units, the paper's W_h is the identity.
+    m is W_p tanh(c) + W_h x. In the paper, W_h is the identity if x has H units.
     """
     i, f, g, o = p.dense("i f g o", x, h)
     i, f = sigmoid(i + p.vector("pi") * c), sigmoid(f + p.vector("pf") * c)
@@ -119,8 +119,8 @@ def _lstm(p, name, c, *operands):
 def fs_lstm(p, x, h, c, slow_h, slow_c, *, fast=2):
     """Mujika, Meier and Steger 2017, "Fast-slow recurrent neural networks", NIPS.
 
-    The fast cells hand on h and c within the step; the slow one is called once. It has as many units as
-    they have. Without the layer norm of the paper's experiments.
+    The fast cells pass h and c to each other within the step. The slow cell is called once and has as many
+    units as each fast one. Without the layer norm of the paper's experiments.
     """
     h, c = _lstm(p, "1", c, x, h)
     slow_h, slow_c = _lstm(p, "s", slow_c, h, slow_h)
@@ -134,7 +134,7 @@ def fs_lstm(p, x, h, c, slow_h, slow_c, *, fast=2):
 def nas(p, x, h, c):
     """Zoph and Le 2017, "Neural architecture search with reinforcement learning", ICLR.
 
-    The cell found for the Penn treebank, in the form of TensorFlow's NASCell.
+    The cell found for the Penn treebank, as implemented in TensorFlow's NASCell.
     """
     a, b, d, e, f, g, i = p.dense("a b d e f g i", x, h, bias=False)
     product = p.dense("k", x, bias=False) * p.dense("k", h, bias=False)
