@@ -266,8 +266,8 @@ def caption(found: dict[str, Any]) -> str:
             each["isa"],
             each["compiler"],
             each["date"][:10],
-            f"load average before {each['load before'] or 0:.1f}",
-            *([] if others is None else [f"{others:.0%} of the cores taken by others"]),
+            f"load average before the run {each['load before'] or 0:.1f}",
+            *([] if others is None else [f"{others:.0%} of the cores used by other processes"]),
             f"commit {(each['commit'] or 'unknown')[:10]}",
             *(["**a quick run: figures to be replaced**"] if found["quick"] else []),
         ]
@@ -285,7 +285,7 @@ def growth_section(found: dict[str, Any]) -> str:
     header = ["", "from", "to", "ms, 1 thread"]
     header += [f"exponent, {threads_text(n)}" for n in counts]
     header += [f"upper half, {threads_text(n)}" for n in counts]
-    header += ["worst point off the upper line"]
+    header += ["largest deviation from the upper fit"]
     rows, spreads = [], []
     for which in found["growth"]:
         values, ms = curves(found, which, 1)
@@ -309,9 +309,8 @@ def growth_section(found: dict[str, Any]) -> str:
         [
             "![Time against each of T, B, I and H, both axes logarithmic](scaling.png)",
             "",
-            f"One size varies, the others are {base}. {caption(found)}. Half the distance between the "
-            f"quartiles of a point: {statistics.median(spreads):.1%} in the median, {max(spreads):.0%} at "
-            "worst.",
+            f"One size varies, the others are {base}. {caption(found)}. Half the interquartile range of the "
+            f"times of a point is {statistics.median(spreads):.1%} in the median and at most {max(spreads):.0%}.",
             "",
             table(header, rows),
         ]
@@ -323,18 +322,18 @@ def machine_section(found: dict[str, Any]) -> str:
     cores = int(each["cores"])
     rows = [
         ["large matrix product, one core", f"{each['rate'] / 1e9:.0f} GFLOP/s"],
-        ["reading from the second cache, one core", f"{each['l2_read'] / 1e9:.0f} GB/s"],
-        ["from the third, 8 MiB, one core", f"{each['l3_read_one'] / 1e9:.0f} GB/s"],
-        [f"and each of {cores} at once", f"{each['l3_read'] / 1e9:.0f} GB/s"],
-        ["from memory, one core", f"{each['memory_read'] / 1e9:.1f} GB/s"],
-        [f"and {cores} together", f"{each['memory_read_all'] / 1e9:.1f} GB/s"],
-        ["a cache line from one core to another", f"{1e9 * each['transfer']:.0f} ns"],
+        ["reading from L2, one core", f"{each['l2_read'] / 1e9:.0f} GB/s"],
+        ["reading from L3, 8 MiB, one core", f"{each['l3_read_one'] / 1e9:.0f} GB/s"],
+        [f"reading from L3, 8 MiB, each of {cores} cores at once", f"{each['l3_read'] / 1e9:.0f} GB/s"],
+        ["reading from memory, one core", f"{each['memory_read'] / 1e9:.1f} GB/s"],
+        [f"reading from memory, {cores} cores together", f"{each['memory_read_all'] / 1e9:.1f} GB/s"],
+        ["moving a cache line from one core to another", f"{1e9 * each['transfer']:.0f} ns"],
         ["a barrier of 2 threads", f"{1e9 * each['barrier']:.0f} ns"],
-        ["a region of 2 threads, the second awake", f"{1e6 * each['region']:.2f} µs"],
-        ["and asleep", f"{1e6 * each['wake']:.0f} µs"],
-        ["a call with hardly any arithmetic", f"{1e6 * each['call']:.0f} µs"],
-        ["and each further step", f"{1e9 * each['step']:.0f} ns"],
-        ["one unit of one row and step, beyond products", f"{1e9 * each['unit']:.2f} ns"],
+        ["starting 2 threads, the second awake", f"{1e6 * each['region']:.2f} µs"],
+        ["starting 2 threads, the second asleep", f"{1e6 * each['wake']:.0f} µs"],
+        ["a call with almost no arithmetic", f"{1e6 * each['call']:.0f} µs"],
+        ["each further step of that call", f"{1e9 * each['step']:.0f} ns"],
+        ["one unit of one row and step, without the products", f"{1e9 * each['unit']:.2f} ns"],
         ["packing a weight", f"{1e9 * each['weight']:.2f} ns"],
     ]
     further = 2e9 * each["transfer"]
@@ -342,7 +341,8 @@ def machine_section(found: dict[str, Any]) -> str:
         [
             table(["measured", ""], rows),
             "",
-            f"So a barrier of P threads is taken for {1e9 * each['barrier']:.0f} + {further:.0f} (P - 2) ns: "
+            "So the model assumes that a barrier of P threads takes "
+            f"{1e9 * each['barrier']:.0f} + {further:.0f} (P - 2) ns: "
             + ", ".join(f"{1e6 * model.machine_of(each).barrier_of(n):.1f} µs for {n}" for n in CORES)
             + ".",
         ]
@@ -360,7 +360,7 @@ def check_section(found: dict[str, Any]) -> str:
     counts = found["threads"]
     header = ["T, B, I, H", *(f"ms, {threads_text(n)}" for n in counts)]
     header += [f"predicted / measured, {n}" for n in counts]
-    header += ["speed-up", "predicted"] if len(counts) > 1 else []
+    header += ["speed-up", "predicted speed-up"] if len(counts) > 1 else []
     rows: list[list[str]] = []
     errors: dict[int, list[float]] = {n: [] for n in counts}
     for k, row in enumerate(found["suite"]):
@@ -378,8 +378,8 @@ def check_section(found: dict[str, Any]) -> str:
     for n, ratios in errors.items():
         worst = max(ratios, key=lambda ratio: abs(math.log(ratio)))
         lines.append(
-            f"{threads_text(n)}: predicted / measured {statistics.median(ratios):.2f} in the median, "
-            f"{worst:.2f} at worst, from {min(ratios):.2f} to {max(ratios):.2f}."
+            f"{threads_text(n)}: predicted / measured is {statistics.median(ratios):.2f} in the median and "
+            f"{worst:.2f} at worst, with a range of {min(ratios):.2f} to {max(ratios):.2f}."
         )
     return "\n".join(lines)
 
@@ -387,9 +387,9 @@ def check_section(found: dict[str, Any]) -> str:
 LIMITS = {
     "products": "rows or blocks do not divide evenly",
     "cells": "rows or blocks do not divide evenly",
-    "weights": "weights read at every step",
-    "memory": "the memory's bandwidth",
-    "exchange": "h and da from other cores",
+    "weights": "reading weights in every step",
+    "memory": "memory bandwidth",
+    "exchange": "reading h and da from other cores",
     "barriers": "barriers",
     "fixed": "fixed costs",
 }
@@ -404,7 +404,7 @@ def limit_of(machine: model.Machine, shape: Sequence[int], split: Split, cores: 
     over = {name: shared[name] - alone[name] / cores for name in shared}
     worst = max(over, key=lambda name: over[name])
     if worst in ("products", "cells") and split.threads < cores:
-        return f"no more than {split.threads} threads have work"
+        return f"only {split.threads} threads have work"
     return LIMITS[worst]
 
 
@@ -419,8 +419,8 @@ def prediction_section(found: dict[str, Any]) -> str:
     machine = model.machine_of(found["machine"])
     header = ["T, B, I, H"]
     for n in CORES:
-        header += [f"{n} cores", "times faster"]
-    header.append(f"what binds at {CORES[-1]}")
+        header += [f"{n} cores", "speed-up"]
+    header.append(f"limit at {CORES[-1]} cores")
     rows, missed = [], []
     for k, row in enumerate(found["suite"]):
         shape = row["shape"]
@@ -437,10 +437,13 @@ def prediction_section(found: dict[str, Any]) -> str:
         rows.append([*cells, limit_of(machine, shape, split_of(found, k, CORES[-1]), CORES[-1])])
     lines = [table(header, rows), ""]
     if missed:
-        lines += ["Where the model finds another split much faster, workers asleep before the call:", ""]
-        lines.append(table(["T, B, I, H", "cores", "the rule takes", "the model", "times faster"], missed))
+        lines += [
+            "Cases where the model finds a much faster split, with sleeping threads before the call:",
+            "",
+        ]
+        lines.append(table(["T, B, I, H", "cores", "rule", "model", "speed-up"], missed))
     else:
-        lines.append("Nowhere does the model find another split much faster.")
+        lines.append("The model finds no split that is much faster.")
     return "\n".join(lines)
 
 
@@ -470,17 +473,17 @@ def rule_section(found: dict[str, Any]) -> str:
     cores = ", ".join(map(str, CORES))
     return "\n".join(
         [
-            f"- a thread by rows needs {rule['call']:,.0f} multiply-adds of forward in the call, "
-            "and a row of its own;",
-            f"- a thread by units needs {rule['step']:,.0f} multiply-adds of forward in each step, "
-            f"and a block of {model.BLOCK} units of its own;",
-            "- if all threads can be had by rows: by rows where the weights are at most "
+            f"- A split by rows needs, for each thread, {rule['call']:,.0f} multiply-adds of forward in the "
+            "call and at least one row.",
+            f"- A split by units needs, for each thread, {rule['step']:,.0f} multiply-adds of forward in each "
+            f"step and at least one block of {model.BLOCK} units.",
+            "- If a split by rows can use all threads: by rows if the weights are at most "
             f"{rule['core_cache'] / MIB:.0f} MiB or each thread has at least {rule['rows']} rows, "
-            "else by units;",
-            "- if not: what gives more threads, by rows where both give as many.",
+            "otherwise by units.",
+            "- If not: the split that uses more threads, and by rows if both use the same number.",
             "",
-            f"LSTM, float32, T = {T}, I = {I}; in each place the threads at work on {cores} cores, "
-            "r by rows, u by units:",
+            f"LSTM, float32, T = {T}, I = {I}. Each cell of the table shows the number of threads used on "
+            f"{cores} cores; r is by rows, u is by units:",
             "",
             table(["H", *(f"B = {B}" for B in sizes["B"])], rows),
         ]
