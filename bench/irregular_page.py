@@ -29,7 +29,7 @@ def table(native: dict, pytorch: dict) -> str:
     seeds = len(network["runs"])
     lines += [
         "",
-        f"Mean (least to most) of {seeds} seeds. {native['epochs']} epochs, {native['series']} series.",
+        f"Mean (minimum to maximum) of {seeds} seeds. {native['epochs']} epochs, {native['series']} series.",
     ]
     return "\n".join(lines)
 

@@ -99,10 +99,10 @@ def section(report):
     found = report["environment"]
     lines += [
         "",
-        f"Frames per second of the whole training, environment included, and in brackets how many times "
-        f"torch.nn's; medians of {report['rounds']} rounds of {report['frames']:,} frames, interleaved. "
+        f"Frames per second of the whole training, environment included, and in brackets the ratio to "
+        f"torch.nn; medians of {report['rounds']} rounds of {report['frames']:,} frames, interleaved. "
         f"PyTorch {found['torch']}, sb3-contrib {report['sb3-contrib']}, {found['isa']}, "
-        f"{found['date'][:10]}; other processes took {busy(report['rows'])}.",
+        f"{found['date'][:10]}. Other processes used {busy(report['rows'])}.",
     ]
     return "\n".join(lines)
 

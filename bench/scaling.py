@@ -310,7 +310,8 @@ def growth_section(found: dict[str, Any]) -> str:
             "![Time against each of T, B, I and H, both axes logarithmic](scaling.png)",
             "",
             f"One size varies, the others are {base}. {caption(found)}. Half the interquartile range of the "
-            f"times of a point is {statistics.median(spreads):.1%} in the median and at most {max(spreads):.0%}.",
+            f"times of a point is {statistics.median(spreads):.1%} in the median and at most "
+            f"{max(spreads):.0%}.",
             "",
             table(header, rows),
         ]
@@ -475,8 +476,8 @@ def rule_section(found: dict[str, Any]) -> str:
         [
             f"- A split by rows needs, for each thread, {rule['call']:,.0f} multiply-adds of forward in the "
             "call and at least one row.",
-            f"- A split by units needs, for each thread, {rule['step']:,.0f} multiply-adds of forward in each "
-            f"step and at least one block of {model.BLOCK} units.",
+            f"- A split by units needs, for each thread, {rule['step']:,.0f} multiply-adds of forward in "
+            f"each step and at least one block of {model.BLOCK} units.",
             "- If a split by rows can use all threads: by rows if the weights are at most "
             f"{rule['core_cache'] / MIB:.0f} MiB or each thread has at least {rule['rows']} rows, "
             "otherwise by units.",

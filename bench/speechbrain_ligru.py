@@ -130,7 +130,7 @@ def section(report):
     """The page's table."""
     names = list(report["rows"][0]["seconds"])
     lines = [
-        "| T, B, H | " + " | ".join(names) + " | times the better of theirs |",
+        "| T, B, H | " + " | ".join(names) + " | speed-up over the faster of SpeechBrain's |",
         "|---|" + "---:|" * (len(names) + 1),
     ]
     for row in report["rows"]:
@@ -143,8 +143,8 @@ def section(report):
         "",
         f"Milliseconds of a training step, medians of {report['steps'] - report['steps'] // 4} steps, "
         f"interleaved, {report['threads']} threads. The losses of the first step agree within {first:.0e}, "
-        f"those of the tenth, which rounding parts, within {tenth:.0e}. PyTorch {found['torch']}, "
-        f"SpeechBrain {report['speechbrain']}, {found['isa']}, {found['date'][:10]}; other processes took "
+        f"those of the tenth, which differ by rounding, within {tenth:.0e}. PyTorch {found['torch']}, "
+        f"SpeechBrain {report['speechbrain']}, {found['isa']}, {found['date'][:10]}. Other processes used "
         f"{busy(report['rows'])}.",
     ]
     return "\n".join(lines)
