@@ -62,8 +62,9 @@ def docs(session: nox.Session) -> None:
     session.run("python", "docs/tile.py")
     session.run("python", "bench/plot_readme.py")
     session.run("python", "bench/benchmarks_page.py")
-    session.run("python", "bench/frozen.py", "--page")
-    session.run("python", "bench/scaling.py", "--page")
+    session.run("python", "bench/programs_page.py")
+    for script in ("frozen", "recurrent_ppo", "scaling", "speechbrain_ligru", "zoo"):
+        session.run("python", f"bench/{script}.py", "--page")
 
 
 @nox.session

@@ -3,116 +3,136 @@
     python bench/benchmarks_page.py            write the page
     python bench/benchmarks_page.py --check    only see whether it is up to date
 
-A run is kept by ``fusedrnn bench ... --json bench/results/NAME.json``; RUNS says which are shown, and
-what they were asked for besides their peers.
+A run is kept by ``fusedrnn bench ... --json $(python bench/measured.py)/NAME.json``; RUNS says which are
+shown, and what they were asked for besides their peers.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import Any
+from collections.abc import Callable
 
 import recompute as recompute_bench
-from measured import ROOT, update
+from measured import Report, by_family, captions, side_by_side, table, update
 
 from fusedrnn.bench import report
 
-RUNS = {
-    "lstm-float32": "--cell lstm --memory",
-    "lstm-float32-1-thread": "--cell lstm --threads 1",
-    "lstm-float32-forward": "--cell lstm --forward",
-    "gru-float32": "--cell gru",
-    "rnn-float32": "--cell rnn",
-    "lstm-float64": "--cell lstm --dtype float64",
-    "gru-float64": "--cell gru --dtype float64",
-    "lstm-float32-numba": "--cell lstm",
-    "gru-float32-numba": "--cell gru",
-    "rnn-float32-numba": "--cell rnn",
-    "programs-float32": "--suite programs",
-    "pytorch-float32": "--suite pytorch",
-    "pytorch-float32-1-thread": "--suite pytorch --threads 1",
-    "rl-float32": "--suite rl --memory",
+RUNS = {  # in a file of the name: what was asked for, and what it is about
+    "lstm-float32": ("--cell lstm --memory", "LSTM, float32"),
+    "lstm-float32-1-thread": ("--cell lstm --threads 1", "LSTM, float32, one thread"),
+    "lstm-float32-forward": ("--cell lstm --forward", "LSTM, float32, forward alone"),
+    "gru-float32": ("--cell gru", "GRU, float32"),
+    "rnn-float32": ("--cell rnn", "RNN, float32"),
+    "lstm-float64": ("--cell lstm --dtype float64", "LSTM, float64"),
+    "gru-float64": ("--cell gru --dtype float64", "GRU, float64"),
+    "lstm-float32-numba": ("--cell lstm", "LSTM, float32, beside the Numba backend"),
+    "gru-float32-numba": ("--cell gru", "GRU, float32, beside the Numba backend"),
+    "rnn-float32-numba": ("--cell rnn", "RNN, float32, beside the Numba backend"),
+    "programs-float32": ("--suite programs", "What libraries run, float32"),
+    "pytorch-float32": ("--suite pytorch", "PyTorch modules, float32"),
+    "pytorch-float32-1-thread": ("--suite pytorch --threads 1", "PyTorch modules, float32, one thread"),
+    "rl-float32": ("--suite rl --memory", "Ragged sequences, resets and single steps, float32"),
 }
-
 
 LEVELS = ("backend", "kernels", "layer")
 
 
-def markdown(table: report.Table) -> list[str]:
-    """A table, its numbers to the right."""
-    _, header, rows = table
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+def best_peers(reports: dict[str, Report]) -> str:
+    """Our time and the best peer of each case, and what the library itself does, on all families."""
+    ways = any(report.own_way(row) for found in reports.values() for row in found["rows"])
+    rows: dict[str, list[list[str]]] = {}
+    for family, found in reports.items():
+        rows[family] = []
+        for row in found["rows"]:
+            each, best, way = row["libraries"], row["best"], report.own_way(row)
+            cells = [row["case"], f"{each[report.OURS]['ms']:.3g}"]
+            cells.append(f"{best['ratio']:.2f} {best['peer']}" if best else "–")
+            if ways:
+                cells.append(f"{report.compared(way)} {row['way']}" if way else "–")
+            rows[family].append(cells)
+    return side_by_side(["case", "ms", "best peer", *(["own way"] if ways else [])], rows)
 
 
-def run(name: str, asked: str) -> list[str]:
-    """The lines of one run."""
-    found = report.load(str(ROOT / "bench" / "results" / f"{name}.json"))
-    asked += f" --peers {','.join(found['peers'])}"
-    lines = [f"## `fusedrnn bench {asked}`", "", *markdown(report.table(found)), ""]
-    if "--memory" in asked:
-        table = report.memory_table(found)
-        lines += [f"{table[0].capitalize()}:", "", *markdown(table), ""]
-    commit = (found["environment"]["commit"] or "unknown")[:10]
-    return [*lines, *(f"- {line}" for line in report.summary(found)), f"- commit {commit}", ""]
+def run(name: str) -> list[str]:
+    """The lines of one run: all families side by side, then each with all its figures."""
+    asked, title = RUNS[name]
+    reports = by_family(name)
+    lines = [f"## {title}", ""]
+    if len(reports) > 1:
+        lines += [best_peers(reports), ""]
+    lines += [captions(reports), ""]
+    for family, found in reports.items():
+        command = f"fusedrnn bench {asked} --peers {','.join(found['peers'])}"
+        _, header, rows = report.table(found)
+        lines += [f"### {family}: `{command}`", "", table(header, rows), ""]
+        if "--memory" in asked:
+            above, header, rows = report.memory_table(found)
+            lines += [f"{above[0].upper()}{above[1:]}:", "", table(header, rows), ""]
+        lines += [*(f"- {line}" for line in report.summary(found)), ""]
+    return lines
 
 
 def section() -> str:
     """All runs that are there."""
-    kept = [name for name in RUNS if (ROOT / "bench" / "results" / f"{name}.json").exists()]
-    return "\n".join(line for name in kept for line in run(name, RUNS[name])).rstrip()
+    return "\n".join(line for name in RUNS if by_family(name) for line in run(name)).rstrip()
 
 
-def result(name: str) -> Any:
-    """What bench/NAME.py --json bench/results/NAME.json wrote."""
-    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+def part(name: str, header: list[str], rows: Callable[[Report], list[list[str]]], left: int = 1) -> str:
+    """The table of what bench/NAME.py measured."""
+    reports = by_family(name)
+    figures = {family: rows(found) for family, found in reports.items()}
+    return f"{side_by_side(header, figures, left)}\n\n{captions(reports)}"
 
 
-def torch_step() -> str:
-    """The table of bench/torch_step.py."""
-    rows = [
+def torch_step(found: Report) -> list[list[str]]:
+    return [
         [", ".join(map(str, row["shape"])), name, f"{each['ms']:.3g}", f"{each['ratio']:.2f}"]
-        for row in result("torch_step")["rows"]
+        for row in found["rows"]
         for name, each in row["libraries"].items()
     ]
-    return "\n".join(markdown(("", ["T, B, I, H", "kernels", "ms a step", "nn.LSTM / this"], rows)))
+
+
+def epoch(name: str, row: Report) -> list[str]:
+    """A row of bench/sine_epoch.py or bench/pollution_epoch.py."""
+    (_, ours), (peer, theirs), *_ = row["ms"].items()
+    return [name, peer, f"{ours:.3g}", f"{theirs:.3g}", f"{row['ratio']:.2f}"]
 
 
 def epochs() -> str:
     """The tables of bench/sine_epoch.py and bench/pollution_epoch.py."""
-    found = {f"sine, {cell.upper()}": row for cell, row in result("sine_epoch")["rows"].items()}
-    found["pollution, LSTM"] = result("pollution_epoch")
+    header = ["an epoch of", "peer", "fusedrnn ms", "peer ms", "peer / fusedrnn"]
+    sine = part(
+        "sine_epoch",
+        header,
+        lambda found: [epoch(f"sine, {cell.upper()}", row) for cell, row in found["rows"].items()],
+        left=2,
+    )
+    pollution = part("pollution_epoch", header, lambda found: [epoch("pollution, LSTM", found)], left=2)
+    return f"{sine}\n\n{pollution}"
+
+
+def call_overhead(found: Report) -> list[list[str]]:
     rows = []
-    for name, row in found.items():
-        (_, ours), (peer, theirs) = row["ms"].items()
-        rows.append([name, f"{ours:.3g}", peer, f"{theirs:.3g}", f"{row['ratio']:.2f}"])
-    return "\n".join(markdown(("", ["an epoch of", "fusedrnn ms", "peer", "ms", "peer / fusedrnn"], rows)))
-
-
-def recompute() -> str:
-    """The table of bench/recompute.py."""
-    rows = recompute_bench.table(result("recompute")["rows"])
-    return "\n".join(markdown(("", recompute_bench.HEADER, rows)))
-
-
-def call_overhead() -> str:
-    """The table of bench/call_overhead.py."""
-    rows = []
-    for row in result("call_overhead")["rows"]:
+    for row in found["rows"]:
         times = dict(row["times"])
         arithmetic = times.pop("arithmetic")
         beyond = [f"{times[k] - arithmetic:+.1f}" if k in times else "–" for k in LEVELS]
         sizes = f"{row['B']}, {row['I']}, {row['H']}"
         rows.append([f"{row['cell']} {row['call']}", sizes, f"{arithmetic:.1f}", *beyond])
-    return "\n".join(markdown(("", ["call", "B, I, H", "arithmetic", *LEVELS], rows)))
+    return rows
 
 
 PARTS = {
-    "torch_step": torch_step,
+    "torch_step": lambda: part(
+        "torch_step", ["T, B, I, H", "kernels", "ms a step", "nn.LSTM / this"], torch_step, left=2
+    ),
     "epochs": epochs,
-    "recompute": recompute,
-    "call_overhead": call_overhead,
+    "recompute": lambda: part(
+        "recompute", recompute_bench.HEADER, lambda found: recompute_bench.table(found["rows"])
+    ),
+    "call_overhead": lambda: part(
+        "call_overhead", ["call", "B, I, H", "arithmetic", *LEVELS], call_overhead, left=2
+    ),
     "runs": section,
 }
 
@@ -120,7 +140,7 @@ PARTS = {
 def main() -> int:
     check = "--check" in sys.argv[1:]
     page, script = "docs/benchmarks.md", "benchmarks_page.py"
-    return max(update(page, script, part(), check, name) for name, part in PARTS.items())
+    return max(update(page, script, written(), check, name) for name, written in PARTS.items())
 
 
 if __name__ == "__main__":

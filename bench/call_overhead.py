@@ -1,6 +1,6 @@
 """What one step costs beyond its arithmetic, in microseconds per call.
 
-    python bench/call_overhead.py [--threads N] [--json bench/results/call_overhead.json]
+    python bench/call_overhead.py [--threads N] [--json FILE]
 
 - arithmetic: the kernels' own call repeated inside C++ (``_core.testing.repeat_forward``): no Python, no
   check, no new NumPy array. What the call itself takes is in it: its scratch memory, and the tape where there

@@ -1,8 +1,8 @@
 """What it costs to read the weights anew in every call: ours, ours after ``freeze``, and PyTorch's.
 
-    python bench/frozen.py --json bench/results/frozen.json    measure
-    python bench/frozen.py --page                              write the table of docs/speed.md
-    python bench/frozen.py --check                             whether the page has it
+    python bench/frozen.py --json $(python bench/measured.py)/frozen.json    measure
+    python bench/frozen.py --page     write the table of docs/speed.md
+    python bench/frozen.py --check    whether the page has it
 
 One row of LSTM without gradients, I = H: a step of ``LSTMCell``, and 25 steps of ``LSTM``, which ``LSTMCell``
 has no call for. Every figure is the smallest of many short blocks, the variants interleaved.
@@ -25,7 +25,6 @@ from fusedrnn.bench.timing import same_threads
 
 SIZES = (64, 256, 1024)
 THREADS = (1, None)
-RESULTS = measured.ROOT / "bench/results/frozen.json"
 HEADER = ["threads", "H", "call", "torch.nn us", "ours", "frozen", "ours / torch.nn", "frozen / torch.nn"]
 
 
@@ -80,14 +79,10 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def section(report: dict[str, Any]) -> str:
+def section(reports: dict[str, dict[str, Any]]) -> str:
     """The table of the page."""
-    found = report["environment"]
-    lines = ["| " + " | ".join(HEADER) + " |", "|---:|---:|---|" + "---:|" * (len(HEADER) - 3)]
-    lines += ["| " + " | ".join(line) + " |" for line in table(report["rows"])]
-    cpu = found["machine"]
-    made = f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']}), {found['isa']}"
-    return "\n".join([*lines, "", f"{made}, PyTorch {found['torch']}, {found['date'][:10]}."])
+    rows = {family: table(found["rows"]) for family, found in reports.items()}
+    return f"{measured.side_by_side(HEADER, rows, left=3)}\n\n{measured.captions(reports)}"
 
 
 def main() -> int:
@@ -98,8 +93,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only see whether the page has it")
     options = parser.parse_args()
     if options.page or options.check:
-        report = json.loads(RESULTS.read_text())
-        return measured.update("docs/speed.md", "frozen.py", section(report), options.check)
+        text = section(measured.by_family("frozen"))
+        return measured.update("docs/speed.md", "frozen.py", text, options.check)
     rows = []
     for wanted in THREADS:
         with same_threads(wanted) as threads:

@@ -1,10 +1,19 @@
-"""The measured part of a page: what stands between two markers is written by a script from bench/results."""
+"""The measured part of a page: what stands between two markers is written by a script from bench/results.
+
+    python bench/measured.py           the folder for results of this machine
+    python bench/measured.py FILE      the folder for a result that was measured elsewhere
+
+bench/results has a folder for each family of processors. What holds no times lies in bench/results itself.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Callable, Iterable
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +21,136 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 END = "<!-- measured: end -->"
 
+# Vendor, family, models and name, as in arch/x86/kernel/cpu/amd.c and arch/x86/include/asm/intel-family.h.
+FAMILIES = (
+    ("AuthenticAMD", "25", (*range(0x10, 0x20), *range(0x60, 0xB0)), "AMD Zen 4"),
+    ("AuthenticAMD", "25", (*range(0x10), *range(0x20, 0x60)), "AMD Zen 3"),
+    ("AuthenticAMD", "26", (*range(0x30), *range(0x40, 0x50), *range(0x60, 0x80)), "AMD Zen 5"),
+    ("GenuineIntel", "6", (0x8F,), "Intel Sapphire Rapids"),
+    ("GenuineIntel", "6", (0xCF,), "Intel Emerald Rapids"),
+)
+VERSIONS = {"torch": "PyTorch", "jax": "JAX", "speechbrain": "SpeechBrain", "sb3-contrib": "sb3-contrib"}
+
+Report = dict[str, Any]
+
+
+def family(machine: Mapping[str, Any]) -> str:
+    """The family of a processor that ``fusedrnn.system.machine`` described; vendor-family-model if it is new.
+
+    Without /proc/cpuinfo of x86 (ARM, macOS, Windows) a file says no more than the architecture.
+    """
+    vendor, number, model = (machine.get(key, "") for key in ("vendor_id", "cpu family", "model"))
+    for *processor, models, name in FAMILIES:
+        if processor == [vendor, number] and int(model) in models:
+            return name
+    return "-".join(filter(None, (vendor or machine["architecture"], number, model)))
+
+
+def folder(machine: Mapping[str, Any]) -> Path:
+    """Where the results of a machine lie. It is made if need be."""
+    path = RESULTS / re.sub(r" (?=\d)", "", family(machine)).lower().replace(" ", "-")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def by_family(name: str) -> dict[str, Report]:
+    """What each family has in its file of that name."""
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+    return {family(report["environment"]["machine"]): report for report in reports}
+
+
+@functools.cache
+def families() -> list[str]:
+    """All of which there is any file."""
+    return sorted(set().union(*(by_family(path.stem) for path in RESULTS.glob("*/*.json"))))
+
+
+def caption(found: Report) -> str:
+    """Machine, versions and date of one file."""
+    each = found["environment"]
+    machine, rows = each["machine"], found.get("rows")
+    parts = [
+        f"{machine.get('model name', machine['architecture'])} (family {machine.get('cpu family', '?')}, "
+        f"model {machine.get('model', '?')})",
+        f"{machine['cores']} cores",
+        each["isa"],
+    ]
+    if isinstance(threads := found.get("threads"), int):
+        parts.append(f"{threads} thread" + "s" * (threads > 1))
+    parts += [
+        f"{text} {value}" for key, text in VERSIONS.items() if (value := each.get(key) or found.get(key))
+    ]
+    parts += [each["compiler"], each["date"][:10]]
+    if each.get("load before") is not None:
+        parts.append(f"load average {each['load before']:.1f} before the run")
+    if isinstance(rows, list) and "others" in rows[0]:
+        parts.append(f"other processes used up to {busy(rows)}")
+    return ", ".join([*parts, f"commit {(each['commit'] or 'unknown')[:10]}"])
+
+
+def captions(reports: Mapping[str, Report]) -> str:
+    """A list of all families: where the figures come from, or that there are none."""
+    texts = {name: caption(reports[name]) if name in reports else "not measured" for name in families()}
+    return "\n".join(f"- {name}: {text}" for name, text in texts.items())
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """In Markdown, the first ``left`` columns text and the others numbers."""
+    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def side_by_side(header: Sequence[str], rows: Mapping[str, Sequence[Sequence[str]]], left: int = 1) -> str:
+    """Rows of several families as one table: the first ``left`` cells, then the others of each family.
+
+    Rows belong together where these first cells are equal. A dash stands where a family has no such row.
+    """
+    prefix = "{}: {}" if len(rows) > 1 else "{1}"
+    head = [*header[:left], *(prefix.format(name, column) for name in rows for column in header[left:])]
+    each = [{tuple(row[:left]): row[left:] for row in of} for of in rows.values()]
+    gaps = ["–"] * (len(header) - left)
+    keys = dict.fromkeys(key for of in each for key in of)
+    return table(head, [[*key, *(cell for of in each for cell in of.get(key, gaps))] for key in keys], left)
+
 
 def run(
     script: str,
     parser: argparse.ArgumentParser,
-    measure: Callable[[argparse.Namespace], dict[str, Any] | None],
-    section: Callable[[dict[str, Any]], str],
+    measure: Callable[[argparse.Namespace], Report | None],
+    section: Callable[[dict[str, Report]], str],
     page: str,
-    file: Path,
+    name: str,
 ) -> int:
-    """A script that measures, keeps the figures in a file and writes the page; with --check the last alone.
+    """A script that measures, keeps the figures in a file and writes the page; with --page the last alone.
 
     Args:
         script: The script's path.
         parser: With the options of ``measure``.
         measure: The figures, to which the environment is added; None: write nothing.
-        section: The page's text from the figures.
+        section: The page's text from the figures of each family.
         page: From the root of the project.
-        file: For the figures.
+        name: Of the file for the figures.
 
     Returns:
         The exit code: 1 where the check finds another text.
     """
-    parser.add_argument("--check", action="store_true", help="measure nothing")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page anew")
+    parser.add_argument("--check", action="store_true", help="only see whether the page is up to date")
     options = parser.parse_args()
-    if not options.check:
-        from fusedrnn import system
-
+    if not (options.page or options.check):
         if (found := measure(options)) is None:
             return 0
-        file.write_text(json.dumps({"environment": system.environment()} | found, indent=1) + "\n")
-    return update(page, Path(script).name, section(json.loads(file.read_text())), options.check)
+        save(found, name)
+    return update(page, Path(script).name, section(by_family(name)), options.check)
+
+
+def save(found: Report, name: str) -> None:
+    """Keep figures of this machine, with the environment if they do not bring it."""
+    from fusedrnn import system
+
+    found = {"environment": system.environment()} | found
+    path = folder(found["environment"]["machine"]) / f"{name}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def busy(rows: Iterable[dict[str, Any]]) -> str:
@@ -74,3 +182,18 @@ def update(name: str, script: str, section: str, check: bool, part: str = "") ->
         return int(text != wanted)
     page.write_text(wanted)
     return 0
+
+
+def main() -> None:
+    """Print a folder."""
+    if sys.argv[1:]:
+        machine = json.loads(Path(sys.argv[1]).read_text())["environment"]["machine"]
+    else:
+        from fusedrnn import system
+
+        machine = system.machine()
+    print(folder(machine))
+
+
+if __name__ == "__main__":
+    main()

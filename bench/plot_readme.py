@@ -1,133 +1,118 @@
-"""Writes the README's table and plot from the measured files in bench/results. No figure is typed by hand.
+"""Writes the README's tables and plot from the measured files in bench/results. No figure is typed by hand.
 
-    fusedrnn bench --json bench/results/lstm-float32.json    measure, on a quiet machine
-    python bench/plot_readme.py            write README.md's table and docs/bench.png
-    python bench/plot_readme.py --check    only see whether the table is up to date
+    python bench/plot_readme.py            write README.md's tables and docs/bench.png
+    python bench/plot_readme.py --check    only see whether the tables are up to date
 
-Other runs of the core suite are CELL-DTYPE.json beside it. Drawing needs fusedrnn and matplotlib; the table
-needs nothing.
+The summary has the runs of benchmarks_page.py, where it says how they are measured. Drawing needs matplotlib.
 """
 
 from __future__ import annotations
 
-import json
+import statistics
 import sys
-from typing import Any
 
-from measured import ROOT, update
+from benchmarks_page import RUNS, best_peers
+from measured import ROOT, Report, by_family, captions, families, side_by_side, table, update
+
+from fusedrnn.bench import report
 
 PLOT = ROOT / "docs" / "bench.png"
-MAIN = "lstm-float32.json"  # the one that is plotted
+MAIN, PLOTTED = "lstm-float32", "AMD Zen 5"  # the run that is plotted, and where it was measured
+BESIDE = {
+    "pytorch": "`torch.nn`, training steps",
+    "programs": "the library's own way",
+}  # in suites with a goal
 
 
-def reports() -> dict[str, dict[str, Any]]:
-    return {
-        f"{cell}-{dtype}.json": json.loads(path.read_text())
-        for cell in ("lstm", "gru", "rnn")
-        for dtype in ("float32", "float64")
-        if (path := ROOT / f"bench/results/{cell}-{dtype}.json").exists()
-    }
+def compared(found: Report) -> tuple[str, list[float]]:
+    """Beside whom, and the ratio of each case."""
+    suite = found["suite"]
+    if suite in BESIDE and (reached := report.ratios(found, report.GOALS[suite][0])):
+        return BESIDE[suite], [ratio for ratio, _ in reached]
+    best = [row["best"]["ratio"] for row in found["rows"] if row["best"]]
+    return ", ".join(found["peers"]), best
 
 
-def caption(report: dict[str, Any]) -> str:
-    """Machine, versions and date of one report."""
-    found = report["environment"]
-    machine = found["machine"]
-    caches = machine.get("caches", {})
-    parts = [
-        f"{machine.get('model name', machine['architecture'])} "
-        f"(family {machine.get('cpu family', '?')}, model {machine.get('model', '?')}, "
-        f"{caches.get('L2 unified', '?')} L2 per core)",
-        f"{found['isa']}, {report['threads']} threads",
-        f"PyTorch {found['torch']}",
-        found["compiler"],
-        found["date"][:10],
-        f"load average before the run: {found['load before']:.1f}",
-        f"commit {(found['commit'] or 'unknown')[:10]}",
-    ]
-    return ", ".join(parts)
-
-
-def section(all_reports: dict[str, dict[str, Any]]) -> str:
-    """What stands between the markers."""
-    report = all_reports[MAIN]
-    more = [peer for peer in report["geometric_mean"] if peer != "torch"]
+def summary() -> str:
+    """Geometric mean and least ratio of every run, on all families."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for name, (_, title) in RUNS.items():
+        for family, found in by_family(name).items():
+            beside, ratios = compared(found)
+            if ratios:
+                figures = f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f})"
+                rows.setdefault((title, beside), {})[family] = figures
     lines = [
-        "![Time of each peer divided by time of fusedrnn, for each shape](docs/bench.png)",
-        "",
-        "LSTM, float32, forward + backward, allocation included, one run, libraries interleaved. "
-        f"{caption(report)}.",
-        "",
-        "| T, B, I, H | fusedrnn ms | GFLOP/s | PyTorch ms | PyTorch / fusedrnn |"
-        + "".join(f" {peer} / fusedrnn |" for peer in more),
-        "|---|---:|---:|---:|---:|" + "---:|" * len(more),
+        [*row, *(each.get(family, "not measured") for family in families())] for row, each in rows.items()
     ]
-    for row in report["rows"]:
-        each = row["libraries"]
-        ours, torch = each["fusedrnn"], each["torch"]
-        lines.append(
-            f"| {', '.join(map(str, row['shape']))} | {ours['ms']:.3g} | {ours['gflops']:.0f} "
-            f"| {torch['ms']:.3g} | {torch['ratio']:.2f} |"
-            + "".join(f" {each[peer]['ratio']:.2f} |" if peer in each else " – |" for peer in more)
-        )
-    means = report["geometric_mean"]
-    lines.append(
-        f"| geometric mean | | | | **{means['torch']:.2f}** |"
-        + "".join(f" {means[peer]:.2f} |" for peer in more)
-    )
-    if more:
-        lines += ["", f"Against the best of all peers at each shape: {report['best_of_all']:.2f}."]
-    others = [
-        f"{each['cell'].upper()} {each['dtype']} {each['geometric_mean']['torch']:.2f}"
-        for name, each in all_reports.items()
-        if name != MAIN
+    return table(["", "beside the fastest of", *families()], lines, left=2)
+
+
+def section() -> str:
+    """What stands between the markers."""
+    reports = by_family(MAIN)
+    lines = [
+        f"![Time of each peer divided by time of fusedrnn, for each shape, on {PLOTTED}](docs/bench.png)",
+        "",
+        "The time of the fastest other library at each shape, divided by ours: the geometric mean over all "
+        "shapes, with the lowest in brackets. Below 1 fusedrnn is slower.",
+        "",
+        summary(),
+        "",
+        "Each shape (T, B, I, H) of the LSTM in float32. All runs are forward and backward, allocation "
+        "included, with the libraries interleaved.",
+        "",
+        best_peers(reports),
+        "",
+        captions(reports),
     ]
-    if others:
-        lines += ["", f"Geometric means against PyTorch of the other measured runs: {', '.join(others)}."]
     return "\n".join(lines)
 
 
-def pytorch_section(report: dict[str, Any]) -> str:
+def training_steps(found: Report) -> list[list[str]]:
     """Whole training steps with our layer beside those with PyTorch's, and a single step beside its cell."""
-    lines = [
-        "Training steps (forward, backward, Adam) of one LSTM layer, float32: time with `torch.nn.LSTM` "
-        f"divided by ours. {caption(report)}.",
-        "",
-        "| T, B, I, H | torch.nn ms | ours ms | ratio |",
-        "|---|---:|---:|---:|",
-    ]
-    for row in report["rows"]:
-        each = row["libraries"]
+    rows = []
+    for row in found["rows"]:
+        each, shape = row["libraries"], ", ".join(map(str, row["shape"]))
         if row["kind"] == "update" and "torch" in each:
-            lines.append(
-                f"| {', '.join(map(str, row['shape']))} | {each['torch']['ms']:.3g} "
-                f"| {each['fusedrnn']['ms']:.3g} | **{each['torch']['ratio']:.2f}** |"
-            )
-    steps = [r for r in report["rows"] if r["kind"] == "step" and r["api"] == "cell" and r["cell"] == "lstm"]
-    for row in steps:
-        _, B, _, H = row["shape"]
-        ratio = row["libraries"]["torch-cell"]["ratio"]
-        lines += [
-            "",
-            f"A single step in inference with B = {B}, H = {H}, beside `torch.nn.LSTMCell`: {ratio:.2f}; "
-            "[with frozen weights](docs/speed.md) it is faster than PyTorch's.",
-        ]
+            more = row["case"].split(" update")[1].removesuffix(" PyTorch layer")
+            rows.append((shape + more.replace(" ", ", ", 1), each["torch"], each[report.OURS]))
+        elif row["kind"] == "step" and row["api"] == "cell" and row["cell"] == "lstm":
+            rows.append((f"{shape}, one step of `LSTMCell`", each["torch-cell"], each[report.OURS]))
+    return [
+        [case, f"{theirs['ms']:.3g}", f"{ours['ms']:.3g}", f"**{theirs['ratio']:.2f}**"]
+        for case, theirs, ours in rows
+    ]
+
+
+def pytorch_section() -> str:
+    """The first table of the page."""
+    reports = by_family("pytorch-float32")
+    rows = {family: training_steps(found) for family, found in reports.items()}
+    lines = [
+        "Training steps (forward, backward, Adam) of an LSTM layer, and one step of `LSTMCell` without "
+        "gradients, in float32. The ratio is the time with `torch.nn` divided by ours.",
+        "",
+        side_by_side(["T, B, I, H", "torch.nn ms", "ours ms", "ratio"], rows),
+        "",
+        captions(reports),
+        "",
+        "[With frozen weights](docs/speed.md) a single step is faster than PyTorch's.",
+    ]
     return "\n".join(lines)
 
 
 def main() -> int:
-    all_reports = reports()
     check = "--check" in sys.argv[1:]
-    outdated = update("README.md", "plot_readme.py", section(all_reports), check)
-    pytorch = json.loads((ROOT / "bench/results/pytorch-float32.json").read_text())
-    outdated |= update("README.md", "plot_readme.py", pytorch_section(pytorch), check, part="pytorch")
+    outdated = update("README.md", "plot_readme.py", section(), check)
+    outdated |= update("README.md", "plot_readme.py", pytorch_section(), check, part="pytorch")
     if check:
         if not PLOT.exists():
             print("docs/bench.png is missing: run python bench/plot_readme.py")
         return int(outdated or not PLOT.exists())
     from fusedrnn.bench import plot
 
-    plot.draw(all_reports[MAIN], str(PLOT))
+    plot.draw(by_family(MAIN)[PLOTTED], str(PLOT))
     return 0
 
 

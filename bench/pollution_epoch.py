@@ -1,6 +1,6 @@
 """An epoch of ``fusedrnn train pollution`` (128 time lines, chunks of 30 steps) beside the same in PyTorch.
 
-    python bench/pollution_epoch.py [--threads N] [--device cuda] [--json bench/results/pollution_epoch.json]
+    python bench/pollution_epoch.py [--threads N] [--device cuda] [--json FILE]
 
 On a GPU also beside DeZero, which the program was written for, if it is installed: single
 steps are all it has. Random rows in place of the data file, which changes no time. All start from the same

@@ -25,9 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measured import ROOT, update
+from measured import RESULTS, ROOT, Report, by_family, captions, folder, side_by_side, table, update
 
-RESULTS = ROOT / "bench" / "results" / "programs.json"
 KINDS = {"native": "native", "fusedrnn": "our layer in PyTorch", "torch": "PyTorch"}
 # Run: program and arguments; the example in PyTorch and its arguments, or None.
 RUNS: dict[str, tuple[list[str], list[str] | None]] = {
@@ -99,7 +98,8 @@ def measure(runs: dict[str, tuple[list[str], list[str] | None]], seeds: list[int
 
     if "FUSEDRNN_DATA" not in os.environ:
         sys.exit("FUSEDRNN_DATA is not set: the folder with wordle_reported_2022.csv")
-    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
+    file = folder(system.machine()) / "programs.json"
+    report = json.loads(file.read_text()) if file.exists() else {"runs": {}}
     if 0 in seeds and runs is RUNS:
         report["environment"] = system.environment() | {"load before": os.getloadavg()[0]}
     with same_threads(1):
@@ -114,7 +114,7 @@ def measure(runs: dict[str, tuple[list[str], list[str] | None]], seeds: list[int
                             native(own, given) if kind == "native" else pytorch(example or [], given, kind)
                         )
                     report["runs"].setdefault(name, {}).setdefault(kind, {})[str(seed)] = found
-                    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+                    file.write_text(json.dumps(report, indent=1) + "\n")
                     print(f"{name}, {kind}, seed {seed}: {found['seconds']:.2f} s", flush=True)
 
 
@@ -136,12 +136,13 @@ def shown(found: list[float]) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def markdown(header: list[str], rows: list[list[str]], text: int = 1) -> list[str]:
-    lines = [header, ["---"] * text + ["---:"] * (len(header) - text), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+def fullest(reports: dict[str, Report]) -> Report:
+    """Of the family with the most seeds: what is learnt hardly depends on the processor."""
+    return max(reports.values(), key=lambda report: len(report["runs"]["waves"]["native"]))
 
 
-def scores(report: dict[str, Any]) -> list[str]:
+def scores(reports: dict[str, Report]) -> list[str]:
+    report = fullest(reports)
     rows, reached = [], []
     for run, row, figure, reported, trivial in ROWS:
         of_kind = {kind: values(report, run, kind, row, figure) for kind in KINDS}
@@ -154,7 +155,7 @@ def scores(report: dict[str, Any]) -> list[str]:
                 for kind, found in of_kind.items()
             )
             reached.append(f"`{run}` {', '.join(counts)}")
-    found = json.loads((ROOT / "bench" / "results" / "pollution.json").read_text())
+    found = json.loads((RESULTS / "pollution.json").read_text())
     k = [row["epochs"] for row in found["seeds"][0]["after"]].index(found["reported"]["epochs"])
     errors = [seed["after"][k]["MSE"] for seed in found["seeds"]]
     rows.insert(
@@ -163,34 +164,34 @@ def scores(report: dict[str, Any]) -> list[str]:
     header = ["program", "figure", "reported", *KINDS.values(), "without a network"]
     seeds = len(report["runs"]["waves"]["native"])
     return [
-        *markdown(header, rows, text=2),
+        table(header, rows, left=2),
         "",
         f"Median (least to most) of up to {seeds} seeds, of `pollution` of 3; one seed where there is no "
         f"range, of `sine` the published one. At or below the reported error: {'; '.join(reached)}.",
     ]
 
 
-def times(report: dict[str, Any]) -> list[str]:
-    rows = []
-    for run, (_, example) in RUNS.items():
-        seconds = {k: report["runs"][run][k]["0"]["seconds"] for k in (KINDS if example else ("native",))}
-        cells = [f"{seconds[kind]:.2f}" if kind in seconds else "" for kind in KINDS]
-        ratio = f"{seconds['torch'] / seconds['native']:.1f}" if example else ""
-        rows.append([run, *cells, ratio])
-    found = report["environment"]
-    machine = found["machine"].get("model name", found["machine"]["architecture"])
+def times(reports: dict[str, Report]) -> list[str]:
+    rows: dict[str, list[list[str]]] = {}
+    for family, report in reports.items():
+        rows[family] = []
+        for run, (_, example) in RUNS.items():
+            seconds = {k: report["runs"][run][k]["0"]["seconds"] for k in (KINDS if example else ("native",))}
+            cells = [f"{seconds[kind]:.2f}" if kind in seconds else "" for kind in KINDS]
+            ratio = f"{seconds['torch'] / seconds['native']:.1f}" if example else ""
+            rows[family].append([run, *cells, ratio])
     return [
-        *markdown(["training, s", *KINDS.values(), "PyTorch / native"], rows),
+        side_by_side(["training, s", *KINDS.values(), "PyTorch / native"], rows),
         "",
-        f"One thread, float32, seed 0, one run each. {machine}, {found['isa']}, PyTorch {found['torch']}, "
-        f"{found['date'][:10]}, load average before the run: {found['load before']:.1f}, commit "
-        f"{(found['commit'] or 'unknown')[:10]}.",
+        "One thread, float32, seed 0, one run each.",
+        "",
+        captions(reports),
     ]
 
 
-def curves(report: dict[str, Any]) -> list[str]:
+def curves(reports: dict[str, Report]) -> list[str]:
     """Of every seed that all curves were run with."""
-    rows = []
+    report, rows = fullest(reports), []
     for over in ("all", "valid"):
         for kind, label in KINDS.items():
             runs = ["feeding-back" if (over, c) == ("all", "none") else f"{over} {c}" for c in CURVES]
@@ -199,7 +200,7 @@ def curves(report: dict[str, Any]) -> list[str]:
                 errors = [seeds[seed]["scores"]["LSTM"]["MSE"] for seeds in of_curves]
                 rows.append([over, label, seed, *(f"{error:.4f}" for error in errors)])
     names = ["none", "tanh(e t/N)", *(f"alpha {curve}" for curve in CURVES[2:])]
-    return markdown(["loss over", "with", "seed", *names], rows, text=2)
+    return [table(["loss over", "with", "seed", *names], rows, left=2)]
 
 
 def main() -> int:
@@ -211,11 +212,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.measure:
         measure(CURVE_RUNS if args.curves else RUNS, args.seeds)
-    report = json.loads(RESULTS.read_text())
+    reports = by_family("programs")
     parts = {"scores": scores, "times": times, "curves": curves}
     page, script = "docs/programs.md", "programs_page.py"
     return max(
-        update(page, script, "\n".join(part(report)), args.check, name) for name, part in parts.items()
+        update(page, script, "\n".join(part(reports)), args.check, name) for name, part in parts.items()
     )
 
 

@@ -1,12 +1,13 @@
 """Frames per second of sb3-contrib's RecurrentPPO: torch.nn, our layers, and ours without its time loop.
 
     python bench/recurrent_ppo.py            measure, on a quiet machine; write JSON and docs/third_party.md
-    python bench/recurrent_ppo.py --check    only see whether the page is up to date
+    python bench/recurrent_ppo.py --page     only write the page anew
+    python bench/recurrent_ppo.py --check    only see whether it is up to date
 
 CartPole without velocities, 8 environments, sb3-contrib's defaults: rollouts of 128 steps, 10 epochs of
 batches of 128 frames, two LSTMs of 256 units. The variants are interleaved. In a round all have the
 same seed, so that they play the same episodes until rounding parts them. Needs ``pip install
-sb3-contrib``, except to check.
+sb3-contrib``, except for the page.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 
 import numpy as np
-from measured import RESULTS, ROOT, busy, run
+from measured import ROOT, captions, run, side_by_side
 
 
 def timed(model, method, seconds):
@@ -90,21 +91,23 @@ def figures(options):
     return asked | {"sb3-contrib": sb3_contrib.__version__, "rows": rows}
 
 
-def section(report):
+def section(reports):
     """The page's table."""
-    lines = ["| threads | " + " | ".join(report["rows"][0]["variants"]) + " |", "|---:|---:|---:|---:|"]
-    for row in report["rows"]:
-        figures = [f"{each['fps']:.0f} ({each['ratio']:.2f})" for each in row["variants"].values()]
-        lines.append(f"| {row['threads']} | " + " | ".join(figures) + " |")
-    found = report["environment"]
-    lines += [
-        "",
+    first = next(iter(reports.values()))
+    rows = {
+        family: [
+            [str(row["threads"])]
+            + [f"{each['fps']:.0f} ({each['ratio']:.2f})" for each in row["variants"].values()]
+            for row in found["rows"]
+        ]
+        for family, found in reports.items()
+    }
+    return (
+        f"{side_by_side(['threads', *first['rows'][0]['variants']], rows)}\n\n"
         f"Frames per second of the whole training, environment included, and in brackets the ratio to "
-        f"torch.nn; medians of {report['rounds']} rounds of {report['frames']:,} frames, interleaved. "
-        f"PyTorch {found['torch']}, sb3-contrib {report['sb3-contrib']}, {found['isa']}, "
-        f"{found['date'][:10]}. Other processes used {busy(report['rows'])}.",
-    ]
-    return "\n".join(lines)
+        f"torch.nn; medians of {first['rounds']} rounds of {first['frames']:,} frames, "
+        f"interleaved.\n\n{captions(reports)}"
+    )
 
 
 def main():
@@ -112,7 +115,7 @@ def main():
     parser.add_argument("--frames", type=int, default=4096, help="of each run")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="*", help="default: all, then one")
-    return run(__file__, parser, figures, section, "docs/third_party.md", RESULTS / "recurrent_ppo.json")
+    return run(__file__, parser, figures, section, "docs/third_party.md", "recurrent_ppo")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Measures how time grows with T, B, I and H, and what the model of more cores needs; writes docs/scaling.md.
 
-    python bench/scaling.py            measure (on a quiet machine, some minutes), write JSON, page and plot
+    python bench/scaling.py            measure (on a quiet machine, some minutes), write JSON, and page and
+                                       plot on the machine that they are about
     python bench/scaling.py --page     only choose the splits anew and write page and plot from the JSON
     python bench/scaling.py --check    only see whether the page is up to date
     python bench/scaling.py --quick --json FILE    a few small problems, to see that it works
@@ -24,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import scaling_model as model
-from measured import ROOT, update
+from measured import RESULTS, ROOT, caption, family, folder, table, update
 from scaling_model import Split
 
-FILE = ROOT / "bench" / "results" / "scaling.json"
+FILE = RESULTS / "amd-zen5" / "scaling.json"  # the machine that the page is about
 PLOT = ROOT / "docs" / "scaling.png"
 PAGE = "docs/scaling.md"
 BASE = (64, 32, 64, 128)  # T, B, I, H, of which one at a time varies
@@ -240,12 +241,6 @@ def choose(found: dict[str, Any]) -> dict[str, Any]:
 # --- the page ---------------------------------------------------------------------------------------------
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """In Markdown, the first ``left`` columns text and the others numbers."""
-    lines = [header, ["---"] * left + ["---:"] * (len(header) - left), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def threads_text(count: int | str) -> str:
     return f"{count} thread" + ("" if int(count) == 1 else "s")
 
@@ -254,24 +249,12 @@ def shape_text(shape: Sequence[int]) -> str:
     return ", ".join(map(str, shape))
 
 
-def caption(found: dict[str, Any]) -> str:
+def source(found: dict[str, Any]) -> str:
     """Where and when it was measured."""
     each = found["environment"]
-    machine = each["machine"]
-    others = each["others"]
-    return ", ".join(
-        [
-            f"{machine.get('model name', machine['architecture'])} (family {machine.get('cpu family', '?')}, "
-            f"model {machine.get('model', '?')}), {machine['cores']} cores",
-            each["isa"],
-            each["compiler"],
-            each["date"][:10],
-            f"load average before the run {each['load before'] or 0:.1f}",
-            *([] if others is None else [f"{others:.0%} of the cores used by other processes"]),
-            f"commit {(each['commit'] or 'unknown')[:10]}",
-            *(["**a quick run: figures to be replaced**"] if found["quick"] else []),
-        ]
-    )
+    others = [] if each["others"] is None else [f"{each['others']:.0%} of the cores used by other processes"]
+    quick = ["**a quick run: figures to be replaced**"] if found["quick"] else []
+    return f"{family(each['machine'])}: {', '.join([caption(found), *others, *quick])}"
 
 
 def curves(found: dict[str, Any], which: str, count: int) -> tuple[list[int], list[float]]:
@@ -309,7 +292,7 @@ def growth_section(found: dict[str, Any]) -> str:
         [
             "![Time against each of T, B, I and H, both axes logarithmic](scaling.png)",
             "",
-            f"One size varies, the others are {base}. {caption(found)}. Half the interquartile range of the "
+            f"One size varies, the others are {base}. {source(found)}. Half the interquartile range of the "
             f"times of a point is {statistics.median(spreads):.1%} in the median and at most "
             f"{max(spreads):.0%}.",
             "",
@@ -561,9 +544,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         found = measure(options.quick)
         print(f"measured in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    file = options.json or FILE
+    measured = FILE if options.page else folder(found["environment"]["machine"]) / FILE.name
+    file = options.json or measured
     file.write_text(json.dumps(found, indent=1) + "\n")
-    if options.json is None:
+    if file == FILE:
         draw(found, PLOT)
         return write_page(found, False)
     for part, section in SECTIONS.items():

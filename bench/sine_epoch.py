@@ -1,7 +1,7 @@
 """An epoch of ``fusedrnn train sine`` (30 time lines of 34 steps, one update) beside DeZero's.
 
     pip install dezero
-    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python bench/sine_epoch.py [--json bench/results/sine_epoch.json]
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python bench/sine_epoch.py [--json FILE]
 
 Ours takes chunks of 30 steps, DeZero single steps, which is all it has. Epochs are interleaved; the
 ratio is the median over the pairs.

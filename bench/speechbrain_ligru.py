@@ -1,11 +1,12 @@
 """Training steps with SpeechBrain's LiGRU: its loop, its loop in TorchScript, and our layer of the same cell.
 
     python bench/speechbrain_ligru.py            measure; write JSON and docs/third_party.md
-    python bench/speechbrain_ligru.py --check    only see whether the page is up to date
+    python bench/speechbrain_ligru.py --page     only write the page anew
+    python bench/speechbrain_ligru.py --check    only see whether it is up to date
 
 A classifier of frames: 40 features, two bidirectional LiGRU layers with layer norm, 48 classes, cross entropy
 and AdamW. The data are made up. All variants begin with the same weights and get the same batches.
-Needs ``pip install speechbrain torchaudio``, except to check.
+Needs ``pip install speechbrain torchaudio``, except for the page.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import sys
 import time
 
-from measured import RESULTS, busy, run
+from measured import captions, run, side_by_side
 
 FEATURES, CLASSES, LAYERS = 40, 48, 2
 SIZES = ((100, 8, 128), (200, 8, 256), (200, 16, 512))  # T, B, H
@@ -126,34 +127,33 @@ def figures(options):
     return found | {"speechbrain": speechbrain.__version__, "rows": rows}
 
 
-def section(report):
+def section(reports):
     """The page's table."""
-    names = list(report["rows"][0]["seconds"])
-    lines = [
-        "| T, B, H | " + " | ".join(names) + " | speed-up over the faster of SpeechBrain's |",
-        "|---|" + "---:|" * (len(names) + 1),
-    ]
-    for row in report["rows"]:
-        times = " | ".join(f"{1e3 * s:.1f}" for s in row["seconds"].values())
-        lines.append(f"| {row['T']}, {row['B']}, {row['H']} | {times} | {row['ratio']:.2f} |")
-    found = report["environment"]
-    first, tenth = (max(row["losses apart"][k] for row in report["rows"]) for k in (0, 1))
+    each = list(reports.values())
+    header = ["T, B, H", *each[0]["rows"][0]["seconds"], "speed-up over the faster of SpeechBrain's"]
+    rows = {
+        family: [
+            [f"{row['T']}, {row['B']}, {row['H']}"]
+            + [f"{1e3 * s:.1f}" for s in row["seconds"].values()]
+            + [f"{row['ratio']:.2f}"]
+            for row in found["rows"]
+        ]
+        for family, found in reports.items()
+    }
+    first, tenth = (max(row["losses apart"][k] for found in each for row in found["rows"]) for k in (0, 1))
     first = max(first, 2.0**-23)  # they are float32
-    lines += [
-        "",
-        f"Milliseconds of a training step, medians of {report['steps'] - report['steps'] // 4} steps, "
-        f"interleaved, {report['threads']} threads. The losses of the first step agree within {first:.0e}, "
-        f"those of the tenth, which differ by rounding, within {tenth:.0e}. PyTorch {found['torch']}, "
-        f"SpeechBrain {report['speechbrain']}, {found['isa']}, {found['date'][:10]}. Other processes used "
-        f"{busy(report['rows'])}.",
-    ]
-    return "\n".join(lines)
+    return (
+        f"{side_by_side(header, rows)}\n\n"
+        f"Milliseconds of a training step, medians of {each[0]['steps'] - each[0]['steps'] // 4} steps, "
+        f"interleaved. The losses of the first step agree within {first:.0e}, those of the tenth, "
+        f"which differ by rounding, within {tenth:.0e}.\n\n{captions(reports)}"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
-    return run(__file__, parser, figures, section, "docs/third_party.md", RESULTS / "speechbrain_ligru.json")
+    return run(__file__, parser, figures, section, "docs/third_party.md", "speechbrain_ligru")
 
 
 if __name__ == "__main__":

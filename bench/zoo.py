@@ -3,11 +3,12 @@
     python bench/zoo.py            measure, on a quiet machine; write JSON and docs/zoo.md
     python bench/zoo.py mgu ltc    measure these cells, and write nothing
     python bench/zoo.py mgu ltc --compile    measure torch.compile of these cells' loops, and write both too
-    python bench/zoo.py --check    only see whether the page is up to date
+    python bench/zoo.py --page     only write the page anew
+    python bench/zoo.py --check    only see whether it is up to date
 
 Forward and backward in float32, every gradient, all threads. Each result is checked before it is timed, and
 the libraries are interleaved, as in ``fusedrnn bench``, whose cases these are for a cell of one's own.
-Needs PyTorch and JAX, except to check.
+Needs PyTorch and JAX, except for the page.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from measured import RESULTS, busy, run, update
+from measured import Report, by_family, captions, run, save, side_by_side, table, update
 
 from fusedrnn import system
 from fusedrnn.bench import registry, runner
@@ -35,10 +37,10 @@ from fusedrnn.cells import Cell
 from fusedrnn.cells.zoo import ALL
 from fusedrnn.problems import Case, Shape
 
-FILE = RESULTS / "zoo-float32.json"
+NAME, COMPILED = "zoo-float32", "zoo-compile"  # of the files in bench/results
 SHAPES = (Shape(100, 32, 16, 64), Shape(50, 32, 1, 32), Shape(100, 1, 1, 64))
 LARGE = Shape(100, 64, 64, 256)
-COMPILED, COMPILED_SHAPE = RESULTS / "zoo-compile.json", Shape(50, 32, 1, 32)
+COMPILED_SHAPE = Shape(50, 32, 1, 32)
 TOO_LONG = 3  # exit code of a process whose compiler did not end in time
 PAGE = "docs/zoo.md"
 CELLS = {cell.name: cell for cell in ALL if not cell.projects}
@@ -85,46 +87,49 @@ def measure(cells: list[Cell], shapes: list[Shape], seconds: float) -> dict[str,
     }
 
 
-def section(found: dict[str, Any]) -> str:
-    """The page's table."""
+def ratios(found: Report) -> dict[str, list[float]]:
+    """Of each cell, the means of the ratios to all peers, and the least to PyTorch and TorchScript."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in found["rows"]:
         rows.setdefault(row["cell"], []).append(row["libraries"])
-    lines = [
-        "| cell | ours, ms | " + " | ".join(PEERS.values()) + " | lowest of PyTorch and TorchScript |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    figures = []
-    for cell, each in rows.items():
-        ratios = [mean([libraries[name]["ratio"] for libraries in each]) for name in PEERS]
-        torch = runner.torch_variants(PEERS)
-        ratios.append(min(libraries[name]["ratio"] for libraries in each for name in torch))
-        figures.append(ratios)
-        lines.append(f"| `{cell}` | {each[0][runner.OURS]['ms']:.3g} | {joined(ratios)} |")
-    columns = [mean([*column]) for column in zip(*figures, strict=True)]
-    lines.append(f"| geometric mean | | {joined(columns)} |")
+    torch = runner.torch_variants(PEERS)
+    return {
+        cell: [mean([libraries[name]["ratio"] for libraries in each]) for name in PEERS]
+        + [min(libraries[name]["ratio"] for libraries in each for name in torch)]
+        for cell, each in rows.items()
+    }
+
+
+def section(reports: dict[str, Report]) -> str:
+    """The page's table."""
+    header = ["cell", "ours, ms", *PEERS.values(), "lowest of PyTorch and TorchScript"]
+    rows, lowest, refused = {}, [], []
+    for family, found in reports.items():
+        each = ratios(found)
+        first = {row["cell"]: row["libraries"][runner.OURS]["ms"] for row in reversed(found["rows"])}
+        rows[family] = [[f"`{cell}`", f"{first[cell]:.3g}", *shown(each[cell])] for cell in each]
+        rows[family].append(["geometric mean", "", *shown(map(mean, zip(*each.values(), strict=True)))])
+        lowest.append(f"{min(values[-1] for values in each.values()):.2f} on {family}")
+        refused += [f"- {family}, {text}" for text in found["refused"]]
+    found = next(iter(reports.values()))
     shapes = list(dict.fromkeys(str(Shape(*row["shape"])) for row in found["rows"]))
-    environment = found["environment"]
-    machine = environment["machine"]
-    least = min(ratios[-1] for ratios in figures)
-    lines += [
+    lines = [
+        side_by_side(header, rows),
         "",
         f"The first column is our time at (T,B,I,H) = {shapes[0]}. The next three are the times of the "
         f"loops divided by ours, as geometric means over {', '.join(shapes)}. The last one is the lowest "
         f"ratio of the faster of PyTorch and TorchScript at any of these sizes; the lowest of all cells is "
-        f"{least:.2f}. "
-        f"Backend `cpu`, {environment['isa']}, {found['threads']} thread(s) for all libraries, PyTorch "
-        f"{environment['torch']}, JAX {environment['jax']}, "
-        f"{machine.get('model name', machine['architecture'])}, {environment['date'][:10]}. Other processes "
-        f"used up to {busy(found['rows'])}.",
+        f"{', '.join(lowest)}. Backend `cpu`, the same number of threads for all libraries.",
+        "",
+        captions(reports),
     ]
-    if found["refused"]:
-        lines += ["", f"Not timed, because a result differs too much: {'; '.join(found['refused'])}."]
+    if refused:
+        lines += ["", "Not timed, because a result differs too much:", "", *refused]
     return "\n".join(lines)
 
 
-def joined(ratios: list[float]) -> str:
-    return " | ".join(f"{ratio:.2f}" for ratio in ratios)
+def shown(values: Iterable[float]) -> list[str]:
+    return [f"{value:.2f}" for value in values]
 
 
 def compiled(name: str, seconds: float, limit: float) -> None:
@@ -166,40 +171,42 @@ def measure_compiled(options: argparse.Namespace) -> dict[str, Any]:
         if not done.returncode:
             row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
-        print(compiled_line(row, options.limit), flush=True)
+        print("  ".join(compiled_cells(row, options.limit)), flush=True)
     import torch  # noqa: F401  of which the environment tells the version
 
     with same_threads(None) as threads:
         return {"limit": options.limit, "threads": threads, "environment": system.environment(), "rows": rows}
 
 
-def compiled_line(row: dict[str, Any], limit: float) -> str:
+def compiled_cells(row: dict[str, Any], limit: float) -> list[str]:
     """A row of the table of compiled loops."""
     if "libraries" not in row:
-        return f"| `{row['cell']}` | | | | not finished after {limit:.0f} s |"
+        return [f"`{row['cell']}`", "", "", "", f"not finished after {limit:.0f} s"]
     libraries = row["libraries"]
-    found = libraries["torch-compile"]
-    ratios = joined([libraries[n]["ratio"] for n in ("torch-loop", "torchscript", "torch-compile")])
-    return f"| `{row['cell']}` | {ratios} | {found['path'].removeprefix('first call ')} |"
+    each = [libraries[n]["ratio"] for n in ("torch-loop", "torchscript", "torch-compile")]
+    return [f"`{row['cell']}`", *shown(each), libraries["torch-compile"]["path"].removeprefix("first call ")]
 
 
-def page_section(found: dict[str, Any]) -> str:
+def page_section(reports: dict[str, Report]) -> str:
     """The page's tables, that of compiled loops if there is one."""
-    if not COMPILED.exists():
-        return section(found)
-    more = json.loads(COMPILED.read_text())
+    if not (more := by_family(COMPILED)):
+        return section(reports)
+    header = ["cell", "PyTorch", "TorchScript", "torch.compile", "its first call"]
+    rows = {
+        family: [compiled_cells(row, found["limit"]) for row in found["rows"]]
+        for family, found in more.items()
+    }
     lines = [
+        section(reports),
         "",
-        "| cell | PyTorch | TorchScript | torch.compile | its first call |",
-        "|---|---:|---:|---:|---:|",
-        *(compiled_line(row, more["limit"]) for row in more["rows"]),
+        side_by_side(header, rows),
         "",
         f"The times of the loop divided by ours at (T,B,I,H) = {COMPILED_SHAPE}. `torch.compile` unrolls all "
-        f"steps; its first call compiles forward and backward. {more['threads']} thread(s), PyTorch "
-        f"{more['environment']['torch']}, {more['environment']['date'][:10]}. Other processes used up to "
-        f"{busy(more['rows'])}.",
+        "steps; its first call compiles forward and backward.",
+        "",
+        captions(more),
     ]
-    return "\n".join([section(found), *lines])
+    return "\n".join(lines)
 
 
 def known(name: str) -> str:
@@ -214,14 +221,16 @@ def figures(options: argparse.Namespace) -> dict[str, Any] | None:
     if options.compile:
         if not options.cells:
             raise SystemExit("--compile: expected names of cells")
-        COMPILED.write_text(json.dumps(measure_compiled(options), indent=1) + "\n")
-        update(PAGE, "zoo.py", page_section(json.loads(FILE.read_text())), check=False)
+        save(measure_compiled(options), COMPILED)
+        update(PAGE, "zoo.py", page_section(by_family(NAME)), check=False)
         return None
     shapes = [*SHAPES, *([LARGE] if options.large else [])]
     found = measure([CELLS[name] for name in options.cells or CELLS], shapes, options.seconds)
     if not options.cells:
         return found
-    print(section(found))
+    print(
+        table(["cell", *PEERS.values(), "lowest"], [[cell, *shown(v)] for cell, v in ratios(found).items()])
+    )
     return None
 
 
@@ -234,7 +243,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help=f"torch.compile of cells, at {COMPILED_SHAPE}")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a compiled loop's first call")
     parser.add_argument("--large", action="store_true", help=f"also at {LARGE}")
-    return run(__file__, parser, figures, page_section, PAGE, FILE)
+    return run(__file__, parser, figures, page_section, PAGE, NAME)
 
 
 if __name__ == "__main__":
