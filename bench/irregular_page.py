@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 
-from measured import ROOT, update
+from measured import RESULTS, table, update
 
 
 def spread(network: dict) -> str:
@@ -20,27 +20,24 @@ def spread(network: dict) -> str:
     return f"{statistics.mean(scores):.4f} ({min(scores):.4f} to {max(scores):.4f})"
 
 
-def table(native: dict, pytorch: dict) -> str:
-    lines = ["| forecast | parameters | RMSE, native | RMSE, PyTorch |", "|---|---:|---:|---:|"]
-    lines += [f"| {name} | | {score:.4f} | the same |" for name, score in native["baselines"].items()]
+def section(native: dict, pytorch: dict) -> str:
+    rows = [[name, "", f"{score:.4f}", "the same"] for name, score in native["baselines"].items()]
     for name, network in native["networks"].items():
-        scores = f"{spread(network)} | {spread(pytorch['networks'][name])}"
-        lines.append(f"| {name} | {network['parameters']} | {scores} |")
-    seeds = len(network["runs"])
-    lines += [
-        "",
-        f"Mean (minimum to maximum) of {seeds} seeds. {native['epochs']} epochs, {native['series']} series.",
-    ]
-    return "\n".join(lines)
+        scores = [spread(network), spread(pytorch["networks"][name])]
+        rows.append([name, str(network["parameters"]), *scores])
+    return (
+        f"{table(['forecast', 'parameters', 'RMSE, native', 'RMSE, PyTorch'], rows)}\n\n"
+        f"Mean (minimum to maximum) of {len(network['runs'])} seeds. {native['epochs']} epochs, "
+        f"{native['series']} series."
+    )
 
 
 def main() -> int:
-    results = ROOT / "bench" / "results"
-    found = [json.loads((results / f"irregular{end}.json").read_text()) for end in ("", "_torch")]
+    found = [json.loads((RESULTS / f"irregular{end}.json").read_text()) for end in ("", "_torch")]
     if any(found[0][what] != found[1][what] for what in ("series", "epochs", "baselines")):
         print("irregular.json and irregular_torch.json are of different tasks")
         return 1
-    return update("docs/irregular.md", "irregular_page.py", table(*found), "--check" in sys.argv[1:])
+    return update("docs/irregular.md", "irregular_page.py", section(*found), "--check" in sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def section() -> str:
         "",
         summary(),
         "",
-        "Each shape (T, B, I, H) of the LSTM in float32. All runs are forward and backward, allocation "
-        "included, with the libraries interleaved.",
+        "Each shape (T, B, I, H) of the LSTM in float32: forward and backward, allocation included, with the "
+        "libraries interleaved.",
         "",
         best_peers(reports),
         "",

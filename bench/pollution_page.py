@@ -10,35 +10,30 @@ import json
 import statistics
 import sys
 
-from measured import ROOT, update
+from measured import RESULTS, table, update
 
 
-def table(found: dict) -> str:
+def section(found: dict) -> str:
     seeds = found["seeds"]
-    lines = [
-        "| epochs | "
-        + " | ".join(f"seed {s['seed']}" for s in seeds)
-        + " | median | training loss, median |",
-        "|---:|" + "---:|" * (len(seeds) + 2),
-    ]
+    header = ["epochs", *(f"seed {s['seed']}" for s in seeds), "median", "training loss, median"]
+    lines = []
     for rows in zip(*(s["after"] for s in seeds), strict=True):
         scores = [row["MSE"] for row in rows]
         loss = statistics.median(row["train_loss"] for row in rows)
-        cells = " | ".join(f"{score:.1f}" for score in scores)
-        lines.append(f"| {rows[0]['epochs']} | {cells} | {statistics.median(scores):.1f} | {loss:.1f} |")
+        figures = [*scores, statistics.median(scores), loss]
+        lines.append([str(rows[0]["epochs"]), *(f"{figure:.1f}" for figure in figures)])
     reported = found["reported"]
-    lines += [
-        "",
+    return (
+        f"{table(header, lines)}\n\n"
         f"Reported after {reported['epochs']} epochs: MSE {reported['MSE']:.2f}. {found['model']}, batch "
         f"{found['batch']}, truncated after {found['steps']} steps, {found['optimizer']}, {found['dtype']}; "
-        f"{found['machine']}, {found['date']}; {found['note']}.",
-    ]
-    return "\n".join(lines)
+        f"{found['machine']}, {found['date']}; {found['note']}."
+    )
 
 
 def main() -> int:
-    found = json.loads((ROOT / "bench" / "results" / "pollution.json").read_text())
-    return update("docs/pollution.md", "pollution_page.py", table(found), "--check" in sys.argv[1:])
+    found = json.loads((RESULTS / "pollution.json").read_text())
+    return update("docs/pollution.md", "pollution_page.py", section(found), "--check" in sys.argv[1:])
 
 
 if __name__ == "__main__":
