@@ -29,7 +29,7 @@ def code_of(page: Path) -> str:
 def cases() -> list:
     """The pages with code; those that need NumPy alone are quick tests."""
     pages = [page for page in PAGES if code_of(page)]
-    alone = [not re.search("import (torch|jax)", code_of(page)) for page in pages]
+    alone = [not re.search("import (torch|jax|matplotlib)", code_of(page)) for page in pages]
     return [
         pytest.param(page, id=f"{page.parent.name}-{page.stem}", marks=[pytest.mark.quick] * quick)
         for page, quick in zip(pages, alone, strict=True)
@@ -40,14 +40,17 @@ def cases() -> list:
 def test_code_of_a_page_runs(page, tmp_path, monkeypatch, threads):
     """All of a page in order; its ``assert`` lines hold."""
     code = code_of(page)
-    for module in ("torch", "jax"):
+    for module in ("torch", "jax", "matplotlib"):
         if f"import {module}" in code:
             pytest.importorskip(module, reason=f"{module} is not installed")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
     if "import jax" in code:  # whose threads would make a fork in a later test a warning
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     else:
         exec(compile(code, page, "exec"), {"__name__": "page"})
+    if "import matplotlib" in code:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 def test_each_page_is_in_one_table_of_contents():
