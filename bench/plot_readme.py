@@ -102,6 +102,13 @@ def pytorch_section() -> str:
     return "\n".join(lines)
 
 
+def draw() -> None:
+    """Draw docs/bench.png."""
+    from fusedrnn.bench import plot
+
+    plot.draw(by_family(MAIN)[PLOTTED], str(PLOT))
+
+
 def main() -> int:
     check = "--check" in sys.argv[1:]
     outdated = update("README.md", "plot_readme.py", section(), check)
@@ -110,9 +117,7 @@ def main() -> int:
         if not PLOT.exists():
             print("docs/bench.png is missing: run python bench/plot_readme.py")
         return int(outdated or not PLOT.exists())
-    from fusedrnn.bench import plot
-
-    plot.draw(by_family(MAIN)[PLOTTED], str(PLOT))
+    draw()
     return 0
 
 

@@ -37,8 +37,6 @@ CORES = (8, 32, 64)  # that are predicted
 BETTER = 1.2  # times faster than what the rule takes: from here on it is told
 GRID = {"B": (1, 4, 16, 64, 256), "H": (32, 64, 128, 256, 512, 1024)}  # for the table of splits
 KIB, MIB = 1 << 10, 1 << 20
-COLOURS = ("#0072b2", "#d55e00")  # Okabe and Ito's, which colour-blind readers tell apart
-MARKERS = ("o", "s")
 
 # --- measuring --------------------------------------------------------------------------------------------
 
@@ -492,7 +490,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure = Figure(figsize=(9, 6.6), dpi=110, layout="constrained")
+    from fusedrnn.plot import COLOURS, MARKERS
+
+    figure = Figure(figsize=(7.5, 6.4), dpi=110)
     for axes, which in zip(figure.subplots(2, 2).flat, found["growth"], strict=True):
         for count, colour, marker in zip(found["threads"], COLOURS, MARKERS, strict=False):
             values, ms = curves(found, which, count)
@@ -510,12 +510,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axes.minorticks_off()
         low, high = axes.get_ylim()
         axes.set_ylim(low, high * (high / low) ** 0.2)  # room for the legend
-        axes.grid(color="#eeeeee", zorder=0)
         others = [f"{name} = {n}" for name, n in zip("TBIH", found["base"], strict=True) if name != which]
         axes.set_xlabel(f"{which}   ({', '.join(others)})", fontsize=9)
         axes.set_ylabel("ms", fontsize=9)
         axes.tick_params(labelsize=8)
-        axes.legend(fontsize=9, frameon=False, loc="upper left")
+        axes.legend(fontsize=9, loc="upper left")
     machine = found["environment"]["machine"]
     figure.suptitle(
         "LSTM float32, forward + backward: time, and the line through the upper half of the points\n"
@@ -548,7 +547,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = options.json or measured
     file.write_text(json.dumps(found, indent=1) + "\n")
     if file == FILE:
-        draw(found, PLOT)
+        from fusedrnn.plot import style
+
+        with style():
+            draw(found, PLOT)
         return write_page(found, False)
     for part, section in SECTIONS.items():
         print(f"\n{part}\n\n{section(found)}")

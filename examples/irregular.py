@@ -10,6 +10,7 @@ from irregular_series import BATCH, HIDDEN, LAST, RATE
 import fusedrnn.functions as F
 import fusedrnn.layers as L
 from fusedrnn import Model, no_grad, optimizers
+from fusedrnn.plot import COLOURS, DASHES, GREY, style
 
 
 class Net(Model):
@@ -50,36 +51,42 @@ def train(cell, gap_is_input, training, test, seed, epochs):
     return sum(p.data.size for p in model.params()), losses, predictions
 
 
+def best(found):
+    """The names of the two networks with the least mean RMSE."""
+    scores = {name: np.mean([r["rmse"] for r in n["runs"]]) for name, n in found["networks"].items()}
+    return sorted(scores, key=scores.get)[:2]
+
+
+@style()
 def plot(path, found, values, gaps, predictions):
     """One held-out series with the predictions of the two best networks, and the losses of all."""
     from matplotlib.figure import Figure
 
-    colours = dict(zip(found["networks"], ("#999999", "#d55e00", "#009e73", "#0072b2"), strict=True))
-    scores = {name: np.mean([r["rmse"] for r in n["runs"]]) for name, n in found["networks"].items()}
-    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.8, 1))
+    colours = dict(zip(found["networks"], COLOURS, strict=True))
+    dashes = dict(zip(found["networks"], DASHES, strict=True))
+    figure = Figure(figsize=(7, 6.4), dpi=110)
+    above, below = figure.subplots(2, 1)
     some = slice(LAST, LAST + 30)  # the observations at 1 + some are those that were predicted
     time = gaps[:, 0].cumsum()[some]
-    left.plot(time, values[1:, 0][some], "o", color="black", mfc="white", ms=6, label="observed", zorder=3)
-    for name, marker in zip(sorted(scores, key=scores.get)[:2], "xD", strict=True):
+    above.plot(time, values[1:, 0][some], "o", color=GREY, mfc="none", ms=7, label="observed", zorder=3)
+    for name, marker in zip(best(found), "xD", strict=True):
         style = {"color": colours[name], "ms": 5 + 2 * (marker == "x"), "mew": 1.6, "lw": 0.8}
-        left.plot(time, predictions[name][some, 0], marker + "-", label=name, **style)
-    left.set(xlabel="time", ylabel="value", title="a held-out series, predicted one observation ahead")
+        above.plot(time, predictions[name][some, 0], marker + "-", label=name, **style)
+    above.set(xlabel="time", ylabel="value", title="a held-out series, predicted one observation ahead")
     for name, network in found["networks"].items():
         losses = np.array([run["losses"] for run in network["runs"]])
         epochs = np.arange(1, losses.shape[1] + 1)
-        right.plot(epochs, losses.mean(axis=0), color=colours[name], label=name)
-        right.fill_between(epochs, losses.min(axis=0), losses.max(axis=0), color=colours[name], alpha=0.25)
-    right.set(
+        below.plot(epochs, losses.mean(axis=0), dashes[name], color=colours[name], label=name)
+        below.fill_between(epochs, losses.min(axis=0), losses.max(axis=0), color=colours[name], alpha=0.25)
+    below.set(
         xlabel="epoch",
         ylabel="MSE",
         ylim=(0.35, 0.8),
         title=f"training loss, mean and range of {len(losses)} seeds",
     )
-    for axes in (left, right):
-        axes.set_axisbelow(True)
-        axes.grid(color="#eeeeee")
-        axes.legend(fontsize=8, frameon=False)
+    below.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (above, below):
+        axes.legend(fontsize=8)
     figure.savefig(path)
 
 

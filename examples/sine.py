@@ -8,7 +8,7 @@ import numpy as np
 import fusedrnn
 import fusedrnn.functions as F
 import fusedrnn.layers as L
-from fusedrnn import Model, SeqDataLoader
+from fusedrnn import Model, SeqDataLoader, plot
 
 EPOCHS, HIDDEN, BATCH, TRUNCATION = 100, 100, 30, 30
 
@@ -57,14 +57,8 @@ r2 = 1 - np.sum((cosine - prediction) ** 2) / np.sum((cosine - cosine.mean()) **
 print(f"on a cosine: MSE {mse:.8f}  R2 {r2:.6f}")
 
 try:
-    from matplotlib.figure import Figure
-except ImportError:
-    print("no plot: pip install 'fusedrnn[plot]'")
+    ax = plot.forecast(cosine, {"LSTM": prediction})
+except ImportError as error:
+    print("no plot:", error)
 else:
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(cosine, color="0.6", lw=3, label="cosine")
-    axes.plot(prediction, label="LSTM")
-    axes.set(title=f"R2 {r2:.5f}", xlabel="step")
-    axes.legend(loc="lower left")
-    figure.savefig("sine.png", dpi=120)
+    ax.figure.savefig("sine.png")

@@ -176,17 +176,13 @@ def program(args):
 
 
 def plot(path, z, prediction):
-    from matplotlib.figure import Figure
+    from fusedrnn.plot import GREY, forecast
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(z, color="0.6", lw=3, label="reported, standardised")
-    axes.plot(range(N, len(z)), prediction, label="fed back")
-    days = torch.arange(N)
-    for curve in ("e", "2", "5", "7", "10"):
-        axes.plot(forgetting(curve, days)[0].flatten(), lw=0.8, ls="--", label=f"forgetting {curve}")
-    axes.legend()
-    figure.savefig(path)
+    axes = forecast(z, {"fed back": prediction}, test=N)
+    for curve in ("e", "2", "5", "7", "10"):  # the weights of days
+        axes.plot(forgetting(curve, torch.arange(N))[0].flatten(), color=GREY, lw=0.8, ls=":")
+    axes.set(xlabel="day", ylabel="reported results, standardised")
+    axes.figure.savefig(path)
 
 
 def arguments():

@@ -107,15 +107,11 @@ def program(args):
 
 
 def plot(path, values, first, forecasts):
-    from matplotlib.figure import Figure
+    from fusedrnn.plot import forecast
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(values, color="0.6", lw=3, label="passengers")
-    for name, forecast in forecasts.items():
-        axes.plot(range(first, len(values)), forecast, label=name)
-    axes.legend()
-    figure.savefig(path)
+    axes = forecast(values, forecasts, test=first)
+    axes.set(xlabel="month", ylabel="passengers a month, thousands")
+    axes.figure.savefig(path)
 
 
 def arguments():

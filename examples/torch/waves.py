@@ -86,18 +86,13 @@ def program(args):
 
 def plot(path, model, wave):
     """The first 100 predictions of the test part of a longer wave."""
-    from matplotlib.figure import Figure
+    from fusedrnn.plot import forecast
 
     x, y = windows(wave, 2560)
     n = int(0.8 * len(x))
     with torch.no_grad():
         prediction = model(x[n : n + 100])
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(y[n : n + 100], color="0.6", lw=3, label="truth")
-    axes.plot(prediction, label="predicted")
-    axes.legend()
-    figure.savefig(path)
+    forecast(y[n : n + 100], {"RNN": prediction}).figure.savefig(path)
 
 
 def arguments():

@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "torch"
 STEPS = 6
 
 
-def run(name, *given):
+def run(name, *given, plots=False):
     """Returns the result, and what was reported."""
     parser = argparse.ArgumentParser()
     programs.PROGRAMS[name].add_arguments(parser)
@@ -32,7 +32,8 @@ def run(name, *given):
         def table(self, title, columns, rows):
             tables[title] = rows
 
-    return programs.PROGRAMS[name].run(parser.parse_args([*given, "--no-plot"]), Report()), lines
+    given += () if plots else ("--no-plot",)
+    return programs.PROGRAMS[name].run(parser.parse_args(given), Report()), lines
 
 
 def losses_of(trained, epochs=1):
@@ -190,6 +191,20 @@ def test_feeding_back(daily, monkeypatch):
     again = feeding_back.feed_back_recomputing(result.model, z, 20)
     np.testing.assert_allclose(carried, again, rtol=0, atol=2e-6)
     assert carried.std() > 0
+
+
+def test_each_draws_its_plot(daily, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
+    for name, *given in (
+        ("passenger-flow", "--epochs", "4"),
+        ("waves", "--epochs", "1"),
+        ("classify", "--epochs", "2", "--size", "40"),
+        ("continual", "--epochs", "4", "--size", "40"),
+        ("feeding-back", "--epochs", "1", "--data", str(daily)),
+    ):
+        _, lines = run(name, *given, "--out", str(tmp_path), plots=True)
+        assert f"plot: {tmp_path / name}.png" in lines
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.quick

@@ -202,7 +202,7 @@ def test_without_matplotlib_a_program_runs_and_says_what_to_install(monkeypatch,
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report = Silent()
     sine.run(arguments("sine", "--epochs", "1", "--out", str(tmp_path)), report)
-    assert [line for line in report.lines if "pip install matplotlib" in line] == report.lines[:1]
+    assert [line for line in report.lines if "pip install 'fusedrnn[plot]'" in line] == report.lines[:1]
     assert not list(tmp_path.glob("*.png"))
 
 

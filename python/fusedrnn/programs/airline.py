@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn import backends, layers
+from fusedrnn import backends, layers, plot
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, no_grad
 from fusedrnn.optimizers import Adam
@@ -209,16 +209,9 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         best = next(k for k in found if k != name)
 
         def draw(axes: Any) -> None:
-            time_axis = np.arange(len(y)) / YEAR + int(months[0][:4])
-            axes.plot(time_axis, y, color="0.6", lw=3, label="passengers")
-            axes.plot(time_axis[n:], forecasts[best], color="C1", lw=1.2, label=best)
-            axes.plot(time_axis[n:], forecasts[name], color="C0", lw=1.2, label=name)
-            border = time_axis[n] - 0.5 / YEAR
-            axes.axvline(border, color="0.3", lw=0.8, ls=":")
-            axes.text(border, y.min(), "training  ", ha="right", color="0.3")
-            axes.text(border, y.min(), "  test", color="0.3")
-            axes.set(title="Airline passengers, one month ahead", xlabel="year", ylabel="thousands a month")
-            axes.legend(frameon=False, loc="upper left")
+            years = np.arange(len(y)) / YEAR + int(months[0][:4])
+            plot.forecast(y, {k: forecasts[k] for k in (name, best)}, test=n, x=years, ax=axes)
+            axes.set(xlabel="year", ylabel="passengers a month, thousands")
 
         common.plot(path, draw)
         report.line(f"plot: {path}")

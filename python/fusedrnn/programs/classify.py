@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import functions as F
-from fusedrnn import layers
+from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.dataloaders import DataLoader
 from fusedrnn.datasets import Series
@@ -133,11 +133,8 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     if plots and trained.losses:
 
         def curves(axes: Any) -> None:
-            epochs = range(1, len(trained.losses) + 1)
-            axes.plot(epochs, trained.losses, label="training")
-            axes.plot(epochs, trained.validation, label="validation")
-            axes.set(xlabel="epoch", ylabel="cross entropy")
-            axes.legend(frameon=False)
+            plot.losses({"training": trained.losses, "validation": trained.validation}, ax=axes)
+            axes.set_ylabel("cross entropy")
 
         common.plot(out / "classify.png", curves)
         report.line(f"plot: {out / 'classify.png'}")

@@ -14,6 +14,7 @@ import numpy as np
 from fusedrnn import layers, terminal
 from fusedrnn.autograd import Array, Variable
 from fusedrnn.models import Model
+from fusedrnn.plot import style
 
 CELLS: dict[str, Callable[..., layers.Recurrent]] = {
     "rnn": layers.RNN,
@@ -191,20 +192,20 @@ def will_plot(no_plot: bool, report: Report) -> bool:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        report.line("No plot, Matplotlib is not installed: pip install matplotlib (--no-plot silences this).")
+        report.line(
+            "No plot, Matplotlib is not installed: pip install 'fusedrnn[plot]' (--no-plot silences this)."
+        )
         return False
     return True
 
 
-def plot(path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (9, 4)) -> None:
+@style()
+def plot(path: Path, draw: Callable[[Any], None]) -> None:
     """A PNG of one pair of axes, on which ``draw`` draws."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    draw(axes)
+    figure = Figure(dpi=150)
+    draw(figure.add_subplot())
     figure.savefig(path)
 
 

@@ -7,13 +7,15 @@ table says how much.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fusedrnn import functions as F
-from fusedrnn import layers
+from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.dataloaders import DataLoader
 from fusedrnn.datasets import Series
@@ -46,12 +48,18 @@ def error(model: LastState, part: Series) -> float:
 
 
 def prepare(
-    model: LastState, optimizer: Optimizer, part: Series, validation: Series, **options: Any
+    model: LastState,
+    optimizer: Optimizer,
+    part: Series,
+    validation: Series,
+    watched: Mapping[str, Series] | None = None,
+    **options: Any,
 ) -> Training:
     def step(x: Array, t: Array) -> Variable:
         return F.mean_squared_error(model(x), t)
 
     loader = DataLoader(part, BATCH)
+    options["watch"] = {name: partial(error, model, other) for name, other in (watched or {}).items()}
     return Training(model, optimizer, step, loader, validate=lambda: error(model, validation), **options)
 
 
@@ -77,7 +85,8 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     old, new = parts["old data"], parts["new data"]
 
     model = build()
-    options = {"settings": settings, "path": path, "every": args.every}
+    watched = {name: validation for name, (_, validation, _) in parts.items()}
+    options: dict[str, Any] = {"watched": watched, "every": args.every, "path": path, "settings": settings}
     first = prepare(model, Adam(0.01), *old[:2], **options)
     training.go(first, args.epochs, args.resume, report, "LSTM on the old data")
     before = {name: error(model, part[2]) for name, part in parts.items()}
@@ -86,7 +95,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     model = build()
     again = prepare(model, Adam(0.01), *old[:2], **options)
     again.resume()
-    options = {"settings": settings | {"epochs": args.epochs}, "path": f"{path}.new", "every": args.every}
+    options |= {"settings": settings | {"epochs": args.epochs}, "path": f"{path}.new"}
     second = prepare(model, again.optimizer, *new[:2], **options)
     training.go(second, args.epochs // 4, args.resume, report, "LSTM on the new data")
     found = {
@@ -100,16 +109,14 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     for name in PERIODS:
         common.compare(report, {k: v for k, v in found.items() if k != "LSTM, before"}, name)
     report.line(f"checkpoints: {path}, {path}.new")
-    losses, validation = first.losses + second.losses, first.validation + second.validation
+    losses = first.losses + second.losses
     if plots and losses:
 
-        def draw_losses(axes: Any) -> None:
-            epochs = range(1, len(losses) + 1)
-            axes.semilogy(epochs, losses, label="training")
-            axes.semilogy(epochs, validation, label="validation")
-            axes.set(title=f"New data from epoch {len(first.losses) + 1} on", xlabel="epoch", ylabel="MSE")
-            axes.legend(frameon=False)
+        def draw_errors(axes: Any) -> None:
+            errors = {name: first.watched[name] + second.watched[name] for name in PERIODS}
+            plot.losses(errors, changes={"trained on the new data": len(first.losses)}, ax=axes)
+            axes.set_ylabel("mean squared error, validation")
 
-        common.plot(out / "continual.png", draw_losses)
+        common.plot(out / "continual.png", draw_errors)
         report.line(f"plot: {out / 'continual.png'}")
     return Result(losses, first.seconds + second.seconds, found, model)

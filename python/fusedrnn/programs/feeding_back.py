@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import functions as F
-from fusedrnn import layers
+from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.models import Model
 from fusedrnn.optimizers import Adam
@@ -182,11 +182,12 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         path = common.folder(args.out) / "feeding-back.png"
 
         def draw(axes: Any) -> None:
-            axes.plot(z, color="0.6", lw=3, label="reported, standardised")
-            axes.plot(range(N, len(z)), fed, label="fed back")
+            plot.forecast(z, {"fed back": fed}, test=N, ax=axes)
             for curve in CURVES[1:]:
-                axes.plot(forgetting(curve, np.arange(N)), lw=0.8, ls="--", label=f"forgetting {curve}")
-            axes.legend(frameon=False)
+                weight = forgetting(curve, np.arange(N))
+                axes.plot(weight, color=plot.GREY, lw=0.8, ls="-" if curve == args.forgetting else ":")
+            axes.text(N, 1.1, "weights of days, --forgetting  ", ha="right")
+            axes.set(xlabel="day", ylabel="reported results, standardised")
 
         common.plot(path, draw)
         report.line(f"plot: {path}")

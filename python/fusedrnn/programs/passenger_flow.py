@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import functions as F
-from fusedrnn import layers
+from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, no_grad
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common
@@ -135,11 +135,9 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         path = common.folder(args.out) / "passenger-flow.png"
 
         def draw(axes: Any) -> None:
-            axes.plot(values, color="0.6", lw=3, label="passengers")
-            for name in (RECIPE, GROWTH):
-                axes.plot(range(first, len(values)), forecasts[name] * (high - low) + low, label=name)
-            axes.set(xlabel="month", ylabel="thousands")
-            axes.legend(frameon=False)
+            scaled_back = {name: forecasts[name] * (high - low) + low for name in (RECIPE, GROWTH)}
+            plot.forecast(values, scaled_back, test=first, ax=axes)
+            axes.set(xlabel=f"months since {months[0]}", ylabel="passengers a month, thousands")
 
         common.plot(path, draw)
         report.line(f"plot: {path}")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn import functions as F
-from fusedrnn import layers
+from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.dataloaders import SeqDataLoader
 from fusedrnn.datasets import Series
@@ -154,16 +154,14 @@ def run(args: argparse.Namespace, report: Report) -> Result:
 
 def draw_plots(out: Path, name: str, losses: list[float], prediction: Array, truth: Array) -> list[Path]:
     def draw_losses(axes: Any) -> None:
-        axes.semilogy(range(1, len(losses) + 1), losses, lw=1)
-        axes.set(title="Training", xlabel="epoch", ylabel="mean loss")
+        plot.losses(losses, ax=axes)
+        axes.set(ylabel="training loss (mean squared error)")
 
     def draw_prediction(axes: Any) -> None:
         last = slice(-500, None)
-        hours = range(len(truth))[last]
-        axes.plot(hours, truth[last], color="0.6", lw=3, label="measured")
-        axes.plot(hours, prediction[last], color="C0", lw=1.2, label=name)
-        axes.set(title="The last 500 hours of the test part", xlabel="hour", ylabel="PM2.5, µg/m³")
-        axes.legend(frameon=False)
+        hours = np.arange(len(truth))[last]
+        plot.forecast(truth[last], {name: prediction[last]}, x=hours, ax=axes)
+        axes.set(title="The end of the test part", xlabel="hour of the test part", ylabel="PM2.5, µg/m³")
 
     paths = [out / "pollution-prediction.png"]
     common.plot(paths[0], draw_prediction)

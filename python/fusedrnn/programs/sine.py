@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn import functions as F
-from fusedrnn import layers
+from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.dataloaders import SeqDataLoader
 from fusedrnn.datasets import SinCurve
@@ -129,11 +129,8 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         path = common.folder(args.out) / "sine.png"
 
         def draw(axes: Any) -> None:
-            axes.plot(truth, color="0.6", lw=3, label="cosine, the input")
-            axes.plot(prediction, color="C0", lw=1.2, label=f"{args.cell.upper()}, one step at a time")
-            axes.set(title=f"R2 {found['R2']:.5f}", xlabel="step", ylabel="value")
-            axes.set_ylim(-1.15, 1.4)
-            axes.legend(frameon=False, loc="upper center", ncols=2)
+            plot.forecast(truth, {args.cell.upper(): prediction}, ax=axes)
+            axes.set(title=f"A cosine, one step at a time: R2 {found['R2']:.5f}")
 
         common.plot(path, draw)
         report.line(f"plot: {path}")

@@ -6,7 +6,7 @@ import argparse
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ class Training:
         validate: Gives the loss on the validation part after each epoch. Then ``keep_best`` goes back to the
             weights for which it was least.
         patience: Stop after so many epochs without a lower validation loss.
+        watch: Other figures to note after each epoch, by name, such as the loss on data of another kind.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Training:
         every: float = 30,
         validate: Callable[[], float] | None = None,
         patience: int | None = None,
+        watch: Mapping[str, Callable[[], float]] | None = None,
     ) -> None:
         self.model, self.step, self.loader, self.settings = model, step, loader, settings or {}
         self.optimizer = optimizer.setup(model)
@@ -68,6 +70,8 @@ class Training:
         self.every, self.validate, self.patience = every, validate, patience
         self.losses: list[float] = []
         self.validation: list[float] = []
+        self.watch = watch or {}
+        self.watched: dict[str, list[float]] = {name: [] for name in self.watch}
         self.best: dict[str, Any] = {}  # arrays, by name
         self.total = 0.0  # of the epoch under way
         self.seconds = 0.0  # of this process
@@ -82,6 +86,7 @@ class Training:
             settings=self.settings,
             losses=self.losses,
             validation=self.validation,
+            watched=self.watched,
             total=self.total,
             **{f"best/{name}": array for name, array in self.best.items()},
         )
@@ -100,6 +105,7 @@ class Training:
                     f"{self.path}: saved with {name} {saved.get(name)}, expected {value}"
                 )
         self.losses, self.validation, self.total = (progress[k] for k in ("losses", "validation", "total"))
+        self.watched |= progress.get("watched", {})
         self.best = {k.removeprefix("best/"): v for k, v in progress.items() if k.startswith("best/")}
 
     @property
@@ -139,6 +145,8 @@ class Training:
                     self.validation.append(self.validate())
                     if np.argmin(self.validation) == len(self.validation) - 1:
                         self.best = {name: np.array(p) for name, p in self.model.named_params()}
+                for name, figure in self.watch.items():
+                    self.watched[name].append(figure())
                 after_epoch(self.losses[-1])
                 self._pause(interrupts)
             self.seconds += time.monotonic() - start

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import functions as F
-from fusedrnn import layers
+from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.dataloaders import DataLoader
 from fusedrnn.datasets import Series
@@ -87,9 +87,8 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         part = slice(int(0.8 * len(x)), int(0.8 * len(x)) + 100)
 
         def draw(axes: Any) -> None:
-            axes.plot(t[part], color="0.6", lw=3, label="truth")
-            axes.plot(predict(model, x[part]), label="predicted")
-            axes.legend(frameon=False)
+            plot.forecast(t[part], {"RNN": predict(model, x[part])}, ax=axes)
+            axes.set(xlabel="step of the test part")
 
         common.plot(out / "waves.png", draw)
         report.line(f"plot: {out / 'waves.png'}")
