@@ -58,13 +58,12 @@ def bench(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The measured pictures and tables of README and docs, drawn again from their sources."""
     session.install(".[plot]")
-    session.run("python", "docs/gradient_norms.py")
-    session.run("python", "docs/tile.py")
     session.run("python", "bench/plot_readme.py")
     session.run("python", "bench/benchmarks_page.py")
     session.run("python", "bench/programs_page.py")
     for script in ("frozen", "recurrent_ppo", "scaling", "speechbrain_ligru", "zoo"):
         session.run("python", f"bench/{script}.py", "--page")
+    session.run("python", "docs/pictures.py")
 
 
 @nox.session

@@ -1,23 +1,17 @@
-"""Draws docs/tile.png: one tile of the forward pass of an LSTM.
-
-    python docs/tile.py
-
-Needs matplotlib.
-"""
+"""Draws docs/tile.png, for docs/pictures.py: one tile of the forward pass of an LSTM."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
+from fusedrnn.plot import BLUE, GREEN, GREY, PURPLE, VERMILLION
+
 ROWS, GATES, STEPS = 6, "ifgo", 9
-COLOURS = ("#8ecae6", "#ffb703", "#90be6d", "#e5989b")
-LINE = {"edgecolor": "#333333", "linewidth": 0.6}
+COLOURS = BLUE, VERMILLION, GREEN, PURPLE
+LINE = {"edgecolor": "white", "linewidth": 0.8}
 
 
 def grid(ax, x: float, y: float, columns: int, rows: int, colour, width=1.0, marked=None) -> None:
@@ -31,21 +25,21 @@ def grid(ax, x: float, y: float, columns: int, rows: int, colour, width=1.0, mar
                     width,
                     1,
                     facecolor=colour(c),
-                    alpha=1 if strong else 0.3,
+                    alpha=1 if strong else 0.25,
                     **LINE,
                 )
             )
 
 
 def arrow(ax, begin: tuple[float, float], end: tuple[float, float]) -> None:
-    style = {"arrowstyle": "-|>", "color": "#333333", "lw": 1.6}
+    style = {"arrowstyle": "-|>", "color": GREY, "lw": 1.6}
     ax.annotate("", end, begin, arrowprops=style)
 
 
 def main() -> None:
     figure, ax = plt.subplots(figsize=(10, 5.2))
     k = 3  # the step of the sum that is shown
-    grid(ax, 0, 0, STEPS, ROWS, lambda c: "#cccccc", marked=lambda r, c: c == k)
+    grid(ax, 0, 0, STEPS, ROWS, lambda c: GREY, marked=lambda r, c: c == k)
     ax.text(STEPS / 2, 0.35, "x and h of 6 rows", ha="center", va="bottom", fontsize=11)
     ax.text(k + 0.5, -ROWS - 0.3, "k", ha="center", va="top", fontsize=11, style="italic")
 
@@ -71,7 +65,7 @@ def main() -> None:
     arrow(ax, (middle, 1.45), (middle, 0.15))
 
     right = left + len(GATES) * width + 5.5
-    grid(ax, right, 0, 2, ROWS, lambda c: ("#ffffff", "#bdb2ff")[c], width)
+    grid(ax, right, 0, 2, ROWS, lambda c: ("#aaaaaa", GREY)[c], width)
     for c, name in enumerate(("c", "h")):
         ax.text(right + (c + 0.5) * width, -ROWS - 0.3, name, ha="center", va="top", fontsize=11)
     ax.text(right + width, 0.35, "new state", ha="center", va="bottom", fontsize=11)
@@ -82,14 +76,4 @@ def main() -> None:
     ax.set_ylim(-ROWS - 4.2, 12.4)
     ax.set_aspect("equal")
     ax.axis("off")
-    figure.savefig(
-        Path(__file__).with_suffix(".png"),
-        dpi=120,
-        bbox_inches="tight",
-        facecolor="white",
-        metadata={"Software": None},
-    )
-
-
-if __name__ == "__main__":
-    main()
+    figure.savefig(Path(__file__).with_suffix(".png"), bbox_inches="tight")
