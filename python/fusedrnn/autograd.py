@@ -1,9 +1,9 @@
-"""The tape: define-by-run variables, the functions that join them, and the walk back.
+"""The tape: define-by-run variables, the functions that connect them, and backward.
 
 A ``Function`` turns arrays into arrays and remembers the variables it was given; a ``Variable`` remembers the
 function that made it. That chain is the whole graph: ``backward`` walks it from the newest function to the
-oldest, ``unchain_backward`` cuts it. Functions hold their outputs by weak references, so that a graph that
-nobody looks at any more is freed at once, without the garbage collector.
+oldest, ``unchain_backward`` cuts it. Functions hold their outputs by weak references, so that a graph
+without other references is freed at once, without the garbage collector.
 
 First derivatives only: gradients are not themselves part of a graph.
 """
@@ -42,7 +42,7 @@ config = Config()
 def using_config(name: str, value: bool) -> Iterator[None]:
     """Set ``config.name`` for the time of a ``with`` block."""
     if name not in ("enable_backprop", "train"):
-        raise ValueError(f"using_config: name is {name!r}, expected 'enable_backprop' or 'train'")
+        raise ValueError(f"name: expected 'enable_backprop' or 'train', got {name!r}")
     old = getattr(config, name)
     setattr(config, name, value)
     try:
@@ -62,11 +62,11 @@ def test_mode() -> contextlib.AbstractContextManager[None]:
 
 
 class Variable:
-    """An array with a gradient and a memory of the function that made it.
+    """An array with a gradient and a reference to the function that made it.
 
     ``grad`` is a Variable of the same shape and dtype, or None. ``version`` counts how often ``data`` was
     set (an in-place operator such as ``v.data += 1`` sets it too; writing to elements, ``v.data[0] = 1``,
-    does not). Where it has changed between a function's forward and backward pass, backward is an error.
+    does not). If it has changed between a function's forward and backward pass, backward raises an error.
     """
 
     __slots__ = ("__weakref__", "_data", "creator", "grad", "name", "requires_grad", "version")
@@ -82,7 +82,7 @@ class Variable:
 
     @property
     def data(self) -> Any:
-        """The array, or None where its size is not known yet. To set it counts as a change."""
+        """The array, or None while its size is not known. Setting it counts as a change."""
         return self._data
 
     @data.setter
@@ -126,7 +126,7 @@ class Variable:
     def __bool__(self) -> bool:
         return bool(self.item())
 
-    # Of the values, as an array's; == stays the identity of variables, which the graph needs.
+    # Comparisons are by value, as of arrays; == compares identity, which the graph needs.
     def __lt__(self, other: Any) -> Any:
         return self._data < as_variable(other)._data
 
@@ -143,8 +143,10 @@ class Variable:
         return format(self.item(), spec) if spec else str(self)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
-        """For ``np.asarray(v)`` and what calls it, such as Matplotlib: a read-only view without a
-        gradient, since backward reads this memory; from a GPU a copy."""
+        """For ``np.asarray(v)`` and what calls it, such as Matplotlib.
+
+        A read-only view without a gradient, since backward reads this memory; a copy if it is on a GPU.
+        """
         data = self._data
         if data is None:
             raise ValueError(f"{self.name or 'variable'} has no values yet: its size is known at first use")
@@ -170,19 +172,19 @@ class Variable:
         """Add the gradient of this variable to the ``grad`` of every variable it was made from.
 
         Args:
-            retain_grad: keep the gradients of variables in between, which are dropped otherwise.
-            create_graph: True is an error: only first derivatives exist.
-            grad: the gradient that comes in from above, of this variable's shape: a variable or an array.
-                None: its ``.grad`` where that is set, else 1, which a variable of one element alone has.
+            retain_grad: keep the gradients of intermediate variables, which are dropped otherwise.
+            create_graph: True raises an error: only first derivatives are supported.
+            grad: the upstream gradient, of this variable's shape: a variable or an array.
+                None: its ``.grad`` if that is set, else 1, which only a variable of one element may have.
 
         Raises:
-            RuntimeError: No function made this variable, or none that was recorded.
-            ValueError: There is no gradient from above, or it is of another shape.
+            RuntimeError: No function made this variable, or it was not recorded.
+            ValueError: There is no upstream gradient, or it has another shape.
         """
         if not isinstance(retain_grad, bool):
             raise TypeError(
-                f"retain_grad: expected True or False, got {type(retain_grad).__name__}; a gradient from "
-                "above is passed as backward(grad=...)"
+                f"retain_grad: expected True or False, got {type(retain_grad).__name__}; pass an "
+                "upstream gradient as backward(grad=...)"
             )
         if create_graph:
             raise NotImplementedError("create_graph=True: second derivatives are not supported")
@@ -211,11 +213,11 @@ class Variable:
                         heapq.heappush(heap, (-x.creator.order, x.creator))
 
     def _unrecorded(self) -> str:
-        """Why there is nothing to walk back, and what to do."""
+        """Why there is no graph for backward, and what to do."""
         if not self.requires_grad:
             return (
-                "this variable was made of constants alone, arrays and numbers; what a gradient is asked of "
-                "has to be a Variable or a Parameter"
+                "this variable was computed from arrays and numbers only; what needs a gradient has to be a "
+                "Variable or a Parameter"
             )
         return (
             "this variable has no graph: it is an input, was computed within no_grad(), or was cut off by "
@@ -224,7 +226,7 @@ class Variable:
         )
 
     def _incoming(self, grad: Any) -> Variable:
-        """The gradient from above, checked, where this variable is and of its dtype."""
+        """The upstream gradient, checked, on the device and of the dtype of this variable."""
         array = as_variable(grad)._data
         if array.shape != self.shape:
             raise ValueError(f"grad: expected shape {self.shape}, that of the variable, got {array.shape}")
@@ -237,8 +239,8 @@ class Variable:
     def unchain_backward(self) -> None:
         """Cut the graph behind this variable; every value stays.
 
-        Every output of every function on the way is cut, not only those that led here: the carried state
-        that a fused node gave beside its output must not lead the next chunk's gradients back into this one.
+        Every output of every function in the graph is cut, not only those that led here: a fused node also
+        returns its final state, and gradients of the next chunk must not reach this one through it.
         """
         functions = [] if self.creator is None else [self.creator]
         seen = set(functions)
@@ -254,7 +256,7 @@ class Variable:
                     functions.append(x.creator)
 
     def reshape(self, *shape: Any) -> Variable:
-        """The same elements in another shape, which may be given as one tuple or as several numbers."""
+        """The same elements in another shape, given as one tuple or as several numbers."""
         return Reshape(shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape)(self)
 
     def transpose(self, *axes: Any) -> Variable:
@@ -311,10 +313,10 @@ class Variable:
 
 
 class Parameter(Variable):
-    """A variable that a layer owns and an optimiser moves.
+    """A variable that a layer owns and an optimiser changes.
 
-    ``private`` is true as long as no reference to its array has left the library: then nobody can have
-    written into it unseen, and a layer may keep a packed copy of it for as long as ``version`` stays.
+    ``private`` is true as long as no reference to its array has left the library. Then a change of the array
+    changes ``version`` too, and a layer may keep a packed copy until ``version`` changes.
     """
 
     __slots__ = ("private",)
@@ -325,7 +327,7 @@ class Parameter(Variable):
 
     @property
     def data(self) -> Any:
-        """The array. Whoever reads it may write into it, so ``private`` becomes False."""
+        """The array. The caller may write to it, so ``private`` becomes False."""
         self.private = False
         return self._data
 
@@ -336,7 +338,7 @@ class Parameter(Variable):
         self.version += 1
 
     def assign(self, value: Array) -> None:
-        """Take over an array that nobody else holds."""
+        """Take over an array that has no other references."""
         self._data = value
         self.version += 1
         self.private = True
@@ -346,18 +348,18 @@ def _checked(data: Any) -> Any:
     if isinstance(data, np.generic):  # what NumPy makes of sums of arrays without axes
         return np.asarray(data)
     if data is not None and not cuda.is_array(data):
-        raise TypeError(f"data is a {type(data).__name__}, expected a NumPy array, CuPy's or None")
+        raise TypeError(f"data: expected a NumPy or CuPy array or None, got {type(data).__name__}")
     return data
 
 
 def as_array(x: Any) -> Array:
-    """Plain numbers as arrays without axes."""
+    """Convert plain numbers to arrays without axes."""
     array: Array = cuda.as_array(x)
     return array
 
 
 def as_variable(x: Any) -> Variable:
-    """Variables as they are; arrays and numbers as constants, which nobody asks a gradient of."""
+    """Variables as they are; arrays and numbers as constants, which get no gradient."""
     if isinstance(x, Variable):
         return x
     variable = Variable(cuda.as_array(x))
@@ -379,20 +381,21 @@ _order = itertools.count()
 class Function:
     """One node of the graph. A subclass gives ``forward`` and ``backward``.
 
-    ``forward`` takes arrays and returns an array or a tuple of arrays. ``backward`` takes for each output its
-    gradient, a Variable, or None where nothing arrived (possible only with several outputs); it returns for
-    each input a gradient (a Variable or an array) or None. While a graph is recorded, ``inputs`` holds the
-    variables that came in and ``outputs`` weak references to those that went out.
+    ``forward`` takes arrays and returns an array or a tuple of arrays. ``backward`` takes the gradient of
+    each
+    output: a Variable, or None if there is none (possible only with several outputs). It returns for each
+    input a gradient (a Variable or an array) or None. While a graph is recorded, ``inputs`` holds the input
+    variables and ``outputs`` weak references to the output variables.
     """
 
     inputs: tuple[Variable, ...] = ()
     outputs: tuple[weakref.ref[Variable], ...] = ()
     versions: tuple[int, ...] = ()
     order = 0
-    needs_backward = True  # else forward need keep nothing
+    needs_backward = True  # else forward keeps nothing
 
     def __call__(self, *inputs: Any) -> Any:
-        # Once through the inputs and once through the outputs: this is most of what a small operation costs.
+        # One loop over the inputs and one over the outputs: this is most of the cost of a small operation.
         variables, arrays, versions, wanted = [], [], [], False
         for x in inputs:
             if not isinstance(x, Variable):
@@ -404,7 +407,7 @@ class Function:
         recording = config.enable_backprop
         self.needs_backward = needed = recording and wanted
         if needed:
-            # before forward, which may ask its inputs who needs a gradient
+            # before forward, which may check which inputs need a gradient
             self.inputs = tuple(variables)
             self.versions = tuple(versions)
             self.order = next(_order)
@@ -417,7 +420,7 @@ class Function:
                 y.creator = self
                 references.append(weakref.ref(y))
             else:
-                y.requires_grad = not recording  # of constants alone: constant again
+                y.requires_grad = not recording  # of constants only: a constant too
         self.outputs = tuple(references)
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
@@ -442,12 +445,12 @@ class Function:
                     raise RuntimeError(
                         f"{name}: {what} {k} ({variable.name or 'unnamed'}) was changed after forward; call "
                         "backward before the optimiser's update, and between sequences reset_state() or "
-                        "unchain_backward(), or backward goes on into older steps"
+                        "unchain_backward(), or backward continues into older steps"
                     )
         result = self.backward(*[None if y is None else y.grad for y in outputs])
         gradients = result if isinstance(result, tuple) else (result,)
         if len(gradients) != len(self.inputs):
-            raise ValueError(f"{name}.backward gave {len(gradients)} gradients for {len(self.inputs)} inputs")
+            raise ValueError(f"{name}.backward: expected {len(self.inputs)} gradients, got {len(gradients)}")
         if not retain_grad:
             for y in outputs:
                 if y is not None:
@@ -461,7 +464,7 @@ def _gradient(gradient: Any, x: Variable, name: str) -> Variable | None:
     array = gradient._data if isinstance(gradient, Variable) else cuda.as_array(gradient)
     if array.shape != x.shape:
         raise ValueError(
-            f"{name}.backward gave a gradient of shape {array.shape}, expected {x.shape}, as its input"
+            f"{name}.backward: expected a gradient of shape {x.shape}, that of its input, got {array.shape}"
         )
     if array.dtype != x.dtype and x.dtype.kind == "f":
         array = array.astype(x.dtype)
@@ -478,7 +481,7 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     return total.reshape(shape)
 
 
-# What Variable's operators are made of; further functions are in functions.py.
+# The functions behind Variable's operators; further functions are in functions.py.
 
 
 class Add(Function):
@@ -546,7 +549,7 @@ class Pow(Function):
 
     def __init__(self, exponent: float) -> None:
         if isinstance(exponent, Variable) or cuda.is_array(exponent):
-            raise TypeError(f"exponent is a {type(exponent).__name__}, expected a plain number")
+            raise TypeError(f"exponent: expected a plain number, got {type(exponent).__name__}")
         self.exponent = exponent
 
     def forward(self, a: Array) -> Array:
@@ -561,7 +564,7 @@ class MatMul(Function):
 
     def forward(self, a: Array, b: Array) -> Array:
         if a.ndim != 2 or b.ndim != 2:
-            raise ValueError(f"matmul: shapes {a.shape} and {b.shape}, expected two matrices")
+            raise ValueError(f"matmul: expected two matrices, got shapes {a.shape} and {b.shape}")
         return a @ b
 
     def backward(self, gy: Variable) -> tuple[Array | None, ...]:
@@ -630,5 +633,5 @@ class GetItem(Function):
         if all(isinstance(k, int | slice | None) or k is Ellipsis for k in index):
             gradient[self.index] = gy._data
         else:
-            xp.add.at(gradient, self.index, gy._data)  # such an index may name an element twice
+            xp.add.at(gradient, self.index, gy._data)  # such an index may contain an element twice
         return gradient

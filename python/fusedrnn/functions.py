@@ -1,4 +1,4 @@
-"""Functions on variables: what layers and losses are made of. Arithmetic operators are in ``autograd``."""
+"""Functions of variables, for layers and losses. Arithmetic operators are in ``autograd``."""
 
 # mypy: disable-error-code="no-any-return"
 # NumPy methods on arrays of open dtype give Any
@@ -74,7 +74,7 @@ class ReLU(Function):
 
 
 class Concatenate(Function):
-    """Arrays joined along an axis that they have."""
+    """Join arrays along an existing axis."""
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
@@ -88,7 +88,7 @@ class Concatenate(Function):
 
 
 class Stack(Function):
-    """Arrays of one shape joined along a new axis."""
+    """Join arrays of the same shape along a new axis."""
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
@@ -101,7 +101,7 @@ class Stack(Function):
 
 
 class Where(Function):
-    """a where the condition holds, else b: a selection, so that NaN in the other branch stays there."""
+    """a where the condition holds, else b: a selection, so that a NaN in the other branch has no effect."""
 
     def __init__(self, condition: Array) -> None:
         self.condition = condition
@@ -124,9 +124,9 @@ class Linear(Function):
 
     def forward(self, x: Array, W: Array, b: Array | None = None) -> Array:
         if x.ndim == 0 or W.ndim != 2 or x.shape[-1] != W.shape[0]:
-            raise ValueError(f"linear: x has shape {x.shape}, expected (..., I) with W {W.shape} = (I, O)")
+            raise ValueError(f"linear: expected x (..., I) and W (I, O), got x {x.shape} and W {W.shape}")
         if cuda.on_gpu(x) != cuda.on_gpu(W):
-            raise TypeError(f"linear: x is an array of {_module(x)}, expected one of {_module(W)}, as W")
+            raise TypeError(f"x: expected an array of {_module(W)}, like W, got one of {_module(x)}")
         self.x = cuda.as_array(x, W.dtype)
         y: Array = self.x.reshape(-1, W.shape[0]) @ W
         if b is not None:
@@ -161,7 +161,7 @@ class Cast(Function):
 
 
 class Dropout(Function):
-    """Zeros for a share ``ratio`` of the elements, the others divided by ``1 - ratio``."""
+    """Set each element to zero with probability ``ratio`` and divide the others by ``1 - ratio``."""
 
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
@@ -189,7 +189,7 @@ class MeanSquaredError(Function):
         except ValueError:
             fits = False
         if y.ndim == 0 or not fits:
-            raise ValueError(f"mean_squared_error: t has shape {t.shape}, expected that of y, {y.shape}")
+            raise ValueError(f"t: expected the shape of y, {y.shape}, got {t.shape}")
         self.divisor: Any = y.shape[1] if y.ndim == 3 else y.shape[0]
         if self.mask is not None:
             keep = _kept(self.mask, y, (y.shape[:-1], y.shape))
@@ -215,8 +215,8 @@ class SoftmaxCrossEntropy(Function):
     def forward(self, x: Array, t: Array) -> Array:
         if x.ndim not in (2, 3) or t.shape != x.shape[:-1] or t.dtype.kind not in "iu":
             raise ValueError(
-                f"softmax_cross_entropy: x {x.shape} and t {t.shape} of {t.dtype}, expected "
-                "(N, C) and (N,), or (T, B, C) and (T, B), t of integers"
+                "softmax_cross_entropy: expected x (N, C) and t (N,), or x (T, B, C) and t (T, B), t of "
+                f"integers, got x {x.shape} and t {t.shape} of {t.dtype}"
             )
         xp = cuda.get_array_module(x)
         self.keep = None
@@ -243,7 +243,7 @@ class SoftmaxCrossEntropy(Function):
 
 
 def _kept(mask: Any, y: Array, shapes: Sequence[tuple[int, ...]]) -> Array:
-    """A loss's mask as booleans where y is; it has one of the shapes."""
+    """A loss's mask as booleans on the device of y; it must have one of the shapes."""
     keep: Array = cuda.like(as_variable(mask)._data, y)
     if keep.shape not in shapes:
         expected = " or ".join(dict.fromkeys(map(str, shapes)))
@@ -252,22 +252,22 @@ def _kept(mask: Any, y: Array, shapes: Sequence[tuple[int, ...]]) -> Array:
 
 
 def _selected(keep: Array, a: Array) -> Array:
-    """Zero where it is not kept: a selection, so that NaN there does no harm."""
+    """Zero where it is not kept: a selection, so that a NaN there has no effect."""
     xp = cuda.get_array_module(a)
     return xp.where(keep, a, xp.zeros((), a.dtype))
 
 
 def _count(keep: Array, dtype: np.dtype[Any]) -> Array:
-    """How many are kept; 1 where none is, whose sum is 0. Nothing waits for a GPU to know it."""
+    """How many are kept, at least 1: the sum of none is 0. It does not wait for a GPU."""
     return cuda.get_array_module(keep).maximum(keep.sum(), 1).astype(dtype)
 
 
 class Fused(Function):
-    """Recurrent layers over a whole sequence, or a step of one, as one node: a kernel forward, a kernel back.
+    """Recurrent layers over a whole sequence, or one step, as one node: one kernel forward, one backward.
 
     Inputs: x ``(T, B, I)``, with ``step`` ``(B, I)``; then the weights of each layer and direction, by
-        ``names``; then the cell's row scalars, ``(T, B)`` or ``(B,)`` each; then the initial state, where
-        there is one. Outputs: y, the final state, with ``return_states`` the state of every step; with
+        ``names``; then the cell's row scalars, ``(T, B)`` or ``(B,)`` each; then the initial state, if
+        there is one. Outputs: y, the final state, and with ``return_states`` the state of every step; with
         ``step`` only the new state. Everything is cast to the dtype of the weights. For several layers or
         directions ``options`` are those of ``fusedrnn.multilayer``, else those of ``kernels.forward``; with
         ``packed`` weights there are none.
@@ -303,7 +303,7 @@ class Fused(Function):
         state0 = tuple(state) or None
         if not self.needs_backward:
             self.options["save"] = None
-        if self.packed is not None:  # straight to the backend that packed: a step is short
+        if self.packed is not None:  # directly to the backend that packed, since a step is short
             run = self.packed.backend.forward
             out = run(self.cell, x, self.packed.weights, state0, **self.options)
         else:
@@ -412,12 +412,12 @@ def transpose(x: Any, axes: tuple[int, ...] | None = None) -> Variable:
 
 
 def concatenate(xs: Sequence[Any], axis: int = 0) -> Variable:
-    """Variables or arrays joined along an axis that they have, as in ``numpy.concatenate``."""
+    """Join variables or arrays along an existing axis, as in ``numpy.concatenate``."""
     return Concatenate(axis)(*xs)
 
 
 def stack(xs: Sequence[Any], axis: int = 0) -> Variable:
-    """Variables or arrays of one shape joined along a new axis, as in ``numpy.stack``."""
+    """Join variables or arrays of the same shape along a new axis, as in ``numpy.stack``."""
     return Stack(axis)(*xs)
 
 
@@ -455,34 +455,34 @@ def linear(x: Any, W: Any, b: Any = None) -> Variable:
         ``(..., O)``.
 
     Raises:
-        ValueError: The last axis of x does not fit W.
+        ValueError: The last axis of x does not match W.
         TypeError: One array is on a GPU and the other is not.
     """
     return Linear()(x, W) if b is None else Linear()(x, W, b)
 
 
 def dropout(x: Any, dropout_ratio: float = 0.5) -> Variable:
-    """Zeros for a share ``dropout_ratio`` of the elements, the others divided by ``1 - dropout_ratio``.
+    """Set elements to zero with probability ``dropout_ratio``; divide the others by ``1 - dropout_ratio``.
 
-    Drawn from NumPy's global generator. Within ``test_mode()`` it is x itself.
+    The mask is drawn from NumPy's global generator. Within ``test_mode()`` the result is x itself.
 
     Raises:
         ValueError: ``dropout_ratio`` is not at least 0 and below 1.
     """
     if not 0 <= dropout_ratio < 1:
-        raise ValueError(f"dropout_ratio is {dropout_ratio}, expected 0 <= dropout_ratio < 1")
+        raise ValueError(f"dropout_ratio: expected at least 0 and below 1, got {dropout_ratio}")
     return Dropout(dropout_ratio)(x) if config.train and dropout_ratio > 0 else as_variable(x)
 
 
 def mean_squared_error(y: Any, t: Any, mask: Any = None) -> Variable:
     """``((y - t)**2).sum() / B``, so that the losses of single steps add up to the loss of their sequence.
 
-    y is ``(B,)`` or ``(B, O)``, one step, or ``(T, B, O)``, a sequence, which is divided by B all the same.
-    t has as many elements and y's shape (axes of length 1 in front may be missing).
+    y is ``(B,)`` or ``(B, O)``, one step, or ``(T, B, O)``, a sequence, which is also divided by B. t has the
+    shape of y (leading axes of length 1 may be missing).
 
-    With a ``mask``, ``(T, B)`` or of y's shape, booleans or 0 and 1, it is the mean over the elements that
-    are kept, ``((y - t)**2)[mask].mean()``: also over time and outputs, so a mask of ones is not the same as
-    none. What is masked may be NaN. Where nothing is kept, the loss is 0.
+    With a ``mask``, ``(T, B)`` or of y's shape, booleans or 0 and 1, the loss is the mean over the elements
+    that are kept, ``((y - t)**2)[mask].mean()``. That mean is also over time and outputs, so a mask of ones
+    is not the same as no mask. Masked elements may be NaN. If nothing is kept, the loss is 0.
     """
     return MeanSquaredError(mask)(y, t)
 
@@ -495,10 +495,11 @@ def softmax(x: Any) -> Variable:
 
 
 def softmax_cross_entropy(x: Any, t: Any, mask: Any = None) -> Variable:
-    """Mean over n of ``-log softmax(x)[n, t[n]]``: x ``(N, C)``, t ``(N,)`` integers from 0 to C-1; or of a
-    sequence x ``(T, B, C)``, t ``(T, B)``, the mean over T and B.
+    """Mean over n of ``-log softmax(x)[n, t[n]]``: x ``(N, C)``, t ``(N,)`` integers from 0 to C-1.
 
-    With a ``mask`` of t's shape, booleans or 0 and 1, the mean is over what is kept. What is masked may be
-    NaN in x, and any integer in t. Where nothing is kept, the loss is 0.
+    For a sequence x ``(T, B, C)``, t ``(T, B)`` it is the mean over T and B.
+
+    With a ``mask`` of t's shape, booleans or 0 and 1, the mean is over what is kept. Masked elements may be
+    NaN in x and any integer in t. If nothing is kept, the loss is 0.
     """
     return SoftmaxCrossEntropy(mask)(x, t)

@@ -1,4 +1,4 @@
-"""What every layer is: parameters by name, where they lie, how they are saved."""
+"""The base class of all layers: parameters by name, their device, how they are saved."""
 
 # mypy: disable-error-code="no-any-return"
 # NumPy methods on arrays of open dtype give Any
@@ -18,9 +18,9 @@ PathLike = str | os.PathLike[str]
 
 
 class Layer:
-    """Attributes that are a ``Parameter`` or a ``Layer`` belong to it, in the order of assignment."""
+    """A layer. Attributes that are a ``Parameter`` or a ``Layer`` belong to it, in order of assignment."""
 
-    gpu = False  # whether parameters are, and states begin, on a GPU
+    gpu = False  # whether the parameters and the initial states are on a GPU
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self.forward(*inputs, **options)
@@ -30,7 +30,7 @@ class Layer:
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def walk(self, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Layer]]:
-        """This layer and all below it, each once, with the path of attributes that leads there."""
+        """Yield this layer and all layers in it, each once, with its path of attributes."""
         seen = set() if seen is None else seen
         if id(self) not in seen:
             seen.add(id(self))
@@ -69,13 +69,16 @@ class Layer:
     def load_weights(self, path: PathLike) -> None:
         """Read what ``save_weights`` wrote, or DeZero's layout.
 
-        Cast to each layer's dtype; sizes that a layer does not know yet come from the file. A missing, extra,
-        misshapen or pickled entry is a ValueError that names it; then no parameter has changed.
+        Parameters are cast to each layer's dtype. Sizes that a layer does not know yet come from the file.
+
+        Raises:
+            ValueError: An entry is missing, extra, pickled or of another shape. The message names it, and no
+                parameter has changed.
         """
         self.assign_weights(npz.read(path), str(path))
 
     def assign_weights(self, arrays: Mapping[str, Array], source: str) -> None:
-        """Set every parameter from its array; all are checked before the first is set."""
+        """Set every parameter from its array. All are checked before the first is set."""
         left = dict(arrays)
         done: set[int] = set()
         moves: list[tuple[Layer, Parameter, Array]] = []
@@ -107,12 +110,14 @@ class Layer:
             layer.take_sizes(taken)
 
     def to_cpu(self) -> None:
-        """Parameters, their gradients and carried states become NumPy arrays."""
+        """Move parameters, their gradients and states to the CPU, as NumPy arrays."""
         self._move(False)
 
     def to_gpu(self) -> None:
-        """Parameters, their gradients and carried states become CuPy arrays, on the current GPU. What is not
-        known yet is drawn as on the CPU and then goes there too. A carried state leaves its graph.
+        """Move parameters, their gradients and states to the current GPU, as CuPy arrays.
+
+        Parameters whose sizes are not known yet are drawn as on the CPU and then moved too. A state that the
+        layer keeps is detached from its graph.
 
         Raises:
             RuntimeError: There is no GPU, or something is missing; the message says what.
@@ -143,14 +148,14 @@ class Layer:
         return importlib.import_module("cupy") if self.gpu else np
 
     def to_device(self, array: Array) -> Array:
-        """The array where the parameters are."""
+        """The array on the device of the parameters."""
         placed: Array = cuda.as_cupy(array) if self.gpu else cuda.as_numpy(array)
         return placed
 
-    # What load_weights asks; a layer whose sizes may be open, or that can read another layout, overrides it.
+    # For load_weights; overridden by layers whose sizes may be unknown, or that can read another layout.
 
     def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
-        """Shape of each parameter of this very layer; None for a length, or for all, that is open."""
+        """Shape of each parameter of this layer itself; a length or shape that is not known yet is None."""
         found = {name: value._data for name, value in vars(self).items() if isinstance(value, Parameter)}
         return {name: None if data is None else data.shape for name, data in found.items()}
 
@@ -160,24 +165,24 @@ class Layer:
         return array.dtype if data is None else data.dtype
 
     def from_dezero_layout(self, prefix: str, arrays: dict[str, Array], source: str) -> dict[str, Array]:
-        """Take this layer's parameters out of ``arrays`` where they are in DeZero's layout."""
+        """Take this layer's parameters out of ``arrays`` if they are in DeZero's layout."""
         return {}
 
     def check_sizes(self, arrays: Mapping[str, Array], source: str) -> None:
-        """A ValueError where loaded arrays contradict one another."""
+        """Raise a ValueError if sizes of loaded arrays differ from each other."""
 
     def take_sizes(self, arrays: Mapping[str, Array]) -> None:
-        """Settle open sizes by loaded arrays."""
+        """Set sizes that are not known yet from loaded arrays."""
 
 
 def drawn(in_size: int, out_size: int, dtype: np.dtype[Any]) -> Array:
-    """A matrix as weights start: ``randn(in_size, out_size) * sqrt(1 / in_size)``."""
+    """Initial values of a matrix: ``randn(in_size, out_size) * sqrt(1 / in_size)``."""
     return np.random.randn(in_size, out_size).astype(dtype) * float(np.sqrt(1 / in_size))
 
 
 def checked_dtype(dtype: Any) -> np.dtype[Any]:
-    """float32 or float64, or a TypeError."""
+    """The dtype, if it is float32 or float64; else a TypeError."""
     found = np.dtype(dtype)
     if found not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise TypeError(f"dtype is {found}, expected float32 or float64")
+        raise TypeError(f"dtype: expected float32 or float64, got {found}")
     return found

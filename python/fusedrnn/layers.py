@@ -1,4 +1,4 @@
-"""Layers: parameters and what is done with them."""
+"""Layers that have parameters, and dropout."""
 
 # mypy: disable-error-code="no-any-return"
 # NumPy methods on arrays of open dtype give Any
@@ -22,8 +22,8 @@ __all__ = ["GRU", "LSTM", "RNN", "Dropout", "Layer", "Linear", "Recurrent"]
 class Linear(Layer):
     """``x W + b`` on the last axis: W ``(I, O)``, b ``(O,)``.
 
-    W starts as ``randn(I, O) * sqrt(1 / I)``, drawn from NumPy's global generator when I is known: here, or
-    at the first call. b starts at zero.
+    The initial W is ``randn(I, O) * sqrt(1 / I)``, drawn from NumPy's global generator when I is known: here,
+    or at the first call. The initial b is zero.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class Linear(Layer):
     ) -> None:
         if not isinstance(nobias, bool):
             raise TypeError(
-                f"nobias: expected True or False, got {nobias!r}; the number of inputs is in_size=, or is "
-                "known at the first call"
+                f"nobias: expected True or False, got {nobias!r}; pass the number of inputs as in_size=, or "
+                "leave it to the first call"
             )
         self.out_size = check_whole("out_size", out_size)
         self.in_size = None if in_size is None else check_whole("in_size", in_size)
@@ -52,7 +52,7 @@ class Linear(Layer):
         """x ``(..., I)`` to ``(..., O)``, in the layer's dtype.
 
         Raises:
-            ValueError: The last axis of x does not fit W.
+            ValueError: The last axis of x does not match W.
         """
         x = as_variable(x)
         if self.W._data is None:

@@ -1,7 +1,7 @@
-"""Layers, directions and dropout between layers, composed once above every backend.
+"""Several layers, both directions and dropout between layers, on top of every backend.
 
-Everything is in PyTorch's order: ``weights`` has one entry per layer and direction, layer by layer, forward
-before reverse; states are (L*D, B, ·); y is the concatenation of the last layer's directions, (T, B, D*P).
+Everything is in PyTorch's order. ``weights`` has one entry per layer and direction, layer by layer, forward
+before reverse. States are (L*D, B, ·). y is the concatenation of the last layer's directions, (T, B, D*P).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Tape(NamedTuple):
     cell: Cell
     tapes: list[kernels.Tape]  # layer by layer, forward before reverse
     D: int
-    masks: list[Array | None]  # what each layer's output but the last was multiplied with
+    masks: list[Array | None]  # by what the output of each layer but the last was multiplied
     y_shape: tuple[int, ...]
 
 
 class MultilayerGradients(NamedTuple):
-    """Result of ``backward_multilayer``; what ``need`` left out is None.
+    """Result of ``backward_multilayer``; what is not in ``need`` is None.
 
     ``dx`` is (T, B, I). ``dweights`` has one dictionary per layer and direction. ``dstate0`` has (L*D, B, ·)
-    for each state. ``dscalars`` has by name (T, B), the sum over layers and directions.
+    for each state. ``dscalars`` has (T, B) for each name, the sum over layers and directions.
     """
 
     dx: Array | None  # (T, B, I)
@@ -73,14 +73,14 @@ def forward_multilayer(
         weights: L*D mappings by name (or what ``kernels.pack`` returned); from the second layer on I is D*P.
         state0: (h,) or (h, c), each (L*D, B, ·); None is zeros.
         bidirectional: D = 2: every layer also runs in reverse.
-        dropout: Probability with which an output of each layer but the last is zeroed, the others scaled by
+        dropout: The probability that an output of each layer but the last is zeroed; the others are scaled by
             1 / (1 - dropout). For training only: pass 0 in evaluation.
-        rng: Where the masks are drawn from; needed where dropout acts and ``masks`` is None.
-        masks: L-1 arrays (T, B, D*P) of x's dtype that multiply the layers' outputs (None: no dropout there),
-            instead of drawing them.
-        regularization: As in ``kernels.forward``; the stream of each layer and direction is set here, so
-            that each draws masks of its own from the one seed.
-        scalars: As in ``kernels.forward``; every layer and direction gets the same.
+        rng: The generator of the masks; needed with dropout if ``masks`` is None.
+        masks: L-1 arrays (T, B, D*P) of x's dtype that multiply the layers' outputs, instead of masks that
+            are drawn. None for a layer without dropout.
+        regularization: As in ``kernels.forward``. The stream of each layer and direction is set here, so
+            that each draws different masks from the same seed.
+        scalars: As in ``kernels.forward``; every layer and direction gets the same ones.
         lengths, reset, return_states, detach_every, save, backend: As in ``kernels.forward``.
 
     Returns:
@@ -109,7 +109,7 @@ def forward_multilayer(
     if masks is not None and len(masks) != L - 1:
         raise ValueError(f"masks: expected {L - 1}, one for each layer but the last, got {len(masks)}")
     if masks is None and dropout > 0 and L > 1 and not isinstance(rng, np.random.Generator):
-        raise TypeError(f"rng: expected a numpy Generator where dropout acts, got {type(rng).__name__}")
+        raise TypeError(f"rng: expected a numpy Generator for dropout > 0, got {type(rng).__name__}")
 
     xp = cuda.get_array_module(x)
     results: list[Forward] = []
@@ -166,12 +166,12 @@ def backward_multilayer(
         dy: (T, B, D*P) or None.
         dstateT: One entry per state, (L*D, B, ·) or None each, or None.
         dstates: One entry per state, (L*D, T, B, ·) or None each, or None; only after ``return_states=True``.
-        need: "x", that of the first layer; names of weights, of every layer; names of scalars; "state0". None
-            for all.
+        need: "x", the input of the first layer; names of weights, in every layer; names of scalars;
+            "state0". None for all.
 
     Returns:
-        dx (T, B, I); dweights, by name, per layer and direction; dstate0 like state0; dscalars, by name, each
-        the sum over layers and directions. What is not in ``need`` is None.
+        dx (T, B, I); dweights, by name, for each layer and direction; dstate0 like state0; dscalars, by name,
+        each the sum over layers and directions. What is not in ``need`` is None.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
@@ -213,12 +213,12 @@ def backward_multilayer(
 
 
 def _entry(states: tuple[Array | None, ...] | None, n: int) -> tuple[Array | None, ...] | None:
-    """Of state-like gradients, the part of one layer and direction."""
+    """The part of state-like gradients that belongs to one layer and direction."""
     return None if states is None else tuple(None if s is None else s[n] for s in states)
 
 
 def _check_states(name: str, cell: Cell, states: Any, N: int) -> None:
-    """A tuple with one entry per state, each None or an array with N layers x directions first."""
+    """Check a tuple with one entry per state: None, or an array whose first axis is N layers x directions."""
     check_cell(cell)
     if states is None:
         return
@@ -226,16 +226,18 @@ def _check_states(name: str, cell: Cell, states: Any, N: int) -> None:
         if s is None and name != "state0":
             continue
         if not cuda.is_array(s):
-            raise TypeError(f"{name} {state}: expected a NumPy array or CuPy's, got {type(s).__name__}")
+            raise TypeError(f"{name} {state}: expected a NumPy or CuPy array, got {type(s).__name__}")
         if s.ndim == 0 or len(s) != N:
-            raise ValueError(f"{name} {state}: expected {N} layers x directions first, got shape {s.shape}")
+            raise ValueError(
+                f"{name} {state}: expected a first axis of {N}, layers x directions, got {s.shape}"
+            )
 
 
 def _check_mask(name: str, mask: Any, y: Array) -> None:
     _check_like(name, mask, y.shape)
     if cuda.on_gpu(mask) != cuda.on_gpu(y):
         raise TypeError(
-            f"{name}: expected an array like x, {type(y).__module__}'s, got {type(mask).__module__}'s"
+            f"{name}: expected an array of {type(y).__module__}, like x, got one of {type(mask).__module__}"
         )
     if mask.dtype != y.dtype:
         raise TypeError(f"{name}: expected dtype {y.dtype} (that of x), got {mask.dtype}")
@@ -243,5 +245,5 @@ def _check_mask(name: str, mask: Any, y: Array) -> None:
 
 def _check_like(name: str, value: Any, shape: tuple[int, ...]) -> None:
     if not cuda.is_array(value):
-        raise TypeError(f"{name}: expected a NumPy array or CuPy's, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a NumPy or CuPy array, got {type(value).__name__}")
     check_shape(name, value.shape, shape)

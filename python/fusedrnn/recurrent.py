@@ -1,7 +1,7 @@
 """The recurrent layers.
 
-They are stateful: they carry ``h`` (and ``c``) from call to call until ``reset_state()``. A call with ``(B,
-I)`` is one time step, one with ``(T, B, I)`` a whole sequence in one node of the graph.
+They are stateful: they keep ``h`` (and ``c``) from call to call until ``reset_state()``. A call with ``(B,
+I)`` is one time step. A call with ``(T, B, I)`` is a whole sequence, which is one node of the graph.
 """
 
 # mypy: disable-error-code="no-any-return"
@@ -28,45 +28,48 @@ from fusedrnn.backends.protocol import Regularization
 from fusedrnn.layer import Layer, checked_dtype, drawn
 
 State = tuple[Variable, ...]
-CALL = ("state", "lengths", "reset", "return_states", "detach_every")  # the arguments of calls beside x
+CALL = ("state", "lengths", "reset", "return_states", "detach_every")  # the arguments of a call besides x
 
 
 class Recurrent(Layer):
-    """Layers of any cell; what LSTM, GRU and RNN have in common.
+    """Recurrent layers of any cell; the base class of LSTM, GRU and RNN.
 
     Args:
         cell: what a step computes, such as ``fusedrnn.cells.lstm`` or a function of your own.
         hidden_size: the number of units, H.
-        proj_size: P, of a cell that projects its first state (``p.project``): 1 to H; else 0.
-        in_size: I; None: the first call tells.
-        num_layers: layers one above the other; the upper ones read the h of the one below.
-        bidirectional: a second set of weights runs through time backwards; y is ``(T, B, 2*H)``. Such a
-            layer takes whole sequences only and carries no state from one call to the next: the end of a
-            sequence is where its backward half begins.
-        dropout: share of zeros between layers, while training.
-        recurrent_dropout: share of zeros, while training, in what weight_hh multiplies: one mask per call,
-            layer, direction and row, the same at every step (Gal and Ghahramani 2016). Fused layers only.
-        zoneout_h, zoneout_c: share of the units of h and c that keep their value at a step, drawn for each
-            step; in evaluation the mean of old and new, so weighted (Krueger et al. 2016). Of cells that
-            have such a state. Fused layers only.
+        proj_size: P, for a cell that projects its first state (``p.project``): 1 to H; else 0.
+        in_size: I; None: it is taken from the first call.
+        num_layers: the number of stacked layers; the input of each is the h of the layer below.
+        bidirectional: also run through time in reverse, with a second set of weights; y is ``(T, B, 2*H)``.
+            Such a layer takes whole sequences only. It keeps no state between calls, since its reverse
+            direction starts at the end of a sequence.
+        dropout: the probability of a zero between layers, in training.
+        recurrent_dropout: the probability of a zero, in training, in what weight_hh multiplies: one mask per
+            call, layer, direction and row, the same at every step (Gal and Ghahramani 2016). Fused layers
+            only.
+        zoneout_h, zoneout_c: the probability that a unit of h or c keeps its value at a step, drawn for each
+            step. In evaluation the new value is the mean of old and new with these weights (Krueger et al.
+            2016). For cells that have such a state. Fused layers only.
         bias: one bias per gate, ``bias_ih``; a GRU with ``reset_after`` also has ``bias_hh``.
         dtype: float32 or float64; inputs are cast to it.
-        fused: one node per call, by a kernel. False: one node per operation, to read and to compare with.
-        backend: the name of a backend; None: the best one.
+        fused: one node per call, run by a kernel. False: one node per operation, to read and to compare with.
+        backend: the name of a backend; None: the best one that is available.
         recompute: keep few states for backward and run forward again there, to save memory.
 
-    Parameters: those of the cell, ``cell.blocks``. ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, P), P being H
-        where nothing is projected, ``bias_ih`` (G*H,), ``bias_hh`` (G*H,), ``weight_hr`` (P, H), all others
-        (H,) or a multiple of H. With several layers or directions their names end in ``_l0``,
-        ``_l1_reverse`` and so on, as in PyTorch.
+    Parameters: those of the cell, ``cell.blocks``. ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, P), where P is
+        H without a projection, ``bias_ih`` (G*H,), ``bias_hh`` (G*H,), ``weight_hr`` (P, H), all others (H,)
+        or a multiple of H. With several layers or directions their names end in ``_l0``, ``_l1_reverse`` and
+        so on, as in PyTorch.
 
-    Every matrix of a gate starts as ``randn(I, H) * sqrt(1 / I)`` and lies transposed in its place; biases
-    start at zero, gains at one, other vectors as the cell says. Drawn from NumPy's global generator, layer by
-    layer: first the input matrices, then the hidden ones; what depends on an unknown ``in_size`` is drawn at
+    The initial matrix of each gate is ``randn(I, H) * sqrt(1 / I)``, stored transposed. Biases start at zero,
+    gains at one, other vectors as the cell says. Values are drawn from NumPy's global generator, layer by
+    layer: first the input matrices, then the hidden ones. What depends on an unknown ``in_size`` is drawn at
     the first call.
     """
 
-    draws: ClassVar[tuple[int, ...] | None] = None  # the gates in the order they are drawn, if not their own
+    draws: ClassVar[tuple[int, ...] | None] = (
+        None  # the gates in the order they are drawn, None: in their own
+    )
     dezero_names: ClassVar[tuple[str, ...]] = ()  # its names of the gates, in memory order
     draws_hidden_late = False
 
@@ -99,7 +102,7 @@ class Recurrent(Layer):
         self.num_layers = check_whole("num_layers", num_layers)
         self.bidirectional = bool(bidirectional)
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}, expected 0 <= dropout < 1")
+            raise ValueError(f"dropout: expected at least 0 and below 1, got {dropout}")
         self.dropout = float(dropout)
         self.dtype = checked_dtype(dtype)
         self.fused = bool(fused)
@@ -121,12 +124,14 @@ class Recurrent(Layer):
         for name in (*cell.states, *(name + suffix for name in cell.blocks for suffix in self.suffixes)):
             if name not in ("h", "c") and (hasattr(type(self), name) or name in vars(self)):
                 raise ValueError(
-                    "cell: expected names of states and parameters that are no attributes of a layer, got "
+                    "cell: expected states and parameters whose names are not attributes of a layer, got "
                     f"{name}"
                 )
         for name in cell.scalars:
             if name in CALL:
-                raise ValueError(f"cell: expected other names than those of a call's arguments, got {name}")
+                raise ValueError(
+                    f"cell: expected row scalars that are not named like a call's arguments, got {name}"
+                )
         for suffix in self.suffixes:
             for name, blocks in cell.blocks.items():
                 parameter = None
@@ -141,7 +146,7 @@ class Recurrent(Layer):
 
     @property
     def two_biases(self) -> bool:
-        """Whether the cell has ``bias_hh`` beside ``bias_ih``."""
+        """Whether the cell has ``bias_hh`` in addition to ``bias_ih``."""
         return self.cell.two_biases
 
     @property
@@ -150,30 +155,33 @@ class Recurrent(Layer):
         return self.proj_size or self.hidden_size
 
     def _widths(self) -> dict[str, int]:
-        """Of each state how many units it has."""
+        """The number of units of each state."""
         widths = self.cell.widths(self.hidden_size, self.out_size)
         return dict(zip(self.cell.states, widths, strict=True))
 
     # State
 
     def reset_state(self) -> None:
-        """Forget the state: the next call begins at zero, or where the cell's states start."""
+        """Forget the state: the next call starts from zero, or from the initial values of the cell."""
         self._carry([None] * len(self.cell.states))
 
     def _carry(self, state: Sequence[Variable | None]) -> None:
-        """The state that the next call begins with, in attributes of its names."""
+        """Keep the state for the next call, in attributes of its names."""
         vars(self).update(zip(self.cell.states, state, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copies: a carried state without its graph, and no packed weights."""
+        """For pickle and copies: the state without its graph, and no packed weights."""
         own = {name: vars(self)[name] for name in self.cell.states}
         carried = {name: None if s is None else Variable(as_variable(s)._data) for name, s in own.items()}
         return vars(self) | carried | {"_packed": None}
 
     @property
     def state(self) -> State | None:
-        """``(h,)`` or ``(h, c)``, or None after ``reset_state``. Each is ``(B, H)``, of a projection h ``(B,
-        P)``; with several layers or directions they are stacked. Arrays and variables can be set."""
+        """``(h,)`` or ``(h, c)``, or None after ``reset_state``.
+
+        Each is ``(B, H)``; with a projection h is ``(B, P)``. With several layers or directions they are
+        stacked. It can be set to arrays or variables.
+        """
         own = {name: vars(self)[name] for name in self.cell.states}
         there = [s for s in own.values() if s is not None]
         if not there:
@@ -185,18 +193,18 @@ class Recurrent(Layer):
     @state.setter
     def state(self, value: tuple[Any, ...] | None) -> None:
         if value is not None and self.bidirectional:
-            raise ValueError("state: a bidirectional layer carries none; pass it to the call")
+            raise ValueError("state: a bidirectional layer keeps none between calls; pass it to the call")
         self._carry([None] * len(self.cell.states) if value is None else self._as_state(value))
 
     def _as_state(self, value: Any) -> State:
         names = self.cell.states
         if not isinstance(value, tuple | list) or len(value) != len(names):
             expected = f"({', '.join(names)}{',' if len(names) == 1 else ''})"
-            raise TypeError(f"state is {type(value).__name__}, expected a tuple {expected}")
+            raise TypeError(f"state: expected a tuple {expected}, got {type(value).__name__}")
         return tuple([as_variable(s) for s in value])
 
     def _begin(self, state: Any, batch: int) -> State | None:
-        """The state that a call begins with, checked."""
+        """The initial state of a call, checked."""
         if state is None and self.bidirectional:
             return None
         given = self.state if state is None else self._as_state(state)
@@ -205,10 +213,10 @@ class Recurrent(Layer):
         layers = len(self.suffixes)
         for (name, width), s in zip(self._widths().items(), given, strict=True):
             expected = (batch, width) if layers == 1 else (layers, batch, width)
-            what = "the carried state" if state is None else "the state passed in"
+            what = "the layer's state" if state is None else "state"
             self._check_device(what, s)
             if s._data.shape != expected:
-                hint = "call reset_state() before a batch of another size" if state is None else ""
+                hint = "call reset_state() before a batch of a different size" if state is None else ""
                 check_shape(f"{what} {name}", s._data.shape, expected, hint)
         return given
 
@@ -217,8 +225,10 @@ class Recurrent(Layer):
     def forward(
         self, x: Any, state: Any = None, *, lengths: Any = None, reset: Any = None, **scalars: Any
     ) -> Variable:
-        """One step for ``(B, I)``, a sequence for ``(T, B, I)``, with ``lengths`` and ``reset`` as in
-        ``sequence``; both with the cell's row scalars."""
+        """One step for ``(B, I)``, a whole sequence for ``(T, B, I)``.
+
+        Both take the cell's row scalars. A sequence also takes ``lengths`` and ``reset``, as in ``sequence``.
+        """
         x = as_variable(x)
         ndim = x._data.ndim
         if ndim == 2:
@@ -233,11 +243,11 @@ class Recurrent(Layer):
         raise ValueError(f"x: expected shape (B, I), one step, or (T, B, I), a sequence, got {x.shape}")
 
     def step(self, x: Any, state: Any = None, **scalars: Any) -> Variable:
-        """One time step: x ``(B, I)`` to h ``(B, H)``, which is carried as ``.h`` (and c as ``.c``).
+        """One time step: x ``(B, I)`` to h ``(B, H)``, which is kept as ``.h`` (and c as ``.c``).
 
-        ``state`` takes the place of the carried one. ``scalars`` are the cell's row scalars, such as ``dt``,
-        each ``(B,)``. Masks are those of a call: a step draws its own, so for recurrent dropout by one mask
-        for all steps a sequence has to come in one call.
+        ``state`` replaces the layer's state. ``scalars`` are the cell's row scalars, such as ``dt``, each
+        ``(B,)``. Every call draws its own masks. For recurrent dropout with one mask for all steps, pass the
+        sequence in one call.
         """
         x = as_variable(x)
         if self.bidirectional:
@@ -272,18 +282,17 @@ class Recurrent(Layer):
 
         Args:
             x: the inputs.
-            state: takes the place of the carried one.
-            lengths: ``(B,)`` whole numbers from 0 to T, a list or an array; from there on a row's state
-                stands still and y is 0.
-            reset: ``(T, B)`` booleans, or 0 and 1, lists or an array; where true, the state is cleared
+            state: replaces the layer's state.
+            lengths: ``(B,)`` integers from 0 to T, a list or an array. From this step on the state of the row
+                does not change and y is 0.
+            reset: ``(T, B)`` booleans, or 0 and 1, lists or an array. Where it is true, the state is cleared
                 before that step.
-            return_states: also give the states of every step: ``y, (h,)`` or ``y, (h, c)``, each ``(T, B,
+            return_states: also return the states of every step: ``y, (h,)`` or ``y, (h, c)``, each ``(T, B,
                 H)``; with several layers or directions ``(L*D, T, B, H)``.
-            detach_every: truncate back-propagation: after every so many steps the state goes on and the
-                gradient stops. Fused layers only.
-            scalars: the cell's row scalars, numbers of each row and step, such as ``dt`` of ``def gru_d(p, x,
-                h, *, dt)``: each ``(T, B)``. ``dt[t]`` belongs to step t; all layers and directions get the
-                same.
+            detach_every: truncate backpropagation: after every ``detach_every`` steps the state is passed on
+                and the gradient stops. Fused layers only.
+            scalars: the cell's row scalars, such as ``dt`` of ``def gru_d(p, x, h, *, dt)``: each ``(T, B)``.
+                ``dt[t]`` belongs to step t. All layers and directions get the same ones.
         """
         x = as_variable(x)
         self._check_input(x, 3)
@@ -307,7 +316,7 @@ class Recurrent(Layer):
         return_states: bool,
         detach_every: int | None = None,
     ) -> tuple[Variable, State, State]:
-        """A sequence, fused or not. Dropout between layers draws from NumPy's global generator."""
+        """Run a sequence, fused or not. Dropout between layers uses NumPy's global generator."""
         masks = None
         if config.train and self.dropout:
             shape = (*x.shape[:2], self.out_size * (2 if self.bidirectional else 1))
@@ -319,16 +328,16 @@ class Recurrent(Layer):
         return unfused.run(self, x, begin, lengths, reset, masks, scalars)
 
     def _scalars(self, given: Mapping[str, Any], shape: tuple[int, ...]) -> list[Variable]:
-        """The row scalars of a call, checked, in the order of the cell's and of the layer's dtype."""
+        """The row scalars of a call, checked, in the order of the cell and the dtype of the layer."""
         names, found = self.cell.scalars, list[Variable]()
         for name in given:
             if name not in names:
                 expected = ", ".join((*CALL, *names))
-                raise TypeError(f"{name}: expected an argument out of {expected}, got one of another name")
+                raise TypeError(f"{name}: expected one of the arguments {expected}")
         for name in names:
             if given.get(name) is None:
                 raise TypeError(
-                    f"{name}: expected one number for each row and step, as {self.cell.name} has, got none"
+                    f"{name}: expected the row scalars of {self.cell.name}, one number for each row, got none"
                 )
             s = as_variable(given[name])
             check_shape(name, s._data.shape, shape)
@@ -352,8 +361,8 @@ class Recurrent(Layer):
         if cuda.on_gpu(x._data) != self.gpu:
             module = "cupy" if self.gpu else "numpy"
             raise TypeError(
-                f"{what} is an array of {cuda.get_array_module(x).__name__}, expected one of {module}, as "
-                "the layer's parameters are (to_gpu and to_cpu move them)"
+                f"{what}: expected an array of {module}, like the layer's parameters, got one of "
+                f"{cuda.get_array_module(x).__name__} (to_gpu and to_cpu move the parameters)"
             )
 
     # Fused: one node
@@ -369,7 +378,7 @@ class Recurrent(Layer):
         return after if isinstance(after, tuple) else (after,)
 
     def _regularization(self) -> Regularization | None:
-        """Of one call; while training its seed is drawn from NumPy's global generator, as dropout is."""
+        """The rates of one call; in training with a seed from NumPy's global generator, like dropout."""
         rates = self.recurrent_dropout, self.zoneout_h, self.zoneout_c
         if not any(rates):
             return None
@@ -377,7 +386,7 @@ class Recurrent(Layer):
         return Regularization(*rates, seed)
 
     def _pack(self, names: list[str], weights: list[Variable]) -> Any:
-        """Weights prepared for repeated steps, as long as nobody can have changed them."""
+        """Weights prepared for repeated steps, or None if they may have changed unseen."""
         versions = []
         for p in weights:
             if not (isinstance(p, Parameter) and p.private):
@@ -419,7 +428,7 @@ class Recurrent(Layer):
         """The weights of one layer and direction that exist, by name."""
         found = {name: vars(self)[name + suffix] for name in self.cell.blocks}
         found = {name: p for name, p in found.items() if p is not None}
-        if "weight_hh" in found and found["weight_hh"]._data is None:  # not drawn before a state needs it
+        if "weight_hh" in found and found["weight_hh"]._data is None:  # drawn only when a state needs it
             rows = self.cell.blocks["weight_hh"] * self.hidden_size
             found["weight_hh"] = as_variable(self.xp.zeros((rows, self.out_size), self.dtype))
         return found
@@ -427,7 +436,7 @@ class Recurrent(Layer):
     # Sizes, start, files
 
     def _shapes(self, k: int) -> dict[str, tuple[Any, ...]]:
-        """Of the parameters of one layer and direction; the number of inputs may be None."""
+        """Shapes of the parameters of one layer and direction; the input size may be None."""
         D, P = 2 if self.bidirectional else 1, self.out_size
         return self.cell.shapes(self.in_size if k < D else P * D, self.hidden_size, P)
 
@@ -447,7 +456,7 @@ class Recurrent(Layer):
                     p.assign(self.to_device(matrix))
 
     def _settle(self, in_size: int, needs_hidden: bool) -> None:
-        """Draw what was open, at a call."""
+        """At a call, draw the parameters whose size was not known."""
         if self.in_size is None:
             self.in_size = check_whole("the last axis of x", in_size)
             self._draw(hidden=needs_hidden or len(self.suffixes) > 1)
@@ -501,10 +510,10 @@ class Recurrent(Layer):
 class RNN(Recurrent):
     """Elman network: ``h = tanh(x W + h U + b)``, or relu for tanh. See ``Recurrent`` for the arguments.
 
-    ``layer_norm`` normalises the input and the recurrent part (Ba, Kiros and Hinton 2016), each with a gain,
+    ``layer_norm`` normalises the input and the recurrent part (Ba, Kiros and Hinton 2016), with the gains
     ``gain_ih`` and ``gain_hh`` (H,).
 
-    Without ``in_size`` the hidden matrix is drawn when a state first meets it: at the second step.
+    Without ``in_size`` the hidden matrix is drawn when it first multiplies a state: at the second step.
     """
 
     dezero_names = ("h",)
@@ -526,13 +535,13 @@ class RNN(Recurrent):
 class LSTM(Recurrent):
     """Long short-term memory. See ``Recurrent`` for the arguments.
 
-    ``i, f, o = sigmoid``, ``g = tanh`` of ``x W + h U + b``, each of its own; ``c = f*c + i*g``, ``h =
-    o*tanh(c)`` (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000). Memory order i f g o;
-    drawn as f i o g. The forget gate's biases start at ``forget_bias``; 1 keeps more of c at the start of a
-    training (Jozefowicz et al. 2015). With ``proj_size`` ``h = weight_hr (o*tanh(c))`` has so many units
-    (Sak et al. 2014). ``layer_norm`` normalises the gates' input and recurrent parts, and c
-    on its way to h (Ba, Kiros and Hinton 2016), with ``gain_ih`` and ``gain_hh`` (4*H,), ``gain_c`` and
-    ``bias_c`` (H,).
+    ``i, f, o = sigmoid(x W + h U + b)`` and ``g = tanh(x W + h U + b)``, each with its own W, U and b; ``c =
+    f*c + i*g``, ``h = o*tanh(c)`` (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000). The
+    gates are stored as i f g o and drawn as f i o g. The forget gate's biases start at ``forget_bias``; 1
+    keeps more of c at the start of training (Jozefowicz et al. 2015). With ``proj_size``, ``h = weight_hr
+    (o*tanh(c))`` has ``proj_size`` units (Sak et al. 2014). ``layer_norm`` normalises the gates' input and
+    recurrent parts, and the c from which h is computed (Ba, Kiros and Hinton 2016), with ``gain_ih`` and
+    ``gain_hh`` (4*H,), ``gain_c`` and ``bias_c`` (H,).
     """
 
     draws = (1, 0, 3, 2)
@@ -555,17 +564,17 @@ class LSTM(Recurrent):
             if bias is not None:
                 bias._data[hidden_size : 2 * hidden_size] = forget_bias
             elif forget_bias:
-                raise ValueError(f"forget_bias is {forget_bias}, expected 0 in a layer with bias=False")
+                raise ValueError(f"forget_bias: expected 0 in a layer with bias=False, got {forget_bias}")
 
 
 class GRU(Recurrent):
     """Gated recurrent unit. See ``Recurrent`` for the arguments.
 
-    ``r, z = sigmoid(x W + h U + b)``, each of its own; ``h = (1 - z) * n + z * h``; with ``reset_after``
-    (PyTorch, cuDNN) ``n = tanh(x W + b + r * (h U + b'))``, without (Cho et al. 2014) ``n = tanh(x W + (r *
-    h) U + b)``. Memory order and order of draws r z n. ``layer_norm`` normalises the input and recurrent
-    parts (Ba, Kiros and Hinton 2016), r and z together and n by itself, with ``gain_ih`` and ``gain_hh``
-    (3*H,).
+    ``r, z = sigmoid(x W + h U + b)``, each with its own W, U and b; ``h = (1 - z) * n + z * h``. With
+    ``reset_after`` (PyTorch, cuDNN) ``n = tanh(x W + b + r * (h U + b'))``, without it (Cho et al. 2014) ``n
+    = tanh(x W + (r * h) U + b)``. The gates are stored and drawn as r z n. ``layer_norm`` normalises the
+    input and recurrent parts (Ba, Kiros and Hinton 2016), r and z together and n by itself, with ``gain_ih``
+    and ``gain_hh`` (3*H,).
     """
 
     def __init__(
@@ -582,12 +591,12 @@ class GRU(Recurrent):
 
 
 def _first_values(cell: cells.Cell, name: str, size: int, dtype: np.dtype[Any]) -> Array:
-    """What a bias, a gain or a vector starts from."""
+    """The initial values of a bias, a gain or a vector."""
     begin = cell.trace.begin.get(name, 0.0)
     if isinstance(begin, tuple):
         return np.random.uniform(*begin, size).astype(dtype)
     if not callable(begin):
         return np.full(size, begin, dtype)
     drawn = np.asarray(begin((size,)))
-    check_shape(f"what init of {name} gives", drawn.shape, (size,))
+    check_shape(f"init of {name}", drawn.shape, (size,))
     return drawn.astype(dtype)

@@ -218,8 +218,8 @@ def test_user_function_that_gives_a_wrong_gradient_is_named():
             return gy, gy
 
     for cls, message in (
-        (Wrong, r"Wrong.backward gave a gradient of shape \(\)"),
-        (TooMany, "TooMany.*2 gradients"),
+        (Wrong, r"Wrong.backward.*\(\)"),
+        (TooMany, "TooMany.backward.* 2"),
     ):
         y = cls()(Variable(np.ones(3)))
         with pytest.raises(ValueError, match=message):
@@ -234,7 +234,7 @@ def test_no_grad_records_nothing():
     with using_config("enable_backprop", False):
         assert (x * 2).creator is None
     assert (x * 2).creator is not None
-    with pytest.raises(ValueError, match="using_config: name is 'grad'"), using_config("grad", True):
+    with pytest.raises(ValueError, match=r"name: .* 'grad'"), using_config("grad", True):
         pass
 
 
@@ -361,9 +361,9 @@ def test_second_derivatives_are_refused():
 
 def test_wrong_data_is_named():
     for data in (3.0, [1.0], "x"):
-        with pytest.raises(TypeError, match=f"data is a {type(data).__name__}"):
+        with pytest.raises(TypeError, match=f"data: .* {type(data).__name__}"):
             Variable(data)
-    with pytest.raises(TypeError, match="exponent is a Variable"):
+    with pytest.raises(TypeError, match=r"exponent: .* Variable"):
         Variable(np.ones(2)) ** Variable(np.ones(2))
     with pytest.raises(ValueError, match="expected two matrices"):
         Variable(np.ones(2)) @ np.ones((2, 2))
@@ -373,7 +373,7 @@ def test_wrong_data_is_named():
     ("y", "t"), [((3, 1), (3,)), ((3, 2), (3, 1)), ((3, 1), (1, 3)), ((2, 3, 1), (3, 1)), ((), ())]
 )
 def test_mse_never_broadcasts(y, t):
-    with pytest.raises(ValueError, match="mean_squared_error: t has shape"):
+    with pytest.raises(ValueError, match="t: expected the shape of y"):
         F.mean_squared_error(np.ones(y), np.ones(t))
 
 
@@ -455,7 +455,7 @@ def test_backward_where_nothing_was_recorded_says_why():
         with pytest.raises(RuntimeError, match=r"^backward: this variable has no graph: .* no_grad\(\)"):
             y.backward()
         assert y.grad is None
-    with pytest.raises(RuntimeError, match=r"made of constants alone, .* Variable or a Parameter"):
+    with pytest.raises(RuntimeError, match=r"arrays and numbers only.* Variable or a Parameter"):
         F.sum(np.ones(3)).backward()
 
 
@@ -507,7 +507,7 @@ def test_dropout():
     np.testing.assert_array_equal(x.grad.data, y.data)
     with fusedrnn.test_mode():
         assert F.dropout(x, 0.3) is x
-    with pytest.raises(ValueError, match="dropout_ratio is 1"):
+    with pytest.raises(ValueError, match=r"dropout_ratio: .* 1"):
         F.dropout(x, 1)
 
 

@@ -238,7 +238,7 @@ def test_state_can_be_read_set_and_passed():
     np.testing.assert_array_equal(layer(x).data, a)
     with pytest.raises(TypeError, match=r"expected a tuple \(h, c\)"):
         layer.state = state0[0]
-    with pytest.raises(ValueError, match=r"the state passed in h: expected shape \(5, 13\), got \(2, 13\)"):
+    with pytest.raises(ValueError, match=r"^state h: expected shape \(5, 13\), got \(2, 13\)"):
         layer(x, (np.zeros((2, H)), np.zeros((2, H))))
 
 
@@ -246,7 +246,7 @@ def test_state_can_be_read_set_and_passed():
 def test_another_batch_size_names_reset_state(shape):
     layer = build("gru", np.random.default_rng(9))
     layer(np.zeros((T, B, I)))
-    with pytest.raises(ValueError, match=r"the carried state h: expected shape .* call reset_state\(\)"):
+    with pytest.raises(ValueError, match=r"state h: expected shape .* call reset_state\(\)"):
         layer(np.zeros(shape))
     layer.reset_state()
     layer(np.zeros(shape))
@@ -262,7 +262,7 @@ def test_bidirectional_layers_take_whole_sequences_and_carry_nothing():
     assert layer.h.shape == (2, 2, H)
     with pytest.raises(ValueError, match="a bidirectional layer needs the whole sequence"):
         layer(x[0])
-    with pytest.raises(ValueError, match="a bidirectional layer carries none"):
+    with pytest.raises(ValueError, match="state: a bidirectional layer"):
         layer.state = states(layer, rng, (2,))
 
 
@@ -292,8 +292,8 @@ def test_wrong_arguments_are_named(fused):
         ({"hidden_size": 2.0}, TypeError, "hidden_size: expected a whole number, got float"),
         ({"hidden_size": 2, "in_size": -1}, ValueError, "in_size: expected at least 1, got -1"),
         ({"hidden_size": 2, "num_layers": 0}, ValueError, "num_layers: expected at least 1, got 0"),
-        ({"hidden_size": 2, "dropout": 1.0}, ValueError, "dropout is 1.0"),
-        ({"hidden_size": 2, "dtype": np.float16}, TypeError, "dtype is float16"),
+        ({"hidden_size": 2, "dropout": 1.0}, ValueError, "dropout: .*1.0"),
+        ({"hidden_size": 2, "dtype": np.float16}, TypeError, "dtype: .*float16"),
         ({"hidden_size": 2, "no_such": 1}, TypeError, "no_such"),
     ):
         with pytest.raises(error, match=message):
@@ -456,7 +456,7 @@ def test_linear_is_lazy_and_acts_on_the_last_axis():
     assert y.shape == (T, B, 4)
     np.testing.assert_allclose(y.data[2], fc(x[2]).data, rtol=1e-6)
     assert [n for n, _ in L.Linear(2, nobias=True, in_size=3).named_params()] == ["W"]
-    with pytest.raises(ValueError, match=r"linear: x has shape \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"linear: .* x \(2, 4\)"):
         fc(np.zeros((2, 4)))
 
 
@@ -518,7 +518,7 @@ def test_the_forget_gate_may_start_open():
         assert not bias[:5].any()
         assert not bias[10:].any()
     assert not L.LSTM(5, in_size=3).bias_ih.data.any()
-    with pytest.raises(ValueError, match=r"forget_bias is 1\.0, expected 0 in a layer with bias=False"):
+    with pytest.raises(ValueError, match=r"forget_bias: .*bias=False.* 1\.0"):
         L.LSTM(5, bias=False, forget_bias=1.0)
 
 
@@ -584,7 +584,7 @@ def test_sequential_passes_numbers_of_each_row_on():
     np.testing.assert_array_equal(got.data, third(second(F.tanh(first(x, dt=dt))), dt=dt).data)
     got.sum().backward()
     assert dt.grad is not None
-    with pytest.raises(TypeError, match=r"^dt: expected one number for each row and step, as decays has"):
+    with pytest.raises(TypeError, match=r"^dt: expected the row scalars of decays"):
         model(x)
     with pytest.raises(TypeError, match=r"^state: no layer in this Sequential accepts it"):
         fusedrnn.models.Sequential(first)(x, state=(np.zeros((B, 4)),), dt=dt)

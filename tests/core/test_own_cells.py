@@ -162,7 +162,7 @@ def test_a_name_that_a_layer_has_already_is_refused():
     def careless(p, x, dtype):
         return tanh(p.dense("a", x, dtype))
 
-    with pytest.raises(ValueError, match=r"cell: expected names .* no attributes of a layer, got dtype"):
+    with pytest.raises(ValueError, match=r"cell: expected states .* not attributes of a layer, got dtype"):
         L.Recurrent(careless, 5)
 
 

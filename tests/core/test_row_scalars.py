@@ -243,17 +243,11 @@ def test_wrong_arguments_of_a_layer():
     net = L.Recurrent(published.gru_d, 4, 3)
     x = np.zeros((5, 2, 3))
     for call in (net, net.sequence):
-        with pytest.raises(
-            TypeError, match="dt: expected one number for each row and step, as gru_d has, got"
-        ):
+        with pytest.raises(TypeError, match="dt: expected the row scalars of gru_d"):
             call(x)
-    with pytest.raises(
-        TypeError, match=r"gap: expected an argument out of state, lengths, .*, dt, got one of"
-    ):
+    with pytest.raises(TypeError, match=r"^gap: expected .* state, lengths, .*, dt"):
         net(x, dt=np.ones((5, 2)), gap=1)
-    with pytest.raises(
-        TypeError, match="dt: expected an argument out of state, lengths, reset, return_states"
-    ):
+    with pytest.raises(TypeError, match=r"^dt: expected .* state, lengths, reset, return_states"):
         L.LSTM(4, 3)(x, dt=np.ones((5, 2)))
     with pytest.raises(ValueError, match=r"dt: expected shape \(5, 2\), got \(2, 5\); transpose it"):
         net(x, dt=np.ones((2, 5)))
@@ -268,9 +262,7 @@ def test_wrong_arguments_of_a_layer():
     def taken(p, x, h, *, lengths):
         return tanh(p.dense("a", x, h)) * lengths
 
-    with pytest.raises(
-        ValueError, match="cell: expected other names than those of a call's arguments, got len"
-    ):
+    with pytest.raises(ValueError, match=r"^cell: .*got len"):
         L.Recurrent(taken, 4)
 
 

@@ -220,20 +220,20 @@ def test_mixing_is_an_error_that_names_the_argument(gpu):
     x = np.zeros((3, 2, 4), np.float32)
     layer, linear = L.LSTM(4, in_size=4), L.Linear(2, in_size=4)
     for wrong, own, given in (("cupy", "numpy", put(x)), ("numpy", "cupy", x)):
-        mixed = rf"x is an array of {wrong}, expected one of {own}, as"
-        with pytest.raises(TypeError, match=rf"^{mixed} the layer's parameters"):
+        mixed = rf"x: expected an array of {own}, .* of {wrong}"
+        with pytest.raises(TypeError, match=rf"^{mixed}"):
             layer(given)
-        with pytest.raises(TypeError, match=rf"^linear: {mixed} W"):
+        with pytest.raises(TypeError, match=rf"^{mixed}"):
             linear(given)
         layer.to_gpu(), linear.to_gpu()
     state = np.zeros((2, 4), np.float32)
-    with pytest.raises(TypeError, match=r"^the state passed in is an array of numpy, expected one of cupy"):
+    with pytest.raises(TypeError, match=r"^state: expected an array of cupy, .* numpy"):
         layer.sequence(put(x), (state, state))
     layer.state = state, state
-    with pytest.raises(TypeError, match=r"^the carried state is an array of numpy, expected one of cupy"):
+    with pytest.raises(TypeError, match=r"^the layer's state: expected an array of cupy, .* numpy"):
         layer(put(x))
     weights = {n: put(w) for n, w in problem(rnn, 2, 1, 4, 4).weights.items()}
-    with pytest.raises(TypeError, match=r"^masks\[0\]: expected an array like x"):
+    with pytest.raises(TypeError, match=r"^masks\[0\]: expected an array of cupy, like x"):
         multilayer.forward_multilayer(
             rnn, put(np.zeros((3, 2, 4))), [weights, weights], masks=[np.ones((3, 2, 4))]
         )
