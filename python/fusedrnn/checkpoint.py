@@ -1,4 +1,4 @@
-"""Checkpoints: all that training needs to go on to the same bits, in one file, written whole or not at all.
+"""Checkpoints: all that training needs to continue with the same bits, in one file.
 
 ::
 
@@ -6,9 +6,9 @@
     progress = checkpoint.load("run.ckpt", model, optimizer, loader)
 
 The file holds the weights, the optimiser's state, the state of NumPy's global random generator and of those
-given, the position in the data, the carried hidden states, and whatever is passed by name. It is an ``.npz``
-without pickle; it is written under another name, flushed to the disk and renamed, and the one before it
-stays as ``run.ckpt.previous``.
+given, the position in the data, the states of the layers, and whatever is passed by name. It is an ``.npz``
+file without pickle. It is written under another name, flushed to the disk and renamed, so it is never
+incomplete. The previous checkpoint is kept as ``run.ckpt.previous``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT = 1
 
 
 class CheckpointError(ValueError):
-    """The file is damaged, or is not one of this training."""
+    """The file is damaged, or it is from another training run."""
 
 
 def save(
@@ -44,15 +44,15 @@ def save(
     """Write a checkpoint.
 
     Args:
-        path: where to.
-        model: its parameters and every variable that a layer carries (h, c).
-        optimizer: its state.
-        loader: its position and order.
-        generators: random generators in use beside NumPy's global one.
-        progress: what ``load`` gives back: numbers, text, lists and dicts of them; arrays.
+        path: the file.
+        model: its parameters and states (h, c) are saved.
+        optimizer: its state is saved.
+        loader: its position and order are saved.
+        generators: random generators in use besides NumPy's global one.
+        progress: what ``load`` returns: numbers, text, lists and dicts of them; arrays.
 
     Raises:
-        ValueError: a carried state still leads back into a graph, which a file cannot hold.
+        ValueError: a layer's state still has a graph, which cannot be saved.
     """
     arrays = {f"weight/{name}": _values(name, p) for name, p in model.named_params()}
     arrays |= {f"state/{name}": array for name, array in _carried(model).items()}
@@ -80,25 +80,27 @@ def load(
     loader: DataLoader | None = None,
     generators: Sequence[np.random.Generator] = (),
 ) -> dict[str, Any]:
-    """Take up a checkpoint: set everything that ``save`` wrote, and return its ``progress``.
+    """Load a checkpoint: set everything that ``save`` wrote, and return its ``progress``.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it is truncated, damaged, or holds something else than what is asked of it; nothing
-            has been changed then, except perhaps the model's weights.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: it is truncated or damaged, or does not match the arguments. Then nothing has been
+            changed, except perhaps the model's weights.
     """
     try:
         arrays = npz.read(path)
         plain = json.loads(arrays.pop("plain").tobytes())
         if plain["format"] != FORMAT:
-            raise CheckpointError(f"format {plain['format']}, expected {FORMAT}")
+            raise CheckpointError(f"format: expected {FORMAT}, got {plain['format']}")
         name = None if optimizer is None else type(optimizer).__name__
         if plain["optimizer"] != name:
-            raise CheckpointError(f"saved with optimizer {plain['optimizer']}, expected {name}")
+            raise CheckpointError(f"optimizer: expected the saved {plain['optimizer']}, got {name}")
         if (plain["iteration"] is None) != (loader is None):
-            raise CheckpointError("saved with a loader and loaded without one, or the other way round")
+            raise CheckpointError("loader: expected one if and only if one was saved")
         if len(plain["generators"]) != len(generators):
-            raise CheckpointError(f"{len(plain['generators'])} generators, expected {len(generators)}")
+            raise CheckpointError(
+                f"generators: expected the {len(plain['generators'])} saved, got {len(generators)}"
+            )
         parts: dict[str, dict[str, Array]]
         parts = {k: {} for k in ("weight", "state", "optimizer", "loader", "progress")}
         for key, array in arrays.items():
@@ -115,14 +117,14 @@ def load(
             generator.bit_generator.state = _arrays(state)
     except (ValueError, KeyError, TypeError) as error:
         what = f"entry {error} is missing" if isinstance(error, KeyError) else str(error)
-        hint = f"; the checkpoint before it is {previous(path)}" if previous(path).exists() else ""
-        raise CheckpointError(f"{path} cannot be taken up: {what}{hint}") from error
+        hint = f"; the previous checkpoint is {previous(path)}" if previous(path).exists() else ""
+        raise CheckpointError(f"{path} cannot be loaded: {what}{hint}") from error
     progress: dict[str, Any] = plain["progress"]
     return progress | parts["progress"]
 
 
 def previous(path: npz.PathLike) -> Path:
-    """Where the checkpoint before the last one is kept."""
+    """The path of the previous checkpoint."""
     return Path(f"{Path(path)}.previous")
 
 
@@ -133,7 +135,7 @@ def _values(name: str, p: Parameter) -> Array:
 
 
 def _carried(model: Layer) -> dict[str, Array]:
-    """Every variable that a layer holds beside its parameters, by its path."""
+    """Every variable of a layer that is not a parameter, by its path."""
     found = {}
     for path, layer in model.walk():
         for name, value in vars(layer).items():
@@ -141,8 +143,8 @@ def _carried(model: Layer) -> dict[str, Array]:
                 key = f"{path}/{name}" if path else name
                 if value.creator is not None:
                     raise ValueError(
-                        f"the state {key} still leads back into a graph, which a checkpoint cannot hold: "
-                        "save after unchain_backward() or reset_state()"
+                        f"{key}: expected a state without a graph, since it cannot be saved; call "
+                        "unchain_backward() or reset_state() before"
                     )
                 found[key] = cuda.as_numpy(value._data)
     return found

@@ -1,4 +1,4 @@
-"""Batches of a data set: in random order, or as parallel time lines."""
+"""Batches of a data set: in random order, or as parallel sequences."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ Batch = tuple[Any, Any]
 
 
 class DataLoader:
-    """Batches ``(x, t)`` of ``batch_size`` samples, the last one maybe smaller; a new order every round.
+    """Batches ``(x, t)`` of ``batch_size`` samples, in a new order every epoch. The last one may be smaller.
 
-    The loader is its own iterator. A round that was broken off goes on where it stopped, until ``reset()``:
-    so does one that a checkpoint took up. The order is drawn from NumPy's global generator, at the start and
-    after each round. ``index`` is the order, ``iteration`` the number of batches given in this round,
-    ``max_iter`` that of a whole round, ``data_size`` the number of samples. With ``gpu=True`` the batches are
-    CuPy arrays; the data set stays in NumPy's.
+    The loader is its own iterator. An epoch that was interrupted continues where it stopped, until
+    ``reset()``, also after a checkpoint was loaded. The order is drawn from NumPy's global generator, at the
+    start and after each epoch. ``index`` is the order, ``iteration`` the number of batches returned in this
+    epoch, ``max_iter`` the number of batches in an epoch, ``data_size`` the number of samples. With
+    ``gpu=True`` the batches are CuPy arrays; the data set keeps NumPy arrays.
 
     Args:
-        dataset: What has a length and gives the pair (input, target) of an index, such as a ``Dataset``.
+        dataset: An object with a length that returns a pair (input, target) for an index, such as a
+            ``Dataset``.
         batch_size: The number of samples in a batch, at least 1.
-        shuffle: False: the order of the data set.
+        shuffle: False: keep the order of the data set.
         gpu: Batches are CuPy arrays.
 
     Raises:
-        TypeError, ValueError: ``batch_size`` is not a whole number of at least 1.
+        TypeError, ValueError: ``batch_size`` is not an integer of at least 1.
         RuntimeError: ``gpu`` is True and there is no GPU.
     """
 
@@ -47,7 +48,7 @@ class DataLoader:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new round."""
+        """Start a new epoch."""
         self.iteration = 0
         self.index = np.random.permutation(self.data_size) if self.shuffle else np.arange(self.data_size)
 
@@ -65,11 +66,11 @@ class DataLoader:
     next = __next__
 
     def batch(self, k: int) -> Batch:
-        """Batch k of this round."""
+        """Batch k of this epoch."""
         return self.samples(self.index[k * self.batch_size : (k + 1) * self.batch_size])
 
     def samples(self, index: Any) -> Batch:
-        """The samples at an array of indices, in an array of the same leading shape."""
+        """The samples at an array of indices, in arrays of the same leading shape."""
         dataset = self.dataset
         if isinstance(dataset, Dataset) and dataset.is_plain():
             return dataset.data[index], dataset.label[index]  # the same, without a loop over the samples
@@ -78,11 +79,11 @@ class DataLoader:
         return x.reshape(index.shape + x.shape[1:]), t.reshape(index.shape + t.shape[1:])
 
     def to_cpu(self) -> None:
-        """Batches are NumPy arrays from here on."""
+        """From now on, batches are NumPy arrays."""
         self.gpu = False
 
     def to_gpu(self) -> None:
-        """Batches are CuPy arrays from here on.
+        """From now on, batches are CuPy arrays.
 
         Raises:
             RuntimeError: There is no GPU, or something is missing; the message says what.
@@ -92,12 +93,12 @@ class DataLoader:
 
 
 class SeqDataLoader(DataLoader):
-    """The data set cut into ``batch_size`` parallel time lines, one step after another, in order.
+    """The data set cut into ``batch_size`` parallel sequences, returned step by step in order.
 
     With ``jump = len(dataset) // batch_size``, row i of step s is the sample ``(i * jump + s) %
-    len(dataset)``; a round has ``ceil(len(dataset) / batch_size)`` steps. A state may be carried from step
-    to step. With ``steps=n`` n steps come at once, as ``(n, B, ...)``, for ``layer.sequence``; the last
-    chunk of a round may be shorter.
+    len(dataset)``; an epoch has ``ceil(len(dataset) / batch_size)`` steps. A state may be passed from step
+    to step. With ``steps=n`` a batch has n steps, ``(n, B, ...)``, for ``layer.sequence``; the last batch of
+    an epoch may be shorter.
     """
 
     def __init__(self, dataset: Any, batch_size: int, gpu: bool = False, *, steps: int | None = None) -> None:
@@ -106,7 +107,7 @@ class SeqDataLoader(DataLoader):
         steps = None if steps is None else check_whole("steps", steps)
         super().__init__(dataset, batch_size, shuffle=False, gpu=gpu)
         self.steps = steps
-        self.round = self.max_iter  # time steps in a round
+        self.round = self.max_iter  # time steps in an epoch
         if steps is not None:
             self.max_iter = math.ceil(self.round / steps)
 

@@ -13,13 +13,13 @@ Transform = Callable[[Any], Any]
 class Dataset:
     """``prepare`` fills the arrays ``data`` and ``label``; sample k is ``(data[k], label[k])``.
 
-    Without labels the second of the pair is None. An index past the end is an IndexError, which ends
+    Without labels the second of the pair is None. An index past the end raises an IndexError, which ends an
     iteration.
 
     Args:
-        train: For ``prepare``: the training part, or the part for tests.
-        transform: A function for each input; None: inputs stay as they are.
-        target_transform: A function for each target; None: targets stay as they are.
+        train: For ``prepare``: True for the training set, False for the test set.
+        transform: A function for each input; None: inputs do not change.
+        target_transform: A function for each target; None: targets do not change.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Dataset:
         self.prepare()
 
     def prepare(self) -> None:
-        """Fill ``data`` and, where there are targets, ``label``."""
+        """Fill ``data`` and, if there are targets, ``label``."""
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         x = self.data[index]
@@ -57,11 +57,11 @@ class Dataset:
 
 
 class Series(Dataset):
-    """Rows of inputs and targets that are there already: ``Series(x, t)``, both of length N."""
+    """Existing arrays of inputs and targets: ``Series(x, t)``, both of length N."""
 
     def __init__(self, data: Any, label: Any) -> None:
         if len(data) != len(label):
-            raise ValueError(f"Series: label has {len(label)} rows, expected {len(data)}, as data")
+            raise ValueError(f"label: expected {len(data)} rows, like data, got {len(label)}")
         self.rows = (data, label)
         super().__init__()
 
@@ -73,7 +73,7 @@ class SinCurve(Dataset):
     """A noisy sine, or with ``train=False`` a clean cosine: 999 pairs (value k, value k + 1), each ``(1,)``.
 
     The curve has 1000 points over one period, the noise is uniform within ±0.05, drawn from NumPy's global
-    generator. It is drawn for ``train=False`` too, so that what is drawn next does not depend on the part.
+    generator. It is drawn for ``train=False`` too, so that what is drawn next does not depend on ``train``.
     """
 
     def prepare(self) -> None:

@@ -1,8 +1,8 @@
 """The masks of recurrent dropout and zoneout, drawn by Philox4x32-10: a function of a counter and a key.
 
-Nothing is kept of a mask: whoever needs it, forward, backward or recompute, in whatever backend, dtype or
-thread, draws the same one again. The key is the seed of a call; the counter of a unit's word is (unit // 4,
-row, time, kind + 4 * stream), and the word is number unit % 4 of the four. In C++: ``csrc/mask_rule.h``.
+Masks are not stored. Forward, backward and recompute draw the same mask again, in every backend, dtype and
+thread. The key is the seed of a call. The counter of a unit's word is (unit // 4, row, time, kind + 4 *
+stream), and the word is number unit % 4 of the four. In C++: ``csrc/mask_rule.h``.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
 """
@@ -33,7 +33,7 @@ def philox(counter: Array, key: tuple[int, int]) -> Array:
 
 
 def threshold(rate: float) -> int:
-    """A word below this is one of the share ``rate`` of all words; up to 2**32."""
+    """The bound below which a fraction ``rate`` of all words is; up to 2**32."""
     return round(rate * 2**32)
 
 
@@ -44,12 +44,12 @@ def keep(rate: float, kind: str, seed: int, stream: int, time: int, rows: Array,
 
     Args:
         rate: From 0 to 1.
-        kind: Out of ``KINDS``.
+        kind: One of ``KINDS``.
         seed: 0 <= seed < 2**64.
-        stream: Of the same seed, other masks: layer * directions + direction.
-        time: The index of the step in the sequence, also when it runs in reverse; 0 for recurrent dropout.
-        rows: Numbers of rows of the batch.
-        units: H, or P where it masks a first state that is projected.
+        stream: Gives different masks for the same seed: layer * directions + direction.
+        time: The index of the step in the sequence, also in reverse; 0 for recurrent dropout.
+        rows: Indices of rows of the batch.
+        units: H, or P for a first state that is projected.
     """
     counter = np.empty((len(rows), -(-units // 4), 4), np.uint32)
     counter[..., 0] = np.arange(counter.shape[1])
@@ -62,7 +62,7 @@ def keep(rate: float, kind: str, seed: int, stream: int, time: int, rows: Array,
 
 
 def dropout(rate: float, seed: int, stream: int, rows: Array, units: int) -> Array:
-    """What recurrent dropout multiplies with, (len(rows), units): 0 with this rate, else 1 / (1 - rate)."""
+    """The mask of recurrent dropout, (len(rows), units): 0 with probability ``rate``, else 1 / (1 - rate)."""
     kept = keep(rate, "recurrent_dropout", seed, stream, 0, rows, units)
     return np.where(kept, 1 / (1 - rate) if rate < 1 else 0.0, 0.0)
 
@@ -70,8 +70,10 @@ def dropout(rate: float, seed: int, stream: int, rows: Array, units: int) -> Arr
 def zoneout(
     rate: float, state: str, seed: int | None, stream: int, time: int, rows: Array, units: int
 ) -> Array | None:
-    """The share of the new state ("h" or "c") that is kept, (len(rows), units): drawn, or without a seed its
-    mean. None: all of it."""
+    """The fraction of the new state ("h" or "c") that is used, (len(rows), units).
+
+    It is drawn, or its mean without a seed. None: all of it.
+    """
     if not rate:
         return None
     if seed is None:

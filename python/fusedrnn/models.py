@@ -10,16 +10,16 @@ from fusedrnn.layers import Layer, Recurrent
 
 
 class Model(Layer):
-    """A layer made of layers, each assigned to an attribute; give ``__init__`` and ``forward``."""
+    """A layer made of layers, each assigned to an attribute. Define ``__init__`` and ``forward``."""
 
     def reset_state(self) -> None:
         """Forget the state of every layer in this model."""
         for _, layer in self.walk():
-            if layer is not self and hasattr(layer, "reset_state"):  # yours too
+            if layer is not self and hasattr(layer, "reset_state"):  # layers of your own too
                 layer.reset_state()
 
     def summary(self) -> str:
-        """Every parameter with its shape and its number of values, a line each, and their sum."""
+        """A table of the parameters: shape and number of values, one line each, and the total."""
         rows = [("parameter", "shape", "values")]
         total = 0
         for name, p in self.named_params():
@@ -36,9 +36,9 @@ class Model(Layer):
 class Sequential(Model):
     """Layers one after another, named ``l0``, ``l1``, ...
 
-    Keyword arguments, such as ``lengths``, ``reset`` and a cell's numbers of each row and step, go on to
-    every layer that takes them by name: to the recurrent ones, to a Sequential inside, to a model of yours
-    that passes them on. ``state`` does not, since it is each layer's own.
+    Keyword arguments, such as ``lengths``, ``reset`` and a cell's row scalars, are passed to every layer that
+    takes them by name: recurrent layers, a Sequential inside, a model of your own that passes them on.
+    ``state`` is not passed, since each layer has its own.
     """
 
     def __init__(self, *layers: Layer) -> None:
@@ -52,8 +52,8 @@ class Sequential(Model):
 
         Args:
             x: the input of the first layer.
-            options: ``lengths``, ``reset`` and numbers of each row such as ``dt``, for the layers that take
-                them, as in ``Recurrent.sequence``.
+            options: ``lengths``, ``reset`` and row scalars such as ``dt``, for the layers that take them, as
+                in ``Recurrent.sequence``.
 
         Raises:
             TypeError: No layer takes an argument that was given.
@@ -72,7 +72,7 @@ class Sequential(Model):
 
 
 def _taken(layer: Any, names: Iterable[str]) -> list[str]:
-    """Those names that a layer takes as arguments."""
+    """The names that a layer takes as arguments."""
     if isinstance(layer, Sequential):
         inside = [_taken(each, names) for each in layer.layers]
         return [name for name in names if any(name in taken for taken in inside)]

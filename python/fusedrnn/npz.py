@@ -1,4 +1,4 @@
-"""Arrays in files: ``.npz`` without pickle, written whole or not at all."""
+"""Arrays in ``.npz`` files without pickle, which are never written incompletely."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ PathLike = str | os.PathLike[str]
 
 
 def write(path: PathLike, arrays: Mapping[str, Array], previous: Path | None = None) -> None:
-    """Write to a temporary name beside ``path``, flush to the disk, then rename: there is never half a file.
+    """Write to a temporary file next to ``path``, flush it to the disk, then rename it.
 
-    What was at ``path`` before is kept under the name ``previous``, if one is given.
+    A file that was at ``path`` before is renamed to ``previous``, if that is given.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is written over
+    temporary = path.with_name(
+        f".{path.name}.tmp"
+    )  # always the same name: a file left by a killed process is overwritten
     try:
         with open(temporary, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
@@ -37,13 +39,13 @@ def write(path: PathLike, arrays: Mapping[str, Array], previous: Path | None = N
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the new name too is on the disk
+        os.fsync(directory)  # the new name is on the disk too
     finally:
         os.close(directory)
 
 
 def _keep(path: Path, previous: Path) -> None:
-    """Give the file a second name, so that the first is there at every moment."""
+    """Give the file a second name, so that the first one always exists."""
     link = previous.with_name(f".{previous.name}.link")
     link.unlink(missing_ok=True)
     os.link(path, link)
@@ -51,14 +53,14 @@ def _keep(path: Path, previous: Path) -> None:
 
 
 def read(path: PathLike) -> dict[str, Array]:
-    """All arrays of a file; a ValueError names the entry that is pickled or damaged."""
+    """Read all arrays of a file. A ValueError names an entry that is pickled or damaged."""
     entry = ""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             arrays = {}
             for name in archive.namelist():
                 entry = name.removesuffix(".npy")
-                member = io.BytesIO(archive.read(name))  # whole, which checks its sum
+                member = io.BytesIO(archive.read(name))  # all of it, which checks its checksum
                 arrays[entry] = np.lib.format.read_array(member, allow_pickle=False)
                 if member.read(1):
                     raise ValueError("more bytes than the array has")
@@ -71,12 +73,12 @@ def read(path: PathLike) -> dict[str, Array]:
 
 
 def checked(array: Array, shape: tuple[int | None, ...] | None, key: str, source: str) -> Array:
-    """The array, if it holds real numbers and has the shape, in which None fits every length."""
+    """The array, if it holds real numbers and has the shape, in which None is any length."""
     if array.dtype.kind not in "fiu":
-        raise ValueError(f"{source}: entry {key!r} has dtype {array.dtype}, expected real numbers")
+        raise ValueError(f"{source}: entry {key!r}: expected real numbers, got {array.dtype}")
     if shape is not None and (
         array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True))
     ):
         expected = str(tuple("any" if n is None else n for n in shape)).replace("'", "")
-        raise ValueError(f"{source}: entry {key!r} has shape {array.shape}, expected {expected}")
+        raise ValueError(f"{source}: entry {key!r}: expected shape {expected}, got {array.shape}")
     return array

@@ -1,4 +1,4 @@
-"""Optimisers: they move a model's parameters against their gradients."""
+"""Optimisers, which change a model's parameters by their gradients."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from fusedrnn.layers import Layer
 
 
 class Optimizer:
-    """What all optimisers do before the step of their own.
+    """The base class of all optimisers.
 
-    Parameters without a gradient do not change. The gradients themselves do not change.
+    Parameters without a gradient do not change. The gradients do not change.
 
     Args:
-        weight_decay: This share of each parameter is added to its gradient, at least 0.
-        max_norm: The gradients are scaled down if their joint Euclidean norm is above this; None: never.
+        weight_decay: Each parameter times this is added to its gradient; at least 0.
+        max_norm: The gradients are scaled down if the Euclidean norm of all of them is above this; None:
+            never.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -27,9 +28,9 @@ class Optimizer:
 
     def __init__(self, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
         if weight_decay < 0:
-            raise ValueError(f"weight_decay is {weight_decay}, expected at least 0")
+            raise ValueError(f"weight_decay: expected at least 0, got {weight_decay}")
         if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm is {max_norm}, expected None or above 0")
+            raise ValueError(f"max_norm: expected None or above 0, got {max_norm}")
         self.weight_decay = weight_decay
         self.max_norm = max_norm
         self.target: Layer | None = None
@@ -37,11 +38,11 @@ class Optimizer:
         self.slots: dict[Parameter, dict[str, Array]] = {}  # what is kept for each parameter
 
     def setup(self, target: Layer) -> Self:
-        """Take the model whose parameters ``update`` moves.
+        """Set the model whose parameters ``update`` changes.
 
         Raises:
-            TypeError: It is no Model or Layer.
-            ValueError: It has no parameters, or keeps some where they are not found, as in a list.
+            TypeError: It is not a Model or a Layer.
+            ValueError: It has no parameters, or has some that are not found, for example in a list.
         """
         name = type(self).__name__
         if not isinstance(target, Layer):
@@ -65,7 +66,7 @@ class Optimizer:
             RuntimeError: ``setup`` has not been called.
         """
         if self.target is None:
-            raise RuntimeError("update before setup(model)")
+            raise RuntimeError("update: expected a call of setup(model) before")
         pairs = [
             (p, cuda.as_array(p.grad._data, p.dtype)) for p in self.target.params() if p.grad is not None
         ]
@@ -78,14 +79,14 @@ class Optimizer:
             if self.weight_decay:
                 g = g + self.weight_decay * p._data
             self.update_one(p, g)
-            p.version += 1  # in place, and seen
+            p.version += 1  # the change was in place
 
     def update_one(self, p: Parameter, g: Array) -> None:
         """Change ``p._data`` in place by the gradient g."""
         raise NotImplementedError(f"{type(self).__name__}.update_one")
 
     def slot(self, p: Parameter) -> dict[str, Array]:
-        """What is kept for the parameter, where its array is."""
+        """What is kept for the parameter, on the device of its array."""
         slot = self.slots.setdefault(p, {})
         for name, array in slot.items():
             if cuda.on_gpu(array) != cuda.on_gpu(p._data):
@@ -93,7 +94,7 @@ class Optimizer:
         return slot
 
     def state(self) -> dict[str, Any]:
-        """What an exact resume needs: the count of steps and arrays named ``slot/parameter``."""
+        """The state of the optimiser: the number of steps and arrays named ``slot/parameter``."""
         assert self.target is not None
         return {"t": np.asarray(self.t)} | {
             f"{slot}/{name}": cuda.as_numpy(array)
@@ -102,9 +103,9 @@ class Optimizer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what ``state`` gave; the model must have its weights already."""
+        """Load what ``state`` returned. The model must have its weights already."""
         if self.target is None:
-            raise RuntimeError("load_state before setup(model)")
+            raise RuntimeError("load_state: expected a call of setup(model) before")
         params = dict(self.target.named_params())
         slots: dict[Parameter, dict[str, Array]] = {}
         for key, array in state.items():
@@ -112,13 +113,17 @@ class Optimizer:
                 continue
             slot, _, name = key.partition("/")
             if name not in params or params[name].shape != array.shape:
-                raise ValueError(f"optimiser state {key}: shape {array.shape} fits no parameter of the model")
-            slots.setdefault(params[name], {})[slot] = array.copy()  # moved where the parameter is when used
+                raise ValueError(
+                    f"optimiser state {key}: expected the shape of a parameter, got {array.shape}"
+                )
+            slots.setdefault(params[name], {})[slot] = (
+                array.copy()
+            )  # moved to the parameter's device when used
         self.slots, self.t = slots, int(state["t"])
 
 
 def _not_found(layer: Layer) -> str | None:
-    """The first list, tuple or dict with a layer or parameter in it that is not an attribute itself."""
+    """The first list, tuple or dict that has a layer or parameter which is not also an attribute."""
     own = vars(layer)
     known = {id(value) for value in own.values()}
     for name, value in own.items():
@@ -162,13 +167,13 @@ class Adam(Optimizer):
 
     Args:
         alpha: The learning rate; 0.001 if neither it nor ``lr`` is given.
-        beta1, beta2: The decay of the means m of g and v of g*g, at least 0 and below 1.
-        eps: Added to the root of v.
-        lr: Another name of ``alpha``.
+        beta1, beta2: The decay rates of the means m of g and v of g*g; at least 0 and below 1.
+        eps: Added to the square root of v.
+        lr: Another name for ``alpha``.
         weight_decay, max_norm: As in ``Optimizer``.
 
     Raises:
-        TypeError, ValueError: An argument is of a wrong type or out of its range.
+        TypeError, ValueError: An argument has a wrong type or is out of its range.
 
     With ``step = alpha * sqrt(1 - beta2**t) / (1 - beta1**t)``:
     ``m += (1 - beta1) * (g - m)``, ``v += (1 - beta2) * (g*g - v)``, ``p -= step * m / (sqrt(v) + eps)``.
@@ -187,7 +192,7 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(weight_decay=weight_decay, max_norm=max_norm)
         if alpha is not None and lr is not None:
-            raise TypeError(f"alpha and lr are the same setting: expected one of them, got {alpha} and {lr}")
+            raise TypeError(f"alpha, lr: expected one of them, since they are the same, got {alpha} and {lr}")
         alpha = lr if alpha is None else alpha
         self.alpha = 0.001 if alpha is None else _rate("alpha" if lr is None else "lr", alpha)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):

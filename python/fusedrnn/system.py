@@ -1,4 +1,4 @@
-"""What runs here: version, compiler, instruction sets, threads, backends, machine, commit."""
+"""Information about this installation: version, compiler, instruction sets, threads, backends, machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLANNED = ((100, 1, 64), (50, 16, 256), (100, 64, 512), (25, 128, 1024))  # T, B
 
 
 def version() -> str:
-    """The installed version; it is written in one place, pyproject.toml."""
+    """The installed version, which is defined only in pyproject.toml."""
     from importlib.metadata import PackageNotFoundError, metadata
 
     try:
@@ -30,13 +30,13 @@ def version() -> str:
 
 
 def info() -> dict[str, Any]:
-    """What was built, what was found, what is used, and for each absent backend why.
+    """What was built, what was found, what is used, and why a backend is not available.
 
     Keys: ``version``, ``python``, ``numpy``, ``compiler``, ``built`` and ``detected`` (instruction sets),
     ``isa`` (the one in use), ``ordered_copies`` (whether weight gradients of large layers read copies in the
-    order of their tiles, with which some machines are faster), ``threads``, ``thread_pool`` (whose threads),
-    ``backends`` (name -> None or why not), ``backend`` (the default), ``cuda`` (how that backend would run
-    some sizes; empty where it cannot run).
+    order of their tiles, which is faster on some machines), ``threads``, ``thread_pool``, ``backends`` (by
+    name: None, or why it is not available), ``backend`` (the default), ``cuda`` (how that backend would run
+    some sizes; empty if it is not available).
     """
     found: dict[str, Any] = {
         "version": version(),
@@ -53,7 +53,7 @@ def info() -> dict[str, Any]:
     try:
         from fusedrnn import _core
     except ImportError:
-        pass  # the cpu backend says why, below
+        pass  # the cpu backend gives the reason, below
     else:
         found |= {key: value for key, value in _core.info().items() if key != "version"}
     found["backends"] = {name: backends.get(name).unavailable() for name in backends.NAMES}
@@ -73,7 +73,7 @@ def _cuda_plans() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """What a measurement has to say beside its figures."""
+    """What is recorded with a measurement."""
     found = {
         key: value for key, value in info().items() if key not in ("backends", "backend", "threads", "cuda")
     }
@@ -109,9 +109,9 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that the current folder is in, with a plus where files differ from it.
+    """The commit of the checkout that the current folder is in, with a plus if files differ from it.
 
-    None where the current folder is in no checkout of this project.
+    None if the current folder is not in a checkout of this project.
     """
 
     def git(*arguments: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_without_core: int | None = None  # what was set where the compiled module, which keeps the number, is missing
+_without_core: int | None = None  # what was set, without the compiled module, which else keeps it
 
 
 def get_num_threads() -> int:
@@ -19,14 +19,14 @@ def get_num_threads() -> int:
 def set_num_threads(threads: int) -> None:
     """Use ``threads`` threads from now on.
 
-    At the start it is the environment's FUSEDRNN_NUM_THREADS, else OMP_NUM_THREADS, else as many as this
-    process may use by its affinity and its cgroup.
+    By default it is the environment variable FUSEDRNN_NUM_THREADS, else OMP_NUM_THREADS, else the number of
+    CPUs in the affinity and the cgroup limit of this process.
 
     Raises:
-        TypeError, ValueError: ``threads`` is not a whole number of at least 1.
+        TypeError, ValueError: ``threads`` is not an integer of at least 1.
     """
     if isinstance(threads, bool) or not isinstance(threads, int):
-        raise TypeError(f"threads: expected a whole number, got {type(threads).__name__}")
+        raise TypeError(f"threads: expected an integer, got {type(threads).__name__}")
     if threads < 1:
         raise ValueError(f"threads: expected at least 1, got {threads}")
     try:
@@ -48,20 +48,20 @@ def get_thread_pool() -> str:
 
 
 def set_thread_pool(pool: str) -> None:
-    """Run the kernels on our own thread pool or on OpenMP's, from now on and in the whole process.
+    """Run the kernels on our own threads or on OpenMP's, from now on and in the whole process.
 
-    OpenMP's threads, PyTorch's for one, go on spinning after their work and so take the cores from any other
-    threads. Among PyTorch's operations the kernels are therefore faster on the same threads. A call uses at
-    most as many as the team of its caller has, the number that ``torch.set_num_threads`` sets; calls from
-    several Python threads have a team each. A forked child is on its own threads again.
+    OpenMP's threads, such as PyTorch's, keep spinning after their work, which slows other threads down.
+    Between PyTorch's operations, the kernels are therefore faster on the same threads. A call uses at most
+    OpenMP's number of threads, which ``torch.set_num_threads`` sets. Calls from several Python threads have
+    separate OpenMP threads. A forked child uses our own threads again.
 
     Args:
-        pool: ``"own"``, as at the start, or ``"openmp"``.
+        pool: ``"own"``, the default, or ``"openmp"``.
 
     Raises:
-        TypeError, ValueError: ``pool`` is neither.
-        RuntimeError: There is no OpenMP in this process (PyTorch brings one: import it first), or there is no
-            compiled module, or this process was forked from one that used ``"openmp"``.
+        TypeError, ValueError: ``pool`` is neither of the two.
+        RuntimeError: No OpenMP runtime is loaded in this process (PyTorch has one: import it first), or there
+            is no compiled module, or this process was forked from one that used ``"openmp"``.
     """
     if not isinstance(pool, str):
         raise TypeError(f"pool: expected 'own' or 'openmp', got {type(pool).__name__}")

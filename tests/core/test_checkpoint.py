@@ -134,18 +134,18 @@ def wrong_entries():
         (put("rnn/more", np.ones(1)), r"extra entries that the model does not have: 'rnn/more'"),
         (
             put("rnn/weight_ih", np.ones((4 * H, 2))),
-            r"'rnn/weight_ih' has shape \(20, 2\), expected \(20, 3\)",
+            r"'rnn/weight_ih': expected shape \(20, 3\), got \(20, 2\)",
         ),
-        (put("rnn/bias_ih", np.ones((4 * H, 1))), r"'rnn/bias_ih' has shape \(20, 1\), expected \(20,\)"),
-        (put("fc/W", np.array([["a", "b"]] * H)), r"'fc/W' has dtype <U1, expected real numbers"),
-        (put("fc/W", np.ones((H, 2), complex)), r"'fc/W' has dtype complex128"),
+        (put("rnn/bias_ih", np.ones((4 * H, 1))), r"'rnn/bias_ih': expected shape \(20,\), got \(20, 1\)"),
+        (put("fc/W", np.array([["a", "b"]] * H)), r"'fc/W': expected real numbers, got <U1"),
+        (put("fc/W", np.ones((H, 2), complex)), r"'fc/W': .* complex128"),
         (put("fc/W", np.array([None])), r"'fc/W' is pickled, which is never loaded"),
     ]
     theirs = [
         (drop("rnn/h2u/W"), r"entry 'rnn/h2u/W' is missing"),
         (drop("rnn/x2i/b"), r"entry 'rnn/x2i/b' is missing"),
         (put("rnn/h2f/b", np.ones(H)), r"extra entries .* 'rnn/h2f/b'"),
-        (put("rnn/x2o/W", np.ones((2, H))), r"'rnn/x2o/W' has shape \(2, 5\), expected \(3, 5\)"),
+        (put("rnn/x2o/W", np.ones((2, H))), r"'rnn/x2o/W': expected shape \(3, 5\), got \(2, 5\)"),
         (put("rnn/h2f/W", np.array([None])), r"'rnn/h2f/W' is pickled"),
     ]
     return [("own", *w) for w in own] + [("dezero", *w) for w in theirs]
@@ -324,7 +324,7 @@ def test_every_truncation_is_a_clear_error(tmp_path):
     whole = run.path.read_bytes()
     for n in [*range(0, len(whole), 97), len(whole) - 1]:
         run.path.write_bytes(whole[:n])
-        with pytest.raises(CheckpointError, match="cannot be taken up"):
+        with pytest.raises(CheckpointError, match="cannot be loaded"):
             run.load()
 
 
@@ -355,13 +355,13 @@ def test_what_does_not_fit_is_named(tmp_path):
     other = known()
     adam = optimizers.Adam().setup(other)
     for load, message in (
-        (lambda: checkpoint.load(run.path, run.model), "saved with optimizer Adam, expected None"),
+        (lambda: checkpoint.load(run.path, run.model), "optimizer: .* Adam, got None"),
         (
             lambda: checkpoint.load(run.path, run.model, optimizers.SGD().setup(run.model)),
-            "saved with optimizer Adam, expected SGD",
+            "optimizer: .* Adam, got SGD",
         ),
-        (lambda: checkpoint.load(run.path, run.model, run.optimizer), "saved with a loader"),
-        (lambda: checkpoint.load(run.path, run.model, run.optimizer, run.loader), "2 generators, expected 0"),
+        (lambda: checkpoint.load(run.path, run.model, run.optimizer), "loader: expected"),
+        (lambda: checkpoint.load(run.path, run.model, run.optimizer, run.loader), "generators: .* 2 .* 0"),
         (
             lambda: checkpoint.load(run.path, other, adam, run.loader, run.generators),
             "entry 'rnn/weight_ih' is missing",
@@ -386,7 +386,7 @@ def test_the_one_before_is_kept_and_named(tmp_path):
     assert checkpoint.load(path, model)["epoch"] == 3
     assert checkpoint.load(checkpoint.previous(path), model)["epoch"] == 2
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match=r"the checkpoint before it is .*c\.previous"):
+    with pytest.raises(CheckpointError, match=r"previous checkpoint is .*c\.previous"):
         checkpoint.load(path, model)
 
 

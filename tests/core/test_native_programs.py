@@ -344,10 +344,10 @@ def test_wrong_checkpoints_and_files_are_one_line(daily, tmp_path, monkeypatch, 
     before = Path("c").read_bytes()
     assert "saved with wave combined, expected sine" in fails("waves", *trained, "--resume", "--wave", "sine")
     assert "saved with seed 0, expected 1" in fails("waves", *trained, "--resume", "--seed", "1")
-    assert "c cannot be taken up" in fails("classify", *trained, "--resume", "--size", "99")
+    assert "c cannot be loaded" in fails("classify", *trained, "--resume", "--size", "99")
     assert Path("c").read_bytes() == before
     Path("c").write_bytes(before[: len(before) // 2])
-    assert "c cannot be taken up: c: not an .npz file" in fails("waves", *trained, "--resume")
+    assert "c cannot be loaded: c: not an .npz file" in fails("waves", *trained, "--resume")
     assert "--resume needs --checkpoint" in fails("waves", "--resume", "--no-plot")
 
     assert "no data file. The data are those of" in fails("feeding-back")
