@@ -1,7 +1,7 @@
-"""The gradient check of every cell, backend, dtype and option against the oracle, and the oracle proved.
+"""The gradient check of every cell, backend, dtype and option against the oracle, and of the oracle itself.
 
-The oracle is the NumPy reference in long double on the same inputs; it is itself compared with complex-step
-derivatives of its own forward pass. ``fusedrnn gradcheck`` prints it, docs/accuracy.md comes from it.
+The oracle is the NumPy reference in long double with the same inputs. It is itself compared with complex-step
+derivatives of its forward pass. ``fusedrnn gradcheck`` prints the results; docs/accuracy.md shows them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from fusedrnn.problems import Shape, near
 
 @dataclass(frozen=True)
 class Option:
-    """What one option of the suite asks for."""
+    """The settings of one option of the suite."""
 
-    biases: str = "own"  # "own": what the native layer of the cell has; "both", "hh" alone, "none"
+    biases: str = "own"  # "own": those of the native layer of the cell; "both", only "hh", "none"
     state0: bool = False
-    lengths: bool = False  # with NaN in the padding of everything that comes in
+    lengths: bool = False  # with NaN in the padding of all inputs
     reset: bool = False
     reverse: bool = False
     return_states: bool = False
@@ -44,7 +44,7 @@ class Option:
     dropout: float = 0.0
     save: str = "all"
     recurrent_dropout: float = 0.0  # of cells with weight_hh
-    zoneout: float = 0.0  # of h and c, where they are
+    zoneout: float = 0.0  # of h and c, if the cell has them
     layer_norm: bool = False
 
 
@@ -71,8 +71,8 @@ OPTIONS = {
 DTYPES = ("float32", "float64")
 SIZES = (Shape(13, 5, 3, 7), Shape(37, 19, 5, 17), Shape(256, 2, 1, 31))
 QUICK = SIZES[:1]
-# Complex steps in long double against the hand-written backward pass, relative to the gradient's 2-norm;
-# where long double is no wider than float64, what complex steps reach there.
+# Complex-step derivatives in long double compared with backward, relative to the 2-norm of the gradient; if
+# long double is no wider than float64, the accuracy of complex steps in it.
 PROOF = max(1e-16, min(1e-13, 1000 * float(np.finfo(WIDE).eps)))
 
 
@@ -102,25 +102,25 @@ def run_suite(
 ) -> list[Row]:
     """Compare every cell, backend, dtype and option with the oracle, and the oracle with complex steps.
 
-    A row has passed where each output and gradient is within the figures of ``FORWARD`` and ``GRADIENT``
-    and within 4 times plain NumPy's error, for which at least 4 machine epsilons count.
+    A row has passed if the error of each output and gradient is within the limits in ``FORWARD`` and
+    ``GRADIENT``, and within 4 times plain NumPy's error, which counts as at least 4 machine epsilons.
 
     Args:
-        cells: Names out of ``CELLS`` ("rnn" is both of its forms) or ``variants()``, and cells of your own,
-            which run with the options that they have; None: all that are built in.
-        backends: Names out of ``fusedrnn.backends.NAMES``, "oracle"; None: all that can run here. Of those
-            that cannot there is one row, not passed and not failed, which says why.
+        cells: Names from ``CELLS`` ("rnn" is both of its forms) or ``variants()``, and cells of your own,
+            which run with the options that they have; None: all built-in cells.
+        backends: Names from ``fusedrnn.backends.NAMES``, "oracle"; None: all that are available. Each of the
+            others has one row, neither passed nor failed, with the reason.
         dtypes: "float32", "float64"; None: both.
-        options: Names out of ``OPTIONS``; None: all.
-        seed: Of the problems.
-        progress: Called after each row with the number done, the number of all, and the row.
-        sizes: The problems' (T, B, I, H).
-        levels: Instruction sets at which to run the cpu backend, each in a process of its own, because it is
-            chosen once in a process; ``available_levels()`` are all. None: the one in use.
+        options: Names from ``OPTIONS``; None: all.
+        seed: The seed of the problems.
+        progress: Called after each row with the number of rows done, the number of all rows, and the row.
+        sizes: The sizes of the problems, (T, B, I, H).
+        levels: Instruction sets for the cpu backend. Each runs in a process of its own, because a process
+            uses only one; ``available_levels()`` returns all. None: the one in use.
 
     Raises:
         ValueError: A name is unknown.
-        RuntimeError: A backend asked for by name cannot run here, or a process of a level broke off.
+        RuntimeError: A backend in ``backends`` is not available, or a process of ``levels`` failed.
     """
     every = variants()
     own = [] if isinstance(cells, Cell) else [c for c in cells or () if isinstance(c, Cell)]
@@ -148,7 +148,7 @@ def run_suite(
         if reason is None:
             running.append(name)
         elif backends is not None:
-            raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+            raise RuntimeError(f"backends: {name!r} is not available: {reason}")
         else:
             rows.append(Row("", name, "", "", "", {}, {}, {}, None, 0.0, reason))
     here = [n for n in running if n not in (ORACLE, "cpu")]
@@ -178,7 +178,7 @@ def run_suite(
 
 
 def available_levels() -> list[str]:
-    """The instruction sets that were built and that this processor has, lowest first."""
+    """The instruction sets that were built and that this processor supports, lowest first."""
     try:
         from fusedrnn import _core
     except ImportError:
@@ -189,11 +189,11 @@ def available_levels() -> list[str]:
 
 def _known(argument: str, names: Sequence[Any] | None, known: Any) -> None:
     if isinstance(names, str | Cell):
-        raise TypeError(f"{argument}: expected a list, [{names!r}], got {names!r} by itself")
+        raise TypeError(f"{argument}: expected a list, [{names!r}], got {names!r}")
     for name in names or ():
         if name not in known:
             expected = ", ".join(k for k in known if isinstance(k, str))
-            raise ValueError(f"{argument}: expected names out of {expected}, got {name!r}")
+            raise ValueError(f"{argument}: expected names from {expected}, got {name!r}")
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class _Problem:
     option: Option
     x: Array
     weights: tuple[dict[str, Array], ...]  # layer by layer, forward before reverse
-    state0: tuple[Array, ...] | None  # in front layers x directions, as in all that follows
+    state0: tuple[Array, ...] | None  # layers x directions first, as in all that follow
     lengths: Array | None
     reset: Array | None
     masks: tuple[Array, ...] | None
@@ -214,7 +214,7 @@ class _Problem:
     dstates: tuple[Array, ...] | None
 
     def map(self, function: Callable[[Array], Array]) -> _Problem:
-        """The same with every array of floating-point numbers mapped."""
+        """The same problem with a function applied to every floating-point array."""
 
         def mapped(value: Any) -> Any:
             if isinstance(value, np.ndarray):
@@ -282,13 +282,13 @@ def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: i
 
 
 def _state(start: float, normal: Array) -> Array:
-    """A state; one that starts elsewhere than at 0 may be a divisor, or have a logarithm."""
+    """A state. If its initial value is not 0, it may be a divisor or the argument of a logarithm."""
     return start * (1 + abs(normal)) if start else normal
 
 
 def _vectors(cell: Cell, H: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Gains about 0.1, as in Cooijmans et al. 2016 (about 1 many problems are chaotic); other vectors near
-    where they start."""
+    """Gains near 0.1, as in Cooijmans et al. 2016, since near 1 many problems are chaotic; other vectors near
+    their initial values."""
     drawn = {name: rng.standard_normal(cell.blocks[name] * H) / 4 for name in cell.vectors}
     begin = cell.trace.begin
     return {
@@ -298,7 +298,7 @@ def _vectors(cell: Cell, H: int, rng: np.random.Generator) -> dict[str, Array]:
 
 
 def _poisoned(problem: _Problem) -> _Problem:
-    """NaN wherever nothing may be read."""
+    """The problem with NaN wherever nothing may be read."""
     if problem.lengths is None:
         return problem
     padding = np.arange(len(problem.x))[:, np.newaxis] >= problem.lengths
@@ -321,7 +321,7 @@ Results = dict[str, tuple[Any, ...]]
 
 
 def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
-    """Outputs and gradients by name, each a tuple with one array for each layer and direction, or one."""
+    """Outputs and gradients by name, each a tuple of one array, or of one for each layer and direction."""
     if backend == "cuda":
         p = p.map(cuda.as_cupy)
         rest = {n: cuda.as_cupy(a) for n in ("lengths", "reset") if (a := getattr(p, n)) is not None}
@@ -369,7 +369,7 @@ def _on_host(found: Results) -> Results:
 
 
 def _error(got: Any, truth: Array, dtype: np.dtype[Any]) -> float:
-    """The largest difference, relative to the largest entry; infinite for NaN, another shape or dtype."""
+    """The largest difference, relative to the largest entry; infinite for NaN or a wrong shape or dtype."""
     if not isinstance(got, np.ndarray) or got.shape != truth.shape or got.dtype != dtype:
         return float("inf")
     if not truth.size:
@@ -389,7 +389,7 @@ def _errors(got: Results, truth: Results, dtype: np.dtype[Any]) -> dict[str, flo
 
 
 def limit(tensor: str, dtype: str) -> float:
-    """The promise for a tensor of the suite: outputs, and gradients (their names begin with d)."""
+    """The guaranteed accuracy of a tensor of the suite. The names of gradients begin with d."""
     return (GRADIENT if tensor.startswith("d") else FORWARD)[dtype]
 
 
@@ -420,7 +420,7 @@ def _row(
         start = time.perf_counter()
         try:
             found = _errors(_results(poisoned, backend), truth, kind)
-        except Exception as error:  # of any kind: this row has failed, the others are still of interest
+        except Exception as error:  # of any kind: this row has failed, the others still run
             if isinstance(error, Unsupported):
                 return Row(cell, backend, isa, dtype, option, {}, {}, {}, None, 0.0, str(error))
             found = dict.fromkeys(names, float("inf"))
@@ -441,16 +441,16 @@ def _row(
 
 
 def _prove(cell_name: str, cell: Cell, option: str, size: Shape, seed: int) -> Row:
-    """The oracle's gradients against complex steps along a random direction for each tensor.
+    """Compare the oracle's gradients with complex steps in a random direction for each tensor.
 
-    With ``v`` of ±1, ``Im L(w + i h v) / h`` is the derivative along v, without a subtraction.
+    With ``v`` of ±1, ``Im L(w + i h v) / h`` is the derivative in direction v, without a subtraction.
     """
     start = time.perf_counter()
     problem = _draw(cell, OPTIONS[option], size, np.dtype(np.float64), seed)
     p = problem.cast(WIDE)
     truth = _results(p, "reference")
     lifted = p.map(lambda a: a.astype(np.clongdouble))
-    # sums that follow are over valid steps only, as dy in the padding is never read
+    # the sums below are over valid steps only, as dy in the padding is not read
     valid: Any = True
     if p.lengths is not None:
         valid = (np.arange(p.x.shape[0])[:, np.newaxis] < p.lengths)[..., np.newaxis]
@@ -506,7 +506,7 @@ def _isolated(
     seed: int,
     sizes: Sequence[Shape],
 ) -> Iterator[Row]:
-    """The rows of the cpu backend at one instruction set, from another process."""
+    """The rows of the cpu backend with one instruction set, from another process."""
     asked = {"cells": cells, "dtypes": dtypes, "options": options, "seed": seed, "sizes": sizes}
     process = subprocess.Popen(
         [sys.executable, "-c", "from fusedrnn.gradcheck_suite import serve; serve()"],
@@ -525,15 +525,15 @@ def _isolated(
         for line in process.stdout:
             row = Row(**json.loads(line))
             if row.isa != level:
-                raise RuntimeError(f"asked for instruction set {level}, ran {row.isa}")
+                raise RuntimeError(f"levels: expected instruction set {level}, got {row.isa}")
             yield row
         complaint = process.stderr.read().strip()
     if process.returncode:
-        raise RuntimeError(f"the check of instruction set {level} broke off: {complaint[-500:]}")
+        raise RuntimeError(f"levels: the process of {level} failed: {complaint[-500:]}")
 
 
 def serve() -> None:
-    """Run the cpu backend as standard input says, and print each row as a line."""
+    """Run the cpu backend with the arguments from standard input, and print each row as a line."""
     asked = json.load(sys.stdin)
     asked["sizes"] = [Shape(*size) for size in asked["sizes"]]
 

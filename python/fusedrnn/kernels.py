@@ -5,11 +5,10 @@
     y, stateT, states, tape = forward(lstm, x, {"weight_ih": weight_ih, "weight_hh": weight_hh})
     dx, dweights, dstate0, dscalars = backward(tape, dy)
 
-Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (H for
-cells that project nothing), ``G`` gates. What a
-call means in detail (padding, resets, direction) is in ``fusedrnn.backends.protocol``; several layers are in
-``fusedrnn.multilayer``. With CuPy arrays in place of NumPy's a call runs on their GPU (docs/cuda.md). All
-arrays of a call are of one kind.
+Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (H for cells without a
+projection), ``G`` gates. ``fusedrnn.backends.protocol`` describes padding, resets and directions in detail;
+several layers are in ``fusedrnn.multilayer``. With CuPy arrays instead of NumPy arrays, a call runs on their
+GPU (docs/cuda.md). All arrays of a call must be of one kind.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ __all__ = [
 class Packed(NamedTuple):
     """What ``pack`` returns: weights prepared by one backend for repeated calls.
 
-    ``backend`` is the backend that packed, ``cell`` the cell, ``weights`` the weights in the backend's order.
+    ``backend`` is the backend that packed them, ``cell`` the cell, ``weights`` the weights in its order.
     """
 
     backend: Backend
@@ -66,9 +65,9 @@ class Packed(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """What ``backward`` takes: the tape of the backend that ran, and how the rows were packed.
+    """What ``backward`` takes: the tape of the backend that ran, and the lengths of packed rows.
 
-    ``backend`` is the backend that ran, ``tape`` its own tape, ``ragged`` None without ``batch_sizes``.
+    ``backend`` is the backend that ran, ``tape`` its tape; ``ragged`` is None without ``batch_sizes``.
     """
 
     backend: Backend
@@ -78,7 +77,7 @@ class Tape(NamedTuple):
 
 @dataclass(frozen=True)
 class Ragged:
-    """Sequences of different lengths as packed rows: step by step, each with the rows that still run.
+    """Sequences of different lengths as packed rows: step by step, each with the rows that have not ended.
 
     The first ``batch_sizes[0]`` rows are step 0 of every sequence, longest first, then ``batch_sizes[1]``
     rows of step 1, and so on, as in ``torch.nn.utils.rnn.PackedSequence``.
@@ -88,7 +87,7 @@ class Ragged:
 
     @classmethod
     def of(cls, batch_sizes: Any) -> Ragged:
-        """Check ``batch_sizes``: (T,) whole numbers, at least 1 and never increasing."""
+        """Check ``batch_sizes``: (T,) integers, at least 1 and never increasing."""
         sizes = check_batch_sizes(batch_sizes)
         B = sizes[0] if sizes else 0
         return cls(np.arange(B) < np.array(sizes, np.int64)[:, None])
@@ -102,7 +101,7 @@ class Ragged:
     def pad(self, name: str, rows: Any, rank: int = 2) -> Array:
         """Packed rows (sum, ...) as a padded sequence (T, B, ...)."""
         if not cuda.is_array(rows):
-            raise TypeError(f"{name}: expected a NumPy array or CuPy's, got {type(rows).__name__}")
+            raise TypeError(f"{name}: expected a NumPy or CuPy array, got {type(rows).__name__}")
         total = int(self.valid.sum())
         if rows.ndim != rank or len(rows) != total:
             shape = f"({total},{' ·' if rank == 2 else ''})"
@@ -119,23 +118,23 @@ class Ragged:
 
 
 def _chosen(backend: str | None, array: Any) -> Backend:
-    """The backend of this name, else that for the array."""
+    """The backend of this name, else the one for the array."""
     return backends.usable("cuda" if backend is None and cuda.on_gpu(array) else backend)
 
 
 def pack(cell: Cell, weights: Weights, backend: str | None = None) -> Packed:
-    """Prepare weights for repeated calls, single steps above all.
+    """Prepare weights for repeated calls, especially single steps.
 
-    The result is stale as soon as a weight changes; whoever changes it packs anew.
+    The result is a copy: pack again after a weight has changed.
 
     Args:
         cell: ``lstm``, ``gru`` or ``rnn``, also with options, ``gru.with_options(reset_after=False)``; or any
-            other, on the backends that run it.
+            other cell, on the backends that support it.
         weights: As in ``forward``.
         backend: As in ``forward``.
 
     Returns:
-        What ``forward`` takes in place of the weights; it then runs on the same backend.
+        What ``forward`` takes instead of the weights. It then runs on the same backend.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it.
@@ -171,38 +170,39 @@ def forward(
 
     Args:
         cell: ``lstm``, ``gru`` or ``rnn``, also with options, ``gru.with_options(reset_after=False)``; or any
-            other, on the backends that run it.
-        x: (T, B, I), any strides over T and B; float32 or float64 (long double and complex in the reference).
+            other cell, on the backends that support it.
+        x: (T, B, I), any strides over T and B; float32 or float64 (also long double and complex in the
+            reference).
         weights: By name, in PyTorch's layout and of x's dtype: weight_ih (G*H, I), weight_hh (G*H, P),
-            bias_ih and bias_hh (G*H,), which may be missing; of a cell with ``layer_norm`` also gain_ih and
-            gain_hh (G*H,), of an LSTM gain_c and bias_c (H,); of one that projects weight_hr (P, H).
+            bias_ih and bias_hh (G*H,), which may be missing. With ``layer_norm`` also gain_ih and gain_hh
+            (G*H,), and for an LSTM gain_c and bias_c (H,). With a projection also weight_hr (P, H).
             ``cell.shapes`` has the names and shapes. Or what ``pack`` returned.
         state0: (h,) or (h, c), each (B, ·), of x's dtype; None is zeros.
-        lengths: (B,) whole numbers from 0 to T, a list or an array. From its length on a row's state stands
-            still and y is 0.
-        reset: (T, B) booleans, or 0 and 1, lists or an array, true where step t is the first of a new
-            segment: the state is cut between t-1 and t.
-        batch_sizes: (T,) whole numbers, never increasing, a list or an array of NumPy's: x, y, states,
-            scalars and reset are then packed rows (sum, ·), as in ``torch.nn.utils.rnn.PackedSequence``; not
-            together with ``lengths``.
-        reverse: Run from each row's last step down to step 0.
-        return_states: Also return the states of every step, those of padding held.
-        detach_every: Truncate back-propagation: after every so many steps, counted as they run, the state
-            goes on and the gradient stops. Initial and final states are not cut off.
+        lengths: (B,) integers from 0 to T, a list or an array. From this step on the state of the row does
+            not change and y is 0.
+        reset: (T, B) booleans, or 0 and 1, lists or an array, true if step t is the first of a new segment:
+            the state is cut between t-1 and t.
+        batch_sizes: (T,) integers, never increasing, a list or a NumPy array. Then x, y, states, scalars and
+            reset are packed rows (sum, ·), as in ``torch.nn.utils.rnn.PackedSequence``. Not together with
+            ``lengths``.
+        reverse: Run from the last step of each row to step 0.
+        return_states: Also return the states of every step. Past the end of a row the last state is repeated.
+        detach_every: Truncate backpropagation: after every ``detach_every`` steps, counted in the direction
+            of the run, the state is passed on and the gradient stops. Initial and final states are not cut
+            off.
         regularization: ``Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed)``: recurrent dropout
-            (Gal and Ghahramani 2016) and zoneout (Krueger et al. 2016), with masks drawn from the seed, or,
-            where that is None, as in evaluation. The same seed gives the same masks.
-        scalars: Of a cell whose function takes numbers of each row and step (``def gru_d(p, x, h, *, dt)``),
-            these by name, ``{"dt": dt}``, each (T, B), of x's dtype. ``dt[t]`` belongs to step t in both
-            directions.
-        save: What the tape keeps: "all"; "boundary_states", only the states at chunk boundaries, and run
-            forward again in backward (recompute); or None for no tape.
+            (Gal and Ghahramani 2016) and zoneout (Krueger et al. 2016), with masks drawn from the seed. With
+            seed None it is as in evaluation. The same seed gives the same masks.
+        scalars: For a cell with row scalars (``def gru_d(p, x, h, *, dt)``), the row scalars by name,
+            ``{"dt": dt}``, each (T, B), of x's dtype. ``dt[t]`` belongs to step t in both directions.
+        save: What the tape keeps: "all"; "boundary_states" for only the states at chunk boundaries, so that
+            backward runs forward again (recompute); or None for no tape.
         backend: "cpu", "numba", "reference", "cuda", or None: "cuda" for CuPy arrays, for others see
             ``fusedrnn.backends.get``.
 
     Returns:
         y (T, B, P); stateT like state0; states (T, B, ·) each, or None; tape for ``backward``, or None. The
-        tape borrows x, the weights and y: do not change them before ``backward``.
+        tape does not copy x, the weights and y: do not change them before ``backward``.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
@@ -211,7 +211,7 @@ def forward(
     if isinstance(weights, Packed):
         chosen = weights.backend
         if backend is not None and backend != chosen.name:
-            raise ValueError(f"backend: expected {chosen.name!r}, which packed, got {backend!r}")
+            raise ValueError(f"backend: expected {chosen.name!r}, which packed the weights, got {backend!r}")
         if cell is not weights.cell and cell != weights.cell:
             raise ValueError(
                 f"cell: expected {weights.cell!r}, for which the weights were packed, got {cell!r}"
@@ -249,7 +249,7 @@ def forward(
         y = ragged.rows(y)
         states = None if states is None else tuple(ragged.rows(s) for s in states)
     elif tape is None:
-        return out  # as it is
+        return out  # unchanged
     return Forward(y, stateT, states, None if tape is None else Tape(chosen, tape, ragged))
 
 
@@ -261,20 +261,19 @@ def backward(
     *,
     need: Collection[str] | None = None,
 ) -> Gradients:
-    """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)`` by back-propagation through
-    time.
+    """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)`` by backpropagation.
 
-    May run twice on one tape and gives the same bits.
+    It may be called twice with one tape; both calls return the same bits.
 
     Args:
         tape: From ``forward``.
-        dy: Like y, or None. Never read at padding.
+        dy: Like y, or None. It is not read at padding.
         dstateT: One entry per state, like stateT or None each, or None.
         dstates: One entry per state, like states or None each, or None; only after ``return_states=True``.
         need: "x", names of weights and scalars, "state0"; or None for all.
 
     Returns:
-        dx like x, +0 at padding; dweights, by name, of the weights that were given; dstate0 like state0;
+        dx like x, +0 at padding; dweights, by name, of the weights that were passed; dstate0 like state0;
         dscalars, by name, like scalars, +0 at padding. What is not in ``need`` is None.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The one list of problems: the cases that benchmarks time, in suites, and seeded data of any case."""
+"""The list of problems: the cases that benchmarks time, in suites, and synthetic data for each."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ class Shape(NamedTuple):
 class Case:
     """What is timed: a cell, a shape, and what is done with them.
 
-    Kinds: ``training``, forward and backward, every gradient; ``forward``, no gradient, weights prepared
-    beforehand by who can; ``step``, the same for one step that starts from a given state; ``update``, a whole
-    training step in PyTorch: the layer, a linear head on every step, mean squared error, backward, Adam.
-    There x is data, without a gradient, unless it comes from an ``encoder``.
+    Kinds: ``training``: forward and backward, every gradient. ``forward``: no gradient, with weights that are
+    prepared before if the library can do so. ``step``: the same for one step from a given state. ``update``:
+    a
+    whole training step in PyTorch: the layer, a linear head on every step, mean squared error, backward,
+    Adam. There x is data without a gradient, unless it comes from an ``encoder``.
 
-    APIs: none, our functions on arrays; ``layer`` and ``cell``, the modules of ``fusedrnn.torch``.
+    APIs: none for our functions on arrays; ``layer`` and ``cell`` for the modules of ``fusedrnn.torch``.
     """
 
     cell: Cell
@@ -45,10 +46,10 @@ class Case:
     ragged: bool = False  # lengths uniform in T/10..T
     resets: float = 0.0  # the probability that a step begins a new segment
     api: str = ""
-    proj_size: int = 0  # of an update
-    state: bool = False  # it starts from a given state, as a step does
-    encoder: bool = False  # layers before this one want the gradient of x
-    way: str = ""  # the peer that is how the library of that name runs it
+    proj_size: int = 0  # for an update
+    state: bool = False  # it starts from a given state, like a step
+    encoder: bool = False  # layers before this one need the gradient of x
+    way: str = ""  # the peer that runs it as the library of that name does
 
     @property
     def directions(self) -> int:
@@ -119,8 +120,8 @@ def inference(cell: Cell, shape: Shape, name: str, way: str = "torch", **more: A
     return Case(cell, shape, "forward", name, api="layer", way=way, **more)
 
 
-# What libraries run, as they run it, with their default sizes. Where they leave one open, it is from their
-# examples; RNNoise's own T is 1996, which would take minutes.
+# What libraries run, in the way they run it, with their default sizes. Sizes without a default are from their
+# examples. The T of RNNoise is 1996, which would take minutes.
 PROGRAMS = (
     *(training(c, Shape(128, 256, 32, 512), "TorchRL", "torch-split", resets=0.03) for c in (lstm, gru)),
     training(lstm, Shape(128, 8, 64, 256), "sb3-contrib", "torch-masked", resets=0.03),
@@ -151,14 +152,14 @@ PROGRAMS = (
 SUITES: dict[str, tuple[Case, ...]] = {
     "core": tuple(Case(lstm, shape) for shape in SPEED),
     "programs": PROGRAMS,
-    "rl": (  # ragged sequences, resets and single steps, as reinforcement learning has them
+    "rl": (  # sequences of different lengths, resets and single steps, as in reinforcement learning
         Case(lstm, Shape(100, 64, 64, 256), ragged=True),
         Case(lstm, Shape(200, 32, 32, 128), ragged=True),
         *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (lstm, gru) for B in (8, 128)),
         *(Case(cell, Shape(1, B, 64, 256), "step") for cell in (lstm, gru) for B in (1, 8, 64)),
     ),
-    # Our PyTorch modules instead of PyTorch's: single steps, and training steps with Adam. Between two of
-    # these all weights change, as in training: who keeps them in another order has to make it anew.
+    # Our PyTorch modules instead of PyTorch's: single steps, and training steps with Adam. All weights change
+    # between two of these, as in training: a library that keeps them in another order has to copy them again.
     "pytorch": (
         *(
             Case(cell, Shape(1, 1, 64, 256), "step", api=api)
@@ -175,7 +176,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case(lstm, Shape(200, 32, 32, 128), "update", ragged=True, api="layer"),
         Case(lstm, Shape(128, 8, 64, 256), "update", resets=0.03, api="layer"),
     ),
-    "wide": (  # what the benchmarks of others run
+    "wide": (  # from the benchmarks of other projects
         Case(lstm, Shape(100, 64, 512, 512), name="PyTorch fastrnns"),
         Case(gru, Shape(100, 64, 512, 512), name="FlagGems"),
         Case(gru, Shape(32, 64, 512, 512), name="Sample Factory"),
@@ -186,7 +187,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "gpu": (
         # The published comparison on an H100: NX-AI/flashrnn, speed_experiments/kernel_speed_benchmark.py.
         *(Case(cell, Shape(1024, 16, 768, 768), name="FlashRNN") for cell in (lstm, gru)),
-        # Beyond what cuDNN's kernels of all steps hold, and multiples of 128, which its fp16 LSTM wants.
+        # Larger than cuDNN's kernels of all steps support, and multiples of 128, which its fp16 LSTM needs.
         *(
             Case(cell, Shape(256, B, H, H))
             for H, B in ((256, 64), (512, 16), (1024, 16), (256, 1), (1024, 64), (256, 16), (1024, 1))
@@ -195,7 +196,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
         *(Case(lstm, Shape(1, 8, 64, 256), "step", api=api) for api in ("cell", "layer")),
         *(Case(cell, Shape(128, B, 64, 256), resets=0.03) for cell in (lstm, gru) for B in (8, 128)),
         *(Case(cell, Shape(100, 64, 64, 256), ragged=True) for cell in (lstm, gru)),
-        *(Case(cell, Shape(256, 32, 100, 300)) for cell in (lstm, gru)),  # sizes that are no multiples
+        *(Case(cell, Shape(256, 32, 100, 300)) for cell in (lstm, gru)),  # sizes that are not multiples
         Case(lstm, Shape(30, 128, 7, 100), name="pollution"),
         *(Case(lstm, Shape(256, B, 128, 128)) for B in (1, 64)),  # cuDNN's kernel for small H
         Case(rnn, Shape(256, 16, 512, 512)),
@@ -203,17 +204,17 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "deepbench": tuple(Case(cell, Shape(T, B, H, H)) for cell, T, B, H in _DEEPBENCH),
 }
 
-# At which a cell of a user's is timed.
+# The sizes at which a user's cell is timed.
 OWN_CELL = (Shape(100, 32, 16, 64), Shape(50, 32, 1, 32), Shape(100, 64, 64, 256), Shape(100, 1, 1, 64))
 
 
 def select(cases: tuple[Case, ...], cell: Cell | None = None, forward: bool = False) -> tuple[Case, ...]:
-    """The cases of one cell, or, where there are none, all of them with that cell in place; each once.
+    """The cases of one cell, or, if there are none, all cases with that cell; each once.
 
     Args:
         cases: One of ``SUITES``.
-        cell: None for the cells as listed.
-        forward: Forward only in place of training, without projections.
+        cell: None: the cells that are listed.
+        forward: Run only forward instead of training, without projections.
     """
     if cell is not None:
         own = tuple(case for case in cases if case.cell == cell)
@@ -226,7 +227,7 @@ def select(cases: tuple[Case, ...], cell: Cell | None = None, forward: bool = Fa
 
 
 def quick(cases: tuple[Case, ...], count: int = 3) -> tuple[Case, ...]:
-    """A few small cases, of every kind the smallest, in their order."""
+    """A few small cases, the smallest of every kind, in their order."""
     by_size = sorted(cases, key=flops)
     firsts = {(case.kind, case.ragged, bool(case.resets), case.api): case for case in reversed(by_size)}
     chosen = list(dict.fromkeys([*firsts.values(), *by_size]))[: max(count, len(firsts))]
@@ -237,7 +238,7 @@ OPTIONS = tuple(field.name for field in fields(Case) if field.name not in ("cell
 
 
 def describe(case: Case) -> dict[str, Any]:
-    """A case as JSON holds it."""
+    """A case as a dictionary for JSON."""
     return {
         "case": str(case),
         "cell": case.cell.name,
@@ -247,13 +248,13 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def described(row: dict[str, Any]) -> Case:
-    """The case that ``describe`` wrote down."""
+    """The case from the dictionary that ``describe`` returned."""
     return Case(CELLS[row["cell"]], Shape(*row["shape"]), **{name: row[name] for name in OPTIONS})
 
 
 @dataclass(frozen=True)
 class Data:
-    """One problem: what goes into forward and backward. Without ``state0`` the initial state is zero."""
+    """One problem: the arguments of forward and backward. Without ``state0`` the initial state is zero."""
 
     case: Case
     x: Array  # (T, B, I)
@@ -261,16 +262,17 @@ class Data:
     state0: tuple[Array, ...] | None  # (L*D, B, H) for each state, or zeros
     lengths: Array | None  # (B,)
     reset: Array | None  # (T, B) bool
-    dy: Array  # (T, B, D*H), with a projection (T, B, D*P), the gradient that comes in on every step
+    dy: Array  # (T, B, D*H), with a projection (T, B, D*P): the upstream gradient of every step
     dstateT: tuple[Array, ...]  # (L*D, B, H) for each state
     scalars: dict[str, Array]  # (T, B) for each row scalar of the cell
 
 
 def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
-    """Draw a standard problem: weights uniform in ±1/sqrt(H), row scalars positive as time gaps are, at least
-    a quarter, everything else normal of order one.
+    """Draw a standard problem.
 
-    Drawn in float64 and then rounded, so that one seed is the same problem in every dtype.
+    Weights are uniform in ±1/sqrt(H). Row scalars are positive, like time gaps, and at least a quarter.
+    Everything else is normal, of order one. Values are drawn in float64 and then rounded, so that one seed
+    gives the same problem in every dtype.
     """
     T, B, I, H = case.shape
     D, P = case.directions, case.proj_size or case.shape.H
@@ -285,7 +287,7 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
     def states() -> tuple[Array, ...]:
         return tuple(normal(case.layers * D, B, H) for _ in case.cell.states)
 
-    # In an update each moves by itself; else the second is zero where one would do.
+    # An update trains both; else the second one is zero if one is enough.
     two_biases = case.kind == "update" or case.cell.two_biases
     weights: tuple[dict[str, Array], ...] = ()
     for n in range(case.layers * D):
@@ -312,12 +314,12 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
 
 
 def near(begin: Any, drawn: Array, draw: np.random.Generator) -> Array:
-    """A vector's values near where it starts: about 0 a time constant is badly conditioned.
+    """Values of a vector near its initial values: near 0 a time constant is badly conditioned.
 
     Args:
         begin: ``init`` of ``p.vector``.
-        drawn: What it is where it starts from 0, small beside 1.
-        draw: For those that start from a range.
+        drawn: The values for an initial value of 0, small compared with 1.
+        draw: The generator for those that start from a range.
     """
     if isinstance(begin, tuple):
         low, high = begin
@@ -327,7 +329,10 @@ def near(begin: Any, drawn: Array, draw: np.random.Generator) -> Array:
 
 
 def lengths(case: Case) -> Array | None:
-    """(B,) the lengths of a ragged case, always the same; None for others. One row alone is not padded."""
+    """(B,) the lengths of a case with different lengths, always the same ones; else None.
+
+    A single row is not padded.
+    """
     if not case.ragged:
         return None
     T, B = case.shape[:2]
@@ -352,7 +357,7 @@ def astype(data: Data, dtype: npt.DTypeLike) -> Data:
 
 
 def valid(case: Case) -> float:
-    """The part of all steps that lies before its row's length."""
+    """The fraction of all steps that are before the end of their row."""
     found = lengths(case)
     return 1.0 if found is None else float(found.sum()) / (case.shape.T * case.shape.B)
 
@@ -360,8 +365,8 @@ def valid(case: Case) -> float:
 def flops(case: Case) -> float:
     """Operations: ``2*T*B*H*(G*I + G*H)`` forward per layer and direction, twice that for the backward.
 
-    ``G`` are the gates with x and those with a state, each with its own; a projection to P counts P*H more,
-    and its P in place of the H of a state. Steps beyond a row's length do not count.
+    ``G`` are the gates with x and those with a state. A projection to P adds P*H, and P replaces the H of a
+    state. Steps past the end of a row do not count.
     """
     T, B, I, H = case.shape
     D, P = case.directions, case.proj_size or case.shape.H

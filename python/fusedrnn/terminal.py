@@ -1,4 +1,4 @@
-"""What the command line prints: with rich where it is installed, in plain text otherwise."""
+"""The output of the command line: with rich if it is installed, else in plain text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print a table; the first ``left`` columns are text, the others are numbers, aligned to the right."""
+    """Print a table. The first ``left`` columns are text; the others are numbers, aligned to the right."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -29,7 +29,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left
 
 
 def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The same as text."""
+    """The table as text."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [title] if title else []
     for row in (header, *rows):
@@ -42,7 +42,7 @@ def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 class RichProgress:
-    """A bar, with the time that is left and a note."""
+    """A progress bar, with the remaining time and a note."""
 
     def __init__(self, total: int, description: str, done: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -64,28 +64,28 @@ class RichProgress:
         self.bar.stop()
 
     def advance(self, note: str = "") -> None:
-        """One more of the total is done; ``note`` says how it stands."""
+        """Advance the bar by one; ``note`` describes the current state."""
         self.bar.update(self.task, advance=1, note=note)
 
 
 class RichReport:
-    """What a program tells, on a terminal; the same in plain text is ``programs.common.PlainReport``."""
+    """The output of a program on a terminal; ``programs.common.PlainReport`` is the same in plain text."""
 
     def progress(self, total: int, description: str, done: int = 0) -> RichProgress:
-        """A task of ``total`` parts, of which ``done`` were done before."""
+        """A task of ``total`` parts, of which ``done`` are done already."""
         return RichProgress(total, description, done)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The first column is text, the others are numbers."""
+        """Print a table. The first column is text, the others are numbers."""
         table(title, columns, rows)
 
     def line(self, text: str) -> None:
-        """One line of text."""
+        """Print one line of text."""
         print(text, flush=True)
 
 
 def rich_report() -> RichReport | None:
-    """None where rich is not installed, or where nobody watches a bar move."""
+    """A report for a terminal. None if rich is not installed or the output is not a terminal."""
     try:
         import rich.progress  # noqa: F401
     except ImportError:

@@ -1,6 +1,6 @@
-"""A recurrent layer one operation after the other: a node of the graph for each, to read and to compare with.
+"""A recurrent layer with a node of the graph for each operation, to read and to compare with.
 
-What a step computes is the cell's function (``fusedrnn.cells``), evaluated on Variables.
+A step is the cell's function (``fusedrnn.cells``), evaluated on Variables.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class UnfusedStep(Step):
 
     @functools.cached_property
     def _products(self) -> dict[Node, tuple[int, Variable]]:
-        """Of each operand the first block of weights that it meets, and its product with all of them."""
+        """For each operand the first of its blocks of weights, and its product with all of them."""
         return {}
 
     def product(self, n: Node, k: int) -> Variable:
-        """The product with one operand: one operation for all gates that it enters; and its bias."""
+        """The product with one operand and its bias; one operation for all gates of the operand."""
         operand, dense, H = n.args[k], n.attribute, self.shape[1]
         if operand not in self._products:
             users = [m for m in self.cell.forward_nodes if m.op == "dense" and operand in m.args]
@@ -79,7 +79,7 @@ class UnfusedStep(Step):
         return found if bias is None else found + bias
 
     def normalise(self, norm: Norm, values: list[Variable]) -> list[Variable]:
-        """What the gains of a norm multiply."""
+        """The normalised values, before the gains."""
         v = F.concatenate(values, axis=1) if len(values) > 1 else values[0]
         count, H = v.shape[1], self.shape[1]
         d = v - v.sum(axis=1, keepdims=True) / count if norm.kind == "layer" else v
@@ -96,19 +96,22 @@ def run(
     masks: list[Array] | None,
     scalars: list[Variable],
 ) -> tuple[Variable, State, State]:
-    """A sequence: y, the final states, the states of every step. ``masks``: of dropout between layers.
-    ``scalars``: each (T, B), in the order of the cell's."""
+    """Run a sequence: return y, the final states, the states of every step.
+
+    ``masks`` are those of dropout between layers, ``scalars`` the row scalars, each (T, B), in the cell's
+    order.
+    """
     T, B, _ = x.shape
     n, D = len(layer.cell.states), 2 if layer.bidirectional else 1
     if T == 0:
-        raise ValueError("x has no time steps; fused=False needs at least one")
+        raise ValueError("x: expected at least one time step with fused=False, got none")
     kind = cuda.kind(layer.gpu)
     reset = None if reset is None else check_reset(reset, T, B, kind)
     active = None
     inputs = [x[t] for t in range(T)]
     if lengths is not None:
         active = layer.xp.arange(T)[:, None] < layer.to_device(check_lengths(lengths, T, B, kind))
-        # a NaN in the padding would come back in the gradients of the weights, as 0 * NaN
+        # a NaN in the padding would otherwise reach the gradients of the weights, as 0 * NaN
         inputs = [F.where(active[t][:, None], inputs[t], _zero(layer)) for t in range(T)]
         one = _zero(layer) + 1  # a cell may divide by it
         scalars = [F.where(active, s, one) for s in scalars]
@@ -155,7 +158,7 @@ def _through_time(
     ys: list[Any] = [None] * T
     every: list[Any] = [None] * T
     for t in reversed(range(T)) if reverse else range(T):
-        # a reset at t cuts between t-1 and t: in reverse that is met before step t-1
+        # a reset at t cuts between t-1 and t: in reverse that is before step t-1
         cut = reset[t] if reset is not None and not reverse else None
         if reset is not None and reverse and t + 1 < T:
             cut = reset[t + 1] if active is None else reset[t + 1] & active[t + 1]
@@ -169,7 +172,7 @@ def _through_time(
         else:
             row = active[t][:, None]
             ys[t] = F.where(row, after[0], zero)
-            # in the padding a state stands still, and no gradient comes in there
+            # in the padding a state does not change, and gradients there are ignored
             every[t] = tuple(F.where(row, a, s._data) for a, s in zip(after, state, strict=True))
             state = tuple(F.where(row, a, s) for a, s in zip(after, state, strict=True))
     return ys, state, every
@@ -188,7 +191,7 @@ def _zero(layer: Recurrent) -> Array:
 
 
 def _second(b: Any, a: Any) -> Any:
-    """Where b is larger than a, or NaN."""
+    """True where b is larger than a, or NaN."""
     return (b > a) | (b != b)
 
 

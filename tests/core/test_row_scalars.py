@@ -255,7 +255,7 @@ def test_wrong_arguments_of_a_layer():
         net.step(x[0], dt=np.ones((5, 2)))
     with pytest.raises(TypeError, match="dt: expected real numbers, got complex128"):
         net(x, dt=np.ones((5, 2), complex))
-    with pytest.raises(TypeError, match="dt: expected none but for a recurrent layer of fusedrnn"):
+    with pytest.raises(TypeError, match="dt: expected only for a recurrent layer of fusedrnn"):
         gradcheck(F.tanh, Variable(x), dt=np.ones((5, 2)))
 
     @cell

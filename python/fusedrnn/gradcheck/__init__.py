@@ -1,12 +1,14 @@
-"""Gradient checking of one layer or function, ours or anybody's. All kernels at once: ``gradcheck_suite``.
+"""Gradient checking of any layer or function. ``gradcheck_suite`` checks all kernels.
 
-Two measures of right. ``oracle``: the NumPy reference in long double, itself proved by complex-step
-derivatives, against which a kernel's error is a few units in the last place. ``central``: differences
-``(f(x + h) - f(x - h)) / 2h``, which need nothing but the function, and are good to about 1e-10 in float64.
+There are two methods. ``oracle``: the NumPy reference implementation in long double, which is itself checked
+by complex-step derivatives. Compared with it, a kernel's error is a few units in the last place. ``central``:
+central differences ``(f(x + h) - f(x - h)) / 2h``, which need only the function and are accurate to about
+1e-10 in float64.
 
-Sources of the figures: the oracle's are what the kernels promise on standard problems (docs/accuracy.md). A
-central difference errs by about ``h**2`` (truncation) plus ``eps / h`` (rounding), least at
-``h = eps**(1/3)``, where both are ``eps**(2/3)`` (SciPy's choice too, scipy/optimize/_numdiff.py).
+Sources of the tolerances: those of the oracle are guaranteed for the kernels on standard problems
+(docs/accuracy.md). The error of a central difference is about ``h**2`` (truncation) plus ``eps / h``
+(rounding). It is lowest at ``h = eps**(1/3)``, where both are ``eps**(2/3)`` (SciPy's choice too,
+scipy/optimize/_numdiff.py).
 """
 
 from __future__ import annotations
@@ -39,46 +41,46 @@ def gradcheck(
     seed: int = 0,
     **scalars: Any,
 ) -> bool:
-    """Check the gradients of a layer or function, and of a layer its parameters'.
+    """Check the gradients of a layer or function by its inputs, and of a layer also by its parameters.
 
     What can be checked: the layers of this library; functions of its Variables; PyTorch modules and functions
     of PyTorch tensors; and functions of NumPy arrays that return ``(outputs, backward)``, where
-    ``backward(*doutputs)`` gives the gradients in the structure of the inputs.
+    ``backward(*doutputs)`` returns the gradients in the structure of the inputs.
 
-    Fails on: a wrong element, NaN or infinity, a wrong shape or dtype, a missing gradient, a result that
-    differs when the same thing is evaluated again, an input that was written to.
+    The check fails for a wrong element, NaN or infinity, a wrong shape or dtype, a missing gradient, a result
+    that differs when it is evaluated again, and an input that was written to.
 
     Args:
-        func_or_layer: What is checked. Parameters and carried states are as before when this returns.
-        inputs: One input or a tuple of them, nested as the function takes them. Checked are arrays of float32
-            or float64, of Variables and tensors those that require a gradient. A recurrent layer of ours
-            takes ``x`` or ``(x, state)``, x (B, I) or (T, B, I); without a state it begins with the one it
-            carries. A layer on a GPU takes CuPy's arrays; it is evaluated there and compared on the CPU.
+        func_or_layer: What is checked. Its parameters and states are restored when this returns.
+        inputs: One input or a tuple of them, nested as the function takes them. Arrays of float32 or float64
+            are checked, and Variables and tensors that require a gradient. A recurrent layer of this library
+            takes ``x`` or ``(x, state)``, x (B, I) or (T, B, I). Without a state it starts from the state
+            that it keeps. A layer on a GPU takes CuPy arrays; it is evaluated there and compared on the CPU.
         eps: ``central``: the step. None: the cube root of the machine epsilon times max(1, abs(x)).
-        atol, rtol: ``central``: passed where ``abs(a - n) <= atol + rtol * abs(n)`` for every element, as in
-            PyTorch; rtol None: 300 * epsilon**(2/3) (1.1e-8 in float64, 7e-3 in float32); atol None: that,
+        atol, rtol: ``central``: passed if ``abs(a - n) <= atol + rtol * abs(n)`` for every element, as in
+            PyTorch. rtol None: 300 * epsilon**(2/3) (1.1e-8 in float64, 7e-3 in float32); atol None: the same
             times the largest output or derivative. ``oracle``: rtol is relative to the tensor's largest
-            entry; None: outputs 1e-14 and gradients 2e-14 in float64, 2e-6 and 5e-6 in float32, or 4 times
-            plain NumPy's own error where a badly conditioned problem makes that larger; atol None: 0.
+            entry. None: outputs 1e-14 and gradients 2e-14 in float64, 2e-6 and 5e-6 in float32, or 4 times
+            plain NumPy's error if that is larger for a badly conditioned problem; atol None: 0.
         raise_exception: False: return False instead of raising ``GradcheckError``.
-        nondet_tol: By how much two evaluations of the same may differ.
-        fast_mode: ``central``: a few random directions instead of every element: 8 evaluations a tensor
-            instead of 2 an element.
-        method: "oracle", for the RNN, LSTM and GRU of ``fusedrnn.layers``; "central", for everything. None:
-            the first where it is possible.
+        nondet_tol: The allowed difference between two evaluations with the same inputs.
+        fast_mode: ``central``: a few random directions instead of every element: 8 evaluations for each
+            tensor instead of 2 for each element.
+        method: "oracle" for the recurrent layers of ``fusedrnn.layers``; "central" for everything. None:
+            "oracle" if it is possible.
         options: Keyword arguments of every call, such as ``{"lengths": lengths}``.
-        seed: Of the random upstream gradients and directions; also of NumPy's, Python's and PyTorch's global
-            generators, which are set anew for every evaluation, so that dropout draws the same masks, and
-            left as they were.
-        scalars: Of a recurrent layer of ours the row scalars of its cell, such as ``dt``, by name; they are
-            checked like inputs.
+        seed: The seed of the random upstream gradients and directions. It is also set in the global
+            generators of NumPy, Python and PyTorch for every evaluation, so that dropout draws the same
+            masks; they are restored at the end.
+        scalars: For a recurrent layer of this library, the row scalars of its cell, such as ``dt``, by name.
+            They are checked like inputs.
 
     Returns:
         True, or False where a check failed and ``raise_exception`` is False.
 
     Raises:
-        GradcheckError: A check failed; an AssertionError.
-        TypeError, ValueError: An argument is wrong.
+        GradcheckError: A check failed. It is an AssertionError.
+        TypeError, ValueError: An argument is wrong; the message names it.
     """
     if isinstance(func_or_layer, Cell):
         raise TypeError(
@@ -92,13 +94,13 @@ def gradcheck(
         raise ValueError(f'method: expected "oracle", "central" or None, got {method!r}')
     if method == "oracle" and not possible:
         raise TypeError(
-            'method: "oracle" checks the RNN, LSTM and GRU of fusedrnn.layers, '
+            'method: "oracle" needs a recurrent layer of fusedrnn.layers, '
             f'got {type(func_or_layer).__name__}; use "central"'
         )
     if method == "oracle" and (eps is not None or fast_mode):
-        raise ValueError('eps, fast_mode: expected None and False with method "oracle", which takes no steps')
+        raise ValueError('eps, fast_mode: expected None and False with method "oracle"')
     if not callable(func_or_layer):
-        raise TypeError(f"func_or_layer: expected something to call, got {type(func_or_layer).__name__}")
+        raise TypeError(f"func_or_layer: expected a callable, got {type(func_or_layer).__name__}")
     for name, value in (("eps", eps), ("atol", atol), ("rtol", rtol), ("nondet_tol", nondet_tol)):
         if value is not None and not (value > 0 if name == "eps" else value >= 0):
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
@@ -106,9 +108,7 @@ def gradcheck(
     inputs = tuple(inputs) if type(inputs) in (tuple, list) else (inputs,)
     if scalars:
         if not possible:
-            raise TypeError(
-                f"{next(iter(scalars))}: expected none but for a recurrent layer of fusedrnn.layers"
-            )
+            raise TypeError(f"{next(iter(scalars))}: expected only for a recurrent layer of fusedrnn.layers")
         inputs = (*inputs, scalars)
     try:
         if method == "oracle":

@@ -1,4 +1,4 @@
-"""What is checked: functions of NumPy arrays, of our Variables, of PyTorch's tensors, all of arrays here."""
+"""Adapters that make functions of NumPy arrays from functions of Variables and of PyTorch tensors."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def _is_float(value: Any) -> bool:
 
 
 def host(value: Any) -> Array:
-    """A copy as a NumPy array, of an array or of a variable's."""
+    """A copy of an array or a variable as a NumPy array."""
     return np.array(cuda.as_numpy(value._data if isinstance(value, Variable) else value))
 
 
 class Adapter:
-    """A function, its inputs, and which of their leaves are checked: ``names`` and ``values``, copies.
+    """A function, its inputs, and the leaves that are checked: ``names`` and ``values``, which are copies.
 
-    As a context it keeps the parameters and states of what it calls, and puts them back.
+    As a context manager it saves the parameters and states of what it calls, and restores them.
     """
 
     def __init__(self, func: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class Adapter:
     def __enter__(self) -> Adapter:
         if not self.values:
             raise ValueError(
-                "inputs: expected at least one of float32 or float64, which requires a gradient, got none"
+                "inputs: expected at least one of float32 or float64 that requires a gradient, got none"
             )
         return self
 
@@ -88,14 +88,14 @@ class Adapter:
         return rebuild(self.inputs, iter(leaves))
 
     def run(self, values: Sequence[Array]) -> tuple[list[Array], VJP]:
-        """The outputs at these values, and the function from their gradients to those of the values."""
+        """The outputs at these values, and the function that maps their gradients to those of the values."""
         given = [value.copy() for value in values]
         outputs, backward = self._results(self.func(*self.arguments(given), **self.options))
         self._check_unchanged(given, values)
         arrays = [leaf for _, leaf in _flatten(outputs) if leaf is not None]
         for array in arrays:
             if not isinstance(array, np.ndarray | np.floating):
-                raise GradcheckError(f"outputs: got {type(array).__name__}, expected NumPy arrays")
+                raise GradcheckError(f"outputs: expected NumPy arrays, got {type(array).__name__}")
 
         def vjp(upstream: list[Array]) -> list[Any]:
             kept = [u.copy() for u in upstream]
@@ -107,7 +107,7 @@ class Adapter:
             if len(found) == len(self.leaves):  # in the inputs' structure, with what is not checked
                 return [found[k] for k in self.slots]
             if len(found) != len(self.slots):
-                raise GradcheckError(f"backward: gave {len(found)} gradients, expected {len(self.slots)}")
+                raise GradcheckError(f"backward: expected {len(self.slots)} gradients, got {len(found)}")
             return found
 
         return [np.array(a) for a in arrays], vjp
@@ -116,8 +116,8 @@ class Adapter:
     def _results(result: Any) -> tuple[Any, Any]:
         if not (isinstance(result, tuple) and len(result) == 2 and callable(result[1])):
             raise TypeError(
-                "func_or_layer: a function of NumPy arrays returns (outputs, backward), where "
-                f"backward(*doutputs) gives the gradients of the inputs; got {type(result).__name__}"
+                "func_or_layer: expected a function of NumPy arrays to return (outputs, backward), where "
+                f"backward(*doutputs) returns the gradients of the inputs; got {type(result).__name__}"
             )
         return result
 
@@ -127,14 +127,14 @@ class Adapter:
 
 
 class VariableAdapter(Adapter):
-    """Our Variables; of a layer also its parameters. On a GPU are theirs; all that is compared is NumPy's."""
+    """Functions of Variables; for a layer also its parameters. Results on a GPU are compared on the CPU."""
 
     def __init__(self, func: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         super().__init__(func, inputs, options)
         self.layer = func if isinstance(func, Layer) else None
         self.kept = _Kept(self.layer)
         if self.layer is not None and any(p._data is None for p in self.kept.params.values()):
-            self._call(self.arguments(self.given(self.values)))  # settles lazy sizes
+            self._call(self.arguments(self.given(self.values)))  # sets sizes that are not known yet
         wanted = {n: p for n, p in self.kept.params.items() if p._data is not None and p.requires_grad}
         self.params = list(wanted.values())
         self.names += wanted
@@ -155,7 +155,7 @@ class VariableAdapter(Adapter):
         return host(leaf)
 
     def given(self, values: Sequence[Array]) -> list[Variable]:
-        """What to call with, each where its leaf is: the first values; the others are the parameters'."""
+        """The inputs of a call, on their devices: the first values. The other values are parameters."""
         leaves = [self.leaves[k][1] for k in self.slots]
         arrays = [leaf._data if isinstance(leaf, Variable) else leaf for leaf in leaves]
         return [Variable(cuda.like(v.copy(), a)) for v, a in zip(values, arrays, strict=False)]
@@ -165,7 +165,7 @@ class VariableAdapter(Adapter):
             found = call_recurrent(self.layer, arguments, self.options)
             lengths = self.options.get("lengths")
             if lengths is not None and "y" in found and found["y"].ndim == 3:
-                # states are held past a row's end, but what comes in there as gradient is never read
+                # past the end of a row the last state is repeated, but gradients there are ignored
                 valid = np.nonzero(np.arange(len(found["y"]))[:, np.newaxis] < cuda.as_numpy(lengths))
                 at = tuple(cuda.like(index, found["y"]._data) for index in valid)
                 at = at if len(self.layer.suffixes) == 1 else (slice(None), *at)
@@ -182,7 +182,7 @@ class VariableAdapter(Adapter):
         outputs = self._call(self.arguments(given))
         for y in outputs:
             if not isinstance(y, Variable):
-                raise GradcheckError(f"outputs: got {type(y).__name__}, expected Variables")
+                raise GradcheckError(f"outputs: expected Variables, got {type(y).__name__}")
         self._check_unchanged([cuda.as_numpy(v._data) for v in everything], values)
 
         def vjp(upstream: list[Array]) -> list[Any]:
@@ -196,7 +196,7 @@ class VariableAdapter(Adapter):
 
 
 class _TorchAdapter(Adapter):
-    """PyTorch tensors; of a module also its parameters."""
+    """Functions of PyTorch tensors; for a module also its parameters."""
 
     def __init__(self, func: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.torch: Any = sys.modules["torch"]
@@ -253,9 +253,9 @@ class _TorchAdapter(Adapter):
 
 
 def adapted(func: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Adapter:
-    """The adapter for a function, by what it is given and what it returns."""
+    """The adapter for a function, by its inputs and outputs."""
     leaves = [leaf for _, leaf in _flatten(inputs)]
-    torch: Any = sys.modules.get("torch")  # nothing of PyTorch's can have been given where it is not loaded
+    torch: Any = sys.modules.get("torch")  # if it is not loaded, no input can be a tensor
     if torch is not None and (
         isinstance(func, torch.nn.Module) or any(isinstance(leaf, torch.Tensor) for leaf in leaves)
     ):
@@ -270,7 +270,7 @@ def adapted(func: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Adap
 
 
 class _Kept:
-    """Parameters, gradients and carried states of a layer and all below it, to be put back."""
+    """Parameters, gradients and states of a layer and all layers in it, to be restored."""
 
     def __init__(self, layer: Layer | None) -> None:
         self.params: dict[str, Parameter] = {} if layer is None else dict(layer.named_params())
@@ -284,7 +284,7 @@ class _Kept:
         self.saved = [(p, p._data, p.private, p.version, p.grad) for p in self.params.values()]
 
     def restore_states(self) -> None:
-        """Let the next call begin where the first one did, with nothing behind it to walk back into."""
+        """Let the next call start from the same state as the first one, without a graph."""
         for r, state in self.states:
             copies = [None if s is None else Variable(s._data.copy()) for s in state]
             for s in copies:
@@ -297,11 +297,11 @@ class _Kept:
             p._data, p.private, p.version, p.grad = data, private, version, grad
         for r, state in self.states:
             r._carry(state)
-            r._packed = None  # of other weights, perhaps under the same version
+            r._packed = None  # of other weights, perhaps with the same version
 
 
 def call_recurrent(layer: Recurrent, arguments: Any, options: Mapping[str, Any]) -> dict[str, Variable]:
-    """All that a call gives, by name: y, the final state, and the state of every step."""
+    """All results of a call, by name: y, the final state, and the state of every step."""
     x, state, scalars = split(layer, arguments)
     if x.ndim == 2:
         found = {"y": layer.step(x, state, **scalars, **options)}
@@ -313,7 +313,7 @@ def call_recurrent(layer: Recurrent, arguments: Any, options: Mapping[str, Any])
 
 
 def split(layer: Recurrent, arguments: Sequence[Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """``(x,)``, ``(x, state)``, or ``(x, h)`` and ``(x, h, c)``, then row scalars, as x, state and these."""
+    """Split ``(x,)``, ``(x, state)``, ``(x, h)`` or ``(x, h, c)``, then row scalars, into the three parts."""
     names = layer.cell.states
     x, *rest = arguments
     scalars = rest.pop() if rest and isinstance(rest[-1], Mapping) else {}
@@ -325,7 +325,7 @@ def split(layer: Recurrent, arguments: Sequence[Any]) -> tuple[Any, Any, dict[st
 
 
 def backward(pairs: Sequence[tuple[Variable, Array]]) -> None:
-    """Gradients of the sum of ``(output * upstream).sum()``; the upstream gradients arrive exactly."""
+    """Gradients of the sum of ``(output * upstream).sum()``; the upstream gradients are not rounded."""
     terms = [(y * cuda.like(u, y._data)).sum() for y, u in pairs if y.requires_grad]
     if terms:
         total = terms[0]

@@ -1,4 +1,4 @@
-"""Gradients against central differences."""
+"""Compare gradients with central differences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusedrnn.backends.protocol import Array
 from fusedrnn.gradcheck.adapters import VJP, Adapter
 from fusedrnn.gradcheck.compare import GradcheckError, compare, finite, fixed_random, same
 
-SAFETY = 300  # central: multiples of eps**(2/3); a third derivative of a hundred times the first is not rare
+SAFETY = 300  # multiples of eps**(2/3); a third derivative is often a hundred times the first
 DIRECTIONS = 4  # fast_mode: random directions for each tensor
 
 
@@ -25,7 +25,7 @@ def check_central(
     fast_mode: bool,
     seed: int,
 ) -> None:
-    """Compare the gradients with central differences; a failure is a ``GradcheckError``.
+    """Compare the gradients with central differences; a failure raises a ``GradcheckError``.
 
     The arguments are those of ``fusedrnn.gradcheck.gradcheck``.
     """
@@ -35,7 +35,9 @@ def check_central(
         with fixed_random(seed):
             arrays = adapter.run(values)[0]
         if [a.shape for a in arrays] != shapes:
-            raise GradcheckError(f"outputs: shapes {[a.shape for a in arrays]}, and {shapes} before")
+            raise GradcheckError(
+                f"outputs: expected shapes {shapes}, as before, got {[a.shape for a in arrays]}"
+            )
         return arrays
 
     def apply_vjp(vjp: VJP, upstream: list[Array]) -> list[Any]:
@@ -46,7 +48,7 @@ def check_central(
                 finite(f"gradient of {name}", g, value)
         return found
 
-    # Twice the same: outputs, and gradients for one random upstream gradient.
+    # Evaluate twice: outputs, and gradients for one random upstream gradient.
     with fixed_random(seed):
         outputs, vjp = adapter.run(adapter.values)
         for k, y in enumerate(outputs):
@@ -72,7 +74,7 @@ def check_central(
     rtol = SAFETY * machine ** (2 / 3) if rtol is None else rtol
 
     def difference(i: int, step: Array) -> list[Array]:
-        """(f(x + step) - f(x - step)) and, first, the step as it was taken, doubled; in float64."""
+        """First twice the step as it was rounded, then f(x + step) - f(x - step); in float64."""
         ends = [adapter.values[i] + step, adapter.values[i] - step]
         plus, minus = (forward([*adapter.values[:i], end, *adapter.values[i + 1 :]]) for end in ends)
         return [p.astype(np.float64) - m for p, m in zip((ends[0], *plus), (ends[1], *minus), strict=True)]
@@ -84,7 +86,7 @@ def check_central(
         norm = float(np.sqrt(sum(np.square(y, dtype=np.float64).sum() for y in outputs)))
         for i, (name, value) in enumerate(zip(adapter.names, adapter.values, strict=True)):
             g = np.zeros(value.shape) if together[i] is None else together[i].astype(np.float64)
-            missing = " (no gradient came back)" if together[i] is None else ""
+            missing = " (no gradient was returned)" if together[i] is None else ""
             for k in range(DIRECTIONS if value.size else 0):
                 v = rng.standard_normal(value.shape)
                 h = float(steps(value).max())
@@ -97,7 +99,7 @@ def check_central(
                 compare(label, np.asarray(analytic), np.asarray(numeric), allowed + rtol * abs(numeric))
         return
 
-    # The Jacobian of each output by each input: analytically a row for each element of the output ...
+    # The Jacobian of each output by each input: analytically, one row for each element of the output ...
     rows = [[np.zeros((y.size, value.size)) for value in adapter.values] for y in outputs]
     with fixed_random(seed):
         _, vjp = adapter.run(adapter.values)
@@ -108,9 +110,9 @@ def check_central(
                 for i, g in enumerate(apply_vjp(vjp, one)):
                     if g is not None:
                         rows[k][i][j] = g.ravel()
-    # ... and numerically a column for each element of the input.
+    # ... and numerically, one column for each element of the input.
     for i, (name, value) in enumerate(zip(adapter.names, adapter.values, strict=True)):
-        missing = " (no gradient came back)" if together[i] is None else ""
+        missing = " (no gradient was returned)" if together[i] is None else ""
         columns = [np.empty((y.size, value.size)) for y in outputs]
         h_all = steps(value)
         for e, index in enumerate(np.ndindex(value.shape)):
@@ -142,7 +144,7 @@ def check_central(
 
 @contextlib.contextmanager
 def breaking_off() -> Iterator[None]:
-    """A backward pass that breaks off, for example over a gradient's shape, has failed the check."""
+    """Count an error in a backward pass, for example for a gradient's shape, as a failed check."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:

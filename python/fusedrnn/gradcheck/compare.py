@@ -1,4 +1,4 @@
-"""Comparing arrays, and what goes wrong in a check."""
+"""Comparisons of arrays, and the error of a check."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class GradcheckError(AssertionError):
 def compare(
     name: str | Callable[[tuple[int, ...]], str], got: Any, expected: Array, limit: Any, *, dtype: Any = None
 ) -> None:
-    """GradcheckError unless ``abs(got - expected) <= limit`` everywhere; NaN and infinity are never right."""
+    """GradcheckError unless ``abs(got - expected) <= limit`` everywhere; NaN and infinity are errors."""
     label = name if callable(name) else lambda index: f"{name}{list(index) if index else ''}"
     whole = name if isinstance(name, str) else name(())
     if got is None:
-        raise GradcheckError(f"{whole}: missing, expected an array of shape {expected.shape}")
+        raise GradcheckError(f"{whole}: expected an array of shape {expected.shape}, got none")
     if not isinstance(got, np.ndarray):
         raise GradcheckError(
-            f"{whole}: got {type(got).__name__}, expected an array of shape {expected.shape}"
+            f"{whole}: expected an array of shape {expected.shape}, got {type(got).__name__}"
         )
     if got.shape != expected.shape:
-        raise GradcheckError(f"{whole}: got shape {got.shape}, expected {expected.shape}")
+        raise GradcheckError(f"{whole}: expected shape {expected.shape}, got {got.shape}")
     if dtype is not None and got.dtype != dtype:
-        raise GradcheckError(f"{whole}: got dtype {got.dtype}, expected {dtype}")
+        raise GradcheckError(f"{whole}: expected dtype {dtype}, got {got.dtype}")
     with np.errstate(invalid="ignore"):
         difference = np.abs(got - expected)
         wrong = ~(difference <= limit) | ~np.isfinite(got)
@@ -50,7 +50,7 @@ def compare(
 
 
 def finite(name: str, got: Any, like: Array) -> None:
-    """GradcheckError unless an array has the shape and dtype of another, and no NaN or infinity."""
+    """GradcheckError unless an array has the shape and dtype of another one, and no NaN or infinity."""
     compare(name, got, np.zeros_like(like), np.inf, dtype=like.dtype)
 
 
@@ -59,16 +59,18 @@ def same(name: str, first: Any, second: Any, nondet_tol: float) -> None:
     if first is None and second is None:
         return
     if first is None or second is None or first.shape != second.shape:
-        raise GradcheckError(f"{name}: nondeterministic, missing or of another shape when evaluated again")
+        raise GradcheckError(
+            f"{name}: nondeterministic, missing or of a different shape when evaluated again"
+        )
     with np.errstate(invalid="ignore"):
         difference = np.where(first == second, 0, np.abs(first - second))
-    both_nan = np.isnan(first) & np.isnan(second)  # equal; that it is wrong, others say
+    both_nan = np.isnan(first) & np.isnan(second)  # equal; reported elsewhere
     wrong = ~(difference <= nondet_tol) & ~both_nan
     if wrong.any():
         index = tuple(int(k) for k in np.argwhere(wrong)[0])
         raise GradcheckError(
             f"{name}{list(index)}: nondeterministic, {first[index]} and then {second[index]} from the same "
-            "inputs (the global random generators were set to one seed; draw from them, or fix your own)"
+            "inputs (the global random generators have the same seed; draw from them, or seed your own)"
         )
 
 
@@ -77,12 +79,12 @@ def unchanged(name: str, now: Array, before: Array) -> None:
     if now.tobytes() != before.tobytes():
         wrong = np.argwhere(~((now == before) | (np.isnan(now) & np.isnan(before))))
         index = [int(k) for k in wrong[0]] if len(wrong) else ""
-        raise GradcheckError(f"{name}{index}: modified by the function, which may only read its inputs")
+        raise GradcheckError(f"{name}{index}: modified by the function, which must not write to its inputs")
 
 
 @contextlib.contextmanager
 def fixed_random(seed: int) -> Iterator[None]:
-    """Set the global random generators, and put them back."""
+    """Seed the global random generators, and restore them afterwards."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     torch: Any = sys.modules.get("torch")
     cuda = torch is not None and torch.cuda.is_initialized()

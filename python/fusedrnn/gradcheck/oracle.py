@@ -1,4 +1,4 @@
-"""A recurrent layer of ours against the NumPy reference in long double."""
+"""Compare a recurrent layer of this library with the NumPy reference in long double."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ WIDE = np.dtype(np.longdouble)
 # one, upstream gradients on every step, H >= 7, T up to 256.
 FORWARD = {"float32": 2e-6, "float64": 1e-14}
 GRADIENT = {"float32": 5e-6, "float64": 2e-14}
-TIMES_NUMPY = 4  # and never more than this many times plain NumPy's error, for which at least ...
-FLOOR = 4  # ... this many machine epsilons count: what is below them is luck
+TIMES_NUMPY = 4  # and at most this many times plain NumPy's error, which counts as at least ...
+FLOOR = 4  # ... this many machine epsilons: smaller errors are chance
 
 
 def check_oracle(
@@ -36,7 +36,7 @@ def check_oracle(
     nondet_tol: float,
     seed: int,
 ) -> None:
-    """Compare a layer with the reference in long double; a failure is a ``GradcheckError``.
+    """Compare a layer with the reference in long double; a failure raises a ``GradcheckError``.
 
     The arguments are those of ``fusedrnn.gradcheck.gradcheck``.
     """
@@ -94,7 +94,7 @@ def check_oracle(
                     largest = float(np.abs(truth).max(initial=0))
                     if rtol is None:
                         numpys = float(np.abs(plain[k][name] - truth).max(initial=0))
-                        # where NumPy has lost half of all digits, its error excuses nothing any more
+                        # if NumPy has lost half of all digits, a larger error is not allowed
                         numpys = min(numpys, largest * float(np.finfo(layer.dtype).eps) ** 0.5)
                         limit = max(figures[layer.dtype.name] * largest, TIMES_NUMPY * numpys)
                     else:
@@ -110,7 +110,7 @@ def _drawn(
 ) -> tuple[Sequence[Array] | None, Regularization | None]:
     """What the layer draws: the masks of dropout between layers, and its regularization with the seed.
 
-    From a copy of the layer that runs on the reference.
+    They are taken from a copy of the layer that runs on the reference.
     """
     if not any((layer.dropout, layer.recurrent_dropout, layer.zoneout_h, layer.zoneout_c)):
         return None, None
@@ -130,13 +130,13 @@ def _drawn(
 
 
 def _on_host(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Lengths and resets in NumPy's arrays."""
+    """Lengths and resets as NumPy arrays."""
     return {name: None if a is None else cuda.as_numpy(a) for name, a in options.items()}
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a recurrent layer, in plain arrays."""
+    """One call of a recurrent layer, as NumPy arrays."""
 
     layer: Recurrent
     x: Array  # (B, I) or (T, B, I)
@@ -149,11 +149,11 @@ class _Call:
     def reference(
         self, upstream: Mapping[str, Array], dtype: np.dtype[Any]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """All outputs, and all gradients from the upstream ones of some of them, by NumPy in ``dtype``."""
+        """All outputs, and all gradients for upstream gradients of some outputs, by NumPy in ``dtype``."""
         layer, names = self.layer, self.layer.cell.states
         step, single = self.x.ndim == 2, len(layer.suffixes) == 1
 
-        def stacked(a: Array) -> Array:  # layers x directions in front, as multilayer has it
+        def stacked(a: Array) -> Array:  # layers x directions first, as in multilayer
             a = np.asarray(a).astype(dtype)
             return a[np.newaxis] if single else a
 

@@ -1,4 +1,4 @@
-"""What the suite found, as tables of text."""
+"""The results of the suite as tables of text."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from fusedrnn import backends as registry
 
-ORACLE = "oracle"  # in the column of the backends: the proof of what they are compared with
+ORACLE = "oracle"  # in the column of the backends: the check of the oracle itself
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell, backend, dtype and option; of each tensor the worst over the sizes."""
+    """One cell, backend, dtype and option; for each tensor the worst error over the sizes."""
 
     cell: str
     backend: str
@@ -23,7 +23,7 @@ class Row:
     errors: dict[str, float]  # largest difference from the oracle, relative to the tensor's largest entry
     numpy: dict[str, float]  # that of plain NumPy in the same dtype
     limits: dict[str, float]
-    passed: bool | None  # None: not run, and note says why
+    passed: bool | None  # None: not run; note has the reason
     seconds: float
     note: str = ""
 
@@ -32,7 +32,7 @@ COLUMNS = ("cell", "backend", "dtype", "option", "outputs", "NumPy", "gradients"
 
 
 def format_rows(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of text: of each row the worst output and the worst gradient, beside plain NumPy's."""
+    """Header and rows of text: the worst output and the worst gradient of each row, next to plain NumPy's."""
 
     def worst(figures: Mapping[str, float], gradient: bool) -> str:
         found = [v for name, v in figures.items() if name.startswith("d") == gradient]
@@ -56,8 +56,10 @@ def format_rows(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, .
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
-    """One row for each cell, backend and dtype: of each tensor the worst over the options; ``option`` says
-    how many of them have passed."""
+    """One row for each cell, backend and dtype, with the worst error of each tensor over the options.
+
+    ``option`` is the number of options that have passed.
+    """
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         found.setdefault((row.cell, row.backend, row.isa, row.dtype), []).append(row)
@@ -85,7 +87,7 @@ def _worst(rows: Sequence[Row]) -> Row:
 
 
 def format_notes(rows: Sequence[Row]) -> list[str]:
-    """What failed, and why something was not run: a line for each different reason."""
+    """What failed, and why something was not run: one line for each reason."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.passed is not True:
@@ -100,7 +102,7 @@ def format_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def format_tensors(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of text: of each cell, dtype and tensor the worst over all options, by backend.
+    """Header and rows of text: the worst error of each cell, dtype and tensor over all options, by backend.
 
     The second last column is plain NumPy's error in the same dtype, the last the limit.
     """
