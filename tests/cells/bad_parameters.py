@@ -179,7 +179,7 @@ def projected_state_as_another(p, x, h, c):
     return p.project(tanh(p.dense("a", x, h) + c)), h  # here
 
 
-@bad("gate b", "with a projection", "x and the state h alone")
+@bad("gate b", "with a projection", "only x and the state h")
 def operand_beside_a_projection(p, x, h, c):
     a = tanh(p.dense("a", x, h))
     c = tanh(p.dense("b", x, a * c))  # here
@@ -402,7 +402,7 @@ def behind_a_decorator(p, x):
     return tanh(p.dense("a", x))
 
 
-@bad("dt is not used", "a number for each row and step")
+@bad("dt is not used", "a row scalar")
 def unused_row_scalar(p, x, h, *, dt):
     return tanh(p.dense("a", x, h))
 

@@ -135,7 +135,7 @@ def rounded(p, x, h):
     return p.dense("a", x, h) + round(h)  # here
 
 
-@bad("whole number", "option of the cell", "default")
+@bad("an integer", "option of the cell", "default")
 def range_of_a_row_scalar(p, x, h, *, steps):
     for _ in range(steps):  # here
         h = tanh(p.dense("a", x, h))
@@ -199,7 +199,7 @@ def shape(p, x, h):
     return p.dense("a", x, h) / h.shape[1]  # here
 
 
-@bad("not called", "lstm.function(p, x, h)")
+@bad("cannot be called", "lstm.function(p, x, h)")
 def another_cell(p, x, h, c):
     return lstm(p, x, h, c)  # here
 
@@ -237,12 +237,12 @@ def function_of_numpy(p, x, h):
     return p.dense("a", x) + np.mean(h)  # here
 
 
-@bad("no array", "not with NumPy")
+@bad("not an array", "not with NumPy")
 def made_an_array(p, x, h):
     return p.dense("a", x) + np.asarray(h)  # here
 
 
-@bad("no array")
+@bad("not an array")
 def made_an_array_of_several(p, x, h):
     return p.dense("a", x) + np.array([h, h])  # here
 

@@ -106,8 +106,8 @@ def called_within_this_package():
     [
         (called, ["fusedrnn.layers.Recurrent(lstm, hidden_size)", "lstm.function(p, x, h)"]),
         (called_within_this_package, ["fusedrnn.layers.Recurrent(lstm, hidden_size)"]),
-        (unknown_option, ["lstm has no option peephole", "its options: layer_norm"]),
-        (option_that_is_a_list, ["can hash", "[1]"]),
+        (unknown_option, ["peephole: expected an option of lstm", "layer_norm"]),
+        (option_that_is_a_list, ["hashable", "[1]"]),
         (no_function, ["expected a function", "Cell"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -344,7 +344,7 @@ def test_bench_shows_the_loops_of_a_cell(own, capsys):
     [
         ("info own_cells.py", "expected a cell as FILE.py:NAME, such as cells.py:mgu, got 'own_cells.py'"),
         ("info nowhere.py:mgu", "nowhere.py: no such file"),
-        ("info nowhere:mgu", "there is no module nowhere; a file is written with .py"),
+        ("info nowhere:mgu", "there is no module nowhere; write a file with .py"),
         (
             "info own_cells.py:mgu",
             "own_cells.py has no mgu; its cells: simple, twice, asks, misspelt, small",

@@ -294,6 +294,6 @@ def test_names_of_parameters_are_taken():
 
     for wrong, name in ((taken, "u"), (state, "state0")):
         with pytest.raises(
-            CellError, match=f"expected another name than {name} for a number of each row and"
+            CellError, match=f"expected another name than {name} for a row scalar"
         ):
             wrong.trace  # noqa: B018

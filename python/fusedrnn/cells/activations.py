@@ -1,8 +1,7 @@
 """The operations of cells in NumPy: plain functions on scalars and arrays of every dtype.
 
-Real and complex alike, so that a derivative can be taken by a complex step; NaN goes through, nothing
-overflows.
-The only constants are of float32, the narrowest dtype, so that no result is wider than its argument.
+They take real and complex values, for complex-step derivatives. A NaN is propagated, and nothing overflows.
+The only constants are float32, the narrowest dtype, so that no result is wider than its argument.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def tanh(x: Any) -> Any:
 
 
 def sigmoid(x: Any) -> Any:
-    """1 / (1 + exp(-x)), with exp of -x or x, whichever cannot overflow."""
+    """1 / (1 + exp(-x)), with exp of -x or x, the one that cannot overflow."""
     negative = x.real < ZERO
     e = np.exp(np.where(negative, x, -x))
     return np.where(negative, e, ONE) / (ONE + e)
@@ -34,23 +33,23 @@ def relu(x: Any) -> Any:
 
 
 def softplus(x: Any) -> Any:
-    """log(1 + exp(x)), with exp of -x or x, whichever cannot overflow."""
+    """log(1 + exp(x)), with exp of -x or x, the one that cannot overflow."""
     positive = x.real > ZERO
     return np.where(positive, x, ZERO) + np.log1p(np.exp(np.where(positive, -x, x)))
 
 
 def absolute(x: Any) -> Any:
-    """x or -x, whichever has no negative real part."""
+    """x or -x, the one without a negative real part."""
     return np.where(x.real > ZERO, x, ZERO - x)
 
 
 def maximum(a: Any, b: Any) -> Any:
-    """The one with the larger real part, a of equal ones; NaN where one is."""
+    """The one with the larger real part, a if they are equal; NaN if either is NaN."""
     return np.where((a.real >= b.real) | np.isnan(a), a, b)
 
 
 def minimum(a: Any, b: Any) -> Any:
-    """The one with the smaller real part, a of equal ones; NaN where one is."""
+    """The one with the smaller real part, a if they are equal; NaN if either is NaN."""
     return np.where((a.real <= b.real) | np.isnan(a), a, b)
 
 

@@ -1,7 +1,7 @@
 """The built-in cells.
 
-Their weights have the names, the order and the layout of PyTorch's. What is derived from each function,
-forward and backward, ``print(lstm)`` shows; docs/bptt.md has it beside the derivation by hand.
+Their weights have the names, the order and the layout of PyTorch's. ``print(lstm)`` shows forward and
+backward as derived from the function; docs/bptt.md has them next to a derivation by hand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rnn(p: Any, x: Any, h: Any, *, relu: bool = False, layer_norm: bool = False)
 def lstm(p: Any, x: Any, h: Any, c: Any, *, layer_norm: bool = False, project: bool = False) -> Any:
     """Hochreiter and Schmidhuber 1997, forget gate by Gers et al. 2000; layout as in ``torch.nn.LSTM``.
 
-    The projection is that of Sak et al. 2014, without which h has as many units as c.
+    The projection is that of Sak et al. 2014; without it h has as many units as c.
     """
     i, f, g, o = p.dense("i f g o", x, h, layer_norm=layer_norm)
     c = sigmoid(f) * c + sigmoid(i) * tanh(g)
@@ -47,7 +47,7 @@ def gru(p: Any, x: Any, h: Any, *, reset_after: bool = True, layer_norm: bool = 
     return n + z * (h - n)
 
 
-# Those that csrc has loops for, by their names in csrc/cells/cells.def.
+# The cells with loops in csrc, by their names in csrc/cells/cells.def.
 COMPILED = {
     "rnn_tanh": rnn,
     "rnn_relu": rnn.with_options(relu=True),

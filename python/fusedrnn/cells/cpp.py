@@ -1,6 +1,6 @@
-"""The built-in cells in C++, for csrc/cells/derived.h: what the loops over steps need of each.
+"""The built-in cells in C++, for csrc/cells/derived.h: what the loops over steps need of each cell.
 
-A cell is what csrc/cells/cell.h says, and functions of vectors of units.
+A cell has the constants that csrc/cells/cell.h describes, and functions of vectors of units.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def header() -> str:
 
 
 def _struct(name: str, cell: Cell) -> str:
-    """A cell; one that projects is that without a projection and more."""
+    """A cell. A cell with a projection is derived from the cell without it."""
     parts, base = body(Kernel(cell)), ""
     if cell.projects:
         plain = cell.with_options(project=False)
@@ -82,7 +82,7 @@ def _type(name: str) -> str:
 
 
 def body(kernel: Kernel) -> list[str]:
-    """A cell between the braces of its struct: what it consists of, function by function."""
+    """The members of a cell's struct: constants, then functions."""
     read = {name: kernel.reads(n) for n, name in [*kernel.before.items(), *kernel.after.items()]}
     flags = {
         "has_c": "c" in read,
@@ -112,7 +112,7 @@ def body(kernel: Kernel) -> list[str]:
 
 
 def function(kernel: Kernel, f: Function) -> list[str]:
-    """One function. The output with the name "" is what it returns."""
+    """One function. The output with the name "" is its return value."""
     names, statements = dict(f.known), list[str]()
     for n, op, args in lower(f.outputs.values(), f.known, kernel.cell.fused):
         if op == "constant":
@@ -137,7 +137,7 @@ def function(kernel: Kernel, f: Function) -> list[str]:
 
 
 def braces(part: Part) -> str:
-    """A Part: the first accumulator, how many, and of each the gate."""
+    """A Part: the first accumulator, their number, and the gate of each."""
     return f"{{{part.first}, {len(part.blocks)}, {{{', '.join(map(str, part.blocks))}}}}}"
 
 
@@ -147,7 +147,7 @@ def equal(values: Mapping[str, object]) -> str:
 
 
 def declaration(signature: str, statements: Sequence[str]) -> list[str]:
-    """The beginning of a function, in lines of at most 120 columns; what it does not use has no name."""
+    """The beginning of a function, in lines of at most 120 columns; unused arguments have no name."""
     used = set(re.findall(r"\w+", " ".join(statements)))
     begin, _, arguments = signature.rstrip(")").partition("(")
     kept = [a if a.split()[-1] in used else a.rpartition(" ")[0] or a for a in arguments.split(", ")]

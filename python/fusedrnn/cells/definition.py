@@ -1,4 +1,4 @@
-"""A cell: a Python function of a few lines, and everything that is derived from it."""
+"""A cell: a short Python function, and everything that is derived from it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OF_PRODUCTS = (*PLAIN, "weight_hr")  # and of a projection
 
 
 class Cell:
-    """A cell as one function defines it, with its options; made by ``cell``.
+    """A cell, defined by a function, with its options. It is made by ``cell``.
 
-    Two are equal if function and options are. Nothing is derived before it is asked for.
+    Two cells are equal if their functions and options are. Everything is derived when it is first used.
 
     Attributes:
         name: The name of the function.
-        function: The function that ``cell`` was given.
+        function: The function that was passed to ``cell``.
         options: The values of the options, by name.
     """
 
@@ -46,14 +46,14 @@ class Cell:
         for name in options or {}:
             if name not in known:
                 expected = ", ".join(known) or "none"
-                refuse(f"{self.name} has no option {name}; its options: {expected}")
+                refuse(f"{name}: expected an option of {self.name}: {expected}")
         self.options = known | dict(options or {})
         chosen = tuple(self.options.items())
         _check_options(self.name, self.options)
         self._key = function, chosen, repr(chosen)
 
     def with_options(self, **options: Any) -> Cell:
-        """This cell with other values of some options.
+        """The cell with other values of some options.
 
         Args:
             options: values by name. The options are the function's keyword arguments with a default.
@@ -67,9 +67,9 @@ class Cell:
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         refuse(
-            "a cell is not called: for a layer of it write "
-            f"fusedrnn.layers.Recurrent({self.name}, hidden_size), in another cell "
-            f"{self.name}.function(p, x, h) for its values"
+            "a cell cannot be called; write fusedrnn.layers.Recurrent("
+            f"{self.name}, hidden_size) for a layer, or {self.name}.function(p, x, h) for its values "
+            "in another cell"
         )
 
     def __eq__(self, other: object) -> bool:
@@ -105,24 +105,26 @@ class Cell:
 
     @cached_property
     def blocks(self) -> dict[str, int]:
-        """The number of blocks of H rows (P rows for weight_hr) of each parameter, by its name. Weights and
-        biases come first, then weight_hr, then all others."""
+        """The number of blocks of H rows (P rows for weight_hr) of each parameter, by its name.
+
+        Weights and biases come first, then weight_hr, then all others.
+        """
         found = {name: len(owners) for name, owners in self.trace.blocks.items()}
         return {name: found[name] for name in OF_PRODUCTS if name in found} | found
 
     @cached_property
     def vectors(self) -> tuple[str, ...]:
-        """The names of the parameters that belong to no product. Each has one axis."""
+        """The names of the parameters that do not belong to a product. Each has one axis."""
         return tuple(name for name in self.blocks if name not in OF_PRODUCTS)
 
     @cached_property
     def scalars(self) -> tuple[str, ...]:
-        """The names of the numbers that each row has at each step, such as ``dt``."""
+        """The names of the row scalars, such as ``dt``."""
         return tuple(self.trace.scalars)
 
     @property
     def is_builtin(self) -> bool:
-        """Whether it comes with the package, whatever its options are."""
+        """Whether the cell is part of this package, with any options."""
         return self.__module__ == "fusedrnn.cells.builtin"
 
     @property
@@ -153,8 +155,10 @@ class Cell:
 
     @property
     def two_biases(self) -> bool:
-        """Whether bias_hh is of use beside bias_ih. It is where a product with a state is not just added to
-        one with x."""
+        """Whether the cell needs bias_hh in addition to bias_ih.
+
+        It does if a product with a state is not simply added to a product with x.
+        """
         return self.trace.separate
 
     @cached_property
@@ -169,7 +173,7 @@ class Cell:
 
     @cached_property
     def forward_nodes(self) -> list[Node]:
-        """The values of a step, each after those that it is computed from."""
+        """The values of a step, each after the values that it is computed from."""
         return reach(self.trace.after.values())
 
     @cached_property
@@ -180,16 +184,16 @@ class Cell:
 
     @cached_property
     def fused(self) -> dict[Node, Node]:
-        """Of each sum that is computed with a product as one FMA, the product."""
+        """For each sum that is computed with a product as one FMA, the product."""
         forward, backward = self.forward_nodes, self.backward_nodes
-        # What needs no product of a matrix is made beside what does: in the first round.
+        # What needs no product of a matrix is computed in the first round too.
         first = {n: max(r, 1) for n, r in rounds(forward).items()}
         found = fusion.fusions(forward, self.trace.after.values(), first)
         return found | fusion.fusions(backward, self.gradient.outputs, rounds(backward, known=forward))
 
     @cached_property
     def saved(self) -> list[Node]:
-        """The values that forward saves for backward, beside the states."""
+        """The values that forward saves for backward, besides the states."""
         return saved.choose(self.trace, self.gradient, set(self.fused.values()))
 
     @cached_property
@@ -234,9 +238,9 @@ def cell(function: Callable[..., Any] | None = None) -> Cell | Callable[[Callabl
             return sigmoid(o) * tanh(c), c
 
     The function returns the new states in the order of its arguments; the first is the output. It is run
-    once, on symbols. A state may have a default, the number it starts from (else 0). Keyword-only arguments
-    with a default are options; those without one are numbers of each row and step, such as the time since
-    the step before.
+    once, on symbols. A state may have a default, which is its initial value (else 0). Keyword-only arguments
+    with a default are options. Those without a default are row scalars, one number for each row and step,
+    such as the time since the previous step.
     """
     if function is None:  # @cell()
         return cell
@@ -247,7 +251,7 @@ def cell(function: Callable[..., Any] | None = None) -> Cell | Callable[[Callabl
 
 @functools.cache
 def variant(function: Callable[..., Any], options: tuple[tuple[str, Any], ...], said: str) -> Cell:
-    """The cell with these options, derived once. Their text ``said`` tells 1 from True and 0.0 from -0.0."""
+    """The cell with these options, cached. Their text ``said`` distinguishes 1 from True, 0.0 from -0.0."""
     return Cell(function, dict(options))
 
 
@@ -255,15 +259,15 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
     try:
         hash(tuple(options.values()))
     except TypeError:
-        refuse(f"{name}: expected options that Python can hash, such as numbers, got {dict(options)}")
+        refuse(f"{name}: expected hashable options, such as numbers, got {dict(options)}")
 
 
 def _named(module: str, name: str, options: dict[str, Any], digest: str) -> Cell:
-    """A cell that was pickled, by where it is found."""
+    """Find a cell that was pickled, by its module and name."""
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
     chosen: Cell = found.with_options(**options)
     if chosen.digest != digest:
-        raise pickle.UnpicklingError(f"{module}.{name} computes something else than it did")
+        raise pickle.UnpicklingError(f"{module}.{name} does not compute the same as before")
     return chosen

@@ -1,6 +1,6 @@
-"""One step of a cell, one operation after the other: forward in arrays of any library, both ways in NumPy.
+"""One step of a cell, operation by operation: forward on arrays of any library, and backward in NumPy.
 
-NumPy's arrays are of any dtype, complex ones too, so that a derivative can be taken by a complex step.
+NumPy arrays may have any dtype, also a complex one, for complex-step derivatives.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from fusedrnn.cells.graph import Node, number
 from fusedrnn.cells.trace import Norm, side
 
 Array = npt.NDArray[Any]
-GIVEN = {"input", "state", "scalar", "upstream"}  # operations that compute nothing
+GIVEN = {"input", "state", "scalar", "upstream"}  # operations without a computation
 
 
 class Normed(NamedTuple):
-    """Normalised values and what they were multiplied with."""
+    """Normalised values and their factor."""
 
     x: list[Array]  # each (B, H)
     inverse: Array  # (B, 1), 1 / sqrt(variance or mean square + eps)
 
 
 def normalise(norm: Norm, values: Sequence[Array]) -> Normed:
-    """The values of a row, over all units of all of them together."""
+    """Normalise the values of each row, over all units of all of them together."""
     v = np.concatenate(values, axis=-1)
     if norm.kind == "layer":
         v = v - v.mean(axis=-1, keepdims=True)
@@ -37,9 +37,9 @@ def normalise(norm: Norm, values: Sequence[Array]) -> Normed:
 
 
 def normalise_gradient(norm: Norm, normed: Normed, gradients: Sequence[Array]) -> list[Array]:
-    """Of the values from that of the normalised ones.
+    """The gradients of the values from those of the normalised ones.
 
-    It is less its mean, and less its part along x, which the variance keeps fixed.
+    The mean is subtracted, and so is the part in the direction of x, which the variance cancels.
     """
     x, dx = np.concatenate(normed.x, axis=-1), np.concatenate(gradients, axis=-1)
     d = dx - dx.mean(axis=-1, keepdims=True) if norm.kind == "layer" else dx
@@ -48,15 +48,16 @@ def normalise_gradient(norm: Norm, normed: Normed, gradients: Sequence[Array]) -
 
 
 class Step:
-    """The values of one step, in arrays of any library.
+    """The values of one step, as arrays of any library.
 
     Args:
         cell: what is computed.
         weights: by name, each with blocks of H rows; a bias may be None or missing.
-        x: (B, I), the step's input.
-        before: the states before the step, each (B, H); of a cell that projects, the first one (B, P).
-        scalars: numbers of each row, by name, each (B, 1).
-        dropout: (B, H), what recurrent dropout multiplies each operand of a product with but x; or None.
+        x: (B, I), the input of the step.
+        before: the states before the step, each (B, H); with a projection, the first one (B, P).
+        scalars: row scalars, by name, each (B, 1).
+        dropout: (B, H), the mask of recurrent dropout, by which each operand of a product except x is
+            multiplied; or None.
     """
 
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = OPERATIONS
@@ -128,30 +129,30 @@ class Step:
         return value @ self.weights["weight_hr"].T
 
     def normalise(self, norm: Norm, values: list[Any]) -> Any:
-        """The normalised values, by their number."""
+        """The normalised values, by index."""
         raise NotImplementedError
 
     def operand(self, n: Node) -> Any:
-        """What a product multiplies: x, or a value as recurrent dropout leaves it."""
+        """The operand of a product: x, or a value after recurrent dropout."""
         if n.op == "input":
             return self.x
         return self.dropped(self.values[n])
 
     def dropped(self, value: Any) -> Any:
-        """An operand, or its gradient, as recurrent dropout leaves it."""
+        """An operand, or its gradient, after recurrent dropout."""
         return value if self.dropout is None else value * self.dropout[:, : value.shape[1]]
 
     def block(self, parameter: str, number: int, of: Mapping[str, Any] | None = None) -> Any:
-        """A block of H rows of a parameter, or of its gradient; None of one that is not there."""
+        """A block of H rows of a parameter, or of its gradient; None if the parameter is missing."""
         values, H = (self.weights if of is None else of).get(parameter), self.shape[1]
         return None if values is None else values[number * H : (number + 1) * H]
 
 
 class Evaluation(Step):
-    """The values of one step in NumPy, and of its gradient."""
+    """The values of one step and of its gradient, in NumPy."""
 
     def backward(self, upstream: Sequence[Array]) -> tuple[Array, ...]:
-        """The gradients of the states before from those of the new states; the others wait in ``values``."""
+        """The gradients of the states before from those of the new states; others are kept in ``values``."""
         gradient = self.cell.gradient
         self.values |= dict(zip(gradient.upstream.values(), upstream, strict=True))
         self.compute(self.cell.backward_nodes)
@@ -167,11 +168,11 @@ class Evaluation(Step):
         return np.broadcast_to(self.values[n], self.shape)
 
     def zeros(self, n: Node) -> Array:
-        """Of an operand's shape."""
+        """Zeros of the shape of an operand."""
         return np.zeros(self.values[n].shape if n.op == "state" else self.shape, self.x.dtype)
 
     def add_weight_gradients(self, dweights: Mapping[str, Array]) -> None:
-        """Add the gradients of this step to those of the weights that are there, by name."""
+        """Add the gradients of this step to ``dweights``, by name."""
         for which, weight, bias, operand, d in self.products():
             if (dweight := self.block(f"weight_{which}", weight, dweights)) is not None:
                 dweight += d.T @ self.operand(operand)
@@ -194,13 +195,13 @@ class Evaluation(Step):
         return total
 
     def scalar_gradient(self, name: str) -> Array:
-        """The gradient of a number of each row (B,): the sum over its units."""
+        """The gradient of a row scalar (B,): the sum over the units."""
         d = self.cell.gradient.scalars.get(name)
         found: Array = np.zeros(self.shape[0], self.x.dtype) if d is None else self.of(d).sum(axis=1)
         return found
 
     def products(self) -> Iterator[tuple[str, int, int | None, Node, Array]]:
-        """Of each product with each operand: "ih" or "hh", blocks of weight and bias, operand, gradient."""
+        """For each product with each operand: "ih" or "hh", blocks of weight and bias, operand, gradient."""
         for n, d in self.cell.gradient.dense.items():
             biases = n.attribute.biases or [None] * len(n.args)
             for operand, weight, bias in zip(n.args, n.attribute.weights, biases, strict=True):
@@ -221,11 +222,11 @@ class Evaluation(Step):
         return super().value(n)
 
     def constant(self, value: float) -> Array:
-        """A number in the dtype at hand."""
+        """A number in the dtype of x."""
         return np.asarray(value, self.x.real.dtype)
 
     def normalise(self, norm: Norm, values: list[Array]) -> Normed:
-        """The normalised values, and what backward needs beside them."""
+        """The normalised values, and what else backward needs."""
         return normalise(norm, values)
 
     def transposed(self, operand: Node, products: Sequence[Node]) -> Array:

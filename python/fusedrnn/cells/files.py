@@ -1,4 +1,4 @@
-"""A cell by the name of its file: ``FILE.py:NAME``, or of its module: ``package.module:NAME``."""
+"""Load a cell by its file, ``FILE.py:NAME``, or its module, ``package.module:NAME``."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fusedrnn.cells.symbols import CellError, kind, line_of
 
 
 def load(text: str) -> Cell:
-    """The cell of this name, with its options' defaults; what it computes has been found.
+    """The cell of this name, with the defaults of its options; its function has been run.
 
-    A file becomes a module under its name without ``.py``, so that the cell can be pickled, unless another
-    module has that name.
+    A file becomes a module with the name of the file without ``.py``, so that the cell can be pickled, unless
+    another module has that name.
 
     Raises:
-        CellError: The file fails, or what it defines is no cell; the message names the user's line.
-        OSError: There is no such file.
-        ValueError: There is no such name in it, or ``text`` has another form.
+        CellError: The file raises an error, or the name is not a cell; the message names the user's line.
+        OSError: The file does not exist.
+        ValueError: The name does not exist in it, or ``text`` has another form.
     """
     place, _, name = text.rpartition(":")
     if not place or not name.isidentifier():
@@ -42,14 +42,14 @@ def load(text: str) -> Cell:
 
 
 def _of_name(name: str) -> ModuleType:
-    """Import a module, which may lie in the current folder."""
+    """Import a module, which may be in the current folder."""
     with _first_on_the_path(Path.cwd()):
         try:
             spec = importlib.util.find_spec(name)
         except ModuleNotFoundError:
             spec = None
         if spec is None:
-            raise ValueError(f"there is no module {name}; a file is written with .py, as in cells.py:mgu")
+            raise ValueError(f"there is no module {name}; write a file with .py, as in cells.py:mgu")
         with _naming_the_line(Path(spec.origin or name)):
             return importlib.import_module(name)
 
@@ -83,7 +83,7 @@ def _first_on_the_path(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _naming_the_line(path: Path) -> Iterator[None]:
-    """Errors of any kind, and an exit, name the last line of this file that they went through."""
+    """Let errors of any kind, and an exit, name the last line of this file in their traceback."""
     try:
         yield
     except CellError:

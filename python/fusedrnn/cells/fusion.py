@@ -1,8 +1,9 @@
-"""Products and sums as one fused multiply-add (FMA), which rounds once: decided here, alike for every target.
+"""Products and sums as one fused multiply-add (FMA), which rounds once. All targets use the same ones.
 
-A product that is used once, by a sum or as what a difference takes away, is fused with it; of two, the first.
-Both must be made in the same round. For forward this is decided on the line from the states before to the
-states after, whatever is saved, so that inference, recompute and zoneout compute the same bits.
+A product that is used once, in a sum or as the second operand of a difference, is fused with it; of two
+products, the first. Both must be computed in the same round. In forward this depends only on the operations
+from the states before to the states after and not on what is saved, so that inference, recompute and zoneout
+compute the same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fusedrnn.cells.graph import Node
 
 
 class Operation(NamedTuple):
-    """A node as it is computed; ``fma(a, b, c)`` is a * b + c, ``fnma(a, b, c)`` is c - a * b."""
+    """How a node is computed; ``fma(a, b, c)`` is a * b + c, ``fnma(a, b, c)`` is c - a * b."""
 
     node: Node
     op: str
@@ -23,7 +24,7 @@ class Operation(NamedTuple):
 
 
 def fusions(nodes: Iterable[Node], outputs: Iterable[Node], rounds: Mapping[Node, int]) -> dict[Node, Node]:
-    """Of each sum that a product is fused with, the product."""
+    """For each sum that is fused with a product, the product."""
     nodes = list(nodes)
     uses = Counter(a for n in nodes for a in n.args)
     uses.update(outputs)
@@ -38,7 +39,7 @@ def fusions(nodes: Iterable[Node], outputs: Iterable[Node], rounds: Mapping[Node
 
 
 def lower(outputs: Iterable[Node], known: Iterable[Node], fused: Mapping[Node, Node]) -> list[Operation]:
-    """The operations that compute the outputs from what is known, in the order in which the cell has them."""
+    """The operations that compute the outputs from what is known, in the order of the cell."""
     found: dict[Node, Operation] = {}
     done, left = set(known), list(outputs)
     while left:

@@ -1,8 +1,8 @@
 """The gradient of one step, as more operations of the same graph: reverse mode.
 
 The gradient of a value is the sum of what each of its uses contributes: an upstream gradient times the
-derivative of that use. Contributions that share a gradient are factored, ``d*a + d*b`` as ``d*(a + b)``: so
-one writes it by hand, with one rounding less.
+derivative of that use. Contributions that share a gradient are factored, ``d*a + d*b`` as ``d*(a + b)``, as
+one does by hand. This rounds once less.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fusedrnn.cells.trace import Trace
 
 
 class Term(NamedTuple):
-    """A contribution. Signs are kept apart, so that no operation negates a gradient on the way."""
+    """A contribution. Its sign is stored separately, so that no operation negates a gradient."""
 
     sign: int
     node: Node
@@ -25,18 +25,18 @@ class Term(NamedTuple):
 
 @dataclass
 class Gradient:
-    """The gradient of one step: what comes in, and what each thing that a step reads receives."""
+    """The gradient of one step: upstream gradients, and the gradients of everything that a step reads."""
 
     upstream: dict[str, Node] = field(default_factory=dict)  # of each new state
     dense: dict[Node, Node] = field(default_factory=dict)  # of each product
-    direct: dict[str, Node] = field(default_factory=dict)  # of each state, what does not go through a product
-    chain: dict[str, Node] = field(default_factory=dict)  # of each state, what goes through products
+    direct: dict[str, Node] = field(default_factory=dict)  # of each state, the part not through a product
+    chain: dict[str, Node] = field(default_factory=dict)  # of each state, the part through products
     vectors: dict[Node, Node] = field(default_factory=dict)  # to be summed over rows and steps
     scalars: dict[str, Node] = field(default_factory=dict)  # to be summed over units
 
     @property
     def outputs(self) -> list[Node]:
-        """All that backward computes, in the order in which it is listed."""
+        """All results of backward, in the order of the fields."""
         groups = (self.dense, self.direct, self.chain, self.vectors, self.scalars)
         return [node for group in groups for node in group.values()]
 
@@ -51,7 +51,7 @@ def derive(t: Trace) -> Gradient:
     for name, node in t.after.items():
         found.upstream[name] = g.node("upstream", attribute=name, shape=UNIT)
         terms[node].append(Term(1, found.upstream[name]))
-    users: dict[Node, list[Node]] = {}  # of each operand its products
+    users: dict[Node, list[Node]] = {}  # the products of each operand
     for n in forward:
         for operand in n.args if n.op == "dense" else ():
             users.setdefault(operand, []).append(n)
@@ -64,7 +64,7 @@ def derive(t: Trace) -> Gradient:
                 found.chain[n.attribute] = back
             else:
                 terms[n].append(Term(1, back))
-        if n.op == "project":  # only a new state: its gradient is what comes in
+        if n.op == "project":  # only a new state: its gradient is the upstream one
             (value,), (term,) = n.args, terms[n]
             terms[value].append(Term(1, g.node("project_transposed", term.node, shape=UNIT)))
             continue
@@ -74,7 +74,7 @@ def derive(t: Trace) -> Gradient:
             for k, a in enumerate(n.args):
                 terms[a].append(Term(1, g.node("item", back, attribute=k, shape=UNIT)))
             continue
-        if not terms[n]:  # of a condition, or a state that is only the operand of a product
+        if not terms[n]:  # a condition, or a state that is only the operand of a product
             if n.op == "dense":
                 found.dense[n] = g.constant(0)
             continue
@@ -98,8 +98,10 @@ def derive(t: Trace) -> Gradient:
 
 
 def multiples(d: Node) -> dict[Node, Node | None]:
-    """Every gradient that a gradient is a multiple of, longest first, each with the factor that makes it the
-    one before."""
+    """Every gradient that a gradient is a multiple of, longest first.
+
+    Each has the factor by which it is multiplied to give the one before it.
+    """
     found: dict[Node, Node | None] = {d: None}
     while d.op == "mul":
         a, b = d.args
@@ -149,7 +151,7 @@ def _where(g: Graph, condition: Node, a: Node, b: Node) -> Node:
 
 
 def _one_of_two(g: Graph, a: Node, b: Node, second: Node, d: Node) -> list[tuple[Node, Term]]:
-    """All of d to b where ``second`` holds, else to a."""
+    """The gradient d goes to b where ``second`` holds, else to a."""
     zero = g.constant(0)
     return [(a, Term(1, _where(g, second, zero, d))), (b, Term(1, _where(g, second, d, zero)))]
 
@@ -177,11 +179,11 @@ def _divide(g: Graph, n: Node, d: Node) -> list[tuple[Node, Term]]:
 
 
 def _derivative(of: Callable[[Graph, Node], Node]) -> Rule:
-    """Of a function of one argument, from its derivative as an expression."""
+    """The rule for a function of one argument, from its derivative as an expression."""
     return lambda g, n, d: [(n.args[0], Term(1, g.mul(d, of(g, n))))]
 
 
-# What the gradient d of an operation n gives to each of its arguments.
+# The gradients of the arguments of an operation n with the gradient d.
 RULES: dict[str, Rule] = {
     "add": lambda g, n, d: [(n.args[0], Term(1, d)), (n.args[1], Term(1, d))],
     "sub": lambda g, n, d: [(n.args[0], Term(1, d)), (n.args[1], Term(-1, d))],

@@ -1,6 +1,7 @@
-"""One step of a cell as a graph of operations, each made once.
+"""One step of a cell as a graph of operations, without duplicates.
 
-Standard library only, as all of what is derived from a cell: the build runs it to write the C++ cells.
+It uses the standard library only, like all modules that derive something from a cell: the build runs them to
+write the C++ cells.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-# How many numbers a value is: one, one for each row (B, 1), one for each unit (H,), or one for each row and
-# unit (B, H). A norm gives several values at once, a tuple; a projection P for each row (B, P).
+# The shape of a value: one number, one for each row (B, 1), one for each unit (H,), or one for each row and
+# unit (B, H). A norm returns several values, a tuple; a projection P numbers for each row (B, P).
 CONSTANT, ROW, VECTOR, UNIT, TUPLE, PROJECTED = "constant", "row", "vector", "unit", "tuple", "projected"
 
 COMMUTATIVE = {"add", "mul"}  # the order of their arguments does not change the result
@@ -21,7 +22,7 @@ COMMUTATIVE = {"add", "mul"}  # the order of their arguments does not change the
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Node:
-    """One operation: its name, its arguments, and what else it needs to know (``attribute``)."""
+    """One operation: its name, its arguments, and other settings (``attribute``)."""
 
     id: int
     op: str
@@ -37,8 +38,8 @@ class Node:
 class Graph:
     """Makes nodes. The same operation of the same arguments is the same node.
 
-    A node's id is larger than those of its arguments. Nothing is simplified but ``x * 1``, ``-(-x)`` and
-    exact arithmetic of constants: these alone never change a bit, of NaN and -0 neither, in any dtype.
+    A node's id is larger than those of its arguments. Only ``x * 1``, ``-(-x)`` and exact arithmetic of
+    constants are simplified: these never change a bit, not even of NaN and -0, in any dtype.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class Graph:
         return self._made[key]
 
     def constant(self, value: float) -> Node:
-        """A finite number. The sign of a zero counts."""
+        """A finite number. 0.0 and -0.0 are different."""
         value = float(value)
         if not math.isfinite(value):
             raise ValueError(f"expected a finite number, got {value}")
@@ -107,7 +108,7 @@ def number(node: Node) -> float:
 
 
 def reach(outputs: Iterable[Node]) -> list[Node]:
-    """The nodes that the outputs are computed from, themselves included, each after its arguments."""
+    """The outputs and the nodes that they are computed from, each after its arguments."""
     found: dict[int, Node] = {}
     left = list(outputs)
     while left:

@@ -1,7 +1,7 @@
-"""How the kernels of a built-in cell lay out what they keep, and the functions of units that they call.
+"""The memory layout of the kernels of a built-in cell, and the functions of units that they call.
 
-Each product is an accumulator. What the input multiplies, what the state before multiplies, and what waits
-for another product lies side by side each, so that each is one product of matrices.
+Each product is an accumulator. Those with the input are adjacent, and so are those with the state before and
+those that wait for another product, so that each group is one product of matrices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fusedrnn.cells.rounds import rounds
 
 
 class Part(NamedTuple):
-    """Accumulators side by side that one operand feeds, and of each the block of rows of the weights."""
+    """Adjacent accumulators with the same operand, and for each its block of rows of the weights."""
 
     first: int
     blocks: list[int]
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
 @dataclass
 class Function:
-    """Some values of a unit, computed from others. Both go by the names that the kernels have for them."""
+    """Some values of a unit, computed from others. Both have the names that the kernels use."""
 
     name: str
     known: dict[Node, str]
@@ -33,13 +33,14 @@ class Function:
 
 
 class Kernel:
-    """A cell with the states h, or h and c, of one product for each gate and operand.
+    """A cell with the states h, or h and c, and one product for each gate and operand.
 
-    Of a cell that projects, h is what is projected and dh its gradient; the loops project.
+    With a projection, h is the value before it and dh its gradient; the loops compute the projection.
 
-    The names of values: ``h_prev c_prev`` the states before, ``h c`` after, ``dh dc`` their gradients,
-    ``a[k]`` the accumulators, ``saved[k]``, ``da[k]``, ``direct`` the gradient of h_prev beside products,
-    ``dc_prev``; with layer norm ``p[k]`` what an accumulator becomes by norm, gain and bias, and ``dp[k]``.
+    The names of values: ``h_prev c_prev`` are the states before, ``h c`` after, ``dh dc`` their gradients,
+    ``a[k]`` the accumulators, ``saved[k]``, ``da[k]``, ``direct`` the gradient of h_prev that does not go
+    through products, ``dc_prev``; with layer norm ``p[k]`` is an accumulator after norm, gain and bias, and
+    ``dp[k]`` its gradient.
     """
 
     def __init__(self, cell: Cell) -> None:
@@ -50,7 +51,7 @@ class Kernel:
         self.before = dict(zip(t.states.values(), ("h_prev", "c_prev"), strict=False))
         self.after = dict(zip(t.after.values(), ("h", "c"), strict=False))
         self.upstream = dict(zip(gradient.upstream.values(), ("dh", "dc"), strict=False))
-        self.new = dict(self.after)  # what forward makes; backward is given ``after``
+        self.new = dict(self.after)  # what forward computes; backward gets ``after``
         if cell.projects:
             h = next(iter(self.after))
             back = next(n for n in backward if n.op == "project_transposed")
@@ -60,7 +61,7 @@ class Kernel:
         direct = zip(("direct", "dc_prev"), map(gradient.direct.get, t.states), strict=False)
         self.direct = {name: n for name, n in direct if n is not None}
         dense = [n for n in forward if n.op == "dense"]
-        # Those of x alone, those of both, those of a state alone.
+        # Those of only x, those of both, those of only a state.
         self.products = sorted(dense, key=lambda n: (n.args[0].op != "input") + (n.args[-1].op != "input"))
         self.second = [n for n in self.products if self.rounds[n] == 2]
         self.normed = [n for n in self.products if not n.attribute.biases]
@@ -77,7 +78,7 @@ class Kernel:
         )
 
     def reads(self, node: Node) -> bool:
-        """Whether a function computes something from this value as it is."""
+        """Whether a function uses this value directly."""
         return any(
             node in operation.args or (node in f.known and node in f.outputs.values())
             for f in self.functions
@@ -85,13 +86,13 @@ class Kernel:
         )
 
     def norms(self) -> list[int]:
-        """Of each accumulator the number of the norm that it belongs to."""
+        """For each accumulator the index of its norm."""
         all_norms = [n for n in self.cell.forward_nodes if n.op == "normalise"]
         found = [next(m for m in all_norms if n in m.args) for n in self.products]
         return [list(dict.fromkeys(found)).index(m) for m in found]
 
     def _plain(self) -> list[Function]:
-        """One round. ``new_c`` and ``new_h``: c, and what is projected, again from what forward saved."""
+        """One round. ``new_c`` and ``new_h``: c and the value before the projection, from saved values."""
         accumulators = {n: f"a[{k}]" for k, n in enumerate(self.products)}
         kept = {name: n for n, name in self.saved.items()}
         new = {name: n for n, name in self.new.items()}
@@ -104,10 +105,10 @@ class Kernel:
         return [*found, Function("backward", known, self.da | self.direct)]
 
     def _two_phases(self) -> list[Function]:
-        """One product of what the others make, ``middle``.
+        """One product whose operand, ``middle``, is computed from the others.
 
-        Its accumulator waits among the saved values, where its result goes. ``dmiddle`` is the gradient of
-        middle, ``direct`` between the phases what it begins with.
+        Its accumulator is stored in the saved value that its result replaces. ``dmiddle`` is the gradient of
+        middle; between the phases ``direct`` holds its first part.
         """
         (second,) = self.second
         slot = f"saved[{self.products.index(second)}]"
@@ -134,10 +135,10 @@ class Kernel:
         ]
 
     def _normed(self) -> list[Function]:
-        """From the normalised products.
+        """The functions of a cell with layer norm, on the normalised products.
 
-        Where c too is normalised on its way to h, its norm ``m`` comes between two functions of each
-        direction; ``o`` and ``da_o`` wait for the second one, whose ``dc`` is the whole gradient of c.
+        If h is computed from a normalised c, its norm ``m`` is computed between two functions in each
+        direction; ``o`` and ``da_o`` are passed to the second one, whose ``dc`` is the whole gradient of c.
         """
         if "c" not in self.after.values():
             known = self.parts | self.before
@@ -163,14 +164,14 @@ class Kernel:
         ]
 
     def _carried(self, output: Node, late: Node, known: dict[Node, str]) -> Node:
-        """The one value that does not depend on ``late`` and of which the output needs more than is known."""
+        """The one value that does not depend on ``late`` and that the output needs besides ``known``."""
         operations = lower([output], [*known, late], self.cell.fused)
         early = {n for n, _, _ in operations if not depends(n, late) and n.op != "constant"}
         (found,) = {a for n, _, args in operations if n not in early for a in args if a in early}
         return found
 
     def _biased(self, n: Node) -> Node:
-        """What norm, gain and bias make of a value."""
+        """A value after norm, gain and bias."""
         forward = self.cell.forward_nodes
         item = next(m for m in forward if m.op == "item" and m.args[0].args[m.attribute] is n)
         return next(m for m in forward if m.op == "add" and item in m.args[0].args)
@@ -182,5 +183,5 @@ class Kernel:
 
 
 def depends(n: Node, on: Node) -> bool:
-    """Whether a value is computed from another one."""
+    """Whether a value depends on another one."""
     return on in reach([n])

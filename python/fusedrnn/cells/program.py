@@ -1,14 +1,15 @@
-"""A cell as programs for the vector machine of the compiled module (csrc/cpu/machine): nothing but numbers.
+"""A cell as programs of numbers for the vector machine of the compiled module (csrc/cpu/machine).
 
 A step runs round by round, forward and backward (``rounds``). Each round begins with products of matrices,
-whose results lie in the first registers: forward the accumulators of the round, backward first the gradients
-of the new states, then those of the operands that the cell computes. A round may also begin with norms: with
-the numbers of each row by which values, which lie in memory, are normalised. Then it runs a program, a line
-of instructions on registers. What the program of a later round needs of an earlier one is carried in memory.
+whose results are in the first registers. In forward these are the accumulators of the round; in backward
+first the gradients of the new states, then those of the operands that the cell computes. A round may also
+begin with
+norms: statistics of each row by which values in memory are normalised. Then it runs a program, a sequence of
+instructions on registers. Values that the program of a later round needs are stored in memory.
 
-The machine projects by itself. Programs store what is projected where otherwise the first state goes, and
-backward they begin with the gradient of that in place of the first state's. Then the only operands are x and
-the first state.
+The machine computes projections itself. Programs store the value before the projection in place of the first
+state, and backward starts with the gradient of that value instead of the first state's. Then the only
+operands are x and the first state.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ OPERATIONS = (
     *("normalise", "normalise_gradient"),
 )
 
-# Places in memory. Then of each state those before the step and after it, and its direct gradient; then those
-# of the operands from the second on, the first being x. DROPOUT and KEEP: the masks of dropout and zoneout.
-# What lies in places of norms no instruction loads or stores.
+# Places in memory. They are followed by the places of each state before and after the step and of its direct
+# gradient, then of the operands from the second on; the first one is x. DROPOUT and KEEP: the masks of
+# dropout and zoneout. No instruction loads or stores the places of norms.
 SAVED, CARRIED, GRADIENTS, SUMS, SCALARS, DROPOUT, KEEP_H, KEEP_C, _NORMS, _NORM_GRADIENTS, STATES = range(11)
 KEEP = {"h": KEEP_H, "c": KEEP_C}
 
 
 class Instruction(NamedTuple):
-    """Registers a, b and c become register d, but
+    """Compute register d from registers a, b and c, except:
 
-    - ``constant``, ``vector`` and ``scalar``: number a of these becomes register d;
-    - ``load``: vector b of place a becomes register d, and the c that follow become those that follow;
-    - ``store`` and ``add_to``: register d goes to vector b of place a;
-    - ``normalise``: b is the number of the norm of which a is a value;
-    - ``normalise_gradient``: c is that of the gradients' norm, a is a gradient, b what was normalised.
+    - ``constant``, ``vector`` and ``scalar``: register d is number a of these;
+    - ``load``: register d is vector b of place a, and the next c registers are the next c vectors;
+    - ``store`` and ``add_to``: register d is stored in, or added to, vector b of place a;
+    - ``normalise``: b is the index of the norm, a one of its values;
+    - ``normalise_gradient``: c is the index of the norm, a is a gradient, b the normalised value.
     """
 
     op: str
@@ -60,7 +61,7 @@ class Instruction(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """An instruction but for its register."""
+    """An instruction without its register."""
 
     op: str
     a: int
@@ -68,7 +69,7 @@ class Memory(NamedTuple):
 
 
 class Product(NamedTuple):
-    """What an operand gives to an accumulator: blocks of H rows of weights and biases; bias -1: none."""
+    """The product of an operand for an accumulator: blocks of H rows of weights and biases; bias -1: none."""
 
     accumulator: int
     operand: int
@@ -77,10 +78,11 @@ class Product(NamedTuple):
 
 
 class RowNumbers(NamedTuple):
-    """The numbers of a row by which a norm is made.
+    """The statistics of a row for a norm.
 
-    Forward ``of`` is whether values are centred, and the constant ``eps``; backward which norm of forward it
-    is. ``values`` are places and vectors of them; backward those of each gradient and what was normalised.
+    In forward ``of`` is whether values are centred, and the constant ``eps``; in backward the index of the
+    norm in forward. ``values`` are their places and vectors; in backward those of each gradient and its
+    value.
     """
 
     of: list[int]
@@ -88,7 +90,7 @@ class RowNumbers(NamedTuple):
 
 
 class Round(NamedTuple):
-    """Forward how many accumulators come first, backward which operands; then norms; and the program."""
+    """The number of accumulators (forward) or the operands (backward) that come first; norms; the program."""
 
     first: list[int]
     norms: list[RowNumbers]
@@ -97,26 +99,26 @@ class Round(NamedTuple):
 
 @dataclass
 class Plan:
-    """What the machine needs to know of a cell."""
+    """A cell as the machine needs it."""
 
     start: list[float]  # of each state
-    direct: list[bool]  # of each state, whether it has a gradient that goes through no product
-    operands: list[int]  # from the second on: the number of the state before, or -1: computed
+    direct: list[bool]  # of each state, whether it has a gradient not through products
+    operands: list[int]  # from the second on: the index of the state, or -1: computed
     products: list[Product]
-    parameters: dict[str, int]  # those beside weights and biases, and the blocks of each
+    parameters: dict[str, int]  # other than weights and biases, with the number of blocks
     vectors: list[tuple[int, int]]  # parameter and block; parameters begin with PLAIN
     blocks: list[int]  # of weight_ih, weight_hh, bias_ih, bias_hh
     saved: int
-    scalars: int  # numbers of each row and step
+    scalars: int  # the number of row scalars
     projects: bool  # the first state
-    projected_mask: int = 0  # zoneout of that is h's (1) or c's (2); 0: there is none
+    projected_mask: int = 0  # its zoneout is h's (1) or c's (2); 0: none
     carried: tuple[int, int] = (0, 0)  # forward and backward
     forward: list[Round] = field(default_factory=list)
     backward: list[Round] = field(default_factory=list)
     constants: list[float] = field(default_factory=list)
 
     def numbers(self) -> list[int]:
-        """The whole plan but start and constants."""
+        """The whole plan except start and constants."""
         counts = [len(self.start), len(self.operands) + 1, len(self.products), len(self.parameters)]
         counts += [len(self.vectors), len(self.constants), self.saved, *self.carried, *self.blocks]
         counts += [self.scalars, self.projects, self.projected_mask]
@@ -141,13 +143,13 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
 
     Args:
         cell: what a step computes.
-        dropout: with recurrent dropout of the operands. Of those that are states the time loop takes care.
-        zoned: the states on which zoneout acts.
+        dropout: with recurrent dropout of the operands. The time loop applies it to states.
+        zoned: the states with zoneout.
     """
     t, gradient = cell.trace, cell.gradient
     own = rounds(cell.forward_nodes)
     dense = [n for n in cell.forward_nodes if n.op == "dense"]
-    # In a round those of x alone, those of both, those of a state alone.
+    # In each round: those of only x, those of both, those of only a state.
     dense.sort(key=lambda n: (own[n], (n.args[0].op != "input") + (n.args[-1].op != "input")))
     operands = [t.x, *dict.fromkeys(a for n in dense for a in n.args if a is not t.x)]
     states, names, S = list(t.states.values()), list(t.states), len(t.states)
@@ -184,7 +186,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
         old = _operation("mul", rest[s].node, t.states[s])
         more += [rest[s], old, _operation("fma", keep, after[s], old.node)]
         after[s] = more[-1].node
-    product = {}  # of each operand that the cell computes, what products multiply
+    product = {}  # for each operand that the cell computes, the value in products
     for n in operands[1:]:
         if n.op != "state":
             product[n] = n
@@ -228,11 +230,11 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
     outputs = [n for group in groups for n in group.values()]
     line = lower([*outputs, *product, *normed, *projected], known, cell.fused)
     transposed = [n for n, op, _ in line if op == "transposed"]
-    # What comes in becomes the gradient of what the cell computes.
+    # From upstream gradients to gradients of what the cell computes.
     first = {u: _operation("mul", mask[KEEP[s]], u) for s, u in gradient.upstream.items() if s in zoned}
     first |= {n: _operation("mul", n, mask[DROPOUT]) for n in transposed if dropout}
     line = [o._replace(args=tuple(first[a].node if a in first else a for a in o.args)) for o in line]
-    past = {s: _operation("mul", rest[s].node, gradient.upstream[s]) for s in zoned}  # it goes past the cell
+    past = {s: _operation("mul", rest[s].node, gradient.upstream[s]) for s in zoned}  # it bypasses the cell
     line = [*rest.values(), *past.values(), *first.values(), *line]
     line += [o for o in more if o.node in product.values()]
     direct = {s: first[d].node if d in first else d for s, d in gradient.direct.items()}
@@ -245,7 +247,7 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
     stores += [(d, Memory("store", SCALARS, cell.scalars.index(s))) for s, d in gradient.scalars.items()]
     stores = [(first[n].node if n in first else n, where) for n, where in stores]
     stores += [(d, Memory("store", STATES + 2 * S + names.index(s))) for s, d in direct.items()]
-    stores += computed  # made again, for the gradients of the weights
+    stores += computed  # computed again, for the gradients of the weights
     backward = Direction(constants, vectors, before | forward.kept, stores)
     backward.own = _with_rounds(own, line)
     backward.early = set(cell.forward_nodes)
@@ -263,12 +265,12 @@ def plan(cell: Cell, dropout: bool = False, zoned: Sequence[str] = ()) -> Plan:
 
 
 def _operation(op: str, *args: Node) -> Operation:
-    """One that the cell does not have."""
+    """An operation that is not in the cell."""
     return Operation(Node(0, op, args, None, UNIT, False), op, args)
 
 
 def _add(line: list[Operation], own: Mapping[Node, int], total: Node, part: Node) -> Node:
-    """Add to a sum, or to its first part if that is of an earlier round, as the compiled cells do."""
+    """Add to a sum, or to its first part if that is in an earlier round, as the compiled cells do."""
     for k, o in enumerate(line):
         if o.node is total and o.op in ("add", "fma", "fnma"):
             early = min(o.args if o.op == "add" else o.args[2:], key=lambda a: own.get(a, 0))
@@ -282,7 +284,7 @@ def _add(line: list[Operation], own: Mapping[Node, int], total: Node, part: Node
 
 
 def _with_rounds(own: Mapping[Node, int], more: Iterable[Operation]) -> dict[Node, int]:
-    """The round of each value, those of these operations included, whose products have one already."""
+    """The round of each value, including these operations; their products have one already."""
     found = dict(own)
     for n, _, args in more:
         found.setdefault(n, max((found.get(a, 0) for a in args), default=0))
@@ -290,17 +292,18 @@ def _with_rounds(own: Mapping[Node, int], more: Iterable[Operation]) -> dict[Nod
 
 
 class Direction:
-    """Forward or backward of a step, to be cut into programs.
+    """Forward or backward of a step, to be split into programs.
 
     Attributes:
         own: the round of each value.
-        early: the values that need nothing but what can be loaded in any round.
-        given: of each round, what the first registers hold.
-        norms: those made here, in the order of their rounds; ``norms_before``: backward, those of forward.
-        due: the round in which a value must be there at the latest.
-        anywhere: where values lie that are known from the start.
-        kept: where values lie once they are computed.
-        carried: the values that are stored for a later round and for nothing else.
+        early: the values that need only what can be loaded in any round.
+        given: for each round, the values in the first registers.
+        norms: those computed here, in the order of their rounds; ``norms_before``: in backward, those of
+            forward.
+        due: the last round in which a value may be computed.
+        anywhere: the places of values that are known from the start.
+        kept: the places of values after they are computed.
+        carried: the values that are stored only for a later round.
     """
 
     def __init__(
@@ -327,7 +330,7 @@ class Direction:
     def programs(
         self, line: Iterable[Operation], first: int
     ) -> list[tuple[list[Node], list[RowNumbers], list[Instruction]]]:
-        """Of each round what its first registers hold, norms and code; ``first`` is the usual first round."""
+        """For each round the values of the first registers, norms, code. ``first``: the usual first round."""
         given = {n for nodes in self.given.values() for n in nodes}
         line = [n for n in line if n.node not in given]
         items = {(n.args[0], n.attribute): n for n, op, _ in line if op == "item"}
@@ -345,11 +348,11 @@ class Direction:
             at[n] = self.own[n]
             self.due |= {a: min(at[n] - 1, self.due.get(a, at[n])) for a in values}
         for n, _, args in reversed(line):
-            # What needs no product waits for its first use, and so do its arguments.
+            # A value that needs no product is computed at its first use, and so are its arguments.
             at[n] = self.due.get(n, first) if n in self.early else self.own[n]
             for a in args:
                 self.due[a] = min(self.due.get(a, at[n]), at[n])
-        # What is stored and not computed: where it is there already.
+        # A value that is stored and not computed: in a round in which it is available.
         made: dict[int, list[Operation]] = {}
         for operation in line:
             made.setdefault(at[operation.node], []).append(operation)
@@ -382,7 +385,7 @@ class Direction:
         return RowNumbers(of, [where[a] for a in values])
 
     def _program(self, r: int, line: Sequence[Operation], stored: set[Node]) -> list[Instruction]:
-        """One round: loads first, since they take longest, then operations, each result stored at once."""
+        """One round: first loads, since they take longest, then operations; each result is stored at once."""
         given = self.given.get(r, [])
         there = {*given, *(n for n, _, _ in line)}
         loads = dict.fromkeys(a for _, _, args in line for a in args if a not in there)
@@ -406,11 +409,11 @@ class Direction:
         return _with_registers(given, steps, numbers)
 
 
-Items = Mapping[tuple[Node, int], Node]  # of norms, by their number
+Items = Mapping[tuple[Node, int], Node]  # the items of norms, by index
 
 
 def normalised(line: Iterable[Operation], items: Items) -> list[Operation]:
-    """The line without norms: their items are made of values, by the numbers of a row."""
+    """The operations without norms, whose items are computed from values and statistics of the row."""
     norms = {n for n, _ in items}
     found = []
     for n, op, args in line:
@@ -425,7 +428,7 @@ def normalised(line: Iterable[Operation], items: Items) -> list[Operation]:
 
 
 def values_of(norm: Node, items: Items) -> list[Node]:
-    """The values of a norm, or each gradient and what was normalised; one that is 0 adds nothing."""
+    """The values of a norm, or each gradient and its normalised value; a gradient of 0 is left out."""
     if norm.op == "normalise":
         return list(norm.args)
     normed, *gradients = norm.args
@@ -433,7 +436,7 @@ def values_of(norm: Node, items: Items) -> list[Node]:
 
 
 def shortened(line: Sequence[Operation], kept: Iterable[Node]) -> list[Operation]:
-    """The same values with 1 - y, x * (y * (1 - y)) and x * (1 - y * y) as one operation each."""
+    """The operations with 1 - y, x * (y * (1 - y)) and x * (1 - y * y) as one operation each."""
     uses = Counter(a for _, _, args in line for a in args)
     uses.update(list(kept))
     of = {operation.node: operation for operation in line}
@@ -454,7 +457,7 @@ def shortened(line: Sequence[Operation], kept: Iterable[Node]) -> list[Operation
 
 
 def _slope_of(of: Mapping[Node, Operation], factor: Operation) -> tuple[str, Node] | None:
-    """y where the factor is the derivative of a sigmoid or of a tanh with the value y."""
+    """The name and y, if the factor is the derivative of a sigmoid or a tanh with the value y."""
     if factor.op == "fnma" and factor.args[0] is factor.args[1] and _is_one(factor.args[2]):
         return "tanh", factor.args[0]
     for y, rest in (factor.args, factor.args[::-1]) if factor.op == "mul" else ():
@@ -472,7 +475,7 @@ def _with_registers(
     steps: Sequence[tuple[str, Node, tuple[Node, ...], Memory | None]],
     norms: Mapping[Node, int],
 ) -> list[Instruction]:
-    """A register for each value, free again after its last use."""
+    """Assign a register to each value, which is free again after its last use."""
     last: dict[Node, int] = {}
     for k, (_, n, args, _) in enumerate(steps):
         last |= dict.fromkeys((n, *args), k)
@@ -500,6 +503,6 @@ def _with_registers(
 
 
 def _follows(last: Instruction, op: str, register: int, memory: Memory) -> bool:
-    """Whether a load goes on where the one before it ends."""
+    """Whether a load continues the one before it."""
     op_before, d, a, b, more = last
     return op == op_before == "load" and (register, *memory[1:]) == (d + more + 1, a, b + more + 1)

@@ -1,8 +1,8 @@
-"""In which round a value is known: all units of a row must be there before a product or a norm of them.
+"""In which round a value is known: a product or a norm needs all units of a row.
 
-What depends on no product is of round 0; a product or a norm is of one round more than the largest of its
-arguments. A step runs round by round. GRU with r before its product has two rounds, as have layer norm and a
-projection.
+A value that depends on no product is in round 0. A product or a norm is one round after the last of its
+arguments. A step runs round by round. GRU with r before its product has two rounds, and so have layer norm
+and a projection.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WAITS = {"dense", "normalise", "transposed", "normalise_gradient", "project", "p
 
 
 def rounds(nodes: Iterable[Node], known: Iterable[Node] = ()) -> dict[Node, int]:
-    """The round of each node; the nodes come after their arguments, and ``known`` are of round 0."""
+    """The round of each node. Nodes come after their arguments, and ``known`` ones are in round 0."""
     found = dict.fromkeys(known, 0)
     for n in nodes:
         if n not in found:

@@ -1,8 +1,9 @@
-"""Which values forward saves for backward, and which backward makes again: a minimum cut.
+"""Which values forward saves for backward, and which backward computes again: a minimum cut.
 
-Every value that backward reads is saved, or made again of values that are there; states are always there.
-That costs ``SAVE`` for each saved value, and for each one made again the cost of its operation. The costs are
-about what a processor core needs for a vector. They decide what a tape holds, so they do not change.
+Every value that backward reads is saved, or computed again from available values; states are always
+available. Each saved value costs ``SAVE``, and each value that is computed again the cost of its operation.
+The costs are approximate times of a processor core for a vector. They determine what a tape holds, so they
+must not change.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ IMPOSSIBLE = 10**6
 
 
 def choose(t: Trace, gradient: Gradient, fused: Container[Node], zoned: Container[str] = ()) -> list[Node]:
-    """The values to save, in the order in which forward makes them.
+    """The values to save, in the order in which forward computes them.
 
     Args:
         t: the cell.
         gradient: what backward computes.
-        fused: the products that no operation computes by itself; they cost nothing and are never saved.
-        zoned: the states of which zoneout keeps something else than what the cell computes.
+        fused: the products that are part of an FMA; they cost nothing and are never saved.
+        zoned: the states with zoneout, whose kept value is not what the cell computes.
     """
     forward = reach(t.after.values())
     there = {n for n in forward if n.op in ("state", "input", "constant")}
@@ -38,7 +39,7 @@ def choose(t: Trace, gradient: Gradient, fused: Container[Node], zoned: Containe
     for n in forward:
         if n in there:
             continue
-        # Parameters, row scalars and norms, which are of a row, are not saved for each unit.
+        # Parameters, row scalars and norms do not have a value for each unit and are not saved.
         save = SAVE if n.shape == UNIT and n.op != "item" and n not in fused else IMPOSSIBLE
         make = IMPOSSIBLE if n.op == "dense" else COST.get(n.op, 1) if save == SAVE else 0
         has, again = (n, "has"), (n, "made again")
@@ -55,7 +56,7 @@ def choose(t: Trace, gradient: Gradient, fused: Container[Node], zoned: Containe
 
 
 def _read_by_backward(gradient: Gradient, forward: set[Node]) -> set[Node]:
-    """The forward values among the arguments of what backward computes."""
+    """The values of forward that backward reads."""
     found: set[Node] = set()
     left, seen = list(gradient.outputs), set[Node]()
     while left:
@@ -69,7 +70,7 @@ def _read_by_backward(gradient: Gradient, forward: set[Node]) -> set[Node]:
 
 
 class Cut:
-    """Choose from a set at the smallest price, as a minimum cut between SOURCE (chosen) and SINK (not)."""
+    """Choose from a set at the lowest cost, as a minimum cut between SOURCE (chosen) and SINK (not)."""
 
     SOURCE, SINK = "source", "sink"
     MUST = 10**12
@@ -78,18 +79,18 @@ class Cut:
         self._left: dict[Hashable, dict[Hashable, int]] = {self.SOURCE: {}, self.SINK: {}}
 
     def pay(self, price: int, element: Hashable) -> None:
-        """The price of an element; below 0 it is a gain."""
+        """Add the cost of an element, which may be negative."""
         if price < 0:
             self._edge(self.SOURCE, element, -price)
         else:
             self._edge(element, self.SINK, price)
 
     def require(self, element: Hashable) -> None:
-        """The element is chosen."""
+        """The element must be chosen."""
         self._edge(self.SOURCE, element, self.MUST)
 
     def implies(self, a: Hashable, b: Hashable) -> None:
-        """If a is chosen, so is b."""
+        """If a is chosen, b must be chosen too."""
         self._edge(a, b, self.MUST)
 
     def _edge(self, a: Hashable, b: Hashable, capacity: int) -> None:
@@ -98,7 +99,7 @@ class Cut:
             edges[v] = edges.get(v, 0) + c
 
     def smallest(self) -> set[Hashable]:
-        """The chosen elements: what SOURCE still reaches when no more flow fits (Dinic 1970)."""
+        """The chosen elements: what SOURCE can reach when the flow is maximal (Dinic 1970)."""
         while True:
             level: dict[Hashable, int] = {self.SOURCE: 0}
             queue: list[Hashable] = [self.SOURCE]
@@ -109,7 +110,7 @@ class Cut:
                         queue.append(b)
             if self.SINK not in level:
                 return set(level)
-            # All that fits through shortest paths: of each element the next ones that are not used up.
+            # Flow through shortest paths: for each element the next ones that have capacity left.
             after = {a: [b for b in self._left[a] if level.get(b) == level[a] + 1] for a in level}
             path: list[Hashable] = [self.SOURCE]
             while path:

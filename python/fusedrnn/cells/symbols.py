@@ -1,4 +1,4 @@
-"""What a cell's function computes with: symbols that write down each operation, and clear errors.
+"""The symbols with which a cell's function computes: they record each operation, and raise clear errors.
 
 The operations are ``+ - * / tanh sigmoid exp log sqrt softplus relu absolute maximum minimum where``.
 """
@@ -54,7 +54,7 @@ def refuse(message: str) -> NoReturn:
     raise CellError(f"{line_of_cell()}\n{message}")
 
 
-# NumPy asks the value what its operators shall do with a NumPy scalar on their left: what a number does.
+# For NumPy's operators with a NumPy scalar on their left: the same as for a number.
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "subtract": operator.sub,
@@ -69,13 +69,13 @@ _REFUSED = {"matmul": "__matmul__", "power": "__pow__", "equal": "__eq__", "not_
 
 
 class _Refusing:
-    """Refuses what would end the recording of operations, or go by it unnoticed."""
+    """Raises an error for what cannot be recorded as an operation."""
 
     what = "a value of the cell"
     conditions = (
         "`if`, `while`, `and`, `or`, `not`, max and min need {what} as a number, which is known only when "
         "the cell runs; write where(a > b, x, y), maximum(a, b) or minimum(a, b). An option of the cell (a "
-        "keyword argument with a default) is known: `if` may ask for that."
+        "keyword argument with a default) is known: `if` may use that."
     )
 
     def __repr__(self) -> str:
@@ -93,8 +93,8 @@ class _Refusing:
 
     def __int__(self) -> int:
         refuse(
-            f"expected a whole number, got {self.what}, which is known only when the cell runs; a number "
-            "known before that is an option of the cell, a keyword argument with a default"
+            f"expected an integer, got {self.what}, which is known only when the cell runs; for a number "
+            "that is known before, use an option of the cell, a keyword argument with a default"
         )
 
     __index__ = __int__
@@ -106,23 +106,23 @@ class _Refusing:
 
     def __iter__(self) -> NoReturn:
         refuse(
-            f"{self.what} is not a sequence and cannot be taken apart; p.dense gives as many values as it "
-            'names gates: i, f = p.dense("i f", x, h)'
+            f"{self.what} is not a sequence and cannot be unpacked; p.dense returns as many values as it "
+            'names gates; write i, f = p.dense("i f", x, h)'
         )
 
     __len__ = __iter__
 
     def __getitem__(self, key: object) -> NoReturn:
         refuse(
-            f"{self.what} cannot be indexed: a cell computes all rows and units alike; to get several values "
-            'write several gates: i, f = p.dense("i f", x, h)'
+            f"{self.what} cannot be indexed: a cell computes all rows and units in the same way; to "
+            'get several values write several gates: i, f = p.dense("i f", x, h)'
         )
 
     def __setitem__(self, key: object, value: object) -> NoReturn:
         self.__getitem__(key)
 
     def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):  # Python and NumPy ask whether there is a method of theirs
+        if name.startswith("_"):  # Python and NumPy look for their own methods
             raise AttributeError(name)
         refuse(
             f"{self.what} has no attribute {name}, since it is neither an array nor a tensor; write tanh(h), "
@@ -131,8 +131,8 @@ class _Refusing:
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         refuse(
-            f"{self.what} is no array: a cell's function runs once, before there are numbers; compute with + "
-            "- * / and the functions of fusedrnn.cells, not with NumPy"
+            f"{self.what} is not an array: a cell's function runs once, before there are values; use "
+            "+ - * / and the functions of fusedrnn.cells, not with NumPy"
         )
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
@@ -158,32 +158,32 @@ class _Refusing:
         )
 
     def __pow__(self, other: object) -> NoReturn:
-        refuse("a cell has no **; write x * x, sqrt(x), or exp(b * log(a)) for a positive a")
+        refuse("a cell does not support **; write x * x, sqrt(x), or exp(b * log(a)) for a positive a")
 
     __rpow__ = __pow__
 
     def __matmul__(self, other: object) -> NoReturn:
-        refuse('a cell has no @; write p.dense("a", h) for the product with a matrix, which it makes')
+        refuse('a cell does not support @; write p.dense("a", h) for the product with a matrix')
 
     __rmatmul__ = __matmul__
 
     def _no_operator(self, *others: object) -> NoReturn:
-        refuse(f"a cell has no // and no %; {self._functions()}")
+        refuse(f"a cell does not support // and %; {self._functions()}")
 
     __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __divmod__ = __rdivmod__ = _no_operator
 
     def _no_logic(self, *others: object) -> NoReturn:
         refuse(
-            "a cell has no & | ^ and ~; write where(a > 0, where(b > 0, x, y), y) for `a > 0 and b > 0`, "
-            "where(a > 0, y, x) for `not a > 0`"
+            "a cell does not support & | ^ and ~; write where(a > 0, where(b > 0, x, y), y) for `a > 0 and "
+            "b > 0`, where(a > 0, y, x) for `not a > 0`"
         )
 
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _no_logic
 
     def __eq__(self, other: object) -> bool:
         refuse(
-            "a cell has no == and !=, which rounding makes a matter of luck; write where(a > b, x, y), with "
-            "> >= < or <="
+            "a cell does not support == and !=, which depend on rounding errors; write where(a > b, x, y), "
+            "with > >= < or <="
         )
 
     __ne__ = __eq__
@@ -191,7 +191,7 @@ class _Refusing:
 
 
 class Symbol(_Refusing):
-    """A value of the cell: what has been computed so far."""
+    """A value of the cell."""
 
     def __init__(self, graph: Graph, node: Node) -> None:
         self.graph, self.node = graph, node
@@ -252,7 +252,7 @@ def _without_numpy(value: Any) -> Any:
 
 
 class _NoArithmetic(_Refusing):
-    """Refuses every operation with the same words."""
+    """Raises the same error for every operation."""
 
     def refused(self, *others: object) -> NoReturn:
         """Raise the error of an operation on this value."""
@@ -266,12 +266,12 @@ class _NoArithmetic(_Refusing):
 
 
 class Condition(_NoArithmetic):
-    """What ``a > b`` gives: the first argument of ``where``, and nothing else."""
+    """The result of ``a > b``, which can only be the first argument of ``where``."""
 
     what = "a condition"
     conditions = (
         "whether a condition holds is known only when the cell runs, and differs between units, but `if`, "
-        "`while`, `and`, `or`, `not`, max, min and a chained comparison such as 0 < a < 1 ask now; write "
+        "`while`, `and`, `or`, `not`, max, min and a chained comparison such as 0 < a < 1 need it now; write "
         "where(a > b, x, y), maximum(a, b) or minimum(a, b)"
     )
 
@@ -280,25 +280,25 @@ class Condition(_NoArithmetic):
 
     def refused(self, *others: object) -> NoReturn:
         refuse(
-            "a condition such as a > b is the first argument of where and nothing else; write "
+            "a condition such as a > b can only be the first argument of where; write "
             "where(a > b, 1, 0) for the number 1 or 0"
         )
 
 
 class Input(_NoArithmetic):
-    """The step's input x, which only ``p.dense`` takes."""
+    """The input x of the step, which only ``p.dense`` takes."""
 
     what = "the input x"
 
     def refused(self, *others: object) -> NoReturn:
         refuse(
             "the second argument of a cell is the input x, which has a size of its own: only p.dense takes "
-            'it, as in p.dense("a", x, h); what else is done to it belongs before the layer'
+            'it, as in p.dense("a", x, h); do everything else before the layer'
         )
 
 
 class Projected(_NoArithmetic):
-    """What ``p.project`` gives: the first state, with a size of its own."""
+    """The result of ``p.project``: the new first state, whose size is P."""
 
     what = "a projected value"
 
@@ -307,8 +307,8 @@ class Projected(_NoArithmetic):
 
     def refused(self, *others: object) -> NoReturn:
         refuse(
-            "what p.project gives has a size of its own and is the new first state, nothing else; write "
-            "return p.project(h), c"
+            "the result of p.project has its own size and can only be the new first state, nothing else; "
+            "write return p.project(h), c"
         )
 
 
@@ -331,17 +331,17 @@ def _node(graph: Graph, value: Any) -> Node:
     try:
         return graph.constant(float(value))
     except ValueError as error:
-        refuse(f"{error}; a constant of a cell is neither infinite nor NaN")
+        refuse(f"{error}; constants of a cell must be finite")
     except OverflowError:
-        refuse("expected a number that a double can hold, got a larger integer")
+        refuse("expected a number in the range of a double, got a larger integer")
 
 
 def own(graph: Graph, value: Symbol | Condition | Projected) -> Node:
     """The value's node, if it belongs to this run of the cell's function."""
     if value.graph is not graph:
         refuse(
-            "a value from another cell, or from an earlier run of this one; a cell's function must compute "
-            "everything anew from its arguments, and keep nothing in a global variable"
+            "expected a value of this run, got one from another cell, or from an earlier run of this one; "
+            "a cell's function must compute everything from its arguments, without global variables"
         )
     return value.node
 
@@ -351,26 +351,26 @@ def _is_number(value: Any) -> bool:
 
 
 def refuse_constant(value: Any) -> NoReturn:
-    """Say why an operation does not take this value, which is neither a value of the cell nor a number."""
+    """Raise an error for an operand that is neither a value of the cell nor a number."""
     if isinstance(value, _NoArithmetic):
         value.refused()
     if isinstance(value, list | tuple):
         refuse(
             "expected one value, got several; only functions of one argument, such as tanh, take a list. "
-            'Take it apart first: i, f = p.dense("i f", x, h)'
+            'Unpack it first: i, f = p.dense("i f", x, h)'
         )
     if isinstance(value, bool):
         refuse(f"expected a value of the cell or a number, got {value}; write 1.0 if {value} else 0.0")
     if hasattr(value, "shape"):
         refuse(
-            f"expected a value of the cell or a number, got a {kind(value)}; a cell holds no arrays: write "
+            f"expected a value of the cell or a number, got a {kind(value)}; a cell cannot use arrays: write "
             'p.vector("name") for one number per unit, p.dense("name", h) for a product with a matrix'
         )
     refuse(f"expected a value of the cell or a number, got {kind(value)}")
 
 
 def kind(value: Any) -> str:
-    """What a value is, for messages."""
+    """The type of a value, for messages."""
     if isinstance(value, _Refusing):
         return value.what
     if value is None:
@@ -402,7 +402,7 @@ def _unary(op: str, x: Any) -> Any:
 
 
 def tanh(x: Any) -> Any:
-    """Hyperbolic tangent, of one value or of each of a list, as all functions of one argument here."""
+    """Hyperbolic tangent of one value, or of each of a list, like all functions of one argument here."""
     return _unary("tanh", x)
 
 
@@ -442,22 +442,23 @@ def absolute(x: Any) -> Any:
 
 
 def maximum(a: Any, b: Any) -> Symbol:
-    """The larger one; NaN where one is NaN. a has the gradient where b is not larger."""
+    """The larger one; NaN if either is NaN. a gets the gradient if b is not larger."""
     graph = _graph_of((a, b))
     return Symbol(graph, graph.node("maximum", _node(graph, a), _node(graph, b)))
 
 
 def minimum(a: Any, b: Any) -> Symbol:
-    """The smaller one; NaN where one is NaN. a has the gradient where b is not smaller."""
+    """The smaller one; NaN if either is NaN. a gets the gradient if b is not smaller."""
     graph = _graph_of((a, b))
     return Symbol(graph, graph.node("minimum", _node(graph, a), _node(graph, b)))
 
 
 def where(condition: Any, a: Any, b: Any) -> Symbol:
-    """a where the condition (``x > y`` and the like) holds, else b; the gradient of the other one is 0.
+    """a where the condition, such as ``x > y``, holds, else b; the gradient of the other one is 0.
 
-    What the other one is computed from gets 0 times its derivative, NaN where that is infinite, as in
-    PyTorch: write ``where(x > 0, sqrt(maximum(x, 1e-6)), 0)``.
+    The values from which the other one is computed get 0 times its derivative. That is NaN if the derivative
+    is
+    infinite, as in PyTorch: write ``where(x > 0, sqrt(maximum(x, 1e-6)), 0)``.
     """
     if not isinstance(condition, Condition):
         refuse(f"where: expected a condition such as a > 0 as the first argument, got {kind(condition)}")

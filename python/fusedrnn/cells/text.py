@@ -1,4 +1,4 @@
-"""What was derived from a cell, to be read beside a paper: ``print(cell)``."""
+"""The text of ``print(cell)``: what was derived from a cell, to compare with a paper."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fusedrnn.cells.trace import side
 if TYPE_CHECKING:
     from fusedrnn.cells.definition import Cell
 
-DEEPEST = 10  # operations within one another on a line; the one after them begins another line
+DEEPEST = 10  # nested operations on a line; the next one starts a new line
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "greater": ">", "greater_equal": ">="}
 
 
 def describe(cell: Cell) -> str:
-    """Parameters, forward, saved values and backward, one line for each value that is used twice or is kept.
+    """Parameters, forward, saved values and backward; one line for each value that is used twice or is kept.
 
     ``fma(a, b, c)`` is a * b + c and ``fnma(a, b, c)`` is c - a * b, rounded once. ``new h`` is the state
     after the step, ``dh`` its gradient; backward ends with the gradients of all that forward reads. A round
-    begins where all units of a row must be known, with a product or a norm of them; from the second on its
-    number stands behind the line.
+    begins with a product or a norm, which needs all units of a row. From the second round on, its number is
+    at the end of the line.
     """
     t, gradient = cell.trace, cell.gradient
     names = _Names(cell)
@@ -36,7 +36,7 @@ def describe(cell: Cell) -> str:
     kept = {*cell.saved, *t.after.values()}
     nodes = cell.forward_nodes
     lines += ["forward", *names.lines(cell.forward, kept, rounds(nodes))]
-    lines += ["saved", f"  {' '.join(names.of[n] for n in cell.saved) or 'nothing beside the states'}"]
+    lines += ["saved", f"  {' '.join(names.of[n] for n in cell.saved) or 'nothing besides the states'}"]
     late = rounds(cell.backward_nodes, known=nodes)
     lines += ["backward", *names.lines(cell.backward, set(gradient.outputs), late)]
     for n, d in sorted(gradient.dense.items(), key=_id):
@@ -52,7 +52,7 @@ def describe(cell: Cell) -> str:
 
 
 class _Names:
-    """Names for values: of what is used once, its expression."""
+    """Names for values. A value that is used once has its expression as its name."""
 
     def __init__(self, cell: Cell) -> None:
         t = cell.trace
@@ -70,7 +70,7 @@ class _Names:
         uses = Counter(a for operation in operations for a in operation.args)
         found = []
         self._inlined: dict[Node, Operation] = {}
-        depth: dict[Node, int] = {}  # of those, how many operations are within one another
+        depth: dict[Node, int] = {}  # how many operations are nested
         for operation in operations:
             n = operation.node
             depth[n] = 1 + max((depth[a] for a in operation.args if a in self._inlined), default=0)
@@ -90,14 +90,14 @@ class _Names:
         return found
 
     def use(self, n: Node, within: str = "") -> str:
-        """A value where another one is computed from it, by this operation."""
+        """A value as an argument of this operation."""
         if n in self.of:
             return self.of[n]
         words = self._expression(self._inlined[n])
         return f"({words})" if within in (*INFIX, "neg") and self._inlined[n].op in INFIX else words
 
     def product(self, n: Node) -> str:
-        """The name of a product: its gate, and with several of one gate their operands."""
+        """The name of a product: its gate, and its operands if the gate has several products."""
         if n not in self.of:
             gate: str = n.attribute.gate
             several = f"({', '.join(self.use(a) for a in n.args)})" if self._gates[gate] > 1 else ""

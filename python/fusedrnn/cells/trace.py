@@ -30,9 +30,9 @@ Start = float | tuple[float, float] | Callable[..., Any]
 
 
 class Dense(NamedTuple):
-    """A gate's products with its operands, as blocks of H rows of the parameters.
+    """The products of a gate with its operands, as blocks of H rows of the parameters.
 
-    These are weight_ih and bias_ih where the operand is x, else weight_hh and bias_hh.
+    The parameters are weight_ih and bias_ih if the operand is x, else weight_hh and bias_hh.
     """
 
     gate: str
@@ -46,7 +46,7 @@ def side(operand: Node) -> str:
 
 
 class Norm(NamedTuple):
-    """``layer``: less the mean, over the standard deviation. ``rms``: over the root mean square."""
+    """``layer``: subtract mean, divide by standard deviation. ``rms``: divide by root mean square."""
 
     kind: str
     eps: float
@@ -54,28 +54,28 @@ class Norm(NamedTuple):
 
 @dataclass
 class Trace:
-    """What one step of a cell is."""
+    """One step of a cell."""
 
     name: str
     graph: Graph
     x: Node
     states: dict[str, Node] = field(default_factory=dict)
-    start: dict[str, float] = field(default_factory=dict)  # of each state, where none is given
+    start: dict[str, float] = field(default_factory=dict)  # the initial value of each state
     after: dict[str, Node] = field(default_factory=dict)  # the new states
     scalars: dict[str, Node] = field(default_factory=dict)  # one number for each row and step, such as dt
-    blocks: dict[str, list[str]] = field(default_factory=dict)  # of each parameter, whose its rows are
-    begin: dict[str, Start] = field(default_factory=dict)  # what vectors, gains and their biases start from
+    blocks: dict[str, list[str]] = field(default_factory=dict)  # of each parameter, its rows' owners
+    begin: dict[str, Start] = field(default_factory=dict)  # initial values of vectors, gains and their biases
     separate: bool = False  # there is a product with a state that is not added to one with x
 
 
 class Parameters:
-    """A cell's parameters: ``p`` in its function."""
+    """The parameters of a cell: ``p`` in its function."""
 
     def __init__(self, trace: Trace) -> None:
         self._trace, self._graph, self._x = trace, trace.graph, trace.x
         self._products: set[tuple[str, int]] = set()  # gate and operand
-        self.lines: list[tuple[str, Node, str]] = []  # what must be used, its node, the line that makes it
-        self.projection = ""  # the line that makes it
+        self.lines: list[tuple[str, Node, str]] = []  # what must be used, its node, its line
+        self.projection = ""  # its line
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):
@@ -83,20 +83,20 @@ class Parameters:
         refuse(f"p has no {name}; use p.dense, p.vector, p.layer_norm, p.rms_norm or p.project")
 
     def dense(self, names: str, *operands: Any, bias: bool = True, layer_norm: bool = False) -> Any:
-        """``weight_ih x + bias_ih + weight_hh h + bias_hh`` of one gate, or a list of those of several.
+        """``weight_ih x + bias_ih + weight_hh h + bias_hh`` of one gate, or a list of several gates.
 
         Args:
-            names: of the gates, separated by spaces. A gate has H rows of weight_ih if x is an operand, and
-                H rows of weight_hh for each other operand, in the order in which they are first named.
+            names: the names of the gates, separated by spaces. A gate has H rows of weight_ih if x is an
+                operand, and H rows of weight_hh for each other operand, in the order of their first use.
             operands: x, values of the cell (B, H), or both.
             bias: False for gates without biases.
-            layer_norm: True to normalise the product with each operand over all units and gates named here,
-                then to multiply with a gain, and to add the bias after that (Ba, Kiros and Hinton 2016).
+            layer_norm: True to normalise the product with each operand over all units and these gates, then
+                multiply it by a gain and add the bias (Ba, Kiros and Hinton 2016).
         """
         gates = names.split() if isinstance(names, str) else []
         if not gates or not all(g.isidentifier() for g in gates):
             refuse(
-                "p.dense: expected first the names of the gates in one string, separated by spaces, as in "
+                "p.dense: expected the names of the gates in one string first, separated by spaces, as in "
                 f'p.dense("i f", x, h), got {names!r}'
             )
         for gate in gates:
@@ -138,9 +138,9 @@ class Parameters:
         """One number for each unit (H,), such as a peephole.
 
         Args:
-            name: of the parameter.
-            init: what it starts from: a number, a range (low, high) to draw from, or a function that takes
-                the shape and gives an array.
+            name: the name of the parameter.
+            init: the initial values: a number, a range (low, high) to draw from, or a function that takes
+                the shape and returns an array.
         """
         self._check_name("p.vector", name)
         if name.startswith(("weight_", "bias_", "gain_")):
@@ -160,14 +160,14 @@ class Parameters:
                 new = "another one; define it once, before the cell"
             refuse(
                 f"p.vector: {name} started from {old} before, now it starts from {new}; give both the same "
-                "start, or this one another name"
+                "init, or this one another name"
             )
         return Symbol(self._graph, self._vector(name, 0))
 
     def project(self, value: Any) -> Projected:
-        """``weight_hr value``, with P columns in place of H.
+        """``weight_hr value``, with P columns instead of H.
 
-        It can only be returned, as the new first state; that state is then an operand of p.dense alone.
+        It can only be returned as the new first state. That state can then only be an operand of p.dense.
         """
         if self.projection:
             refuse("p.project: expected one projection, that of the first state, got a second one")
@@ -183,14 +183,14 @@ class Parameters:
     def layer_norm(self, name: str, *values: Any, bias: bool = True, eps: float = 1e-5) -> Any:
         """``gain_name * (v - mean) / sqrt(variance + eps) + bias_name`` of one value, or a list of several.
 
-        Mean and variance are those of a row, over all units of all values together.
+        Mean and variance of each row are over all units of all values together.
         """
         return self._norm("layer", eps, name, values, bias)
 
     def rms_norm(self, name: str, *values: Any, bias: bool = False, eps: float = 1e-5) -> Any:
         """``gain_name * v / sqrt(mean of v * v + eps)`` of one value, or a list of several.
 
-        The mean is that of a row, over all units of all values together.
+        The mean of each row is over all units of all values together.
         """
         return self._norm("rms", eps, name, values, bias)
 
@@ -206,7 +206,7 @@ class Parameters:
             refuse(f"{call}: gain_{name} is the gain of p.dense(..., layer_norm=True); expected another name")
         if f"gain_{name}" in self._trace.blocks:
             refuse(
-                f"{call}: another norm is called {name} already; give this one another name, or both their "
+                f"{call}: another norm is called {name} already; give this one another name, or pass both "
                 f'values in one call to share mean and variance: a, b = {call}("{name}", a, b)'
             )
         if not _is_finite(eps) or eps < 0:
@@ -236,7 +236,7 @@ class Parameters:
         return node
 
     def _block(self, parameter: str, whose: str, init: Start | None = None) -> int:
-        """The number of a new block of H rows."""
+        """Add a block of H rows and return its index."""
         blocks = self._trace.blocks.setdefault(parameter, [])
         blocks.append(whose)
         if init is not None:
@@ -247,11 +247,11 @@ class Parameters:
         return self._graph.node("vector", attribute=(parameter, block), shape=VECTOR)
 
     def _operand(self, call: str, value: Any) -> Node:
-        """x or a value, as a product and a norm take it."""
+        """The node of x or a value, as an operand of a product or a norm."""
         if isinstance(value, Input):
             return self._x
         if isinstance(value, list | tuple):
-            refuse(f"{call}: expected values one by one, got a {kind(value)} of them; write *values for it")
+            refuse(f"{call}: expected values one by one, got a {kind(value)} of them; write *values")
         if not isinstance(value, Symbol):
             refuse(f"{call}: expected x or a value of the cell, such as a state, got {kind(value)}")
         node = own(self._graph, value)
@@ -273,7 +273,7 @@ class Parameters:
 _SIZES = {
     CONSTANT: "one number",
     VECTOR: "one number for each unit, a vector",
-    ROW: "one number for each row, a keyword argument without default",
+    ROW: "a row scalar, one number for each row",
 }
 
 
@@ -291,7 +291,7 @@ def _check_start(init: Any) -> None:
 
 
 class _Lines:
-    """Lines of a cell's function that no frame names: before it runs and when it has returned."""
+    """Lines of a cell's function that are in no frame: before it runs and after it has returned."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.code = inspect.unwrap(function).__code__
@@ -303,7 +303,7 @@ class _Lines:
         return line_of(path, next(found, first))
 
     def result(self) -> str:
-        """The line that returns, if there is one alone."""
+        """The line with ``return``, if there is only one."""
         found = {
             i.positions.lineno
             for i in dis.get_instructions(self.code)
@@ -317,7 +317,7 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
     """Run a cell's function on symbols.
 
     Raises:
-        CellError: what the function does cannot be turned into kernels; the message names its line.
+        CellError: the function cannot be turned into kernels; the message names the line.
     """
     graph = Graph()
     t = Trace(function.__name__, graph, graph.node("input", shape="input"))
@@ -330,8 +330,8 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             stars = "*" if argument.kind == argument.VAR_POSITIONAL else "**"
             raise CellError(
-                f"{lines.definition()}\n{t.name}: a layer must know the states and options, so expected each "
-                f"argument by name: p, x, the states, after * keyword arguments; got {stars}{name}"
+                f"{lines.definition()}\n{t.name}: expected each argument by name, as a layer must know the "
+                f"states and options: p, x, the states, keyword arguments after *; got {stars}{name}"
             )
         if argument.kind == argument.KEYWORD_ONLY:
             if name not in keywords and argument.default is argument.empty:
@@ -351,8 +351,8 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
             start = 0.0 if argument.default is argument.empty else argument.default
             if not _is_finite(start):
                 raise CellError(
-                    f"{lines.definition()}\n{t.name}: the default of a state is the number that it starts "
-                    f"from; expected a finite number for {name}, got {start!r}. Options come after *"
+                    f"{lines.definition()}\n{t.name}: the default of a state is its initial value; expected "
+                    f"a finite number for {name}, got {start!r}. Options come after *"
                 )
             t.states[name] = t.graph.node("state", attribute=name, shape=UNIT)
             t.start[name] = float(start)
@@ -369,7 +369,7 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
             raise
         *_, last = traceback.extract_tb(error.__traceback__)
         raise CellError(
-            f"{line_of(last.filename, last.lineno or 0)}\n{error}; p.dense gives one value for each gate "
+            f"{line_of(last.filename, last.lineno or 0)}\n{error}; p.dense returns one value for each gate "
             "that it names, and a norm one for each value that it takes, so write as many names before ="
         ) from error
     for name, value in zip(t.states, _returned(t, found, lines), strict=True):
@@ -378,14 +378,14 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
     first = next(iter(t.states))
     if t.after[first].op == "project" and not _is_operand(t, t.states[first], used):
         raise CellError(
-            f"{p.projection}\n{t.name}: the state {first}, a projection, has a size of its own; write it in "
-            "p.dense alone, and use another state for what is needed unit by unit"
+            f"{p.projection}\n{t.name}: the state {first}, a projection, has a size of its own; use it only "
+            "in p.dense, and another state for what is needed unit by unit"
         )
     for what, node, line in p.lines if t.after[first].op == "project" else ():
         if node.op == "dense" and not set(node.args) <= {t.x, t.states[first]}:
             raise CellError(
-                f"{line}\n{what}: with a projection weight_hh has a column for each of its units; expected x "
-                f"and the state {first} alone as operands"
+                f"{line}\n{what}: with a projection weight_hh has a column for each of its units; expected "
+                f"only x and the state {first} as operands"
             )
     for what, node, line in p.lines:
         if node not in used:
@@ -394,12 +394,12 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
         if node not in used:
             raise CellError(
                 f"{lines.definition()}\n{t.name}: {name} is not used: no new state depends on it. After * an "
-                "argument without default is a number for each row and step; an option has a default"
+                "argument without default is a row scalar; an option has a default"
             )
         if name in t.blocks or name == "state0":
             raise CellError(
-                f"{lines.definition()}\n{t.name}: expected another name than {name} for a number of each row "
-                "and step; gradients of parameters and of the initial state go by these names"
+                f"{lines.definition()}\n{t.name}: expected another name than {name} for a row scalar; "
+                "gradients of parameters and of the initial state have these names"
             )
     if t.x not in used:
         raise CellError(
@@ -410,7 +410,7 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
 
 
 def _is_operand(t: Trace, state: Node, used: Sequence[Node]) -> bool:
-    """Whether a state is nothing but an operand of products."""
+    """Whether a state is only an operand of products."""
     return state not in t.after.values() and all(n.op == "dense" for n in used if state in n.args)
 
 
@@ -422,15 +422,15 @@ def _returned(t: Trace, found: Any, lines: _Lines) -> Sequence[Symbol | Projecte
         raise CellError(f"{expected}, got nothing")
     if isinstance(found, list):
         raise CellError(
-            f"{expected}, got a list; write the values after `return` without brackets, and take apart what "
-            'p.dense gives: i, f = p.dense("i f", x, h)'
+            f"{expected}, got a list; write the values after `return` without brackets, and unpack what "
+            'p.dense returns: i, f = p.dense("i f", x, h)'
         )
     new = found if isinstance(found, tuple) else (found,)
     if len(new) != len(t.states):
         values = "1 value" if len(new) == 1 else f"{len(new)} values"
         hint = ""
         if len(new) < len(t.states):
-            hint = "; what is not a state, such as a time gap, stands after *: `*, dt`"
+            hint = "; write what is not a state, such as a time gap, after *: `*, dt`"
         raise CellError(f"{expected} and nothing else, got {values}{hint}")
     for name, value in zip(t.states, new, strict=True):
         projected = isinstance(value, Projected) and value is new[0]
