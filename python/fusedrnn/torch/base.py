@@ -1,5 +1,6 @@
-"""What the layers and cells of ``layers``, ``cells`` and ``own`` have in common: input, state and options on
-their way to the kernels, layers and directions one after the other, and results on their way back.
+"""The base classes of the layers and cells in ``layers``, ``cells`` and ``own``.
+
+They convert input, state and options for the kernels, run layers and directions, and convert the results.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fusedrnn.torch.frozen import Freezable, Frozen
 from fusedrnn.torch.ops import Call, Weights
 from fusedrnn.torch.recurrence import recurrence
 
-# One layer in one direction, of number j: from (j, reverse, x, initial state) to y, the final state, and with
+# One layer in one direction, of index j: from (j, reverse, x, initial state) to y, the final state, and with
 # return_states the states of every step, as ``recurrence`` returns them.
 Run = Callable[[int, bool, Tensor, Sequence[Tensor]], list[Tensor]]
 # y (T, B, D*P), the final states (L*D, B, ·), those of every step (L*D, T, B, ·)
@@ -27,8 +28,10 @@ Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 def weights_of(module: torch.nn.Module, names: Sequence[str], count: int) -> Weights:
-    """The weights of one layer and direction, None where there is none, as they are now: a parametrization, a
-    functional call or a tied weight may have put others in place of the parameters."""
+    """The current weights of one layer and direction; a missing one is None.
+
+    A parametrization, a functional call or a tied weight may have replaced the parameters.
+    """
     own = module._parameters
     found = [own[name] if name in own else getattr(module, name, None) for name in names]
     return (*found, *[None] * (count - len(found)))
@@ -46,7 +49,7 @@ class StepBase(Freezable):
         recorded: bool = False,
         scalars: Sequence[Tensor] = (),
     ) -> Any:
-        """What ``forward`` returns; scalars are of the input's shape without features."""
+        """Return what ``forward`` returns. Scalars have the shape of the input without features."""
         begin, batched = state0 or (), input.dim() == 2
         if not batched:
             input, begin = input.unsqueeze(0), [s.unsqueeze(0) for s in begin]
@@ -69,22 +72,25 @@ class RecurrentBase(Freezable):
     bidirectional: bool
     dropout: float
     _all_weights: list[list[Any]]  # names, of each layer and direction
-    # As in a layer of torch.nn that becomes one of ours. 0, not 0.0: a compiler would make an input of its
-    # graph of a float, and compile anew.
+    # For a layer of torch.nn that is converted to ours. 0, not 0.0: a compiler would make a float an input
+    # of its graph, and compile again.
     recurrent_dropout: float = 0
     zoneout_h: float = 0
     zoneout_c: float = 0
     recompute: bool = False
 
     def _set_options(self, recompute: bool, *rates: float) -> None:
-        """Of a layer that has its cell."""
+        """Set the options of a layer whose cell is set."""
         self.recompute = bool(recompute)
         check_regularization(self.cell, Regularization._make((*rates, 0, 0)))
         self.recurrent_dropout, self.zoneout_h, self.zoneout_c = (float(r) if r else 0 for r in rates)
 
     def _regularization(self) -> Regularization | None:
-        """Of one call. Its seed is a tensor, so that it can be drawn in compiled code; it is on the CPU,
-        whatever the default device."""
+        """The rates and the seed of one call.
+
+        The seed is a tensor, so that it can be drawn in compiled code. It is on the CPU for every default
+        device.
+        """
         rates = self.recurrent_dropout, self.zoneout_h, self.zoneout_c
         if not any(rates if self.training else rates[1:]):
             return None
@@ -92,7 +98,7 @@ class RecurrentBase(Freezable):
         return Regularization(*rates, seed)
 
     def _widths(self) -> tuple[int, ...]:
-        """Of each state how many units it has."""
+        """The number of units of each state."""
         return self.cell.widths(self.hidden_size, self.proj_size or self.hidden_size)
 
     def _run(
@@ -105,8 +111,10 @@ class RecurrentBase(Freezable):
         recorded: bool = False,
         scalars: Sequence[Tensor] = (),
     ) -> Any:
-        """What ``forward`` returns. ``options`` are its keywords; scalars are of the input's shape without
-        features."""
+        """Return what ``forward`` returns.
+
+        ``options`` are its keyword arguments. Scalars have the shape of the input without features.
+        """
         if isinstance(input, PackedSequence):
             if given := paths.asked_for(options):
                 raise ValueError(
@@ -152,7 +160,7 @@ class RecurrentBase(Freezable):
         recorded: bool,
         scalars: Sequence[Tensor],
     ) -> Any:
-        """Rows of different lengths, longest first: padded for the kernel, whose results are packed again."""
+        """Pad rows of different lengths, longest first, run the kernels and pack the results."""
         sizes = input.batch_sizes
         B, T = int(sizes[0]), len(sizes)
         running = torch.arange(B, device="cpu") < sizes[:, None]  # (T, B), where PyTorch's batch sizes are
@@ -181,10 +189,10 @@ class RecurrentBase(Freezable):
     def _to_kernels(
         self, input: Tensor, state0: tuple[Tensor, ...] | None, options: dict[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, dict[str, Any]]:
-        """A call's input, time first and batched: x (T, B, I), the state (L*D, B, H) each, and the options.
+        """The input of a call, time first and batched: x (T, B, I), the state (L*D, B, H) each, and the options.
 
-        ``lengths`` (B,) and ``reset`` (T, B) become tensors; their values are not looked at: a compiler that
-        traces knows none.
+        ``lengths`` (B,) and ``reset`` (T, B) become tensors. Their values are not read, because a compiler
+        that traces does not know them.
         """
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(1)
@@ -212,7 +220,7 @@ class RecurrentBase(Freezable):
         return x, state0, options
 
     def _from_kernels(self, input: Tensor, results: Results) -> Any:
-        """What ``forward`` returns."""
+        """Return what ``forward`` returns."""
         y, final, states = results
         if input.dim() == 2:
             y, final = y.squeeze(1), tuple([s.squeeze(1) for s in final])
@@ -226,9 +234,9 @@ class RecurrentBase(Freezable):
     def _run_layers(
         self, x: Tensor, state0: tuple[Tensor, ...] | None, run: Run, valid: Tensor | None = None
     ) -> Results:
-        """Layers and directions.
+        """Run layers and directions.
 
-        With ``valid`` (T, B) dropout draws for those steps alone, as PyTorch's does for a PackedSequence.
+        With ``valid`` (T, B) dropout draws only for these steps, as PyTorch does for a PackedSequence.
         """
         D, n = 2 if self.bidirectional else 1, len(self.cell.states)
         ends: list[list[Tensor]] = []
@@ -252,13 +260,15 @@ class RecurrentBase(Freezable):
 
 
 def _tensor(name: str, value: Any) -> Tensor:
-    """A copy of lengths or resets, which the caller may write to before backward: a tensor where it is, or on
-    the CPU, of lists, and of NumPy's of any integers."""
+    """A copy of lengths or resets, since the caller may write to them before backward.
+
+    A tensor stays on its device. Lists, and NumPy arrays of any integers, become tensors on the CPU.
+    """
     if isinstance(value, Tensor):
         return value.detach().clone()
     if not torch.compiler.is_compiling():
         value = listed(name, value)
-        if isinstance(value, np.ndarray):  # a copy: a tensor of what is read-only warns
+        if isinstance(value, np.ndarray):  # a copy, since a tensor of a read-only array warns
             value = np.array(value, np.int64 if value.dtype.kind in "iu" else value.dtype)
     try:
         return torch.as_tensor(value, device="cpu")

@@ -1,4 +1,4 @@
-"""``LSTMCell``, ``GRUCell`` and ``RNNCell``, drop-in replacements for ``torch.nn``'s."""
+"""``LSTMCell``, ``GRUCell`` and ``RNNCell``, drop-in replacements for those of ``torch.nn``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fusedrnn.torch.scripted import Scriptable
 
 
 class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
-    """What the three have in common. ``last_path`` is as in ``layers.NamedLayer``."""
+    """The base class of the three cells. ``last_path`` is as in ``layers.NamedLayer``."""
 
-    mode: str  # the cell by PyTorch's name, as layers have it, and its key
-    _bfloat16_in_autocast = False  # what PyTorch's own returns for float32
+    mode: str  # PyTorch's name of the cell, as in layers, and its key
+    _bfloat16_in_autocast = False  # what PyTorch's cell returns for float32
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """One step: input (B, I) or (I,); hx as PyTorch's, (B, H) or (H,) each; None is zeros."""
+        """One step: input (B, I) or (I,); hx as in PyTorch, (B, H) or (H,) each; None is zeros."""
         if torch.compiler.is_compiling():
             return dynamo.call(self, input, hx)
         packed = frozen(self)
@@ -44,7 +44,7 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         return [weights_of(self, PLAIN, len(PLAIN))]
 
     def _unsupported(self, input: Any, state: Any, weights: list[Weights]) -> str | None:
-        """Why the kernels cannot take this call, or None; what is wrong raises in PyTorch's."""
+        """Why the kernels do not support this call, or None. Wrong arguments are left to PyTorch's errors."""
         reason = paths.mode()
         if reason is not None:
             return reason
@@ -64,7 +64,7 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         return reason
 
     def _misshapen(self, input: Tensor, state: tuple[Any, ...] | None) -> str | None:
-        """What PyTorch would complain of, or leave to itself."""
+        """Which shape is wrong, so that PyTorch raises an error, or None."""
         shape = input.shape
         if len(shape) not in (1, 2) or shape[-1] != self.input_size or not self.input_size:
             return f"the input is of shape {tuple(shape)}"
@@ -78,7 +78,7 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
 
 
 class LSTMCell(ForgetBias, CellMixin, torch.nn.LSTMCell):
-    """``torch.nn.LSTMCell`` on our kernels. See ``ForgetBias`` for what is added."""
+    """``torch.nn.LSTMCell`` on our kernels. ``ForgetBias`` describes an additional argument."""
 
     mode = _key = "LSTM"
     torch_class = torch.nn.LSTMCell
@@ -111,7 +111,7 @@ class RNNCell(CellMixin, torch.nn.RNNCell):
 
     @property
     def mode(self) -> str:  # type: ignore[override]
-        """By the nonlinearity."""
+        """The mode for the nonlinearity."""
         return "RNN_RELU" if self.nonlinearity == "relu" else "RNN_TANH"
 
     _key = mode

@@ -1,4 +1,4 @@
-"""Our layers in models that were built with ``torch.nn``'s, and back."""
+"""Convert the recurrent layers of a model from ``torch.nn`` to ours, and back."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ OURS = {ours: theirs for each in (REPLACEMENTS, COMPILABLE) for theirs, ours in 
 class Converted(NamedTuple):
     """What ``convert`` and ``to_torch`` return.
 
-    ``model`` is the model. ``converted`` has the class before of each layer that changed, by its path.
-    ``left`` has the reason for each recurrent layer that did not change, by its path. The path of the model
-    itself is empty.
+    ``model`` is the model. ``converted`` has the previous class of each converted layer, by its path.
+    ``left`` has the reason for each recurrent layer that was not converted, by its path. The path of the
+    model itself is empty.
     """
 
     model: torch.nn.Module
-    converted: dict[str, str]  # path of each swapped layer, "" is the model itself: its class
-    left: dict[str, str]  # path of each recurrent layer that stays as it is: why
+    converted: dict[str, str]  # by path, "" is the model itself: the previous class
+    left: dict[str, str]  # by path: why a recurrent layer was not converted
 
     def __str__(self) -> str:
         lines = [f"{path or 'the model'}: {kind}" for path, kind in self.converted.items()]
@@ -49,14 +49,14 @@ class Converted(NamedTuple):
 
 
 def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
-    """Make every layer of ``torch.nn`` that is recurrent in a model one of ours, in place.
+    """Convert all recurrent layers of ``torch.nn`` in a model to ours, in place.
 
-    The layer object stays the same and gets our class: parameters, hooks, names, optimisers that hold the
-    parameters, and references to the layer elsewhere are untouched.
+    The layer object stays the same and gets our class. Parameters, hooks, names, optimisers that hold the
+    parameters, and references to the layer elsewhere do not change.
 
     Args:
-        model: Any module; also such a layer itself.
-        compilable: Layers become those of ``fusedrnn.torch.compilable``, also where they are ours already.
+        model: Any module, which may itself be such a layer.
+        compilable: Convert to the layers of ``fusedrnn.torch.compilable``, also from our other layers.
 
     Returns:
         The model, what was converted, and what was not and why.
@@ -78,7 +78,7 @@ def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
 
 
 def _class(layer: torch.nn.Module) -> type[torch.nn.Module]:
-    """The class of a layer, apart from parametrizations, for which PyTorch makes each layer a class."""
+    """The class of a layer without parametrizations, for which PyTorch creates a class for each layer."""
     found: type[torch.nn.Module] = torch.nn.utils.parametrize.type_before_parametrizations(layer)  # type: ignore[no-untyped-call]
     return found
 
@@ -91,18 +91,18 @@ def _become(layer: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
 
 
 def to_torch(model: torch.nn.Module) -> Converted:
-    """Make each of our layers in a model ``torch.nn``'s again, in place: for tools that look for those.
+    """Convert all of our layers in a model back to ``torch.nn``, in place, for tools that look for those.
 
-    Recurrent dropout, which is for training, is left behind.
+    Recurrent dropout, which is for training, is dropped.
 
     Returns:
-        The model, what was converted, and what was not and why. Not converted are classes derived from ours,
+        The model, what was converted, and what was not and why. Classes derived from ours are not converted,
         since ``torch.nn`` has no class that computes the same.
 
     Raises:
-        ValueError: A layer has zoneout or layer norm, which ``torch.nn`` lacks; the message names both, and
-            nothing was changed.
-        RuntimeError: A layer is frozen; nothing was changed.
+        ValueError: A layer has zoneout or layer norm, which ``torch.nn`` does not have. The message names
+            both, and nothing has changed.
+        RuntimeError: A layer is frozen; nothing has changed.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -124,10 +124,10 @@ def to_torch(model: torch.nn.Module) -> Converted:
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """Within the block the recurrent layers of ``torch.nn`` are ours, for code that builds its own.
+    """Within the block the recurrent layers of ``torch.nn`` are ours, for code that builds its own layers.
 
-    What is built within stays ours after the block. Names that a module has imported before, as by ``from
-    torch.nn import LSTM``, are not changed: there ``convert`` helps. Not for several threads at a time.
+    Layers that are built in the block stay ours after it. Names that a module has imported before, for
+    example with ``from torch.nn import LSTM``, do not change: use ``convert`` there. It is not thread-safe.
     """
     places = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
     try:

@@ -1,6 +1,6 @@
-"""One layer in one direction in PyTorch's own operations: for derivatives of gradients, which no kernel has.
+"""One layer in one direction in PyTorch's operations: for derivatives of gradients, which no kernel computes.
 
-It computes what the kernels do, from the same function of the cell, a step at a time.
+It computes the same as the kernels, from the same function of the cell, step by step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TorchStep(Step):
         "where": torch.where,
         "greater": lambda a, b: a > b,
         "greater_equal": lambda a, b: a >= b,
-        # not torch.maximum, which shares the gradient where both are equal
+        # not torch.maximum, which splits the gradient if both are equal
         "maximum": lambda a, b: torch.where((b > a) | b.isnan(), b, a),
         "minimum": lambda a, b: torch.where((a > b) | b.isnan(), b, a),
     }
@@ -72,10 +72,10 @@ def recurrence(
     Args:
         cell: What a step computes.
         x: (T, B, I).
-        weights: By name; there is weight_ih.
-        state0: One tensor per state, (B, P) the first, (B, H) the others, or None for where it starts.
-        scalars: (T, B) each, of the cell's numbers of each row and step by name; padding is never read.
-        lengths, reset: As ``fusedrnn.kernels.forward`` has them, checked.
+        weights: By name, with weight_ih.
+        state0: One tensor per state, (B, P) the first, (B, H) the others, or None for its initial value.
+        scalars: The cell's row scalars by name, (T, B) each; padding is not read.
+        lengths, reset: As in ``fusedrnn.kernels.forward``, checked.
         reverse, return_states, detach_every, regularization: As there.
 
     Returns:
@@ -93,10 +93,10 @@ def recurrence(
     active = None if lengths is None else torch.arange(T, device=x.device)[:, None] < lengths
     reset = reset if reset is None else reset != 0
     cuts = reset if reset is None or active is None else reset & active
-    if cuts is not None and reverse:  # what comes from t + 1 is cleared where t + 1 is reset
+    if cuts is not None and reverse:  # the state from t + 1 is cleared if t + 1 is reset
         cuts = torch.cat([cuts[1:], torch.zeros_like(cuts[:1])])
     numbers = {name: (scalars or {})[name][:, :, None] for name in cell.scalars}
-    if active is not None:  # 1 is as good a time as any, and NaN would come back
+    if active is not None:  # any number but NaN, which would come back
         numbers = {
             name: torch.where(active[:, :, None], v, torch.ones_like(zero)) for name, v in numbers.items()
         }
@@ -104,7 +104,7 @@ def recurrence(
     dropout = None if r is None else _dropout(r, x, H)
     ys: list[Any] = [None] * T
     every: list[Any] = [None] * T
-    ran: Tensor | None = None  # the rows for which the step before was one
+    ran: Tensor | None = None  # the rows for which the step before was valid
     for k, t in enumerate(reversed(range(T)) if reverse else range(T)):
         if cuts is not None:
             state = [torch.where(cuts[t, :, None], n, s) for n, s in zip(starts, state, strict=True)]
@@ -125,7 +125,7 @@ def recurrence(
             ys[t], every[t], state = after[0], after, after
         else:
             ys[t] = torch.where(row, after[0], zero)
-            # in the padding a state stands still, and no gradient comes in there
+            # in the padding a state does not change, and gradients there are ignored
             every[t] = [torch.where(row, a, s.detach()) for a, s in zip(after, state, strict=True)]
             state = [torch.where(row, a, s) for a, s in zip(after, state, strict=True)]
         ran = row
@@ -138,7 +138,7 @@ def recurrence(
 
 
 def _dropout(r: Regularization, x: Tensor, H: int) -> Tensor | None:
-    """(B, H), what recurrent dropout multiplies operands with."""
+    """The mask of recurrent dropout (B, H)."""
     if r.seed is None or not r.recurrent_dropout:
         return None
     rows = np.arange(x.size(1))
@@ -146,7 +146,7 @@ def _dropout(r: Regularization, x: Tensor, H: int) -> Tensor | None:
 
 
 def _keep(r: Regularization, state: str, t: int, x: Tensor, width: int) -> Tensor | None:
-    """(B, width), the share of a new state that zoneout keeps."""
+    """The fraction of a new state that is used with zoneout (B, width)."""
     rate = {"h": r.zoneout_h, "c": r.zoneout_c}.get(state, 0.0)
     found = masks.zoneout(rate, state, r.seed, r.stream, t, np.arange(x.size(1)), width)
     return None if found is None else torch.as_tensor(found).to(x)

@@ -1,6 +1,6 @@
 """What the layers do while ``torch.compile`` or ``torch.export`` traces them.
 
-Nothing here looks at values, which are not known then; the operators do, when they run.
+The code here does not read values, which are not known then. The operators do so when they run.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedrnn.torch import paths
 from fusedrnn.torch.ops import Weights
 
-# The options of a call without any.
+# The options of a call with default values.
 NONE = {"lengths": None, "reset": None, "return_states": False, "detach_every": None}
 
 
 def unsupported(input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
-    """Why the operators cannot take this call, or None; what sizes have to be is the layer's to say."""
+    """Why the operators do not support this call, or None. The layer checks sizes."""
     if isinstance(input, PackedSequence):
         return "a PackedSequence; pass padded input and lengths="
     tensors = [input, *(state or ()), *(w for each in weights for w in each if w is not None)]
@@ -44,29 +44,29 @@ def _outside(module: Any, *args: Any, **options: Any) -> Any:
 
 
 def leave_graph(module: Any, reason: str, *args: Any, **options: Any) -> Any:
-    """Leave the graph, and run as without a compiler; with ``fullgraph=True`` that is an error."""
+    """Break the graph and run without the compiler; with ``fullgraph=True`` this raises an error."""
     text = f"fusedrnn: {type(module).__name__} does not compile here: {reason}"
-    if not torch.compiler.is_dynamo_compiling():  # torch.export, which has no other way
+    if not torch.compiler.is_dynamo_compiling():  # torch.export, which cannot break the graph
         raise RuntimeError(text)
     torch._dynamo.graph_break(msg=text)
     return _outside(module, *args, **options)
 
 
 def leave_alone(function: Callable[..., Any]) -> None:
-    """Have the compiler run calls of a function, and all that these call, as they are.
+    """Let the compiler run a function, and all that it calls, without tracing.
 
     ``torch.compiler.disable`` does so too, but imports the compiler, which takes a second.
     """
     frames = torch._C._dynamo.eval_frame
-    with contextlib.suppress(AttributeError):  # PyTorch before 2.7: the compiler tries, and gives up
+    with contextlib.suppress(AttributeError):  # PyTorch before 2.7: the compiler tries and stops
         skip = frames._FrameAction.SKIP
         strategy = frames._FrameExecStrategy(skip, skip)
         frames.set_code_exec_strategy(function.__code__, strategy)
 
 
 def call(module: Any, input: Any, hx: Any, **options: Any) -> Any:
-    """``forward`` of a named layer or cell; what the operators cannot take breaks the graph."""
-    if torch.onnx.is_in_onnx_export():  # which knows PyTorch's operators
+    """``forward`` of a named layer or cell; a call that the operators do not support breaks the graph."""
+    if torch.onnx.is_in_onnx_export():  # which knows only PyTorch's operators
         if given := paths.asked_for(options) or module._only_ours():
             raise RuntimeError(f"{given}: ONNX export takes torch.nn's layer, which has none; see to_torch")
         return module.torch_class.forward(module, input, hx)

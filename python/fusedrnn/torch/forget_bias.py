@@ -1,4 +1,4 @@
-"""``forget_bias`` of the LSTMs: where the bias of the forget gate starts."""
+"""``forget_bias`` of the LSTMs: the initial bias of the forget gate."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 
 class ForgetBias:
-    """What ``LSTM`` and ``LSTMCell`` have in common beside their cell.
+    """The argument ``forget_bias`` of ``LSTM`` and ``LSTMCell``.
 
     Args:
-        forget_bias: What the two biases of the forget gate sum to at the start, and after
-            ``reset_parameters``; 1 keeps more of c at the start of a training (Jozefowicz et al. 2015). None:
-            both as PyTorch draws them. The other initial values are the same either way.
+        forget_bias: The sum of the two biases of the forget gate at the start and after
+            ``reset_parameters``; 1 keeps more of c at the start of training (Jozefowicz et al. 2015). None:
+            both as PyTorch draws them. The other initial values are the same in both cases.
 
     Raises:
-        TypeError, ValueError: forget_bias is no number, or there are no biases.
+        TypeError, ValueError: forget_bias is not a number, or there are no biases.
     """
 
     forget_bias: float | None = None
@@ -36,7 +36,7 @@ class ForgetBias:
         self._set_forget_bias()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
+        """Draw the parameters again."""
         super().reset_parameters()  # type: ignore[misc]
         if self.forget_bias is not None:
             self._set_forget_bias()
@@ -49,6 +49,6 @@ class ForgetBias:
                 p[H : 2 * H] = self.forget_bias if name.startswith("bias_ih") else 0
 
     def extra_repr(self) -> str:
-        """PyTorch's text, and ``forget_bias`` where it is given."""
+        """PyTorch's text, and ``forget_bias`` if it is set."""
         text: str = super().extra_repr()  # type: ignore[misc]
         return text if self.forget_bias is None else f"{text}, forget_bias={self.forget_bias:g}"

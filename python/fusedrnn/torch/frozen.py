@@ -1,4 +1,4 @@
-"""``freeze``: layers whose weights stand still are packed once; no call packs them again."""
+"""``freeze``: weights that do not change are packed once, and not again at each call."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _there: weakref.WeakSet[Frozen] = weakref.WeakSet()  # of all layers that are fr
 
 
 class Frozen:
-    """The packed weights of a layer or cell, and what its parameters were. A copy of it is not frozen."""
+    """The packed weights of a layer or cell, and its parameters at that time. A copy of it is not frozen."""
 
     def __init__(self, module: Any, weights: list[Weights]) -> None:
         first = weights[0][0]
         self.dtype, self.device, self.weights = first.dtype, first.device, weights
         backend = backends.usable(None) if first.is_cpu else gpu.backend()
-        with gpu.on(first.device):  # of each layer and direction, as ``ops.run`` takes them
+        with gpu.on(first.device):  # for each layer and direction, as ``ops.run`` takes them
             names = module.cell.blocks
             arrays = [dict(zip(names, map(array, each), strict=True)) for each in weights]
             self.packed = [(backend, backend.pack(module.cell, each)) for each in arrays]
-        # Where each parameter is found, and what it was.
+        # Where each parameter is, and its state.
         self.parameters = [
             (owner._parameters, name, p, p._version, p.data_ptr())
             for owner in module.modules()
@@ -51,7 +51,7 @@ class Frozen:
         return type(None), ()
 
     def check(self, x: Tensor, state0: Sequence[Tensor] | None) -> None:
-        """Raise RuntimeError where the packed weights are not for such a call, or no more the layer's."""
+        """Raise RuntimeError if the packed weights do not match the call, or the layer any more."""
         if x.dtype is not self.dtype or x.device != self.device:
             raise RuntimeError(
                 f"input: expected {self.dtype} on {self.device}, as the frozen weights are, got {x.dtype} on "
@@ -68,7 +68,7 @@ class Frozen:
 
 @functools.cache
 def _watch_optimizers() -> None:
-    """A step for parameters of a frozen layer is an error: fused optimisers change no version."""
+    """Raise an error for a step on a frozen layer, since fused optimisers do not change versions."""
     register_optimizer_step_pre_hook(_refuse_step)
 
 
@@ -81,16 +81,16 @@ def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def frozen(module: torch.nn.Module) -> Frozen | None:
-    """What a call of a layer has to run, if it is frozen; where something watches operators, they run."""
+    """What a call of a frozen layer runs, or None. With a dispatch mode that sees operators, they run."""
     found: Frozen | None = module.__dict__.get("_fusedrnn_frozen")
     return None if found is None or torch._C._len_torch_dispatch_stack() else found
 
 
 class Freezable(torch.nn.Module):
-    """A layer of a cell, and what is an error while it is frozen."""
+    """The base class of layers and cells; some methods raise an error while it is frozen."""
 
     last_path: str | None = None
-    _key: str  # of its cell, in CELLS unless the layer has a cell of its own
+    _key: str  # the key of its cell in CELLS, unless the layer has a cell of its own
 
     @property
     def cell(self) -> Cell:
@@ -98,15 +98,15 @@ class Freezable(torch.nn.Module):
         return CELLS[self._key]
 
     def _weights(self) -> list[Weights]:
-        """Of each layer and direction."""
+        """The weights of each layer and direction."""
         raise NotImplementedError
 
     def _lacks(self, device: torch.device) -> str | None:
-        """What the kernels of a device have not of this layer."""
+        """What the kernels of a device do not support of this layer, or None."""
         return None
 
     def train(self, mode: bool = True) -> Any:
-        """As PyTorch's; RuntimeError for a frozen layer."""
+        """Like ``train`` of PyTorch; raises a RuntimeError for a frozen layer."""
         if mode and self.__dict__.get("_fusedrnn_frozen") is not None:
             raise RuntimeError(f"train: {UNFREEZE}")
         return super().train(mode)
@@ -130,21 +130,21 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def freeze(model: M) -> M:
-    """Promise that the weights of all our layers in a model stand still, for faster inference, in place.
+    """Declare that the weights of all our layers in a model do not change, for faster inference, in place.
 
-    They are packed once. Until ``unfreeze`` it is an error to train such a layer, to load a state_dict into
-    it, to move it, to step an optimiser that has gradients for it, and to call it after an operation of
-    PyTorch has written to a parameter or put another in its place, or where a gradient could be asked for.
-    Writes that PyTorch does not count, through ``.data``, a NumPy view or ``torch._fused_sgd_`` and the like,
-    are yours to leave alone.
+    They are packed once. Until ``unfreeze``, these raise an error: training such a layer, loading a
+    state_dict into it, moving it, a step of an optimiser with gradients for it, and a call after an operation
+    of PyTorch has written to a parameter or replaced it, or a call whose gradient may be needed. Writes that
+    PyTorch does not count, through ``.data``, a NumPy view or functions such as ``torch._fused_sgd_``, are
+    not detected.
 
     Returns:
         The model.
 
     Raises:
-        RuntimeError: The kernels cannot run a layer, it is in training mode, or its parameters were made in
-            inference mode. Nothing was changed.
-        ValueError: There is no layer of ours.
+        RuntimeError: The kernels do not support a layer, it is in training mode, or its parameters were made
+            in inference mode. Nothing has changed.
+        ValueError: The model has none of our layers.
     """
     made: list[tuple[Any, Frozen]] = []
     for path, layer in _layers(model):

@@ -1,4 +1,4 @@
-"""``LSTM``, ``GRU`` and ``RNN``, drop-in replacements for ``torch.nn``'s.
+"""``LSTM``, ``GRU`` and ``RNN``, drop-in replacements for those of ``torch.nn``.
 
 Each is a subclass of PyTorch's layer: parameters, initial values, state_dict, repr and errors are PyTorch's.
 Formulas and their sources are in ``fusedrnn.cells.builtin``.
@@ -24,27 +24,28 @@ from fusedrnn.torch.scripted import OPTIONS, Scriptable
 
 
 class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
-    """What the three have in common.
+    """The base class of the three layers.
 
     Args:
         recompute: Keep few states for backward and run forward again there, to save memory.
-        recurrent_dropout: In training, the probability with which each unit of what weight_hh multiplies is
-            zeroed, the others scaled by 1 / (1 - recurrent_dropout): one mask for each row, layer and
+        recurrent_dropout: In training, the probability that a unit of what weight_hh multiplies is zeroed;
+            the others are scaled by 1 / (1 - recurrent_dropout). There is one mask for each row, layer and
             direction, the same at every step of a call (Gal and Ghahramani 2016).
-        zoneout_h, zoneout_c: In training, the probability with which a unit of h or c keeps its value at a
-            step, drawn for each step; in evaluation the mean of old and new, so weighted (Krueger et al.
-            2016). ``zoneout_c`` is for the LSTM.
-        layer_norm: Normalise the input's and the recurrent part of the gates, and the LSTM's c on its way to
-            h (Ba, Kiros and Hinton 2016; the formulas are in docs/bptt.md). More parameters: ``gain_ih_l0``
-            and ``gain_hh_l0`` (G*H,), of the LSTM ``gain_c_l0`` and ``bias_c_l0`` (H,), and so on as the
-            weights; gains start as 1, ``bias_c`` as 0.
+        zoneout_h, zoneout_c: In training, the probability that a unit of h or c keeps its value at a step,
+            drawn for each step. In evaluation the new value is the mean of old and new with these weights
+            (Krueger et al. 2016). ``zoneout_c`` is for the LSTM.
+        layer_norm: Normalise the input part and the recurrent part of the gates, and in the LSTM the c from
+            which h is computed (Ba, Kiros and Hinton 2016; the formulas are in docs/bptt.md). This adds the
+            parameters ``gain_ih_l0`` and ``gain_hh_l0`` (G*H,), for the LSTM also ``gain_c_l0`` and
+            ``bias_c_l0`` (H,), and so on like the weights. Gains start at 1, ``bias_c`` at 0.
 
-    All these by keyword. Masks are drawn from PyTorch's default generator, by one seed a call.
-    ``last_path`` is "fused" after a call that ran our kernels, else "fallback: " and why PyTorch's ran, or
-    "steps in PyTorch: " and why the cell's steps ran in PyTorch's operations, which PyTorch's layer cannot.
+    All these are keyword arguments. Masks are drawn from PyTorch's default generator, with one seed for each
+    call. ``last_path`` is "fused" after a call that ran our kernels. Otherwise it is "fallback: " and why
+    PyTorch's layer ran, or "steps in PyTorch: " and why the cell's steps ran in PyTorch's operations, for
+    calls that PyTorch's layer does not support.
     """
 
-    layer_norm = False  # as it is in a layer of torch.nn that becomes one of ours
+    layer_norm = False  # for a layer of torch.nn that is converted to ours
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
                 torch.nn.init.constant_(parameter, 0.0 if name.startswith("bias_c") else 1.0)
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
+        """Draw the parameters again."""
         super().reset_parameters()
         self._set_norms()
 
@@ -96,7 +97,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         return self.mode + (NORMED if self.layer_norm else PROJECTED if self.proj_size else "")
 
     def flatten_parameters(self) -> None:
-        """Nothing: it serves cuDNN alone, and its flat memory is what safetensors refuses."""
+        """Do nothing: only cuDNN needs it, and safetensors does not support its flat memory."""
 
     def forward(
         self,
@@ -108,32 +109,34 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         return_states: bool = False,
         detach_every: int | None = None,
     ) -> Any:
-        """As PyTorch's, with more by keyword.
+        """Like ``forward`` of PyTorch, with more keyword arguments.
 
         Args:
             input: (T, B, I), with ``batch_first`` (B, T, I), unbatched (T, I), or a PackedSequence.
             hx: h_0, for the LSTM (h_0, c_0), each (L*D, B, H), unbatched (L*D, H); None is zeros. With
-                ``proj_size`` h_0 has that many units.
-            lengths: (B,) whole numbers from 0 to T, for padded input: a tensor, an array or a list. From its
-                length on a row's state stands still and its output is 0. Not with a PackedSequence, which
-                says so itself.
-            reset: Of the input's shape without features, booleans or 0 and 1, as ``lengths``: true where a
-                step is the first of a new segment, before which the state is cleared. Not with a
-                PackedSequence.
+                ``proj_size`` h_0 has ``proj_size`` units.
+            lengths: (B,) integers from 0 to T, for padded input: a tensor, an array or a list. From this step
+                on the state of the row does not change and its output is 0. Not with a PackedSequence, which
+                has its own lengths.
+            reset: Of the input's shape without features, booleans or 0 and 1, a tensor, an array or a list.
+                It is true if a step is the first of a new segment, before which the state is cleared. Not
+                with a PackedSequence.
             return_states: Also return the states of every step: h, for the LSTM (h, c), each (L*D, T, B, H),
-                with ``batch_first`` (L*D, B, T, H), unbatched (L*D, T, H). Past a row's length they are held,
-                and a gradient that comes in there is never read. Not with a PackedSequence.
-            detach_every: Truncate back-propagation: after every so many steps, in each layer and direction
-                counted as it runs, the state goes on and the gradient stops. Not with a PackedSequence.
+                with ``batch_first`` (L*D, B, T, H), unbatched (L*D, T, H). Past the end of a row the last
+                state is repeated, and gradients there are ignored. Not with a PackedSequence.
+            detach_every: Truncate backpropagation: after every ``detach_every`` steps, counted in the
+                direction of the run, the state is passed on and the gradient stops. Not with a
+                PackedSequence.
 
         Returns:
             output, h_n (for the LSTM (h_n, c_n)), and with ``return_states`` the states.
 
         Raises:
-            What ``torch.nn`` raises; TypeError, ValueError: a keyword is wrong; the message names it.
-            RuntimeError: a keyword where PyTorch's own implementation has to run.
+            What ``torch.nn`` raises; TypeError, ValueError: a keyword argument is wrong; the message names
+            it.
+            RuntimeError: a keyword argument in a call that our kernels do not support.
         """
-        # The names and values are those of the backends' forward, which gets them all.
+        # The names and values are those of the forward of backends, to which all are passed.
         options = {
             "lengths": lengths,
             "reset": reset,
@@ -177,7 +180,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         return "proj_size on a GPU" if self.proj_size and device.type != "cpu" else None
 
     def _unsupported(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
-        """Why the kernels cannot take this call, or None. What is wrong is left to PyTorch's own errors."""
+        """Why the kernels do not support this call, or None. Wrong arguments are left to PyTorch's errors."""
         reason = paths.mode()
         if reason is not None:
             return reason
@@ -188,7 +191,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         reason = reason or self._lacks(data.device)
         if reason is not None:
             return reason
-        if self.mode != "GRU" and paths.autocast(data):  # PyTorch's GRU returns float32 all the same
+        if self.mode != "GRU" and paths.autocast(data):  # PyTorch's GRU returns float32 anyway
             return "autocast is on"
         reason = self._misshapen(input, state)
         if reason is not None:
@@ -203,7 +206,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         return None
 
     def _unrecordable(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
-        """Why PyTorch's operations cannot run this call in place of the kernels, or None."""
+        """Why PyTorch's operations do not support this call instead of the kernels, or None."""
         data = input.data if isinstance(input, PackedSequence) else input
         tensors = [data, *(state or ()), *(w for each in weights for w in each if w is not None)]
         if not all(isinstance(t, Tensor) for t in tensors):
@@ -211,7 +214,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         return paths.unrecordable(tensors) or self._misshapen(input, state)
 
     def _misshapen(self, input: Any, state: tuple[Tensor, ...] | None) -> str | None:
-        """What PyTorch would complain of, or leave to itself."""
+        """Which shape is wrong, so that PyTorch raises an error, or None."""
         if isinstance(input, PackedSequence):
             shape, rows = input.data.shape, input.batch_sizes[:1].tolist()
             if len(shape) != 2:
@@ -233,30 +236,30 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             if len(state) != len(sizes) or got != sizes:
                 size = sizes[0] if len(set(sizes)) == 1 else sizes
                 if isinstance(input, PackedSequence) and len(got) == len(sizes):
-                    # Here PyTorch's own does not check, and reads past the end of some.
+                    # Here PyTorch does not check, and may read past the end.
                     raise RuntimeError(f"Expected hidden size {size}, got {got}")
                 return f"the state is not of shape {size}"
         return None
 
 
 class LSTM(ForgetBias, NamedLayer, torch.nn.LSTM):
-    """``torch.nn.LSTM`` on our kernels. See ``NamedLayer`` and ``ForgetBias`` for what is added."""
+    """``torch.nn.LSTM`` on our kernels. ``NamedLayer`` and ``ForgetBias`` describe additional arguments."""
 
     torch_class = torch.nn.LSTM
 
 
 class GRU(NamedLayer, torch.nn.GRU):
-    """``torch.nn.GRU`` on our kernels. See ``NamedLayer`` for what is added."""
+    """``torch.nn.GRU`` on our kernels. ``NamedLayer`` describes additional arguments."""
 
     torch_class = torch.nn.GRU
 
 
 class RNN(NamedLayer, torch.nn.RNN):
-    """``torch.nn.RNN`` on our kernels. See ``NamedLayer`` for what is added."""
+    """``torch.nn.RNN`` on our kernels. ``NamedLayer`` describes additional arguments."""
 
     torch_class = torch.nn.RNN
 
 
-# A compiler leaves PyTorch's layers and what they call alone; so it does with these. Those of ``compilable``
-# have a forward of their own.
+# The compiler does not trace PyTorch's layers and what they call, nor these. Those of ``compilable`` have a
+# forward of their own.
 dynamo.leave_alone(NamedLayer.forward)

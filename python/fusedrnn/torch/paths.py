@@ -1,4 +1,4 @@
-"""Which path a layer takes, and what becomes of fallbacks."""
+"""Which implementation a layer runs, and how fallbacks are reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = "its steps in PyTorch's operations"
 
 
 class FallbackWarning(UserWarning):
-    """A layer ran PyTorch's own implementation."""
+    """A layer ran PyTorch's implementation."""
 
 
 class _Settings(threading.local):
@@ -35,14 +35,14 @@ _told: set[tuple[str, str]] = set()
 
 
 def set_fallback_errors(on: bool) -> None:
-    """Whether a fallback is a RuntimeError; else it warns, once for each kind of layer and reason."""
+    """Set whether a fallback raises a RuntimeError. Otherwise it warns once for each class and reason."""
     global _errors
     _errors = bool(on)
 
 
 @contextlib.contextmanager
 def fallback() -> Iterator[None]:
-    """Within the block the calling thread's layers run PyTorch's own implementation, without a warning."""
+    """Within the block, layers of the calling thread run PyTorch's implementation, without a warning."""
     before, _settings.forced = _settings.forced, True
     try:
         yield
@@ -51,7 +51,7 @@ def fallback() -> Iterator[None]:
 
 
 def fall_back(module: torch.nn.Module, reason: str, original: Callable[..., Any], *args: Any) -> Any:
-    """What PyTorch's own implementation returns, or raises; says so, or refuses. For ``forward`` alone."""
+    """Run PyTorch's implementation and warn, or raise an error. Only for ``forward``."""
     output = original(*args)
     module.__dict__["last_path"] = f"fallback: {reason}"
     tell(module, reason)
@@ -59,8 +59,10 @@ def fall_back(module: torch.nn.Module, reason: str, original: Callable[..., Any]
 
 
 def record(module: torch.nn.Module, reason: str | None) -> None:
-    """Say that a layer runs our kernels, or say or refuse that for a reason it runs a step at a time in
-    PyTorch's operations. For ``forward`` alone."""
+    """Record that a layer runs our kernels, or, with a reason, its steps in PyTorch's operations.
+
+    With a reason it warns, or raises an error. Only for ``forward``.
+    """
     path = FUSED if reason is None else f"steps in PyTorch: {reason}"
     if torch.compiler.is_compiling():  # the operator warns when it runs
         module.last_path = path  # type: ignore[assignment]
@@ -71,17 +73,17 @@ def record(module: torch.nn.Module, reason: str | None) -> None:
 
 
 def all_asked_for(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that a call asked for."""
+    """The options that were passed to a call."""
     return {name: value for name, value in options.items() if value is not None and value is not False}
 
 
 def asked_for(options: dict[str, Any]) -> str | None:
-    """The name of the first of them."""
+    """The name of the first of these options, or None."""
     return next(iter(all_asked_for(options)), None)
 
 
 def tell(module: torch.nn.Module | str, reason: str, what: str = "PyTorch's own implementation") -> None:
-    """Warn of a fallback, once for each kind of layer (or name) and reason; or refuse it."""
+    """Warn of a fallback, once for each class (or name) and reason, or raise an error."""
     if _settings.forced:
         return
     kind = module if isinstance(module, str) else type(module).__name__
@@ -95,7 +97,7 @@ def tell(module: torch.nn.Module | str, reason: str, what: str = "PyTorch's own 
 
 
 def mode() -> str | None:
-    """Why no kernel can run for now, whatever the tensors, or None."""
+    """Why no kernel can run now with any tensors, or None."""
     if _settings.forced:
         return "fusedrnn.torch.fallback()"
     if torch._C._get_tracing_state() is not None:
@@ -108,13 +110,13 @@ def mode() -> str | None:
 
 
 def vmapped() -> bool:
-    """Whether torch.func.vmap is at work, for which PyTorch's own layers have no rules."""
+    """Whether torch.func.vmap is active, which PyTorch's layers do not support."""
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def unrecordable(tensors: Sequence[Tensor]) -> str | None:
-    """Why PyTorch's operations cannot run the steps of a layer with these tensors either, or None."""
+    """Why PyTorch's operations do not support these tensors either, or None."""
     if _settings.forced:
         return "fusedrnn.torch.fallback()"
     if torch._C._get_tracing_state() is not None:
@@ -126,7 +128,10 @@ def unrecordable(tensors: Sequence[Tensor]) -> str | None:
 
 
 def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tensor | None]) -> str | None:
-    """Why the kernels cannot take these tensors, or None; all have to be of the input's dtype and device."""
+    """Why the kernels do not support these tensors, or None.
+
+    All must have the dtype and device of the input.
+    """
     on_cpu = device.type == "cpu"
     if dtype is not torch.float32 and dtype is not torch.float64 and (on_cpu or dtype not in gpu.HALVES):
         return f"the dtype is {dtype}"
@@ -154,10 +159,10 @@ def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tens
 def unsupported_weights(
     input: Tensor, weights: Sequence[Any], cell: Cell, I: int, H: int, P: int
 ) -> str | None:
-    """Why the kernels cannot take these weights of one layer and direction beside such an input, or None.
+    """Why the kernels do not support these weights of one layer and direction with this input, or None.
 
     Raises:
-        RuntimeError: One is of another shape; PyTorch's own may read past its end.
+        RuntimeError: One has a wrong shape; PyTorch's implementation may read past its end.
     """
     reason = unsupported(input.dtype, input.device, weights)
     if reason is not None:
@@ -170,22 +175,22 @@ def unsupported_weights(
 
 @functools.cache
 def _shapes(cell: Cell, I: int, H: int, P: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Of the weights by name."""
+    """The shapes of the weights by name."""
     return tuple(cell.shapes(I, H, P).items())
 
 
 def _traced(t: Any) -> bool:
-    """Whether this stands for a plain tensor while PyTorch traces."""
+    """Whether this represents a plain tensor while PyTorch traces."""
     return type(t).__module__.startswith("torch._subclasses") and isinstance(t, Tensor)
 
 
 def is_proxy(value: Any) -> bool:
-    """Whether torch.fx traces, and this stands for a value."""
+    """Whether torch.fx traces and this represents a value."""
     return isinstance(value, torch.fx.Proxy)
 
 
 def call_module(module: torch.nn.Module, input: Any, *args: Any, **options: Any) -> Any:
-    """The call of a layer in the graph that torch.fx traces: the layer is a leaf, as ``torch.nn``'s are."""
+    """Add a call of a layer to the graph of torch.fx. The layer is a leaf, as in ``torch.nn``."""
     tracer = input.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, *args), options)  # type: ignore[attr-defined]
 
@@ -196,14 +201,14 @@ def autocast(t: Tensor) -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A block in which autocast changes nothing; of some devices, such as meta, PyTorch has none."""
+    """A block without autocast. PyTorch has no autocast for some devices, such as meta."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def lowered(input: Any, state0: Any, weights: list[Any]) -> tuple[Any, Any, list[Any]]:
-    """A call's tensors on a GPU in the dtype of autocast; else as they are."""
+    """The tensors of a call, on a GPU in the dtype of autocast."""
     data = input.data if isinstance(input, PackedSequence) else input
     if not isinstance(data, Tensor) or data.is_cpu:
         return input, state0, weights
@@ -220,12 +225,12 @@ def lowered(input: Any, state0: Any, weights: list[Any]) -> tuple[Any, Any, list
 
 
 def _lower(t: Any, dtype: torch.dtype) -> Any:
-    """A floating-point tensor in the dtype; as autocast, leaves float64, and what is no such tensor."""
+    """A floating-point tensor in the dtype. Like autocast, do not change float64 and other objects."""
     if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype is torch.float64:
         return t
     return t.to(dtype)
 
 
 def state(hx: Any, pair: bool) -> tuple[Any, ...]:
-    """The tensors of a state as a tuple, for the LSTM out of a pair; they are not checked here."""
+    """The tensors of a state as a tuple, for the LSTM from a pair; they are not checked here."""
     return tuple(hx) if pair and isinstance(hx, tuple | list) else (hx,)

@@ -1,4 +1,4 @@
-"""One layer in one direction in ``torch.autograd``: the operators joined to a node."""
+"""One layer in one direction in ``torch.autograd``: the operators as one node."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ OPTIONS = 10  # of Recurrence, before its tensors
 def recurrence(
     call: Call, return_states: bool = False, packed: Any = None, recorded: bool = False
 ) -> list[Tensor]:
-    """Run one layer in one direction: ``recorded`` a step at a time in PyTorch's operations, else by the
-    kernels, in autograd unless weights are ``packed``.
+    """Run one layer in one direction.
+
+    With ``recorded`` it runs step by step in PyTorch's operations, else in the kernels. It records a graph
+    unless weights are ``packed``.
 
     Returns:
         y (T, B, P); then the final state, (B, P) and (B, H) each; then with ``return_states`` those of every
-        step, with T first. Of one step the final state alone.
+        step, with T first. For one step only the final state.
     """
     if recorded:
         return ops.steps(call, return_states)
@@ -50,7 +52,7 @@ def recurrence(
 
 
 def _call(counts: tuple[int, int], options: Sequence[Any], tensors: Sequence[Any]) -> Call:
-    """Of the tensors that a node keeps: those that may have gradients, lengths, reset and seed."""
+    """The call from the tensors that a node keeps: those with gradients, lengths, reset and seed."""
     a = 1 + counts[0]
     b = a + counts[1]
     split = tensors[0], tensors[1:a], tensors[a:b], tensors[b:-3], *tensors[-3:]
@@ -58,18 +60,18 @@ def _call(counts: tuple[int, int], options: Sequence[Any], tensors: Sequence[Any
 
 
 class Recurrence(torch.autograd.Function):
-    """The node: what backward needs are tensors, asked for their memory anew when it runs."""
+    """The node. What backward needs is kept as tensors, whose memory is looked up when it runs."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        """The results of a call, by the kernels."""
+        """The results of a call, computed by the kernels."""
         n0, nw, return_states, rows, *options = arguments[:OPTIONS]
         tensors = arguments[OPTIONS:]
         call = _call((n0, nw), options, tensors)
         outputs = ops.forward(call, return_states, rows)
         n = call.results(return_states)
         tape = outputs[n:]
-        # Of biases backward reads the shapes alone: programs may write to them, as with torch.nn's layers.
+        # Backward reads only the shapes of biases: programs may write to them, as with torch.nn's layers.
         free = call.cell in CELLS and nw < 6 and tape and not call.recompute  # there is no layer norm
         ctx.biases = (3 + n0, 4 + n0) if free else ()
         kept = [None if k in ctx.biases else t for k, t in enumerate(tensors)]
@@ -82,7 +84,7 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradient of every argument, None for those that need none."""
+        """The gradient of every argument, or None if it needs none."""
         try:
             saved = list(ctx.saved_tensors)
         except RuntimeError as error:
@@ -105,7 +107,7 @@ class Recurrence(torch.autograd.Function):
                         f"derivatives of derivatives need it as it was\n{IN_PLACE}"
                     )
                 tensors[k] = bias
-            if batched:  # a Function would not record what it does with these
+            if batched:  # a Function would not record operations on these
                 own = [None if t is None else t.view_as(t) for t in tensors[:-3]]
                 call = _call(ctx.counts, ctx.options, [*own, *tensors[-3:]])
                 found = ops.gradients_of_steps(call, upstream, own, True)
@@ -120,15 +122,17 @@ class Recurrence(torch.autograd.Function):
 
 
 def _is_batch(d: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether this stands for a batch of upstream gradients, as of ``is_grads_batched``."""
+    """Whether this is a batch of upstream gradients, as with ``is_grads_batched``."""
     return d is not None and not torch._C._has_storage(d)
 
 
 def _each(
     call: Call, y: Tensor, tape: Sequence[Tensor], upstream: Sequence[Tensor | None], need: Sequence[bool]
 ) -> list[Tensor]:
-    """Backward of each of a batch of upstream gradients, which PyTorch's rules for such cannot do for an
-    operator that returns a list."""
+    """Run backward for each of a batch of upstream gradients.
+
+    PyTorch's batching rules do not support an operator that returns a list.
+    """
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     batches = {k: torch._remove_batch_dim(d, level, 1, 0) for k, d in enumerate(upstream) if _is_batch(d)}
@@ -144,13 +148,13 @@ def _versioned(t: Any) -> tuple[Tensor | None, int]:
 
 
 class Differentiable(torch.autograd.Function):
-    """The gradients by the kernels, their derivatives by PyTorch's own operations."""
+    """Gradients by the kernels, and their derivatives by PyTorch's operations."""
 
     @staticmethod
     def forward(
         ctx: Any, counts: Any, options: Any, tapes: int, need: Any, *tensors: Any
     ) -> tuple[Tensor, ...]:
-        """The gradients of a call, by the kernels."""
+        """The gradients of a call, computed by the kernels."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.how, end = (counts, options, len(need)), len(need) + 3
@@ -161,12 +165,12 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of these gradients, by PyTorch's operations."""
+        """The gradients of these gradients, computed by PyTorch's operations."""
         tensors, again, (counts, options, n) = list(ctx.saved_tensors), torch.is_grad_enabled(), ctx.how
         places = [k for k in (*range(n), *range(ctx.upstream, len(tensors))) if tensors[k] is not None]
         found: list[Tensor | None] = [None] * len(tensors)
         with torch.enable_grad():
-            for k in places:  # each in its own place, also where one tensor stands in two
+            for k in places:  # each separately, even if one tensor is in two places
                 t = tensors[k]
                 tensors[k] = t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
             call, upstream = _call(counts, options, tensors[: n + 3]), tensors[ctx.upstream :]

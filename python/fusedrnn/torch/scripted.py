@@ -1,4 +1,4 @@
-"""What stands for our layers where PyTorch's own have to: TorchScript and ONNX."""
+"""Replace our layers by PyTorch's for TorchScript and ONNX."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from fusedrnn.torch import paths
 
-OPTIONS = ("recurrent_dropout", "zoneout_h", "zoneout_c", "layer_norm", "recompute")  # of a layer, ours alone
-ALWAYS = ("layer_norm", "zoneout_h", "zoneout_c")  # those that change results, in evaluation too
-# What our layers have of their own, beside their class.
+OPTIONS = ("recurrent_dropout", "zoneout_h", "zoneout_c", "layer_norm", "recompute")  # of a layer, only ours
+ALWAYS = ("layer_norm", "zoneout_h", "zoneout_c")  # those that also change results in evaluation
+# Attributes that only our layers have.
 OWN = ("last_path", "forget_bias", *OPTIONS)
 
 
 def check_torch_has(layer: Any, path: str) -> None:
-    """Raise where ``torch.nn`` has no layer that computes the same."""
+    """Raise an error if ``torch.nn`` has no layer that computes the same."""
     for name in ALWAYS:
         if getattr(layer, name, False):
             raise ValueError(f"{path}: torch.nn has no {name}")
@@ -25,12 +25,12 @@ def check_torch_has(layer: Any, path: str) -> None:
 
 
 class Scriptable(torch.nn.Module):
-    """A layer for which TorchScript takes that of ``torch.nn``, ``torch_class``, with the same parameters."""
+    """A layer that TorchScript replaces by ``torch_class`` of ``torch.nn``, with the same parameters."""
 
     torch_class: type[torch.nn.Module]
 
     def _only_ours(self) -> str | None:
-        """The name of the first option that PyTorch's own implementation would leave out."""
+        """The name of the first option that is set and that PyTorch's implementation does not have."""
         names = (*ALWAYS, "recurrent_dropout") if self.training else ALWAYS
         return next((name for name in names if getattr(self, name, False)), None)
 
