@@ -1,7 +1,7 @@
 // fusedrnn._core: check, allocate, call. No maths. SPDX-License-Identifier: Apache-2.0
 //
-// fusedrnn.backends.arguments gives the readable errors; the checks here are the ones that memory safety rests on, so
-// that no call of this module, however wrong, reads or writes outside an array.
+// fusedrnn.backends.arguments raises the readable errors. The checks here are those for memory safety: no call of this
+// module, with any arguments, reads or writes outside an array.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -23,9 +23,9 @@ using namespace fusedrnn;
 
 namespace {
 
-// The arithmetic of a call, for bench/call_overhead.py: `times` times the kernels' own call, as the binding makes it.
-// As with a caller that carries a state, the results of one call live until the next has run: two sets of outputs take
-// turns, and what forward saves is allocated and freed every time.
+// The arithmetic of a call, for bench/call_overhead.py: the kernels' own call, `times` times, as the binding makes it.
+// As with a caller that keeps its state, the results of one call live until the next one has run: two sets of outputs
+// alternate, and what forward saves is allocated and freed every time.
 template <class T>
 void repeat_forward_as(Index times, const PyPacked& packed, const py::object& x, const py::object& h0,
                        const py::object& c0, Save save) {
@@ -67,7 +67,7 @@ py::array_t<T> activation_as(int which, const py::object& x, const std::string& 
     kernels = nullptr;
     for (cpu::Isa level : cpu::all_isas)
       if (isa == cpu::name(level) && cpu::available(level)) kernels = cpu::kernels_of<T>(level);
-    if (!kernels) throw py::value_error("isa: not available here: " + isa);
+    if (!kernels) throw py::value_error("isa: expected an available instruction set, got " + isa);
   }
   const cpu::ControlWord word;
   kernels->activation(which, in, out.mutable_data(), a.size());
@@ -94,8 +94,7 @@ py::dict info() {
   return d;
 }
 
-// Threads, whether by rows of the batch, and backward's chunks of steps: for docs/scaling.md, in float32.
-// What the host must know of a cell beside its maths: its type, and how the kernels lay out what they keep.
+// The type of a cell, and the memory layout of what the kernels keep.
 py::tuple cell_layout(int id, bool regularized) {
   static const char* const types[] = {
 #define X(id, type) #type,
@@ -111,12 +110,13 @@ py::tuple cell_layout(int id, bool regularized) {
   return py::make_tuple(type, shape.accumulators, shape.saved, shape.has_c, parts, shape.layer_norm);
 }
 
+// The number of threads, whether by rows of the batch, and backward's chunks of steps: for docs/scaling.md, in float32.
 py::tuple split(int id, Index T, Index B, Index I, Index H, int threads) {
   const CellId cell = cell_of(id);
   if (T < 0 || B < 0 || I < 1 || H < 1 || threads < 1)
-    throw py::value_error("expected T and B at least 0, I, H and threads at least 1");
+    throw py::value_error("sizes: expected T and B at least 0, and I, H and threads at least 1");
   const auto size = [](Index n) { return std::size_t(n) + 16; };
-  cpu::checked_product({size(T), size(B), size(H), size(I) + size(H), 64});  // beyond what the choice itself multiplies
+  cpu::checked_product({size(T), size(B), size(H), size(I) + size(H), 64});  // larger than any product in the choice
   const Sizes sizes = {T, B, I, H, H};
   const Split found = split_of<float>(cell, sizes, threads);
   return py::make_tuple(found.threads, found.by_rows, chunks_of<float>(cell, sizes));
@@ -134,7 +134,7 @@ unsigned long control_word() {
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled kernels of fusedrnn. Use fusedrnn.kernels; this module checks only what memory safety needs.";
-  py::class_<PyPacked>(m, "Packed", "Weights in the kernels' own order.");
+  py::class_<PyPacked>(m, "Packed", "Weights in the order of the kernels.");
   py::class_<PyTape>(m, "Tape", "What forward saved for backward.")
       .def_property_readonly("bytes", [](const PyTape& t) { return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64); })
       .def_property_readonly("sizes", [](const PyTape& t) {

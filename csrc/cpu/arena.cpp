@@ -53,7 +53,7 @@ SizeClass size_class(std::size_t bytes) {
   return {(octave - 1) * steps + static_cast<int>(count), base + count * step};
 }
 
-// A cached block says so in its own first bytes: giving a block back can never fail for want of memory.
+// The list of cached blocks is stored in the blocks themselves: returning a block never needs memory.
 struct Cached {
   Cached* newer;
   Cached* older;
@@ -78,7 +78,7 @@ struct Arena {
   std::size_t live, cached, limit;
 };
 
-// Never destroyed: buffers may be given back during exit.
+// Never destroyed: buffers may be returned during exit.
 Arena& arena() {
   alignas(Arena) static unsigned char storage[sizeof(Arena)];
   return *reinterpret_cast<Arena*>(storage);
@@ -98,7 +98,7 @@ std::size_t class_bytes(int index) {
   return base + (static_cast<std::size_t>((index - 1) % steps) + 1) * (base / steps);
 }
 
-// Takes the blocks that must go, oldest first, out of the cache and chains them; the caller frees them without the
+// Removes the oldest blocks from the cache until it fits into `room`, and links them. The caller frees them without the
 // lock.
 Cached* evict(Arena& a, std::size_t room) {
   Cached* chain = nullptr;
@@ -131,7 +131,7 @@ void* fresh(std::size_t bytes) {
   const bool huge = bytes >= huge_from;
   if (posix_memalign(&block, huge ? huge_page : alignment, bytes) != 0) return nullptr;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // Whole huge pages only: what lies behind the block is not ours to advise on.
+  // Whole huge pages only: memory after the block is not ours.
   if (huge) madvise(block, bytes / huge_page * huge_page, MADV_HUGEPAGE);
 #endif
   return block;
@@ -141,7 +141,7 @@ void before_fork() { arena().mutex.lock(); }
 
 void after_fork_in_parent() { arena().mutex.unlock(); }
 
-// The child drops its share of the cache: else every block the parent uses again would be copied.
+// The child drops the cache: else every block that the parent reuses would be copied.
 void after_fork_in_child() {
   Cached* chain = evict(arena(), 0);
   arena().mutex.unlock();
@@ -193,7 +193,7 @@ Buffer::Buffer(std::size_t wanted) {
   }
   ASAN_UNPOISON_MEMORY_REGION(memory, size.bytes);
   if (poisoned.load(std::memory_order_relaxed)) std::memset(memory, 0xFF, size.bytes);
-  // The rounding must not hide a write past the end.
+  // Rounding up must not hide a write past the end.
   ASAN_POISON_MEMORY_REGION(static_cast<char*>(memory) + wanted, size.bytes - wanted);
   block = memory;
   bytes = wanted;

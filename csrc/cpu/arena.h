@@ -1,4 +1,4 @@
-// Memory for tapes and scratch. Blocks go back to a bounded cache, so that a repeated call meets no page fault.
+// Memory for tapes and scratch. Freed blocks are kept in a bounded cache, so that repeated calls have no page faults.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
@@ -7,11 +7,11 @@
 
 namespace fusedrnn::cpu {
 
-// 64-byte aligned memory, not initialised. May be made and destroyed on any thread, and kept across a fork.
+// 64-byte aligned memory, not initialised. It may be created and destroyed on any thread, and kept across a fork.
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(std::size_t bytes);  // std::bad_alloc (what() says how much was asked for)
+  explicit Buffer(std::size_t bytes);  // std::bad_alloc (what() has the number of bytes)
   Buffer(Buffer&& other) noexcept : block(other.block), bytes(other.bytes) { other.forget(); }
   Buffer& operator=(Buffer&& other) noexcept;
   ~Buffer() { release(); }
@@ -33,21 +33,21 @@ class Buffer {
   std::size_t bytes = 0;
 };
 
-// The product, 0 if any factor is 0. std::overflow_error, naming the factors, if it does not fit a ptrdiff_t.
+// The product, 0 if any factor is 0. std::overflow_error, with the factors, if it exceeds a ptrdiff_t.
 std::size_t checked_product(std::initializer_list<std::size_t> factors);
 
 struct ArenaUse {
   std::size_t live;    // bytes in buffers
-  std::size_t cached;  // bytes waiting to be used again
-  std::size_t limit;   // `cached` never exceeds this; 1 GiB unless set
+  std::size_t cached;  // bytes that can be reused
+  std::size_t limit;   // the maximum of `cached`; 1 GiB by default
 };
 ArenaUse arena_use();
 void set_arena_limit(std::size_t bytes);
-void trim_arena();  // gives all cached blocks back to the system
+void trim_arena();  // returns all cached blocks to the system
 
 // For tests.
 void fail_allocation_after(
-    long count);       // `count` more buffers succeed, the next one fails, then all is normal; < 0: off
-void poison(bool on);  // fill every new and every recycled buffer with 0xFF (NaN in every float type)
+    long count);       // `count` more buffers succeed, the next one fails, later ones succeed; < 0: off
+void poison(bool on);  // fill every new or reused buffer with 0xFF (NaN in every float type)
 
 }  // namespace fusedrnn::cpu

@@ -51,13 +51,12 @@ using std::chrono::milliseconds;
 
 constexpr std::size_t cache_line = 128;  // two lines: x86 fetches them in pairs
 
-constexpr microseconds idle_spin{50};      // a worker between regions: about what it costs to wake one
-constexpr microseconds barrier_spin{200};  // inside a region there is nothing better to do
-constexpr microseconds crowded_spin{
-    0};  // more threads than CPUs; yielding instead was 80 times slower beside other work
+constexpr microseconds idle_spin{50};      // a worker between regions: about the time to wake one
+constexpr microseconds barrier_spin{200};  // inside a region no other work is waiting
+constexpr microseconds crowded_spin{0};    // more threads than CPUs; yielding was 80 times slower next to other work
 constexpr milliseconds poll_interval{10};  // while the caller sleeps
 
-// A counter that moves on without a system call; only poll() reads it, between tiles.
+// A counter that advances without a system call; only poll() reads it, between tiles.
 std::uint64_t ticks() {
 #if defined(__x86_64__)
   return __rdtsc();
@@ -66,7 +65,7 @@ std::uint64_t ticks() {
 #endif
 }
 #if defined(__x86_64__)
-constexpr std::uint64_t poll_ticks = 1 << 24;  // 3 to 17 ms at 1 to 5 GHz: close enough, and needs no calibration
+constexpr std::uint64_t poll_ticks = 1 << 24;  // 3 to 17 ms at 1 to 5 GHz: accurate enough without calibration
 #else
 constexpr std::uint64_t poll_ticks = std::chrono::duration_cast<Clock::duration>(poll_interval).count();
 #endif
@@ -79,7 +78,7 @@ void pause() {
 #endif
 }
 
-// A number that threads wait on: spinning first, then asleep. It is never freed while a thread may wait on it.
+// A number that threads wait on: first they spin, then they sleep. It is not freed while a thread may wait on it.
 struct Word {
   std::atomic<std::uint32_t> value{0};
   std::atomic<std::uint32_t> sleepers{0};
@@ -88,8 +87,8 @@ struct Word {
   std::condition_variable changed;
 #endif
 
-  // To be called after every change of `value` that somebody may wait for. The change and the load are both
-  // sequentially consistent, as are their mirror images in wait(): one of the two sides sees the other.
+  // To be called after every change of `value` that a thread may wait for. The change and the load are both
+  // sequentially consistent, and so are their counterparts in wait(): one of the two sides sees the other.
   void wake() {
     if (sleepers.load() == 0) return;
 #if FUSEDRNN_FUTEX
@@ -102,7 +101,7 @@ struct Word {
 #endif
   }
 
-  // Returns when `value` is no longer `old`. A `poller`, the calling thread's, is polled while the thread sleeps.
+  // Returns when `value` is no longer `old`. The `poller` of the calling thread is polled while the thread sleeps.
   void wait(std::uint32_t old, microseconds spin, Shared* poller = nullptr);
 
  private:
@@ -125,15 +124,15 @@ struct Word {
 }  // namespace
 
 struct Shared {
-  // The barrier's turn, counted in twos; bit 0 says aborted. In one word, so that nobody can sleep through an abort.
+  // The barrier's turn, counted in twos; bit 0 is set by an abort. It is one word, so that no thread misses an abort.
   alignas(cache_line) Word gate;
   alignas(cache_line) std::atomic<std::uint32_t> arrived{0};
   alignas(cache_line) microseconds spin{0};
   PollHook hook = nullptr;
   void* hook_context = nullptr;
-  std::uint64_t next_poll = 0;  // the caller's alone
+  std::uint64_t next_poll = 0;  // only used by the caller
 
-  void start(int running, PollHook new_hook, void* new_hook_context) {  // threads running, those of others too
+  void start(int running, PollHook new_hook, void* new_hook_context) {  // including the threads of other calls
     gate.value.store(0, std::memory_order_relaxed);
     arrived.store(0, std::memory_order_relaxed);
     spin = running > usable_cpus() ? crowded_spin : barrier_spin;
@@ -152,7 +151,7 @@ struct Shared {
   void poll() {  // on the calling thread
     if (hook == nullptr || aborted() || ticks() < next_poll) return;
     if (!hook(hook_context)) abort();
-    next_poll = ticks() + poll_ticks;  // counted from the end, so that a slow hook does not fill the time
+    next_poll = ticks() + poll_ticks;  // counted from the end, so that a slow hook does not take all the time
   }
 };
 
@@ -217,15 +216,15 @@ struct alignas(cache_line) Worker {
 
 struct Pool {
   Shared shared;
-  alignas(cache_line) Word remaining;  // workers still inside the body
+  alignas(cache_line) Word remaining;  // workers that are still inside the body
   alignas(cache_line) std::atomic<bool> busy{false};
   int threads = 1;
   Body body = nullptr;
   void* context = nullptr;
   std::atomic<bool> failed{false};
   std::exception_ptr error;         // of the first worker that failed
-  std::atomic<bool> forked{false};  // this is a child's copy: the workers are gone
-  std::vector<Worker*> workers;     // only whoever is `busy` touches it
+  std::atomic<bool> forked{false};  // this is the copy in a child: it has no workers
+  std::vector<Worker*> workers;     // only used by the call that has set `busy`
 
   Outcome run(int wanted, Body new_body, void* new_context, PollHook hook, void* hook_context);
   void grow(int count);
@@ -233,7 +232,7 @@ struct Pool {
   void finish(Shared* poller);
 };
 
-// Leaked, at exit (workers may be parked in it) and by a forked child (its threads and locks are lost).
+// Never freed, neither at exit (workers may wait in it) nor in a forked child (its threads and locks are lost).
 std::atomic<Pool*> current{nullptr};
 
 std::atomic<const OpenMP*> openmp{nullptr};  // null: our own pool
@@ -245,7 +244,7 @@ void after_fork_in_child() {
   if (openmp.exchange(nullptr) != nullptr) openmp_lost.store(true);
   Pool* pool = current.exchange(nullptr);
   if (pool == nullptr) return;
-  // The forking thread itself may be inside the region, in its poll hook: let it out.
+  // The forking thread itself may be inside the region, in its poll hook: let it leave.
   pool->forked.store(true);
   pool->shared.gate.value.fetch_or(1);
   pool->remaining.value.store(0);
@@ -291,7 +290,7 @@ void Pool::work(Worker& worker) {
   }
 }
 
-// Signals are for the program's own threads (Ctrl-C for the main one). Faults stay open, for whoever reports them.
+// Signals are for the program's own threads (Ctrl-C for the main one). Faults are not blocked, so they are reported.
 void block_signals(sigset_t* old) {
   sigset_t blocked;
   sigfillset(&blocked);
@@ -314,7 +313,7 @@ void Pool::grow(int count) {
       pthread_setname_np(thread.native_handle(), "fusedrnn");
 #endif
       thread.detach();
-    } catch (const std::exception&) {  // no more threads, or no memory for one: work with what there is
+    } catch (const std::exception&) {  // no more threads, or no memory for one: use those that exist
       delete worker;
       break;
     }
@@ -341,7 +340,7 @@ Outcome Pool::run(int wanted, Body new_body, void* new_context, PollHook hook, v
     workers[i]->job.wake();
   }
   {
-    // Nobody may leave this frame while a worker still uses what lies in it.
+    // This frame must not be left while a worker still uses its variables.
     struct Join {
       Pool* pool;
       ~Join() {
@@ -359,7 +358,7 @@ Outcome Pool::run(int wanted, Body new_body, void* new_context, PollHook hook, v
   return shared.aborted() ? Outcome::interrupted : Outcome::done;
 }
 
-// A region on the caller's OpenMP team. Every calling thread has a team of its own, so nothing is kept between regions.
+// A region on OpenMP's threads. Every calling thread has OpenMP threads of its own, so nothing is kept between regions.
 struct OpenMPRegion {
   const OpenMP& team;
   const int wanted;
@@ -370,7 +369,7 @@ struct OpenMPRegion {
   const int born = forks.load();
 
   Shared shared{};
-  alignas(cache_line) Word left{};  // workers that are out of the body
+  alignas(cache_line) Word left{};  // workers that have left the body
   std::atomic<bool> failed{false};
   std::exception_ptr error{};  // of the first thread that failed
   std::uint32_t workers = 0;
@@ -390,14 +389,14 @@ Outcome OpenMPRegion::run() {
   } count{wanted};
   const PollHook own_hook = [](void* self) { return static_cast<OpenMPRegion*>(self)->poll(); };
   shared.start(running.fetch_add(wanted) + wanted, hook != nullptr ? own_hook : nullptr, this);
-  // The whole team, or libgomp would end the threads left over and start new ones for the program's next region.
+  // All threads, or libgomp would end the others and start new ones for the program's next region.
   team.parallel([](void* self) { static_cast<OpenMPRegion*>(self)->work(); }, this, 0, 0);
   if (failed.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(error, nullptr));
   return shared.aborted() ? Outcome::interrupted : Outcome::done;
 }
 
 void OpenMPRegion::work() {
-  // Only here is it known how many there are: limits or a nested region may have made them fewer.
+  // Only here the number of threads is known: it may be lower because of limits or in a nested region.
   const int threads = std::min(wanted, team.num_threads()), thread = team.thread_num();
   if (thread >= threads) return;
   if (thread == 0) workers = static_cast<std::uint32_t>(threads - 1);
@@ -413,12 +412,12 @@ void OpenMPRegion::work() {
     left.value.fetch_add(1);
     left.wake();
   } else if (forked()) {
-    // Past the runtime's own wait for threads that a forked child does not have: its frames can be unwound.
+    // This skips the runtime's wait for threads that a forked child does not have: its frames can be unwound.
     throw std::runtime_error(forked_inside);
   }
 }
 
-// Waits until no worker is inside the body; OpenMP's own wait would not poll.
+// Waits until no worker is inside the body; OpenMP's own wait does not poll.
 void OpenMPRegion::finish() {
   for (std::uint32_t out; (out = left.value.load(std::memory_order_acquire)) != workers;) {
     left.wait(out, shared.spin, hook != nullptr ? &shared : nullptr);
@@ -428,7 +427,7 @@ void OpenMPRegion::finish() {
 bool OpenMPRegion::poll() {
   const bool go_on = hook(hook_context);
   if (!forked()) return go_on;
-  shared.gate.value.fetch_or(1);  // let the only thread out, past locks that the others may have held
+  shared.gate.value.fetch_or(1);  // let the only thread leave without locks that the others may have held
   left.value.store(workers);
   return true;
 }
@@ -439,11 +438,11 @@ void set_thread_pool(ThreadPool pool) {
   const OpenMP* found = nullptr;
   if (pool == ThreadPool::openmp) {
     if (openmp_lost.load())
-      throw std::runtime_error("pool: OpenMP's threads did not come along when this process was forked");
+      throw std::runtime_error("pool: expected 'own' in a process that was forked with OpenMP's threads, got 'openmp'");
     found = find_openmp();
     if (found == nullptr) {
       throw std::runtime_error(
-          "pool: expected an OpenMP runtime in this process, found none; load one first, e.g. by importing torch");
+          "pool: expected an OpenMP runtime in this process, got none; load one first, e.g. by importing torch");
     }
   }
   openmp.store(found, std::memory_order_release);
@@ -454,7 +453,7 @@ ThreadPool thread_pool() {
 }
 
 Outcome run(int threads, Body body, void* context, PollHook hook, void* hook_context) {
-  if (threads < 1) throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected at least 1");
+  if (threads < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
   threads = std::min(threads, max_threads);
   if (threads > 1) {
     if (const OpenMP* team = openmp.load(std::memory_order_acquire)) {
@@ -475,7 +474,7 @@ Outcome run(int threads, Body body, void* context, PollHook hook, void* hook_con
 
 namespace {
 
-// The number at the start of `text`, 0 if there is none from 1 up; a comma or the end must follow.
+// The number at the start of `text`, followed by a comma or the end; 0 if there is none of at least 1.
 int leading_number(const char* text, bool list) {
   char* end = nullptr;
   errno = 0;
@@ -491,7 +490,8 @@ int default_threads() {
   if (own != nullptr && *own != '\0') {
     const int threads = leading_number(own, false);
     if (threads == 0) {
-      throw std::invalid_argument("FUSEDRNN_NUM_THREADS: got '" + std::string(own) + "', expected a number from 1");
+      throw std::invalid_argument("FUSEDRNN_NUM_THREADS: expected an integer of at least 1, got '" + std::string(own) +
+                                  "'");
     }
     return threads;
   }
@@ -503,7 +503,7 @@ int default_threads() {
 
 int affinity_cpus() {
 #if defined(__linux__)
-  for (int size = 1024; size <= 1 << 20; size *= 4) {  // the kernel refuses a mask smaller than its own
+  for (int size = 1024; size <= 1 << 20; size *= 4) {  // the kernel does not accept a mask smaller than its own
     cpu_set_t* set = CPU_ALLOC(size);
     if (set == nullptr) break;
     const std::size_t bytes = CPU_ALLOC_SIZE(size);
@@ -517,7 +517,7 @@ int affinity_cpus() {
   return static_cast<int>(std::thread::hardware_concurrency());
 }
 
-// Quota over period, rounded up; 0: no limit said here.
+// Quota divided by period, rounded up; 0: no limit here.
 int quota_cpus(const std::string& quota, const std::string& period) {
   const double share = std::atof(quota.c_str()) / std::atof(period.c_str());
   return share > 0 && share < 1e6 ? static_cast<int>(std::ceil(share)) : 0;  // "max" and -1 are not above 0
@@ -558,7 +558,7 @@ int cgroup_cpus(const char* root) {
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
     const bool version2 = line.compare(0, second + 1, "0::") == 0;
     if (!version2 && controllers.find(",cpu,") == std::string::npos) continue;
-    // A limit on a parent binds too. Inside a container the path may be the host's; the walk up still ends at the
+    // A limit of a parent applies too. Inside a container the path may be the host's; the loop still ends at the
     // mount.
     const std::vector<std::string> mounts =
         version2 ? std::vector<std::string>{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"}
@@ -590,14 +590,14 @@ int num_threads() {
   int threads = chosen_threads.load(std::memory_order_relaxed);
   if (threads == 0) {
     threads = default_threads();
-    int none = 0;  // set_num_threads in another thread wins
+    int none = 0;  // set_num_threads in another thread takes precedence
     if (!chosen_threads.compare_exchange_strong(none, threads)) threads = none;
   }
   return threads;
 }
 
 void set_num_threads(int threads) {
-  if (threads < 1) throw std::invalid_argument("threads: got " + std::to_string(threads) + ", expected at least 1");
+  if (threads < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
   chosen_threads.store(std::min(threads, max_threads), std::memory_order_relaxed);
 }
 

@@ -134,7 +134,7 @@ def test_threads_from_environment(program):
     for garbage in ("", "0", "-2", "two", "3x", ",3", "99999999999999999999"):
         assert threads(OMP_NUM_THREADS=garbage) == usable
     for bad in ("0", "-1", "two", "3x", "4,2"):
-        expected = f"error: FUSEDRNN_NUM_THREADS: got '{bad}', expected a number from 1"
+        expected = f"error: FUSEDRNN_NUM_THREADS: expected an integer of at least 1, got '{bad}'"
         assert threads(FUSEDRNN_NUM_THREADS=bad) == expected
 
 

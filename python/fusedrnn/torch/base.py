@@ -189,7 +189,7 @@ class RecurrentBase(Freezable):
     def _to_kernels(
         self, input: Tensor, state0: tuple[Tensor, ...] | None, options: dict[str, Any]
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, dict[str, Any]]:
-        """The input of a call, time first and batched: x (T, B, I), the state (L*D, B, H) each, and the options.
+        """A call's input, time first and batched: x (T, B, I), the state (L*D, B, H) each, and the options.
 
         ``lengths`` (B,) and ``reset`` (T, B) become tensors. Their values are not read, because a compiler
         that traces does not know them.
