@@ -116,9 +116,7 @@ class Optimizer:
                 raise ValueError(
                     f"optimiser state {key}: expected the shape of a parameter, got {array.shape}"
                 )
-            slots.setdefault(params[name], {})[slot] = (
-                array.copy()
-            )  # moved to the parameter's device when used
+            slots.setdefault(params[name], {})[slot] = array.copy()  # moved to the parameter's device later
         self.slots, self.t = slots, int(state["t"])
 
 

@@ -67,9 +67,7 @@ class Recurrent(Layer):
     the first call.
     """
 
-    draws: ClassVar[tuple[int, ...] | None] = (
-        None  # the gates in the order they are drawn, None: in their own
-    )
+    draws: ClassVar[tuple[int, ...] | None] = None  # the gates in drawing order; None: in their own
     dezero_names: ClassVar[tuple[str, ...]] = ()  # its names of the gates, in memory order
     draws_hidden_late = False
 

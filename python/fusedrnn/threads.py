@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-_without_core: int | None = None  # what was set, without the compiled module, which else keeps it
+_without_core: int | None = None  # the number that was set, if no compiled module keeps it
 
 
 def get_num_threads() -> int:

@@ -255,7 +255,7 @@ def test_wrong_arguments_of_a_layer():
         net.step(x[0], dt=np.ones((5, 2)))
     with pytest.raises(TypeError, match="dt: expected real numbers, got complex128"):
         net(x, dt=np.ones((5, 2), complex))
-    with pytest.raises(TypeError, match="dt: expected only for a recurrent layer of fusedrnn"):
+    with pytest.raises(TypeError, match="dt: expected only with a recurrent layer of fusedrnn"):
         gradcheck(F.tanh, Variable(x), dt=np.ones((5, 2)))
 
     @cell
@@ -293,7 +293,5 @@ def test_names_of_parameters_are_taken():
         return tanh(p.dense("a", x, h)) * state0
 
     for wrong, name in ((taken, "u"), (state, "state0")):
-        with pytest.raises(
-            CellError, match=f"expected another name than {name} for a row scalar"
-        ):
+        with pytest.raises(CellError, match=f"expected another name than {name} for a row scalar"):
             wrong.trace  # noqa: B018

@@ -108,7 +108,7 @@ def gradcheck(
     inputs = tuple(inputs) if type(inputs) in (tuple, list) else (inputs,)
     if scalars:
         if not possible:
-            raise TypeError(f"{next(iter(scalars))}: expected only for a recurrent layer of fusedrnn.layers")
+            raise TypeError(f"{next(iter(scalars))}: expected only with a recurrent layer of fusedrnn.layers")
         inputs = (*inputs, scalars)
     try:
         if method == "oracle":
