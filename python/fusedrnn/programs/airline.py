@@ -169,7 +169,9 @@ def time_epochs(w: Array, cell: str, names: list[str]) -> dict[str, float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
     parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
-    parser.add_argument("--out", default=".", metavar="DIR", help="where airline.png goes (default: here)")
+    parser.add_argument(
+        "--out", type=common.folder, default=".", metavar="DIR", help="where airline.png goes (default: here)"
+    )
     parser.add_argument("--no-plot", action="store_true", help="no airline.png")
 
 
@@ -205,7 +207,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     report.line(f"{name}: place {place} of {len(found)}, trained for {epochs} epochs on {n} months.")
 
     if plots:
-        path = common.folder(args.out) / "airline.png"
+        path = args.out / "airline.png"
         best = next(k for k in found if k != name)
 
         def draw(axes: Any) -> None:

@@ -116,7 +116,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     if trained.best:
         best = int(np.argmin(trained.validation))
         report.line(f"best epoch: {best + 1}, validation loss {trained.validation[best]:.4f}")
-    out = common.folder(args.out)
+    out = args.out
     model.save_weights(out / "classify.npz")
     report.line(f"weights: {out / 'classify.npz'}")
 

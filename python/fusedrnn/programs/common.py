@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -131,6 +132,8 @@ def find(data: str | None, name: str, where: str) -> Path:
     if data is None and not folder:
         raise FileNotFoundError(f"no data file. {where}")
     path = Path(data) if data is not None else Path(folder or "") / name
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file, got the folder {path}. {where}")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}. {where}")
     return path
@@ -210,7 +213,21 @@ def plot(path: Path, draw: Callable[[Any], None]) -> None:
 
 
 def folder(name: str) -> Path:
-    """The output folder, made if it is missing."""
+    """For argparse: an output folder, made if it is missing. Whether it can be written to shows before the work."""
     path = Path(name)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a folder to write to, got {name!r}: {error.strerror}"
+        ) from None
+
+
+def checkpoint_file(name: str) -> Path:
+    """For argparse: a file in such a folder."""
+    path = Path(name)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {name!r}")
+    return folder(str(path.parent)) / path.name

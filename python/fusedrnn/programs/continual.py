@@ -79,8 +79,10 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     plots = common.will_plot(args.no_plot, report)
     np.random.seed(args.seed)
     parts = {name: draw(period, args.size) for name, period in PERIODS.items()}
-    out = common.folder(args.out)
+    out = args.out
     path = Path(args.checkpoint or out / "continual.ckpt")
+    if args.checkpoint is None and not args.resume:  # of a run before, which nobody asked to keep
+        path.unlink(missing_ok=True), Path(f"{path}.new").unlink(missing_ok=True)
     settings = {"program": "continual", "seed": args.seed, "size": args.size}
     old, new = parts["old data"], parts["new data"]
 

@@ -179,7 +179,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         f"{np.abs(fed - again).max():.1e}, {ratio:.1f} times as fast"
     )
     if plots:
-        path = common.folder(args.out) / "feeding-back.png"
+        path = args.out / "feeding-back.png"
 
         def draw(axes: Any) -> None:
             plot.forecast(z, {"fed back": fed}, test=N, ax=axes)

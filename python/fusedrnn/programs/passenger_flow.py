@@ -75,7 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the recipe; the other network takes a quarter (default: %(default)s)",
     )
     parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
-    parser.add_argument("--out", default=".", metavar="DIR", help="where the PNG file goes (default: here)")
+    parser.add_argument(
+        "--out",
+        type=common.folder,
+        default=".",
+        metavar="DIR",
+        help="where the PNG file goes (default: here)",
+    )
     parser.add_argument("--no-plot", action="store_true", help="no PNG file")
 
 
@@ -132,7 +138,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     common.compare(report, {name: found[name] for name in (GROWTH, *list(found)[:-1])}, "MSE")
     report.line("The scaling uses the largest value of the whole series: it looks into the test part.")
     if plots:
-        path = common.folder(args.out) / "passenger-flow.png"
+        path = args.out / "passenger-flow.png"
 
         def draw(axes: Any) -> None:
             scaled_back = {name: forecasts[name] * (high - low) + low for name in (RECIPE, GROWTH)}

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     plots = common.will_plot(args.no_plot, report)
     task = prepare(read(args.data), args.task)
     epochs = EPOCHS[args.task] if args.epochs is None else args.epochs
-    out = common.folder(args.out)
+    out = args.out
     model = build(args.cell, args.seed)
     losses: list[float] = []
     if args.weights:

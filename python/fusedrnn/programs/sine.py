@@ -101,7 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--one-line", action="store_true", help="one time line of 999 steps instead of 30")
     parser.add_argument("--steps", action="store_true", help="single steps instead of chunks of 30")
     parser.add_argument("--seed", type=common.at_least(0), default=42, help="default: %(default)s")
-    parser.add_argument("--out", default=".", metavar="DIR", help="where sine.png goes (default: here)")
+    parser.add_argument(
+        "--out", type=common.folder, default=".", metavar="DIR", help="where sine.png goes (default: here)"
+    )
     parser.add_argument("--no-plot", action="store_true", help="no sine.png")
 
 
@@ -126,7 +128,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     found = common.scores(prediction, truth)
     common.score_table(report, "On a cosine, compared with its own input", {args.cell.upper(): found})
     if plots:
-        path = common.folder(args.out) / "sine.png"
+        path = args.out / "sine.png"
 
         def draw(axes: Any) -> None:
             plot.forecast(truth, {args.cell.upper(): prediction}, ax=axes)

@@ -66,7 +66,7 @@ class Training:
         self.steps = steps or (loader.max_iter if loader else 1)
         self.path = Path(path) if path else None
         if self.path:
-            common.folder(str(self.path.parent))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self.every, self.validate, self.patience = every, validate, patience
         self.losses: list[float] = []
         self.validation: list[float] = []
@@ -195,8 +195,15 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int | str) -> None:
         help=f"how many in all; 0 trains nothing (default: {epochs})",
     )
     parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
-    parser.add_argument("--out", default=".", metavar="DIR", help="where the files go (default: here)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="where checkpoints go (default: none are made)")
+    parser.add_argument(
+        "--out", type=common.folder, default=".", metavar="DIR", help="where the files go (default: here)"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=common.checkpoint_file,
+        metavar="FILE",
+        help="where checkpoints go (default: none are made)",
+    )
     parser.add_argument(
         "--every",
         type=float,
@@ -204,7 +211,7 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int | str) -> None:
         metavar="SECONDS",
         help="between checkpoints (default: %(default)s)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, if it exists")
+    parser.add_argument("--resume", action="store_true", help="continue from --checkpoint, if it exists")
     parser.add_argument("--no-plot", action="store_true", help="no PNG files")
 
 
@@ -212,9 +219,16 @@ def go(training: Training, epochs: int, resume: bool, report: Report, what: str)
     """Run it, from its checkpoint where that is wanted and there, with a progress bar."""
     if resume and training.path is None:
         raise ValueError("--resume needs --checkpoint FILE")
-    if resume and training.path and training.path.exists():
+    there = training.path is not None and training.path.exists()
+    if there and not resume:
+        raise ValueError(
+            f"{training.path} exists: --resume continues from it; else remove it or name another file"
+        )
+    if there:
         training.resume()
         report.line(f"resumed from {training.path}, epoch {len(training.losses)}")
+    elif resume:
+        report.line(f"there is no {training.path} yet: starting from the beginning")
 
     def note(loss: float) -> None:
         found = f", validation {training.validation[-1]:.4g}" if training.validation else ""

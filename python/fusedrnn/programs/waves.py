@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     settings = {"program": "waves", "wave": args.wave, "seed": args.seed}
     trained = prepare(model, x[:n], t[:n], settings=settings, path=args.checkpoint, every=args.every)
     training.go(trained, args.epochs, args.resume, report, f"Elman network on waves: {args.wave}")
-    out = common.folder(args.out)
+    out = args.out
     model.save_weights(out / "waves.npz")
     report.line(f"weights: {out / 'waves.npz'}")
 
