@@ -335,7 +335,11 @@ def test_wrong_checkpoints_and_files_are_one_line(daily, tmp_path, monkeypatch, 
     trained = ["--checkpoint", "c", "--no-plot", "--epochs", "1"]
 
     def fails(*command):
-        assert cli.main(["train", *command]) == cli.USAGE
+        try:
+            code = cli.main(["train", *command])
+        except SystemExit as stop:  # of the parser
+            code = stop.code
+        assert code == cli.USAGE
         err = capsys.readouterr().err
         assert err.count("\n") == 1
         return err
@@ -348,7 +352,13 @@ def test_wrong_checkpoints_and_files_are_one_line(daily, tmp_path, monkeypatch, 
     assert Path("c").read_bytes() == before
     Path("c").write_bytes(before[: len(before) // 2])
     assert "c cannot be loaded: c: not an .npz file" in fails("waves", *trained, "--resume")
+    assert "c exists: --resume continues from it" in fails("classify", *trained, "--size", "99")
     assert "--resume needs --checkpoint" in fails("waves", "--resume", "--no-plot")
+    assert "--checkpoint: expected a file, got the folder '.'" in fails("waves", "--checkpoint", ".")
+    assert "--out: expected a folder to write to, got 'c'" in fails("sine", "--out", "c")
+    assert cli.main(["train", "waves", "--checkpoint", "new/d", *trained[2:], "--resume"]) == 0
+    assert "there is no new/d yet: starting from the beginning" in capsys.readouterr().out
+    assert "expected a file, got the folder ." in fails("feeding-back", "--data", ".")
 
     assert "no data file. The data are those of" in fails("feeding-back")
     assert "there is no file none.csv" in fails("feeding-back", "--data", "none.csv")
