@@ -89,6 +89,8 @@ def load(
     """
     try:
         arrays = npz.read(path)
+        if "plain" not in arrays:
+            raise CheckpointError("expected a checkpoint, got another file, such as one of save_weights")
         plain = json.loads(arrays.pop("plain").tobytes())
         if plain["format"] != FORMAT:
             raise CheckpointError(f"format: expected {FORMAT}, got {plain['format']}")
@@ -106,7 +108,7 @@ def load(
         for key, array in arrays.items():
             part, _, rest = key.partition("/")
             parts[part][rest] = array
-        model.assign_weights(parts["weight"], str(path))
+        model.assign_weights(parts["weight"], "weights")
         if optimizer is not None:
             optimizer.load_state(parts["optimizer"])
         if loader is not None:

@@ -75,7 +75,12 @@ class Layer:
             ValueError: An entry is missing, extra, pickled or of another shape. The message names it, and no
                 parameter has changed.
         """
-        self.assign_weights(npz.read(path), str(path))
+        arrays = npz.read(path)
+        if "plain" in arrays and any(key.startswith("weight/") for key in arrays):
+            raise ValueError(
+                f"{path}: expected weights, got a checkpoint, which fusedrnn.checkpoint.load reads"
+            )
+        self.assign_weights(arrays, str(path))
 
     def assign_weights(self, arrays: Mapping[str, Array], source: str) -> None:
         """Set every parameter from its array. All are checked before the first is set."""

@@ -130,6 +130,12 @@ BAD_FORWARD = [
     ("reset", G["reset"].astype("m8[s]"), TypeError, "reset: expected booleans, or 0 and 1, got timedelta64"),
     ("reset", 3 * G["reset"].astype("u1"), ValueError, "reset: expected booleans, or 0 and 1, got 3 among"),
     ("reset", G["reset"].T, ValueError, r"reset: expected shape \(4, 3\), got \(3, 4\); transpose it"),
+    (
+        "weights",
+        W | {"weight_ih": np.ascontiguousarray(W["weight_ih"].T)},
+        ValueError,
+        r"weight_ih: expected shape \(20, 2\), got \(2, 20\); transpose it",
+    ),
     ("reset", True, TypeError, "reset: expected lists or a NumPy array, got bool"),
     ("reverse", 1, TypeError, "reverse: expected True or False, got int"),
     ("reverse", None, TypeError, "reverse: .*got NoneType"),

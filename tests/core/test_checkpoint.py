@@ -370,8 +370,11 @@ def test_what_does_not_fit_is_named(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             load()
     known().save_weights(run.path)  # weights are no checkpoint
-    with pytest.raises(CheckpointError, match="entry 'plain' is missing"):
+    with pytest.raises(CheckpointError, match="expected a checkpoint, got another file"):
         run.load()
+    checkpoint.save(run.path, known())
+    with pytest.raises(ValueError, match="expected weights, got a checkpoint"):
+        known().load_weights(run.path)
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "none", run.model)
 

@@ -129,6 +129,9 @@ def check_weights(
     dtype = first.dtype
     if dtype not in dtypes:
         raise TypeError(f"weight_ih: expected dtype {_names(dtypes)}, got {dtype}")
+    hidden = getattr(weights.get("weight_hh"), "shape", None)
+    if first.ndim == 2 and hidden == (first.shape[1], first.shape[1] // gates) and len(first) != hidden[0]:
+        check_shape("weight_ih", first.shape, first.shape[::-1])
     if first.ndim != 2 or not first.size or len(first) % gates:
         raise ValueError(
             f"weight_ih: expected shape ({gates}*H, I) for the cell {cell.name}, H and I at least 1, got "
