@@ -213,7 +213,7 @@ def plot(path: Path, draw: Callable[[Any], None]) -> None:
 
 
 def folder(name: str) -> Path:
-    """For argparse: an output folder, made if it is missing. Whether it can be written to shows before the work."""
+    """For argparse: an output folder, made if it is missing, where a file can be written."""
     path = Path(name)
     try:
         path.mkdir(parents=True, exist_ok=True)

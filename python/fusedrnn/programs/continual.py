@@ -81,8 +81,9 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     parts = {name: draw(period, args.size) for name, period in PERIODS.items()}
     out = args.out
     path = Path(args.checkpoint or out / "continual.ckpt")
-    if args.checkpoint is None and not args.resume:  # of a run before, which nobody asked to keep
-        path.unlink(missing_ok=True), Path(f"{path}.new").unlink(missing_ok=True)
+    if args.checkpoint is None and not args.resume:  # those of an earlier run
+        for kept in (path, Path(f"{path}.new")):
+            kept.unlink(missing_ok=True)
     settings = {"program": "continual", "seed": args.seed, "size": args.size}
     old, new = parts["old data"], parts["new data"]
 
