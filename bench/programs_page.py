@@ -37,6 +37,7 @@ RUNS: dict[str, tuple[list[str], list[str] | None]] = {
     "waves, sine": (["waves", "--wave", "sine"], ["waves", "--wave", "sine"]),
     "classify": (["classify"], ["classify"]),
     "continual": (["continual"], ["continual"]),
+    "runoff": (["runoff", "--trees"], None),
 }
 CURVES = ("none", "e", "2", "5", "7", "10")
 CURVE_RUNS: dict[str, tuple[list[str], list[str] | None]] = {
@@ -45,6 +46,7 @@ CURVE_RUNS: dict[str, tuple[list[str], list[str] | None]] = {
     for curve in CURVES
     if (over, curve) != ("all", "none")  # that is feeding-back itself
 }
+LSTM = "LSTM, this library"
 # Run, what was tested, figure, what was reported for it, and the trivial answer beside it.
 ROWS = (
     ("sine", "LSTM", "MSE", 0.00065249, None),
@@ -60,6 +62,7 @@ ROWS = (
     ("continual", "LSTM, before", "old data", None, "persistence: the last value again"),
     ("continual", "LSTM, after", "new data", None, "persistence: the last value again"),
     ("continual", "LSTM, after", "old data", None, "persistence: the last value again"),
+    ("runoff", LSTM, "median", None, "gradient-boosted trees on lags"),
 )
 
 
@@ -189,6 +192,25 @@ def times(reports: dict[str, Report]) -> list[str]:
     ]
 
 
+def runoff(reports: dict[str, Report]) -> list[str]:
+    """Of every forecast, best first."""
+    report = max(reports.values(), key=lambda report: len(report["runs"].get("runoff", {}).get("native", {})))
+    seeds = report["runs"]["runoff"]["native"]
+    figures = ("median", "worst tenth", "never seen: median")
+    found = {
+        name: [values(report, "runoff", "native", name, figure) for figure in figures]
+        for name in next(iter(seeds.values()))["scores"]
+    }
+    rows = [[name, *map(shown, each)] for name, each in found.items()]
+    rows.sort(key=lambda row: -statistics.median(found[row[0]][0]))
+    best = [max(run["scores"], key=lambda name: run["scores"][name]["median"]) for run in seeds.values()]
+    return [
+        table(["efficiency", *figures], rows),
+        "",
+        f"Median (least to most) of {len(seeds)} seeds. The LSTM is first with {best.count(LSTM)} of them.",
+    ]
+
+
 def curves(reports: dict[str, Report]) -> list[str]:
     """Of every seed that all curves were run with."""
     report, rows = fullest(reports), []
@@ -213,7 +235,7 @@ def main() -> int:
     if args.measure:
         measure(CURVE_RUNS if args.curves else RUNS, args.seeds)
     reports = by_family("programs")
-    parts = {"scores": scores, "times": times, "curves": curves}
+    parts = {"scores": scores, "runoff": runoff, "times": times, "curves": curves}
     page, script = "docs/programs.md", "programs_page.py"
     return max(
         update(page, script, "\n".join(part(reports)), args.check, name) for name, part in parts.items()

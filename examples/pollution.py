@@ -3,7 +3,8 @@
 python examples/pollution.py FILE.csv     Stopped at any time, it goes on from pollution.ckpt.
 
 The file is public: Beijing PM2.5 by Song Chen, UCI Machine Learning Repository, CC BY 4.0, in the arrangement
-known as "LSTM-Multivariate pollution". For the published task and its plots: fusedrnn train pollution
+known as "LSTM-Multivariate pollution", which python -m fusedrnn.programs.uci_pollution makes from UCI's file.
+For the published task and its plots: fusedrnn train pollution
 """
 
 import sys

@@ -13,7 +13,17 @@ import pytest
 from fusedrnn import Model, cli, no_grad, programs
 from fusedrnn.layers import LSTM, Linear
 from fusedrnn.optimizers import Adam
-from fusedrnn.programs import classify, common, continual, feeding_back, passenger_flow, training, waves
+from fusedrnn.programs import (
+    classify,
+    common,
+    continual,
+    feeding_back,
+    passenger_flow,
+    runoff,
+    simple_runoff,
+    training,
+    waves,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "torch"
 STEPS = 6
@@ -285,11 +295,17 @@ def test_the_best_model_is_kept_and_training_stops_early(tmp_path):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(("name", "step"), [("classify", 6), ("continual", 5), ("feeding-back", 3)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("classify", 6), ("continual", 5), ("feeding-back", 3), ("runoff", 5)]
+)
 def test_interrupted_and_resumed_to_the_same_bits(name, step, daily, tmp_path, monkeypatch, capsys):
     """Ctrl-C at this step, where an epoch has several in the middle of one."""
     given = ["--epochs", "4"]
     given += {"classify": ["--size", "200"], "continual": ["--size", "150"]}.get(name, [])
+    if name == "runoff":
+        given += ["--catchments", "4"]
+        for setting in ((runoff, "TRAINING", 2), (simple_runoff, "ROUNDS", 1), (common, "TIMED", 1)):
+            monkeypatch.setattr(*setting)
     given += ["--data", str(daily)] if name == "feeding-back" else []
 
     def start(folder, *more):

@@ -15,7 +15,7 @@ import pytest
 import fusedrnn.functions as F
 import fusedrnn.layers as L
 from fusedrnn import DataLoader, Layer, Model, cuda, datasets, no_grad, optimizers, programs
-from fusedrnn.programs import airline, common, pollution, sine
+from fusedrnn.programs import airline, common, pollution, sine, uci_pollution
 
 # --- P1: a sine by truncated back-propagation -------------------------------------------------------------
 
@@ -260,6 +260,28 @@ def test_a_wrong_file_is_named(tmp_path):
     path.write_bytes(b"\xff\x00\x80")
     with pytest.raises(ValueError, match=r"wrong\.csv: expected a CSV file in UTF-8"):
         pollution.read(str(path))
+
+
+@pytest.mark.quick
+def test_the_file_is_made_from_ucis(tmp_path):
+    source, target = tmp_path / "uci.csv", tmp_path / "ours.csv"
+    header = "No,year,month,day,hour,pm2.5,DEWP,TEMP,PRES,cbwd,Iws,Is,Ir"
+    first = [f"{k + 1},2010,1,1,{k},NA,-21,-11,1021,NW,1.79,0,0" for k in range(24)]
+    rest = ["25,2010,1,2,0,129,-16,-4,1020,SE,1.79,0,0", "26,2010,1,2,1,NA,-15,-4,1020,SE,2.68,1,2"]
+    source.write_text("\n".join([header, *first, *rest]) + "\n")
+    assert uci_pollution.convert(str(source), str(target)) == 2
+    assert target.read_text().splitlines() == [
+        "date,pollution,dew,temp,press,wnd_dir,wnd_spd,snow,rain",
+        "02-01-2010 00:00,129,-16,-4,1020,SE,1.79,0,0",
+        "02-01-2010 01:00,0,-15,-4,1020,SE,2.68,1,2",
+    ]
+    np.testing.assert_array_equal(pollution.read(str(target))[1], [0, -15, -4, 1020, np.float32(2.68), 1, 2])
+    source.write_text("\n".join([header.replace("pm2.5", "pm10"), *first]))
+    with pytest.raises(ValueError, match=r"uci\.csv: expected UCI's columns, got none named pm2\.5"):
+        uci_pollution.convert(str(source), str(target))
+    source.write_text("\n".join([header, *first]))
+    with pytest.raises(ValueError, match="expected more than the 24 hours"):
+        uci_pollution.convert(str(source), str(target))
 
 
 @pytest.mark.parametrize("task", ["same-row", "ahead"])

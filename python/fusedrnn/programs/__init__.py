@@ -14,11 +14,13 @@ from fusedrnn.programs import (
     feeding_back,
     passenger_flow,
     pollution,
+    runoff,
     sine,
     waves,
 )
 
 PROGRAMS: dict[str, ModuleType] = {
+    "runoff": runoff,
     "airline": airline,
     "sine": sine,
     "pollution": pollution,

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import time
 from collections.abc import Callable
 from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn import backends, layers, plot
 from fusedrnn import functions as F
+from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, no_grad
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common
@@ -30,7 +29,6 @@ from fusedrnn.programs.common import CELLS, Forecaster, Report
 
 YEAR = 12
 HIDDEN, COPIES, NOISE, EPOCHS, HELD_OUT = 32, 32, 1.0, 150, 24
-TIMED = 15  # epochs
 
 
 class Result(NamedTuple):
@@ -38,7 +36,6 @@ class Result(NamedTuple):
     forecasts: dict[str, Array]  # of the test part
     truth: Array
     epochs: int  # that were found best
-    milliseconds: dict[str, float]  # of one training epoch, by backend
 
 
 def passengers() -> tuple[list[str], Array]:
@@ -154,18 +151,6 @@ def best_epochs(w: Array, cell: str, seed: int, after_epoch: Callable[[float], N
     return int(np.argmin(smooth)) + 5  # the middle of the best nine
 
 
-def time_epochs(w: Array, cell: str, names: list[str]) -> dict[str, float]:
-    """Milliseconds of a training epoch with each backend: the fastest of several, interleaved."""
-    trainings = {name: Training(w, cell, 0, name) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(TIMED):
-        for name, training in trainings.items():
-            start = time.perf_counter()
-            training.epoch()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: min(found) for name, found in times.items()}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
     parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
@@ -218,14 +203,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         common.plot(path, draw)
         report.line(f"plot: {path}")
 
-    backend = backends.get().name
-    milliseconds = time_epochs(w[:known], args.cell, list(dict.fromkeys((backend, "reference"))))
-    if backend == "reference":
-        report.line("Speed: no compiled backend can run here, so this was the NumPy reference itself.")
-    else:
-        ours, theirs = milliseconds[backend], milliseconds["reference"]
-        report.line(
-            f"Speed: a training epoch took {ours:.2f} ms with the {backend} backend, {theirs:.2f} ms with "
-            f"the NumPy reference: {theirs / ours:.1f} times as fast."
-        )
-    return Result(found, forecasts, truth, epochs, milliseconds)
+    common.time_backends(
+        lambda backend: Training(w[:known], args.cell, 0, backend).epoch, "a training epoch", report
+    )
+    return Result(found, forecasts, truth, epochs)

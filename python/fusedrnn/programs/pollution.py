@@ -32,7 +32,8 @@ EPOCHS = {"same-row": 3000, "ahead": 20}  # 20: best on the last 30 % of the tra
 WHERE = (
     "The data are public: Beijing PM2.5 by Song Chen, UCI Machine Learning Repository, "
     "https://archive.ics.uci.edu/dataset/381/beijing+pm2+5+data, CC BY 4.0, in the arrangement known as "
-    "'LSTM-Multivariate pollution' with the columns date,pollution,dew,temp,press,wnd_dir,wnd_spd,snow,rain. "
+    "'LSTM-Multivariate pollution' with the columns date,pollution,dew,temp,press,wnd_dir,wnd_spd,snow,rain: "
+    f"python -m fusedrnn.programs.uci_pollution PRSA_data_2010.1.1-2014.12.31.csv {FILE} makes it. "
     f"Pass --data FILE, or name the folder that holds {FILE} in the environment variable FUSEDRNN_DATA."
 )
 
