@@ -179,7 +179,8 @@ def times(reports: dict[str, Report]) -> list[str]:
     for family, report in reports.items():
         rows[family] = []
         for run, (_, example) in RUNS.items():
-            seconds = {k: report["runs"][run][k]["0"]["seconds"] for k in (KINDS if example else ("native",))}
+            of_run = {k: report["runs"][run][k]["0"] for k in (KINDS if example else ("native",))}
+            seconds = {k: found["seconds"] for k, found in of_run.items() if "seconds" in found}
             cells = [f"{seconds[kind]:.2f}" if kind in seconds else "" for kind in KINDS]
             ratio = f"{seconds['torch'] / seconds['native']:.1f}" if example else ""
             rows[family].append([run, *cells, ratio])
