@@ -198,6 +198,12 @@ def test_the_program(small):
 
 
 @pytest.mark.quick
+def test_without_scikit_learn_it_says_so_before_the_work(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"scikit-learn: pip install 'fusedrnn\[examples\]'"):
+        run("--trees")
+
+
 def test_the_test_years_are_never_seen(small, monkeypatch):
     """Measure other runoff in them, and on the catchments never seen: no forecast moves."""
     found = []

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn import functions as F
-from fusedrnn import layers
+from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.dataloaders import SeqDataLoader
 from fusedrnn.datasets import Series
@@ -158,7 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, report: Report) -> Result:
     """Generate, train, compare, sketch, plot, time."""
     if args.trees and importlib.util.find_spec("sklearn") is None:
-        raise ImportError("--trees needs scikit-learn: pip install scikit-learn")
+        raise ImportError("--trees needs scikit-learn: pip install 'fusedrnn[examples]'")
     plots = common.will_plot(args.no_plot, report)
     seen, n = args.catchments, (1 + TRAINING) * YEAR
     data = catchments.draw(args.seed, seen + seen // 4, 1 + TRAINING + TEST)
@@ -200,12 +200,9 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         path = common.folder(args.out) / "runoff.png"
 
         def draw(axes: Any) -> None:
-            for (name, line), color, width in zip(
-                lines.items(), ("0.6", "C0", "C1"), (3, 1.2, 1), strict=True
-            ):
-                axes.plot(line, color=color, lw=width, label=name)
-            axes.set(title="A test year of one catchment", xlabel="day from 1 October", ylabel="mm a day")
-            axes.legend(frameon=False)
+            measured, *others = lines
+            plot.forecast(lines[measured], {k: lines[k] for k in others}, ax=axes)
+            axes.set(xlabel="day from 1 October", ylabel="runoff, mm a day")
 
         common.plot(path, draw)
         report.line(f"plot: {path}")
@@ -220,5 +217,5 @@ def run(args: argparse.Namespace, report: Report) -> Result:
 
         return update
 
-    common.time_backends(start, "forward and backward of a year", report)
+    common.time_backends(start, f"forward and backward of {STEPS} days", report)
     return Result(trained.losses, trained.seconds, found, model)
