@@ -181,6 +181,8 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     title = f"Runoff, {TEST} years after those of training: Nash-Sutcliffe efficiency, best first"
     report.table(title, ("", *columns), rows)
     common.compare(report, found, "median", most=True)
+    if not args.trees:
+        report.line("Gradient-boosted trees, second in docs/programs.md, take minutes: --trees adds them.")
     limit = np.median(simple_runoff.efficiency(data.exact[n:, :seen], data.runoff[n:, :seen]))
     report.line(f"Nothing can do better than {limit:.3f}: that is runoff without its measuring error.")
 
