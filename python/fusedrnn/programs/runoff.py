@@ -199,7 +199,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     for name, line in lines.items():
         report.line(f"{sketch(line, top)} {name}")
     if plots:
-        path = common.folder(args.out) / "runoff.png"
+        path = args.out / "runoff.png"
 
         def draw(axes: Any) -> None:
             measured, *others = lines
