@@ -21,6 +21,7 @@ from fusedrnn.programs import (
     passenger_flow,
     runoff,
     simple_runoff,
+    speed,
     training,
     waves,
 )
@@ -304,7 +305,7 @@ def test_interrupted_and_resumed_to_the_same_bits(name, step, daily, tmp_path, m
     given += {"classify": ["--size", "200"], "continual": ["--size", "150"]}.get(name, [])
     if name == "runoff":
         given += ["--catchments", "4"]
-        for setting in ((runoff, "TRAINING", 2), (simple_runoff, "ROUNDS", 1), (common, "TIMED", 1)):
+        for setting in ((runoff, "TRAINING", 2), (simple_runoff, "ROUNDS", 1), (speed, "TIMED", 1)):
             monkeypatch.setattr(*setting)
     given += ["--data", str(daily)] if name == "feeding-back" else []
 

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from fusedrnn.programs import catchments, common, runoff, simple_runoff
+from fusedrnn.programs import catchments, common, runoff, simple_runoff, speed
 from fusedrnn.programs.catchments import YEAR
 
 
@@ -22,7 +22,7 @@ def small(monkeypatch):
         (runoff, "TRAINING", 2),
         (runoff, "TEST", 1),
         (simple_runoff, "ROUNDS", 2),
-        (common, "TIMED", 1),
+        (speed, "TIMED", 1),
     ):
         monkeypatch.setattr(module, name, value)
 

@@ -24,7 +24,7 @@ from fusedrnn import functions as F
 from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, no_grad
 from fusedrnn.optimizers import Adam
-from fusedrnn.programs import common
+from fusedrnn.programs import common, speed
 from fusedrnn.programs.common import CELLS, Forecaster, Report
 
 YEAR = 12
@@ -203,7 +203,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         common.plot(path, draw)
         report.line(f"plot: {path}")
 
-    common.time_backends(
+    speed.compare(
         lambda backend: Training(w[:known], args.cell, 0, backend).epoch, "a training epoch", report
     )
     return Result(found, forecasts, truth, epochs)

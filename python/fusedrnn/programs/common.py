@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import os
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 
-from fusedrnn import backends, layers, terminal
+from fusedrnn import layers, terminal
 from fusedrnn.autograd import Array, Variable
 from fusedrnn.models import Model
 from fusedrnn.plot import style
@@ -24,7 +22,6 @@ CELLS: dict[str, Callable[..., layers.Recurrent]] = {
     "lstm": layers.LSTM,
     "gru": layers.GRU,
 }
-TIMED = 15  # repetitions, of what takes long fewer
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -189,32 +186,6 @@ def compare(report: Report, found: dict[str, dict[str, float]], by: str, most: b
     ahead = [other for other in others if sign * found[other][by] <= sign * found[name][by]]
     verdict = f"does not beat: {', '.join(ahead)}." if ahead else "beats all others."
     report.line(f"By {by}, {name} {verdict}")
-
-
-def time_backends(start: Callable[[str], Callable[[], object]], what: str, report: Report) -> None:
-    """A line: the milliseconds of ``what`` with the backend in use and with the NumPy reference.
-
-    ``start(backend)`` gives what is timed. Of several times, interleaved, the fastest counts.
-    """
-    backend = backends.get().name
-    if backend == "reference":
-        report.line("Speed: no compiled backend can run here, so this was the NumPy reference itself.")
-        return
-    works = {name: start(name) for name in (backend, "reference")}
-    least = dict.fromkeys(works, math.inf)
-    begin = time.perf_counter()
-    for k in range(TIMED):
-        for name, work in works.items():
-            before = time.perf_counter()
-            work()
-            least[name] = min(least[name], 1e3 * (time.perf_counter() - before))
-        if k and time.perf_counter() - begin > 1:
-            break
-    ours, theirs = least.values()
-    report.line(
-        f"Speed: {what} took {ours:.2f} ms with the {backend} backend, {theirs:.2f} ms with "
-        f"the NumPy reference: {theirs / ours:.1f} times as fast."
-    )
 
 
 def will_plot(no_plot: bool, report: Report) -> bool:

@@ -23,7 +23,7 @@ from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.dataloaders import SeqDataLoader
 from fusedrnn.datasets import Series
 from fusedrnn.optimizers import Adam
-from fusedrnn.programs import catchments, common, simple_runoff, training
+from fusedrnn.programs import catchments, common, simple_runoff, speed, training
 from fusedrnn.programs.catchments import YEAR, Catchments
 from fusedrnn.programs.common import Forecaster, Report
 from fusedrnn.programs.training import Result, Training
@@ -219,5 +219,5 @@ def run(args: argparse.Namespace, report: Report) -> Result:
 
         return update
 
-    common.time_backends(start, f"forward and backward of {STEPS} days", report)
+    speed.compare(start, f"forward and backward of {STEPS} days", report)
     return Result(trained.losses, trained.seconds, found, model)
