@@ -1,4 +1,11 @@
-"""nox -s lint | tests | thirdparty | bench | docs | site | linkcheck: each in an environment of its own."""
+"""nox -s lint | tests | types | build | thirdparty | bench | docs | site | linkcheck.
+
+Each has an environment of its own.
+"""
+
+import shutil
+import tarfile
+from pathlib import Path
 
 import nox
 
@@ -9,6 +16,7 @@ nox.options.sessions = ["lint", "tests"]
 def lint(session: nox.Session) -> None:
     """The linters of .ci/run."""
     session.install("ruff", "mypy", "clang-format", "codespell", "numpy")
+    session.install("check-jsonschema>=0.39", "validate-pyproject[all]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -16,6 +24,9 @@ def lint(session: nox.Session) -> None:
     session.run("clang-format", "--dry-run", "-Werror", *sources.split())
     files = session.run("git", "ls-files", external=True, silent=True, log=False)
     session.run("codespell", *files.splitlines())
+    workflows = [file for file in files.splitlines() if file.startswith(".github/workflows/")]
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    session.run("validate-pyproject", "pyproject.toml")
 
 
 @nox.session
@@ -23,6 +34,49 @@ def tests(session: nox.Session) -> None:
     """The whole suite, as far as the extras at hand go."""
     session.install(".[cli,plot,numba]", "-r", "tests/requirements.txt")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """The compiled module has what its stub says, and a user's program passes ``mypy --strict``."""
+    session.install(".[torch]", "mypy")
+    session.run("stubtest", "fusedrnn._core", "--allowlist", "tests/support/stubtest.txt")
+    session.run("mypy", "--strict", "tests/support/typed_program.py")
+    session.run("python", "tests/support/typed_program.py")
+
+
+@nox.session(python=["3.11", "3.12", "3.13", "3.14"])
+def build(session: nox.Session) -> None:
+    """A release's files, into build/dist-VERSION: checked, then tested where no compiler is found."""
+    session.install("build", "twine", "auditwheel")
+    dist, linked = Path(f"build/dist-{session.python}"), Path(f"build/linked-{session.python}").absolute()
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist), f"-Cbuild-dir={linked}")
+    [archive], [wheel] = dist.glob("*.tar.gz"), dist.glob("*.whl")
+    session.run("twine", "check", "--strict", str(archive), str(wheel))
+    session.run("auditwheel", "show", str(wheel))
+    checks = "tests/support/release_files.py"
+    session.run("python", checks, str(archive), str(wheel), "--linked", str(linked))
+
+    # The README's two commands as a user without a clone gives them. PATH has no more than the environment.
+    scratch = Path(session.create_tmp()).absolute()
+    session.run("python", "-m", "venv", "--clear", str(scratch / "venv"))
+    programs = scratch / "venv" / "bin"
+    with tarfile.open(archive) as file:
+        file.extractall(scratch, filter="data")
+
+    def run(program: str, *arguments: str) -> None:
+        session.run(str(programs / program), *arguments, env={"PATH": str(programs)}, external=True)
+
+    run("pip", "install", f"{wheel.absolute()}[cli]")
+    with session.chdir(scratch / archive.name.removesuffix(".tar.gz")):
+        run("fusedrnn", "train", "airline")
+        run("pip", "install", "-r", "tests/requirements.txt")
+        run("pytest", "-m", "quick")
+    if emulator := shutil.which("qemu-x86_64-static"):  # a processor without AVX
+        step = "import fusedrnn.functions as F, fusedrnn.layers as L; F.sum(L.LSTM(4)([[[1.0]]])).backward()"
+        for arguments in ("-m", "fusedrnn", "info"), ("-c", step):
+            session.run(emulator, "-cpu", "Nehalem", str(programs / "python"), *arguments, external=True)
 
 
 @nox.session

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/arena.h"
 
-#include <pthread.h>
-#include <stdlib.h>
-
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -17,6 +14,8 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+
+#include "cpu/posix.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -121,7 +120,7 @@ Cached* evict(Arena& a, std::size_t room) {
 void free_chain(Cached* chain) {
   while (chain != nullptr) {
     Cached* next = chain->older;
-    std::free(chain);
+    free_aligned(chain);
     chain = next;
   }
 }

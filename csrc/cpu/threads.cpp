@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/threads.h"
 
-#include <pthread.h>
 #if defined(__linux__)
 #include <sched.h>
 #endif
-#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -25,6 +23,7 @@
 #include <vector>
 
 #include "cpu/openmp.h"
+#include "cpu/posix.h"
 
 #if defined(__linux__) && !defined(FUSEDRNN_NO_FUTEX)
 #define FUSEDRNN_FUTEX 1
@@ -291,17 +290,22 @@ void Pool::work(Worker& worker) {
 }
 
 // Signals are for the program's own threads (Ctrl-C for the main one). Faults are not blocked, so they are reported.
-void block_signals(sigset_t* old) {
-  sigset_t blocked;
-  sigfillset(&blocked);
-  for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&blocked, fault);
-  pthread_sigmask(SIG_SETMASK, &blocked, old);
-}
+struct BlockedSignals {
+#if !defined(_WIN32)
+  sigset_t old;
+  BlockedSignals() {
+    sigset_t blocked;
+    sigfillset(&blocked);
+    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) sigdelset(&blocked, fault);
+    pthread_sigmask(SIG_SETMASK, &blocked, &old);
+  }
+  ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &old, nullptr); }
+#endif
+};
 
 void Pool::grow(int count) {
   workers.reserve(max_threads);
-  sigset_t old;
-  block_signals(&old);
+  [[maybe_unused]] const BlockedSignals blocked;
   while (static_cast<int>(workers.size()) < count) {
     Worker* worker = new (std::nothrow) Worker;
     if (worker == nullptr) break;
@@ -319,7 +323,6 @@ void Pool::grow(int count) {
     }
     workers.push_back(worker);
   }
-  pthread_sigmask(SIG_SETMASK, &old, nullptr);
 }
 
 Outcome Pool::run(int wanted, Body new_body, void* new_context, PollHook hook, void* hook_context) {

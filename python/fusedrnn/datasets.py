@@ -51,9 +51,10 @@ class Dataset:
 
     def is_plain(self) -> bool:
         """Whether indexing the two arrays gives the samples."""
-        plain = type(self).__getitem__ is Dataset.__getitem__
+        if type(self).__getitem__ is not Dataset.__getitem__:  # which then need not have arrays at all
+            return False
         arrays = isinstance(self.data, np.ndarray) and isinstance(self.label, np.ndarray)
-        return plain and arrays and self.transform is None and self.target_transform is None
+        return arrays and self.transform is None and self.target_transform is None
 
 
 class Series(Dataset):

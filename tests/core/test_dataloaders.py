@@ -33,7 +33,20 @@ class Overridden(Numbers):
         return x, t
 
 
-kinds = pytest.mark.parametrize("kind", [Numbers, Listed, Overridden])
+class Own(Dataset):
+    """All of its own, as with PyTorch's: no array, and no call of Dataset's constructor."""
+
+    def __init__(self):
+        self.numbers = Numbers()
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        return self.numbers[index]
+
+
+kinds = pytest.mark.parametrize("kind", [Numbers, Listed, Overridden, Own])
 
 
 def test_dataset_protocol():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from release_files import check_instructions
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "fusedrnn"
@@ -169,6 +172,21 @@ def test_the_check_for_leaks_finds_one(tmp_path):
     code.write_text("#include <vector>\nvoid f(std::vector<int>& v) { v.push_back(1); }\n")
     subprocess.run(["g++", "-O0", "-c", code, "-o", tmp_path / "leak.o"], check=True)
     assert any("std::vector" in name for name in shared_symbols(tmp_path / "leak.o"))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's instruction sets")
+@pytest.mark.skipif(None in (shutil.which("objdump"), shutil.which("g++")), reason="needs objdump and g++")
+def test_the_check_of_a_release_finds_code_that_is_not_for_every_processor(tmp_path):
+    """In a function that the linker takes from a level's file, and in that file's initialiser."""
+    code = tmp_path / "leak.cpp"
+    code.write_text(
+        "namespace fusedrnn::avx2 { double twice(double a) { return 2 * a; } }\n"
+        "double start = fusedrnn::avx2::twice(*new double);\n"
+        "double thrice(double a) { return 3 * a; }\n"
+    )
+    subprocess.run(["g++", "-std=c++17", "-O1", "-mavx2", "-c", code, "-o", tmp_path / "leak.o"], check=True)
+    found = [line.split()[1] for line in check_instructions(tmp_path / "leak.o")]
+    assert sorted(found) == ["_GLOBAL__sub_I__ZN8fusedrnn4avx25twiceEd", "_Z6thriced"]
 
 
 # --- the documents -----------------------------------------------------------------------------------------
