@@ -105,7 +105,9 @@ inline bool view_of(const py::object& o, View& view) {
   PyTypeObject* const type = Py_TYPE(o.ptr());
   if (type == array_types.numpy) {
     const py::array a = py::reinterpret_borrow<py::array>(o);
-    view.data = a.data(), view.ndim = a.ndim(), view.shape = a.shape(), view.numpy_type = a.dtype();
+    static_assert(sizeof(py::ssize_t) == sizeof(Index), "on macOS a long beside a long long");
+    view.data = a.data(), view.ndim = a.ndim(), view.shape = reinterpret_cast<const Index*>(a.shape());
+    view.numpy_type = a.dtype();
     for (Index i = 0; i < std::min<Index>(a.ndim(), View::kAxes); ++i) view.strides[i] = a.strides(i);
     return true;
   }
