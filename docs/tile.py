@@ -7,10 +7,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
-from fusedrnn.plot import BLUE, GREEN, GREY, PURPLE, VERMILLION
+from fusedrnn.plot import BLUE, GREEN, GREY, PURPLE, VERMILION
 
 ROWS, GATES, STEPS = 6, "ifgo", 9
-COLOURS = BLUE, VERMILLION, GREEN, PURPLE
+COLOURS = BLUE, VERMILION, GREEN, PURPLE
 LINE = {"edgecolor": "white", "linewidth": 0.8}
 
 

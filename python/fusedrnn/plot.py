@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["errors", "forecast", "gates", "gradient_flow", "losses", "style"]
 
-COLOURS = BLUE, VERMILLION, GREEN, PURPLE = "#0d84c6", "#d55e00", "#009e73", "#cc79a7"
+COLOURS = BLUE, VERMILION, GREEN, PURPLE = "#0d84c6", "#d55e00", "#009e73", "#cc79a7"
 DASHES = "-", "--", "-.", ":"
 MARKERS = "o", "s", "^", "D"
 GREY = "#7a7a7a"  # the same contrast on white and on black
@@ -240,7 +240,7 @@ def gates(layer: Recurrent, x: npt.ArrayLike, *, ax: Axes | None = None) -> Axes
     ax = _axes(ax)
     from matplotlib.colors import LinearSegmentedColormap
 
-    colours = LinearSegmentedColormap.from_list("gates", [VERMILLION, "#f7f7f7", BLUE])
+    colours = LinearSegmentedColormap.from_list("gates", [VERMILION, "#f7f7f7", BLUE])
     middles = []
     for k, gate in enumerate(values.values()):
         top = -k * (H + max(1, H // 8))
