@@ -42,15 +42,25 @@ pytestmark = [
 ]
 
 
-def entries(dtypes=DTYPES):
-    """Each module with each dtype, and both modes where they may differ: as PyTorch's ``@modules`` does."""
+def entries(dtypes=DTYPES, every=False):
+    """Each module with each dtype, and both modes where they may differ: as PyTorch's ``@modules`` does.
+
+    Both dtypes in both modes are slow, unless ``every`` says otherwise.
+    """
     return pytest.mark.parametrize(
         ("info", "dtype", "training"),
         [
-            pytest.param(info, d, training, id=f"{info.name}-{str(d)[6:]}-{'train' if training else 'eval'}")
+            pytest.param(
+                info,
+                d,
+                training,
+                id=f"{info.name}-{str(d)[6:]}-{'train' if training else 'eval'}",
+                marks=[] if every or usual else pytest.mark.slow,
+            )
             for info in INFOS
             for d in dtypes
             for training in ((True, False) if info.train_and_eval_differ else (True,))
+            for usual in [not info.train_and_eval_differ or training == (d is torch.float32)]
         ],
     )
 
@@ -142,7 +152,7 @@ def test_the_kernels_run(info, dtype, training):
 
 
 @pytest.mark.quick
-@entries()
+@entries(every=True)
 def test_outputs_and_gradients_are_those_of_torch_nn(info, dtype, training):
     for layer, args, sample in samples(info, dtype, training, requires_grad=True, with_packed_sequence=True):
         original = make(info.module_cls, sample, dtype, training)
@@ -259,9 +269,10 @@ def function_of(layer, args):
 
 @entries((torch.float64,))
 def test_grad(info, dtype, training):
-    """PyTorch's gradcheck over inputs, states and parameters, which it moves through ``.data``."""
+    """PyTorch's gradcheck over inputs, states and parameters, which it moves through ``.data``; as PyTorch
+    does by itself, along random directions."""
     for layer, args, _ in samples(info, dtype, training, requires_grad=True):
-        assert torch.autograd.gradcheck(*function_of(layer, args))
+        assert torch.autograd.gradcheck(*function_of(layer, args), fast_mode=True)
 
 
 @pytest.mark.slow

@@ -195,12 +195,25 @@ def test_gradcheck(kind, options):
             arguments = (x, state if len(state) == 2 else state[0])
             return tuple(flat(torch.func.functional_call(layer, given, arguments, {"return_states": True})))
 
-        assert torch.autograd.gradcheck(f, tensors, atol=1e-9)
+        assert torch.autograd.gradcheck(f, tensors, atol=1e-9, fast_mode=True)
+
+
+# Each compiles for seconds: every option, and every layer with two.
+COMPILED = [("LSTM", "all"), ("LSTM", "both"), ("GRU", "zoneout"), ("GRU", "layer norm"), ("RNN", "all")]
+COMPILED += [("RNN", "recurrent dropout")]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@every_option
-@every_layer
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(
+            kind, OPTIONS[o], id=f"{kind}-{o}", marks=[pytest.mark.slow] * ((kind, o) not in COMPILED)
+        )
+        for kind in LAYERS
+        for o in OPTIONS
+    ],
+)
 def test_compiled_equals_eager(kind, options):
     layer = build(kind, options, compilable, num_layers=2, bidirectional=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
