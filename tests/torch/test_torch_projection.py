@@ -211,8 +211,19 @@ CALLS = {
 calls = pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
 
 
-@calls
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        pytest.param(
+            options,
+            dtype,
+            id=f"{name}-{str(dtype)[6:]}",
+            marks=[] if (k % 2 == 0) == (dtype is torch.float32) else pytest.mark.slow,
+        )
+        for k, (name, options) in enumerate(CALLS.items())
+        for dtype in DTYPES
+    ],
+)
 def test_opcheck(options, dtype):
     torch.manual_seed(0)
     call = call_of(dtype, grad=False, **options)
