@@ -138,14 +138,17 @@ def cpu():
 
 
 @pytest.fixture
-def standard(cpu):
-    """The check of a standard problem, in float32 and float64."""
+def standard(cpu, threads):
+    """The check of a standard problem, in float32 and float64, with each number of threads."""
     import test_kernels
 
-    def check(p):
+    def check(p, *counts):
         want = test_kernels.truth(p)
-        for dtype in test_kernels.DTYPES:
-            test_kernels.assert_standard(p, want, dtype)
+        for count in counts or [None]:
+            if count is not None:
+                threads(count)
+            for dtype in test_kernels.DTYPES:
+                test_kernels.assert_standard(p, want, dtype)
 
     return check
 
@@ -185,10 +188,8 @@ class TestKernels:
     # Beyond one megabyte of weights, where plain cells are split by units and panels are outside.
     @pytest.mark.parametrize("size", [(3, 9, 67, 197), (3, 17, 130, 305), (2, 41, 515, 129)], ids=str)
     @kernel_cells
-    def test_large_layers(self, cell, size, standard, threads):
-        for count in (1, 2, 3):
-            threads(count)
-            standard(problem(cell, *size, **EVERYTHING))
+    def test_large_layers(self, cell, size, standard):
+        standard(problem(cell, *size, **EVERYTHING), 1, 2, 3)
 
     @pytest.mark.quick
     @kernel_cells

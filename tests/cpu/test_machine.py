@@ -98,14 +98,15 @@ def regularized(cell, dropout, zoneout_h, zoneout_c, seed=None):
 
 
 @pytest.mark.quick
-@DTYPES
 @pytest.mark.parametrize("cell", [c for c in PROGRAMS if c not in NORMED[:4]], ids=name)
-def test_published_cells_are_those_of_the_reference(cell, dtype, threads):
+def test_published_cells_are_those_of_the_reference(cell, threads):
     for size in test_layer_norm.SIZES if cell in NORMS else SIZES:
         for k, options in enumerate(OPTIONS):
-            p = problem(cell, *size, dtype=dtype, **options)
+            p = problem(cell, *size, **options)
+            want = run(REFERENCE, p.astype(np.longdouble))
             threads(1 + k % 2)
-            assert_standard(MACHINE, p, run(REFERENCE, p.astype(np.longdouble)))
+            for dtype in (np.float32, np.float64):
+                assert_standard(MACHINE, p.astype(dtype), want)
 
 
 @pytest.mark.quick
@@ -210,16 +211,23 @@ def everywhere(p, x, h, c, n=2):
     return w, tanh(s + t), tanh(s + t)
 
 
-@DTYPES
-def test_a_cell_of_many_rounds_and_accumulators(dtype, threads):
+def check_sizes(cell, sizes, threads):
+    """Both dtypes, every option, one and several threads."""
+    for size in sizes:
+        for options in OPTIONS:
+            p = problem(cell, *size, **options)
+            want = run(REFERENCE, p.astype(np.longdouble))
+            for count in (1, 3):
+                threads(count)
+                for dtype in (np.float32, np.float64):
+                    assert_standard(MACHINE, p.astype(dtype), want)
+
+
+def test_a_cell_of_many_rounds_and_accumulators(threads):
     made = program.plan(everywhere)
     assert [r.first[0] for r in made.forward] == [0, 10, 1, 1]
     assert made.carried[0] > 0 < made.carried[1]
-    for size in [*SIZES, (4, 5, 6, 100)]:
-        for options in OPTIONS:
-            for count in (1, 3):
-                threads(count)
-                assert_standard(MACHINE, problem(everywhere, *size, dtype=dtype, **options))
+    check_sizes(everywhere, [*SIZES, (4, 5, 6, 100)], threads)
 
 
 @cell
@@ -243,15 +251,10 @@ def norms(p, x, h, c):
     return tanh(y + w * s), c
 
 
-@DTYPES
-def test_a_cell_of_many_norms(dtype, threads):
+def test_a_cell_of_many_norms(threads):
     made = program.plan(norms)
     assert [len(r.norms) for r in made.forward] == [0, 2, 0, 1, 0, 1, 1]
-    for size in [(7, 7, 3, 17), (4, 5, 6, 100)]:
-        for options in OPTIONS:
-            for count in (1, 3):
-                threads(count)
-                assert_standard(MACHINE, problem(norms, *size, dtype=dtype, **options))
+    check_sizes(norms, [(7, 7, 3, 17), (4, 5, 6, 100)], threads)
 
 
 @pytest.mark.quick
