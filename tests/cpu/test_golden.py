@@ -23,7 +23,7 @@ from fusedrnn import _core
 from fusedrnn.backends.cpu import CpuBackend
 from test_regularization import KINDS, of
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.mutation]
 
 CELLS = (*PLAIN, *NORMED[:4])  # the kernels have no layer norm for GRU with reset before
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
