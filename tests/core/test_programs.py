@@ -421,7 +421,7 @@ pollution.run(parser.parse_args(sys.argv[1:]), common.PlainReport())
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9 here")
 def test_killed_at_random_times_it_resumes_to_the_same_bits(small, tmp_path):
     """FUSEDRNN_KILLS says how often; with a checkpoint after every chunk many a kill hits its writing."""
-    kills = int(os.environ.get("FUSEDRNN_KILLS", "3"))
+    kills = int(os.environ.get("FUSEDRNN_KILLS", "2"))
     given = ["--data", str(small), "--no-plot", "--epochs", str(80 * kills), "--every", "0", "--resume"]
 
     def start(name):
