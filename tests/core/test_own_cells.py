@@ -305,8 +305,11 @@ def test_a_layer_with_masks_and_recompute_by_the_compiled_module():
 
 @needs_numba
 @options
-@own
+@pytest.mark.parametrize(
+    "cell", [pytest.param(c, marks=[pytest.mark.slow] * (c is not ind_rnn)) for c in OWN], ids=name
+)
 def test_by_numba(cell, options):
+    """What the others have is in cells of numba/test_numba_cells.py; ind_rnn has no product with h."""
     p = problem(cell, 7, 3, 4, 5, **options)
     assert_close(run(NUMBA, p), run(REFERENCE, p), 1e-13)
 

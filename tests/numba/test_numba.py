@@ -34,6 +34,7 @@ from problems import (
     problem,
     run,
 )
+from test_every_backend import cells_and_dtypes
 
 NUMBA, REFERENCE = get("numba"), get("reference")
 needs_numba = pytest.mark.skipif(NUMBA.unavailable() is not None, reason=str(NUMBA.unavailable()))
@@ -52,34 +53,26 @@ def truth(p):
 @pytest.mark.parametrize(
     "options", [o for o in OPTIONS if "detach_every" not in o], ids=lambda o: "-".join(map(str, o)) or "plain"
 )
-@pytest.mark.parametrize("cell", PLAIN, ids=name)
-def test_options(cell, options):
+@cells_and_dtypes
+def test_options(cell, dtype, options):
     for size in SIZES:
-        p = problem(cell, *size, **options)
-        want = truth(p)
-        for dtype in DTYPES:
-            assert_standard(NUMBA, p.astype(dtype), want)
+        assert_standard(NUMBA, problem(cell, *size, dtype=dtype, **options))
 
 
 @needs_numba
-@pytest.mark.parametrize("cell", PLAIN, ids=name)
-def test_hidden_and_input_sizes(cell):
+@cells_and_dtypes
+def test_hidden_and_input_sizes(cell, dtype):
     for H in range(7, 35):
-        p = problem(cell, 4, 5, H % 19 + 1, H, **EVERYTHING, reverse=H % 2 == 0)
-        want = truth(p)
-        for dtype in DTYPES:
-            assert_standard(NUMBA, p.astype(dtype), want)
+        options = EVERYTHING | {"reverse": H % 2 == 0}
+        assert_standard(NUMBA, problem(cell, 4, 5, H % 19 + 1, H, dtype=dtype, **options))
 
 
 @needs_numba
-@pytest.mark.parametrize("cell", PLAIN, ids=name)
-def test_panels_and_long_sequences(cell):
+@cells_and_dtypes
+def test_panels_and_long_sequences(cell, dtype):
     """Gates wider than a panel of the product, more rows than one of its blocks, 256 steps."""
     for size in ((3, 67, 37, 131), (256, 3, 2, 7)):
-        p = problem(cell, *size, **EVERYTHING)
-        want = truth(p)
-        for dtype in DTYPES:
-            assert_standard(NUMBA, p.astype(dtype), want)
+        assert_standard(NUMBA, problem(cell, *size, dtype=dtype, **EVERYTHING))
 
 
 @needs_numba
@@ -113,16 +106,13 @@ def test_rows_shared_among_threads(monkeypatch, cell, options):
 
 
 @needs_numba
-@pytest.mark.parametrize(
-    ("cell", "dtype"),
-    [
-        pytest.param(c, t, marks=[] if (c.name, t) == ("lstm", np.float32) else pytest.mark.slow)
-        for c in NORMED
-        for t in DTYPES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cell", NORMED, ids=name)
 def test_layer_norm(cell, dtype):
-    """Sizes of which the norms are well conditioned: core/test_layer_norm.py."""
+    """Sizes of which the norms are well conditioned: core/test_layer_norm.py. Not slow are the norms of
+    test_numba_cells.py.
+    """
     for size in ((2, 3, 5, 7), (7, 7, 3, 17), (3, 13, 17, 31), (11, 2, 4, 33), (5, 5, 37, 35)):
         for options in ({}, EVERYTHING, {**EVERYTHING, "reverse": True, "biases": "none"}):
             assert_standard(NUMBA, problem(cell, *size, dtype=dtype, **options))
@@ -170,8 +160,7 @@ def test_single_steps_with_packed_weights_are_the_sequence():
 
 
 @needs_numba
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-@pytest.mark.parametrize("cell", PLAIN, ids=name)
+@cells_and_dtypes
 def test_the_same_bits_run_to_run(cell, dtype):
     p = problem(cell, 9, 7, 5, 19, dtype=dtype, **EVERYTHING)
     first = run(NUMBA, p)
@@ -216,6 +205,13 @@ def test_a_forked_child_has_threads_of_its_own():
     )
 
 
+# Together they have tanh, sigmoid, relu, two states and a norm; each takes seconds to compile.
+NARROW = [
+    pytest.param(cell, marks=[] if cell in (PLAIN[1], lstm, NORMED[0]) else pytest.mark.slow)
+    for cell in (*PLAIN, NORMED[0], lstm.with_options(layer_norm=True))
+]
+
+
 # --- activations and types ---------------------------------------------------------------------------------
 
 
@@ -248,7 +244,7 @@ def test_activations_are_within_2_ulp(dtype):
 
 
 @needs_numba
-@pytest.mark.parametrize("cell", [*PLAIN, lstm.with_options(layer_norm=True)], ids=name)
+@pytest.mark.parametrize("cell", NARROW, ids=name)
 def test_float32_stays_float32(cell):
     """No value in the compiled steps is a double: neither in the cells' formulas nor around them."""
     from numba import types
@@ -308,35 +304,26 @@ def python(code, arguments=(), **environment):
 
 @needs_numba
 def test_compiled_code_is_kept_between_processes(tmp_path):
-    code = """
-import numpy as np
-from fusedrnn.backends import get, numba_kernels
-from fusedrnn.cells import rnn
-w = {"weight_ih": np.ones((7, 2), np.float32), "weight_hh": np.ones((7, 7), np.float32)}
-get("numba").forward(rnn, np.ones((3, 2, 2), np.float32), w, save=None)
-print(sum(numba_kernels.forward_loop(rnn, np.dtype("f4")).stats.cache_hits.values()))
-"""
-    assert [python(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)] == ["0", "1"]
-
-
-@needs_numba
-def test_cells_from_the_cache_beside_cells_compiled_here(tmp_path):
-    """Symbols of compiled code must differ: one process compiles the LSTM, the other only loads it."""
+    """And symbols of compiled code differ: one process compiles the LSTM, the other loads it, beside a cell
+    that it compiles itself.
+    """
     code = """
 import sys
 import numpy as np
-from fusedrnn.backends import get
-from fusedrnn.cells import gru, lstm
-for cell in {"lstm": [lstm], "both": [gru, lstm]}[sys.argv[1]]:
+from fusedrnn.backends import get, numba_kernels
+from fusedrnn.cells import lstm, rnn
+for cell in {"alone": [lstm], "both": [rnn, lstm]}[sys.argv[1]]:
     rows = 7 * cell.blocks["weight_ih"]
     w = {f"weight_{n}": np.linspace(-1, 1, rows * m, dtype=np.float32).reshape(-1, m)
          for n, m in (("ih", 2), ("hh", 7))}
     print(get("numba").forward(cell, np.ones((3, 2, 2), np.float32), w, save=None).y.tobytes().hex())
+    print(sum(numba_kernels.forward_loop(cell, np.dtype("f4")).stats.cache_hits.values()))
 """
     alone, both = (
-        python(code, arguments=[which], NUMBA_CACHE_DIR=str(tmp_path)).split() for which in ("lstm", "both")
+        python(code, arguments=[which], NUMBA_CACHE_DIR=str(tmp_path)).split() for which in ("alone", "both")
     )
-    assert both[1:] == alone
+    assert [alone[1], *both[1::2]] == ["0", "0", "1"]
+    assert both[2] == alone[0]
 
 
 @needs_numba
