@@ -6,6 +6,7 @@ Not in tests/: its folders ``torch`` and ``numba`` would then be importable, as 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import sys
@@ -43,7 +44,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A slow case of a quick test is only slow."""
+    """A slow case of a quick test is only slow; of two workers one compiles for Numba, and it begins so."""
+    items.sort(key=lambda item: "numba" not in item.nodeid)
     for item in items:
         if item.get_closest_marker("slow"):
             item.own_markers = [mark for mark in item.own_markers if mark.name != "quick"]
@@ -53,6 +55,8 @@ def pytest_collection_finish(session):
     """Importing fusedrnn.torch puts the kernels on PyTorch's threads; tests begin on our own thread pool."""
     if "fusedrnn.torch" in sys.modules:
         sys.modules["fusedrnn.threads"].set_thread_pool("own")
+    gc.collect()
+    gc.freeze()  # modules live to the end; a test that collects garbage would walk through them for seconds
 
 
 @pytest.fixture(autouse=True)
