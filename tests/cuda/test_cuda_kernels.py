@@ -176,7 +176,7 @@ def test_every_option_at_every_shape(cell, part):
 
 @every_pair
 def test_float32(cell, kernel):
-    for k in (7, 12, 22, 34):
+    for k in (7, 22) if PLAIN.index(cell) % 2 else (12, 34):  # of each kernel all four
         sizes, units, rows = SHAPES[k]
         for options in ({}, EVERYTHING, {**EVERYTHING, "reverse": True}):
             assert_right(Tiled(kernel, units, rows, seed=k), cell, sizes, np.float32, **options)
@@ -230,7 +230,7 @@ def test_the_same_bits_in_any_order_of_the_threads(cell, kernel):
     """And again from the same tape."""
     p = problem(cell, 5, 11, 3, 19, **EVERYTHING)
     first = run(Tiled(kernel, 7, 6, seed=0), p)
-    for seed in range(8):
+    for seed in range(4):
         backend = Tiled(kernel, 7, 6, seed=seed)
         f = backend.forward(p.cell, p.x, p.weights, p.state0, **p.options)
         for _ in range(2):
