@@ -75,7 +75,7 @@ def delay_of_ctrl_c(work, then):
         def send():
             sent.append(time.monotonic())
             os.kill(os.getpid(), signal.SIGINT)
-        timer = threading.Timer(0.15, send)
+        timer = threading.Timer(0.1, send)
         timer.start()
         try:
             work()
@@ -190,13 +190,20 @@ def test_gil_is_released_in_kernels(direction):
     assert max(gaps) < sum(gaps) / 2
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
 @pytest.mark.parametrize(
     "kind", ["forward", "forward by rows", "backward", "weights of a large batch", "pack"]
 )
-def test_ctrl_c_is_honoured_within_100_ms(kind, threads):
-    out = python(f"print(delay_of_ctrl_c(long_work({kind!r}), check))", TEST_THREADS=threads)
-    assert float(out) < 0.1
+def test_ctrl_c_is_honoured_within_100_ms(kind):
+    out = python(
+        f"""
+        work = long_work({kind!r})
+        for threads in (1, 2):
+            _core.set_num_threads(threads)
+            print(delay_of_ctrl_c(work, check))
+        """
+    )
+    one, two = map(float, out.split())
+    assert max(one, two) < 0.1
 
 
 @pytest.mark.quick
@@ -395,17 +402,19 @@ def test_a_busy_pool_makes_nobody_wait():
 
 
 @x86
-@pytest.mark.parametrize("word", [0x1F80, 0x1FBF, 0x9FC0, 0x5F80, 0x3F80, 0x7F80, 0xFFFF], ids=hex)
-def test_control_word_is_restored_whole_and_does_not_change_the_bits(word):
+def test_control_word_is_restored_whole_and_does_not_change_the_bits():
     """Rounding up, down, to zero, flushing, sticky flags: none of it comes in, none of it is lost."""
     python(
-        f"""
+        """
+        from itertools import product
+        from problems import named
+        words = (0x1F80, 0x1FBF, 0x9FC0, 0x5F80, 0x3F80, 0x7F80, 0xFFFF)
         cases = [problem(cell, 6, 40, 5, 33, dtype=dtype, biases="both", return_states=True)
                  for cell in CELLS
                  for dtype in (np.float32, np.float64)]
-        for p in cases:
+        for word, p in product(words, cases):
             plain = run(CPU, p)
-            set_control_word({word})
+            set_control_word(word)
             packed = CPU.pack(p.cell, p.weights)
             after_pack = _core.testing.control_word()
             forward = CPU.forward(p.cell, p.x, packed, p.state0, **p.options)
@@ -414,8 +423,7 @@ def test_control_word_is_restored_whole_and_does_not_change_the_bits(word):
             after_backward = _core.testing.control_word()
             set_control_word(0x1F80)
             for after in (after_pack, after_forward, after_backward):
-                assert after == {word}, hex(after)
-            from problems import named
+                assert after == word, (hex(word), hex(after))
             assert_bitwise_equal(named(p.cell, forward, gradients), plain)
         """
     )
