@@ -278,9 +278,18 @@ def test_compiled_on_another_backend(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-@options_of
-@pytest.mark.parametrize("more", [{}, {"reverse": True, "recompute": True}], ids=len)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "options", "more"),
+    [
+        pytest.param(
+            mode, OPTIONS[o], more, id=f"{mode}-{o}-{len(more)}", marks=pytest.mark.slow if odd else []
+        )
+        for i, mode in enumerate(MODES)
+        for j, o in enumerate(OPTIONS)
+        for k, more in enumerate(({}, {"reverse": True, "recompute": True}))
+        for odd in [(i + j + k) % 2]
+    ],
+)
 def test_second_derivatives(mode, options, more):
     """Of every tensor that the operator takes, through all that it returns."""
     call = call_of(mode, **options, **more)
