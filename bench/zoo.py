@@ -43,7 +43,7 @@ LARGE = Shape(100, 64, 64, 256)
 COMPILED_SHAPE = Shape(50, 32, 1, 32)
 TOO_LONG = 3  # exit code of a process whose compiler did not end in time
 PAGE = "docs/zoo.md"
-CELLS = {cell.name: cell for cell in ALL if not cell.projects}
+CELLS = {cell.name: cell for cell in ALL}
 PEERS = {"torch-loop": "PyTorch", "torchscript": "TorchScript", "jax-scan": "JAX"}
 BLOCKS = 5
 

@@ -46,7 +46,7 @@ class Case:
     ragged: bool = False  # lengths uniform in T/10..T
     resets: float = 0.0  # the probability that a step begins a new segment
     api: str = ""
-    proj_size: int = 0  # for an update
+    proj_size: int = 0  # for an update, and P of a cell that projects, where 0 is half of H
     state: bool = False  # it starts from a given state, like a step
     encoder: bool = False  # layers before this one need the gradient of x
     way: str = ""  # the peer that runs it as the library of that name does
@@ -55,6 +55,16 @@ class Case:
     def directions(self) -> int:
         """1 or 2."""
         return 2 if self.bidirectional else 1
+
+    @property
+    def P(self) -> int:
+        """Units of the output: those of a projection, else H."""
+        return self.proj_size or (max(1, self.shape.H // 2) if self.cell.projects else self.shape.H)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Units of each state."""
+        return self.cell.widths(self.shape.H, self.P)
 
     def __str__(self) -> str:
         parts = [self.cell.name, ",".join(map(str, self.shape))]
@@ -68,8 +78,8 @@ class Case:
             parts.append("ragged")
         if self.resets:
             parts.append("resets")
-        if self.proj_size:
-            parts.append(f"proj_size {self.proj_size}")
+        if self.P != self.shape.H:
+            parts.append(f"proj_size {self.P}")
         if self.state:
             parts.append("from a state")
         if self.encoder:
@@ -259,11 +269,11 @@ class Data:
     case: Case
     x: Array  # (T, B, I)
     weights: tuple[dict[str, Array], ...]  # layer by layer, forward before reverse
-    state0: tuple[Array, ...] | None  # (L*D, B, H) for each state, or zeros
+    state0: tuple[Array, ...] | None  # as dstateT, or zeros
     lengths: Array | None  # (B,)
     reset: Array | None  # (T, B) bool
     dy: Array  # (T, B, D*H), with a projection (T, B, D*P): the upstream gradient of every step
-    dstateT: tuple[Array, ...]  # (L*D, B, H) for each state
+    dstateT: tuple[Array, ...]  # (L*D, B, H) for each state, (L*D, B, P) for a projected one
     scalars: dict[str, Array]  # (T, B) for each row scalar of the cell
 
 
@@ -275,7 +285,7 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
     gives the same problem in every dtype.
     """
     T, B, I, H = case.shape
-    D, P = case.directions, case.proj_size or case.shape.H
+    D, P = case.directions, case.P
     draw = np.random.default_rng(seed)
 
     def normal(*size: int) -> Array:
@@ -285,19 +295,18 @@ def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
         return draw.uniform(-(H**-0.5), H**-0.5, size).astype(dtype)
 
     def states() -> tuple[Array, ...]:
-        return tuple(normal(case.layers * D, B, H) for _ in case.cell.states)
+        return tuple(normal(case.layers * D, B, width) for width in case.widths)
 
     # An update trains both; else the second one is zero if one is enough.
     two_biases = case.kind == "update" or case.cell.two_biases
     weights: tuple[dict[str, Array], ...] = ()
     for n in range(case.layers * D):
-        columns = {"weight_ih": (I if n < D else D * P,), "weight_hh": (P,)}
-        drawn = {b: count * H for b, count in case.cell.blocks.items() if two_biases or b != "bias_hh"}
-        found = {name: uniform(rows, *columns.get(name, ())) for name, rows in drawn.items()}
+        shapes = case.cell.shapes(I if n < D else D * P, H, P)
+        found = {name: uniform(*shapes[name]) for name in shapes if two_biases or name != "bias_hh"}
         for name in case.cell.vectors:
             if name in found and not name.startswith("gain_"):
                 found[name] = near(case.cell.trace.begin.get(name, 0.0), found[name], draw).astype(dtype)
-        if case.proj_size:
+        if case.proj_size and not case.cell.projects:  # PyTorch's LSTM
             found["weight_hr"] = uniform(P, H)
         weights += (found,)
     return Data(
@@ -369,8 +378,9 @@ def flops(case: Case) -> float:
     state. Steps past the end of a row do not count.
     """
     T, B, I, H = case.shape
-    D, P = case.directions, case.proj_size or case.shape.H
+    D, P = case.directions, case.P
     inputs = I + (case.layers - 1) * D * P
     ih, hh = (case.cell.blocks.get(name, 0) for name in ("weight_ih", "weight_hh"))
-    forward = 2.0 * T * B * valid(case) * H * D * (ih * inputs + (hh * P + case.proj_size) * case.layers)
+    projection = P if case.proj_size or case.cell.projects else 0
+    forward = 2.0 * T * B * valid(case) * H * D * (ih * inputs + (hh * P + projection) * case.layers)
     return 3 * forward if case.kind in ("training", "update") else forward

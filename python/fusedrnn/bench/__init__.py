@@ -8,7 +8,8 @@ median over the blocks of peer / ours.
 Cases are in ``fusedrnn.problems``; a peer is a class here and a line in ``registry``.
 """
 
-from fusedrnn.bench.loops import JaxScan, TorchLoop
+from fusedrnn.bench.loops_jax import JaxScan
+from fusedrnn.bench.loops_torch import TorchLoop
 from fusedrnn.bench.registry import OWN, PEERS
 from fusedrnn.bench.report import load, memory_table, save, summary, table
 from fusedrnn.bench.runner import run

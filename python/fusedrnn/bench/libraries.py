@@ -77,10 +77,11 @@ def named(
     a bias that the problem does not have is left out.
     """
     case = data.case
-    T, B, _, H = case.shape
+    T, B, *_ = case.shape
     N = case.layers * case.directions
-    results = {"y": y.reshape(T, B, case.directions * H)}
-    results |= {k: s.reshape(N, B, H) for k, s in zip(case.cell.states, stateT, strict=True)}
+    results = {"y": y.reshape(T, B, case.directions * case.P)}
+    names = zip(case.cell.states, case.widths, stateT, strict=True)
+    results |= {name: s.reshape(N, B, width) for name, width, s in names}
     if dx is not None:
         results["dx"] = dx
     for n, (weights, gradients) in enumerate(zip(data.weights, dweights, strict=False)):
@@ -143,7 +144,7 @@ class Native:
         if any(not hasattr(tape.tape, "bytes") for tape in tapes):
             return None
         between = case.layers - 1 if case.bidirectional else 0  # both directions are copied into one input
-        layer = case.directions * case.shape.T * case.shape.B * case.shape.H * self.data.x.itemsize
+        layer = case.directions * case.shape.T * case.shape.B * case.P * self.data.x.itemsize
         return {
             "own": sum(tape.tape.bytes for tape in tapes),
             "borrowed": (case.layers + between) * layer,

@@ -1,4 +1,5 @@
-"""The loop over time that people write for a cell, as source text: in PyTorch, and with JAX's ``scan``.
+"""The loop over time that people write for a cell, as source text; ``loops_torch`` and ``loops_jax`` have the
+words of each library.
 
 It is what an experienced user of the library would write. What depends on no state is computed for all steps
 before the loop. ``unbind`` takes the sequences apart. A step makes one product for each recurrent operand, of
@@ -57,11 +58,7 @@ class Value(NamedTuple):
 
 
 class Loop:
-    """One cell's loop; a subclass knows a library's words.
-
-    Raises:
-        ValueError: No loop is written for this cell.
-    """
+    """One cell's loop; a subclass knows a library's words."""
 
     operations: ClassVar[Mapping[str, str]]
     transposed: ClassVar[str]
@@ -69,8 +66,6 @@ class Loop:
 
     def __init__(self, cell: Cell) -> None:
         t = cell.trace
-        if cell.projects:
-            raise ValueError(f"{cell.name}: bench writes no loop yet for a cell that projects")
         self.cell, self.x, self.nodes = cell, t.x, cell.forward_nodes
         self.taken = {"x", "H", *self.words}
         self.name = self.fresh(cell.name)
@@ -111,15 +106,15 @@ class Loop:
 
     def fresh(self, name: str) -> str:
         """A name like this one that nothing has yet."""
-        while keyword.iskeyword(name) or not self.taken.isdisjoint((name, _all(name))):
+        while keyword.iskeyword(name) or not self.taken.isdisjoint((name, all_steps(name))):
             name += "_"
-        self.taken |= {name, _all(name)}
+        self.taken |= {name, all_steps(name)}
         return name
 
     def word(self, value: Value, stage: int) -> str:
         """A value's name at some stage; before the loop it is that of the whole sequence."""
         if value.stage == ALL_STEPS and stage == ALL_STEPS:
-            return _all(value.name)
+            return all_steps(value.name)
         if value.stage == ALL_STEPS and value.name not in self.sequences:
             self.sequences.append(value.name)
         return value.name
@@ -152,6 +147,8 @@ class Loop:
                 self.normalise(n)
             case "dense":
                 self.gate(n)
+            case "project":
+                self.keep(n, self.projected(n))
             case op if op not in ("constant", "input", "vector", "item"):
                 self.keep(n, self.expression(n))
 
@@ -214,7 +211,7 @@ class Loop:
         if [*blocks] == [*range(self.cell.blocks[parameter])]:
             return all_rows
         if [*blocks] == [*range(first, end)]:
-            begin, stop = _times_h(first), _times_h(end) if end < self.cell.blocks[parameter] else ""
+            begin, stop = times_h(first), times_h(end) if end < self.cell.blocks[parameter] else ""
             words = f"{all_rows}[{f'{begin} : {stop}'.strip() if '*' in begin + stop else f'{begin}:{stop}'}]"
         else:
             words = self.beside([self.rows(parameter, [k]) for k in blocks], 0)
@@ -289,9 +286,7 @@ class Loop:
         each = stage == EACH_STEP
         weights = self.rows(f"weight_{which}", [n.attribute.weights[k] for n, k in at.items()])
         if each:
-            name = self.fresh(f"w_{gates}")
-            self.assign(ONCE, name, weights + self.transposed)
-            weights = name
+            weights = self.transpose(weights, f"w_{gates}")
         before = self.whole.pop(nodes, None)
         parts = self.parts.get(nodes[0], [])
         if len(nodes) == 1 and parts and parts[-1].stage <= stage:
@@ -304,7 +299,7 @@ class Loop:
                 self.folded.update(nodes)
                 bias += f" + {self.rows('bias_hh', [n.attribute.biases[1] for n in nodes])}"
         if before is not None and bias is not None and before.stage == ALL_STEPS:
-            sequence = _all(before.name)
+            sequence = all_steps(before.name)
             self.lines[ALL_STEPS].append(Line(sequence, f"{sequence} + {bias}"))
             bias = None
         added = [] if before is None else [self.word(before, stage)]
@@ -319,6 +314,18 @@ class Loop:
                 self.whole[part] = columns
             else:
                 self.parts.setdefault(part[0], []).append(columns)
+
+    def transpose(self, weights: str, name: str) -> str:
+        """A name for weights that each step multiplies with."""
+        name = self.fresh(name)
+        self.assign(ONCE, name, weights + self.transposed)
+        return name
+
+    def projected(self, n: Node) -> Text:
+        """The product with weight_hr."""
+        each, weights = self.stage[n] == EACH_STEP, self.parameters["weight_hr"]
+        weights = self.transpose(weights, "w_hr") if each else weights
+        return self.multiply(self.use(n.args[0], self.stage[n]), weights, None, [], each)
 
     def gate_name(self, n: Node, operand: Node) -> str:
         """A name for the product of a gate with an operand: the gate's, if that is all of it."""
@@ -391,7 +398,7 @@ class Loop:
         """The lines before the loop."""
         found = [f"{line.target} = {line.words}" for stage in (ONCE, ALL_STEPS) for line in self.lines[stage]]
         if any(_reads(line, "H") for line in [*found, *self.body()]):
-            found.insert(0, f"H = {self.states[0]}.shape[1]")
+            found.insert(0, f"H = {self.parameters.get('weight_hr', self.states[0])}.shape[1]")
         return found
 
     def signature(self) -> str:
@@ -431,133 +438,7 @@ class Loop:
         raise NotImplementedError
 
 
-class TorchLoop(Loop):
-    """In PyTorch, and TorchScript compiles it too."""
-
-    transposed = ".t()"
-    words = ("torch", "F", "ys", "rms_norm")
-    operations: ClassVar[Mapping[str, str]] = {
-        "tanh": "torch.tanh",
-        "sigmoid": "torch.sigmoid",
-        "exp": "torch.exp",
-        "log": "torch.log",
-        "sqrt": "torch.sqrt",
-        "softplus": "F.softplus",
-        "relu": "torch.relu",
-        "absolute": "torch.abs",
-        "maximum": "torch.maximum",
-        "minimum": "torch.minimum",
-        "where": "torch.where",
-    }
-
-    def call(self, op: str, args: list[str], numbers: list[bool]) -> str:
-        if op in ("maximum", "minimum") and any(numbers):  # which take no number
-            bound = numbers.index(True)
-            limit = "min" if op == "maximum" else "max"
-            return f"torch.clamp({args[1 - bound]}, {limit}={args[bound]})"
-        if op == "where" and all(numbers[1:]):  # which would be of the default dtype
-            name = self.fresh("number")
-            self.assign(ONCE, name, f"x.new_full((), {args[1]})")
-            args = [args[0], name, args[2]]
-        return super().call(op, args, numbers)
-
-    def multiply(self, value: Text, weights: str, bias: str | None, added: Sequence[str], each: bool) -> Text:
-        if not each:
-            return _sum([*added, f"F.linear({value.words}, {weights}{f', {bias}' if bias else ''})"])
-        terms = [*added, *([bias] if bias else [])]
-        if not terms:
-            return Text(f"torch.mm({value.words}, {weights})")
-        return _sum([f"torch.addmm({terms[0]}, {value.words}, {weights})", *terms[1:]])
-
-    def split(self, text: Text, blocks: Sequence[int]) -> str:
-        words = text.words if text.binds == CALL else f"({text.words})"
-        if len(set(blocks)) == 1:
-            return f"{words}.chunk({len(blocks)}, -1)"
-        return f"{words}.split([{', '.join(_times_h(k) for k in blocks)}], -1)"
-
-    def beside(self, values: Iterable[str], axis: int) -> str:
-        return f"torch.cat([{', '.join(values)}], {axis})"
-
-    def norm(self, norm: Norm, value: str, blocks: int, gain: str | None, bias: str | None) -> Text:
-        if norm.kind == "layer":
-            return Text(f"F.layer_norm({value}, [{_times_h(blocks)}], {gain}, {bias}, {norm.eps!r})")
-        return _scaled(f"rms_norm({value}, {norm.eps!r})", gain, bias)
-
-    def source(self) -> str:
-        lines = ["import torch", "import torch.nn.functional as F", "", ""]
-        before, body = self.before(), self.body()
-        if any("rms_norm(" in line for line in [*before, *body]):
-            lines += ["def rms_norm(v, eps: float):"]
-            lines += ["    return v * torch.rsqrt((v * v).mean(-1, keepdim=True) + eps)", "", ""]
-        steps = [f"{_all(name)}.unbind(0)" for name in self.sequences]
-        taken = steps[0] if len(steps) == 1 else f"zip({', '.join(steps)})"
-        lines += [self.signature(), *_indented(before), "    ys = []"]
-        lines += [f"    for {', '.join(self.sequences)} in {taken}:"]
-        lines += _indented([*body, f"ys.append({self.states[0]})"], 8)
-        return "\n".join([*lines, f"    return torch.stack(ys), {', '.join(self.states)}", ""])
-
-
-class JaxScan(Loop):
-    """With ``jax.lax.scan``."""
-
-    transposed = ".T"
-    words = ("jax", "jnp", "state", "now", "step", "y", "layer_norm", "rms_norm")
-    operations: ClassVar[Mapping[str, str]] = {
-        "tanh": "jnp.tanh",
-        "sigmoid": "jax.nn.sigmoid",
-        "exp": "jnp.exp",
-        "log": "jnp.log",
-        "sqrt": "jnp.sqrt",
-        "softplus": "jax.nn.softplus",
-        "relu": "jax.nn.relu",
-        "absolute": "jnp.abs",
-        "maximum": "jnp.maximum",
-        "minimum": "jnp.minimum",
-        "where": "jnp.where",
-    }
-
-    def multiply(self, value: Text, weights: str, bias: str | None, added: Sequence[str], each: bool) -> Text:
-        left = value.words if value.binds == CALL else f"({value.words})"
-        product = f"{left} @ {weights}" + ("" if each else self.transposed)
-        return _sum([*added, product, *([bias] if bias else [])])._replace(binds=SUM)
-
-    def split(self, text: Text, blocks: Sequence[int]) -> str:
-        if len(set(blocks)) == 1:
-            return f"jnp.split({text.words}, {len(blocks)}, axis=-1)"
-        ends = [sum(blocks[: k + 1]) for k in range(len(blocks) - 1)]
-        return f"jnp.split({text.words}, [{', '.join(map(_times_h, ends))}], axis=-1)"
-
-    def beside(self, values: Iterable[str], axis: int) -> str:
-        return f"jnp.concatenate([{', '.join(values)}], axis={axis})"
-
-    def norm(self, norm: Norm, value: str, blocks: int, gain: str | None, bias: str | None) -> Text:
-        return _scaled(f"{norm.kind}_norm({value}, {norm.eps!r})", gain, bias)
-
-    def source(self) -> str:
-        lines = ["import jax", "import jax.numpy as jnp", "", ""]
-        before, body = self.before(), self.body()
-        root = "    return v / jnp.sqrt((v * v).mean(-1, keepdims=True) + eps)"
-        if any("layer_norm(" in line for line in [*before, *body]):
-            lines += ["def layer_norm(v, eps):", "    v = v - v.mean(-1, keepdims=True)", root, "", ""]
-        if any("rms_norm(" in line for line in [*before, *body]):
-            lines += ["def rms_norm(v, eps):", root, "", ""]
-        state, now = _tuple(self.states), _tuple(self.sequences)
-        lines += [self.signature(), *_indented(before), "", "    def step(state, now):"]
-        lines += _indented(
-            [
-                f"{_unpacked(state)} = state",
-                f"{_unpacked(now)} = now",
-                *body,
-                f"return {state}, {self.states[0]}",
-            ],
-            8,
-        )
-        sequences = _tuple([_all(name) for name in self.sequences])
-        lines += ["", f"    {state}, y = jax.lax.scan(step, {state}, {sequences})"]
-        return "\n".join([*lines, f"    return y, {', '.join(self.states)}", ""])
-
-
-def _all(name: str) -> str:
+def all_steps(name: str) -> str:
     """The name of the whole sequence."""
     return f"{name}_all"
 
@@ -570,29 +451,25 @@ def _beside(names: Sequence[str]) -> str:
     return "".join(gate for gate, _, _ in words) + "".join(words[0][1:])
 
 
-def _times_h(count: int) -> str:
+def times_h(count: int) -> str:
+    """So many times H; nothing for 0."""
     return f"{count} * H" if count > 1 else "H" if count else ""
 
 
-def _sum(terms: Sequence[str]) -> Text:
+def sum_of(terms: Sequence[str]) -> Text:
+    """A sum, or the one term."""
     return Text(" + ".join(terms), SUM if len(terms) > 1 else CALL)
 
 
-def _scaled(words: str, gain: str | None, bias: str | None) -> Text:
-    return _sum([(f"{gain} * " if gain else "") + words, *([bias] if bias else [])])._replace(binds=SUM)
+def times_gain(words: str, gain: str | None, bias: str | None) -> Text:
+    """A value times its gain, plus its bias, where there are any."""
+    return sum_of([(f"{gain} * " if gain else "") + words, *([bias] if bias else [])])._replace(binds=SUM)
 
 
 def _reads(words: str, name: str) -> bool:
     return re.search(rf"\b{name}\b", words) is not None
 
 
-def _tuple(names: Sequence[str]) -> str:
-    return f"({names[0]},)" if len(names) == 1 else f"({', '.join(names)})"
-
-
-def _unpacked(names: str) -> str:
-    return names if names.endswith(",)") else names.strip("()")
-
-
-def _indented(lines: Iterable[str], spaces: int = 4) -> list[str]:
+def indented(lines: Iterable[str], spaces: int = 4) -> list[str]:
+    """Lines with so many spaces before them."""
     return [" " * spaces + line for line in lines]

@@ -111,10 +111,9 @@ class Jax:
             out, backward = jax.vjp(lambda *given: forward(*given, state0), x, weights, scalars)
             return out, backward(upstream)
 
-        _, B, _, H = data.case.shape
-        N = data.case.layers * data.case.directions
-        begin = data.case.cell.trace.start.values()
-        starts = tuple(np.full((N, B, H), start, data.x.dtype) for start in begin)
+        N, B = data.case.layers * data.case.directions, data.case.shape.B
+        begin = zip(data.case.widths, data.case.cell.trace.start.values(), strict=True)
+        starts = tuple(np.full((N, B, width), start, data.x.dtype) for width, start in begin)
         arguments: Any = [data.x, data.weights, data.scalars]
         arguments.append(starts if data.state0 is None else data.state0)
         if self.training:

@@ -1,6 +1,6 @@
 """The loop over time that people write for a cell of their own: in PyTorch, by two compilers, as JAX's scan.
 
-``loops`` writes their text, which ``fusedrnn bench FILE.py:NAME --show-loop`` prints.
+``loops`` writes its text, which ``fusedrnn bench FILE.py:NAME --show-loop`` prints.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import warnings
 from typing import Any
 
 from fusedrnn.bench.libraries import Results, named, not_installed
-from fusedrnn.bench.loops import JaxScan, Loop, TorchLoop
+from fusedrnn.bench.loops import Loop
+from fusedrnn.bench.loops_jax import JaxScan
+from fusedrnn.bench.loops_torch import TorchLoop
 from fusedrnn.bench.peer_jax import Jax
 from fusedrnn.problems import Case, Data
 
@@ -44,11 +46,12 @@ class LoopInTorch:
         self.inputs = [torch.from_numpy(a) for a in given]
         for tensor in self.inputs:
             tensor.requires_grad_(self.training)
-        shape = case.shape.B, case.shape.H
-        x = self.inputs[0]
-        begin = case.cell.trace.start.values()
+        x, begin = self.inputs[0], case.cell.trace.start.values()
         # A state that no weight reaches has a gradient too.
-        self.state0 = [x.new_full(shape, start, requires_grad=self.training) for start in begin]
+        self.state0 = [
+            x.new_full((case.shape.B, width), start, requires_grad=self.training)
+            for width, start in zip(case.widths, begin, strict=True)
+        ]
         self.upstream = [torch.from_numpy(d) for d in (data.dy, *(d[0] for d in data.dstateT))]
 
     def prepared(self, loop: Loop) -> Any:
