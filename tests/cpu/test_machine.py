@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import replace
 
@@ -38,7 +37,7 @@ pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn.backends import get, machine
 from fusedrnn.backends.arguments import check_regularization
 from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.backends.protocol import Forward, Gradients, Regularization, Unsupported
+from fusedrnn.backends.protocol import Forward, Gradients, Regularization
 from fusedrnn.cells import (
     cell,
     log,
@@ -526,52 +525,6 @@ def test_what_is_not_supported():
         CPU.forward(p.cell, p.x, p.weights, ())
     with pytest.raises(ValueError, match=r"dstateT: expected a tuple .* got one of length 0"):
         CPU.backward(CPU.forward(p.cell, p.x, p.weights).tape, p.dy, ())
-
-    @cell
-    def large(p, x, h):
-        return tanh(
-            sum(
-                a * b
-                for a, b in zip(*[iter(p.dense(" ".join(f"g{k}" for k in range(66)), x, h))] * 2, strict=True)
-            )
-        )
-
-    with pytest.raises(
-        Unsupported, match=r"cell: large\(\) is too large .* \(gates: expected at most 64, got 66\)"
-    ):
-        CPU.forward(large, p.x, {"weight_ih": np.ones((264, 3)), "weight_hh": np.ones((264, 4))})
-
-    @cell
-    def long(p, x, h):
-        a = p.dense("a", x, h)
-        for _ in range(501):
-            a = tanh(a) * h
-        return a
-
-    with pytest.raises(Unsupported, match=r"\(operations: expected at most 1000, got 1005\)"):
-        CPU.forward(long, p.x, {"weight_ih": np.ones((4, 3)), "weight_hh": np.ones((4, 4))})
-
-
-@pytest.mark.parametrize(
-    ("step", "words"),
-    [
-        (lambda p, a, k: tanh(a) + 1, "values at a time: expected at most 255"),
-        (lambda p, a, k: a + 0.1 * k, "different constants: expected at most 255"),
-        (lambda p, a, k: a * p.vector(f"v{k}"), "vectors, gains and biases of norms: expected at most 64, "),
-        (lambda p, a, k: a + p.dense(f"a{k}", tanh(a)), "gates: expected at most 64, got 301"),
-    ],
-    ids=["values", "constants", "vectors", "gates"],
-)
-def test_what_is_too_large_is_said_in_the_words_of_a_cell(step, words):
-    @cell
-    def made(p, x, h):
-        a = p.dense("a", x, h)
-        for k in range(300):
-            a = step(p, a, k)
-        return tanh(a)
-
-    with pytest.raises(Unsupported, match=re.escape(f"made() is too large for the cpu backend ({words}")):
-        machine.plan(made)
 
 
 def test_the_work_of_a_plan_does_not_grow_with_the_square_of_a_cell():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 
@@ -14,8 +12,7 @@ from test_machine import NORMED, PEEPHOLE, PROGRAMS, everywhere, norms
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core
 from fusedrnn.backends import machine
-from fusedrnn.backends.protocol import Unsupported
-from fusedrnn.cells import cell, program, tanh
+from fusedrnn.cells import program
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poison")]
 
@@ -283,16 +280,3 @@ def test_numbers_of_another_kind():
         _core.machine_plan(numbers[None].astype(np.int32), plan.start, plan.constants)
     with pytest.raises(TypeError, match="numbers: expected an array"):
         _core.machine_plan(plan.numbers(), plan.start, plan.constants)
-
-
-def test_gates_of_scattered_operands_are_refused_before_a_call():
-    """Backward sums up gates side by side that an operand feeds in groups; of those it has room for 64."""
-
-    @cell
-    def scattered(p, x, h, c):
-        each = [p.dense(f"g{k}", x, c if k % 2 else h) for k in range(64)]
-        return tanh(sum(each[::2])), tanh(sum(each[1::2]))
-
-    words = "different groups of gates that an operand of p.dense feeds: expected at most 64"
-    with pytest.raises(Unsupported, match=re.escape(words)):
-        machine.plan(scattered)

@@ -39,10 +39,11 @@ REFUSED = (_core.RefusedType, _core.RefusedValue)
 WORDS = {
     "accumulators": "gates",
     "vectors": "vectors, gains and biases of norms",
-    "operands": "different operands of p.dense",
+    "operands": "different operands of p.dense beside x",
     "groups of products": "different groups of gates that an operand of p.dense feeds",
     "row scalars": "numbers of each row",
     "constants": "different constants",
+    "rounds": "rounds, products and norms that wait for one another",
     "register": "values at a time",
     "saved values": "values that backward needs again",
     "carried values": "values that a later round needs again",
@@ -100,11 +101,13 @@ def plan_of(cell: Cell, regularization: Regularization | None) -> _core.MachineP
 
 def _in_words(error: str) -> str:
     """What a cell has too many of, from the compiled module's error."""
-    if (found := re.fullmatch(r"program: (.+): expected \d+ to (\d+), got \d+", error)) is None:
+    if (found := re.fullmatch(r"program: (.+): expected (\d+ to|less than) (\d+), got (\d+)", error)) is None:
         return error
-    what, most = found.groups()
-    # Registers are counted from 0.
-    return f"{WORDS.get(what, what)}: expected at most {int(most) + (what == 'register')}"
+    what, to, most, got = found.groups()
+    if what == "register":  # counted from 0, and refused at the first that is too many
+        return f"{WORDS[what]}: expected at most {int(most) + (to != 'less than')}"
+    x = what == "operands"  # of which x is the first
+    return f"{WORDS.get(what, what)}: expected at most {int(most) - x}, got {int(got) - x}"
 
 
 def _too_large(cell: Cell, what: object) -> Unsupported:
