@@ -6,6 +6,11 @@ same steps make in the dtype at hand.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +22,7 @@ from fusedrnn.cells import activations
 from fusedrnn.cells.definition import cell
 from fusedrnn.cells.evaluation import Evaluation
 from fusedrnn.cells.symbols import absolute, maximum, minimum, relu, tanh, where
+from fusedrnn.cells.zoo import ALL
 from problems import assert_bitwise_equal, errors
 from published import PUBLISHED, everything, gru_d, slstm
 from test_random_cells import made as made_from
@@ -176,6 +182,37 @@ def test_published_cells(made, dtype):
             check(made, dtype, H, reverse)
             check(made, dtype, H, reverse, rows=False)
     check(made, dtype, 5, state0=False, biases=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("made", [c for c in ALL if c not in PUBLISHED], ids=repr)
+def test_the_rest_of_the_zoo(made):
+    check(made, np.float64, 5)
+    check(made, np.float64, 17, reverse=True)
+
+
+def check_the_zoo():
+    """Run by Python itself, which is quick; it has no fma."""
+    from fusedrnn.backends import numba_functions
+
+    numba_functions.fma = lambda x, y, z: x * y + z
+    for made in ALL:
+        if not made.projects:
+            check(made, np.float64, 5)
+            check(made, np.float64, 17, reverse=True)
+
+
+def test_the_source_of_every_cell_in_the_zoo():
+    """What the slow tests compile."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_numba_cells; test_numba_cells.check_the_zoo()"],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # --- cells that lay out what they keep in other ways --------------------------------------------------------
