@@ -218,6 +218,7 @@ def test_links_between_pages_lead_somewhere(page):
 SCRIPTS = (
     "plot_readme.py",
     "benchmarks_page.py",
+    "first_call.py",
     "frozen.py",
     "irregular_page.py",
     "pollution_page.py",
