@@ -70,6 +70,9 @@ struct Problem {
   bool reverse = false;
   Index detach_every = 0;  // no gradient flows into step k * detach_every - 1 from the next; 0: everywhere
   Regularization regularization{};
+  // Of T float, where has_bfloat16 says so: products in bfloat16, and h rounded to it. weight_ih and weight_hh point to
+  // bfloat16 then; what else is rounded is given as float.
+  bool bfloat16 = false;
 };
 
 // Called on the caller's thread every few milliseconds; false stops the call.
@@ -147,6 +150,8 @@ struct Interrupted {};  // thrown when the poll hook says stop
 // T is float or double. Throws std::bad_alloc, std::overflow_error, Interrupted.
 template <class T>
 PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll = {});
+// Whether there are kernels with products in bfloat16 of a cell here, also with recurrent dropout and zoneout.
+bool has_bfloat16(CellId cell);
 template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call);
 template <class T>

@@ -131,11 +131,18 @@ Index projected_size(CellId cell, const py::object& weight_hr, Index H) {
   return a.shape[0];
 }
 
+// A matrix: with products in bfloat16 of such numbers, as int16.
 template <class T>
-Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, Index P) {
+const T* matrix(const py::object& w, const char* name, Shape shape, bool bfloat16) {
+  return bfloat16 ? reinterpret_cast<const T*>(need<std::int16_t>(w, name, shape)) : need<T>(w, name, shape);
+}
+
+template <class T>
+Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, Index P, bool bfloat16 = false) {
   const Index rows = gates_of(cell) * H;
-  Weights<const T> weights = {need<T>(w[0], "weight_ih", {rows, I}), need<T>(w[1], "weight_hh", {rows, P}),
-                              maybe<T>(w[2], "bias_ih", {rows}), maybe<T>(w[3], "bias_hh", {rows})};
+  Weights<const T> weights = {matrix<T>(w[0], "weight_ih", {rows, I}, bfloat16),
+                              matrix<T>(w[1], "weight_hh", {rows, P}, bfloat16), maybe<T>(w[2], "bias_ih", {rows}),
+                              maybe<T>(w[3], "bias_hh", {rows})};
   const T** to[] = {&weights.gain_ih, &weights.gain_hh, &weights.gain_c, &weights.bias_c};
   const char* names[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
   for (int i = 0; i < 4; ++i) {
@@ -194,7 +201,19 @@ struct Options {
   bool reverse = false;
   Index detach_every = 0;
   const PyRegularization regularization{};
+  bool bfloat16 = false;
 };
+
+// Whether a call's arrays are float32, as those for products in bfloat16 have to be.
+bool is_float32(const py::object& o, const char* name, int ndim, CellId cell, const py::object& weights,
+                bool bfloat16) {
+  const bool f32 = is_float32(o, name, ndim);
+  if (!bfloat16) return f32;
+  if (!f32) throw RefusedType(std::string(name) + ": expected float32 for products in bfloat16");
+  if (!has_bfloat16(cell)) throw RefusedValue("bfloat16: expected False for this cell on this processor, got True");
+  if (!PyTuple_CheckExact(weights.ptr())) throw RefusedType("weights: expected a tuple for products in bfloat16");
+  return true;
+}
 
 Problem problem_of(PyTape& owner, CellId cell, const Sizes& sizes, const Options& options) {
   owner.problem = {cell,
@@ -203,7 +222,8 @@ Problem problem_of(PyTape& owner, CellId cell, const Sizes& sizes, const Options
                    nullptr,
                    options.reverse,
                    options.detach_every,
-                   regularization_of(options.regularization, has_c(cell))};
+                   regularization_of(options.regularization, has_c(cell)),
+                   options.bfloat16};
   if (options.detach_every < 0)
     throw RefusedValue("detach_every: expected 1 or more, or none, got " + std::to_string(options.detach_every));
   set_rows(owner, options.lengths, options.reset);
@@ -257,7 +277,7 @@ struct ForwardSetup {
       if (!call.packed) throw RefusedType("x: expected the dtype of the weights");
       if (packed->I != n.I) throw RefusedValue("x: expected " + std::to_string(packed->I) + " features");
     } else {
-      call.weights = weights_of<T>(weights, cell, n.I, H, P);
+      call.weights = weights_of<T>(weights, cell, n.I, H, P, options.bfloat16);
     }
     call.x = over_time<T>(x, "x", n, n.I);
     call.h0 = maybe<T>(h0, "h0", {n.B, P});
@@ -363,13 +383,14 @@ void py_run_forward(int id, const py::object& weights, const py::object& x, cons
                     const py::object& lengths, const py::object& reset, bool reverse, bool recompute,
                     Index detach_every, const PyRegularization& regularization, const py::object& y,
                     const py::object& hT, const py::object& cT, const py::object& h_states, const py::object& c_states,
-                    const py::object& tape) {
+                    const py::object& tape, bool bfloat16) {
   const CellId cell = cell_of(id);
   const Given given(cell, weights);
-  (is_float32(hT, "hT", 2) ? run_forward_as<float>
-                           : run_forward_as<double>)(cell, given, x, h0, c0, recompute,
-                                                     {lengths, reset, reverse, detach_every, regularization},
-                                                     {y, hT, cT, h_states, c_states}, tape);
+  (is_float32(hT, "hT", 2, cell, weights, bfloat16)
+       ? run_forward_as<float>
+       : run_forward_as<double>)(cell, given, x, h0, c0, recompute,
+                                 {lengths, reset, reverse, detach_every, regularization, bfloat16},
+                                 {y, hT, cT, h_states, c_states}, tape);
 }
 
 // One backward call: checked, its outputs allocated, nothing run yet.
@@ -388,7 +409,7 @@ struct BackwardSetup {
     call.problem = tape.problem;
     call.tape = core;
     if (!core) throw RefusedType("tape: expected the dtype of the call");
-    call.weights = weights_of<T>(tape.weights, cell, n.I, H, P);
+    call.weights = weights_of<T>(tape.weights, cell, n.I, H, P, tape.problem.bfloat16);
     call.x = over_time<T>(tape.x, "x", n, n.I);
     if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPacked&>().get(T());
     call.y = n.step ? need<T>(tape.y, "y", {n.B, P}) : need<T>(tape.y, "y", {n.T, n.B, P});
@@ -482,7 +503,8 @@ void py_run_backward(int id, const py::object& weights, const py::object& x, con
                      const py::object& lengths, const py::object& reset, bool reverse, bool recompute,
                      Index detach_every, const PyRegularization& regularization, const py::object& y,
                      const py::object& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
-                     const py::object& dh_states, const py::object& dc_states, std::vector<py::object> out) {
+                     const py::object& dh_states, const py::object& dc_states, std::vector<py::object> out,
+                     bool bfloat16) {
   const CellId cell = cell_of(id);
   const Given given(cell, weights);
   if (given.packed) throw py::type_error("weights: expected a tuple, not packed ones");
@@ -492,18 +514,22 @@ void py_run_backward(int id, const py::object& weights, const py::object& x, con
   owner.x = x, owner.y = y, owner.h0 = h0, owner.c0 = c0;
   for (int i = 0; i < kWeights; ++i) owner.weights[i] = given.weights[i];
   const py::object upstream[] = {dy, dhT, dcT, dh_states, dc_states};
-  (is_float32(owner.weights[0], "weight_ih", 2)
+  (is_float32(bfloat16 ? tape : owner.weights[0], bfloat16 ? "tape" : "weight_ih", 2, cell, weights, bfloat16)
        ? run_backward_as<float>
-       : run_backward_as<double>)(cell, owner, recompute, {lengths, reset, reverse, detach_every, regularization}, tape,
-                                  upstream, std::move(out));
+       : run_backward_as<double>)(cell, owner, recompute,
+                                  {lengths, reset, reverse, detach_every, regularization, bfloat16}, tape, upstream,
+                                  std::move(out));
 }
 
 // (rows, width) of a tape, in elements; with lengths as if all rows were as long as the longest.
 py::tuple py_tape_shape(int id, Index T, Index B, Index I, Index H, Index P, bool recompute, bool regularized,
-                        bool float64) {
+                        bool float64, bool bfloat16) {
   Problem problem{cell_of(id), {T, B, I, H, P}};
   if (T < 0 || B < 0 || I < 1 || H < 1) throw py::value_error("expected T and B at least 0, I and H at least 1");
   if (projects(problem.cell) ? P < 1 || P > H : P != H) throw py::value_error("expected P from 1 to H, or H");
+  if (bfloat16 && (float64 || !has_bfloat16(problem.cell)))
+    throw py::value_error("bfloat16: expected False for this cell or dtype on this processor, got True");
+  problem.bfloat16 = bfloat16;
   if (regularized) problem.regularization.zoneout_h = 1;
   const Save save = recompute ? Save::boundary_states : Save::all;
   const TapeShape shape = float64 ? tape_shape<double>(problem, save) : tape_shape<float>(problem, save);

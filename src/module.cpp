@@ -91,6 +91,8 @@ py::dict info() {
 #endif
   d["built"] = built, d["detected"] = detected, d["isa"] = cpu::name(cpu::chosen()), d["threads"] = cpu::num_threads();
   d["ordered_copies"] = cpu::ordered_copies();
+  const cpu::Kernels<float>* const bfloat16 = cpu::bfloat16_kernels();
+  d["bfloat16"] = bfloat16 ? py::object(py::str(bfloat16->name)) : py::object(py::none());
   return d;
 }
 
@@ -159,13 +161,15 @@ PYBIND11_MODULE(_core, m) {
   m.def("run_forward", &py_run_forward, py::arg("cell"), py::arg("weights"), py::arg("x"), py::arg("h0"), py::arg("c0"),
         py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("recompute"), py::arg("detach_every"),
         py::arg("regularization"), py::arg("y"), py::arg("hT"), py::arg("cT"), py::arg("h_states"), py::arg("c_states"),
-        py::arg("tape"));
+        py::arg("tape"), py::arg("bfloat16") = false);
   m.def("run_backward", &py_run_backward, py::arg("cell"), py::arg("weights"), py::arg("x"), py::arg("h0"),
         py::arg("c0"), py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("recompute"),
         py::arg("detach_every"), py::arg("regularization"), py::arg("y"), py::arg("tape"), py::arg("dy"),
-        py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"), py::arg("dc_states"), py::arg("out"));
+        py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"), py::arg("dc_states"), py::arg("out"),
+        py::arg("bfloat16") = false);
   m.def("tape_shape", &py_tape_shape, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
-        py::arg("P"), py::arg("recompute"), py::arg("regularized"), py::arg("float64"));
+        py::arg("P"), py::arg("recompute"), py::arg("regularized"), py::arg("float64"), py::arg("bfloat16") = false);
+  m.def("has_bfloat16", [](int id) { return has_bfloat16(cell_of(id)); }, py::arg("cell"));
   m.def("cell_layout", &cell_layout, py::arg("cell"), py::arg("regularized"));
   m.def("empty", &py_empty, py::arg("rows"), py::arg("width"), py::arg("float64"));
   m.def("take_tensors", &take_tensors, py::arg("tensor"), py::arg("parameter"), py::arg("api"));

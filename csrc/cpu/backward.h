@@ -50,8 +50,9 @@ struct BackwardRows {
   }
 };
 
-// What the time loop backward needs around a cell, compiled once for all of them.
-template <class V>
+// What the time loop backward needs around a cell, compiled once for all of them. O: cpu/forward.h. Rows of da are
+// elements of O.
+template <class V, class O = V>
 struct BackwardSteps {
   using T = typename V::scalar;
 
@@ -60,7 +61,7 @@ struct BackwardSteps {
   const CellShape& shape;
   const bool regularized;
   BackwardRows<T> rows;
-  WeightGradients<V> weights;
+  WeightGradients<V, O> weights;
   const Index B, units;  // units: blocks * 16
   Index row_begin, row_end, block_begin, block_end;
   Index h_begin, h_end;  // blocks of h: those of units, or of a projection
@@ -163,21 +164,24 @@ struct BackwardSteps {
   FUSEDRNN_INLINE void add_part(const Packed<T>& weights, int A, int first, int in_part, const T* const* da,
                                 Index block, Index lane, int m, int wide, T* acc) const {
     const T* b = weights.data + block * weights.block_step + lane;
-    const Index full = job.H / kBlock, rest = job.H % kBlock, block_run = in_part * kBlock, begin = first * kBlock;
+    constexpr Index part = kBlock / kNumbers<O>;  // of a row of da, what a block's units have of an accumulator
+    const Index full = job.H / kBlock, rest = elements<O>(job.H % kBlock), block_run = in_part * part,
+                begin = first * part;
     Product<T> p[2];
     int count = 0;
     if (full)
       p[count++] = in_part == A ? Product<T>{da, begin, 1, 0, b, kBlock, weights.block_step, 1, full * block_run}
-                                : Product<T>{da, begin, 1, A * kBlock, b, kBlock, weights.block_step, full, block_run};
+                                : Product<T>{da, begin, 1, A * part, b, kBlock, weights.block_step, full, block_run};
     if (rest)
-      p[count++] = {da,     full * A * kBlock + begin, 1,       kBlock, b + full * block_run * kBlock,
-                    kBlock, weights.block_step,        in_part, rest};
-    tile_for<V>(m, wide)(p, count, acc);
+      p[count++] = {da,     full * A * part + begin, 1,       part, b + full * block_run * kBlock,
+                    kBlock, weights.block_step,      in_part, rest};
+    tile_for<O>(m, wide)(p, count, acc);
   }
 
   // Blocks per panel. Four of large weights would leave no room in the cache for the rows they meet.
   int width() const {
-    return job.blocks * (4 * shape.accumulators * kBlock * kBlock) * Index(sizeof(T)) < kLargePanel ? 4 : 3;
+    const Index panel = job.blocks * (4 * shape.accumulators * kBlock * kBlock) / kNumbers<O>;
+    return panel * Index(sizeof(T)) < kLargePanel ? 4 : 3;
   }
   static constexpr Index kLargePanel = 512 << 10;
 
@@ -254,13 +258,22 @@ struct BackwardSteps {
     });
   }
 
+  // Where unit u's part of da lies in its row.
+  static FUSEDRNN_INLINE void put_da(V da, T* row, Index at) {
+    if constexpr (kNumbers<O> > 1)
+      O::put(da, row + at / kNumbers<O>);
+    else
+      da.store(row + at);
+  }
+
   // Where unit u's first of n vectors lies in a row of [block][n][16].
   static Index offset(Index u, int n) { return u / kBlock * (n * kBlock) + u % kBlock; }
 
   // Rows that the next chunk still needs are about to be overwritten: keep this thread's part of them.
   void keep_boundary() {
-    const Index begin = block_begin * shape.accumulators * kBlock,
-                bytes = (block_end - block_begin) * shape.accumulators * kBlock * Index(sizeof(T));
+    constexpr Index part = kBlock / kNumbers<O>;
+    const Index begin = block_begin * shape.accumulators * part,
+                bytes = (block_end - block_begin) * shape.accumulators * part * Index(sizeof(T));
     for (Index b = row_begin; b < row_end; ++b) {
       T* boundary = job.boundary + b * job.da_row;
       if (!rows.latest[b] || rows.latest[b] == boundary) continue;
@@ -271,6 +284,7 @@ struct BackwardSteps {
 
   // [1 | x | h_prev | middle] of this thread's share of the chunk's rows.
   void gather_inputs() {
+    if constexpr (kNumbers<O> > 1) return gather_pairs();
     const Index n = worker.region.threads, i = worker.region.thread;
     for (Index r = count * i / n; r < count * (i + 1) / n; ++r) {
       const Index t = rows.t[r], b = rows.b[r];
@@ -287,6 +301,29 @@ struct BackwardSteps {
         if (const T* dropout = masks().dropout(b))
           for (int part = 0; part < shape.phases; ++part)
             for (Index u = 0; u < job.P; ++u) row[1 + job.I + part * job.P + u] *= dropout[u];
+    }
+  }
+
+  // The same of two rows at once, pairs of theirs: [1 | x | h_prev]. An odd one is with zeros.
+  void gather_pairs() {
+    const Index n = worker.region.threads, i = worker.region.thread, pairs = elements<O>(count);
+    for (Index p = pairs * i / n; p < pairs * (i + 1) / n; ++p) {
+      T* const row = job.inputs + p * job.inputs_row;
+      const Index r = 2 * p, t = rows.t[r], b = rows.b[r];
+      const bool two = r + 1 < count;
+      const Index next_t = two ? rows.t[r + 1] : t, next_b = two ? rows.b[r + 1] : b;
+      const auto pair = [&](const T* from, const T* next, const T* mask, const T* next_mask, Index k, T* to) {
+        for (Index u = 0; u < k; u += V::lanes) {
+          V x = V::load(from + u, k - u), y = two ? V::load(next + u, k - u) : V::zero();
+          if (mask) x = x * V::load(mask + u, k - u), y = y * V::load(next_mask + u, k - u);
+          O::zip(x, y).store(to + u, k - u);
+        }
+      };
+      O::zip(V::set(1), V::set(two)).store(row, 1);
+      const auto x = [&](Index time, Index b_) { return job.x + time * job.x_step + b_ * job.x_row; };
+      pair(x(t, b), x(next_t, next_b), nullptr, nullptr, job.I, row + 1);
+      const T *mask = regularized ? masks().dropout(b) : nullptr, *other = mask ? masks().dropout(next_b) : nullptr;
+      pair(h_before(t, b), h_before(next_t, next_b), mask, other, job.P, row + 1 + job.I);
     }
   }
 
@@ -368,9 +405,9 @@ struct BackwardSteps {
   }
 };
 
-template <class Cell, class V>
-struct BackwardLoop : BackwardSteps<V> {
-  using Base = BackwardSteps<V>;
+template <class Cell, class V, class O = V>
+struct BackwardLoop : BackwardSteps<V, O> {
+  using Base = BackwardSteps<V, O>;
   using T = typename V::scalar;
   using CellType = Cell;
   using Vector = V;
@@ -503,7 +540,7 @@ struct BackwardLoop : BackwardSteps<V> {
     const V c = Cell::has_c ? V::load(row.c + u, in_row) : V::zero();
     Cell::backward(saved, h_prev, h, c_prev, c, dh, dc, da, dc_prev, direct);
     if constexpr (kRegularized<Cell>) direct = direct + dh_before, dc_prev = dc_prev + dc_before;
-    for (int s = 0; s < A; ++s) da[s].store(row.da + offset(u, A) + s * kBlock);
+    for (int s = 0; s < A; ++s) this->put_da(da[s], row.da, offset(u, A) + s * kBlock);
     if (Cell::has_c) dc_prev.store(job.dc + row.b * units + u);
     if (Cell::has_direct && !Cell::projects) direct.store(job.direct + row.b * units + u);
     if constexpr (Cell::projects)
@@ -528,7 +565,7 @@ struct BackwardLoop : BackwardSteps<V> {
     this->kept.c_boundary = const_cast<T*>(job.boundary_states) + (job.steps.T - s_end) / job.chunk_steps * B * job.H;
     ForwardJob<T> again = *job.replay;
     again.kept = this->kept;
-    return ForwardLoop<Cell, V>(again, worker).walk(s_begin, s_end);
+    return ForwardLoop<Cell, V, O>(again, worker).walk(s_begin, s_end);
   }
 
   bool run() {

@@ -37,6 +37,14 @@ const Kernels<T>& kernels() {
   return table;
 }
 
+const Kernels<float>* bfloat16_kernels() {
+#ifdef FUSEDRNN_HAS_BFLOAT16
+  static const bool there = detected_bfloat16();
+  if (there && chosen() == Isa::avx512) return kernels_bfloat16();
+#endif
+  return nullptr;
+}
+
 template const Kernels<float>* kernels_of(Isa);
 template const Kernels<double>* kernels_of(Isa);
 template const Kernels<float>& kernels();

@@ -21,8 +21,8 @@ struct ForwardRows {
   Index count = 0;
   const T **x, **h, **c;
   T **h_out, **c_out, **middle, **sums, **saved, **c_state;  // the last three: null where not wanted
-  // Of regularized cells: h as weight_hh meets it, the rows' numbers, and what zoneout keeps (cpu/masks.h).
-  const T** operand;
+  const T** operand;                                         // h as weight_hh meets it
+  // Of regularized cells: the rows' numbers, and what zoneout keeps (cpu/masks.h).
   Index* b;
   const T *keep_h, *keep_c;
 
@@ -51,7 +51,8 @@ constexpr CellShape shape_of() {
 }
 
 // What the time loop needs around a cell, compiled once for all of them: compiling it for each took half of the build.
-template <class V>
+// O is what the products multiply: V, or Pairs.
+template <class V, class O = V>
 struct ForwardSteps {
   using T = typename V::scalar;
 
@@ -68,6 +69,7 @@ struct ForwardSteps {
   // Weights of the blocks from `packed_from` on.
   Packed<T> input, recurrent, recurrent2, projection;
   Index packed_from = 0;
+  T* operands = nullptr;  // where the next row of pairs goes
 
   // Of a regularized cell.
   Masks<T> masks() const {
@@ -99,8 +101,8 @@ struct ForwardSteps {
     T* to = job.panel + worker.region.thread * job.panel_step;
     packed_from = block;
     const auto take = [&](const T* weight, Index rows, Index k, const Part& part, Packed<T>& packed) {
-      packed = {to, k * part.count * kBlock};
-      pack(PackJob<T>{weight, rows, k, part, to, packed.block_step, block, block + wide});
+      packed = {to, elements<O>(k) * part.count * kBlock};
+      pack<O>(PackJob<T>{weight, rows, k, part, to, packed.block_step, block, block + wide});
       to += wide * packed.block_step;
     };
     if (phase == 2 && shape.projects) return take(job.weight_hr, job.P, job.H, cpu::kProjection, projection);
@@ -122,7 +124,21 @@ struct ForwardSteps {
   }
   T* h_out(Index t, Index b) const { return job.h_out + t * job.h_out_step + b * job.P; }
 
+  // A row of n numbers as products read it, in the memory of this thread if that is another one.
+  FUSEDRNN_INLINE const T* operand(const T* row, Index n) {
+    if constexpr (kNumbers<O> == 1) return row;
+    T* const to = operands;
+    for (Index k = 0; k < n; k += kBlock, operands += kBlock / kNumbers<O>)
+      if constexpr (kNumbers<O> > 1) O::put(V::load(row + k, n - k), operands);
+    return to;
+  }
+  void free_operands() {
+    const Index before = worker.by_rows ? row_begin : worker.region.thread * job.steps.B;
+    operands = job.operands + before * job.operands_row;
+  }
+
   FUSEDRNN_NOINLINE void select_rows(Index s) {
+    if constexpr (kNumbers<O> > 1) free_operands();
     const Steps& steps = job.steps;
     const Index t = time_of(steps, s);
     const Index before_t = steps.reverse ? t + 1 : t - 1, B = steps.B;
@@ -154,6 +170,10 @@ struct ForwardSteps {
         rows.b[i] = b;
         rows.operand[i] = masks().operand(i, b, rows.h[i], job.P);
       }
+      if constexpr (kNumbers<O> > 1) {
+        if (!job.ahead) rows.x[i] = operand(rows.x[i], job.I);
+        rows.operand[i] = operand(regularized ? rows.operand[i] : rows.h[i], job.P);
+      }
       ++i;
     }
     rows.count = i;
@@ -175,14 +195,14 @@ struct ForwardSteps {
             part.count * kBlock,
             gap,
             1,
-            k,
+            elements<O>(k),
             weights.block_step,
             tile_vectors(shape)};
   }
 
   static FUSEDRNN_INLINE TileFn<T> tile_of(const CellShape& shape, int m, const Part& part, int wide) {
-    return panel_blocks(shape) == 1 && wide == 2 ? tile_for_two_blocks<V>(part.count)
-                                                 : tile_for<V>(m, part.count * wide);
+    return panel_blocks(shape) == 1 && wide == 2 ? tile_for_two_blocks<O>(part.count)
+                                                 : tile_for<O>(m, part.count * wide);
   }
 
   // acc[wide][A][m] = bias.
@@ -211,6 +231,7 @@ struct ForwardSteps {
   // bias + W x of steps [begin, end): few rows a step would read W from afar once a step.
   FUSEDRNN_NOINLINE bool sum_ahead(Index begin, Index end) {
     ahead_begin = begin;
+    if constexpr (kNumbers<O> > 1) free_operands();
     Index n = 0;
     for (Index s = begin; s < end; ++s) {
       const Index t = time_of(job.steps, s);
@@ -218,6 +239,8 @@ struct ForwardSteps {
         if (valid(job.steps, t, b))
           ahead.x[n] = job.x + t * job.x_step + b * job.x_row, ahead.sums[n++] = ahead_row(s, b);
     }
+    if constexpr (kNumbers<O> > 1)
+      for (Index i = 0; i < n; ++i) ahead.x[i] = operand(ahead.x[i], job.I);
     const Tiling tiles(n, max_rows<V>(tile_vectors(shape) * panel_blocks(shape))),
         panels(block_end - block_begin, panel_blocks(shape));
     for (Index j = 0; j < panels.pieces; ++j) {
@@ -276,9 +299,9 @@ struct ForwardSteps {
   }
 };
 
-template <class Cell, class V>
-struct ForwardLoop : ForwardSteps<V> {
-  using Base = ForwardSteps<V>;
+template <class Cell, class V, class O = V>
+struct ForwardLoop : ForwardSteps<V, O> {
+  using Base = ForwardSteps<V, O>;
   using T = typename V::scalar;
   using CellType = Cell;
   using Vector = V;
@@ -289,6 +312,7 @@ struct ForwardLoop : ForwardSteps<V> {
   static constexpr int kWide = panel_blocks(shape);
   static constexpr int kRows = max_rows<V>(tile_vectors(shape) * kWide);
   static constexpr int kPhases = Cell::phases + Cell::projects;
+  static constexpr bool kOperands = kRegularized<Cell> || kNumbers<O> > 1;  // of h, which are not h itself
 
   ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_) : Base(job_, worker_, shape, kRegularized<Cell>) {}
 
@@ -306,7 +330,7 @@ struct ForwardLoop : ForwardSteps<V> {
     this->start(shape, block, wide, m, lane, acc);
     const Product<T> products[2] = {
         Base::product(shape, input, Cell::input, rows.x + first, job.I, block - packed_from, lane),
-        Base::product(shape, recurrent, Cell::recurrent, (kRegularized<Cell> ? rows.operand : rows.h) + first, job.P,
+        Base::product(shape, recurrent, Cell::recurrent, (kOperands ? rows.operand : rows.h) + first, job.P,
                       block - packed_from, lane)};
     if (job.ahead) {
       this->load_ahead(rows.sums + first, block, wide, m, lane, acc);
@@ -339,6 +363,7 @@ struct ForwardLoop : ForwardSteps<V> {
             h = zoned(rows.keep_h, first + i, u, h, h_prev);
           if constexpr (Cell::has_c) c = zoned(rows.keep_c, first + i, u, c, c_prev);
         }
+        if constexpr (kNumbers<O> > 1) h = O::round(h);
         if (T* out = saveds[i])
           for (int s = 0; s < Cell::saved; ++s) keep(saved[s], out + at + s * units, in_row, units == kBlock, stream);
         if (Cell::has_c) {

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -47,6 +51,15 @@ bool detected(Isa isa) {
   return isa == Isa::portable || isa == Isa::portable_fma || isa == Isa::neon;  // part of every aarch64
 #else
   return isa == Isa::portable;
+#endif
+}
+
+bool detected_bfloat16() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;  // compilers differ in whether __builtin_cpu_supports knows it
+  return detected(Isa::avx512) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+#else
+  return false;
 #endif
 }
 

@@ -10,6 +10,7 @@ constexpr Isa all_isas[] = {Isa::portable, Isa::portable_fma, Isa::avx2, Isa::av
 
 const char* name(Isa isa);  // as FUSEDRNN_ISA spells it
 bool detected(Isa isa);     // this processor and this operating system can run it
+bool detected_bfloat16();   // and AVX512-BF16 beside AVX-512
 bool built(Isa isa);        // compiled into this library (FUSEDRNN_HAS_...)
 inline bool available(Isa isa) { return built(isa) && detected(isa); }
 

@@ -60,10 +60,11 @@ T sum(const T* in, Index n) {
 #define FUSEDRNN_TEXT(x) FUSEDRNN_TEXT2(x)
 const cpu::Kernels<T> table = {
     FUSEDRNN_TEXT(FUSEDRNN_LEVEL),
+    1,
     &forward_scratch,
     &backward_scratch,
-    &pack<T>,
-    &pack_transposed<T>,
+    &pack<Vec<T>, T>,
+    &pack_transposed<Vec<T>, T>,
     {
 #define X(id, type) shape_of<type>(),
 #include "cells/cells.def"

@@ -15,10 +15,15 @@ namespace cpu {
 
 using Index = int64_t;
 
+using Bfloat16 = uint16_t;  // its bits
+
 constexpr Index kBlock = 16;  // hidden units per block, on every instruction set and dtype
 
 constexpr Part kProjection = {0, 1, {0}};  // weight_hr: its rows in their own order
 constexpr int kMaxGroups = 64;             // of columns of the joint rows that share their accumulators: cpu/backward.h
+
+// A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
+constexpr Index kSumRows = 4096;
 
 constexpr Index kPanelVectors = 8;  // of 16, at most: the accumulators of a panel of blocks
 
@@ -97,6 +102,9 @@ struct ForwardJob {
   const T *weight_ih, *weight_hh, *weight_hr;  // null: packed
   T* panel;
   Index panel_step;
+  // Null, or where x and h are in bfloat16: for each row of the batch as many elements, of each thread that has it.
+  T* operands;
+  Index operands_row;
   const T* bias;   // [block][accumulator][16]
   const T* h0;     // (B, P) or null
   const T* c0;     // (B, H) or null
@@ -150,7 +158,7 @@ struct BackwardJob {
   T* inputs;    // a chunk's valid rows of [1 | x | h_prev | middle]
   Index inputs_row;
   T* by_tile;  // the same as the tiles of the weight gradients read it (isa.h), or null
-  T* panel;    // for each thread, what the tiles of some blocks read of da; null with by_tile
+  T* panel;    // for each thread, what the tiles of some blocks read of da
   Index panel_step;
   T *dc, *direct;  // [B][blocks*16]
   Index chunk_steps;
@@ -163,7 +171,7 @@ struct BackwardJob {
 // Packing of some blocks of one part of a weight matrix (gates*H, K).
 template <class T>
 struct PackJob {
-  const T* weight;
+  const T* weight;  // bfloat16 where products are
   Index H, K;
   Part part;
   T* out;  // of block_begin
@@ -174,6 +182,7 @@ struct PackJob {
 template <class T>
 struct Kernels {
   const char* name;
+  int numbers;  // in an element of what the products multiply: 1, or two bfloat16; sums are T
   Index (*forward_scratch)(Index B, Index ahead_steps);  // bytes per thread
   Index (*backward_scratch)(Index B, Index chunk_steps);
   void (*pack)(const PackJob<T>&);
@@ -202,6 +211,8 @@ struct Kernels {
   const Kernels<double>* kernels_##level(double);
 FUSEDRNN_LEVELS(X)
 #undef X
+// With products in bfloat16: of the cells that have some, the others are null, as is what is no cell's.
+const Kernels<float>* kernels_bfloat16();
 
 }  // namespace cpu
 }  // namespace fusedrnn

@@ -1,6 +1,6 @@
 // Weights in the order in which the tile reads them. SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include "cpu/kernels.h"
+#include "cpu/tile.h"
 #include "simd/transpose.h"
 
 namespace fusedrnn {
@@ -9,10 +9,52 @@ namespace FUSEDRNN_LEVEL {
 using cpu::kBlock;
 using cpu::PackJob;
 
+// Of weights in bfloat16: pairs of neighbouring k, the last of an odd number one with zero.
+template <class O, class T>
+void pack_pairs(const PackJob<T>& job) {
+  const int count = job.part.count;
+  const Index step = count * kBlock;
+  for (Index block = job.block_begin; block < job.block_end; ++block)
+    for (int s = 0; s < count; ++s) {
+      const Index first = job.part.gate[s] * job.H + block * kBlock;
+      const auto* const rows = reinterpret_cast<const cpu::Bfloat16*>(job.weight) + first * job.K;
+      T* out = job.out + (block - job.block_begin) * job.block_step + s * kBlock;
+      alignas(64) T square[kBlock * kBlock] = {};  // [unit][pair]
+      for (Index k = 0; k < job.K; k += 2 * kBlock, out += kBlock * step) {
+        for (Index lane = 0; lane < units_of(job.H, block); ++lane)
+          O::load(rows + lane * job.K + k, job.K - k).store(square + lane * kBlock);
+        const Index pairs = elements<O>(job.K - k);
+        if (pairs >= kBlock)
+          transpose(square, kBlock, out, step);
+        else
+          for (Index p = 0; p < pairs; ++p)
+            for (Index lane = 0; lane < kBlock; ++lane) out[p * step + lane] = square[lane * kBlock + p];
+      }
+    }
+}
+
+// The same transposed: pairs of neighbouring units of a gate.
+template <class O, class T>
+void pack_transposed_pairs(const PackJob<T>& job) {
+  Index at = 0;
+  for (Index u0 = 0; u0 < job.H; u0 += kBlock)
+    for (int s = 0; s < job.part.count; ++s)
+      for (Index u = u0; u < job.H && u < u0 + kBlock; u += 2, at += kBlock) {
+        const auto* const weight = reinterpret_cast<const cpu::Bfloat16*>(job.weight);
+        const auto* const row = weight + (job.part.gate[s] * job.H + u) * job.K;
+        for (Index block = job.block_begin; block < job.block_end; ++block) {
+          const Index column = block * kBlock;
+          O::zip(row + column, u + 1 < job.H ? row + job.K + column : nullptr, job.K - column)
+              .store(job.out + (block - job.block_begin) * job.block_step + at);
+        }
+      }
+}
+
 // Forward: [unit block][k][accumulator of the part][16 units]. Units beyond H are computed and never read: zero, so
 // that they cost no more than others.
-template <class T>
+template <class O, class T>
 void pack(const PackJob<T>& job) {
+  if constexpr (kNumbers<O> > 1) return pack_pairs<O>(job);
   const int count = job.part.count;
   for (Index block = job.block_begin; block < job.block_end; ++block)
     for (int s = 0; s < count; ++s) {
@@ -28,8 +70,9 @@ void pack(const PackJob<T>& job) {
 }
 
 // Backward: [block of 16 columns of the matrix][k = unit block, accumulator of the part, unit < H][16 columns].
-template <class T>
+template <class O, class T>
 void pack_transposed(const PackJob<T>& job) {
+  if constexpr (kNumbers<O> > 1) return pack_transposed_pairs<O>(job);
   Index at = 0;
   for (Index u0 = 0; u0 < job.H; u0 += kBlock)
     for (int s = 0; s < job.part.count; ++s)

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "api.h"
@@ -64,6 +65,14 @@ Index tape_rows(const Problem& problem, std::vector<Index>& starts) {
   return starts[n.B];
 }
 
+// Those that a problem runs on.
+template <class T>
+const cpu::Kernels<T>& kernels_for(const Problem& problem) {
+  if constexpr (std::is_same_v<T, float>)
+    if (problem.bfloat16) return *cpu::bfloat16_kernels();
+  return cpu::kernels<T>();
+}
+
 constexpr Index kSharedCache = 16 << 20;  // bytes that backward would still find there: docs/speed.md
 
 template <class T>
@@ -101,23 +110,22 @@ bool rows_outside(const CellShape& shape, const Sizes& n) {
 template <class T>
 struct Chunk {
   Index da_row, inputs_row, steps, count, panel_step;
-  bool ordered;  // the weight gradients read copies
-  Chunk(const CellShape& shape, const Sizes& n) {
+  bool ordered;                                                               // the weight gradients read copies
+  Chunk(const CellShape& shape, const Sizes& n, int numbers = 1) {            // Kernels::numbers
     const Index more = shape.projects ? blocks_of(n.P) + blocks_of(n.H) : 0;  // dh, and what was projected
-    da_row = (shape.accumulators * blocks_of(n.H) + more + 1) * kBlock;
+    da_row = (shape.accumulators * blocks_of(n.H) + more) * (kBlock / numbers) + kBlock;
     inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
-    const Index row = (da_row + inputs_row) * Index(sizeof(T));
+    const Index row = (da_row + inputs_row / numbers) * Index(sizeof(T));
     const Index rows = weight_bytes<T>(shape, n) > 4 * SplitRule::core_cache ? 640 : 384;
     const Index bytes = std::max<Index>(Index(768) << 10, rows * row);
     steps = std::max<Index>(1, bytes / (std::max<Index>(1, n.B) * row));
     if (n.T <= steps + steps / 2) steps = std::max<Index>(1, n.T);  // a short rest would cost as much as a chunk
     count = (n.T + steps - 1) / steps;
-    panel_step = steps * n.B * kTileVectors * kBlock;
-    ordered = cpu::ordered_copies() && steps * n.B <= kMostCopied &&
+    panel_step = std::min((steps * n.B + numbers - 1) / numbers, cpu::kSumRows) * kTileVectors * kBlock;
+    ordered = cpu::ordered_copies() && steps * n.B <= cpu::kSumRows &&
               (!thresholds || steps * n.B * inputs_row * Index(sizeof(T)) > Index(512) << 10);
   }
-  static constexpr Index kTileVectors = 4;    // the most that a tile of several rows multiplies
-  static constexpr Index kMostCopied = 4096;  // rows: each thread's panel of one step of a large batch would be huge
+  static constexpr Index kTileVectors = 4;  // the most that a tile of several rows multiplies
 };
 
 // How many steps' W x is made at once; 0: each step's with the step. One row would leave most of a tile empty, and few
@@ -129,6 +137,19 @@ Index ahead_steps(const CellShape& shape, const Sizes& n) {
   if (shape.layer_norm || n.I < kBlock || n.B < 1 || n.B > (large ? kRows / 4 : 1)) return 0;
   const Index steps = std::min(n.T, kRows / n.B);
   return steps > 1 ? steps : 0;
+}
+
+// Elements of n numbers that products multiply.
+template <class T>
+Index elements(const cpu::Kernels<T>& kernels, Index n) {
+  return (n + kernels.numbers - 1) / kernels.numbers;
+}
+
+// Of a row of the batch, for the x and h that a step, or the steps ahead, multiply: where they have to be made.
+template <class T>
+Index operands_of_row(const cpu::Kernels<T>& kernels, const Sizes& n, Index ahead) {
+  const Index blocks = std::max<Index>(ahead, 1) * blocks_of(n.I) + blocks_of(n.P);
+  return kernels.numbers == 1 ? 0 : blocks * (kBlock / kernels.numbers);
 }
 
 template <class T>
@@ -191,16 +212,17 @@ void Deleter<T>::operator()(PackedWeights<T>* p) const {
 }
 
 template <class T>
-PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll) {
-  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+PackedPtr<T> pack_for(const cpu::Kernels<T>& kernels, CellId cell, Index I, Index H, Index P, Weights<const T> weights,
+                      Poll poll) {
   const CellShape& shape = kernels.shape[int(cell)];
   const Index blocks = blocks_of(H);
   PackedPtr<T> packed(new PackedWeights<T>);
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
   Layout<T> layout;
   T *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *projection = nullptr, *bias = nullptr;
-  const Index input_step = block_step<T>(I, shape.input.count),
-              recurrent_step = block_step<T>(P, shape.recurrent.count),
+  const auto k = [&](Index n) { return elements(kernels, n); };
+  const Index input_step = block_step<T>(k(I), shape.input.count),
+              recurrent_step = block_step<T>(k(P), shape.recurrent.count),
               recurrent2_step = shape.recurrent2.count ? block_step<T>(P, shape.recurrent2.count) : 0,
               projection_step = block_step<T>(H, 1);
   PackedNorm<T> norm;
@@ -233,10 +255,15 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
 }
 
 template <class T>
+PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll) {
+  return pack_for<T>(cpu::kernels<T>(), cell, I, H, P, weights, poll);
+}
+
+template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call) {
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
-  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const cpu::Kernels<T>& kernels = kernels_for<T>(problem);
   const CellShape& shape = shape_of(kernels, problem);
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   Split split = split_for<T>(shape, n, cpu::num_threads());
@@ -245,10 +272,10 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const bool by_panel = !call.packed && n.T == 1 && !shape.layer_norm;
   if (by_panel && split.by_rows) split = {int(std::min<Index>(split.threads, blocks)), false};  // each panel once
   const PackedPtr<T> own =
-      call.packed || by_panel ? nullptr : pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll);
+      call.packed || by_panel ? nullptr : pack_for<T>(kernels, problem.cell, n.I, n.H, n.P, call.weights, call.poll);
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
 
-  const Chunk<T> chunk(shape, n);
+  const Chunk<T> chunk(shape, n, kernels.numbers);
 
   // What backward will need lives in the tape, else one step of it in the scratch.
   Layout<T> tape_layout, scratch;
@@ -258,11 +285,12 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const Index rows = all ? tape_rows(problem, tape->starts) : n.B,
               boundary_count = call.save == Save::boundary_states && shape.has_c && chunk.count ? chunk.count - 1 : 0;
   T *saved = nullptr, *c = nullptr, *boundary_states = nullptr, *middle = nullptr, *ahead_sums = nullptr,
-    *zeros = nullptr, *masks = nullptr, *panel = nullptr, *bias = nullptr;
+    *zeros = nullptr, *masks = nullptr, *panel = nullptr, *bias = nullptr, *operands = nullptr;
   char* threads = nullptr;
   const Index ahead = ahead_steps<T>(shape, n);
   const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B, ahead)) + 64;
   const Index panel_step = lines<T>(cpu::kPanelVectors * kBlock * std::max(n.I + n.P, n.H));
+  const Index operands_row = operands_of_row(kernels, n, ahead);
   const bool two_products = shape.phases == 2 || shape.projects;
   Buffer memory;
   const bool keeps = all || shape.phases == 2 || shape.layer_norm;  // read again in the same step
@@ -277,6 +305,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     masks = scratch.take({regularization_memory(problem, split.threads), n.B, units});
     panel = scratch.take({by_panel ? split.threads : 0, panel_step});
     bias = scratch.take({by_panel ? blocks : 0, shape.accumulators, kBlock});
+    operands = scratch.take({split.by_rows ? 1 : split.threads, n.B, operands_row});
     threads = reinterpret_cast<char*>(
         scratch.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
     if (pass == 0) {
@@ -307,6 +336,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     job.weight_hr = call.weights.weight_hr, job.bias = bias;
     job.panel = panel, job.panel_step = panel_step;
   }
+  job.operands = operands, job.operands_row = operands_row;
   job.h0 = call.h0, job.c0 = call.c0, job.zeros = zeros;
   job.y = call.y, job.h_out = call.y, job.h_out_step = n.B * n.P;
   job.kept = {0,
@@ -351,7 +381,7 @@ template <class T>
 void backward(const BackwardCall<T>& call) {
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
-  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  const cpu::Kernels<T>& kernels = kernels_for<T>(problem);
   const CellShape& shape = shape_of(kernels, problem);
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
@@ -360,10 +390,10 @@ void backward(const BackwardCall<T>& call) {
   const bool need_norms = shape.layer_norm && (need_biases || dw.gain_ih || dw.gain_hh || dw.gain_c || dw.bias_c);
   const bool need_weights = need_matrices || (need_biases && !shape.layer_norm);
 
-  const Chunk<T> chunk(shape, n);
+  const Chunk<T> chunk(shape, n, kernels.numbers);
   const bool replay = call.tape->save == Save::boundary_states && shape.saved;  // an Elman cell saves nothing but y
   const PackedPtr<T> own =
-      replay && !call.packed ? pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll) : nullptr;
+      replay && !call.packed ? pack_for<T>(kernels, problem.cell, n.I, n.H, n.P, call.weights, call.poll) : nullptr;
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
   const bool two_products = shape.phases == 2 || shape.projects;
   const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column
@@ -371,18 +401,21 @@ void backward(const BackwardCall<T>& call) {
   T *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr, *da = nullptr,
     *boundary = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr, *c = nullptr,
     *middle = nullptr, *h_out = nullptr, *bias = nullptr, *norm_sums = nullptr, *masks = nullptr, *projection = nullptr,
-    *dprojection = nullptr, *by_tile = nullptr, *panel = nullptr;
+    *dprojection = nullptr, *by_tile = nullptr, *panel = nullptr, *operands = nullptr;
   PackedNorm<T> norm;
   char *threads = nullptr, *replay_threads = nullptr;
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
-  const Index input_step = block_step<T>(units, k_input), recurrent_step = block_step<T>(units, k_recurrent),
+  const Index k_units = elements(kernels, units);
+  const Index input_step = block_step<T>(k_units, k_input), recurrent_step = block_step<T>(k_units, k_recurrent),
               recurrent2_step = block_step<T>(units, k_recurrent2), projection_step = block_step<T>(n.P, 1);
   const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
   const Index zero_count = std::max({n.P, units, chunk.da_row});
   const Index replay_steps = replay ? chunk.steps : 0, replay_rows = replay ? n.B : 0;
   const Index replay_bytes = lines<char>(kernels.forward_scratch(n.B, 0)) + 64;
   const Index dpacked_block = group_columns * shape.accumulators * kBlock;
-  const bool ordered = need_weights && chunk.ordered;
+  const bool ordered = need_weights && chunk.ordered, copied = ordered || (need_weights && kernels.numbers > 1);
+  const Index input_rows = elements(kernels, chunk.steps * n.B);
+  const Index operands_row = operands_of_row(kernels, n, 0);
   Buffer memory;
   for (int pass = 0; pass < 2; ++pass) {
     zeros = layout.take({zero_count});
@@ -394,9 +427,10 @@ void backward(const BackwardCall<T>& call) {
     dprojection = layout.take({dw.weight_hr ? blocks_of(n.P) : 0, n.H, kBlock});
     da = layout.take({chunk.steps, n.B, chunk.da_row});
     boundary = layout.take({n.B, chunk.da_row});
-    inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
-    by_tile = layout.take({ordered ? chunk.steps : 0, n.B, chunk.inputs_row});
-    panel = layout.take({ordered ? split.threads : 0, chunk.panel_step});
+    inputs = layout.take({need_weights ? input_rows : 0, chunk.inputs_row});
+    by_tile = layout.take({ordered ? input_rows : 0, chunk.inputs_row});
+    panel = layout.take({copied ? split.threads : 0, chunk.panel_step});
+    operands = layout.take({split.by_rows ? 1 : split.threads, replay_rows, operands_row});
     saved = layout.take({replay_steps, n.B, shape.saved, n.H});
     c = layout.take({shape.has_c ? replay_steps : 0, n.B, n.H});
     middle = layout.take({two_products ? replay_rows : 0, units});
@@ -449,6 +483,7 @@ void backward(const BackwardCall<T>& call) {
     again.I = n.I, again.H = n.H, again.P = n.P, again.blocks = blocks;
     again.x = job.x, again.x_step = job.x_step, again.x_row = job.x_row;
     set_weights(again, *packed);
+    again.operands = operands, again.operands_row = operands_row;
     again.h0 = job.h0, again.c0 = job.c0, again.zeros = zeros;
     again.y = job.y, again.h_out = h_out;
     again.middle = two_products ? middle : nullptr;
@@ -498,9 +533,10 @@ Index chunks_of(CellId cell, const Sizes& sizes) {
 template <class T>
 TapeShape tape_shape(const Problem& problem, Save save) {
   const Sizes& n = problem.sizes;
-  const CellShape& shape = shape_of(cpu::kernels<T>(), problem);
+  const cpu::Kernels<T>& kernels = kernels_for<T>(problem);
+  const CellShape& shape = shape_of(kernels, problem);
   if (save == Save::boundary_states) {
-    const Index count = Chunk<T>(shape, n).count;
+    const Index count = Chunk<T>(shape, n, kernels.numbers).count;
     return {shape.has_c && count ? (count - 1) * n.B : 0, n.H};
   }
   return {problem.lengths ? std::accumulate(problem.lengths, problem.lengths + n.B, Index(0)) : n.T * n.B,
@@ -510,6 +546,11 @@ TapeShape tape_shape(const Problem& problem, Save save) {
 template <class T>
 Index tape_bytes(const Tape<T>& tape) {
   return Index(tape.memory.size() + tape.starts.size() * sizeof(Index));
+}
+
+bool has_bfloat16(CellId cell) {
+  const cpu::Kernels<float>* kernels = cpu::bfloat16_kernels();
+  return kernels && kernels->forward[int(cell)];
 }
 
 void set_thresholds(bool on) { thresholds = on; }

@@ -20,6 +20,17 @@ FUSEDRNN_INLINE Index units_of(Index H, Index block) {
   return H - block * cpu::kBlock < cpu::kBlock ? H - block * cpu::kBlock : cpu::kBlock;
 }
 
+// How many numbers an element holds of what the tile multiplies. O is Vec, or Pairs (simd/pairs.h), whose k counts
+// pairs; sums and all else are in Vec.
+template <class O>
+constexpr int kNumbers = 1;
+
+// Elements of n numbers.
+template <class O>
+constexpr Index elements(Index n) {
+  return (n + kNumbers<O> - 1) / kNumbers<O>;
+}
+
 // k runs over `runs` runs of `run` neighbours, so that a part can skip accumulators it does not feed.
 template <class T>
 struct Product {

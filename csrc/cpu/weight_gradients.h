@@ -49,8 +49,9 @@ struct Groups {
   }
 };
 
-// Sums them up chunk by chunk, from the rows of da and the joint rows.
-template <class V>
+// Sums them up chunk by chunk, from the rows of da and the joint rows. Pairs are of two rows: those of the joint rows
+// are made so (cpu/backward.h), those of da in the copies.
+template <class V, class O = V>
 struct WeightGradients {
   using T = typename V::scalar;
 
@@ -69,12 +70,14 @@ struct WeightGradients {
         unprojected_at(dh_at + blocks_of(job_.P) * kBlock) {}
 
   // Adds the part of a chunk of so many rows.
-  FUSEDRNN_NOINLINE bool add(Index count, bool first_chunk) const {
+  FUSEDRNN_NOINLINE bool add(Index rows, bool first_chunk) const {
+    const Index count = elements<O>(rows);
     if (job.by_tile) {
       order_by_tile(count);
       if (!worker.barrier()) return false;
     }
-    return (!job.need_weights || products(count, first_chunk)) && (!job.dprojection || projection(count, first_chunk));
+    return (!job.need_weights || products(count, rows, first_chunk)) &&
+           (!job.dprojection || projection(count, first_chunk));
   }
 
   // The columns of each tile side by side, [tile][row][column]: in the joint rows each row of a tile is on another
@@ -105,15 +108,26 @@ struct WeightGradients {
       for (int w = 0; w < wide; ++w, to += vectors)
         for (Index k = 0; k < vectors; k += V::lanes) V::load(from + w * next + k).store(to + k);
   }
+  // The rows [row, end) in pairs.
+  void copy_pairs(Index row, Index end, const Group& group, Index block, int wide, T* to) const {
+    const Index vectors = group.count * kBlock, next = shape.accumulators * kBlock;
+    const T* from = job.da + row * job.da_row + (block * next + group.first * kBlock) / kNumbers<O>;
+    for (Index r = row; r < end; r += 2, from += 2 * job.da_row)
+      for (int w = 0; w < wide; ++w, to += vectors)
+        for (Index k = 0; k < vectors; k += V::lanes) {
+          const T* const one = from + (w * next + k) / kNumbers<O>;
+          O::zip(one, r + 1 < end ? one + job.da_row : nullptr).store(to + k);
+        }
+  }
 
   // The joint rows, transposed, times da. Threads take whole output tiles.
-  bool products(Index count, bool first_chunk) const {
+  bool products(Index count, [[maybe_unused]] Index rows, bool first_chunk) const {
     const Tiling panels(job.blocks, panel_blocks(shape));
     Index total = 0;
     for (int g = 0; g < groups.count; ++g) total += column_tiles(groups.group[g]).pieces;
     const Index n = worker.region.threads, i = worker.region.thread;
     const Index begin = total * panels.pieces * i / n, end = total * panels.pieces * (i + 1) / n;
-    T* const copy = job.by_tile ? job.panel + i * job.panel_step : nullptr;
+    T* const copy = job.by_tile || kNumbers<O> > 1 ? job.panel + i * job.panel_step : nullptr;
     for (Index item = begin; item < end; ++item) {
       const Index panel = item / total;
       Index at = item % total;
@@ -130,14 +144,28 @@ struct WeightGradients {
       Columns columns = {job.inputs + group.column + first, job.inputs_row, m};
       Vectors vectors = {job.da + (block * A + group.first) * kBlock, job.da_row,
                          panel_blocks(shape) > 1 ? A * kBlock : kBlock, wide, group.count};
+      const bool other = item == begin || at == 0;
       if (copy) {
-        if (item == begin || at == 0) copy_panel(count, group, block, wide, copy);
-        columns.data = job.by_tile + count * (group.before + first), columns.row = m;
+        if (job.by_tile) columns.data = job.by_tile + count * (group.before + first), columns.row = m;
         vectors.data = copy, vectors.row = wide * group.count * kBlock, vectors.gap = kBlock;
       }
-      add_rows(count, columns, vectors, first_chunk, [&](int r, int w, int s) {
+      const auto sum = [&](int r, int w, int s) {
         return job.dpacked + (block + w) * job.dpacked_block + group.offset + ((first + r) * group.count + s) * kBlock;
-      });
+      };
+      if constexpr (kNumbers<O> == 1) {
+        if (copy && other) copy_panel(count, group, block, wide, copy);
+        add_rows(count, columns, vectors, first_chunk, sum);
+      } else {
+        Index row = 0;
+        do {
+          const Index here = count - row < cpu::kSumRows ? count - row : cpu::kSumRows,
+                      end = kNumbers<O> * (row + here);
+          if (other || count > cpu::kSumRows)
+            copy_pairs(kNumbers<O> * row, end < rows ? end : rows, group, block, wide, copy);
+          add_rows(here, {columns.data + row * columns.row, columns.row, m}, vectors, first_chunk && row == 0, sum);
+          row += here;
+        } while (row < count);
+      }
       if ((item & 15) == 0 && !worker.poll()) return false;
     }
     return true;
@@ -159,9 +187,6 @@ struct WeightGradients {
     return true;
   }
   static constexpr int kProjectionPanel = 4;
-
-  // A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
-  static constexpr Index kSumRows = 4096;
 
   Tiling column_tiles(const Group& group) const {
     return Tiling(group.columns, max_rows<V>(group.count * panel_blocks(shape)));
@@ -186,14 +211,14 @@ struct WeightGradients {
     const T* columns[kMaxTile];
     Index row = 0;
     do {
-      const Index rows_here = count - row < kSumRows ? count - row : kSumRows;
+      const Index rows_here = count - row < cpu::kSumRows ? count - row : cpu::kSumRows;
       const bool overwrite = first_chunk && row == 0;
       for (int r = 0; r < m; ++r) columns[r] = a.data + row * a.row + r;
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
         alignas(64) T acc[kMaxTile * V::lanes];
         for (int v = 0; v < m * wide * each; ++v) V::zero().store(acc + v * V::lanes);
         const Product<T> p = {columns, 0, a.row, 0, b.data + row * b.row + lane, b.row, b.gap, 1, rows_here};
-        tile_for<V>(m, wide * each)(&p, 1, acc);
+        tile_for<O>(m, wide * each)(&p, 1, acc);
         for (int r = 0; r < m; ++r)
           for (int w = 0; w < wide; ++w)
             for (int s = 0; s < each; ++s) {
@@ -202,7 +227,7 @@ struct WeightGradients {
               (overwrite ? part : V::load(sum) + part).store(sum);
             }
       }
-      row += kSumRows;
+      row += cpu::kSumRows;
     } while (row < count);
   }
 

@@ -64,6 +64,7 @@ def run_forward(
     h_states: Any,
     c_states: Any,
     tape: Any,  # of tape_shape, or None: nothing is saved
+    bfloat16: bool = False,  # products in it: weight_ih and weight_hh are its bits as int16, the rest float32
 ) -> None: ...
 def run_backward(
     cell: int,
@@ -85,12 +86,23 @@ def run_backward(
     dh_states: Any,
     dc_states: Any,
     out: Sequence[Any],  # dx, the dweights, dh0, dc0
+    bfloat16: bool = False,
 ) -> None: ...
+def has_bfloat16(cell: int) -> bool: ...
 def cell_layout(
     cell: int, regularized: bool
 ) -> tuple[str, int, int, bool, list[tuple[int, list[int]]], bool]: ...
 def tape_shape(
-    cell: int, T: int, B: int, I: int, H: int, P: int, recompute: bool, regularized: bool, float64: bool
+    cell: int,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    P: int,
+    recompute: bool,
+    regularized: bool,
+    float64: bool,
+    bfloat16: bool = False,
 ) -> tuple[int, int]: ...
 def empty(rows: int, width: int, float64: bool) -> _Array: ...
 def take_tensors(tensor: type, parameter: type, api: Any) -> None: ...

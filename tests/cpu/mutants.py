@@ -408,7 +408,7 @@ MUTANTS = [
         "masks: kept and dropped exchanged", "mask_rule.h", "word >= rule.threshold", "word < rule.threshold"
     ),
     Mutant("philox: one round too few", PHILOX, "round < 10", "round < 9"),
-    Mutant("dropout: h not masked", FORWARD, "(kRegularized<Cell> ? rows.operand : rows.h)", "rows.h"),
+    Mutant("dropout: h not masked", FORWARD, "(kOperands ? rows.operand : rows.h)", "rows.h"),
     Mutant("dropout: r*h not masked", FORWARD, "h = masks().dropped(rows.b[first + i], u, h);", ";"),
     Mutant("dropout: chain not masked", BACKWARD, "dh = masks().dropped(b, u, dh);", ";"),
     Mutant(

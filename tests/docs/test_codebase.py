@@ -128,12 +128,13 @@ def test_the_registries_of_both_languages_agree():
 
 
 def kernel_objects(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("kernels.cpp.o")) if folder.is_dir() else []
+    names = "kernels.cpp.o", "bfloat16.cpp.o"
+    return sorted(path for name in names for path in folder.rglob(name)) if folder.is_dir() else []
 
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
-    """The objects of csrc/cpu/kernels.cpp: those of a build, or one made here with CMake's flags."""
+    """The kernels' objects: those of a build, or one of csrc/cpu/kernels.cpp made here with CMake's flags."""
     found = kernel_objects(Path(os.environ.get("FUSEDRNN_BUILD", ROOT / "build")))
     if found:
         return found
@@ -156,7 +157,9 @@ def shared_symbols(path: Path) -> list[str]:
     listing = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^[0-9a-f]+ [WVuw] (.*)$", listing, re.MULTILINE)
     return [
-        name for name in found if not re.search(r"fusedrnn::(portable_fma|portable|avx2|avx512|neon)::", name)
+        name
+        for name in found
+        if not re.search(r"fusedrnn::(portable_fma|portable|avx2|avx512_bf16|avx512|neon)::", name)
     ]
 
 

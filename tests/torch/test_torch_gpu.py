@@ -34,7 +34,7 @@ def device(monkeypatch):
     emulated = EmulatedDevice()
     backend = CudaBackend(emulated)
 
-    def unsupported(dtype, where, tensors):
+    def unsupported(dtype, where, tensors, key=""):
         assert not any(t is not None and t.is_cpu for t in tensors)
 
     monkeypatch.setattr(paths, "unsupported", unsupported)

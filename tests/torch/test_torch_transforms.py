@@ -105,17 +105,17 @@ def test_an_ensemble_of_models(kind):
 @every_option
 @every_layer
 def test_other_dtypes_with_an_option(kind, option):
-    """In bfloat16 as in float64, within its precision."""
+    """In float16 as in float64, within its precision."""
     layer, _, x = made(kind, option)
-    lower = made(kind, option, torch.bfloat16)[0]
+    lower = made(kind, option, torch.float16)[0]
     lower.load_state_dict(layer.state_dict())
     got, want = (flat(each(x.to(d), **OPTIONS[option][1])) for each, d in
-                 ((seeded(lower), torch.bfloat16), (seeded(layer), torch.float64)))  # fmt: skip
-    assert lower.last_path == "steps in PyTorch: the dtype is torch.bfloat16"
+                 ((seeded(lower), torch.float16), (seeded(layer), torch.float64)))  # fmt: skip
+    assert lower.last_path == "steps in PyTorch: the dtype is torch.float16"
     for a, b in zip(got, want, strict=True):
-        assert a.dtype is torch.bfloat16
-        torch.testing.assert_close(a.double(), b, rtol=0.1, atol=0.1)
-    assert all(g.dtype is torch.bfloat16 for g in torch.autograd.grad(got[0].sum(), [*lower.parameters()]))
+        assert a.dtype is torch.float16
+        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
+    assert all(g.dtype is torch.float16 for g in torch.autograd.grad(got[0].sum(), [*lower.parameters()]))
 
 
 def seeded(layer):
@@ -136,8 +136,8 @@ def test_autocast_with_an_option():
 
 
 def test_it_is_told_and_may_be_refused():
-    layer = ft.GRU(I, H).bfloat16()
-    x = torch.randn(T, B, I).bfloat16()
+    layer = ft.GRU(I, H).half()
+    x = torch.randn(T, B, I).half()
     ft.set_fallback_errors(True)
     try:
         with pytest.raises(RuntimeError, match="GRU runs its steps in PyTorch's operations: the dtype is"):

@@ -254,12 +254,23 @@ class CpuBackend:
         recompute: bool = False,
         regularized: bool = False,
         float64: bool = False,
+        bfloat16: bool = False,
     ) -> tuple[int, int]:
         """Rows and elements per row of the array that ``run_forward`` takes for a tape, for T, B, I, H, P.
 
         Of ``lengths`` it needs as many rows as there are valid steps; more do no harm.
         """
-        return _core.tape_shape(cell_id(cell), *sizes, recompute, regularized, float64)
+        return _core.tape_shape(cell_id(cell), *sizes, recompute, regularized, float64, bfloat16)
+
+    def has_bfloat16(self, cell: Cell) -> bool:
+        """Whether this processor has kernels of a cell with products in bfloat16.
+
+        ``run_forward``, ``run_backward`` and ``tape_shape`` run them with ``bfloat16=True``. weight_ih and
+        weight_hh are bfloat16 then, in arrays of int16 with their bits, and all other arrays float32. x, the
+        initial h and, in backward, the gradients of the gates are rounded to bfloat16 as they are multiplied,
+        and h in every step; all else is in float32.
+        """
+        return _missing is None and _core.has_bfloat16(cell_id(cell))
 
     def empty(self, rows: int, width: int, float64: bool) -> Array:
         """An array whose memory, where it is large, is used again once it is released."""

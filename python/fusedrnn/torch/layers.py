@@ -148,7 +148,9 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         packed = frozen(self)
         weights = self._weights() if packed is None else packed.weights
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
-        given_input, (input, state0, weights) = input, paths.lowered(input, state0, weights)
+        # PyTorch's GRU stays in float32 within autocast; so do our frozen layers.
+        key = self._key if packed is None and self.mode != "GRU" else ""
+        given_input, (input, state0, weights) = input, paths.lowered(input, state0, weights, key)
         reason, recorded = self._unsupported(input, state0, weights if packed is None else []), False
         if reason is not None:
             if paths.is_proxy(given_input):
@@ -187,7 +189,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         data = input.data if isinstance(input, PackedSequence) else input
         if not isinstance(data, Tensor):
             return f"the input is a {type(input).__name__}"
-        reason = paths.unsupported(data.dtype, data.device, (data, *(state or ())))
+        reason = paths.unsupported(data.dtype, data.device, (data, *(state or ())), self._key)
         reason = reason or self._lacks(data.device)
         if reason is not None:
             return reason
@@ -200,7 +202,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         P, cell = self.proj_size or H, self.cell
         for j, each in enumerate(weights):
             I = self.input_size if j < D else D * P
-            reason = paths.unsupported_weights(data, each, cell, I, H, P)
+            reason = paths.unsupported_weights(data, each, cell, I, H, P, self._key)
             if reason is not None:
                 return reason
         return None

@@ -3,7 +3,8 @@
 Both are functions of their tensors alone: no aliases, nothing kept between calls, so weights are packed, or
 read as they lie, in every call. They have no derivatives of their own: ``recurrence.Recurrence`` joins them.
 So tracers, counters and compilers see one operator, whatever called it. What no kernel runs they run a step
-at a time in PyTorch's operations.
+at a time in PyTorch's operations. The CPU's kernels for bfloat16 take its numbers as float32; their tape is
+float32.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class Call(NamedTuple):
         if self.cell in CELLS:
             if not x.is_cpu:
                 return gpu.unavailable() if x.is_cuda else None
-            if x.dtype in FLOATS:
+            if x.dtype in FLOATS or (x.dtype is torch.bfloat16 and paths.has_bfloat16(self.cell)):
                 return None
         detached = self.detach_every is not None
         return refused(self.cell, x.device.type, str(x.dtype), bool(self.rates), detached)
@@ -145,8 +146,9 @@ class Call(NamedTuple):
             there = not (self.recompute or self.refused()) and isinstance(self.backend(), CpuBackend)
             return T * B if there else None
         if self.recompute and self.x.is_cpu:
-            cell, acts, float64 = CELLS[self.cell], bool(self.rates), self.x.dtype is torch.float64
-            return CPU.tape_shape(cell, sizes, recompute=True, regularized=acts, float64=float64)[0]
+            cell, acts, dtype = CELLS[self.cell], bool(self.rates), self.x.dtype
+            kind = {"float64": dtype is torch.float64, "bfloat16": dtype is torch.bfloat16}
+            return CPU.tape_shape(cell, sizes, recompute=True, regularized=acts, **kind)[0]
         return T * B if self.lengths is None else int(self.lengths.sum())
 
 
@@ -242,6 +244,18 @@ def _allocated(call: Call, return_states: bool) -> list[Tensor]:
     return out + [x.new_empty((T, B, width)) for width in widths] if return_states else out
 
 
+def _widened(call: Call) -> Call:
+    """A call in bfloat16 as the kernels take it: with the same numbers in float32, but for the matrices."""
+    n = 1 + len(call.state0)
+    return call.with_learned(
+        [t if t is not None and k >= n and t.dim() > 1 else _float(t) for k, t in enumerate(call.learned())]
+    )
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float()
+
+
 def _tape(call: Call, rows: int) -> Tensor:
     """Memory for a tape: if large, the kernels' own, which is used again. PyTorch's would be new pages of the
     system's in every call, which cost as much as filling them."""
@@ -270,6 +284,8 @@ def _cpu_weights(call: Call) -> tuple[Any, ...]:
         None if k is None or (w := own[k]) is None else w if w.is_contiguous() else w.contiguous()
         for k in _places(call.cell)
     ]
+    if own[0].dtype is torch.bfloat16:  # type: ignore[union-attr]
+        ordered = [w if w is None or w.dim() == 1 else w.detach().view(torch.int16) for w in ordered]
     return tuple(given(ordered))
 
 
@@ -325,7 +341,7 @@ def run(
 ) -> list[Tensor]:
     """Forward, of the call's weights or of a backend and what it packed of them."""
     x, compiled = call.x, call.cell in CELLS
-    plain = compiled and x.is_cpu and x.dtype in FLOATS
+    plain, low = compiled and x.is_cpu and x.dtype in FLOATS, x.dtype is torch.bfloat16
     if not plain and (reason := call.refused()) is not None:
         paths.tell(cell_of(call.cell).name, reason, paths.STEPS)
         with torch.no_grad():
@@ -334,6 +350,8 @@ def run(
         return [*found[:at], *[s.clone(memory_format=torch.contiguous_format) for s in found[at:]]]
     backend, weights = (call.backend(), None) if packed is None else packed
     if isinstance(backend, CpuBackend):
+        if low:
+            call = _widened(call)
         out = _allocated(call, return_states)
         tape = None if tape_rows is None else _tape(call, tape_rows)
         cell, at = cell_of(call.cell), int(x.dim() == 3)
@@ -341,7 +359,9 @@ def run(
         y, final, every = out[0] if at else None, out[at:end], out[end:]
         if compiled:
             first = _compiled_arguments(call, _cpu_weights(call) if weights is None else weights.core)
-            backend.run_forward(*first, *given([y, *_two(final), *_two(every), tape]))
+            backend.run_forward(*first, *given([y, *_two(final), *_two(every), tape]), low)
+            if low:
+                out = [t.bfloat16() for t in out]
         else:
             machine = cpu.machine
             core = machine.pack_given(cell, _cpu_weights(call)) if weights is None else weights.core
@@ -359,16 +379,20 @@ def run(
         return [tensor(a) for a in (*[done.y][: x.dim() == 3], *done.stateT, *(done.states or ()), *kept)]
 
 
-def _gradients(tensors: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(
+    tensors: Sequence[Tensor | None], need: Sequence[bool], dtype: torch.dtype | None = None
+) -> list[Tensor | None]:
     """Memory for the gradients that are needed."""
-    return [t.new_empty(t.shape) if n and t is not None else None for t, n in zip(tensors, need, strict=True)]
+    pairs = zip(tensors, need, strict=True)
+    return [t.new_empty(t.shape, dtype=dtype) if n and t is not None else None for t, n in pairs]
 
 
 def run_backward(
     call: Call, y: Tensor, tape: Sequence[Tensor], upstream: Sequence[Tensor | None], need: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of x, state0, the weights and the scalars."""
-    cell, learned, backend, step = cell_of(call.cell), call.learned(), call.backend(), call.x.dim() == 2
+    x, cell, learned, backend = call.x, cell_of(call.cell), call.learned(), call.backend()
+    step = x.dim() == 2
     n, n0, scalars = len(cell.states), len(call.state0), 1 + len(call.state0) + len(call.weights)
     dy, *states = (None, *upstream) if step else upstream
     found: list[Tensor | None]
@@ -387,13 +411,19 @@ def run_backward(
         if not tape:  # compiled code asks for none where its size would depend on values
             call = call._replace(recompute=False)
             tape = run(call, False, call.tape_rows())[-1:]
-        found = _gradients(learned, need)
+        low = call.x.dtype is torch.bfloat16
+        if low:
+            call, y, dy = _widened(call), y.float(), _float(dy)
+            states = [_float(d) for d in states]
+        found = _gradients(learned, need, torch.float32 if low else None)
         dweights = given([None if k is None else found[1 + n0 + k] for k in _places(call.cell)])
         final, every = [contiguous(d) for d in states[:n]], [contiguous_features(d) for d in states[n:]]
         if call.cell in CELLS:
             rest = [contiguous(y), contiguous(tape[0]), contiguous_features(dy), *_two(final), *_two(every)]
             out = [given(found[:1])[0], *dweights, *given(_two(found[1 : 1 + n0]))]
-            backend.run_backward(*_compiled_arguments(call, _cpu_weights(call)), *given(rest), out)
+            backend.run_backward(*_compiled_arguments(call, _cpu_weights(call)), *given(rest), out, low)
+            if low:
+                found = [None if d is None else d.bfloat16() for d in found]
         else:
             if any(need[1 : 1 + n0]):  # all or none
                 found[1 : 1 + n0] = [s.new_empty(s.shape) for s in call.state0]
@@ -427,7 +457,7 @@ def run_backward(
             arrays = [dx, *(back.dstate0 or [None] * n0)[:n0]]
             arrays += [*map(back.dweights.get, cell.blocks), *map(back.dscalars.get, cell.scalars)]
             found = [tensor(a) if w else None for a, w in zip(arrays, there, strict=True)]
-    return _with_empty(found, need, call.x)
+    return _with_empty(found, need, x)
 
 
 def _with_empty(found: Sequence[Tensor | None], need: Sequence[bool], x: Tensor) -> list[Tensor]:
@@ -509,7 +539,8 @@ def _forward_fake(*arguments: Any) -> list[Tensor]:
     # Other backends have no tape, and run forward again.
     if rows is None or call.refused() or not isinstance(call.backend(), CpuBackend):
         return out
-    return [*out, call.x.new_empty((rows, call.tape_width()))]
+    dtype = torch.float32 if call.x.dtype is torch.bfloat16 and call.x.is_cpu else call.x.dtype
+    return [*out, call.x.new_empty((rows, call.tape_width()), dtype=dtype)]
 
 
 @torch.library.register_fake("fusedrnn::recurrence_backward")  # type: ignore[untyped-decorator]

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fusedrnn import backends
+from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.cells import Cell
 from fusedrnn.torch import gpu
+from fusedrnn.torch.keys import CELLS
 
 FUSED = "fused"
 STEPS = "its steps in PyTorch's operations"
@@ -127,13 +130,26 @@ def unrecordable(tensors: Sequence[Tensor]) -> str | None:
     return None if all(t.device == first.device for t in tensors) else "devices differ"
 
 
-def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tensor | None]) -> str | None:
+def has_bfloat16(key: str) -> bool:
+    """Whether the CPU kernels of a cell support bfloat16 on this processor."""
+    backend = backends.usable(None)
+    return key in CELLS and isinstance(backend, CpuBackend) and backend.has_bfloat16(CELLS[key])
+
+
+def unsupported(
+    dtype: torch.dtype, device: torch.device, tensors: Iterable[Tensor | None], key: str = ""
+) -> str | None:
     """Why the kernels do not support these tensors, or None.
 
-    All must have the dtype and device of the input.
+    All must have the dtype and device of the input. ``key`` is that of a layer's cell, whose CPU kernels may
+    support bfloat16.
     """
     on_cpu = device.type == "cpu"
-    if dtype is not torch.float32 and dtype is not torch.float64 and (on_cpu or dtype not in gpu.HALVES):
+    if (
+        dtype is not torch.float32
+        and dtype is not torch.float64
+        and not (dtype is torch.bfloat16 and has_bfloat16(key) if on_cpu else dtype in gpu.HALVES)
+    ):
         return f"the dtype is {dtype}"
     if not on_cpu:
         if device.type != "cuda":
@@ -157,14 +173,14 @@ def unsupported(dtype: torch.dtype, device: torch.device, tensors: Iterable[Tens
 
 
 def unsupported_weights(
-    input: Tensor, weights: Sequence[Any], cell: Cell, I: int, H: int, P: int
+    input: Tensor, weights: Sequence[Any], cell: Cell, I: int, H: int, P: int, key: str = ""
 ) -> str | None:
     """Why the kernels do not support these weights of one layer and direction with this input, or None.
 
     Raises:
         RuntimeError: One has a wrong shape; PyTorch's implementation may read past its end.
     """
-    reason = unsupported(input.dtype, input.device, weights)
+    reason = unsupported(input.dtype, input.device, weights, key)
     if reason is not None:
         return reason
     for w, (name, shape) in zip(weights, _shapes(cell, I, H, P), strict=True):
@@ -207,15 +223,18 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def lowered(input: Any, state0: Any, weights: list[Any]) -> tuple[Any, Any, list[Any]]:
-    """The tensors of a call, on a GPU in the dtype of autocast."""
+def lowered(input: Any, state0: Any, weights: list[Any], key: str = "") -> tuple[Any, Any, list[Any]]:
+    """The tensors of a call in the dtype of autocast, if the kernels support that: those of a GPU, or on a
+    CPU those of the cell ``key``."""
     data = input.data if isinstance(input, PackedSequence) else input
-    if not isinstance(data, Tensor) or data.is_cpu:
+    if not isinstance(data, Tensor):
         return input, state0, weights
     kind = data.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return input, state0, weights
     dtype = torch.get_autocast_dtype(kind)
+    if data.is_cpu and (dtype is not torch.bfloat16 or mode() is not None or not has_bfloat16(key)):
+        return input, state0, weights
     data = _lower(data, dtype)
     return (
         input._replace(data=data) if isinstance(input, PackedSequence) else data,

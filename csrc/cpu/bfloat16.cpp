@@ -1,0 +1,102 @@
+// The kernels with products in bfloat16, of float32 arrays. SPDX-License-Identifier: Apache-2.0
+//
+// A level of its own beside avx512: the same loops, which multiply pairs (simd/pairs.h). h is rounded in every step;
+// sums, gates, c, what is saved and the sums of the weights' gradients are float32.
+#include "cells/derived.h"
+#include "cells/regularized.h"
+#include "cpu/backward.h"
+#include "cpu/forward.h"
+#include "cpu/pack.h"
+#include "simd/pairs.h"
+
+namespace fusedrnn {
+namespace FUSEDRNN_LEVEL {
+
+template <>
+constexpr int kNumbers<Pairs> = 2;
+
+namespace {
+
+using V = Vec<float>;
+using Forward = bool (*)(const ForwardJob<float>&, const Worker&);
+using Backward = bool (*)(const BackwardJob<float>&, const Worker&);
+
+// The cells of one product a step, whose da or norm is no operand of another.
+template <class Cell>
+constexpr bool kThere = Cell::phases == 1 && !Cell::projects && !Cell::layer_norm;
+
+template <class Cell>
+constexpr Forward forward_of() {
+  if constexpr (kThere<Cell>)
+    return [](const ForwardJob<float>& job, const Worker& worker) {
+      return ForwardLoop<Cell, V, Pairs>(job, worker).run();
+    };
+  return nullptr;
+}
+template <class Cell>
+constexpr Backward backward_of() {
+  if constexpr (kThere<Cell>)
+    return [](const BackwardJob<float>& job, const Worker& worker) {
+      return BackwardLoop<Cell, V, Pairs>(job, worker).run();
+    };
+  return nullptr;
+}
+
+Index forward_scratch(Index B, Index ahead_steps) {
+  return ForwardRows<float>::bytes(B) + ForwardRows<float>::bytes(ahead_steps * B);
+}
+Index backward_scratch(Index B, Index chunk_steps) {
+  return BackwardRows<float>::bytes(B, B * chunk_steps, chunk_steps);
+}
+
+const cpu::Kernels<float> table = {
+    "avx512_bf16",
+    kNumbers<Pairs>,
+    &forward_scratch,
+    &backward_scratch,
+    &pack<Pairs, float>,
+    &pack_transposed<Pairs, float>,
+    {
+#define X(id, type) shape_of<type>(),
+#include "cells/cells.def"
+#undef X
+    },
+    {
+#define X(id, type) forward_of<type>(),
+#include "cells/cells.def"
+#undef X
+    },
+    {
+#define X(id, type) backward_of<type>(),
+#include "cells/cells.def"
+#undef X
+    },
+    {
+#define X(id, type) shape_of<Regularized<type>>(),
+#include "cells/cells.def"
+#undef X
+    },
+    {
+#define X(id, type) forward_of<Regularized<type>>(),
+#include "cells/cells.def"
+#undef X
+    },
+    {
+#define X(id, type) backward_of<Regularized<type>>(),
+#include "cells/cells.def"
+#undef X
+    },
+    &draw_mask<float>,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
+}  // namespace
+}  // namespace FUSEDRNN_LEVEL
+
+namespace cpu {
+const Kernels<float>* kernels_bfloat16() { return &FUSEDRNN_LEVEL::table; }
+}  // namespace cpu
+}  // namespace fusedrnn
