@@ -130,6 +130,7 @@ def run_info(args: argparse.Namespace) -> None:
         ("instruction sets detected", listed(found["detected"])),
         ("instruction set in use", found["isa"] or "none"),
         ("weight gradients read", "copies in the order of tiles" if found["ordered_copies"] else "in place"),
+        ("bfloat16", found["bfloat16"] or "not in our kernels: PyTorch's own layers run"),
         ("threads", f"{found['threads']}, {found['thread_pool']} thread pool"),
     ]
     for name, why in found["backends"].items():
@@ -180,7 +181,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cell", choices=list(CELLS), help="the cell (default: as the suite lists them)")
     parser.add_argument(
-        "--dtype", choices=("float32", "float64"), help="the dtype (default: float32); on a CPU"
+        "--dtype",
+        choices=("float32", "float64", "bfloat16"),
+        help="the dtype (default: float32); on a CPU; bfloat16 of our PyTorch layers beside PyTorch's",
     )
     parser.add_argument(
         "--precision",

@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fusedrnn.backends.protocol import Array
 from fusedrnn.cells import CELLS, Cell, gru, lstm, rnn
@@ -277,13 +276,15 @@ class Data:
     scalars: dict[str, Array]  # (T, B) for each row scalar of the cell
 
 
-def make(case: Case, dtype: npt.DTypeLike, seed: int = 0) -> Data:
+def make(case: Case, dtype: str | type, seed: int = 0) -> Data:
     """Draw a standard problem.
 
     Weights are uniform in ±1/sqrt(H). Row scalars are positive, like time gaps, and at least a quarter.
     Everything else is normal, of order one. Values are drawn in float64 and then rounded, so that one seed
-    gives the same problem in every dtype.
+    gives the same problem in every dtype. NumPy has no bfloat16: its numbers are in float32.
     """
+    if dtype == "bfloat16":
+        return astype(make(case, "float32", seed), dtype)
     T, B, I, H = case.shape
     D, P = case.directions, case.P
     draw = np.random.default_rng(seed)
@@ -348,11 +349,14 @@ def lengths(case: Case) -> Array | None:
     return np.random.default_rng(2).integers(max(1, T // 10) if B > 1 else T, T, B, endpoint=True)
 
 
-def astype(data: Data, dtype: npt.DTypeLike) -> Data:
-    """The same numbers in another dtype."""
+def astype(data: Data, dtype: str | type) -> Data:
+    """The same numbers in another dtype, of bfloat16 in float32."""
 
     def cast(array: Any) -> Any:
-        return None if array is None else array.astype(dtype)
+        if array is None or dtype != "bfloat16":
+            return None if array is None else array.astype(dtype)
+        bits = array.astype(np.float32).view(np.uint32)
+        return (bits + 0x7FFF + (bits >> 16 & 1) & np.uint32(0xFFFF0000)).view(np.float32)
 
     return replace(
         data,

@@ -226,6 +226,18 @@ def test_peak_memory_is_that_of_the_case_and_not_of_the_parent():
     assert gates < found < 100 << 20
 
 
+def test_bfloat16_is_our_pytorch_layers_beside_pytorchs():
+    pytest.importorskip("torch")
+    taken, _ = registry.choose(None, [SMALL], "bfloat16", "cpu")
+    assert all(name.startswith("torch") for name in taken)
+    row = runner.run_case(SMALL, "bfloat16", "cpu", ["torch"], get_num_threads(), timing=(2, 1e-3, 0.1))
+    for name in (runner.OURS, "torch"):
+        assert 1e-4 < row["libraries"][name]["error"] < libraries.TOLERANCE["bfloat16"]
+    x = problems.make(SMALL, "bfloat16").x
+    assert not x.view(np.uint32).astype(np.uint16).any()
+    np.testing.assert_allclose(x, problems.make(SMALL, "float32").x, rtol=2**-8)
+
+
 # --- what it reports --------------------------------------------------------------------------------------
 
 

@@ -45,8 +45,8 @@ def child(text: str) -> None:
     def make(case: Case) -> Library:
         data = problems.make(case, task["dtype"])
         if task["peer"] is None:
-            return registry.ours(data, task["backend"], task["threads"])
-        return registry.PEERS[task["peer"]](data, task["threads"])
+            return registry.ours(data, task["backend"], task["threads"], task["dtype"])
+        return registry.peer(task["peer"], data, task["threads"], task["dtype"])
 
     with same_threads(task["threads"]):
         case = problems.described(task["case"])

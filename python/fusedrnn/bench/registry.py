@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from fusedrnn.bench.libraries import Library, Native, Numba, Peer, Reference
 from fusedrnn.bench.peer_dezero import DeZero
@@ -12,6 +13,7 @@ from fusedrnn.bench.peer_onnx import OnnxRuntime
 from fusedrnn.bench.peer_torch import (
     FusedCell,
     FusedLayer,
+    Place,
     Torch,
     TorchCell,
     TorchMasked,
@@ -41,19 +43,31 @@ PEERS: dict[str, type[Peer]] = {
 OWN = ("numba", "reference")  # backends of ours: shown, but nobody's best
 LOOPS = ("torch-loop", "torchscript", "jax-scan", "torch-compile")  # for cells that no library has
 ASKED_FOR = (*OWN, "torch-compile")  # take part where they are named; the last needs a minute to compile
-APIS: dict[str, type[Peer]] = {"layer": FusedLayer, "cell": FusedCell}
+APIS: dict[str, type[Torch]] = {"layer": FusedLayer, "cell": FusedCell}
+LOW = "bfloat16"  # which tensors alone have
 
 
-def ours(data: Data, backend: str, threads: int) -> Library:
+def ours(data: Data, backend: str, threads: int, dtype: str = "float32") -> Library:
     """The one that is measured."""
     api = data.case.api
+    if dtype == LOW:
+        return APIS[api or "layer"](data, threads, Place(dtype=LOW))
     return APIS[api](data, threads) if api else Native(data, backend)
+
+
+def peer(name: str, data: Data, threads: int, dtype: str = "float32") -> Library:
+    """One of ``PEERS``."""
+    if dtype == LOW:
+        return cast(type[Torch], PEERS[name])(data, threads, Place(dtype=LOW))
+    return PEERS[name](data, threads)
 
 
 def refuses(name: str, case: Case, dtype: str) -> str | None:
     """None where a peer can take part in a case, else why not."""
     if not case.cell.is_builtin and name not in (*LOOPS, *OWN):
         return f"it has no {case.cell.name}"
+    if dtype == LOW and not issubclass(PEERS[name], Torch):
+        return "in bfloat16 PyTorch's layers and cells alone are timed"
     return PEERS[name].refuses(case, dtype)
 
 

@@ -50,10 +50,10 @@ def run_case(
     """Check and time one case; a row for the table and the JSON file."""
 
     data = problems.make(case, dtype)
-    libraries: dict[str, Any] = {OURS: registry.ours(data, backend, threads)}
+    libraries: dict[str, Any] = {OURS: registry.ours(data, backend, threads, dtype)}
     for name in peers:
         if registry.refuses(name, case, dtype) is None:
-            libraries[name] = registry.PEERS[name](data, threads)
+            libraries[name] = registry.peer(name, data, threads, dtype)
     exact = truth(case, dtype, threads)
     errors = {name: check(name, each.results(), exact, TOLERANCE[dtype]) for name, each in libraries.items()}
     wrong = {}  # faster in bfloat16, but off by more than that
@@ -67,7 +67,7 @@ def run_case(
                 wrong[name] = str(error)
     if case.ragged or case.resets:
         plain = replace(case, ragged=False, resets=0.0)
-        libraries[FULL] = registry.ours(problems.make(plain, dtype), backend, threads)
+        libraries[FULL] = registry.ours(problems.make(plain, dtype), backend, threads, dtype)
         errors[FULL] = check(FULL, libraries[FULL].results(), truth(plain, dtype, threads), TOLERANCE[dtype])
     del exact
     others = Others()
@@ -166,7 +166,7 @@ def run(
     Args:
         cases: What is timed, one after the other.
         suite: The name under which the report goes, slow cases left out; None for cases of one's own.
-        dtype: ``float32`` or ``float64``.
+        dtype: ``float32``, ``float64`` or, for our PyTorch modules beside PyTorch's, ``bfloat16``.
         peers: Names out of ``registry.PEERS``; None for all that are installed, without our own backends.
         backend: Ours; None for the fastest.
         threads: For everybody; None for as many as we take by ourselves.
@@ -179,7 +179,7 @@ def run(
         ValueError: A peer that was asked for takes part in no case.
     """
     chosen = backends.usable(backend).name
-    if any(case.api for case in cases):
+    if dtype == registry.LOW or any(case.api for case in cases):
         missing = registry.APIS["layer"].missing()
         if missing is not None:
             raise RuntimeError(f"our PyTorch modules: {missing}")
