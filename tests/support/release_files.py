@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 REPOSITORY_ONLY = re.compile(r"\.(ci|github)/|\.(clang-format|gitignore|pre-commit-config\.yaml)$")
 CUDA = re.compile(r"csrc/((cuda|cells|simd)/.*\.(h|cu)|mask_rule\.h|steps\.h)$")
 MODULE = re.compile(r"fusedrnn/_core\.[^/]*(so|pyd)$")
-LEVEL = re.compile(r"_Z.*8fusedrnn(?:4(avx2)|6(avx512)|12(portable_fma)|11(avx512_bf16))")  # of a mangled name
+# Of a mangled name.
+LEVEL = re.compile(r"_Z.*8fusedrnn(?:4(avx2)|6(avx512)|11(avx512_bf16)|12(portable_fma))")
 
 
 def tracked() -> set[str]:
