@@ -24,6 +24,7 @@ RUNS = {  # in a file of the name: what was asked for, and what it is about
     "gru-float32": ("--cell gru", "GRU, float32"),
     "rnn-float32": ("--cell rnn", "RNN, float32"),
     "lstm-float64": ("--cell lstm --dtype float64", "LSTM, float64"),
+    "lstm-bfloat16": ("--cell lstm --dtype bfloat16", "LSTM, bfloat16, PyTorch modules"),
     "gru-float64": ("--cell gru --dtype float64", "GRU, float64"),
     "lstm-float32-numba": ("--cell lstm", "LSTM, float32, beside the Numba backend"),
     "gru-float32-numba": ("--cell gru", "GRU, float32, beside the Numba backend"),
