@@ -108,8 +108,8 @@ void tile(const Product<typename V::scalar>* products, int count, typename V::sc
 constexpr int kMaxTile = 24;  // accumulator vectors of the widest tile
 
 // Widest tiles that stay in registers: M*N accumulators, N weights and a broadcast. A wider one would spill. With 16
-// registers 3 or 4 vectors have the rows of two and are summed up two at a time: weights that come from the second
-// cache are read for 6 rows then, not for 3.
+// registers 3 or 4 vectors have the rows of two and are summed up two at a time: weights that come from L2
+// are then read for 6 rows, not for 3.
 template <class V>
 constexpr int max_rows(int n) {
   return V::registers == 32 ? (n == 1 ? 14 : n == 2 ? 12 : n == 3 ? 8 : 6) : (n == 1 ? 10 : 6);

@@ -1,7 +1,7 @@
 // Pairs of bfloat16, as AVX512-BF16 multiplies them. SPDX-License-Identifier: Apache-2.0
 //
-// Two neighbours of k stand in the place of one float: the loops move pairs as they move floats, and the tile's FMA of
-// a vector of them adds two products. Rounding is to the nearest, ties to even; subnormals count as zero.
+// A pair, of k and k + 1, has the size of a float, so the loops move pairs as they move floats. fma of vectors of pairs
+// adds two products per lane. Rounding is to nearest, ties to even; subnormals are treated as zero.
 #pragma once
 #include "simd/vec.h"
 

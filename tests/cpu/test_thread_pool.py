@@ -166,7 +166,7 @@ def test_fork_in_a_signal_handler_within_a_kernel():
 
 @needs_torch
 def test_several_python_threads_at_once_and_threads_that_differ_from_one_call_to_the_next():
-    """More than the team, fewer, one; a team that grows and shrinks with PyTorch's setting."""
+    """More threads than PyTorch is set to, fewer, and one; PyTorch's number grows and shrinks."""
     on_openmp(
         """
         errors = []

@@ -21,7 +21,7 @@ from torch_pairs import every_layer, flat, ft, gradients, module_pair, state_of
 pytestmark = [
     pytest.mark.kernel,
     pytest.mark.usefixtures("no_fallback", "openmp_pool", "poison"),
-    pytest.mark.skipif(not paths.has_bfloat16("LSTM"), reason="the processor has no avx512_bf16"),
+    pytest.mark.skipif(not paths.has_bfloat16("LSTM"), reason="no AVX512-BF16, or FUSEDRNN_ISA is lower"),
 ]
 
 T, B, I, H = 9, 5, 11, 37

@@ -38,8 +38,8 @@ class Node:
 class Graph:
     """Makes nodes. The same operation of the same arguments is the same node.
 
-    A node's id is larger than those of its arguments. Only ``x * 1``, ``-(-x)`` and exact arithmetic of
-    constants are simplified: these never change a bit, not even of NaN and -0, in any dtype.
+    The id of a node is larger than the ids of its arguments. Only ``x * 1``, ``-(-x)`` and exact arithmetic
+    on constants are simplified. This changes no bit in any dtype, not even of NaN and -0.
     """
 
     def __init__(self) -> None:
