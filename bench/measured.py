@@ -85,6 +85,8 @@ def caption(found: Report) -> str:
         parts.append(f"load average {each['load before']:.1f} before the run")
     if isinstance(rows, list) and "others" in rows[0]:
         parts.append(f"other processes used up to {busy(rows)}")
+        if transfers := [t * 1e9 for row in rows for t in row.get("transfers", ()) if t]:
+            parts.append(f"a cache line took {min(transfers):.0f} to {max(transfers):.0f} ns between threads")
     return ", ".join([*parts, f"commit {(each['commit'] or 'unknown')[:10]}"])
 
 

@@ -179,6 +179,24 @@ def test_others_cannot_take_more_than_there_is(monkeypatch):
     assert timing.Others().share() == 1.0
 
 
+def test_a_line_tells_of_cores_that_were_apart(monkeypatch):
+    times = iter([30e-9, 31e-9, 30e-9, 165e-9])
+    monkeypatch.setattr(runner, "transfer", lambda threads: next(times))
+    cases = [Case(rnn, Shape(2, B, 1, 3)) for B in (1, 2)]
+    found = runner.run(cases, peers=["reference"], quick=True)
+    assert [row["transfers"] for row in found["rows"]] == [[30e-9, 31e-9], [30e-9, 165e-9]]
+    told = f"a cache line took 30 to 165 ns between two threads, most at {cases[1]}"
+    assert any(line.startswith(told) for line in report.summary(found))
+    found["rows"].pop()
+    assert not any("a cache line" in line for line in report.summary(found))
+
+
+@pytest.mark.kernel
+def test_a_cache_line_takes_its_time_between_threads():
+    assert timing.transfer(1) is None
+    assert 1e-9 < timing.transfer(2) < 1e-3
+
+
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
 def test_what_we_take_is_not_that_of_others(monkeypatch):
     monkeypatch.setattr(os, "times", lambda: (0.0, 0.0, 0.0, 0.0, 0.0))

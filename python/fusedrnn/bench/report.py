@@ -10,6 +10,7 @@ from typing import Any
 from fusedrnn.bench.runner import FULL, OURS, WRONG, torch_variants
 
 BUSY = 0.05  # of the cores; threads that wait for each other by spinning then lose far more than that
+APART = 2.0  # times as long as at best: then a cache line travels between cores that share no cache
 
 # Of a suite: what of it, and how many times faster than whom its geometric mean shall be, none below 1.
 GOALS = {"pytorch": ("training steps beside torch", 1.7), "programs": ("the library's own way", 2.5)}
@@ -150,6 +151,13 @@ def summary(report: dict[str, Any]) -> list[str]:
     if busy > BUSY:
         lines.append(
             f"other processes took up to {busy:.0%} of the cores during a case: measure again for figures"
+        )
+    transfers = [(t, row["case"]) for row in report["rows"] for t in row.get("transfers", ()) if t]
+    if transfers and max(transfers)[0] > APART * min(transfers)[0]:
+        (low, _), (high, case) = min(transfers), max(transfers)
+        lines.append(
+            f"a cache line took {low * 1e9:.0f} to {high * 1e9:.0f} ns between two threads, most at {case}: "
+            "the cores did not always share a cache, so measure again for figures"
         )
     return lines
 

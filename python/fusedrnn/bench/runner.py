@@ -15,7 +15,7 @@ from fusedrnn import backends, problems, system
 from fusedrnn.bench import memory, registry
 from fusedrnn.bench.libraries import TOLERANCE, Library, Native, Results, check, version
 from fusedrnn.bench.peer_torch import BFLOAT16, FUSED, Medium, Torch
-from fusedrnn.bench.timing import Gemm, Others, ratio, same_threads, speedup, spread, time_blocks
+from fusedrnn.bench.timing import Gemm, Others, ratio, same_threads, speedup, spread, time_blocks, transfer
 from fusedrnn.problems import Case
 
 OURS = "fusedrnn"
@@ -70,15 +70,16 @@ def run_case(
         libraries[FULL] = registry.ours(problems.make(plain, dtype), backend, threads, dtype)
         errors[FULL] = check(FULL, libraries[FULL].results(), truth(plain, dtype, threads), TOLERANCE[dtype])
     del exact
-    others = Others()
+    others, before = Others(), transfer(threads)
     samples = time_blocks(libraries, *timing)
-    busy = others.share()
+    busy, after = others.share(), transfer(threads)
 
     work = problems.flops(case)
     row: dict[str, Any] = problems.describe(case) | {
         "valid": problems.valid(case),
         "flops": work,
         "others": busy,
+        "transfers": [before, after],
         "libraries": {},
         "best": None,
     }

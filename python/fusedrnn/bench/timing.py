@@ -23,9 +23,10 @@ from fusedrnn import system
 from fusedrnn.bench.libraries import not_installed
 from fusedrnn.threads import get_num_threads, set_num_threads
 
-# Seconds before a library is timed, until the threads of the one before, which go on spinning after
-# their last call, have fallen asleep. OpenMP's do after 20 ms, those of NumPy's OpenBLAS after more than 100.
-SETTLE = 0.04
+# Seconds before a library is timed, until the threads of the one before, which go on spinning after their
+# last call, have fallen asleep. OpenMP's do after 20 ms, those of NumPy's OpenBLAS after more than 100. After
+# ONNX Runtime's, a small call on two threads took 4 times as long for up to 70 ms.
+SETTLE = 0.1
 SETTLE_AFTER_BLAS = 0.3
 BLAS_USERS = ("dezero", "reference")
 
@@ -154,6 +155,20 @@ class Others:
         # Differences of large numbers are rounded, and a share of all would come out as a little more.
         share = (now[0] - self.start[0]) / max(now[1] - self.start[1], 1e-9)
         return min(max(0.0, share), 1.0)
+
+
+def transfer(threads: int) -> float | None:
+    """Seconds for a cache line to get from one thread to another; None where it cannot be told.
+
+    On a virtual machine it changes while a benchmark runs: from 30 to 165 ns, when the host moves one of two
+    cores to another cache. Threads that share data are then slower, our backward pass by up to two times.
+    """
+    try:
+        from fusedrnn._core import testing
+
+        return min(testing.time_transfers(2000) for _ in range(5)) if threads > 1 else None
+    except (ImportError, RuntimeError):  # not built; there is no second thread
+        return None
 
 
 def numpy_rates(dtype: str, sizes: Sequence[int]) -> None:
