@@ -433,7 +433,12 @@ struct ForwardLoop : ForwardSteps<V, O> {
   // Blocks per tile: in phase 2, with one accumulator, as many as a tile of phase 1 has vectors.
   Index width(int phase) const {
     if (rows.count > 1) return phase == 1 ? kWide : A * kWide;
-    return kWide == 1 && phase == 1 ? 2 : kOneRow;
+    const Index widest = kWide == 1 && phase == 1 ? 2 : kOneRow;
+    if (!job.weight_hh) return widest;
+    // A panel that is packed for this tile has to stay in the cache until then.
+    constexpr Index kPanelBytes = 512 << 10;
+    const Index block_bytes = (job.I + job.P) * A * kBlock * Index(sizeof(T));
+    return kPanelBytes / block_bytes < 1 ? 1 : kPanelBytes / block_bytes < widest ? kPanelBytes / block_bytes : widest;
   }
 
   bool step(int phase) {
