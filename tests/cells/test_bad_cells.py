@@ -47,7 +47,7 @@ def check(error, function, words):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.function.__name__)
 def test_a_mistake_is_named(case):
     with pytest.raises(CellError) as caught:
-        Cell(case.function).trace  # noqa: B018
+        cell(case.function).trace  # noqa: B018  or at the decorator, where there are no options
     check(caught.value, case.at, case.words)
 
 
@@ -139,6 +139,35 @@ def test_what_takes_layers_says_so_of_cells_and_functions():
         gradcheck(lstm, np.zeros((3, 2, 4)))
     with pytest.raises(TypeError, match=r"^cells: expected a list, \[lstm\("):
         run_suite(cells=lstm)
+
+
+def test_a_function_is_run_at_the_decorator():
+    with pytest.raises(CellError, match=r"if h > 0:\nwhether a condition holds"):
+
+        @cell
+        def asks(p, x, h):
+            if h > 0:
+                return h
+            return p.dense("a", x, h)
+
+
+def test_names_that_are_defined_later_and_options_can_be_used():
+    @cell
+    def early(p, x, h):
+        return later(p.dense("a", x, h))
+
+    @cell
+    def chosen(p, x, h, *, steps=None):
+        a = p.dense("a", x, h)
+        for _ in range(steps):
+            a = tanh(a)
+        return a
+
+    later = tanh
+    assert early.states == ("h",)
+    assert chosen.with_options(steps=1).states == ("h",)
+    with pytest.raises(TypeError, match="NoneType"):
+        chosen.trace  # noqa: B018
 
 
 def test_the_decorator_may_have_brackets():

@@ -284,14 +284,12 @@ def test_multilayer_sums_over_layers_and_directions():
 
 
 def test_names_of_parameters_are_taken():
-    @cell
     def taken(p, x, h, *, u):
         return tanh(p.dense("a", x, h) * p.vector("u")) * u
 
-    @cell
     def state(p, x, h, *, state0):
         return tanh(p.dense("a", x, h)) * state0
 
     for wrong, name in ((taken, "u"), (state, "state0")):
         with pytest.raises(CellError, match=f"expected another name than {name} for a row scalar"):
-            wrong.trace  # noqa: B018
+            cell(wrong)

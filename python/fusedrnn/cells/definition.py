@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -27,7 +28,8 @@ OF_PRODUCTS = (*PLAIN, "weight_hr")  # and of a projection
 class Cell:
     """A cell, defined by a function, with its options. It is made by ``cell``.
 
-    Two cells are equal if their functions and options are. Everything is derived when it is first used.
+    Two cells are equal if their functions and options are. What is derived from the function is derived when
+    it is first used.
 
     Attributes:
         name: The name of the function.
@@ -241,12 +243,20 @@ def cell(function: Callable[..., Any] | None = None) -> Cell | Callable[[Callabl
     once, on symbols. A state may have a default, which is its initial value (else 0). Keyword-only arguments
     with a default are options. Those without a default are row scalars, one number for each row and step,
     such as the time since the previous step.
+
+    Raises:
+        CellError: The function cannot be turned into kernels; the message names the line. A function that has
+            options, or uses a name that is defined after it, is run at its first use instead of here.
     """
     if function is None:  # @cell()
         return cell
     if not inspect.isfunction(function):
         refuse(f"cell: expected a function of p, x and the states, got {kind(function)}")
-    return Cell(function)
+    made = Cell(function)
+    if not made.options:  # whose defaults may never be used
+        with contextlib.suppress(NameError):
+            _ = made.trace
+    return made
 
 
 @functools.cache
