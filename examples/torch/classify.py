@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from fusedrnn.programs.common import at_least
+
 COEFFICIENTS, SHORTEST, LONGEST, BATCH = (-0.4, 0.4), 10, 50, 64
 DEVIATION = 0.5  # at 1, Adam with 0.01 is so near to instability that rounding errors grow within 20 steps
 
@@ -122,8 +124,10 @@ def program(args):
 
 def arguments():
     options = side_by_side.parser(__doc__, epochs=30)
-    options.add_argument("--size", type=int, default=4000, help="training sequences (default: %(default)s)")
-    options.add_argument("--patience", type=int, default=6, help="epochs without a better one")
+    options.add_argument(
+        "--size", type=at_least(4), default=4000, help="training sequences (default: %(default)s)"
+    )
+    options.add_argument("--patience", type=at_least(1), default=6, help="epochs without a better one")
     return options
 
 

@@ -11,6 +11,8 @@ import side_by_side
 import torch
 from torch import nn
 
+from fusedrnn.programs.common import at_least
+
 WINDOW, BATCH = 30, 64
 
 
@@ -103,7 +105,7 @@ def program(args):
 
 def arguments():
     options = side_by_side.parser(__doc__, epochs=100)
-    options.add_argument("--size", type=int, default=1500, help="windows of each series")
+    options.add_argument("--size", type=at_least(20), default=1500, help="windows of each series")
     return options
 
 

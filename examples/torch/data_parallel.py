@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fusedrnn
+from fusedrnn.programs.common import at_least
 from fusedrnn.torch import LSTM
 
 
@@ -108,10 +109,12 @@ def train(args):
 def main():
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--checkpoint", default="data_parallel.pt", help="default: %(default)s")
-    options.add_argument("--every", type=int, default=20, help="steps between checkpoints")
-    options.add_argument("--steps", type=int, default=200, help="default: %(default)s")
-    options.add_argument("--batch", type=int, default=64, help="of all processes together")
-    options.add_argument("--size", type=int, default=1024, help="number of series (default: %(default)s)")
+    options.add_argument("--every", type=at_least(1), default=20, help="steps between checkpoints")
+    options.add_argument("--steps", type=at_least(1), default=200, help="default: %(default)s")
+    options.add_argument("--batch", type=at_least(1), default=64, help="of all processes together")
+    options.add_argument(
+        "--size", type=at_least(1), default=1024, help="number of series (default: %(default)s)"
+    )
     options.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     args = options.parse_args()
 

@@ -4,14 +4,16 @@ import argparse
 
 import torch
 
+from fusedrnn.programs.common import at_least, seed
+
 
 def parser(text, epochs):
     """The options of all of them; ``text`` is the module's docstring."""
     options = argparse.ArgumentParser(description=text.partition("\n")[0])
     options.add_argument("--layers", choices=["torch", "fusedrnn"], default="fusedrnn", help="whose layer")
     options.add_argument("--compare", action="store_true", help="run with both, side by side")
-    options.add_argument("--epochs", type=int, default=epochs, help="default: %(default)s")
-    options.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    options.add_argument("--epochs", type=at_least(1), default=epochs, help="default: %(default)s")
+    options.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     return options
 
 

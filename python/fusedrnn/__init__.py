@@ -11,6 +11,10 @@ Layers, models and optimisers are for everyday use. ``kernels`` has the kernels 
 
 from typing import Any
 
+from fusedrnn import interrupts as interrupts  # before all that takes a while
+
+# isort: split
+
 from fusedrnn import (
     checkpoint,
     cuda,

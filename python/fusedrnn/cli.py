@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
-from fusedrnn import backends, programs, system, terminal
+from fusedrnn import backends, interrupts, programs, system, terminal
 from fusedrnn.cells import CELLS, Cell
 from fusedrnn.cells.files import load
-from fusedrnn.programs.common import at_least
+from fusedrnn.programs.common import at_least, output_file
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE = 1, 2
 
 
 class Failed(Exception):
@@ -55,7 +55,7 @@ def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
         for name in found:
             if name not in allowed:
                 raise argparse.ArgumentTypeError(f"expected names out of {', '.join(allowed)}, got {name!r}")
-        return found
+        return list(dict.fromkeys(found))
 
     return parse
 
@@ -208,14 +208,13 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--memory", action="store_true", help="also show bytes saved and peak memory")
     parser.add_argument("--quick", action="store_true", help="a few small cases, few repetitions")
-    parser.add_argument("--json", metavar="FILE", help="also write the result to FILE")
-    parser.add_argument("--plot", metavar="FILE", help="also draw the ratios to FILE, for example ratios.png")
-
-
-def check_writable(option: str, path: str | None) -> None:
-    """An OSError where a result could not be written: before the work, not after it."""
-    if path and not os.access(os.path.dirname(path) or ".", os.W_OK):
-        raise OSError(f"{option}: cannot write to {path}")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the result to FILE")
+    parser.add_argument(
+        "--plot",
+        type=output_file,
+        metavar="FILE",
+        help="also draw the ratios to FILE, for example ratios.png",
+    )
 
 
 def run_bench(args: argparse.Namespace) -> None:
@@ -225,10 +224,10 @@ def run_bench(args: argparse.Namespace) -> None:
         for option in options if device != args.device else ():
             if getattr(args, option) not in (None, False):
                 raise ValueError(f"--{option}: not with --device {args.device}")
-    check_writable("--json", args.json)
-    check_writable("--plot", args.plot)
     if args.plot:
         from fusedrnn.bench import plot  # says what to install where matplotlib is missing
+
+        plot.check_ending(args.plot)
     own = own_cell(args, ("cell", "suite", "memory"))
     unable: list[str] = []
     if own is None and args.show_loop:
@@ -440,23 +439,27 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    top = parser()
-    args = top.parse_args(argv)
-    if args.command is None:
-        top.print_help()
-        return 0
+    args = None
     try:
+        interrupts.raise_again()
+        top = parser()
+        args = top.parse_args(argv)
+        if args.command is None:
+            top.print_help()
+            return 0
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         note("")
         print(f"interrupted {stop}".rstrip(), file=sys.stderr)
-        return INTERRUPTED
+        return interrupts.INTERRUPTED
     except BrokenPipeError:  # the reader has left, as in: fusedrnn info | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Failed, ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
-        if args.traceback:
+    except (
+        Failed, ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError, ArithmeticError
+    ) as error:  # fmt: skip
+        if args is None or args.traceback:
             raise
         note("")
         message = " ".join(str(error).split()) or type(error).__name__

@@ -370,8 +370,10 @@ def test_the_command(tmp_path):
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_a_file_that_cannot_be_written_is_refused_before_it_measures(option, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "run", lambda *arguments, **options: pytest.fail("it measured"))
-    assert cli.main(["bench", option, str(tmp_path / "missing" / "result")]) == 2
-    assert capsys.readouterr().err.startswith(f"fusedrnn bench: {option}: cannot write")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        cli.main(["bench", option, str(tmp_path / "file" / "result")])
+    assert f"argument {option}: expected a folder to write to" in capsys.readouterr().err
 
 
 def test_a_plot_without_matplotlib_is_refused_before_it_measures(tmp_path, monkeypatch, capsys):

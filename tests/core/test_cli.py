@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,11 @@ def actions(parser: argparse.ArgumentParser, path: str = "fusedrnn"):
                 yield from actions(below, f"{path} {name}")
 
 
+def test_every_number_has_a_range():
+    """What it refuses is in the list below."""
+    assert not [(path, a.dest) for path, a in actions(cli.parser()) if a.type in (int, float)]
+
+
 def test_every_option_has_a_help_text():
     silent = [
         (path, a.dest)
@@ -82,6 +88,8 @@ def test_every_option_has_a_help_text():
         ["bench", "--shape", "1,2,3,x"],
         ["bench", "--threads", "0"],
         ["bench", "--threads", "two"],
+        ["bench", "--json", "/"],
+        ["bench", "--plot", "/"],
         ["bench", "--peers", "cudnn"],
         ["bench", "--suite", "everything"],
         ["bench", "--suite", "rl", "--shape", "1,2,3,4"],
@@ -90,6 +98,14 @@ def test_every_option_has_a_help_text():
         ["train", "sine", "--epochs", "-1"],
         ["train", "sine", "--epochs", "1.5"],
         ["train", "pollution", "--epochs", "-3"],
+        ["train", "pollution", "--every", "-1"],
+        ["train", "pollution", "--every", "nan"],
+        ["train", "pollution", "--every", "inf"],
+        ["train", "classify", "--size", "3"],
+        ["train", "classify", "--patience", "0"],
+        ["train", "continual", "--size", "-20"],
+        ["train", "runoff", "--catchments", "0"],
+        ["train", "sine", "--seed", "4294967296"],
         ["train", "airline", "--seed", "-1"],
         ["gradcheck", "--seed", "-1"],
         ["gradcheck", "--option", "everything"],
@@ -152,6 +168,30 @@ sys.exit(cli.main(["bench", "--quick", "--shape", "2,1,1,1", "9000,64,64,64", "-
             process.kill()
     assert process.returncode == 130
     assert err == "interrupted\n"
+
+
+@pytest.mark.parametrize("command", [["-m", "fusedrnn"], ["fusedrnn"]], ids=" ".join)
+def test_ctrl_c_during_the_imports_is_quiet(command, tmp_path):
+    """Of which one never ends here: another module in place of NumPy."""
+    (tmp_path / "numpy.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "fusedrnn").write_text("from fusedrnn.cli import main\nmain()\n")  # as pip makes it
+    package = Path(cli.__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, *command, "info"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{package}"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background
+    ) as process:
+        try:
+            assert process.stdout.readline() == "importing\n", process.stderr.read()
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=60) == ("", "")
+        finally:
+            process.kill()
+    assert process.returncode == 130
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -53,7 +53,7 @@ LEVELS = {
     "functions": 4, "layer": 5, "unfused": 5, "recurrent": 5, "layers": 5, "models": 6,
     "optimizers": 6, "dataloaders": 6, "checkpoint": 7, "gradcheck": 7, "gradcheck_suite": 8,
     "system": 7, "plot": 7, "": 8, "torch": 8, "bench": 8, "terminal": 8, "programs": 9, "cli": 10,
-    "__main__": 11,
+    "__main__": 11, "interrupts": 0,
 }  # fmt: skip
 
 

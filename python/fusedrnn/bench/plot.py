@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 try:
@@ -32,8 +33,15 @@ STYLES: dict[str, tuple[str, str, str]] = {
 }
 
 
+def check_ending(path: Path) -> None:
+    """A ValueError if Matplotlib writes no files with this ending."""
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise ValueError(f"--plot: expected a name that ends in one of {', '.join(known)}, got {path}")
+
+
 @style()
-def draw(report: dict[str, Any], path: str) -> None:
+def draw(report: dict[str, Any], path: str | Path) -> None:
     """Draw the ratios of a report to a file, its kind by the ending of its name."""
     rows = report["rows"]
     one_cell = "," not in report["cell"]

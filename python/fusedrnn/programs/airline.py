@@ -153,7 +153,7 @@ def best_epochs(w: Array, cell: str, seed: int, after_epoch: Callable[[float], N
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
-    parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=common.seed, default=0, help="default: %(default)s")
     parser.add_argument(
         "--out", type=common.folder, default=".", metavar="DIR", help="where airline.png goes (default: here)"
     )

@@ -1,9 +1,11 @@
-"""What the programs share: how they report, the models that they train, data files, scores, and figures."""
+"""What the programs share: how they report, the models that they train, files, scores, and figures."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,19 +26,25 @@ CELLS: dict[str, Callable[..., layers.Recurrent]] = {
 }
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """For argparse: a whole number of at least ``least``."""
+def at_least(least: int, most: float = math.inf, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    """For argparse: a number of at least ``least`` and at most ``most``, not infinite."""
+    words = "whole" if kind is int else "finite"
+    limit = "" if most == math.inf else f" and at most {most}"
 
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    def parse(text: str) -> int | float:
+        value: int | float = math.nan
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            raise argparse.ArgumentTypeError(
+                f"expected a {words} number of at least {least}{limit}, got {text!r}"
+            )
         return value
 
     return parse
+
+
+seed = at_least(0, 2**32 - 1)  # for argparse: what NumPy's global generator takes
 
 
 class Progress(Protocol):
@@ -163,12 +171,13 @@ def read(path: Path, columns: Sequence[str], where: str) -> Array:
 def scores(prediction: Array, truth: Array) -> dict[str, float]:
     """MSE, RMSE, MAE and R2, in float64."""
     p, t = prediction.astype(np.float64).ravel(), truth.astype(np.float64).ravel()
+    error, total = np.sum((t - p) ** 2), np.sum((t - t.mean()) ** 2)
     mse = float(np.mean((t - p) ** 2))
     return {
         "MSE": mse,
         "RMSE": mse**0.5,
         "MAE": float(np.mean(np.abs(t - p))),
-        "R2": float(1 - np.sum((t - p) ** 2) / np.sum((t - t.mean()) ** 2)),
+        "R2": float(1 - error / total) if total else math.nan,  # of equal values it is not defined
     }
 
 
@@ -225,9 +234,11 @@ def folder(name: str) -> Path:
         ) from None
 
 
-def checkpoint_file(name: str) -> Path:
-    """For argparse: a file in such a folder."""
+def output_file(name: str) -> Path:
+    """For argparse: a file in such a folder, which can be written to if it exists."""
     path = Path(name)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file, got the folder {name!r}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file to write to, got {name!r}: Permission denied")
     return folder(str(path.parent)) / path.name

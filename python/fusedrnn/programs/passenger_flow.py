@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the recipe; the other network takes a quarter (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=common.seed, default=0, help="default: %(default)s")
     parser.add_argument(
         "--out",
         type=common.folder,

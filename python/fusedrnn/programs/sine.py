@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--one-line", action="store_true", help="one time line of 999 steps instead of 30")
     parser.add_argument("--steps", action="store_true", help="single steps instead of chunks of 30")
-    parser.add_argument("--seed", type=common.at_least(0), default=42, help="default: %(default)s")
+    parser.add_argument("--seed", type=common.seed, default=42, help="default: %(default)s")
     parser.add_argument(
         "--out", type=common.folder, default=".", metavar="DIR", help="where sine.png goes (default: here)"
     )

@@ -194,19 +194,19 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int | str) -> None:
         metavar="N",
         help=f"how many in all; 0 trains nothing (default: {epochs})",
     )
-    parser.add_argument("--seed", type=common.at_least(0), default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=common.seed, default=0, help="default: %(default)s")
     parser.add_argument(
         "--out", type=common.folder, default=".", metavar="DIR", help="where the files go (default: here)"
     )
     parser.add_argument(
         "--checkpoint",
-        type=common.checkpoint_file,
+        type=common.output_file,
         metavar="FILE",
         help="where checkpoints go (default: none are made)",
     )
     parser.add_argument(
         "--every",
-        type=float,
+        type=common.at_least(0, kind=float),
         default=30,
         metavar="SECONDS",
         help="between checkpoints (default: %(default)s)",
