@@ -15,13 +15,13 @@ import numpy as np
 import fusedrnn.functions as F
 import fusedrnn.layers as L
 from fusedrnn import SeqDataLoader, checkpoint, models, no_grad, optimizers
-from fusedrnn.datasets import Series
+from fusedrnn.datasets import Series, read_csv
 
 if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
     sys.exit(__doc__)
 
-columns = (1, 2, 3, 4, 6, 7, 8)  # pollution dew temp press wnd_spd snow rain
-rows = np.loadtxt(sys.argv[1], np.float32, delimiter=",", skiprows=1, usecols=columns)
+columns = ["pollution", "dew", "temp", "press", "wnd_spd", "snow", "rain"]
+rows = read_csv(sys.argv[1], columns, hours=1).astype(np.float32)
 n = int(0.7 * len(rows))
 x = (rows - rows[:n].mean(axis=0)) / rows[:n].std(axis=0)
 change = np.diff(rows[:, :1], axis=0)  # until the next hour

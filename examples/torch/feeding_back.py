@@ -9,16 +9,16 @@ Training is on 500 sequences of 0 to 99 days. Three ways to hold them (--ragged)
 PackedSequence, or padded with ``lengths=``, which our layer has. Over the valid days the loss is the same.
 """
 
-import csv
 import math
 import sys
 import time
-from pathlib import Path
 
 import side_by_side
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from fusedrnn.programs import feeding_back as native
 
 N, AHEAD, LONGEST = 250, 60, 100  # training days; days beyond the data; sequences are shorter than this
 
@@ -44,12 +44,10 @@ def build(layers):
 
 def read(path):
     """The series, standardised."""
-    if not Path(path).is_file():
-        sys.exit(
-            f"{path}: no such file. It is not part of the package; the head of this example tells of it."
-        )
-    with open(path, newline="") as file:
-        values = torch.tensor([float(row["reported"]) for row in csv.DictReader(file)])
+    try:
+        values = torch.tensor(native.read(path), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     return (values - values.mean()) / values.std(), values.mean(), values.std()
 
 
@@ -163,8 +161,12 @@ def program(args):
     difference = (carried - recomputed).abs().max()
     print(f"carried state against recomputing: difference {difference:.1e}, {ratio:.1f} times as fast")
     print(f"last prediction {prediction[-1]:.3f}, truth {z[-1]:.3f}")
-    beyond = feed_back(model, z, AHEAD) * std + mean
+    further = feed_back(model, z, AHEAD)
+    beyond = further * std + mean
     print(f"{AHEAD} days beyond the data: the last is {beyond[-1]:.0f}")
+    for days, known in ((prediction, z[:N]), (further, z)):
+        if said := native.far_off(days.numpy(), known.numpy()):
+            print(said)
     if args.plot:
         plot(args.plot, z, prediction)
     scores = {

@@ -1,13 +1,18 @@
-"""Data sets: pairs of input and target, by index."""
+"""Data sets: pairs of input and target, by index. And a reader for CSV files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from os import PathLike
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 Transform = Callable[[Any], Any]
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Dataset:
@@ -82,3 +87,78 @@ class SinCurve(Dataset):
         noise = np.random.uniform(-0.05, 0.05, size=x.shape)
         y = (np.sin(x) + noise if self.train else np.cos(x))[:, np.newaxis]
         self.data, self.label = y[:-1], y[1:]
+
+
+def read_csv(
+    path: str | PathLike[str], columns: Sequence[str], *, hours: float | None = None
+) -> npt.NDArray[np.float64]:
+    """The named columns of a CSV file, as an array ``(N, C)`` in float64.
+
+    The first line has the names of the columns, with commas in between. The encoding is UTF-8. Empty lines
+    are skipped.
+
+    Args:
+        path: The file.
+        columns: The names of C columns.
+        hours: If it is given, the file has to have a column ``date``, which is this much later in each row
+            than in the row before. A date is written as ``2024-12-31``, ``2024-12-31 23:00`` or ``31-12-2024
+            23:00``.
+
+    Raises:
+        TypeError: ``columns`` is one text instead of a list.
+        OSError: The file cannot be read.
+        ValueError: The file has not each of the columns once, a row has too few or too many values, a value
+            is not a number or not finite in float32, a date is not the expected one, there are no rows, or it
+            is not a CSV file in UTF-8. The message names the line.
+    """
+    if isinstance(columns, str):
+        raise TypeError(f"columns: expected a list of names, got {columns!r}")
+    expected = [*columns] if hours is None else ["date", *columns]
+    rows: list[list[float]] = []
+    before: datetime | None = None
+    with open(path, newline="", encoding="utf-8-sig") as file:  # without the mark that Excel writes first
+        lines = csv.reader(file, skipinitialspace=True)
+        try:
+            names = [name.strip() for name in next(lines, [])]
+            if any(names.count(name) != 1 for name in expected):
+                raise ValueError(
+                    f"{path}: expected each of the columns {', '.join(expected)} once, separated by commas, "
+                    f"got {','.join(names)[:80]!r}"
+                )
+            for values in lines:
+                if not any(values):
+                    continue
+                at = f"{path}, line {lines.line_num}"
+                if len(values) != len(names):
+                    raise ValueError(f"{at}: expected {len(names)} values, got {len(values)}")
+                line = dict(zip(names, map(str.strip, values), strict=True))
+                try:
+                    rows.append([float(line[name]) for name in columns])
+                except ValueError:
+                    raise ValueError(f"{at}: not a number in {line}") from None
+                if not all(abs(value) <= LARGEST for value in rows[-1]):
+                    raise ValueError(f"{at}: not a finite number in float32: {line}")
+                if hours is not None:
+                    date = _date(line["date"], at)
+                    if before is not None and date != (after := before + timedelta(hours=hours)):
+                        raise ValueError(
+                            f"{at}: expected the date {after:%Y-%m-%d %H:%M}, {hours:g} h after the row "
+                            f"before, got {line['date']!r}"
+                        )
+                    before = date
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: expected a CSV file in UTF-8, got one that is not: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: expected rows with values, got none")
+    return np.array(rows)
+
+
+def _date(text: str, at: str) -> datetime:
+    """A date as ISO 8601 writes it, or with the day first; with or without the time of day."""
+    iso = f"{text[6:10]}-{text[3:5]}-{text[:2]}{text[10:]}" if text[2:3] == "-" else text
+    try:
+        return datetime.fromisoformat(iso)
+    except ValueError:
+        raise ValueError(
+            f"{at}: expected a date such as 2024-12-31 or 31-12-2024 23:00, got {text!r}"
+        ) from None

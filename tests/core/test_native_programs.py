@@ -68,7 +68,8 @@ def daily(tmp_path):
     path = tmp_path / "daily.csv"
     day = np.arange(359)
     values = 90000 + 80000 * np.sin(day / 40) + np.random.default_rng(0).normal(0, 5000, 359)
-    rows = [f"day {k},{v:.0f}" for k, v in zip(day, values, strict=True)]
+    dates = np.datetime64("2022-01-07") + np.arange(359)
+    rows = [f"{date},{v:.0f}" for date, v in zip(dates, values, strict=True)]
     path.write_text("\n".join(["date,reported", *rows]) + "\n")
     return path
 
@@ -202,6 +203,19 @@ def test_feeding_back(daily, monkeypatch):
     again = feeding_back.feed_back_recomputing(result.model, z, 20)
     np.testing.assert_allclose(carried, again, rtol=0, atol=2e-6)
     assert carried.std() > 0
+
+
+@pytest.mark.quick
+def test_a_forecast_that_diverges_is_told(daily, monkeypatch):
+    known = np.array([0.5, 0.0, 1.0])
+    assert feeding_back.far_off(np.array([2.0, -1.0]), known) == ""
+    said = feeding_back.far_off(np.array([2.0, -1.5, 9.0]), known)
+    assert said == "Fed back, the forecast diverges: day 2 is -1.5, all known days are from 0 to 1."
+    _, lines = run("feeding-back", "--data", str(daily), "--epochs", "0")
+    assert not any("diverges" in line for line in lines)
+    monkeypatch.setattr(feeding_back, "feed_back", lambda model, known, steps: np.arange(steps))
+    _, lines = run("feeding-back", "--data", str(daily), "--epochs", "0")
+    assert sum("diverges: day " in line for line in lines) == 2
 
 
 def test_each_draws_its_plot(daily, tmp_path):
@@ -381,11 +395,11 @@ def test_wrong_checkpoints_and_files_are_one_line(daily, tmp_path, monkeypatch, 
     assert "there is no file none.csv" in fails("feeding-back", "--data", "none.csv")
     text = daily.read_text()
     for change, words in (
-        (text.replace("reported", "results"), "daily.csv: no column reported"),
-        (text.replace("day 7,", "day 7,nan\n"), "line 9: not a finite number"),
-        (text.replace("day 7,", "day 7,x"), "line 9: not a number"),
+        (text.replace("reported", "results"), "daily.csv: expected each of the columns date, reported once"),
+        (text.replace("01-14,", "01-14,nan\n"), "line 9: not a finite number"),
+        (text.replace("01-14,", "01-14,x"), "line 9: not a number"),
         ("\n".join(text.split("\n")[:200]), "expected at least 350 rows"),
-        ("", "no column reported"),
+        ("", "expected each of the columns date, reported once"),
     ):
         daily.write_text(change)
         assert words in fails("feeding-back", "--data", str(daily))

@@ -231,7 +231,7 @@ def small(tmp_path):
         for k in range(900):
             level = max(0.0, level + rng.normal(0, 8))
             row = [round(level), rng.integers(-20, 20), rng.integers(-10, 30), 1010 + rng.integers(0, 20)]
-            out.writerow([f"hour {k}", *row, "SE", round(rng.random() * 9, 2), 0, 0])
+            out.writerow([np.datetime64("2010-01-02T00") + k, *row, "SE", round(rng.random() * 9, 2), 0, 0])
     return path
 
 
@@ -248,13 +248,15 @@ def test_a_missing_file_says_where_the_data_are(monkeypatch, tmp_path):
 def test_a_wrong_file_is_named(tmp_path):
     path = tmp_path / "wrong.csv"
     path.write_text("date,pollution\n1,2\n")
-    with pytest.raises(ValueError, match=r"wrong\.csv: no column dew, temp"):
+    with pytest.raises(
+        ValueError, match=r"wrong\.csv: expected each of the columns date, pollution, dew, temp, .* once"
+    ):
         pollution.read(str(path))
-    names = ",".join(pollution.INPUTS)
-    path.write_text(f"{names}\n1,2,3,4,5,6,7\n1,2,x,4,5,6,7\n")
+    names = ",".join(["date", *pollution.INPUTS])
+    path.write_text(f"{names}\n2010-01-02 00:00,1,2,3,4,5,6,7\n2010-01-02 00:00,1,2,x,4,5,6,7\n")
     with pytest.raises(ValueError, match=r"wrong\.csv, line 3: not a number"):
         pollution.read(str(path))
-    path.write_text(f"{names}\n1,2,nan,4,5,6,7\n")
+    path.write_text(f"{names}\n2010-01-02 00:00,1,2,nan,4,5,6,7\n")
     with pytest.raises(ValueError, match=r"wrong\.csv, line 2: not a finite number"):
         pollution.read(str(path))
     path.write_bytes(b"\xff\x00\x80")

@@ -135,7 +135,7 @@ def test_641_parameters(example):
 
 
 def test_a_missing_data_file_is_a_clear_message(example):
-    with pytest.raises(SystemExit, match="no such file"):
+    with pytest.raises(SystemExit, match="there is no file nowhere"):
         example("feeding_back").read("nowhere.csv")
 
 

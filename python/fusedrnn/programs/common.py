@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import math
 import os
 import tempfile
@@ -145,27 +144,6 @@ def find(data: str | None, name: str, where: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}. {where}")
     return path
-
-
-def read(path: Path, columns: Sequence[str], where: str) -> Array:
-    """The columns ``(N, C)`` of a CSV file, float64; what is wrong in it is named, with its line."""
-    rows = []
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = csv.DictReader(file)
-        try:
-            missing = [name for name in columns if name not in (lines.fieldnames or ())]
-            if missing:
-                raise ValueError(f"{path}: no column {', '.join(missing)}. {where}")
-            for line in lines:
-                try:
-                    rows.append([float(line[name]) for name in columns])
-                except (TypeError, ValueError):
-                    raise ValueError(f"{path}, line {lines.line_num}: not a number in {line}") from None
-                if not np.isfinite(rows[-1]).all():
-                    raise ValueError(f"{path}, line {lines.line_num}: not a finite number in {line}")
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path}: expected a CSV file in UTF-8, got one that is not: {error}") from None
-    return np.array(rows).reshape(-1, len(columns))
 
 
 def scores(prediction: Array, truth: Array) -> dict[str, float]:

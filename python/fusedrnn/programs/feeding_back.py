@@ -17,6 +17,7 @@ import numpy as np
 from fusedrnn import functions as F
 from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, Variable, no_grad
+from fusedrnn.datasets import read_csv
 from fusedrnn.models import Model
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common, training
@@ -49,9 +50,11 @@ class Net(Model):
 def read(data: str | None) -> Array:
     """The daily numbers ``(359,)``."""
     path = common.find(data, FILE, WHERE)
-    values: Array = common.read(path, ["reported"], WHERE)[:, 0]
+    values = read_csv(path, ["reported"], hours=24)[:, 0]
     if len(values) < N + LONGEST:
         raise ValueError(f"{path}: expected at least {N + LONGEST} rows, got {len(values)}. {WHERE}")
+    if values.min() == values.max():
+        raise ValueError(f"{path}: expected numbers that differ in reported, got only {values[0]:g}")
     return values
 
 
@@ -121,6 +124,19 @@ def feed_back_recomputing(model: Net, known: Array, steps: int) -> Array:
     return days[len(known) :].ravel()
 
 
+def far_off(days: Array, known: Array) -> str:
+    """A line where predictions are outside the range of the known days by more than its width, else none."""
+    low, high = known.min(), known.max()
+    outside = np.maximum(low - days, days - high)
+    if outside.max() <= high - low:
+        return ""
+    first = int(np.argmax(outside > high - low))
+    return (
+        f"Fed back, the forecast diverges: day {first + 1} is {days[first]:.3g}, all known days are from "
+        f"{low:.3g} to {high:.3g}."
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help=f"the CSV file (default: $FUSEDRNN_DATA/{FILE})")
     parser.add_argument("--lengths", action="store_true", help="true lengths, not padding; of --over valid")
@@ -156,10 +172,10 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     between = time.perf_counter()
     again = feed_back_recomputing(model, z[:N], len(truth))
     ratio = (time.perf_counter() - between) / (between - start)
-    beyond = feed_back(model, z, AHEAD)[-1] * deviation + mean
+    beyond = feed_back(model, z, AHEAD)
     found = {}
     for name, days, last in (
-        ("LSTM", fed, beyond),
+        ("LSTM", fed, beyond[-1] * deviation + mean),
         ("holding the last known day", np.full(len(truth), z[N - 1]), values[-1]),
         ("holding the last training target", np.full(len(truth), z[N]), values[-1]),
     ):
@@ -171,6 +187,9 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     title = f"{len(truth)} days fed back, standardised (the last day is {z[-1]:.3f})"
     common.score_table(report, title, found)
     common.compare(report, found, "MSE")
+    for days, known in ((fed, z[:N]), (beyond, z)):
+        if said := far_off(days, known):
+            report.line(said)
     report.line("Mean and deviation are those of the whole series: they look into the test part.")
     if args.over == "all":
         report.line("Half of the loss is padding with target 0: not comparable with a loss over valid days.")

@@ -18,7 +18,7 @@ from fusedrnn import functions as F
 from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.dataloaders import SeqDataLoader
-from fusedrnn.datasets import Series
+from fusedrnn.datasets import Series, read_csv
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common
 from fusedrnn.programs import training as train
@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 def read(data: str | None) -> Array:
     """The inputs ``(N, 7)``, float32, unscaled."""
-    return common.read(common.find(data, FILE, WHERE), INPUTS, WHERE).astype(np.float32)
+    return read_csv(common.find(data, FILE, WHERE), INPUTS, hours=1).astype(np.float32)
 
 
 class Task(NamedTuple):
@@ -71,7 +71,7 @@ def prepare(rows: Array, task: str) -> Task:
     """
     n = int(0.7 * len(rows))
     if n < BATCH or len(rows) - n < 2:
-        raise ValueError(f"{len(rows)} rows, expected at least {2 * BATCH}")
+        raise ValueError(f"the data file: expected at least {2 * BATCH} rows, got {len(rows)}")
     pollution = rows[:, :1]
     if task == "same-row":
         train, test = Series(rows[:n], pollution[:n]), Series(rows[n:], pollution[n:])
@@ -80,6 +80,8 @@ def prepare(rows: Array, task: str) -> Task:
     x = (rows - rows[:n].mean(axis=0)) / np.maximum(rows[:n].std(axis=0), 1e-3)
     change = np.diff(pollution, axis=0)
     scale = change[: n - 1].std()
+    if scale == 0:
+        raise ValueError("pollution: expected changes from hour to hour that differ, got the same in each")
     train, test = (Series(x[a:b], change[a:b] / scale) for a, b in ((0, n - 1), (n, len(rows) - 1)))
     now, truth = pollution[n:-1, 0], pollution[n + 1 :, 0]
     return Task(train, test, truth, now, "persistence: as now", lambda outputs: now + scale * outputs)

@@ -29,7 +29,7 @@ def convert(source: str, target: str) -> int:
     """Returns how many rows were written.
 
     Raises:
-        ValueError: A column is missing, or there is nothing after the first day.
+        ValueError: A column is missing, a date is not one, or there is nothing after the first day.
     """
     with open(source, newline="", encoding="utf-8") as file:
         lines = csv.DictReader(file)
@@ -39,17 +39,25 @@ def convert(source: str, target: str) -> int:
         rows = list(lines)[FIRST_DAY:]
     if not rows:
         raise ValueError(f"{source}: expected more than the {FIRST_DAY} hours of the first day")
+    found = []
+    for row in rows:
+        try:
+            day, month, year, hour = (int(row[name]) for name in DATE)
+        except (TypeError, ValueError):
+            raise ValueError(f"{source}: expected numbers for day, month, year and hour in {row}") from None
+        values = ["0" if row[name] in ("NA", "") else row[name] for name in COLUMNS.values()]
+        found.append([f"{day:02}-{month:02}-{year} {hour:02}:00", *values])
     with open(target, "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(["date", *COLUMNS])
-        for row in rows:
-            day, month, year, hour = (int(row[name]) for name in DATE)
-            values = ["0" if row[name] in ("NA", "") else row[name] for name in COLUMNS.values()]
-            out.writerow([f"{day:02}-{month:02}-{year} {hour:02}:00", *values])
+        out.writerows(found)
     return len(rows)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    print(f"{convert(*sys.argv[1:])} rows")
+    try:
+        print(f"{convert(*sys.argv[1:])} rows")
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
