@@ -64,12 +64,18 @@ class Optimizer:
 
         Raises:
             RuntimeError: ``setup`` has not been called.
+            FloatingPointError: A gradient has a value that is not finite; the message names the first such
+                parameter. Nothing has changed.
         """
         if self.target is None:
             raise RuntimeError("update: expected a call of setup(model) before")
         pairs = [
             (p, cuda.as_array(p.grad._data, p.dtype)) for p in self.target.params() if p.grad is not None
         ]
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = float(sum(g.sum() for _, g in pairs))  # one pass; and a GPU is asked once
+        if not math.isfinite(total):
+            self._check_finite(pairs)
         self.t += 1
         if self.max_norm is not None:
             norm = math.sqrt(math.fsum(_square_sum(g) for _, g in pairs))
@@ -80,6 +86,18 @@ class Optimizer:
                 g = g + self.weight_decay * p._data
             self.update_one(p, g)
             p.version += 1  # the change was in place
+
+    def _check_finite(self, pairs: list[tuple[Parameter, Array]]) -> None:
+        """Find the first gradient that is not finite. There may be none, where their sum alone overflows."""
+        assert self.target is not None
+        names = {id(p): name for name, p in self.target.named_params()}
+        for p, g in pairs:
+            count = g.size - int(cuda.get_array_module(g).isfinite(g).sum())
+            if count:
+                raise FloatingPointError(
+                    f"update: expected a finite gradient of {names[id(p)]}, got {count} of {g.size} values "
+                    "that are not; no parameter has changed. An input, a target or the loss may not be finite"
+                )
 
     def update_one(self, p: Parameter, g: Array) -> None:
         """Change ``p._data`` in place by the gradient g."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import threading
 import time
@@ -124,36 +125,47 @@ class Training:
 
         Raises:
             KeyboardInterrupt: Ctrl-C, after the step under way; it says where the checkpoint is.
+            FloatingPointError: A loss or a gradient is not finite. The weights and the checkpoint are those
+                of the step before.
         """
         start = self.saved = time.monotonic()
-        with noted_interrupts() as interrupts:
-            while len(self.losses) < epochs and not self.stopped:
-                if self.loader is None or self.loader.iteration == 0:
-                    self.model.reset_state()
-                    self.total = 0.0
-                for batch in self.loader or [()]:
-                    loss = self.step(*batch)
-                    self.model.cleargrads()
-                    loss.backward()
-                    loss.unchain_backward()
-                    self.optimizer.update()
-                    self.total += float(loss.data)
-                    if self.loader is not None:
-                        self._pause(interrupts)
-                self.losses.append(self.total / self.steps)
-                if self.validate is not None:
-                    self.validation.append(self.validate())
-                    if np.argmin(self.validation) == len(self.validation) - 1:
-                        self.best = {name: np.array(p) for name, p in self.model.named_params()}
-                for name, figure in self.watch.items():
-                    self.watched[name].append(figure())
-                after_epoch(self.losses[-1])
-                self._pause(interrupts)
+        with noted_interrupts() as interrupts, np.errstate(all="ignore"):
+            try:
+                self._epochs(epochs, after_epoch, interrupts)
+            except FloatingPointError as error:
+                there = self.path is not None and self.path.exists()
+                kept = f"the last checkpoint is {self.path}" if there else "there is no checkpoint"
+                raise FloatingPointError(f"after epoch {len(self.losses)}: {error}; {kept}") from error
             self.seconds += time.monotonic() - start
             if self.path:
                 self.save()
         if interrupts:  # the first came while the last checkpoint was written
             raise KeyboardInterrupt(f"after epoch {len(self.losses)}")
+
+    def _epochs(self, epochs: int, after_epoch: Callable[[float], None], interrupts: list[int]) -> None:
+        while len(self.losses) < epochs and not self.stopped:
+            if self.loader is None or self.loader.iteration == 0:
+                self.model.reset_state()
+                self.total = 0.0
+            for batch in self.loader or [()]:
+                loss = self.step(*batch)
+                value = _finite("loss", loss.data)
+                self.model.cleargrads()
+                loss.backward()
+                loss.unchain_backward()
+                self.optimizer.update()
+                self.total += value
+                if self.loader is not None:
+                    self._pause(interrupts)
+            self.losses.append(self.total / self.steps)
+            if self.validate is not None:
+                self.validation.append(_finite("validation loss", self.validate()))
+                if np.argmin(self.validation) == len(self.validation) - 1:
+                    self.best = {name: np.array(p) for name, p in self.model.named_params()}
+            for name, figure in self.watch.items():
+                self.watched[name].append(figure())
+            after_epoch(self.losses[-1])
+            self._pause(interrupts)
 
     def _pause(self, interrupts: list[int]) -> None:
         """Between two steps: save where it is time to, break off where Ctrl-C was pressed."""
@@ -163,6 +175,13 @@ class Training:
             kept = f"saved in {self.path}, --resume goes on"
             where = kept if self.path else "nothing is kept without --checkpoint FILE"
             raise KeyboardInterrupt(f"after epoch {len(self.losses)}: {where}")
+
+
+def _finite(what: str, value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise FloatingPointError(f"expected a finite {what}, got {number}")
+    return number
 
 
 @contextmanager
