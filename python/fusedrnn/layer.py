@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 
@@ -17,10 +18,35 @@ from fusedrnn.autograd import Array, Parameter, Variable
 PathLike = str | os.PathLike[str]
 
 
+# What to write in place of arguments that torch.nn has.
+INSTEAD = {
+    "batch_first": "inputs are (T, B, I), so pass np.swapaxes(x, 0, 1)",
+    "bias": "write nobias=True for bias=False",
+    "device": "call to_gpu() of the layer",
+    "in_features": "write in_size",
+    "input_size": "write in_size, which comes after hidden_size",
+    "nonlinearity": "write relu=True for the nonlinearity 'relu'",
+}
+
+
 class Layer:
-    """A layer. Attributes that are a ``Parameter`` or a ``Layer`` belong to it, in order of assignment."""
+    """A layer. Attributes that are a ``Parameter`` or a ``Layer`` belong to it, in order of assignment.
+
+    Raises:
+        TypeError: The constructor was given an argument that it does not have, such as one of ``torch.nn``.
+            The message says what to write instead.
+    """
 
     gpu = False  # whether the parameters and the initial states are on a GPU
+
+    def __init__(self, **unknown: Never) -> None:
+        super().__init__()
+        for name in unknown:
+            instead = f"; {INSTEAD[name]}" if name in INSTEAD else ""
+            raise TypeError(
+                f"{name}: expected one of {type(self).__name__}'s arguments, "
+                f"{', '.join(_arguments(type(self))) or 'none'}{instead}"
+            )
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self.forward(*inputs, **options)
@@ -187,7 +213,25 @@ def drawn(in_size: int, out_size: int, dtype: np.dtype[Any]) -> Array:
 
 def checked_dtype(dtype: Any) -> np.dtype[Any]:
     """The dtype, if it is float32 or float64; else a TypeError."""
-    found = np.dtype(dtype)
+    try:
+        found = np.dtype(dtype)
+    except TypeError:  # such as a dtype of PyTorch
+        raise TypeError(f"dtype: expected float32 or float64, got {dtype}") from None
     if found not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise TypeError(f"dtype: expected float32 or float64, got {found}")
+    return found
+
+
+def _arguments(layer: type[Layer]) -> list[str]:
+    """The names of a constructor's arguments, also of those that it passes on to a class above."""
+    found: list[str] = []
+    for base in layer.__mro__:
+        if "__init__" in vars(base):
+            _, *given = inspect.signature(vars(base)["__init__"]).parameters.values()
+            own = [a.name for a in given if a.kind == a.KEYWORD_ONLY]
+            if not found:
+                own = [a.name for a in given if a.kind == a.POSITIONAL_OR_KEYWORD] + own
+            found += [name for name in own if name not in found]
+            if all(a.kind != a.VAR_KEYWORD for a in given):
+                break
     return found

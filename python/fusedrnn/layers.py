@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,9 @@ class Linear(Layer):
         nobias: bool = False,
         dtype: npt.DTypeLike = np.float32,
         in_size: int | None = None,
+        **unknown: Never,
     ) -> None:
+        super().__init__(**unknown)
         if not isinstance(nobias, bool):
             raise TypeError(
                 f"nobias: expected True or False, got {nobias!r}; pass the number of inputs as in_size=, or "
@@ -74,7 +76,8 @@ class Linear(Layer):
 class Dropout(Layer):
     """``functions.dropout`` as a layer."""
 
-    def __init__(self, dropout_ratio: float = 0.5) -> None:
+    def __init__(self, dropout_ratio: float = 0.5, **unknown: Never) -> None:
+        super().__init__(**unknown)
         self.dropout_ratio = dropout_ratio
 
     def forward(self, x: Any) -> Variable:

@@ -9,7 +9,7 @@ I)`` is one time step. A call with ``(T, B, I)`` is a whole sequence, which is o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Never
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +92,9 @@ class Recurrent(Layer):
         backend: str | None = None,
         recompute: bool = False,
         proj_size: int = 0,
+        **unknown: Never,
     ) -> None:
+        super().__init__(**unknown)
         self.cell = check_cell(cell)
         self.hidden_size = check_whole("hidden_size", hidden_size)
         self.proj_size = check_proj_size(cell, proj_size, self.hidden_size)
@@ -125,11 +127,8 @@ class Recurrent(Layer):
                     "cell: expected states and parameters whose names are not attributes of a layer, got "
                     f"{name}"
                 )
-        for name in cell.scalars:
-            if name in CALL:
-                raise ValueError(
-                    f"cell: expected row scalars that are not named like a call's arguments, got {name}"
-                )
+        if taken := [name for name in cell.scalars if name in CALL]:
+            raise ValueError(f"cell: expected row scalars not named like a call's arguments, got {taken[0]}")
         for suffix in self.suffixes:
             for name, blocks in cell.blocks.items():
                 parameter = None
@@ -350,7 +349,8 @@ class Recurrent(Layer):
         if len(shape) != ndim or (self.in_size is not None and shape[-1] != self.in_size):
             I = "I" if self.in_size is None else str(self.in_size)
             expected = f"(B, {I})" if ndim == 2 else f"(T, B, {I})"
-            raise ValueError(f"x: expected shape {expected}, got {x.shape}")
+            hint = "; hidden_size comes before in_size" if shape[-1:] == (self.hidden_size,) else ""
+            raise ValueError(f"x: expected shape {expected}, got {x.shape}{hint}")
         if x._data.dtype.kind not in "fiub":
             raise TypeError(f"x: expected real numbers, got {x.dtype}")
         self._check_device("x", x)

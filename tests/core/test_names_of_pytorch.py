@@ -1,0 +1,65 @@
+"""Arguments of ``torch.nn`` that the native layers do not have: the error says what to write instead."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fusedrnn.layers as L
+from fusedrnn import Model
+from fusedrnn.cells import gru
+
+pytestmark = pytest.mark.quick
+
+RECURRENT = "num_layers, bidirectional, dropout, recurrent_dropout"
+
+
+@pytest.mark.parametrize(
+    ("layer", "arguments", "words"),
+    [
+        (L.LSTM, {"batch_first": True}, r".* LSTM's arguments, hidden_size, in_size, forget_bias, layer_norm,"
+         rf" proj_size, {RECURRENT}.*; inputs are \(T, B, I\), so pass np.swapaxes\(x, 0, 1\)$"),
+        (L.GRU, {"batch_first": False}, ".* GRU's arguments, hidden_size, in_size, reset_after, .*swapaxes"),
+        (L.RNN, {"nonlinearity": "relu"}, ".* RNN's arguments, hidden_size, in_size, relu, .*relu=True"),
+        (L.LSTM, {"input_size": 3}, ".*; write in_size, which comes after hidden_size$"),
+        (L.LSTM, {"device": "cuda"}, r".*; call to_gpu\(\) of the layer$"),
+        (L.LSTM, {"hiden_size": 3}, ".*, recompute$"),
+        (L.Linear, {"bias": False}, ".* Linear's arguments, out_size, nobias, dtype, in_size; .*nobias=True"),
+        (L.Linear, {"in_features": 3}, ".*; write in_size$"),
+        (L.Dropout, {"inplace": True}, ".* Dropout's arguments, dropout_ratio$"),
+        (Model, {"hidden_size": 3}, ".* Model's arguments, none$"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or ("" if isinstance(value, str) else str(value)),
+)  # fmt: skip
+def test_an_argument_that_a_layer_does_not_have(layer, arguments, words):
+    (name,) = arguments
+    with pytest.raises(TypeError, match=rf"^{name}: expected one of{words}"):
+        layer(*([] if layer is Model else [4]), **arguments)
+
+
+def test_layers_of_a_cell_and_of_a_class_above():
+    with pytest.raises(TypeError, match=r"^batch_first: .* Recurrent's arguments, cell, hidden_size"):
+        L.Recurrent(gru, 4, batch_first=True)
+
+    class Own(L.LSTM):
+        def __init__(self, hidden_size, *, scale=1.0, **options):
+            super().__init__(hidden_size, **options)
+
+    with pytest.raises(TypeError, match=r"^batch_first: .* Own's arguments, hidden_size, scale, forget_bias"):
+        Own(4, batch_first=True)
+    assert Own(4, scale=2, num_layers=2).num_layers == 2
+
+
+def test_what_torch_has_under_the_same_name():
+    options = {"num_layers": 2, "bidirectional": True, "dropout": 0.1, "bias": False, "proj_size": 2}
+    net = L.LSTM(6, 3, dtype=np.float64, **options)
+    assert net(np.ones((5, 2, 3))).shape == (5, 2, 4)
+    with pytest.raises(TypeError, match=r"^dtype: expected float32 or float64, got torch\.float32"):
+        L.LSTM(6, dtype="torch.float32")
+
+
+def test_sizes_in_the_order_of_torch():
+    with pytest.raises(ValueError, match=r"got \(5, 2, 3\); hidden_size comes before in_size$"):
+        L.LSTM(3, 6)(np.ones((5, 2, 3)))
+    with pytest.raises(ValueError, match=r"got \(5, 2, 4\)$"):
+        L.LSTM(3, 6)(np.ones((5, 2, 4)))
