@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from fusedrnn import backends, interrupts, programs, system, terminal
 from fusedrnn.cells import CELLS, Cell
 from fusedrnn.cells.files import load
-from fusedrnn.programs.common import at_least, output_file
+from fusedrnn.programs.common import at_least, output_file, seed
 
 FAILED, USAGE = 1, 2
 
@@ -40,9 +40,10 @@ def shape(text: str) -> Any:
         sizes = Shape(*map(int, text.split(",")))
     except (TypeError, ValueError):
         sizes = Shape(0, 0, 0, 0)
-    if min(sizes) < 1:
+    if min(sizes) < 1 or max(sizes) >= 2**31:
         raise argparse.ArgumentTypeError(
-            f"expected four whole numbers T,B,I,H of at least 1 each, for example 30,128,7,100, got {text!r}"
+            "expected four whole numbers T,B,I,H from 1 to 2147483647 each, for example 30,128,7,100, got "
+            f"{text!r}"
         )
     return sizes
 
@@ -204,7 +205,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", choices=backends.FOR_NUMPY, help="our backend (default: the fastest)")
     parser.add_argument(
-        "--threads", type=at_least(1), metavar="N", help="threads for everybody (default: all)"
+        "--threads", type=at_least(1, 256), metavar="N", help="threads for everybody (default: all)"
     )
     parser.add_argument("--memory", action="store_true", help="also show bytes saved and peak memory")
     parser.add_argument("--quick", action="store_true", help="a few small cases, few repetitions")
@@ -359,9 +360,7 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
     lines.add_argument("--verbose", action="store_true", help="a line for each option too")
     lines.add_argument("--tensors", action="store_true", help="a line for each tensor")
     parser.add_argument("--quick", action="store_true", help="the smallest size only")
-    parser.add_argument(
-        "--seed", type=at_least(0), default=0, help="of the random problems (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the random problems (default: %(default)s)")
 
 
 def run_gradcheck(args: argparse.Namespace) -> None:

@@ -27,8 +27,8 @@ def set_num_threads(threads: int) -> None:
     """
     if isinstance(threads, bool) or not isinstance(threads, int):
         raise TypeError(f"threads: expected an integer, got {type(threads).__name__}")
-    if threads < 1:
-        raise ValueError(f"threads: expected at least 1, got {threads}")
+    if not 1 <= threads < 2**31:
+        raise ValueError(f"threads: expected at least 1 and below 2**31, got {threads}")
     try:
         from fusedrnn import _core
     except ImportError:

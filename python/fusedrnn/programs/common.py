@@ -25,19 +25,16 @@ CELLS: dict[str, Callable[..., layers.Recurrent]] = {
 }
 
 
-def at_least(least: int, most: float = math.inf, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
-    """For argparse: a number of at least ``least`` and at most ``most``, not infinite."""
-    words = "whole" if kind is int else "finite"
-    limit = "" if most == math.inf else f" and at most {most}"
+def at_least(least: int, most: int = 2**31 - 1, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    """For argparse: a number from ``least`` to ``most``."""
+    words = "a whole number" if kind is int else "a number"
 
     def parse(text: str) -> int | float:
         value: int | float = math.nan
         with contextlib.suppress(ValueError):
             value = kind(text)
-        if not least <= value <= most or value == math.inf:
-            raise argparse.ArgumentTypeError(
-                f"expected a {words} number of at least {least}{limit}, got {text!r}"
-            )
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected {words} from {least} to {most}, got {text!r}")
         return value
 
     return parse
