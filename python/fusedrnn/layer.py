@@ -8,7 +8,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Never
+from typing import TYPE_CHECKING, Any, Never, NoReturn
 
 import numpy as np
 
@@ -29,6 +29,30 @@ INSTEAD = {
 }
 
 
+# And in place of attributes.
+METHODS = {
+    "cpu": "to_cpu()",
+    "cuda": "to_gpu()",
+    "eval": "`with fusedrnn.test_mode():`",
+    "load_state_dict": "load_weights(path)",
+    "named_parameters": "named_params()",
+    "parameters": "params()",
+    "state_dict": "save_weights(path)",
+    "to": "to_gpu() or to_cpu()",
+    "train": "nothing: a layer is in training outside of `with fusedrnn.test_mode():`",
+    "zero_grad": "cleargrads()",
+}
+
+
+def no_attribute(owner: object, name: str, instead: Mapping[str, str]) -> NoReturn:
+    """An AttributeError like Python's own, which says what to write instead if that is known."""
+    if hasattr(type(owner), name):  # a property, whose own AttributeError this must not hide
+        object.__getattribute__(owner, name)
+    hint = f"; write {instead[name]}" if name in instead else ""
+    text = f"{type(owner).__name__!r} object has no attribute {name!r}{hint}"
+    raise AttributeError(text, name=name, obj=owner)
+
+
 class Layer:
     """A layer. Attributes that are a ``Parameter`` or a ``Layer`` belong to it, in order of assignment.
 
@@ -47,6 +71,11 @@ class Layer:
                 f"{name}: expected one of {type(self).__name__}'s arguments, "
                 f"{', '.join(_arguments(type(self))) or 'none'}{instead}"
             )
+
+    if not TYPE_CHECKING:  # to which every name would be known
+
+        def __getattr__(self, name: str) -> NoReturn:
+            no_attribute(self, name, METHODS)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self.forward(*inputs, **options)

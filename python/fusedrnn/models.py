@@ -43,6 +43,10 @@ class Sequential(Model):
 
     def __init__(self, *layers: Layer) -> None:
         super().__init__()
+        for layer in layers:
+            if not callable(layer):
+                kind = type(layer).__name__
+                raise TypeError(f"Sequential: expected each layer as an argument of its own, got {kind}")
         self.layers = layers
         for k, layer in enumerate(layers):
             setattr(self, f"l{k}", layer)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 
 from fusedrnn import cuda
 from fusedrnn.autograd import Array, Parameter
+from fusedrnn.layer import no_attribute
 from fusedrnn.layers import Layer
+
+# What to write in place of methods that torch.optim has.
+METHODS = {
+    "load_state_dict": "load_state(state)",
+    "state_dict": "state()",
+    "step": "update()",
+    "zero_grad": "cleargrads() of the model",
+}
 
 
 class Optimizer:
@@ -36,6 +45,11 @@ class Optimizer:
         self.target: Layer | None = None
         self.t = 0
         self.slots: dict[Parameter, dict[str, Array]] = {}  # what is kept for each parameter
+
+    if not TYPE_CHECKING:  # to which every name would be known
+
+        def __getattr__(self, name: str) -> NoReturn:
+            no_attribute(self, name, METHODS)
 
     def setup(self, target: Layer) -> Self:
         """Set the model whose parameters ``update`` changes.
@@ -153,7 +167,8 @@ def _not_found(layer: Layer) -> str | None:
 
 def _rate(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        hint = "" if isinstance(value, str) else "; a model is passed to setup"
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}{hint}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     return float(value)
@@ -208,9 +223,10 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(weight_decay=weight_decay, max_norm=max_norm)
         if alpha is not None and lr is not None:
+            _rate("alpha", alpha)  # as in torch.optim.Adam(parameters, lr=0.1)
             raise TypeError(f"alpha, lr: expected one of them, since they are the same, got {alpha} and {lr}")
-        alpha = lr if alpha is None else alpha
-        self.alpha = 0.001 if alpha is None else _rate("alpha" if lr is None else "lr", alpha)
+        name, given = ("alpha", alpha) if lr is None else ("lr", lr)
+        self.alpha = 0.001 if given is None else _rate(name, given)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name}: expected at least 0 and below 1, got {beta}")

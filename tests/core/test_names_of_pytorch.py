@@ -1,4 +1,4 @@
-"""Arguments of ``torch.nn`` that the native layers do not have: the error says what to write instead."""
+"""Names of ``torch.nn`` that the native layers do not have: the error says what to write instead."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 import fusedrnn.layers as L
 from fusedrnn import Model
 from fusedrnn.cells import gru
+from fusedrnn.models import Sequential
+from fusedrnn.optimizers import SGD, Adam
 
 pytestmark = pytest.mark.quick
 
@@ -56,6 +58,43 @@ def test_what_torch_has_under_the_same_name():
     assert net(np.ones((5, 2, 3))).shape == (5, 2, 4)
     with pytest.raises(TypeError, match=r"^dtype: expected float32 or float64, got torch\.float32"):
         L.LSTM(6, dtype="torch.float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("parameters", "params()"), ("zero_grad", "cleargrads()"), ("eval", "`with fusedrnn.test_mode():`")],
+)
+def test_a_method_that_a_model_does_not_have(name, instead):
+    with pytest.raises(AttributeError) as error:
+        getattr(Sequential(L.Linear(1)), name)()
+    assert str(error.value) == f"'Sequential' object has no attribute {name!r}; write {instead}"
+    assert not hasattr(L.Linear(1), name)
+
+
+def test_what_an_optimizer_does_not_have():
+    with pytest.raises(AttributeError, match=r"^'Adam' object has no attribute 'step'; write update\(\)$"):
+        Adam().step()
+    with pytest.raises(AttributeError, match=r"^'SGD' object has no attribute 'momentum'$"):
+        SGD().momentum  # noqa: B018
+    layer = L.Linear(1, in_size=1)
+    for wrong in (lambda: Adam(layer.params(), lr=0.1), lambda: Adam(layer)):
+        with pytest.raises(TypeError, match=r"^alpha: expected a number, .*; a model is passed to setup$"):
+            wrong()
+
+
+def test_an_error_in_a_property_is_not_hidden():
+    class Own(Model):
+        @property
+        def size(self):
+            return self.hidden_size
+
+    with pytest.raises(AttributeError, match=r"^'Own' object has no attribute 'hidden_size'$"):
+        Own().size  # noqa: B018
+
+
+def test_layers_in_a_list_are_no_sequential():
+    with pytest.raises(TypeError, match=r"^Sequential: expected each layer as an argument of its own"):
+        Sequential([L.LSTM(3), L.Linear(1)])
 
 
 def test_sizes_in_the_order_of_torch():
