@@ -23,6 +23,10 @@ def write(path: PathLike, arrays: Mapping[str, Array], previous: Path | None = N
     A file that was at ``path`` before is renamed to ``previous``, if that is given.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file to write to, got the folder {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     temporary = path.with_name(
         f".{path.name}.tmp"
     )  # always the same name: a file left by a killed process is overwritten

@@ -393,6 +393,15 @@ def test_the_one_before_is_kept_and_named(tmp_path):
         checkpoint.load(path, model)
 
 
+@pytest.mark.quick
+def test_a_folder_that_is_missing_or_in_place_of_the_file_is_named(tmp_path):
+    layer = L.Linear(1, in_size=1)
+    with pytest.raises(IsADirectoryError, match=f"expected a file to write to, got the folder {tmp_path}"):
+        layer.save_weights(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"w\.npz: there is no folder .*missing$"):
+        checkpoint.save(tmp_path / "missing" / "w.npz", layer)
+
+
 @pytest.mark.parametrize("moment", ["savez", "fsync", "replace"])
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch, moment):
     path = tmp_path / "c"
