@@ -107,12 +107,14 @@ def read_csv(
     Raises:
         TypeError: ``columns`` is one text instead of a list.
         OSError: The file cannot be read.
-        ValueError: The file has not each of the columns once, a row has too few or too many values, a value
-            is not a number or not finite in float32, a date is not the expected one, there are no rows, or it
-            is not a CSV file in UTF-8. The message names the line.
+        ValueError: ``hours`` is out of its range. A column is not there once, a row has too few or too many
+            values, a value is not a number or not finite in float32, a date is not the expected one, there
+            are no rows, or the file is not CSV in UTF-8. The message names the line.
     """
     if isinstance(columns, str):
         raise TypeError(f"columns: expected a list of names, got {columns!r}")
+    if hours is not None and not 0 < hours < 1e6:  # a hundred years
+        raise ValueError(f"hours: expected a number above 0 and below 1e6, got {hours}")
     expected = [*columns] if hours is None else ["date", *columns]
     rows: list[list[float]] = []
     before: datetime | None = None

@@ -17,7 +17,6 @@ from fusedrnn.autograd import Array, Parameter, Variable
 
 PathLike = str | os.PathLike[str]
 
-
 # What to write in place of arguments that torch.nn has.
 INSTEAD = {
     "batch_first": "inputs are (T, B, I), so pass np.swapaxes(x, 0, 1)",
@@ -27,9 +26,7 @@ INSTEAD = {
     "input_size": "write in_size, which comes after hidden_size",
     "nonlinearity": "write relu=True for the nonlinearity 'relu'",
 }
-
-
-# And in place of attributes.
+# And in place of its methods.
 METHODS = {
     "cpu": "to_cpu()",
     "cuda": "to_gpu()",

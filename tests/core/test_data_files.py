@@ -82,6 +82,9 @@ def test_dates_are_read_where_hours_are_given(tmp_path):
     assert read_csv(path, ["load"], hours=0.5).shape == (2, 1)
     with pytest.raises(ValueError, match=r"line 3: expected the date 2022-01-08 00:30, 1 h after"):
         read_csv(path, ["load"], hours=1)
+    for hours in (0, float("nan"), 1e6):
+        with pytest.raises(ValueError, match=r"^hours: expected a number above 0"):
+            read_csv(path, ["load"], hours=hours)
     with pytest.raises(TypeError, match="columns: expected a list of names, got 'load'"):
         read_csv(path, "load")
 
