@@ -51,7 +51,7 @@ def measure(shape, threads, blocks=9, seconds=0.1):
     runs = {
         "nn.LSTM": Torch(data, threads),
         "ours, own pool": Ours(data, threads),
-        "ours, OpenMP team": Ours(data, threads, "openmp"),
+        "ours, OpenMP threads": Ours(data, threads, "openmp"),
         "ours, one thread": Ours(data, 1),
     }
     exact = truth(case, "float32", threads)

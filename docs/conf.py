@@ -25,7 +25,11 @@ autodoc_typehints = "none"  # docstrings say shapes and dtypes
 autodoc_inherit_docstrings = False  # PyTorch's are in PyTorch's documentation
 autodoc_preserve_defaults = True
 
+highlight_language = "none"  # of blocks that name no language
+
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"{project} {version}"
 html_show_sourcelink = html_copy_source = False
 
