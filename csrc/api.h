@@ -149,7 +149,8 @@ struct Interrupted {};  // thrown when the poll hook says stop
 
 // T is float or double. Throws std::bad_alloc, std::overflow_error, Interrupted.
 template <class T>
-PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll = {});
+PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll = {},
+                  bool bfloat16 = false);  // as in Problem
 // Whether there are kernels with products in bfloat16 of a cell here, also with recurrent dropout and zoneout.
 bool has_bfloat16(CellId cell);
 template <class T>

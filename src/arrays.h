@@ -162,11 +162,13 @@ const T* maybe(const py::object& o, const char* name, Shape shape) {
   return o.is_none() ? nullptr : need<T>(o, name, shape);
 }
 
+// Over time (T, B, n), or of one step (B, n).
 template <class T>
 Sequence<const T> sequence(const py::object& o, const char* name, Shape shape) {
   if (o.is_none()) return {};
-  Index strides[2];
-  const T* data = need<T>(o, name, shape, 2, strides);
+  Index strides[2] = {};
+  const int before = int(shape.size()) - 1;
+  const T* data = need<T>(o, name, shape, before, strides + 2 - before);
   return {data, strides[0], strides[1]};
 }
 

@@ -14,6 +14,7 @@
 
 #include "api.h"
 #include "arrays.h"
+#include "bfloat16.h"
 #include "cpu/dispatch.h"
 
 namespace fusedrnn {
@@ -58,6 +59,7 @@ auto without_gil(F&& f) {
 struct PyPacked {
   CellId cell;
   Index I, H, P;
+  bool bfloat16;
   py::object weights[kWeights];
   PackedPtr<float> f32;
   PackedPtr<double> f64;
@@ -131,18 +133,11 @@ Index projected_size(CellId cell, const py::object& weight_hr, Index H) {
   return a.shape[0];
 }
 
-// A matrix: with products in bfloat16 of such numbers, as int16.
 template <class T>
-const T* matrix(const py::object& w, const char* name, Shape shape, bool bfloat16) {
-  return bfloat16 ? reinterpret_cast<const T*>(need<std::int16_t>(w, name, shape)) : need<T>(w, name, shape);
-}
-
-template <class T>
-Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, Index P, bool bfloat16 = false) {
+Weights<const T> weights_of(Arrays<T>& arrays, const py::object* w, CellId cell, Index I, Index H, Index P) {
   const Index rows = gates_of(cell) * H;
-  Weights<const T> weights = {matrix<T>(w[0], "weight_ih", {rows, I}, bfloat16),
-                              matrix<T>(w[1], "weight_hh", {rows, P}, bfloat16), maybe<T>(w[2], "bias_ih", {rows}),
-                              maybe<T>(w[3], "bias_hh", {rows})};
+  Weights<const T> weights = {arrays.matrix(w[0], "weight_ih", {rows, I}), arrays.matrix(w[1], "weight_hh", {rows, P}),
+                              arrays.maybe(w[2], "bias_ih", {rows}), arrays.maybe(w[3], "bias_hh", {rows})};
   const T** to[] = {&weights.gain_ih, &weights.gain_hh, &weights.gain_c, &weights.bias_c};
   const char* names[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
   for (int i = 0; i < 4; ++i) {
@@ -159,15 +154,19 @@ Weights<const T> weights_of(const py::object* w, CellId cell, Index I, Index H, 
 }
 
 template <class T>
-std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
+std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w, bool bfloat16) {
   View ih;
   view_of(w[0], ih);
   const Index I = ih.shape[1], H = hidden_size(cell, w[0]), P = projected_size(cell, w[8], H);
   auto packed = std::make_unique<PyPacked>();
-  packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
+  packed->cell = cell, packed->I = I, packed->H = H, packed->P = P, packed->bfloat16 = bfloat16;
   for (int i = 0; i < kWeights; ++i) packed->weights[i] = w[i];
-  const Weights<const T> view = weights_of<T>(w, cell, I, H, P);
-  PackedPtr<T> result = without_gil([&] { return pack<T>(cell, I, H, P, view, signals()); });
+  Arrays<T> arrays(bfloat16);
+  const Weights<const T> view = weights_of<T>(arrays, w, cell, I, H, P);
+  PackedPtr<T> result = without_gil([&] {
+    arrays.widen();
+    return pack<T>(cell, I, H, P, view, signals(), bfloat16);
+  });
   if constexpr (sizeof(T) == 4)
     packed->f32 = std::move(result);
   else
@@ -175,24 +174,32 @@ std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w) {
   return packed;
 }
 
-bool is_float32(const py::object& o, const char* name, int ndim) {
+// Whether an array of so many axes is float32; so are copies of those of a call in bfloat16 (bfloat16.h), which are
+// given as int16: that is checked where they are read.
+bool is_float32(const py::object& o, const char* name, int ndim, bool bfloat16 = false) {
   View a;
   if (!view_of(o, a)) throw RefusedType(std::string(name) + ": expected an array, got " + type_name(o));
   if (a.ndim != ndim)
     throw RefusedValue(std::string(name) + ": expected " + std::to_string(ndim) + " axes, got " + a.text());
-  if (a.is<float>()) return true;
+  if (bfloat16 || a.is<float>()) return true;
   if (a.is<double>()) return false;
   throw RefusedType(std::string(name) + ": expected float32 or float64, got " + a.text());
 }
 
+void check_bfloat16(CellId cell, bool bfloat16) {
+  if (bfloat16 && !has_bfloat16(cell))
+    throw RefusedValue("bfloat16: expected False for this cell on this processor, got True");
+}
+
 std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weight_hh, py::object bias_ih,
                                   py::object bias_hh, py::object gain_ih, py::object gain_hh, py::object gain_c,
-                                  py::object bias_c, py::object weight_hr) {
+                                  py::object bias_c, py::object weight_hr, bool bfloat16) {
   const CellId cell = cell_of(id);
-  const bool f32 = is_float32(weight_ih, "weight_ih", 2);
-  is_float32(weight_hh, "weight_hh", 2);
+  check_bfloat16(cell, bfloat16);
+  const bool f32 = is_float32(weight_ih, "weight_ih", 2, bfloat16);
+  is_float32(weight_hh, "weight_hh", 2, bfloat16);
   const py::object w[kWeights] = {weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh, gain_c, bias_c, weight_hr};
-  return f32 ? pack_as<float>(cell, w) : pack_as<double>(cell, w);
+  return (f32 ? pack_as<float> : pack_as<double>)(cell, w, bfloat16);
 }
 
 // What a call is, apart from its arrays over time.
@@ -204,18 +211,8 @@ struct Options {
   bool bfloat16 = false;
 };
 
-// Whether a call's arrays are float32, as those for products in bfloat16 have to be.
-bool is_float32(const py::object& o, const char* name, int ndim, CellId cell, const py::object& weights,
-                bool bfloat16) {
-  const bool f32 = is_float32(o, name, ndim);
-  if (!bfloat16) return f32;
-  if (!f32) throw RefusedType(std::string(name) + ": expected float32 for products in bfloat16");
-  if (!has_bfloat16(cell)) throw RefusedValue("bfloat16: expected False for this cell on this processor, got True");
-  if (!PyTuple_CheckExact(weights.ptr())) throw RefusedType("weights: expected a tuple for products in bfloat16");
-  return true;
-}
-
 Problem problem_of(PyTape& owner, CellId cell, const Sizes& sizes, const Options& options) {
+  check_bfloat16(cell, options.bfloat16);
   owner.problem = {cell,
                    sizes,
                    nullptr,
@@ -249,11 +246,8 @@ Time time_of(const py::object& x) {
 }
 // What is of x's kind: a sequence over time, or a step.
 template <class T>
-Sequence<const T> over_time(const py::object& o, const char* name, const Time& n, Index width) {
-  if (!n.step || o.is_none()) return sequence<T>(o, name, {n.T, n.B, width});
-  Index row;
-  const T* data = need<T>(o, name, {n.B, width}, 1, &row);
-  return {data, 0, row};
+Sequence<const T> over_time(Arrays<T>& arrays, const py::object& o, const char* name, const Time& n, Index width) {
+  return n.step ? arrays.sequence(o, name, {n.B, width}) : arrays.sequence(o, name, {n.T, n.B, width});
 }
 
 // One forward call: checked, its outputs allocated, nothing run yet.
@@ -261,12 +255,13 @@ template <class T>
 struct ForwardSetup {
   ForwardCall<T> call{};
   std::unique_ptr<PyTape> tape = std::make_unique<PyTape>();  // owns the lengths and resets that `call` points to
+  Arrays<T> arrays;
   Outputs out;
 
   // Of packed weights, or as they are.
   ForwardSetup(CellId cell, const PyPacked* packed, const py::object* weights, const py::object& x,
                const py::object& h0, const py::object& c0, const Options& options, Outputs given)
-      : out(std::move(given)) {
+      : arrays(options.bfloat16), out(std::move(given)) {
     const Time n = time_of(x);
     const Index H = packed ? packed->H : hidden_size(cell, weights[0]);
     const Index P = packed ? packed->P : projected_size(cell, weights[8], H);
@@ -274,23 +269,33 @@ struct ForwardSetup {
     call.problem = problem_of(*tape, cell, {n.T, n.B, n.I, H, P}, options);
     if (packed) {
       call.packed = packed->get(T());
-      if (!call.packed) throw RefusedType("x: expected the dtype of the weights");
+      if (!call.packed || packed->bfloat16 != options.bfloat16)
+        throw RefusedType("x: expected the dtype of the weights");
       if (packed->I != n.I) throw RefusedValue("x: expected " + std::to_string(packed->I) + " features");
     } else {
-      call.weights = weights_of<T>(weights, cell, n.I, H, P, options.bfloat16);
+      call.weights = weights_of(arrays, weights, cell, n.I, H, P);
     }
-    call.x = over_time<T>(x, "x", n, n.I);
-    call.h0 = maybe<T>(h0, "h0", {n.B, P});
-    if (c) call.c0 = maybe<T>(c0, "c0", {n.B, H});
+    call.x = over_time(arrays, x, "x", n, n.I);
+    call.h0 = arrays.maybe(h0, "h0", {n.B, P});
+    if (c) call.c0 = arrays.maybe(c0, "c0", {n.B, H});
     call.poll = signals();
-    if (!n.step) call.y = output<T>(out.y, "y", {n.T, n.B, P});
-    call.hT = output<T>(out.hT, "hT", {n.B, P});
+    if (!n.step) call.y = arrays.output(out.y, "y", {n.T, n.B, P});
+    call.hT = arrays.output(out.hT, "hT", {n.B, P});
     if (n.step) call.y = call.hT;
-    if (c) call.cT = output<T>(out.cT, "cT", {n.B, H});
-    call.h_states = output<T>(out.h_states, "h_states", {n.T, n.B, P});
-    if (c) call.c_states = output<T>(out.c_states, "c_states", {n.T, n.B, H});
+    if (c) call.cT = arrays.output(out.cT, "cT", {n.B, H});
+    call.h_states = arrays.output(out.h_states, "h_states", {n.T, n.B, P});
+    if (c) call.c_states = arrays.output(out.c_states, "c_states", {n.T, n.B, H});
     for (const py::object* o : {&out.hT, n.step ? &out.hT : &out.y, c ? &out.cT : &out.hT})
       if (o->is_none()) throw RefusedType("y, hT, cT: expected arrays, got None");
+  }
+
+  TapePtr<T> run() const {
+    return without_gil([&] {
+      arrays.widen();
+      TapePtr<T> made = forward<T>(call);
+      arrays.round();
+      return made;
+    });
   }
 };
 
@@ -305,7 +310,7 @@ py::tuple forward_as(const py::object& packed_object, const py::object& x, const
   if (!return_states || !has_c(packed.cell)) out.c_states = none;
   ForwardSetup<T> setup(packed.cell, &packed, nullptr, x, h0, c0, options, out);
   setup.call.save = save;
-  setup.tape->slot(T()) = without_gil([&] { return forward<T>(setup.call); });
+  setup.tape->slot(T()) = setup.run();
   py::object kept = none;
   if (save != Save::nothing) {
     PyTape& tape = *setup.tape;
@@ -329,9 +334,11 @@ py::tuple py_forward(const py::object& packed, const py::object& x, const py::ob
                      Index detach_every, const PyRegularization& regularization) {
   if (!py::isinstance<PyPacked>(packed))
     throw py::type_error("packed: expected what pack returned, got " + type_name(packed));
-  return (is_float32(x, "x", 3) ? forward_as<float>
-                                : forward_as<double>)(packed, x, h0, c0, return_states, save_of(save_id),
-                                                      {lengths, reset, reverse, detach_every, regularization});
+  const PyPacked& given = packed.cast<const PyPacked&>();
+  return (is_float32(x, "x", 3, given.bfloat16)
+              ? forward_as<float>
+              : forward_as<double>)(packed, x, h0, c0, return_states, save_of(save_id),
+                                    {lengths, reset, reverse, detach_every, regularization, given.bfloat16});
 }
 
 // All weights, or as many packed.
@@ -376,7 +383,7 @@ void run_forward_as(CellId cell, const Given& given, const py::object& x, const 
     const TapeShape shape = tape_shape<T>(setup.call.problem, setup.call.save);
     std::fill(setup.call.saved + shape.rows * shape.width, setup.call.saved + a.shape[0] * shape.width, T(0));
   }
-  setup.tape->slot(T()) = without_gil([&] { return forward<T>(setup.call); });
+  setup.tape->slot(T()) = setup.run();
 }
 
 void py_run_forward(int id, const py::object& weights, const py::object& x, const py::object& h0, const py::object& c0,
@@ -386,7 +393,7 @@ void py_run_forward(int id, const py::object& weights, const py::object& x, cons
                     const py::object& tape, bool bfloat16) {
   const CellId cell = cell_of(id);
   const Given given(cell, weights);
-  (is_float32(hT, "hT", 2, cell, weights, bfloat16)
+  (is_float32(hT, "hT", 2, bfloat16)
        ? run_forward_as<float>
        : run_forward_as<double>)(cell, given, x, h0, c0, recompute,
                                  {lengths, reset, reverse, detach_every, regularization, bfloat16},
@@ -397,30 +404,31 @@ void py_run_forward(int id, const py::object& weights, const py::object& x, cons
 template <class T>
 struct BackwardSetup {
   BackwardCall<T> call{};
+  Arrays<T> arrays;
   std::vector<py::object> out;  // dx, of the weights, dh0, dc0: null before they are made, None where not wanted
 
   BackwardSetup(const PyTape& tape, const Tape<T>* core, const Time& n, const py::object& dy, const py::object& dhT,
                 const py::object& dcT, const py::object& dh_states, const py::object& dc_states,
                 std::vector<py::object> given)
-      : out(std::move(given)) {
+      : arrays(tape.problem.bfloat16), out(std::move(given)) {
     const CellId cell = tape.problem.cell;
     const Index H = tape.problem.sizes.H, P = tape.problem.sizes.P, rows = gates_of(cell) * H;
     const bool c = has_c(cell), norm = layer_norm(cell);
     call.problem = tape.problem;
     call.tape = core;
     if (!core) throw RefusedType("tape: expected the dtype of the call");
-    call.weights = weights_of<T>(tape.weights, cell, n.I, H, P, tape.problem.bfloat16);
-    call.x = over_time<T>(tape.x, "x", n, n.I);
+    call.weights = weights_of(arrays, tape.weights, cell, n.I, H, P);
+    call.x = over_time(arrays, tape.x, "x", n, n.I);
     if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPacked&>().get(T());
-    call.y = n.step ? need<T>(tape.y, "y", {n.B, P}) : need<T>(tape.y, "y", {n.T, n.B, P});
-    call.h0 = maybe<T>(tape.h0, "h0", {n.B, P});
-    if (c) call.c0 = maybe<T>(tape.c0, "c0", {n.B, H});
-    call.dy = over_time<T>(dy, "dy", n, P);
-    call.dhT = maybe<T>(dhT, "dhT", {n.B, P});
-    call.dh_states = sequence<T>(dh_states, "dh_states", {n.T, n.B, P});
+    call.y = n.step ? arrays.need(tape.y, "y", {n.B, P}) : arrays.need(tape.y, "y", {n.T, n.B, P});
+    call.h0 = arrays.maybe(tape.h0, "h0", {n.B, P});
+    if (c) call.c0 = arrays.maybe(tape.c0, "c0", {n.B, H});
+    call.dy = over_time(arrays, dy, "dy", n, P);
+    call.dhT = arrays.maybe(dhT, "dhT", {n.B, P});
+    call.dh_states = arrays.sequence(dh_states, "dh_states", {n.T, n.B, P});
     if (c) {
-      call.dcT = maybe<T>(dcT, "dcT", {n.B, H});
-      call.dc_states = sequence<T>(dc_states, "dc_states", {n.T, n.B, H});
+      call.dcT = arrays.maybe(dcT, "dcT", {n.B, H});
+      call.dc_states = arrays.sequence(dc_states, "dc_states", {n.T, n.B, H});
     }
     call.poll = signals();
     const py::object none = py::none();
@@ -438,20 +446,22 @@ struct BackwardSetup {
                                     c};
     for (int i = 0; i < kNeeds + 1; ++i)
       if (!there[i]) out[i] = none;
-    call.dx = n.step ? output<T>(out[0], "dx", {n.B, n.I}) : output<T>(out[0], "dx", {n.T, n.B, n.I});
+    call.dx = n.step ? arrays.output(out[0], "dx", {n.B, n.I}) : arrays.output(out[0], "dx", {n.T, n.B, n.I});
     Weights<T>& dw = call.dweights;
-    dw.weight_ih = output<T>(out[1], "dweight_ih", {rows, n.I});
-    dw.weight_hh = output<T>(out[2], "dweight_hh", {rows, P});
-    dw.bias_ih = output<T>(out[3], "dbias_ih", {rows}), dw.bias_hh = output<T>(out[4], "dbias_hh", {rows});
-    dw.gain_ih = output<T>(out[5], "dgain_ih", {rows}), dw.gain_hh = output<T>(out[6], "dgain_hh", {rows});
-    dw.gain_c = output<T>(out[7], "dgain_c", {H}), dw.bias_c = output<T>(out[8], "dbias_c", {H});
-    dw.weight_hr = output<T>(out[9], "dweight_hr", {P, H});
-    call.dh0 = output<T>(out[10], "dh0", {n.B, P}), call.dc0 = output<T>(out[11], "dc0", {n.B, H});
+    dw.weight_ih = arrays.output(out[1], "dweight_ih", {rows, n.I});
+    dw.weight_hh = arrays.output(out[2], "dweight_hh", {rows, P});
+    dw.bias_ih = arrays.output(out[3], "dbias_ih", {rows}), dw.bias_hh = arrays.output(out[4], "dbias_hh", {rows});
+    dw.gain_ih = arrays.output(out[5], "dgain_ih", {rows}), dw.gain_hh = arrays.output(out[6], "dgain_hh", {rows});
+    dw.gain_c = arrays.output(out[7], "dgain_c", {H}), dw.bias_c = arrays.output(out[8], "dbias_c", {H});
+    dw.weight_hr = arrays.output(out[9], "dweight_hr", {P, H});
+    call.dh0 = arrays.output(out[10], "dh0", {n.B, P}), call.dc0 = arrays.output(out[11], "dc0", {n.B, H});
   }
 
   void run() {
     without_gil([&] {
+      arrays.widen();
       backward<T>(call);
+      arrays.round();
       return 0;
     });
   }
@@ -514,7 +524,7 @@ void py_run_backward(int id, const py::object& weights, const py::object& x, con
   owner.x = x, owner.y = y, owner.h0 = h0, owner.c0 = c0;
   for (int i = 0; i < kWeights; ++i) owner.weights[i] = given.weights[i];
   const py::object upstream[] = {dy, dhT, dcT, dh_states, dc_states};
-  (is_float32(bfloat16 ? tape : owner.weights[0], bfloat16 ? "tape" : "weight_ih", 2, cell, weights, bfloat16)
+  (is_float32(owner.weights[0], "weight_ih", 2, bfloat16)
        ? run_backward_as<float>
        : run_backward_as<double>)(cell, owner, recompute,
                                   {lengths, reset, reverse, detach_every, regularization, bfloat16}, tape, upstream,

@@ -154,7 +154,8 @@ PYBIND11_MODULE(_core, m) {
   m.attr("CELLS") = py::tuple(cells);
   m.def("pack", &py_pack, py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"),
         py::arg("bias_hh"), py::arg("gain_ih") = py::none(), py::arg("gain_hh") = py::none(),
-        py::arg("gain_c") = py::none(), py::arg("bias_c") = py::none(), py::arg("weight_hr") = py::none());
+        py::arg("gain_c") = py::none(), py::arg("bias_c") = py::none(), py::arg("weight_hr") = py::none(),
+        py::kw_only(), py::arg("bfloat16") = false);
   m.def("forward", &py_forward, py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("lengths"),
         py::arg("reset"), py::arg("reverse"), py::arg("return_states"), py::arg("save"), py::arg("detach_every") = 0,
         py::arg("regularization") = py::none());

@@ -49,6 +49,13 @@ Index backward_scratch(Index B, Index chunk_steps) {
   return BackwardRows<float>::bytes(B, B * chunk_steps, chunk_steps);
 }
 
+void to_float(const cpu::Bfloat16* in, float* out, Index n) {
+  for (Index k = 0; k < n; k += V::lanes) Pairs::widen(in + k, n - k).store(out + k, n - k);
+}
+void to_bfloat16(const float* in, cpu::Bfloat16* out, Index n) {
+  for (Index k = 0; k < n; k += V::lanes) Pairs::put(V::load(in + k, n - k), out + k, n - k);
+}
+
 const cpu::Kernels<float> table = {
     "avx512_bf16",
     kNumbers<Pairs>,
@@ -91,6 +98,8 @@ const cpu::Kernels<float> table = {
     nullptr,
     nullptr,
     nullptr,
+    &to_float,
+    &to_bfloat16,
 };
 
 }  // namespace

@@ -100,6 +100,8 @@ const cpu::Kernels<T> table = {
     &machine_forward,
     &machine_backward,
     &sum,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

@@ -202,6 +202,9 @@ struct Kernels {
   bool (*machine_forward)(const MachineForward<T>&, const Worker&);
   bool (*machine_backward)(const MachineBackward<T>&, const Worker&);
   T (*sum)(const T* in, Index n);  // of all but the last few, to read them: cpu/timing.h
+  // Where products are in bfloat16: n numbers as T, and rounded to it.
+  void (*to_float)(const Bfloat16* in, T* out, Index n);
+  void (*to_bfloat16)(const T* in, Bfloat16* out, Index n);
 };
 
 // One per level; kernels.cpp defines them, dispatch.cpp chooses.

@@ -65,11 +65,11 @@ Index tape_rows(const Problem& problem, std::vector<Index>& starts) {
   return starts[n.B];
 }
 
-// Those that a problem runs on.
+// Those that multiply bfloat16, or the others.
 template <class T>
-const cpu::Kernels<T>& kernels_for(const Problem& problem) {
+const cpu::Kernels<T>& kernels_for(bool bfloat16) {
   if constexpr (std::is_same_v<T, float>)
-    if (problem.bfloat16) return *cpu::bfloat16_kernels();
+    if (bfloat16) return *cpu::bfloat16_kernels();
   return cpu::kernels<T>();
 }
 
@@ -255,15 +255,15 @@ PackedPtr<T> pack_for(const cpu::Kernels<T>& kernels, CellId cell, Index I, Inde
 }
 
 template <class T>
-PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll) {
-  return pack_for<T>(cpu::kernels<T>(), cell, I, H, P, weights, poll);
+PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll, bool bfloat16) {
+  return pack_for<T>(kernels_for<T>(bfloat16), cell, I, H, P, weights, poll);
 }
 
 template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call) {
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
-  const cpu::Kernels<T>& kernels = kernels_for<T>(problem);
+  const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
   const CellShape& shape = shape_of(kernels, problem);
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   Split split = split_for<T>(shape, n, cpu::num_threads());
@@ -381,7 +381,7 @@ template <class T>
 void backward(const BackwardCall<T>& call) {
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
-  const cpu::Kernels<T>& kernels = kernels_for<T>(problem);
+  const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
   const CellShape& shape = shape_of(kernels, problem);
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
@@ -533,7 +533,7 @@ Index chunks_of(CellId cell, const Sizes& sizes) {
 template <class T>
 TapeShape tape_shape(const Problem& problem, Save save) {
   const Sizes& n = problem.sizes;
-  const cpu::Kernels<T>& kernels = kernels_for<T>(problem);
+  const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
   const CellShape& shape = shape_of(kernels, problem);
   if (save == Save::boundary_states) {
     const Index count = Chunk<T>(shape, n, kernels.numbers).count;
@@ -557,15 +557,15 @@ void set_thresholds(bool on) { thresholds = on; }
 
 void set_flush_subnormals(bool on) { flush_subnormals = on; }
 
-#define FUSEDRNN_INSTANTIATE(T)                                                    \
-  template struct Deleter<T>;                                                      \
-  template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>, Poll); \
-  template TapePtr<T> forward(const ForwardCall<T>&);                              \
-  template TapePtr<T> tape_over(const Problem&, Save, const T*);                   \
-  template TapeShape tape_shape<T>(const Problem&, Save);                          \
-  template void backward(const BackwardCall<T>&);                                  \
-  template Split split_of<T>(CellId, const Sizes&, int);                           \
-  template Index chunks_of<T>(CellId, const Sizes&);                               \
+#define FUSEDRNN_INSTANTIATE(T)                                                          \
+  template struct Deleter<T>;                                                            \
+  template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>, Poll, bool); \
+  template TapePtr<T> forward(const ForwardCall<T>&);                                    \
+  template TapePtr<T> tape_over(const Problem&, Save, const T*);                         \
+  template TapeShape tape_shape<T>(const Problem&, Save);                                \
+  template void backward(const BackwardCall<T>&);                                        \
+  template Split split_of<T>(CellId, const Sizes&, int);                                 \
+  template Index chunks_of<T>(CellId, const Sizes&);                                     \
   template Index tape_bytes(const Tape<T>&);
 FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)

@@ -31,9 +31,17 @@ struct Pairs {
     const __mmask32 first = count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1;
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first, p));
   }
+  // The first min(count, 16), each as a float.
+  static FUSEDRNN_INLINE V widen(const uint16_t* p, int64_t count) {
+    return _mm512_castsi512_ps(high(_mm256_maskz_loadu_epi16(V::first(count), p)));
+  }
   static FUSEDRNN_INLINE V round(V x) { return _mm512_castsi512_ps(high(halves(x))); }
   // 16 numbers, rounded, to 8 pairs of neighbours.
   static FUSEDRNN_INLINE void put(V x, float* to) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves(x)); }
+  // The first min(count, 16) numbers, rounded.
+  static FUSEDRNN_INLINE void put(V x, uint16_t* to, int64_t count) {
+    _mm256_mask_storeu_epi16(to, V::first(count), halves(x));
+  }
   // In each lane a pair of x and y, rounded.
   static FUSEDRNN_INLINE V zip(V x, V y) { return joined(halves(x), halves(y)); }
   // The same of the first min(count, 16) numbers of bfloat16, the others zero; without y zeros.

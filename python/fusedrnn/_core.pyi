@@ -29,6 +29,8 @@ def pack(
     gain_c: _Array | None = None,
     bias_c: _Array | None = None,
     weight_hr: _Array | None = None,
+    *,
+    bfloat16: bool = False,  # then all arrays of this and of calls with it are int16, the bits of bfloat16
 ) -> Packed: ...
 def forward(
     packed: Packed,
@@ -64,7 +66,7 @@ def run_forward(
     h_states: Any,
     c_states: Any,
     tape: Any,  # of tape_shape, or None: nothing is saved
-    bfloat16: bool = False,  # products in it: weight_ih and weight_hh are its bits as int16, the rest float32
+    bfloat16: bool = False,  # then all arrays but the tape are int16, the bits of bfloat16
 ) -> None: ...
 def run_backward(
     cell: int,

@@ -182,21 +182,31 @@ def test_what_the_module_refuses():
     sizes = (T, B, I, H, H)
     with pytest.raises(ValueError, match="bfloat16"):
         _core.tape_shape(normed, *sizes, False, False, False, True)
-    x = np.zeros((1, 1, 1))
-    weights = (np.zeros((4, 1)), np.zeros((4, 1)), *[None] * 7)
-    call = x, x[0], x[0], None, None, False, False, 0, None, x, x[0].copy(), x[0].copy(), None, None, None
-    with pytest.raises(_core.RefusedType, match="float32"):
-        _core.run_forward(lstm, weights, *call, True)
-    low = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in call]
-    for dtype in (np.int16, np.float32):
-        given = tuple(w if w is None else w.astype(dtype) for w in weights)
-        if dtype is np.int16:
-            _core.run_forward(lstm, given, *low, True)
-        else:
-            with pytest.raises(_core.RefusedType, match="weight_ih: expected int16"):
-                _core.run_forward(lstm, given, *low, True)
-    packed = _core.pack(lstm, *given)
-    with pytest.raises(_core.RefusedType, match="tuple"):
-        _core.run_forward(lstm, packed, *low, True)
+    x, w = np.zeros((1, 1, 1), np.int16), np.zeros((4, 1), np.int16)
+    weights = (w, w, w[:, 0].copy(), None, *[None] * 5)
+    given = [x, x[0], x[0]]
+    into = [x.copy(), x[0].copy(), x[0].copy()]
+    packed = _core.pack(lstm, *weights, bfloat16=True)
+    of_float32 = _core.pack(lstm, *[a if a is None else a.astype(np.float32) for a in weights])
+
+    def call(given=given, into=into, weights=weights, cell=lstm, low=True):
+        options = None, None, False, False, 0, None
+        _core.run_forward(cell, weights, *given, *options, *into, None, None, None, low)
+
+    call()
+    call(weights=packed)
+    for k in range(3):
+        for dtype in (np.float32, np.float16, np.uint16):
+            for name, arrays in (("given", given), ("into", into), ("weights", weights)):
+                wrong = [a.astype(dtype) if i == k else a for i, a in enumerate(arrays)]
+                with pytest.raises(_core.RefusedType, match="expected int16"):
+                    call(**{name: tuple(wrong) if name == "weights" else wrong})
+    with pytest.raises(_core.RefusedType, match="dtype of the weights"):
+        call(weights=of_float32)
+    floats = [[a.astype(np.float32) for a in arrays] for arrays in (given, into)]
+    with pytest.raises(_core.RefusedType, match="dtype of the weights"):
+        call(*floats, packed, low=False)
     with pytest.raises(_core.RefusedValue, match="this cell"):
-        _core.run_forward(normed, weights, *low, True)
+        call(cell=normed)
+    with pytest.raises(_core.RefusedType, match="dtype of the weights"):
+        _core.testing.repeat_forward(1, packed, *floats[0], False)

@@ -42,6 +42,11 @@ def array(t: Tensor | None) -> Any:
     return np.from_dlpack(t)  # type: ignore[arg-type]
 
 
+def bits(t: Any) -> Any:
+    """The memory of a tensor in bfloat16 as one of int16, as the compiled module takes it; None as it is."""
+    return None if t is None else t.detach().view(torch.int16)
+
+
 def tensor(a: Any) -> Tensor:
     """The memory of an array as a tensor."""
     return torch.from_numpy(a) if type(a) is np.ndarray else gpu.tensor(a)

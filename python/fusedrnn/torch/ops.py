@@ -3,8 +3,7 @@
 Both are functions of their tensors alone: no aliases, nothing kept between calls, so weights are packed, or
 read as they lie, in every call. They have no derivatives of their own: ``recurrence.Recurrence`` joins them.
 So tracers, counters and compilers see one operator, whatever called it. What no kernel runs they run a step
-at a time in PyTorch's operations. The CPU's kernels for bfloat16 take its numbers as float32; their tape is
-float32.
+at a time in PyTorch's operations. The tape of a call in bfloat16 on a CPU is float32.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from fusedrnn.backends.cpu import WEIGHTS, CpuBackend
 from fusedrnn.backends.protocol import Regularization, Unsupported
 from fusedrnn.torch import differentiable, gpu, paths
 from fusedrnn.torch.keys import CELLS, cell_of
-from fusedrnn.torch.memory import array, contiguous, contiguous_features, given, tensor
+from fusedrnn.torch.memory import array, bits, contiguous, contiguous_features, given, tensor
 
 Weights = tuple[Any, ...]  # of one layer and direction in the order of cell.blocks, None where there is none
 
@@ -244,25 +243,18 @@ def _allocated(call: Call, return_states: bool) -> list[Tensor]:
     return out + [x.new_empty((T, B, width)) for width in widths] if return_states else out
 
 
-def _widened(call: Call) -> Call:
-    """A call in bfloat16 as the kernels take it: with the same numbers in float32, but for the matrices."""
-    n = 1 + len(call.state0)
-    return call.with_learned(
-        [t if t is not None and k >= n and t.dim() > 1 else _float(t) for k, t in enumerate(call.learned())]
-    )
-
-
-def _float(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float()
+def _as_bits(call: Call) -> Call:
+    """A call in bfloat16 as the compiled module takes it."""
+    return call.with_learned([bits(t) for t in call.learned()])
 
 
 def _tape(call: Call, rows: int) -> Tensor:
     """Memory for a tape: if large, the kernels' own, which is used again. PyTorch's would be new pages of the
     system's in every call, which cost as much as filling them."""
-    x, width = call.x, call.tape_width()
-    if rows * width * x.element_size() < LARGE:
-        return x.new_empty((rows, width))
-    return torch.from_numpy(CPU.empty(rows, width, x.dtype is torch.float64))
+    width, dtype = call.tape_width(), torch.float64 if call.x.dtype is torch.float64 else torch.float32
+    if rows * width * dtype.itemsize < LARGE:
+        return call.x.new_empty((rows, width), dtype=dtype)
+    return torch.from_numpy(CPU.empty(rows, width, dtype is torch.float64))
 
 
 @functools.cache
@@ -284,8 +276,6 @@ def _cpu_weights(call: Call) -> tuple[Any, ...]:
         None if k is None or (w := own[k]) is None else w if w.is_contiguous() else w.contiguous()
         for k in _places(call.cell)
     ]
-    if own[0].dtype is torch.bfloat16:  # type: ignore[union-attr]
-        ordered = [w if w is None or w.dim() == 1 else w.detach().view(torch.int16) for w in ordered]
     return tuple(given(ordered))
 
 
@@ -350,18 +340,17 @@ def run(
         return [*found[:at], *[s.clone(memory_format=torch.contiguous_format) for s in found[at:]]]
     backend, weights = (call.backend(), None) if packed is None else packed
     if isinstance(backend, CpuBackend):
-        if low:
-            call = _widened(call)
         out = _allocated(call, return_states)
         tape = None if tape_rows is None else _tape(call, tape_rows)
+        into = out
+        if low:
+            call, into = _as_bits(call), [bits(t) for t in out]
         cell, at = cell_of(call.cell), int(x.dim() == 3)
         end = at + len(cell.states)
-        y, final, every = out[0] if at else None, out[at:end], out[end:]
+        y, final, every = into[0] if at else None, into[at:end], into[end:]
         if compiled:
             first = _compiled_arguments(call, _cpu_weights(call) if weights is None else weights.core)
             backend.run_forward(*first, *given([y, *_two(final), *_two(every), tape]), low)
-            if low:
-                out = [t.bfloat16() for t in out]
         else:
             machine = cpu.machine
             core = machine.pack_given(cell, _cpu_weights(call)) if weights is None else weights.core
@@ -379,12 +368,10 @@ def run(
         return [tensor(a) for a in (*[done.y][: x.dim() == 3], *done.stateT, *(done.states or ()), *kept)]
 
 
-def _gradients(
-    tensors: Sequence[Tensor | None], need: Sequence[bool], dtype: torch.dtype | None = None
-) -> list[Tensor | None]:
+def _gradients(tensors: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor | None]:
     """Memory for the gradients that are needed."""
     pairs = zip(tensors, need, strict=True)
-    return [t.new_empty(t.shape, dtype=dtype) if n and t is not None else None for t, n in pairs]
+    return [t.new_empty(t.shape) if n and t is not None else None for t, n in pairs]
 
 
 def run_backward(
@@ -412,18 +399,16 @@ def run_backward(
             call = call._replace(recompute=False)
             tape = run(call, False, call.tape_rows())[-1:]
         low = call.x.dtype is torch.bfloat16
+        found = into = _gradients(learned, need)
         if low:
-            call, y, dy = _widened(call), y.float(), _float(dy)
-            states = [_float(d) for d in states]
-        found = _gradients(learned, need, torch.float32 if low else None)
-        dweights = given([None if k is None else found[1 + n0 + k] for k in _places(call.cell)])
+            call, y, dy, *states = _as_bits(call), *[bits(t) for t in (y, dy, *states)]
+            into = [bits(d) for d in found]
+        dweights = given([None if k is None else into[1 + n0 + k] for k in _places(call.cell)])
         final, every = [contiguous(d) for d in states[:n]], [contiguous_features(d) for d in states[n:]]
         if call.cell in CELLS:
             rest = [contiguous(y), contiguous(tape[0]), contiguous_features(dy), *_two(final), *_two(every)]
-            out = [given(found[:1])[0], *dweights, *given(_two(found[1 : 1 + n0]))]
+            out = [given(into[:1])[0], *dweights, *given(_two(into[1 : 1 + n0]))]
             backend.run_backward(*_compiled_arguments(call, _cpu_weights(call)), *given(rest), out, low)
-            if low:
-                found = [None if d is None else d.bfloat16() for d in found]
         else:
             if any(need[1 : 1 + n0]):  # all or none
                 found[1 : 1 + n0] = [s.new_empty(s.shape) for s in call.state0]
