@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusedrnn import cuda
+from fusedrnn.backends.arguments import bfloat16
 
 Array = npt.NDArray[Any]
 
@@ -466,7 +467,7 @@ def _gradient(gradient: Any, x: Variable, name: str) -> Variable | None:
         raise ValueError(
             f"{name}.backward: expected a gradient of shape {x.shape}, that of its input, got {array.shape}"
         )
-    if array.dtype != x.dtype and x.dtype.kind == "f":
+    if array.dtype != x.dtype and (x.dtype.kind == "f" or x.dtype in bfloat16()):
         array = array.astype(x.dtype)
     return Variable(array)
 

@@ -131,7 +131,7 @@ def run_info(args: argparse.Namespace) -> None:
         ("instruction sets detected", listed(found["detected"])),
         ("instruction set in use", found["isa"] or "none"),
         ("weight gradients read", "copies in the order of tiles" if found["ordered_copies"] else "in place"),
-        ("bfloat16", found["bfloat16"] or "not in our kernels: PyTorch's own layers run"),
+        ("bfloat16", found["bfloat16"] or "no kernels for it here; PyTorch's own layers run"),
         ("threads", f"{found['threads']}, {found['thread_pool']} thread pool"),
     ]
     for name, why in found["backends"].items():

@@ -172,7 +172,7 @@ def forward(
         cell: ``lstm``, ``gru`` or ``rnn``, also with options, ``gru.with_options(reset_after=False)``; or any
             other cell, on the backends that support it.
         x: (T, B, I), any strides over T and B; float32 or float64 (also long double and complex in the
-            reference).
+            reference, and bfloat16 of the package ml_dtypes on processors with AVX512-BF16: docs/apis.md).
         weights: By name, in PyTorch's layout and of x's dtype: weight_ih (G*H, I), weight_hh (G*H, P),
             bias_ih and bias_hh (G*H,), which may be missing. With ``layer_norm`` also gain_ih and gain_hh
             (G*H,), and for an LSTM gain_c and bias_c (H,). With a projection also weight_hr (P, H).

@@ -14,6 +14,7 @@ import numpy as np
 
 from fusedrnn import cuda, npz
 from fusedrnn.autograd import Array, Parameter, Variable
+from fusedrnn.backends.arguments import FLOATS, bfloat16
 
 PathLike = str | os.PathLike[str]
 
@@ -233,18 +234,20 @@ class Layer:
 
 
 def drawn(in_size: int, out_size: int, dtype: np.dtype[Any]) -> Array:
-    """Initial values of a matrix: ``randn(in_size, out_size) * sqrt(1 / in_size)``."""
-    return np.random.randn(in_size, out_size).astype(dtype) * float(np.sqrt(1 / in_size))
+    """Initial values of a matrix, ``randn(in_size, out_size) * sqrt(1 / in_size)``, float32 for bfloat16."""
+    values = np.random.randn(in_size, out_size).astype(np.float32 if dtype in bfloat16() else dtype)
+    return values * float(np.sqrt(1 / in_size))
 
 
-def checked_dtype(dtype: Any) -> np.dtype[Any]:
-    """The dtype, if it is float32 or float64; else a TypeError."""
+def checked_dtype(dtype: Any, more: tuple[np.dtype[Any], ...] = ()) -> np.dtype[Any]:
+    """The dtype, if it is float32, float64 or one of ``more``; else a TypeError."""
+    known = (*FLOATS, *more)
     try:
         found = np.dtype(dtype)
     except TypeError:  # such as a dtype of PyTorch
-        raise TypeError(f"dtype: expected float32 or float64, got {dtype}") from None
-    if found not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise TypeError(f"dtype: expected float32 or float64, got {found}")
+        found = dtype
+    if found not in known:
+        raise TypeError(f"dtype: expected {' or '.join(map(str, known))}, got {found}")
     return found
 
 

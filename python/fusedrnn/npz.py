@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusedrnn.backends.arguments import bfloat16
+
 Array = npt.NDArray[Any]
 PathLike = str | os.PathLike[str]
 
@@ -20,8 +22,10 @@ PathLike = str | os.PathLike[str]
 def write(path: PathLike, arrays: Mapping[str, Array], previous: Path | None = None) -> None:
     """Write to a temporary file next to ``path``, flush it to the disk, then rename it.
 
-    A file that was at ``path`` before is renamed to ``previous``, if that is given.
+    A file that was at ``path`` before is renamed to ``previous``, if that is given. NumPy's format has no
+    bfloat16: such arrays are written in float32, which has all of its numbers.
     """
+    arrays = {k: a.astype(np.float32) if a.dtype in bfloat16() else a for k, a in arrays.items()}
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"expected a file to write to, got the folder {path}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from fusedrnn import cuda
 from fusedrnn.autograd import Array, Parameter
+from fusedrnn.backends.arguments import bfloat16
 from fusedrnn.layer import no_attribute
 from fusedrnn.layers import Layer
 
@@ -80,12 +81,19 @@ class Optimizer:
             RuntimeError: ``setup`` has not been called.
             FloatingPointError: A gradient has a value that is not finite; the message names the first such
                 parameter. Nothing has changed.
+            TypeError: A parameter is in bfloat16.
         """
         if self.target is None:
             raise RuntimeError("update: expected a call of setup(model) before")
         pairs = [
             (p, cuda.as_array(p.grad._data, p.dtype)) for p in self.target.params() if p.grad is not None
         ]
+        for p, _ in pairs:
+            if p.dtype in bfloat16():
+                raise TypeError(
+                    f"{p.name}: expected float32 or float64, got bfloat16, which rounds small changes away; "
+                    "keep the weights in float32, and pass a copy in bfloat16 to fusedrnn.kernels"
+                )
         with np.errstate(over="ignore", invalid="ignore"):
             total = float(sum(g.sum() for _, g in pairs))  # one pass; and a GPU is asked once
         if not math.isfinite(total):

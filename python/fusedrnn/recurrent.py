@@ -18,11 +18,13 @@ from fusedrnn import cells, cuda, npz, unfused
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable, config
 from fusedrnn.backends.arguments import (
+    bfloat16,
     check_cell,
     check_proj_size,
     check_regularization,
     check_shape,
     check_whole,
+    is_real,
 )
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.layer import Layer, checked_dtype, drawn
@@ -51,7 +53,7 @@ class Recurrent(Layer):
             step. In evaluation the new value is the mean of old and new with these weights (Krueger et al.
             2016). For cells that have such a state. Fused layers only.
         bias: one bias per gate, ``bias_ih``; a GRU with ``reset_after`` also has ``bias_hh``.
-        dtype: float32 or float64; inputs are cast to it.
+        dtype: float32, float64, or with a fused layer bfloat16 of ml_dtypes; inputs are cast to it.
         fused: one node per call, run by a kernel. False: one node per operation, to read and to compare with.
         backend: the name of a backend; None: the best one that is available.
         recompute: keep few states for backward and run forward again there, to save memory.
@@ -104,8 +106,8 @@ class Recurrent(Layer):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected at least 0 and below 1, got {dropout}")
         self.dropout = float(dropout)
-        self.dtype = checked_dtype(dtype)
         self.fused = bool(fused)
+        self.dtype = checked_dtype(dtype, bfloat16() if self.fused else ())
         rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)
         if check_regularization(cell, rates) is not None and not self.fused:
             raise ValueError(
@@ -211,7 +213,7 @@ class Recurrent(Layer):
         for (name, width), s in zip(self._widths().items(), given, strict=True):
             expected = (batch, width) if layers == 1 else (layers, batch, width)
             what = "the layer's state" if state is None else "state"
-            self._check_device(what, s)
+            self._check_array(what, s)
             if s._data.shape != expected:
                 hint = "call reset_state() before a batch of a different size" if state is None else ""
                 check_shape(f"{what} {name}", s._data.shape, expected, hint)
@@ -338,9 +340,7 @@ class Recurrent(Layer):
                 )
             s = as_variable(given[name])
             check_shape(name, s._data.shape, shape)
-            if s._data.dtype.kind not in "fiub":
-                raise TypeError(f"{name}: expected real numbers, got {s.dtype}")
-            self._check_device(name, s)
+            self._check_array(name, s)
             found.append(s if s.dtype == self.dtype else F.cast(s, self.dtype))
         return found
 
@@ -351,11 +351,11 @@ class Recurrent(Layer):
             expected = f"(B, {I})" if ndim == 2 else f"(T, B, {I})"
             hint = "; hidden_size comes before in_size" if shape[-1:] == (self.hidden_size,) else ""
             raise ValueError(f"x: expected shape {expected}, got {x.shape}{hint}")
-        if x._data.dtype.kind not in "fiub":
-            raise TypeError(f"x: expected real numbers, got {x.dtype}")
-        self._check_device("x", x)
+        self._check_array("x", x)
 
-    def _check_device(self, what: str, x: Variable) -> None:
+    def _check_array(self, what: str, x: Variable) -> None:
+        if not is_real(x._data.dtype):
+            raise TypeError(f"{what}: expected real numbers, got {x.dtype}")
         if cuda.on_gpu(x._data) != self.gpu:
             module = "cupy" if self.gpu else "numpy"
             raise TypeError(

@@ -8,6 +8,7 @@ are NumPy's, or of the kind that a backend says; ``lengths`` and ``reset`` may a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,25 @@ import numpy as np
 from fusedrnn.backends.protocol import Array, Regularization, State
 from fusedrnn.cells import Cell
 
-FLOATS = (np.dtype(np.float32), np.dtype(np.float64))  # what compiled backends take
+FLOATS: tuple[np.dtype[Any], ...] = (
+    np.dtype(np.float32),
+    np.dtype(np.float64),
+)  # what compiled backends take
+NEEDS_BFLOAT16 = (
+    "; bfloat16 needs the cpu backend, a processor with AVX512-BF16, and lstm, rnn or gru with reset_after, "
+    "without layer norm and projection"
+)
+
+
+def bfloat16() -> tuple[np.dtype[Any], ...]:
+    """The dtype of the package ml_dtypes, if something has imported it; else nothing can have it."""
+    found = getattr(sys.modules.get("ml_dtypes"), "bfloat16", None)
+    return () if found is None else (np.dtype(found),)
+
+
+def is_real(dtype: np.dtype[Any]) -> bool:
+    """Whether its values are real numbers, or booleans; for NumPy, those of bfloat16 are bytes."""
+    return dtype.kind in "fiub" or dtype in bfloat16()
 
 
 class Kind(NamedTuple):
@@ -128,7 +147,8 @@ def check_weights(
     _array("weight_ih", first, kind)
     dtype = first.dtype
     if dtype not in dtypes:
-        raise TypeError(f"weight_ih: expected dtype {_names(dtypes)}, got {dtype}")
+        hint = NEEDS_BFLOAT16 if kind is NUMPY and dtype in bfloat16() else ""
+        raise TypeError(f"weight_ih: expected dtype {_names(dtypes)}, got {dtype}{hint}")
     hidden = getattr(weights.get("weight_hh"), "shape", None)
     if first.ndim == 2 and hidden == (first.shape[1], first.shape[1] // gates) and len(first) != hidden[0]:
         check_shape("weight_ih", first.shape, first.shape[::-1])

@@ -1,4 +1,4 @@
-"""The C++ backend: fused kernels for float32 and float64 (csrc/), called through ``fusedrnn._core``.
+"""The C++ backend: fused kernels for float32, float64 and bfloat16 (csrc/), through ``fusedrnn._core``.
 
 A single step takes microseconds, and so would the whole check of its arguments. The compiled module checks
 what its kernels rely on, so a call goes straight there; only what it refuses goes through
@@ -9,11 +9,15 @@ Built-in cells are compiled; any other one is a program that the module runs (``
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
-from typing import Any, NamedTuple, cast
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
 
 from fusedrnn.backends.arguments import (
+    FLOATS,
     Sizes,
+    bfloat16,
     check_backward,
     check_cell,
     check_forward,
@@ -62,6 +66,7 @@ class Packed(NamedTuple):
     cell: Cell
     weights: dict[str, Array]
     core: Any
+    bfloat16: np.dtype[Any] | None = None  # that of the arrays, where it is this one
 
 
 class Tape(NamedTuple):
@@ -71,6 +76,7 @@ class Tape(NamedTuple):
     weights: dict[str, Array]
     return_states: bool
     core: Any
+    bfloat16: np.dtype[Any] | None = None  # that of the arrays, where it is this one
 
     @property
     def bytes(self) -> int:
@@ -99,6 +105,7 @@ def _compiled(cell: Cell) -> int | None:
 
 
 _Two = tuple[Any, Any]
+_Arrays = TypeVar("_Arrays", bound=tuple[Any, ...])
 
 
 def _two(cell: Cell, state: Any, missing: bool) -> _Two | None:
@@ -115,8 +122,20 @@ def _two(cell: Cell, state: Any, missing: bool) -> _Two | None:
     return state if len(state) == 2 else (state[0], None)
 
 
+def _as_bits(dtype: np.dtype[Any], arrays: _Arrays) -> _Arrays:
+    """Arrays in bfloat16, which is the dtype, as the compiled module takes them."""
+    if any(a is not None and getattr(a, "dtype", None) != dtype for a in arrays):
+        raise _core.RefusedType("expected bfloat16")
+    return cast(_Arrays, tuple([None if a is None else a.view(np.int16) for a in arrays]))
+
+
+def _of_bits(dtype: np.dtype[Any], results: Sequence[Any]) -> Sequence[Any]:
+    """What the compiled module returned, its arrays in bfloat16."""
+    return [a.view(dtype) if type(a) is np.ndarray else a for a in results]
+
+
 class CpuBackend:
-    """Every cell in float32 and float64, any CPU; see ``protocol``."""
+    """Every cell in float32 and float64, any CPU; see ``protocol``. In bfloat16 see ``has_bfloat16``."""
 
     name = "cpu"
 
@@ -128,10 +147,20 @@ class CpuBackend:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         if _compiled(check_cell(cell)) is None:
             return machine.pack(cell, weights)
-        checked, *_ = check_weights(cell, weights)
-        return Packed(
-            cell, checked, _core.pack(cell_id(cell), *[cast(Array, checked.get(name)) for name in WEIGHTS])
-        )
+        low = bfloat16()
+        dtypes = (*FLOATS, *low) if low and self.has_bfloat16(cell) else FLOATS
+        checked, *_ = check_weights(cell, weights, dtypes)
+        dtype = checked["weight_ih"].dtype
+        if dtype not in low:
+            core = _core.pack(cell_id(cell), *[cast(Array, checked.get(name)) for name in WEIGHTS])
+            return Packed(cell, checked, core)
+        bits = {name: w.view(np.int16) for name, w in checked.items()}
+        return Packed(cell, checked, self.pack_bits(cell, bits).core, dtype)
+
+    def pack_bits(self, cell: Cell, weights: Weights) -> Packed:
+        """Weights in bfloat16, as int16 with their bits and contiguous, for ``run_forward``."""
+        ordered = [cast(Array, weights.get(name)) for name in WEIGHTS]
+        return Packed(cell, dict(weights), _core.pack(cell_id(cell), *ordered, bfloat16=True))
 
     def forward(
         self,
@@ -169,7 +198,7 @@ class CpuBackend:
                 scalars=scalars,
                 save=save,
             )
-        results = None
+        results, low = None, packed.bfloat16
         state = _two(cell, state0, False)
         if (  # the compiled module would not see what these are, or would convert them
             state is not None
@@ -181,9 +210,10 @@ class CpuBackend:
         ):
             h0, c0 = state
             try:
+                given, h0, c0 = (x, h0, c0) if low is None else _as_bits(low, (x, h0, c0))
                 results = _core.forward(
                     packed.core,
-                    x,
+                    given,
                     h0,
                     c0,
                     lengths,
@@ -210,13 +240,12 @@ class CpuBackend:
                 regularization=regularization,
                 scalars=scalars,
                 save=save,
+                dtypes=(*FLOATS, *bfloat16()),
             )
-            h0, c0 = cast(_Two, _two(cell, a.state0, False))
+            state = cast(_Two, _two(cell, a.state0, False))
             results = _core.forward(
                 packed.core,
-                a.x,
-                h0,
-                c0,
+                *((a.x, *state) if low is None else _as_bits(low, (a.x, *state))),
                 a.lengths,
                 a.reset,
                 a.reverse,
@@ -225,13 +254,13 @@ class CpuBackend:
                 a.detach_every or 0,
                 a.regularization,
             )
-        y, hT, cT, h_states, c_states, tape = results
+        y, hT, cT, h_states, c_states, tape = results if low is None else _of_bits(low, results)
         two = "c" in cell.states
         return Forward(
             y,
             (hT, cT) if two else (hT,),
             None if h_states is None else (h_states, c_states) if two else (h_states,),
-            None if tape is None else Tape(packed.cell, packed.weights, h_states is not None, tape),
+            None if tape is None else Tape(packed.cell, packed.weights, h_states is not None, tape, low),
         )
 
     def run_forward(self, cell: Cell, *arguments: Any) -> None:
@@ -265,10 +294,10 @@ class CpuBackend:
     def has_bfloat16(self, cell: Cell) -> bool:
         """Whether this processor has kernels of a cell with products in bfloat16.
 
-        ``run_forward``, ``run_backward`` and ``tape_shape`` run them with ``bfloat16=True``. weight_ih and
-        weight_hh are bfloat16 then, in arrays of int16 with their bits, and all other arrays float32. x, the
-        initial h and, in backward, the gradients of the gates are rounded to bfloat16 as they are multiplied,
-        and h in every step; all else is in float32.
+        Products are in bfloat16 then, and h is rounded in every step; in backward the gradients of the gates
+        are rounded too. All else is in float32. ``forward`` and ``backward`` take arrays of the package
+        ml_dtypes. With ``bfloat16=True``, ``run_forward``, ``run_backward`` and ``tape_shape`` take arrays of
+        int16 with their bits, but for the tape, which is float32.
         """
         return _missing is None and _core.has_bfloat16(cell_id(cell))
 
@@ -295,11 +324,12 @@ class CpuBackend:
         cell = tape.cell
         wanted = NEED if need is None else check_need(cell, need)
         flags = [name in wanted for name in NEED]
-        results = None
+        results, low = None, tape.bfloat16
         final, every = _two(cell, dstateT, True), _two(cell, dstates, True)
         if final is not None and every is not None and (dstates is None or tape.return_states):
             try:
-                results = _core.backward(tape.core, dy, *final, *every, flags)
+                given = dy, *final, *every
+                results = _core.backward(tape.core, *(given if low is None else _as_bits(low, given)), flags)
             except _REFUSED:
                 results = None
         if results is None:
@@ -314,8 +344,9 @@ class CpuBackend:
                 return_states=tape.return_states,
             )
             final, every = cast(_Two, _two(cell, b.dstateT, True)), cast(_Two, _two(cell, b.dstates, True))
-            results = _core.backward(tape.core, b.dy, *final, *every, flags)
-        dx, *dweights, dh0, dc0 = results
+            given = b.dy, *final, *every
+            results = _core.backward(tape.core, *(given if low is None else _as_bits(low, given)), flags)
+        dx, *dweights, dh0, dc0 = results if low is None else _of_bits(low, results)
         dstate0 = None if dh0 is None else (dh0, dc0) if "c" in cell.states else (dh0,)
         by_name = dict(zip(WEIGHTS, dweights, strict=True))
         return Gradients(dx, {name: by_name[name] for name in tape.weights}, dstate0, {})
