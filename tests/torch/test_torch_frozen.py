@@ -42,6 +42,22 @@ def test_the_same_bits(kind, dtype):
 
 
 @every_layer
+@pytest.mark.skipif(not ft.paths.has_bfloat16("LSTM"), reason="no AVX512-BF16, or FUSEDRNN_ISA is lower")
+def test_the_same_bits_in_bfloat16(kind):
+    ours, x, hx = made(kind, num_layers=2, bidirectional=True)
+    ours, x = ours.bfloat16(), x.bfloat16()
+    hx = tuple(s.bfloat16() for s in hx) if isinstance(hx, tuple) else hx.bfloat16()
+    with torch.no_grad():
+        want = flat([ours(x, hx), ours(x[:1], return_states=True)])
+        ft.freeze(ours)
+        got = flat([ours(x, hx), ours(x[:1], return_states=True)])
+    assert ours.last_path == "fused"
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(RuntimeError, match=r"the kernels cannot run it: the dtype is torch\.bfloat16"):
+        ft.freeze(getattr(ft, f"{kind}Cell")(2, 3).bfloat16().eval())
+
+
+@every_layer
 def test_every_option_of_a_call(kind):
     ours, x, _ = made(kind, num_layers=2, bidirectional=True)
     given = {"lengths": [T, 2, 0], "reset": torch.rand(T, B) < 0.3, "return_states": True}

@@ -15,7 +15,7 @@ from fusedrnn import backends
 from fusedrnn.cells import Cell
 from fusedrnn.torch import gpu, paths
 from fusedrnn.torch.keys import CELLS
-from fusedrnn.torch.memory import array
+from fusedrnn.torch.memory import array, bits, contiguous
 from fusedrnn.torch.ops import Weights
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -31,11 +31,16 @@ class Frozen:
     def __init__(self, module: Any, weights: list[Weights]) -> None:
         first = weights[0][0]
         self.dtype, self.device, self.weights = first.dtype, first.device, weights
-        backend = backends.usable(None) if first.is_cpu else gpu.backend()
+        backend: Any = backends.usable(None) if first.is_cpu else gpu.backend()
         with gpu.on(first.device):  # for each layer and direction, as ``ops.run`` takes them
             names = module.cell.blocks
-            arrays = [dict(zip(names, map(array, each), strict=True)) for each in weights]
-            self.packed = [(backend, backend.pack(module.cell, each)) for each in arrays]
+            low = first.is_cpu and first.dtype is torch.bfloat16
+            arrays = [
+                dict(zip(names, [array(bits(contiguous(w)) if low else w) for w in each], strict=True))
+                for each in weights
+            ]
+            pack = backend.pack_bits if low else backend.pack
+            self.packed = [(backend, pack(module.cell, each)) for each in arrays]
         # Where each parameter is, and its state.
         self.parameters = [
             (owner._parameters, name, p, p._version, p.data_ptr())
@@ -153,7 +158,9 @@ def freeze(model: M) -> M:
         if layer.__dict__.get("_fusedrnn_frozen") is None:
             weights = layer._weights()
             first = weights[0][0]
-            reason = paths.unsupported(first.dtype, first.device, [w for each in weights for w in each])
+            # Cells have no kernels in bfloat16.
+            key: Any = layer._key if isinstance(layer, torch.nn.RNNBase) else ""
+            reason = paths.unsupported(first.dtype, first.device, [w for each in weights for w in each], key)
             reason = reason or layer._lacks(first.device)
             if reason is not None:
                 raise RuntimeError(f"{path}: the kernels cannot run it: {reason}")
