@@ -55,9 +55,10 @@ class Arrays {
 
   T* copied(std::vector<Copy>& to, const std::int16_t* bits, Shape shape, const Index* strides = nullptr) {
     const Index width = shape.end()[-1], of_step = shape.size() > 1 ? shape.end()[-2] : 1;
-    Index rows = 1;
-    for (const Index* n = shape.begin(); n + 1 < shape.end(); ++n) rows *= *n;
-    memory.emplace_back(std::size_t(rows * width) * sizeof(T));
+    std::size_t bytes = sizeof(T);
+    for (const Index n : shape) bytes = cpu::checked_product({bytes, std::size_t(n)});
+    const Index rows = Index(bytes / sizeof(T)) / width;
+    memory.emplace_back(bytes);
     to.push_back({reinterpret_cast<cpu::Bfloat16*>(const_cast<std::int16_t*>(bits)), memory.back().template as<T>(),
                   rows, of_step, width, strides ? strides[0] : of_step * width, strides ? strides[1] : width});
     return to.back().copy;

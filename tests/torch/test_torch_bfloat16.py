@@ -208,5 +208,8 @@ def test_what_the_module_refuses():
         call(*floats, packed, low=False)
     with pytest.raises(_core.RefusedValue, match="this cell"):
         call(cell=normed)
+    for steps in (2**61, 2**62):  # with little memory: all strides are 0
+        with pytest.raises(OverflowError, match="size too large: 4"):
+            call([torch.zeros((1, 1, 1), dtype=torch.int16).expand(steps, 1, 1), *given[1:]])
     with pytest.raises(_core.RefusedType, match="dtype of the weights"):
         _core.testing.repeat_forward(1, packed, *floats[0], False)
