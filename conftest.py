@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,30 @@ def poison():
     testing.poison(True)
     yield
     testing.poison(False)
+
+
+@pytest.fixture
+def compiles_anew():
+    """PyTorch forgets what it has compiled, and a seed."""
+    import torch
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def quiet_fallbacks():
+    """A fallback does not warn, and a seed."""
+    import torch
+
+    from fusedrnn.torch import FallbackWarning
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Layer norm in the cell: the reference proved, the kernels against it, the layers, wrong arguments.
 
-The figures are those of the plain cells (test_kernels.py), for standard problems with gains about 0.1. With
+The figures are those of the plain cells (accuracy.py), for standard problems with gains about 0.1. With
 gains about 1, with H below 7 or with one input the problems are badly conditioned (a norm of few values, or
 of values that are all proportional to one input, hardly depends on them, and what little gradient is left is
 a difference): there the yardstick counts. That the bits are the same is in test_bitwise.py, which runs these
@@ -140,15 +140,15 @@ def cpu():
 @pytest.fixture
 def standard(cpu, threads):
     """The check of a standard problem, in float32 and float64, with each number of threads."""
-    import test_kernels
+    import accuracy
 
     def check(p, *counts):
-        want = test_kernels.truth(p)
+        want = accuracy.truth(p)
         for count in counts or [None]:
             if count is not None:
                 threads(count)
-            for dtype in test_kernels.DTYPES:
-                test_kernels.assert_standard(p, want, dtype)
+            for dtype in accuracy.DTYPES:
+                accuracy.assert_standard(p, want, dtype)
 
     return check
 
@@ -217,13 +217,13 @@ class TestKernels:
     @kernel_cells
     def test_badly_conditioned(self, cell, size, gain, dtype, cpu):
         """Few units, one input, gains about 1: within the yardsticks, and no worse than plain NumPy."""
-        import test_kernels
+        import accuracy
 
         def draw(seed):
             return problem(cell, *size, seed, **EVERYTHING, reverse=size[-1] % 2 == 0, gain=gain)
 
-        test_kernels.assert_hard(draw(0), dtype)
-        test_kernels.assert_no_worse_than_numpy(draw, dtype)
+        accuracy.assert_hard(draw(0), dtype)
+        accuracy.assert_no_worse_than_numpy(draw, dtype)
 
     @kernel_cells
     def test_a_large_mean_costs_no_digits_of_the_variance(self, cell, cpu):

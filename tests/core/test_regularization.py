@@ -1,7 +1,7 @@
 """Recurrent dropout and zoneout: the masks, the reference, the kernels, the native API.
 
 The oracle draws its masks by a program of its own. Tolerances are those of test_reference.py and
-test_kernels.py; where bits are compared there is none.
+accuracy.py; where bits are compared there is none.
 """
 
 from __future__ import annotations

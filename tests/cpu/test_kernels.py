@@ -1,189 +1,42 @@
-"""The C++ kernels against the reference in long double.
-
-Tolerances are the promise of the project, relative to each tensor's largest entry. Standard problems
-(weights as PyTorch initialises them, inputs of order one, upstream gradients on every step, H >= 7, T <=
-256): float64 forward 1e-14, gradients 2e-14; float32 forward 2e-6, gradients 5e-6. Elsewhere no fixed
-figure can hold; there the error of a gradient stays within 40 yardsticks + 4 eps, the yardstick being how
-far the long-double gradient moves at most, in up to 40 runs, when every activation is disturbed by one eps of
-the tested dtype, and that of a forward result within 4 yardsticks + 4 eps, the input disturbed as well.
-(Without that the yardstick is blind to the rounding of W x: on data in the thousands nobody, plain NumPy
-included, stays within 40.)
-"""
+"""The C++ kernels against the reference in long double, within the figures of tests/support/accuracy.py."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 from dataclasses import replace
-from unittest import mock
 
 import numpy as np
 import pytest
 
+from accuracy import (
+    CPU,
+    DTYPES,
+    EVERYTHING,
+    GRADIENT,
+    REFERENCE,
+    assert_hard,
+    assert_no_worse_than_numpy,
+    assert_standard,
+    cell_name,
+    split,
+    truth,
+)
 from array_calls import Arrays
-from fusedrnn.backends.reference import ReferenceBackend
-from fusedrnn.cells import evaluation, gru, lstm, rnn
+from fusedrnn.cells import gru, lstm, rnn
 from problems import (
     CELLS,
     OPTIONS,
     SIZES,
     assert_bitwise_equal,
     assert_close,
-    errors,
-    expected_names,
-    name,
     named,
     problem,
     run,
 )
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
-from fusedrnn.backends.cpu import CpuBackend
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poison")]
-
-CPU, REFERENCE = CpuBackend(), ReferenceBackend()
-DTYPES = (np.float32, np.float64)
-FORWARD = {np.float32: 2e-6, np.float64: 1e-14}
-GRADIENT = {np.float32: 5e-6, np.float64: 2e-14}
-EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
-
-
-def cell_name(cell):
-    return name(cell)
-
-
-def truth(p):
-    """The reference in long double. A problem is drawn in float32, so this is the truth of every dtype."""
-    return run(REFERENCE, p.astype(np.longdouble))
-
-
-def split(results):
-    """Results and gradients."""
-    forward = {key: a for key, a in results.items() if not key.startswith("d")}
-    return forward, {key: a for key, a in results.items() if key.startswith("d")}
-
-
-def assert_standard(p, want, dtype):
-    """The kernels' results for a standard problem are within the promised figures."""
-    got = run(CPU, p.astype(dtype))
-    assert got.keys() == want.keys() == expected_names(p)
-    assert {a.dtype for a in got.values()} == {np.dtype(dtype)}
-    for g, w, tolerance in zip(split(got), split(want), (FORWARD[dtype], GRADIENT[dtype]), strict=True):
-        assert_close(g, w, tolerance)
-
-
-# --- the yardstick -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def disturbed(eps, seed):
-    """Every activation of the reference is off by +eps or -eps.
-
-    So is the gradient through relu: it does not depend on the value of relu, as that through tanh and
-    sigmoid does. So is what layer norm normalises, and the gradient that goes back through it.
-    """
-    rng = np.random.default_rng(seed)
-
-    def off(f):
-        def disturbed(*args):
-            y = f(*args)
-            return y * (1 + eps * rng.choice([-1, 1], np.shape(y)).astype(y.dtype))
-
-        return disturbed
-
-    def all_off(f):
-        return lambda *args: [off(np.copy)(y) for y in f(*args)]
-
-    def normalise(norm, values):
-        normed = right(norm, values)
-        return normed._replace(x=all_off(list)(normed.x))
-
-    def normalise_gradient(norm, normed, gradients):
-        return all_off(right_gradient)(norm, normed, all_off(list)(gradients))
-
-    right, right_gradient = evaluation.normalise, evaluation.normalise_gradient
-    operations = {name: off(evaluation.OPERATIONS[name]) for name in ("tanh", "sigmoid", "relu", "where")}
-    with (
-        mock.patch.dict(evaluation.OPERATIONS, operations),
-        mock.patch.multiple(evaluation, normalise=normalise, normalise_gradient=normalise_gradient),
-    ):
-        yield
-
-
-def disturbed_input(p, eps, seed):
-    rng = np.random.default_rng((seed, 1))
-    return replace(p, x=p.x * (1 + eps * rng.choice([-1, 1], p.x.shape).astype(p.x.dtype)))
-
-
-RUNS = 40  # of 5 alone, the largest move scatters by a factor of 2 with the random numbers
-
-
-def yardsticks(p, want, dtype):
-    """Of each result the largest move in 5, 10, ... disturbed runs, relative to its largest entry."""
-    eps = np.longdouble(np.finfo(dtype).eps)
-    p = p.astype(np.longdouble)
-    forward, gradients = split(want)
-    worst = dict.fromkeys(want, 0.0)
-    for seed in range(RUNS):
-        with disturbed(eps, seed):
-            same_input = split(run(REFERENCE, p))[1]
-            other_input = split(run(REFERENCE, disturbed_input(p, eps, seed)))[0]
-        moved = errors(other_input, forward) | errors(same_input, gradients)
-        worst = {key: max(worst[key], moved[key]) for key in want}
-        if seed % 5 == 4:
-            yield worst
-
-
-def allowed(worst, p, want, dtype):
-    """4 yardsticks of a result, 40 of a gradient, + 4 eps; of a float32 gradient also what sums may lose.
-
-    That is, the products too small for float32.
-    """
-    eps = float(np.finfo(dtype).eps)
-    limits = {key: (40 if key.startswith("d") else 4) * y + 4 * eps for key, y in worst.items()}
-    if dtype is np.float32:
-        T, _, H = want["y"].shape
-        upstream = [a for a in (p.dy, *(p.dstateT or ()), *(p.dstates or ())) if a is not None]
-        floor = (
-            2.0**-126 * T * H * max((float(np.nanmax(np.abs(a))) for a in upstream if a.size), default=0.0)
-        )
-        for key in split(want)[1]:
-            limits[key] += floor / float(np.abs(want[key]).max()) if np.any(want[key]) else 0
-    return limits
-
-
-def assert_hard(p, dtype):
-    """Within the yardsticks."""
-    p = p.astype(dtype)
-    want, got = truth(p), run(CPU, p)
-    assert got.keys() == want.keys() == expected_names(p)
-    found = errors(got, want)
-    for worst in yardsticks(p, want, dtype):
-        limits = allowed(worst, p, want, dtype)
-        beyond = {key: (e, limits[key]) for key, e in found.items() if not e <= limits[key]}
-        if not beyond:  # more runs allow no less
-            return
-    raise AssertionError(f"error, allowed: {beyond}")
-
-
-def assert_no_worse_than_numpy(draw, dtype):
-    """At most 4 times the error of plain NumPy in the same dtype, where that is above 4 eps.
-
-    What counts is the middle one of 7 draws: where errors grow exponentially, the ratio of two of them is a
-    lottery.
-    """
-    eps = float(np.finfo(dtype).eps)
-    ratios = {}
-    for seed in range(7):
-        p = draw(seed).astype(dtype)
-        want = truth(p)
-        plain = errors(run(REFERENCE, p), want)
-        for key, e in errors(run(CPU, p), want).items():
-            ratios.setdefault(key, []).append(e / max(plain[key], 4 * eps))
-    worse = {key: r for key, r in ratios.items() if not np.median(r) <= 4}
-    assert not worse, f"ratios to the error of plain NumPy: {worse}"
 
 
 # --- standard problems -------------------------------------------------------------------------------------
@@ -607,137 +460,3 @@ def test_saturation_stays_finite(cell, dtype):
         got = run(CPU, replace(p, x=p.x * dtype(scale)))
         assert all(np.isfinite(a).all() for key, a in got.items() if key != "dweight_ih")
         assert np.abs(got["y"]).max() <= 1 + (np.abs(p.state0[0]).max() if cell.name == "gru" else 0)
-
-
-# --- hard problems -----------------------------------------------------------------------------------------
-
-
-def gained(p, gain):
-    return replace(p, weights={n: w * w.dtype.type(gain) for n, w in p.weights.items()})
-
-
-def last_state(p):
-    return replace(p, dy=None, dstates=None)
-
-
-def unscaled(p):
-    return replace(p, x=p.x * 700 + 1000)
-
-
-def faint(p):
-    return replace(p, dy=p.dy * 1e-30)
-
-
-HARD = {
-    "large gains": lambda cell, s: gained(problem(cell, 20, 7, 5, 33, s, lengths=True), 6),
-    "chaos": lambda cell, s: gained(problem(cell, 60, 3, 2, 41, s), 3),
-    "last state only": lambda cell, s: last_state(problem(cell, 120, 5, 3, 23, s)),
-    "last state, reverse, ragged": lambda cell, s: last_state(
-        problem(cell, 60, 5, 3, 23, s, lengths=True, reverse=True)
-    ),
-    "unscaled data": lambda cell, s: unscaled(problem(cell, 15, 6, 4, 20, s)),
-    "tiny upstream": lambda cell, s: faint(problem(cell, 30, 4, 3, 25, s, upstream=("dy",))),
-    "tiny weights": lambda cell, s: gained(problem(cell, 20, 4, 3, 25, s), 1e-4),
-}
-
-
-@pytest.mark.parametrize("kind", HARD)
-@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
-def test_hard_problems_stay_within_the_yardstick(cell, kind):
-    assert_hard(HARD[kind](cell, 0), np.float32)
-    assert_no_worse_than_numpy(functools.partial(HARD[kind], cell), np.float32)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", HARD)
-@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
-def test_more_hard_problems_stay_within_the_yardstick(cell, kind):
-    for seed, dtype in ((1, np.float32), (2, np.float32), *((k, np.float64) for k in range(3))):
-        assert_hard(HARD[kind](cell, seed), dtype)
-    assert_no_worse_than_numpy(functools.partial(HARD[kind], cell), np.float64)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
-def test_standard_problems_are_as_exact_as_plain_numpy(cell, dtype):
-    for size in ((30, 5, 3, 40), (9, 20, 30, 33)):
-        assert_no_worse_than_numpy(
-            lambda seed, size=size: problem(cell, *size, seed, return_states=True), dtype
-        )
-
-
-# --- the checks themselves ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def results():
-    return truth(problem(lstm, 4, 5, 3, 18, **EVERYTHING))
-
-
-def spoiled(results, key, change):
-    copy = {k: a.copy() for k, a in results.items()}
-    copy[key] = change(copy[key])
-    return copy
-
-
-def one_wrong(a):
-    a.flat[a.size // 3] += np.abs(a).max() * 1e-5
-    return a
-
-
-def one_nan(a):
-    a.flat[-1] = np.nan
-    return a
-
-
-@pytest.mark.parametrize(
-    "change",
-    [one_wrong, one_nan, lambda a: a[..., :-1], lambda a: a[None], np.zeros_like, lambda a: a * (1 + 6e-6)],
-    ids=["one wrong element", "one NaN", "another shape", "another rank", "zeros", "scaled"],
-)
-def test_the_comparison_finds(change, results):
-    assert_close(results, results, 0)
-    for key in results:
-        with pytest.raises(AssertionError, match=key):
-            assert_close(spoiled(results, key, change), results, GRADIENT[np.float32])
-        with pytest.raises(AssertionError, match=key):
-            assert_bitwise_equal(spoiled(results, key, change), results)
-
-
-def test_the_comparison_finds_a_missing_and_an_extra_result(results):
-    for key in results:
-        rest = {k: a for k, a in results.items() if k != key}
-        for got, want in ((rest, results), (results, rest)):
-            with pytest.raises(AssertionError, match=key):
-                assert_close(got, want, 1.0)
-            with pytest.raises(AssertionError):
-                assert_bitwise_equal(got, want)
-
-
-def test_the_comparison_of_bits_sees_signs_of_zero_and_dtypes(results):
-    zero = {"dx": np.zeros((2, 3), np.float32)}
-    for other in (-zero["dx"], np.zeros((2, 3)), np.full((2, 3), 1e-45, np.float32)):
-        with pytest.raises(AssertionError, match="dx"):
-            assert_bitwise_equal({"dx": other}, zero)
-
-
-@pytest.mark.parametrize(
-    "change", [lambda a: a * 1.001, one_nan, np.zeros_like], ids=["scaled", "one NaN", "zeros"]
-)
-@pytest.mark.parametrize("key", ["y", "dweight_hh"])
-def test_the_yardstick_finds(key, change, monkeypatch):
-    """A kernel with one wrong result or gradient does not pass the rules for hard problems."""
-    p = problem(lstm, 6, 3, 2, 9)
-    real = globals()["run"]
-
-    def wrong(backend, q, **keywords):
-        results = real(backend, q, **keywords)
-        return spoiled(results, key, change) if backend is CPU else results
-
-    assert_hard(p, np.float32)
-    monkeypatch.setitem(globals(), "run", wrong)
-    with pytest.raises(AssertionError, match=key):
-        assert_hard(p, np.float32)
-    with pytest.raises(AssertionError, match=key):
-        assert_no_worse_than_numpy(lambda seed: p, np.float32)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import accuracy
 import published
-import test_kernels
 import test_layer_norm
 import test_selections
 from problems import (
@@ -124,8 +124,8 @@ def test_badly_conditioned_norms(cell, dtype):
         def draw(seed, size=size, gain=gain):
             return problem(cell, *size, seed, **EVERYTHING, gain=gain)
 
-        test_kernels.assert_hard(draw(0), dtype)
-        test_kernels.assert_no_worse_than_numpy(draw, dtype)
+        accuracy.assert_hard(draw(0), dtype)
+        accuracy.assert_no_worse_than_numpy(draw, dtype)
 
 
 def assert_right(got, p):

@@ -1,6 +1,6 @@
 """The CUDA kernels, compiled for a CPU and run by an emulated device, against the reference in long double.
 
-Tolerances are those of test_kernels.py: the promise of the project for standard problems. Every problem has
+Tolerances are those of accuracy.py: the promise of the project for standard problems. Every problem has
 NaN at padding; the device's memory and its blocks' shared memory are NaN before they are written, and no
 thread may write beside an array.
 """

@@ -17,6 +17,7 @@ every_layer = pytest.mark.parametrize("kind", LAYERS)
 every_cell = pytest.mark.parametrize("kind", CELLS)
 every_kind = pytest.mark.parametrize("kind", LAYERS + CELLS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "float64"))
+T, B, I, H = 5, 3, 4, 7  # sizes that do for most tests
 
 
 def module_pair(kind: str, *sizes: int, **options: Any) -> tuple[Any, Any]:
@@ -38,6 +39,20 @@ def state_of(layer: Any, batch: int | None, like: torch.Tensor) -> Any:
     widths = (getattr(layer, "proj_size", 0) or layer.hidden_size, layer.hidden_size)
     h, c = (like.new_empty(*rows, width).normal_() for width in widths)
     return (h, c) if isinstance(layer, (torch.nn.LSTM, torch.nn.LSTMCell)) else h
+
+
+def grads(tensors: Any, on: bool = True) -> Any:
+    """The tensors, which now want a gradient."""
+    for t in flat(tensors):
+        t.requires_grad_(on)
+    return tensors
+
+
+def inputs(layer: Any, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (T, B, I)) -> Any:
+    """x and a state that want a gradient."""
+    x = torch.randn(shape, dtype=dtype)
+    batch = None if x.dim() == 2 else x.size(0 if layer.batch_first else 1)
+    return grads(x), grads(state_of(layer, batch, x))
 
 
 def flat(result: Any) -> list[torch.Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import shutil
 import warnings
 
 import numpy as np
@@ -13,110 +12,41 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import fusedrnn.torch as ft  # noqa: E402
 from fusedrnn import kernels  # noqa: E402
-from fusedrnn.cells import cell, gru, lstm, relu, rnn, sigmoid, tanh  # noqa: E402
-from fusedrnn.torch import differentiable, keys, ops, paths  # noqa: E402
-from published import everything, gru_d, lstmp, mgu  # noqa: E402
+from fusedrnn.cells import cell, gru, lstm, rnn, tanh  # noqa: E402
+from fusedrnn.torch import keys, paths  # noqa: E402
+from own_layers import (  # noqa: E402
+    LENGTHS,
+    OWN,
+    RESET,
+    B,
+    H,
+    I,
+    T,
+    assert_same,
+    by_steps,
+    flat,
+    hx_of,
+    ind_rnn,
+    large,
+    made,
+    own,
+    scalars,
+    states,
+    three,
+    without_scalars,
+)
+from published import gru_d, lstmp, mgu  # noqa: E402
 
 # What PyTorch itself warns of while it compiles is no concern of these tests.
 pytestmark = [
     pytest.mark.kernel,
+    pytest.mark.usefixtures("quiet_fallbacks"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-
-
-@cell
-def ind_rnn(p, x, h):
-    """Li et al. 2018; it has no weight_hh."""
-    return relu(p.dense("a", x) + p.vector("u", init=(0.0, 1.0)) * h)
-
-
-@cell
-def three(p, x, h, c, n=1):
-    """Three states, one of which starts from 1; two operands beside x; a vector from a function."""
-    i, f, o = p.dense("i f o", x, h)
-    f, n = sigmoid(f + p.vector("decay", init=np.ones) * c), sigmoid(f) * n + sigmoid(i)
-    c = f * c + tanh(i) + tanh(p.dense("q", c / n))
-    return sigmoid(o) * tanh(c / n), c, n
-
-
-T, B, I, H = 6, 3, 4, 5
-LENGTHS = [6, 2, 4]
-RESET = np.array([[0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 0]])
-OWN = [mgu, ind_rnn, three, gru_d, everything]
-own = pytest.mark.parametrize("cell", OWN, ids=lambda c: c.name)
-without_scalars = pytest.mark.parametrize("cell", OWN[:3], ids=lambda c: c.name)
-COMPILER = any(map(shutil.which, ("g++", "clang++", "c++")))
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ft.FallbackWarning)
-        yield
-
-
-def made(cell, *sizes, dtype=torch.float64, **options):
-    """A layer with parameters that are not small, and its input, of sizes I and H or others."""
-    options = {"proj_size": 3 * cell.projects} | options
-    layer = ft.Recurrent(cell, *(sizes or (I, H)), dtype=dtype, **options)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.copy_(torch.randn(p.shape) / 2)
-    return layer, torch.randn(T, B, layer.input_size, dtype=dtype, requires_grad=True)
-
-
-def scalars(cell, shape=(T, B)):
-    return {name: torch.rand(shape, dtype=torch.float64).requires_grad_() for name in cell.scalars}
-
-
-def states(layer, rows=(B,)):
-    sizes = [(len(layer._all_weights), *rows, width) for width in layer._widths()]
-    return [torch.rand(size, dtype=torch.float64).requires_grad_() for size in sizes]
-
-
-def hx_of(state):
-    return tuple(state) if len(state) > 1 else state[0]
-
-
-def flat(results):
-    return [t for r in results for t in (r if isinstance(r, tuple) else (r,))]
-
-
-def by_steps(layer, x, state0, scalars, masks=None, **options):
-    """What a layer returns, as a list, from ``differentiable.recurrence``."""
-    D, ends = 1 + layer.bidirectional, []
-    for k in range(layer.num_layers):
-        halves = []
-        for d in range(D):
-            j, suffix = k * D + d, f"_l{k}{'_reverse' if d else ''}"
-            weights = {name: getattr(layer, name + suffix, None) for name in layer.cell.blocks}
-            weights = {name: w for name, w in weights.items() if w is not None}
-            begin = None if state0 is None else [s[j] for s in state0]
-            r = None if masks is None else masks._replace(stream=j)
-            y, final, every = differentiable.recurrence(
-                layer.cell, x, weights, begin, scalars=scalars, reverse=bool(d), regularization=r, **options
-            )
-            halves.append(y)
-            ends.append([*final, *(every or [])])
-        x = torch.cat(halves, 2)
-    return [x, *(torch.stack(each) for each in zip(*ends, strict=True))]
-
-
-def assert_same(found, expected, leaves, tolerance=1e-12):
-    """Values, and gradients of a random sum of them."""
-    weighs = [torch.randn_like(t) for t in expected]
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=0, atol=tolerance)
-    how = {"allow_unused": True, "retain_graph": True}
-    pairs = [torch.autograd.grad(r, leaves, weighs, **how) for r in (found, expected)]
-    for f, e in zip(*pairs, strict=True):
-        torch.testing.assert_close(f, e, rtol=0, atol=tolerance)
 
 
 # --- values and gradients -----------------------------------------------------------------------------------
@@ -392,11 +322,6 @@ def test_keys_find_cells_by_name(monkeypatch):
 # --- what no kernel runs ------------------------------------------------------------------------------------
 
 
-@cell
-def large(p, x, h):
-    return tanh(sum(p.dense(" ".join(f"g{k}" for k in range(65)), x, h)) / 8)
-
-
 def test_what_the_machine_lacks_runs_as_steps(monkeypatch):
     reason = f"cell: {large!r} is too large for the cpu backend (gates: expected at most 64, got 65)"
     monkeypatch.setattr(paths, "_told", set())
@@ -454,146 +379,6 @@ def test_other_backends(backend, monkeypatch):
     layer(x, detach_every=2)
     steps = "steps in PyTorch: detach_every: is not supported by the numba backend"
     assert layer.last_path == (steps if backend == "numba" else paths.FUSED)
-
-
-# --- operators ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cell", [three, gru_d], ids=lambda c: c.name)
-def test_opcheck(cell):
-    weights = [torch.randn(s, dtype=torch.float64) for s in cell.shapes(I, H, H).values()]
-    state0 = [torch.rand(B, H, dtype=torch.float64) for _ in cell.states]
-    numbers = [torch.rand(T, B, dtype=torch.float64) for _ in cell.scalars]
-    x, lengths = torch.randn(T, B, I, dtype=torch.float64), torch.tensor(LENGTHS)
-    rest = lengths, torch.as_tensor(RESET), torch.tensor(7), keys.key_of(cell), True, False, 2
-    call = ops.Call(x, state0, weights, numbers, *rest, [0.5, 0.25, 0.0], 3)
-    torch.library.opcheck(torch.ops.fusedrnn.recurrence.default, (*call, True, call.tape_rows()))
-    found, n = ops.run(call, True, call.tape_rows()), call.results(True)
-    upstream, need = [torch.randn_like(t) for t in found[:n]], [False] + [True] * (len(call.learned()) - 1)
-    arguments = (*call, found[0], found[n:], upstream, need)
-    torch.library.opcheck(torch.ops.fusedrnn.recurrence_backward.default, arguments)
-
-
-NEEDS_COMPILER = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(
-    ("cell", "backend"),
-    [(mgu, "aot_eager"), (gru_d, "aot_eager"), pytest.param(three, "inductor", marks=NEEDS_COMPILER)],
-)
-def test_compiled_without_a_graph_break(cell, backend):
-    torch._dynamo.reset()
-    layer, x = made(cell, num_layers=2, bidirectional=True, batch_first=True)
-    x = x.detach().transpose(0, 1).requires_grad_()
-    given, state0 = scalars(cell, (B, T)), states(layer)
-    options = {"lengths": torch.tensor(LENGTHS), "return_states": True, **given}
-    expected = flat(layer(x, hx_of(state0), **options))
-    path = layer.last_path
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    found = flat(compiled(x, hx_of(state0), **options))
-    assert_same(found, expected, [x, *state0, *given.values(), *layer.parameters()])
-    assert layer.last_path == path
-    step = ft.RecurrentCell(cell, I, H, dtype=torch.float64)
-    now = {name: s[:, 0] for name, s in given.items()}
-    after = torch.compile(step, fullgraph=True, backend=backend)(x[:, 0], **now)
-    assert_same(flat((after,)), flat((step(x[:, 0], **now),)), [x, *step.parameters()])
-
-
-def test_a_cell_that_nothing_asked_before_is_compiled():
-    """Python 3.11 derives under a lock, which no compiler enters."""
-
-    @cell
-    def fresh(p, x, h):
-        return tanh(p.dense("n", x, h))
-
-    torch._dynamo.reset()
-    layer, x = made(fresh)
-    y = torch.compile(layer, fullgraph=True, backend="eager")(x)[0]
-    assert torch.equal(y, layer(x)[0])
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_export_flop_counter_and_fx():
-    layer, x = made(three)
-    exported = torch.export.export(layer, (x.detach(),)).module()
-    assert torch.equal(exported(x)[0], layer(x)[0])
-    with FlopCounterMode(display=False) as counter:
-        layer(x)[0].sum().backward()
-    forward, backward = 2 * T * B * (3 * H * I + 4 * H * H), 2 * T * B * 2 * (3 * H * I + 4 * H * H)
-    assert list(counter.get_flop_counts()["Global"].values()) == [forward, backward]
-    traced = torch.fx.symbolic_trace(torch.nn.Sequential(layer))
-    assert torch.equal(traced(x)[0], layer(x)[0])
-
-
-@pytest.mark.parametrize("dynamo", [pytest.param(True, marks=pytest.mark.slow), False])
-@pytest.mark.parametrize(
-    ("kind", "cell"), [(ft.Recurrent, mgu), (ft.Recurrent, lstm), (ft.RecurrentCell, mgu)]
-)
-def test_onnx_export_is_refused_in_one_line(kind, cell, dynamo):
-    pytest.importorskip("onnxscript")
-    model, x = torch.nn.Sequential(kind(cell, I, H)).eval(), torch.zeros(T, B, I)
-    line = f"ONNX export knows no {kind.__name__}; it takes torch.nn's layers"
-    for each in (model, model[0]):
-        with pytest.raises(RuntimeError) as caught:
-            torch.onnx.export(each, (x if kind is ft.Recurrent else x[0],), dynamo=dynamo, verbose=False)
-        assert str(caught.value.__cause__ if dynamo else caught.value) == line
-        assert line in str(caught.value)  # PyTorch's exporter tells what it tried, and ends with this
-
-
-@pytest.mark.parametrize(
-    ("cell", "options"),
-    [
-        (lstm, {"bidirectional": True, "recurrent_dropout": 0.1, "zoneout_c": 0.1}),
-        (gru_d, {"num_layers": 2, "dropout": 0.1, "batch_first": True}),
-        (lstmp, {"proj_size": 2}),
-    ],
-    ids=["lstm", "gru_d", "lstmp"],
-)
-def test_shapes_come_out_on_the_device_meta(cell, options):
-    def shapes(device, x, given):
-        layer = ft.Recurrent(cell, I, H, device=device, **options)
-        given = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
-        y, state = layer(x.to(device), **given)
-        y = y if isinstance(y, torch.Tensor) else y.data
-        y.sum().backward()
-        results = flat((y, state, *(p.grad for p in layer.parameters())))
-        assert {t.device.type for t in results} == {device}
-        return [t.shape for t in results]
-
-    rows, lengths = (2, 3), [3, 1]  # B, T
-    rows = rows if options.get("batch_first") else rows[::-1]
-    x, numbers = torch.zeros(*rows, I), {name: torch.ones(rows) for name in cell.scalars}
-    packed = pack_padded_sequence(x, lengths, options.get("batch_first", False))
-    for x_or_packed, given in (
-        (x, numbers),
-        (x, numbers | {"lengths": lengths, "reset": torch.zeros(rows)}),
-        (x, numbers | {"lengths": torch.tensor(lengths)}),
-        (packed, {name: torch.ones(sum(lengths)) for name in cell.scalars}),
-    ):
-        assert shapes("meta", x_or_packed, given) == shapes("cpu", x_or_packed, given)
-    if not cell.projects:
-        step = ft.RecurrentCell(cell, I, H, device="meta")
-        now = {name: torch.ones(B, device="meta") for name in cell.scalars}
-        assert {s.shape for s in flat((step(torch.zeros(B, I, device="meta"), **now),))} == {(B, H)}
-
-
-def test_frozen_layers():
-    layer, x = made(three, bidirectional=True)
-    step = ft.RecurrentCell(mgu, I, H, dtype=torch.float64)
-    model = torch.nn.ModuleList([layer, step]).eval()
-    with torch.no_grad():
-        expected = layer(x)[0], step(x[0])
-        ft.freeze(model)
-        assert torch.equal(layer(x)[0], expected[0])
-        assert torch.equal(step(x[0]), expected[1])
-        layer.decay_l0 += 1
-        with pytest.raises(RuntimeError, match="decay_l0 was changed"):
-            layer(x)
-    ft.unfreeze(model)
-    with pytest.raises(RuntimeError, match="the kernels cannot run it: cell: large"):
-        ft.freeze(ft.Recurrent(large, I, H).eval())
 
 
 # --- errors -------------------------------------------------------------------------------------------------
