@@ -23,10 +23,10 @@ settings.register_profile(
 settings.load_profile("fusedrnn")
 
 
-# Tests import from each other and from tests/support, in child processes too.
+# Tests import from each other, from tests/support and from tools, in child processes too.
 FOLDERS = [
-    str(Path(__file__).parent / "tests" / name)
-    for name in ("support", "core", "cpu", "cells", "cuda", "torch")
+    str(Path(__file__).parent / name)
+    for name in ("tools", *(f"tests/{name}" for name in ("support", "core", "cpu", "cells", "cuda", "torch")))
 ]
 sys.path[:0] = FOLDERS
 os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)

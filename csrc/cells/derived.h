@@ -1,4 +1,4 @@
-// The cells, by generate.py from python/fusedrnn/cells/builtin.py. SPDX-License-Identifier: Apache-2.0
+// The cells, by generate_cells.py from python/fusedrnn/cells/builtin.py. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "cells/cell.h"
 #include "simd/vec.h"

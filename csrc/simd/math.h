@@ -4,7 +4,7 @@
 // error below 2 ULP is that the polynomial gives expm1, not exp, and that s q enters each sum by one FMA.
 // Every level runs the same operations in the same order, so levels with FMA give the same bits.
 // NaN stays NaN: bounds are applied by min/max that keep it, results by comparisons that are false for it.
-// The constants come from coefficients.py.
+// The constants come from tools/coefficients.py.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 

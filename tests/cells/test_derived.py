@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cells_cpp
 import sequences
-from fusedrnn.cells import cpp, definition, saved
+from fusedrnn.cells import definition, saved
 from fusedrnn.cells.graph import UNIT
 from fusedrnn.cells.symbols import exp, sqrt, tanh
 from published import BUILTIN, CELLS, PUBLISHED, everything, projected_rnn
@@ -195,15 +196,14 @@ def test_no_other_choice_of_what_is_saved_is_cheaper(cell):
 
 
 def test_the_cells_in_cpp_are_those_of_the_functions():
-    """Written by a Python without NumPy. If this fails: python csrc/cells/generate.py"""
-    path = Path(__file__).parents[2] / "csrc" / "cells"
-    program = (
-        f"import sys; sys.path.insert(0, {str(path)!r}); import generate; print(generate.text(), end='')"
-    )
+    """Written by a Python without NumPy. If this fails: python tools/generate_cells.py"""
+    root = Path(__file__).parents[2]
+    program = f"import sys; sys.path.insert(0, {str(root / 'tools')!r}); import generate_cells"
+    program += "; print(generate_cells.text(), end='')"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout == (path / "derived.h").read_text() == cpp.header()
+    assert done.stdout == (root / "csrc/cells/derived.h").read_text() == cells_cpp.header()
 
 
 def test_some_of_the_near_choices_are_saves():

@@ -1,6 +1,6 @@
 """Any cell compiled, as a second form of it beside the vector machine's: the same bits are expected.
 
-What a cell computes for each unit is compiled from the C++ that fusedrnn.cells.cpp writes of it, a function
+What a cell computes for each unit is compiled from the C++ that tools/cells_cpp.py writes of it, a function
 for each round. Around these functions is a loop over steps in NumPy, as plain as possible, in which sums over
 units, over rows and of products are in the order that the kernels have; each product is added by an FMA.
 """
@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import cells_cpp
+from cells_kernel import Function
 from fusedrnn.backends import reference
 from fusedrnn.backends.arguments import check_forward
-from fusedrnn.cells import cpp
 from fusedrnn.cells.fusion import lower
 from fusedrnn.cells.graph import reach
-from fusedrnn.cells.kernel import Function
 from fusedrnn.cells.rounds import rounds
 from fusedrnn.cells.trace import side
 
@@ -41,7 +41,7 @@ class Round:
         inputs |= {n: f"greater({a}, V::set(0))" for n, a in inputs.items() if n.op.startswith("greater")}
         results = {f"saved[{k}]": n for k, n in enumerate(self.outputs)}
         kernel = SimpleNamespace(cell=cell, normed=(), second=())
-        self.lines = cpp.function(kernel, Function("forward", inputs, results))
+        self.lines = cells_cpp.function(kernel, Function("forward", inputs, results))
         for k, n in enumerate(self.outputs):
             if n.op.startswith("greater"):
                 begin = f"  saved[{k}] = "

@@ -23,7 +23,7 @@ TEXTS = (".py", ".pyi", ".h", ".cpp", ".def", ".md", ".toml", ".txt")
 
 def sources() -> list[Path]:
     """Every text file of the project."""
-    folders = ("python", "csrc", "src", "cmake", "tests", "bench", "docs", "examples")
+    folders = ("python", "csrc", "src", "cmake", "tests", "bench", "docs", "examples", "tools")
     found = [path for path in ROOT.iterdir() if path.suffix in TEXTS]
     found += [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in TEXTS]
     return found

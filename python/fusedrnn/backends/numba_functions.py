@@ -27,7 +27,7 @@ def _inlined(function: Callable[..., Any]) -> Any:
 
 
 class _Float32:
-    """Constants of csrc/simd/math.h; coefficients.py there computes them."""
+    """Constants of csrc/simd/math.h, which tools/coefficients.py computes."""
 
     log2e = float.fromhex("0x1.715476p+0")
     ln2_high = float.fromhex("0x1.62e4p-1")

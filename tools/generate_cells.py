@@ -1,4 +1,4 @@
-"""Writes derived.h: the built-in cells in C++, derived from python/fusedrnn/cells/builtin.py.
+"""Writes csrc/cells/derived.h: the built-in cells in C++, derived from python/fusedrnn/cells/builtin.py.
 
 It imports neither fusedrnn nor NumPy, only the files that derive.
 """
@@ -10,19 +10,18 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-HERE = Path(__file__).resolve().parent
-PYTHON = HERE.parents[1] / "python"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def text() -> str:
     """What derived.h has to be."""
     for name in ("fusedrnn", "fusedrnn.cells"):  # without what the packages import
         package = ModuleType(name)
-        package.__path__ = [str(PYTHON.joinpath(*name.split(".")))]
+        package.__path__ = [str((ROOT / "python").joinpath(*name.split(".")))]
         sys.modules[name] = package
-    header: str = importlib.import_module("fusedrnn.cells.cpp").header()
+    header: str = importlib.import_module("cells_cpp").header()
     return header
 
 
 if __name__ == "__main__":
-    (HERE / "derived.h").write_text(text())
+    (ROOT / "csrc/cells/derived.h").write_text(text())

@@ -9,14 +9,14 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from cells_kernel import Function, Kernel, Part
 from fusedrnn.cells.builtin import COMPILED
 from fusedrnn.cells.definition import Cell
 from fusedrnn.cells.fusion import lower
 from fusedrnn.cells.graph import number
-from fusedrnn.cells.kernel import Function, Kernel, Part
 
 BEGIN = """\
-// The cells, by generate.py from python/fusedrnn/cells/builtin.py. SPDX-License-Identifier: Apache-2.0
+// The cells, by generate_cells.py from python/fusedrnn/cells/builtin.py. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include "cells/cell.h"
 #include "simd/vec.h"

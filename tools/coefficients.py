@@ -1,9 +1,9 @@
-"""Print the constants of math.h: minimax coefficients of expm1, and ln 2 in two parts.
+"""Print the constants of csrc/simd/math.h: minimax coefficients of expm1, and ln 2 in two parts.
 
 expm1(r) = r + r^2 (c2 + c3 r + ...) on |r| <= ln(2)/2, the first coefficient fixed at one. What is minimised
 is the largest error relative to expm1(r) (Remez exchange, 60 digits); the coefficients are then rounded.
 
-Run: python csrc/simd/coefficients.py        (needs mpmath)
+Run: python tools/coefficients.py        (needs mpmath)
 """
 
 from mpmath import cos, expm1, linspace, log, lu_solve, matrix, mp, mpf, nstr, pi, polyval
