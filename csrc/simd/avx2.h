@@ -7,109 +7,81 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
+constexpr int kRegisters = 16;
+constexpr bool kFused = true;
+constexpr bool kWholeLines = false;
+
 template <class T>
-struct Vec;
+struct Native;
 
 template <>
-struct Vec<float> {
-  using scalar = float;
+struct Native<float> {
+  using Vector = __m256;
   using Mask = __m256;
   static constexpr int lanes = 8;
-  static constexpr int registers = 16;
-  static constexpr bool fused = true;
-  static constexpr bool whole_lines = false;
-  __m256 v;
-
-  Vec() = default;
-  FUSEDRNN_INLINE Vec(__m256 x) : v(x) {}
+  Vector v;
 
   static FUSEDRNN_INLINE __m256i first(int64_t count) {
     const int n = count >= lanes ? lanes : count <= 0 ? 0 : int(count);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
-  static FUSEDRNN_INLINE Vec zero() { return _mm256_setzero_ps(); }
-  static FUSEDRNN_INLINE Vec set(float x) { return _mm256_set1_ps(x); }
-  static FUSEDRNN_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
-  static FUSEDRNN_INLINE Vec load(const float* p, int64_t count) {
-    return count >= lanes ? load(p) : _mm256_maskload_ps(p, first(count));
-  }
-  FUSEDRNN_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
-  FUSEDRNN_INLINE void store(float* p, int64_t count) const {
-    if (count >= lanes) return store(p);
-    _mm256_maskstore_ps(p, first(count), v);
-  }
+  static FUSEDRNN_INLINE Vector set(float x) { return _mm256_set1_ps(x); }
+  static FUSEDRNN_INLINE Vector load(const float* p) { return _mm256_loadu_ps(p); }
+  static FUSEDRNN_INLINE Vector load(const float* p, int64_t count) { return _mm256_maskload_ps(p, first(count)); }
+  static FUSEDRNN_INLINE void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+  static FUSEDRNN_INLINE void store(float* p, Vector v, int64_t count) { _mm256_maskstore_ps(p, first(count), v); }
 
-  friend FUSEDRNN_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator-(Vec a) { return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f)); }
-  friend FUSEDRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
-  friend FUSEDRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
-  friend FUSEDRNN_INLINE Vec abs(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v); }
-  friend FUSEDRNN_INLINE Vec copysign(Vec x, Vec sign) {
+  static FUSEDRNN_INLINE Vector negative(Vector a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
+  static FUSEDRNN_INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static FUSEDRNN_INLINE Vector fnma(Vector a, Vector b, Vector c) { return _mm256_fnmadd_ps(a, b, c); }
+  static FUSEDRNN_INLINE Vector abs(Vector x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+  static FUSEDRNN_INLINE Vector copysign(Vector x, Vector sign) {
     const __m256 bit = _mm256_set1_ps(-0.0f);
-    return _mm256_or_ps(_mm256_andnot_ps(bit, x.v), _mm256_and_ps(bit, sign.v));
+    return _mm256_or_ps(_mm256_andnot_ps(bit, x), _mm256_and_ps(bit, sign));
   }
-  friend FUSEDRNN_INLINE Vec min(Vec bound, Vec x) { return _mm256_min_ps(bound.v, x.v); }
-  friend FUSEDRNN_INLINE Vec max(Vec bound, Vec x) { return _mm256_max_ps(bound.v, x.v); }
-  friend FUSEDRNN_INLINE Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
-  friend FUSEDRNN_INLINE Mask greater_equal(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ); }
-  friend FUSEDRNN_INLINE Vec select(Mask mask, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, mask); }
-  friend FUSEDRNN_INLINE Vec zero_where(Mask mask, Vec x) { return _mm256_andnot_ps(mask, x.v); }
-  friend FUSEDRNN_INLINE Vec exponent_bits(Vec x) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23));
+  static FUSEDRNN_INLINE Vector min(Vector bound, Vector x) { return _mm256_min_ps(bound, x); }
+  static FUSEDRNN_INLINE Vector max(Vector bound, Vector x) { return _mm256_max_ps(bound, x); }
+  static FUSEDRNN_INLINE Mask greater(Vector a, Vector b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+  static FUSEDRNN_INLINE Mask greater_equal(Vector a, Vector b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+  static FUSEDRNN_INLINE Vector select(Mask mask, Vector a, Vector b) { return _mm256_blendv_ps(b, a, mask); }
+  static FUSEDRNN_INLINE Vector zero_where(Mask mask, Vector x) { return _mm256_andnot_ps(mask, x); }
+  static FUSEDRNN_INLINE Vector exponent_bits(Vector x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
   }
 };
 
 template <>
-struct Vec<double> {
-  using scalar = double;
+struct Native<double> {
+  using Vector = __m256d;
   using Mask = __m256d;
   static constexpr int lanes = 4;
-  static constexpr int registers = 16;
-  static constexpr bool fused = true;
-  static constexpr bool whole_lines = false;
-  __m256d v;
-
-  Vec() = default;
-  FUSEDRNN_INLINE Vec(__m256d x) : v(x) {}
+  Vector v;
 
   static FUSEDRNN_INLINE __m256i first(int64_t count) {
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
   }
-  static FUSEDRNN_INLINE Vec zero() { return _mm256_setzero_pd(); }
-  static FUSEDRNN_INLINE Vec set(double x) { return _mm256_set1_pd(x); }
-  static FUSEDRNN_INLINE Vec load(const double* p) { return _mm256_loadu_pd(p); }
-  static FUSEDRNN_INLINE Vec load(const double* p, int64_t count) {
-    return count >= lanes ? load(p) : _mm256_maskload_pd(p, first(count));
-  }
-  FUSEDRNN_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
-  FUSEDRNN_INLINE void store(double* p, int64_t count) const {
-    if (count >= lanes) return store(p);
-    _mm256_maskstore_pd(p, first(count), v);
-  }
+  static FUSEDRNN_INLINE Vector set(double x) { return _mm256_set1_pd(x); }
+  static FUSEDRNN_INLINE Vector load(const double* p) { return _mm256_loadu_pd(p); }
+  static FUSEDRNN_INLINE Vector load(const double* p, int64_t count) { return _mm256_maskload_pd(p, first(count)); }
+  static FUSEDRNN_INLINE void store(double* p, Vector v) { _mm256_storeu_pd(p, v); }
+  static FUSEDRNN_INLINE void store(double* p, Vector v, int64_t count) { _mm256_maskstore_pd(p, first(count), v); }
 
-  friend FUSEDRNN_INLINE Vec operator+(Vec a, Vec b) { return _mm256_add_pd(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator-(Vec a, Vec b) { return _mm256_sub_pd(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator*(Vec a, Vec b) { return _mm256_mul_pd(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator/(Vec a, Vec b) { return _mm256_div_pd(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator-(Vec a) { return _mm256_xor_pd(a.v, _mm256_set1_pd(-0.0)); }
-  friend FUSEDRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
-  friend FUSEDRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_pd(a.v, b.v, c.v); }
-  friend FUSEDRNN_INLINE Vec abs(Vec x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x.v); }
-  friend FUSEDRNN_INLINE Vec copysign(Vec x, Vec sign) {
+  static FUSEDRNN_INLINE Vector negative(Vector a) { return _mm256_xor_pd(a, _mm256_set1_pd(-0.0)); }
+  static FUSEDRNN_INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_pd(a, b, c); }
+  static FUSEDRNN_INLINE Vector fnma(Vector a, Vector b, Vector c) { return _mm256_fnmadd_pd(a, b, c); }
+  static FUSEDRNN_INLINE Vector abs(Vector x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
+  static FUSEDRNN_INLINE Vector copysign(Vector x, Vector sign) {
     const __m256d bit = _mm256_set1_pd(-0.0);
-    return _mm256_or_pd(_mm256_andnot_pd(bit, x.v), _mm256_and_pd(bit, sign.v));
+    return _mm256_or_pd(_mm256_andnot_pd(bit, x), _mm256_and_pd(bit, sign));
   }
-  friend FUSEDRNN_INLINE Vec min(Vec bound, Vec x) { return _mm256_min_pd(bound.v, x.v); }
-  friend FUSEDRNN_INLINE Vec max(Vec bound, Vec x) { return _mm256_max_pd(bound.v, x.v); }
-  friend FUSEDRNN_INLINE Mask greater(Vec a, Vec b) { return _mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ); }
-  friend FUSEDRNN_INLINE Mask greater_equal(Vec a, Vec b) { return _mm256_cmp_pd(a.v, b.v, _CMP_GE_OQ); }
-  friend FUSEDRNN_INLINE Vec select(Mask mask, Vec a, Vec b) { return _mm256_blendv_pd(b.v, a.v, mask); }
-  friend FUSEDRNN_INLINE Vec zero_where(Mask mask, Vec x) { return _mm256_andnot_pd(mask, x.v); }
-  friend FUSEDRNN_INLINE Vec exponent_bits(Vec x) {
-    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x.v), 52));
+  static FUSEDRNN_INLINE Vector min(Vector bound, Vector x) { return _mm256_min_pd(bound, x); }
+  static FUSEDRNN_INLINE Vector max(Vector bound, Vector x) { return _mm256_max_pd(bound, x); }
+  static FUSEDRNN_INLINE Mask greater(Vector a, Vector b) { return _mm256_cmp_pd(a, b, _CMP_GT_OQ); }
+  static FUSEDRNN_INLINE Mask greater_equal(Vector a, Vector b) { return _mm256_cmp_pd(a, b, _CMP_GE_OQ); }
+  static FUSEDRNN_INLINE Vector select(Mask mask, Vector a, Vector b) { return _mm256_blendv_pd(b, a, mask); }
+  static FUSEDRNN_INLINE Vector zero_where(Mask mask, Vector x) { return _mm256_andnot_pd(mask, x); }
+  static FUSEDRNN_INLINE Vector exponent_bits(Vector x) {
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x), 52));
   }
 };
 

@@ -8,115 +8,87 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
+constexpr int kRegisters = 32;
+constexpr bool kFused = true;
+constexpr bool kWholeLines = true;
+
 template <class T>
-struct Vec;
+struct Native;
 
 template <>
-struct Vec<float> {
-  using scalar = float;
+struct Native<float> {
+  using Vector = __m512;
   using Mask = __mmask16;
   static constexpr int lanes = 16;
-  static constexpr int registers = 32;
-  static constexpr bool fused = true;
-  static constexpr bool whole_lines = true;
   static constexpr Mask all = 0xFFFF;
-  __m512 v;
-
-  Vec() = default;
-  FUSEDRNN_INLINE Vec(__m512 x) : v(x) {}
+  Vector v;
 
   static FUSEDRNN_INLINE Mask first(int64_t count) {
     return Mask(count >= lanes ? all : count <= 0 ? 0 : (1u << count) - 1);
   }
-  static FUSEDRNN_INLINE Vec zero() { return _mm512_setzero_ps(); }
-  static FUSEDRNN_INLINE Vec set(float x) { return _mm512_set1_ps(x); }
-  static FUSEDRNN_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
-  static FUSEDRNN_INLINE Vec load(const float* p, int64_t count) {
-    return count >= lanes ? load(p) : _mm512_maskz_loadu_ps(first(count), p);
-  }
-  FUSEDRNN_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
-  FUSEDRNN_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static FUSEDRNN_INLINE Vector set(float x) { return _mm512_set1_ps(x); }
+  static FUSEDRNN_INLINE Vector load(const float* p) { return _mm512_loadu_ps(p); }
+  static FUSEDRNN_INLINE Vector load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+  static FUSEDRNN_INLINE void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+  static FUSEDRNN_INLINE void stream(float* p, Vector v) { _mm512_stream_ps(p, v); }
   static FUSEDRNN_INLINE void fence() { _mm_sfence(); }
-  FUSEDRNN_INLINE void store(float* p, int64_t count) const {
-    if (count >= lanes) return store(p);
-    _mm512_mask_storeu_ps(p, first(count), v);
-  }
+  static FUSEDRNN_INLINE void store(float* p, Vector v, int64_t count) { _mm512_mask_storeu_ps(p, first(count), v); }
 
-  friend FUSEDRNN_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator-(Vec a) { return _mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f)); }
-  friend FUSEDRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
-  friend FUSEDRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
-  friend FUSEDRNN_INLINE Vec abs(Vec x) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x.v); }
-  friend FUSEDRNN_INLINE Vec copysign(Vec x, Vec sign) {
+  static FUSEDRNN_INLINE Vector negative(Vector a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
+  static FUSEDRNN_INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static FUSEDRNN_INLINE Vector fnma(Vector a, Vector b, Vector c) { return _mm512_fnmadd_ps(a, b, c); }
+  static FUSEDRNN_INLINE Vector abs(Vector x) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x); }
+  static FUSEDRNN_INLINE Vector copysign(Vector x, Vector sign) {
     // 0xD8: the third operand chooses bit by bit between the second and the first
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(x.v), _mm512_castps_si512(sign.v),
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(x), _mm512_castps_si512(sign),
                                                          _mm512_set1_epi32(INT32_MIN), 0xD8));
   }
-  friend FUSEDRNN_INLINE Vec min(Vec bound, Vec x) { return _mm512_maskz_min_ps(all, bound.v, x.v); }
-  friend FUSEDRNN_INLINE Vec max(Vec bound, Vec x) { return _mm512_maskz_max_ps(all, bound.v, x.v); }
-  friend FUSEDRNN_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
-  friend FUSEDRNN_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
-  friend FUSEDRNN_INLINE Vec select(Mask mask, Vec a, Vec b) { return _mm512_mask_blend_ps(mask, b.v, a.v); }
-  friend FUSEDRNN_INLINE Vec zero_where(Mask mask, Vec x) { return select(mask, Vec::zero(), x); }
-  friend FUSEDRNN_INLINE Vec exponent_bits(Vec x) {
-    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(all, _mm512_castps_si512(x.v), 23));
+  static FUSEDRNN_INLINE Vector min(Vector bound, Vector x) { return _mm512_maskz_min_ps(all, bound, x); }
+  static FUSEDRNN_INLINE Vector max(Vector bound, Vector x) { return _mm512_maskz_max_ps(all, bound, x); }
+  static FUSEDRNN_INLINE Mask greater(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static FUSEDRNN_INLINE Mask greater_equal(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static FUSEDRNN_INLINE Vector select(Mask mask, Vector a, Vector b) { return _mm512_mask_blend_ps(mask, b, a); }
+  static FUSEDRNN_INLINE Vector zero_where(Mask mask, Vector x) { return select(mask, Vector{}, x); }
+  static FUSEDRNN_INLINE Vector exponent_bits(Vector x) {
+    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(all, _mm512_castps_si512(x), 23));
   }
 };
 
 template <>
-struct Vec<double> {
-  using scalar = double;
+struct Native<double> {
+  using Vector = __m512d;
   using Mask = __mmask8;
   static constexpr int lanes = 8;
-  static constexpr int registers = 32;
-  static constexpr bool fused = true;
-  static constexpr bool whole_lines = true;
   static constexpr Mask all = 0xFF;
-  __m512d v;
-
-  Vec() = default;
-  FUSEDRNN_INLINE Vec(__m512d x) : v(x) {}
+  Vector v;
 
   static FUSEDRNN_INLINE Mask first(int64_t count) {
     return Mask(count >= lanes ? all : count <= 0 ? 0 : (1u << count) - 1);
   }
-  static FUSEDRNN_INLINE Vec zero() { return _mm512_setzero_pd(); }
-  static FUSEDRNN_INLINE Vec set(double x) { return _mm512_set1_pd(x); }
-  static FUSEDRNN_INLINE Vec load(const double* p) { return _mm512_loadu_pd(p); }
-  static FUSEDRNN_INLINE Vec load(const double* p, int64_t count) {
-    return count >= lanes ? load(p) : _mm512_maskz_loadu_pd(first(count), p);
-  }
-  FUSEDRNN_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
-  FUSEDRNN_INLINE void stream(double* p) const { _mm512_stream_pd(p, v); }
+  static FUSEDRNN_INLINE Vector set(double x) { return _mm512_set1_pd(x); }
+  static FUSEDRNN_INLINE Vector load(const double* p) { return _mm512_loadu_pd(p); }
+  static FUSEDRNN_INLINE Vector load(const double* p, int64_t count) { return _mm512_maskz_loadu_pd(first(count), p); }
+  static FUSEDRNN_INLINE void store(double* p, Vector v) { _mm512_storeu_pd(p, v); }
+  static FUSEDRNN_INLINE void stream(double* p, Vector v) { _mm512_stream_pd(p, v); }
   static FUSEDRNN_INLINE void fence() { _mm_sfence(); }
-  FUSEDRNN_INLINE void store(double* p, int64_t count) const {
-    if (count >= lanes) return store(p);
-    _mm512_mask_storeu_pd(p, first(count), v);
-  }
+  static FUSEDRNN_INLINE void store(double* p, Vector v, int64_t count) { _mm512_mask_storeu_pd(p, first(count), v); }
 
-  friend FUSEDRNN_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_pd(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_pd(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_pd(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_pd(a.v, b.v); }
-  friend FUSEDRNN_INLINE Vec operator-(Vec a) { return _mm512_xor_pd(a.v, _mm512_set1_pd(-0.0)); }
-  friend FUSEDRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
-  friend FUSEDRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_pd(a.v, b.v, c.v); }
-  friend FUSEDRNN_INLINE Vec abs(Vec x) { return _mm512_andnot_pd(_mm512_set1_pd(-0.0), x.v); }
-  friend FUSEDRNN_INLINE Vec copysign(Vec x, Vec sign) {
-    return _mm512_castsi512_pd(_mm512_ternarylogic_epi64(_mm512_castpd_si512(x.v), _mm512_castpd_si512(sign.v),
+  static FUSEDRNN_INLINE Vector negative(Vector a) { return _mm512_xor_pd(a, _mm512_set1_pd(-0.0)); }
+  static FUSEDRNN_INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_pd(a, b, c); }
+  static FUSEDRNN_INLINE Vector fnma(Vector a, Vector b, Vector c) { return _mm512_fnmadd_pd(a, b, c); }
+  static FUSEDRNN_INLINE Vector abs(Vector x) { return _mm512_andnot_pd(_mm512_set1_pd(-0.0), x); }
+  static FUSEDRNN_INLINE Vector copysign(Vector x, Vector sign) {
+    return _mm512_castsi512_pd(_mm512_ternarylogic_epi64(_mm512_castpd_si512(x), _mm512_castpd_si512(sign),
                                                          _mm512_set1_epi64(INT64_MIN), 0xD8));
   }
-  friend FUSEDRNN_INLINE Vec min(Vec bound, Vec x) { return _mm512_maskz_min_pd(all, bound.v, x.v); }
-  friend FUSEDRNN_INLINE Vec max(Vec bound, Vec x) { return _mm512_maskz_max_pd(all, bound.v, x.v); }
-  friend FUSEDRNN_INLINE Mask greater(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
-  friend FUSEDRNN_INLINE Mask greater_equal(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GE_OQ); }
-  friend FUSEDRNN_INLINE Vec select(Mask mask, Vec a, Vec b) { return _mm512_mask_blend_pd(mask, b.v, a.v); }
-  friend FUSEDRNN_INLINE Vec zero_where(Mask mask, Vec x) { return select(mask, Vec::zero(), x); }
-  friend FUSEDRNN_INLINE Vec exponent_bits(Vec x) {
-    return _mm512_castsi512_pd(_mm512_maskz_slli_epi64(all, _mm512_castpd_si512(x.v), 52));
+  static FUSEDRNN_INLINE Vector min(Vector bound, Vector x) { return _mm512_maskz_min_pd(all, bound, x); }
+  static FUSEDRNN_INLINE Vector max(Vector bound, Vector x) { return _mm512_maskz_max_pd(all, bound, x); }
+  static FUSEDRNN_INLINE Mask greater(Vector a, Vector b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
+  static FUSEDRNN_INLINE Mask greater_equal(Vector a, Vector b) { return _mm512_cmp_pd_mask(a, b, _CMP_GE_OQ); }
+  static FUSEDRNN_INLINE Vector select(Mask mask, Vector a, Vector b) { return _mm512_mask_blend_pd(mask, b, a); }
+  static FUSEDRNN_INLINE Vector zero_where(Mask mask, Vector x) { return select(mask, Vector{}, x); }
+  static FUSEDRNN_INLINE Vector exponent_bits(Vector x) {
+    return _mm512_castsi512_pd(_mm512_maskz_slli_epi64(all, _mm512_castpd_si512(x), 52));
   }
 };
 

@@ -10,20 +10,23 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
+constexpr int kRegisters = 16;
+constexpr bool kWholeLines = false;
+
 template <class T>
-struct Native;  // the vector, its bits as integers, and where the exponent starts
+struct Format;  // the vector, its bits as integers, and where the exponent starts
 template <>
-struct Native<float> {
+struct Format<float> {
   typedef float Vector __attribute__((vector_size(16)));
   typedef int32_t Bits __attribute__((vector_size(16)));
-  static constexpr int32_t sign = INT32_MIN;
+  static constexpr int32_t sign_bit = INT32_MIN;
   static constexpr int mantissa = 23;
 };
 template <>
-struct Native<double> {
+struct Format<double> {
   typedef double Vector __attribute__((vector_size(16)));
   typedef int64_t Bits __attribute__((vector_size(16)));
-  static constexpr int64_t sign = INT64_MIN;
+  static constexpr int64_t sign_bit = INT64_MIN;
   static constexpr int mantissa = 52;
 };
 
@@ -46,59 +49,46 @@ FUSEDRNN_INLINE V subtract_product(V a, V b, V c) {
 #endif
 
 template <class T>
-struct Vec {
-  using scalar = T;
-  using Vector = typename Native<T>::Vector;
-  using Bits = typename Native<T>::Bits;
+struct Native {
+  using Vector = typename Format<T>::Vector;
+  using Bits = typename Format<T>::Bits;
   using Mask = Bits;
+  static constexpr auto sign_bit = Format<T>::sign_bit;
   static constexpr int lanes = 16 / sizeof(T);
-  static constexpr int registers = 16;
-  static constexpr bool fused = kFused;
-  static constexpr bool whole_lines = false;
   Vector v;
 
-  Vec() = default;
-  FUSEDRNN_INLINE Vec(Vector x) : v(x) {}
-
-  static FUSEDRNN_INLINE Vec zero() { return Vector{}; }
-  static FUSEDRNN_INLINE Vec set(T x) { return Vector{} + x; }
-  static FUSEDRNN_INLINE Vec load(const T* p) {
+  static FUSEDRNN_INLINE Vector set(T x) { return Vector{} + x; }
+  static FUSEDRNN_INLINE Vector load(const T* p) {
     Vector x;
     __builtin_memcpy(&x, p, sizeof x);
     return x;
   }
-  static FUSEDRNN_INLINE Vec load(const T* p, int64_t count) {
-    if (count >= lanes) return load(p);
+  static FUSEDRNN_INLINE Vector load(const T* p, int64_t count) {
     Vector x{};
     for (int i = 0; i < lanes - 1; ++i)
       if (i < count) x[i] = p[i];
     return x;
   }
-  FUSEDRNN_INLINE void store(T* p) const { __builtin_memcpy(p, &v, sizeof v); }
-  FUSEDRNN_INLINE void store(T* p, int64_t count) const {
-    if (count >= lanes) return store(p);
+  static FUSEDRNN_INLINE void store(T* p, Vector v) { __builtin_memcpy(p, &v, sizeof v); }
+  static FUSEDRNN_INLINE void store(T* p, Vector v, int64_t count) {
     for (int i = 0; i < lanes - 1; ++i)
       if (i < count) p[i] = v[i];
   }
 
-  friend FUSEDRNN_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
-  friend FUSEDRNN_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
-  friend FUSEDRNN_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
-  friend FUSEDRNN_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
-  friend FUSEDRNN_INLINE Vec operator-(Vec a) { return Vector(Bits(a.v) ^ Native<T>::sign); }
-  friend FUSEDRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return multiply_add(a.v, b.v, c.v); }
-  friend FUSEDRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return subtract_product(a.v, b.v, c.v); }
-  friend FUSEDRNN_INLINE Vec abs(Vec x) { return Vector(Bits(x.v) & ~Native<T>::sign); }
-  friend FUSEDRNN_INLINE Vec copysign(Vec x, Vec sign) {
-    return Vector((Bits(x.v) & ~Native<T>::sign) | (Bits(sign.v) & Native<T>::sign));
+  static FUSEDRNN_INLINE Vector negative(Vector a) { return Vector(Bits(a) ^ sign_bit); }
+  static FUSEDRNN_INLINE Vector fma(Vector a, Vector b, Vector c) { return multiply_add(a, b, c); }
+  static FUSEDRNN_INLINE Vector fnma(Vector a, Vector b, Vector c) { return subtract_product(a, b, c); }
+  static FUSEDRNN_INLINE Vector abs(Vector x) { return Vector(Bits(x) & ~sign_bit); }
+  static FUSEDRNN_INLINE Vector copysign(Vector x, Vector sign) {
+    return Vector((Bits(x) & ~sign_bit) | (Bits(sign) & sign_bit));
   }
-  friend FUSEDRNN_INLINE Vec min(Vec bound, Vec x) { return select(bound.v < x.v, bound, x); }
-  friend FUSEDRNN_INLINE Vec max(Vec bound, Vec x) { return select(bound.v > x.v, bound, x); }
-  friend FUSEDRNN_INLINE Mask greater(Vec a, Vec b) { return a.v > b.v; }
-  friend FUSEDRNN_INLINE Mask greater_equal(Vec a, Vec b) { return a.v >= b.v; }
-  friend FUSEDRNN_INLINE Vec select(Mask mask, Vec a, Vec b) { return mask ? a.v : b.v; }
-  friend FUSEDRNN_INLINE Vec zero_where(Mask mask, Vec x) { return Vector(Bits(x.v) & ~mask); }
-  friend FUSEDRNN_INLINE Vec exponent_bits(Vec x) { return Vector(Bits(x.v) << Native<T>::mantissa); }
+  static FUSEDRNN_INLINE Vector min(Vector bound, Vector x) { return bound < x ? bound : x; }
+  static FUSEDRNN_INLINE Vector max(Vector bound, Vector x) { return bound > x ? bound : x; }
+  static FUSEDRNN_INLINE Mask greater(Vector a, Vector b) { return a > b; }
+  static FUSEDRNN_INLINE Mask greater_equal(Vector a, Vector b) { return a >= b; }
+  static FUSEDRNN_INLINE Vector select(Mask mask, Vector a, Vector b) { return mask ? a : b; }
+  static FUSEDRNN_INLINE Vector zero_where(Mask mask, Vector x) { return Vector(Bits(x) & ~mask); }
+  static FUSEDRNN_INLINE Vector exponent_bits(Vector x) { return Vector(Bits(x) << Format<T>::mantissa); }
 };
 
 }  // namespace FUSEDRNN_LEVEL
