@@ -362,7 +362,7 @@ void define_machine(py::module_& m) {
         return py::make_tuple(n.T, n.B, n.I, n.H, n.P);
       });
   py::list operations;
-#define X(name) operations.append(#name);
+#define X(name, count) operations.append(#name);
 #include "cpu/machine/operations.def"
 #undef X
   m.attr("MACHINE_OPERATIONS") = py::tuple(operations);

@@ -97,7 +97,7 @@ MUTANTS = [
         "(in.a * f.blocks + f.block + w) * kBlock",
         "(in.a * f.blocks + f.block) * kBlock",
     ),
-    Mutant("interpreter: sign of fnma", INTERPRETER, "return fnma(x, y, z);", "return fma(x, y, z);"),
+    Mutant("interpreter: sign of fnma", INTERPRETER, "fnma(x, y, z)", "fma(x, y, z)"),
     Mutant(
         "interpreter: maximum swallows NaN", INTERPRETER, "select(second, b, a + b)", "select(second, b, b)"
     ),

@@ -157,75 +157,45 @@ FUSEDRNN_NOINLINE void interpret(const Instruction* code, int count, const Frame
       case Operation::add_to:
         add_to<V>(f, f.places[in.a], in.b, d);
         break;
-      case Operation::add:
-        each<V>(n, step, d, [](V x, V y) { return x + y; }, a, b);
-        break;
-      case Operation::sub:
-        each<V>(n, step, d, [](V x, V y) { return x - y; }, a, b);
-        break;
-      case Operation::mul:
-        each<V>(n, step, d, [](V x, V y) { return x * y; }, a, b);
-        break;
-      case Operation::div:
-        each<V>(n, step, d, [](V x, V y) { return x / y; }, a, b);
-        break;
-      case Operation::neg:
-        each<V>(n, step, d, [](V x) { return -x; }, a);
-        break;
-      case Operation::fma:
-        each<V>(n, step, d, [](V x, V y, V z) { return fma(x, y, z); }, a, b, c);
-        break;
-      case Operation::fnma:
-        each<V>(n, step, d, [](V x, V y, V z) { return fnma(x, y, z); }, a, b, c);
-        break;
-      case Operation::tanh:
-        each<V>(n, step, d, [](V x) { return tanh(x); }, a);
-        break;
-      case Operation::sigmoid:
-        each<V>(n, step, d, [](V x) { return sigmoid(x); }, a);
-        break;
-      case Operation::exp:
-        each<V>(n, step, d, [](V x) { return exp(x); }, a);
-        break;
-      case Operation::log:
-        each<V>(n, step, d, [](V x) { return log(x); }, a);
-        break;
-      case Operation::sqrt:
-        each<V>(n, step, d, [](V x) { return sqrt(x); }, a);
-        break;
-      case Operation::softplus:
-        each<V>(n, step, d, [](V x) { return softplus(x); }, a);
-        break;
-      case Operation::relu:
-        each<V>(n, step, d, [](V x) { return relu(x); }, a);
-        break;
-      case Operation::absolute:
-        each<V>(n, step, d, [](V x) { return abs(x); }, a);
-        break;
-      case Operation::maximum:
-        each<V>(n, step, d, [](V x, V y) { return one_of(x, y, greater_equal(x, y), greater(y, x)); }, a, b);
-        break;
-      case Operation::minimum:
-        each<V>(n, step, d, [](V x, V y) { return one_of(x, y, greater_equal(y, x), greater(x, y)); }, a, b);
-        break;
-      case Operation::where:
-        each<V>(n, step, d, [zero](V x, V y, V z) { return select(greater(x, zero), y, z); }, a, b, c);
-        break;
-      case Operation::greater:
-        each<V>(n, step, d, [zero, one](V x, V y) { return select(greater(x, y), one, zero); }, a, b);
-        break;
-      case Operation::greater_equal:
-        each<V>(n, step, d, [zero, one](V x, V y) { return select(greater_equal(x, y), one, zero); }, a, b);
-        break;
-      case Operation::one_minus:
-        each<V>(n, step, d, [one](V x) { return one - x; }, a);
-        break;
-      case Operation::sigmoid_gradient:
-        each<V>(n, step, d, [one](V x, V y) { return x * (y * (one - y)); }, a, b);
-        break;
-      case Operation::tanh_gradient:
-        each<V>(n, step, d, [one](V x, V y) { return x * fnma(y, y, one); }, a, b);
-        break;
+// The operation of one, two or three registers: x, y and z are vectors of theirs.
+#define OF_ONE(name, result)                             \
+  case Operation::name:                                  \
+    each<V>(n, step, d, [=](V x) { return result; }, a); \
+    break
+#define OF_TWO(name, result)                                     \
+  case Operation::name:                                          \
+    each<V>(n, step, d, [=](V x, V y) { return result; }, a, b); \
+    break
+#define OF_THREE(name, result)                                           \
+  case Operation::name:                                                  \
+    each<V>(n, step, d, [=](V x, V y, V z) { return result; }, a, b, c); \
+    break
+        OF_TWO(add, x + y);
+        OF_TWO(sub, x - y);
+        OF_TWO(mul, x * y);
+        OF_TWO(div, x / y);
+        OF_ONE(neg, -x);
+        OF_THREE(fma, fma(x, y, z));
+        OF_THREE(fnma, fnma(x, y, z));
+        OF_ONE(tanh, tanh(x));
+        OF_ONE(sigmoid, sigmoid(x));
+        OF_ONE(exp, exp(x));
+        OF_ONE(log, log(x));
+        OF_ONE(sqrt, sqrt(x));
+        OF_ONE(softplus, softplus(x));
+        OF_ONE(relu, relu(x));
+        OF_ONE(absolute, abs(x));
+        OF_TWO(maximum, one_of(x, y, greater_equal(x, y), greater(y, x)));
+        OF_TWO(minimum, one_of(x, y, greater_equal(y, x), greater(x, y)));
+        OF_THREE(where, select(greater(x, zero), y, z));
+        OF_TWO(greater, select(greater(x, y), one, zero));
+        OF_TWO(greater_equal, select(greater_equal(x, y), one, zero));
+        OF_ONE(one_minus, one - x);
+        OF_TWO(sigmoid_gradient, x * (y * (one - y)));
+        OF_TWO(tanh_gradient, x * fnma(y, y, one));
+#undef OF_ONE
+#undef OF_TWO
+#undef OF_THREE
       case Operation::normalise:
         each_row(f, cpu::kNorms, in.b * cpu::kNormNumbers, [d, a](Index at, const T* row) {
           normalised(V::load(a + at), V::set(row[0]), V::set(row[1])).store(d + at);

@@ -20,12 +20,12 @@ namespace fusedrnn {
 namespace cpu {
 
 enum class Operation : uint8_t {
-#define X(name) name,
+#define X(name, count) name,
 #include "cpu/machine/operations.def"
 #undef X
 };
 constexpr int kOperations = 0
-#define X(name) +1
+#define X(name, count) +1
 #include "cpu/machine/operations.def"
 #undef X
     ;

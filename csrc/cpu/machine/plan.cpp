@@ -38,36 +38,12 @@ class Numbers {
 
 constexpr int kMostBlocks = 1 << 12;  // of a parameter
 
-// How many registers an operation reads; -1 where it is about memory.
-int sources(Operation op) {
-  switch (op) {
-    case Operation::constant:
-    case Operation::vector:
-    case Operation::scalar:
-    case Operation::load:
-    case Operation::store:
-    case Operation::add_to:
-      return -1;
-    case Operation::fma:
-    case Operation::fnma:
-    case Operation::where:
-      return 3;
-    case Operation::add:
-    case Operation::sub:
-    case Operation::mul:
-    case Operation::div:
-    case Operation::maximum:
-    case Operation::minimum:
-    case Operation::greater:
-    case Operation::greater_equal:
-    case Operation::sigmoid_gradient:
-    case Operation::tanh_gradient:
-    case Operation::normalise_gradient:
-      return 2;
-    default:
-      return 1;
-  }
-}
+// How many registers each operation reads.
+constexpr int sources[] = {
+#define X(name, count) count,
+#include "cpu/machine/operations.def"
+#undef X
+};
 
 // Values side by side at a place that an operation of this direction may use; 0: it may not.
 int values_at(const MachinePlan& plan, int place, Operation op, bool backward) {
@@ -131,7 +107,7 @@ std::vector<Instruction> read_code(Numbers& numbers, MachinePlan& plan, bool bac
     for (int& k : n) k = numbers.next("register", 0, Limits::registers - 1);
     in.d = std::uint8_t(n[0]), in.a = std::uint8_t(n[1]), in.b = std::uint8_t(n[2]), in.c = std::uint8_t(n[3]);
     registers = std::max(registers, n[0] + 1);
-    for (int k = 1; k <= sources(in.op); ++k) registers = std::max(registers, n[k] + 1);
+    for (int k = 1; k <= sources[int(in.op)]; ++k) registers = std::max(registers, n[k] + 1);
     const auto below = [&](const char* what, int k, int count) {
       if (k >= count) refuse(what, "less than " + std::to_string(count) + ", got " + std::to_string(k));
     };
