@@ -53,7 +53,7 @@ struct BackwardRows {
 // What the time loop backward needs around a cell, compiled once for all of them. O: cpu/forward.h. Rows of da are
 // elements of O.
 template <class V, class O = V>
-struct BackwardSteps {
+struct BackwardSteps : Share {
   using T = typename V::scalar;
 
   const BackwardJob<T>& job;
@@ -63,14 +63,13 @@ struct BackwardSteps {
   BackwardRows<T> rows;
   WeightGradients<V, O> weights;
   const Index B, units;  // units: blocks * 16
-  Index row_begin, row_end, block_begin, block_end;
-  Index h_begin, h_end;  // blocks of h: those of units, or of a projection
   Kept<T> kept;          // what forward saved, or of this chunk if it has to be made again
   Index count = 0;       // valid rows of the chunk
 
   FUSEDRNN_NOINLINE BackwardSteps(const BackwardJob<T>& job_, const Worker& worker_, const CellShape& shape_,
                                   bool regularized_)
-      : job(job_),
+      : Share(job_.steps, job_.blocks, job_.P, worker_),
+        job(job_),
         worker(worker_),
         shape(shape_),
         regularized(regularized_),
@@ -80,13 +79,6 @@ struct BackwardSteps {
         B(job_.steps.B),
         units(job_.blocks * kBlock),
         kept(job_.kept) {
-    const Index n = worker.region.threads, i = worker.region.thread;
-    row_begin = worker.by_rows ? first_row(job.steps, i, n) : 0;
-    row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : B;
-    block_begin = worker.by_rows ? 0 : job.blocks * i / n,
-    block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
-    const Index h_blocks = blocks_of(job.P);
-    h_begin = worker.by_rows ? 0 : h_blocks * i / n, h_end = worker.by_rows ? h_blocks : h_blocks * (i + 1) / n;
     for (Index b = 0; b < B; ++b) rows.latest[b] = nullptr;
   }
 
@@ -102,24 +94,14 @@ struct BackwardSteps {
   const T* h_row(Index t, Index b) const { return job.y + (t * B + b) * job.P; }
 
   const T* h_before(Index t, Index b) const {
-    switch (before(job.steps, t, b)) {
-      case Before::previous:
-        return h_row(earlier(t), b);
-      case Before::start:
-        return job.h0 ? job.h0 + b * job.P : job.zeros;
-      default:
-        return job.zeros;
-    }
+    const Before from = before(job.steps, t, b);
+    if (from == Before::previous) return h_row(earlier(t), b);
+    return from == Before::start && job.h0 ? job.h0 + b * job.P : job.zeros;
   }
   const T* c_before(Index t, Index b) const {
-    switch (before(job.steps, t, b)) {
-      case Before::previous:
-        return c_row(earlier(t), b);
-      case Before::start:
-        return job.c0 ? job.c0 + b * job.H : job.zeros;
-      default:
-        return job.zeros;
-    }
+    const Before from = before(job.steps, t, b);
+    if (from == Before::previous) return c_row(earlier(t), b);
+    return from == Before::start && job.c0 ? job.c0 + b * job.H : job.zeros;
   }
 
   // Of a regularized cell.
@@ -227,17 +209,23 @@ struct BackwardSteps {
     return V::zero();
   }
 
-  // The gradient that reaches the n rows of rows.at from later steps, for every vector of h of this thread: then(row,
-  // u, dh, dc), without dc where h is projected, whose units are not those of c. Selection, never multiplication: what
-  // a cut or a row's end leaves out is never read.
-  template <class Then>
-  FUSEDRNN_INLINE bool chains(const CellShape& shape, bool regularized, Index n, Then&& then) const {
-    bool any = false;  // does any row need the product?
+  // The rows of da that the chain of the n rows of rows.at multiplies; false: none does.
+  FUSEDRNN_INLINE bool follow(Index n) const {
+    bool any = false;
     for (Index i = 0; i < n; ++i) {
       const bool follows = rows.at[i].after == After::product;
       rows.da[i] = follows ? rows.latest[rows.at[i].b] : job.zeros;
       any |= follows;
     }
+    return any;
+  }
+
+  // The gradient that reaches the n rows of rows.at from later steps, for every vector of h of this thread: then(row,
+  // u, dh, dc), without dc where h is projected, whose units are not those of c. Selection, never multiplication: what
+  // a cut or a row's end leaves out is never read.
+  template <class Then>
+  FUSEDRNN_INLINE bool chains(const CellShape& shape, bool regularized, Index n, Then&& then) const {
+    const bool any = follow(n);
     return tiles(n, h_begin, h_end, [&](Index first, int m, Index block, int wide, Index lane) {
       alignas(64) T acc[kMaxTile * V::lanes];
       if (any) multiply(shape, job.recurrent, shape.recurrent, rows.da + first, block, lane, m, wide, acc);

@@ -53,7 +53,7 @@ constexpr CellShape shape_of() {
 // What the time loop needs around a cell, compiled once for all of them: compiling it for each took half of the build.
 // O is what the products multiply: V, or Pairs.
 template <class V, class O = V>
-struct ForwardSteps {
+struct ForwardSteps : Share {
   using T = typename V::scalar;
 
   const ForwardJob<T>& job;
@@ -61,11 +61,8 @@ struct ForwardSteps {
   const CellShape& shape;
   const bool regularized;
   ForwardRows<T> rows;
-  ForwardRows<T> ahead;          // the rows of several steps, for W x of all
-  Index ahead_begin = 0;         // the first of these steps
-  Index row_begin, row_end;      // this thread's rows of the batch
-  Index block_begin, block_end;  // and its blocks of units
-  Index h_begin, h_end;          // and of h, which are others where it is projected
+  ForwardRows<T> ahead;   // the rows of several steps, for W x of all
+  Index ahead_begin = 0;  // the first of these steps
   // Weights of the blocks from `packed_from` on.
   Packed<T> input, recurrent, recurrent2, projection;
   Index packed_from = 0;
@@ -79,20 +76,14 @@ struct ForwardSteps {
 
   FUSEDRNN_NOINLINE ForwardSteps(const ForwardJob<T>& job_, const Worker& worker_, const CellShape& shape_,
                                  bool regularized_)
-      : job(job_),
+      : Share(job_.steps, job_.blocks, job_.P, worker_),
+        job(job_),
         worker(worker_),
         shape(shape_),
         regularized(regularized_),
         rows(job_.scratch + worker_.region.thread * job_.scratch_step, job_.steps.B),
         ahead(job_.scratch + worker_.region.thread * job_.scratch_step + ForwardRows<T>::bytes(job_.steps.B),
               job_.ahead_steps * job_.steps.B) {
-    const Index n = worker.region.threads, i = worker.region.thread;
-    row_begin = worker.by_rows ? first_row(job.steps, i, n) : 0;
-    row_end = worker.by_rows ? first_row(job.steps, i + 1, n) : job.steps.B;
-    block_begin = worker.by_rows ? 0 : job.blocks * i / n,
-    block_end = worker.by_rows ? job.blocks : job.blocks * (i + 1) / n;
-    const Index h_blocks = blocks_of(job.P);
-    h_begin = worker.by_rows ? 0 : h_blocks * i / n, h_end = worker.by_rows ? h_blocks : h_blocks * (i + 1) / n;
     input = job.input, recurrent = job.recurrent, recurrent2 = job.recurrent2, projection = job.projection;
   }
 

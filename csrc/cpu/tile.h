@@ -168,5 +168,18 @@ struct Tiling {
   }
 };
 
+// What of a step is a thread's: rows of the batch, or blocks of units, and of h, which are others where it is
+// projected.
+struct Share {
+  Index row_begin, row_end, block_begin, block_end, h_begin, h_end;
+  Share(const Steps& steps, Index blocks, Index P, const cpu::Worker& worker) {
+    const Index n = worker.region.threads, i = worker.region.thread, h_blocks = blocks_of(P);
+    const bool by_rows = worker.by_rows;
+    row_begin = by_rows ? first_row(steps, i, n) : 0, row_end = by_rows ? first_row(steps, i + 1, n) : steps.B;
+    block_begin = by_rows ? 0 : blocks * i / n, block_end = by_rows ? blocks : blocks * (i + 1) / n;
+    h_begin = by_rows ? 0 : h_blocks * i / n, h_end = by_rows ? h_blocks : h_blocks * (i + 1) / n;
+  }
+};
+
 }  // namespace FUSEDRNN_LEVEL
 }  // namespace fusedrnn

@@ -65,17 +65,6 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     }
   }
 
-  // The rows of da that the chain multiplies, of the n rows of rows.at; false: none.
-  bool follow(Index n) {
-    bool any = false;
-    for (Index i = 0; i < n; ++i) {
-      const bool follows = this->rows.at[i].after == After::product;
-      this->rows.da[i] = follows ? this->rows.latest[this->rows.at[i].b] : Base::job.zeros;
-      any |= follows;
-    }
-    return any;
-  }
-
   // What reaches the states [from, to) from later steps (`any`: through products too) and from outside, in the
   // registers of their numbers, of blocks [begin, end): then(frame).
   template <class Then>
@@ -167,7 +156,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     const Index n = end - begin;
     select_rows(t, begin, end);
     const MachineRound& first_round = call.rounds[0];
-    const bool any = follow(n);
+    const bool any = this->follow(n);
     if (call.projects) {
       if (!incoming(n, any, true, 0, 1, this->h_begin, this->h_end, [&](const Frame<V>& f) { keep_projected(f); }))
         return false;
@@ -259,7 +248,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       this->rows.at[n].after = empty ? After::final_state : cut ? After::nothing : After::product;
       places.at[n] = 0;
     }
-    const bool any = follow(n);
+    const bool any = this->follow(n);
     const auto store = [&](int from, int to, Index begin, Index end) {
       return incoming(n, any, false, from, to, begin, end, [&](const Frame<V>& f) {
         for (int s = from; s < to; ++s) {

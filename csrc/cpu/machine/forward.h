@@ -12,7 +12,7 @@ using cpu::MachineSum;
 using cpu::Worker;
 
 template <class V>
-struct MachineForwardLoop {
+struct MachineForwardLoop : Share {
   using T = typename V::scalar;
 
   const MachineForward<T>& job;
@@ -22,18 +22,13 @@ struct MachineForwardLoop {
   const T** x;   // of each row of the step
   Index* batch;  // and which row of the batch it is
   Index count = 0;
-  Index row_begin, row_end, block_begin, block_end;  // this thread's
-  Index p_begin, p_end;                              // and its blocks of a projection
 
   MachineForwardLoop(const MachineForward<T>& job_, const Worker& worker_)
-      : job(job_), call(job_.call), worker(worker_), rows(job_.call, worker_.region.thread) {
-    const Index n = worker.region.threads, i = worker.region.thread;
-    row_begin = worker.by_rows ? first_row(call.steps, i, n) : 0;
-    row_end = worker.by_rows ? first_row(call.steps, i + 1, n) : call.steps.B;
-    block_begin = worker.by_rows ? 0 : call.blocks * i / n;
-    block_end = worker.by_rows ? call.blocks : call.blocks * (i + 1) / n;
-    const Index p_blocks = blocks_of(call.P);
-    p_begin = worker.by_rows ? 0 : p_blocks * i / n, p_end = worker.by_rows ? p_blocks : p_blocks * (i + 1) / n;
+      : Share(job_.call.steps, job_.call.blocks, job_.call.P, worker_),
+        job(job_),
+        call(job_.call),
+        worker(worker_),
+        rows(job_.call, worker_.region.thread) {
     x = const_cast<const T**>(rows.table + (rows.count() + 1) * call.steps.B);
     batch = reinterpret_cast<Index*>(x + call.steps.B);
     rows.set(cpu::kSaved, call.saved, call.saved_count, false, job.stream);
@@ -43,7 +38,7 @@ struct MachineForwardLoop {
 
   // The rows of a step, and how many there are.
   FUSEDRNN_NOINLINE void select_rows(Index t) {
-    const Masks<T> masks = rows.masks(worker.region.thread, block_begin, block_end, p_begin, p_end);
+    const Masks<T> masks = rows.masks(worker.region.thread, block_begin, block_end, h_begin, h_end);
     count = 0;
     for (Index b = row_begin; b < row_end; ++b) {
       if (!valid(call.steps, t, b)) continue;
@@ -150,11 +145,11 @@ struct MachineForwardLoop {
   // The projected state of a step, of what its programs have left.
   FUSEDRNN_NOINLINE bool project(Index t) const {
     constexpr int kWide = 4;
-    const Tiling tiles(count, max_rows<V>(kWide)), panels(p_end - p_begin, count == 1 ? kOneRow : kWide);
+    const Tiling tiles(count, max_rows<V>(kWide)), panels(h_end - h_begin, count == 1 ? kOneRow : kWide);
     const T *const *const from = rows.places[rows.after(0)].rows, *const *const keep = rows.projected_mask();
     for (Index j = 0; j < panels.pieces; ++j) {
-      const Index block = p_begin + panels.begin(j);
-      const int wide = int(p_begin + panels.begin(j + 1) - block);
+      const Index block = h_begin + panels.begin(j);
+      const int wide = int(h_begin + panels.begin(j + 1) - block);
       for (Index r = 0; r < tiles.pieces; ++r) {
         const Index first = tiles.begin(r);
         const int m = int(tiles.begin(r + 1) - first);
