@@ -1,6 +1,7 @@
 // Arrays of a call side by side in one buffer. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <initializer_list>
+#include <vector>
 
 #include "cpu/arena.h"
 #include "cpu/kernels.h"
@@ -19,28 +20,31 @@ Index lines(Index n) {
   return (n + line - 1) / line * line;
 }
 
-// Several arrays in one buffer: `take` each twice, once to count and once for the address.
-template <class T>
+// Several arrays in one buffer: `take` says how large each is, `allocate` where it begins.
 class Layout {
  public:
-  // n elements per factor product, on a cache line of their own; null while counting.
-  T* take(std::initializer_list<Index> factors) {
-    std::size_t n = 1;
+  Layout() { places.reserve(32); }
+  // n elements per factor product, on a cache line of their own.
+  template <class T>
+  void take(T*& to, std::initializer_list<Index> factors) {
+    std::size_t n = sizeof(T);
     for (Index f : factors) n = cpu::checked_product({n, std::size_t(f)});
-    const std::size_t at = used;
-    used += std::size_t(lines<T>(Index(n)));
-    cpu::checked_product({used, sizeof(T)});
-    return base ? base + at : nullptr;
+    places.push_back({&to, used, [](void* place, void* at) { *static_cast<T**>(place) = static_cast<T*>(at); }});
+    used = cpu::checked_product({used + std::size_t(lines<char>(Index(n))), 1});
   }
-  Buffer allocate() {
-    Buffer memory(used * sizeof(T) + 64);
-    base = memory.as<T>();
-    used = 0;
+  Buffer allocate() const {
+    Buffer memory(used + 64);
+    for (const Place& p : places) p.set(p.to, memory.as<char>() + p.at);
     return memory;
   }
 
  private:
-  T* base = nullptr;
+  struct Place {
+    void* to;
+    std::size_t at;
+    void (*set)(void* to, void* at);
+  };
+  std::vector<Place> places;
   std::size_t used = 0;
 };
 

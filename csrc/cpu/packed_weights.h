@@ -74,10 +74,10 @@ void pack_vectors(const CellShape& shape, Index H, const T* ih, const T* hh, T* 
 template <class T>
 struct PackedNorm {
   T *gain, *gain_c, *bias_c;
-  void take(Layout<T>& layout, const CellShape& shape, Index blocks) {
+  void take(Layout& layout, const CellShape& shape, Index blocks) {
     const Index some = shape.layer_norm ? blocks : 0, states = shape.has_c ? some : 0;
-    gain = layout.take({some, shape.accumulators, kBlock});
-    gain_c = layout.take({states, kBlock}), bias_c = layout.take({states, kBlock});
+    layout.take(gain, {some, shape.accumulators, kBlock});
+    layout.take(gain_c, {states, kBlock}), layout.take(bias_c, {states, kBlock});
   }
   cpu::NormWeights<T> fill(const CellShape& shape, Index H, const Weights<const T>& weights, const T* bias) {
     if (!shape.layer_norm) return {};

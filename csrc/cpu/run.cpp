@@ -218,23 +218,21 @@ PackedPtr<T> pack_for(const cpu::Kernels<T>& kernels, CellId cell, Index I, Inde
   const Index blocks = blocks_of(H);
   PackedPtr<T> packed(new PackedWeights<T>);
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
-  Layout<T> layout;
-  T *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *projection = nullptr, *bias = nullptr;
+  Layout layout;
+  T *input, *recurrent, *recurrent2, *projection, *bias;
   const auto k = [&](Index n) { return elements(kernels, n); };
   const Index input_step = block_step<T>(k(I), shape.input.count),
               recurrent_step = block_step<T>(k(P), shape.recurrent.count),
               recurrent2_step = shape.recurrent2.count ? block_step<T>(P, shape.recurrent2.count) : 0,
               projection_step = block_step<T>(H, 1);
   PackedNorm<T> norm;
-  for (int pass = 0; pass < 2; ++pass) {
-    input = layout.take({blocks, input_step});
-    recurrent = layout.take({blocks, recurrent_step});
-    recurrent2 = layout.take({blocks, recurrent2_step});
-    projection = layout.take({shape.projects ? blocks_of(P) : 0, projection_step});
-    bias = layout.take({blocks, shape.accumulators, kBlock});
-    norm.take(layout, shape, blocks);
-    if (pass == 0) packed->memory = layout.allocate();
-  }
+  layout.take(input, {blocks, input_step});
+  layout.take(recurrent, {blocks, recurrent_step});
+  layout.take(recurrent2, {blocks, recurrent2_step});
+  layout.take(projection, {shape.projects ? blocks_of(P) : 0, projection_step});
+  layout.take(bias, {blocks, shape.accumulators, kBlock});
+  norm.take(layout, shape, blocks);
+  packed->memory = layout.allocate();
   packed->input = {input, input_step}, packed->recurrent = {recurrent, recurrent_step},
   packed->recurrent2 = {recurrent2, recurrent2_step}, packed->projection = {projection, projection_step};
   packed->bias = bias;
@@ -278,41 +276,34 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const Chunk<T> chunk(shape, n, kernels.numbers);
 
   // What backward will need lives in the tape, else one step of it in the scratch.
-  Layout<T> tape_layout, scratch;
+  Layout tape_layout, scratch;
   TapePtr<T> tape(call.save == Save::nothing ? nullptr : new Tape<T>{});
   const bool all = call.save == Save::all;
   const bool outside = call.saved;  // the tape lies in the caller's memory
   const Index rows = all ? tape_rows(problem, tape->starts) : n.B,
               boundary_count = call.save == Save::boundary_states && shape.has_c && chunk.count ? chunk.count - 1 : 0;
-  T *saved = nullptr, *c = nullptr, *boundary_states = nullptr, *middle = nullptr, *ahead_sums = nullptr,
-    *zeros = nullptr, *masks = nullptr, *panel = nullptr, *bias = nullptr, *operands = nullptr;
-  char* threads = nullptr;
+  T *saved, *c, *boundary_states = nullptr, *middle, *ahead_sums, *zeros, *masks, *panel, *bias, *operands;
+  char* threads;
   const Index ahead = ahead_steps<T>(shape, n);
   const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B, ahead)) + 64;
   const Index panel_step = lines<T>(cpu::kPanelVectors * kBlock * std::max(n.I + n.P, n.H));
   const Index operands_row = operands_of_row(kernels, n, ahead);
   const bool two_products = shape.phases == 2 || shape.projects;
-  Buffer memory;
   const bool keeps = all || shape.phases == 2 || shape.layer_norm;  // read again in the same step
-  for (int pass = 0; pass < 2; ++pass) {
-    Layout<T>& kept_in = all ? tape_layout : scratch;
-    saved = kept_in.take({!(all && outside) && keeps ? rows : 0, shape.saved, n.H});
-    c = kept_in.take({!(all && outside) && shape.has_c ? rows : 0, n.H});
-    boundary_states = tape_layout.take({outside ? 0 : boundary_count, n.B, n.H});
-    middle = scratch.take({two_products ? n.B : 0, units});
-    ahead_sums = scratch.take({ahead, n.B, blocks, shape.input.count, kBlock});
-    zeros = scratch.take({zero_count});
-    masks = scratch.take({regularization_memory(problem, split.threads), n.B, units});
-    panel = scratch.take({by_panel ? split.threads : 0, panel_step});
-    bias = scratch.take({by_panel ? blocks : 0, shape.accumulators, kBlock});
-    operands = scratch.take({split.by_rows ? 1 : split.threads, n.B, operands_row});
-    threads = reinterpret_cast<char*>(
-        scratch.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
-    if (pass == 0) {
-      if (tape && !outside) tape->memory = tape_layout.allocate();
-      memory = scratch.allocate();
-    }
-  }
+  Layout& kept_in = all ? tape_layout : scratch;
+  kept_in.take(saved, {!(all && outside) && keeps ? rows : 0, shape.saved, n.H});
+  kept_in.take(c, {!(all && outside) && shape.has_c ? rows : 0, n.H});
+  tape_layout.take(boundary_states, {outside ? 0 : boundary_count, n.B, n.H});
+  scratch.take(middle, {two_products ? n.B : 0, units});
+  scratch.take(ahead_sums, {ahead, n.B, blocks, shape.input.count, kBlock});
+  scratch.take(zeros, {zero_count});
+  scratch.take(masks, {regularization_memory(problem, split.threads), n.B, units});
+  scratch.take(panel, {by_panel ? split.threads : 0, panel_step});
+  scratch.take(bias, {by_panel ? blocks : 0, shape.accumulators, kBlock});
+  scratch.take(operands, {split.by_rows ? 1 : split.threads, n.B, operands_row});
+  scratch.take(threads, {split.threads, thread_bytes});
+  if (tape && !outside) tape->memory = tape_layout.allocate();
+  const Buffer memory = scratch.allocate();
   if (outside && all) saved = call.saved, c = saved + rows * shape.saved * n.H;
   if (outside && !all) boundary_states = call.saved;
   if (tape) {
@@ -397,13 +388,11 @@ void backward(const BackwardCall<T>& call) {
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
   const bool two_products = shape.phases == 2 || shape.projects;
   const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column
-  Layout<T> layout;
-  T *zeros = nullptr, *input = nullptr, *recurrent = nullptr, *recurrent2 = nullptr, *dpacked = nullptr, *da = nullptr,
-    *boundary = nullptr, *inputs = nullptr, *dc = nullptr, *direct = nullptr, *saved = nullptr, *c = nullptr,
-    *middle = nullptr, *h_out = nullptr, *bias = nullptr, *norm_sums = nullptr, *masks = nullptr, *projection = nullptr,
-    *dprojection = nullptr, *by_tile = nullptr, *panel = nullptr, *operands = nullptr;
+  Layout layout;
+  T *zeros, *input, *recurrent, *recurrent2, *dpacked, *da, *boundary, *inputs, *dc, *direct, *saved, *c, *middle,
+      *h_out, *bias, *norm_sums, *masks, *projection, *dprojection, *by_tile, *panel, *operands;
   PackedNorm<T> norm;
-  char *threads = nullptr, *replay_threads = nullptr;
+  char *threads, *replay_threads;
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
   const Index k_units = elements(kernels, units);
   const Index input_step = block_step<T>(k_units, k_input), recurrent_step = block_step<T>(k_units, k_recurrent),
@@ -416,37 +405,32 @@ void backward(const BackwardCall<T>& call) {
   const bool ordered = need_weights && chunk.ordered, copied = ordered || (need_weights && kernels.numbers > 1);
   const Index input_rows = elements(kernels, chunk.steps * n.B);
   const Index operands_row = operands_of_row(kernels, n, 0);
-  Buffer memory;
-  for (int pass = 0; pass < 2; ++pass) {
-    zeros = layout.take({zero_count});
-    input = layout.take({call.dx ? blocks_of(n.I) : 0, input_step});
-    recurrent = layout.take({blocks_of(n.P), recurrent_step});
-    recurrent2 = layout.take({k_recurrent2 ? blocks_of(n.P) : 0, recurrent2_step});
-    projection = layout.take({shape.projects ? blocks : 0, projection_step});
-    dpacked = layout.take({need_weights ? blocks : 0, dpacked_block});
-    dprojection = layout.take({dw.weight_hr ? blocks_of(n.P) : 0, n.H, kBlock});
-    da = layout.take({chunk.steps, n.B, chunk.da_row});
-    boundary = layout.take({n.B, chunk.da_row});
-    inputs = layout.take({need_weights ? input_rows : 0, chunk.inputs_row});
-    by_tile = layout.take({ordered ? input_rows : 0, chunk.inputs_row});
-    panel = layout.take({copied ? split.threads : 0, chunk.panel_step});
-    operands = layout.take({split.by_rows ? 1 : split.threads, replay_rows, operands_row});
-    saved = layout.take({replay_steps, n.B, shape.saved, n.H});
-    c = layout.take({shape.has_c ? replay_steps : 0, n.B, n.H});
-    middle = layout.take({two_products ? replay_rows : 0, units});
-    h_out = layout.take({replay_rows, n.P});
-    replay_threads = reinterpret_cast<char*>(
-        layout.take({replay ? split.threads : 0, (replay_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
-    dc = layout.take({shape.has_c ? n.B : 0, units});
-    direct = layout.take({shape.has_direct ? n.B : 0, units});
-    masks = layout.take({regularization_memory(problem, split.threads), n.B, units});
-    bias = layout.take({shape.layer_norm ? blocks : 0, shape.accumulators, kBlock});
-    norm.take(layout, shape, blocks);
-    norm_sums = layout.take({need_norms ? n.B : 0, units, 2 * shape.accumulators + 2 * shape.has_c});
-    threads =
-        reinterpret_cast<char*>(layout.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
-    if (pass == 0) memory = layout.allocate();
-  }
+  layout.take(zeros, {zero_count});
+  layout.take(input, {call.dx ? blocks_of(n.I) : 0, input_step});
+  layout.take(recurrent, {blocks_of(n.P), recurrent_step});
+  layout.take(recurrent2, {k_recurrent2 ? blocks_of(n.P) : 0, recurrent2_step});
+  layout.take(projection, {shape.projects ? blocks : 0, projection_step});
+  layout.take(dpacked, {need_weights ? blocks : 0, dpacked_block});
+  layout.take(dprojection, {dw.weight_hr ? blocks_of(n.P) : 0, n.H, kBlock});
+  layout.take(da, {chunk.steps, n.B, chunk.da_row});
+  layout.take(boundary, {n.B, chunk.da_row});
+  layout.take(inputs, {need_weights ? input_rows : 0, chunk.inputs_row});
+  layout.take(by_tile, {ordered ? input_rows : 0, chunk.inputs_row});
+  layout.take(panel, {copied ? split.threads : 0, chunk.panel_step});
+  layout.take(operands, {split.by_rows ? 1 : split.threads, replay_rows, operands_row});
+  layout.take(saved, {replay_steps, n.B, shape.saved, n.H});
+  layout.take(c, {shape.has_c ? replay_steps : 0, n.B, n.H});
+  layout.take(middle, {two_products ? replay_rows : 0, units});
+  layout.take(h_out, {replay_rows, n.P});
+  layout.take(replay_threads, {replay ? split.threads : 0, replay_bytes});
+  layout.take(dc, {shape.has_c ? n.B : 0, units});
+  layout.take(direct, {shape.has_direct ? n.B : 0, units});
+  layout.take(masks, {regularization_memory(problem, split.threads), n.B, units});
+  layout.take(bias, {shape.layer_norm ? blocks : 0, shape.accumulators, kBlock});
+  norm.take(layout, shape, blocks);
+  layout.take(norm_sums, {need_norms ? n.B : 0, units, 2 * shape.accumulators + 2 * shape.has_c});
+  layout.take(threads, {split.threads, thread_bytes});
+  const Buffer memory = layout.allocate();
   std::fill(zeros, zeros + zero_count, T(0));
 
   PackAll<T> all{kernels.pack_transposed, {}, 0};

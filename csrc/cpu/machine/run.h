@@ -25,10 +25,10 @@ struct MachineNumbers {
   T *vectors, *constants, *start;
   std::vector<const T*> start_of;
 
-  void take(Layout<T>& layout, const MachinePlan& plan, Index H) {
-    vectors = layout.take({Index(plan.vectors.size()), blocks_of(H), kBlock});
-    constants = layout.take({Index(plan.constants.size())});
-    start = layout.take({plan.states, H});
+  void take(Layout& layout, const MachinePlan& plan, Index H) {
+    layout.take(vectors, {Index(plan.vectors.size()), blocks_of(H), kBlock});
+    layout.take(constants, {Index(plan.constants.size())});
+    layout.take(start, {plan.states, H});
   }
   void fill_constants(const MachinePlan& plan) {
     const cpu::ControlWord word(false);  // or the caller's would show that they are rounded
@@ -78,9 +78,9 @@ struct MachineScratch {
   MachineScratch(const MachinePlan& plan, Index B)
       : tables_step(lines<char>((cpu::kStates + 3 * plan.states + plan.operands + 2) * B * Index(sizeof(T*)))),
         registers_step(plan.registers * cpu::kMachineVectors * (64 / Index(sizeof(T)))) {}
-  void take(Layout<T>& layout, int threads) {
-    tables = reinterpret_cast<char*>(layout.take({threads, tables_step / Index(sizeof(T))}));
-    registers = layout.take({threads, registers_step});
+  void take(Layout& layout, int threads) {
+    layout.take(tables, {threads, tables_step});
+    layout.take(registers, {threads, registers_step});
   }
 };
 
@@ -158,18 +158,17 @@ PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, Inde
   packed->parts = cpu::MachineForwardParts(plan);
   const Index blocks = blocks_of(H);
   const auto columns = [&](int operand) { return operand ? P : I; };
-  Layout<T> layout;
-  std::vector<T*> memory;
-  T *bias = nullptr, *projection = nullptr;
-  for (int pass = 0; pass < 2; ++pass) {
-    memory.clear();
-    for (const cpu::HostPart& p : packed->parts.parts)
-      memory.push_back(layout.take({blocks, block_step<T>(columns(p.operand), p.part.count)}));
-    bias = layout.take({blocks, plan.accumulators, kBlock});
-    projection = layout.take({plan.projects ? blocks_of(P) : 0, block_step<T>(H, 1)});
-    packed->numbers.take(layout, plan, H);
-    if (pass == 0) packed->memory = layout.allocate();
+  Layout layout;
+  std::vector<T*> memory(packed->parts.parts.size());
+  T *bias, *projection;
+  for (std::size_t k = 0; k < memory.size(); ++k) {
+    const cpu::HostPart& p = packed->parts.parts[k];
+    layout.take(memory[k], {blocks, block_step<T>(columns(p.operand), p.part.count)});
   }
+  layout.take(bias, {blocks, plan.accumulators, kBlock});
+  layout.take(projection, {plan.projects ? blocks_of(P) : 0, block_step<T>(H, 1)});
+  packed->numbers.take(layout, plan, H);
+  packed->memory = layout.allocate();
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   for (std::size_t k = 0; k < memory.size(); ++k) {
     const cpu::HostPart& p = packed->parts.parts[k];
@@ -221,35 +220,30 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   MachineTapePtr<T> tape(call.save == Save::nothing ? nullptr : new MachineTape<T>{});
   const Chunk<T> chunk(shape, n);
   const Index boundaries = call.save == Save::boundary_states && chunk.count ? chunk.count - 1 : 0;
-  Layout<T> tape_layout, layout;
-  Layout<T>& kept = all ? tape_layout : layout;
+  Layout tape_layout, layout;
+  Layout& kept = all ? tape_layout : layout;
   MachineScratch<T> scratch(plan, n.B);
   MachineNumbers<T> numbers = call.packed->numbers;  // but for the constants
-  T *carried = nullptr, *saved = nullptr, *boundary_states = nullptr, *masks = nullptr, *norms = nullptr,
-    *unprojected = nullptr;
+  T *carried, *saved, *boundary_states = nullptr, *masks, *norms, *unprojected;
   std::vector<T*> computed(O), state(S, call.y);
   if (call.saved)
     tape = machine_tape_over(plan, n, call.saved), saved = tape->saved, norms = tape->norms, state = tape->state;
   state[0] = call.y;
-  Buffer memory;
-  for (int pass = 0; pass < 2; ++pass) {
-    if (!call.saved) {
-      saved = kept.take({keeps ? all ? n.T : 1 : 0, n.B, plan.saved, n.H});
-      norms = kept.take({all ? n.T : 1, n.B, plan.norms, cpu::kNormNumbers});
-      for (std::size_t s = 1; s < S; ++s) state[s] = kept.take({every ? n.T : 2, n.B, n.H});
-    }
-    boundary_states = tape_layout.take({boundaries, plan.states - 1, n.B, n.H});
-    carried = layout.take({plan.carried, n.B, units});
-    unprojected = layout.take({plan.projects ? n.B : 0, units});
-    for (std::size_t o = 1; o < O; ++o) computed[o] = plan.state_of[o] < 0 ? layout.take({n.B, units}) : nullptr;
-    numbers.constants = layout.take({Index(plan.constants.size())});
-    masks = layout.take({regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
-    scratch.take(layout, split.threads);
-    if (pass == 0) {
-      if (tape) tape->memory = tape_layout.allocate();
-      memory = layout.allocate();
-    }
+  if (!call.saved) {
+    kept.take(saved, {keeps ? all ? n.T : 1 : 0, n.B, plan.saved, n.H});
+    kept.take(norms, {all ? n.T : 1, n.B, plan.norms, cpu::kNormNumbers});
+    for (std::size_t s = 1; s < S; ++s) kept.take(state[s], {every ? n.T : 2, n.B, n.H});
   }
+  tape_layout.take(boundary_states, {boundaries, plan.states - 1, n.B, n.H});
+  layout.take(carried, {plan.carried, n.B, units});
+  layout.take(unprojected, {plan.projects ? n.B : 0, units});
+  for (std::size_t o = 1; o < O; ++o)
+    if (plan.state_of[o] < 0) layout.take(computed[o], {n.B, units});
+  layout.take(numbers.constants, {Index(plan.constants.size())});
+  layout.take(masks, {regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
+  scratch.take(layout, split.threads);
+  if (tape) tape->memory = tape_layout.allocate();
+  const Buffer memory = layout.allocate();
   numbers.fill_constants(plan);
   if (tape && all)
     tape->saved = saved, tape->norms = norms, tape->state = state;
@@ -310,53 +304,50 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   const auto columns = [&](int operand) { return operand ? n.P : n.I; };
   const Index projection_step = block_step<T>(n.P, 1);
 
-  Layout<T> layout;
+  Layout layout;
   MachineScratch<T> scratch(plan, n.B);
   MachineNumbers<T> numbers;
-  T *zeros = nullptr, *dpacked = nullptr, *da = nullptr, *boundary = nullptr, *inputs = nullptr, *carried = nullptr,
-    *sums = nullptr, *of_units = nullptr, *masks = nullptr, *saved = call.tape->saved, *y_again = nullptr,
-    *norms = call.tape->norms, *norm_gradients = nullptr, *projection = nullptr, *dprojection = nullptr,
-    *unprojected = nullptr, *by_tile = nullptr, *panel = nullptr;
-  char* threads = nullptr;
-  std::vector<T*> direct(S), memory_of, computed(O), state = call.tape->state;
+  T *zeros, *dpacked, *da, *boundary, *inputs, *carried, *sums, *of_units, *masks,
+      *saved = call.tape->saved, *y_again, *norms = call.tape->norms, *norm_gradients, *projection, *dprojection,
+      *unprojected, *by_tile, *panel;
+  char* threads;
+  std::vector<T*> direct(S), memory_of(parts.parts.size()), computed(O), state = call.tape->state;
   const Index replay_steps = replays ? chunk.steps : 0, replay_rows = replays ? n.B : 0;
   const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
   const Index zero_count = std::max(units, chunk.da_row);
   const bool ordered = need_weights && chunk.ordered;
-  Buffer memory;
-  for (int pass = 0; pass < 2; ++pass) {
-    zeros = layout.take({zero_count});
-    memory_of.clear();
-    for (const cpu::HostPart& p : parts.parts)
-      memory_of.push_back(
-          layout.take({p.operand || call.dx ? blocks_of(columns(p.operand)) : 0, block_step<T>(units, p.part.count)}));
-    dpacked = layout.take({need_weights ? blocks : 0, parts.block_step});
-    da = layout.take({chunk.steps, n.B, chunk.da_row});
-    boundary = layout.take({n.B, chunk.da_row});
-    inputs = layout.take({need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
-    by_tile = layout.take({ordered ? chunk.steps : 0, n.B, parts.columns()});
-    panel = layout.take({ordered ? split.threads : 0, chunk.panel_step});
-    carried = layout.take({std::max(plan.carried_back, replays ? plan.carried : 0), n.B, units});
-    if (replays) saved = layout.take({replay_steps, n.B, plan.saved, n.H});
-    if (replays) norms = layout.take({replay_steps, n.B, plan.norms, cpu::kNormNumbers});
-    for (std::size_t s = 1; replays && s < S; ++s) state[s] = layout.take({replay_steps, n.B, n.H});
-    for (std::size_t o = 1; o < O; ++o)
-      computed[o] = plan.state_of[o] < 0 ? layout.take({replay_rows, units}) : nullptr;
-    y_again = layout.take({replay_rows, n.P});
-    projection = layout.take({plan.projects ? blocks : 0, projection_step});
-    dprojection = layout.take({dweight_hr ? blocks_of(n.P) : 0, n.H, kBlock});
-    unprojected = layout.take({plan.projects ? replay_rows : 0, units});
-    masks = layout.take({regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
-    sums = layout.take({need_sums ? n.B : 0, Index(plan.vectors.size()), units});
-    norm_gradients = layout.take({n.B, plan.norm_gradients, cpu::kNormGradientNumbers});
-    of_units = layout.take({need_scalars ? chunk.steps : 0, n.B, plan.scalars, units});
-    for (std::size_t s = 0; s < S; ++s) direct[s] = plan.direct[s] ? layout.take({n.B, units}) : nullptr;
-    numbers.take(layout, plan, n.H);
-    scratch.take(layout, split.threads);
-    threads =
-        reinterpret_cast<char*>(layout.take({split.threads, (thread_bytes + Index(sizeof(T)) - 1) / Index(sizeof(T))}));
-    if (pass == 0) memory = layout.allocate();
+  layout.take(zeros, {zero_count});
+  for (std::size_t k = 0; k < memory_of.size(); ++k) {
+    const cpu::HostPart& p = parts.parts[k];
+    layout.take(memory_of[k],
+                {p.operand || call.dx ? blocks_of(columns(p.operand)) : 0, block_step<T>(units, p.part.count)});
   }
+  layout.take(dpacked, {need_weights ? blocks : 0, parts.block_step});
+  layout.take(da, {chunk.steps, n.B, chunk.da_row});
+  layout.take(boundary, {n.B, chunk.da_row});
+  layout.take(inputs, {need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
+  layout.take(by_tile, {ordered ? chunk.steps : 0, n.B, parts.columns()});
+  layout.take(panel, {ordered ? split.threads : 0, chunk.panel_step});
+  layout.take(carried, {std::max(plan.carried_back, replays ? plan.carried : 0), n.B, units});
+  if (replays) layout.take(saved, {replay_steps, n.B, plan.saved, n.H});
+  if (replays) layout.take(norms, {replay_steps, n.B, plan.norms, cpu::kNormNumbers});
+  for (std::size_t s = 1; replays && s < S; ++s) layout.take(state[s], {replay_steps, n.B, n.H});
+  for (std::size_t o = 1; o < O; ++o)
+    if (plan.state_of[o] < 0) layout.take(computed[o], {replay_rows, units});
+  layout.take(y_again, {replay_rows, n.P});
+  layout.take(projection, {plan.projects ? blocks : 0, projection_step});
+  layout.take(dprojection, {dweight_hr ? blocks_of(n.P) : 0, n.H, kBlock});
+  layout.take(unprojected, {plan.projects ? replay_rows : 0, units});
+  layout.take(masks, {regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
+  layout.take(sums, {need_sums ? n.B : 0, Index(plan.vectors.size()), units});
+  layout.take(norm_gradients, {n.B, plan.norm_gradients, cpu::kNormGradientNumbers});
+  layout.take(of_units, {need_scalars ? chunk.steps : 0, n.B, plan.scalars, units});
+  for (std::size_t s = 0; s < S; ++s)
+    if (plan.direct[s]) layout.take(direct[s], {n.B, units});
+  numbers.take(layout, plan, n.H);
+  scratch.take(layout, split.threads);
+  layout.take(threads, {split.threads, thread_bytes});
+  const Buffer memory = layout.allocate();
   std::fill(zeros, zeros + zero_count, T(0));
   std::fill(sums, sums + (need_sums ? n.B * Index(plan.vectors.size()) * units : 0), T(0));
   std::fill(of_units, of_units + (need_scalars ? chunk.steps * n.B * plan.scalars * units : 0), T(0));
