@@ -127,6 +127,13 @@ inline bool view_of(const py::object& o, View& view) {
 
 inline std::string type_name(const py::object& o) { return py::str(py::type::of(o)).cast<std::string>(); }
 
+// The view of what has to be an array.
+inline View array_view(const py::object& o, const char* name) {
+  View a;
+  if (!view_of(o, a)) throw RefusedType(std::string(name) + ": expected an array, got " + type_name(o));
+  return a;
+}
+
 // The array's data, if it is T in native byte order, aligned, of this shape and, from axis `strided` on, contiguous.
 // Axes before `strided` may have any stride; `strides` gets theirs, in elements.
 template <class T>

@@ -56,31 +56,32 @@ auto without_gil(F&& f) {
   }
 }
 
-struct PyPacked {
+// What there is of one dtype, as the calls for it see it.
+template <template <class> class Ptr>
+struct OfDtype {
+  Ptr<float> f32;
+  Ptr<double> f64;
+  const auto* get(float) const { return f32.get(); }
+  const auto* get(double) const { return f64.get(); }
+  Ptr<float>& slot(float) { return f32; }
+  Ptr<double>& slot(double) { return f64; }
+};
+
+struct PyPacked : OfDtype<PackedPtr> {
   CellId cell;
   Index I, H, P;
   bool bfloat16;
   py::object weights[kWeights];
-  PackedPtr<float> f32;
-  PackedPtr<double> f64;
-  const PackedWeights<float>* get(float) const { return f32.get(); }
-  const PackedWeights<double>* get(double) const { return f64.get(); }
 };
 
 // Lengths and resets are copied: what backward walks by must be what forward walked by, whatever becomes of the
 // caller's.
-struct PyTape {
+struct PyTape : OfDtype<TapePtr> {
   Problem problem;
   std::vector<Index> lengths;
   std::vector<unsigned char> reset;
   py::object x, y, h0, c0, weights[kWeights];
   py::object packed = py::none();  // kept for boundary states only, which run forward again
-  TapePtr<float> f32;
-  TapePtr<double> f64;
-  const Tape<float>* get(float) const { return f32.get(); }
-  const Tape<double>* get(double) const { return f64.get(); }
-  TapePtr<float>& slot(float) { return f32; }
-  TapePtr<double>& slot(double) { return f64; }
 };
 
 // fusedrnn.backends.protocol.Regularization: the rates, the seed (None: evaluation) and the stream; or None.
@@ -116,20 +117,18 @@ void set_rows(PyTape& tape, const py::object& lengths, const py::object& reset) 
 
 // H, by the rows of weight_ih.
 Index hidden_size(CellId cell, const py::object& weight_ih) {
-  View a;
-  if (!view_of(weight_ih, a)) throw RefusedType("weight_ih: expected an array, got " + type_name(weight_ih));
+  const View a = array_view(weight_ih, "weight_ih");
   if (a.ndim != 2 || a.shape[0] < gates_of(cell) || a.shape[1] == 0)
     throw RefusedValue("weight_ih: expected (G*H, I), H and I at least 1, got " + a.text());
   return a.shape[0] / gates_of(cell);
 }
 
 // P, by the rows of weight_hr; H where nothing is projected.
-Index projected_size(CellId cell, const py::object& weight_hr, Index H) {
-  if (!projects(cell)) return H;
-  View a;
-  if (!view_of(weight_hr, a)) throw RefusedType("weight_hr: expected an array, got " + type_name(weight_hr));
+Index projected_size(bool there, const py::object& weight_hr, Index H) {
+  if (!there) return H;
+  const View a = array_view(weight_hr, "weight_hr");
   if (a.ndim != 2 || a.shape[0] < 1 || a.shape[0] > H)
-    throw RefusedValue("weight_hr: expected (P, H), P from 1 to H, got " + a.text());
+    throw RefusedValue("weight_hr: expected (P, H), P from 1 to H = " + std::to_string(H) + ", got " + a.text());
   return a.shape[0];
 }
 
@@ -157,28 +156,23 @@ template <class T>
 std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w, bool bfloat16) {
   View ih;
   view_of(w[0], ih);
-  const Index I = ih.shape[1], H = hidden_size(cell, w[0]), P = projected_size(cell, w[8], H);
+  const Index I = ih.shape[1], H = hidden_size(cell, w[0]), P = projected_size(projects(cell), w[8], H);
   auto packed = std::make_unique<PyPacked>();
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P, packed->bfloat16 = bfloat16;
   for (int i = 0; i < kWeights; ++i) packed->weights[i] = w[i];
   Arrays<T> arrays(bfloat16);
   const Weights<const T> view = weights_of<T>(arrays, w, cell, I, H, P);
-  PackedPtr<T> result = without_gil([&] {
+  packed->slot(T()) = without_gil([&] {
     arrays.widen();
     return pack<T>(cell, I, H, P, view, signals(), bfloat16);
   });
-  if constexpr (sizeof(T) == 4)
-    packed->f32 = std::move(result);
-  else
-    packed->f64 = std::move(result);
   return packed;
 }
 
 // Whether an array of so many axes is float32; so are copies of those of a call in bfloat16 (bfloat16.h), which are
 // given as int16: that is checked where they are read.
 bool is_float32(const py::object& o, const char* name, int ndim, bool bfloat16 = false) {
-  View a;
-  if (!view_of(o, a)) throw RefusedType(std::string(name) + ": expected an array, got " + type_name(o));
+  const View a = array_view(o, name);
   if (a.ndim != ndim)
     throw RefusedValue(std::string(name) + ": expected " + std::to_string(ndim) + " axes, got " + a.text());
   if (bfloat16 || a.is<float>()) return true;
@@ -238,8 +232,7 @@ struct Time {
   bool step;
 };
 Time time_of(const py::object& x) {
-  View a;
-  if (!view_of(x, a)) throw RefusedType("x: expected an array, got " + type_name(x));
+  const View a = array_view(x, "x");
   if (a.ndim == 2) return {1, a.shape[0], a.shape[1], true};
   if (a.ndim == 3) return {a.shape[0], a.shape[1], a.shape[2], false};
   throw RefusedValue("x: expected 2 or 3 axes, got " + a.text());
@@ -264,7 +257,7 @@ struct ForwardSetup {
       : arrays(options.bfloat16), out(std::move(given)) {
     const Time n = time_of(x);
     const Index H = packed ? packed->H : hidden_size(cell, weights[0]);
-    const Index P = packed ? packed->P : projected_size(cell, weights[8], H);
+    const Index P = packed ? packed->P : projected_size(projects(cell), weights[8], H);
     const bool c = has_c(cell);
     call.problem = problem_of(*tape, cell, {n.T, n.B, n.I, H, P}, options);
     if (packed) {
@@ -361,8 +354,7 @@ struct Given {
 // The memory of a tape in an array (rows, width): those rows that there are, or more.
 template <class T>
 T* tape_memory(const py::object& o, const Problem& problem, Save save) {
-  View a;
-  if (!view_of(o, a)) throw RefusedType("tape: expected an array, got " + type_name(o));
+  const View a = array_view(o, "tape");
   const TapeShape shape = tape_shape<T>(problem, save);
   const Index rows = a.ndim == 2 ? std::max(a.shape[0], shape.rows) : shape.rows;
   return const_cast<T*>(need<T>(o, "tape", {rows, shape.width}));
@@ -413,7 +405,7 @@ struct BackwardSetup {
       : arrays(tape.problem.bfloat16), out(std::move(given)) {
     const CellId cell = tape.problem.cell;
     const Index H = tape.problem.sizes.H, P = tape.problem.sizes.P, rows = gates_of(cell) * H;
-    const bool c = has_c(cell), norm = layer_norm(cell);
+    const bool c = has_c(cell);
     call.problem = tape.problem;
     call.tape = core;
     if (!core) throw RefusedType("tape: expected the dtype of the call");
@@ -431,21 +423,9 @@ struct BackwardSetup {
       call.dc_states = arrays.sequence(dc_states, "dc_states", {n.T, n.B, H});
     }
     call.poll = signals();
-    const py::object none = py::none();
-    const bool there[kNeeds + 1] = {true,
-                                    true,
-                                    true,
-                                    !tape.weights[2].is_none(),
-                                    !tape.weights[3].is_none(),
-                                    norm,
-                                    norm,
-                                    norm && c,
-                                    norm && c,
-                                    projects(cell),
-                                    true,
-                                    c};
-    for (int i = 0; i < kNeeds + 1; ++i)
-      if (!there[i]) out[i] = none;
+    for (int i = 0; i < kWeights; ++i)
+      if (tape.weights[i].is_none()) out[1 + i] = py::none();
+    if (!c) out[kNeeds] = py::none();
     call.dx = n.step ? arrays.output(out[0], "dx", {n.B, n.I}) : arrays.output(out[0], "dx", {n.T, n.B, n.I});
     Weights<T>& dw = call.dweights;
     dw.weight_ih = arrays.output(out[1], "dweight_ih", {rows, n.I});
@@ -462,7 +442,6 @@ struct BackwardSetup {
       arrays.widen();
       backward<T>(call);
       arrays.round();
-      return 0;
     });
   }
 };
@@ -500,7 +479,7 @@ template <class T>
 void run_backward_as(CellId cell, PyTape& owner, bool recompute, const Options& options, const py::object& saved,
                      const py::object* upstream, std::vector<py::object> out) {
   const Time n = time_of(owner.x);
-  const Index H = hidden_size(cell, owner.weights[0]), P = projected_size(cell, owner.weights[8], H);
+  const Index H = hidden_size(cell, owner.weights[0]), P = projected_size(projects(cell), owner.weights[8], H);
   const Problem problem = problem_of(owner, cell, {n.T, n.B, n.I, H, P}, options);
   const Save save = recompute ? Save::boundary_states : Save::all;
   const TapePtr<T> tape = tape_over<T>(problem, save, tape_memory<T>(saved, problem, save));

@@ -12,8 +12,7 @@ namespace {
 // numbers: int32 (n,), as fusedrnn.cells.program writes them; start and constants: lists of numbers.
 std::shared_ptr<const cpu::MachinePlan> py_machine_plan(const py::object& numbers, std::vector<double> start,
                                                         std::vector<double> constants) {
-  View a;
-  if (!view_of(numbers, a)) throw RefusedType("numbers: expected an array, got " + type_name(numbers));
+  const View a = array_view(numbers, "numbers");
   if (a.ndim != 1) throw RefusedValue("numbers: expected one axis, got " + a.text());
   const std::int32_t* data = need<std::int32_t>(numbers, "numbers", {a.shape[0]});
   try {
@@ -26,30 +25,18 @@ std::shared_ptr<const cpu::MachinePlan> py_machine_plan(const py::object& number
 
 using PlanPtr = std::shared_ptr<const cpu::MachinePlan>;
 
-struct PyPackedMachine {
+struct PyPackedMachine : OfDtype<PackedMachinePtr> {
   PlanPtr plan;
   Index I, H, P;
   std::vector<py::object> weights;
-  PackedMachinePtr<float> f32;
-  PackedMachinePtr<double> f64;
-  const PackedMachine<float>* get(float) const { return f32.get(); }
-  const PackedMachine<double>* get(double) const { return f64.get(); }
-  PackedMachinePtr<float>& slot(float) { return f32; }
-  PackedMachinePtr<double>& slot(double) { return f64; }
 };
 
-struct PyMachineTape {
+struct PyMachineTape : OfDtype<MachineTapePtr> {
   PyTape call;  // its problem, lengths and resets
   PlanPtr plan;
   py::object x, y;
   std::vector<py::object> weights, state0, scalars;
   py::object packed = py::none();  // kept for boundary states only, which run forward again
-  MachineTapePtr<float> f32;
-  MachineTapePtr<double> f64;
-  const MachineTape<float>* get(float) const { return f32.get(); }
-  const MachineTape<double>* get(double) const { return f64.get(); }
-  MachineTapePtr<float>& slot(float) { return f32; }
-  MachineTapePtr<double>& slot(double) { return f64; }
 };
 
 void need_count(const std::vector<py::object>& given, const char* name, std::size_t count) {
@@ -89,17 +76,11 @@ struct MachineSizes {
 
 // By weight_ih, an array of two axes, and the rows of weight_hr.
 MachineSizes machine_sizes(const cpu::MachinePlan& plan, const std::vector<py::object>& weights) {
-  View a;
-  view_of(weights[0], a);
+  const View a = array_view(weights[0], "weight_ih");
   const Index gates = plan.blocks[cpu::MachinePlan::weight_ih];
   if (!a.shape[1] || a.shape[0] < gates) throw RefusedValue("weight_ih: expected (G*H, I), got " + a.text());
   const Index I = a.shape[1], H = a.shape[0] / gates;
-  if (!plan.projects) return {I, H, H};
-  const py::object& weight_hr = weights[std::size_t(plan.weight_hr())];
-  if (!view_of(weight_hr, a)) throw RefusedType("weight_hr: expected an array, got " + type_name(weight_hr));
-  if (a.ndim != 2 || a.shape[0] < 1 || a.shape[0] > H)
-    throw RefusedValue("weight_hr: expected (P, H), P from 1 to H = " + std::to_string(H) + ", got " + a.text());
-  return {I, H, a.shape[0]};
+  return {I, H, projected_size(plan.projects, weights.back(), H)};  // weight_hr is the last one
 }
 
 template <class T>
@@ -278,10 +259,7 @@ void machine_backward_as(const PyMachineTape& tape, const py::object& dy, const 
   need_count(out.dscalars, "gradients of scalars", tape.scalars.size());
   for (py::object& one : out.dscalars) call.dscalars.push_back(output<T>(one, "scalars", {n.T, n.B}));
   call.poll = signals();
-  without_gil([&] {
-    machine_backward<T>(call);
-    return 0;
-  });
+  without_gil([&] { machine_backward<T>(call); });
 }
 
 py::tuple py_machine_backward(const PyMachineTape& tape, const py::object& dy, const std::vector<py::object>& dstateT,

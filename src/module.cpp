@@ -41,7 +41,6 @@ void repeat_forward_as(Index times, const PyPacked& packed, const py::object& x,
   without_gil([&] {
     TapePtr<T> last;
     for (Index i = 0; i < times; ++i) last = forward<T>(i % 2 ? odd.call : even.call);
-    return 0;
   });
 }
 
@@ -53,7 +52,6 @@ void repeat_backward_as(Index times, const PyTape& tape, const py::object& dy) {
       odd(tape, tape.get(T()), time_of(tape), dy, none, none, none, none, outputs(all));
   without_gil([&] {
     for (Index i = 0; i < times; ++i) backward<T>(i % 2 ? odd.call : even.call);
-    return 0;
   });
 }
 
