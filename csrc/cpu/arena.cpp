@@ -262,22 +262,18 @@ ArenaUse arena_use() {
 
 void set_arena_limit(std::size_t bytes) {
   Arena& a = arena();
-  Cached* chain = nullptr;
-  {
-    std::lock_guard<std::mutex> lock(a.mutex);
-    a.limit = bytes;
-    chain = evict(a, bytes);
-  }
+  std::unique_lock<std::mutex> lock(a.mutex);
+  a.limit = bytes;
+  Cached* chain = evict(a, bytes);
+  lock.unlock();
   free_chain(chain);
 }
 
 void trim_arena() {
   Arena& a = arena();
-  Cached* chain = nullptr;
-  {
-    std::lock_guard<std::mutex> lock(a.mutex);
-    chain = evict(a, 0);
-  }
+  std::unique_lock<std::mutex> lock(a.mutex);
+  Cached* chain = evict(a, 0);
+  lock.unlock();
   free_chain(chain);
 }
 

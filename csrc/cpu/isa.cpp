@@ -14,19 +14,8 @@
 namespace fusedrnn::cpu {
 
 const char* name(Isa isa) {
-  switch (isa) {
-    case Isa::portable:
-      return "portable";
-    case Isa::portable_fma:
-      return "portable_fma";
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::neon:
-      return "neon";
-  }
-  return "?";
+  constexpr const char* names[] = {"portable", "portable_fma", "avx2", "avx512", "neon"};
+  return names[int(isa)];
 }
 
 bool detected(Isa isa) {
@@ -66,33 +55,22 @@ bool detected_bfloat16() {
 bool built(Isa isa) {
   switch (isa) {
     case Isa::portable:
-      return true;
-    case Isa::portable_fma:
 #if defined(FUSEDRNN_HAS_PORTABLE_FMA)
-      return true;
-#else
-      return false;
+    case Isa::portable_fma:
 #endif
-    case Isa::avx2:
 #if defined(FUSEDRNN_HAS_AVX2)
-      return true;
-#else
-      return false;
+    case Isa::avx2:
 #endif
-    case Isa::avx512:
 #if defined(FUSEDRNN_HAS_AVX512)
-      return true;
-#else
-      return false;
+    case Isa::avx512:
 #endif
-    case Isa::neon:
 #if defined(FUSEDRNN_HAS_NEON)
-      return true;
-#else
-      return false;
+    case Isa::neon:
 #endif
+      return true;
+    default:
+      return false;
   }
-  return false;
 }
 
 namespace {
@@ -112,7 +90,7 @@ Isa choose() {
   return best;
 }
 
-std::atomic<int> settled{-1}, copies{-1};
+std::atomic<int> copies{-1};
 
 // Forward and backward of the LSTM at (50,64,512,512), (25,128,1024,1024), (25,16,1024,1024), (100,64,64,256) take so
 // many times as long with copies: on an Intel Xeon with AVX-512 0.80, 0.81, 0.85, 0.92 by a prototype that did more
@@ -140,12 +118,8 @@ bool ordered_copies() {
 void set_ordered_copies(bool on) { copies.store(on ? 1 : 0, std::memory_order_relaxed); }
 
 Isa chosen() {
-  int isa = settled.load(std::memory_order_relaxed);
-  if (isa < 0) {
-    isa = static_cast<int>(choose());
-    settled.store(isa, std::memory_order_relaxed);
-  }
-  return static_cast<Isa>(isa);
+  static const Isa isa = choose();
+  return isa;
 }
 
 }  // namespace fusedrnn::cpu

@@ -521,28 +521,14 @@ int affinity_cpus() {
 }
 
 // Quota divided by period, rounded up; 0: no limit here.
-int quota_cpus(const std::string& quota, const std::string& period) {
-  const double share = std::atof(quota.c_str()) / std::atof(period.c_str());
-  return share > 0 && share < 1e6 ? static_cast<int>(std::ceil(share)) : 0;  // "max" and -1 are not above 0
-}
-
-std::string first_words(const std::string& path, std::string* second) {
-  std::ifstream file(path);
-  std::string first;
-  file >> first;
-  if (second != nullptr) file >> *second;
-  return first;
-}
-
 int group_cpus(const std::string& folder, bool version2) {
-  std::string quota, period;
-  if (version2) {
-    quota = first_words(folder + "/cpu.max", &period);
-  } else {
-    quota = first_words(folder + "/cpu.cfs_quota_us", nullptr);
-    period = first_words(folder + "/cpu.cfs_period_us", nullptr);
-  }
-  return quota.empty() || period.empty() ? 0 : quota_cpus(quota, period);
+  double quota = 0, period = 0;  // of "max" and what is not there
+  std::ifstream file(folder + (version2 ? "/cpu.max" : "/cpu.cfs_quota_us"));
+  file >> quota;
+  if (!version2) file = std::ifstream(folder + "/cpu.cfs_period_us");
+  file >> period;
+  const double share = quota > 0 && period > 0 ? quota / period : 0;
+  return share < 1e6 ? static_cast<int>(std::ceil(share)) : 0;
 }
 
 std::atomic<int> usable{0};
