@@ -8,8 +8,6 @@ without other references is freed at once, without the garbage collector.
 First derivatives only: gradients are not themselves part of a graph.
 """
 
-# mypy: disable-error-code="no-any-return"
-# NumPy methods on arrays of open dtype give Any
 from __future__ import annotations
 
 import contextlib
@@ -355,8 +353,7 @@ def _checked(data: Any) -> Any:
 
 def as_array(x: Any) -> Array:
     """Convert plain numbers to arrays without axes."""
-    array: Array = cuda.as_array(x)
-    return array
+    return cuda.as_array(x)
 
 
 def as_variable(x: Any) -> Variable:

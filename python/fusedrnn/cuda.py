@@ -52,8 +52,7 @@ def as_array(x: Any, dtype: Any = None) -> Any:
 
 def as_numpy(x: Any) -> Array:
     """A NumPy array; of a CuPy array its copy."""
-    array: Array = x.get() if on_gpu(x) else np.asarray(x)
-    return array
+    return x.get() if on_gpu(x) else np.asarray(x)
 
 
 def as_cupy(x: Any) -> Any:

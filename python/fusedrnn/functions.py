@@ -1,7 +1,5 @@
 """Functions of variables, for layers and losses. Arithmetic operators are in ``autograd``."""
 
-# mypy: disable-error-code="no-any-return"
-# NumPy methods on arrays of open dtype give Any
 from __future__ import annotations
 
 import itertools
@@ -350,8 +348,7 @@ def _module(x: Any) -> str:
 
 
 def _contiguous(array: Any, dtype: Any) -> Array:
-    contiguous: Array = cuda.get_array_module(array).asarray(array, dtype, order="C")
-    return contiguous
+    return cuda.get_array_module(array).asarray(array, dtype, order="C")
 
 
 def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> kernels.Packed:

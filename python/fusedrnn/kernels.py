@@ -95,8 +95,7 @@ class Ragged:
     @property
     def lengths(self) -> Array:
         """(B,) the length of each sequence."""
-        lengths: Array = self.valid.sum(axis=0)
-        return lengths
+        return self.valid.sum(axis=0)
 
     def pad(self, name: str, rows: Any, rank: int = 2) -> Array:
         """Packed rows (sum, ...) as a padded sequence (T, B, ...)."""
@@ -113,8 +112,7 @@ class Ragged:
 
     def rows(self, padded: Array) -> Array:
         """A padded sequence (T, B, ...) as packed rows (sum, ...)."""
-        packed: Array = padded[cuda.get_array_module(padded).asarray(self.valid)]
-        return packed
+        return padded[cuda.get_array_module(padded).asarray(self.valid)]
 
 
 def _chosen(backend: str | None, array: Any) -> Backend:

@@ -1,7 +1,5 @@
 """The base class of all layers: parameters by name, their device, how they are saved."""
 
-# mypy: disable-error-code="no-any-return"
-# NumPy methods on arrays of open dtype give Any
 from __future__ import annotations
 
 import importlib
@@ -207,8 +205,7 @@ class Layer:
 
     def to_device(self, array: Array) -> Array:
         """The array on the device of the parameters."""
-        placed: Array = cuda.as_cupy(array) if self.gpu else cuda.as_numpy(array)
-        return placed
+        return cuda.as_cupy(array) if self.gpu else cuda.as_numpy(array)
 
     # For load_weights; overridden by layers whose sizes may be unknown, or that can read another layout.
 

@@ -1,7 +1,5 @@
 """Layers that have parameters, and dropout."""
 
-# mypy: disable-error-code="no-any-return"
-# NumPy methods on arrays of open dtype give Any
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -57,8 +57,7 @@ def keep(rate: float, kind: str, seed: int, stream: int, time: int, rows: Array,
     counter[..., 2] = time
     counter[..., 3] = KINDS.index(kind) + 4 * stream
     words = philox(counter, (seed % 2**32, seed >> 32)).reshape(len(rows), 4 * counter.shape[1])[:, :units]
-    kept: Array = words >= np.uint64(threshold(rate))
-    return kept
+    return words >= np.uint64(threshold(rate))
 
 
 def dropout(rate: float, seed: int, stream: int, rows: Array, units: int) -> Array:

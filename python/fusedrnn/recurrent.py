@@ -4,8 +4,6 @@ They are stateful: they keep ``h`` (and ``c``) from call to call until ``reset_s
 I)`` is one time step. A call with ``(T, B, I)`` is a whole sequence, which is one node of the graph.
 """
 
-# mypy: disable-error-code="no-any-return"
-# NumPy methods on arrays of open dtype give Any
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

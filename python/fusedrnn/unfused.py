@@ -51,8 +51,7 @@ class UnfusedStep(Step):
 
     def units(self) -> int:
         """H"""
-        H: int = self.weights["weight_ih"].shape[1] // self.cell.blocks["weight_ih"]
-        return H
+        return self.weights["weight_ih"].shape[1] // self.cell.blocks["weight_ih"]
 
     def project(self, value: Variable) -> Variable:
         """The product with weight_hr."""
@@ -186,8 +185,7 @@ def _first(layer: Recurrent, begin: State | None, slot: int, batch: int) -> Stat
 
 
 def _zero(layer: Recurrent) -> Array:
-    zero: Array = layer.xp.zeros((), layer.dtype)
-    return zero
+    return layer.xp.zeros((), layer.dtype)
 
 
 def _second(b: Any, a: Any) -> Any:

@@ -85,8 +85,7 @@ def _load(name: str) -> Backend:
         if error.name != path:
             raise
         return cast(Backend, SimpleNamespace(name=name, unavailable=lambda: f"{path} is not in this version"))
-    backend: Backend = getattr(module, _CLASSES[name])()
-    return backend
+    return getattr(module, _CLASSES[name])()
 
 
 @functools.cache

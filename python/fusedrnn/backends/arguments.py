@@ -148,7 +148,7 @@ def check_weights(
     dtype = first.dtype
     if dtype not in dtypes:
         hint = NEEDS_BFLOAT16 if kind is NUMPY and dtype in bfloat16() else ""
-        raise TypeError(f"weight_ih: expected dtype {_names(dtypes)}, got {dtype}{hint}")
+        raise TypeError(f"weight_ih: expected dtype {' or '.join(map(str, dtypes))}, got {dtype}{hint}")
     hidden = getattr(weights.get("weight_hh"), "shape", None)
     if first.ndim == 2 and hidden == (first.shape[1], first.shape[1] // gates) and len(first) != hidden[0]:
         check_shape("weight_ih", first.shape, first.shape[::-1])
@@ -264,8 +264,7 @@ def check_lengths(value: Any, T: int, B: int, kind: Kind = NUMPY) -> Array:
             f"lengths: expected 0 to T = {T}, got {value.min()} to {value.max()}; a length is the "
             "number of a row's steps that are not padding"
         )
-    lengths: Array = value.astype(np.int64)
-    return lengths
+    return value.astype(np.int64)
 
 
 def check_reset(value: Any, T: int, B: int, kind: Kind = NUMPY) -> Array:
@@ -435,10 +434,6 @@ def check_need(cell: Cell, need: Any, weights: Collection[str] | None = None) ->
 
 def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def _names(dtypes: Collection[np.dtype[Any]]) -> str:
-    return " or ".join(str(d) for d in dtypes)
 
 
 def _array(name: str, value: Any, kind: Kind, more: str = "") -> None:

@@ -184,8 +184,7 @@ def _dropout(a: ForwardArguments, step: Step) -> Array | None:
 
 def _numbers(a: ForwardArguments, step: Step) -> Array:
     """The numbers of the step's rows."""
-    numbers: Array = np.arange(a.sizes.B)[step.rows]
-    return numbers
+    return np.arange(a.sizes.B)[step.rows]
 
 
 def _keeps(a: ForwardArguments, step: Step) -> tuple[Array | None, ...]:

@@ -416,8 +416,7 @@ class Loop:
         linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
         found: dict[str, Any] = {"__name__": f"{__name__}.{self.name}"}  # which TorchScript asks for
         exec(compile(source, path, "exec"), found)
-        function: Callable[..., Any] = found[self.name]
-        return function
+        return found[self.name]
 
     # --- a library's words ----------------------------------------------------------------------------------
 

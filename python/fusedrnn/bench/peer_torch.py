@@ -199,7 +199,7 @@ class Update:
         loss = self.loss(self.head(self.outputs()[0]), self.target)
         loss.backward()
         self.optimizer.step()
-        return loss.item()  # type: ignore[no-any-return]
+        return loss.item()
 
 
 class TorchCell(Torch):

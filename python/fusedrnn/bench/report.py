@@ -63,8 +63,7 @@ def compared(entry: dict[str, Any] | None) -> str:
 
 def own_way(row: dict[str, Any]) -> dict[str, Any] | None:
     """What the row's library does by itself, where that took part."""
-    found: dict[str, Any] | None = row["libraries"].get(row.get("way"))
-    return found
+    return row["libraries"].get(row.get("way"))
 
 
 def ratios(report: dict[str, Any], what: str) -> list[tuple[float, str]]:
@@ -169,5 +168,4 @@ def save(report: dict[str, Any], path: str) -> None:
 
 def load(path: str) -> dict[str, Any]:
     """Read what ``save`` wrote."""
-    report: dict[str, Any] = json.loads(Path(path).read_text())
-    return report
+    return json.loads(Path(path).read_text())

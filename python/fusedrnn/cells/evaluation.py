@@ -197,8 +197,7 @@ class Evaluation(Step):
     def scalar_gradient(self, name: str) -> Array:
         """The gradient of a row scalar (B,): the sum over the units."""
         d = self.cell.gradient.scalars.get(name)
-        found: Array = np.zeros(self.shape[0], self.x.dtype) if d is None else self.of(d).sum(axis=1)
-        return found
+        return np.zeros(self.shape[0], self.x.dtype) if d is None else self.of(d).sum(axis=1)
 
     def products(self) -> Iterator[tuple[str, int, int | None, Node, Array]]:
         """For each product with each operand: "ih" or "hh", blocks of weight and bias, operand, gradient."""
@@ -235,5 +234,4 @@ class Evaluation(Step):
         for n in products:
             weight = self.block("weight_hh", n.attribute.weights[n.args.index(operand)])
             total = total + self.of(self.cell.gradient.dense[n]) @ weight
-        dropped: Array = self.dropped(total)
-        return dropped
+        return self.dropped(total)

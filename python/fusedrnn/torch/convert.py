@@ -79,8 +79,7 @@ def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
 
 def _class(layer: torch.nn.Module) -> type[torch.nn.Module]:
     """The class of a layer without parametrizations, for which PyTorch creates a class for each layer."""
-    found: type[torch.nn.Module] = torch.nn.utils.parametrize.type_before_parametrizations(layer)  # type: ignore[no-untyped-call]
-    return found
+    return torch.nn.utils.parametrize.type_before_parametrizations(layer)  # type: ignore[no-untyped-call]
 
 
 def _become(layer: torch.nn.Module, kind: type[torch.nn.Module]) -> None:

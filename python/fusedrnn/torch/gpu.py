@@ -97,5 +97,4 @@ def _array(t: Tensor) -> Any:
 
 
 def _tensor(a: Any) -> Tensor:
-    made: Tensor = from_dlpack(a)
-    return made
+    return from_dlpack(a)

@@ -105,13 +105,11 @@ class CupyDevice:
 
     def empty(self, shape: Any, dtype: Any) -> Array:
         """A new array."""
-        made: Array = self._cupy.empty(shape, dtype)
-        return made
+        return self._cupy.empty(shape, dtype)
 
     def asarray(self, a: Array) -> Array:
         """A copy of a NumPy array."""
-        made: Array = self._cupy.asarray(a)
-        return made
+        return self._cupy.asarray(a)
 
     def pointer(self, a: Any) -> int:
         """The address of the first element."""
@@ -165,8 +163,7 @@ class CupyDevice:
                 work()
             finally:
                 graph = stream.end_capture()
-        launch: Work = graph.launch
-        return launch
+        return graph.launch
 
     def launch(
         self, code: nvrtc.Code, kernel: str, grid: tuple[int, int], args: Sequence[Any], shared: int = 0

@@ -154,8 +154,7 @@ class Launches:
     def sum(self, rows: Array) -> Array:
         """Over the rows, in what is computed in: of 16 bits by a product, whose sums are of no more."""
         if self.compute == rows.dtype:
-            sums: Array = rows.sum(axis=0)
-            return sums
+            return rows.sum(axis=0)
         ones = self.scratch((1, rows.shape[0]), rows.dtype)
         ones[...] = 1
         sums = self.scratch((1, rows.shape[1]))
@@ -218,8 +217,7 @@ class Launches:
         if self.a.lengths is None:
             return None
         times = self.device.asarray(np.arange(self.a.sizes.T)[:, np.newaxis])
-        padding: Array = times >= self.a.lengths
-        return padding
+        return times >= self.a.lengths
 
     def valid_x(self) -> Array:
         """x as (T*B, I), with zeros at padding."""
