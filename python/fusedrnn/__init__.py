@@ -26,16 +26,8 @@ from fusedrnn import (
     models,
     optimizers,
 )
-from fusedrnn.autograd import (
-    Function,
-    Parameter,
-    Variable,
-    as_array,
-    as_variable,
-    no_grad,
-    test_mode,
-    using_config,
-)
+from fusedrnn.autograd import Function, Parameter, Variable, as_array, as_variable
+from fusedrnn.config import no_grad, test_mode, using_config
 from fusedrnn.dataloaders import DataLoader, SeqDataLoader
 from fusedrnn.datasets import Dataset
 from fusedrnn.gradcheck import GradcheckError, gradcheck

@@ -10,12 +10,9 @@ First derivatives only: gradients are not themselves part of a graph.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
-import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,41 +20,10 @@ import numpy.typing as npt
 
 from fusedrnn import cuda
 from fusedrnn.backends.arguments import bfloat16
+from fusedrnn.config import Config, config, test_mode, using_config  # noqa: F401
+from fusedrnn.config import no_grad as no_grad
 
 Array = npt.NDArray[Any]
-
-
-class Config(threading.local):
-    """Switches of the calling thread."""
-
-    enable_backprop = True  # record a graph
-    train = True  # dropout acts
-
-
-config = Config()
-
-
-@contextlib.contextmanager
-def using_config(name: str, value: bool) -> Iterator[None]:
-    """Set ``config.name`` for the time of a ``with`` block."""
-    if name not in ("enable_backprop", "train"):
-        raise ValueError(f"name: expected 'enable_backprop' or 'train', got {name!r}")
-    old = getattr(config, name)
-    setattr(config, name, value)
-    try:
-        yield
-    finally:
-        setattr(config, name, old)
-
-
-def no_grad() -> contextlib.AbstractContextManager[None]:
-    """Within the block no graph is recorded and nothing is kept for a backward pass."""
-    return using_config("enable_backprop", False)
-
-
-def test_mode() -> contextlib.AbstractContextManager[None]:
-    """Within the block dropout passes its input through."""
-    return using_config("train", False)
 
 
 class Variable:
@@ -338,8 +304,7 @@ class Parameter(Variable):
 
     def assign(self, value: Array) -> None:
         """Take over an array that has no other references."""
-        self._data = value
-        self.version += 1
+        self.data = value
         self.private = True
 
 
@@ -380,10 +345,9 @@ class Function:
     """One node of the graph. A subclass gives ``forward`` and ``backward``.
 
     ``forward`` takes arrays and returns an array or a tuple of arrays. ``backward`` takes the gradient of
-    each
-    output: a Variable, or None if there is none (possible only with several outputs). It returns for each
-    input a gradient (a Variable or an array) or None. While a graph is recorded, ``inputs`` holds the input
-    variables and ``outputs`` weak references to the output variables.
+    each output: a Variable, or None if there is none (possible only with several outputs). It returns for
+    each input a gradient (a Variable or an array) or None. While a graph is recorded, ``inputs`` holds the
+    input variables and ``outputs`` weak references to the output variables.
     """
 
     inputs: tuple[Variable, ...] = ()

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import autograd, cuda, kernels, multilayer
-from fusedrnn.autograd import Array, Function, Variable, as_variable, config, sum_to
+from fusedrnn.autograd import Array, Function, Variable, as_variable, sum_to
 from fusedrnn.backends.arguments import booleans
 from fusedrnn.cells import Cell
+from fusedrnn.config import config
 
 
 class Exp(Function):

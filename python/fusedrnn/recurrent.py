@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fusedrnn import cells, cuda, npz, unfused
 from fusedrnn import functions as F
-from fusedrnn.autograd import Array, Parameter, Variable, as_variable, config
+from fusedrnn.autograd import Array, Parameter, Variable, as_variable
 from fusedrnn.backends.arguments import (
     bfloat16,
     check_cell,
@@ -25,6 +25,7 @@ from fusedrnn.backends.arguments import (
     is_real,
 )
 from fusedrnn.backends.protocol import Regularization
+from fusedrnn.config import config
 from fusedrnn.layer import Layer, checked_dtype, drawn
 
 State = tuple[Variable, ...]

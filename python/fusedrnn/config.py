@@ -1,0 +1,40 @@
+"""Switches of the calling thread: whether a graph is recorded, and whether dropout acts."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+
+class Config(threading.local):
+    """Switches of the calling thread."""
+
+    enable_backprop = True  # record a graph
+    train = True  # dropout acts
+
+
+config = Config()
+
+
+@contextlib.contextmanager
+def using_config(name: str, value: bool) -> Iterator[None]:
+    """Set ``config.name`` for the time of a ``with`` block."""
+    if name not in ("enable_backprop", "train"):
+        raise ValueError(f"name: expected 'enable_backprop' or 'train', got {name!r}")
+    old = getattr(config, name)
+    setattr(config, name, value)
+    try:
+        yield
+    finally:
+        setattr(config, name, old)
+
+
+def no_grad() -> contextlib.AbstractContextManager[None]:
+    """Within the block no graph is recorded and nothing is kept for a backward pass."""
+    return using_config("enable_backprop", False)
+
+
+def test_mode() -> contextlib.AbstractContextManager[None]:
+    """Within the block dropout passes its input through."""
+    return using_config("train", False)
