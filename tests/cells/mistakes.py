@@ -305,7 +305,12 @@ KINDS = {
         ("x * 1 is 1", GRAPH, "                return other\n", "                return one\n"),
         ("rounded constants are folded", GRAPH, " and Fraction(found) == exact", ""),
         ("a zero is folded", GRAPH, "math.isfinite(found) and found and", "math.isfinite(found) and"),
-        ("x - 2 as 2 - x", SYMBOLS, '_binary("sub", other, self)', '_binary("sub", self, other)'),
+        (
+            "2 - x as x - 2",
+            SYMBOLS,
+            '__sub__, __rsub__ = _both("sub")',
+            '__sub__ = __rsub__ = _both("sub")[0]',
+        ),
     ],
     "rounds": [
         ("a norm does not wait", ROUNDS, '"normalise", "transposed"', '"transposed"'),
@@ -449,17 +454,12 @@ KINDS = {
             '"where": np.where,',
             '"where": lambda c, a, b: c * a + ~c * b,',
         ),
-        (
-            "a >= b as a > b",
-            SYMBOLS,
-            '_compare("greater_equal", self, other)',
-            '_compare("greater", self, other)',
-        ),
+        ("a >= b as a > b", SYMBOLS, '_both("greater_equal")', '_both("greater")'),
         (
             "a < b as a <= b",
             SYMBOLS,
-            '_compare("greater", other, self)',
-            '_compare("greater_equal", other, self)',
+            '__gt__, __lt__ = _both("greater")',
+            '__gt__, __lt__ = _both("greater")[0], _both("greater_equal")[1]',
         ),
         (
             "a > b holds of NaN",

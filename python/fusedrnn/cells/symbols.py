@@ -10,6 +10,7 @@ import numbers
 import operator
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -190,35 +191,23 @@ class _Refusing:
     __hash__ = object.__hash__
 
 
+def _both(op: str) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]:
+    """The methods of an operator, with the value on its left and on its right."""
+    return lambda self, other: _binary(op, self, other), lambda self, other: _binary(op, other, self)
+
+
 class Symbol(_Refusing):
     """A value of the cell."""
 
     def __init__(self, graph: Graph, node: Node) -> None:
         self.graph, self.node = graph, node
 
-    def __add__(self, other: Any) -> Symbol:
-        return _binary("add", self, other)
-
-    def __radd__(self, other: Any) -> Symbol:
-        return _binary("add", other, self)
-
-    def __sub__(self, other: Any) -> Symbol:
-        return _binary("sub", self, other)
-
-    def __rsub__(self, other: Any) -> Symbol:
-        return _binary("sub", other, self)
-
-    def __mul__(self, other: Any) -> Symbol:
-        return _binary("mul", self, other)
-
-    def __rmul__(self, other: Any) -> Symbol:
-        return _binary("mul", other, self)
-
-    def __truediv__(self, other: Any) -> Symbol:
-        return _binary("div", self, other)
-
-    def __rtruediv__(self, other: Any) -> Symbol:
-        return _binary("div", other, self)
+    __add__, __radd__ = _both("add")
+    __sub__, __rsub__ = _both("sub")
+    __mul__, __rmul__ = _both("mul")
+    __truediv__, __rtruediv__ = _both("div")
+    __gt__, __lt__ = _both("greater")
+    __ge__, __le__ = _both("greater_equal")
 
     def __neg__(self) -> Symbol:
         return Symbol(self.graph, self.graph.neg(self.node))
@@ -228,18 +217,6 @@ class Symbol(_Refusing):
 
     def __abs__(self) -> Symbol:
         return Symbol(self.graph, self.graph.node("absolute", self.node))
-
-    def __gt__(self, other: Any) -> Condition:
-        return _compare("greater", self, other)
-
-    def __lt__(self, other: Any) -> Condition:
-        return _compare("greater", other, self)
-
-    def __ge__(self, other: Any) -> Condition:
-        return _compare("greater_equal", self, other)
-
-    def __le__(self, other: Any) -> Condition:
-        return _compare("greater_equal", other, self)
 
 
 def _without_numpy(value: Any) -> Any:
@@ -379,18 +356,14 @@ def kind(value: Any) -> str:
     return found.__name__ if found.__module__ == "builtins" else f"{found.__module__}.{found.__name__}"
 
 
-def _binary(op: str, a: Any, b: Any) -> Symbol:
+def _binary(op: str, a: Any, b: Any) -> Any:
     graph = _graph_of((a, b))
     left, right = _node(graph, a), _node(graph, b)
+    make = getattr(graph, op, partial(graph.node, op))  # the graph simplifies add, sub, mul and div
     try:
-        return Symbol(graph, getattr(graph, op)(left, right))
+        return (Condition if op.startswith("greater") else Symbol)(graph, make(left, right))
     except ValueError:
         refuse("a value is divided by the number 0; expected another divisor")
-
-
-def _compare(op: str, a: Any, b: Any) -> Condition:
-    graph = _graph_of((a, b))
-    return Condition(graph, graph.node(op, _node(graph, a), _node(graph, b)))
 
 
 def _unary(op: str, x: Any) -> Any:
@@ -441,24 +414,21 @@ def absolute(x: Any) -> Any:
     return _unary("absolute", x)
 
 
-def maximum(a: Any, b: Any) -> Symbol:
+def maximum(a: Any, b: Any) -> Any:
     """The larger one; NaN if either is NaN. a gets the gradient if b is not larger."""
-    graph = _graph_of((a, b))
-    return Symbol(graph, graph.node("maximum", _node(graph, a), _node(graph, b)))
+    return _binary("maximum", a, b)
 
 
-def minimum(a: Any, b: Any) -> Symbol:
+def minimum(a: Any, b: Any) -> Any:
     """The smaller one; NaN if either is NaN. a gets the gradient if b is not smaller."""
-    graph = _graph_of((a, b))
-    return Symbol(graph, graph.node("minimum", _node(graph, a), _node(graph, b)))
+    return _binary("minimum", a, b)
 
 
 def where(condition: Any, a: Any, b: Any) -> Symbol:
     """a where the condition, such as ``x > y``, holds, else b; the gradient of the other one is 0.
 
     The values from which the other one is computed get 0 times its derivative. That is NaN if the derivative
-    is
-    infinite, as in PyTorch: write ``where(x > 0, sqrt(maximum(x, 1e-6)), 0)``.
+    is infinite, as in PyTorch: write ``where(x > 0, sqrt(maximum(x, 1e-6)), 0)``.
     """
     if not isinstance(condition, Condition):
         refuse(f"where: expected a condition such as a > 0 as the first argument, got {kind(condition)}")

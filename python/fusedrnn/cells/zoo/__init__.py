@@ -10,70 +10,13 @@
 The first paragraph of a cell's docstring is its paper. Nothing is derived from a cell before it is used.
 """
 
+# ruff: noqa: F403, F405
+
 from fusedrnn.cells.definition import Cell
-from fusedrnn.cells.zoo.dynamics import (
-    antisymmetric_rnn,
-    cfc,
-    co_rnn,
-    gated_antisymmetric_rnn,
-    gru_d,
-    leaky_rnn,
-    lem,
-    lipschitz_rnn,
-    ltc,
-    pl_rnn,
-    time_aware_lstm,
-    unicornn,
-)
-from fusedrnn.cells.zoo.gated import (
-    atr,
-    augru,
-    cfn,
-    dreamer_gru,
-    fast_grnn,
-    fast_rnn,
-    li_gru,
-    mgu,
-    mgu1,
-    mgu2,
-    mgu3,
-    minimal_rnn,
-    mut1,
-    mut3,
-    nbrc,
-    rhn,
-    scrn,
-    star,
-    ugrnn,
-)
-from fusedrnn.cells.zoo.light import (
-    brc,
-    e_lstm,
-    ind_rnn,
-    indy_lstm,
-    min_gru,
-    min_lstm,
-    qrnn,
-    qrnn_2,
-    sru,
-    t_gru,
-    t_lstm,
-    t_rnn,
-)
-from fusedrnn.cells.zoo.lstms import (
-    coupled_lstm,
-    fs_lstm,
-    janet,
-    lstm_1997,
-    lstmp,
-    multiplicative_lstm,
-    nas,
-    peephole_lstm,
-    ran,
-    residual_lstm,
-    slstm,
-    wmc_lstm,
-)
+from fusedrnn.cells.zoo.dynamics import *
+from fusedrnn.cells.zoo.gated import *
+from fusedrnn.cells.zoo.light import *
+from fusedrnn.cells.zoo.lstms import *
 
 __all__ = [
     "ALL",
