@@ -121,15 +121,14 @@ struct BackwardCall {
   Poll poll;
 };
 
-template <class T>
-struct Deleter {
-  void operator()(Tape<T>* p) const;
-  void operator()(PackedWeights<T>* p) const;
+struct Deleter {  // of what is opaque here
+  template <class Made>
+  void operator()(Made* p) const;
 };
 template <class T>
-using TapePtr = std::unique_ptr<Tape<T>, Deleter<T>>;
+using TapePtr = std::unique_ptr<Tape<T>, Deleter>;
 template <class T>
-using PackedPtr = std::unique_ptr<PackedWeights<T>, Deleter<T>>;
+using PackedPtr = std::unique_ptr<PackedWeights<T>, Deleter>;
 
 // Over how many threads a call is split: each has rows of the batch, or blocks of 16 units and a barrier every step.
 struct Split {

@@ -202,12 +202,8 @@ Steps steps_of(const Problem& p) {
 
 }  // namespace
 
-template <class T>
-void Deleter<T>::operator()(Tape<T>* p) const {
-  delete p;
-}
-template <class T>
-void Deleter<T>::operator()(PackedWeights<T>* p) const {
+template <class Made>
+void Deleter::operator()(Made* p) const {
   delete p;
 }
 
@@ -542,7 +538,8 @@ void set_thresholds(bool on) { thresholds = on; }
 void set_flush_subnormals(bool on) { flush_subnormals = on; }
 
 #define FUSEDRNN_INSTANTIATE(T)                                                          \
-  template struct Deleter<T>;                                                            \
+  template void Deleter::operator()(Tape<T>*) const;                                     \
+  template void Deleter::operator()(PackedWeights<T>*) const;                            \
   template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>, Poll, bool); \
   template TapePtr<T> forward(const ForwardCall<T>&);                                    \
   template TapePtr<T> tape_over(const Problem&, Save, const T*);                         \

@@ -19,14 +19,9 @@ struct PackedMachine;
 template <class T>
 struct MachineTape;
 template <class T>
-struct MachineDeleter {
-  void operator()(PackedMachine<T>* p) const;
-  void operator()(MachineTape<T>* p) const;
-};
+using PackedMachinePtr = std::unique_ptr<PackedMachine<T>, Deleter>;
 template <class T>
-using PackedMachinePtr = std::unique_ptr<PackedMachine<T>, MachineDeleter<T>>;
-template <class T>
-using MachineTapePtr = std::unique_ptr<MachineTape<T>, MachineDeleter<T>>;
+using MachineTapePtr = std::unique_ptr<MachineTape<T>, Deleter>;
 
 // The problem's cell is of no meaning. The plan is that of the weights, or has the same products and vectors: another
 // one where the call is regularized. Of each state (B, H), or (T, B, H) in `states` and `dstates`, of a projected one

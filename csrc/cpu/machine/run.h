@@ -142,15 +142,6 @@ struct PackedMachine {
 };
 
 template <class T>
-void MachineDeleter<T>::operator()(PackedMachine<T>* p) const {
-  delete p;
-}
-template <class T>
-void MachineDeleter<T>::operator()(MachineTape<T>* p) const {
-  delete p;
-}
-
-template <class T>
 PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, Index P,
                                  const MachineWeights<const T>& weights, Poll poll) {
   PackedMachinePtr<T> packed(new PackedMachine<T>);
@@ -448,7 +439,8 @@ Index tape_bytes(const MachineTape<T>& tape) {
 }
 
 #define FUSEDRNN_INSTANTIATE_MACHINE(T)                                                   \
-  template struct MachineDeleter<T>;                                                      \
+  template void Deleter::operator()(PackedMachine<T>*) const;                             \
+  template void Deleter::operator()(MachineTape<T>*) const;                               \
   template PackedMachinePtr<T> pack_machine(const cpu::MachinePlan&, Index, Index, Index, \
                                             const MachineWeights<const T>&, Poll);        \
   template MachineTapePtr<T> machine_tape_over(const MachinePlan&, const Sizes&, T*);     \
