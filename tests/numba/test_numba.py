@@ -1,7 +1,7 @@
 """The Numba backend against the reference in long double, and what else it promises beside what every backend
 does (core/test_every_backend.py).
 
-Tolerances as for the C++ kernels (test_kernels.py): standard problems, relative to each tensor's largest
+Tolerances as for the C++ kernels (accuracy.py): standard problems, relative to each tensor's largest
 entry. The first run compiles every cell in both dtypes, which takes most of the time; later runs find them in
 Numba's cache.
 """
@@ -317,7 +317,7 @@ for cell in {"alone": [lstm], "both": [rnn, lstm]}[sys.argv[1]]:
     w = {f"weight_{n}": np.linspace(-1, 1, rows * m, dtype=np.float32).reshape(-1, m)
          for n, m in (("ih", 2), ("hh", 7))}
     print(get("numba").forward(cell, np.ones((3, 2, 2), np.float32), w, save=None).y.tobytes().hex())
-    print(sum(numba_kernels.forward_loop(cell, np.dtype("f4")).stats.cache_hits.values()))
+    print(sum(numba_kernels.loop("forward", cell, np.dtype("f4")).stats.cache_hits.values()))
 """
     alone, both = (
         python(code, arguments=[which], NUMBA_CACHE_DIR=str(tmp_path)).split() for which in ("alone", "both")

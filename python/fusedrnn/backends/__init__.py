@@ -8,8 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 
@@ -64,11 +62,9 @@ def refuses(name: str, cell: Cell) -> str | None:
     if (reason := backend.unavailable()) is not None:
         return reason
     if name == "cuda":  # whose arrays are not NumPy's
-        return (
-            None
-            if cell in COMPILED.values() and not cell.projects
-            else f"cell: {cell!r} is not supported by the cuda backend"
-        )
+        if cell in COMPILED.values() and not cell.projects:
+            return None
+        return f"cell: {cell!r} is not supported by the cuda backend"
     try:
         backend.pack(cell, {k: np.zeros(shape) for k, shape in cell.shapes(1, 1, 1).items()})
     except Unsupported as error:
@@ -78,13 +74,7 @@ def refuses(name: str, cell: Cell) -> str | None:
 
 @functools.cache
 def _load(name: str) -> Backend:
-    path = f"fusedrnn.backends.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name != path:
-            raise
-        return cast(Backend, SimpleNamespace(name=name, unavailable=lambda: f"{path} is not in this version"))
+    module = importlib.import_module(f"fusedrnn.backends.{name}")
     return getattr(module, _CLASSES[name])()
 
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -32,9 +32,7 @@ from fusedrnn.backends.protocol import (
     Array,
     Forward,
     Gradients,
-    Regularization,
-    Rows,
-    Scalars,
+    Options,
     State,
     Unsupported,
     Weights,
@@ -116,34 +114,13 @@ class NumbaBackend:
         x: Array,
         weights: Weights | Packed,
         state0: State | None = None,
-        *,
-        lengths: Rows | None = None,
-        reset: Rows | None = None,
-        reverse: bool = False,
-        return_states: bool = False,
-        detach_every: int | None = None,
-        regularization: Regularization | None = None,
-        scalars: Scalars | None = None,
-        save: str | None = "all",
+        **options: Unpack[Options],
     ) -> Forward:
         """One layer, one direction, the whole sequence."""
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if packed.cell != check_cell(cell):
             raise ValueError(f"weights: packed for {packed.cell!r}, expected {cell!r}")
-        a = check_forward(
-            cell,
-            x,
-            packed.weights,
-            state0,
-            lengths=lengths,
-            reset=reset,
-            reverse=reverse,
-            return_states=return_states,
-            detach_every=detach_every,
-            regularization=regularization,
-            scalars=scalars,
-            save=save,
-        )
+        a = check_forward(cell, x, packed.weights, state0, **options)
         if a.detach_every is not None:
             raise Unsupported("detach_every: is not supported by the numba backend; use another")
         if (r := a.regularization) is not None:
@@ -183,7 +160,7 @@ def pack(cell: Cell, weights: dict[str, Array]) -> Packed:
     found = layout(cell)
     weight_ih = weights["weight_ih"]
     H, I = len(weight_ih) // cell.blocks["weight_ih"], weight_ih.shape[1]
-    weight_hh = weights.get("weight_hh", _nothing(0, H, weight_ih.dtype))
+    weight_hh = weights.get("weight_hh", np.empty((0, H), weight_ih.dtype))
 
     def block(name: str, number: int) -> Any:
         return weights[name][number * H : (number + 1) * H] if name in weights else 0
@@ -205,7 +182,7 @@ def forward(packed: Packed, a: ForwardArguments) -> Forward:
     """Forward with checked arguments."""
     T, B, _, H, _ = a.sizes
     dtype, found, trace = a.x.dtype, packed.layout, packed.layout.cell.trace
-    loop = _kernels().forward_loop(found.cell, dtype)
+    loop = _kernels().loop("forward", found.cell, dtype)
     order = _order(a)
     N = len(order.rows)
     initial = np.empty((len(trace.states), B + 1, H), dtype)
@@ -220,7 +197,7 @@ def forward(packed: Packed, a: ForwardArguments) -> Forward:
     groups = _groups(a, order, packed)
     ahead = max(1, AHEAD // B) if B and len(groups) == 1 else 1
     columns = found.columns * H
-    gates = _nothing(N if keep else 0, columns, dtype)
+    gates = np.empty((N if keep else 0, columns), dtype)
 
     def run(first: Array, last: Array) -> None:
         most = int((last - first).max(initial=0))
@@ -252,10 +229,10 @@ def backward(tape: Tape, b: BackwardArguments) -> Gradients:
     a, packed, order, found = tape.arguments, tape.packed, tape.order, tape.packed.layout
     T, B, I, H, _ = a.sizes
     dtype = a.x.dtype
-    loop = _kernels().backward_loop(found.cell, dtype)
+    loop = _kernels().loop("backward", found.cell, dtype)
 
     def steps(d: Array | None) -> Array:
-        return _nothing(T * B, 0, dtype) if d is None else d.reshape(T * B, H)
+        return np.empty((T * B, 0), dtype) if d is None else d.reshape(T * B, H)
 
     upstream = tuple(map(steps, (b.dy, *(b.dstates or (None,) * len(tape.states)))))
     chain = np.zeros((len(tape.states), B, H), dtype)
@@ -317,10 +294,6 @@ def _unavailable() -> str | None:
 
 def _kernels() -> Any:
     return importlib.import_module("fusedrnn.backends.numba_kernels")
-
-
-def _nothing(rows: int, columns: int, dtype: np.dtype[Any]) -> Array:
-    return np.empty((rows, columns), dtype)
 
 
 def _transposed(w: Array) -> Array:

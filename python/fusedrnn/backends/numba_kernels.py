@@ -396,17 +396,8 @@ _lock = threading.Lock()
 _loops: dict[tuple[str, Cell, str], Any] = {}
 
 
-def forward_loop(cell: Cell, dtype: np.dtype[Any]) -> Any:
-    """``_forward_loop`` for this cell and dtype, compiled or from Numba's cache on the first call."""
-    return _loop("forward", cell, dtype)
-
-
-def backward_loop(cell: Cell, dtype: np.dtype[Any]) -> Any:
-    """``_backward_loop`` for this cell and dtype, compiled or from Numba's cache on the first call."""
-    return _loop("backward", cell, dtype)
-
-
-def _loop(direction: str, cell: Cell, dtype: np.dtype[Any]) -> Any:
+def loop(direction: str, cell: Cell, dtype: np.dtype[Any]) -> Any:
+    """``_forward_loop`` or ``_backward_loop`` for this cell and dtype, compiled or loaded at first."""
     key = (direction, cell, dtype.name)
     with _lock:
         if key not in _loops:
@@ -429,8 +420,8 @@ def steps(cell: Cell, dtype: np.dtype[Any]) -> dict[str, Any]:
 
 
 def _for_cell(direction: str, cell: Cell, dtype: np.dtype[Any]) -> Any:
-    loop = _forward_loop if direction == "forward" else _backward_loop
-    function = FunctionType(loop.__code__, {**loop.__globals__, **steps(cell, dtype)}, loop.__name__)
+    whole = _forward_loop if direction == "forward" else _backward_loop
+    function = FunctionType(whole.__code__, {**whole.__globals__, **steps(cell, dtype)}, whole.__name__)
     # Numba's cache goes by this name, and sees changes of this file only.
     function.__qualname__ = f"{direction}_{cell.__name__}_{_fingerprint(_written(cell))}"
     signature = _signature(direction, dtype, len(cell.trace.states))

@@ -27,7 +27,7 @@ Rules (``t`` is time, ``b`` a row of the batch):
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypedDict, Unpack
 
 import numpy.typing as npt
 
@@ -98,6 +98,19 @@ class Gradients(NamedTuple):
     dscalars: dict[str, Any]  # of each row scalar (T, B), {} for cells without
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments of ``forward``. Those that are missing are None or False; ``save`` is "all"."""
+
+    lengths: Rows | None
+    reset: Rows | None
+    reverse: bool
+    return_states: bool
+    detach_every: int | None
+    regularization: Regularization | None
+    scalars: Scalars | None
+    save: str | None  # "all" | "boundary_states" | None
+
+
 class Backend(Protocol):
     """One backend: ``reference``, ``cpu``, ``numba``, ``cuda``."""
 
@@ -115,15 +128,7 @@ class Backend(Protocol):
         x: Array,
         weights: Any,  # Weights, or what pack returned
         state0: State | None = None,
-        *,
-        lengths: Rows | None = None,
-        reset: Rows | None = None,
-        reverse: bool = False,
-        return_states: bool = False,
-        detach_every: int | None = None,
-        regularization: Regularization | None = None,
-        scalars: Scalars | None = None,
-        save: str | None = "all",  # "all" | "boundary_states" | None
+        **options: Unpack[Options],
     ) -> Forward:
         """Run one layer in one direction over the whole sequence."""
 

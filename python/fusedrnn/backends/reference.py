@@ -10,22 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
 from fusedrnn import masks
 from fusedrnn.backends.arguments import ForwardArguments, check_backward, check_forward, check_weights
-from fusedrnn.backends.protocol import (
-    Array,
-    Forward,
-    Gradients,
-    Regularization,
-    Rows,
-    Scalars,
-    State,
-    Weights,
-)
+from fusedrnn.backends.protocol import Array, Forward, Gradients, Options, State, Weights
 from fusedrnn.cells import Cell
 from fusedrnn.cells.evaluation import Evaluation
 
@@ -76,32 +67,10 @@ class ReferenceBackend:
         x: Array,
         weights: Weights,
         state0: State | None = None,
-        *,
-        lengths: Rows | None = None,
-        reset: Rows | None = None,
-        reverse: bool = False,
-        return_states: bool = False,
-        detach_every: int | None = None,
-        regularization: Regularization | None = None,
-        scalars: Scalars | None = None,
-        save: str | None = "all",
+        **options: Unpack[Options],
     ) -> Forward:
         """Run one layer in one direction; see ``fusedrnn.backends.protocol``."""
-        a = check_forward(
-            cell,
-            x,
-            weights,
-            state0,
-            lengths=lengths,
-            reset=reset,
-            reverse=reverse,
-            return_states=return_states,
-            detach_every=detach_every,
-            regularization=regularization,
-            scalars=scalars,
-            save=save,
-            dtypes=DTYPES,
-        )
+        a = check_forward(cell, x, weights, state0, **options, dtypes=DTYPES)
         T, B, _, _, P = a.sizes
         y = np.zeros((T, B, P), a.x.dtype)
         state = _start(a) if a.state0 is None else tuple(s.copy() for s in a.state0)
@@ -112,14 +81,14 @@ class ReferenceBackend:
         with np.errstate(all="ignore"):
             for chunk in chunks:
                 run = _run(a, chunk, state)
-                if save is not None:
-                    kept.append(run if save == "all" else state)
+                if a.save is not None:
+                    kept.append(run if a.save == "all" else state)
                 for step, after in zip(chunk, run.states[1:], strict=True):
                     y[step.t, step.rows] = after[0][step.rows]
                     for sequence, s in zip(states, after, strict=False):
                         sequence[step.t] = s
                 state = run.states[-1]
-        tape = None if save is None else Tape(a, chunks, kept)
+        tape = None if a.save is None else Tape(a, chunks, kept)
         return Forward(y, tuple(s.copy() for s in state), states or None, tape)
 
     def backward(
