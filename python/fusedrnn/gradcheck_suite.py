@@ -26,7 +26,7 @@ from fusedrnn.backends.protocol import Array, Regularization, Unsupported
 from fusedrnn.cells import CELLS, Cell
 from fusedrnn.gradcheck.oracle import FLOOR, FORWARD, GRADIENT, TIMES_NUMPY, WIDE
 from fusedrnn.gradcheck.tables import ORACLE, Row
-from fusedrnn.problems import Shape, near
+from fusedrnn.problems import Shape, map_floats, near
 
 
 @dataclass(frozen=True)
@@ -213,23 +213,9 @@ class _Problem:
     dstateT: tuple[Array, ...]
     dstates: tuple[Array, ...] | None
 
-    def map(self, function: Callable[[Array], Array]) -> _Problem:
-        """The same problem with a function applied to every floating-point array."""
-
-        def mapped(value: Any) -> Any:
-            if isinstance(value, np.ndarray):
-                return function(value) if value.dtype.kind in "fc" else value
-            if isinstance(value, dict):
-                return {name: mapped(array) for name, array in value.items()}
-            return tuple(map(mapped, value)) if isinstance(value, tuple) else value
-
-        return dataclasses.replace(
-            self, **{f.name: mapped(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        )
-
-    def cast(self, dtype: np.dtype[Any]) -> _Problem:
+    def cast(self, dtype: Any) -> _Problem:
         """The same numbers in another dtype."""
-        return self.map(lambda a: a.astype(dtype))
+        return map_floats(self, lambda a: a.astype(dtype))
 
 
 def _draw(cell: Cell, option: Option, size: Shape, dtype: np.dtype[Any], seed: int) -> _Problem:
@@ -323,7 +309,7 @@ Results = dict[str, tuple[Any, ...]]
 def _results(p: _Problem, backend: str, upstream: bool = True) -> Results:
     """Outputs and gradients by name, each a tuple of one array, or of one for each layer and direction."""
     if backend == "cuda":
-        p = p.map(cuda.as_cupy)
+        p = map_floats(p, cuda.as_cupy)
         rest = {n: cuda.as_cupy(a) for n in ("lengths", "reset") if (a := getattr(p, n)) is not None}
         p = dataclasses.replace(p, **rest)
     option, names = p.option, p.cell.states
@@ -449,7 +435,7 @@ def _prove(cell_name: str, cell: Cell, option: str, size: Shape, seed: int) -> R
     problem = _draw(cell, OPTIONS[option], size, np.dtype(np.float64), seed)
     p = problem.cast(WIDE)
     truth = _results(p, "reference")
-    lifted = p.map(lambda a: a.astype(np.clongdouble))
+    lifted = p.cast(np.clongdouble)
     # the sums below are over valid steps only, as dy in the padding is not read
     valid: Any = True
     if p.lengths is not None:

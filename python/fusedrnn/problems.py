@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -29,8 +30,7 @@ class Case:
 
     Kinds: ``training``: forward and backward, every gradient. ``forward``: no gradient, with weights that are
     prepared before if the library can do so. ``step``: the same for one step from a given state. ``update``:
-    a
-    whole training step in PyTorch: the layer, a linear head on every step, mean squared error, backward,
+    a whole training step in PyTorch: the layer, a linear head on every step, mean squared error, backward,
     Adam. There x is data without a gradient, unless it comes from an ``encoder``.
 
     APIs: none for our functions on arrays; ``layer`` and ``cell`` for the modules of ``fusedrnn.torch``.
@@ -352,21 +352,26 @@ def lengths(case: Case) -> Array | None:
 def astype(data: Data, dtype: str | type) -> Data:
     """The same numbers in another dtype, of bfloat16 in float32."""
 
-    def cast(array: Any) -> Any:
-        if array is None or dtype != "bfloat16":
-            return None if array is None else array.astype(dtype)
+    def cast(array: Array) -> Array:
+        if dtype != "bfloat16":
+            return array.astype(dtype)
         bits = array.astype(np.float32).view(np.uint32)
         return (bits + 0x7FFF + (bits >> 16 & 1) & np.uint32(0xFFFF0000)).view(np.float32)
 
-    return replace(
-        data,
-        x=cast(data.x),
-        weights=tuple({name: cast(a) for name, a in w.items()} for w in data.weights),
-        state0=None if data.state0 is None else tuple(map(cast, data.state0)),
-        dy=cast(data.dy),
-        dstateT=tuple(map(cast, data.dstateT)),
-        scalars={name: cast(a) for name, a in data.scalars.items()},
-    )
+    return map_floats(data, cast)
+
+
+def map_floats(problem: Any, function: Callable[[Array], Array]) -> Any:
+    """The dataclass with a function applied to every floating-point array in it."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return function(value) if value.dtype.kind in "fc" else value
+        if isinstance(value, dict):
+            return {name: mapped(array) for name, array in value.items()}
+        return tuple(map(mapped, value)) if type(value) is tuple else value
+
+    return replace(problem, **{f.name: mapped(getattr(problem, f.name)) for f in fields(problem)})
 
 
 def valid(case: Case) -> float:
