@@ -23,7 +23,7 @@ import numpy as np
 from fusedrnn import cuda, npz
 from fusedrnn.autograd import Array, Parameter, Variable
 from fusedrnn.dataloaders import DataLoader
-from fusedrnn.layers import Layer
+from fusedrnn.layer import Layer, values
 from fusedrnn.optimizers import Optimizer
 
 FORMAT = 1
@@ -54,7 +54,7 @@ def save(
     Raises:
         ValueError: a layer's state still has a graph, which cannot be saved.
     """
-    arrays = {f"weight/{name}": _values(name, p) for name, p in model.named_params()}
+    arrays = {f"weight/{name}": array for name, array in values(model).items()}
     arrays |= {f"state/{name}": array for name, array in _carried(model).items()}
     if optimizer is not None:
         arrays |= {f"optimizer/{name}": array for name, array in optimizer.state().items()}
@@ -121,19 +121,12 @@ def load(
         what = f"entry {error} is missing" if isinstance(error, KeyError) else str(error)
         hint = f"; the previous checkpoint is {previous(path)}" if previous(path).exists() else ""
         raise CheckpointError(f"{path} cannot be loaded: {what}{hint}") from error
-    progress: dict[str, Any] = plain["progress"]
-    return progress | parts["progress"]
+    return plain["progress"] | parts["progress"]
 
 
 def previous(path: npz.PathLike) -> Path:
     """The path of the previous checkpoint."""
     return Path(f"{Path(path)}.previous")
-
-
-def _values(name: str, p: Parameter) -> Array:
-    if p._data is None:
-        raise ValueError(f"{name} has no values yet: its size is known at the first call")
-    return cuda.as_numpy(p._data)
 
 
 def _carried(model: Layer) -> dict[str, Array]:

@@ -110,12 +110,7 @@ class Layer:
 
     def save_weights(self, path: PathLike) -> None:
         """Write every parameter to one ``.npz`` file, under its path, such as ``rnn/weight_ih``."""
-        arrays = {}
-        for name, p in self.named_params():
-            if p._data is None:
-                raise ValueError(f"{name} has no values yet: its size is known at the first call")
-            arrays[name] = cuda.as_numpy(p._data)
-        npz.write(path, arrays)
+        npz.write(path, values(self))
 
     def load_weights(self, path: PathLike) -> None:
         """Read what ``save_weights`` wrote, or DeZero's layout.
@@ -228,6 +223,16 @@ class Layer:
 
     def take_sizes(self, arrays: Mapping[str, Array]) -> None:
         """Set sizes that are not known yet from loaded arrays."""
+
+
+def values(layer: Layer) -> dict[str, Array]:
+    """Every parameter of a layer by its path, as NumPy arrays."""
+    found = {}
+    for name, p in layer.named_params():
+        if p._data is None:
+            raise ValueError(f"{name} has no values yet: its size is known at the first call")
+        found[name] = cuda.as_numpy(p._data)
+    return found
 
 
 def drawn(in_size: int, out_size: int, dtype: np.dtype[Any]) -> Array:

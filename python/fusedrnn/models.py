@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+from fusedrnn import terminal
 from fusedrnn.layers import Layer, Recurrent
 
 
@@ -20,17 +21,14 @@ class Model(Layer):
 
     def summary(self) -> str:
         """A table of the parameters: shape and number of values, one line each, and the total."""
-        rows = [("parameter", "shape", "values")]
+        rows: list[tuple[str, str, str]] = []
         total = 0
         for name, p in self.named_params():
             known = p._data is not None
             total += p.size if known else 0
             rows.append((name, str(p.shape), str(p.size)) if known else (name, "at the first call", "?"))
         rows.append(("in all", "", str(total)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            f"{name:{widths[0]}}  {shape:{widths[1]}}  {values:>{widths[2]}}" for name, shape, values in rows
-        )
+        return terminal.plain_table("", ("parameter", "shape", "values"), rows, left=2)
 
 
 class Sequential(Model):

@@ -100,7 +100,8 @@ class Optimizer:
             self._check_finite(pairs)
         self.t += 1
         if self.max_norm is not None:
-            norm = math.sqrt(math.fsum(_square_sum(g) for _, g in pairs))
+            squares = (cuda.get_array_module(g).square(g, dtype=np.float64).sum() for _, g in pairs)
+            norm = math.sqrt(math.fsum(map(float, squares)))
             if norm > self.max_norm:
                 pairs = [(p, g * (self.max_norm / norm)) for p, g in pairs]
         for p, g in pairs:
@@ -268,7 +269,3 @@ class Adam(Optimizer):
         xp.divide(m, work, out=work)
         work *= step
         p._data -= work
-
-
-def _square_sum(g: Any) -> float:
-    return float(cuda.get_array_module(g).square(g, dtype=np.float64).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -26,15 +27,8 @@ def load(threads: int) -> Any:
     jax: Any = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", True)
     if _pool is None:
-        before = os.environ.get("NPROC")
-        os.environ["NPROC"] = str(threads)  # what XLA's CPU client asks for the size of its pool
-        try:
+        with mock.patch.dict(os.environ, NPROC=str(threads)):  # the size of XLA's pool
             jax.devices("cpu")
-        finally:
-            if before is None:
-                del os.environ["NPROC"]
-            else:
-                os.environ["NPROC"] = before
         _pool = threads
     if _pool != threads:
         raise RuntimeError(f"XLA's pool has {_pool} thread(s) in this process, not {threads}: run again")
