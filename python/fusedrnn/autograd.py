@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -409,7 +410,8 @@ class Function:
                         "backward before the optimiser's update, and between sequences reset_state() or "
                         "unchain_backward(), or backward continues into older steps"
                     )
-        result = self.backward(*[None if y is None else y.grad for y in outputs])
+        upstream = [None if y is None else y.grad for y in outputs]
+        result = self.backward(*upstream)
         gradients = result if isinstance(result, tuple) else (result,)
         if len(gradients) != len(self.inputs):
             raise ValueError(f"{name}.backward: expected {len(self.inputs)} gradients, got {len(gradients)}")
@@ -417,7 +419,11 @@ class Function:
             for y in outputs:
                 if y is not None:
                     y.grad = None
-        return [_gradient(g, x, name) for g, x in zip(gradients, self.inputs, strict=True)]
+        found = [_gradient(g, x, name) for g, x in zip(gradients, self.inputs, strict=True)]
+        for k, x in enumerate(self.inputs):
+            if x.creator is None and x.grad is None and x.requires_grad:  # the program may write to it
+                found[k] = _alone(found[k], (*found, *upstream))
+        return found
 
 
 def _gradient(gradient: Any, x: Variable, name: str) -> Variable | None:
@@ -431,6 +437,15 @@ def _gradient(gradient: Any, x: Variable, name: str) -> Variable | None:
     if array.dtype != x.dtype and (x.dtype.kind == "f" or x.dtype in bfloat16()):
         array = array.astype(x.dtype)
     return Variable(array)
+
+
+def _alone(gradient: Variable | None, others: Iterable[Variable | None]) -> Variable | None:
+    """The gradient in memory that none of the others has."""
+    if gradient is None:
+        return None
+    shares = cuda.get_array_module(gradient).may_share_memory
+    there = (g._data for g in others if g is not None and g is not gradient)
+    return Variable(gradient._data.copy()) if any(shares(gradient._data, g) for g in there) else gradient
 
 
 def sum_to(x: Array, shape: tuple[int, ...]) -> Array:

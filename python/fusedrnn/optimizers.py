@@ -37,12 +37,10 @@ class Optimizer:
     """
 
     def __init__(self, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay: expected at least 0, got {weight_decay}")
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm: expected None or above 0, got {max_norm}")
-        self.weight_decay = weight_decay
-        self.max_norm = max_norm
+        self.weight_decay = _rate("weight_decay", weight_decay)
+        self.max_norm = None if max_norm in (None, math.inf) else _rate("max_norm", max_norm)
+        if self.max_norm == 0:
+            raise ValueError("max_norm: expected None or above 0, got 0")
         self.target: Layer | None = None
         self.t = 0
         self.slots: dict[Parameter, dict[str, Array]] = {}  # what is kept for each parameter
@@ -236,10 +234,11 @@ class Adam(Optimizer):
             raise TypeError(f"alpha, lr: expected one of them, since they are the same, got {alpha} and {lr}")
         name, given = ("alpha", alpha) if lr is None else ("lr", lr)
         self.alpha = 0.001 if given is None else _rate(name, given)
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 <= beta < 1:
+        self.beta1, self.beta2 = _rate("beta1", beta1), _rate("beta2", beta2)
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if beta >= 1:
                 raise ValueError(f"{name}: expected at least 0 and below 1, got {beta}")
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.eps = _rate("eps", eps)
 
     @property
     def lr(self) -> float:

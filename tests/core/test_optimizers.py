@@ -62,6 +62,10 @@ def test_a_rate_is_a_number_of_at_least_0(rate):
             optimizer(lr=rate)
     with pytest.raises(ValueError, match=r"^beta1: expected at least 0 and below 1, got 2"):
         O.Adam(beta1=2)
+    for name in ("weight_decay", "max_norm", "beta1", "beta2", "eps"):
+        if not (name == "max_norm" and rate in (None, float("inf"))):
+            with pytest.raises((TypeError, ValueError), match=f"^{name}: expected a (finite )?number"):
+                O.Adam(**{name: rate})
 
 
 def test_sgd_clipping_and_weight_decay():

@@ -19,8 +19,8 @@ from emulated import EmulatedDevice
 # What the package may use.
 NAMES = [
     "abs", "add", "arange", "asarray", "broadcast_to", "concatenate", "divide", "empty", "exp", "expand_dims",
-    "full", "log", "matmul", "maximum", "moveaxis", "multiply", "ones_like", "split", "sqrt", "square",
-    "stack", "take_along_axis", "tanh", "where", "zeros", "zeros_like",
+    "full", "log", "matmul", "maximum", "may_share_memory", "moveaxis", "multiply", "ones_like", "split",
+    "sqrt", "square", "stack", "take_along_axis", "tanh", "where", "zeros", "zeros_like",
 ]  # fmt: skip
 VALUES = ["shape", "ndim", "size", "dtype", "itemsize", "strides", "nbytes", "flags"]
 METHODS = ["any", "astype", "copy", "item", "max", "min", "reshape", "sum", "transpose"]
