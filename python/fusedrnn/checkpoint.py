@@ -49,9 +49,10 @@ def save(
         optimizer: its state is saved.
         loader: its position and order are saved.
         generators: random generators in use besides NumPy's global one.
-        progress: what ``load`` returns: numbers, text, lists and dicts of them; arrays.
+        progress: what ``load`` returns: numbers, text, arrays, lists and dicts of them.
 
     Raises:
+        TypeError: ``progress`` has something else, or a dict in it has a key that is not text.
         ValueError: a layer's state still has a graph, which cannot be saved.
     """
     arrays = {f"weight/{name}": array for name, array in values(model).items()}
@@ -67,7 +68,7 @@ def save(
         "generators": [_plain(g.bit_generator.state) for g in generators],
         "iteration": None if loader is None else loader.iteration,
         "optimizer": None if optimizer is None else type(optimizer).__name__,
-        "progress": {k: v for k, v in progress.items() if not cuda.is_array(v)},
+        "progress": _plain({k: v for k, v in progress.items() if not cuda.is_array(v)}),
     }
     arrays["plain"] = np.frombuffer(json.dumps(plain).encode(), np.uint8)
     npz.write(path, arrays, previous=previous(path))
@@ -103,11 +104,22 @@ def load(
             raise CheckpointError(
                 f"generators: expected the {len(plain['generators'])} saved, got {len(generators)}"
             )
+        for generator, state in zip(generators, plain["generators"], strict=True):
+            kind = generator.bit_generator.state["bit_generator"]
+            if kind != state["bit_generator"]:
+                raise CheckpointError(f"generators: expected {state['bit_generator']}, as saved, got {kind}")
         parts: dict[str, dict[str, Array]]
         parts = {k: {} for k in ("weight", "state", "optimizer", "loader", "progress")}
         for key, array in arrays.items():
             part, _, rest = key.partition("/")
             parts[part][rest] = array
+        layers = {where for where, _ in model.walk()}
+        for key in parts["state"]:
+            if key.rpartition("/")[0] not in layers:
+                raise CheckpointError(f"state {key}: the model does not have this layer")
+        if loader is not None and len(parts["loader"]["index"]) != loader.data_size:
+            saved = len(parts["loader"]["index"])
+            raise CheckpointError(f"loader: expected {saved} samples, as saved, got {loader.data_size}")
         model.assign_weights(parts["weight"], "weights")
         if optimizer is not None:
             optimizer.load_state(parts["optimizer"])
@@ -121,7 +133,8 @@ def load(
         what = f"entry {error} is missing" if isinstance(error, KeyError) else str(error)
         hint = f"; the previous checkpoint is {previous(path)}" if previous(path).exists() else ""
         raise CheckpointError(f"{path} cannot be loaded: {what}{hint}") from error
-    return plain["progress"] | parts["progress"]
+    progress: dict[str, Any] = _arrays(plain["progress"])
+    return progress | parts["progress"]
 
 
 def previous(path: npz.PathLike) -> Path:
@@ -167,9 +180,13 @@ def _set_random_state(state: list[Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A bit generator's state for JSON."""
+    """Numbers, text and arrays, in lists and dicts, for JSON."""
     if isinstance(value, dict):
+        if wrong := [k for k in value if not isinstance(k, str)]:
+            raise TypeError(f"progress: expected dicts with keys of type str, got the key {wrong[0]!r}")
         return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
     if isinstance(value, np.ndarray):
         return {"array": value.tolist(), "dtype": str(value.dtype)}
     return value.item() if isinstance(value, np.generic) else value
@@ -180,4 +197,4 @@ def _arrays(value: Any) -> Any:
         if set(value) == {"array", "dtype"}:
             return np.array(value["array"], value["dtype"])
         return {k: _arrays(v) for k, v in value.items()}
-    return value
+    return [_arrays(v) for v in value] if isinstance(value, list) else value

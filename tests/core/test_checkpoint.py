@@ -10,7 +10,7 @@ import pytest
 
 import fusedrnn.functions as F
 import fusedrnn.layers as L
-from fusedrnn import DataLoader, Model, SeqDataLoader, checkpoint, datasets, npz, optimizers
+from fusedrnn import DataLoader, Model, SeqDataLoader, Variable, checkpoint, datasets, npz, optimizers
 from fusedrnn.checkpoint import CheckpointError
 
 H, I = 5, 3
@@ -377,6 +377,47 @@ def test_what_does_not_fit_is_named(tmp_path):
         known().load_weights(run.path)
     with pytest.raises(FileNotFoundError):
         checkpoint.load(tmp_path / "none", run.model)
+
+
+def test_what_does_not_fit_is_found_before_anything_changes(tmp_path):
+    run = Run(tmp_path / "a", False, optimizers.Adam)
+    run.model.memory = Model()
+    run.model.memory.kept = Variable(np.ones(2))
+    run.updates(2)
+    run.model.rnn.reset_state()
+    run.save()
+    run.updates(1)
+
+    def there():
+        states = [np.random.get_state(), *(g.bit_generator.state for g in run.generators)]
+        return run.optimizer.t, run.loader.iteration, run.loader.index.tolist(), repr(states)
+
+    without, short = Net(L.LSTM(H, num_layers=2, dropout=0.3)), DataLoader([(0, 0)] * 9, 3)
+    before = there()
+    for model, loader, generators, message in (
+        (run.model, run.loader, run.generators[::-1], "generators: expected PCG64, as saved, got MT19937"),
+        (run.model, short, run.generators, "loader: expected 999 samples, as saved, got 9"),
+        (without, run.loader, run.generators, "state memory/kept: the model does not have this layer"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load(run.path, model, run.optimizer, loader, generators)
+        assert there() == before
+
+
+def test_progress_comes_back_as_it_was(tmp_path):
+    given = {
+        "losses": [np.float32(0.5), np.array(0.25), 1],
+        "best": {"epoch": np.int64(3), "weights": {"w": np.arange(3, dtype=np.int16)}},
+    }
+    checkpoint.save(tmp_path / "c", known(), **given)
+    found = checkpoint.load(tmp_path / "c", known())
+    assert found["losses"] == [0.5, 0.25, 1]
+    assert found["best"]["epoch"] == 3
+    np.testing.assert_array_equal(found["best"]["weights"]["w"], np.arange(3), strict=False)
+    for wrong, message in (({1: 2}, "keys of type str, got the key 1"), ({"a": {2}}, "set")):
+        with pytest.raises(TypeError, match=message):
+            checkpoint.save(tmp_path / "c", known(), wrong=wrong)
+    assert checkpoint.load(tmp_path / "c", known())["losses"] == found["losses"]
 
 
 def test_the_one_before_is_kept_and_named(tmp_path):
