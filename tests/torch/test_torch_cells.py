@@ -222,3 +222,10 @@ def test_wrong_calls_fail_as_pytorchs(kind):
         with pytest.raises(type(expected.value)) as got:
             ours(*args)
         assert str(got.value) == str(expected.value)
+
+
+def test_an_unknown_nonlinearity_fails_as_pytorchs():
+    for module in (torch.nn, ft):
+        cell = module.RNNCell(I, H, nonlinearity="sigmoid")
+        with pytest.raises(RuntimeError, match=r"^Unknown nonlinearity: sigmoid$"):
+            cell(torch.zeros(B, I))

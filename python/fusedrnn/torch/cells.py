@@ -112,6 +112,8 @@ class RNNCell(CellMixin, torch.nn.RNNCell):
     @property
     def mode(self) -> str:  # type: ignore[override]
         """The mode for the nonlinearity."""
-        return "RNN_RELU" if self.nonlinearity == "relu" else "RNN_TANH"
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return f"RNN_{self.nonlinearity.upper()}"
 
     _key = mode
