@@ -118,8 +118,9 @@ def test_parametrized_layers_are_converted_both_ways(kind):
     layer, x = getattr(torch.nn, kind)(3, 4), torch.randn(*(5, 2, 3)[len(kind) > 4 :])
     torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0" if kind in LAYERS else "weight_hh")
     model = torch.nn.Sequential(layer)
-    expected = flat(model(x))
+    other, expected = copy.deepcopy(layer), flat(model(x))
     assert ft.convert(model).converted == {"0": kind}
+    assert not isinstance(other, getattr(ft, kind))  # the copy had the same class
     for a, b in zip(flat(model(x)), expected, strict=True):
         assert_close(a, b)
     assert layer.last_path == "fused"

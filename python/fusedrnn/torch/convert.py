@@ -84,9 +84,9 @@ def _class(layer: torch.nn.Module) -> type[torch.nn.Module]:
 
 def _become(layer: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
     if torch.nn.utils.parametrize.is_parametrized(layer):
-        type(layer).__bases__ = (kind,)
-    else:
-        layer.__class__ = kind
+        # a new class, since copies of the layer have this one too
+        kind = type(type(layer).__name__, (kind,), dict(vars(type(layer))))
+    layer.__class__ = kind
 
 
 def to_torch(model: torch.nn.Module) -> Converted:
