@@ -190,7 +190,8 @@ class CellModule(Freezable):
                 value = value.data
             if value is None:
                 raise TypeError(f"{name}: expected numbers of shape {shape}, which the cell takes, got none")
-            value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+            if not isinstance(value, Tensor):
+                value = torch.as_tensor(value, dtype=data.dtype, device=data.device)
             check_shape(name, value.shape, shape, of)
             found.append(value.to(data))
         return found
