@@ -99,6 +99,27 @@ def test_autocast(kind, dtype, warned):
 
 
 @every_layer
+@pytest.mark.parametrize("form", ["ragged", "of one length", "without rows", "from float16", "to float16"])
+def test_dtypes_in_autocast(kind, form, warned):
+    x, lengths = torch.randn(T, B, I), torch.tensor([T, T, T] if form == "of one length" else [T, 3, 1])
+    given = rnn.pack_padded_sequence(x, lengths) if form in ("ragged", "of one length") else x
+    given = {"without rows": x[:, :0], "from float16": x.half()}.get(form, given)
+    found = []
+    for layer in module_pair(kind, I, H):
+        dtype = torch.float16 if form == "to float16" else torch.bfloat16
+        with torch.autocast("cpu", dtype=dtype), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ft.FallbackWarning)
+            try:
+                found.append([t.dtype for t in flat(layer(given))])
+            except RuntimeError as error:  # oneDNN has not every dtype on every processor
+                found.append(str(error))
+    assert found[0] == found[1]
+    if (kind, form) == ("LSTM", "ragged"):
+        assert found[1][0] is torch.float32
+        assert layer.last_path == "fused"
+
+
+@every_layer
 def test_tracing_falls_back(kind, warned):
     _, ours = module_pair(kind, I, H)
     x = torch.randn(T, B, I)

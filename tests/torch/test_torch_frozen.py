@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 
@@ -225,3 +226,14 @@ def test_tracing_sees_a_frozen_layer():
     traced = make_fx(lambda v: ours(v)[0])(x)
     other = torch.randn(T, B, I)
     assert torch.equal(traced(other), ours(other)[0])
+
+
+@torch.no_grad()
+def test_autocast_runs_pytorchs_layer(warned):
+    theirs, ours = module_pair("RNN", I, H)
+    ft.freeze(ours.eval())
+    for dtype in (torch.float32, torch.bfloat16):  # as a Linear before it gives
+        x = torch.randn(T, B, I, dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings(action="ignore"):
+            assert torch.equal(ours(x)[0], theirs(x)[0])
+        assert ours.last_path.startswith("fallback: ")

@@ -148,8 +148,8 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         packed = frozen(self)
         weights = self._weights() if packed is None else packed.weights
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
-        # PyTorch's GRU stays in float32 within autocast; so do our frozen layers.
-        key = self._key if packed is None and self.mode != "GRU" else ""
+        # Our frozen layers stay in float32 within autocast.
+        key = self._key if packed is None and not self._stays_in_autocast(input) else ""
         given_input, (input, state0, weights) = input, paths.lowered(input, state0, weights, key)
         reason, recorded = self._unsupported(input, state0, weights if packed is None else []), False
         if reason is not None:
@@ -189,11 +189,12 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         data = input.data if isinstance(input, PackedSequence) else input
         if not isinstance(data, Tensor):
             return f"the input is a {type(input).__name__}"
-        reason = paths.unsupported(data.dtype, data.device, (data, *(state or ())), self._key)
+        key = self._key if weights else ""  # packed weights are not bfloat16 on a CPU
+        reason = paths.unsupported(data.dtype, data.device, (data, *(state or ())), key)
         reason = reason or self._lacks(data.device)
         if reason is not None:
             return reason
-        if self.mode != "GRU" and paths.autocast(data):  # PyTorch's GRU returns float32 anyway
+        if paths.autocast(data) and not (data.dtype is torch.float32 and self._stays_in_autocast(input)):
             return "autocast is on"
         reason = self._misshapen(input, state)
         if reason is not None:
@@ -206,6 +207,15 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             if reason is not None:
                 return reason
         return None
+
+    def _stays_in_autocast(self, input: Any) -> bool:
+        """Whether PyTorch's layer returns float32 for float32 within autocast, as it does without oneDNN."""
+        if self.mode != "LSTM" or self.proj_size:
+            return self.mode == "GRU"
+        if isinstance(input, PackedSequence):
+            sizes = input.batch_sizes
+            return bool(len(sizes) and sizes[0] != sizes[-1])
+        return isinstance(input, Tensor) and not input.numel()
 
     def _unrecordable(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
         """Why PyTorch's operations do not support this call instead of the kernels, or None."""

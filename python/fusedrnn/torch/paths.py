@@ -212,8 +212,14 @@ def call_module(module: torch.nn.Module, input: Any, *args: Any, **options: Any)
 
 
 def autocast(t: Tensor) -> bool:
-    """Whether autocast would lower this tensor's dtype."""
-    return t.dtype is torch.float32 and torch.is_autocast_enabled(t.device.type)
+    """Whether autocast would change this tensor's dtype."""
+    kind, dtype = t.device.type, t.dtype
+    return (
+        torch.is_autocast_enabled(kind)
+        and dtype.is_floating_point
+        and dtype is not torch.float64
+        and dtype is not torch.get_autocast_dtype(kind)
+    )
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -233,7 +239,12 @@ def lowered(input: Any, state0: Any, weights: list[Any], key: str = "") -> tuple
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return input, state0, weights
     dtype = torch.get_autocast_dtype(kind)
-    if data.is_cpu and (dtype is not torch.bfloat16 or mode() is not None or not has_bfloat16(key)):
+    if data.is_cpu and (
+        dtype is not torch.bfloat16
+        or data.dtype is torch.float16
+        or mode() is not None
+        or not has_bfloat16(key)
+    ):
         return input, state0, weights
     data = _lower(data, dtype)
     return (
