@@ -428,6 +428,8 @@ def test_wrong_lengths_and_resets(kind):
     for error, words, more in (
         (ValueError, "lengths: expected 0 to T = 5, got 1 to 6", {"lengths": [6, 1, 1]}),
         (ValueError, "lengths: expected 0 to T = 5, got -1 to 1", {"lengths": [1, -1, 1]}),
+        (ValueError, "lengths: expected 0 to T = 5, got -1 to -1", {"lengths": [-1] * B}),
+        (ValueError, "lengths: expected 0 to T = 5, got 1000000000000 to", {"lengths": [10**12] * B}),
         (ValueError, r"lengths: expected shape \(3,\), got \(2,\)", {"lengths": [1, 1]}),
         (ValueError, r"lengths: expected shape \(3,\), got \(\)", {"lengths": 3}),
         (TypeError, "lengths: expected whole numbers, got float64", {"lengths": [1.0, 1.0, 1.0]}),

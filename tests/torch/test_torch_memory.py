@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from functools import partial
 
 import pytest
 
@@ -275,21 +276,73 @@ def test_fx_passes_keywords_on():
 
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of oneDNN's LSTM
 def test_batched_gradients(kind, dtype):
     theirs, ours = module_pair(kind, I, H, dtype=dtype)
     x = torch.randn(T, 1, I, dtype=dtype, requires_grad=True)
     upstream = torch.randn(4, T, 1, H, dtype=dtype)
-    want, got = (
-        torch.autograd.grad(net(x)[0], [x, *net.parameters()], upstream, is_grads_batched=True)
-        for net in (theirs, ours)
-    )
-    for a, b in zip(got, want, strict=True):
-        assert_close(a, b)
+    batched, by_vmap = [], []
+    for net in (theirs, ours):
+        y, wanted = net(x)[0], [x, *net.parameters()]
+        batched.append(torch.autograd.grad(y, wanted, upstream, True, is_grads_batched=True))
+        vjp = partial(torch.autograd.grad, y, wanted, retain_graph=True)
+        by_vmap.append(torch.func.vmap(lambda d, vjp=vjp: vjp(d))(upstream))
+    for want, got in (batched, by_vmap):
+        for a, b in zip(got, want, strict=True):
+            assert_close(a, b)
     want, got = (
         torch.autograd.functional.jacobian(lambda v, net=net: net(v)[0], x, vectorize=True)
         for net in (theirs, ours)
     )
     assert_close(got, want)
+
+
+class Named(torch.Tensor):
+    """A subclass that computes as a tensor does."""
+
+
+UPSTREAM = {
+    "negated": torch._neg_view,
+    "of a complex number": lambda d: torch.complex(d, -d).conj().imag,
+    "zero": lambda d: torch._efficientzerotensor(d.shape, dtype=d.dtype),
+    "a subclass": lambda d: d.as_subclass(Named),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("form", UPSTREAM.values(), ids=UPSTREAM)
+@pytest.mark.parametrize("hidden", [1, H])
+def test_upstream_gradients_that_are_not_what_their_memory_says(kind, form, hidden):
+    found = []
+    for module in module_pair(kind, I, hidden):
+        torch.manual_seed(1)
+        x = input_of(module).requires_grad_()
+        results = flat(module(x))
+        upstream = [form(torch.randn_like(t)) for t in results]
+        found.append(torch.autograd.grad(results, [x, *module.parameters()], upstream))
+    for want, got in zip(*found, strict=True):
+        assert_close(got, want)
+
+
+def misaligned(t):
+    """The numbers at an odd address, as in a file or a message that was mapped into memory."""
+    memory = bytearray(t.numel() * t.element_size() + 1)
+    return torch.frombuffer(memory, dtype=t.dtype, offset=1).view(t.shape).copy_(t)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tensors_that_are_not_aligned(kind, dtype):
+    theirs, ours = module_pair(kind, I, H, dtype=dtype)
+    x = input_of(ours).to(dtype)
+    hx = state_of(ours, B, x)
+    expected = gradients(theirs, x, hx)
+    for p in ours.parameters():
+        p.data = misaligned(p.data)
+    other = tuple(map(misaligned, hx)) if isinstance(hx, tuple) else misaligned(hx)
+    for got, want in zip(gradients(ours, misaligned(x), other), expected, strict=True):
+        assert_close(got, want)
+    assert ours.last_path == "fused"
 
 
 @every_layer

@@ -6,7 +6,8 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,27 @@ def contiguous(t: Tensor | None) -> Tensor | None:
 def contiguous_features(t: Tensor | None) -> Tensor | None:
     """The tensor with contiguous features, which is all that the kernels ask of a sequence."""
     return t if t is None or t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
+
+
+def plain(t: Tensor | None) -> Tensor | None:
+    """The tensor as a plain one: no negative view, no zeros without memory, no subclass."""
+    if t is None or (type(t) is Tensor and not t.is_neg() and not t._is_zerotensor()):
+        return t
+    return t.new_zeros(t.shape) if t._is_zerotensor() else t.as_subclass(Tensor).resolve_neg()
+
+
+def with_copies(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """A function of a call that runs again, with copies, if kernels refuse tensors that are not aligned."""
+
+    @functools.wraps(function)
+    def run(call: Any, *rest: Any) -> list[Tensor]:
+        try:
+            return function(call, *rest)
+        except ValueError:
+            given = call.learned()
+            copies = [t.clone() if t is not None and t.data_ptr() % t.element_size() else t for t in given]
+            if all(a is b for a, b in zip(copies, given, strict=True)):
+                raise
+        return function(call.with_learned(copies), *rest)
+
+    return run

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import register_flop_formula
 
 from fusedrnn import backends
@@ -25,7 +26,16 @@ from fusedrnn.backends.cpu import WEIGHTS, CpuBackend
 from fusedrnn.backends.protocol import Regularization, Unsupported
 from fusedrnn.torch import differentiable, gpu, paths
 from fusedrnn.torch.keys import CELLS, cell_of
-from fusedrnn.torch.memory import array, bits, contiguous, contiguous_features, given, tensor
+from fusedrnn.torch.memory import (
+    array,
+    bits,
+    contiguous,
+    contiguous_features,
+    given,
+    plain,
+    tensor,
+    with_copies,
+)
 
 Weights = tuple[Any, ...]  # of one layer and direction in the order of cell.blocks, None where there is none
 
@@ -148,7 +158,9 @@ class Call(NamedTuple):
             cell, acts, dtype = CELLS[self.cell], bool(self.rates), self.x.dtype
             kind = {"float64": dtype is torch.float64, "bfloat16": dtype is torch.bfloat16}
             return CPU.tape_shape(cell, sizes, recompute=True, regularized=acts, **kind)[0]
-        return T * B if self.lengths is None else int(self.lengths.sum())
+        if self.lengths is None:
+            return T * B
+        return min(max(0, int(self.lengths.sum())), T * B)  # wrong lengths are refused later
 
 
 N = len(Call._fields)
@@ -326,6 +338,7 @@ def _other_arguments(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (cell, x if x.ndim == 3 else x[None], weights, state0 or None), options
 
 
+@with_copies
 def run(
     call: Call, return_states: bool, tape_rows: int | None, packed: tuple[Any, Any] | None = None
 ) -> list[Tensor]:
@@ -374,6 +387,7 @@ def _gradients(tensors: Sequence[Tensor | None], need: Sequence[bool]) -> list[T
     return [t.new_empty(t.shape) if n and t is not None else None for t, n in pairs]
 
 
+@with_copies
 def run_backward(
     call: Call, y: Tensor, tape: Sequence[Tensor], upstream: Sequence[Tensor | None], need: Sequence[bool]
 ) -> list[Tensor]:
@@ -381,7 +395,8 @@ def run_backward(
     x, cell, learned, backend = call.x, cell_of(call.cell), call.learned(), call.backend()
     step = x.dim() == 2
     n, n0, scalars = len(cell.states), len(call.state0), 1 + len(call.state0) + len(call.weights)
-    dy, *states = (None, *upstream) if step else upstream
+    upstream = [plain(d) for d in upstream]
+    dy, *states = [None, *upstream] if step else upstream
     found: list[Tensor | None]
     if not tape and call.refused() is not None:  # a tape is of a kernel, whatever hooks made of the tensors
         with _recording():
@@ -508,6 +523,16 @@ def _backward(*arguments: Any) -> list[Tensor]:
 for _device in ("CPU", "CUDA"):
     torch.library.impl("fusedrnn::recurrence", _device, _forward)
     torch.library.impl("fusedrnn::recurrence_backward", _device, _backward)
+
+
+@torch.library.register_vmap("fusedrnn::recurrence_backward")  # type: ignore[untyped-decorator]
+def _backward_each(info: Any, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]]:
+    """Backward for each of a batch of calls, such as of upstream gradients in ``torch.func.vmap``."""
+    found = []
+    for k in range(info.batch_size):
+        each = tree_map(lambda t, at, k=k: t if at is None else t.select(at, k), arguments, in_dims)
+        found.append(torch.ops.fusedrnn.recurrence_backward(*each))
+    return [torch.stack(ts) for ts in zip(*found, strict=True)], [0] * len(found[0])
 
 
 def refuse_onnx(what: str) -> None:

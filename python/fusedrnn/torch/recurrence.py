@@ -116,20 +116,21 @@ class Recurrence(torch.autograd.Function):
                 found = Differentiable.apply(*how, *tensors, y, *tape, *upstream)  # type: ignore[no-untyped-call]
         else:
             call = _call(ctx.counts, ctx.options, tensors)
-            found = (_each if batched else ops.backward)(call, y, tape, upstream, need)
+            func = torch._C._functorch.peek_interpreter_stack() is not None  # the operator has a rule for it
+            found = (_each if batched and not func else ops.backward)(call, y, tape, upstream, need)
         grads = [d if n else None for d, n in zip(found, need, strict=True)]
         return (*[None] * OPTIONS, *grads, None, None, None)
 
 
 def _is_batch(d: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether this is a batch of upstream gradients, as with ``is_grads_batched``."""
+    """Whether this is a batch of upstream gradients, of ``is_grads_batched`` or ``torch.func.vmap``."""
     return d is not None and not torch._C._has_storage(d)
 
 
 def _each(
     call: Call, y: Tensor, tape: Sequence[Tensor], upstream: Sequence[Tensor | None], need: Sequence[bool]
 ) -> list[Tensor]:
-    """Run backward for each of a batch of upstream gradients.
+    """Run backward for each of a batch of upstream gradients of ``is_grads_batched``.
 
     PyTorch's batching rules do not support an operator that returns a list.
     """
