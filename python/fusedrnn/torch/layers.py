@@ -189,7 +189,8 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         data = input.data if isinstance(input, PackedSequence) else input
         if not isinstance(data, Tensor):
             return f"the input is a {type(input).__name__}"
-        key = self._key if weights else ""  # packed weights are not bfloat16 on a CPU
+        packed = frozen(self)
+        key = self._key if packed is None or packed.dtype is data.dtype else ""  # these are not cast
         reason = paths.unsupported(data.dtype, data.device, (data, *(state or ())), key)
         reason = reason or self._lacks(data.device)
         if reason is not None:
