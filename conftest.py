@@ -131,7 +131,7 @@ def quiet_fallbacks():
 @pytest.fixture
 def no_fallback(monkeypatch):
     """No warning was given before, a fallback that a test does not expect is an error, and a seed."""
-    import torch
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
     from fusedrnn.torch import paths
 
