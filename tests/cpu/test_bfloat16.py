@@ -16,6 +16,7 @@ pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import ml_dtypes
 
+from bfloat16 import needs_bfloat16
 from fusedrnn import _core, cells, checkpoint, kernels, layers, multilayer, no_grad, optimizers
 from fusedrnn import functions as F
 from fusedrnn.autograd import Variable
@@ -27,8 +28,6 @@ from problems import OPTIONS, assert_bitwise_equal, errors, expected_names, name
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CPU = CpuBackend()
-HAS = CPU.has_bfloat16(cells.lstm)
-needs = pytest.mark.skipif(not HAS, reason="no AVX512-BF16, or FUSEDRNN_ISA is lower")
 pytestmark = [pytest.mark.kernel, pytest.mark.quick, pytest.mark.usefixtures("poison")]
 
 KINDS = cells.rnn, cells.rnn.with_options(relu=True), cells.lstm, cells.gru
@@ -55,14 +54,14 @@ def both(p):
     return got, want
 
 
-@needs
+@needs_bfloat16
 @every_kind
 @pytest.mark.parametrize("sizes", [(T, B, I, H), (3, 17, 16, 16), (20, 1, 40, 70)], ids=str)
 def test_errors(cell, sizes):
     assert units(*both(problem(cell, *sizes))).max() < 2.5
 
 
-@needs
+@needs_bfloat16
 @every_kind
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(cell, options):
@@ -76,7 +75,7 @@ def test_options(cell, options):
         assert_bitwise_equal(run(CPU, replace(p, weights=CPU.pack(cell, p.weights)), save=save), got)
 
 
-@needs
+@needs_bfloat16
 @every_kind
 @pytest.mark.parametrize("seed", [3, None])
 def test_regularization(cell, seed):
@@ -85,7 +84,7 @@ def test_regularization(cell, seed):
     assert units(*both(p)).max() < 3.5
 
 
-@needs
+@needs_bfloat16
 @every_kind
 def test_any_strides_any_number_of_threads(cell, threads):
     """Large enough for several threads to convert the arrays."""
@@ -108,7 +107,7 @@ def test_any_strides_any_number_of_threads(cell, threads):
     assert_bitwise_equal(run(CPU, replace(p, dy=same)), run(CPU, replace(p, dy=same.copy())))
 
 
-@needs
+@needs_bfloat16
 @every_kind
 def test_single_steps_and_parts_of_a_sequence(cell):
     """y has the same bits in parts of a sequence where h is all of the state; c is rounded between them."""
@@ -126,7 +125,7 @@ def test_single_steps_and_parts_of_a_sequence(cell):
         assert_bitwise_equal({"y": np.concatenate(ys)}, {"y": whole})
 
 
-@needs
+@needs_bfloat16
 @every_kind
 def test_no_steps_no_rows_and_special_numbers(cell):
     for sizes in ((0, 3, 2, 4), (3, 0, 2, 4)):
@@ -146,7 +145,7 @@ def test_no_steps_no_rows_and_special_numbers(cell):
     assert all(np.array_equal(s.view(np.int16), state0[0].view(np.int16)) for s in stateT)
 
 
-@needs
+@needs_bfloat16
 def test_packed_rows():
     p = problem(cells.lstm, 4, 3, I, H).astype(BF16)
     sizes = [3, 3, 2, 1]
@@ -167,7 +166,7 @@ OF_TORCH = {
 }
 
 
-@needs
+@needs_bfloat16
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize(
     ("kind", "option"),
@@ -217,7 +216,7 @@ def normal(*shape):
     return np.random.standard_normal(shape).astype(np.float32)
 
 
-@needs
+@needs_bfloat16
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_a_native_layer(kind, tmp_path):
     """Its values are those of a float32 layer, rounded; a call gives the kernels' bits, in steps too."""
@@ -248,7 +247,7 @@ def test_a_native_layer(kind, tmp_path):
     assert_bitwise_equal({"": again(x.data).data}, {"": y.data})
 
 
-@needs
+@needs_bfloat16
 def test_native_layers_together():
     """Layers, directions, dropout, zoneout, a float32 layer and loss on top; a checkpoint."""
     layer = built("LSTM", num_layers=2, bidirectional=True, dropout=0.2, recurrent_dropout=0.1, zoneout_h=0.1)
@@ -268,7 +267,7 @@ def test_native_layers_together():
             optimizer.setup(layer).update()
 
 
-@needs
+@needs_bfloat16
 def test_a_checkpoint_with_a_state(tmp_path):
     layer, other = built("LSTM"), built("LSTM")
     x = normal(2, B, I)
@@ -282,7 +281,7 @@ def test_a_checkpoint_with_a_state(tmp_path):
     assert_bitwise_equal({"h": got.data, "c": other.c.data}, {"h": want.data, "c": layer.c.data})
 
 
-@needs
+@needs_bfloat16
 def test_what_is_of_another_dtype():
     p = problem(cells.lstm, T, B, I, H)
     low, f32 = p.astype(BF16), p.astype(np.float32)

@@ -14,14 +14,14 @@ pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import torch
 
+from bfloat16 import needs_bfloat16
 from fusedrnn import _core
-from fusedrnn.torch import paths
 from torch_pairs import every_layer, flat, ft, gradients, module_pair, state_of
 
 pytestmark = [
     pytest.mark.kernel,
     pytest.mark.usefixtures("no_fallback", "openmp_pool", "poison"),
-    pytest.mark.skipif(not paths.has_bfloat16("LSTM"), reason="no AVX512-BF16, or FUSEDRNN_ISA is lower"),
+    needs_bfloat16,
 ]
 
 T, B, I, H = 9, 5, 11, 37

@@ -12,6 +12,7 @@ pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import torch
 
+from bfloat16 import needs_bfloat16
 from torch_pairs import every_kind, every_layer, flat, ft, module_pair, state_of
 
 pytestmark = [pytest.mark.kernel, pytest.mark.quick, pytest.mark.usefixtures("no_fallback")]
@@ -43,7 +44,7 @@ def test_the_same_bits(kind, dtype):
 
 
 @every_layer
-@pytest.mark.skipif(not ft.paths.has_bfloat16("LSTM"), reason="no AVX512-BF16, or FUSEDRNN_ISA is lower")
+@needs_bfloat16
 def test_the_same_bits_in_bfloat16(kind):
     ours, x, hx = made(kind, num_layers=2, bidirectional=True)
     ours, x = ours.bfloat16(), x.bfloat16()
