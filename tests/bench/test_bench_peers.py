@@ -211,7 +211,7 @@ def torch_step():
 
 def test_our_kernels_learn_the_same_inside_a_pytorch_step(torch_step, threads):
     found = torch_step.measure((5, 3, 2, 8), get_num_threads(), blocks=3, seconds=0.001)
-    assert set(found) == {"nn.LSTM", "ours, own pool", "ours, OpenMP team", "ours, one thread"}
+    assert set(found) == {"nn.LSTM", "ours, own pool", "ours, OpenMP threads", "ours, one thread"}
     assert found["nn.LSTM"]["ratio"] == 1
     assert all(each["ms"] > 0 for each in found.values())
 

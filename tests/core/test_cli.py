@@ -186,7 +186,6 @@ def test_ctrl_c_during_the_imports_is_quiet(command, tmp_path):
         text=True,
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{package}"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background
     ) as process:
         try:
             assert process.stdout.readline() == "importing\n", process.stderr.read()

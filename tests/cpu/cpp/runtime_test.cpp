@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Needs a compiler only: c++ -std=c++17 -pthread -rdynamic -Icsrc tests/cpu/cpp/runtime_test.cpp
-// csrc/cpu/{threads,openmp,arena,isa}.cpp. Runs the part named by the first argument, on the OpenMP team if the last is
-// "openmp"; tests/cpu/test_threads_cpp.py runs all, plain and under the sanitizers.
+// csrc/cpu/{threads,openmp,arena,isa}.cpp. Runs the part named by the first argument, on OpenMP's threads if the last
+// is "openmp"; tests/cpu/test_threads_cpp.py runs all, plain and under the sanitizers.
 #include <pthread.h>
 #include <signal.h>
 #include <sys/resource.h>
