@@ -56,7 +56,7 @@ auto without_gil(F&& f) {
   }
 }
 
-// What there is of one dtype, as the calls for it see it.
+// A pointer for each dtype, of which a call's own is set: get(T()) and slot(T()) are that of T.
 template <template <class> class Ptr>
 struct OfDtype {
   Ptr<float> f32;

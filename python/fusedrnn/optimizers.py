@@ -86,8 +86,9 @@ class Optimizer:
         pairs = [
             (p, cuda.as_array(p.grad._data, p.dtype)) for p in self.target.params() if p.grad is not None
         ]
+        refused = bfloat16()
         for p, _ in pairs:
-            if p.dtype in bfloat16():
+            if p.dtype in refused:
                 raise TypeError(
                     f"{p.name}: expected float32 or float64, got bfloat16, which rounds small changes away; "
                     "keep the weights in float32, and pass a copy in bfloat16 to fusedrnn.kernels"
