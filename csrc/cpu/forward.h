@@ -3,6 +3,7 @@
 #include "cells/regularized.h"
 #include "cpu/layer_norm.h"
 #include "cpu/masks.h"
+#include "cpu/one_row.h"
 #include "cpu/pack.h"
 #include "cpu/tile.h"
 
@@ -87,9 +88,11 @@ struct ForwardSteps : Share {
     input = job.input, recurrent = job.recurrent, recurrent2 = job.recurrent2, projection = job.projection;
   }
 
+  T* panel() const { return job.panel + worker.region.thread * job.panel_step; }
+
   // Packs the weights of a panel, where they were not: of a phase, blocks [block, block + wide).
   FUSEDRNN_NOINLINE void pack_panel(int phase, Index block, int wide) {
-    T* to = job.panel + worker.region.thread * job.panel_step;
+    T* to = panel();
     packed_from = block;
     const auto take = [&](const T* weight, Index rows, Index k, const Part& part, Packed<T>& packed) {
       packed = {to, elements<O>(k) * part.count * kBlock};
@@ -100,6 +103,19 @@ struct ForwardSteps : Share {
     if (phase == 2) return take(job.weight_hh, job.H, job.P, shape.recurrent2, recurrent2);
     take(job.weight_ih, job.H, job.I, shape.input, input);
     take(job.weight_hh, job.H, job.P, shape.recurrent, recurrent);
+  }
+
+  // Sums of a block, [accumulator][16], of one row and weights as they lie.
+  FUSEDRNN_NOINLINE void sum_one_row(Index block) {
+    const Index A = shape.accumulators, H = job.H;
+    T* const to = panel();
+    __builtin_memcpy(to, job.bias + block * A * kBlock, size_t(A * kBlock) * sizeof(T));
+    const auto add = [&](const T* weight, Index k, const Part& part, const T* row) {
+      for (int s = 0; s < part.count; ++s)
+        add_row<V>(weight + (part.gate[s] * H + block * kBlock) * k, k, row, to + (part.first + s) * kBlock);
+    };
+    add(job.weight_ih, job.I, shape.input, rows.x[0]);
+    add(job.weight_hh, job.P, shape.recurrent, regularized ? rows.operand[0] : rows.h[0]);
   }
 
   // Of cells with c.
@@ -315,9 +331,8 @@ struct ForwardLoop : ForwardSteps<V, O> {
     v.store(to, in_row);
   }
 
-  // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
-  void phase1(Index first, int m, Index block, int wide, Index lane) {
-    alignas(64) T acc[kMaxTile * V::lanes];
+  // Products of phase 1: acc[wide][A][m] = bias + W x + W h.
+  FUSEDRNN_INLINE void multiply(Index first, int m, Index block, int wide, Index lane, T* acc) {
     this->start(shape, block, wide, m, lane, acc);
     const Product<T> products[2] = {
         Base::product(shape, input, Cell::input, rows.x + first, job.I, block - packed_from, lane),
@@ -331,6 +346,17 @@ struct ForwardLoop : ForwardSteps<V, O> {
     } else {
       Base::tile_of(shape, m, Cell::input, wide)(products, 1, acc + Cell::input.first * m * V::lanes);
       Base::tile_of(shape, m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
+    }
+  }
+
+  // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
+  void phase1(Index first, int m, Index block, int wide, Index lane) {
+    alignas(64) T acc[kMaxTile * V::lanes];
+    if (one_row(1, block)) {
+      const T* const sums = this->panel() + lane;
+      for (int s = 0; s < A; ++s) V::load(sums + s * kBlock).store(acc + s * V::lanes);
+    } else {
+      multiply(first, m, block, wide, lane, acc);
     }
     // Local: a store could change whatever is reached through a pointer, and it would be read again for every vector.
     const T *const *h_prevs = rows.h + first, *const *c_prevs = rows.c + first;
@@ -421,15 +447,16 @@ struct ForwardLoop : ForwardSteps<V, O> {
     }
   }
 
+  // Whether add_row sums up: a single row and weights as they lie, of a whole block.
+  bool one_row(int phase, Index block) const {
+    return V::fused && kNumbers<O> == 1 && phase == 1 && rows.count == 1 && job.weight_hh &&
+           units_of(job.H, block) == kBlock;
+  }
+
   // Blocks per tile: in phase 2, with one accumulator, as many as a tile of phase 1 has vectors.
   Index width(int phase) const {
     if (rows.count > 1) return phase == 1 ? kWide : A * kWide;
-    const Index widest = kWide == 1 && phase == 1 ? 2 : kOneRow;
-    if (!job.weight_hh) return widest;
-    // A panel that is packed for this tile has to stay in the cache until then.
-    constexpr Index kPanelBytes = 512 << 10;
-    const Index block_bytes = (job.I + job.P) * A * kBlock * Index(sizeof(T));
-    return kPanelBytes / block_bytes < 1 ? 1 : kPanelBytes / block_bytes < widest ? kPanelBytes / block_bytes : widest;
+    return one_row(phase, 0) ? 1 : kWide == 1 && phase == 1 ? 2 : kOneRow;
   }
 
   bool step(int phase) {
@@ -444,7 +471,8 @@ struct ForwardLoop : ForwardSteps<V, O> {
         const Index first = tiles.begin(i), block = begin + panels.begin(j);
         const int m = int(tiles.begin(i + 1) - first), wide = int(begin + panels.begin(j + 1) - block);
         if constexpr (!Cell::layer_norm)
-          if (job.weight_hh && n == 0) this->pack_panel(phase, block, wide);
+          if (job.weight_hh && n == 0)
+            one_row(phase, block) ? this->sum_one_row(block) : this->pack_panel(phase, block, wide);
         for (Index lane = 0; lane < kBlock; lane += V::lanes)
           if (phase == 1)
             phase1(first, m, block, wide, lane);

@@ -28,6 +28,9 @@ struct Native<float> {
   static FUSEDRNN_INLINE Vector set(float x) { return _mm256_set1_ps(x); }
   static FUSEDRNN_INLINE Vector load(const float* p) { return _mm256_loadu_ps(p); }
   static FUSEDRNN_INLINE Vector load(const float* p, int64_t count) { return _mm256_maskload_ps(p, first(count)); }
+  static FUSEDRNN_INLINE Vector pieces(const float* p, int64_t step) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + step), 1);
+  }
   static FUSEDRNN_INLINE void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
   static FUSEDRNN_INLINE void store(float* p, Vector v, int64_t count) { _mm256_maskstore_ps(p, first(count), v); }
 
@@ -63,6 +66,9 @@ struct Native<double> {
   static FUSEDRNN_INLINE Vector set(double x) { return _mm256_set1_pd(x); }
   static FUSEDRNN_INLINE Vector load(const double* p) { return _mm256_loadu_pd(p); }
   static FUSEDRNN_INLINE Vector load(const double* p, int64_t count) { return _mm256_maskload_pd(p, first(count)); }
+  static FUSEDRNN_INLINE Vector pieces(const double* p, int64_t step) {
+    return _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p)), _mm_loadu_pd(p + step), 1);
+  }
   static FUSEDRNN_INLINE void store(double* p, Vector v) { _mm256_storeu_pd(p, v); }
   static FUSEDRNN_INLINE void store(double* p, Vector v, int64_t count) { _mm256_maskstore_pd(p, first(count), v); }
 

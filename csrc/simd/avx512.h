@@ -29,6 +29,12 @@ struct Native<float> {
   static FUSEDRNN_INLINE Vector set(float x) { return _mm512_set1_ps(x); }
   static FUSEDRNN_INLINE Vector load(const float* p) { return _mm512_loadu_ps(p); }
   static FUSEDRNN_INLINE Vector load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+  static FUSEDRNN_INLINE Vector pieces(const float* p, int64_t step) {
+    Vector x = _mm512_maskz_broadcast_f32x4(all, _mm_loadu_ps(p));
+    x = _mm512_mask_broadcast_f32x4(x, 0x00f0, _mm_loadu_ps(p + step));
+    x = _mm512_mask_broadcast_f32x4(x, 0x0f00, _mm_loadu_ps(p + 2 * step));
+    return _mm512_mask_broadcast_f32x4(x, 0xf000, _mm_loadu_ps(p + 3 * step));
+  }
   static FUSEDRNN_INLINE void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
   static FUSEDRNN_INLINE void stream(float* p, Vector v) { _mm512_stream_ps(p, v); }
   static FUSEDRNN_INLINE void fence() { _mm_sfence(); }
@@ -68,6 +74,12 @@ struct Native<double> {
   static FUSEDRNN_INLINE Vector set(double x) { return _mm512_set1_pd(x); }
   static FUSEDRNN_INLINE Vector load(const double* p) { return _mm512_loadu_pd(p); }
   static FUSEDRNN_INLINE Vector load(const double* p, int64_t count) { return _mm512_maskz_loadu_pd(first(count), p); }
+  static FUSEDRNN_INLINE Vector pieces(const double* p, int64_t step) {
+    Vector x = _mm512_maskz_broadcast_f64x2(all, _mm_loadu_pd(p));
+    x = _mm512_mask_broadcast_f64x2(x, 0x0c, _mm_loadu_pd(p + step));
+    x = _mm512_mask_broadcast_f64x2(x, 0x30, _mm_loadu_pd(p + 2 * step));
+    return _mm512_mask_broadcast_f64x2(x, 0xc0, _mm_loadu_pd(p + 3 * step));
+  }
   static FUSEDRNN_INLINE void store(double* p, Vector v) { _mm512_storeu_pd(p, v); }
   static FUSEDRNN_INLINE void stream(double* p, Vector v) { _mm512_stream_pd(p, v); }
   static FUSEDRNN_INLINE void fence() { _mm_sfence(); }

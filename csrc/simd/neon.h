@@ -22,6 +22,7 @@ struct Native<float> {
 
   static FUSEDRNN_INLINE Vector set(float x) { return vdupq_n_f32(x); }
   static FUSEDRNN_INLINE Vector load(const float* p) { return vld1q_f32(p); }
+  static FUSEDRNN_INLINE Vector pieces(const float* p, int64_t) { return load(p); }
   static FUSEDRNN_INLINE Vector load(const float* p, int64_t count) {
     float32x4_t x = vdupq_n_f32(0);
     if (count > 0) x = vld1q_lane_f32(p, x, 0);
@@ -61,6 +62,7 @@ struct Native<double> {
 
   static FUSEDRNN_INLINE Vector set(double x) { return vdupq_n_f64(x); }
   static FUSEDRNN_INLINE Vector load(const double* p) { return vld1q_f64(p); }
+  static FUSEDRNN_INLINE Vector pieces(const double* p, int64_t) { return load(p); }
   static FUSEDRNN_INLINE Vector load(const double* p, int64_t count) {
     const float64x2_t x = vdupq_n_f64(0);
     return count > 0 ? vld1q_lane_f64(p, x, 0) : x;

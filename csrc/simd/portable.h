@@ -63,6 +63,7 @@ struct Native {
     __builtin_memcpy(&x, p, sizeof x);
     return x;
   }
+  static FUSEDRNN_INLINE Vector pieces(const T* p, int64_t) { return load(p); }
   static FUSEDRNN_INLINE Vector load(const T* p, int64_t count) {
     Vector x{};
     for (int i = 0; i < lanes - 1; ++i)

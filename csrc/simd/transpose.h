@@ -32,6 +32,28 @@ FUSEDRNN_INLINE void exchange_all(Row* rows) {
   }
 }
 
+// Of two vectors of squares of n x n side by side, the low or the high halves of rows, lane by lane in turns.
+template <int n, int lanes, bool high, class Row, int... lane>
+FUSEDRNN_INLINE Row zip(Row a, Row b, Lanes<lane...>) {
+  return __builtin_shufflevector(a, b, (lane / n * n + high * n / 2 + lane % n / 2 + lane % 2 * lanes)...);
+}
+
+// Squares of n x n side by side, each transposed: vector i has row i of each.
+template <int n, int lanes, class Row>
+FUSEDRNN_INLINE void transpose_squares(Row* rows) {
+  using All = typename FirstLanes<lanes>::type;
+  for (int d = 1; d < n; d *= 2) {
+    Row zipped[n];
+#pragma GCC unroll 2
+    for (int i = 0; i < n / 2; ++i) {
+      zipped[2 * i] = zip<n, lanes, false>(rows[i], rows[i + n / 2], All());
+      zipped[2 * i + 1] = zip<n, lanes, true>(rows[i], rows[i + n / 2], All());
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) rows[i] = zipped[i];
+  }
+}
+
 // to = 16 rows of 16 of from, transposed, in squares of vectors of 32 bytes where there are any: wider ones have no
 // faster exchanges, and vectors that the instruction set lacks are taken apart element by element.
 template <class T>

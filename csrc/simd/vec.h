@@ -49,6 +49,8 @@ struct Vec : Native<T> {
   // touched.
   static FUSEDRNN_INLINE Vec load(const T* p) { return N::load(p); }
   static FUSEDRNN_INLINE Vec load(const T* p, int64_t count) { return count >= lanes ? N::load(p) : N::load(p, count); }
+  // Pieces of 16 bytes, at p, p + step, ...
+  static FUSEDRNN_INLINE Vector pieces(const T* p, int64_t step) { return N::pieces(p, step); }
   FUSEDRNN_INLINE void store(T* p) const { N::store(p, v); }
   FUSEDRNN_INLINE void store(T* p, int64_t count) const { count >= lanes ? N::store(p, v) : N::store(p, v, count); }
   // Store past the caches, p aligned, where a vector is a cache line; N::fence puts it before what follows.

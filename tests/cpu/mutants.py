@@ -24,6 +24,7 @@ CELLS, REGULARIZED = "cells/derived.h", "cells/regularized.h"
 FORWARD, BACKWARD, PACK, TILE, MASKS = (
     f"cpu/{f}.h" for f in ("forward", "backward", "pack", "tile", "masks")
 )
+ONE_ROW = "cpu/one_row.h"
 RUN, MATH, TRANSPOSE, PHILOX = "cpu/run.cpp", "simd/math.h", "simd/transpose.h", "simd/philox.h"
 WEIGHTS, PACKED = "cpu/weight_gradients.h", "cpu/packed_weights.h"
 STEPS, NORM, ROW_NORM = "steps.h", "cpu/layer_norm.h", "cells/row_norm.h"
@@ -446,6 +447,27 @@ MUTANTS = [
         "out[j] = j < columns ? row[column + j] : T(0);",
         "out[j] = j >= columns ? T(0) : "
         "job.weight[(job.part.gate[s] * job.H + (column + j) % job.H) * job.K + u % job.K];",
+    ),
+    Mutant(
+        "one row: columns of the last square again",
+        ONE_ROW,
+        "weight[(v * V::lanes + i) * K + k]",
+        "weight[(v * V::lanes + i) * K + k - side]",
+    ),
+    Mutant(
+        "one row: h without its dropout", FORWARD, "regularized ? rows.operand[0] : rows.h[0]", "rows.h[0]"
+    ),
+    Mutant(
+        "one row: gates in the wrong order",
+        FORWARD,
+        "weight + (part.gate[s] * H + block * kBlock) * k",
+        "weight + (s * H + block * kBlock) * k",
+    ),
+    Mutant(
+        "transpose: squares of halves exchanged",
+        TRANSPOSE,
+        "zipped[2 * i + 1] = zip<n, lanes, true>(rows[i], rows[i + n / 2], All());",
+        "zipped[2 * i + 1] = zip<n, lanes, true>(rows[i + n / 2], rows[i], All());",
     ),
     Mutant(
         "transpose: one round too few",

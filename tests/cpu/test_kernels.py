@@ -22,6 +22,7 @@ from accuracy import (
     truth,
 )
 from array_calls import Arrays
+from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import gru, lstm, rnn
 from problems import (
     CELLS,
@@ -347,17 +348,19 @@ def test_calls_into_arrays_give_the_same_bits(cell, dtype, options, recompute):
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
 def test_one_step_of_weights_as_they_lie_gives_the_same_bits(cell, dtype, batch, units):
     """As of packed ones: (B, I) is one step, whose y is the final h."""
-    p = problem(cell, 1, batch, 23, units, dtype=dtype)
-    want = run(CPU, p)
-    step = Arrays(replace(p, x=p.x[0], dy=None, dstates=None), False)
-    for weights in (None, CPU.pack(cell, p.weights).core):
-        out = step.forward(weights)
-        assert out["y"] is None
-        assert np.array_equal(out["hT"], want["hT"])
-    first = CPU.forward(cell, p.x, p.weights, p.state0)
-    expected = named(cell, first, CPU.backward(first.tape, None, p.dstateT))
-    for key, value in step.backward(out["hT"], out["tape"]).items():
-        assert np.array_equal(value, expected[key].reshape(value.shape)), key
+    dropped = Regularization(0.5, 0.3, 0.3 * ("c" in cell.states), seed=7)
+    for regularization in (None, dropped):
+        p = problem(cell, 1, batch, 23, units, dtype=dtype, regularization=regularization)
+        want = run(CPU, p)
+        step = Arrays(replace(p, x=p.x[0], dy=None, dstates=None), False)
+        for weights in (None, CPU.pack(cell, p.weights).core):
+            out = step.forward(weights)
+            assert out["y"] is None
+            assert np.array_equal(out["hT"], want["hT"])
+        first = CPU.forward(cell, p.x, p.weights, p.state0, regularization=regularization)
+        expected = named(cell, first, CPU.backward(first.tape, None, p.dstateT))
+        for key, value in step.backward(out["hT"], out["tape"]).items():
+            assert np.array_equal(value, expected[key].reshape(value.shape)), key
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
