@@ -113,7 +113,7 @@ inline bool view_of(const py::object& o, View& view) {
   }
   if (!array_types.tensor(type)) return false;
   dlpack::Tensor t;
-  if (array_types.api->tensor_from_object(o.ptr(), &t)) throw py::error_already_set();
+  if (array_types.api->tensor_from_object(o.ptr(), &t)) throw RefusedType(py::error_already_set().what());
   if (t.device_type != 1) throw RefusedType("expected a tensor on the CPU");
   view.data = static_cast<const char*>(t.data) + t.byte_offset;
   view.ndim = t.ndim, view.shape = t.shape, view.tensor_type = t.dtype;

@@ -55,6 +55,12 @@ def inputs(layer: Any, dtype: torch.dtype = torch.float32, shape: tuple[int, ...
     return grads(x), grads(state_of(layer, batch, x))
 
 
+def misaligned(t: torch.Tensor) -> torch.Tensor:
+    """The numbers at an odd address, as in a file or a message that was mapped into memory."""
+    memory = bytearray(t.numel() * t.element_size() + 1)
+    return torch.frombuffer(memory, dtype=t.dtype, offset=1).view(t.shape).copy_(t)
+
+
 def flat(result: Any) -> list[torch.Tensor]:
     """The tensors of any nest of tuples; of a PackedSequence its data."""
     if isinstance(result, torch.Tensor):

@@ -18,7 +18,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusedrnn import problems
 from fusedrnn.bench.peer_torch import FusedLayer, Torch
 from fusedrnn.cells import CELLS
-from torch_pairs import LAYERS, assert_close, every_kind, every_layer, flat, ft, module_pair, state_of
+from torch_pairs import (
+    LAYERS,
+    assert_close,
+    every_kind,
+    every_layer,
+    flat,
+    ft,
+    misaligned,
+    module_pair,
+    state_of,
+)
 
 pytestmark = [
     pytest.mark.kernel,
@@ -322,12 +332,6 @@ def test_upstream_gradients_that_are_not_what_their_memory_says(kind, form, hidd
         found.append(torch.autograd.grad(results, [x, *module.parameters()], upstream))
     for want, got in zip(*found, strict=True):
         assert_close(got, want)
-
-
-def misaligned(t):
-    """The numbers at an odd address, as in a file or a message that was mapped into memory."""
-    memory = bytearray(t.numel() * t.element_size() + 1)
-    return torch.frombuffer(memory, dtype=t.dtype, offset=1).view(t.shape).copy_(t)
 
 
 @every_kind

@@ -45,7 +45,7 @@ try:
     from fusedrnn.backends import machine as machine
 
     _missing = None
-    _REFUSED: tuple[type[Exception], ...] = (_core.RefusedType, _core.RefusedValue)
+    REFUSED: tuple[type[Exception], ...] = (_core.RefusedType, _core.RefusedValue)
 except ImportError as error:  # a source tree that was never built
     _missing = (
         f"the compiled module fusedrnn._core is missing ({error}): install fusedrnn with a C++ compiler"
@@ -224,7 +224,7 @@ class CpuBackend:
                     detach_every or 0,
                     regularization,
                 )
-            except _REFUSED:
+            except REFUSED:
                 results = None
         if results is None:
             a = check_forward(
@@ -330,7 +330,7 @@ class CpuBackend:
             try:
                 given = dy, *final, *every
                 results = _core.backward(tape.core, *(given if low is None else _as_bits(low, given)), flags)
-            except _REFUSED:
+            except REFUSED:
                 results = None
         if results is None:
             b = check_backward(

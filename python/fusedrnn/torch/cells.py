@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from fusedrnn import backends
+from fusedrnn.backends import cpu
 from fusedrnn.cells.definition import PLAIN
-from fusedrnn.torch import dynamo, paths
+from fusedrnn.torch import dynamo, memory, ops, paths
 from fusedrnn.torch.base import StepBase, weights_of
 from fusedrnn.torch.forget_bias import ForgetBias
-from fusedrnn.torch.frozen import frozen
+from fusedrnn.torch.frozen import Frozen, frozen
 from fusedrnn.torch.ops import Weights
 from fusedrnn.torch.scripted import Scriptable
 
@@ -29,6 +32,9 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         packed = frozen(self)
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         weights = self._weights() if packed is None else packed.weights
+        if not torch.is_grad_enabled() and (after := self._without_graph(input, state0, weights[0], packed)):
+            self.__dict__["last_path"] = paths.FUSED
+            return tuple(after) if len(after) > 1 else after[0]
         given, (input, state0, weights) = input, paths.lowered(input, state0, weights)
         reason = self._unsupported(input, state0, weights if packed is None else [])
         if reason is not None:
@@ -39,6 +45,48 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         if packed is not None:
             packed.check(input, state0)
         return self._run(input, state0, weights, packed)
+
+    def _without_graph(
+        self, x: Any, state0: tuple[Any, ...] | None, weights: Weights, packed: Frozen | None
+    ) -> list[Tensor] | None:
+        """The state after a step of a batch for which no graph is recorded, or None: ``forward`` decides.
+
+        The compiled module checks dtypes, shapes and memory, and refuses what it cannot read as it is. In
+        Python the same checks take as long as the kernel of a small cell.
+        """
+        for t in (x, *(state0 or ()), *[w for w in weights if w is not None]):
+            if (type(t) is not Tensor and type(t) is not Parameter) or t.is_neg():
+                return None
+        if (
+            not memory.DIRECT
+            or not x.is_cpu
+            or x.dim() != 2
+            or (state0 is not None and len(state0) != len(self.cell.states))
+            or ops.watched(x)
+            or paths.mode() is not None
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        if packed is not None:
+            packed.check(x, state0)
+        backend, own = (backends.usable(None), None) if packed is None else packed.packed[0]
+        if not isinstance(backend, cpu.CpuBackend):
+            return None
+        given = (*weights, *[None] * (len(cpu.WEIGHTS) - len(weights))) if own is None else own.core
+        size = x.size(0), self.hidden_size
+        after = [torch.empty_like(s) for s in state0 or ()] or [x.new_empty(size) for _ in self.cell.states]
+        begin, end = ops.two(state0 or ()), ops.two(after)
+        try:
+            backend.run_forward(
+                self.cell,
+                given,
+                *(x, *begin, None, None),  # no lengths, no resets
+                *(False, False, 0, None),  # not reversed, all steps saved, never detached, no regularization
+                *(None, *end, None, None, None, False),  # a state alone: no y, all states or tape
+            )
+        except cpu.REFUSED:
+            return None
+        return after
 
     def _weights(self) -> list[Weights]:
         return [weights_of(self, PLAIN, len(PLAIN))]

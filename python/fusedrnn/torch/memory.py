@@ -16,19 +16,19 @@ from torch import Tensor
 
 from fusedrnn.torch import gpu
 
-_direct = False  # whether the compiled module takes tensors themselves
+DIRECT = False  # whether the compiled module takes tensors themselves
 try:
     from fusedrnn import _core
 
     _core.take_tensors(Tensor, torch.nn.Parameter, Tensor.__dlpack_c_exchange_api__)  # type: ignore[attr-defined]
-    _direct = True
+    DIRECT = True
 except (ImportError, AttributeError, ValueError):  # not built; PyTorch before 2.10; another version of DLPack
     pass
 
 
 def given(tensors: Sequence[Tensor | None]) -> Sequence[Any]:
     """Tensors as the compiled module takes them."""
-    return tensors if _direct else [array(t) for t in tensors]
+    return tensors if DIRECT else [array(t) for t in tensors]
 
 
 def array(t: Tensor | None) -> Any:
@@ -71,7 +71,7 @@ def plain(t: Tensor | None) -> Tensor | None:
 
 
 def with_copies(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """A function of a call that runs again, with copies, if kernels refuse tensors that are not aligned."""
+    """A function of a call that runs again, with copies, if kernels refuse memory: not aligned, or none."""
 
     @functools.wraps(function)
     def run(call: Any, *rest: Any) -> list[Tensor]:
@@ -79,7 +79,9 @@ def with_copies(function: Callable[..., list[Tensor]]) -> Callable[..., list[Ten
             return function(call, *rest)
         except ValueError:
             given = call.learned()
-            copies = [t.clone() if t is not None and t.data_ptr() % t.element_size() else t for t in given]
+            copies = [
+                t.clone() if t is not None and t.data_ptr() % t.element_size() else plain(t) for t in given
+            ]
             if all(a is b for a, b in zip(copies, given, strict=True)):
                 raise
         return function(call.with_learned(copies), *rest)

@@ -277,7 +277,7 @@ def _places(key: str) -> tuple[int | None, ...]:
     return tuple([order.get(name) for name in (WEIGHTS if key in CELLS else cpu.machine.names(cell))])
 
 
-def _two(states: Sequence[Any]) -> tuple[Any, Any]:
+def two(states: Sequence[Any]) -> tuple[Any, Any]:
     """h and c, None where there is none."""
     return (*states, None, None)[:2]
 
@@ -293,7 +293,7 @@ def _cpu_weights(call: Call) -> tuple[Any, ...]:
 
 def _compiled_arguments(call: Call, weights: Any) -> tuple[Any, ...]:
     """As ``CpuBackend.run_forward`` and ``run_backward`` take it."""
-    h0, c0 = _two(call.state0) if call.state0 else (None, None)
+    h0, c0 = two(call.state0) if call.state0 else (None, None)
     return (
         CELLS[call.cell],
         weights,
@@ -363,7 +363,7 @@ def run(
         y, final, every = into[0] if at else None, into[at:end], into[end:]
         if compiled:
             first = _compiled_arguments(call, _cpu_weights(call) if weights is None else weights.core)
-            backend.run_forward(*first, *given([y, *_two(final), *_two(every), tape]), low)
+            backend.run_forward(*first, *given([y, *two(final), *two(every), tape]), low)
         else:
             machine = cpu.machine
             core = machine.pack_given(cell, _cpu_weights(call)) if weights is None else weights.core
@@ -421,8 +421,8 @@ def run_backward(
         dweights = given([None if k is None else into[1 + n0 + k] for k in _places(call.cell)])
         final, every = [contiguous(d) for d in states[:n]], [contiguous_features(d) for d in states[n:]]
         if call.cell in CELLS:
-            rest = [contiguous(y), contiguous(tape[0]), contiguous_features(dy), *_two(final), *_two(every)]
-            out = [given(into[:1])[0], *dweights, *given(_two(into[1 : 1 + n0]))]
+            rest = [contiguous(y), contiguous(tape[0]), contiguous_features(dy), *two(final), *two(every)]
+            out = [given(into[:1])[0], *dweights, *given(two(into[1 : 1 + n0]))]
             backend.run_backward(*_compiled_arguments(call, _cpu_weights(call)), *given(rest), out, low)
         else:
             if any(need[1 : 1 + n0]):  # all or none
