@@ -69,6 +69,12 @@ struct ForwardSteps : Share {
   Index packed_from = 0;
   T* operands = nullptr;  // where the next row of pairs goes
 
+  // Rows that are so few that each accumulator is summed up by itself where weights are as they lie: those of a tile of
+  // as many vectors as a block has of an accumulator.
+  static constexpr int kFewVectors = kBlock / V::lanes < 4 ? int(kBlock) / V::lanes : 4,
+                       kFewRows = kFewVectors == 1 ? 8 : max_rows<V>(kFewVectors);
+  alignas(64) T few[kFewRows * 4 * kBlock];
+
   // Of a regularized cell.
   Masks<T> masks() const {
     const Index B = job.steps.B, units = job.blocks * kBlock;
@@ -105,17 +111,32 @@ struct ForwardSteps : Share {
     take(job.weight_hh, job.H, job.P, shape.recurrent, recurrent);
   }
 
-  // Sums of a block, [accumulator][16], of one row and weights as they lie.
-  FUSEDRNN_NOINLINE void sum_one_row(Index block) {
-    const Index A = shape.accumulators, H = job.H;
-    T* const to = panel();
-    __builtin_memcpy(to, job.bias + block * A * kBlock, size_t(A * kBlock) * sizeof(T));
-    const auto add = [&](const T* weight, Index k, const Part& part, const T* row) {
-      for (int s = 0; s < part.count; ++s)
-        add_row<V>(weight + (part.gate[s] * H + block * kBlock) * k, k, row, to + (part.first + s) * kBlock);
+  // Sums of a block, [accumulator][vector][row], of few rows and weights as they lie. Those of one accumulator, packed,
+  // stay in L1 until they are multiplied.
+  FUSEDRNN_NOINLINE void sum_few_rows(Index block) {
+    const Index H = job.H;
+    const int A = shape.accumulators, m = int(rows.count);
+    for (int s = 0; s < A; ++s)
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        const V bias = V::load(job.bias + (block * A + s) * kBlock + lane);
+        for (int i = 0; i < m; ++i) bias.store(few + (s * kBlock + lane) * m + i * V::lanes);
+      }
+    const auto add = [&](const T* weight, Index k, const Part& part, const T* const* a) {
+      for (int s = 0; s < part.count; ++s) {
+        T* const to = few + (part.first + s) * kBlock * m;
+        if (V::fused && m == 1 && units_of(H, block) == kBlock) {
+          add_row<V>(weight + (part.gate[s] * H + block * kBlock) * k, k, a[0], to);
+          continue;
+        }
+        pack<V>(PackJob<T>{weight, H, k, {0, 1, {part.gate[s]}}, panel(), k * kBlock, block, block + 1});
+        for (Index lane = 0; lane < kBlock; lane += kFewVectors * V::lanes) {
+          const Product<T> p = {a, 0, 1, 0, panel() + lane, kBlock, V::lanes, 1, k};
+          tile_for<V>(m, kFewVectors)(&p, 1, to + lane * m);
+        }
+      }
     };
-    add(job.weight_ih, job.I, shape.input, rows.x[0]);
-    add(job.weight_hh, job.P, shape.recurrent, regularized ? rows.operand[0] : rows.h[0]);
+    add(job.weight_ih, job.I, shape.input, rows.x);
+    add(job.weight_hh, job.P, shape.recurrent, regularized ? rows.operand : rows.h);
   }
 
   // Of cells with c.
@@ -352,9 +373,11 @@ struct ForwardLoop : ForwardSteps<V, O> {
   // Tile of phase 1: accumulators of rows [first, first+m) and blocks [block, block+wide), then the cell on them.
   void phase1(Index first, int m, Index block, int wide, Index lane) {
     alignas(64) T acc[kMaxTile * V::lanes];
-    if (one_row(1, block)) {
-      const T* const sums = this->panel() + lane;
-      for (int s = 0; s < A; ++s) V::load(sums + s * kBlock).store(acc + s * V::lanes);
+    if (few_rows(1)) {
+      const T* const sums = this->few + lane * rows.count + first * V::lanes;
+      for (int s = 0; s < A; ++s)
+        for (int i = 0; i < m; ++i)
+          V::load(sums + s * kBlock * rows.count + i * V::lanes).store(acc + (s * m + i) * V::lanes);
     } else {
       multiply(first, m, block, wide, lane, acc);
     }
@@ -447,16 +470,16 @@ struct ForwardLoop : ForwardSteps<V, O> {
     }
   }
 
-  // Whether add_row sums up: a single row and weights as they lie, of a whole block.
-  bool one_row(int phase, Index block) const {
-    return V::fused && kNumbers<O> == 1 && phase == 1 && rows.count == 1 && job.weight_hh &&
-           units_of(job.H, block) == kBlock;
+  // Whether the sums are those of sum_few_rows.
+  bool few_rows(int phase) const {
+    return kNumbers<O> == 1 && phase == 1 && rows.count <= Base::kFewRows && job.weight_hh;
   }
 
   // Blocks per tile: in phase 2, with one accumulator, as many as a tile of phase 1 has vectors.
   Index width(int phase) const {
+    if (few_rows(phase)) return 1;
     if (rows.count > 1) return phase == 1 ? kWide : A * kWide;
-    return one_row(phase, 0) ? 1 : kWide == 1 && phase == 1 ? 2 : kOneRow;
+    return kWide == 1 && phase == 1 ? 2 : kOneRow;
   }
 
   bool step(int phase) {
@@ -472,7 +495,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
         const int m = int(tiles.begin(i + 1) - first), wide = int(begin + panels.begin(j + 1) - block);
         if constexpr (!Cell::layer_norm)
           if (job.weight_hh && n == 0)
-            one_row(phase, block) ? this->sum_one_row(block) : this->pack_panel(phase, block, wide);
+            few_rows(phase) ? this->sum_few_rows(block) : this->pack_panel(phase, block, wide);
         for (Index lane = 0; lane < kBlock; lane += V::lanes)
           if (phase == 1)
             phase1(first, m, block, wide, lane);

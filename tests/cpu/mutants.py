@@ -454,14 +454,18 @@ MUTANTS = [
         "weight[(v * V::lanes + i) * K + k]",
         "weight[(v * V::lanes + i) * K + k - side]",
     ),
-    Mutant(
-        "one row: h without its dropout", FORWARD, "regularized ? rows.operand[0] : rows.h[0]", "rows.h[0]"
-    ),
+    Mutant("few rows: h without its dropout", FORWARD, "regularized ? rows.operand : rows.h", "rows.h"),
     Mutant(
         "one row: gates in the wrong order",
         FORWARD,
         "weight + (part.gate[s] * H + block * kBlock) * k",
         "weight + (s * H + block * kBlock) * k",
+    ),
+    Mutant(
+        "few rows: packed gates in the wrong order",
+        FORWARD,
+        "{0, 1, {part.gate[s]}}",
+        "{0, 1, {s}}",
     ),
     Mutant(
         "transpose: squares of halves exchanged",
