@@ -83,20 +83,23 @@ class Optimizer:
         """
         if self.target is None:
             raise RuntimeError("update: expected a call of setup(model) before")
-        pairs = [
-            (p, cuda.as_array(p.grad._data, p.dtype)) for p in self.target.params() if p.grad is not None
+        found = [
+            (path, p, cuda.as_array(p.grad._data, p.dtype))
+            for path, p in self.target.named_params()
+            if p.grad is not None
         ]
         refused = bfloat16()
-        for p, _ in pairs:
+        for path, p, _ in found:
             if p.dtype in refused:
                 raise TypeError(
-                    f"{p.name}: expected float32 or float64, got bfloat16, which rounds small changes away; "
+                    f"{path}: expected float32 or float64, got bfloat16, which rounds small changes away; "
                     "keep the weights in float32, and pass a copy in bfloat16 to fusedrnn.kernels"
                 )
         with np.errstate(over="ignore", invalid="ignore"):
-            total = float(sum(g.sum() for _, g in pairs))  # one pass; and a GPU is asked once
+            total = float(sum(g.sum() for *_, g in found))  # one pass; and a GPU is asked once
         if not math.isfinite(total):
-            self._check_finite(pairs)
+            _check_finite(found)
+        pairs = [(p, g) for _, p, g in found]
         self.t += 1
         if self.max_norm is not None:
             squares = (cuda.get_array_module(g).square(g, dtype=np.float64).sum() for _, g in pairs)
@@ -108,18 +111,6 @@ class Optimizer:
                 g = g + self.weight_decay * p._data
             self.update_one(p, g)
             p.version += 1  # the change was in place
-
-    def _check_finite(self, pairs: list[tuple[Parameter, Array]]) -> None:
-        """Find the first gradient that is not finite. There may be none, where their sum alone overflows."""
-        assert self.target is not None
-        names = {id(p): name for name, p in self.target.named_params()}
-        for p, g in pairs:
-            count = g.size - int(cuda.get_array_module(g).isfinite(g).sum())
-            if count:
-                raise FloatingPointError(
-                    f"update: expected a finite gradient of {names[id(p)]}, got {count} of {g.size} values "
-                    "that are not; no parameter has changed. An input, a target or the loss may not be finite"
-                )
 
     def update_one(self, p: Parameter, g: Array) -> None:
         """Change ``p._data`` in place by the gradient g."""
@@ -158,6 +149,17 @@ class Optimizer:
                 )
             slots.setdefault(params[name], {})[slot] = array.copy()  # moved to the parameter's device later
         self.slots, self.t = slots, int(state["t"])
+
+
+def _check_finite(found: list[tuple[str, Parameter, Array]]) -> None:
+    """Name the first gradient that is not finite. There may be none, where their sum alone overflows."""
+    for path, _, g in found:
+        count = g.size - int(cuda.get_array_module(g).isfinite(g).sum())
+        if count:
+            raise FloatingPointError(
+                f"update: expected a finite gradient of {path}, got {count} of {g.size} values that are not; "
+                "no parameter has changed. An input, a target or the loss may not be finite"
+            )
 
 
 def _not_found(layer: Layer) -> str | None:

@@ -86,3 +86,29 @@ def test_sgd_clipping_and_weight_decay():
             O.SGD(**options)
     with pytest.raises(RuntimeError, match="setup"):
         O.SGD().update()
+
+
+def test_without_a_gradient_nothing_changes():
+    """And nothing is said, as in PyTorch."""
+    model = fusedrnn.layers.Linear(2, in_size=3)
+    before = {name: p.data.copy() for name, p in model.named_params()}
+    for optimizer in (O.SGD(0.1, weight_decay=0.1), O.Adam(max_norm=1.0)):
+        optimizer.setup(model).update()
+    for name, p in model.named_params():
+        np.testing.assert_array_equal(p.data, before[name])
+
+
+def test_what_is_refused_is_named_by_its_path():
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="the package of bfloat16")
+    model = fusedrnn.Model()
+    model.inner = fusedrnn.Model()
+    model.inner.w = Parameter(np.ones(2, ml_dtypes.bfloat16), name="w")
+    model.inner.w.grad = Variable(np.ones(2, ml_dtypes.bfloat16))
+    with pytest.raises(TypeError, match=r"^inner/w: expected float32 or float64, got bfloat16"):
+        O.SGD().setup(model).update()
+    model.inner.w = Parameter(np.ones(2), name="w")
+    model.inner.w.grad = Variable(np.array([1, np.nan]))
+    with pytest.raises(
+        FloatingPointError, match=r"^update: expected a finite gradient of inner/w, got 1 of 2"
+    ):
+        O.SGD().setup(model).update()
