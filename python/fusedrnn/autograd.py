@@ -3,28 +3,34 @@
 A ``Function`` turns arrays into arrays and remembers the variables it was given; a ``Variable`` remembers the
 function that made it. That chain is the whole graph: ``backward`` walks it from the newest function to the
 oldest, ``unchain_backward`` cuts it. Functions hold their outputs by weak references, so that a graph
-without other references is freed at once, without the garbage collector.
-
-First derivatives only: gradients are not themselves part of a graph.
+without other references is freed at once, without the garbage collector. First derivatives only: gradients
+are not themselves part of a graph.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import operator
+import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from opcode import opmap
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fusedrnn import cuda
-from fusedrnn.backends.arguments import bfloat16
-from fusedrnn.config import Config, config, test_mode, using_config  # noqa: F401
+from fusedrnn.backends.arguments import bfloat16, check_bool, check_shape
+from fusedrnn.config import config
 from fusedrnn.config import no_grad as no_grad
 
 Array = npt.NDArray[Any]
+
+
+def _comparison(compare: Callable[[Any, Any], Any]) -> Callable[[Variable, Any], Any]:
+    return lambda self, other: compare(self._data, as_variable(other)._data)
 
 
 class Variable:
@@ -79,6 +85,16 @@ class Variable:
     def __len__(self) -> int:
         return len(self._data)
 
+    def __iter__(self) -> Iterator[Variable]:
+        frame = sys._getframe(1)  # says whether this is `a, b = variable`, and for how many names
+        op, count = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
+        if op == opmap["UNPACK_SEQUENCE"] and count != len(self):
+            raise ValueError(
+                f"expected {count} values to unpack, got a variable of shape {self.shape}; a recurrent layer "
+                "returns y alone, and keeps its last state: write y = layer(x), then h = layer.h"
+            )
+        return (self[k] for k in range(len(self)))
+
     def item(self) -> Any:
         """The only element, as a plain number."""
         if self._data is None or self._data.size != 1:
@@ -92,18 +108,9 @@ class Variable:
     def __bool__(self) -> bool:
         return bool(self.item())
 
-    # Comparisons are by value, as of arrays; == compares identity, which the graph needs.
-    def __lt__(self, other: Any) -> Any:
-        return self._data < as_variable(other)._data
-
-    def __le__(self, other: Any) -> Any:
-        return self._data <= as_variable(other)._data
-
-    def __gt__(self, other: Any) -> Any:
-        return self._data > as_variable(other)._data
-
-    def __ge__(self, other: Any) -> Any:
-        return self._data >= as_variable(other)._data
+    # By value, as of arrays; == compares identity, which the graph needs.
+    __lt__, __le__ = _comparison(operator.lt), _comparison(operator.le)
+    __gt__, __ge__ = _comparison(operator.gt), _comparison(operator.ge)
 
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if spec else str(self)
@@ -147,17 +154,15 @@ class Variable:
             RuntimeError: No function made this variable, or it was not recorded.
             ValueError: There is no upstream gradient, or it has another shape.
         """
-        if not isinstance(retain_grad, bool):
-            raise TypeError(
-                f"retain_grad: expected True or False, got {type(retain_grad).__name__}; pass an "
-                "upstream gradient as backward(grad=...)"
-            )
+        check_bool("retain_grad", retain_grad, "; pass an upstream gradient as backward(grad=...)")
         if create_graph:
             raise NotImplementedError("create_graph=True: second derivatives are not supported")
         if self.creator is None:
             raise RuntimeError(f"backward: {self._unrecorded()}")
         if grad is not None:
-            self.grad = self._incoming(grad)
+            array = as_variable(grad)._data
+            check_shape("grad", array.shape, self.shape)
+            self.grad = Variable(cuda.as_array(cuda.like(array, self._data), self.dtype))
         elif self.grad is None:
             if self._data.size != 1:
                 raise ValueError(
@@ -191,13 +196,6 @@ class Variable:
             "the result"
         )
 
-    def _incoming(self, grad: Any) -> Variable:
-        """The upstream gradient, checked, on the device and of the dtype of this variable."""
-        array = as_variable(grad)._data
-        if array.shape != self.shape:
-            raise ValueError(f"grad: expected shape {self.shape}, that of the variable, got {array.shape}")
-        return Variable(cuda.as_array(cuda.like(array, self._data), self.dtype))
-
     def unchain(self) -> None:
         """Forget the function that made this variable."""
         self.creator = None
@@ -227,9 +225,8 @@ class Variable:
 
     def transpose(self, *axes: Any) -> Variable:
         """The axes in another order, as in ``numpy.transpose``; without an argument in reverse order."""
-        if len(axes) == 1 and not isinstance(axes[0], int):
-            return Transpose(axes[0])(self)
-        return Transpose(axes or None)(self)
+        one = len(axes) == 1 and not isinstance(axes[0], int)
+        return Transpose(axes[0] if one else axes or None)(self)
 
     @property
     def T(self) -> Variable:
@@ -339,9 +336,6 @@ def as_operand(x: Any, other: Variable) -> Variable:
     return as_variable(x)
 
 
-_order = itertools.count()
-
-
 class Function:
     """One node of the graph. A subclass gives ``forward`` and ``backward``.
 
@@ -355,6 +349,7 @@ class Function:
     outputs: tuple[weakref.ref[Variable], ...] = ()
     versions: tuple[int, ...] = ()
     order = 0
+    _orders = itertools.count()
     needs_backward = True  # else forward keeps nothing
 
     def __call__(self, *inputs: Any) -> Any:
@@ -373,7 +368,7 @@ class Function:
             # before forward, which may check which inputs need a gradient
             self.inputs = tuple(variables)
             self.versions = tuple(versions)
-            self.order = next(_order)
+            self.order = next(self._orders)
         ys = self.forward(*arrays)
         outputs, references = [], []
         for array in ys if isinstance(ys, tuple) else (ys,):
@@ -415,34 +410,28 @@ class Function:
         gradients = result if isinstance(result, tuple) else (result,)
         if len(gradients) != len(self.inputs):
             raise ValueError(f"{name}.backward: expected {len(self.inputs)} gradients, got {len(gradients)}")
-        if not retain_grad:
-            for y in outputs:
-                if y is not None:
-                    y.grad = None
-        found = [_gradient(g, x, name) for g, x in zip(gradients, self.inputs, strict=True)]
-        for k, x in enumerate(self.inputs):
-            if x.creator is None and x.grad is None and x.requires_grad:  # the program may write to it
-                found[k] = _alone(found[k], (*found, *upstream))
+        for y in outputs if not retain_grad else ():
+            if y is not None:
+                y.grad = None
+        given = zip(gradients, self.inputs, strict=True)
+        found = [None if g is None else _gradient(g, x, name) for g, x in given]
+        for k, (g, x) in enumerate(zip(found, self.inputs, strict=True)):
+            if g is not None and x.creator is None and x.grad is None and x.requires_grad:
+                found[k] = _alone(g, (*found, *upstream))  # the program may write to it
         return found
 
 
-def _gradient(gradient: Any, x: Variable, name: str) -> Variable | None:
-    if gradient is None:
-        return None
+def _gradient(gradient: Any, x: Variable, name: str) -> Variable:
     array = gradient._data if isinstance(gradient, Variable) else cuda.as_array(gradient)
     if array.shape != x.shape:
-        raise ValueError(
-            f"{name}.backward: expected a gradient of shape {x.shape}, that of its input, got {array.shape}"
-        )
+        check_shape(f"{name}.backward: gradient of an input", array.shape, x.shape)
     if array.dtype != x.dtype and (x.dtype.kind == "f" or x.dtype in bfloat16()):
         array = array.astype(x.dtype)
     return Variable(array)
 
 
-def _alone(gradient: Variable | None, others: Iterable[Variable | None]) -> Variable | None:
+def _alone(gradient: Variable, others: Iterable[Variable | None]) -> Variable:
     """The gradient in memory that none of the others has."""
-    if gradient is None:
-        return None
     shares = cuda.get_array_module(gradient).may_share_memory
     there = (g._data for g in others if g is not None and g is not gradient)
     return Variable(gradient._data.copy()) if any(shares(gradient._data, g) for g in there) else gradient
@@ -456,9 +445,6 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     ones = tuple(k + lead for k, n in enumerate(shape) if n == 1 and x.shape[k + lead] != 1)
     total: Array = x.sum(axis=tuple(range(lead)) + ones, keepdims=True)
     return total.reshape(shape)
-
-
-# The functions behind Variable's operators; further functions are in functions.py.
 
 
 class Add(Function):

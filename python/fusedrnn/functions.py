@@ -352,11 +352,6 @@ def _contiguous(array: Any, dtype: Any) -> Array:
     return cuda.get_array_module(array).asarray(array, dtype, order="C")
 
 
-def pack(cell: Cell, names: Sequence[str], arrays: Sequence[Array], backend: str | None) -> kernels.Packed:
-    """Weights prepared for repeated steps of a ``Fused`` node."""
-    return kernels.pack(cell, dict(zip(names, arrays, strict=True)), backend=backend)
-
-
 def exp(x: Any) -> Variable:
     """The exponential of each element."""
     return Exp()(x)

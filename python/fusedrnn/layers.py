@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable
-from fusedrnn.backends.arguments import check_whole
+from fusedrnn.backends.arguments import check_bool, check_whole
 from fusedrnn.layer import Layer, checked_dtype, drawn
 from fusedrnn.recurrent import GRU, LSTM, RNN, Recurrent
 
@@ -33,11 +33,8 @@ class Linear(Layer):
         **unknown: Never,
     ) -> None:
         super().__init__(**unknown)
-        if not isinstance(nobias, bool):
-            raise TypeError(
-                f"nobias: expected True or False, got {nobias!r}; pass the number of inputs as in_size=, or "
-                "leave it to the first call"
-            )
+        hint = "; pass the number of inputs as in_size=, or leave it to the first call"
+        nobias = check_bool("nobias", nobias, hint)
         self.out_size = check_whole("out_size", out_size)
         self.in_size = None if in_size is None else check_whole("in_size", in_size)
         self.dtype = checked_dtype(dtype)

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedrnn import cuda, kernels
-from fusedrnn.backends.arguments import check_cell, check_need, check_regularization, check_shape, entries
+from fusedrnn.backends.arguments import (
+    check_bool,
+    check_cell,
+    check_need,
+    check_rate,
+    check_regularization,
+    check_shape,
+    entries,
+)
 from fusedrnn.backends.protocol import Array, Forward, Regularization, Rows, Scalars, State, Weights
 from fusedrnn.cells import Cell
 
@@ -91,9 +99,7 @@ def forward_multilayer(
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.
         RuntimeError: The backend cannot run here.
     """
-    if not isinstance(bidirectional, bool | np.bool_):
-        raise TypeError(f"bidirectional: expected True or False, got {type(bidirectional).__name__}")
-    D = 2 if bidirectional else 1
+    D = 2 if check_bool("bidirectional", bidirectional) else 1
     if isinstance(weights, kernels.Packed) or not isinstance(weights, Sequence):
         raise TypeError(
             f"weights: expected a list, one entry per layer and direction, got {type(weights).__name__}"
@@ -104,8 +110,7 @@ def forward_multilayer(
     L = len(weights) // D
     _check_states("state0", cell, state0, L * D)
     regularization = check_regularization(check_cell(cell), regularization)
-    if not isinstance(dropout, int | float | np.floating) or not 0 <= dropout <= 1:
-        raise ValueError(f"dropout: expected a number from 0 to 1, got {dropout!r}")
+    check_rate("dropout", dropout)
     if masks is not None and len(masks) != L - 1:
         raise ValueError(f"masks: expected {L - 1}, one for each layer but the last, got {len(masks)}")
     if masks is None and dropout > 0 and L > 1 and not isinstance(rng, np.random.Generator):

@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Never
 import numpy as np
 import numpy.typing as npt
 
-from fusedrnn import cells, cuda, npz, unfused
+from fusedrnn import cells, cuda, kernels, npz, unfused
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable
 from fusedrnn.backends.arguments import (
     bfloat16,
+    check_bool,
+    check_bools,
     check_cell,
     check_proj_size,
     check_regularization,
@@ -101,11 +103,11 @@ class Recurrent(Layer):
         self.proj_size = check_proj_size(cell, proj_size, self.hidden_size)
         self.in_size = None if in_size is None else check_whole("in_size", in_size)
         self.num_layers = check_whole("num_layers", num_layers)
-        self.bidirectional = bool(bidirectional)
+        self.bidirectional = check_bool("bidirectional", bidirectional)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected at least 0 and below 1, got {dropout}")
         self.dropout = float(dropout)
-        self.fused = bool(fused)
+        self.fused = check_bool("fused", fused)
         self.dtype = checked_dtype(dtype, bfloat16() if self.fused else ())
         rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)
         if check_regularization(cell, rates) is not None and not self.fused:
@@ -115,13 +117,13 @@ class Recurrent(Layer):
             )
         self.recurrent_dropout, self.zoneout_h, self.zoneout_c = map(float, rates[:3])
         self.backend = backend
-        self.recompute = bool(recompute)
+        self.recompute = check_bool("recompute", recompute)
         self.suffixes = [""]  # of the parameters' names, one per layer and direction
         if num_layers > 1 or bidirectional:
             ends = ("", "_reverse") if bidirectional else ("",)
             self.suffixes = [f"_l{k}{end}" for k in range(num_layers) for end in ends]
-        biases = ("bias_ih", "bias_hh") if self.two_biases else ("bias_ih",)
-        vectors = (*(biases if bias else ()), *cell.vectors)
+        biases = ("bias_ih", "bias_hh") if cell.two_biases else ("bias_ih",)
+        vectors = (*(biases if check_bool("bias", bias) else ()), *cell.vectors)
         for name in (*cell.states, *(name + suffix for name in cell.blocks for suffix in self.suffixes)):
             if name not in ("h", "c") and (hasattr(type(self), name) or name in vars(self)):
                 raise ValueError(
@@ -141,11 +143,6 @@ class Recurrent(Layer):
         self._packed: tuple[Any, Any] | None = None
         self._draw(hidden=self.in_size is not None or not self.draws_hidden_late)
         self.reset_state()
-
-    @property
-    def two_biases(self) -> bool:
-        """Whether the cell has ``bias_hh`` in addition to ``bias_ih``."""
-        return self.cell.two_biases
 
     @property
     def out_size(self) -> int:
@@ -391,7 +388,8 @@ class Recurrent(Layer):
             versions.append(p.version)
         key = (versions, weights, self.backend)  # another parameter may have the same version
         if self._packed is None or self._packed[0] != key:
-            self._packed = (key, F.pack(self.cell, names, [p._data for p in weights], self.backend))
+            by_name = {name: p._data for name, p in zip(names, weights, strict=True)}
+            self._packed = (key, kernels.pack(self.cell, by_name, self.backend))
         return self._packed[1]
 
     def _fused(
@@ -525,7 +523,7 @@ class RNN(Recurrent):
         layer_norm: bool = False,
         **options: Any,
     ) -> None:
-        cell = cells.rnn.with_options(relu=bool(relu), layer_norm=bool(layer_norm))
+        cell = cells.rnn.with_options(**check_bools(relu=relu, layer_norm=layer_norm))
         super().__init__(cell, hidden_size, in_size, **options)
 
 
@@ -554,7 +552,9 @@ class LSTM(Recurrent):
         proj_size: int = 0,
         **options: Any,
     ) -> None:
-        cell = cells.lstm.with_options(layer_norm=bool(layer_norm), project=proj_size != 0)
+        cell = cells.lstm.with_options(
+            layer_norm=check_bool("layer_norm", layer_norm), project=proj_size != 0
+        )
         super().__init__(cell, hidden_size, in_size, proj_size=proj_size, **options)
         for suffix in self.suffixes:
             bias = vars(self)["bias_ih" + suffix]
@@ -583,7 +583,7 @@ class GRU(Recurrent):
         layer_norm: bool = False,
         **options: Any,
     ) -> None:
-        cell = cells.gru.with_options(reset_after=bool(reset_after), layer_norm=bool(layer_norm))
+        cell = cells.gru.with_options(**check_bools(reset_after=reset_after, layer_norm=layer_norm))
         super().__init__(cell, hidden_size, in_size, **options)
 
 

@@ -479,9 +479,9 @@ def test_backward_of_more_than_one_element_asks_for_a_gradient():
         y.backward(grad=given)
         np.testing.assert_array_equal(x.grad.data, np.float32([1, -8, -6]))
         assert x.grad.dtype == np.float32
-    with pytest.raises(ValueError, match=r"grad: expected shape \(3,\), that of the variable, got \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"grad: expected shape \(3,\), got \(1, 3\)"):
         (x * x).backward(grad=g[None])
-    with pytest.raises(TypeError, match="retain_grad: expected True or False, got ndarray"):
+    with pytest.raises(TypeError, match=r"^retain_grad: expected True or False, got numpy\.ndarray; pass"):
         (x * x).backward(g)
     x.cleargrad()
     (x * x).sum().reshape(1, 1).backward()  # one element in any shape

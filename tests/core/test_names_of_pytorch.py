@@ -102,3 +102,39 @@ def test_sizes_in_the_order_of_torch():
         L.LSTM(3, 6)(np.ones((5, 2, 3)))
     with pytest.raises(ValueError, match=r"got \(5, 2, 4\)$"):
         L.LSTM(3, 6)(np.ones((5, 2, 4)))
+
+
+def test_what_torch_returns_as_a_pair():
+    x = np.ones((5, 2, 3))
+    layer = L.LSTM(4, 3)
+    words = r"^expected 2 values to unpack, got a variable of shape \(5, 2, 4\); .* then h = layer\.h"
+    with pytest.raises(ValueError, match=words):
+        y, (h, c) = layer(x)
+    y, (h, c) = layer.sequence(x, return_states=True)
+    assert y.shape == h.shape == c.shape == (5, 2, 4)
+    first, _, _, _, last = y
+    assert first.shape == last.shape == (2, 4)
+    *_, again = y
+    np.testing.assert_array_equal(last.data, again.data)
+    assert [len(list(rows)) for rows in y] == [2] * 5
+
+
+@pytest.mark.parametrize(
+    ("layer", "names"),
+    [
+        (L.LSTM, ("bidirectional", "bias", "fused", "recompute", "layer_norm")),
+        (L.GRU, ("reset_after", "layer_norm")),
+        (L.RNN, ("relu", "layer_norm")),
+        (L.Linear, ("nobias",)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_switch_is_true_or_false(layer, names):
+    for name in names:
+        for wrong in ("no", 1, None):
+            with pytest.raises(
+                TypeError, match=rf"^{name}: expected True or False, got {type(wrong).__name__}"
+            ):
+                layer(3, **{name: wrong})
+        for right in (np.True_, np.False_):
+            layer(3, **{name: right})

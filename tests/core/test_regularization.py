@@ -18,7 +18,7 @@ import pytest
 import oracle
 from array_calls import Arrays
 from fusedrnn import gradcheck, kernels, layers, masks, multilayer
-from fusedrnn.autograd import test_mode as evaluation
+from fusedrnn import test_mode as evaluation
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.backends.reference import ReferenceBackend

@@ -402,6 +402,8 @@ BAD = [
     ("Recurrent(mgu, 0, H)", ValueError, "input_size: expected at least 1, got 0"),
     ("Recurrent(mgu, I, H, proj_size=3)", ValueError, "proj_size: expected 0, as mgu() does not project"),
     ("Recurrent(mgu, I, H, zoneout_c=0.1)", ValueError, "zoneout_c: expected 0 for the cell mgu"),
+    ('Recurrent(mgu, I, H, bidirectional="no")', TypeError, "bidirectional: expected True or False, got str"),
+    ("RecurrentCell(mgu, I, H, bias=1)", TypeError, "bias: expected True or False, got int"),
     ("Recurrent(named_badly, I, H)", ValueError, "than those of forward's arguments, got reset"),
     ("RecurrentCell(collides, I, H)", ValueError, "than those of a layer's attributes, got training"),
     ("RecurrentCell(lstmp, I, H)", ValueError, "cell: expected one without a projection"),

@@ -344,10 +344,15 @@ def test_wrong_rates():
         (ValueError, "recurrent_dropout: expected a number from 0 to 1, got 1.5", {"recurrent_dropout": 1.5}),
         (ValueError, "zoneout_h: expected a number from 0 to 1, got -0.1", {"zoneout_h": -0.1}),
         (TypeError, "zoneout_h: expected a number, got str", {"zoneout_h": "0.1"}),
+        (TypeError, "layer_norm: expected True or False, got str", {"layer_norm": "no"}),
+        (TypeError, "recompute: expected True or False, got int", {"recompute": 1}),
         (ValueError, "layer_norm: expected False with proj_size", {"layer_norm": True, "proj_size": 2}),
     ):
         with pytest.raises(error, match=words):
             ft.LSTM(I, H, **options)
+    with pytest.raises(TypeError, match="return_states: expected True or False, got str"):
+        ft.LSTM(I, H)(torch.ones(T, B, I), return_states="no")
+    assert ft.LSTM(I, H, layer_norm=np.True_).layer_norm is True
     for kind in LAYERS:
         if kind != "LSTM":
             with pytest.raises(ValueError, match="zoneout_c: expected 0 for the cell"):

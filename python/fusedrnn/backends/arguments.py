@@ -17,10 +17,8 @@ import numpy as np
 from fusedrnn.backends.protocol import Array, Regularization, State
 from fusedrnn.cells import Cell
 
-FLOATS: tuple[np.dtype[Any], ...] = (
-    np.dtype(np.float32),
-    np.dtype(np.float64),
-)  # what compiled backends take
+# What compiled backends take.
+FLOATS: tuple[np.dtype[Any], ...] = np.dtype(np.float32), np.dtype(np.float64)
 NEEDS_BFLOAT16 = (
     "; bfloat16 needs the cpu backend, a processor with AVX512-BF16, and lstm, rnn or gru with reset_after, "
     "without layer norm and projection"
@@ -186,7 +184,7 @@ def check_regularization(cell: Cell, value: Any) -> Regularization | None:
     if not isinstance(value, Regularization):
         raise TypeError(f"regularization: expected a Regularization or None, got {_kind(value)}")
     dropout, zoneout_h, zoneout_c = (
-        _rate(name, getattr(value, name)) for name in ("recurrent_dropout", "zoneout_h", "zoneout_c")
+        check_rate(name, getattr(value, name)) for name in ("recurrent_dropout", "zoneout_h", "zoneout_c")
     )
     for state, rate in (("h", zoneout_h), ("c", zoneout_c)):
         if rate and state not in cell.states:
@@ -205,7 +203,8 @@ def check_regularization(cell: Cell, value: Any) -> Regularization | None:
     return Regularization(dropout, zoneout_h, zoneout_c, seed, stream)
 
 
-def _rate(name: str, value: Any) -> float:
+def check_rate(name: str, value: Any) -> float:
+    """A number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name}: expected a number, got {_kind(value)}")
     if not 0 <= value <= 1:
@@ -221,6 +220,18 @@ def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) 
         limits = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}: expected {limits}, got {value}")
     return int(value)
+
+
+def check_bool(name: str, value: Any, hint: str = "") -> bool:
+    """True or False, of Python or NumPy."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected True or False, got {_kind(value)}{hint}")
+    return bool(value)
+
+
+def check_bools(**values: Any) -> dict[str, bool]:
+    """The same of several, by name."""
+    return {name: check_bool(name, value) for name, value in values.items()}
 
 
 def check_proj_size(cell: Cell, value: Any, H: int) -> int:
@@ -337,10 +348,8 @@ def check_forward(
         )
     lengths = None if lengths is None else check_lengths(lengths, T, B, kind)
     reset = None if reset is None else check_reset(reset, T, B, kind)
-    for name, flag in (("reverse", reverse), ("return_states", return_states)):
-        if not isinstance(flag, bool | np.bool_):
-            raise TypeError(f"{name}: expected True or False, got {_kind(flag)}")
-    detach_every = check_detach_every(detach_every)
+    reverse, return_states = check_bool("reverse", reverse), check_bool("return_states", return_states)
+    detach_every = None if detach_every is None else check_whole("detach_every", detach_every)
     if save is not None and not isinstance(save, str):
         raise TypeError(f'save: expected "all", "boundary_states" or None, got {_kind(save)}')
     if save not in ("all", "boundary_states", None):
@@ -352,19 +361,14 @@ def check_forward(
         state0,
         lengths,
         reset,
-        bool(reverse),
-        bool(return_states),
+        reverse,
+        return_states,
         detach_every,
         check_regularization(cell, regularization),
         save,
         Sizes(T, B, I, H, P),
         check_scalars(cell, scalars, dtype, T, B, kind),
     )
-
-
-def check_detach_every(value: Any) -> int | None:
-    """None, or the number of steps."""
-    return None if value is None else check_whole("detach_every", value)
 
 
 def check_backward(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn.backends.arguments import check_detach_every, check_regularization, check_shape, listed
+from fusedrnn.backends.arguments import check_bool, check_regularization, check_shape, check_whole, listed
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.torch import paths
 from fusedrnn.torch.frozen import Freezable, Frozen
@@ -81,7 +81,7 @@ class RecurrentBase(Freezable):
 
     def _set_options(self, recompute: bool, *rates: float) -> None:
         """Set the options of a layer whose cell is set."""
-        self.recompute = bool(recompute)
+        self.recompute = check_bool("recompute", recompute)
         check_regularization(self.cell, Regularization._make((*rates, 0, 0)))
         self.recurrent_dropout, self.zoneout_h, self.zoneout_c = (float(r) if r else 0 for r in rates)
 
@@ -216,7 +216,7 @@ class RecurrentBase(Freezable):
                 reset = reset.transpose(0, 1)
             options = {**options, "reset": reset}
         if options["detach_every"] is not None:
-            options = {**options, "detach_every": check_detach_every(options["detach_every"])}
+            options = {**options, "detach_every": check_whole("detach_every", options["detach_every"])}
         return x, state0, options
 
     def _from_kernels(self, input: Tensor, results: Results) -> Any:

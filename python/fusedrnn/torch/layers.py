@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn.backends.arguments import check_batch_sizes
+from fusedrnn.backends.arguments import check_batch_sizes, check_bool
 from fusedrnn.cells.definition import PLAIN
 from fusedrnn.torch import dynamo, paths
 from fusedrnn.torch.base import RecurrentBase, weights_of
@@ -58,7 +58,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self.layer_norm = bool(layer_norm)
+        self.layer_norm = check_bool("layer_norm", layer_norm)
         self._set_options(recompute, recurrent_dropout, zoneout_h, zoneout_c)
         if self.layer_norm:
             if self.proj_size:
@@ -140,7 +140,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         options = {
             "lengths": lengths,
             "reset": reset,
-            "return_states": bool(return_states),
+            "return_states": check_bool("return_states", return_states),
             "detach_every": detach_every,
         }
         if torch.compiler.is_compiling():

@@ -14,8 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn.backends.arguments import (
     check_batch_sizes,
+    check_bool,
     check_cell,
     check_proj_size,
+    check_rate,
     check_shape,
     check_whole,
 )
@@ -56,7 +58,7 @@ class CellModule(Freezable):
 
     def _add_parameters(self, sizes: Mapping[str, int], bias: bool, device: Any, dtype: Any) -> None:
         """For each suffix of names those of a layer with so many inputs."""
-        self.bias = bool(bias)
+        self.bias = check_bool("bias", bias)
         P = self.proj_size or self.hidden_size
         shapes = [self.cell.shapes(I, self.hidden_size, P) for I in sizes.values()]
         self._all_weights = [[name + suffix for name in self.cell.blocks] for suffix in sizes]
@@ -278,10 +280,9 @@ class Recurrent(CellModule, RecurrentBase):
         super().__init__()
         self._set_cell(cell, input_size, hidden_size, proj_size)
         self.num_layers = check_whole("num_layers", num_layers)
-        self.batch_first, self.bidirectional = bool(batch_first), bool(bidirectional)
-        if isinstance(dropout, bool) or not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: expected a number from 0 to 1, got {dropout}")
-        self.dropout = float(dropout)
+        self.batch_first = check_bool("batch_first", batch_first)
+        self.bidirectional = check_bool("bidirectional", bidirectional)
+        self.dropout = check_rate("dropout", dropout)
         self._set_options(recompute, recurrent_dropout, zoneout_h, zoneout_c)
         ends = ("", "_reverse") if self.bidirectional else ("",)
         above = (self.proj_size or self.hidden_size) * len(ends)
@@ -342,7 +343,7 @@ class Recurrent(CellModule, RecurrentBase):
         options: dict[str, Any] = {
             "lengths": lengths,
             "reset": reset,
-            "return_states": bool(return_states),
+            "return_states": check_bool("return_states", return_states),
             "detach_every": detach_every,
         }
         if paths.is_proxy(input):
