@@ -68,7 +68,7 @@ ROWS = (
 
 def native(arguments: list[str], seed: int) -> dict[str, Any]:
     from fusedrnn import programs
-    from fusedrnn.programs.common import PlainReport
+    from fusedrnn.terminal import Report
 
     parser = argparse.ArgumentParser()
     module = programs.PROGRAMS[arguments[0]]
@@ -76,7 +76,7 @@ def native(arguments: list[str], seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         given = parser.parse_args([*arguments[1:], "--no-plot", "--out", out, "--seed", str(seed)])
         start = time.perf_counter()
-        found = module.run(given, PlainReport())
+        found = module.run(given, Report())
     if arguments[0] == "sine":
         return {"seconds": time.perf_counter() - start, "scores": {"LSTM": found.scores}}
     return {"seconds": found.seconds, "scores": found.scores}

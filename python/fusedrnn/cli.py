@@ -77,13 +77,18 @@ def add_cell(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def refuse(args: argparse.Namespace, options: Sequence[str], what: str) -> None:
+    """Raise if one of the options was given, which cannot be with something else that was."""
+    for option in options:
+        if getattr(args, option) not in (None, False):
+            raise ValueError(f"--{option}: not with {what}")
+
+
 def own_cell(args: argparse.Namespace, without: Sequence[str] = ()) -> Cell | None:
     """The user's own cell, if there is one, with which some options cannot be given."""
     if args.own is None:
         return None
-    for option in without:
-        if getattr(args, option) not in (None, False):
-            raise ValueError(f"--{option}: not with {args.own}")
+    refuse(args, without, args.own)
     return load(args.own)
 
 
@@ -222,9 +227,7 @@ def run_bench(args: argparse.Namespace) -> None:
     from fusedrnn import bench, problems
 
     for device, options in OF_A_DEVICE.items():
-        for option in options if device != args.device else ():
-            if getattr(args, option) not in (None, False):
-                raise ValueError(f"--{option}: not with --device {args.device}")
+        refuse(args, options if device != args.device else (), f"--device {args.device}")
     if args.plot:
         from fusedrnn.bench import plot  # says what to install where matplotlib is missing
 
@@ -315,12 +318,7 @@ def run_cuda(
 
     modes = args.precision or list(cuda.MODES)
     report = cuda.run(
-        cases,
-        suite=suite,
-        modes=modes,
-        forward=args.forward,
-        quick=args.quick,
-        progress=progress,
+        cases, suite=suite, modes=modes, forward=args.forward, quick=args.quick, progress=progress
     )
     return report | {"goals": cuda.judge(report["rows"], cuda.expected(cases, modes, args.forward))}
 
@@ -411,8 +409,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    rich = terminal.rich_report()
-    args.module.run(args, programs.common.PlainReport() if rich is None else rich)
+    args.module.run(args, terminal.rich_report() or terminal.Report())
 
 
 COMMANDS = {

@@ -41,19 +41,33 @@ def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     return "\n".join(lines)
 
 
-class RichProgress:
-    """A progress bar, with the remaining time and a note."""
+class Progress:
+    """A task under way, for the time of a ``with`` block: a line at every tenth part."""
 
     def __init__(self, total: int, description: str, done: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        self.total, self.description, self.done = total, description, done
 
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def advance(self, note: str = "") -> None:
+        """One more of the total is done; ``note`` says how it stands."""
+        before, self.done = self.done, self.done + 1
+        if self.done * 10 // self.total > before * 10 // self.total:
+            print(f"{self.description} {self.done}/{self.total}  {note}".rstrip(), flush=True)
+
+
+class RichProgress(Progress):
+    """A progress bar, with the remaining time and the note."""
+
+    def __init__(self, total: int, description: str, done: int) -> None:
+        from rich import progress as rich
+
+        middle = rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()
+        self.bar = rich.Progress("{task.description}", *middle, "{task.fields[note]}")
         self.task = self.bar.add_task(description, total=total, completed=done, note="")
 
     def __enter__(self) -> Self:
@@ -64,24 +78,33 @@ class RichProgress:
         self.bar.stop()
 
     def advance(self, note: str = "") -> None:
-        """Advance the bar by one; ``note`` describes the current state."""
         self.bar.update(self.task, advance=1, note=note)
 
 
-class RichReport:
-    """The output of a program on a terminal; ``programs.common.PlainReport`` is the same in plain text."""
+class Report:
+    """The output of a program, in plain text."""
+
+    def progress(self, total: int, description: str, done: int = 0) -> Progress:
+        """A task of ``total`` parts, of which ``done`` are done already."""
+        return Progress(total, description, done)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table. The first column is text, the others are numbers."""
+        print(plain_table(title, columns, rows))
+
+    def line(self, text: str) -> None:
+        """One line of text."""
+        print(text, flush=True)
+
+
+class RichReport(Report):
+    """The same on a terminal."""
 
     def progress(self, total: int, description: str, done: int = 0) -> RichProgress:
-        """A task of ``total`` parts, of which ``done`` are done already."""
         return RichProgress(total, description, done)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table. The first column is text, the others are numbers."""
         table(title, columns, rows)
-
-    def line(self, text: str) -> None:
-        """Print one line of text."""
-        print(text, flush=True)
 
 
 def rich_report() -> RichReport | None:

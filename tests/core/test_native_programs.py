@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusedrnn import Model, cli, no_grad, programs
+from fusedrnn import Model, cli, no_grad, programs, terminal
 from fusedrnn.layers import LSTM, Linear
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import (
@@ -36,7 +36,7 @@ def run(name, *given, plots=False):
     programs.PROGRAMS[name].add_arguments(parser)
     lines, tables = [], {}
 
-    class Report(common.PlainReport):
+    class Report(terminal.Report):
         def line(self, text):
             lines.append(text)
 

@@ -14,7 +14,7 @@ import pytest
 
 import fusedrnn.functions as F
 import fusedrnn.layers as L
-from fusedrnn import DataLoader, Layer, Model, cuda, datasets, no_grad, optimizers, programs
+from fusedrnn import DataLoader, Layer, Model, cuda, datasets, no_grad, optimizers, programs, terminal
 from fusedrnn.programs import airline, common, pollution, sine, uci_pollution
 
 # --- P1: a sine by truncated back-propagation -------------------------------------------------------------
@@ -169,7 +169,7 @@ def arguments(name, *given):
     return parser.parse_args(given)
 
 
-class Silent(common.PlainReport):
+class Silent(terminal.Report):
     """Keeps what was reported."""
 
     def __init__(self):
@@ -208,7 +208,7 @@ def test_without_matplotlib_a_program_runs_and_says_what_to_install(monkeypatch,
 
 def test_sine_program(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
-    result = sine.run(arguments("sine", "--epochs", "20", "--out", str(tmp_path)), common.PlainReport())
+    result = sine.run(arguments("sine", "--epochs", "20", "--out", str(tmp_path)), terminal.Report())
     assert is_picture(tmp_path / "sine.png")
     assert len(result.losses) == 20
     printed = capsys.readouterr().out
@@ -301,6 +301,8 @@ def test_pollution_program(small, tmp_path, task):
         arguments("pollution", *given, "--weights", str(tmp_path / "pollution.npz"), "--no-plot"), Silent()
     )
     np.testing.assert_array_equal(again.prediction, result.prediction)
+    with pytest.raises(ValueError, match="--resume: not with --weights"):
+        pollution.run(arguments("pollution", *given, "--weights", "w.npz", "--resume"), Silent())
 
 
 def plain_lstm(arrays, rows):
@@ -413,10 +415,11 @@ def test_persistence_one_hour_ahead():
 
 PROGRAM = """
 import argparse, sys
-from fusedrnn.programs import common, pollution
+from fusedrnn import terminal
+from fusedrnn.programs import pollution
 parser = argparse.ArgumentParser()
 pollution.add_arguments(parser)
-pollution.run(parser.parse_args(sys.argv[1:]), common.PlainReport())
+pollution.run(parser.parse_args(sys.argv[1:]), terminal.Report())
 """
 
 

@@ -7,7 +7,8 @@ import types
 import numpy as np
 import pytest
 
-from fusedrnn.programs import catchments, common, runoff, simple_runoff, speed
+from fusedrnn import terminal
+from fusedrnn.programs import catchments, runoff, simple_runoff, speed
 from fusedrnn.programs.catchments import YEAR
 
 
@@ -172,7 +173,7 @@ def run(*given):
     runoff.add_arguments(parser)
     lines, tables = [], []
 
-    class Report(common.PlainReport):
+    class Report(terminal.Report):
         def line(self, text):
             lines.append(text)
 

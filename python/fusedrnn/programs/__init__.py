@@ -1,6 +1,6 @@
 """The programs of ``fusedrnn train NAME``.
 
-Each module has ``add_arguments(parser)`` and ``run(args, report)``; what ``report`` is: ``programs.common``.
+Each module has ``add_arguments(parser)`` and ``run(args, report)``; ``report`` is a ``terminal.Report``.
 """
 
 from __future__ import annotations

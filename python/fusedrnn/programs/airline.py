@@ -25,7 +25,8 @@ from fusedrnn import layers, plot
 from fusedrnn.autograd import Array, no_grad
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common, speed
-from fusedrnn.programs.common import CELLS, Forecaster, Report
+from fusedrnn.programs.common import CELLS, Forecaster
+from fusedrnn.terminal import Report
 
 YEAR = 12
 HIDDEN, COPIES, NOISE, EPOCHS, HELD_OUT = 32, 32, 1.0, 150, 24
@@ -152,12 +153,7 @@ def best_epochs(w: Array, cell: str, seed: int, after_epoch: Callable[[float], N
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
-    parser.add_argument("--seed", type=common.seed, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--out", type=common.folder, default=".", metavar="DIR", help="where airline.png goes (default: here)"
-    )
-    parser.add_argument("--no-plot", action="store_true", help="no airline.png")
+    common.add_arguments(parser, cell=True)
 
 
 def run(args: argparse.Namespace, report: Report) -> Result:
@@ -192,7 +188,6 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     report.line(f"{name}: place {place} of {len(found)}, trained for {epochs} epochs on {n} months.")
 
     if plots:
-        path = args.out / "airline.png"
         best = next(k for k in found if k != name)
 
         def draw(axes: Any) -> None:
@@ -200,8 +195,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
             plot.forecast(y, {k: forecasts[k] for k in (name, best)}, test=n, x=years, ax=axes)
             axes.set(xlabel="year", ylabel="passengers a month, thousands")
 
-        common.plot(path, draw)
-        report.line(f"plot: {path}")
+        common.plot(args.out / "airline.png", draw, report)
 
     speed.compare(
         lambda backend: Training(w[:known], args.cell, 0, backend).epoch, "a training epoch", report

@@ -19,8 +19,9 @@ from fusedrnn.dataloaders import DataLoader
 from fusedrnn.datasets import Series
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common, training
-from fusedrnn.programs.common import LastState, Report
+from fusedrnn.programs.common import LastState
 from fusedrnn.programs.training import Result, Training
+from fusedrnn.terminal import Report
 
 COEFFICIENTS, SHORTEST, LONGEST, HIDDEN, BATCH = np.array([-0.4, 0.4]), 10, 50, 64, 64
 DEVIATION = 0.5
@@ -85,20 +86,8 @@ def scores(predicted: Array, process: Array) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--size",
-        type=common.at_least(4),
-        default=4000,
-        metavar="N",
-        help="training sequences; a quarter as many are for validation (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--patience",
-        type=common.at_least(1),
-        default=6,
-        metavar="N",
-        help="epochs without a better one before it stops (default: %(default)s)",
-    )
+    common.add_count(parser, "--size", 4, 4000, "training sequences; a quarter as many are for validation")
+    common.add_count(parser, "--patience", 1, 6, "epochs without a better one before it stops")
     training.add_arguments(parser, epochs=30)
 
 
@@ -136,6 +125,5 @@ def run(args: argparse.Namespace, report: Report) -> Result:
             plot.losses({"training": trained.losses, "validation": trained.validation}, ax=axes)
             axes.set_ylabel("cross entropy")
 
-        common.plot(out / "classify.png", curves)
-        report.line(f"plot: {out / 'classify.png'}")
+        common.plot(out / "classify.png", curves, report)
     return Result(trained.losses, trained.seconds, found, model)

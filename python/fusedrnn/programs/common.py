@@ -7,16 +7,17 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
 
-from fusedrnn import layers, terminal
+from fusedrnn import layers
 from fusedrnn.autograd import Array, Variable
 from fusedrnn.models import Model
 from fusedrnn.plot import style
+from fusedrnn.terminal import Report
 
 CELLS: dict[str, Callable[..., layers.Recurrent]] = {
     "rnn": layers.RNN,
@@ -43,59 +44,21 @@ def at_least(least: int, most: int = 2**31 - 1, kind: type[int] | type[float] = 
 seed = at_least(0, 2**32 - 1)  # for argparse: what NumPy's global generator takes
 
 
-class Progress(Protocol):
-    """A task under way, shown for the time of a ``with`` block."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def advance(self, note: str = "") -> None:
-        """One more of the total is done; ``note`` says how it stands."""
-
-
-class Report(Protocol):
-    """Where a program tells what it does."""
-
-    def progress(self, total: int, description: str, done: int = 0) -> Progress:
-        """A task of ``total`` parts, of which ``done`` were done before."""
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The first column is text, the others are numbers."""
-
-    def line(self, text: str) -> None:
-        """One line of text."""
+def add_arguments(parser: argparse.ArgumentParser, default_seed: int = 0, *, cell: bool = False) -> None:
+    """The options of every program, with ``cell`` also that one."""
+    if cell:
+        parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=default_seed, help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=folder, default=".", metavar="DIR", help="where the files go (default: here)"
+    )
+    parser.add_argument("--no-plot", action="store_true", help="no PNG files")
 
 
-class PlainProgress:
-    """A line at every tenth part."""
-
-    def __init__(self, total: int, description: str, done: int) -> None:
-        self.total, self.description, self.done = total, description, done
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def advance(self, note: str = "") -> None:
-        before, self.done = self.done, self.done + 1
-        if self.done * 10 // self.total > before * 10 // self.total:
-            print(f"{self.description} {self.done}/{self.total}  {note}".rstrip(), flush=True)
-
-
-class PlainReport:
-    """Plain text on standard output."""
-
-    def progress(self, total: int, description: str, done: int = 0) -> PlainProgress:
-        return PlainProgress(total, description, done)
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        print(terminal.plain_table(title, columns, rows))
-
-    def line(self, text: str) -> None:
-        print(text, flush=True)
+def add_count(parser: argparse.ArgumentParser, name: str, least: int, default: int, text: str) -> None:
+    """An option that is a whole number."""
+    text += " (default: %(default)s)"
+    parser.add_argument(name, type=at_least(least), default=default, metavar="N", help=text)
 
 
 class Forecaster(Model):
@@ -110,13 +73,8 @@ class Forecaster(Model):
         return self.fc.forward(self.rnn(x))
 
 
-class LastState(Model):
+class LastState(Forecaster):
     """A recurrent layer from a zero state, and a Linear on its last state: x ``(B, T, I)`` to ``(B, O)``."""
-
-    def __init__(self, rnn: layers.Recurrent, fc: layers.Linear) -> None:
-        super().__init__()
-        self.rnn = rnn
-        self.fc = fc
 
     def forward(self, x: Any, lengths: Any = None) -> Variable:
         self.reset_state()
@@ -187,13 +145,14 @@ def will_plot(no_plot: bool, report: Report) -> bool:
 
 
 @style()
-def plot(path: Path, draw: Callable[[Any], None]) -> None:
+def plot(path: Path, draw: Callable[[Any], None], report: Report) -> None:
     """A PNG of one pair of axes, on which ``draw`` draws."""
     from matplotlib.figure import Figure
 
     figure = Figure(dpi=150)
     draw(figure.add_subplot())
     figure.savefig(path)
+    report.line(f"plot: {path}")
 
 
 def folder(name: str) -> Path:

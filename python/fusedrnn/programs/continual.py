@@ -21,8 +21,9 @@ from fusedrnn.dataloaders import DataLoader
 from fusedrnn.datasets import Series
 from fusedrnn.optimizers import Adam, Optimizer
 from fusedrnn.programs import common, training
-from fusedrnn.programs.common import LastState, Report
+from fusedrnn.programs.common import LastState
 from fusedrnn.programs.training import Result, Training
+from fusedrnn.terminal import Report
 
 WINDOW, HIDDEN, BATCH = 30, 64, 64
 PERIODS = {"old data": 25, "new data": 17}
@@ -64,13 +65,7 @@ def prepare(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--size",
-        type=common.at_least(20),
-        default=1500,
-        metavar="N",
-        help="windows of each series (default: %(default)s)",
-    )
+    common.add_count(parser, "--size", 20, 1500, "windows of each series")
     training.add_arguments(parser, epochs=100)
 
 
@@ -120,6 +115,5 @@ def run(args: argparse.Namespace, report: Report) -> Result:
             plot.losses(errors, changes={"trained on the new data": len(first.losses)}, ax=axes)
             axes.set_ylabel("mean squared error, validation")
 
-        common.plot(out / "continual.png", draw_errors)
-        report.line(f"plot: {out / 'continual.png'}")
+        common.plot(out / "continual.png", draw_errors, report)
     return Result(losses, first.seconds + second.seconds, found, model)

@@ -21,8 +21,8 @@ from fusedrnn.datasets import read_csv
 from fusedrnn.models import Model
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common, training
-from fusedrnn.programs.common import Report
 from fusedrnn.programs.training import Result, Training
+from fusedrnn.terminal import Report
 
 FILE = "wordle_reported_2022.csv"
 WHERE = (
@@ -198,7 +198,6 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         f"{np.abs(fed - again).max():.1e}, {ratio:.1f} times as fast"
     )
     if plots:
-        path = args.out / "feeding-back.png"
 
         def draw(axes: Any) -> None:
             plot.forecast(z, {"fed back": fed}, test=N, ax=axes)
@@ -208,6 +207,5 @@ def run(args: argparse.Namespace, report: Report) -> Result:
             axes.text(N, 1.1, "weights of days, --forgetting  ", ha="right")
             axes.set(xlabel="day", ylabel="reported results, standardised")
 
-        common.plot(path, draw)
-        report.line(f"plot: {path}")
+        common.plot(args.out / "feeding-back.png", draw, report)
     return Result(trained.losses, trained.seconds, found, model)

@@ -22,8 +22,9 @@ from fusedrnn.autograd import Array, no_grad
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common
 from fusedrnn.programs.airline import YEAR, passengers
-from fusedrnn.programs.common import Forecaster, Report
+from fusedrnn.programs.common import Forecaster
 from fusedrnn.programs.training import Result
+from fusedrnn.terminal import Report
 
 WINDOW, COPIES = 5, 32
 RECIPE, GROWTH = "LSTM, scaled to [0, 1]", "LSTM on the change of growth"
@@ -67,22 +68,8 @@ def predict(model: Forecaster, x: Array) -> Array:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--epochs",
-        type=common.at_least(0),
-        default=200,
-        metavar="N",
-        help="of the recipe; the other network takes a quarter (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=common.seed, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--out",
-        type=common.folder,
-        default=".",
-        metavar="DIR",
-        help="where the PNG file goes (default: here)",
-    )
-    parser.add_argument("--no-plot", action="store_true", help="no PNG file")
+    common.add_count(parser, "--epochs", 0, 200, "of the recipe; the other network takes a quarter")
+    common.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, report: Report) -> Result:
@@ -138,13 +125,11 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     common.compare(report, {name: found[name] for name in (GROWTH, *list(found)[:-1])}, "MSE")
     report.line("The scaling uses the largest value of the whole series: it looks into the test part.")
     if plots:
-        path = args.out / "passenger-flow.png"
 
         def draw(axes: Any) -> None:
             scaled_back = {name: forecasts[name] * (high - low) + low for name in (RECIPE, GROWTH)}
             plot.forecast(values, scaled_back, test=first, ax=axes)
             axes.set(xlabel=f"months since {months[0]}", ylabel="passengers a month, thousands")
 
-        common.plot(path, draw)
-        report.line(f"plot: {path}")
+        common.plot(args.out / "passenger-flow.png", draw, report)
     return Result(losses, seconds, found, model)

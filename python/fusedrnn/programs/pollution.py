@@ -22,8 +22,9 @@ from fusedrnn.datasets import Series, read_csv
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common
 from fusedrnn.programs import training as train
-from fusedrnn.programs.common import CELLS, Forecaster, Report
+from fusedrnn.programs.common import CELLS, Forecaster
 from fusedrnn.programs.training import Training
+from fusedrnn.terminal import Report
 
 FILE = "beijing_pollution.csv"
 INPUTS = ("pollution", "dew", "temp", "press", "wnd_spd", "snow", "rain")
@@ -118,13 +119,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="same-row",
         help="the pollution of the input row, as published, or that one hour ahead (default: %(default)s)",
     )
-    parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
-    train.add_arguments(parser, ", ".join(f"{n} of {task}" for task, n in EPOCHS.items()))
+    train.add_arguments(parser, ", ".join(f"{n} of {task}" for task, n in EPOCHS.items()), cell=True)
     parser.add_argument("--weights", metavar="FILE", help="train nothing: load these weights (.npz) and test")
 
 
 def run(args: argparse.Namespace, report: Report) -> Result:
     """Train or load, test, plot."""
+    if args.weights and args.resume:
+        raise ValueError("--resume: not with --weights, which trains nothing")
     plots = common.will_plot(args.no_plot, report)
     task = prepare(read(args.data), args.task)
     epochs = EPOCHS[args.task] if args.epochs is None else args.epochs
@@ -150,12 +152,13 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         report.line("The target is one of the inputs: copying scores an error of 0.")
         report.line("A forecast of the next hour, beside persistence: --task ahead")
     if plots:
-        for path in draw_plots(out, name, losses, prediction, task.truth):
-            report.line(f"plot: {path}")
+        draw_plots(out, name, losses, prediction, task.truth, report)
     return Result(losses, prediction, task.truth, found, model)
 
 
-def draw_plots(out: Path, name: str, losses: list[float], prediction: Array, truth: Array) -> list[Path]:
+def draw_plots(
+    out: Path, name: str, losses: list[float], prediction: Array, truth: Array, report: Report
+) -> None:
     def draw_losses(axes: Any) -> None:
         plot.losses(losses, ax=axes)
         axes.set(ylabel="training loss (mean squared error)")
@@ -166,9 +169,6 @@ def draw_plots(out: Path, name: str, losses: list[float], prediction: Array, tru
         plot.forecast(truth[last], {name: prediction[last]}, x=hours, ax=axes)
         axes.set(title="The end of the test part", xlabel="hour of the test part", ylabel="PM2.5, µg/m³")
 
-    paths = [out / "pollution-prediction.png"]
-    common.plot(paths[0], draw_prediction)
+    common.plot(out / "pollution-prediction.png", draw_prediction, report)
     if losses:
-        paths.append(out / "pollution-loss.png")
-        common.plot(paths[1], draw_losses)
-    return paths
+        common.plot(out / "pollution-loss.png", draw_losses, report)

@@ -25,8 +25,9 @@ from fusedrnn.datasets import Series
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import catchments, common, simple_runoff, speed, training
 from fusedrnn.programs.catchments import YEAR, Catchments
-from fusedrnn.programs.common import Forecaster, Report
+from fusedrnn.programs.common import Forecaster
 from fusedrnn.programs.training import Result, Training
+from fusedrnn.terminal import Report
 
 TRAINING, TEST = 9, 5  # years; one more before them is for the state to become right
 HIDDEN, STEPS, RATE, FORGET = 64, 122, 0.02, 3.0  # chosen with seed 100
@@ -142,13 +143,7 @@ def sketch(values: Array, top: float) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--catchments",
-        type=common.at_least(4),
-        default=64,
-        metavar="N",
-        help="trained on; a quarter as many more are never seen (default: %(default)s)",
-    )
+    common.add_count(parser, "--catchments", 4, 64, "trained on; a quarter as many more are never seen")
     training.add_arguments(parser, epochs=50)
     parser.add_argument(
         "--trees", action="store_true", help="gradient-boosted trees too: needs scikit-learn, takes minutes"
@@ -199,15 +194,13 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     for name, line in lines.items():
         report.line(f"{sketch(line, top)} {name}")
     if plots:
-        path = args.out / "runoff.png"
 
         def draw(axes: Any) -> None:
             measured, *others = lines
             plot.forecast(lines[measured], {k: lines[k] for k in others}, ax=axes)
             axes.set(xlabel="day from 1 October", ylabel="runoff, mm a day")
 
-        common.plot(path, draw)
-        report.line(f"plot: {path}")
+        common.plot(args.out / "runoff.png", draw, report)
 
     def start(backend: str) -> Callable[[], None]:
         timed = train(build(inputs.x.shape[2], backend), inputs.part, seen, 1)

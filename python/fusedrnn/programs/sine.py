@@ -21,7 +21,8 @@ from fusedrnn.datasets import SinCurve
 from fusedrnn.models import Model
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common
-from fusedrnn.programs.common import CELLS, Forecaster, Report
+from fusedrnn.programs.common import CELLS, Forecaster
+from fusedrnn.terminal import Report
 
 HIDDEN = 100
 TRUNCATION = 30  # steps
@@ -91,7 +92,6 @@ def start(cell: str, seed: int, **options: Any) -> tuple[Forecaster, SinCurve]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cell", choices=list(CELLS), default="lstm", help="the cell (default: %(default)s)")
     parser.add_argument(
         "--epochs",
         type=common.at_least(0),
@@ -100,11 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--one-line", action="store_true", help="one time line of 999 steps instead of 30")
     parser.add_argument("--steps", action="store_true", help="single steps instead of chunks of 30")
-    parser.add_argument("--seed", type=common.seed, default=42, help="default: %(default)s")
-    parser.add_argument(
-        "--out", type=common.folder, default=".", metavar="DIR", help="where sine.png goes (default: here)"
-    )
-    parser.add_argument("--no-plot", action="store_true", help="no sine.png")
+    common.add_arguments(parser, 42, cell=True)
 
 
 def run(args: argparse.Namespace, report: Report) -> Result:
@@ -128,12 +124,10 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     found = common.scores(prediction, truth)
     common.score_table(report, "On a cosine, compared with its own input", {args.cell.upper(): found})
     if plots:
-        path = args.out / "sine.png"
 
         def draw(axes: Any) -> None:
             plot.forecast(truth, {args.cell.upper(): prediction}, ax=axes)
             axes.set(title=f"A cosine, one step at a time: R2 {found['R2']:.5f}")
 
-        common.plot(path, draw)
-        report.line(f"plot: {path}")
+        common.plot(args.out / "sine.png", draw, report)
     return Result(losses, prediction, truth, found)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from fusedrnn import backends
-from fusedrnn.programs.common import Report
+from fusedrnn.terminal import Report
 
 TIMED = 15  # repetitions, of what takes long fewer
 

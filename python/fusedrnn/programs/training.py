@@ -20,7 +20,7 @@ from fusedrnn.dataloaders import DataLoader
 from fusedrnn.models import Model
 from fusedrnn.optimizers import Optimizer
 from fusedrnn.programs import common
-from fusedrnn.programs.common import Report
+from fusedrnn.terminal import Report
 
 
 class Result(NamedTuple):
@@ -204,7 +204,7 @@ def noted_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def add_arguments(parser: argparse.ArgumentParser, epochs: int | str) -> None:
+def add_arguments(parser: argparse.ArgumentParser, epochs: int | str, *, cell: bool = False) -> None:
     """The options of a program that trains for a while; a text for ``epochs`` says what None stands for."""
     parser.add_argument(
         "--epochs",
@@ -213,10 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int | str) -> None:
         metavar="N",
         help=f"how many in all; 0 trains nothing (default: {epochs})",
     )
-    parser.add_argument("--seed", type=common.seed, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--out", type=common.folder, default=".", metavar="DIR", help="where the files go (default: here)"
-    )
+    common.add_arguments(parser, cell=cell)
     parser.add_argument(
         "--checkpoint",
         type=common.output_file,
@@ -231,7 +228,6 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int | str) -> None:
         help="between checkpoints (default: %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="continue from --checkpoint, if it exists")
-    parser.add_argument("--no-plot", action="store_true", help="no PNG files")
 
 
 def go(training: Training, epochs: int, resume: bool, report: Report, what: str) -> None:

@@ -18,8 +18,9 @@ from fusedrnn.dataloaders import DataLoader
 from fusedrnn.datasets import Series
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common, training
-from fusedrnn.programs.common import LastState, Report
+from fusedrnn.programs.common import LastState
 from fusedrnn.programs.training import Result, Training
+from fusedrnn.terminal import Report
 
 WINDOW, HIDDEN, BATCH = 50, 32, 32
 
@@ -90,6 +91,5 @@ def run(args: argparse.Namespace, report: Report) -> Result:
             plot.forecast(t[part], {"RNN": predict(model, x[part])}, ax=axes)
             axes.set(xlabel="step of the test part")
 
-        common.plot(out / "waves.png", draw)
-        report.line(f"plot: {out / 'waves.png'}")
+        common.plot(out / "waves.png", draw, report)
     return Result(trained.losses, trained.seconds, found, model)
