@@ -15,17 +15,7 @@ from fusedrnn import interrupts as interrupts  # before all that takes a while
 
 # isort: split
 
-from fusedrnn import (
-    checkpoint,
-    cuda,
-    dataloaders,
-    datasets,
-    functions,
-    kernels,
-    layers,
-    models,
-    optimizers,
-)
+from fusedrnn import checkpoint, cuda, dataloaders, datasets, functions, kernels, layers, models, optimizers
 from fusedrnn.autograd import Function, Parameter, Variable, as_array, as_variable
 from fusedrnn.config import no_grad, test_mode, using_config
 from fusedrnn.dataloaders import DataLoader, SeqDataLoader

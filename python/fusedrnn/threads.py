@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 _without_core: int | None = None  # the number that was set, if no compiled module keeps it
 
 
-def get_num_threads() -> int:
-    """The number of threads that the ``cpu`` and ``numba`` backends use."""
+def _compiled() -> Any:
+    """The compiled module, or None where it is missing."""
     try:
         from fusedrnn import _core
     except ImportError:
-        return _without_core or os.cpu_count() or 1
-    return _core.num_threads()
+        return None
+    return _core
+
+
+def get_num_threads() -> int:
+    """The number of threads that the ``cpu`` and ``numba`` backends use."""
+    core = _compiled()
+    return (_without_core or os.cpu_count() or 1) if core is None else core.num_threads()
 
 
 def set_num_threads(threads: int) -> None:
@@ -29,22 +36,17 @@ def set_num_threads(threads: int) -> None:
         raise TypeError(f"threads: expected an integer, got {type(threads).__name__}")
     if not 1 <= threads < 2**31:
         raise ValueError(f"threads: expected at least 1 and below 2**31, got {threads}")
-    try:
-        from fusedrnn import _core
-    except ImportError:
-        global _without_core
-        _without_core = threads
+    if (core := _compiled()) is not None:
+        core.set_num_threads(threads)
         return
-    _core.set_num_threads(threads)
+    global _without_core
+    _without_core = threads
 
 
 def get_thread_pool() -> str:
     """The thread pool of the ``cpu`` backend: ``"own"`` or ``"openmp"``."""
-    try:
-        from fusedrnn import _core
-    except ImportError:
-        return "own"
-    return _core.thread_pool()
+    core = _compiled()
+    return "own" if core is None else core.thread_pool()
 
 
 def set_thread_pool(pool: str) -> None:
@@ -67,10 +69,7 @@ def set_thread_pool(pool: str) -> None:
         raise TypeError(f"pool: expected 'own' or 'openmp', got {type(pool).__name__}")
     if pool not in ("own", "openmp"):
         raise ValueError(f"pool: expected 'own' or 'openmp', got {pool!r}")
-    try:
-        from fusedrnn import _core
-    except ImportError as error:
-        if pool == "openmp":
-            raise RuntimeError(f"pool: 'openmp' needs the compiled module: {error}") from error
-        return
-    _core.set_thread_pool(pool == "openmp")
+    if (core := _compiled()) is not None:
+        core.set_thread_pool(pool == "openmp")
+    elif pool == "openmp":
+        raise RuntimeError("pool: 'openmp' needs the compiled module fusedrnn._core, which is missing")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -43,9 +43,10 @@ from fusedrnn.cells.builtin import COMPILED
 try:
     from fusedrnn import _core
     from fusedrnn.backends import machine as machine
+    from fusedrnn.backends.machine import REFUSED as REFUSED
+    from fusedrnn.backends.machine import Packed, Tape
 
     _missing = None
-    REFUSED: tuple[type[Exception], ...] = (_core.RefusedType, _core.RefusedValue)
 except ImportError as error:  # a source tree that was never built
     _missing = (
         f"the compiled module fusedrnn._core is missing ({error}): install fusedrnn with a C++ compiler"
@@ -58,30 +59,6 @@ WEIGHTS = (
     "weight_hr",
 )
 NEED = ("x", *WEIGHTS, "state0")
-
-
-class Packed(NamedTuple):
-    """Weights in the kernels' order, and the arrays they were made of, which backward still reads."""
-
-    cell: Cell
-    weights: dict[str, Array]
-    core: Any
-    bfloat16: np.dtype[Any] | None = None  # that of the arrays, where it is this one
-
-
-class Tape(NamedTuple):
-    """What backward needs: the call, and the kernels' own tape. x, y and the weights are borrowed."""
-
-    cell: Cell
-    weights: dict[str, Array]
-    return_states: bool
-    core: Any
-    bfloat16: np.dtype[Any] | None = None  # that of the arrays, where it is this one
-
-    @property
-    def bytes(self) -> int:
-        """Bytes saved for backward beside x, y and the weights."""
-        return int(self.core.bytes)
 
 
 @functools.cache
@@ -143,7 +120,7 @@ class CpuBackend:
         """None, or why the compiled module is missing."""
         return _missing
 
-    def pack(self, cell: Cell, weights: Weights) -> Packed | machine.Packed:
+    def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
         if _compiled(check_cell(cell)) is None:
             return machine.pack(cell, weights)
@@ -152,21 +129,21 @@ class CpuBackend:
         checked, *_ = check_weights(cell, weights, dtypes)
         dtype = checked["weight_ih"].dtype
         if dtype not in low:
-            core = _core.pack(cell_id(cell), *[cast(Array, checked.get(name)) for name in WEIGHTS])
+            core = _core.pack(cell_id(cell), *map(checked.get, WEIGHTS))
             return Packed(cell, checked, core)
         bits = {name: w.view(np.int16) for name, w in checked.items()}
         return Packed(cell, checked, self.pack_bits(cell, bits).core, dtype)
 
     def pack_bits(self, cell: Cell, weights: Weights) -> Packed:
         """Weights in bfloat16, as int16 with their bits and contiguous, for ``run_forward``."""
-        ordered = [cast(Array, weights.get(name)) for name in WEIGHTS]
-        return Packed(cell, dict(weights), _core.pack(cell_id(cell), *ordered, bfloat16=True))
+        core = _core.pack(cell_id(cell), *map(weights.get, WEIGHTS), bfloat16=True)
+        return Packed(cell, dict(weights), core)
 
     def forward(
         self,
         cell: Cell,
         x: Array,
-        weights: Weights | Packed | machine.Packed,
+        weights: Weights | Packed,
         state0: State | None = None,
         *,
         lengths: Rows | None = None,
@@ -179,12 +156,12 @@ class CpuBackend:
         save: str | None = "all",
     ) -> Forward:
         """One layer, one direction, the whole sequence."""
-        packed = weights if isinstance(weights, Packed | machine.Packed) else self.pack(cell, weights)
+        packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if cell is not packed.cell and check_cell(cell) != packed.cell:
             raise ValueError(f"weights: packed for {packed.cell!r}, expected {cell!r}")
         if regularization is not None:
             regularization = check_regularization(packed.cell, regularization)
-        if isinstance(packed, machine.Packed):
+        if isinstance(packed.core, _core.PackedMachine):
             return machine.forward(
                 packed,
                 x,
@@ -307,7 +284,7 @@ class CpuBackend:
 
     def backward(
         self,
-        tape: Tape | machine.Tape,
+        tape: Tape,
         dy: Array | None = None,
         dstateT: tuple[Array | None, ...] | None = None,
         dstates: tuple[Array | None, ...] | None = None,
@@ -315,12 +292,12 @@ class CpuBackend:
         need: Collection[str] | None = None,
     ) -> Gradients:
         """Gradients of everything in ``need``."""
-        if isinstance(tape, machine.Tape):
-            return machine.backward(tape, dy, dstateT, dstates, need=need)
         if not isinstance(tape, Tape):
             raise TypeError(
                 f"tape: expected what forward of the cpu backend returned, got {type(tape).__name__}"
             )
+        if isinstance(tape.core, _core.MachineTape):
+            return machine.backward(tape, dy, dstateT, dstates, need=need)
         cell = tape.cell
         wanted = NEED if need is None else check_need(cell, need)
         flags = [name in wanted for name in NEED]

@@ -51,25 +51,27 @@ WORDS = {
 
 
 class Packed(NamedTuple):
-    """Weights in the machine's order, and the arrays they were made of, which backward still reads."""
+    """Weights in the order of kernels or machine, and the arrays they were made of, which backward reads."""
 
     cell: Cell
     weights: dict[str, Array]
-    core: _core.PackedMachine
+    core: Any
+    bfloat16: np.dtype[Any] | None = None  # that of the arrays, where it is this one
 
 
 class Tape(NamedTuple):
-    """What backward needs: the call, and the machine's own tape. x, y and the weights are borrowed."""
+    """What backward needs: the call, and the compiled module's tape. x, y and the weights are borrowed."""
 
     cell: Cell
     weights: dict[str, Array]
     return_states: bool
-    core: _core.MachineTape
+    core: Any
+    bfloat16: np.dtype[Any] | None = None  # that of the arrays, where it is this one
 
     @property
     def bytes(self) -> int:
         """Bytes saved for backward beside x, y and the weights."""
-        return self.core.bytes
+        return int(self.core.bytes)
 
 
 @functools.cache

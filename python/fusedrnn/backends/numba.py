@@ -28,15 +28,7 @@ from fusedrnn.backends.arguments import (
     check_weights,
 )
 from fusedrnn.backends.numba_layout import Layout, layout
-from fusedrnn.backends.protocol import (
-    Array,
-    Forward,
-    Gradients,
-    Options,
-    State,
-    Unsupported,
-    Weights,
-)
+from fusedrnn.backends.protocol import Array, Forward, Gradients, Options, State, Unsupported, Weights
 from fusedrnn.cells import Cell
 from fusedrnn.threads import get_num_threads
 

@@ -7,7 +7,6 @@ than the argument.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,6 @@ from fusedrnn.cells import activations
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}
 # A call inside a loop keeps the loop from being vectorised.
 INLINE: Any = {**OPTIONS, "forceinline": True}
-
-
-def _inlined(function: Callable[..., Any]) -> Any:
-    return njit(**INLINE)(function)
 
 
 class _Float32:
@@ -133,7 +128,7 @@ def _reduce(dtype: Any, k: int) -> Any:
             upper = c[6] + r * (c[7] + r * (c[8] + r * (c[9] + r * c[10])))
             return c[0] + r * (c[1] + r * (c[2] + r * (c[3] + r * (c[4] + r * (c[5] + r * upper)))))
 
-    tail_inlined = _inlined(tail)
+    tail_inlined: Any = njit(**INLINE)(tail)
 
     def reduce(x: Any) -> Any:
         shifted = x * log2e + shifter
@@ -142,7 +137,7 @@ def _reduce(dtype: Any, k: int) -> Any:
         r = r + n * low
         return power_of_two(shifted), r + r * r * tail_inlined(r)
 
-    return _inlined(reduce)
+    return njit(**INLINE)(reduce)
 
 
 def _tanh(x: Any) -> Any:
@@ -150,11 +145,7 @@ def _tanh(x: Any) -> Any:
         return None
     C, scalar = CONSTANTS[x], np.dtype(x.name).type
     reduce, most, half = _reduce(x, -2), scalar(C.tanh_one), scalar(0.5)
-    two, slope, refined = (
-        scalar(2),
-        scalar(2.9),
-        x == types.float64,
-    )  # the step that float64 needs: see math.h
+    two, slope, refined = scalar(2), scalar(2.9), x == types.float64  # a step for float64: see math.h
 
     def tanh(x: Any) -> Any:
         y = abs(x)

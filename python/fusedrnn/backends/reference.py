@@ -62,12 +62,7 @@ class ReferenceBackend:
         return check_weights(cell, weights, DTYPES)[0]
 
     def forward(
-        self,
-        cell: Cell,
-        x: Array,
-        weights: Weights,
-        state0: State | None = None,
-        **options: Unpack[Options],
+        self, cell: Cell, x: Array, weights: Weights, state0: State | None = None, **options: Unpack[Options]
     ) -> Forward:
         """Run one layer in one direction; see ``fusedrnn.backends.protocol``."""
         a = check_forward(cell, x, weights, state0, **options, dtypes=DTYPES)
@@ -147,13 +142,8 @@ def _dropout(a: ForwardArguments, step: Step) -> Array | None:
     r = a.regularization
     if r is None or r.seed is None or not r.recurrent_dropout:
         return None
-    rows = _numbers(a, step)
+    rows = np.arange(a.sizes.B)[step.rows]
     return masks.dropout(r.recurrent_dropout, r.seed, r.stream, rows, a.sizes.H).astype(a.x.dtype)
-
-
-def _numbers(a: ForwardArguments, step: Step) -> Array:
-    """The numbers of the step's rows."""
-    return np.arange(a.sizes.B)[step.rows]
 
 
 def _keeps(a: ForwardArguments, step: Step) -> tuple[Array | None, ...]:
@@ -162,7 +152,7 @@ def _keeps(a: ForwardArguments, step: Step) -> tuple[Array | None, ...]:
     if r is None:
         return (None,) * len(a.cell.states)
 
-    rates, rows = {"h": r.zoneout_h, "c": r.zoneout_c}, _numbers(a, step)
+    rates, rows = {"h": r.zoneout_h, "c": r.zoneout_c}, np.arange(a.sizes.B)[step.rows]
     found = (
         masks.zoneout(rates.get(name, 0.0), name, r.seed, r.stream, step.t, rows, width)
         for name, width in zip(a.cell.states, _widths(a), strict=True)
@@ -200,17 +190,11 @@ def _steps(a: ForwardArguments) -> list[Step]:
     T = a.sizes.T
     valid = None if a.lengths is None else np.arange(T)[:, None] < a.lengths  # (T, B)
     cuts = a.reset
-    if (
-        a.reset is not None and a.reverse
-    ):  # the state that comes from t+1 is cleared where t+1 is reset, and valid
+    if a.reset is not None and a.reverse:  # what comes from t+1 is cleared where t+1 is reset, and valid
         cuts = np.zeros_like(a.reset)
         cuts[:-1] = a.reset[1:] if valid is None else a.reset[1:] & valid[1:]
     steps = [
-        Step(
-            t,
-            slice(None) if valid is None else np.flatnonzero(valid[t]),
-            None if cuts is None else cuts[t],
-        )
+        Step(t, slice(None) if valid is None else np.flatnonzero(valid[t]), None if cuts is None else cuts[t])
         for t in range(T)
     ]
     steps = steps[::-1] if a.reverse else steps
