@@ -31,9 +31,8 @@ def write(path: PathLike, arrays: Mapping[str, Array], previous: Path | None = N
         raise IsADirectoryError(f"expected a file to write to, got the folder {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    temporary = path.with_name(
-        f".{path.name}.tmp"
-    )  # always the same name: a file left by a killed process is overwritten
+    # Always the same name: a file left by a killed process is overwritten.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)

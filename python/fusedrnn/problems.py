@@ -66,26 +66,19 @@ class Case:
         return self.cell.widths(self.shape.H, self.P)
 
     def __str__(self) -> str:
-        parts = [self.cell.name, ",".join(map(str, self.shape))]
-        if self.kind != "training":
-            parts.append(self.kind)
-        if self.layers > 1:
-            parts.append(f"{self.layers} layers")
-        if self.bidirectional:
-            parts.append("both directions")
-        if self.ragged:
-            parts.append("ragged")
-        if self.resets:
-            parts.append("resets")
-        if self.P != self.shape.H:
-            parts.append(f"proj_size {self.P}")
-        if self.state:
-            parts.append("from a state")
-        if self.encoder:
-            parts.append("after an encoder")
-        if self.api:
-            parts.append(f"PyTorch {self.api}")
-        return " ".join([*parts, self.name]).rstrip()
+        parts = {
+            self.kind: self.kind != "training",
+            f"{self.layers} layers": self.layers > 1,
+            "both directions": self.bidirectional,
+            "ragged": self.ragged,
+            "resets": self.resets,
+            f"proj_size {self.P}": self.P != self.shape.H,
+            "from a state": self.state,
+            "after an encoder": self.encoder,
+            f"PyTorch {self.api}": self.api,
+        }
+        said = (part for part, there in parts.items() if there)
+        return " ".join([self.cell.name, ",".join(map(str, self.shape)), *said, self.name]).rstrip()
 
 
 KINDS = ("training", "forward", "step", "update")

@@ -50,11 +50,9 @@ class UnfusedStep(Step):
     operations = OPERATIONS
 
     def units(self) -> int:
-        """H"""
         return self.weights["weight_ih"].shape[1] // self.cell.blocks["weight_ih"]
 
     def project(self, value: Variable) -> Variable:
-        """The product with weight_hr."""
         return F.linear(value, self.weights["weight_hr"])
 
     @functools.cached_property

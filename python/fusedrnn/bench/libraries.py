@@ -145,10 +145,7 @@ class Native:
             return None
         between = case.layers - 1 if case.bidirectional else 0  # both directions are copied into one input
         layer = case.directions * case.shape.T * case.shape.B * case.P * self.data.x.itemsize
-        return {
-            "own": sum(tape.tape.bytes for tape in tapes),
-            "borrowed": (case.layers + between) * layer,
-        }
+        return {"own": sum(tape.tape.bytes for tape in tapes), "borrowed": (case.layers + between) * layer}
 
 
 class OwnBackend(Native):

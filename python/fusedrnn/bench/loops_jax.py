@@ -15,17 +15,9 @@ class JaxScan(Loop):
     transposed = ".T"
     words = ("jax", "jnp", "state", "now", "step", "y", "layer_norm", "rms_norm")
     operations: ClassVar[Mapping[str, str]] = {
-        "tanh": "jnp.tanh",
-        "sigmoid": "jax.nn.sigmoid",
-        "exp": "jnp.exp",
-        "log": "jnp.log",
-        "sqrt": "jnp.sqrt",
-        "softplus": "jax.nn.softplus",
-        "relu": "jax.nn.relu",
+        **{name: f"jnp.{name}" for name in ("tanh", "exp", "log", "sqrt", "maximum", "minimum", "where")},
+        **{name: f"jax.nn.{name}" for name in ("sigmoid", "softplus", "relu")},
         "absolute": "jnp.abs",
-        "maximum": "jnp.maximum",
-        "minimum": "jnp.minimum",
-        "where": "jnp.where",
     }
 
     def multiply(self, value: Text, weights: str, bias: str | None, added: Sequence[str], each: bool) -> Text:

@@ -15,17 +15,10 @@ class TorchLoop(Loop):
     transposed = ".t()"
     words = ("torch", "F", "ys", "rms_norm")
     operations: ClassVar[Mapping[str, str]] = {
-        "tanh": "torch.tanh",
-        "sigmoid": "torch.sigmoid",
-        "exp": "torch.exp",
-        "log": "torch.log",
-        "sqrt": "torch.sqrt",
+        **{name: f"torch.{name}" for name in ("tanh", "sigmoid", "exp", "log", "sqrt", "relu")},
+        **{name: f"torch.{name}" for name in ("maximum", "minimum", "where")},
         "softplus": "F.softplus",
-        "relu": "torch.relu",
         "absolute": "torch.abs",
-        "maximum": "torch.maximum",
-        "minimum": "torch.minimum",
-        "where": "torch.where",
     }
 
     def call(self, op: str, args: list[str], numbers: list[bool]) -> str:

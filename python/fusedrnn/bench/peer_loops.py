@@ -89,7 +89,6 @@ class LoopInTorchScript(LoopInTorch):
     """The same loop, compiled by TorchScript."""
 
     def prepared(self, loop: Loop) -> Any:
-        """The function that is timed."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             return self.torch.jit.script(loop.function())
@@ -104,7 +103,6 @@ class LoopCompiled(LoopInTorch):
     """The same loop, its steps unrolled, by ``torch.compile``; the path says how long a first call takes."""
 
     def prepared(self, loop: Loop) -> Any:
-        """The function that is timed."""
         return self.torch.compile(loop.function(), fullgraph=True, dynamic=False)
 
     def results(self) -> Results:
@@ -118,7 +116,6 @@ class LoopInJax(Jax):
     """``jax.lax.scan`` over the steps, jitted."""
 
     def forward(self) -> Any:
-        """``forward(x, weights, scalars, state0) -> y, stateT``"""
         loop = JaxScan(self.data.case.cell)
         function = loop.function()
 

@@ -53,6 +53,7 @@ class Cell:
         chosen = tuple(self.options.items())
         _check_options(self.name, self.options)
         self._key = function, chosen, repr(chosen)
+        self._hash = hash(self._key)
 
     def with_options(self, **options: Any) -> Cell:
         """The cell with other values of some options.
@@ -79,10 +80,6 @@ class Cell:
 
     def __hash__(self) -> int:
         return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self._key)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if "<locals>" in self.__qualname__:

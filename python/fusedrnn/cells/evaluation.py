@@ -207,7 +207,6 @@ class Evaluation(Step):
                 yield side(operand), weight, bias, operand, self.of(d)
 
     def value(self, n: Node) -> Any:
-        """Compute one value from its arguments."""
         match n.op:
             case "transposed":
                 return self.transposed(*n.attribute)

@@ -156,11 +156,6 @@ def _one_of_two(g: Graph, a: Node, b: Node, second: Node, d: Node) -> list[tuple
     return [(a, Term(1, _where(g, second, zero, d))), (b, Term(1, _where(g, second, d, zero)))]
 
 
-def _pair(n: Node) -> tuple[Node, Node]:
-    a, b = n.args
-    return a, b
-
-
 def _relu(g: Graph, n: Node, d: Node) -> list[tuple[Node, Term]]:
     zero = g.constant(0)  # "0 >= y" is false where y is NaN: there the gradient passes
     return [(n.args[0], Term(1, _where(g, g.node("greater_equal", zero, n), zero, d)))]

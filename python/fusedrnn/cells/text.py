@@ -39,12 +39,12 @@ def describe(cell: Cell) -> str:
     lines += ["saved", f"  {' '.join(names.of[n] for n in cell.saved) or 'nothing besides the states'}"]
     late = rounds(cell.backward_nodes, known=nodes)
     lines += ["backward", *names.lines(cell.backward, set(gradient.outputs), late)]
-    for n, d in sorted(gradient.dense.items(), key=_id):
+    for n, d in sorted(gradient.dense.items(), key=lambda item: item[0].id):
         lines.append(f"  gradient of {names.product(n)}: {names.use(d)}")
     for state in t.states:
         parts = [names.use(g[state]) for g in (gradient.direct, gradient.chain) if state in g]
         lines.append(f"  gradient of {state}: {' + '.join(parts) or '0'}")
-    for n, d in sorted(gradient.vectors.items(), key=_id):
+    for n, d in sorted(gradient.vectors.items(), key=lambda item: item[0].id):
         lines.append(f"  gradient of {_vector(n)}: sum of {names.use(d)} over rows and steps")
     for scalar, d in gradient.scalars.items():
         lines.append(f"  gradient of {scalar}: sum of {names.use(d)} over units")
@@ -139,10 +139,6 @@ class _Names:
             yield f"weight_{side(operand)}[{weight}] {self.use(operand, 'neg')}"
             if n.attribute.biases:
                 yield f"bias_{side(operand)}[{n.attribute.biases[k]}]"
-
-
-def _id(item: tuple[Node, Node]) -> int:
-    return item[0].id
 
 
 def _vector(n: Node) -> str:

@@ -14,18 +14,10 @@ from fusedrnn.torch.frozen import Freezable
 from fusedrnn.torch.layers import GRU, LSTM, RNN
 from fusedrnn.torch.scripted import OWN, check_torch_has
 
-REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.LSTM: LSTM,
-    torch.nn.GRU: GRU,
-    torch.nn.RNN: RNN,
-    torch.nn.LSTMCell: LSTMCell,
-    torch.nn.GRUCell: GRUCell,
-    torch.nn.RNNCell: RNNCell,
-}
-COMPILABLE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.LSTM: _compilable.LSTM,
-    torch.nn.GRU: _compilable.GRU,
-    torch.nn.RNN: _compilable.RNN,
+Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
+REPLACEMENTS: Classes = {ours.torch_class: ours for ours in (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)}
+COMPILABLE: Classes = {
+    ours.torch_class: ours for ours in (_compilable.LSTM, _compilable.GRU, _compilable.RNN)
 }
 OURS = {ours: theirs for each in (REPLACEMENTS, COMPILABLE) for theirs, ours in each.items()}
 
