@@ -86,9 +86,9 @@ class Variable:
         return len(self._data)
 
     def __iter__(self) -> Iterator[Variable]:
-        frame = sys._getframe(1)  # says whether this is `a, b = variable`, and for how many names
+        frame = sys._getframe(1)  # says whether this is `a, b = variable`, and for how many names, as a byte
         op, count = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
-        if op == opmap["UNPACK_SEQUENCE"] and count != len(self):
+        if op == opmap["UNPACK_SEQUENCE"] and count != len(self) % 256:
             raise ValueError(
                 f"expected {count} values to unpack, got a variable of shape {self.shape}; a recurrent layer "
                 "returns y alone, and keeps its last state: write y = layer(x), then h = layer.h"
@@ -211,8 +211,7 @@ class Variable:
         while functions:
             function = functions.pop()
             for reference in function.outputs:
-                output = reference()
-                if output is not None:
+                if (output := reference()) is not None:
                     output.creator = None
             for x in function.inputs:
                 if x.creator is not None and x.creator not in seen:

@@ -79,6 +79,9 @@ class _Refusing:
         "keyword argument with a default) is known: `if` may use that."
     )
 
+    def __init__(self, graph: Graph, node: Node) -> None:
+        self.graph, self.node = graph, node
+
     def __repr__(self) -> str:
         return self.what
 
@@ -199,9 +202,6 @@ def _both(op: str) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]
 class Symbol(_Refusing):
     """A value of the cell."""
 
-    def __init__(self, graph: Graph, node: Node) -> None:
-        self.graph, self.node = graph, node
-
     __add__, __radd__ = _both("add")
     __sub__, __rsub__ = _both("sub")
     __mul__, __rmul__ = _both("mul")
@@ -252,9 +252,6 @@ class Condition(_NoArithmetic):
         "where(a > b, x, y), maximum(a, b) or minimum(a, b)"
     )
 
-    def __init__(self, graph: Graph, node: Node) -> None:
-        self.graph, self.node = graph, node
-
     def refused(self, *others: object) -> NoReturn:
         refuse(
             "a condition such as a > b can only be the first argument of where; write "
@@ -278,9 +275,6 @@ class Projected(_NoArithmetic):
     """The result of ``p.project``: the new first state, whose size is P."""
 
     what = "a projected value"
-
-    def __init__(self, graph: Graph, node: Node) -> None:
-        self.graph, self.node = graph, node
 
     def refused(self, *others: object) -> NoReturn:
         refuse(

@@ -323,7 +323,7 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
     t = Trace(function.__name__, graph, graph.node("input", shape="input"))
     lines = _Lines(function)
     p = Parameters(t)
-    args: list[Any] = [p, Input()]
+    args: list[Any] = [p, Input(graph, t.x)]
     keywords = dict(options)
     for k, argument in enumerate(inspect.signature(function).parameters.values()):
         name = argument.name
