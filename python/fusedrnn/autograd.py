@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import operator
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from opcode import opmap
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,10 +24,6 @@ from fusedrnn.config import config
 from fusedrnn.config import no_grad as no_grad
 
 Array = npt.NDArray[Any]
-
-
-def _comparison(compare: Callable[[Any, Any], Any]) -> Callable[[Variable, Any], Any]:
-    return lambda self, other: compare(self._data, as_variable(other)._data)
 
 
 class Variable:
@@ -85,16 +78,6 @@ class Variable:
     def __len__(self) -> int:
         return len(self._data)
 
-    def __iter__(self) -> Iterator[Variable]:
-        frame = sys._getframe(1)  # says whether this is `a, b = variable`, and for how many names, as a byte
-        op, count = frame.f_code.co_code[frame.f_lasti : frame.f_lasti + 2]
-        if op == opmap["UNPACK_SEQUENCE"] and count != len(self) % 256:
-            raise ValueError(
-                f"expected {count} values to unpack, got a variable of shape {self.shape}; a recurrent layer "
-                "returns y alone, and keeps its last state: write y = layer(x), then h = layer.h"
-            )
-        return (self[k] for k in range(len(self)))
-
     def item(self) -> Any:
         """The only element, as a plain number."""
         if self._data is None or self._data.size != 1:
@@ -109,8 +92,17 @@ class Variable:
         return bool(self.item())
 
     # By value, as of arrays; == compares identity, which the graph needs.
-    __lt__, __le__ = _comparison(operator.lt), _comparison(operator.le)
-    __gt__, __ge__ = _comparison(operator.gt), _comparison(operator.ge)
+    def __lt__(self, other: Any) -> Any:
+        return self._data < as_variable(other)._data
+
+    def __le__(self, other: Any) -> Any:
+        return self._data <= as_variable(other)._data
+
+    def __gt__(self, other: Any) -> Any:
+        return self._data > as_variable(other)._data
+
+    def __ge__(self, other: Any) -> Any:
+        return self._data >= as_variable(other)._data
 
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if spec else str(self)

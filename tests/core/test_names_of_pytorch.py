@@ -104,21 +104,6 @@ def test_sizes_in_the_order_of_torch():
         L.LSTM(3, 6)(np.ones((5, 2, 4)))
 
 
-def test_what_torch_returns_as_a_pair():
-    x = np.ones((5, 2, 3))
-    layer = L.LSTM(4, 3)
-    words = r"^expected 2 values to unpack, got a variable of shape \(5, 2, 4\); .* then h = layer\.h"
-    with pytest.raises(ValueError, match=words):
-        y, (h, c) = layer(x)
-    y, (h, c) = layer.sequence(x, return_states=True)
-    assert y.shape == h.shape == c.shape == (5, 2, 4)
-    first, _, _, _, last = y
-    assert first.shape == last.shape == (2, 4)
-    *_, again = y
-    np.testing.assert_array_equal(last.data, again.data)
-    assert [len(list(rows)) for rows in y] == [2] * 5
-
-
 @pytest.mark.parametrize(
     ("layer", "names"),
     [

@@ -129,15 +129,15 @@ class CpuBackend:
         checked, *_ = check_weights(cell, weights, dtypes)
         dtype = checked["weight_ih"].dtype
         if dtype not in low:
-            core = _core.pack(cell_id(cell), *map(checked.get, WEIGHTS))
+            core = _core.pack(cell_id(cell), *[cast(Array, checked.get(name)) for name in WEIGHTS])
             return Packed(cell, checked, core)
         bits = {name: w.view(np.int16) for name, w in checked.items()}
         return Packed(cell, checked, self.pack_bits(cell, bits).core, dtype)
 
     def pack_bits(self, cell: Cell, weights: Weights) -> Packed:
         """Weights in bfloat16, as int16 with their bits and contiguous, for ``run_forward``."""
-        core = _core.pack(cell_id(cell), *map(weights.get, WEIGHTS), bfloat16=True)
-        return Packed(cell, dict(weights), core)
+        ordered = [cast(Array, weights.get(name)) for name in WEIGHTS]
+        return Packed(cell, dict(weights), _core.pack(cell_id(cell), *ordered, bfloat16=True))
 
     def forward(
         self,
