@@ -20,19 +20,19 @@ from fusedrnn.bench import report
 RUNS = {  # in a file of the name: what was asked for, and what it is about
     "lstm-float32": ("--cell lstm --memory", "LSTM, float32"),
     "lstm-float32-1-thread": ("--cell lstm --threads 1", "LSTM, float32, one thread"),
-    "lstm-float32-forward": ("--cell lstm --forward", "LSTM, float32, forward alone"),
+    "lstm-float32-forward": ("--cell lstm --forward", "LSTM, float32, forward only"),
     "gru-float32": ("--cell gru", "GRU, float32"),
     "rnn-float32": ("--cell rnn", "RNN, float32"),
     "lstm-float64": ("--cell lstm --dtype float64", "LSTM, float64"),
     "lstm-bfloat16": ("--cell lstm --dtype bfloat16", "LSTM, bfloat16, PyTorch modules"),
     "gru-float64": ("--cell gru --dtype float64", "GRU, float64"),
-    "lstm-float32-numba": ("--cell lstm", "LSTM, float32, beside the Numba backend"),
-    "gru-float32-numba": ("--cell gru", "GRU, float32, beside the Numba backend"),
-    "rnn-float32-numba": ("--cell rnn", "RNN, float32, beside the Numba backend"),
-    "programs-float32": ("--suite programs", "What libraries run, float32"),
+    "lstm-float32-numba": ("--cell lstm", "LSTM, float32, compared with Numba"),
+    "gru-float32-numba": ("--cell gru", "GRU, float32, compared with Numba"),
+    "rnn-float32-numba": ("--cell rnn", "RNN, float32, compared with Numba"),
+    "programs-float32": ("--suite programs", "Workloads of other libraries, float32"),
     "pytorch-float32": ("--suite pytorch", "PyTorch modules, float32"),
     "pytorch-float32-1-thread": ("--suite pytorch --threads 1", "PyTorch modules, float32, one thread"),
-    "rl-float32": ("--suite rl --memory", "Ragged sequences, resets and single steps, float32"),
+    "rl-float32": ("--suite rl --memory", "Different lengths, resets and single steps, float32"),
 }
 
 LEVELS = ("backend", "kernels", "layer")

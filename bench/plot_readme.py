@@ -45,7 +45,7 @@ def summary() -> str:
     lines = [
         [*row, *(each.get(family, "not measured") for family in families())] for row, each in rows.items()
     ]
-    return table(["", "beside the fastest of", *families()], lines, left=2)
+    return table(["", "compared with the fastest of", *families()], lines, left=2)
 
 
 def section() -> str:
@@ -54,13 +54,13 @@ def section() -> str:
     lines = [
         f"![Time of each peer divided by time of fusedrnn, for each shape, on {PLOTTED}](docs/bench.png)",
         "",
-        "The time of the fastest other library at each shape, divided by ours: the geometric mean over all "
-        "shapes, with the lowest in brackets. Below 1 fusedrnn is slower.",
+        "Each ratio is the time of the fastest other library divided by ours: the geometric mean over all "
+        "shapes and, in brackets, the lowest. Below 1, fusedrnn is slower.",
         "",
         summary(),
         "",
-        "Each shape (T, B, I, H) of the LSTM in float32: forward and backward, allocation included, with the "
-        "libraries interleaved.",
+        "The LSTM in float32 at each shape (T, B, I, H): forward and backward, memory allocation included. "
+        "The libraries take turns within one run.",
         "",
         best_peers(reports),
         "",
@@ -91,13 +91,15 @@ def pytorch_section() -> str:
     rows = {family: training_steps(found) for family, found in reports.items()}
     lines = [
         "Training steps (forward, backward, Adam) of an LSTM layer, and one step of `LSTMCell` without "
-        "gradients, in float32. The ratio is the time with `torch.nn` divided by ours.",
+        "gradients, in float32. T is the number of time steps, B the batch size, I the input size, H the "
+        "hidden size. The ratio is the time with `torch.nn` divided by ours.",
         "",
         side_by_side(["T, B, I, H", "torch.nn ms", "ours ms", "ratio"], rows),
         "",
         captions(reports),
         "",
-        "[With frozen weights](docs/speed.md) a single step is faster than PyTorch's.",
+        "[With frozen weights](docs/speed.md#the-cost-of-reading-the-weights-in-every-call), a single step "
+        "is faster than PyTorch's.",
     ]
     return "\n".join(lines)
 

@@ -87,7 +87,7 @@ def main():
     print(f"{threads} thread(s), PyTorch {torch.__version__}")
     busy = max(row["others"] or 0.0 for row in rows)
     if busy > BUSY:
-        print(f"other processes took up to {busy:.0%} of the cores: measure again for figures")
+        print(f"other processes took up to {busy:.0%} of the cores: the times may be too long")
     if args.json:
         report = {"threads": threads, "environment": system.environment(), "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")

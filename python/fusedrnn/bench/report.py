@@ -118,7 +118,7 @@ def summary(report: dict[str, Any]) -> list[str]:
     for peer, mean in report["geometric_mean"].items():
         if mean is not None:
             paths = {row["libraries"][peer]["path"] for row in report["rows"] if peer in row["libraries"]}
-            took = ", ".join(sorted(filter(None, paths)))
+            took = " or ".join(sorted(filter(None, paths)))
             lines.append(f"{peer}: geometric mean of the ratios {mean:.2f}" + (f"; {took}" if took else ""))
     if report["best_of_torch"] is not None:
         lines.append(f"best PyTorch variant: geometric mean of the ratios {report['best_of_torch']:.2f}")
@@ -149,14 +149,14 @@ def summary(report: dict[str, Any]) -> list[str]:
     busy = max((row["others"] or 0.0 for row in report["rows"]), default=0.0)
     if busy > BUSY:
         lines.append(
-            f"other processes took up to {busy:.0%} of the cores during a case: measure again for figures"
+            f"other processes took up to {busy:.0%} of the cores during a case: its times may be too long"
         )
     transfers = [(t, row["case"]) for row in report["rows"] for t in row.get("transfers", ()) if t]
     if transfers and max(transfers)[0] > APART * min(transfers)[0]:
         (low, _), (high, case) = min(transfers), max(transfers)
         lines.append(
             f"a cache line took {low * 1e9:.0f} to {high * 1e9:.0f} ns between two threads, most at {case}: "
-            "the cores did not always share a cache, so measure again for figures"
+            "the cores did not always share a cache, so some times may be too long"
         )
     return lines
 
