@@ -73,9 +73,8 @@ def section(reports: dict[str, dict[str, Any]]) -> str:
     each = {family: lines(found) for family, found in reports.items()}
     one = next(iter(reports.values()))
     return (
-        f"{side_by_side(header, each)}\n\nMilliseconds of the first call of a cell in a new process, which "
-        f"derives all this and runs forward and backward at (T,B,I,H) = {Shape(*one['shape'])}; the median "
-        f"of {one['processes']} process(es) for each cell.\n\n{captions(reports)}"
+        f"{side_by_side(header, each)}\n\nForward and backward at (T,B,I,H) = {Shape(*one['shape'])}, each "
+        f"in a new process: the median of {one['processes']} for each cell.\n\n{captions(reports)}"
     )
 
 
