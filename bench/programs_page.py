@@ -153,24 +153,23 @@ def scores(reports: dict[str, Report]) -> list[str]:
         cells = ["" if reported is None else f"{reported:.5g}", *map(shown, of_kind.values()), shown(without)]
         rows.append([run, f"{row}: {figure}", *cells])
         if reported is not None and figure == "MSE" and run != "sine":
-            counts = (
-                f"{sum(v <= reported for v in found)} of {len(found)} ({KINDS[kind]})"
-                for kind, found in of_kind.items()
-            )
-            reached.append(f"`{run}` {', '.join(counts)}")
+            counts = (f"{sum(v <= reported for v in found)} of {len(found)}" for found in of_kind.values())
+            reached.append([run, *counts])
     found = json.loads((RESULTS / "pollution.json").read_text())
     k = [row["epochs"] for row in found["seeds"][0]["after"]].index(found["reported"]["epochs"])
     errors = [seed["after"][k]["MSE"] for seed in found["seeds"]]
     rows.insert(
         1, ["pollution", "LSTM: MSE", f"{found['reported']['MSE']:.5g}", shown(errors), "", "", "0 (copying)"]
     )
-    header = ["program", "figure", "reported", *KINDS.values(), "without a network"]
+    header = ["program", "score", "reported", *KINDS.values(), "simple forecast"]
     seeds = len(report["runs"]["waves"]["native"])
     return [
         table(header, rows, left=2),
         "",
-        f"Median (least to most) of up to {seeds} seeds, of `pollution` of 3; one seed where there is no "
-        f"range, of `sine` the published one. At or below the reported error: {'; '.join(reached)}.",
+        f"Each cell is the median of up to {seeds} seeds (3 for `pollution`), with the lowest and the "
+        "highest value in brackets. A cell without brackets has one seed, for `sine` the published one.",
+        "",
+        table(["seeds with at most the reported MSE", *KINDS.values()], reached),
     ]
 
 
@@ -208,7 +207,8 @@ def runoff(reports: dict[str, Report]) -> list[str]:
     return [
         table(["efficiency", *figures], rows),
         "",
-        f"Median (least to most) of {len(seeds)} seeds. The LSTM is first with {best.count(LSTM)} of them.",
+        f"Each cell is the median of {len(seeds)} seeds, with the lowest and the highest value in brackets. "
+        f"The LSTM is the best with {best.count(LSTM)} of them.",
     ]
 
 
