@@ -58,7 +58,7 @@ def build(session: nox.Session) -> None:
     checks = "tests/support/release_files.py"
     session.run("python", checks, str(archive), str(wheel), "--linked", str(linked))
 
-    # The README's two commands as a user without a clone gives them. PATH has no more than the environment.
+    # A program and the quick tests, as a user without a clone runs them. PATH has only the environment.
     scratch = Path(session.create_tmp()).absolute()
     session.run("python", "-m", "venv", "--clear", str(scratch / "venv"))
     programs = scratch / "venv" / "bin"
@@ -112,10 +112,9 @@ def bench(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The measured pictures and tables of README and docs, drawn again from their sources."""
     session.install(".[plot]")
-    session.run("python", "bench/plot_readme.py")
-    session.run("python", "bench/benchmarks_page.py")
-    session.run("python", "bench/programs_page.py")
-    for script in ("frozen", "recurrent_ppo", "scaling", "speechbrain_ligru", "zoo"):
+    for script in ("plot_readme", "benchmarks_page", "programs_page", "irregular_page", "pollution_page"):
+        session.run("python", f"bench/{script}.py")
+    for script in ("first_call", "frozen", "recurrent_ppo", "scaling", "speechbrain_ligru", "zoo"):
         session.run("python", f"bench/{script}.py", "--page")
     session.run("python", "docs/pictures.py")
 
