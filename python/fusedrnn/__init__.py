@@ -6,7 +6,7 @@
     import fusedrnn.functions as F
     import fusedrnn.layers as L
 
-Layers, models and optimisers are for everyday use. ``kernels`` has the kernels alone: arrays in, arrays out.
+Layers, models and optimizers train networks. ``kernels`` has the kernels alone, which take and return arrays.
 """
 
 from typing import Any

@@ -1,12 +1,12 @@
-"""Checkpoints: all that training needs to continue with the same bits, in one file.
+"""Checkpoints: everything that training needs to continue with the same bits, in one file.
 
 ::
 
     checkpoint.save("run.ckpt", model, optimizer, loader, epoch=7, losses=losses)
     progress = checkpoint.load("run.ckpt", model, optimizer, loader)
 
-The file holds the weights, the optimiser's state, the state of NumPy's global random generator and of those
-given, the position in the data, the states of the layers, and whatever is passed by name. It is an ``.npz``
+The file has the weights, the states of the optimizer and of the layers, the states of NumPy's global random
+generator and of those that you pass, the position in the data, and your own values by name. It is an ``.npz``
 file without pickle. It is written under another name, flushed to the disk and renamed, so it is never
 incomplete. The previous checkpoint is kept as ``run.ckpt.previous``.
 """
@@ -30,7 +30,7 @@ FORMAT = 1
 
 
 class CheckpointError(ValueError):
-    """The file is damaged, or it is from another training run."""
+    """The file is damaged, or does not match the model, the optimizer, the loader or the generators."""
 
 
 def save(
@@ -44,16 +44,16 @@ def save(
     """Write a checkpoint.
 
     Args:
-        path: the file.
-        model: its parameters and states (h, c) are saved.
-        optimizer: its state is saved.
-        loader: its position and order are saved.
-        generators: random generators in use besides NumPy's global one.
-        progress: what ``load`` returns: numbers, text, arrays, lists and dicts of them.
+        path: The file.
+        model: Its parameters and states (h, c) are saved.
+        optimizer: Its state is saved.
+        loader: Its position and order are saved.
+        generators: Random generators in use besides NumPy's global one.
+        progress: Your own values, which ``load`` returns: numbers, text, arrays, lists and dicts of them.
 
     Raises:
         TypeError: ``progress`` has something else, or a dict in it has a key that is not text.
-        ValueError: a layer's state still has a graph, which cannot be saved.
+        ValueError: The state of a layer still has a graph, which cannot be saved.
     """
     arrays = {f"weight/{name}": array for name, array in values(model).items()}
     arrays |= {f"state/{name}": array for name, array in _carried(model).items()}
@@ -81,11 +81,18 @@ def load(
     loader: DataLoader | None = None,
     generators: Sequence[np.random.Generator] = (),
 ) -> dict[str, Any]:
-    """Load a checkpoint: set everything that ``save`` wrote, and return its ``progress``.
+    """Load a checkpoint: set everything that ``save`` wrote.
+
+    Args:
+        path: The file.
+        model, optimizer, loader, generators: As in ``save``.
+
+    Returns:
+        The ``progress`` that ``save`` got, by name.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        CheckpointError: it is truncated or damaged, or does not match the arguments. Then nothing has been
+        FileNotFoundError: The file does not exist.
+        CheckpointError: It is truncated or damaged, or does not match the arguments. Then nothing has
             changed, except perhaps the model's weights.
     """
     try:

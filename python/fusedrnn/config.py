@@ -1,4 +1,4 @@
-"""Switches of the calling thread: whether a graph is recorded, and whether dropout acts."""
+"""Settings of the calling thread: whether a graph is recorded, and whether dropout is active."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 
 class Config(threading.local):
-    """Switches of the calling thread."""
+    """Settings of the calling thread."""
 
     enable_backprop = True  # record a graph
-    train = True  # dropout acts
+    train = True  # dropout is active
 
 
 config = Config()
@@ -19,7 +19,11 @@ config = Config()
 
 @contextlib.contextmanager
 def using_config(name: str, value: bool) -> Iterator[None]:
-    """Set ``config.name`` for the time of a ``with`` block."""
+    """Set ``enable_backprop`` or ``train`` within a ``with`` block.
+
+    Raises:
+        ValueError: ``name`` is neither of the two.
+    """
     if name not in ("enable_backprop", "train"):
         raise ValueError(f"name: expected 'enable_backprop' or 'train', got {name!r}")
     old = getattr(config, name)
@@ -31,10 +35,10 @@ def using_config(name: str, value: bool) -> Iterator[None]:
 
 
 def no_grad() -> contextlib.AbstractContextManager[None]:
-    """Within the block no graph is recorded and nothing is kept for a backward pass."""
+    """Within the block, no graph is recorded and nothing is kept for a backward pass."""
     return using_config("enable_backprop", False)
 
 
 def test_mode() -> contextlib.AbstractContextManager[None]:
-    """Within the block dropout passes its input through."""
+    """Within the block, dropout does nothing and zoneout uses its mean, as in evaluation."""
     return using_config("train", False)

@@ -1,6 +1,6 @@
-"""Which array module an array belongs to, and the way to a GPU and back: the one place that knows CuPy.
+"""The module of an array, NumPy or CuPy, and copies to a GPU and back.
 
-CuPy is imported when something is first moved to a GPU, or by the user; until then every array is NumPy's.
+CuPy is imported when something is first moved to a GPU.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def __getattr__(name: str) -> Any:
 
 
 def get_array_module(x: Any) -> ModuleType:
-    """CuPy for its arrays and for variables that hold one, else NumPy."""
+    """The module ``cupy`` for CuPy arrays and variables that have one, else ``numpy``."""
     return sys.modules["cupy"] if on_gpu(getattr(x, "_data", x)) else np
 
 
 def on_gpu(x: Any) -> bool:
-    """Whether this is a CuPy array."""
+    """Whether x is a CuPy array."""
     if type(x) is np.ndarray:
         return False
     cupy = sys.modules.get("cupy")
@@ -39,24 +39,24 @@ def on_gpu(x: Any) -> bool:
 
 
 def is_array(x: Any) -> bool:
-    """Whether this is an array of NumPy or CuPy."""
+    """Whether x is a NumPy or CuPy array."""
     return isinstance(x, np.ndarray) or on_gpu(x)
 
 
 def as_array(x: Any, dtype: Any = None) -> Any:
-    """Arrays where they are, in the dtype; anything else as a NumPy array."""
+    """x as an array, cast to ``dtype`` if it is given. A CuPy array stays on its GPU."""
     if on_gpu(x):
         return x if dtype is None else x.astype(dtype, copy=False)
     return np.asarray(x, dtype)
 
 
 def as_numpy(x: Any) -> Array:
-    """A NumPy array; of a CuPy array its copy."""
+    """A NumPy array; a CuPy array is copied."""
     return x.get() if on_gpu(x) else np.asarray(x)
 
 
 def as_cupy(x: Any) -> Any:
-    """A CuPy array on the current GPU; of a NumPy array its copy.
+    """A CuPy array on the current GPU; a NumPy array is copied.
 
     Raises:
         RuntimeError: There is no GPU, or something is missing; the message says what.
@@ -66,21 +66,21 @@ def as_cupy(x: Any) -> Any:
 
 
 def like(x: Any, other: Any) -> Any:
-    """The array where the other one is; itself where it is there."""
+    """x on the device of the other array; copied only if it is on another device."""
     if on_gpu(x) == on_gpu(other):
         return x
     return as_cupy(x) if on_gpu(other) else as_numpy(x)
 
 
 def kind(gpu: bool) -> Kind:
-    """The arrays of a GPU, or NumPy's, as checks of arguments know them."""
+    """How to check and copy arrays of a GPU, or NumPy arrays."""
     if not gpu:
         return NUMPY
     return Kind("a CuPy array", on_gpu, lambda a: a, lambda a: a.copy(order="C"), as_cupy)
 
 
 def require_gpu(what: str) -> None:
-    """A RuntimeError, which begins with ``what``, where the CUDA backend cannot run."""
+    """Raise a RuntimeError, whose message begins with ``what``, if the CUDA backend cannot run."""
     reason = backends.get("cuda").unavailable()
     if reason is not None:
         raise RuntimeError(f"{what}: {reason}")

@@ -17,18 +17,22 @@ Batch = tuple[Any, Any]
 class DataLoader:
     """Batches ``(x, t)`` of ``batch_size`` samples, in a new order every epoch. The last one may be smaller.
 
-    The loader is its own iterator. An epoch that was interrupted continues where it stopped, until
-    ``reset()``, also after a checkpoint was loaded. The order is drawn from NumPy's global generator, at the
-    start and after each epoch. ``index`` is the order, ``iteration`` the number of batches returned in this
-    epoch, ``max_iter`` the number of batches in an epoch, ``data_size`` the number of samples. With
-    ``gpu=True`` the batches are CuPy arrays; the data set keeps NumPy arrays.
+    The loader is its own iterator. An interrupted epoch continues where it stopped, until ``reset()``, also
+    after a checkpoint was loaded. The order is drawn from NumPy's global generator, at the start and after
+    each epoch.
 
     Args:
         dataset: An object with a length that returns a pair (input, target) for an index, such as a
             ``Dataset``.
         batch_size: The number of samples in a batch, at least 1.
         shuffle: False: keep the order of the data set.
-        gpu: Batches are CuPy arrays.
+        gpu: True: batches are CuPy arrays. The data set keeps NumPy arrays.
+
+    Attributes:
+        index: The order of the samples.
+        iteration: The number of batches returned in this epoch.
+        max_iter: The number of batches in an epoch.
+        data_size: The number of samples.
 
     Raises:
         TypeError, ValueError: ``batch_size`` is not an integer of at least 1.
@@ -96,9 +100,17 @@ class SeqDataLoader(DataLoader):
     """The data set cut into ``batch_size`` parallel sequences, returned step by step in order.
 
     With ``jump = len(dataset) // batch_size``, row i of step s is the sample ``(i * jump + s) %
-    len(dataset)``; an epoch has ``ceil(len(dataset) / batch_size)`` steps. A state may be passed from step
-    to step. With ``steps=n`` a batch has n steps, ``(n, B, ...)``, for ``layer.sequence``; the last batch of
-    an epoch may be shorter.
+    len(dataset)``. An epoch has ``ceil(len(dataset) / batch_size)`` steps. A layer may keep its state from
+    batch to batch.
+
+    Args:
+        dataset, batch_size, gpu: As in ``DataLoader``; ``batch_size`` is at most ``len(dataset)``.
+        steps: None: a batch is one step, ``(B, ...)``. n: a batch has n steps, ``(n, B, ...)``; the last one
+            of an epoch may be shorter.
+
+    Raises:
+        TypeError, ValueError: ``batch_size`` or ``steps`` is wrong.
+        RuntimeError: ``gpu`` is True and there is no GPU.
     """
 
     def __init__(self, dataset: Any, batch_size: int, gpu: bool = False, *, steps: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Data sets: pairs of input and target, by index. And a reader for CSV files."""
+"""Data sets, which return pairs of input and target by index, and a reader for CSV files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 class Dataset:
-    """``prepare`` fills the arrays ``data`` and ``label``; sample k is ``(data[k], label[k])``.
+    """A base class: ``prepare`` sets the arrays ``data`` and ``label``; sample k is ``(data[k], label[k])``.
 
-    Without labels the second of the pair is None. An index past the end raises an IndexError, which ends an
+    Without labels, the second of the pair is None. An index past the end raises an IndexError, which ends an
     iteration.
 
     Args:
@@ -41,7 +41,7 @@ class Dataset:
         self.prepare()
 
     def prepare(self) -> None:
-        """Fill ``data`` and, if there are targets, ``label``."""
+        """Set ``data`` and, if there are targets, ``label``."""
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         x = self.data[index]
@@ -63,7 +63,11 @@ class Dataset:
 
 
 class Series(Dataset):
-    """Existing arrays of inputs and targets: ``Series(x, t)``, both of length N."""
+    """A data set of existing arrays of inputs and targets, ``Series(x, t)``, both of length N.
+
+    Raises:
+        ValueError: The lengths differ.
+    """
 
     def __init__(self, data: Any, label: Any) -> None:
         if len(data) != len(label):
@@ -76,10 +80,10 @@ class Series(Dataset):
 
 
 class SinCurve(Dataset):
-    """A noisy sine, or with ``train=False`` a clean cosine: 999 pairs (value k, value k + 1), each ``(1,)``.
+    """A noisy sine, or with ``train=False`` a cosine: 999 pairs (value k, value k + 1), each ``(1,)``.
 
-    The curve has 1000 points over one period, the noise is uniform within ±0.05, drawn from NumPy's global
-    generator. It is drawn for ``train=False`` too, so that what is drawn next does not depend on ``train``.
+    The curve has 1000 points over one period. The noise is uniform within ±0.05, drawn from NumPy's global
+    generator. It is drawn for ``train=False`` too, so that later random numbers do not depend on ``train``.
     """
 
     def prepare(self) -> None:
@@ -92,24 +96,23 @@ class SinCurve(Dataset):
 def read_csv(
     path: str | PathLike[str], columns: Sequence[str], *, hours: float | None = None
 ) -> npt.NDArray[np.float64]:
-    """The named columns of a CSV file, as an array ``(N, C)`` in float64.
+    """Read columns of a CSV file as an array ``(N, C)`` in float64.
 
-    The first line has the names of the columns, with commas in between. The encoding is UTF-8. Empty lines
-    are skipped.
+    The first line has the names of the columns, separated by commas. The encoding is UTF-8. Empty lines are
+    skipped.
 
     Args:
         path: The file.
         columns: The names of C columns.
-        hours: If it is given, the file has to have a column ``date``, which is this much later in each row
-            than in the row before. A date is written as ``2024-12-31``, ``2024-12-31 23:00`` or ``31-12-2024
-            23:00``.
+        hours: If it is given, the column ``date`` must be this many hours later in each row than in the row
+            before. A date is written as ``2024-12-31``, ``2024-12-31 23:00`` or ``31-12-2024 23:00``.
 
     Raises:
-        TypeError: ``columns`` is one text instead of a list.
+        TypeError: ``columns`` is a str instead of a list.
         OSError: The file cannot be read.
-        ValueError: ``hours`` is out of its range. A column is not there once, a row has too few or too many
-            values, a value is not a number or not finite in float32, a date is not the expected one, there
-            are no rows, or the file is not CSV in UTF-8. The message names the line.
+        ValueError: ``hours`` is out of its range; a column is missing or exists twice; a row has too few or
+            too many values; a value is not a number or not finite in float32; a date is not the expected
+            one; there are no rows; or the file is not CSV in UTF-8. The message names the line.
     """
     if isinstance(columns, str):
         raise TypeError(f"columns: expected a list of names, got {columns!r}")

@@ -100,7 +100,7 @@ class Stack(Function):
 
 
 class Where(Function):
-    """a where the condition holds, else b: a selection, so that a NaN in the other branch has no effect."""
+    """a where the condition is true, else b. A NaN in the other branch has no effect."""
 
     def __init__(self, condition: Array) -> None:
         self.condition = condition
@@ -262,7 +262,7 @@ def _count(keep: Array, dtype: np.dtype[Any]) -> Array:
 
 
 class Fused(Function):
-    """Recurrent layers over a whole sequence, or one step, as one node: one kernel forward, one backward.
+    """Recurrent layers over a whole sequence, or one step, as one node.
 
     Inputs: x ``(T, B, I)``, with ``step`` ``(B, I)``; then the weights of each layer and direction, by
         ``names``; then the cell's row scalars, ``(T, B)`` or ``(B,)`` each; then the initial state, if
@@ -381,9 +381,9 @@ def sum(x: Any, axis: int | tuple[int, ...] | None = None, keepdims: bool = Fals
     """The sum over all elements, or over the axes ``axis``.
 
     Args:
-        x: a variable or an array.
-        axis: an axis or a tuple of them; None: all.
-        keepdims: keep the summed axes with length 1.
+        x: A variable or an array.
+        axis: An axis or a tuple of axes. None: all.
+        keepdims: Keep the summed axes with length 1.
     """
     return as_variable(x).sum(axis, keepdims)
 
@@ -420,7 +420,7 @@ def cast(x: Any, dtype: np.dtype[Any]) -> Variable:
 
 
 def where(condition: Array, a: Any, b: Any) -> Variable:
-    """The elements of a where the condition holds, else those of b, with broadcasting.
+    """The elements of a where the condition is true, else those of b, with broadcasting.
 
     A NaN in the branch that is not taken has no effect.
     """
@@ -470,12 +470,19 @@ def dropout(x: Any, dropout_ratio: float = 0.5) -> Variable:
 def mean_squared_error(y: Any, t: Any, mask: Any = None) -> Variable:
     """``((y - t)**2).sum() / B``, so that the losses of single steps add up to the loss of their sequence.
 
-    y is ``(B,)`` or ``(B, O)``, one step, or ``(T, B, O)``, a sequence, which is also divided by B. t has the
-    shape of y (leading axes of length 1 may be missing).
+    Args:
+        y: ``(B,)`` or ``(B, O)``, one step, or ``(T, B, O)``, a sequence.
+        t: Of the shape of y; leading axes of length 1 may be missing.
+        mask: ``(T, B)`` or of the shape of y, booleans or 0 and 1. With a mask, the loss is the mean over the
+            elements where it is true, ``((y - t)**2)[mask].mean()``. This mean is also over time and outputs,
+            so a mask of ones is not the same as no mask. Other elements may be NaN. If the mask is false
+            everywhere, the loss is 0.
 
-    With a ``mask``, ``(T, B)`` or of y's shape, booleans or 0 and 1, the loss is the mean over the elements
-    that are kept, ``((y - t)**2)[mask].mean()``. That mean is also over time and outputs, so a mask of ones
-    is not the same as no mask. Masked elements may be NaN. If nothing is kept, the loss is 0.
+    Returns:
+        A variable of one element.
+
+    Raises:
+        ValueError: The shapes do not match.
     """
     return MeanSquaredError(mask)(y, t)
 
@@ -488,11 +495,18 @@ def softmax(x: Any) -> Variable:
 
 
 def softmax_cross_entropy(x: Any, t: Any, mask: Any = None) -> Variable:
-    """Mean over n of ``-log softmax(x)[n, t[n]]``: x ``(N, C)``, t ``(N,)`` integers from 0 to C-1.
+    """The mean over n of ``-log softmax(x)[n, t[n]]``.
 
-    For a sequence x ``(T, B, C)``, t ``(T, B)`` it is the mean over T and B.
+    Args:
+        x: ``(N, C)``, or for a sequence ``(T, B, C)``.
+        t: ``(N,)`` or ``(T, B)`` integers from 0 to C-1.
+        mask: Of the shape of t, booleans or 0 and 1: the mean is over the elements where it is true. Others
+            may be NaN in x and any integer in t. If the mask is false everywhere, the loss is 0.
 
-    With a ``mask`` of t's shape, booleans or 0 and 1, the mean is over what is kept. Masked elements may be
-    NaN in x and any integer in t. If nothing is kept, the loss is 0.
+    Returns:
+        A variable of one element.
+
+    Raises:
+        ValueError: The shapes do not match, or t has a value out of its range.
     """
     return SoftmaxCrossEntropy(mask)(x, t)

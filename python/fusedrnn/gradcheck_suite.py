@@ -1,6 +1,6 @@
-"""The gradient check of every cell, backend, dtype and option against the oracle, and of the oracle itself.
+"""Gradient checks of every cell, backend, dtype and option against the oracle, and of the oracle itself.
 
-The oracle is the NumPy reference in long double with the same inputs. It is itself compared with complex-step
+The oracle is the NumPy reference in long double with the same inputs. It is compared with complex-step
 derivatives of its forward pass. ``fusedrnn gradcheck`` prints the results; docs/accuracy.md shows them.
 """
 
@@ -106,10 +106,10 @@ def run_suite(
     ``GRADIENT``, and within 4 times plain NumPy's error, which counts as at least 4 machine epsilons.
 
     Args:
-        cells: Names from ``CELLS`` ("rnn" is both of its forms) or ``variants()``, and cells of your own,
-            which run with the options that they have; None: all built-in cells.
-        backends: Names from ``fusedrnn.backends.NAMES``, "oracle"; None: all that are available. Each of the
-            others has one row, neither passed nor failed, with the reason.
+        cells: Names from ``CELLS`` ("rnn" means both of its forms) or ``variants()``, or cells of your own
+            with their options. None: all built-in cells.
+        backends: Names from ``fusedrnn.backends.NAMES``, or "oracle". None: all that are available. Each
+            other backend has one row with the reason, neither passed nor failed.
         dtypes: "float32", "float64"; None: both.
         options: Names from ``OPTIONS``; None: all.
         seed: The seed of the problems.

@@ -1,4 +1,4 @@
-"""The stateless API: one layer in one direction, forward and backward, NumPy in and NumPy out.
+"""Forward and backward of one layer in one direction, on arrays. No state is kept between calls.
 
 ::
 
@@ -6,8 +6,8 @@
     dx, dweights, dstate0, dscalars = backward(tape, dy)
 
 Sizes: ``T`` time steps, ``B`` batch, ``I`` input, ``H`` hidden, ``P`` projected (H for cells without a
-projection), ``G`` gates. ``fusedrnn.backends.protocol`` describes padding, resets and directions in detail;
-several layers are in ``fusedrnn.multilayer``. With CuPy arrays instead of NumPy arrays, a call runs on their
+projection), ``G`` gates. ``fusedrnn.backends.protocol`` describes padding, resets and directions in detail.
+``fusedrnn.multilayer`` runs several layers. With CuPy arrays instead of NumPy arrays, a call runs on their
 GPU (docs/cuda.md). All arrays of a call must be of one kind.
 """
 
@@ -65,9 +65,10 @@ class Packed(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """What ``backward`` takes: the tape of the backend that ran, and the lengths of packed rows.
+    """What ``forward`` keeps for ``backward``.
 
-    ``backend`` is the backend that ran, ``tape`` its tape; ``ragged`` is None without ``batch_sizes``.
+    ``backend`` is the backend that ran, and ``tape`` its tape. ``ragged`` has the lengths of packed rows; it
+    is None without ``batch_sizes``.
     """
 
     backend: Backend
@@ -171,11 +172,12 @@ def forward(
             other cell, on the backends that support it.
         x: (T, B, I), any strides over T and B; float32 or float64 (also long double and complex in the
             reference, and bfloat16 of the package ml_dtypes on processors with AVX512-BF16: docs/apis.md).
-        weights: By name, in PyTorch's layout and of x's dtype: weight_ih (G*H, I), weight_hh (G*H, P),
-            bias_ih and bias_hh (G*H,), which may be missing. With ``layer_norm`` also gain_ih and gain_hh
-            (G*H,), and for an LSTM gain_c and bias_c (H,). With a projection also weight_hr (P, H).
-            ``cell.shapes`` has the names and shapes. Or what ``pack`` returned.
-        state0: (h,) or (h, c), each (B, ·), of x's dtype; None is zeros.
+        weights: A dictionary by name, in PyTorch's layout and of x's dtype: weight_ih (G*H, I), weight_hh
+            (G*H, P), bias_ih and bias_hh (G*H,), which may be missing. With ``layer_norm`` also gain_ih and
+            gain_hh (G*H,), and for an LSTM gain_c and bias_c (H,). With a projection also weight_hr (P, H).
+            ``cell.shapes`` has the names and shapes. Or the result of ``pack``.
+        state0: (h,) or (h, c), each (B, ·), of x's dtype. None: the initial values of the cell, which are 0
+            in the built-in cells.
         lengths: (B,) integers from 0 to T, a list or an array. From this step on the state of the row does
             not change and y is 0.
         reset: (T, B) booleans, or 0 and 1, lists or an array, true if step t is the first of a new segment:
@@ -189,8 +191,8 @@ def forward(
             of the run, the state is passed on and the gradient stops. Initial and final states are not cut
             off.
         regularization: ``Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed)``: recurrent dropout
-            (Gal and Ghahramani 2016) and zoneout (Krueger et al. 2016), with masks drawn from the seed. With
-            seed None it is as in evaluation. The same seed gives the same masks.
+            (Gal and Ghahramani 2016) and zoneout (Krueger et al. 2016). The same seed gives the same masks.
+            Seed None is for evaluation.
         scalars: For a cell with row scalars (``def gru_d(p, x, h, *, dt)``), the row scalars by name,
             ``{"dt": dt}``, each (T, B), of x's dtype. ``dt[t]`` belongs to step t in both directions.
         save: What the tape keeps: "all"; "boundary_states" for only the states at chunk boundaries, so that
@@ -199,7 +201,7 @@ def forward(
             ``fusedrnn.backends.get``.
 
     Returns:
-        y (T, B, P); stateT like state0; states (T, B, ·) each, or None; tape for ``backward``, or None. The
+        y (T, B, P); stateT like state0; states, each (T, B, ·), or None; tape for ``backward``, or None. The
         tape does not copy x, the weights and y: do not change them before ``backward``.
 
     Raises:
@@ -261,18 +263,18 @@ def backward(
 ) -> Gradients:
     """Gradients of ``sum(y*dy) + sum(stateT*dstateT) + sum(states*dstates)`` by backpropagation.
 
-    It may be called twice with one tape; both calls return the same bits.
+    You may call it twice with one tape. Both calls return the same bits.
 
     Args:
         tape: From ``forward``.
         dy: Like y, or None. It is not read at padding.
         dstateT: One entry per state, like stateT or None each, or None.
         dstates: One entry per state, like states or None each, or None; only after ``return_states=True``.
-        need: "x", names of weights and scalars, "state0"; or None for all.
+        need: The gradients to compute: "x", "state0", names of weights and scalars. None: all.
 
     Returns:
-        dx like x, +0 at padding; dweights, by name, of the weights that were passed; dstate0 like state0;
-        dscalars, by name, like scalars, +0 at padding. What is not in ``need`` is None.
+        dx like x, +0 at padding; dweights, by name, like the weights that were passed; dstate0 like state0;
+        dscalars, by name, like scalars, +0 at padding. Gradients that are not in ``need`` are None.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it, what it got and what was expected.

@@ -50,7 +50,7 @@ def no_attribute(owner: object, name: str, instead: Mapping[str, str]) -> NoRetu
 
 
 class Layer:
-    """A layer. Attributes that are a ``Parameter`` or a ``Layer`` belong to it, in order of assignment.
+    """The base class of layers. Its attributes that are a ``Parameter`` or a ``Layer`` belong to it.
 
     Raises:
         TypeError: The constructor was given an argument that it does not have, such as one of ``torch.nn``.
@@ -77,7 +77,7 @@ class Layer:
         return self.forward(*inputs, **options)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """What a call of the layer returns. A subclass defines it."""
+        """Compute what a call returns. Subclasses define it."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def walk(self, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Layer]]:
@@ -91,7 +91,7 @@ class Layer:
                     yield from value.walk(f"{path}/{name}" if path else name, seen)
 
     def named_params(self) -> Iterator[tuple[str, Parameter]]:
-        """Every parameter once, with its path, such as ``rnn/weight_ih``."""
+        """Yield every parameter once, with its path, such as ``rnn/weight_ih``."""
         seen = set()
         for path, layer in self.walk():
             for name, value in vars(layer).items():
@@ -100,7 +100,7 @@ class Layer:
                     yield f"{path}/{name}" if path else name, value
 
     def params(self) -> Iterator[Parameter]:
-        """Every parameter once."""
+        """Yield every parameter once."""
         return (p for _, p in self.named_params())
 
     def cleargrads(self) -> None:
@@ -109,15 +109,17 @@ class Layer:
             p.cleargrad()
 
     def save_weights(self, path: PathLike) -> None:
-        """Write every parameter to one ``.npz`` file, under its path, such as ``rnn/weight_ih``."""
+        """Write all parameters to one ``.npz`` file, by their paths, such as ``rnn/weight_ih``."""
         npz.write(path, values(self))
 
     def load_weights(self, path: PathLike) -> None:
-        """Read what ``save_weights`` wrote, or DeZero's layout.
+        """Read a file that ``save_weights`` or DeZero wrote.
 
-        Parameters are cast to each layer's dtype. Sizes that a layer does not know yet come from the file.
+        Parameters are cast to each layer's dtype. Sizes that a layer does not know yet are taken from the
+        file.
 
         Raises:
+            OSError: The file cannot be read.
             ValueError: An entry is missing, extra, pickled or of another shape. The message names it, and no
                 parameter has changed.
         """

@@ -20,8 +20,16 @@ __all__ = ["GRU", "LSTM", "RNN", "Dropout", "Layer", "Linear", "Recurrent"]
 class Linear(Layer):
     """``x W + b`` on the last axis: W ``(I, O)``, b ``(O,)``.
 
-    The initial W is ``randn(I, O) * sqrt(1 / I)``, drawn from NumPy's global generator when I is known: here,
-    or at the first call. The initial b is zero.
+    The initial W is ``randn(I, O) * sqrt(1 / I)``, drawn from NumPy's global generator. The initial b is 0.
+
+    Args:
+        out_size: O.
+        nobias: True: no b.
+        dtype: float32 or float64. Inputs are cast to it.
+        in_size: I. None: it is taken from the first call, which then draws W.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; the message names it.
     """
 
     def __init__(
@@ -69,7 +77,7 @@ class Linear(Layer):
 
 
 class Dropout(Layer):
-    """``functions.dropout`` as a layer."""
+    """In training, set elements to zero with probability ``dropout_ratio``; see ``functions.dropout``."""
 
     def __init__(self, dropout_ratio: float = 0.5, **unknown: Never) -> None:
         super().__init__(**unknown)

@@ -11,16 +11,16 @@ from fusedrnn.layers import Layer, Recurrent
 
 
 class Model(Layer):
-    """A layer made of layers, each assigned to an attribute. Define ``__init__`` and ``forward``."""
+    """The base class of models. Assign each layer to an attribute in ``__init__``, and define ``forward``."""
 
     def reset_state(self) -> None:
-        """Forget the state of every layer in this model."""
+        """Forget the states of all layers in this model."""
         for _, layer in self.walk():
             if layer is not self and hasattr(layer, "reset_state"):  # layers of your own too
                 layer.reset_state()
 
     def summary(self) -> str:
-        """A table of the parameters: shape and number of values, one line each, and the total."""
+        """A table with the shape and the number of values of each parameter, and the total."""
         rows: list[tuple[str, str, str]] = []
         total = 0
         for name, p in self.named_params():
@@ -32,11 +32,14 @@ class Model(Layer):
 
 
 class Sequential(Model):
-    """Layers one after another, named ``l0``, ``l1``, ...
+    """Layers that run one after another, named ``l0``, ``l1``, ...
 
     Keyword arguments, such as ``lengths``, ``reset`` and a cell's row scalars, are passed to every layer that
-    takes them by name: recurrent layers, a Sequential inside, a model of your own that passes them on.
-    ``state`` is not passed, since each layer has its own.
+    takes them by name: recurrent layers, a Sequential inside, or your own models. ``state`` is not passed,
+    because each layer has its own.
+
+    Raises:
+        TypeError: An argument is not a layer or a function, for example a list of layers.
     """
 
     def __init__(self, *layers: Layer) -> None:
@@ -53,7 +56,7 @@ class Sequential(Model):
         """The result of the last layer. Each layer gets the result of the one before it.
 
         Args:
-            x: the input of the first layer.
+            x: The input of the first layer.
             options: ``lengths``, ``reset`` and row scalars such as ``dt``, for the layers that take them, as
                 in ``Recurrent.sequence``.
 

@@ -1,7 +1,7 @@
-"""Several layers, both directions and dropout between layers, on top of every backend.
+"""Several layers, both directions and dropout between layers, with any backend.
 
-Everything is in PyTorch's order. ``weights`` has one entry per layer and direction, layer by layer, forward
-before reverse. States are (L*D, B, ·). y is the concatenation of the last layer's directions, (T, B, D*P).
+The order is PyTorch's. ``weights`` has one entry per layer and direction, layer by layer, forward before
+reverse. States are (L*D, B, ·). y is the concatenation of the last layer's directions, (T, B, D*P).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fusedrnn.cells import Cell
 
 
 class Tape(NamedTuple):
-    """What ``backward_multilayer`` takes."""
+    """What ``forward_multilayer`` keeps for ``backward_multilayer``."""
 
     cell: Cell
     tapes: list[kernels.Tape]  # layer by layer, forward before reverse
@@ -36,7 +36,7 @@ class Tape(NamedTuple):
 
 
 class MultilayerGradients(NamedTuple):
-    """Result of ``backward_multilayer``; what is not in ``need`` is None.
+    """Result of ``backward_multilayer``. Gradients that are not in ``need`` are None.
 
     ``dx`` is (T, B, I). ``dweights`` has one dictionary per layer and direction. ``dstate0`` has (L*D, B, ·)
     for each state. ``dscalars`` has (T, B) for each name, the sum over layers and directions.
@@ -49,7 +49,7 @@ class MultilayerGradients(NamedTuple):
 
 
 def dropout_mask(rng: np.random.Generator, dropout: float, shape: tuple[int, ...], dtype: Any) -> Array:
-    """0 with probability ``dropout``, else 1 / (1 - dropout)."""
+    """An array of this shape and dtype: 0 with probability ``dropout``, else 1 / (1 - dropout)."""
     scale = np.asarray(0 if dropout == 1 else 1 / (1 - dropout), dtype)
     return np.where(rng.random(shape) < dropout, np.zeros((), dtype), scale)
 
@@ -79,16 +79,16 @@ def forward_multilayer(
         cell: The cell of every layer.
         x: (T, B, I).
         weights: L*D mappings by name (or what ``kernels.pack`` returned); from the second layer on I is D*P.
-        state0: (h,) or (h, c), each (L*D, B, ·); None is zeros.
+        state0: (h,) or (h, c), each (L*D, B, ·). None: the initial values of the cell.
         bidirectional: D = 2: every layer also runs in reverse.
         dropout: The probability that an output of each layer but the last is zeroed; the others are scaled by
             1 / (1 - dropout). For training only: pass 0 in evaluation.
         rng: The generator of the masks; needed with dropout if ``masks`` is None.
         masks: L-1 arrays (T, B, D*P) of x's dtype that multiply the layers' outputs, instead of masks that
             are drawn. None for a layer without dropout.
-        regularization: As in ``kernels.forward``. The stream of each layer and direction is set here, so
-            that each draws different masks from the same seed.
-        scalars: As in ``kernels.forward``; every layer and direction gets the same ones.
+        regularization: As in ``kernels.forward``. Each layer and direction draws different masks from the
+            seed; ``stream`` is set for this.
+        scalars: As in ``kernels.forward``. All layers and directions get the same values.
         lengths, reset, return_states, detach_every, save, backend: As in ``kernels.forward``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Optimisers, which change a model's parameters by their gradients."""
+"""Optimizers, which update the parameters of a model."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ METHODS = {
 
 
 class Optimizer:
-    """The base class of all optimisers.
+    """The base class of all optimizers.
 
     Parameters without a gradient do not change. The gradients do not change.
 
     Args:
-        weight_decay: Each parameter times this is added to its gradient; at least 0.
-        max_norm: The gradients are scaled down if the Euclidean norm of all of them is above this; None:
-            never.
+        weight_decay: Each parameter times this number is added to its gradient; at least 0.
+        max_norm: The gradients are scaled down if the Euclidean norm of all of them together is above this
+            number. None: never.
 
     Raises:
-        ValueError: An argument is out of its range.
+        TypeError, ValueError: An argument is not a number or out of its range.
     """
 
     def __init__(self, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
@@ -53,9 +53,12 @@ class Optimizer:
     def setup(self, target: Layer) -> Self:
         """Set the model whose parameters ``update`` changes.
 
+        Returns:
+            The optimizer.
+
         Raises:
-            TypeError: It is not a Model or a Layer.
-            ValueError: It has no parameters, or has some that are not found, for example in a list.
+            TypeError: ``target`` is not a Model or a Layer.
+            ValueError: It has no parameters, or has some that are not attributes, for example in a list.
         """
         name = type(self).__name__
         if not isinstance(target, Layer):
@@ -117,7 +120,7 @@ class Optimizer:
         raise NotImplementedError(f"{type(self).__name__}.update_one")
 
     def slot(self, p: Parameter) -> dict[str, Array]:
-        """What is kept for the parameter, on the device of its array."""
+        """The arrays that are kept for the parameter, on the device of its array."""
         slot = self.slots.setdefault(p, {})
         for name, array in slot.items():
             if cuda.on_gpu(array) != cuda.on_gpu(p._data):
@@ -125,7 +128,7 @@ class Optimizer:
         return slot
 
     def state(self) -> dict[str, Any]:
-        """The state of the optimiser: the number of steps and arrays named ``slot/parameter``."""
+        """The state of the optimizer: the number of steps, and arrays named ``slot/parameter``."""
         assert self.target is not None
         return {"t": np.asarray(self.t)} | {
             f"{slot}/{name}": cuda.as_numpy(array)
@@ -134,7 +137,12 @@ class Optimizer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Load what ``state`` returned. The model must have its weights already."""
+        """Load what ``state`` returned. The model must already have its weights.
+
+        Raises:
+            RuntimeError: ``setup`` has not been called.
+            ValueError: An array does not have the shape of a parameter.
+        """
         if self.target is None:
             raise RuntimeError("load_state: expected a call of setup(model) before")
         params = dict(self.target.named_params())
@@ -145,7 +153,7 @@ class Optimizer:
             slot, _, name = key.partition("/")
             if name not in params or params[name].shape != array.shape:
                 raise ValueError(
-                    f"optimiser state {key}: expected the shape of a parameter, got {array.shape}"
+                    f"optimizer state {key}: expected the shape of a parameter, got {array.shape}"
                 )
             slots.setdefault(params[name], {})[slot] = array.copy()  # moved to the parameter's device later
         self.slots, self.t = slots, int(state["t"])
@@ -185,7 +193,7 @@ def _rate(name: str, value: Any) -> float:
 
 
 class SGD(Optimizer):
-    """Gradient descent: ``p -= lr * g`` for each parameter p with the gradient g.
+    """Gradient descent: ``p -= lr * g`` for each parameter p and its gradient g.
 
     Args:
         lr: The learning rate.

@@ -1,7 +1,7 @@
-"""Plots of losses, forecasts, gates and gradients, and of the gradient check: of your own model too.
+"""Plots of losses, forecasts, gates, gradients, and the errors of the gradient check.
 
-They need Matplotlib, which the extra ``plot`` installs. Each function draws on ``ax``, or on a new figure of
-pyplot's where that is None, and returns the Axes, so that titles and more lines can be added:
+They need Matplotlib, which the extra ``plot`` installs. Each function draws on ``ax``, or on a new figure if
+it is None, and returns the Axes, so that you can add titles and lines:
 
 ::
 
@@ -44,9 +44,9 @@ LINE_OF_TEXT = 0.075  # its height in that of the Axes
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within a ``with`` block, plots of your own look as those of this module: also a decorator.
+    """Use the style of this module for your own plots, as a context manager or a decorator.
 
-    What is saved within it has a transparent background, to be shown on white and on dark pages.
+    Files that are saved within it have a transparent background, for white and for dark pages.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -125,12 +125,14 @@ def losses(
     changes: Mapping[str, int] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """The loss of every epoch, on a logarithmic axis where all are above zero and they differ by 5 times.
+    """The loss of every epoch.
+
+    The axis is logarithmic if all losses are positive and the largest is over 5 times the smallest.
 
     Args:
         history: (epochs,) numbers; or several curves by name, ``{"training": ..., "validation": ...}``.
-        changes: What changed after how many epochs, ``{"new data": 100}``: a line marks each.
-        ax: What to draw on.
+        changes: Epochs after which something changed, by name, ``{"new data": 100}``. A line marks each.
+        ax: The Axes to draw on. None: a new figure.
 
     Returns:
         The Axes.
@@ -168,14 +170,14 @@ def forecast(
     x: npt.ArrayLike | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """A series and its forecasts, with a line between training part and test part.
+    """A series and its forecasts, with a line between the training part and the test part.
 
     Args:
         truth: (N,) the series.
-        predictions: (M,) with M up to N, of the last M steps; or several forecasts by name.
+        predictions: (M,) the forecast of the last M steps, M at most N; or several forecasts by name.
         test: The first step of the test part, from 0 to N - 1. None: no line.
-        x: (N,) where the steps are on the axis, such as years. None: 0 to N - 1.
-        ax: What to draw on.
+        x: (N,) the positions of the steps on the axis, such as years. None: 0 to N - 1.
+        ax: The Axes to draw on. None: a new figure.
 
     Returns:
         The Axes.
@@ -210,15 +212,15 @@ def forecast(
 
 @style()
 def gates(layer: Recurrent, x: npt.ArrayLike, *, ax: Axes | None = None) -> Axes:
-    """The gates of a layer over time, for one sequence: a row of the picture for each unit.
+    """The gates of a layer over time for one sequence, with one row for each unit.
 
-    The value of a gate is what its activation function gives: from 0 to 1 after a sigmoid, from -1 to 1 after
-    a tanh. The sequence begins at a zero state, or where the cell's states start.
+    The values are those after the activation function: from 0 to 1 after a sigmoid, from -1 to 1 after a
+    tanh. The sequence begins with the initial state of the cell.
 
     Args:
         layer: A recurrent layer of ``fusedrnn.layers``, of any cell, of one layer and direction.
         x: (T, I) one sequence.
-        ax: What to draw on.
+        ax: The Axes to draw on. None: a new figure.
 
     Returns:
         The Axes.
@@ -285,12 +287,12 @@ def _gates_behind(nodes: Sequence[Node]) -> set[str]:
 
 @style()
 def gradient_flow(gradients: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, ax: Axes | None = None) -> Axes:
-    """How large the gradient is at each step, from the last step back to the first.
+    """The norm of the gradient at each step, from the last step back to the first.
 
     Args:
-        gradients: (T, ...) the gradient of the loss by the state or output of each step; its 2-norm over all
-            axes but the first is drawn. Or several by name, of networks to compare.
-        ax: What to draw on.
+        gradients: (T, ...) the gradient of the loss with respect to the state or output of each step. Its
+            2-norm over all axes except the first is drawn. Or several by name, to compare networks.
+        ax: The Axes to draw on. None: a new figure.
 
     Returns:
         The Axes.
@@ -313,14 +315,14 @@ def gradient_flow(gradients: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, ax:
 
 @style()
 def errors(rows: Sequence[Row], *, ax: Axes | None = None) -> Axes:
-    """The error of every output and gradient beside its limit, as ``fusedrnn gradcheck`` found them.
+    """The error of every output and gradient, and its limit, from the gradient check.
 
-    The error is the largest difference from the reference in long double, relative to the largest entry. Of
-    several options and sizes the largest is drawn.
+    The error is the largest difference from the reference in long double, relative to the largest entry, over
+    all options and sizes.
 
     Args:
         rows: What ``fusedrnn.gradcheck_suite.run_suite`` returned.
-        ax: What to draw on.
+        ax: The Axes to draw on. None: a new figure.
 
     Returns:
         The Axes.

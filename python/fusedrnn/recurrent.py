@@ -38,36 +38,42 @@ class Recurrent(Layer):
     """Recurrent layers of any cell; the base class of LSTM, GRU and RNN.
 
     Args:
-        cell: what a step computes, such as ``fusedrnn.cells.lstm`` or a function of your own.
-        hidden_size: the number of units, H.
-        proj_size: P, for a cell that projects its first state (``p.project``): 1 to H; else 0.
-        in_size: I; None: it is taken from the first call.
-        num_layers: the number of stacked layers; the input of each is the h of the layer below.
-        bidirectional: also run through time in reverse, with a second set of weights; y is ``(T, B, 2*H)``.
-            Such a layer takes whole sequences only. It keeps no state between calls, since its reverse
-            direction starts at the end of a sequence.
-        dropout: the probability of a zero between layers, in training.
-        recurrent_dropout: the probability of a zero, in training, in what weight_hh multiplies: one mask per
-            call, layer, direction and row, the same at every step (Gal and Ghahramani 2016). Fused layers
+        cell: What a step computes, such as ``fusedrnn.cells.lstm`` or a cell of your own.
+        hidden_size: H, the number of units.
+        in_size: I, the size of the input. None: it is taken from the first call.
+        num_layers: The number of stacked layers. The input of each is the h of the layer below.
+        bidirectional: True: a second set of weights runs backward in time, and y is ``(T, B, 2*H)``. Such a
+            layer takes only whole sequences. It keeps no state between calls, because the reverse direction
+            starts at the end of a sequence.
+        dropout: The probability of zeros between layers, in training.
+        recurrent_dropout: In training, the probability that a unit of what weight_hh multiplies is zeroed.
+            There is one mask per call, layer, direction and row, the same at every step (Gal and Ghahramani
+            2016). Fused layers only.
+        zoneout_h, zoneout_c: In training, the probability that a unit of h or c keeps its value at a step,
+            drawn for each step. In evaluation, the weighted mean of the old and the new value is used, with
+            this weight for the old one (Krueger et al. 2016). For cells that have such a state. Fused layers
             only.
-        zoneout_h, zoneout_c: the probability that a unit of h or c keeps its value at a step, drawn for each
-            step. In evaluation the new value is the mean of old and new with these weights (Krueger et al.
-            2016). For cells that have such a state. Fused layers only.
-        bias: one bias per gate, ``bias_ih``; a GRU with ``reset_after`` also has ``bias_hh``.
-        dtype: float32, float64, or with a fused layer bfloat16 of ml_dtypes; inputs are cast to it.
-        fused: one node per call, run by a kernel. False: one node per operation, to read and to compare with.
-        backend: the name of a backend; None: the best one that is available.
-        recompute: keep few states for backward and run forward again there, to save memory.
+        bias: False: no biases. True: one bias per gate, ``bias_ih``; a GRU with ``reset_after`` also has
+            ``bias_hh``.
+        dtype: float32, float64, or in a fused layer bfloat16 of ml_dtypes. Inputs are cast to it.
+        fused: True: a call is one node, run by a kernel. False: each operation is a node, to read and to
+            compare with.
+        backend: The name of a backend. None: the first that is available.
+        recompute: Keep few states for backward and run forward again there, to save memory.
+        proj_size: P, from 1 to H, for a cell that projects its first state (``p.project``); else 0.
 
-    Parameters: those of the cell, ``cell.blocks``. ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, P), where P is
-        H without a projection, ``bias_ih`` (G*H,), ``bias_hh`` (G*H,), ``weight_hr`` (P, H), all others (H,)
-        or a multiple of H. With several layers or directions their names end in ``_l0``, ``_l1_reverse`` and
-        so on, as in PyTorch.
+    Raises:
+        TypeError, ValueError: An argument is wrong; the message names it.
+
+    Parameters: those of the cell, ``cell.blocks``: ``weight_ih`` (G*H, I), ``weight_hh`` (G*H, P), where P is
+    H without a projection, ``bias_ih`` and ``bias_hh`` (G*H,), ``weight_hr`` (P, H), all others (H,) or a
+    multiple of H. With several layers or directions their names end in ``_l0``, ``_l1_reverse`` and so on, as
+    in PyTorch.
 
     The initial matrix of each gate is ``randn(I, H) * sqrt(1 / I)``, stored transposed. Biases start at zero,
-    gains at one, other vectors as the cell says. Values are drawn from NumPy's global generator, layer by
-    layer: first the input matrices, then the hidden ones. What depends on an unknown ``in_size`` is drawn at
-    the first call.
+    gains at one, and other vectors at the initial values that the cell defines. Values are drawn from NumPy's
+    global generator, layer by layer: first the input matrices, then the hidden ones. Matrices whose size is
+    not known are drawn at the first call.
     """
 
     draws: ClassVar[tuple[int, ...] | None] = None  # the gates in drawing order; None: in their own
@@ -220,9 +226,11 @@ class Recurrent(Layer):
     def forward(
         self, x: Any, state: Any = None, *, lengths: Any = None, reset: Any = None, **scalars: Any
     ) -> Variable:
-        """One step for ``(B, I)``, a whole sequence for ``(T, B, I)``.
+        """One step for x ``(B, I)``, a whole sequence for x ``(T, B, I)``: calls ``step`` or ``sequence``.
 
-        Both take the cell's row scalars. A sequence also takes ``lengths`` and ``reset``, as in ``sequence``.
+        Raises:
+            TypeError, ValueError: An argument is wrong; the message names it. A step takes no ``lengths`` and
+                ``reset``.
         """
         x = as_variable(x)
         ndim = x._data.ndim
@@ -238,11 +246,18 @@ class Recurrent(Layer):
         raise ValueError(f"x: expected shape (B, I), one step, or (T, B, I), a sequence, got {x.shape}")
 
     def step(self, x: Any, state: Any = None, **scalars: Any) -> Variable:
-        """One time step: x ``(B, I)`` to h ``(B, H)``, which is kept as ``.h`` (and c as ``.c``).
+        """One time step: x ``(B, I)`` to h ``(B, H)``, which the layer keeps as ``.h`` (and c as ``.c``).
 
-        ``state`` replaces the layer's state. ``scalars`` are the cell's row scalars, such as ``dt``, each
-        ``(B,)``. Every call draws its own masks. For recurrent dropout with one mask for all steps, pass the
-        sequence in one call.
+        Every call draws its own masks. For recurrent dropout with one mask for all steps, pass the sequence
+        in one call.
+
+        Args:
+            x: The input.
+            state: Replaces the layer's state.
+            scalars: The cell's row scalars, such as ``dt``, each ``(B,)``.
+
+        Raises:
+            TypeError, ValueError: An argument is wrong, or the layer is bidirectional.
         """
         x = as_variable(x)
         if self.bidirectional:
@@ -276,18 +291,21 @@ class Recurrent(Layer):
         """A whole sequence: x ``(T, B, I)`` to y ``(T, B, D*H)``, the h of the last layer at every step.
 
         Args:
-            x: the inputs.
-            state: replaces the layer's state.
-            lengths: ``(B,)`` integers from 0 to T, a list or an array. From this step on the state of the row
-                does not change and y is 0.
+            x: The inputs.
+            state: Replaces the layer's state.
+            lengths: ``(B,)`` integers from 0 to T, a list or an array. From this step on, the state of the
+                row does not change and y is 0.
             reset: ``(T, B)`` booleans, or 0 and 1, lists or an array. Where it is true, the state is cleared
                 before that step.
-            return_states: also return the states of every step: ``y, (h,)`` or ``y, (h, c)``, each ``(T, B,
+            return_states: Also return the states of every step: ``y, (h,)`` or ``y, (h, c)``, each ``(T, B,
                 H)``; with several layers or directions ``(L*D, T, B, H)``.
-            detach_every: truncate backpropagation: after every ``detach_every`` steps the state is passed on
+            detach_every: Truncate backpropagation: after every ``detach_every`` steps, the state is passed on
                 and the gradient stops. Fused layers only.
-            scalars: the cell's row scalars, such as ``dt`` of ``def gru_d(p, x, h, *, dt)``: each ``(T, B)``.
-                ``dt[t]`` belongs to step t. All layers and directions get the same ones.
+            scalars: The cell's row scalars, such as ``dt`` of ``def gru_d(p, x, h, *, dt)``: each ``(T, B)``.
+                ``dt[t]`` belongs to step t. All layers and directions get the same values.
+
+        Raises:
+            TypeError, ValueError: An argument is wrong; the message names it.
         """
         x = as_variable(x)
         self._check_input(x, 3)
@@ -503,12 +521,16 @@ class Recurrent(Layer):
 
 
 class RNN(Recurrent):
-    """Elman network: ``h = tanh(x W + h U + b)``, or relu for tanh. See ``Recurrent`` for the arguments.
+    """Elman network (Elman 1990): ``h = tanh(x W + h U + b)``.
 
-    ``layer_norm`` normalises the input and the recurrent part (Ba, Kiros and Hinton 2016), with the gains
-    ``gain_ih`` and ``gain_hh`` (H,).
+    Args:
+        hidden_size, in_size: H and I.
+        relu: Use relu instead of tanh.
+        layer_norm: Normalize the input part and the recurrent part (Ba, Kiros and Hinton 2016), with the
+            gains ``gain_ih`` and ``gain_hh`` (H,).
+        options: As in ``Recurrent``.
 
-    Without ``in_size`` the hidden matrix is drawn when it first multiplies a state: at the second step.
+    Without ``in_size``, the hidden matrix is drawn when it first multiplies a state, at the second step.
     """
 
     dezero_names = ("h",)
@@ -528,15 +550,21 @@ class RNN(Recurrent):
 
 
 class LSTM(Recurrent):
-    """Long short-term memory. See ``Recurrent`` for the arguments.
+    """Long short-term memory (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000).
 
     ``i, f, o = sigmoid(x W + h U + b)`` and ``g = tanh(x W + h U + b)``, each with its own W, U and b; ``c =
-    f*c + i*g``, ``h = o*tanh(c)`` (Hochreiter and Schmidhuber 1997; forget gate by Gers et al. 2000). The
-    gates are stored as i f g o and drawn as f i o g. The forget gate's biases start at ``forget_bias``; 1
-    keeps more of c at the start of training (Jozefowicz et al. 2015). With ``proj_size``, ``h = weight_hr
-    (o*tanh(c))`` has ``proj_size`` units (Sak et al. 2014). ``layer_norm`` normalises the gates' input and
-    recurrent parts, and the c from which h is computed (Ba, Kiros and Hinton 2016), with ``gain_ih`` and
-    ``gain_hh`` (4*H,), ``gain_c`` and ``bias_c`` (H,).
+    f*c + i*g``, ``h = o*tanh(c)``. The gates are stored in the order i f g o and drawn in the order f i o g.
+
+    Args:
+        hidden_size, in_size: H and I.
+        forget_bias: The initial bias of the forget gate. 1 keeps more of c at the start of training
+            (Jozefowicz et al. 2015).
+        layer_norm: Normalize the input part and the recurrent part of the gates, and the c from which h is
+            computed (Ba, Kiros and Hinton 2016). This adds ``gain_ih`` and ``gain_hh`` (4*H,), ``gain_c`` and
+            ``bias_c`` (H,).
+        proj_size: P: ``h = weight_hr (o*tanh(c))`` has P units, from 1 to H (Sak et al. 2014). 0: no
+            projection.
+        options: As in ``Recurrent``.
     """
 
     draws = (1, 0, 3, 2)
@@ -565,13 +593,18 @@ class LSTM(Recurrent):
 
 
 class GRU(Recurrent):
-    """Gated recurrent unit. See ``Recurrent`` for the arguments.
+    """Gated recurrent unit (Cho et al. 2014).
 
-    ``r, z = sigmoid(x W + h U + b)``, each with its own W, U and b; ``h = (1 - z) * n + z * h``. With
-    ``reset_after`` (PyTorch, cuDNN) ``n = tanh(x W + b + r * (h U + b'))``, without it (Cho et al. 2014) ``n
-    = tanh(x W + (r * h) U + b)``. The gates are stored and drawn as r z n. ``layer_norm`` normalises the
-    input and recurrent parts (Ba, Kiros and Hinton 2016), r and z together and n by itself, with ``gain_ih``
-    and ``gain_hh`` (3*H,).
+    ``r, z = sigmoid(x W + h U + b)``, each with its own W, U and b; ``h = (1 - z) * n + z * h``. The gates
+    are stored and drawn in the order r z n.
+
+    Args:
+        hidden_size, in_size: H and I.
+        reset_after: True: ``n = tanh(x W + b + r * (h U + b'))``, as in PyTorch and cuDNN. False: ``n =
+            tanh(x W + (r * h) U + b)``, as in Cho et al. 2014.
+        layer_norm: Normalize the input part and the recurrent part, r and z together and n by itself (Ba,
+            Kiros and Hinton 2016). This adds ``gain_ih`` and ``gain_hh`` (3*H,).
+        options: As in ``Recurrent``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How many threads the compiled kernels use, and of which thread pool. The results do not depend on it."""
+"""The number of threads of the compiled kernels, and their thread pool. The results depend on neither."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(threads: int) -> None:
-    """Use ``threads`` threads from now on.
+    """Set the number of threads.
 
-    By default it is the environment variable FUSEDRNN_NUM_THREADS, else OMP_NUM_THREADS, else the number of
-    CPUs in the affinity and the cgroup limit of this process.
+    The default is the environment variable FUSEDRNN_NUM_THREADS, else OMP_NUM_THREADS, else the number of
+    CPUs that the process may use (affinity and cgroup limit).
 
     Raises:
         TypeError, ValueError: ``threads`` is not an integer of at least 1.

@@ -1,7 +1,4 @@
-"""The backends and the choice between them. What a backend is: ``fusedrnn.backends.protocol``.
-
-Adding one is a file here and a line in ``_CLASSES``.
-"""
+"""The backends, and which one runs. ``fusedrnn.backends.protocol`` says what a backend is."""
 
 from __future__ import annotations
 
@@ -27,9 +24,12 @@ FOR_NUMPY = NAMES[:-1]  # in the order in which they are tried; the last one is 
 
 
 def get(name: str | None = None) -> Backend:
-    """The backend of this name, else that in FUSEDRNN_BACKEND, else the first of ``FOR_NUMPY`` that can run.
+    """Return a backend.
 
-    A named backend is returned even where it cannot run, so that ``get(name).unavailable()`` can say why.
+    Args:
+        name: "cpu", "numba", "reference" or "cuda". Such a backend is returned even if it cannot run, so that
+            ``get(name).unavailable()`` can say why. None: the environment variable FUSEDRNN_BACKEND, else the
+            first of ``FOR_NUMPY`` that can run.
 
     Raises:
         ValueError: The name is not one of ``NAMES``.
@@ -48,7 +48,7 @@ def get(name: str | None = None) -> Backend:
 
 
 def usable(name: str | None = None) -> Backend:
-    """Like ``get``, but a RuntimeError that says why where the named backend cannot run here."""
+    """Like ``get``, but raise a RuntimeError with the reason if the backend cannot run."""
     backend = get(name)
     reason = backend.unavailable()
     if reason is not None:
@@ -57,7 +57,7 @@ def usable(name: str | None = None) -> Backend:
 
 
 def refuses(name: str, cell: Cell) -> str | None:
-    """None where a backend runs this cell here, else one line that says why not."""
+    """Why a backend does not run a cell on this machine, in one line, or None if it does."""
     backend = _load(name)
     if (reason := backend.unavailable()) is not None:
         return reason

@@ -1,27 +1,27 @@
-"""What a backend is: the words, the argument and result types, and the rules every backend keeps.
+"""What a backend is: the types of its arguments and results, and the rules that every backend follows.
 
-Legend: ``T`` time steps, ``B`` batch, ``I`` input size, ``H`` hidden size, ``P`` projected size (``H`` for
-cells that project nothing), ``G`` gates. Sequences are ``(T, B, ...)``. Gates in memory order: LSTM
-``i f g o``, GRU ``r z n``.
+``T`` is the number of time steps, ``B`` the batch size, ``I`` the input size, ``H`` the hidden size, ``P``
+the projected size (``H`` for cells without a projection), ``G`` the number of gates. Sequences are ``(T, B,
+...)``. The order of the gates is ``i f g o`` for the LSTM and ``r z n`` for the GRU.
 
-A backend serves one layer in one direction. Layers, directions and dropout between them are composed above.
+A backend runs one layer in one direction. ``fusedrnn.multilayer`` runs several.
 
-Rules (``t`` is time, ``b`` a row of the batch):
+Rules (``t`` is a step, ``b`` a row of the batch):
 
-- ``t >= lengths[b]``: the state of row b stands still, ``y`` is 0, ``dx`` is +0, upstream gradients there are
-  never read, all-step states are held. Length 0 returns the initial state and passes its gradient through.
-- ``reset[t, b]``: the cut is between t-1 and t in time, in both directions: forward clears the state before
-  t, reverse clears it after t and before t-1. Resets beyond a row's length do nothing. No gradient passes a
-  cut.
-- ``detach_every``: n: the state goes from step k*n - 1 to step k*n, counted in the order of the run, and no
-  gradient comes back; the initial and the final state are not cut off.
-- ``regularization``: recurrent dropout and zoneout; see ``Regularization``. Steps beyond a row's length and
-  cuts come first: a state that stands still is not zoned, and after a cut the state before is zero.
+- ``t >= lengths[b]``: the state of row b does not change, ``y`` is 0, ``dx`` is +0, upstream gradients are
+  not read, and the states of every step repeat the last one. A row of length 0 returns its initial state, and
+  the gradient of its final state is that of its initial state.
+- ``reset[t, b]``: the cut is between t-1 and t in both directions: forward clears the state before t, reverse
+  clears it after t and before t-1. Resets past the length of a row do nothing. No gradient passes a cut.
+- ``detach_every``: after every n steps, counted in the order in which they run, the state is passed on and
+  the gradient stops. The initial and the final state are not cut off.
+- ``regularization``: recurrent dropout and zoneout; see ``Regularization``. Past the length of a row there is
+  no zoneout. After a cut, the previous state is zero, for zoneout too.
 - ``scalars``: number (t, b) belongs to step t of row b in both directions.
-- ``reverse``: from ``lengths[b] - 1`` down to 0; ``stateT`` is then the state after step 0.
-- Padding and resets act by selection, never by multiplication.
-- ``T = 0`` and ``B = 0`` are legal.
-- Inputs are never written to. ``backward`` may run twice on one tape and gives the same bits.
+- ``reverse``: from step ``lengths[b] - 1`` to step 0; ``stateT`` is the state after step 0.
+- Padding and resets select values; they do not multiply by a mask.
+- ``T = 0`` and ``B = 0`` are allowed.
+- Inputs are never written to. ``backward`` may run twice with one tape and gives the same bits.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ SAVE = {None: 0, "all": 1, "boundary_states": 2}  # what forward keeps: the ids 
 
 
 class Unsupported(ValueError):
-    """The backend or the kernel does not support this; another one does."""
+    """The backend or kernel does not support the call; another one does."""
 
 
 class Regularization(NamedTuple):
     """Recurrent dropout and zoneout of one layer and direction. Rates are probabilities, from 0 to 1.
 
-    Recurrent dropout (Gal and Ghahramani 2016): what weight_hh multiplies is first multiplied with a mask
-    (B, P), the same at every step: 0 with this rate, else 1 / (1 - rate). Zoneout (Krueger et al. 2016): the
-    cell's new h and c are candidates; a unit keeps its state of before the step with this rate, drawn anew
-    for each step, row and unit. In evaluation nothing is dropped, and zoneout is its expectation, rate *
-    before + (1 - rate) * candidate. How masks follow from the seed: ``fusedrnn.masks``.
+    Recurrent dropout (Gal and Ghahramani 2016): what weight_hh multiplies is first multiplied by a mask
+    (B, P), the same at every step: 0 with this rate, else 1 / (1 - rate). Zoneout (Krueger et al. 2016): a
+    unit keeps its previous h or c with this rate, drawn for each step, row and unit. In evaluation nothing is
+    dropped, and zoneout uses the expectation, rate * previous + (1 - rate) * new. ``fusedrnn.masks`` computes
+    the masks from the seed.
 
-    ``zoneout_c`` is 0 for cells without c, ``recurrent_dropout`` for cells without ``weight_hh``. ``seed`` is
-    a whole number from 0 to 2**63 - 1, or None in evaluation. ``stream`` is layer * D + direction.
+    ``zoneout_c`` must be 0 for cells without c, and ``recurrent_dropout`` for cells without ``weight_hh``.
+    ``seed`` is an integer from 0 to 2**63 - 1, or None in evaluation. ``stream`` is layer * D + direction.
     """
 
     recurrent_dropout: float = 0.0  # 0 for cells without weight_hh

@@ -1,9 +1,9 @@
-"""The cells: what one step computes. Cells do not depend on time, and time loops do not depend on gates.
+"""Cells: what one step computes.
 
 A cell is one function with the decorator ``cell`` (``fusedrnn.cells.builtin`` has the built-in ones). It
 computes with ``+ - * /`` and the operations in this module. Everything else is derived from it: the gradient
 (``gradient``), what forward saves (``saved``), in which round a value is known (``rounds``), which products
-and sums round once (``fusion``). ``print`` shows the result.
+and sums are rounded once (``fusion``). ``print`` shows the result.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def lstm(p: Any, x: Any, h: Any, c: Any, *, layer_norm: bool = False, project: b
 
 @cell
 def gru(p: Any, x: Any, h: Any, *, reset_after: bool = True, layer_norm: bool = False) -> Any:
-    """r after its product as in ``torch.nn.GRU`` and cuDNN; before it by Cho et al. 2014, equations 5 to 8.
+    """Reset after the product as in ``torch.nn.GRU`` and cuDNN, or before it as in Cho et al. 2014.
 
     Chung et al. 2014 write z for our 1 - z.
     """

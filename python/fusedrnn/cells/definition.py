@@ -26,10 +26,10 @@ OF_PRODUCTS = (*PLAIN, "weight_hr")  # and of a projection
 
 
 class Cell:
-    """A cell, defined by a function, with its options. It is made by ``cell``.
+    """A cell: a function and its options. The decorator ``cell`` makes it.
 
-    Two cells are equal if their functions and options are. What is derived from the function is derived when
-    it is first used.
+    Two cells are equal if their functions and options are equal. Everything else is derived from the function
+    when it is first used.
 
     Attributes:
         name: The name of the function.
@@ -59,7 +59,7 @@ class Cell:
         """The cell with other values of some options.
 
         Args:
-            options: values by name. The options are the function's keyword arguments with a default.
+            options: The values by name. The options are the function's keyword arguments with a default.
 
         Raises:
             CellError: The cell has no option of this name, or a value cannot be hashed.
@@ -226,7 +226,7 @@ def cell() -> Callable[[Callable[..., Any]], Cell]: ...
 
 
 def cell(function: Callable[..., Any] | None = None) -> Cell | Callable[[Callable[..., Any]], Cell]:
-    """Make a cell of a function of the parameters ``p``, the input ``x`` and each state.
+    """Make a cell from a function of the parameters ``p``, the input ``x`` and each state.
 
     ::
 

@@ -83,15 +83,18 @@ class Parameters:
         refuse(f"p has no {name}; use p.dense, p.vector, p.layer_norm, p.rms_norm or p.project")
 
     def dense(self, names: str, *operands: Any, bias: bool = True, layer_norm: bool = False) -> Any:
-        """``weight_ih x + bias_ih + weight_hh h + bias_hh`` of one gate, or a list of several gates.
+        """``weight_ih x + bias_ih + weight_hh h + bias_hh`` (B, H) of one gate, or a list for several gates.
 
         Args:
-            names: the names of the gates, separated by spaces. A gate has H rows of weight_ih if x is an
+            names: The names of the gates, separated by spaces. A gate has H rows of weight_ih if x is an
                 operand, and H rows of weight_hh for each other operand, in the order of their first use.
             operands: x, values of the cell (B, H), or both.
-            bias: False for gates without biases.
-            layer_norm: True to normalise the product with each operand over all units and these gates, then
+            bias: False: no biases.
+            layer_norm: True: normalize the product with each operand over all units and these gates, then
                 multiply it by a gain and add the bias (Ba, Kiros and Hinton 2016).
+
+        Raises:
+            CellError: An argument is wrong. The other methods raise it too.
         """
         gates = names.split() if isinstance(names, str) else []
         if not gates or not all(g.isidentifier() for g in gates):
@@ -138,8 +141,8 @@ class Parameters:
         """One number for each unit (H,), such as a peephole.
 
         Args:
-            name: the name of the parameter.
-            init: the initial values: a number, a range (low, high) to draw from, or a function that takes
+            name: The name of the parameter.
+            init: The initial values: a number, a range (low, high) to draw from, or a function that takes
                 the shape and returns an array.
         """
         self._check_name("p.vector", name)
@@ -165,7 +168,7 @@ class Parameters:
         return Symbol(self._graph, self._vector(name, 0))
 
     def project(self, value: Any) -> Projected:
-        """``weight_hr value``, with P columns instead of H.
+        """``weight_hr value``, which is (B, P) instead of (B, H).
 
         It can only be returned as the new first state. That state can then only be an operand of p.dense.
         """

@@ -1,14 +1,12 @@
 """Gradient checking of any layer or function. ``gradcheck_suite`` checks all kernels.
 
-There are two methods. ``oracle``: the NumPy reference implementation in long double, which is itself checked
-by complex-step derivatives. Compared with it, a kernel's error is a few units in the last place. ``central``:
-central differences ``(f(x + h) - f(x - h)) / 2h``, which need only the function and are accurate to about
-1e-10 in float64.
+There are two methods. ``oracle`` compares with the NumPy reference in long double, which is itself compared
+with complex-step derivatives. ``central`` compares with central differences ``(f(x + h) - f(x - h)) / 2h``,
+which need only the function and are accurate to about 1e-10 in float64.
 
-Sources of the tolerances: those of the oracle are guaranteed for the kernels on standard problems
-(docs/accuracy.md). The error of a central difference is about ``h**2`` (truncation) plus ``eps / h``
-(rounding). It is lowest at ``h = eps**(1/3)``, where both are ``eps**(2/3)`` (SciPy's choice too,
-scipy/optimize/_numdiff.py).
+The tolerances of the oracle are the limits of the kernels on standard problems (docs/accuracy.md). The error
+of a central difference is about ``h**2`` (truncation) plus ``eps / h`` (rounding). It is lowest at ``h =
+eps**(1/3)``, where both are ``eps**(2/3)``, which is also SciPy's choice (scipy/optimize/_numdiff.py).
 """
 
 from __future__ import annotations
@@ -41,17 +39,17 @@ def gradcheck(
     seed: int = 0,
     **scalars: Any,
 ) -> bool:
-    """Check the gradients of a layer or function by its inputs, and of a layer also by its parameters.
+    """Check the gradients of a function or layer with respect to its inputs, and to a layer's parameters.
 
-    What can be checked: the layers of this library; functions of its Variables; PyTorch modules and functions
-    of PyTorch tensors; and functions of NumPy arrays that return ``(outputs, backward)``, where
-    ``backward(*doutputs)`` returns the gradients in the structure of the inputs.
+    You can check the layers of this library; functions of its Variables; PyTorch modules and functions of
+    PyTorch tensors; and functions of NumPy arrays that return ``(outputs, backward)``, where
+    ``backward(*doutputs)`` returns gradients with the same structure as the inputs.
 
     The check fails for a wrong element, NaN or infinity, a wrong shape or dtype, a missing gradient, a result
-    that differs when it is evaluated again, and an input that was written to.
+    that differs when it is evaluated again, and an input that was modified.
 
     Args:
-        func_or_layer: What is checked. Its parameters and states are restored when this returns.
+        func_or_layer: The function or layer. Its parameters and states are restored at the end.
         inputs: One input or a tuple of them, nested as the function takes them. Arrays of float32 or float64
             are checked, and Variables and tensors that require a gradient. A recurrent layer of this library
             takes ``x`` or ``(x, state)``, x (B, I) or (T, B, I). Without a state it starts from the state
@@ -76,7 +74,7 @@ def gradcheck(
             They are checked like inputs.
 
     Returns:
-        True, or False where a check failed and ``raise_exception`` is False.
+        True; or False if a check failed and ``raise_exception`` is False.
 
     Raises:
         GradcheckError: A check failed. It is an AssertionError.

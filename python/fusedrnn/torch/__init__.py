@@ -1,4 +1,4 @@
-"""``torch.nn``'s recurrent layers on our kernels: ``from fusedrnn.torch import LSTM`` is all that changes."""
+"""PyTorch's recurrent layers with our kernels: ``from fusedrnn.torch import LSTM``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``LSTM``, ``GRU`` and ``RNN`` for models under ``torch.compile``, which traces them without a graph break.
 
-The layers of ``fusedrnn.torch``, eager or compiled, with the same parameters, initial values and state_dict,
-but no subclasses of ``torch.nn.LSTM``, ``GRU`` and ``RNN``: the compiler refuses to trace those unless
+They have the parameters, initial values and state_dict of the layers of ``fusedrnn.torch``. But they are not
+subclasses of ``torch.nn.LSTM``, ``GRU`` and ``RNN``, which the compiler does not trace unless
 ``torch._dynamo.config.allow_rnn`` is set.
 """
 
@@ -22,7 +22,7 @@ class _Compilable(NamedLayer):
     """A forward that the compiler does not leave alone."""
 
     def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
-        """As ``fusedrnn.torch.LSTM``'s, ``GRU``'s and ``RNN``'s."""
+        """Like ``forward`` of ``fusedrnn.torch.LSTM``, ``GRU`` and ``RNN``."""
         if torch.compiler.is_compiling():
             return dynamo.call(self, input, hx, **(dynamo.NONE | options))
         return super().forward(input, hx, **options)
@@ -39,7 +39,7 @@ class _TorchBase(torch.nn.RNNBase):
 
 
 class LSTM(ForgetBias, _Compilable, _TorchBase):
-    """``fusedrnn.torch.LSTM`` for compiled models: no ``isinstance`` of ``torch.nn.LSTM``, else the same."""
+    """``fusedrnn.torch.LSTM`` for compiled models. It is not an instance of ``torch.nn.LSTM``."""
 
     torch_class = torch.nn.LSTM
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
@@ -51,7 +51,7 @@ class LSTM(ForgetBias, _Compilable, _TorchBase):
 
 
 class GRU(_Compilable, _TorchBase):
-    """``fusedrnn.torch.GRU`` for compiled models: no ``isinstance`` of ``torch.nn.GRU``, else the same."""
+    """``fusedrnn.torch.GRU`` for compiled models. It is not an instance of ``torch.nn.GRU``."""
 
     torch_class = torch.nn.GRU
 
@@ -62,7 +62,7 @@ class GRU(_Compilable, _TorchBase):
 
 
 class RNN(_Compilable, _TorchBase):
-    """``fusedrnn.torch.RNN`` for compiled models: no ``isinstance`` of ``torch.nn.RNN``, else the same."""
+    """``fusedrnn.torch.RNN`` for compiled models. It is not an instance of ``torch.nn.RNN``."""
 
     torch_class = torch.nn.RNN
 

@@ -43,8 +43,8 @@ class Converted(NamedTuple):
 def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
     """Convert all recurrent layers of ``torch.nn`` in a model to ours, in place.
 
-    The layer object stays the same and gets our class. Parameters, hooks, names, optimisers that hold the
-    parameters, and references to the layer elsewhere do not change.
+    The layer stays the same object and gets our class. Parameters, hooks, names, optimizers that have the
+    parameters, and references to the layer do not change.
 
     Args:
         model: Any module, which may itself be such a layer.
@@ -52,6 +52,9 @@ def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
 
     Returns:
         The model, what was converted, and what was not and why.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -82,9 +85,9 @@ def _become(layer: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
 
 
 def to_torch(model: torch.nn.Module) -> Converted:
-    """Convert all of our layers in a model back to ``torch.nn``, in place, for tools that look for those.
+    """Convert all of our layers in a model back to those of ``torch.nn``, in place, for tools that need them.
 
-    Recurrent dropout, which is for training, is dropped.
+    The options ``recurrent_dropout``, ``recompute`` and ``forget_bias`` are lost.
 
     Returns:
         The model, what was converted, and what was not and why. Classes derived from ours are not converted,
@@ -115,10 +118,11 @@ def to_torch(model: torch.nn.Module) -> Converted:
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-    """Within the block the recurrent layers of ``torch.nn`` are ours, for code that builds its own layers.
+    """Within the block, ``torch.nn.LSTM``, ``GRU``, ``RNN`` and their cells are ours.
 
-    Layers that are built in the block stay ours after it. Names that a module has imported before, for
-    example with ``from torch.nn import LSTM``, do not change: use ``convert`` there. It is not thread-safe.
+    This is for code that builds its own layers. They stay ours after the block. Names that a module has
+    imported before, for example with ``from torch.nn import LSTM``, do not change: use ``convert`` there. It
+    applies to the whole process, and is not thread-safe.
     """
     places = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
     try:

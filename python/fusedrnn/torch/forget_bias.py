@@ -12,9 +12,9 @@ class ForgetBias:
     """The argument ``forget_bias`` of ``LSTM`` and ``LSTMCell``.
 
     Args:
-        forget_bias: The sum of the two biases of the forget gate at the start and after
-            ``reset_parameters``; 1 keeps more of c at the start of training (Jozefowicz et al. 2015). None:
-            both as PyTorch draws them. The other initial values are the same in both cases.
+        forget_bias: The initial sum of the two biases of the forget gate, also after ``reset_parameters``. 1
+            keeps more of c at the start of training (Jozefowicz et al. 2015). None: both biases as PyTorch
+            draws them. All other initial values are the same in both cases.
 
     Raises:
         TypeError, ValueError: forget_bias is not a number, or there are no biases.

@@ -73,7 +73,7 @@ class Frozen:
 
 @functools.cache
 def _watch_optimizers() -> None:
-    """Raise an error for a step on a frozen layer, since fused optimisers do not change versions."""
+    """Raise an error for a step on a frozen layer, since fused optimizers do not change versions."""
     register_optimizer_step_pre_hook(_refuse_step)
 
 
@@ -135,13 +135,12 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def freeze(model: M) -> M:
-    """Declare that the weights of all our layers in a model do not change, for faster inference, in place.
+    """Pack the weights of all our layers in a model once, for faster inference. The model changes in place.
 
-    They are packed once. Until ``unfreeze``, these raise an error: training such a layer, loading a
-    state_dict into it, moving it, a step of an optimiser with gradients for it, and a call after an operation
-    of PyTorch has written to a parameter or replaced it, or a call whose gradient may be needed. Writes that
-    PyTorch does not count, through ``.data``, a NumPy view or functions such as ``torch._fused_sgd_``, are
-    not detected.
+    Until ``unfreeze``, these raise an error: training such a layer, loading a state_dict into it, moving it,
+    a step of an optimizer with gradients for it, a call after an operation of PyTorch has written to a
+    parameter or replaced it, and a call whose gradient may be needed. Writes that PyTorch does not count,
+    through ``.data``, a NumPy view or functions such as ``torch._fused_sgd_``, are not detected.
 
     Returns:
         The model.
@@ -149,6 +148,7 @@ def freeze(model: M) -> M:
     Raises:
         RuntimeError: The kernels do not support a layer, it is in training mode, or its parameters were made
             in inference mode. Nothing has changed.
+        TypeError: ``model`` is not a module.
         ValueError: The model has none of our layers.
     """
     made: list[tuple[Any, Frozen]] = []

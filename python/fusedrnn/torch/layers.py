@@ -24,7 +24,7 @@ from fusedrnn.torch.scripted import OPTIONS, Scriptable
 
 
 class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
-    """The base class of the three layers.
+    """The base class of ``LSTM``, ``GRU`` and ``RNN``: the arguments that they add to PyTorch's.
 
     Args:
         recompute: Keep few states for backward and run forward again there, to save memory.
@@ -32,17 +32,24 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             the others are scaled by 1 / (1 - recurrent_dropout). There is one mask for each row, layer and
             direction, the same at every step of a call (Gal and Ghahramani 2016).
         zoneout_h, zoneout_c: In training, the probability that a unit of h or c keeps its value at a step,
-            drawn for each step. In evaluation the new value is the mean of old and new with these weights
-            (Krueger et al. 2016). ``zoneout_c`` is for the LSTM.
-        layer_norm: Normalise the input part and the recurrent part of the gates, and in the LSTM the c from
+            drawn for each step. In evaluation, the weighted mean of the old and the new value is used, with
+            this weight for the old one (Krueger et al. 2016). ``zoneout_c`` is for the LSTM.
+        layer_norm: Normalize the input part and the recurrent part of the gates, and in the LSTM the c from
             which h is computed (Ba, Kiros and Hinton 2016; the formulas are in docs/bptt.md). This adds the
             parameters ``gain_ih_l0`` and ``gain_hh_l0`` (G*H,), for the LSTM also ``gain_c_l0`` and
-            ``bias_c_l0`` (H,), and so on like the weights. Gains start at 1, ``bias_c`` at 0.
+            ``bias_c_l0`` (H,), and the same for every layer and direction. Gains start at 1, ``bias_c`` at
+            0.
 
-    All these are keyword arguments. Masks are drawn from PyTorch's default generator, with one seed for each
-    call. ``last_path`` is "fused" after a call that ran our kernels. Otherwise it is "fallback: " and why
-    PyTorch's layer ran, or "steps in PyTorch: " and why the cell's steps ran in PyTorch's operations, for
-    calls that PyTorch's layer does not support.
+    All these are keyword arguments. Each call with random masks draws one seed from PyTorch's default
+    generator.
+
+    ``last_path`` is "fused" after a call that ran our kernels. Otherwise it is "fallback: " and why PyTorch's
+    layer ran, or "steps in PyTorch: " and why the cell's steps ran in PyTorch's operations, for calls that
+    PyTorch's layer does not support.
+
+    Raises:
+        What ``torch.nn`` raises; TypeError, ValueError: one of these arguments is wrong; the message names
+        it.
     """
 
     layer_norm = False  # for a layer of torch.nn that is converted to ours
@@ -109,27 +116,28 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         return_states: bool = False,
         detach_every: int | None = None,
     ) -> Any:
-        """Like ``forward`` of PyTorch, with more keyword arguments.
+        """Run all layers over a sequence, as in ``torch.nn``.
 
         Args:
             input: (T, B, I), with ``batch_first`` (B, T, I), unbatched (T, I), or a PackedSequence.
             hx: h_0, for the LSTM (h_0, c_0), each (L*D, B, H), unbatched (L*D, H); None is zeros. With
                 ``proj_size`` h_0 has ``proj_size`` units.
             lengths: (B,) integers from 0 to T, for padded input: a tensor, an array or a list. From this step
-                on the state of the row does not change and its output is 0. Not with a PackedSequence, which
-                has its own lengths.
-            reset: Of the input's shape without features, booleans or 0 and 1, a tensor, an array or a list.
-                It is true if a step is the first of a new segment, before which the state is cleared. Not
-                with a PackedSequence.
+                on, the state of the row does not change and its output is 0.
+            reset: (T, B), with ``batch_first`` (B, T), unbatched (T,): booleans, or 0 and 1, in a tensor, an
+                array or a list. Where it is true, the step is the first of a new segment, and the state is
+                cleared before it.
             return_states: Also return the states of every step: h, for the LSTM (h, c), each (L*D, T, B, H),
                 with ``batch_first`` (L*D, B, T, H), unbatched (L*D, T, H). Past the end of a row the last
-                state is repeated, and gradients there are ignored. Not with a PackedSequence.
+                state is repeated, and gradients there are ignored.
             detach_every: Truncate backpropagation: after every ``detach_every`` steps, counted in the
-                direction of the run, the state is passed on and the gradient stops. Not with a
-                PackedSequence.
+                direction of the run, the state is passed on and the gradient stops.
+
+        The last four do not work with a PackedSequence.
 
         Returns:
-            output, h_n (for the LSTM (h_n, c_n)), and with ``return_states`` the states.
+            output (T, B, D*P), with ``batch_first`` (B, T, D*P), unbatched (T, D*P), or a PackedSequence;
+            h_n, for the LSTM (h_n, c_n), like ``hx``; and with ``return_states`` the states of every step.
 
         Raises:
             What ``torch.nn`` raises; TypeError, ValueError: a keyword argument is wrong; the message names
@@ -256,19 +264,19 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
 
 
 class LSTM(ForgetBias, NamedLayer, torch.nn.LSTM):
-    """``torch.nn.LSTM`` on our kernels. ``NamedLayer`` and ``ForgetBias`` describe additional arguments."""
+    """``torch.nn.LSTM`` with our kernels. ``NamedLayer`` and ``ForgetBias`` describe additional arguments."""
 
     torch_class = torch.nn.LSTM
 
 
 class GRU(NamedLayer, torch.nn.GRU):
-    """``torch.nn.GRU`` on our kernels. ``NamedLayer`` describes additional arguments."""
+    """``torch.nn.GRU`` with our kernels. ``NamedLayer`` describes additional arguments."""
 
     torch_class = torch.nn.GRU
 
 
 class RNN(NamedLayer, torch.nn.RNN):
-    """``torch.nn.RNN`` on our kernels. ``NamedLayer`` describes additional arguments."""
+    """``torch.nn.RNN`` with our kernels. ``NamedLayer`` describes additional arguments."""
 
     torch_class = torch.nn.RNN
 

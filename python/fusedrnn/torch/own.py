@@ -1,4 +1,4 @@
-"""``Recurrent`` and ``RecurrentCell``: layers of any cell, a function of one's own (docs/cells.md)."""
+"""``Recurrent`` and ``RecurrentCell``: layers of any cell, built-in or your own (docs/cells.md)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BIASES = ("bias_ih", "bias_hh")
 
 
 class CellModule(Freezable):
-    """What both have in common: a cell, its parameters, and one call of it."""
+    """The base class of both: a cell, its parameters, and one call of it."""
 
     input_size: int
     hidden_size: int
@@ -57,7 +57,7 @@ class CellModule(Freezable):
         self._key = key_of(cell)
 
     def _add_parameters(self, sizes: Mapping[str, int], bias: bool, device: Any, dtype: Any) -> None:
-        """For each suffix of names those of a layer with so many inputs."""
+        """Register the parameters of each layer and direction. ``sizes``: its input size, by name suffix."""
         self.bias = check_bool("bias", bias)
         P = self.proj_size or self.hidden_size
         shapes = [self.cell.shapes(I, self.hidden_size, P) for I in sizes.values()]
@@ -77,8 +77,11 @@ class CellModule(Freezable):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the parameters anew: weights and biases as PyTorch does, from a range of +-1 / sqrt(H), and
-        what else the cell has as the cell says."""
+        """Draw the parameters again.
+
+        Weights and biases are uniform in ±1 / sqrt(H), as in PyTorch. The cell defines the initial values of
+        all others.
+        """
         bound = 1 / math.sqrt(self.hidden_size)
         for names in self._all_weights:
             for name, full in zip(self.cell.blocks, names, strict=True):
@@ -106,24 +109,24 @@ class CellModule(Freezable):
         )
 
     def _weights(self) -> list[Weights]:
-        """Of each layer and direction."""
+        """The weights of each layer and direction."""
         return [weights_of(self, names, len(names)) for names in self._all_weights]
 
     def _acts(self) -> bool:
-        """Whether there is recurrent dropout or zoneout in a call."""
+        """Whether a call uses recurrent dropout or zoneout."""
         return False
 
     def _lacks(self, device: torch.device) -> str | None:
         return self._refused(device, self._weights()[0][0].dtype, False)
 
     def _refused(self, device: torch.device, dtype: torch.dtype, detached: bool) -> str | None:
-        """What the kernels have not of this cell."""
+        """What the kernels do not support of this cell, or None."""
         if self._key in CELLS:
             return "proj_size on a GPU" if self.proj_size and device.type != "cpu" else None
         return ops.refused(self._key, device.type, str(dtype), self._acts(), detached)
 
     def _packed(self) -> Frozen | None:
-        """What a call begins with: of a frozen layer what was packed."""
+        """The packed weights of a frozen layer, or None; an error if the call is traced."""
         tracing = torch._C._get_tracing_state() is not None
         if tracing or torch.compiler.is_compiling():
             ops.refuse_onnx(type(self).__name__)
@@ -145,7 +148,7 @@ class CellModule(Freezable):
         return state0
 
     def _cast(self, data: Tensor, state0: Any, weights: list[Weights]) -> tuple[Tensor, Any]:
-        """Input and state; in autocast in the dtype of the weights, which others may have left."""
+        """Input and state, under autocast cast to the dtype of the weights."""
         kind, dtype = data.device.type, weights[0][0].dtype
         if (
             data.dtype == dtype
@@ -156,7 +159,7 @@ class CellModule(Freezable):
         return data.to(dtype), None if state0 is None else tuple([s.to(dtype) for s in state0])
 
     def _check(self, data: Tensor, state0: Any, sizes: Any, weights: list[Weights]) -> None:
-        """Raise unless tensors are what the cell takes; ``sizes`` are those of the states."""
+        """Raise an error unless the tensors match the cell; ``sizes`` are those of the states."""
         first = weights[0][0]
         if data.dtype != first.dtype or data.device != first.device:
             raise TypeError(
@@ -199,7 +202,7 @@ class CellModule(Freezable):
         return found
 
     def _reason(self, data: Tensor, state0: Any, weights: list[Weights], detached: bool) -> str | None:
-        """Why the kernels cannot take this call, or None."""
+        """Why the kernels do not support this call, or None."""
         if torch.compiler.is_compiling():
             if self._key in CELLS:
                 return dynamo.unsupported(data, state0, weights)
@@ -211,7 +214,7 @@ class CellModule(Freezable):
     def _how(
         self, packed: Frozen | None, reason: str | None, data: Tensor, state0: Any
     ) -> tuple[Frozen | None, bool]:
-        """What a call runs: packed weights or None, and whether step by step."""
+        """What a call runs: packed weights or None, and whether it runs step by step."""
         if packed is not None and reason is None:
             packed.check(data, state0)
             return packed, False
@@ -232,30 +235,31 @@ def _check_kind(name: str, t: Tensor, data: Tensor) -> None:
 
 
 class Recurrent(CellModule, RecurrentBase):
-    """Layers of any cell, with the arguments, names of parameters and results of ``torch.nn.LSTM``.
+    """Layers of any cell, with the arguments, parameter names and results of ``torch.nn.LSTM``.
 
     Args:
-        cell: What a step computes, such as ``fusedrnn.cells.lstm`` or a function of your own.
+        cell: What a step computes, such as ``fusedrnn.cells.lstm`` or a cell of your own.
         input_size, hidden_size, num_layers: I, H, L.
-        bias: False: neither bias_ih nor bias_hh.
-        batch_first: Sequences are (B, T, ·).
+        bias: False: no ``bias_ih`` and ``bias_hh``.
+        batch_first: True: sequences are (B, T, ·).
         dropout: The probability of zeros between layers, in training.
-        bidirectional: A second set of weights runs through time backwards; D is 2.
-        proj_size: P, of a cell that projects its first state (``p.project``): 1 to H; else 0.
+        bidirectional: True: a second set of weights runs backward in time, and D is 2.
+        proj_size: P, from 1 to H, for a cell that projects its first state (``p.project``); else 0.
         device, dtype: Of the parameters.
-        recurrent_dropout, zoneout_h, zoneout_c, recompute: As ``fusedrnn.torch.LSTM`` has them, of cells with
-            such a state.
+        recurrent_dropout, zoneout_h, zoneout_c, recompute: As in ``fusedrnn.torch.LSTM``. Zoneout needs a
+            cell with a state h or c.
 
-    Parameters: those of the cell, ``cell.blocks``, with ``_l0``, ``_l0_reverse``, ``_l1`` and so on after
-    their names: ``weight_ih_l0`` (G*H, I), ``weight_hh_l0`` (G*H, P), ``bias_ih_l0`` and ``bias_hh_l0``
-    (G*H,), ``weight_hr_l0`` (P, H), each with as many rows as the cell has gates there, and vectors (H,).
-    Weights and biases start as in ``torch.nn``, from -1 / sqrt(H) to 1 / sqrt(H); others as the cell says.
+    Parameters: those of the cell, ``cell.blocks``. Their names end in ``_l0``, ``_l0_reverse``, ``_l1`` and
+    so on: ``weight_ih_l0`` (G*H, I), ``weight_hh_l0`` (G*H, P), ``bias_ih_l0`` and ``bias_hh_l0`` (G*H,),
+    ``weight_hr_l0`` (P, H), and vectors (H,). G is the number of gates in that parameter. Initial weights
+    and biases are uniform in ±1 / sqrt(H), as in ``torch.nn``. The cell defines the initial values of all
+    others.
 
-    ``last_path`` is "fused" after a call that ran our kernels, else "steps in PyTorch: " and why the cell's
-    steps ran in PyTorch's operations.
+    ``last_path`` is "fused" after a call that ran our kernels. Otherwise it is "steps in PyTorch: " and why
+    the cell's steps ran in PyTorch's operations.
 
     Raises:
-        TypeError, ValueError: An argument is wrong, or the cell has a name that the layer has too.
+        TypeError, ValueError: An argument is wrong, or the layer already has a name that the cell uses.
     """
 
     def __init__(
@@ -316,20 +320,21 @@ class Recurrent(CellModule, RecurrentBase):
         detach_every: int | None = None,
         **scalars: Any,
     ) -> Any:
-        """As ``fusedrnn.torch.LSTM``'s.
+        """Run all layers over a sequence, like ``fusedrnn.torch.LSTM``.
 
         Args:
             input: (T, B, I), with ``batch_first`` (B, T, I), unbatched (T, I), or a PackedSequence.
-            hx: The initial state, (L*D, B, H), the first with ``proj_size`` (L*D, B, P); unbatched without B.
-                A tensor for a cell of one state, a tuple for one of several. None is where the cell's states
-                start.
-            lengths, reset, return_states, detach_every: As there; ``reset`` clears to where the states start.
-            scalars: The cell's numbers of each row and step by name, such as ``dt=``, of the input's shape
-                without features; with a PackedSequence the data of one, of shape (sum of lengths,). Number t
-                belongs to step t in both directions, and to every layer. They have gradients.
+            hx: The initial state: a tensor if the cell has one state, else a tuple. Each is (L*D, B, H),
+                unbatched (L*D, H); with ``proj_size`` the first has P units. None: the initial values of the
+                cell.
+            lengths, reset, return_states, detach_every: As in ``fusedrnn.torch.LSTM``. After a reset, the
+                state has the initial values of the cell.
+            scalars: The cell's row scalars by name, such as ``dt=``, of the input's shape without features;
+                with a PackedSequence (sum of lengths,). ``dt[t]`` belongs to step t in both directions, and
+                all layers get the same values. They have gradients.
 
         Returns:
-            output, the final state as ``hx``, and with ``return_states`` those of every step.
+            output, the final state like ``hx``, and with ``return_states`` the states of every step.
 
         Raises:
             TypeError, ValueError: An argument is wrong; the message names it.
@@ -367,7 +372,7 @@ class Recurrent(CellModule, RecurrentBase):
         return self._run(x, state0, weights, options, packed, recorded, numbers)
 
     def _check_input(self, input: Any) -> tuple[Tensor, list[Any]]:
-        """The input's tensor, and the batch, empty if there is none."""
+        """The tensor of the input, and its batch size in a list, which is empty without a batch axis."""
         I, data = self.input_size, input.data if isinstance(input, PackedSequence) else input
         if not isinstance(data, Tensor):
             raise TypeError(f"input: expected a tensor or a PackedSequence, got {type(input).__name__}")
@@ -393,10 +398,11 @@ class Recurrent(CellModule, RecurrentBase):
 class RecurrentCell(CellModule, StepBase):
     """One step of any cell, with the arguments of ``torch.nn.LSTMCell``.
 
-    Parameters: as of ``Recurrent``, without ``_l0`` after their names. ``last_path`` is as there.
+    Parameters and ``last_path`` are as in ``Recurrent``, but the names do not end in ``_l0``.
 
     Raises:
-        TypeError, ValueError: An argument is wrong, or the cell has a name that the layer has too.
+        TypeError, ValueError: An argument is wrong, the cell has a projection, or the layer already has a
+            name that the cell uses.
     """
 
     def __init__(
@@ -424,12 +430,12 @@ class RecurrentCell(CellModule, StepBase):
 
         Args:
             input: (B, I) or (I,).
-            hx: The state, (B, H) or (H,): a tensor for a cell of one state, a tuple for one of several; None
-                is where the cell's states start.
-            scalars: The cell's numbers of each row by name, (B,) or a number.
+            hx: The state, (B, H) or (H,): a tensor if the cell has one state, else a tuple. None: the initial
+                values of the cell.
+            scalars: The cell's row scalars by name, (B,) or a number each.
 
         Returns:
-            The new state, as ``hx``.
+            The new state, like ``hx``.
 
         Raises:
             TypeError, ValueError: An argument is wrong; the message names it.

@@ -25,7 +25,7 @@ STEPS = "its steps in PyTorch's operations"
 
 
 class FallbackWarning(UserWarning):
-    """A layer ran PyTorch's implementation."""
+    """A layer ran PyTorch's implementation, or its steps in PyTorch's operations, instead of our kernels."""
 
 
 class _Settings(threading.local):

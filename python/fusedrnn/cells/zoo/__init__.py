@@ -7,7 +7,7 @@
 
     layer = L.Recurrent(peephole_lstm, 32)
 
-The first paragraph of a cell's docstring is its paper. Nothing is derived from a cell before it is used.
+The docstring of a cell begins with its paper. ``ALL`` is a tuple of all cells.
 """
 
 # ruff: noqa: F403
