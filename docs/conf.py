@@ -1,5 +1,6 @@
 """Sphinx builds the site of these pages: ``nox -s site``, into build/site. GitHub shows the same files."""
 
+import functools
 import importlib.util
 import re
 import tomllib
@@ -54,7 +55,7 @@ def fit_links(app, docname, source):
         if path.is_relative_to(app.srcdir):
             return f"[{text}](/{path.relative_to(app.srcdir)}{anchor})"
         name = str(path.relative_to(ROOT))
-        return f"`{name}`" if name.endswith(text) else f"{text} (`{name}`)"
+        return f"`{name}`" if name.endswith(text.strip("`")) else f"{text} (`{name}`)"
 
     source[0] = LINK.sub(fitted, source[0])
 
@@ -67,10 +68,20 @@ def leave_out_torch(app, docname, source):
         )
 
 
+# Names without an underscore that only other modules of the package use, and those that PyTorch calls.
+INTERNAL = """
+assign_weights check_sizes dtype_of from_dezero_layout take_sizes weight_shapes weights_of
+backward_nodes digest forward_nodes fused gradient is_builtin saved trace
+as_operand gradients kind like require_gpu sum_to
+extra_repr mode serve torch_class
+"""
+
+
 def skip(app, what, name, obj, skip, options):
-    """Fields of a NamedTuple, which its docstring explains, and what serves PyTorch alone."""
+    """Internal names, what is derived from a cell, and fields that a NamedTuple's docstring explains."""
     field = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
-    return True if field or name in ("extra_repr", "torch_class") else None
+    derived = isinstance(obj, functools.cached_property) and name in ("forward", "backward")
+    return True if field or derived or name in INTERNAL.split() else None
 
 
 def setup(app):
