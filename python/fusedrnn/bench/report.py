@@ -80,7 +80,7 @@ def ratios(report: dict[str, Any], what: str) -> list[tuple[float, str]]:
 def mean_and_least(found: list[tuple[float, str]]) -> str:
     """Their geometric mean, and the smallest with its case."""
     mean = statistics.geometric_mean([ratio for ratio, _ in found])
-    return f"{mean:.2f}, the least {min(found)[0]:.2f} ({min(found)[1]})"
+    return f"{mean:.2f}, the lowest {min(found)[0]:.2f} ({min(found)[1]})"
 
 
 def against_full(row: dict[str, Any]) -> str:
