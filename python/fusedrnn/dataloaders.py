@@ -104,7 +104,8 @@ class SeqDataLoader(DataLoader):
     batch to batch.
 
     Args:
-        dataset, batch_size, gpu: As in ``DataLoader``; ``batch_size`` is at most ``len(dataset)``.
+        dataset, gpu: As in ``DataLoader``.
+        batch_size: The number of sequences, at most ``len(dataset)``.
         steps: None: a batch is one step, ``(B, ...)``. n: a batch has n steps, ``(n, B, ...)``; the last one
             of an epoch may be shorter.
 

@@ -23,10 +23,10 @@ class Linear(Layer):
     The initial W is ``randn(I, O) * sqrt(1 / I)``, drawn from NumPy's global generator. The initial b is 0.
 
     Args:
-        out_size: O.
+        out_size: The size of the output, O.
         nobias: True: no b.
         dtype: float32 or float64. Inputs are cast to it.
-        in_size: I. None: it is taken from the first call, which then draws W.
+        in_size: The size of the input, I. None: it is taken from the first call, which then draws W.
 
     Raises:
         TypeError, ValueError: An argument is wrong; the message names it.

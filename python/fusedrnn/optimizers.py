@@ -216,7 +216,8 @@ class Adam(Optimizer):
 
     Args:
         alpha: The learning rate; 0.001 if neither it nor ``lr`` is given.
-        beta1, beta2: The decay rates of the means m of g and v of g*g; at least 0 and below 1.
+        beta1: The decay rate of m, the mean of g; at least 0 and below 1.
+        beta2: The decay rate of v, the mean of g*g; at least 0 and below 1.
         eps: Added to the square root of v.
         lr: Another name for ``alpha``.
         weight_decay, max_norm: As in ``Optimizer``.

@@ -8,8 +8,8 @@ it is None, and returns the Axes, so that you can add titles and lines:
     ax = plot.losses({"training": losses, "validation": validation})
     ax.figure.savefig("losses.png")
 
-The colours are four of Okabe and Ito's, which colour-blind readers tell apart and which can be seen on white
-and on black alike, the blue a little lighter. Lines differ by their dashes too, points by their markers.
+The colours are from Okabe and Ito's palette, which colour-blind readers can tell apart, with a lighter blue.
+They are visible on white and on black. Lines also differ by their dashes, and points by their markers.
 """
 
 from __future__ import annotations

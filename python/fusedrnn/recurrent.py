@@ -39,8 +39,8 @@ class Recurrent(Layer):
 
     Args:
         cell: What a step computes, such as ``fusedrnn.cells.lstm`` or a cell of your own.
-        hidden_size: H, the number of units.
-        in_size: I, the size of the input. None: it is taken from the first call.
+        hidden_size: The number of units, H.
+        in_size: The size of the input, I. None: it is taken from the first call.
         num_layers: The number of stacked layers. The input of each is the h of the layer below.
         bidirectional: True: a second set of weights runs backward in time, and y is ``(T, B, 2*H)``. Such a
             layer takes only whole sequences. It keeps no state between calls, because the reverse direction
@@ -49,10 +49,10 @@ class Recurrent(Layer):
         recurrent_dropout: In training, the probability that a unit of what weight_hh multiplies is zeroed.
             There is one mask per call, layer, direction and row, the same at every step (Gal and Ghahramani
             2016). Fused layers only.
-        zoneout_h, zoneout_c: In training, the probability that a unit of h or c keeps its value at a step,
-            drawn for each step. In evaluation, the weighted mean of the old and the new value is used, with
-            this weight for the old one (Krueger et al. 2016). For cells that have such a state. Fused layers
-            only.
+        zoneout_h: In training, the probability that a unit of h keeps its value at a step, drawn for each
+            step. In evaluation, the weighted mean of the old and the new value is used, with this weight for
+            the old one (Krueger et al. 2016). Fused layers only.
+        zoneout_c: The same for c, for cells that have it.
         bias: False: no biases. True: one bias per gate, ``bias_ih``; a GRU with ``reset_after`` also has
             ``bias_hh``.
         dtype: float32, float64, or in a fused layer bfloat16 of ml_dtypes. Inputs are cast to it.
@@ -524,7 +524,7 @@ class RNN(Recurrent):
     """Elman network (Elman 1990): ``h = tanh(x W + h U + b)``.
 
     Args:
-        hidden_size, in_size: H and I.
+        hidden_size, in_size: As in ``Recurrent``.
         relu: Use relu instead of tanh.
         layer_norm: Normalize the input part and the recurrent part (Ba, Kiros and Hinton 2016), with the
             gains ``gain_ih`` and ``gain_hh`` (H,).
@@ -556,7 +556,7 @@ class LSTM(Recurrent):
     f*c + i*g``, ``h = o*tanh(c)``. The gates are stored in the order i f g o and drawn in the order f i o g.
 
     Args:
-        hidden_size, in_size: H and I.
+        hidden_size, in_size: As in ``Recurrent``.
         forget_bias: The initial bias of the forget gate. 1 keeps more of c at the start of training
             (Jozefowicz et al. 2015).
         layer_norm: Normalize the input part and the recurrent part of the gates, and the c from which h is
@@ -599,7 +599,7 @@ class GRU(Recurrent):
     are stored and drawn in the order r z n.
 
     Args:
-        hidden_size, in_size: H and I.
+        hidden_size, in_size: As in ``Recurrent``.
         reset_after: True: ``n = tanh(x W + b + r * (h U + b'))``, as in PyTorch and cuDNN. False: ``n =
             tanh(x W + (r * h) U + b)``, as in Cho et al. 2014.
         layer_norm: Normalize the input part and the recurrent part, r and z together and n by itself (Ba,

@@ -55,11 +55,12 @@ def gradcheck(
             takes ``x`` or ``(x, state)``, x (B, I) or (T, B, I). Without a state it starts from the state
             that it keeps. A layer on a GPU takes CuPy arrays; it is evaluated there and compared on the CPU.
         eps: ``central``: the step. None: the cube root of the machine epsilon times max(1, abs(x)).
-        atol, rtol: ``central``: passed if ``abs(a - n) <= atol + rtol * abs(n)`` for every element, as in
-            PyTorch. rtol None: 300 * epsilon**(2/3) (1.1e-8 in float64, 7e-3 in float32); atol None: the same
-            times the largest output or derivative. ``oracle``: rtol is relative to the tensor's largest
-            entry. None: outputs 1e-14 and gradients 2e-14 in float64, 2e-6 and 5e-6 in float32, or 4 times
-            plain NumPy's error if that is larger for a badly conditioned problem; atol None: 0.
+        atol: The absolute tolerance. ``central``: passed if ``abs(a - n) <= atol + rtol * abs(n)`` for every
+            element, as in PyTorch; None: rtol times the largest output or derivative. ``oracle``: None: 0.
+        rtol: The relative tolerance. ``central``: None: 300 * epsilon**(2/3) (1.1e-8 in float64, 7e-3 in
+            float32). ``oracle``: relative to the tensor's largest entry; None: outputs 1e-14 and gradients
+            2e-14 in float64, 2e-6 and 5e-6 in float32, or 4 times plain NumPy's error if that is larger for a
+            badly conditioned problem.
         raise_exception: False: return False instead of raising ``GradcheckError``.
         nondet_tol: The allowed difference between two evaluations with the same inputs.
         fast_mode: ``central``: a few random directions instead of every element: 8 evaluations for each

@@ -31,9 +31,10 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         recurrent_dropout: In training, the probability that a unit of what weight_hh multiplies is zeroed;
             the others are scaled by 1 / (1 - recurrent_dropout). There is one mask for each row, layer and
             direction, the same at every step of a call (Gal and Ghahramani 2016).
-        zoneout_h, zoneout_c: In training, the probability that a unit of h or c keeps its value at a step,
-            drawn for each step. In evaluation, the weighted mean of the old and the new value is used, with
-            this weight for the old one (Krueger et al. 2016). ``zoneout_c`` is for the LSTM.
+        zoneout_h: In training, the probability that a unit of h keeps its value at a step, drawn for each
+            step. In evaluation, the weighted mean of the old and the new value is used, with this weight for
+            the old one (Krueger et al. 2016).
+        zoneout_c: The same for c. LSTM only.
         layer_norm: Normalize the input part and the recurrent part of the gates, and in the LSTM the c from
             which h is computed (Ba, Kiros and Hinton 2016; the formulas are in docs/bptt.md). This adds the
             parameters ``gain_ih_l0`` and ``gain_hh_l0`` (G*H,), for the LSTM also ``gain_c_l0`` and
@@ -48,8 +49,8 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
     PyTorch's layer does not support.
 
     Raises:
-        What ``torch.nn`` raises; TypeError, ValueError: one of these arguments is wrong; the message names
-        it.
+        TypeError, ValueError: One of these arguments is wrong; the message names it. Other wrong arguments
+            raise PyTorch's errors.
     """
 
     layer_norm = False  # for a layer of torch.nn that is converted to ours
@@ -140,9 +141,9 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             h_n, for the LSTM (h_n, c_n), like ``hx``; and with ``return_states`` the states of every step.
 
         Raises:
-            What ``torch.nn`` raises; TypeError, ValueError: a keyword argument is wrong; the message names
-            it.
-            RuntimeError: a keyword argument in a call that our kernels do not support.
+            TypeError, ValueError: A keyword argument is wrong; the message names it. Other wrong arguments
+                raise PyTorch's errors.
+            RuntimeError: A keyword argument in a call that our kernels do not support.
         """
         # The names and values are those of the forward of backends, to which all are passed.
         options = {

@@ -239,15 +239,18 @@ class Recurrent(CellModule, RecurrentBase):
 
     Args:
         cell: What a step computes, such as ``fusedrnn.cells.lstm`` or a cell of your own.
-        input_size, hidden_size, num_layers: I, H, L.
+        input_size: The size of the input, I.
+        hidden_size: The number of units, H.
+        num_layers: The number of layers, L.
         bias: False: no ``bias_ih`` and ``bias_hh``.
         batch_first: True: sequences are (B, T, ·).
         dropout: The probability of zeros between layers, in training.
         bidirectional: True: a second set of weights runs backward in time, and D is 2.
         proj_size: P, from 1 to H, for a cell that projects its first state (``p.project``); else 0.
-        device, dtype: Of the parameters.
-        recurrent_dropout, zoneout_h, zoneout_c, recompute: As in ``fusedrnn.torch.LSTM``. Zoneout needs a
-            cell with a state h or c.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters.
+        recurrent_dropout, recompute: As in ``fusedrnn.torch.LSTM``.
+        zoneout_h, zoneout_c: As in ``fusedrnn.torch.LSTM``, for a cell with a state of this name.
 
     Parameters: those of the cell, ``cell.blocks``. Their names end in ``_l0``, ``_l0_reverse``, ``_l1`` and
     so on: ``weight_ih_l0`` (G*H, I), ``weight_hh_l0`` (G*H, P), ``bias_ih_l0`` and ``bias_hh_l0`` (G*H,),
@@ -327,8 +330,8 @@ class Recurrent(CellModule, RecurrentBase):
             hx: The initial state: a tensor if the cell has one state, else a tuple. Each is (L*D, B, H),
                 unbatched (L*D, H); with ``proj_size`` the first has P units. None: the initial values of the
                 cell.
-            lengths, reset, return_states, detach_every: As in ``fusedrnn.torch.LSTM``. After a reset, the
-                state has the initial values of the cell.
+            lengths, return_states, detach_every: As in ``fusedrnn.torch.LSTM``.
+            reset: As in ``fusedrnn.torch.LSTM``. After a reset, the state has the cell's initial values.
             scalars: The cell's row scalars by name, such as ``dt=``, of the input's shape without features;
                 with a PackedSequence (sum of lengths,). ``dt[t]`` belongs to step t in both directions, and
                 all layers get the same values. They have gradients.
