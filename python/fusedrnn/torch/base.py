@@ -38,7 +38,7 @@ def weights_of(module: torch.nn.Module, names: Sequence[str], count: int) -> Wei
 
 
 class StepBase(Freezable):
-    """One step of a cell."""
+    """The base class of modules that compute one step."""
 
     def _run(
         self,
@@ -63,7 +63,7 @@ class StepBase(Freezable):
 
 
 class RecurrentBase(Freezable):
-    """A layer of a cell."""
+    """The base class of recurrent layers."""
 
     input_size: int
     hidden_size: int

@@ -181,7 +181,7 @@ def freeze(model: M) -> M:
 
 
 def unfreeze(model: M) -> M:
-    """Undo ``freeze``, in place.
+    """Undo ``freeze``: the layers read their parameters again in every call.
 
     Returns:
         The model.

@@ -34,7 +34,7 @@ BIASES = ("bias_ih", "bias_hh")
 
 
 class CellModule(Freezable):
-    """The base class of both: a cell, its parameters, and one call of it."""
+    """The base class of ``Recurrent`` and ``RecurrentCell``: a cell and its parameters."""
 
     input_size: int
     hidden_size: int
