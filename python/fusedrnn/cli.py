@@ -94,10 +94,10 @@ def own_cell(args: argparse.Namespace, without: Sequence[str] = ()) -> Cell | No
 
 def add_info(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Shows the version, the compiler, the instruction sets that were built, that this processor has and "
-        "that is in use, the number of threads, and each backend; where one cannot run here, why. With "
-        "a GPU also how the cuda backend would run some sizes. Of a cell: what was derived from it, and on "
-        "which backends it runs."
+        "Shows the version, the compiler, the instruction sets (built, supported by this processor, in use), "
+        "the number of threads, and each backend, with the reason if it cannot run. With a GPU, also shows "
+        "how the cuda backend would run some sizes. For a cell, shows what was derived from it, and on which "
+        "backends it runs."
     )
     add_cell(parser, "show a cell of your own")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for scripts")
@@ -157,12 +157,12 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     from fusedrnn.bench.cuda import MODES
 
     parser.description = (
-        "Times a layer beside its peers: the PyTorch variants, ONNX Runtime, JAX and DeZero, as far as "
-        "they are installed and can do the same. All take part in one run with the same numbers and the same "
-        "count of threads; each result is checked before it is timed. A ratio above 1 means that fusedrnn is "
-        "faster. With --device cuda our PyTorch modules beside PyTorch's own, which run cuDNN, forward and "
-        "with backward: microseconds a step, and per cent of what this GPU allows. A cell of your own is "
-        "timed beside the loop that people write for it, in PyTorch, in TorchScript and as JAX's scan."
+        "Compares the time of a layer with that of its peers: variants in PyTorch, ONNX Runtime, JAX and "
+        "DeZero, if they are installed and support the case. All run in turn, with the same inputs and "
+        "number of threads. Each result is checked before it is timed. A ratio above 1 means that fusedrnn "
+        "is faster. With --device cuda, compares our PyTorch modules with PyTorch's own, which run cuDNN: "
+        "microseconds per step, and per cent of the lower bound. A cell of your own is compared with the "
+        "loop that people write for it in PyTorch, TorchScript and JAX."
     )
     add_cell(parser, "time a cell of your own")
     parser.add_argument(
@@ -172,45 +172,45 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     cases.add_argument(
         "--suite",
         choices=list(problems.SUITES),
-        help="the list of cases: core, eleven shapes in training; programs, what libraries in PyTorch run, "
-        "beside their own way; rl, ragged sequences, resets and single steps; pytorch, our PyTorch modules "
-        "instead of PyTorch's, also in whole training steps; wide and deepbench, larger shapes of other "
-        "benchmarks; gpu, what a GPU is compared at; of each, on a CPU, cases of more than about 5 s a call "
-        "are left out (default: core; with --device cuda gpu)",
+        help="the list of cases: core, eleven shapes in training; programs, workloads of other libraries; "
+        "rl, different lengths, resets and single steps; pytorch, our PyTorch modules, also in whole "
+        "training steps; wide and deepbench, larger shapes of other benchmarks; gpu, the cases for a GPU. On "
+        "a CPU, cases that take more than about 5 s per call are left out (default: core; with --device "
+        "cuda: gpu)",
     )
     cases.add_argument(
         "--shape",
         type=shape,
         nargs="+",
         metavar="T,B,I,H",
-        help="in place of a suite: time steps, batch, input size, hidden size",
+        help="instead of a suite: time steps, batch size, input size, hidden size",
     )
     parser.add_argument("--cell", choices=list(CELLS), help="the cell (default: as the suite lists them)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float64", "bfloat16"),
-        help="the dtype (default: float32); on a CPU; bfloat16 of our PyTorch layers beside PyTorch's",
+        help="the dtype, on a CPU (default: float32); bfloat16 compares our PyTorch layers with PyTorch's",
     )
     parser.add_argument(
         "--precision",
         type=names(list(MODES)),
         metavar="NAMES",
-        help=f"out of {','.join(MODES)} (default: all); on a GPU",
+        help=f"on a GPU: any of {','.join(MODES)} (default: all)",
     )
-    parser.add_argument("--forward", action="store_true", help="forward only in place of forward + backward")
+    parser.add_argument("--forward", action="store_true", help="forward only, without backward")
     parser.add_argument(
         "--peers",
         type=names(list(bench.PEERS)),
         metavar="NAMES",
-        help=f"out of {','.join(bench.PEERS)} (default: all that are installed and have the cell, without "
-        "the last three; of a cell of your own with numba)",
+        help=f"any of {','.join(bench.PEERS)} (default: all that are installed and support the cell, except "
+        "the last three; for a cell of your own also numba)",
     )
     parser.add_argument(
-        "--show-loop", action="store_true", help="print the loops written for FILE.py:NAME, and time nothing"
+        "--show-loop", action="store_true", help="print the loops for FILE.py:NAME, without timing them"
     )
     parser.add_argument("--backend", choices=backends.FOR_NUMPY, help="our backend (default: the fastest)")
     parser.add_argument(
-        "--threads", type=at_least(1, 256), metavar="N", help="threads for everybody (default: all)"
+        "--threads", type=at_least(1, 256), metavar="N", help="threads of each library (default: all cores)"
     )
     parser.add_argument("--memory", action="store_true", help="also show bytes saved and peak memory")
     parser.add_argument("--quick", action="store_true", help="a few small cases, few repetitions")
@@ -340,10 +340,10 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
 
     parser.description = (
         "Compares every output and gradient of every cell, backend, dtype and option with a reference in "
-        "long double, which is itself proved by complex-step derivatives, and prints the worst error of each "
-        "cell, backend and dtype beside that of plain NumPy. Exit code 1 where one is too large."
+        "long double, and the reference with complex-step derivatives. Prints the worst error of each cell, "
+        "backend and dtype, and that of plain NumPy. The exit code is 1 if an error is too large."
     )
-    add_cell(parser, "check a cell of your own in place of the built-in ones")
+    add_cell(parser, "check a cell of your own instead of the built-in ones")
     choices = {
         "cell": list(CELLS),
         "backend": [tables.ORACLE, *backends.NAMES],
@@ -351,14 +351,14 @@ def add_gradcheck(parser: argparse.ArgumentParser) -> None:
         "option": list(gradcheck_suite.OPTIONS),
     }
     for name, known in choices.items():
-        text = f"only these {name}s, of: {', '.join(known)}"
+        text = f"only these {name}s: any of {', '.join(known)}"
         parser.add_argument(f"--{name}", choices=known, nargs="+", metavar=name.upper(), help=text)
     parser.add_argument("--levels", action="store_true", help="the cpu backend on every instruction set")
     lines = parser.add_mutually_exclusive_group()
-    lines.add_argument("--verbose", action="store_true", help="a line for each option too")
+    lines.add_argument("--verbose", action="store_true", help="a line for each option")
     lines.add_argument("--tensors", action="store_true", help="a line for each tensor")
     parser.add_argument("--quick", action="store_true", help="the smallest size only")
-    parser.add_argument("--seed", type=seed, default=0, help="of the random problems (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the problems (default: %(default)s)")
 
 
 def run_gradcheck(args: argparse.Namespace) -> None:
@@ -399,7 +399,7 @@ def run_gradcheck(args: argparse.Namespace) -> None:
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Trains one of the programs that ship with the package and says how good it became."
+    parser.description = "Trains one of the programs in the package, and prints its scores."
     commands = parser.add_subparsers(title="programs", dest="program", metavar="NAME", required=True)
     for name, module in programs.PROGRAMS.items():
         text = (module.__doc__ or name).strip()
@@ -413,18 +413,18 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "info": ("what is built, and what is used on this machine", add_info, run_info),
+    "info": ("show what is installed, and what is used on this machine", add_info, run_info),
     "gradcheck": ("check the gradients of every cell, backend and dtype", add_gradcheck, run_gradcheck),
-    "bench": ("time every cell beside PyTorch, ONNX Runtime, JAX and others", add_bench, run_bench),
-    "train": ("train one of the programs that ship with the package", add_train, run_train),
+    "bench": ("compare the speed with PyTorch, ONNX Runtime, JAX and others", add_bench, run_bench),
+    "train": ("train one of the programs in the package", add_train, run_train),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = Parser(prog="fusedrnn", description="Fast, checked LSTM, Elman RNN and GRU for training.")
+    top = Parser(prog="fusedrnn", description="Fast LSTM, GRU and Elman RNN layers for training on a CPU.")
     top.add_argument("--version", action="version", version=system.version())
-    top.add_argument("--traceback", action="store_true", help="on an error, show where in the code it arose")
+    top.add_argument("--traceback", action="store_true", help="on an error, print the traceback")
     commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, (text, add, run) in COMMANDS.items():
         command = commands.add_parser(name, help=text)

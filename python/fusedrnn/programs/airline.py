@@ -1,13 +1,11 @@
-"""Forecast monthly airline passengers one month ahead, beside all the usual simple forecasts.
+"""Forecast the number of airline passengers one month ahead, and compare the usual simple forecasts.
 
-The series ships with the package: 144 months, 1949 to 1960, growing, with a season that grows along. The
-first 70 % are for training, every choice included; the forecasts of the last 30 % know all months before the
-one they are for.
+The series is in the package: 144 months, from 1949 to 1960. Both the numbers and their seasonal variation
+grow. All choices are made on the first 70 %. Each forecast of the last 30 % knows all months before it.
 
-The network sees ``w``, the change of the yearly growth: with ``s[t] = log y[t] - log y[t-12]``, ``w[t] =
-s[t] - s[t-1]``. It reads w month by month and says the next one. So few months are soon learnt by heart;
-therefore it is trained on copies with noise added, and for as many epochs as were best for the last months
-of the training part.
+The input of the network is ``w``, the change of the yearly growth: with ``s[t] = log y[t] - log y[t-12]``,
+``w[t] = s[t] - s[t-1]``. The network predicts the next w. With so few months it soon overfits. So it is
+trained on copies with noise, for the number of epochs that was best for the last months of the training part.
 """
 
 from __future__ import annotations

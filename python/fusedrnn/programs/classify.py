@@ -1,8 +1,8 @@
-"""Tell which of two noisy processes made a sequence of variable length, with early stopping.
+"""Classify sequences of different lengths by the noisy process that made them, with early stopping.
 
-Both are ``x[t] = a x[t-1] + noise``, with a = -0.4 or a = 0.4, and of the same mean and variance: only the
-order of the values tells them apart. The model that is best on the validation part is kept; the test part
-is looked at once. Where a is known, the likelihood ratio is the best answer there is.
+Both processes are ``x[t] = a x[t-1] + noise``, with a = -0.4 or a = 0.4. They have the same mean and
+variance, so only the order of the values tells them apart. The model that is best on the validation part is
+kept, and tested once. The likelihood ratio, which knows a, is the best possible classifier.
 """
 
 from __future__ import annotations

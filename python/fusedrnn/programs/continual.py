@@ -1,7 +1,7 @@
-"""Predict the next value of a noisy wave, then go on learning with new data, from a checkpoint.
+"""Predict the next value of a noisy wave, then continue to learn from a checkpoint, with new data.
 
-The new data are a wave of another period. What was learnt of the old one is forgotten meanwhile, and the
-table says how much.
+The new data are a wave of another period. Meanwhile the network forgets the old one. The table shows how
+much.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Forecast by feeding back: each day's prediction is the next day's input.
 
-The data: the daily number of reported Wordle results, 359 days of 2022. Training is on 500 sequences of 0 to
-99 days, padded with zeros at the end. ``--lengths`` gives their true lengths to the LSTM, which computes
-nothing past a sequence's end; over the valid days both are the same. A forgetting curve weights each day.
+The data are the daily numbers of reported Wordle results, 359 days of 2022. The training part has 500
+sequences of 0 to 99 days, padded with zeros. With ``--lengths``, the LSTM gets their lengths and computes
+nothing past the end; the results on the valid days are the same. A forgetting curve weights the days in the
+loss.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def far_off(days: Array, known: Array) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help=f"the CSV file (default: $FUSEDRNN_DATA/{FILE})")
-    parser.add_argument("--lengths", action="store_true", help="true lengths, not padding; of --over valid")
+    parser.add_argument("--lengths", action="store_true", help="pass the lengths; with --over valid")
     parser.add_argument("--over", choices=("all", "valid"), default="all", help="steps of the loss")
     parser.add_argument(
         "--forgetting",

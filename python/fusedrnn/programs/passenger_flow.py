@@ -1,10 +1,9 @@
-"""Forecast a growing series with a two-layer LSTM on windows of five values: a common recipe, which loses.
+"""Forecast a growing series with a two-layer LSTM on windows of five values, a common recipe that fails.
 
-The recipe: scale the airline passengers to [0, 1], windows of five months are the features of one step, the
-whole training part is one sequence. The series grows beyond what was seen, so that forecasts without any
-network are better. Then the same network on the change of the yearly growth, which is about as good as the
-best of them: as in ``airline``, it is trained on 32 copies with noise, since so few months are soon learnt by
-heart.
+In the recipe, the airline passengers are scaled to [0, 1], the features of a step are a window of five
+months, and the whole training part is one sequence. The series grows beyond the values seen in training, so
+simple forecasts are better. The same network on the change of the yearly growth is about as good as the best
+of them. As in ``airline``, it is trained on 32 copies with noise, because it soon overfits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Air pollution in Beijing, hour by hour: trained from scratch, with checkpoints, beside persistence.
+"""Learn the air pollution in Beijing from hourly data: a long training, with checkpoints.
 
-Two tasks on the same data. ``same-row``, the published one, asks for the pollution of the very row that is
-the input: copying the input scores an error of 0 there, so its score says how well a network learns to copy,
-no more. ``ahead`` asks for the next hour, where the forecast to beat is persistence: as now.
+There are two tasks. In ``same-row``, the published one, the target is the pollution of the same row, which is
+also an input. Copying it would give an error of 0, so the score only shows how well a network learns to copy.
+In ``ahead``, the target is the pollution of the next hour; it is compared with persistence, the value now.
 """
 
 from __future__ import annotations

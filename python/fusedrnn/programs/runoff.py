@@ -1,9 +1,10 @@
-"""Runoff of many catchments from their weather, one LSTM for all, beside what needs no network.
+"""Predict the runoff of many catchments from their weather with one LSTM, and compare simpler forecasts.
 
-The catchments are generated (``programs.catchments``): snow and storage make today's runoff depend on the
-weather of months. The network reads the weather day by day and what is known of the catchment, never the
-runoff. It learns from nine years; five later years are the test, and there are catchments that it has never
-seen. The figure is the efficiency of Nash and Sutcliffe (1970): 1 is perfect, 0 as good as the mean.
+The catchments are generated (``programs.catchments``). Snow and groundwater store water, so the runoff of a
+day depends on the weather of months. The inputs are the weather of each day and numbers that describe the
+catchment, but not the runoff. The network is trained on nine years and tested on five later years, and on
+catchments that it has never seen. The score is the Nash-Sutcliffe efficiency (1970): 1 is perfect, 0 is as
+good as the mean.
 """
 
 from __future__ import annotations

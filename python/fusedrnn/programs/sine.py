@@ -1,8 +1,7 @@
-"""Learn a noisy sine by truncated back-propagation, then follow a clean cosine.
+"""Learn a noisy sine with truncated backpropagation, then predict a cosine.
 
-The data are 999 pairs (value k, value k + 1) of one period. Either 30 parallel time lines of 34 steps an
-epoch (``batch=30``), or a single one of 999 steps (``batch=1``). The weights are updated after every 30
-steps.
+The data are 999 pairs (value k, value k + 1) of one period. An epoch has 30 parallel sequences of 34 steps,
+or a single one of 999 steps. The weights are updated after every 30 steps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Predict the next value of combined waves from the fifty before it, with an Elman network.
+"""Predict the next value of combined waves from the fifty values before it, with an Elman network.
 
-The network reads a window from a zero state; a Linear on its last state gives the prediction. It starts from
-uniform weights within 0.177 (hidden layer) and 1 (output), and from biases of zero.
+The network reads a window, starting from a zero state. A Linear layer on its last state gives the prediction.
+The initial weights are uniform within ±0.177 (hidden layer) and ±1 (output). The initial biases are zero.
 """
 
 from __future__ import annotations
