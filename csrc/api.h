@@ -150,8 +150,8 @@ struct Interrupted {};  // thrown when the poll hook says stop
 template <class T>
 PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll = {},
                   bool bfloat16 = false);  // as in Problem
-// Whether there are kernels with products in bfloat16 of a cell here, also with recurrent dropout and zoneout.
-bool has_bfloat16(CellId cell);
+// Whether there are kernels with products in bfloat16 here.
+bool has_bfloat16();
 template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call);
 template <class T>

@@ -141,12 +141,12 @@ Weights<const T> weights_of(Arrays<T>& arrays, const py::object* w, CellId cell,
   const char* names[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
   for (int i = 0; i < 4; ++i) {
     if (layer_norm(cell) && (i < 2 || has_c(cell)))
-      *to[i] = need<T>(w[4 + i], names[i], {i < 2 ? rows : H});
+      *to[i] = arrays.need(w[4 + i], names[i], {i < 2 ? rows : H});
     else if (!w[4 + i].is_none())
       throw RefusedValue(std::string(names[i]) + ": expected None for this cell");
   }
   if (projects(cell))
-    weights.weight_hr = need<T>(w[8], "weight_hr", {P, H});
+    weights.weight_hr = arrays.matrix(w[8], "weight_hr", {P, H});
   else if (!w[8].is_none())
     throw RefusedValue("weight_hr: expected None for this cell");
   return weights;
@@ -180,16 +180,15 @@ bool is_float32(const py::object& o, const char* name, int ndim, bool bfloat16 =
   throw RefusedType(std::string(name) + ": expected float32 or float64, got " + a.text());
 }
 
-void check_bfloat16(CellId cell, bool bfloat16) {
-  if (bfloat16 && !has_bfloat16(cell))
-    throw RefusedValue("bfloat16: expected False for this cell on this processor, got True");
+void check_bfloat16(bool bfloat16) {
+  if (bfloat16 && !has_bfloat16()) throw RefusedValue("bfloat16: expected False on this processor, got True");
 }
 
 std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weight_hh, py::object bias_ih,
                                   py::object bias_hh, py::object gain_ih, py::object gain_hh, py::object gain_c,
                                   py::object bias_c, py::object weight_hr, bool bfloat16) {
   const CellId cell = cell_of(id);
-  check_bfloat16(cell, bfloat16);
+  check_bfloat16(bfloat16);
   const bool f32 = is_float32(weight_ih, "weight_ih", 2, bfloat16);
   is_float32(weight_hh, "weight_hh", 2, bfloat16);
   const py::object w[kWeights] = {weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh, gain_c, bias_c, weight_hr};
@@ -206,7 +205,7 @@ struct Options {
 };
 
 Problem problem_of(PyTape& owner, CellId cell, const Sizes& sizes, const Options& options) {
-  check_bfloat16(cell, options.bfloat16);
+  check_bfloat16(options.bfloat16);
   owner.problem = {cell,
                    sizes,
                    nullptr,
@@ -516,8 +515,8 @@ py::tuple py_tape_shape(int id, Index T, Index B, Index I, Index H, Index P, boo
   Problem problem{cell_of(id), {T, B, I, H, P}};
   if (T < 0 || B < 0 || I < 1 || H < 1) throw py::value_error("expected T and B at least 0, I and H at least 1");
   if (projects(problem.cell) ? P < 1 || P > H : P != H) throw py::value_error("expected P from 1 to H, or H");
-  if (bfloat16 && (float64 || !has_bfloat16(problem.cell)))
-    throw py::value_error("bfloat16: expected False for this cell or dtype on this processor, got True");
+  if (bfloat16 && float64) throw RefusedValue("bfloat16: expected False with float64, got True");
+  check_bfloat16(bfloat16);
   problem.bfloat16 = bfloat16;
   if (regularized) problem.regularization.zoneout_h = 1;
   const Save save = recompute ? Save::boundary_states : Save::all;

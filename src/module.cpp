@@ -168,7 +168,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("bfloat16") = false);
   m.def("tape_shape", &py_tape_shape, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("recompute"), py::arg("regularized"), py::arg("float64"), py::arg("bfloat16") = false);
-  m.def("has_bfloat16", [](int id) { return has_bfloat16(cell_of(id)); }, py::arg("cell"));
+  m.def("has_bfloat16", &has_bfloat16);
   m.def("cell_layout", &cell_layout, py::arg("cell"), py::arg("regularized"));
   m.def("empty", &py_empty, py::arg("rows"), py::arg("width"), py::arg("float64"));
   m.def("take_tensors", &take_tensors, py::arg("tensor"), py::arg("parameter"), py::arg("api"));

@@ -246,14 +246,6 @@ struct BackwardSteps : Share {
     });
   }
 
-  // Where unit u's part of da lies in its row.
-  static FUSEDRNN_INLINE void put_da(V da, T* row, Index at) {
-    if constexpr (kNumbers<O> > 1)
-      O::put(da, row + at / kNumbers<O>);
-    else
-      da.store(row + at);
-  }
-
   // Where unit u's first of n vectors lies in a row of [block][n][16].
   static Index offset(Index u, int n) { return u / kBlock * (n * kBlock) + u % kBlock; }
 
@@ -292,7 +284,7 @@ struct BackwardSteps : Share {
     }
   }
 
-  // The same of two rows at once, pairs of theirs: [1 | x | h_prev]. An odd one is with zeros.
+  // The same of two rows at once, pairs of theirs. An odd one is with zeros.
   void gather_pairs() {
     const Index n = worker.region.threads, i = worker.region.thread, pairs = elements<O>(count);
     for (Index p = pairs * i / n; p < pairs * (i + 1) / n; ++p) {
@@ -300,18 +292,25 @@ struct BackwardSteps : Share {
       const Index r = 2 * p, t = rows.t[r], b = rows.b[r];
       const bool two = r + 1 < count;
       const Index next_t = two ? rows.t[r + 1] : t, next_b = two ? rows.b[r + 1] : b;
-      const auto pair = [&](const T* from, const T* next, const T* mask, const T* next_mask, Index k, T* to) {
+      // Numbers, times those of r and of the mask where these are given.
+      const auto pair = [&](const T* from, const T* next, const T* mask, const T* next_mask, const T* r,
+                            const T* next_r, Index k, T* to) {
         for (Index u = 0; u < k; u += V::lanes) {
           V x = V::load(from + u, k - u), y = two ? V::load(next + u, k - u) : V::zero();
+          const Index at = offset(u, shape.saved);
+          if (r) x = V::load(r + at, k - u) * x, y = V::load(next_r + at, k - u) * y;
           if (mask) x = x * V::load(mask + u, k - u), y = y * V::load(next_mask + u, k - u);
           O::zip(x, y).store(to + u, k - u);
         }
       };
       O::zip(V::set(1), V::set(two)).store(row, 1);
       const auto x = [&](Index time, Index b_) { return job.x + time * job.x_step + b_ * job.x_row; };
-      pair(x(t, b), x(next_t, next_b), nullptr, nullptr, job.I, row + 1);
+      pair(x(t, b), x(next_t, next_b), nullptr, nullptr, nullptr, nullptr, job.I, row + 1);
       const T *mask = regularized ? masks().dropout(b) : nullptr, *other = mask ? masks().dropout(next_b) : nullptr;
-      pair(h_before(t, b), h_before(next_t, next_b), mask, other, job.P, row + 1 + job.I);
+      const T *h = h_before(t, b), *next_h = h_before(next_t, next_b);
+      pair(h, next_h, mask, other, nullptr, nullptr, job.P, row + 1 + job.I);
+      if (shape.phases == 2)  // r comes first in what is saved
+        pair(h, next_h, mask, other, saved_row(t, b), saved_row(next_t, next_b), job.P, row + 1 + job.I + job.P);
     }
   }
 
@@ -399,6 +398,7 @@ struct BackwardLoop : BackwardSteps<V, O> {
   using T = typename V::scalar;
   using CellType = Cell;
   using Vector = V;
+  using Operand = O;
   using Base::block_begin, Base::block_end;
   using Base::job, Base::worker, Base::rows, Base::B, Base::units, Base::masks, Base::offset;
   static constexpr int A = Cell::accumulators;
@@ -456,14 +456,20 @@ struct BackwardLoop : BackwardSteps<V, O> {
   // The gradients of what the step's rows project, then the cell on them.
   bool through_projection(Index n) const {
     const Packed<T>& weight_hr = job.projection;
-    for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + this->weights.dh_at;
+    for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + this->weights.dh_operand_at;
     return this->tiles(n, block_begin, block_end, [&](Index first, int m, Index block, int wide, Index lane) {
       alignas(64) T acc[kMaxTile * V::lanes];
       for (int k = 0; k < m * wide; ++k) V::zero().store(acc + k * V::lanes);
-      const Product<T> p = {
-          rows.da + first,      0, 1,    0, weight_hr.data + block * weight_hr.block_step + lane, kBlock,
-          weight_hr.block_step, 1, job.P};
-      tile_for<V>(m, wide)(&p, 1, acc);
+      const Product<T> p = {rows.da + first,
+                            0,
+                            1,
+                            0,
+                            weight_hr.data + block * weight_hr.block_step + lane,
+                            kBlock,
+                            weight_hr.block_step,
+                            1,
+                            elements<O>(job.P)};
+      tile_for<O>(m, wide)(&p, 1, acc);
       for (int i = 0; i < m; ++i)
         for (int w = 0; w < wide; ++w) {
           const BackwardRow<T>& row = rows.at[first + i];
@@ -475,10 +481,11 @@ struct BackwardLoop : BackwardSteps<V, O> {
     });
   }
 
-  // One vector of a projected h of one row: its gradient is kept for the products with weight_hr.
+  // One vector of a projected h of one row: its gradient is kept for the products with weight_hr and its gradient.
   FUSEDRNN_INLINE void projected_at(const BackwardRow<T>& row, Index u, V dh) const {
     const V dh_before = add_upstream_h(row, u, dh);
     dh.store(row.da + this->weights.dh_at + u);
+    if constexpr (kNumbers<O> > 1) put_operand<O>(dh, row.da + this->weights.dh_operand_at, u);
     if constexpr (kRegularized<Cell>) dh_before.store(job.direct + row.b * units + u);
   }
 
@@ -528,7 +535,7 @@ struct BackwardLoop : BackwardSteps<V, O> {
     const V c = Cell::has_c ? V::load(row.c + u, in_row) : V::zero();
     Cell::backward(saved, h_prev, h, c_prev, c, dh, dc, da, dc_prev, direct);
     if constexpr (kRegularized<Cell>) direct = direct + dh_before, dc_prev = dc_prev + dc_before;
-    for (int s = 0; s < A; ++s) this->put_da(da[s], row.da, offset(u, A) + s * kBlock);
+    for (int s = 0; s < A; ++s) put_operand<O>(da[s], row.da, offset(u, A) + s * kBlock);
     if (Cell::has_c) dc_prev.store(job.dc + row.b * units + u);
     if (Cell::has_direct && !Cell::projects) direct.store(job.direct + row.b * units + u);
     if constexpr (Cell::projects)
@@ -541,7 +548,7 @@ struct BackwardLoop : BackwardSteps<V, O> {
       load_saved(row, u, saved);
       if constexpr (kRegularized<Cell>) dmiddle = masks().dropped(row.b, u, dmiddle);
       Cell::backward2(saved, V::load(row.h_prev + u, job.H - u), dmiddle, da_r, direct);
-      da_r.store(row.da + offset(u, A));
+      put_operand<O>(da_r, row.da, offset(u, A));
       direct.store(job.direct + row.b * units + u);
     }
   }

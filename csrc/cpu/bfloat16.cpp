@@ -18,28 +18,15 @@ constexpr int kNumbers<Pairs> = 2;
 namespace {
 
 using V = Vec<float>;
-using Forward = bool (*)(const ForwardJob<float>&, const Worker&);
-using Backward = bool (*)(const BackwardJob<float>&, const Worker&);
-
-// The cells of one product a step, whose da or norm is no operand of another.
-template <class Cell>
-constexpr bool kThere = Cell::phases == 1 && !Cell::projects && !Cell::layer_norm;
 
 template <class Cell>
-constexpr Forward forward_of() {
-  if constexpr (kThere<Cell>)
-    return [](const ForwardJob<float>& job, const Worker& worker) {
-      return ForwardLoop<Cell, V, Pairs>(job, worker).run();
-    };
-  return nullptr;
+bool run_forward(const ForwardJob<float>& job, const Worker& worker) {
+  return ForwardLoop<Cell, V, Pairs>(job, worker).run();
 }
+
 template <class Cell>
-constexpr Backward backward_of() {
-  if constexpr (kThere<Cell>)
-    return [](const BackwardJob<float>& job, const Worker& worker) {
-      return BackwardLoop<Cell, V, Pairs>(job, worker).run();
-    };
-  return nullptr;
+bool run_backward(const BackwardJob<float>& job, const Worker& worker) {
+  return BackwardLoop<Cell, V, Pairs>(job, worker).run();
 }
 
 Index forward_scratch(Index B, Index ahead_steps) {
@@ -69,12 +56,12 @@ const cpu::Kernels<float> table = {
 #undef X
     },
     {
-#define X(id, type) forward_of<type>(),
+#define X(id, type) &run_forward<type>,
 #include "cells/cells.def"
 #undef X
     },
     {
-#define X(id, type) backward_of<type>(),
+#define X(id, type) &run_backward<type>,
 #include "cells/cells.def"
 #undef X
     },
@@ -84,12 +71,12 @@ const cpu::Kernels<float> table = {
 #undef X
     },
     {
-#define X(id, type) forward_of<Regularized<type>>(),
+#define X(id, type) &run_forward<Regularized<type>>,
 #include "cells/cells.def"
 #undef X
     },
     {
-#define X(id, type) backward_of<Regularized<type>>(),
+#define X(id, type) &run_backward<Regularized<type>>,
 #include "cells/cells.def"
 #undef X
     },

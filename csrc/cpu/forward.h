@@ -333,6 +333,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
   using T = typename V::scalar;
   using CellType = Cell;
   using Vector = V;
+  using Operand = O;
   using Base::input, Base::recurrent, Base::recurrent2, Base::packed_from;
   using Base::job, Base::worker, Base::rows, Base::block_begin, Base::block_end, Base::masks;
   static constexpr int A = Cell::accumulators;
@@ -403,14 +404,16 @@ struct ForwardLoop : ForwardSteps<V, O> {
             h = zoned(rows.keep_h, first + i, u, h, h_prev);
           if constexpr (Cell::has_c) c = zoned(rows.keep_c, first + i, u, c, c_prev);
         }
-        if constexpr (kNumbers<O> > 1) h = O::round(h);
         if (T* out = saveds[i])
           for (int s = 0; s < Cell::saved; ++s) keep(saved[s], out + at + s * units, in_row, units == kBlock, stream);
         if (Cell::has_c) {
           c.store(c_outs[i] + u, in_row);
           if (c_states[i]) c.store(c_states[i] + u, in_row);
         }
-        h.store(h_outs[i] + u, kPhases == 2 ? Index(kBlock) : in_row);
+        if constexpr (kPhases == 2)
+          put_operand<O>(h, h_outs[i], u);
+        else
+          rounded<O>(h).store(h_outs[i] + u, in_row);
       }
     }
   }
@@ -434,7 +437,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
       Product<T> p =
           Base::product(shape, recurrent2, Cell::recurrent2, rows.middle + first, job.P, block - packed_from, lane);
       p.b_gap = recurrent2.block_step;
-      tile_for<V>(m, wide)(&p, 1, acc);
+      tile_for<O>(m, wide)(&p, 1, acc);
       for (int w = 0; w < wide; ++w) {
         const Index u = (block + w) * kBlock + lane, in_row = H - u, units = units_of(H, block + w);
         for (int i = 0; i < m; ++i) {
@@ -445,7 +448,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
           Cell::forward2(V::load(acc + (w * m + i) * V::lanes), h_prev, saved, h);
           if constexpr (kRegularized<Cell>) h = zoned(rows.keep_h, first + i, u, h, h_prev);
           saved[slot].store(row + slot * units, in_row);
-          h.store(rows.h_out[first + i] + u, in_row);
+          rounded<O>(h).store(rows.h_out[first + i] + u, in_row);
         }
       }
     }
@@ -458,14 +461,14 @@ struct ForwardLoop : ForwardSteps<V, O> {
     Product<T> p =
         Base::product(shape, this->projection, cpu::kProjection, rows.middle + first, job.H, block - packed_from, lane);
     p.b_gap = this->projection.block_step;
-    tile_for<V>(m, wide)(&p, 1, acc);
+    tile_for<O>(m, wide)(&p, 1, acc);
     for (int w = 0; w < wide; ++w) {
       const Index u = (block + w) * kBlock + lane, in_row = job.P - u;
       for (int i = 0; i < m; ++i) {
         V h = V::load(acc + (w * m + i) * V::lanes);
         if constexpr (kRegularized<Cell>)
           h = zoned(rows.keep_h, first + i, u, h, V::load(rows.h[first + i] + u, in_row));
-        h.store(rows.h_out[first + i] + u, in_row);
+        rounded<O>(h).store(rows.h_out[first + i] + u, in_row);
       }
     }
   }

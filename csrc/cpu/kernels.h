@@ -214,7 +214,7 @@ struct Kernels {
   const Kernels<double>* kernels_##level(double);
 FUSEDRNN_LEVELS(X)
 #undef X
-// With products in bfloat16: of the cells that have some, the others are null, as is what is no cell's.
+// With products in bfloat16; what is no cell's is null.
 const Kernels<float>* kernels_bfloat16();
 
 }  // namespace cpu

@@ -85,6 +85,7 @@ void normed_row(const Loop& loop, Index i) {
   using V = typename Loop::Vector;
   using Cell = typename Loop::CellType;
   using Maths = typename Plain<Cell>::type;
+  using O = typename Loop::Operand;
   using T = typename V::scalar;
   const auto& job = loop.job;
   const auto& weights = job.norm;
@@ -113,6 +114,7 @@ void normed_row(const Loop& loop, Index i) {
         if constexpr (Maths::reads_h) h.store(candidate + u, in_row);
         h = loop.zoned(loop.rows.keep_h, i, u, h, before);
       }
+      h = rounded<O>(h);
     }
     h.store(h_out + u, in_row);
   });
@@ -123,7 +125,7 @@ void normed_row(const Loop& loop, Index i) {
       state.parts(weights.gain_c, weights.bias_c, u, &m);
       V h = Cell::forward_output(V::load(h_out + u, in_row), m);
       if constexpr (kRegularized<Cell>) h = loop.zoned(loop.rows.keep_h, i, u, h, V::load(h_prev + u, in_row));
-      h.store(h_out + u, in_row);
+      rounded<O>(h).store(h_out + u, in_row);
     });
   }
 }
@@ -160,7 +162,7 @@ bool normed_step(const Loop& loop) {
       const int m = int(tiles.begin(i + 1) - first), wide = int(panels.begin(j + 1) - block);
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
         products(job.input, Cell::input, loop.rows.x, job.I, first, m, block, wide, lane);
-        products(job.recurrent, Cell::recurrent, kRegularized<Cell> ? loop.rows.operand : loop.rows.h, job.P, first, m,
+        products(job.recurrent, Cell::recurrent, Loop::kOperands ? loop.rows.operand : loop.rows.h, job.P, first, m,
                  block, wide, lane);
       }
     }
@@ -255,8 +257,8 @@ void normed_row_backward(const Loop& loop, const Row& row) {
   each_vector<V>(H, [&](Index u, int, Index) {
 #pragma GCC unroll 8
     for (int s = 0; s < A; ++s) {
-      T* const at = da + norm.at(u, s);
-      back.da(u, s, V::load(at)).store(at);
+      const Index at = norm.at(u, s);  // pairs are put where nothing is read any more
+      put_operand<typename Loop::Operand>(back.da(u, s, V::load(da + at)), da, at);
     }
   });
 }

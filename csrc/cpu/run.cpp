@@ -110,10 +110,14 @@ bool rows_outside(const CellShape& shape, const Sizes& n) {
 template <class T>
 struct Chunk {
   Index da_row, inputs_row, steps, count, panel_step;
-  bool ordered;                                                               // the weight gradients read copies
-  Chunk(const CellShape& shape, const Sizes& n, int numbers = 1) {            // Kernels::numbers
-    const Index more = shape.projects ? blocks_of(n.P) + blocks_of(n.H) : 0;  // dh, and what was projected
-    da_row = (shape.accumulators * blocks_of(n.H) + more) * (kBlock / numbers) + kBlock;
+  bool ordered;                                                     // the weight gradients read copies
+  Chunk(const CellShape& shape, const Sizes& n, int numbers = 1) {  // Kernels::numbers
+    const Index part = kBlock / numbers;
+    // dh and what was projected, and dh as it is multiplied.
+    const Index more =
+        shape.projects ? (blocks_of(n.P) + blocks_of(n.H)) * kBlock + (numbers > 1 ? blocks_of(n.P) * part : 0) : 0;
+    // Norms need da in T before it is what products multiply.
+    da_row = shape.accumulators * blocks_of(n.H) * (shape.layer_norm ? kBlock : part) + more + kBlock;
     inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
     const Index row = (da_row + inputs_row / numbers) * Index(sizeof(T));
     const Index rows = weight_bytes<T>(shape, n) > 4 * SplitRule::core_cache ? 640 : 384;
@@ -219,8 +223,8 @@ PackedPtr<T> pack_for(const cpu::Kernels<T>& kernels, CellId cell, Index I, Inde
   const auto k = [&](Index n) { return elements(kernels, n); };
   const Index input_step = block_step<T>(k(I), shape.input.count),
               recurrent_step = block_step<T>(k(P), shape.recurrent.count),
-              recurrent2_step = shape.recurrent2.count ? block_step<T>(P, shape.recurrent2.count) : 0,
-              projection_step = block_step<T>(H, 1);
+              recurrent2_step = shape.recurrent2.count ? block_step<T>(k(P), shape.recurrent2.count) : 0,
+              projection_step = block_step<T>(k(H), 1);
   PackedNorm<T> norm;
   layout.take(input, {blocks, input_step});
   layout.take(recurrent, {blocks, recurrent_step});
@@ -392,7 +396,8 @@ void backward(const BackwardCall<T>& call) {
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
   const Index k_units = elements(kernels, units);
   const Index input_step = block_step<T>(k_units, k_input), recurrent_step = block_step<T>(k_units, k_recurrent),
-              recurrent2_step = block_step<T>(units, k_recurrent2), projection_step = block_step<T>(n.P, 1);
+              recurrent2_step = block_step<T>(k_units, k_recurrent2),
+              projection_step = block_step<T>(elements(kernels, n.P), 1);
   const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
   const Index zero_count = std::max({n.P, units, chunk.da_row});
   const Index replay_steps = replay ? chunk.steps : 0, replay_rows = replay ? n.B : 0;
@@ -528,10 +533,7 @@ Index tape_bytes(const Tape<T>& tape) {
   return Index(tape.memory.size() + tape.starts.size() * sizeof(Index));
 }
 
-bool has_bfloat16(CellId cell) {
-  const cpu::Kernels<float>* kernels = cpu::bfloat16_kernels();
-  return kernels && kernels->forward[int(cell)];
-}
+bool has_bfloat16() { return cpu::bfloat16_kernels() != nullptr; }
 
 void set_thresholds(bool on) { thresholds = on; }
 

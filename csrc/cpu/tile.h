@@ -31,6 +31,24 @@ constexpr Index elements(Index n) {
   return (n + kNumbers<O> - 1) / kNumbers<O>;
 }
 
+// Stores what products multiply, from number `at` of a row on.
+template <class O, class V>
+FUSEDRNN_INLINE void put_operand(V v, typename V::scalar* row, Index at) {
+  if constexpr (kNumbers<O> > 1)
+    O::put(v, row + at / kNumbers<O>);
+  else
+    v.store(row + at);
+}
+
+// h as the next step reads it.
+template <class O, class V>
+FUSEDRNN_INLINE V rounded(V h) {
+  if constexpr (kNumbers<O> > 1)
+    return O::round(h);
+  else
+    return h;
+}
+
 // k runs over `runs` runs of `run` neighbours, so that a part can skip accumulators it does not feed.
 template <class T>
 struct Product {

@@ -59,15 +59,17 @@ struct WeightGradients {
   const Worker& worker;
   const CellShape& shape;
   Groups groups;  // the cell's loop adds them
-  // Of a cell that projects, where a row of da has the gradient of h, and what was projected.
-  const Index dh_at, unprojected_at;
+  // Of a cell that projects, where a row of da has the gradient of h, and what was projected, both in T, for the
+  // gradient of weight_hr; and where it has that of h as products with weight_hr read it.
+  const Index dh_at, unprojected_at, dh_operand_at;
 
   WeightGradients(const BackwardJob<T>& job_, const Worker& worker_, const CellShape& shape_)
       : job(job_),
         worker(worker_),
         shape(shape_),
-        dh_at(shape_.accumulators * job_.blocks * kBlock),
-        unprojected_at(dh_at + blocks_of(job_.P) * kBlock) {}
+        dh_at(shape_.accumulators * job_.blocks * kBlock / kNumbers<O>),
+        unprojected_at(dh_at + blocks_of(job_.P) * kBlock),
+        dh_operand_at(kNumbers<O> == 1 ? dh_at : unprojected_at + job_.blocks * kBlock) {}
 
   // Adds the part of a chunk of so many rows.
   FUSEDRNN_NOINLINE bool add(Index rows, bool first_chunk) const {
@@ -77,7 +79,7 @@ struct WeightGradients {
       if (!worker.barrier()) return false;
     }
     return (!job.need_weights || products(count, rows, first_chunk)) &&
-           (!job.dprojection || projection(count, first_chunk));
+           (!job.dprojection || projection(rows, first_chunk));
   }
 
   // The columns of each tile side by side, [tile][row][column]: in the joint rows each row of a tile is on another
@@ -154,7 +156,7 @@ struct WeightGradients {
       };
       if constexpr (kNumbers<O> == 1) {
         if (copy && other) copy_panel(count, group, block, wide, copy);
-        add_rows(count, columns, vectors, first_chunk, sum);
+        add_rows<O>(count, columns, vectors, first_chunk, sum);
       } else {
         Index row = 0;
         do {
@@ -162,7 +164,7 @@ struct WeightGradients {
                       end = kNumbers<O> * (row + here);
           if (other || count > cpu::kSumRows)
             copy_pairs(kNumbers<O> * row, end < rows ? end : rows, group, block, wide, copy);
-          add_rows(here, {columns.data + row * columns.row, columns.row, m}, vectors, first_chunk && row == 0, sum);
+          add_rows<O>(here, {columns.data + row * columns.row, columns.row, m}, vectors, first_chunk && row == 0, sum);
           row += here;
         } while (row < count);
       }
@@ -171,17 +173,18 @@ struct WeightGradients {
     return true;
   }
 
-  // What was projected, transposed, times the gradient of h.
+  // What was projected, transposed, times the gradient of h. A small part of all products, so never in pairs, which
+  // would have to be made first.
   bool projection(Index count, bool first_chunk) const {
     const Tiling panels(blocks_of(job.P), kProjectionPanel), columns(job.H, max_rows<V>(kProjectionPanel));
     const Index n = worker.region.threads, i = worker.region.thread, total = panels.pieces * columns.pieces;
     for (Index item = total * i / n; item < total * (i + 1) / n; ++item) {
       const Index panel = item / columns.pieces, at = item % columns.pieces;
       const Index block = panels.begin(panel), first = columns.begin(at);
-      add_rows(count, {job.da + unprojected_at + first, job.da_row, int(columns.begin(at + 1) - first)},
-               {job.da + dh_at + block * kBlock, job.da_row, kBlock, int(panels.begin(panel + 1) - block), 1},
-               first_chunk,
-               [&](int r, int w, int) { return job.dprojection + ((block + w) * job.H + first + r) * kBlock; });
+      add_rows<V>(count, {job.da + unprojected_at + first, job.da_row, int(columns.begin(at + 1) - first)},
+                  {job.da + dh_at + block * kBlock, job.da_row, kBlock, int(panels.begin(panel + 1) - block), 1},
+                  first_chunk,
+                  [&](int r, int w, int) { return job.dprojection + ((block + w) * job.H + first + r) * kBlock; });
       if ((item & 15) == 0 && !worker.poll()) return false;
     }
     return true;
@@ -204,8 +207,9 @@ struct WeightGradients {
     int wide, each;
   };
 
-  // Adds to sum(r, w, s), which are 16 each: over the rows, column r of `a` times vector (w, s) of `b`.
-  template <class Sum>
+  // Adds to sum(r, w, s), which are 16 each: over the rows, column r of `a` times vector (w, s) of `b`, of elements of
+  // Of.
+  template <class Of, class Sum>
   FUSEDRNN_INLINE void add_rows(Index count, const Columns& a, const Vectors& b, bool first_chunk, Sum&& sum_of) const {
     const int m = a.count, wide = b.wide, each = b.each;
     const T* columns[kMaxTile];
@@ -218,7 +222,7 @@ struct WeightGradients {
         alignas(64) T acc[kMaxTile * V::lanes];
         for (int v = 0; v < m * wide * each; ++v) V::zero().store(acc + v * V::lanes);
         const Product<T> p = {columns, 0, a.row, 0, b.data + row * b.row + lane, b.row, b.gap, 1, rows_here};
-        tile_for<O>(m, wide * each)(&p, 1, acc);
+        tile_for<Of>(m, wide * each)(&p, 1, acc);
         for (int r = 0; r < m; ++r)
           for (int w = 0; w < wide; ++w)
             for (int s = 0; s < each; ++s) {

@@ -141,8 +141,8 @@ MUTANTS = [
     Mutant(
         "forward: last lane of the tail skipped",
         FORWARD,
-        "kPhases == 2 ? Index(kBlock) : in_row",
-        "Cell::phases == 2 ? Index(kBlock) : in_row - 1",
+        "rounded<O>(h).store(h_outs[i] + u, in_row);",
+        "rounded<O>(h).store(h_outs[i] + u, in_row - 1);",
     ),
     Mutant(
         "tape: more of the last block than there is",
@@ -353,8 +353,8 @@ MUTANTS = [
     Mutant(
         "projection: dh of another row",
         BACKWARD,
-        "rows.da[i] = rows.at[i].da + this->weights.dh_at;",
-        "rows.da[i] = rows.at[0].da + this->weights.dh_at;",
+        "rows.da[i] = rows.at[i].da + this->weights.dh_operand_at;",
+        "rows.da[i] = rows.at[0].da + this->weights.dh_operand_at;",
     ),
     Mutant("projection: dc0 missing", BACKWARD, "c(rows.at[i], u, dc_of(rows.at[i], u));", ";"),
     Mutant(

@@ -5,6 +5,7 @@ Errors are in units of 2**-8 of an array's largest entry, as much as one roundin
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,12 +18,13 @@ pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import ml_dtypes
 
 from bfloat16 import needs_bfloat16
-from fusedrnn import _core, cells, checkpoint, kernels, layers, multilayer, no_grad, optimizers
+from fusedrnn import cells, checkpoint, kernels, layers, multilayer, no_grad, optimizers
 from fusedrnn import functions as F
 from fusedrnn.autograd import Variable
 from fusedrnn.backends import get
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Regularization
+from fusedrnn.cells.builtin import COMPILED
 from fusedrnn.cells.zoo import mgu
 from problems import OPTIONS, assert_bitwise_equal, errors, expected_names, name, problem, run
 
@@ -30,8 +32,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 CPU = CpuBackend()
 pytestmark = [pytest.mark.kernel, pytest.mark.quick, pytest.mark.usefixtures("poison")]
 
-KINDS = cells.rnn, cells.rnn.with_options(relu=True), cells.lstm, cells.gru
-every_kind = pytest.mark.parametrize("cell", KINDS, ids=name)
+every_kind = pytest.mark.parametrize("cell", COMPILED.values(), ids=name)
 T, B, I, H = 9, 5, 11, 37
 
 
@@ -56,8 +57,9 @@ def both(p):
 
 @needs_bfloat16
 @every_kind
-@pytest.mark.parametrize("sizes", [(T, B, I, H), (3, 17, 16, 16), (20, 1, 40, 70)], ids=str)
+@pytest.mark.parametrize("sizes", [(T, B, I, H), (3, 17, 16, 16), (20, 1, 40, 70), (71, 21, 30, 50)], ids=str)
 def test_errors(cell, sizes):
+    """The last in several chunks, of an odd number of rows."""
     assert units(*both(problem(cell, *sizes))).max() < 2.5
 
 
@@ -140,9 +142,11 @@ def test_no_steps_no_rows_and_special_numbers(cell):
     assert np.isnan(y[:, 1]).all() or cell.options.get("relu")
     assert np.isfinite(y[:, [0, 2]]).all()
     ends = np.array([[1.0, -(2.0**127), 2.0**-126, -0.0, np.inf]], BF16)  # past a row's end a state is itself
-    state0 = (np.repeat(ends, 3, axis=0),) * len(cell.states)
+    state0 = tuple(np.repeat(ends[:, : s.shape[1]], 3, axis=0) for s in p.state0)
     stateT = kernels.forward(cell, p.x, p.weights, state0, lengths=[0, 0, 0]).stateT
-    assert all(np.array_equal(s.view(np.int16), state0[0].view(np.int16)) for s in stateT)
+    assert all(
+        np.array_equal(a.view(np.int16), b.view(np.int16)) for a, b in zip(stateT, state0, strict=True)
+    )
 
 
 @needs_bfloat16
@@ -163,46 +167,62 @@ OF_TORCH = {
     "resets, truncated": ({}, {"reset": np.arange(T * B).reshape(T, B) % 4 == 1, "detach_every": 4}),
     "no biases, recompute": ({"bias": False, "recompute": True}, {}),
     "relu": ({"nonlinearity": "relu"}, {}),
+    "layer norm": (
+        {"layer_norm": True, "num_layers": 2, "bidirectional": True},
+        {"lengths": [9, 0, 1, 9, 4]},
+    ),
+    "projection": ({"proj_size": 21, "num_layers": 2, "bidirectional": True}, {"lengths": [9, 0, 1, 9, 4]}),
+    "reset before": ({}, {"lengths": [9, 0, 1, 9, 4]}),
 }
+# Those of one kind of layer.
+ONLY = {"relu": "RNN", "projection": "LSTM", "reset before": "Recurrent"}
 
 
 @needs_bfloat16
 @pytest.mark.usefixtures("no_fallback")
 @pytest.mark.parametrize(
     ("kind", "option"),
-    [(k, o) for k in ("LSTM", "GRU", "RNN") for o in OF_TORCH if o != "relu" or k == "RNN"],
+    [(k, o) for o in OF_TORCH for k in ([ONLY[o]] if o in ONLY else ("LSTM", "GRU", "RNN"))],
 )
 def test_the_bits_of_pytorchs_layers(kind, option):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     import fusedrnn.torch as ft
-    from torch_pairs import flat, state_of
+    from torch_pairs import flat
 
     def array(t):
         return t.detach().contiguous().view(torch.int16).numpy().view(BF16)
 
     made, given = OF_TORCH[option]
-    layer = getattr(ft, kind)(I, H, dtype=torch.bfloat16, **made)
+    own = [cells.gru.with_options(reset_after=False)] if kind == "Recurrent" else []
+    layer = getattr(ft, kind)(*own, I, H, dtype=torch.bfloat16, **made)
+    cell, suffixes = layer.cell, [names[0].removeprefix("weight_ih") for names in layer._all_weights]
+    P = made.get("proj_size", H)
     x = torch.randn(T, B, I).bfloat16().requires_grad_()
-    hx = [s.bfloat16().requires_grad_() for s in flat(state_of(layer, B, torch.zeros(())))]
+    hx = [torch.randn(len(suffixes), B, w).bfloat16().requires_grad_() for w in cell.widths(H, P)]
     result = layer(x, tuple(hx) if kind == "LSTM" else hx[0], **given)
     assert layer.last_path == "fused"
     results = flat(result)
     upstream = [torch.randn(t.shape).bfloat16() for t in results]
-    theirs = torch.autograd.grad(results, [x, *hx, *layer.parameters()], upstream)
-
-    D, n = 1 + layer.bidirectional, len(hx)
     parameters = dict(layer.named_parameters())
-    slots = [[name for name in names if name in parameters] for names in layer._all_weights]
-    weights = [{name.partition("_l")[0]: array(parameters[name]) for name in names} for names in slots]
-    cell = {"LSTM": cells.lstm, "GRU": cells.gru, "RNN": cells.rnn.with_options(relu=option == "relu")}[kind]
+    slots = [{name: parameters.get(name + end) for name in cell.blocks} for end in suffixes]
+    slots = [{name: p for name, p in slot.items() if p is not None} for slot in slots]
+    assert len(parameters) == sum(map(len, slots))
+    theirs = torch.autograd.grad(results, [x, *hx, *[p for slot in slots for p in slot.values()]], upstream)
+
+    n = len(hx)
+    weights = [{name: array(p) for name, p in slot.items()} for slot in slots]
     save = "boundary_states" if made.get("recompute") else "all"
     out = multilayer.forward_multilayer(
-        cell, array(x), weights, tuple(map(array, hx)), bidirectional=D == 2, save=save, **given
+        cell, array(x), weights, tuple(map(array, hx)), bidirectional=layer.bidirectional, save=save, **given
     )
     dy, *ds = map(array, upstream)
     got = multilayer.backward_multilayer(out.tape, dy, tuple(ds[:n]), tuple(ds[n:]) or None)
     ours = [out.y, *out.stateT, *(out.states or ())]
-    ours += [got.dx, *got.dstate0, *[slot[name] for slot in got.dweights for name in slot]]
+    ours += [
+        got.dx,
+        *got.dstate0,
+        *[d[name] for d, slot in zip(got.dweights, slots, strict=True) for name in slot],
+    ]
     for a, t in zip(ours, [*results, *theirs], strict=True):
         assert_bitwise_equal({"": a}, {"": array(t)})
 
@@ -217,16 +237,25 @@ def normal(*shape):
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_a_native_layer(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *[(kind, {"layer_norm": norm}) for kind in ("LSTM", "GRU", "RNN") for norm in (False, True)],
+        ("LSTM", {"proj_size": 21}),
+        ("GRU", {"reset_after": False}),
+    ],
+    ids=str,
+)
+def test_a_native_layer(kind, options, tmp_path):
     """Its values are those of a float32 layer, rounded; a call gives the kernels' bits, in steps too."""
-    layer = built(kind)
+    layer = built(kind, **options)
     np.random.seed(1)
-    of_float32 = getattr(layers, kind)(H, I)
+    of_float32 = getattr(layers, kind)(H, I, **options)
     for p, q in zip(layer.params(), of_float32.params(), strict=True):
         assert_bitwise_equal({"": p.data}, {"": q.data.astype(BF16)})
-    x, dy = Variable(normal(T, B, I)), normal(T, B, H).astype(BF16)
+    x = Variable(normal(T, B, I))
     y = layer(x)
+    dy = normal(*y.shape).astype(BF16)
     y.backward(grad=dy)
     weights = layer.weights_of("")
     tape = kernels.forward(layer.cell, x.data.astype(BF16), {n: p.data for n, p in weights.items()})
@@ -234,7 +263,7 @@ def test_a_native_layer(kind, tmp_path):
     got = {n: p.grad.data for n, p in weights.items()} | {"y": y.data, "x": x.grad.data}
     assert_bitwise_equal(got, want.dweights | {"y": tape.y, "x": want.dx.astype(np.float32)})
 
-    again = built(kind)
+    again = built(kind, **options)
     with no_grad():
         steps = np.stack([again.step(row).data for row in x.data])
     if kind != "LSTM":
@@ -303,15 +332,16 @@ def test_what_is_of_another_dtype():
             kernels.backward(tape, dy)
     with pytest.raises(ValueError, match=r"^x: expected shape \(T, B, 11\)"):
         kernels.forward(cells.lstm, low.x[..., 1:], packed)
-    weights = [low.weights["weight_ih"].view(np.int16)] * 4
-    with pytest.raises(ValueError, match=r"^bfloat16: expected False"):
-        _core.pack(_core.CELLS.index("lstm_layer_norm"), *weights, bfloat16=True)
+    for options, block in (({"layer_norm": True}, "gain_c"), ({"project": True}, "weight_hr")):
+        p = problem(cells.lstm.with_options(**options), T, B, I, H).astype(BF16)
+        mixed = p.weights | {block: p.weights[block].astype(np.float32)}
+        with pytest.raises(TypeError, match=rf"^{block}: expected dtype bfloat16 .*, got float32$"):
+            kernels.forward(p.cell, p.x, mixed)
 
 
 OTHERS = {
-    "layer norm": cells.lstm.with_options(layer_norm=True),
-    "projection": cells.lstm.with_options(project=True),
-    "reset before": cells.gru.with_options(reset_after=False),
+    "layer norm and projection": cells.lstm.with_options(layer_norm=True, project=True),
+    "layer norm and reset before": cells.gru.with_options(layer_norm=True, reset_after=False),
     "of one's own": mgu,
 }
 
@@ -326,7 +356,7 @@ def test_cells_without_kernels(other):
 
 @pytest.mark.parametrize("backend", ["reference", "numba", "cpu"])
 def test_other_backends_and_processors(backend, monkeypatch):
-    monkeypatch.setattr(CpuBackend, "has_bfloat16", lambda self, cell: False)
+    monkeypatch.setattr(CpuBackend, "has_bfloat16", lambda self: False)
     if reason := get(backend).unavailable():
         pytest.skip(reason)
     p = problem(cells.lstm, 2, 3, 4, 5).astype(BF16)
@@ -341,6 +371,24 @@ def test_layers_that_have_it_not():
         layers.Linear(3, dtype=BF16)
     with pytest.raises(TypeError, match=r"^dtype: expected float32 or float64 or bfloat16, got float16$"):
         layers.LSTM(3, dtype=np.float16)
+
+
+@needs_bfloat16
+def test_a_lower_level_refuses():
+    code = (
+        "import numpy as np\n"
+        "from fusedrnn import _core\n"
+        "calls = (\n"
+        "    lambda: _core.pack(2, *[np.zeros((4, 1), np.int16)] * 2, None, None, bfloat16=True),\n"
+        "    lambda: _core.tape_shape(2, 1, 1, 1, 1, 1, False, False, False, True),\n"
+        ")\n"
+        "for call in calls:\n"
+        "    try:\n"
+        "        raise SystemExit(call())\n"
+        "    except ValueError as error:\n"
+        "        assert str(error) == 'bfloat16: expected False on this processor, got True'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"FUSEDRNN_ISA": "avx2"})
 
 
 def test_the_package_is_imported_by_those_who_use_it():

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.cells import lstm
 
 CPUINFO = Path("/proc/cpuinfo")
 DETECTED = CPUINFO.exists() and "avx512_bf16" in CPUINFO.read_text()
 needs_bfloat16 = pytest.mark.skipif(
-    not CpuBackend().has_bfloat16(lstm),
+    not CpuBackend().has_bfloat16(),
     reason="FUSEDRNN_ISA is lower" if DETECTED else "the processor has no avx512_bf16",
 )

@@ -98,6 +98,19 @@ def test_autocast(kind, dtype, warned):
         assert torch.equal(got[0], same(x.to(got[0].dtype))[0])
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+def test_dtypes_of_a_projection_in_autocast(state, ragged, warned):
+    x = torch.randn(T, B, I)
+    given = rnn.pack_padded_sequence(x, torch.tensor([T, 3, 1])) if ragged else x
+    found = []
+    for layer in module_pair("LSTM", I, H, proj_size=2):
+        hx = None if state is None else tuple(torch.randn(1, B, n).to(state) for n in (2, H))
+        with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings(action="ignore"):
+            found.append([t.dtype for t in flat(layer(given, hx))])
+    assert found[0] == found[1]
+
+
 @every_layer
 @pytest.mark.parametrize("form", ["ragged", "of one length", "without rows", "from float16", "to float16"])
 def test_dtypes_in_autocast(kind, form, warned):

@@ -13,6 +13,7 @@ pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import torch
 
 from bfloat16 import needs_bfloat16
+from fusedrnn.cells.zoo import mgu
 from torch_pairs import every_kind, every_layer, flat, ft, module_pair, state_of
 
 pytestmark = [pytest.mark.kernel, pytest.mark.quick, pytest.mark.usefixtures("no_fallback")]
@@ -43,20 +44,34 @@ def test_the_same_bits(kind, dtype):
         assert torch.equal(a, b)
 
 
-@every_layer
+@every_kind
 @needs_bfloat16
 def test_the_same_bits_in_bfloat16(kind):
-    ours, x, hx = made(kind, num_layers=2, bidirectional=True)
+    ours, x, hx = made(kind, **({} if kind.endswith("Cell") else {"num_layers": 2, "bidirectional": True}))
     ours, x = ours.bfloat16(), x.bfloat16()
     hx = tuple(s.bfloat16() for s in hx) if isinstance(hx, tuple) else hx.bfloat16()
     with torch.no_grad():
-        want = flat([ours(x, hx), ours(x[:1], return_states=True)])
+        want = flat([ours(x, hx), ours(x[:1])])
         ft.freeze(ours)
-        got = flat([ours(x, hx), ours(x[:1], return_states=True)])
+        got = flat([ours(x, hx), ours(x[:1])])
     assert ours.last_path == "fused"
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("options", [{"layer_norm": True}, {"proj_size": 5}], ids=str)
+def test_options_in_bfloat16(options):
+    ours, x = ft.LSTM(I, H, **options).bfloat16().eval(), torch.randn(T, B, I).bfloat16()
+    with torch.no_grad():
+        want = flat(ours(x))
+        got = flat(ft.freeze(ours)(x))
+    assert ours.last_path == "fused"
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_cell_of_ones_own_in_bfloat16_is_refused():
     with pytest.raises(RuntimeError, match=r"the kernels cannot run it: the dtype is torch\.bfloat16"):
-        ft.freeze(getattr(ft, f"{kind}Cell")(2, 3).bfloat16().eval())
+        ft.freeze(ft.RecurrentCell(mgu, 2, 3).bfloat16().eval())
 
 
 @every_layer

@@ -310,7 +310,7 @@ def test_pickle_copies_and_state_dicts(tmp_path):
 
 
 def test_keys_find_cells_by_name(monkeypatch):
-    before = gru.with_options(reset_after=False)
+    before = gru.with_options(reset_after=False, layer_norm=True)
     key = keys.key_of(before)
     monkeypatch.setattr(keys, "_known", {})
     assert keys.cell_of(key) is before

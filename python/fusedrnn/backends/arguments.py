@@ -20,8 +20,8 @@ from fusedrnn.cells import Cell
 # What compiled backends take.
 FLOATS: tuple[np.dtype[Any], ...] = np.dtype(np.float32), np.dtype(np.float64)
 NEEDS_BFLOAT16 = (
-    "; bfloat16 needs the cpu backend, a processor with AVX512-BF16, and lstm, rnn or gru with reset_after, "
-    "without layer norm and projection"
+    "; bfloat16 needs the cpu backend, a processor with AVX512-BF16, and lstm, gru or rnn (with layer_norm "
+    "neither project nor reset_after=False)"
 )
 
 

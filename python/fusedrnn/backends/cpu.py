@@ -112,7 +112,7 @@ def _of_bits(dtype: np.dtype[Any], results: Sequence[Any]) -> Sequence[Any]:
 
 
 class CpuBackend:
-    """Every cell in float32 and float64, any CPU; see ``protocol``. In bfloat16 see ``has_bfloat16``."""
+    """Every cell in float32 and float64, any CPU; see ``protocol``. For bfloat16 see ``has_bfloat16``."""
 
     name = "cpu"
 
@@ -125,7 +125,7 @@ class CpuBackend:
         if _compiled(check_cell(cell)) is None:
             return machine.pack(cell, weights)
         low = bfloat16()
-        dtypes = (*FLOATS, *low) if low and self.has_bfloat16(cell) else FLOATS
+        dtypes = (*FLOATS, *low) if low and self.has_bfloat16() else FLOATS
         checked, *_ = check_weights(cell, weights, dtypes)
         dtype = checked["weight_ih"].dtype
         if dtype not in low:
@@ -268,15 +268,15 @@ class CpuBackend:
         """
         return _core.tape_shape(cell_id(cell), *sizes, recompute, regularized, float64, bfloat16)
 
-    def has_bfloat16(self, cell: Cell) -> bool:
-        """Whether this processor has kernels of a cell with products in bfloat16.
+    def has_bfloat16(self) -> bool:
+        """Whether this processor has kernels with products in bfloat16, of the cells of ``COMPILED``.
 
         Products are in bfloat16 then, and h is rounded in every step; in backward the gradients of the gates
         are rounded too. All else is in float32. ``forward`` and ``backward`` take arrays of the package
         ml_dtypes. With ``bfloat16=True``, ``run_forward``, ``run_backward`` and ``tape_shape`` take arrays of
         int16 with their bits, but for the tape, which is float32.
         """
-        return _missing is None and _core.has_bfloat16(cell_id(cell))
+        return _missing is None and _core.has_bfloat16()
 
     def empty(self, rows: int, width: int, float64: bool) -> Array:
         """An array whose memory, where it is large, is used again once it is released."""

@@ -35,8 +35,9 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         if not torch.is_grad_enabled() and (after := self._without_graph(input, state0, weights[0], packed)):
             self.__dict__["last_path"] = paths.FUSED
             return tuple(after) if len(after) > 1 else after[0]
-        given, (input, state0, weights) = input, paths.lowered(input, state0, weights)
-        reason = self._unsupported(input, state0, weights if packed is None else [])
+        key = self._key if packed is None and self._bfloat16_in_autocast else ""
+        given, (input, state0, weights) = input, paths.lowered(input, state0, weights, key)
+        reason = self._unsupported(input, state0, weights, packed)
         if reason is not None:
             if paths.is_proxy(given):
                 return paths.call_module(self, given, hx)
@@ -91,14 +92,17 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
     def _weights(self) -> list[Weights]:
         return [weights_of(self, PLAIN, len(PLAIN))]
 
-    def _unsupported(self, input: Any, state: Any, weights: list[Weights]) -> str | None:
+    def _unsupported(
+        self, input: Any, state: Any, weights: list[Weights], packed: Frozen | None
+    ) -> str | None:
         """Why the kernels do not support this call, or None. Wrong arguments are left to PyTorch's errors."""
         reason = paths.mode()
         if reason is not None:
             return reason
         if not isinstance(input, Tensor):
             return f"the input is a {type(input).__name__}"
-        reason = paths.unsupported(input.dtype, input.device, (input, *(state or ())))
+        key = self._key if packed is None or packed.dtype is input.dtype else ""  # packed ones are not cast
+        reason = paths.unsupported(input.dtype, input.device, (input, *(state or ())), key)
         if reason is not None:
             return reason
         if self._bfloat16_in_autocast and paths.autocast(input):
@@ -107,8 +111,8 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         if reason is not None:
             return reason
         I, H = self.input_size, self.hidden_size
-        for each in weights:
-            reason = paths.unsupported_weights(input, each, self.cell, I, H, H)
+        for each in weights if packed is None else ():
+            reason = paths.unsupported_weights(input, each, self.cell, I, H, H, key)
         return reason
 
     def _misshapen(self, input: Tensor, state: tuple[Any, ...] | None) -> str | None:

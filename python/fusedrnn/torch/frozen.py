@@ -158,9 +158,8 @@ def freeze(model: M) -> M:
         if layer.__dict__.get("_fusedrnn_frozen") is None:
             weights = layer._weights()
             first = weights[0][0]
-            # Cells have no kernels in bfloat16.
-            key: Any = layer._key if isinstance(layer, torch.nn.RNNBase) else ""
-            reason = paths.unsupported(first.dtype, first.device, [w for each in weights for w in each], key)
+            tensors = [w for each in weights for w in each]
+            reason = paths.unsupported(first.dtype, first.device, tensors, layer._key)
             reason = reason or layer._lacks(first.device)
             if reason is not None:
                 raise RuntimeError(f"{path}: the kernels cannot run it: {reason}")

@@ -9,7 +9,7 @@ from typing import Any
 from fusedrnn import cells
 from fusedrnn.cells import Cell
 
-CELLS: dict[str, Cell] = {  # those of PyTorch, which have compiled kernels, by its names
+CELLS: dict[str, Cell] = {  # those with compiled kernels, by PyTorch's names
     "LSTM": cells.lstm,
     "GRU": cells.gru,
     "RNN_TANH": cells.rnn,
@@ -19,6 +19,7 @@ NORMED = "_LAYER_NORM"  # ends the names of cells with layer norm
 CELLS |= {f"{name}{NORMED}": cell.with_options(layer_norm=True) for name, cell in CELLS.items()}
 PROJECTED = "_PROJECTED"  # likewise with a projection
 CELLS[f"LSTM{PROJECTED}"] = cells.lstm.with_options(project=True)
+CELLS["GRU_RESET_BEFORE"] = cells.gru.with_options(reset_after=False)  # only of ``own``
 
 _keys = {cell: key for key, cell in CELLS.items()}
 _known = dict(CELLS)

@@ -159,7 +159,8 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         # Our frozen layers stay in float32 within autocast.
         key = self._key if packed is None and not self._stays_in_autocast(input) else ""
-        given_input, (input, state0, weights) = input, paths.lowered(input, state0, weights, key)
+        given_input, c = input, state0[-1] if state0 else input
+        input, state0, weights = paths.lowered(input, state0, weights, key)
         reason, recorded = self._unsupported(input, state0, weights if packed is None else []), False
         if reason is not None:
             if paths.is_proxy(given_input):
@@ -176,7 +177,11 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             self.__dict__["last_path"] = paths.FUSED
         if packed is not None:
             packed.check(input.data if isinstance(input, PackedSequence) else input, state0)
-        return self._run(input, state0, weights, options, packed, recorded)
+        result = self._run(input, state0, weights, options, packed, recorded)
+        if not self.proj_size:
+            return result
+        y, (h, c_n), *states = result  # within autocast PyTorch's c keeps its dtype
+        return (y, (h, c_n.to(c.data.dtype)), *states)
 
     def _weights(self) -> list[Weights]:
         names, count = self._all_weights, len(PLAIN)

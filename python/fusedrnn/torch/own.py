@@ -209,7 +209,7 @@ class CellModule(Freezable):
             return self._refused(data.device, data.dtype, detached)
         reason = paths.mode() or self._refused(data.device, data.dtype, detached)
         tensors = [data, *(state0 or ()), *[w for each in weights for w in each]]
-        return reason or paths.unsupported(data.dtype, data.device, tensors)
+        return reason or paths.unsupported(data.dtype, data.device, tensors, self._key)
 
     def _how(
         self, packed: Frozen | None, reason: str | None, data: Tensor, state0: Any

@@ -133,7 +133,7 @@ def unrecordable(tensors: Sequence[Tensor]) -> str | None:
 def has_bfloat16(key: str) -> bool:
     """Whether the CPU kernels of a cell support bfloat16 on this processor."""
     backend = backends.usable(None)
-    return key in CELLS and isinstance(backend, CpuBackend) and backend.has_bfloat16(CELLS[key])
+    return key in CELLS and isinstance(backend, CpuBackend) and backend.has_bfloat16()
 
 
 def unsupported(
