@@ -15,6 +15,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedrnn.torch as ours
+from bfloat16 import needs_bfloat16
 from fusedrnn.torch import compilable
 
 # What PyTorch itself warns of while it compiles is no concern of these tests.
@@ -97,6 +98,21 @@ def test_compiled_equals_eager(mode, backend):
     same(model, compiled, torch.randn(B, T, I))
     same(model.double(), compiled, torch.randn(B, T, I).double())
     assert model.rnn.last_path == "fused"
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"proj_size": 3}], ids=str)
+def test_bfloat16(options):
+    """The bits of an eager call, with one graph."""
+    model = compilable.LSTM(I, H, bidirectional=True, dtype=torch.bfloat16, **options)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for f in (model, compiled):
+        x = torch.randn(T, B, I, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        y, (h, c) = f(x, lengths=torch.tensor([T, 0, 3]))
+        grads = torch.autograd.grad([y, h, c], [x, *model.parameters()], [y + 1, h - 1, c * 2])
+        results.append([y, h, c, *grads])
+    assert all(a.dtype is torch.bfloat16 and torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @compiled_layers
@@ -366,9 +382,9 @@ def test_export(strict, tmp_path):
 
 
 def test_export_of_what_the_kernels_cannot_take_says_so():
-    model = compilable.LSTM(I, H).bfloat16()
+    model = compilable.LSTM(I, H).half()
     with pytest.raises(RuntimeError, match="does not compile here: the dtype"):
-        torch.export.export(model, (torch.randn(T, B, I).bfloat16(),), strict=False)
+        torch.export.export(model, (torch.randn(T, B, I).half(),), strict=False)
 
 
 def test_the_page():

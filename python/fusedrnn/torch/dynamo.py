@@ -20,14 +20,15 @@ from fusedrnn.torch.ops import Weights
 NONE = {"lengths": None, "reset": None, "return_states": False, "detach_every": None}
 
 
-def unsupported(input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
-    """Why the operators do not support this call, or None. The layer checks sizes."""
+def unsupported(input: Any, state: tuple[Any, ...] | None, weights: list[Weights], key: str) -> str | None:
+    """Why the operators do not support this call of the cell ``key``, or None. The layer checks sizes."""
     if isinstance(input, PackedSequence):
         return "a PackedSequence; pass padded input and lengths="
     tensors = [input, *(state or ()), *(w for each in weights for w in each if w is not None)]
     if not all(isinstance(t, Tensor) for t in tensors):
         return "the input or the state is not made of tensors"
-    if input.dtype not in (torch.float32, torch.float64):
+    low = input.dtype is torch.bfloat16 and paths.has_bfloat16(key)
+    if not low and input.dtype not in (torch.float32, torch.float64):
         return f"the dtype is {input.dtype}"
     if any(t.dtype != input.dtype for t in tensors):
         return "dtypes differ"
@@ -72,7 +73,7 @@ def call(module: Any, input: Any, hx: Any, **options: Any) -> Any:
         return module.torch_class.forward(module, input, hx)
     weights = module._weights()
     state0 = None if hx is None else paths.state(hx, module.mode == "LSTM")
-    reason = unsupported(input, state0, weights)
+    reason = unsupported(input, state0, weights, module._key)
     if reason is None:
         reason = module._misshapen(input, state0)
     if reason is not None:

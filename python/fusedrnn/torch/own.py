@@ -205,7 +205,7 @@ class CellModule(Freezable):
         """Why the kernels do not support this call, or None."""
         if torch.compiler.is_compiling():
             if self._key in CELLS:
-                return dynamo.unsupported(data, state0, weights)
+                return dynamo.unsupported(data, state0, weights, self._key)
             return self._refused(data.device, data.dtype, detached)
         reason = paths.mode() or self._refused(data.device, data.dtype, detached)
         tensors = [data, *(state0 or ()), *[w for each in weights for w in each]]

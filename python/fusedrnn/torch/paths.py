@@ -136,6 +136,9 @@ def has_bfloat16(key: str) -> bool:
     return key in CELLS and isinstance(backend, CpuBackend) and backend.has_bfloat16()
 
 
+has_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as ``ops.refused``
+
+
 def unsupported(
     dtype: torch.dtype, device: torch.device, tensors: Iterable[Tensor | None], key: str = ""
 ) -> str | None:
