@@ -1,7 +1,7 @@
-"""NEON without an ARM processor: built for it and run by an emulator, the kernels give this machine's bits.
+"""aarch64 without such a processor: the C++ programs of tests/cpu/cpp, built for it and run by an emulator.
 
-Needs a cross compiler and QEMU's user mode (Debian: g++-aarch64-linux-gnu and qemu-user-static), and an
-x86-64 processor with FMA to compare with.
+Needs a cross compiler and QEMU's user mode (Debian: g++-aarch64-linux-gnu and qemu-user-static). The kernels
+have to give this machine's bits, for which it has to be an x86-64 with FMA.
 """
 
 import platform
@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from test_threads_cpp import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
@@ -26,6 +28,19 @@ OPTIONS = [
     "-fno-math-errno",
     f"-I{ROOT / 'csrc'}",
 ]
+
+
+@pytest.fixture(autouse=True)
+def tools():
+    for program in ("g++", CROSS, EMULATOR):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+
+
+def output(program, *arguments):
+    result = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
 
 
 def build(folder, compiler, level, *flags):
@@ -63,16 +78,32 @@ def build(folder, compiler, level, *flags):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_neon_gives_the_same_bits(tmp_path):
-    for program in ("g++", CROSS, EMULATOR):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
     if platform.machine() != "x86_64" or "fma" not in Path("/proc/cpuinfo").read_text().split():
         pytest.skip("needs an x86-64 processor with FMA")
-    here = build(tmp_path, "g++", "avx2", "-mavx2", "-mfma")
-    there = build(tmp_path, CROSS, "neon")
-    command = {"capture_output": True, "text": True, "check": True, "timeout": 600}
-    want = subprocess.run([here], **command).stdout.splitlines()
-    got = subprocess.run([EMULATOR, there], **command).stdout.splitlines()
+    want = output([build(tmp_path, "g++", "avx2", "-mavx2", "-mfma")])
+    got = output([EMULATOR, build(tmp_path, CROSS, "neon")])
     assert len(want) == 9 * 6 * 5
     assert len({line.split()[3] for line in want}) > 100  # nearly every problem has bits of its own
     assert got == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["portable", "neon"])
+def test_vectors(level, tmp_path):
+    program = tmp_path / level
+    macros = [f"-DFUSEDRNN_LEVEL={level}", f"-DFUSEDRNN_LEVEL_{level.upper()}"]
+    source = ROOT / "tests/cpu/cpp/simd_test.cpp"
+    subprocess.run([CROSS, *OPTIONS, *macros, "-static", source, "-o", program], check=True)
+    output([EMULATOR, program])
+
+
+@pytest.mark.slow
+def test_runtime(tmp_path):
+    """Threads, memory, signals, the control word; not limits of memory, which the emulator does not have."""
+    program, test = tmp_path / "runtime", ROOT / "tests/cpu/cpp/runtime_test.cpp"
+    has = ["-DFUSEDRNN_HAS_PORTABLE", "-DFUSEDRNN_HAS_NEON"]
+    sources = [source for source in SOURCES if source.stem not in ("run", "dispatch")]
+    subprocess.run([CROSS, *OPTIONS, *has, test, *sources, "-static", "-pthread", "-o", program], check=True)
+    for part in [*PARTS, "fork"]:
+        output([EMULATOR, program, part])
+    assert output([EMULATOR, program, "isa"]) == ["neon"]

@@ -43,6 +43,40 @@ void test_control_word() {
     _mm_setcsr(before);
     CHECK(after == odd);
   }
+#elif defined(__aarch64__)
+  const auto set = [](unsigned long control, unsigned long flags) {
+    asm volatile("msr fpcr, %0\n\tmsr fpsr, %1" : : "r"(control), "r"(flags) : "memory");
+  };
+  const auto flags = [] {
+    unsigned long word;
+    asm volatile("mrs %0, fpsr" : "=r"(word) : : "memory");
+    return word;
+  };
+  constexpr unsigned long flushing = 1UL << 24, invalid = 1;
+  volatile float smallest = std::numeric_limits<float>::denorm_min(), zero = 0, one = 1, three = 3;
+  // Rounding up, flushing, default NaN, with and without a flag: all comes back.
+  for (unsigned long odd : {0UL, 1UL << 22, flushing, 1UL << 25}) {
+    for (unsigned long flag : {0UL, invalid}) {
+      set(odd, flag);
+      {
+        ControlWord word;
+        CHECK(ControlWord::current() == flushing);
+        volatile float third = one / three, nan = zero / zero, tiny = smallest * one;
+        CHECK(flags() & invalid);
+        CHECK(third == 0x1.555556p-2f && nan != nan);
+        {
+          ControlWord inner(false);
+          CHECK(ControlWord::current() == 0);
+          volatile float kept = smallest * one;
+          CHECK(tiny == 0 && kept > 0);
+        }
+        CHECK(ControlWord::current() == flushing);
+      }
+      const unsigned long after = ControlWord::current(), flags_after = flags();
+      set(0, 0);
+      CHECK(after == odd && flags_after == flag);
+    }
+  }
 #endif
   // Where nothing can be set, it still compiles and does nothing.
   ControlWord word(true);
