@@ -150,7 +150,7 @@ void after_fork_in_child() {
 struct Start {
   Start() {
     (new (&arena()) Arena())->limit = default_limit;
-    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+    at_fork(before_fork, after_fork_in_parent, after_fork_in_child);
   }
 };
 const Start start;

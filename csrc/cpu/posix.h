@@ -16,7 +16,7 @@ inline int posix_memalign(void** block, std::size_t alignment, std::size_t bytes
 
 inline void free_aligned(void* block) { _aligned_free(block); }
 
-inline int pthread_atfork(void (*)(), void (*)(), void (*)()) { return 0; }  // there is no fork
+inline int at_fork(void (*)(), void (*)(), void (*)()) { return 0; }  // there is no fork
 
 }  // namespace fusedrnn::cpu
 #else
@@ -27,6 +27,10 @@ inline int pthread_atfork(void (*)(), void (*)(), void (*)()) { return 0; }  // 
 namespace fusedrnn::cpu {
 
 inline void free_aligned(void* block) { std::free(block); }
+
+inline int at_fork(void (*before)(), void (*in_parent)(), void (*in_child)()) {
+  return pthread_atfork(before, in_parent, in_child);
+}
 
 }  // namespace fusedrnn::cpu
 #endif

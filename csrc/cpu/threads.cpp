@@ -249,7 +249,7 @@ void after_fork_in_child() {
   pool->remaining.value.store(0);
 }
 
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+[[maybe_unused]] const int registered = at_fork(nullptr, nullptr, after_fork_in_child);
 
 Pool* enter() {
   Pool* pool = current.load(std::memory_order_acquire);
