@@ -113,7 +113,7 @@ void test_arena() {
   } catch (const std::bad_alloc& error) {
     CHECK(std::strcmp(error.what(), "cannot allocate 1152921504606846976 bytes") == 0);
   }
-  CHECK_THROWS(std::bad_alloc, Buffer(std::numeric_limits<std::size_t>::max()));
+  CHECK_THROWS(std::bad_alloc, Buffer{std::numeric_limits<std::size_t>::max()});
   CHECK(arena_use().live == 0);
 
   // Products.
