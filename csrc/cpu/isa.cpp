@@ -18,20 +18,47 @@ const char* name(Isa isa) {
   return names[int(isa)];
 }
 
+#if defined(__x86_64__)
+namespace {
+
+// By CPUID, and by XGETBV whether the operating system saves the registers. Not by __builtin_cpu_supports: in a
+// program for Windows by Zig's Clang it says no to everything.
+struct Features {
+  bool intel = false, fma = false, avx2 = false, avx512 = false, bfloat16 = false;
+
+  Features() {
+    unsigned a = 0, b = 0, c = 0, d = 0, saved = 0;
+    intel = __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return;
+    asm volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+    fma = (saved & 0x06) == 0x06 && (c & bit_AVX) && (c & bit_FMA);
+    if (!fma || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    constexpr unsigned all = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    avx2 = b & bit_AVX2;
+    avx512 = (saved & 0xE6) == 0xE6 && (b & all) == all;
+    bfloat16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+  }
+};
+
+const Features& features() {
+  static const Features found;
+  return found;
+}
+
+}  // namespace
+#endif
+
 bool detected(Isa isa) {
 #if defined(__x86_64__)
-  // These ask CPUID, and XGETBV whether the operating system saves the registers.
-  __builtin_cpu_init();
   switch (isa) {
     case Isa::portable:
       return true;
     case Isa::portable_fma:
-      return __builtin_cpu_supports("fma");
+      return features().fma;
     case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+      return features().avx2;
     case Isa::avx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+      return features().avx512;
     case Isa::neon:
       return false;
   }
@@ -45,8 +72,7 @@ bool detected(Isa isa) {
 
 bool detected_bfloat16() {
 #if defined(__x86_64__)
-  unsigned a = 0, b = 0, c = 0, d = 0;  // compilers differ in whether __builtin_cpu_supports knows it
-  return detected(Isa::avx512) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+  return features().bfloat16;
 #else
   return false;
 #endif
@@ -102,8 +128,7 @@ bool choose_ordered_copies() {
     throw std::invalid_argument("FUSEDRNN_ORDERED_COPIES: expected 0 or 1, got '" + std::string(forced) + "'");
   }
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_is("intel")) return true;
+  if (features().intel) return true;
 #endif
   return chosen() == Isa::avx2;
 }
