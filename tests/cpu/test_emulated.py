@@ -1,9 +1,11 @@
-"""aarch64 without such a processor: the C++ programs of tests/cpu/cpp, built for it and run by an emulator.
+"""The C++ programs of tests/cpu/cpp on aarch64 in an emulator, and on Windows in Wine.
 
-Needs a cross compiler and QEMU's user mode (Debian: g++-aarch64-linux-gnu and qemu-user-static). The kernels
-have to give this machine's bits, for which it has to be an x86-64 with FMA.
+Each test needs a cross compiler and what runs its programs. Debian has them: g++-aarch64-linux-gnu and
+qemu-user-static; g++-mingw-w64-x86-64-posix, wine and wine64. The kernels have to give this machine's bits,
+for which it has to be an x86-64, with FMA for NEON.
 """
 
+import os
 import platform
 import shutil
 import subprocess
@@ -30,15 +32,16 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def tools():
-    for program in ("g++", CROSS, EMULATOR):
+def needs(*programs):
+    for program in programs:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
 
 
-def output(program, *arguments):
-    result = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=600)
+def output(*command, **environment):
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment}
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -78,10 +81,11 @@ def build(folder, compiler, level, *flags):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_neon_gives_the_same_bits(tmp_path):
+    needs("g++", CROSS, EMULATOR)
     if platform.machine() != "x86_64" or "fma" not in Path("/proc/cpuinfo").read_text().split():
         pytest.skip("needs an x86-64 processor with FMA")
-    want = output([build(tmp_path, "g++", "avx2", "-mavx2", "-mfma")])
-    got = output([EMULATOR, build(tmp_path, CROSS, "neon")])
+    want = output(build(tmp_path, "g++", "avx2", "-mavx2", "-mfma"))
+    got = output(EMULATOR, build(tmp_path, CROSS, "neon"))
     assert len(want) == 9 * 6 * 5
     assert len({line.split()[3] for line in want}) > 100  # nearly every problem has bits of its own
     assert got == want
@@ -90,20 +94,37 @@ def test_neon_gives_the_same_bits(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("level", ["portable", "neon"])
 def test_vectors(level, tmp_path):
+    needs(CROSS, EMULATOR)
     program = tmp_path / level
     macros = [f"-DFUSEDRNN_LEVEL={level}", f"-DFUSEDRNN_LEVEL_{level.upper()}"]
     source = ROOT / "tests/cpu/cpp/simd_test.cpp"
     subprocess.run([CROSS, *OPTIONS, *macros, "-static", source, "-o", program], check=True)
-    output([EMULATOR, program])
+    output(EMULATOR, program)
 
 
 @pytest.mark.slow
 def test_runtime(tmp_path):
     """Threads, memory, signals, the control word; not limits of memory, which the emulator does not have."""
+    needs(CROSS, EMULATOR)
     program, test = tmp_path / "runtime", ROOT / "tests/cpu/cpp/runtime_test.cpp"
     has = ["-DFUSEDRNN_HAS_PORTABLE", "-DFUSEDRNN_HAS_NEON"]
     sources = [source for source in SOURCES if source.stem not in ("run", "dispatch")]
     subprocess.run([CROSS, *OPTIONS, *has, test, *sources, "-static", "-pthread", "-o", program], check=True)
     for part in [*PARTS, "fork"]:
-        output([EMULATOR, program, part])
-    assert output([EMULATOR, program, "isa"]) == ["neon"]
+        output(EMULATOR, program, part)
+    assert output(EMULATOR, program, "isa") == ["neon"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_windows_gives_the_same_bits(tmp_path):
+    compiler, wine = "x86_64-w64-mingw32-g++-posix", "wine"
+    needs("g++", compiler, wine)
+    if platform.machine() != "x86_64":
+        pytest.skip("needs an x86-64 processor")
+    (tmp_path / "windows").mkdir()
+    want = output(build(tmp_path, "g++", "portable"))
+    program = build(tmp_path / "windows", compiler, "portable")
+    got = output(wine, program.with_suffix(".exe"), WINEPREFIX=str(tmp_path / "wine"), WINEDEBUG="-all")
+    assert len(want) == 9 * 6 * 5
+    assert got == want
