@@ -74,7 +74,10 @@ std::uint64_t run(CellId cell, Sizes n, const Options& o) {
   f.problem = {cell,          n, o.ragged ? lengths.data() : nullptr, o.reset ? reset.data() : nullptr, o.reverse,
                o.detach_every};
   if (o.regularized) f.problem.regularization = {0.25, 0.25, c ? 0.5 : 0, true, (std::uint64_t(7) << 33) + 5, 3};
-  f.packed = packed.get();
+  if (n.T > 1)
+    f.packed = packed.get();
+  else
+    f.weights = weights;  // a step of weights as they lie
   f.x = {x.data(), n.B * n.I, n.I};
   f.h0 = h0.data(), f.c0 = c ? c0.data() : nullptr;
   f.y = y.data(), f.hT = hT.data(), f.cT = c ? cT.data() : nullptr;
@@ -113,8 +116,8 @@ int main() {
                           CellId::rnn_relu_layer_norm,
                           CellId::lstm_layer_norm,
                           CellId::gru_reset_after_layer_norm};
-  const Sizes sizes[] = {{2, 3, 5, 7, 7},     {7, 7, 3, 17, 17},    {3, 13, 17, 31, 31},
-                         {11, 2, 18, 33, 33}, {4, 1, 16, 100, 100}, {40, 30, 5, 20, 20}};
+  const Sizes sizes[] = {{2, 3, 5, 7, 7},      {7, 7, 3, 17, 17},   {3, 13, 17, 31, 31}, {11, 2, 18, 33, 33},
+                         {4, 1, 16, 100, 100}, {40, 30, 5, 20, 20}, {1, 1, 18, 33, 33},  {1, 5, 18, 33, 33}};
   const Options options[] = {{false, false, false, false, 0, Save::all, false},
                              {true, true, false, true, 0, Save::all, false},
                              {true, true, true, true, 3, Save::all, false},
