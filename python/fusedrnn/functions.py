@@ -10,7 +10,7 @@ import numpy as np
 
 from fusedrnn import autograd, cuda, kernels, multilayer
 from fusedrnn.autograd import Array, Function, Variable, as_variable, sum_to
-from fusedrnn.backends.arguments import booleans
+from fusedrnn.backends.arguments import booleans, check_rate
 from fusedrnn.cells import Cell
 from fusedrnn.config import config
 
@@ -462,8 +462,7 @@ def dropout(x: Any, dropout_ratio: float = 0.5) -> Variable:
     Raises:
         ValueError: ``dropout_ratio`` is not at least 0 and below 1.
     """
-    if not 0 <= dropout_ratio < 1:
-        raise ValueError(f"dropout_ratio: expected at least 0 and below 1, got {dropout_ratio}")
+    check_rate("dropout_ratio", dropout_ratio, below_one=True)
     return Dropout(dropout_ratio)(x) if config.train and dropout_ratio > 0 else as_variable(x)
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fusedrnn import cells
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable
-from fusedrnn.backends.arguments import check_bool, check_bools, check_whole
+from fusedrnn.backends.arguments import check_bool, check_bools, check_number, check_rate, check_whole
 from fusedrnn.layer import Layer, checked_dtype, drawn
 from fusedrnn.recurrent import Recurrent
 
@@ -81,6 +81,7 @@ class LSTM(Recurrent):
         cell = cells.lstm.with_options(
             layer_norm=check_bool("layer_norm", layer_norm), project=proj_size != 0
         )
+        forget_bias = check_number("forget_bias", forget_bias)
         super().__init__(cell, hidden_size, in_size, proj_size=proj_size, **options)
         for suffix in self.suffixes:
             bias = vars(self)["bias_ih" + suffix]
@@ -182,7 +183,7 @@ class Dropout(Layer):
 
     def __init__(self, dropout_ratio: float = 0.5, **unknown: Never) -> None:
         super().__init__(**unknown)
-        self.dropout_ratio = dropout_ratio
+        self.dropout_ratio = check_rate("dropout_ratio", dropout_ratio, below_one=True)
 
     def forward(self, x: Any) -> Variable:
         """x of any shape, with dropout while training."""

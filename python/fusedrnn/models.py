@@ -45,8 +45,8 @@ class Sequential(Model):
     def __init__(self, *layers: Layer) -> None:
         super().__init__()
         for layer in layers:
-            if not callable(layer):
-                kind = type(layer).__name__
+            if not callable(layer) or isinstance(layer, type):
+                kind = f"the class {layer.__name__}" if isinstance(layer, type) else type(layer).__name__
                 raise TypeError(f"Sequential: expected each layer as an argument of its own, got {kind}")
         self.layers = layers
         for k, layer in enumerate(layers):

@@ -20,6 +20,7 @@ from fusedrnn.backends.arguments import (
     check_bool,
     check_cell,
     check_proj_size,
+    check_rate,
     check_regularization,
     check_shape,
     check_whole,
@@ -109,9 +110,7 @@ class Recurrent(Layer):
         self.in_size = None if in_size is None else check_whole("in_size", in_size)
         self.num_layers = check_whole("num_layers", num_layers)
         self.bidirectional = check_bool("bidirectional", bidirectional)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected at least 0 and below 1, got {dropout}")
-        self.dropout = float(dropout)
+        self.dropout = check_rate("dropout", dropout, below_one=True)
         self.fused = check_bool("fused", fused)
         self.dtype = checked_dtype(dtype, bfloat16() if self.fused else ())
         rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)

@@ -292,6 +292,8 @@ def test_wrong_arguments_are_named(fused):
         ({"hidden_size": 2, "in_size": -1}, ValueError, "in_size: expected at least 1, got -1"),
         ({"hidden_size": 2, "num_layers": 0}, ValueError, "num_layers: expected at least 1, got 0"),
         ({"hidden_size": 2, "dropout": 1.0}, ValueError, "dropout: .*1.0"),
+        ({"hidden_size": 2, "dropout": "x"}, TypeError, "dropout: expected a number, got str"),
+        ({"hidden_size": 2, "forget_bias": "x"}, TypeError, "forget_bias: expected a number, got str"),
         ({"hidden_size": 2, "dtype": np.float16}, TypeError, "dtype: .*float16"),
         ({"hidden_size": 2, "no_such": 1}, TypeError, "no_such"),
     ):
@@ -484,6 +486,8 @@ def test_sequential_and_dropout_layers():
     x = np.ones((T, B, I))
     assert model(x).shape == (T, B, 1)
     assert next(name for name, _ in model.named_params()) == "l0/weight_ih"
+    with pytest.raises(ValueError, match="dropout_ratio: expected at least 0 and below 1, got 2"):
+        L.Dropout(2)
 
 
 @pytest.mark.quick

@@ -93,6 +93,8 @@ def test_an_error_in_a_property_is_not_hidden():
 
 
 def test_layers_in_a_list_are_no_sequential():
+    with pytest.raises(TypeError, match=r"^Sequential: expected each .*, got the class LSTM$"):
+        Sequential(L.LSTM)
     with pytest.raises(TypeError, match=r"^Sequential: expected each layer as an argument of its own"):
         Sequential([L.LSTM(3), L.Linear(1)])
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,33 @@ def allow_rnn():
     before, torch._dynamo.config.allow_rnn = torch._dynamo.config.allow_rnn, True
     yield
     torch._dynamo.config.allow_rnn = before
+
+
+COLD = """
+import torch, fusedrnn.torch as ft
+from fusedrnn.torch import compilable
+for layer in (ft.GRUCell(5, 7), compilable.LSTM(5, 7)):
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(3, 5))
+"""
+
+
+def test_the_first_call_of_a_process_compiles():
+    """Nothing about the cell was asked for before."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", COLD], check=True)
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+def test_one_tensor_in_two_places(kind):
+    layer = getattr(ours, kind)(H, H)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, z = torch.randn(B, H, requires_grad=True), torch.zeros(B, H)
+    for given in ((x, (z, z)), (x, (x, x))) if kind == "LSTMCell" else ((x, x),):
+        grads = []
+        for each in (layer, compiled):
+            result = each(*given)
+            grads.append(torch.autograd.grad(sum(t.square().sum() for t in result), [x, *layer.parameters()]))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def breaks(model, *args, **options) -> int:

@@ -203,13 +203,20 @@ def check_regularization(cell: Cell, value: Any) -> Regularization | None:
     return Regularization(dropout, zoneout_h, zoneout_c, seed, stream)
 
 
-def check_rate(name: str, value: Any) -> float:
-    """A number from 0 to 1."""
+def check_number(name: str, value: Any) -> float:
+    """A real number, of Python or NumPy."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name}: expected a number, got {_kind(value)}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
     return float(value)
+
+
+def check_rate(name: str, value: Any, below_one: bool = False) -> float:
+    """A number from 0 to 1."""
+    rate = check_number(name, value)
+    if not 0 <= rate <= 1 or (below_one and rate == 1):
+        limits = "at least 0 and below 1" if below_one else "a number from 0 to 1"
+        raise ValueError(f"{name}: expected {limits}, got {value}")
+    return rate
 
 
 def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:

@@ -21,6 +21,9 @@ PROJECTED = "_PROJECTED"  # likewise with a projection
 CELLS[f"LSTM{PROJECTED}"] = cells.lstm.with_options(project=True)
 CELLS["GRU_RESET_BEFORE"] = cells.gru.with_options(reset_after=False)  # only of ``own``
 
+for _cell in CELLS.values():  # known before a compiler asks, which cannot derive them
+    _ = _cell.states, _cell.blocks, _cell.scalars
+
 _keys = {cell: key for key, cell in CELLS.items()}
 _known = dict(CELLS)
 

@@ -46,6 +46,11 @@ def recurrence(
                 else:
                     rows = call.tape_rows()
                 counts = len(call.state0), len(call.weights)
+                if torch.compiler.is_compiling():  # to which one tensor in two places is an error
+                    learned = [
+                        t.view_as(t) if t is not None and any(t is other for other in learned[:k]) else t
+                        for k, t in enumerate(learned)
+                    ]
                 tensors = *learned, call.lengths, call.reset, call.seed
                 return list(Recurrence.apply(*counts, return_states, rows, *call[7:], *tensors))  # type: ignore[no-untyped-call]
     return ops.forward(call, return_states, None)
