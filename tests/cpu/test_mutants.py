@@ -1,5 +1,5 @@
-"""Every seeded mistake (mutants.py, machine_mutants.py) is noticed by the fast selection of tests (marker
-``mutation``); one of the vector machine by that of its own tests.
+"""Every seeded mistake (mutants.py, norm_mutants.py, machine_mutants.py) is noticed by the fast selection of
+tests (marker ``mutation``); one of the vector machine by that of its own tests.
 
 Compiling would take longest, so a module holds as many mutants as it can, each behind a switch. With all of
 them off the selection has to pass, with one of them on it has to fail. Modules are built for one instruction
@@ -23,6 +23,7 @@ import pytest
 
 import machine_mutants
 import mutants
+import norm_mutants
 
 _core = pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 
@@ -50,7 +51,8 @@ SELECTION = [
     )
 ]
 OF_THE_MACHINE = [TESTS / f"cpu/test_machine{of}.py" for of in ("_plans", "", "_projection")]
-MUTANTS = [*mutants.MUTANTS, *machine_mutants.MUTANTS]
+KERNELS = [*mutants.MUTANTS, *norm_mutants.MUTANTS]
+MUTANTS = [*KERNELS, *machine_mutants.MUTANTS]
 
 
 # --- sources ------------------------------------------------------------------------------------------------
@@ -201,8 +203,8 @@ def exit_codes(modules, pool):
     """Of each run of pytest; after the mutants behind a switch comes 0, none of them."""
     parts = []
     for tree, module in modules:
-        of_kernels = [n for n in tree.numbers if n <= len(mutants.MUTANTS)]
-        of_the_machine = [n for n in tree.numbers if n > len(mutants.MUTANTS)]
+        of_kernels = [n for n in tree.numbers if n <= len(KERNELS)]
+        of_the_machine = [n for n in tree.numbers if n > len(KERNELS)]
         for selection, numbers in ((SELECTION, of_kernels), (OF_THE_MACHINE, of_the_machine)):
             shares = 2 if len(numbers) > 20 else min(1, len(numbers))
             parts += [(module, selection, numbers[k::shares] + [0] * tree.switches) for k in range(shares)]
