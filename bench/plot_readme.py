@@ -98,8 +98,8 @@ def pytorch_section() -> str:
         "",
         captions(reports),
         "",
-        "[With frozen weights](docs/speed.md#the-cost-of-reading-the-weights-in-every-call), a single step "
-        "is faster than PyTorch's.",
+        "[Frozen weights](docs/speed.md#the-cost-of-reading-the-weights-in-every-call) make inference faster "
+        "still.",
     ]
     return "\n".join(lines)
 
