@@ -97,7 +97,7 @@ void test_openmp() {
   }
   granted_threads = max_threads;
 #endif
-  // Several callers at a time: a team each.
+  // Several callers at a time, each with an OpenMP team of its own.
   std::atomic<int> inside{0};
   std::vector<std::thread> callers;
   for (int i = 0; i < 2; ++i) {
