@@ -128,7 +128,7 @@ struct ForwardSteps : Share {
           add_row<V>(weight + (part.gate[s] * H + block * kBlock) * k, k, a[0], to);
           continue;
         }
-        pack<V>(PackJob<T>{weight, H, k, {0, 1, {part.gate[s]}}, panel(), k * kBlock, block, block + 1});
+        pack<V>(PackJob<T>{weight, H, k, Part{0, 1, {part.gate[s]}}, panel(), k * kBlock, block, block + 1});
         for (Index lane = 0; lane < kBlock; lane += kFewVectors * V::lanes) {
           const Product<T> p = {a, 0, 1, 0, panel() + lane, kBlock, V::lanes, 1, k};
           tile_for<V>(m, kFewVectors)(&p, 1, to + lane * m);

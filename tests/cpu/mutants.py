@@ -464,8 +464,8 @@ MUTANTS = [
     Mutant(
         "few rows: packed gates in the wrong order",
         FORWARD,
-        "{0, 1, {part.gate[s]}}",
-        "{0, 1, {s}}",
+        "Part{0, 1, {part.gate[s]}}",
+        "Part{0, 1, {s}}",
     ),
     Mutant(
         "transpose: squares of halves exchanged",
