@@ -21,9 +21,6 @@ PROJECTED = "_PROJECTED"  # likewise with a projection
 CELLS[f"LSTM{PROJECTED}"] = cells.lstm.with_options(project=True)
 CELLS["GRU_RESET_BEFORE"] = cells.gru.with_options(reset_after=False)  # only of ``own``
 
-for _cell in CELLS.values():  # known before a compiler asks, which cannot derive them
-    _ = _cell.states, _cell.blocks, _cell.scalars
-
 _keys = {cell: key for key, cell in CELLS.items()}
 _known = dict(CELLS)
 
@@ -43,6 +40,10 @@ def key_of(cell: Cell) -> str:
         key = key if found == cell else f"{cell.name}:{len(_keys)}"
         _keys[cell], _known[key] = key, cell
     return _keys[cell]
+
+
+for _cell in CELLS.values():  # whose layers ask for no key
+    key_of(_cell)
 
 
 def cell_of(key: str) -> Cell:

@@ -43,14 +43,13 @@ def recurrence(
                 if torch.compiler.is_compiling():
                     T, B, *_ = call.sizes()
                     rows = None if call.recompute else T * B
-                else:
-                    rows = call.tape_rows()
-                counts = len(call.state0), len(call.weights)
-                if torch.compiler.is_compiling():  # to which one tensor in two places is an error
-                    learned = [
+                    learned = [  # to it one tensor in two places is an error
                         t.view_as(t) if t is not None and any(t is other for other in learned[:k]) else t
                         for k, t in enumerate(learned)
                     ]
+                else:
+                    rows = call.tape_rows()
+                counts = len(call.state0), len(call.weights)
                 tensors = *learned, call.lengths, call.reset, call.seed
                 return list(Recurrence.apply(*counts, return_states, rows, *call[7:], *tensors))  # type: ignore[no-untyped-call]
     return ops.forward(call, return_states, None)
