@@ -88,7 +88,7 @@ py::dict info() {
   d["compiler"] = "gcc " __VERSION__;
 #endif
   d["built"] = built, d["detected"] = detected, d["isa"] = cpu::name(cpu::chosen()), d["threads"] = cpu::num_threads();
-  d["ordered_copies"] = cpu::ordered_copies();
+  d["ordered_copies"] = cpu::name(cpu::ordered_copies());
   const cpu::Kernels<float>* const bfloat16 = cpu::bfloat16_kernels();
   d["bfloat16"] = bfloat16 ? py::object(py::str(bfloat16->name)) : py::object(py::none());
   return d;
@@ -220,7 +220,9 @@ PYBIND11_MODULE(_core, m) {
   testing.def("time_reads", &cpu::time_reads, py::arg("threads"), py::arg("bytes"), py::arg("passes"), released);
   testing.def("control_word", &control_word);
   testing.def("thresholds", &set_thresholds, py::arg("on"));
-  testing.def("ordered_copies", &cpu::set_ordered_copies, py::arg("on"));
+  testing.def(
+      "ordered_copies", [](const std::string& name) { cpu::set_ordered_copies(cpu::ordered_copies_of(name)); },
+      py::arg("name"));
   testing.def("poison", &cpu::poison, py::arg("on"));
   testing.def("fail_allocation_after", &cpu::fail_allocation_after, py::arg("count"));
   testing.def("arena", [] {

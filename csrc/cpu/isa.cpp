@@ -24,12 +24,16 @@ namespace {
 // By CPUID, and by XGETBV whether the operating system saves the registers. Not by __builtin_cpu_supports: in a
 // program for Windows by Zig's Clang it says no to everything.
 struct Features {
-  bool intel = false, fma = false, avx2 = false, avx512 = false, bfloat16 = false;
+  bool intel = false, amd_25 = false, fma = false, avx2 = false, avx512 = false, bfloat16 = false;
 
   Features() {
     unsigned a = 0, b = 0, c = 0, d = 0, saved = 0;
-    intel = __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return;
+    if (!__get_cpuid(0, &a, &b, &c, &d)) return;
+    intel = b == signature_INTEL_ebx;
+    const bool amd = b == signature_AMD_ebx;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    amd_25 = amd && (a >> 8 & 0xF) + (a >> 20 & 0xFF) == 25;
+    if (!(c & bit_OSXSAVE)) return;
     asm volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
     fma = (saved & 0x06) == 0x06 && (c & bit_AVX) && (c & bit_FMA);
     if (!fma || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
@@ -116,31 +120,43 @@ Isa choose() {
   return best;
 }
 
+constexpr OrderedCopies all_copies[] = {OrderedCopies::never, OrderedCopies::large, OrderedCopies::always};
 std::atomic<int> copies{-1};
 
 // Forward and backward of the LSTM at (50,64,512,512), (25,128,1024,1024), (25,16,1024,1024), (100,64,64,256) take so
 // many times as long with copies: on an Intel Xeon with AVX-512 0.80, 0.81, 0.85, 0.92 by a prototype that did more
-// besides; on an AMD Zen 4 by AVX2 0.89, 0.91, 0.85, 0.93, and by AVX-512 1.00, 0.99, 0.97, 1.02.
-bool choose_ordered_copies() {
+// besides; on an AMD Zen 4 by AVX2 0.89, 0.91, 0.85, 0.93. By AVX-512 on a Zen 4 (AMD's family 25; no other of this
+// family has it), backward takes on one thread 0.99, 0.94, 0.97, 1.07, in float64 0.83, 0.80, 1.00, 1.01.
+OrderedCopies choose_ordered_copies() {
   const char* forced = std::getenv("FUSEDRNN_ORDERED_COPIES");
-  if (forced != nullptr && *forced != '\0') {
-    if (std::strcmp(forced, "0") == 0 || std::strcmp(forced, "1") == 0) return *forced == '1';
-    throw std::invalid_argument("FUSEDRNN_ORDERED_COPIES: expected 0 or 1, got '" + std::string(forced) + "'");
-  }
+  if (forced != nullptr && *forced != '\0') return ordered_copies_of(forced);
+  if (chosen() == Isa::avx2) return OrderedCopies::always;
 #if defined(__x86_64__)
-  if (features().intel) return true;
+  if (features().intel) return OrderedCopies::always;
+  if (features().amd_25 && chosen() == Isa::avx512) return OrderedCopies::large;
 #endif
-  return chosen() == Isa::avx2;
+  return OrderedCopies::never;
 }
 
 }  // namespace
 
-bool ordered_copies() {
-  if (copies.load(std::memory_order_relaxed) < 0) set_ordered_copies(choose_ordered_copies());
-  return copies.load(std::memory_order_relaxed) == 1;
+const char* name(OrderedCopies copies) {
+  constexpr const char* names[] = {"never", "large", "always"};
+  return names[int(copies)];
 }
 
-void set_ordered_copies(bool on) { copies.store(on ? 1 : 0, std::memory_order_relaxed); }
+OrderedCopies ordered_copies_of(const std::string& wanted) {
+  for (OrderedCopies each : all_copies)
+    if (wanted == name(each)) return each;
+  throw std::invalid_argument("FUSEDRNN_ORDERED_COPIES: expected never, large or always, got '" + wanted + "'");
+}
+
+OrderedCopies ordered_copies() {
+  if (copies.load(std::memory_order_relaxed) < 0) set_ordered_copies(choose_ordered_copies());
+  return OrderedCopies(copies.load(std::memory_order_relaxed));
+}
+
+void set_ordered_copies(OrderedCopies chosen) { copies.store(int(chosen), std::memory_order_relaxed); }
 
 Isa chosen() {
   static const Isa isa = choose();

@@ -1,6 +1,7 @@
 // The levels a kernel is compiled for, and which one this process uses.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <string>
 
 namespace fusedrnn::cpu {
 
@@ -18,10 +19,13 @@ inline bool available(Isa isa) { return built(isa) && detected(isa); }
 // names no level, or one that is not available; it names those that are.
 Isa chosen();
 
-// Whether the weight gradients of large chunks read copies in the order of their tiles. Results never depend on it.
-// FUSEDRNN_ORDERED_COPIES, 0 or 1, else by the machine: isa.cpp has the figures. std::invalid_argument for another
-// value.
-bool ordered_copies();
-void set_ordered_copies(bool on);  // for tests
+// Whether the weight gradients of large chunks read copies in the order of their tiles: `large` means in float32 and
+// float64, where the weights are large too. Results never depend on it. FUSEDRNN_ORDERED_COPIES, one of the names, else
+// by the machine: isa.cpp has the figures. std::invalid_argument for another value.
+enum class OrderedCopies { never, large, always };
+OrderedCopies ordered_copies();
+OrderedCopies ordered_copies_of(const std::string& name);
+const char* name(OrderedCopies copies);
+void set_ordered_copies(OrderedCopies copies);  // for tests
 
 }  // namespace fusedrnn::cpu

@@ -120,13 +120,17 @@ struct Chunk {
     da_row = shape.accumulators * blocks_of(n.H) * (shape.layer_norm ? kBlock : part) + more + kBlock;
     inputs_row = lines<T>(1 + n.I + n.P * shape.phases) + kBlock;
     const Index row = (da_row + inputs_row / numbers) * Index(sizeof(T));
-    const Index rows = weight_bytes<T>(shape, n) > 4 * SplitRule::core_cache ? 640 : 384;
+    const bool large = weight_bytes<T>(shape, n) > 4 * SplitRule::core_cache;
+    const Index rows = large ? 640 : 384;
     const Index bytes = std::max<Index>(Index(768) << 10, rows * row);
     steps = std::max<Index>(1, bytes / (std::max<Index>(1, n.B) * row));
     if (n.T <= steps + steps / 2) steps = std::max<Index>(1, n.T);  // a short rest would cost as much as a chunk
     count = (n.T + steps - 1) / steps;
     panel_step = std::min((steps * n.B + numbers - 1) / numbers, cpu::kSumRows) * kTileVectors * kBlock;
-    ordered = cpu::ordered_copies() && steps * n.B <= cpu::kSumRows &&
+    const cpu::OrderedCopies copies = cpu::ordered_copies();
+    ordered = (copies == cpu::OrderedCopies::always ||
+               (copies == cpu::OrderedCopies::large && numbers == 1 && (large || !thresholds))) &&
+              steps * n.B <= cpu::kSumRows &&
               (!thresholds || steps * n.B * inputs_row * Index(sizeof(T)) > Index(512) << 10);
   }
   static constexpr Index kTileVectors = 4;  // the most that a tile of several rows multiplies

@@ -19,6 +19,10 @@ from fusedrnn.cells.files import load
 from fusedrnn.programs.common import at_least, output_file, seed
 
 FAILED, USAGE = 1, 2
+COPIES = {
+    "always": "copies in the order of tiles",
+    "large": "copies in the order of tiles if the weights take more than 4 MiB, else in place",
+}
 
 
 class Failed(Exception):
@@ -135,7 +139,7 @@ def run_info(args: argparse.Namespace) -> None:
         ("instruction sets built", listed(found["built"])),
         ("instruction sets detected", listed(found["detected"])),
         ("instruction set in use", found["isa"] or "none"),
-        ("weight gradients read", "copies in the order of tiles" if found["ordered_copies"] else "in place"),
+        ("weight gradients read", COPIES.get(found["ordered_copies"], "in place")),
         ("bfloat16", found["bfloat16"] or "no kernels for it here; PyTorch's own layers run"),
         ("threads", f"{found['threads']}, {found['thread_pool']} thread pool"),
     ]

@@ -33,11 +33,11 @@ def info() -> dict[str, Any]:
     """What was built, what was found, what is used, and why a backend is not available.
 
     Keys: ``version``, ``python``, ``numpy``, ``compiler``, ``built`` and ``detected`` (instruction sets),
-    ``isa`` (the one in use), ``ordered_copies`` (whether weight gradients of large layers read copies in the
-    order of their tiles, which is faster on some machines), ``bfloat16`` (the instruction set of its kernels;
-    None: there are none here), ``threads``, ``thread_pool``, ``backends`` (by name: None, or why it is not
-    available), ``backend`` (the default), ``cuda`` (how that backend would run some sizes; empty if it is not
-    available).
+    ``isa`` (the one in use), ``ordered_copies`` (``"never"``, ``"large"`` or ``"always"``: for which layers
+    the weight gradients read copies in the order of their tiles, which is faster on some machines),
+    ``bfloat16`` (the instruction set of its kernels; None: there are none here), ``threads``,
+    ``thread_pool``, ``backends`` (by name: None, or why it is not available), ``backend`` (the default),
+    ``cuda`` (how that backend would run some sizes; empty if it is not available).
     """
     found: dict[str, Any] = {
         "version": version(),

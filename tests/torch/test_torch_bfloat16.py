@@ -149,7 +149,7 @@ def test_the_same_bits(kind, made, threads):
     ours, _ = low_pair(kind, 21, 100, **made)
     x, hx = low((T, 7, 21)), state_of(ours, 7, low((1,)))
     results = []
-    for count, copies, thresholds in ((1, False, False), (3, True, False), (2, False, True)):
+    for count, copies, thresholds in ((1, "never", False), (3, "always", False), (2, "never", True)):
         threads(count)
         _core.testing.ordered_copies(copies)
         _core.testing.thresholds(thresholds)
