@@ -55,7 +55,8 @@ def section() -> str:
         f"![Time of each peer divided by time of fusedrnn, for each shape, on {PLOTTED}](docs/bench.png)",
         "",
         "Each ratio is the time of the fastest other library divided by ours: the geometric mean over all "
-        "shapes and, in brackets, the lowest. Below 1, fusedrnn is slower.",
+        "shapes and, in brackets, the lowest. For each shape, it is the median over rounds in which all "
+        "libraries ran. Below 1, fusedrnn is slower.",
         "",
         summary(),
         "",
@@ -92,7 +93,8 @@ def pytorch_section() -> str:
     lines = [
         "Training steps (forward, backward, Adam) of an LSTM layer, and one step of `LSTMCell` without "
         "gradients, in float32. T is the number of time steps, B the batch size, I the input size, H the "
-        "hidden size. The ratio is the time with `torch.nn` divided by ours.",
+        "hidden size. Times are medians. The ratio is the time with `torch.nn` divided by ours, the median "
+        "over rounds in which both ran, so it can differ from the quotient of the two times.",
         "",
         side_by_side(["T, B, I, H", "torch.nn ms", "ours ms", "ratio"], rows),
         "",
