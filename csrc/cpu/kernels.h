@@ -45,7 +45,7 @@ struct CellShape {
 struct Worker {
   Region& region;
   bool by_rows;
-  bool barrier() const { return region.barrier->wait(); }
+  bool barrier() const { return region.barrier(); }
   bool poll() const { return region.poll(); }
 };
 

@@ -102,6 +102,10 @@ struct Word {
 
   // Returns when `value` is no longer `old`. The `poller` of the calling thread is polled while the thread sleeps.
   void wait(std::uint32_t old, microseconds spin, Shared* poller = nullptr);
+  // Returns when it is `wanted`.
+  void wait_for_value(std::uint32_t wanted, microseconds spin, Shared* poller) {
+    for (std::uint32_t now; (now = value.load(std::memory_order_acquire)) != wanted;) wait(now, spin, poller);
+  }
 
  private:
   void sleep(std::uint32_t old, bool forever) {
@@ -174,7 +178,7 @@ void Word::wait(std::uint32_t old, microseconds spin, Shared* poller) {
 
 }  // namespace
 
-bool Barrier::wait() {
+bool Region::barrier() {
   const std::uint32_t turn = shared->gate.value.load(std::memory_order_relaxed);
   if (turn & 1) return false;
   if (shared->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<std::uint32_t>(threads)) {
@@ -183,15 +187,8 @@ bool Barrier::wait() {
     shared->gate.wake();
     return (last & 1) == 0;
   }
-  shared->gate.wait(turn, shared->spin, caller && shared->hook != nullptr ? shared : nullptr);
+  shared->gate.wait(turn, shared->spin, thread == 0 && shared->hook != nullptr ? shared : nullptr);
   return !shared->aborted();
-}
-
-Region::Region(int index, int count, Shared* common)
-    : thread(index), threads(count), barrier(&own_barrier), shared(common) {
-  own_barrier.shared = common;
-  own_barrier.threads = count;
-  own_barrier.caller = index == 0;
 }
 
 bool Region::poll() {
@@ -228,7 +225,6 @@ struct Pool {
   Outcome run(int wanted, Body new_body, void* new_context, PollHook hook, void* hook_context);
   void grow(int count);
   void work(Worker& worker);
-  void finish(Shared* poller);
 };
 
 // Never freed, neither at exit (workers may wait in it) nor in a forked child (its threads and locks are lost).
@@ -262,13 +258,6 @@ Pool* enter() {
     }
   }
   return pool->busy.exchange(true, std::memory_order_acquire) ? nullptr : pool;
-}
-
-// Waits until no worker is inside the body.
-void Pool::finish(Shared* poller) {
-  for (std::uint32_t left; (left = remaining.value.load(std::memory_order_acquire)) != 0;) {
-    remaining.wait(left, shared.spin, poller);
-  }
 }
 
 void Pool::work(Worker& worker) {
@@ -349,12 +338,12 @@ Outcome Pool::run(int wanted, Body new_body, void* new_context, PollHook hook, v
       ~Join() {
         if (pool->remaining.value.load(std::memory_order_acquire) == 0) return;
         pool->shared.abort();  // only an exception gets here
-        pool->finish(nullptr);
+        pool->remaining.wait_for_value(0, pool->shared.spin, nullptr);
       }
     } join{this};
     Region region(0, threads, &shared);
     body(context, region);
-    finish(hook != nullptr ? &shared : nullptr);
+    remaining.wait_for_value(0, shared.spin, hook != nullptr ? &shared : nullptr);
   }
   if (forked.load()) throw std::runtime_error(forked_inside);
   if (failed.load(std::memory_order_relaxed)) std::rethrow_exception(std::exchange(error, nullptr));
@@ -380,7 +369,6 @@ struct OpenMPRegion {
   bool forked() const { return forks.load() != born; }
   Outcome run();
   void work();
-  void finish();
   bool poll();
 };
 
@@ -406,7 +394,8 @@ void OpenMPRegion::work() {
   try {
     Region region(thread, threads, &shared);
     body(context, region);
-    if (thread == 0) finish();
+    // OpenMP's own wait does not poll.
+    if (thread == 0) left.wait_for_value(workers, shared.spin, hook != nullptr ? &shared : nullptr);
   } catch (...) {
     if (!failed.exchange(true)) error = std::current_exception();
     shared.abort();
@@ -417,13 +406,6 @@ void OpenMPRegion::work() {
   } else if (forked()) {
     // This skips the runtime's wait for threads that a forked child does not have: its frames can be unwound.
     throw std::runtime_error(forked_inside);
-  }
-}
-
-// Waits until no worker is inside the body; OpenMP's own wait does not poll.
-void OpenMPRegion::finish() {
-  for (std::uint32_t out; (out = left.value.load(std::memory_order_acquire)) != workers;) {
-    left.wait(out, shared.spin, hook != nullptr ? &shared : nullptr);
   }
 }
 

@@ -13,34 +13,19 @@ enum class ThreadPool { own, openmp };
 // Called on the calling thread only, about every 10 ms; false stops the call. It may run any code but should not throw.
 using PollHook = bool (*)(void* hook_context);
 
-class Barrier {
- public:
-  // Waits for all threads of the region. False after the region was aborted: leave the body then.
-  bool wait();
-
- private:
-  friend struct Region;
-  Shared* shared;
-  int threads;
-  bool caller;
-};
-
 // The argument of a body. What a thread writes before a barrier is visible to all other threads after it.
 struct Region {
-  Region(int index, int count, Shared* common);
-  Region(const Region&) = delete;
-  Region& operator=(const Region&) = delete;
+  Region(int index, int count, Shared* common) : thread(index), threads(count), shared(common) {}
 
   const int thread;   // 0 is the calling thread
   const int threads;  // at most the number that was asked for
-  Barrier* const barrier;
 
-  bool poll();   // cheap; calls the hook when it is due; false after the region was aborted
-  void abort();  // every later barrier and poll is false, run() returns `interrupted`
+  bool barrier();  // waits for all threads of the region; false after it was aborted: leave the body then
+  bool poll();     // cheap; calls the hook when it is due; false after the region was aborted
+  void abort();    // every later barrier and poll is false, run() returns `interrupted`
 
  private:
-  Shared* shared;
-  Barrier own_barrier;
+  Shared* const shared;
 };
 
 using Body = void (*)(void* context, Region& region);

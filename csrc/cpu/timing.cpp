@@ -60,10 +60,10 @@ double time_barriers(int threads, int64_t count) {
   check(count > 0, "count: expected at least 1");
   double seconds = 0;
   on_all(threads, [&](Region& region) {
-    if (!region.barrier->wait()) return;  // all are here
+    if (!region.barrier()) return;  // all are here
     const Clock::time_point start = Clock::now();
     for (int64_t i = 0; i < count; ++i)
-      if (!region.barrier->wait()) return;
+      if (!region.barrier()) return;
     if (region.thread == 0) seconds = since(start) / double(count);
   });
   return seconds;
@@ -76,14 +76,14 @@ double time_transfers(int64_t count) {
   } turn;
   double seconds = 0;
   on_all(2, [&](Region& region) {
-    if (!region.barrier->wait()) return;
+    if (!region.barrier()) return;
     const Clock::time_point start = Clock::now();
     for (int64_t i = region.thread; i < count; i += 2) {
       while (turn.value.load(std::memory_order_acquire) != i) {
       }
       turn.value.store(i + 1, std::memory_order_release);
     }
-    if (!region.barrier->wait()) return;
+    if (!region.barrier()) return;
     if (region.thread == 0) seconds = since(start) / double(count);
   });
   return seconds;
@@ -100,10 +100,10 @@ double time_reads(int threads, int64_t bytes, int64_t passes) {
     float* const part = memory.as<float>() + begin;
     std::fill(part, part + (end - begin), 0.0f);  // its pages near the thread that reads them
     read(part, end - begin);
-    if (!region.barrier->wait()) return;
+    if (!region.barrier()) return;
     const Clock::time_point start = Clock::now();
     for (int64_t pass = 0; pass < passes; ++pass) read(part, end - begin);
-    if (!region.barrier->wait()) return;
+    if (!region.barrier()) return;
     if (region.thread == 0) seconds = since(start) / double(passes);
   });
   return seconds;

@@ -85,7 +85,7 @@ void ring(int threads, int steps, int cells) {
     for (int t = 0; t < steps; ++t) {
       for (int i = region.thread; i < cells; i += region.threads) to[i] = from[i] * 31 + from[(i + 1) % cells];
       CHECK(region.poll());
-      CHECK(region.barrier->wait());
+      CHECK(region.barrier());
       std::swap(from, to);
     }
   });
@@ -113,7 +113,7 @@ void in_child(F&& f) {
 }
 
 void whole_pool() {
-  parallel(3, [](Region& region) { CHECK(region.threads == 3 && region.barrier->wait()); });
+  parallel(3, [](Region& region) { CHECK(region.threads == 3 && region.barrier()); });
   ring(3, 20, 7);
 }
 

@@ -130,7 +130,7 @@ void bench() {
     const int steps = 2000;
     const double us = best_us(threads == 2 ? 10 : 3, 1, [&] {
       parallel(threads, [](Region& region) {
-        for (int t = 0; t < steps; ++t) region.barrier->wait();
+        for (int t = 0; t < steps; ++t) region.barrier();
       });
     });
     std::printf("barrier, %d threads: %.3f us\n", threads, us / steps);

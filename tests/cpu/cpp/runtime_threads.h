@@ -28,7 +28,7 @@ void test_regions() {
     const Outcome outcome = parallel(3, [&](Region& region) {
       for (int t = 0; t < 3; ++t) {
         if (region.thread == late) sleep_ms(3);
-        CHECK(region.barrier->wait());
+        CHECK(region.barrier());
       }
     });
     CHECK(outcome == Outcome::done);
@@ -38,7 +38,7 @@ void test_regions() {
   parallel(2, [&](Region&) {
     int inner = 0;
     parallel(4, [&](Region& region) {
-      CHECK(region.threads == 1 && region.barrier->wait());
+      CHECK(region.threads == 1 && region.barrier());
       ++inner;
     });
     CHECK(inner == 1);
@@ -72,9 +72,9 @@ void test_errors() {
             if (throws) throw Error{i + 1};
             region.abort();
           }
-          if (!region.barrier->wait()) {
+          if (!region.barrier()) {
             all = false;
-            CHECK(!region.poll() && !region.barrier->wait());  // for good
+            CHECK(!region.poll() && !region.barrier());  // for good
             return;
           }
         }
@@ -95,7 +95,7 @@ void test_errors() {
                      sleep_ms(3);
                      throw std::bad_alloc();
                    }
-                   CHECK(!region.barrier->wait());
+                   CHECK(!region.barrier());
                  }));
   }
 }
@@ -135,12 +135,12 @@ void test_interruption() {
           threads,
           [&](Region& region) {
             if (mode != 0 && region.thread == 0 && region.threads > 1) {
-              if (mode == 1) CHECK(!region.barrier->wait());
+              if (mode == 1) CHECK(!region.barrier());
               return;
             }
             while (region.poll()) {
             }
-            CHECK(!region.barrier->wait());
+            CHECK(!region.barrier());
           },
           Hook::call, &hook);
       CHECK(outcome == Outcome::interrupted);
@@ -262,7 +262,7 @@ void test_fork() {
             ++inside;
             while (inside < 3) std::this_thread::yield();
 #endif
-            if (region.thread == 0 && mode == 1) region.barrier->wait();
+            if (region.thread == 0 && mode == 1) region.barrier();
             if (region.thread == 0 && mode != 0) return;
             while (region.poll()) {
             }
@@ -319,7 +319,7 @@ void test_exit(const std::string& how) {
       parallel(3, [started](Region& region) {
         for (;;) {
           *started = true;
-          if (!region.barrier->wait()) return;
+          if (!region.barrier()) return;
         }
       });
     }).detach();
