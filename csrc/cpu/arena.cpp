@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/arena.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
@@ -57,6 +58,7 @@ struct Cached {
   Cached* newer;
   Cached* older;
   std::uint64_t stamp;
+  std::size_t bytes;
 };
 
 struct List {
@@ -91,12 +93,6 @@ void unlink(List& list, Cached* block) {
   (block->older != nullptr ? block->older->newer : list.oldest) = block->newer;
 }
 
-std::size_t class_bytes(int index) {
-  if (index == 0) return smallest;
-  const std::size_t base = smallest << ((index - 1) / steps);
-  return base + (static_cast<std::size_t>((index - 1) % steps) + 1) * (base / steps);
-}
-
 // Removes the oldest blocks from the cache until it fits into `room`, and links them. The caller frees them without the
 // lock.
 Cached* evict(Arena& a, std::size_t room) {
@@ -109,8 +105,8 @@ Cached* evict(Arena& a, std::size_t room) {
     }
     Cached* block = a.lists[oldest].oldest;
     unlink(a.lists[oldest], block);
-    a.cached -= class_bytes(oldest);
-    ASAN_UNPOISON_MEMORY_REGION(block, class_bytes(oldest));
+    a.cached -= block->bytes;
+    ASAN_UNPOISON_MEMORY_REGION(block, block->bytes);
     block->older = chain;
     chain = block;
   }
@@ -198,17 +194,7 @@ Buffer::Buffer(std::size_t wanted) {
   bytes = wanted;
 }
 
-Buffer& Buffer::operator=(Buffer&& other) noexcept {
-  if (this != &other) {
-    release();
-    block = other.block;
-    bytes = other.bytes;
-    other.forget();
-  }
-  return *this;
-}
-
-void Buffer::release() noexcept {
+Buffer::~Buffer() {
   if (block == nullptr) return;
   const SizeClass size = size_class(bytes);
   Cached* entry = static_cast<Cached*>(block);
@@ -224,7 +210,7 @@ void Buffer::release() noexcept {
     } else {
       chain = evict(a, a.limit - size.bytes);
       List& list = a.lists[size.index];
-      *entry = {nullptr, list.newest, ++a.stamp};
+      *entry = {nullptr, list.newest, ++a.stamp, size.bytes};
       (list.newest != nullptr ? list.newest->newer : list.oldest) = entry;
       list.newest = entry;
       a.cached += size.bytes;
@@ -232,13 +218,10 @@ void Buffer::release() noexcept {
     }
   }
   free_chain(chain);
-  forget();
 }
 
 std::size_t checked_product(std::initializer_list<std::size_t> factors) {
-  bool zero = false;
-  for (std::size_t factor : factors) zero = zero || factor == 0;
-  if (zero) return 0;
+  if (std::count(factors.begin(), factors.end(), std::size_t(0))) return 0;
   std::size_t product = 1;
   for (std::size_t factor : factors) {
     if (__builtin_mul_overflow(product, factor, &product) || product > PTRDIFF_MAX) {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <initializer_list>
+#include <utility>
 
 namespace fusedrnn::cpu {
 
@@ -12,9 +13,12 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(std::size_t bytes);  // std::bad_alloc (what() has the number of bytes)
-  Buffer(Buffer&& other) noexcept : block(other.block), bytes(other.bytes) { other.forget(); }
-  Buffer& operator=(Buffer&& other) noexcept;
-  ~Buffer() { release(); }
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(block, other.block), std::swap(bytes, other.bytes);
+    return *this;
+  }
+  ~Buffer();
 
   void* data() const { return block; }  // null only if made without a size
   std::size_t size() const { return bytes; }
@@ -24,11 +28,6 @@ class Buffer {
   }
 
  private:
-  void release() noexcept;
-  void forget() {
-    block = nullptr;
-    bytes = 0;
-  }
   void* block = nullptr;
   std::size_t bytes = 0;
 };
