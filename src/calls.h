@@ -24,12 +24,7 @@ namespace {
 // and the initial state.
 constexpr int kWeights = 9, kNeeds = kWeights + 2;
 
-int gates_of(CellId cell) { return cpu::kernels<float>().shape[int(cell)].gates; }
-bool has_c(CellId cell) { return cpu::kernels<float>().shape[int(cell)].has_c; }
-
-bool layer_norm(CellId cell) { return cpu::kernels<float>().shape[int(cell)].layer_norm; }
-
-bool projects(CellId cell) { return cpu::kernels<float>().shape[int(cell)].projects; }
+const cpu::CellShape& shape_of(CellId cell) { return cpu::kernels<float>().cells[int(cell)].shape; }
 
 CellId cell_of(int id) {
   if (id < 0 || id >= cpu::kCells)
@@ -118,9 +113,9 @@ void set_rows(PyTape& tape, const py::object& lengths, const py::object& reset) 
 // H, by the rows of weight_ih.
 Index hidden_size(CellId cell, const py::object& weight_ih) {
   const View a = array_view(weight_ih, "weight_ih");
-  if (a.ndim != 2 || a.shape[0] < gates_of(cell) || a.shape[1] == 0)
+  if (a.ndim != 2 || a.shape[0] < shape_of(cell).gates || a.shape[1] == 0)
     throw RefusedValue("weight_ih: expected (G*H, I), H and I at least 1, got " + a.text());
-  return a.shape[0] / gates_of(cell);
+  return a.shape[0] / shape_of(cell).gates;
 }
 
 // P, by the rows of weight_hr; H where nothing is projected.
@@ -134,18 +129,18 @@ Index projected_size(bool there, const py::object& weight_hr, Index H) {
 
 template <class T>
 Weights<const T> weights_of(Arrays<T>& arrays, const py::object* w, CellId cell, Index I, Index H, Index P) {
-  const Index rows = gates_of(cell) * H;
+  const Index rows = shape_of(cell).gates * H;
   Weights<const T> weights = {arrays.matrix(w[0], "weight_ih", {rows, I}), arrays.matrix(w[1], "weight_hh", {rows, P}),
                               arrays.maybe(w[2], "bias_ih", {rows}), arrays.maybe(w[3], "bias_hh", {rows})};
   const T** to[] = {&weights.gain_ih, &weights.gain_hh, &weights.gain_c, &weights.bias_c};
   const char* names[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
   for (int i = 0; i < 4; ++i) {
-    if (layer_norm(cell) && (i < 2 || has_c(cell)))
+    if (shape_of(cell).layer_norm && (i < 2 || shape_of(cell).has_c))
       *to[i] = arrays.need(w[4 + i], names[i], {i < 2 ? rows : H});
     else if (!w[4 + i].is_none())
       throw RefusedValue(std::string(names[i]) + ": expected None for this cell");
   }
-  if (projects(cell))
+  if (shape_of(cell).projects)
     weights.weight_hr = arrays.matrix(w[8], "weight_hr", {P, H});
   else if (!w[8].is_none())
     throw RefusedValue("weight_hr: expected None for this cell");
@@ -156,7 +151,7 @@ template <class T>
 std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w, bool bfloat16) {
   View ih;
   view_of(w[0], ih);
-  const Index I = ih.shape[1], H = hidden_size(cell, w[0]), P = projected_size(projects(cell), w[8], H);
+  const Index I = ih.shape[1], H = hidden_size(cell, w[0]), P = projected_size(shape_of(cell).projects, w[8], H);
   auto packed = std::make_unique<PyPacked>();
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P, packed->bfloat16 = bfloat16;
   for (int i = 0; i < kWeights; ++i) packed->weights[i] = w[i];
@@ -212,7 +207,7 @@ Problem problem_of(PyTape& owner, CellId cell, const Sizes& sizes, const Options
                    nullptr,
                    options.reverse,
                    options.detach_every,
-                   regularization_of(options.regularization, has_c(cell)),
+                   regularization_of(options.regularization, shape_of(cell).has_c),
                    options.bfloat16};
   if (options.detach_every < 0)
     throw RefusedValue("detach_every: expected 1 or more, or none, got " + std::to_string(options.detach_every));
@@ -256,8 +251,8 @@ struct ForwardSetup {
       : arrays(options.bfloat16), out(std::move(given)) {
     const Time n = time_of(x);
     const Index H = packed ? packed->H : hidden_size(cell, weights[0]);
-    const Index P = packed ? packed->P : projected_size(projects(cell), weights[8], H);
-    const bool c = has_c(cell);
+    const Index P = packed ? packed->P : projected_size(shape_of(cell).projects, weights[8], H);
+    const bool c = shape_of(cell).has_c;
     call.problem = problem_of(*tape, cell, {n.T, n.B, n.I, H, P}, options);
     if (packed) {
       call.packed = packed->get(T());
@@ -297,9 +292,9 @@ py::tuple forward_as(const py::object& packed_object, const py::object& x, const
   const PyPacked& packed = packed_object.cast<const PyPacked&>();
   const py::object none = py::none();
   Outputs out;
-  if (!has_c(packed.cell)) out.cT = none;
+  if (!shape_of(packed.cell).has_c) out.cT = none;
   if (!return_states) out.h_states = none;
-  if (!return_states || !has_c(packed.cell)) out.c_states = none;
+  if (!return_states || !shape_of(packed.cell).has_c) out.c_states = none;
   ForwardSetup<T> setup(packed.cell, &packed, nullptr, x, h0, c0, options, out);
   setup.call.save = save;
   setup.tape->slot(T()) = setup.run();
@@ -403,8 +398,8 @@ struct BackwardSetup {
                 std::vector<py::object> given)
       : arrays(tape.problem.bfloat16), out(std::move(given)) {
     const CellId cell = tape.problem.cell;
-    const Index H = tape.problem.sizes.H, P = tape.problem.sizes.P, rows = gates_of(cell) * H;
-    const bool c = has_c(cell);
+    const Index H = tape.problem.sizes.H, P = tape.problem.sizes.P, rows = shape_of(cell).gates * H;
+    const bool c = shape_of(cell).has_c;
     call.problem = tape.problem;
     call.tape = core;
     if (!core) throw RefusedType("tape: expected the dtype of the call");
@@ -478,7 +473,7 @@ template <class T>
 void run_backward_as(CellId cell, PyTape& owner, bool recompute, const Options& options, const py::object& saved,
                      const py::object* upstream, std::vector<py::object> out) {
   const Time n = time_of(owner.x);
-  const Index H = hidden_size(cell, owner.weights[0]), P = projected_size(projects(cell), owner.weights[8], H);
+  const Index H = hidden_size(cell, owner.weights[0]), P = projected_size(shape_of(cell).projects, owner.weights[8], H);
   const Problem problem = problem_of(owner, cell, {n.T, n.B, n.I, H, P}, options);
   const Save save = recompute ? Save::boundary_states : Save::all;
   const TapePtr<T> tape = tape_over<T>(problem, save, tape_memory<T>(saved, problem, save));
@@ -514,7 +509,7 @@ py::tuple py_tape_shape(int id, Index T, Index B, Index I, Index H, Index P, boo
                         bool float64, bool bfloat16) {
   Problem problem{cell_of(id), {T, B, I, H, P}};
   if (T < 0 || B < 0 || I < 1 || H < 1) throw py::value_error("expected T and B at least 0, I and H at least 1");
-  if (projects(problem.cell) ? P < 1 || P > H : P != H) throw py::value_error("expected P from 1 to H, or H");
+  if (shape_of(problem.cell).projects ? P < 1 || P > H : P != H) throw py::value_error("expected P from 1 to H, or H");
   if (bfloat16 && float64) throw RefusedValue("bfloat16: expected False with float64, got True");
   check_bfloat16(bfloat16);
   problem.bfloat16 = bfloat16;

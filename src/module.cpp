@@ -89,8 +89,7 @@ py::dict info() {
 #endif
   d["built"] = built, d["detected"] = detected, d["isa"] = cpu::name(cpu::chosen()), d["threads"] = cpu::num_threads();
   d["ordered_copies"] = cpu::name(cpu::ordered_copies());
-  const cpu::Kernels<float>* const bfloat16 = cpu::bfloat16_kernels();
-  d["bfloat16"] = bfloat16 ? py::object(py::str(bfloat16->name)) : py::object(py::none());
+  d["bfloat16"] = has_bfloat16() ? py::object(py::str("avx512_bf16")) : py::object(py::none());
   return d;
 }
 
@@ -102,7 +101,7 @@ py::tuple cell_layout(int id, bool regularized) {
 #undef X
   };
   const cpu::Kernels<float>& kernels = cpu::kernels<float>();
-  const cpu::CellShape& shape = (regularized ? kernels.regularized_shape : kernels.shape)[id];
+  const cpu::CellShape& shape = (regularized ? kernels.regularized : kernels.cells)[id].shape;
   py::list parts;
   for (const Part& part : {shape.input, shape.recurrent, shape.recurrent2})
     parts.append(py::make_tuple(part.first, std::vector<int>(part.gate, part.gate + part.count)));

@@ -38,9 +38,9 @@ const Kernels<T>& kernels() {
 }
 
 const Kernels<float>* bfloat16_kernels() {
-#ifdef FUSEDRNN_HAS_BFLOAT16
+#ifdef FUSEDRNN_HAS_AVX512_BF16
   static const bool there = detected_bfloat16();
-  if (there && chosen() == Isa::avx512) return kernels_bfloat16();
+  if (there && chosen() == Isa::avx512) return kernels_avx512_bf16(float());
 #endif
   return nullptr;
 }

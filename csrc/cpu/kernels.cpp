@@ -2,47 +2,57 @@
 //
 // Everything here lives in a namespace of its own level and uses nothing of the standard library: inline code compiled
 // for a wide instruction set must never be linked into a call on a machine that lacks it.
+//
+// The level avx512_bf16 has products in bfloat16, of float32 arrays: the same loops, which multiply pairs. h is rounded
+// in every step; sums, gates, c, what is saved and the sums of the weights' gradients are float32.
 #include "cpu/kernels.h"
 
 #include "cells/derived.h"
 #include "cells/regularized.h"
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/pack.h"
+#if defined(FUSEDRNN_LEVEL_AVX512_BF16)
+#include "simd/pairs.h"
+#else
 #include "cpu/machine/backward.h"
 #include "cpu/machine/forward.h"
-#include "cpu/pack.h"
 #include "simd/activation_table.h"
+#endif
 
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
+
+#if defined(FUSEDRNN_LEVEL_AVX512_BF16)
+template <>
+constexpr int kNumbers<Pairs> = 2;
+#endif
+
 namespace {
 
 using T = FUSEDRNN_DTYPE;
+using V = Vec<T>;
 
-template <class Cell>
-bool run_forward(const ForwardJob<T>& job, const Worker& worker) {
-  return ForwardLoop<Cell, Vec<T>>(job, worker).run();
-}
+#if defined(FUSEDRNN_LEVEL_AVX512_BF16)
+using O = Pairs;
 
-template <class Cell>
-bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
-  return BackwardLoop<Cell, Vec<T>>(job, worker).run();
+void to_float(const cpu::Bfloat16* in, T* out, Index n) {
+  for (Index k = 0; k < n; k += V::lanes) O::widen(in + k, n - k).store(out + k, n - k);
 }
+void to_bfloat16(const T* in, cpu::Bfloat16* out, Index n) {
+  for (Index k = 0; k < n; k += V::lanes) O::put(V::load(in + k, n - k), out + k, n - k);
+}
+#else
+using O = V;
 
 bool machine_forward(const MachineForward<T>& job, const Worker& worker) {
-  return MachineForwardLoop<Vec<T>>(job, worker).run();
+  return MachineForwardLoop<V>(job, worker).run();
 }
 bool machine_backward(const MachineBackward<T>& job, const Worker& worker) {
-  return MachineBackwardLoop<Vec<T>>(job, worker).run();
+  return MachineBackwardLoop<V>(job, worker).run();
 }
-
-Index forward_scratch(Index B, Index ahead_steps) {
-  return ForwardRows<T>::bytes(B) + ForwardRows<T>::bytes(ahead_steps * B);
-}
-Index backward_scratch(Index B, Index chunk_steps) { return BackwardRows<T>::bytes(B, B * chunk_steps, chunk_steps); }
 
 T sum(const T* in, Index n) {
-  using V = Vec<T>;
   constexpr int kAtOnce = 8;  // or each addition would wait for the one before
   V sums[kAtOnce];
   for (V& s : sums) s = V::zero();
@@ -55,53 +65,58 @@ T sum(const T* in, Index n) {
   for (T lane : lanes) all += lane;
   return all;
 }
+#endif
 
-#define FUSEDRNN_TEXT2(x) #x
-#define FUSEDRNN_TEXT(x) FUSEDRNN_TEXT2(x)
-const cpu::Kernels<T> table = {
-    FUSEDRNN_TEXT(FUSEDRNN_LEVEL),
-    1,
+Index forward_scratch(Index B, Index ahead_steps) {
+  return ForwardRows<T>::bytes(B) + ForwardRows<T>::bytes(ahead_steps * B);
+}
+Index backward_scratch(Index B, Index chunk_steps) { return BackwardRows<T>::bytes(B, B * chunk_steps, chunk_steps); }
+
+template <class Cell>
+bool run_forward(const ForwardJob<T>& job, const Worker& worker) {
+  return ForwardLoop<Cell, V, O>(job, worker).run();
+}
+template <class Cell>
+bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
+  return BackwardLoop<Cell, V, O>(job, worker).run();
+}
+template <class Cell>
+constexpr cpu::CellKernels<T> of_cell() {
+  return {shape_of<Cell>(), &run_forward<Cell>, &run_backward<Cell>};
+}
+
+constexpr cpu::Kernels<T> table = {
+    kNumbers<O>,
     &forward_scratch,
     &backward_scratch,
-    &pack<Vec<T>, T>,
-    &pack_transposed<Vec<T>, T>,
+    &pack<O, T>,
+    &pack_transposed<O, T>,
     {
-#define X(id, type) shape_of<type>(),
+#define X(id, type) of_cell<type>(),
 #include "cells/cells.def"
 #undef X
     },
     {
-#define X(id, type) &run_forward<type>,
-#include "cells/cells.def"
-#undef X
-    },
-    {
-#define X(id, type) &run_backward<type>,
-#include "cells/cells.def"
-#undef X
-    },
-    {
-#define X(id, type) shape_of<Regularized<type>>(),
-#include "cells/cells.def"
-#undef X
-    },
-    {
-#define X(id, type) &run_forward<Regularized<type>>,
-#include "cells/cells.def"
-#undef X
-    },
-    {
-#define X(id, type) &run_backward<Regularized<type>>,
+#define X(id, type) of_cell<Regularized<type>>(),
 #include "cells/cells.def"
 #undef X
     },
     &draw_mask<T>,
+#if defined(FUSEDRNN_LEVEL_AVX512_BF16)
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+    &to_float,
+    &to_bfloat16,
+#else
     &apply_activation<T>,
     &machine_forward,
     &machine_backward,
     &sum,
     nullptr,
     nullptr,
+#endif
 };
 
 }  // namespace

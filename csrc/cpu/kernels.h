@@ -180,20 +180,21 @@ struct PackJob {
 };
 
 template <class T>
+struct CellKernels {
+  CellShape shape;
+  bool (*forward)(const ForwardJob<T>&, const Worker&);
+  bool (*backward)(const BackwardJob<T>&, const Worker&);
+};
+
+template <class T>
 struct Kernels {
-  const char* name;
   int numbers;  // in an element of what the products multiply: 1, or two bfloat16; sums are T
   Index (*forward_scratch)(Index B, Index ahead_steps);  // bytes per thread
   Index (*backward_scratch)(Index B, Index chunk_steps);
   void (*pack)(const PackJob<T>&);
   void (*pack_transposed)(const PackJob<T>&);
-  CellShape shape[kCells];
-  bool (*forward[kCells])(const ForwardJob<T>&, const Worker&);
-  bool (*backward[kCells])(const BackwardJob<T>&, const Worker&);
-  // The same cells with recurrent dropout and zoneout.
-  CellShape regularized_shape[kCells];
-  bool (*regularized_forward[kCells])(const ForwardJob<T>&, const Worker&);
-  bool (*regularized_backward[kCells])(const BackwardJob<T>&, const Worker&);
+  CellKernels<T> cells[kCells];
+  CellKernels<T> regularized[kCells];  // the same cells with recurrent dropout and zoneout
   // The entries of n rows of the batch (rows null: 0 to n-1) at time t for blocks [begin, end) of units, to out
   // [n][units].
   void (*draw_mask)(const MaskRule&, uint64_t seed, uint32_t stream, MaskKind, Index t, const Index* rows, Index n,
@@ -207,15 +208,14 @@ struct Kernels {
   void (*to_bfloat16)(const T* in, Bfloat16* out, Index n);
 };
 
-// One per level; kernels.cpp defines them, dispatch.cpp chooses.
+// One per level; kernels.cpp defines them, dispatch.cpp chooses. Of avx512_bf16 what is no cell's is null.
 #define FUSEDRNN_LEVELS(X) X(portable) X(portable_fma) X(avx2) X(avx512) X(neon)
 #define X(level)                                \
   const Kernels<float>* kernels_##level(float); \
   const Kernels<double>* kernels_##level(double);
 FUSEDRNN_LEVELS(X)
 #undef X
-// With products in bfloat16; what is no cell's is null.
-const Kernels<float>* kernels_bfloat16();
+const Kernels<float>* kernels_avx512_bf16(float);
 
 }  // namespace cpu
 }  // namespace fusedrnn

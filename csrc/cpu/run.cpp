@@ -161,8 +161,8 @@ Index operands_of_row(const cpu::Kernels<T>& kernels, const Sizes& n, Index ahea
 }
 
 template <class T>
-const CellShape& shape_of(const cpu::Kernels<T>& kernels, const Problem& problem) {
-  return (problem.regularization.acts() ? kernels.regularized_shape : kernels.shape)[int(problem.cell)];
+const cpu::CellKernels<T>& cell_of(const cpu::Kernels<T>& kernels, const Problem& problem) {
+  return (problem.regularization.acts() ? kernels.regularized : kernels.cells)[int(problem.cell)];
 }
 
 // A mask that is 0 with this rate, else `kept`. A word is 32 bits: the rate is rounded to that.
@@ -218,7 +218,7 @@ void Deleter::operator()(Made* p) const {
 template <class T>
 PackedPtr<T> pack_for(const cpu::Kernels<T>& kernels, CellId cell, Index I, Index H, Index P, Weights<const T> weights,
                       Poll poll) {
-  const CellShape& shape = kernels.shape[int(cell)];
+  const CellShape& shape = kernels.cells[int(cell)].shape;
   const Index blocks = blocks_of(H);
   PackedPtr<T> packed(new PackedWeights<T>);
   packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
@@ -266,7 +266,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
   const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
-  const CellShape& shape = shape_of(kernels, problem);
+  const cpu::CellKernels<T>& cell = cell_of(kernels, problem);
+  const CellShape& shape = cell.shape;
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   Split split = split_for<T>(shape, n, cpu::num_threads());
 
@@ -352,14 +353,13 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   job.rows_outside = !by_panel && rows_outside<T>(shape, n);
   job.scratch = threads, job.scratch_step = thread_bytes;
   job.regularization = regularization_of(problem, kernels, masks);
-  const auto& run = problem.regularization.acts() ? kernels.regularized_forward : kernels.forward;
-  run_job<T>(run[int(problem.cell)], job, split.threads, split.by_rows, call.poll);
+  run_job<T>(cell.forward, job, split.threads, split.by_rows, call.poll);
   return tape;
 }
 
 template <class T>
 TapePtr<T> tape_over(const Problem& problem, Save save, const T* saved) {
-  const CellShape& shape = shape_of(cpu::kernels<T>(), problem);
+  const CellShape& shape = cell_of(cpu::kernels<T>(), problem).shape;
   TapePtr<T> tape(new Tape<T>{});
   tape->save = save;
   if (save == Save::boundary_states) {
@@ -377,7 +377,8 @@ void backward(const BackwardCall<T>& call) {
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
   const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
-  const CellShape& shape = shape_of(kernels, problem);
+  const cpu::CellKernels<T>& cell = cell_of(kernels, problem);
+  const CellShape& shape = cell.shape;
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
   const Weights<T>& dw = call.dweights;
@@ -505,25 +506,24 @@ void backward(const BackwardCall<T>& call) {
   job.chunk_steps = chunk.steps;
   job.rows_outside = rows_outside<T>(shape, n);
   job.scratch = threads, job.scratch_step = thread_bytes;
-  const auto& run = problem.regularization.acts() ? kernels.regularized_backward : kernels.backward;
-  run_job<T>(run[int(problem.cell)], job, split.threads, split.by_rows, call.poll);
+  run_job<T>(cell.backward, job, split.threads, split.by_rows, call.poll);
 }
 
 template <class T>
 Split split_of(CellId cell, const Sizes& sizes, int threads) {
-  return split_for<T>(cpu::kernels<T>().shape[int(cell)], sizes, threads);
+  return split_for<T>(cpu::kernels<T>().cells[int(cell)].shape, sizes, threads);
 }
 
 template <class T>
 Index chunks_of(CellId cell, const Sizes& sizes) {
-  return Chunk<T>(cpu::kernels<T>().shape[int(cell)], sizes).count;
+  return Chunk<T>(cpu::kernels<T>().cells[int(cell)].shape, sizes).count;
 }
 
 template <class T>
 TapeShape tape_shape(const Problem& problem, Save save) {
   const Sizes& n = problem.sizes;
   const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
-  const CellShape& shape = shape_of(kernels, problem);
+  const CellShape& shape = cell_of(kernels, problem).shape;
   if (save == Save::boundary_states) {
     const Index count = Chunk<T>(shape, n, kernels.numbers).count;
     return {shape.has_c && count ? (count - 1) * n.B : 0, n.H};
