@@ -14,41 +14,38 @@ using cpu::CellShape;
 
 template <class T>
 struct PackedWeights {
-  CellId cell;
-  Index I, H, P;
   Buffer memory;
   cpu::Packed<T> input, recurrent, recurrent2, projection;
   const T* bias;
   cpu::NormWeights<T> norm;
 };
 
-// Packs blocks of several parts side by side on the pool.
+// Packs all blocks of so many parts on the pool; a part without blocks is none.
 template <class T>
-struct PackAll {
-  void (*pack)(const cpu::PackJob<T>&);
-  cpu::PackJob<T> job[4];
-  int count = 0;
-
-  void run(double elements, Poll poll) {
-    const int threads = elements > 1e5 ? cpu::num_threads() : 1;
+void pack_all(void (*pack)(const cpu::PackJob<T>&), const cpu::PackJob<T>* parts, std::size_t count, Poll poll) {
+  struct Context {
+    void (*pack)(const cpu::PackJob<T>&);
+    const cpu::PackJob<T>*begin, *end;
+  } context = {pack, parts, parts + count};
+  const auto body = [](void* data, cpu::Region& region) {
+    const Context& all = *static_cast<const Context*>(data);
     constexpr Index kTogether = 4;  // blocks between two polls; of a row's columns, as many come at once
-    const auto body = [](void* data, cpu::Region& region) {
-      const PackAll& all = *static_cast<const PackAll*>(data);
-      for (int i = 0; i < all.count; ++i) {
-        cpu::PackJob<T> part = all.job[i];
-        const Index n = part.block_end;
-        const Index end = n * (region.thread + 1) / region.threads;
-        for (Index block = n * region.thread / region.threads; block < end; block = part.block_end) {
-          part.block_begin = block, part.block_end = std::min(end, block + kTogether);
-          part.out = all.job[i].out + block * part.block_step;
-          all.pack(part);
-          if (!region.poll()) return;
-        }
+    for (const cpu::PackJob<T>* of = all.begin; of != all.end; ++of) {
+      cpu::PackJob<T> part = *of;
+      const Index n = of->block_end, end = n * (region.thread + 1) / region.threads;
+      for (Index block = n * region.thread / region.threads; block < end; block = part.block_end) {
+        part.block_begin = block, part.block_end = std::min(end, block + kTogether);
+        part.out = of->out + block * of->block_step;
+        all.pack(part);
+        if (!region.poll()) return;
       }
-    };
-    if (cpu::run(threads, body, this, poll.hook, poll.context) == cpu::Outcome::interrupted) throw Interrupted{};
-  }
-};
+    }
+  };
+  Index elements = 0;
+  for (std::size_t k = 0; k < count; ++k) elements += parts[k].block_end * parts[k].block_step;
+  const int threads = elements > 100000 ? cpu::num_threads() : 1;
+  if (cpu::run(threads, body, &context, poll.hook, poll.context) == cpu::Outcome::interrupted) throw Interrupted{};
+}
 
 template <class T>
 void set_weights(cpu::ForwardJob<T>& job, const PackedWeights<T>& packed) {

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
+#include <iterator>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -221,18 +221,17 @@ PackedPtr<T> pack_for(const cpu::Kernels<T>& kernels, CellId cell, Index I, Inde
   const CellShape& shape = kernels.cells[int(cell)].shape;
   const Index blocks = blocks_of(H);
   PackedPtr<T> packed(new PackedWeights<T>);
-  packed->cell = cell, packed->I = I, packed->H = H, packed->P = P;
   Layout layout;
   T *input, *recurrent, *recurrent2, *projection, *bias;
   const auto k = [&](Index n) { return elements(kernels, n); };
   const Index input_step = block_step<T>(k(I), shape.input.count),
               recurrent_step = block_step<T>(k(P), shape.recurrent.count),
-              recurrent2_step = shape.recurrent2.count ? block_step<T>(k(P), shape.recurrent2.count) : 0,
+              recurrent2_step = block_step<T>(k(P), shape.recurrent2.count),
               projection_step = block_step<T>(k(H), 1);
   PackedNorm<T> norm;
   layout.take(input, {blocks, input_step});
   layout.take(recurrent, {blocks, recurrent_step});
-  layout.take(recurrent2, {blocks, recurrent2_step});
+  layout.take(recurrent2, {shape.recurrent2.count ? blocks : 0, recurrent2_step});
   layout.take(projection, {shape.projects ? blocks_of(P) : 0, projection_step});
   layout.take(bias, {blocks, shape.accumulators, kBlock});
   norm.take(layout, shape, blocks);
@@ -241,14 +240,12 @@ PackedPtr<T> pack_for(const cpu::Kernels<T>& kernels, CellId cell, Index I, Inde
   packed->recurrent2 = {recurrent2, recurrent2_step}, packed->projection = {projection, projection_step};
   packed->bias = bias;
 
-  PackAll<T> all{kernels.pack, {}, 0};
-  all.job[all.count++] = {weights.weight_ih, H, I, shape.input, input, input_step, 0, blocks};
-  all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent, recurrent, recurrent_step, 0, blocks};
-  if (shape.recurrent2.count)
-    all.job[all.count++] = {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, blocks};
-  if (shape.projects)
-    all.job[all.count++] = {weights.weight_hr, P, H, cpu::kProjection, projection, projection_step, 0, blocks_of(P)};
-  all.run(double(shape.gates) * double(H) * double(I + P), poll);
+  const cpu::PackJob<T> parts[] = {
+      {weights.weight_ih, H, I, shape.input, input, input_step, 0, blocks},
+       {weights.weight_hh, H, P, shape.recurrent, recurrent, recurrent_step, 0, blocks},
+       {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, shape.recurrent2.count ? blocks : 0},
+       {weights.weight_hr, P, H, cpu::kProjection, projection, projection_step, 0, shape.projects ? blocks_of(P) : 0}};
+  pack_all(kernels.pack, parts, std::size(parts), poll);
 
   const cpu::ControlWord word(flush_subnormals.load());
   pack_vectors(shape, H, weights.bias_ih, weights.bias_hh, bias);
@@ -439,17 +436,13 @@ void backward(const BackwardCall<T>& call) {
   const Buffer memory = layout.allocate();
   std::fill(zeros, zeros + zero_count, T(0));
 
-  PackAll<T> all{kernels.pack_transposed, {}, 0};
-  if (call.dx)
-    all.job[all.count++] = {call.weights.weight_ih, n.H, n.I, shape.input, input, input_step, 0, blocks_of(n.I)};
-  all.job[all.count++] = {call.weights.weight_hh, n.H, n.P,           shape.recurrent, recurrent,
-                          recurrent_step,         0,   blocks_of(n.P)};
-  if (k_recurrent2)
-    all.job[all.count++] = {call.weights.weight_hh, n.H, n.P,           shape.recurrent2, recurrent2,
-                            recurrent2_step,        0,   blocks_of(n.P)};
-  if (shape.projects)
-    all.job[all.count++] = {call.weights.weight_hr, n.P, n.H, cpu::kProjection, projection, projection_step, 0, blocks};
-  all.run(double(shape.gates) * double(n.H) * double(n.I + n.P), call.poll);
+  const Index P_blocks = blocks_of(n.P);
+  const cpu::PackJob<T> parts[] = {
+      {call.weights.weight_ih, n.H, n.I, shape.input, input, input_step, 0, call.dx ? blocks_of(n.I) : 0},
+       {call.weights.weight_hh, n.H, n.P, shape.recurrent, recurrent, recurrent_step, 0, P_blocks},
+       {call.weights.weight_hh, n.H, n.P, shape.recurrent2, recurrent2, recurrent2_step, 0, k_recurrent2 ? P_blocks : 0},
+       {call.weights.weight_hr, n.P, n.H, cpu::kProjection, projection, projection_step, 0, shape.projects ? blocks : 0}};
+  pack_all(kernels.pack_transposed, parts, std::size(parts), call.poll);
 
   cpu::BackwardJob<T> job{};
   job.steps = steps_of(problem);

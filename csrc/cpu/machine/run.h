@@ -132,7 +132,6 @@ cpu::MachineCall<T> machine_call(const MachinePlan& plan, const Problem& problem
 
 template <class T>
 struct PackedMachine {
-  Index I, H;
   Buffer memory;
   cpu::MachineForwardParts parts;
   std::vector<cpu::MachinePart<T>> packed;
@@ -145,7 +144,6 @@ template <class T>
 PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, Index P,
                                  const MachineWeights<const T>& weights, Poll poll) {
   PackedMachinePtr<T> packed(new PackedMachine<T>);
-  packed->I = I, packed->H = H;
   packed->parts = cpu::MachineForwardParts(plan);
   const Index blocks = blocks_of(H);
   const auto columns = [&](int operand) { return operand ? P : I; };
@@ -160,22 +158,18 @@ PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, Inde
   layout.take(projection, {plan.projects ? blocks_of(P) : 0, block_step<T>(H, 1)});
   packed->numbers.take(layout, plan, H);
   packed->memory = layout.allocate();
-  const cpu::Kernels<T>& kernels = cpu::kernels<T>();
+  std::vector<cpu::PackJob<T>> jobs;
   for (std::size_t k = 0; k < memory.size(); ++k) {
     const cpu::HostPart& p = packed->parts.parts[k];
     const Index K = columns(p.operand), step = block_step<T>(K, p.part.count);
-    PackAll<T> one{kernels.pack, {{weights[p.operand ? 1 : 0], H, K, p.part, memory[k], step, 0, blocks}}, 1};
-    one.run(double(p.part.count) * double(H) * double(K), poll);
+    jobs.push_back({weights[p.operand ? 1 : 0], H, K, p.part, memory[k], step, 0, blocks});
     packed->packed.push_back({p.operand, p.part.first, p.part.count, memory[k], step});
   }
   packed->projection = projection;
-  if (plan.projects) {
-    PackAll<T> one{kernels.pack,
-                   {{weights[std::size_t(plan.weight_hr())], P, H, cpu::kProjection, projection, block_step<T>(H, 1), 0,
-                     blocks_of(P)}},
-                   1};
-    one.run(double(P) * double(H), poll);
-  }
+  if (plan.projects)
+    jobs.push_back({weights[std::size_t(plan.weight_hr())], P, H, cpu::kProjection, projection, block_step<T>(H, 1), 0,
+                    blocks_of(P)});
+  pack_all(cpu::kernels<T>().pack, jobs.data(), jobs.size(), poll);
   packed->numbers.fill(plan, H, weights);
   const cpu::ControlWord word(flush_subnormals.load());
   std::fill(bias, bias + blocks * plan.accumulators * kBlock, T(0));
@@ -346,23 +340,18 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     if (d) std::fill(d, d + n.T * n.B, T(0));  // padding
   numbers.fill(plan, n.H, call.weights);
   std::vector<cpu::MachinePart<T>> packed;
+  std::vector<cpu::PackJob<T>> jobs;
   for (std::size_t k = 0; k < memory_of.size(); ++k) {
     const cpu::HostPart& p = parts.parts[k];
     const Index K = columns(p.operand), step = block_step<T>(units, p.part.count);
     packed.push_back({p.operand, p.part.first, p.part.count, memory_of[k], step});
-    if (!p.operand && !call.dx) continue;
-    PackAll<T> one{kernels.pack_transposed,
-                   {{call.weights[p.operand ? 1 : 0], n.H, K, p.part, memory_of[k], step, 0, blocks_of(K)}},
-                   1};
-    one.run(double(p.part.count) * double(n.H) * double(K), call.poll);
+    jobs.push_back({call.weights[p.operand ? 1 : 0], n.H, K, p.part, memory_of[k], step, 0,
+                    p.operand || call.dx ? blocks_of(K) : 0});
   }
-  if (plan.projects) {
-    PackAll<T> one{kernels.pack_transposed,
-                   {{call.weights[std::size_t(plan.weight_hr())], n.P, n.H, cpu::kProjection, projection,
-                     projection_step, 0, blocks}},
-                   1};
-    one.run(double(n.P) * double(n.H), call.poll);
-  }
+  if (plan.projects)
+    jobs.push_back({call.weights[std::size_t(plan.weight_hr())], n.P, n.H, cpu::kProjection, projection, projection_step,
+                    0, blocks});
+  pack_all(kernels.pack_transposed, jobs.data(), jobs.size(), call.poll);
   std::vector<cpu::MachineGradient<T>> gradients;
   for (const MachinePlan::Product& p : plan.products) {
     const Index K = columns(p.operand);
