@@ -167,22 +167,13 @@ struct BackwardSteps : Share {
   }
   static constexpr Index kLargePanel = 512 << 10;
 
-  // Tiles of rows and of the blocks [begin, end).
+  // tile_at(first row, rows, first block, blocks, lane) for tiles of rows and of the blocks [begin, end).
   template <class Epilogue>
   bool tiles(Index n_rows, Index begin, Index end, Epilogue&& tile_at) const {
     const Tiling row_tiles(n_rows, max_rows<V>(width())), panels(end - begin, n_rows == 1 ? kOneRow : width());
-    const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
-                inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
-    for (Index o = 0; o < outer; ++o) {
-      for (Index n = 0; n < inner; ++n) {
-        const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
-        const Index first = row_tiles.begin(i), block = begin + panels.begin(j);
-        const int m = int(row_tiles.begin(i + 1) - first), wide = int(begin + panels.begin(j + 1) - block);
-        for (Index lane = 0; lane < kBlock; lane += V::lanes) tile_at(first, m, block, wide, lane);
-      }
-      if (!worker.poll()) return false;
-    }
-    return true;
+    return each_tile(worker, job.rows_outside, row_tiles, panels, begin, [&](Index first, int m, Index block, int wide) {
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) tile_at(first, m, block, wide, lane);
+    });
   }
 
   FUSEDRNN_INLINE BackwardRow<T> row_at(const CellShape& shape, Index t, Index b, T* da) const {
@@ -319,35 +310,22 @@ struct BackwardSteps : Share {
   bool input_gradients(Multiply&& multiply) {
     const Index n = worker.region.threads, share_begin = count * worker.region.thread / n,
                 share = count * (worker.region.thread + 1) / n - share_begin;
-    const Index blocks = (job.I + kBlock - 1) / kBlock;
-    const Tiling panels(blocks, width());
-    const int widest = int(panels.pieces ? panels.begin(1) : 1);
-    const Tiling row_tiles(share, max_rows<V>(widest));
-    const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
-                inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
-    for (Index o = 0; o < outer; ++o) {
-      for (Index k = 0; k < inner; ++k) {
-        const Index i = job.rows_outside ? o : k, j = job.rows_outside ? k : o;
-        const Index first = share_begin + row_tiles.begin(i);
-        const int m = int(share_begin + row_tiles.begin(i + 1) - first);
-        const T* da[kMaxTile];
-        for (int r = 0; r < m; ++r) da[r] = da_row(first + r);
-        const Index block = panels.begin(j);
-        const int wide = int(panels.begin(j + 1) - block);
-        for (Index lane = 0; lane < kBlock; lane += V::lanes) {
-          alignas(64) T acc[kMaxTile * V::lanes];
-          multiply(da, block, lane, m, wide, acc);
-          for (int r = 0; r < m; ++r)
-            for (int w = 0; w < wide; ++w) {
-              const Index column = (block + w) * kBlock + lane;
-              T* row = job.dx + (rows.t[first + r] * B + rows.b[first + r]) * job.I;
-              V::load(acc + (w * m + r) * V::lanes).store(row + column, job.I - column);
-            }
-        }
+    const Tiling panels(blocks_of(job.I), width()), row_tiles(share, max_rows<V>(panels.pieces ? panels.begin(1) : 1));
+    return each_tile(worker, job.rows_outside, row_tiles, panels, 0, [&](Index first, int m, Index block, int wide) {
+      first += share_begin;
+      const T* da[kMaxTile];
+      for (int r = 0; r < m; ++r) da[r] = da_row(first + r);
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        alignas(64) T acc[kMaxTile * V::lanes];
+        multiply(da, block, lane, m, wide, acc);
+        for (int r = 0; r < m; ++r)
+          for (int w = 0; w < wide; ++w) {
+            const Index column = (block + w) * kBlock + lane;
+            T* row = job.dx + (rows.t[first + r] * B + rows.b[first + r]) * job.I;
+            V::load(acc + (w * m + r) * V::lanes).store(row + column, job.I - column);
+          }
       }
-      if (!worker.poll()) return false;
-    }
-    return true;
+    });
   }
 
   // The gradient of the initial state: one more product, no cell.

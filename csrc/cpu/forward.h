@@ -211,7 +211,7 @@ struct ForwardSteps : Share {
     }
   }
 
-  // Adds one part's product: rows [first, first+m) times the weights of `wide` blocks, from lane `lane` of each block.
+  // One part's product: rows [first, first+m) times the weights of `wide` blocks, from lane `lane` of each block.
   static FUSEDRNN_INLINE Product<T> product(const CellShape& shape, const Packed<T>& weights, const Part& part,
                                             const T* const* a, Index k, Index block, Index lane) {
     const Index gap = panel_blocks(shape) > 1 ? weights.block_step : kBlock;
@@ -271,24 +271,15 @@ struct ForwardSteps : Share {
       for (Index i = 0; i < n; ++i) ahead.x[i] = operand(ahead.x[i], job.I);
     const Tiling tiles(n, max_rows<V>(tile_vectors(shape) * panel_blocks(shape))),
         panels(block_end - block_begin, panel_blocks(shape));
-    for (Index j = 0; j < panels.pieces; ++j) {
-      const Index block = block_begin + panels.begin(j);
-      const int wide = int(block_begin + panels.begin(j + 1) - block);
-      for (Index r = 0; r < tiles.pieces; ++r) {
-        const Index first = tiles.begin(r);
-        const int m = int(tiles.begin(r + 1) - first);
-        for (Index lane = 0; lane < kBlock; lane += V::lanes) {
-          alignas(64) T acc[kMaxTile * V::lanes];
-          start(shape, block, wide, m, lane, acc);
-          const Product<T> p = product(shape, input, shape.input, ahead.x + first, job.I, block, lane);
-          tile_of(shape, m, shape.input, wide)(&p, 1, acc + shape.input.first * m * V::lanes);
-          each_ahead(ahead.sums + first, block, wide, m, lane, acc,
-                     [](const T* sum, T* row) { V::load(sum).store(row); });
-        }
+    return each_tile(worker, false, tiles, panels, block_begin, [&](Index first, int m, Index block, int wide) {
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        alignas(64) T acc[kMaxTile * V::lanes];
+        start(shape, block, wide, m, lane, acc);
+        const Product<T> p = product(shape, input, shape.input, ahead.x + first, job.I, block, lane);
+        tile_of(shape, m, shape.input, wide)(&p, 1, acc + shape.input.first * m * V::lanes);
+        each_ahead(ahead.sums + first, block, wide, m, lane, acc, [](const T* sum, T* row) { V::load(sum).store(row); });
       }
-      if (!worker.poll()) return false;
-    }
-    return true;
+    });
   }
 
   // Padding of y and of the all-step states, and the final states, for this thread's rows.
@@ -489,27 +480,18 @@ struct ForwardLoop : ForwardSteps<V, O> {
     const bool of_h = Cell::projects && phase == 2;
     const Index begin = of_h ? this->h_begin : block_begin, end = of_h ? this->h_end : block_end;
     const Tiling tiles(rows.count, kRows), panels(end - begin, width(phase));
-    const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
-                inner = job.rows_outside ? panels.pieces : tiles.pieces;
-    for (Index o = 0; o < outer; ++o) {
-      for (Index n = 0; n < inner; ++n) {
-        const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
-        const Index first = tiles.begin(i), block = begin + panels.begin(j);
-        const int m = int(tiles.begin(i + 1) - first), wide = int(begin + panels.begin(j + 1) - block);
-        if constexpr (!Cell::layer_norm)
-          if (job.weight_hh && n == 0)
-            few_rows(phase) ? this->sum_few_rows(block) : this->pack_panel(phase, block, wide);
-        for (Index lane = 0; lane < kBlock; lane += V::lanes)
-          if (phase == 1)
-            phase1(first, m, block, wide, lane);
-          else if constexpr (Cell::projects)
-            project_tile(first, m, block, wide, lane);
-          else
-            phase2(first, m, block, wide, lane);
-      }
-      if (!worker.poll()) return false;
-    }
-    return true;
+    return each_tile(worker, job.rows_outside, tiles, panels, begin, [&](Index first, int m, Index block, int wide) {
+      if constexpr (!Cell::layer_norm)
+        if (job.weight_hh && first == 0)
+          few_rows(phase) ? this->sum_few_rows(block) : this->pack_panel(phase, block, wide);
+      for (Index lane = 0; lane < kBlock; lane += V::lanes)
+        if (phase == 1)
+          phase1(first, m, block, wide, lane);
+        else if constexpr (Cell::projects)
+          project_tile(first, m, block, wide, lane);
+        else
+          phase2(first, m, block, wide, lane);
+    });
   }
 
   // Steps [begin, end) of the recurrence. Not inlined: run() and the backward loop share one copy.

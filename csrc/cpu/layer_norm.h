@@ -153,24 +153,17 @@ bool normed_step(const Loop& loop) {
     }
   };
   const Tiling tiles(loop.rows.count, Loop::kRows), panels(job.blocks, loop.width(1));
-  const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
-              inner = job.rows_outside ? panels.pieces : tiles.pieces;
-  for (Index o = 0; o < outer; ++o) {
-    for (Index n = 0; n < inner; ++n) {
-      const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
-      const Index first = tiles.begin(i), block = panels.begin(j);
-      const int m = int(tiles.begin(i + 1) - first), wide = int(panels.begin(j + 1) - block);
-      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
-        products(job.input, Cell::input, loop.rows.x, job.I, first, m, block, wide, lane);
-        products(job.recurrent, Cell::recurrent, Loop::kOperands ? loop.rows.operand : loop.rows.h, job.P, first, m,
-                 block, wide, lane);
-      }
-    }
-    if (job.rows_outside)  // while its products are in the nearest cache
-      for (Index i = tiles.begin(o); i < tiles.begin(o + 1); ++i) normed_row(loop, i);
-    if (!loop.worker.poll()) return false;
-  }
-  if (job.rows_outside) return true;
+  const bool done =
+      each_tile(loop.worker, job.rows_outside, tiles, panels, 0, [&](Index first, int m, Index block, int wide) {
+        for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+          products(job.input, Cell::input, loop.rows.x, job.I, first, m, block, wide, lane);
+          products(job.recurrent, Cell::recurrent, Loop::kOperands ? loop.rows.operand : loop.rows.h, job.P, first, m,
+                   block, wide, lane);
+        }
+        if (job.rows_outside && block + wide == job.blocks)  // while their products are in the nearest cache
+          for (Index i = first; i < first + m; ++i) normed_row(loop, i);
+      });
+  if (!done || job.rows_outside) return done;
   for (Index i = 0; i < loop.rows.count; ++i) {
     normed_row(loop, i);
     if ((i & 15) == 0 && !loop.worker.poll()) return false;

@@ -186,6 +186,23 @@ struct Tiling {
   }
 };
 
+// then(first row, rows, first block, blocks) for each tile of rows and panel of blocks, from block `begin` on; false: the
+// call is to stop.
+template <class Then>
+FUSEDRNN_INLINE bool each_tile(const cpu::Worker& worker, bool rows_outside, Tiling tiles, Tiling panels, Index begin,
+                               Then&& then) {
+  const Index outer = rows_outside ? tiles.pieces : panels.pieces, inner = rows_outside ? panels.pieces : tiles.pieces;
+  for (Index o = 0; o < outer; ++o) {
+    for (Index n = 0; n < inner; ++n) {
+      const Index i = rows_outside ? o : n, j = rows_outside ? n : o;
+      const Index first = tiles.begin(i), block = begin + panels.begin(j);
+      then(first, int(tiles.begin(i + 1) - first), block, int(begin + panels.begin(j + 1) - block));
+    }
+    if (!worker.poll()) return false;
+  }
+  return true;
+}
+
 // What of a step is a thread's: rows of the batch, or blocks of units, and of h, which are others where it is
 // projected.
 struct Share {

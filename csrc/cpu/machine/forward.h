@@ -128,18 +128,11 @@ struct MachineForwardLoop : Share {
       return worker.poll() && (worker.by_rows || worker.barrier());
     }
     const Tiling tiles(count, height(round)), panels(blocks, width(round));
-    const Index outer = call.rows_outside ? tiles.pieces : panels.pieces,
-                inner = call.rows_outside ? panels.pieces : tiles.pieces;
-    for (Index o = 0; o < outer; ++o) {
-      for (Index n = 0; n < inner; ++n) {
-        const Index i = call.rows_outside ? o : n, j = call.rows_outside ? n : o;
-        const Index first = tiles.begin(i), block = block_begin + panels.begin(j);
-        const int m = int(tiles.begin(i + 1) - first), wide = int(block_begin + panels.begin(j + 1) - block);
-        for (Index lane = 0; lane < kBlock; lane += V::lanes) tile(round, frame, first, m, block, wide, lane);
-      }
-      if (!worker.poll()) return false;
-    }
-    return worker.by_rows || worker.barrier();
+    const auto tile_at = [&](Index first, int m, Index block, int wide) {
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) tile(round, frame, first, m, block, wide, lane);
+    };
+    return each_tile(worker, call.rows_outside, tiles, panels, block_begin, tile_at) &&
+           (worker.by_rows || worker.barrier());
   }
 
   // The projected state of a step, of what its programs have left.
@@ -147,36 +140,29 @@ struct MachineForwardLoop : Share {
     constexpr int kWide = 4;
     const Tiling tiles(count, max_rows<V>(kWide)), panels(h_end - h_begin, count == 1 ? kOneRow : kWide);
     const T *const *const from = rows.places[rows.after(0)].rows, *const *const keep = rows.projected_mask();
-    for (Index j = 0; j < panels.pieces; ++j) {
-      const Index block = h_begin + panels.begin(j);
-      const int wide = int(h_begin + panels.begin(j + 1) - block);
-      for (Index r = 0; r < tiles.pieces; ++r) {
-        const Index first = tiles.begin(r);
-        const int m = int(tiles.begin(r + 1) - first);
-        for (Index lane = 0; lane < kBlock; lane += V::lanes) {
-          alignas(64) T acc[kMaxTile * V::lanes];
-          for (int k = 0; k < m * wide; ++k) V::zero().store(acc + k * V::lanes);
-          const Product<T> p = {
-              from + first,        0, 1,     0, job.projection + block * job.projection_step + lane, kBlock,
-              job.projection_step, 1, call.H};
-          tile_for<V>(m, wide)(&p, 1, acc);
-          for (int w = 0; w < wide; ++w) {
-            const Index u = (block + w) * kBlock + lane, in_row = call.P - u;
-            for (int i = 0; i < m; ++i) {
-              V h = V::load(acc + (w * m + i) * V::lanes);
-              if (keep) {
-                const V kept = V::load(keep[first + i] + u);
-                const V before = V::load(rows.places[rows.before(0)].rows[first + i] + u, in_row);
-                h = fma(kept, h, (V::set(1) - kept) * before);
-              }
-              h.store(rows.new_row(0, t, batch[first + i]) + u, in_row);
+    const auto tile_at = [&](Index first, int m, Index block, int wide) {
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        alignas(64) T acc[kMaxTile * V::lanes];
+        for (int k = 0; k < m * wide; ++k) V::zero().store(acc + k * V::lanes);
+        const Product<T> p = {
+            from + first,        0, 1,     0, job.projection + block * job.projection_step + lane, kBlock,
+            job.projection_step, 1, call.H};
+        tile_for<V>(m, wide)(&p, 1, acc);
+        for (int w = 0; w < wide; ++w) {
+          const Index u = (block + w) * kBlock + lane, in_row = call.P - u;
+          for (int i = 0; i < m; ++i) {
+            V h = V::load(acc + (w * m + i) * V::lanes);
+            if (keep) {
+              const V kept = V::load(keep[first + i] + u);
+              const V before = V::load(rows.places[rows.before(0)].rows[first + i] + u, in_row);
+              h = fma(kept, h, (V::set(1) - kept) * before);
             }
+            h.store(rows.new_row(0, t, batch[first + i]) + u, in_row);
           }
         }
       }
-      if (!worker.poll()) return false;
-    }
-    return worker.by_rows || worker.barrier();
+    };
+    return each_tile(worker, false, tiles, panels, h_begin, tile_at) && (worker.by_rows || worker.barrier());
   }
 
   // Padding of y and of the states of every step, and the final states, of this thread's share of the rows.
