@@ -433,21 +433,11 @@ struct BackwardLoop : BackwardSteps<V, O> {
 
   // The gradients of what the step's rows project, then the cell on them.
   bool through_projection(Index n) const {
-    const Packed<T>& weight_hr = job.projection;
     for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + this->weights.dh_operand_at;
     return this->tiles(n, block_begin, block_end, [&](Index first, int m, Index block, int wide, Index lane) {
       alignas(64) T acc[kMaxTile * V::lanes];
       for (int k = 0; k < m * wide; ++k) V::zero().store(acc + k * V::lanes);
-      const Product<T> p = {rows.da + first,
-                            0,
-                            1,
-                            0,
-                            weight_hr.data + block * weight_hr.block_step + lane,
-                            kBlock,
-                            weight_hr.block_step,
-                            1,
-                            elements<O>(job.P)};
-      tile_for<O>(m, wide)(&p, 1, acc);
+      add_product<O>(rows.da + first, job.P, job.projection, block, lane, m, wide, acc);
       for (int i = 0; i < m; ++i)
         for (int w = 0; w < wide; ++w) {
           const BackwardRow<T>& row = rows.at[first + i];

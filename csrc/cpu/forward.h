@@ -425,10 +425,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
           V::load(rows.saved[first + i] + at + w * (Cell::saved * kBlock) + slot * units_of(H, block + w),
                   H - (block + w) * kBlock - lane)
               .store(acc + (w * m + i) * V::lanes);
-      Product<T> p =
-          Base::product(shape, recurrent2, Cell::recurrent2, rows.middle + first, job.P, block - packed_from, lane);
-      p.b_gap = recurrent2.block_step;
-      tile_for<O>(m, wide)(&p, 1, acc);
+      add_product<O>(rows.middle + first, job.P, recurrent2, block - packed_from, lane, m, wide, acc);
       for (int w = 0; w < wide; ++w) {
         const Index u = (block + w) * kBlock + lane, in_row = H - u, units = units_of(H, block + w);
         for (int i = 0; i < m; ++i) {
@@ -449,10 +446,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
   void project_tile(Index first, int m, Index block, int wide, Index lane) {
     alignas(64) T acc[kMaxTile * V::lanes];
     for (int n = 0; n < wide * m; ++n) V::zero().store(acc + n * V::lanes);
-    Product<T> p =
-        Base::product(shape, this->projection, cpu::kProjection, rows.middle + first, job.H, block - packed_from, lane);
-    p.b_gap = this->projection.block_step;
-    tile_for<O>(m, wide)(&p, 1, acc);
+    add_product<O>(rows.middle + first, job.H, this->projection, block - packed_from, lane, m, wide, acc);
     for (int w = 0; w < wide; ++w) {
       const Index u = (block + w) * kBlock + lane, in_row = job.P - u;
       for (int i = 0; i < m; ++i) {

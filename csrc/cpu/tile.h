@@ -176,6 +176,17 @@ TileFn<typename V::scalar> tile_for_two_blocks(int n) {
   return n == 1 ? &tile<V, 1, 1, 2> : n == 2 ? &tile<V, 1, 2, 2> : n == 3 ? &tile<V, 1, 3, 2> : &tile<V, 1, 4, 2>;
 }
 
+// acc[wide][m] += m rows of k numbers times blocks of weights with one accumulator, from this block and lane on.
+template <class O>
+FUSEDRNN_INLINE void add_product(const typename O::scalar* const* rows, Index k,
+                                 const cpu::Packed<typename O::scalar>& weights, Index block, Index lane, int m, int wide,
+                                 typename O::scalar* acc) {
+  const Index step = weights.block_step;
+  const Product<typename O::scalar> p = {
+      rows, 0, 1, 0, weights.data + block * step + lane, cpu::kBlock, step, 1, elements<O>(k)};
+  tile_for<O>(m, wide)(&p, 1, acc);
+}
+
 // n items cut into ceil(n / widest) pieces of nearly equal size: 16 rows are 6+5+5, not 6+6+4.
 struct Tiling {
   Index n, pieces;

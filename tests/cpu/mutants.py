@@ -334,9 +334,9 @@ MUTANTS = [
     # projection
     Mutant(
         "projection: the weights of the first block for all",
-        FORWARD,
-        "p.b_gap = this->projection.block_step;",
-        "p.b_gap = 0;",
+        TILE,
+        "weights.data + block * step + lane",
+        "weights.data + 0 * block + lane",
     ),
     Mutant(
         "projection: h not zoned",

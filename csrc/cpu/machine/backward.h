@@ -103,12 +103,8 @@ struct MachineBackwardLoop : BackwardSteps<V> {
 
   // The gradient of what is projected, in the first register.
   FUSEDRNN_NOINLINE void through_projection(const Frame<V>& f) const {
-    const Packed<T>& weight_hr = Base::job.projection;
     for (int k = 0; k < f.rows * f.wide; ++k) V::zero().store(f.registers + k * V::lanes);
-    const Product<T> p = {
-        this->rows.da + f.first, 0, 1,     0, weight_hr.data + f.block * weight_hr.block_step + f.lane, kBlock,
-        weight_hr.block_step,    1, call.P};
-    tile_for<V>(f.rows, f.wide)(&p, 1, f.registers);
+    add_product<V>(this->rows.da + f.first, call.P, Base::job.projection, f.block, f.lane, f.rows, f.wide, f.registers);
   }
 
   // What the program loads, which is far away: it comes while the products are made.

@@ -144,10 +144,7 @@ struct MachineForwardLoop : Share {
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
         alignas(64) T acc[kMaxTile * V::lanes];
         for (int k = 0; k < m * wide; ++k) V::zero().store(acc + k * V::lanes);
-        const Product<T> p = {
-            from + first,        0, 1,     0, job.projection + block * job.projection_step + lane, kBlock,
-            job.projection_step, 1, call.H};
-        tile_for<V>(m, wide)(&p, 1, acc);
+        add_product<V>(from + first, call.H, job.projection, block, lane, m, wide, acc);
         for (int w = 0; w < wide; ++w) {
           const Index u = (block + w) * kBlock + lane, in_row = call.P - u;
           for (int i = 0; i < m; ++i) {

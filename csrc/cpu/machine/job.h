@@ -140,11 +140,10 @@ struct MachineForward {
   MachineCall<T> call;
   const MachineSum* sums;
   const MachinePart<T>* parts;
-  const T* bias;        // [block][accumulator][16]
-  T* const* computed;   // of each operand [B][blocks * 16], or null
-  const T* projection;  // weight_hr, packed; null: none
-  Index projection_step;
-  T* unprojected;      // [B][blocks * 16]: what it multiplies
+  const T* bias;         // [block][accumulator][16]
+  T* const* computed;    // of each operand [B][blocks * 16], or null
+  Packed<T> projection;  // weight_hr, where the cell projects
+  T* unprojected;        // [B][blocks * 16]: what it multiplies
   bool stream;         // saved is larger than the caches
   T* const* stateT;    // of each state (B, H)
   T* const* states;    // of each state (T, B, H) or null

@@ -135,8 +135,8 @@ struct PackedMachine {
   Buffer memory;
   cpu::MachineForwardParts parts;
   std::vector<cpu::MachinePart<T>> packed;
-  const T* bias;        // [block][accumulator][16]
-  const T* projection;  // weight_hr, where the cell projects
+  const T* bias;              // [block][accumulator][16]
+  cpu::Packed<T> projection;  // weight_hr, where the cell projects
   MachineNumbers<T> numbers;
 };
 
@@ -165,7 +165,7 @@ PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, Inde
     jobs.push_back({weights[p.operand ? 1 : 0], H, K, p.part, memory[k], step, 0, blocks});
     packed->packed.push_back({p.operand, p.part.first, p.part.count, memory[k], step});
   }
-  packed->projection = projection;
+  packed->projection = {projection, block_step<T>(H, 1)};
   if (plan.projects)
     jobs.push_back({weights[std::size_t(plan.weight_hr())], P, H, cpu::kProjection, projection, block_step<T>(H, 1), 0,
                     blocks_of(P)});
@@ -250,8 +250,7 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   job.call.carried = carried, job.call.carried_count = plan.carried;
   job.sums = parts.sums.data(), job.parts = call.packed->packed.data(), job.bias = call.packed->bias;
   job.computed = computed.data();
-  job.projection = call.packed->projection, job.projection_step = block_step<T>(n.H, 1);
-  job.unprojected = unprojected;
+  job.projection = call.packed->projection, job.unprojected = unprojected;
   const Index row_bytes = plan.saved * n.H * Index(sizeof(T));
   job.stream = all && !plan.reads_saved && row_bytes % 64 == 0 && reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 &&
                (!thresholds || n.T * n.B * row_bytes > kSharedCache);
@@ -403,8 +402,7 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     again.call.carried_count = plan.carried, again.call.y_again = y_again;
     again.sums = forward_parts.sums.data(), again.parts = call.packed->packed.data(), again.bias = call.packed->bias;
     again.computed = computed.data();
-    again.projection = call.packed->projection, again.projection_step = block_step<T>(n.H, 1);
-    again.unprojected = unprojected;
+    again.projection = call.packed->projection, again.unprojected = unprojected;
     job.replay = &again, job.boundary_states = call.tape->boundary_states;
   }
   job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
