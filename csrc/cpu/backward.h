@@ -328,8 +328,29 @@ struct BackwardSteps : Share {
     });
   }
 
-  // The gradient of the initial state: one more product, no cell.
-  FUSEDRNN_NOINLINE bool initial_state() {
+  // The chunks of steps, the last first, by the loop's replay(first step, end), step(time, first row, end) and
+  // gradients(whether the chunk is the first).
+  template <class Loop>
+  FUSEDRNN_INLINE bool walk_back(Loop& loop) {
+    Index s_end = job.steps.T;
+    do {
+      const Index s_begin = s_end > job.chunk_steps ? s_end - job.chunk_steps : 0;
+      list_rows(s_end, s_begin);
+      if (!loop.replay(s_begin, s_end)) return false;
+      for (Index s = s_end - 1, k = 0; s >= s_begin; --s, ++k) {
+        Index begin = rows.first_of_step[k], end = rows.first_of_step[k + 1];
+        own_rows(begin, end);
+        if (!loop.step(time_of(job.steps, s), begin, end)) return false;
+        if (!worker.by_rows && !worker.barrier()) return false;
+      }
+      if (!loop.gradients(s_end == job.steps.T)) return false;
+      s_end = s_begin;
+    } while (s_end > 0);
+    return true;
+  }
+
+  // This thread's rows of the batch, before their first step; -> how many.
+  FUSEDRNN_NOINLINE Index select_initial() const {
     Index n = 0;
     for (Index b = row_begin; b < row_end; ++b) {
       const bool empty = length_of(job.steps, b) == 0;
@@ -338,6 +359,12 @@ struct BackwardSteps : Share {
       rows.at[n].b = b;
       rows.at[n++].after = empty ? After::final_state : cut ? After::nothing : After::product;
     }
+    return n;
+  }
+
+  // The gradient of the initial state: one more product, no cell.
+  FUSEDRNN_NOINLINE bool initial_state() {
+    const Index n = select_initial();
     const auto c = [&](const BackwardRow<T>& row, Index u, V dc) { dc.store(job.dc0 + row.b * job.H + u, job.H - u); };
     if (shape.projects && job.dc0)
       for (Index i = 0; i < n; ++i)
@@ -357,7 +384,7 @@ struct BackwardSteps : Share {
   }
 
   // dx and the chunk's part of the weight gradients, of its rows of da.
-  FUSEDRNN_NOINLINE bool chunk_gradients(bool first_chunk) {
+  FUSEDRNN_NOINLINE bool gradients(bool first_chunk) {
     keep_boundary();
     if (job.need_weights) gather_inputs();
     if (!worker.barrier()) return false;
@@ -521,8 +548,9 @@ struct BackwardLoop : BackwardSteps<V, O> {
     }
   }
 
-  // Runs forward again over a chunk, from the state before it.
+  // Runs forward again over a chunk, from the state before it, where it was not saved.
   bool replay(Index s_begin, Index s_end) {
+    if (!job.replay) return true;
     this->kept.first = job.steps.reverse ? job.steps.T - s_end : s_begin;
     this->kept.count = s_end - s_begin;
     this->kept.c_boundary = const_cast<T*>(job.boundary_states) + (job.steps.T - s_end) / job.chunk_steps * B * job.H;
@@ -532,20 +560,7 @@ struct BackwardLoop : BackwardSteps<V, O> {
   }
 
   bool run() {
-    Index s_end = job.steps.T;
-    do {
-      const Index s_begin = s_end > job.chunk_steps ? s_end - job.chunk_steps : 0;
-      this->list_rows(s_end, s_begin);
-      if (job.replay && !replay(s_begin, s_end)) return false;
-      for (Index s = s_end - 1, k = 0; s >= s_begin; --s, ++k) {
-        Index begin = rows.first_of_step[k], end = rows.first_of_step[k + 1];
-        this->own_rows(begin, end);
-        if (!step(time_of(job.steps, s), begin, end)) return false;
-        if (!worker.by_rows && !worker.barrier()) return false;
-      }
-      if (!this->chunk_gradients(s_end == job.steps.T)) return false;
-      s_end = s_begin;
-    } while (s_end > 0);
+    if (!this->walk_back(*this)) return false;
     if ((job.dh0 || job.dc0) && !this->initial_state()) return false;
     if (job.dx && job.steps.lengths) this->zero_padding();
     if constexpr (Cell::layer_norm)

@@ -221,7 +221,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       }
   }
 
-  bool gradients_of_chunk(bool first_chunk) {
+  bool gradients(bool first_chunk) {
     this->keep_boundary();
     if (Base::job.need_weights) gather();
     if (!worker.barrier()) return false;
@@ -236,14 +236,8 @@ struct MachineBackwardLoop : BackwardSteps<V> {
 
   // Of the initial states: the chain once more, and no program.
   FUSEDRNN_NOINLINE bool initial_states() {
-    Index n = 0;
-    for (Index b = this->row_begin; b < this->row_end; ++b, ++n) {
-      const bool empty = length_of(call.steps, b) == 0;
-      const bool cut = !empty && before(call.steps, first_time(call.steps, b), b) == Before::nothing;
-      this->rows.at[n].b = b;
-      this->rows.at[n].after = empty ? After::final_state : cut ? After::nothing : After::product;
-      places.at[n] = 0;
-    }
+    const Index n = this->select_initial();
+    for (Index i = 0; i < n; ++i) places.at[i] = 0;
     const bool any = this->follow(n);
     const auto store = [&](int from, int to, Index begin, Index end) {
       return incoming(n, any, false, from, to, begin, end, [&](const Frame<V>& f) {
@@ -277,8 +271,9 @@ struct MachineBackwardLoop : BackwardSteps<V> {
         }
   }
 
-  // Runs forward again over a chunk, from the states before it.
+  // Runs forward again over a chunk, from the states before it, where they were not saved.
   bool replay(Index s_begin, Index s_end) {
+    if (!job.replay) return true;
     call.first = call.steps.reverse ? call.steps.T - s_end : s_begin;
     call.boundary_time = call.steps.reverse ? call.steps.T - s_begin : s_begin - 1;
     call.boundary =
@@ -289,20 +284,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
   }
 
   bool run() {
-    Index s_end = call.steps.T;
-    do {
-      const Index chunk = Base::job.chunk_steps, s_begin = s_end > chunk ? s_end - chunk : 0;
-      this->list_rows(s_end, s_begin);
-      if (job.replay && !replay(s_begin, s_end)) return false;
-      for (Index s = s_end - 1, k = 0; s >= s_begin; --s, ++k) {
-        Index begin = this->rows.first_of_step[k], end = this->rows.first_of_step[k + 1];
-        this->own_rows(begin, end);
-        if (!step(time_of(call.steps, s), begin, end)) return false;
-        if (!worker.by_rows && !worker.barrier()) return false;
-      }
-      if (!gradients_of_chunk(s_end == call.steps.T)) return false;
-      s_end = s_begin;
-    } while (s_end > 0);
+    if (!this->walk_back(*this)) return false;
     if (!initial_states()) return false;
     if (Base::job.dx && call.steps.lengths) this->zero_padding();
     if (job.sums) unpack_sums();
