@@ -9,9 +9,9 @@
 #include <cstdint>
 #include <memory>
 
-namespace fusedrnn {
+#include "steps.h"
 
-using Index = std::int64_t;
+namespace fusedrnn {
 
 enum class CellId : int {
 #define X(id, type) id,
@@ -21,14 +21,6 @@ enum class CellId : int {
 
 struct Sizes {
   Index T, B, I, H, P;
-};
-
-// One array over time and batch whose last axis is contiguous.
-template <class T>
-struct Sequence {
-  T* data = nullptr;  // may be null: absent
-  Index step = 0;     // elements between time steps
-  Index row = 0;      // elements between batch rows
 };
 
 template <class T>

@@ -9,6 +9,15 @@ namespace fusedrnn {
 
 using Index = int64_t;
 
+// One array over time and batch whose last axis is contiguous.
+template <class T>
+struct Sequence {
+  T* data = nullptr;  // may be null: absent
+  Index step = 0;     // elements between time steps
+  Index row = 0;      // elements between batch rows
+  FUSEDRNN_INLINE T* at(Index t, Index b) const { return data + t * step + b * row; }
+};
+
 struct Steps {
   Index T, B;
   const Index* lengths;        // (B) or null

@@ -177,7 +177,7 @@ struct BackwardSteps : Share {
   }
 
   FUSEDRNN_INLINE BackwardRow<T> row_at(const CellShape& shape, Index t, Index b, T* da) const {
-    const auto in = [&](const T* data, Index step, Index row) { return data ? data + t * step + b * row : nullptr; };
+    const auto in = [&](const Sequence<const T>& all) { return all.data ? all.at(t, b) : nullptr; };
     return {b,
             chain_of(t, b),
             da,
@@ -186,9 +186,9 @@ struct BackwardSteps : Share {
             h_row(t, b),
             shape.has_c ? c_before(t, b) : nullptr,
             shape.has_c ? c_row(t, b) : nullptr,
-            in(job.dy, job.dy_step, job.dy_row),
-            in(job.dh_states, job.dh_states_step, job.dh_states_row),
-            in(job.dc_states, job.dc_states_step, job.dc_states_row),
+            in(job.dy),
+            in(job.dh_states),
+            in(job.dc_states),
             nullptr,
             nullptr};
   }
@@ -262,7 +262,7 @@ struct BackwardSteps : Share {
       T* row = job.inputs + r * job.inputs_row;
       const T* h_prev = h_before(t, b);
       row[0] = T(1);
-      __builtin_memcpy(row + 1, job.x + t * job.x_step + b * job.x_row, size_t(job.I) * sizeof(T));
+      __builtin_memcpy(row + 1, job.x.at(t, b), size_t(job.I) * sizeof(T));
       __builtin_memcpy(row + 1 + job.I, h_prev, size_t(job.P) * sizeof(T));
       if (shape.phases == 2) {
         const T* saved = saved_row(t, b);  // r comes first
@@ -295,8 +295,7 @@ struct BackwardSteps : Share {
         }
       };
       O::zip(V::set(1), V::set(two)).store(row, 1);
-      const auto x = [&](Index time, Index b_) { return job.x + time * job.x_step + b_ * job.x_row; };
-      pair(x(t, b), x(next_t, next_b), nullptr, nullptr, nullptr, nullptr, job.I, row + 1);
+      pair(job.x.at(t, b), job.x.at(next_t, next_b), nullptr, nullptr, nullptr, nullptr, job.I, row + 1);
       const T *mask = regularized ? masks().dropout(b) : nullptr, *other = mask ? masks().dropout(next_b) : nullptr;
       const T *h = h_before(t, b), *next_h = h_before(next_t, next_b);
       pair(h, next_h, mask, other, nullptr, nullptr, job.P, row + 1 + job.I);

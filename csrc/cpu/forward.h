@@ -174,7 +174,7 @@ struct ForwardSteps : Share {
     Index i = 0;
     for (Index b = row_begin; b < row_end; ++b) {
       if (!valid(steps, t, b)) continue;
-      rows.x[i] = job.x + t * job.x_step + b * job.x_row;
+      rows.x[i] = job.x.at(t, b);
       rows.middle[i] = job.middle ? job.middle + b * job.blocks * kBlock : nullptr;
       rows.h_out[i] = h_out(t, b);
       rows.c_out[i] = has_c ? c_row(t, b) : nullptr;
@@ -265,7 +265,7 @@ struct ForwardSteps : Share {
       const Index t = time_of(job.steps, s);
       for (Index b = row_begin; b < row_end; ++b)
         if (valid(job.steps, t, b))
-          ahead.x[n] = job.x + t * job.x_step + b * job.x_row, ahead.sums[n++] = ahead_row(s, b);
+          ahead.x[n] = job.x.at(t, b), ahead.sums[n++] = ahead_row(s, b);
     }
     if constexpr (kNumbers<O> > 1)
       for (Index i = 0; i < n; ++i) ahead.x[i] = operand(ahead.x[i], job.I);

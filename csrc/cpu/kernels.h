@@ -13,8 +13,6 @@
 namespace fusedrnn {
 namespace cpu {
 
-using Index = int64_t;
-
 using Bfloat16 = uint16_t;  // its bits
 
 constexpr Index kBlock = 16;  // hidden units per block, on every instruction set and dtype
@@ -94,8 +92,7 @@ template <class T>
 struct ForwardJob {
   Steps steps;
   Index I, H, P, blocks;
-  const T* x;
-  Index x_step, x_row;
+  Sequence<const T> x;
   Packed<T> input, recurrent, recurrent2, projection;
   // Instead of packed ones, for a single step: weights as PyTorch lays them out, and memory of `panel_step` elements
   // per thread, where the blocks of a panel are packed just before they are used.
@@ -132,16 +129,15 @@ template <class T>
 struct BackwardJob {
   Steps steps;
   Index I, H, P, blocks;
-  const T* x;
-  Index x_step, x_row;
+  Sequence<const T> x;
   // Transposed: blocks of outputs, k over [unit block][accumulator][16].
   Packed<T> input, recurrent, recurrent2, projection;
   const T *h0, *c0, *zeros, *y;
   Kept<T> kept;
   const ForwardJob<T>* replay;  // with boundary states only: fills `kept` chunk by chunk; else null
   const T* boundary_states;
-  const T *dy, *dhT, *dcT, *dh_states, *dc_states;
-  Index dy_step, dy_row, dh_states_step, dh_states_row, dc_states_step, dc_states_row;
+  Sequence<const T> dy, dh_states, dc_states;
+  const T *dhT, *dcT;
   T* dx;
   T *dh0, *dc0;
   bool need_weights;

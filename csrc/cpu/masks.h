@@ -6,7 +6,6 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
-using cpu::Index;
 using cpu::kBlock;
 
 // See cpu::Kernels::draw_mask.

@@ -320,7 +320,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   cpu::ForwardJob<T> job{};
   job.steps = steps_of(problem);
   job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks;
-  job.x = call.x.data, job.x_step = call.x.step, job.x_row = call.x.row;
+  job.x = call.x;
   if (packed) set_weights(job, *packed);
   if (by_panel) {
     const cpu::ControlWord word(flush_subnormals.load());
@@ -447,7 +447,7 @@ void backward(const BackwardCall<T>& call) {
   cpu::BackwardJob<T> job{};
   job.steps = steps_of(problem);
   job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks;
-  job.x = call.x.data, job.x_step = call.x.step, job.x_row = call.x.row;
+  job.x = call.x;
   job.input = {input, input_step}, job.recurrent = {recurrent, recurrent_step},
   job.recurrent2 = {recurrent2, recurrent2_step}, job.projection = {projection, projection_step};
   job.h0 = call.h0, job.c0 = shape.has_c ? call.c0 : nullptr, job.zeros = zeros;
@@ -464,7 +464,7 @@ void backward(const BackwardCall<T>& call) {
   if (replay) {
     again.steps = job.steps;
     again.I = n.I, again.H = n.H, again.P = n.P, again.blocks = blocks;
-    again.x = job.x, again.x_step = job.x_step, again.x_row = job.x_row;
+    again.x = job.x;
     set_weights(again, *packed);
     again.operands = operands, again.operands_row = operands_row;
     again.h0 = job.h0, again.c0 = job.c0, again.zeros = zeros;
@@ -475,10 +475,8 @@ void backward(const BackwardCall<T>& call) {
     again.regularization = job.regularization;
     job.replay = &again, job.boundary_states = call.tape->boundary_states;
   }
-  job.dy = call.dy.data, job.dy_step = call.dy.step, job.dy_row = call.dy.row;
-  job.dhT = call.dhT, job.dcT = call.dcT;
-  job.dh_states = call.dh_states.data, job.dh_states_step = call.dh_states.step, job.dh_states_row = call.dh_states.row;
-  job.dc_states = call.dc_states.data, job.dc_states_step = call.dc_states.step, job.dc_states_row = call.dc_states.row;
+  job.dy = call.dy, job.dhT = call.dhT, job.dcT = call.dcT;
+  job.dh_states = call.dh_states, job.dc_states = call.dc_states;
   job.dx = call.dx, job.dh0 = call.dh0, job.dc0 = call.dc0;
   job.need_weights = need_weights;
   job.dpacked = dpacked, job.dpacked_block = dpacked_block;

@@ -11,8 +11,6 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
-using cpu::Index;
-
 FUSEDRNN_INLINE Index blocks_of(Index n) { return (n + cpu::kBlock - 1) / cpu::kBlock; }
 
 // Units of a block in the tape: the last one has only those there are.

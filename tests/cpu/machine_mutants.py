@@ -219,8 +219,8 @@ MUTANTS = [
     Mutant(
         "backward: x of the first step",
         BACKWARD,
-        "call.x + t * call.x_step + b * call.x_row",
-        "call.x + 0 * t + b * call.x_row",
+        "call.x.at(t, b)",
+        "call.x.at(0 * t, b)",
     ),
     Mutant(
         "backward: the first state for every operand",

@@ -123,14 +123,14 @@ MUTANTS = [
     Mutant(
         "forward: strides of x ignored",
         FORWARD,
-        "rows.x[i] = job.x + t * job.x_step + b * job.x_row;",
-        "rows.x[i] = job.x + (t * B + b) * job.I;",
+        "rows.x[i] = job.x.at(t, b);",
+        "rows.x[i] = job.x.data + (t * B + b) * job.I;",
     ),
     Mutant(
         "forward: x of another step ahead",
         FORWARD,
-        "ahead.x[n] = job.x + t * job.x_step + b * job.x_row",
-        "ahead.x[n] = job.x + (t ? t - 1 : t) * job.x_step + b * job.x_row",
+        "ahead.x[n] = job.x.at(t, b)",
+        "ahead.x[n] = job.x.at(t ? t - 1 : t, b)",
     ),
     Mutant(
         "forward: one row's W x for all",
@@ -220,8 +220,8 @@ MUTANTS = [
     Mutant(
         "backward: strides of dy ignored",
         BACKWARD,
-        "in(job.dy, job.dy_step, job.dy_row)",
-        "in(job.dy, B * job.P, job.P + 1)",
+        "in(job.dy)",
+        "in({job.dy.data, B * job.P, job.P + 1})",
     ),
     Mutant(
         "backward: cuts in forward only",
@@ -278,8 +278,8 @@ MUTANTS = [
     Mutant(
         "backward: x of another step",
         BACKWARD,
-        "job.x + t * job.x_step + b * job.x_row",
-        "job.x + (t ? t - 1 : t) * job.x_step + b * job.x_row",
+        "__builtin_memcpy(row + 1, job.x.at(t, b), size_t(job.I) * sizeof(T));",
+        "__builtin_memcpy(row + 1, job.x.at(t ? t - 1 : t, b), size_t(job.I) * sizeof(T));",
     ),
     Mutant(
         "backward: r lost in the gradient of weight_hn",

@@ -189,7 +189,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
       const Index t = this->rows.t[r], b = this->rows.b[r];
       T* const row = Base::job.inputs + r * Base::job.inputs_row;
       row[0] = T(1);
-      __builtin_memcpy(row + 1, call.x + t * call.x_step + b * call.x_row, size_t(call.I) * sizeof(T));
+      __builtin_memcpy(row + 1, call.x.at(t, b), size_t(call.I) * sizeof(T));
       for (int o = 1; o < call.operands; ++o)
         if (call.state_of[o] >= 0)
           __builtin_memcpy(row + job.column_of[o], places.state_before(call.state_of[o], t, b),

@@ -42,7 +42,7 @@ struct MachineForwardLoop : Share {
     count = 0;
     for (Index b = row_begin; b < row_end; ++b) {
       if (!valid(call.steps, t, b)) continue;
-      x[count] = call.x + t * call.x_step + b * call.x_row;
+      x[count] = call.x.at(t, b);
       rows.select(count, t, b);
       if (call.projects) rows.put(rows.after(0), count, job.unprojected, b * masks.units);
       for (int o = 1; o < call.operands; ++o) {

@@ -13,7 +13,6 @@
 namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
-using cpu::Index;
 using cpu::Instruction;
 using cpu::kBlock;
 using cpu::Operation;

@@ -106,8 +106,7 @@ struct MachineCall {
   const int* state_of;  // of each operand the state before that it is, or -1
   const MachineRound* rounds;
   int round_count;
-  const T* x;
-  Index x_step, x_row;
+  Sequence<const T> x;
   const T* vectors;  // [vector][blocks * 16]
   const T* constants;
   const T* const* scalars;  // of each row scalar (T, B)

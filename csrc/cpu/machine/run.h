@@ -117,7 +117,7 @@ cpu::MachineCall<T> machine_call(const MachinePlan& plan, const Problem& problem
   call.saved_count = plan.saved, call.vector_count = int(plan.vectors.size());
   call.scalar_count = plan.scalars;
   call.state_of = plan.state_of.data();
-  call.x = x.data, call.x_step = x.step, call.x_row = x.row;
+  call.x = x;
   call.vectors = numbers.vectors, call.constants = numbers.constants, call.start = numbers.start_of.data();
   call.tables = scratch.tables, call.tables_step = scratch.tables_step;
   call.register_count = plan.registers;
