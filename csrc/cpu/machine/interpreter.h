@@ -4,7 +4,7 @@
 // vectors, and its loop is the compiled cells' code for one operation: the bits are theirs. A register holds the
 // vectors of all rows and blocks of the tile, [block][row], in the nearest cache.
 #pragma once
-#include "cells/row_norm.h"
+#include "cpu/layer_norm.h"
 #include "cpu/machine/job.h"
 #include "cpu/tile.h"
 #include "simd/log.h"
@@ -102,13 +102,11 @@ FUSEDRNN_INLINE void each_row(const Frame<V>& f, int place, Index offset, Then&&
     for (int w = 0; w < f.wide; ++w) then((w * f.rows + i) * f.step, rows[i] + offset);
 }
 
-FUSEDRNN_INLINE float scalar_sqrt(float x) { return __builtin_sqrtf(x); }
-FUSEDRNN_INLINE double scalar_sqrt(double x) { return __builtin_sqrt(x); }
 template <class V>
 FUSEDRNN_INLINE V sqrt(V x) {
   alignas(64) typename V::scalar lanes[V::lanes];
   x.store(lanes);
-  for (auto& lane : lanes) lane = scalar_sqrt(lane);
+  for (auto& lane : lanes) lane = RowUnits<V>::root(lane);
   return V::load(lanes);
 }
 

@@ -88,8 +88,7 @@ struct MachineNorms {
   }
 
   // Of `count` rows of a step those that this thread has; then all threads may read the numbers.
-  template <class Worker>
-  bool run(const MachineRound& round, Index count, bool is_backward, const Worker& worker) const {
+  bool run(const MachineRound& round, Index count, bool is_backward, const cpu::Worker& worker) const {
     const Index n = worker.by_rows ? 1 : worker.region.threads, t = worker.by_rows ? 0 : worker.region.thread;
     for (Index i = count * t / n; i < count * (t + 1) / n; ++i) {
       for (int k = 0; k < round.norm_count; ++k)
