@@ -350,17 +350,17 @@ void define_machine(py::module_& m) {
   limits["accumulators"] = Limits::accumulators, limits["vectors"] = Limits::vectors;
   m.attr("MACHINE_LIMITS") = limits;
   m.def("machine_plan", &py_machine_plan, py::arg("numbers"), py::arg("start"), py::arg("constants"));
-  m.def("machine_pack", &py_machine_pack, py::arg("plan"), py::arg("weights"));
-  m.def("machine_forward", &py_machine_forward, py::arg("packed"), py::arg("plan"), py::arg("x"), py::arg("state0"),
+  m.def("machine_pack", &py_machine_pack, py::arg("plan").none(false), py::arg("weights"));
+  m.def("machine_forward", &py_machine_forward, py::arg("packed"), py::arg("plan").none(false), py::arg("x"), py::arg("state0"),
         py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("detach_every"), py::arg("regularization"),
         py::arg("return_states"), py::arg("save"), py::arg("scalars"));
   m.def("machine_backward", &py_machine_backward, py::arg("tape"), py::arg("dy"), py::arg("dstateT"),
         py::arg("dstates"), py::arg("need"));
-  m.def("machine_run_forward", &py_machine_run_forward, py::arg("packed"), py::arg("plan"), py::arg("x"),
+  m.def("machine_run_forward", &py_machine_run_forward, py::arg("packed"), py::arg("plan").none(false), py::arg("x"),
         py::arg("state0"), py::arg("scalars"), py::arg("lengths"), py::arg("reset"), py::arg("reverse"),
         py::arg("detach_every"), py::arg("regularization"), py::arg("y"), py::arg("stateT"), py::arg("states"),
         py::arg("tape"));
-  m.def("machine_run_backward", &py_machine_run_backward, py::arg("plan"), py::arg("weights"), py::arg("x"),
+  m.def("machine_run_backward", &py_machine_run_backward, py::arg("plan").none(false), py::arg("weights"), py::arg("x"),
         py::arg("state0"), py::arg("scalars"), py::arg("lengths"), py::arg("reset"), py::arg("reverse"),
         py::arg("detach_every"), py::arg("regularization"), py::arg("y"), py::arg("tape"), py::arg("dy"),
         py::arg("dstateT"), py::arg("dstates"), py::arg("dx"), py::arg("dweights"), py::arg("dstate0"),

@@ -57,9 +57,9 @@ void repeat_backward_as(Index times, const PyTape& tape, const py::object& dy) {
 
 template <class T>
 py::array_t<T> activation_as(int which, const py::object& x, const std::string& isa) {
-  const py::array a = py::reinterpret_borrow<py::array>(x);
-  const T* in = need<T>(x, "x", {a.size()});
-  py::array_t<T> out(std::vector<Index>{a.size()});
+  const Index n = array_view(x, "x").shape[0];
+  const T* in = need<T>(x, "x", {n});
+  py::array_t<T> out = empty<T>({n});
   const cpu::Kernels<T>* kernels = &cpu::kernels<T>();
   if (!isa.empty()) {
     kernels = nullptr;
@@ -68,7 +68,7 @@ py::array_t<T> activation_as(int which, const py::object& x, const std::string& 
     if (!kernels) throw py::value_error("isa: expected an available instruction set, got " + isa);
   }
   const cpu::ControlWord word;
-  kernels->activation(which, in, out.mutable_data(), a.size());
+  kernels->activation(which, in, out.mutable_data(), n);
   return out;
 }
 
@@ -101,7 +101,7 @@ py::tuple cell_layout(int id, bool regularized) {
 #undef X
   };
   const cpu::Kernels<float>& kernels = cpu::kernels<float>();
-  const cpu::CellShape& shape = (regularized ? kernels.regularized : kernels.cells)[id].shape;
+  const cpu::CellShape& shape = (regularized ? kernels.regularized : kernels.cells)[int(cell_of(id))].shape;
   py::list parts;
   for (const Part& part : {shape.input, shape.recurrent, shape.recurrent2})
     parts.append(py::make_tuple(part.first, std::vector<int>(part.gate, part.gate + part.count)));
@@ -114,8 +114,6 @@ py::tuple split(int id, Index T, Index B, Index I, Index H, int threads) {
   const CellId cell = cell_of(id);
   if (T < 0 || B < 0 || I < 1 || H < 1 || threads < 1)
     throw py::value_error("sizes: expected T and B at least 0, and I, H and threads at least 1");
-  const auto size = [](Index n) { return std::size_t(n) + 16; };
-  cpu::checked_product({size(T), size(B), size(H), size(I) + size(H), 64});  // larger than any product in the choice
   const Sizes sizes = {T, B, I, H, H};
   const Split found = split_of<float>(cell, sizes, threads);
   return py::make_tuple(found.threads, found.by_rows, chunks_of<float>(cell, sizes));

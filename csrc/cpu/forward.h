@@ -287,18 +287,18 @@ struct ForwardSteps : Share {
     const Steps& steps = job.steps;
     const Index B = steps.B, P = job.P, H = job.H, n = worker.region.threads, i = worker.region.thread;
     const auto copy = [](T* to, const T* from, Index count) {
-      if (to != from) __builtin_memcpy(to, from, size_t(count) * sizeof(T));  // y of one step may be hT
+      if (to != from) __builtin_memcpy(to, from, size_t(count) * sizeof(T));
     };
     for (Index b = B * i / n; b < B * (i + 1) / n; ++b) {
       const Index length = length_of(steps, b), last = length ? last_time(steps, b) : 0;
       const T* h = length ? job.y + (last * B + b) * P : job.h0 ? job.h0 + b * P : job.zeros;
       const T* c = !shape.has_c ? nullptr : length ? c_row(last, b) : job.c0 ? job.c0 + b * H : job.zeros;
-      copy(job.hT + b * P, h, P);
+      for (Index t = length; t < steps.T; ++t) __builtin_memset(h_out(t, b), 0, size_t(P) * sizeof(T));
+      copy(job.hT + b * P, h, P);  // behind y, which may be the same of one step
       if (shape.has_c) copy(job.cT + b * H, c, H);
       // In reverse the padding comes before the first step: there the initial state is held.
       const T* held_h = steps.reverse ? (job.h0 ? job.h0 + b * P : job.zeros) : h;
       const T* held_c = steps.reverse ? (job.c0 ? job.c0 + b * H : job.zeros) : c;
-      for (Index t = length; t < steps.T; ++t) __builtin_memset(h_out(t, b), 0, size_t(P) * sizeof(T));
       if (job.h_states)
         for (Index t = 0; t < steps.T; ++t)
           copy(job.h_states + (t * B + b) * P, t < length ? job.y + (t * B + b) * P : held_h, P);

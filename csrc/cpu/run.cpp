@@ -203,6 +203,12 @@ Index regularization_memory(const Problem& problem, int threads, int arrays = 3)
   return problem.regularization.acts() ? 1 + arrays * Index(threads) : 0;
 }
 
+// Where no array shows that there is memory for them: a product larger than any that is made of sizes.
+void check_sizes(const Sizes& n) {
+  const auto size = [](Index k) { return std::size_t(k) + 16; };
+  cpu::checked_product({size(n.T), size(n.B), size(n.H), size(n.I) + size(n.H), 64});
+}
+
 // Without rows there is nothing to walk through, however many steps.
 Steps steps_of(const Problem& p) {
   return {p.sizes.B ? p.sizes.T : 0, p.sizes.B, p.lengths, p.reset, p.reverse, p.detach_every};
@@ -502,17 +508,20 @@ void backward(const BackwardCall<T>& call) {
 
 template <class T>
 Split split_of(CellId cell, const Sizes& sizes, int threads) {
+  check_sizes(sizes);
   return split_for<T>(cpu::kernels<T>().cells[int(cell)].shape, sizes, threads);
 }
 
 template <class T>
 Index chunks_of(CellId cell, const Sizes& sizes) {
+  check_sizes(sizes);
   return Chunk<T>(cpu::kernels<T>().cells[int(cell)].shape, sizes).count;
 }
 
 template <class T>
 TapeShape tape_shape(const Problem& problem, Save save) {
   const Sizes& n = problem.sizes;
+  check_sizes(n);
   const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
   const CellShape& shape = cell_of(kernels, problem).shape;
   if (save == Save::boundary_states) {

@@ -15,10 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from problems import CELLS, NORMED, assert_bitwise_equal, name, named, problem, run
+from published import mgu
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, kernels, threads
-from fusedrnn.backends import get
+from fusedrnn.backends import get, machine
 from fusedrnn.backends.cpu import NEED, WEIGHTS, CpuBackend, cell_id
 from fusedrnn.cells import Cell, gru, lstm, rnn
 
@@ -346,6 +347,9 @@ def test_anything_for_any_argument_of_the_compiled_module(data):
         _core.pack: [2, *map(forward.get, WEIGHTS)],
         _core.forward: [packed, *(forward[k] for k in ("x", "h0", "c0", "lengths", "reset")), False, True, 1],
         _core.backward: [tape, *backward.values(), [True] * len(NEED)],
+        _core.cell_layout: [2, False],
+        _core.tape_shape: [2, T, B, I, H, H, False, False, False],
+        _core.machine_pack: [machine.plan(mgu), list(problem(mgu, T, B, I, H).weights.values())],
         _core.set_num_threads: [_core.num_threads()],
         _core.testing.activation: [1, forward["h0"][0], ""],
     }
@@ -423,6 +427,30 @@ def test_the_compiled_pack_refuses_unknown_cells(cell):
     forward, _ = arguments(lstm, np.float32)
     with pytest.raises(ValueError, match="cell"):
         _core.pack(cell, *map(forward.get, WEIGHTS))
+    with pytest.raises(ValueError, match="cell"):
+        _core.cell_layout(cell, False)
+
+
+def test_the_compiled_module_refuses_sizes_whose_products_overflow():
+    for recompute in (False, True):  # B times the bytes of a row of a chunk would be 2**64
+        with pytest.raises(OverflowError, match="size too large"):
+            _core.tape_shape(0, 1, 2**56, 1, 1, 1, recompute, False, False)
+
+
+def test_the_compiled_module_refuses_to_do_without_a_plan():
+    p = problem(mgu, T, B, I, H)
+    packed = machine.pack(mgu, p.weights).core
+    options = (None, None, False, 0, None)
+    for call in (
+        lambda: _core.machine_pack(None, list(p.weights.values())),
+        lambda: _core.machine_forward(packed, None, p.x, (), *options, False, 1, []),
+        lambda: _core.machine_run_forward(packed, None, p.x, (), [], *options, None, (), (), None),
+        lambda: _core.machine_run_backward(
+            None, list(p.weights.values()), p.x, (), [], *options, p.x, p.x, None, (), (), None, (), (), []
+        ),
+    ):
+        with pytest.raises(TypeError, match="plan"):
+            call()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (8, 0), (0, 0), (6, 3), (4, 3)])

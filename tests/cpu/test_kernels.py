@@ -363,6 +363,15 @@ def test_one_step_of_weights_as_they_lie_gives_the_same_bits(cell, dtype, batch,
             assert np.array_equal(value, expected[key].reshape(value.shape)), key
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("cell", CELLS, ids=cell_name)
+def test_one_step_keeps_the_state_of_rows_that_are_empty(cell):
+    """hT lies where y would, and y is 0 there."""
+    p = replace(problem(cell, 1, 4, 3, 7, dtype=np.float32), lengths=np.array([1, 0, 1, 0]))
+    out = Arrays(replace(p, x=p.x[0], dy=None, dstates=None), False).forward()
+    assert np.array_equal(out["hT"], run(CPU, p)["hT"])
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=cell_name)
 def test_arrays_that_do_not_fit_are_refused(cell):
     p = problem(cell, 4, 3, 2, 5)

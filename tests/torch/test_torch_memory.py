@@ -389,3 +389,11 @@ def test_lengths_and_resets_may_be_written_to_after_the_call(kind):
 
     for a, b in zip(grads(True), grads(False), strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_activation_of_the_compiled_module_takes_a_tensor():
+    from fusedrnn import _core
+
+    x = torch.linspace(-2, 2, 7)
+    for given in (x, x.double()):
+        assert_close(torch.from_numpy(_core.testing.activation(1, given)), torch.tanh(given))
