@@ -409,7 +409,6 @@ struct BackwardLoop : BackwardSteps<V, O> {
   static constexpr CellShape shape = shape_of<Cell>();
 
   BackwardLoop(const BackwardJob<T>& job_, const Worker& worker_) : Base(job_, worker_, shape, kRegularized<Cell>) {
-    this->weights.groups.add_parts(shape, job.I, job.P);
     if constexpr (Cell::layer_norm)
       if (job.norm_sums)
         __builtin_memset(job.norm_sums + this->row_begin * units * kNormSums<Cell>, 0,

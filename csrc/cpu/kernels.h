@@ -18,7 +18,6 @@ using Bfloat16 = uint16_t;  // its bits
 constexpr Index kBlock = 16;  // hidden units per block, on every instruction set and dtype
 
 constexpr Part kProjection = {0, 1, {0}};  // weight_hr: its rows in their own order
-constexpr int kMaxGroups = 64;             // of columns of the joint rows that share their accumulators: cpu/backward.h
 
 // A chunk of many rows (one step of a large batch) is summed in parts: a running float32 sum would lose digits.
 constexpr Index kSumRows = 4096;
@@ -125,6 +124,21 @@ struct ForwardJob {
   Regularization<T> regularization;
 };
 
+// Columns of the joint rows [1 | x | h_prev | middle] that share the accumulators they give gradients to: one product.
+struct Group {
+  Index column, columns;
+  int first, count;      // accumulators
+  Index offset, before;  // in a block of dpacked; columns of the groups before it
+};
+
+// Where the gradient of some columns of a group goes, of one accumulator.
+template <class T>
+struct Gradient {
+  T* out;  // (units, columns)
+  int accumulator, group;
+  Index column, columns;
+};
+
 template <class T>
 struct BackwardJob {
   Steps steps;
@@ -141,13 +155,17 @@ struct BackwardJob {
   T* dx;
   T *dh0, *dc0;
   bool need_weights;
-  T* dpacked;  // [block][group of columns][column][accumulator][16]
+  const Group* groups;  // in the order of the joint rows
+  int group_count;
+  T* dpacked;  // [block][group][column][accumulator][16]
   Index dpacked_block;
   T* dprojection;  // [block of P][unit][16], where weight_hr has a gradient; else null
-  T *dweight_ih, *dweight_hh, *dbias_ih, *dbias_hh, *dweight_hr;
+  const Gradient<T>* gradients;
+  int gradient_count;
+  T* dweight_hr;
   NormWeights<T> norm;
   T* norm_sums;  // [B][blocks*16*kNormSums], or null: no gradient of a gain or bias is needed
-  T *dgain_ih, *dgain_hh, *dgain_c, *dbias_c;
+  T *dgain_ih, *dgain_hh, *dgain_c, *dbias_ih, *dbias_hh, *dbias_c;
   T* da;  // a chunk's valid rows: [row][da_row]; of a cell that projects with dh and what is projected behind
   Index da_row;
   T* boundary;  // [B][da_row]: each row's latest da, kept across chunks

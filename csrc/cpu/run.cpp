@@ -10,6 +10,7 @@
 #include "api.h"
 #include "cpu/control_word.h"
 #include "cpu/dispatch.h"
+#include "cpu/groups.h"
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
 #include "cpu/packed_weights.h"
@@ -145,6 +146,19 @@ Index ahead_steps(const CellShape& shape, const Sizes& n) {
   if (shape.layer_norm || n.I < kBlock || n.B < 1 || n.B > (large ? kRows / 4 : 1)) return 0;
   const Index steps = std::min(n.T, kRows / n.B);
   return steps > 1 ? steps : 0;
+}
+
+// Of the joint rows [1 | x | h_prev | middle].
+cpu::Groups groups_of(const CellShape& shape, const Sizes& n) {
+  const Part all = {0, shape.accumulators, {}};
+  cpu::Groups groups;
+  groups.all.reserve(4);
+  if (!shape.layer_norm) groups.add(0, 1, &all, 1);
+  groups.add(1, n.I, &shape.input, 1);
+  groups.add(1 + n.I, n.P, &shape.recurrent, 1);
+  if (shape.phases == 2) groups.add(1 + n.I + n.P, n.P, &shape.recurrent2, 1);
+  groups.lay_out();
+  return groups;
 }
 
 // Elements of n numbers that products multiply.
@@ -395,7 +409,7 @@ void backward(const BackwardCall<T>& call) {
       replay && !call.packed ? pack_for<T>(kernels, problem.cell, n.I, n.H, n.P, call.weights, call.poll) : nullptr;
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
   const bool two_products = shape.phases == 2 || shape.projects;
-  const Index group_columns = 1 + n.I + n.P * shape.phases;  // an upper bound, all accumulators for every column
+  const cpu::Groups groups = groups_of(shape, n);
   Layout layout;
   T *zeros, *input, *recurrent, *recurrent2, *dpacked, *da, *boundary, *inputs, *dc, *direct, *saved, *c, *middle,
       *h_out, *bias, *norm_sums, *masks, *projection, *dprojection, *by_tile, *panel, *operands;
@@ -410,7 +424,6 @@ void backward(const BackwardCall<T>& call) {
   const Index zero_count = std::max({n.P, units, chunk.da_row});
   const Index replay_steps = replay ? chunk.steps : 0, replay_rows = replay ? n.B : 0;
   const Index replay_bytes = lines<char>(kernels.forward_scratch(n.B, 0)) + 64;
-  const Index dpacked_block = group_columns * shape.accumulators * kBlock;
   const bool ordered = need_weights && chunk.ordered, copied = ordered || (need_weights && kernels.numbers > 1);
   const Index input_rows = elements(kernels, chunk.steps * n.B);
   const Index operands_row = operands_of_row(kernels, n, 0);
@@ -419,12 +432,12 @@ void backward(const BackwardCall<T>& call) {
   layout.take(recurrent, {blocks_of(n.P), recurrent_step});
   layout.take(recurrent2, {k_recurrent2 ? blocks_of(n.P) : 0, recurrent2_step});
   layout.take(projection, {shape.projects ? blocks : 0, projection_step});
-  layout.take(dpacked, {need_weights ? blocks : 0, dpacked_block});
+  layout.take(dpacked, {need_weights ? blocks : 0, groups.block_step});
   layout.take(dprojection, {dw.weight_hr ? blocks_of(n.P) : 0, n.H, kBlock});
   layout.take(da, {chunk.steps, n.B, chunk.da_row});
   layout.take(boundary, {n.B, chunk.da_row});
   layout.take(inputs, {need_weights ? input_rows : 0, chunk.inputs_row});
-  layout.take(by_tile, {ordered ? input_rows : 0, chunk.inputs_row});
+  layout.take(by_tile, {ordered ? input_rows : 0, groups.columns});
   layout.take(panel, {copied ? split.threads : 0, chunk.panel_step});
   layout.take(operands, {split.by_rows ? 1 : split.threads, replay_rows, operands_row});
   layout.take(saved, {replay_steps, n.B, shape.saved, n.H});
@@ -485,16 +498,35 @@ void backward(const BackwardCall<T>& call) {
   job.dh_states = call.dh_states, job.dc_states = call.dc_states;
   job.dx = call.dx, job.dh0 = call.dh0, job.dc0 = call.dc0;
   job.need_weights = need_weights;
-  job.dpacked = dpacked, job.dpacked_block = dpacked_block;
+  job.groups = groups.all.data(), job.group_count = int(groups.all.size());
+  job.dpacked = dpacked, job.dpacked_block = groups.block_step;
   job.dprojection = dw.weight_hr ? dprojection : nullptr;
-  job.dweight_ih = dw.weight_ih, job.dweight_hh = dw.weight_hh, job.dbias_ih = dw.bias_ih, job.dbias_hh = dw.bias_hh;
+  std::vector<cpu::Gradient<T>> gradients;
+  gradients.reserve(4 * std::size_t(shape.accumulators));
+  const auto add = [&](T* out, Index column, Index columns, const Part& part) {
+    for (int s = 0; out && s < part.count; ++s) {
+      const int accumulator = part.first + s;
+      gradients.push_back(
+          {out + part.gate[s] * n.H * columns, accumulator, groups.of(column, accumulator), column, columns});
+    }
+  };
+  add(dw.weight_ih, 1, n.I, shape.input);
+  add(dw.weight_hh, 1 + n.I, n.P, shape.recurrent);
+  add(dw.weight_hh, 1 + n.I + n.P, n.P, shape.recurrent2);
+  if (!shape.layer_norm) {
+    add(dw.bias_ih, 0, 1, shape.input);
+    add(dw.bias_hh, 0, 1, shape.recurrent);
+    add(dw.bias_hh, 0, 1, shape.recurrent2);
+  }
+  job.gradients = gradients.data(), job.gradient_count = int(gradients.size());
   job.dweight_hr = dw.weight_hr;
   if (shape.layer_norm) {
     const cpu::ControlWord word(flush_subnormals.load());
     pack_vectors(shape, n.H, call.weights.bias_ih, call.weights.bias_hh, bias);
     job.norm = norm.fill(shape, n.H, call.weights, bias);
     job.norm_sums = need_norms ? norm_sums : nullptr;
-    job.dgain_ih = dw.gain_ih, job.dgain_hh = dw.gain_hh, job.dgain_c = dw.gain_c, job.dbias_c = dw.bias_c;
+    job.dgain_ih = dw.gain_ih, job.dgain_hh = dw.gain_hh, job.dgain_c = dw.gain_c;
+    job.dbias_ih = dw.bias_ih, job.dbias_hh = dw.bias_hh, job.dbias_c = dw.bias_c;
   }
   job.da = da, job.da_row = chunk.da_row, job.boundary = boundary, job.inputs = inputs,
   job.inputs_row = chunk.inputs_row;

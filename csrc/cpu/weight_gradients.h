@@ -9,45 +9,10 @@ namespace FUSEDRNN_LEVEL {
 
 using cpu::BackwardJob;
 using cpu::CellShape;
+using cpu::Gradient;
+using cpu::Group;
 using cpu::kBlock;
 using cpu::Worker;
-
-// Columns of [1 | x | h_prev | middle] that share the accumulators they give gradients to: one product of the joint
-// rows.
-struct Group {
-  Index column, columns;
-  int first, count;  // accumulators
-  Index offset;      // of the group in a block of dpacked
-  Index before;      // columns of the groups before it
-};
-
-struct Groups {
-  Group group[cpu::kMaxGroups];
-  int count = 0;
-  Index block_step = 0, columns = 0;
-  // Column ranges, in the order of the joint rows.
-  void add_parts(const CellShape& shape, Index I, Index P) {
-    const Part &input = shape.input, &recurrent = shape.recurrent;
-    if (input.first == recurrent.first && input.count == recurrent.count) {
-      add(0, 1 + I + P, 0, shape.accumulators);
-    } else {
-      if (!shape.layer_norm) add(0, 1, 0, shape.accumulators);
-      add(1, I, input.first, input.count);
-      add(1 + I, P, recurrent.first, recurrent.count);
-    }
-    if (shape.phases == 2) add(1 + I + P, P, shape.recurrent2.first, shape.recurrent2.count);
-  }
-  void add(Index column, Index n, int first, int accumulators) {
-    group[count++] = {column, n, first, accumulators, block_step, columns};
-    block_step += n * accumulators * kBlock, columns += n;
-  }
-  // Where dpacked holds the gradient of (column, accumulator) for the first unit of a block.
-  const Group& of_column(Index column) const {
-    int n = 0;
-    while (column >= group[n].column + group[n].columns) ++n;
-    return group[n];
-  }
-};
 
 // Sums them up chunk by chunk, from the rows of da and the joint rows. Pairs are of two rows: those of the joint rows
 // are made so (cpu/backward.h), those of da in the copies.
@@ -58,7 +23,6 @@ struct WeightGradients {
   const BackwardJob<T>& job;
   const Worker& worker;
   const CellShape& shape;
-  Groups groups;  // the cell's loop adds them
   // Of a cell that projects, where a row of da has the gradient of h, and what was projected, both in T, for the
   // gradient of weight_hr; and where it has that of h as products with weight_hr read it.
   const Index dh_at, unprojected_at, dh_operand_at;
@@ -88,8 +52,8 @@ struct WeightGradients {
     const Index n = worker.region.threads, i = worker.region.thread, end = count * (i + 1) / n;
     constexpr Index kTogether = 16;  // rows, which stay in the nearest cache
     for (Index begin = count * i / n; begin < end; begin += kTogether)
-      for (int g = 0; g < groups.count; ++g) {
-        const Group& group = groups.group[g];
+      for (int g = 0; g < job.group_count; ++g) {
+        const Group& group = job.groups[g];
         const Tiling tiles = column_tiles(group);
         for (Index t = 0; t < tiles.pieces; ++t) {
           const Index first = tiles.begin(t), m = tiles.begin(t + 1) - first;
@@ -126,7 +90,7 @@ struct WeightGradients {
   bool products(Index count, [[maybe_unused]] Index rows, bool first_chunk) const {
     const Tiling panels(job.blocks, panel_blocks(shape));
     Index total = 0;
-    for (int g = 0; g < groups.count; ++g) total += column_tiles(groups.group[g]).pieces;
+    for (int g = 0; g < job.group_count; ++g) total += column_tiles(job.groups[g]).pieces;
     const Index n = worker.region.threads, i = worker.region.thread;
     const Index begin = total * panels.pieces * i / n, end = total * panels.pieces * (i + 1) / n;
     T* const copy = job.by_tile || kNumbers<O> > 1 ? job.panel + i * job.panel_step : nullptr;
@@ -135,11 +99,11 @@ struct WeightGradients {
       Index at = item % total;
       int g = 0;
       for (;; ++g) {
-        const Index pieces = column_tiles(groups.group[g]).pieces;
+        const Index pieces = column_tiles(job.groups[g]).pieces;
         if (at < pieces) break;
         at -= pieces;
       }
-      const Group& group = groups.group[g];
+      const Group& group = job.groups[g];
       const Index block = panels.begin(panel), first = column_tiles(group).begin(at);
       const int m = int(column_tiles(group).begin(at + 1) - first);
       const int wide = int(panels.begin(panel + 1) - block), A = shape.accumulators;
@@ -238,30 +202,15 @@ struct WeightGradients {
   // All of them back to PyTorch's layout.
   FUSEDRNN_NOINLINE void unpack() const {
     if (job.dprojection) unpack_projection();
-    if (!job.need_weights) return;
-    if (!shape.layer_norm) {
-      unpack(job.dbias_ih, 0, 1, shape.input);
-      unpack(job.dbias_hh, 0, 1, shape.recurrent);
-      unpack(job.dbias_hh, 0, 1, shape.recurrent2);
-    }
-    unpack(job.dweight_ih, 1, job.I, shape.input);
-    unpack(job.dweight_hh, 1 + job.I, job.P, shape.recurrent);
-    unpack(job.dweight_hh, 1 + job.I + job.P, job.P, shape.recurrent2);
-  }
-
-  // dpacked: gate rows of (G*H, columns), from joint columns [column, column + columns).
-  void unpack(T* out, Index column, Index columns, const Part& part) const {
-    if (out && part.count) unpack(out, groups.of_column(column), column, columns, part);
-  }
-  void unpack(T* out, const Group& group, Index column, Index columns, const Part& part) const {
     const Index n = worker.region.threads, i = worker.region.thread;
-    const Index step = group.count * kBlock;
     for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block)
-      for (int s = 0; s < part.count; ++s) {
-        const T* from = job.dpacked + block * job.dpacked_block + group.offset + (column - group.column) * step +
-                        (part.first - group.first + s) * kBlock;
-        transpose_block(from, step, out + (part.gate[s] * job.H + block * kBlock) * columns, columns,
-                        units_of(job.H, block));
+      for (int k = 0; k < job.gradient_count; ++k) {
+        const Gradient<T>& d = job.gradients[k];
+        const Group& group = job.groups[d.group];
+        const Index step = group.count * kBlock;
+        const T* from = job.dpacked + block * job.dpacked_block + group.offset + (d.column - group.column) * step +
+                        (d.accumulator - group.first) * kBlock;
+        transpose_block(from, step, d.out + block * kBlock * d.columns, d.columns, units_of(job.H, block));
       }
   }
 

@@ -13,7 +13,7 @@ FORWARD, BACKWARD, INTERPRETER, ROWS, NORM, PARTS, JOB, RUN = (
     for f in ("forward", "backward", "interpreter", "rows", "norm", "parts", "job", "run")
 )
 PLAN = "cpu/machine/plan.cpp"
-OF_BOTH = "cpu/backward.h"  # of the compiled cells' loop too
+OF_BOTH, GROUPS = "cpu/backward.h", "cpu/groups.h"  # of compiled cells too
 
 MUTANTS = [
     # where the values of rows lie
@@ -322,10 +322,10 @@ MUTANTS = [
         "sums.back().first == part.first",
     ),
     Mutant(
-        "parts: gradients of any accumulators together",
-        PARTS,
-        "groups[last + k].first == found[k].part.first && groups[last + k].count == found[k].part.count",
-        "same",
+        "groups: gradients of any accumulators together",
+        GROUPS,
+        "g.first == p.first && g.count == p.count",
+        "true",
     ),
     # a call
     Mutant(
@@ -363,8 +363,8 @@ MUTANTS = [
     Mutant(
         "run: gradients of the second operand by the first",
         RUN,
-        "parts.group(1 + p.operand, p.accumulator)",
-        "parts.group(1, p.accumulator)",
+        "parts.groups.of(column, p.accumulator)",
+        "parts.groups.of(1, p.accumulator)",
     ),
     Mutant("run: norms of a given tape lost", RUN, "tape->norms = saved;", "tape->norms = tape->saved;"),
     Mutant(

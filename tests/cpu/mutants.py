@@ -318,7 +318,7 @@ MUTANTS = [
         "const bool overwrite = first_chunk && row == 0;",
         "const bool overwrite = false && first_chunk;",
     ),
-    Mutant("backward: wrong slice of the gates", WEIGHTS, "part.first - group.first + s", "s"),
+    Mutant("backward: wrong slice of the gates", WEIGHTS, "d.accumulator - group.first", "d.accumulator"),
     Mutant(
         "backward: dx at padding not zeroed",
         BACKWARD,

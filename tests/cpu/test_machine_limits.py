@@ -57,7 +57,7 @@ def operands(count):
 
 
 def scattered(count):
-    """Backward sums up gates side by side that an operand feeds in groups."""
+    """Gates that h and c feed in turn, so that none has a neighbour with the same operands."""
 
     @cell
     def drawn(p, x, h, c):
@@ -104,10 +104,7 @@ LIMITS = {
         "rounds, products and norms that wait for one another: expected at most 64, got 65",
     ),
     "operands": (operands, 47, 48, "different operands of p.dense beside x: expected at most 47, got 48"),
-    "groups": (
-        *(scattered, 51, 52),
-        "different groups of gates that an operand of p.dense feeds: expected at most 64, got 65",
-    ),
+    "scattered": (scattered, 64, 65, "gates: expected at most 64, got 65"),
     "constants": (
         *(steps(lambda p, a, h, k: a + 0.1 * (k + 1)), 240, 300),
         "different constants: expected at most 255, got 300",

@@ -7,8 +7,6 @@ namespace fusedrnn {
 namespace FUSEDRNN_LEVEL {
 
 using cpu::MachineBackward;
-using cpu::MachineGradient;
-using cpu::MachineGroup;
 using cpu::MachinePart;
 
 template <class V>
@@ -23,8 +21,6 @@ struct MachineBackwardLoop : BackwardSteps<V> {
 
   MachineBackwardLoop(const MachineBackward<T>& job_, const Worker& worker_)
       : Base(*job_.base, worker_, *job_.shape, false), job(job_), call(job_.call), places(call, worker_.region.thread) {
-    for (int g = 0; g < job.group_count; ++g)
-      this->weights.groups.add(job.groups[g].column, job.groups[g].columns, job.groups[g].first, job.groups[g].count);
     places.set(cpu::kGradients, true, call.accumulators, true);
     places.set(cpu::kSums, job.sums, call.vector_count, true);
     places.set(cpu::kNormGradients, job.norm_gradients, 0, true);
@@ -288,11 +284,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     if (!initial_states()) return false;
     if (Base::job.dx && call.steps.lengths) this->zero_padding();
     if (job.sums) unpack_sums();
-    if (Base::job.dprojection) this->weights.unpack_projection();
-    for (int g = 0; g < job.gradient_count; ++g) {
-      const MachineGradient<T>& d = job.gradients[g];
-      this->weights.unpack(d.out, this->weights.groups.group[d.group], d.column, d.columns, {d.accumulator, 1, {0}});
-    }
+    this->weights.unpack();
     return true;
   }
 };

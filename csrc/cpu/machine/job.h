@@ -150,20 +150,6 @@ struct MachineForward {
   Index chunk_steps;
 };
 
-// The gradient of a block of weights or biases: the column of the joint rows where it begins, and how many.
-template <class T>
-struct MachineGradient {
-  T* out;
-  int accumulator, group;
-  Index column, columns;
-};
-
-// Columns of the joint rows that give gradients to neighbouring accumulators.
-struct MachineGroup {
-  Index column, columns;
-  int first, count;
-};
-
 template <class T>
 struct MachineBackward {
   MachineCall<T> call;
@@ -173,10 +159,6 @@ struct MachineBackward {
   const int* part_begin;        // of each operand; one more at the end
   const int* operand_of;        // of each state the operand that it is, or -1
   const Index* column_of;       // of each operand, where it begins in a joint row
-  const MachineGroup* groups;
-  int group_count;
-  const MachineGradient<T>* gradients;
-  int gradient_count;
   const T* dy;
   const T *const *dstateT, *const *dstates;  // of each state; null: none
   T* const* dstate0;

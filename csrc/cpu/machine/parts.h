@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/groups.h"
 #include "cpu/machine/plan.h"
 
 namespace fusedrnn::cpu {
@@ -76,8 +76,7 @@ struct MachineBackwardParts {
   std::vector<HostPart> parts;
   std::vector<int> begin;        // of each operand; one more at the end
   std::vector<Index> column_of;  // of each operand
-  std::vector<MachineGroup> groups;
-  Index block_step = 0;  // elements of all groups for a block of units
+  Groups groups;
 
   MachineBackwardParts(const MachinePlan& plan, Index I, Index P) {
     const std::vector<std::vector<int>> blocks = blocks_of_operands(plan);
@@ -94,37 +93,16 @@ struct MachineBackwardParts {
       column += o ? P : I;
     }
     begin.push_back(int(parts.size()));
-    for (const MachineGroup& g : groups) block_step += g.columns * g.count * kBlock;
-  }
-  Index columns() const {
-    Index n = 0;
-    for (const MachineGroup& g : groups) n += g.columns;
-    return n;
-  }
-  // Of the biases (0) or an operand (its number and 1), the group of an accumulator.
-  int group(int which, int accumulator) const {
-    int g = first_group[std::size_t(which)];
-    while (accumulator >= groups[std::size_t(g)].first + groups[std::size_t(g)].count) ++g;
-    return g;
+    groups.lay_out();
   }
 
  private:
-  std::vector<int> first_group;
-
   void add_columns(const std::vector<int>& blocks, Index column, Index columns) {
     std::vector<HostPart> found;
     add_parts(0, blocks, 0, int(blocks.size()), found);
-    const std::size_t n = found.size(), last = first_group.empty() ? 0 : std::size_t(first_group.back());
-    bool same = !first_group.empty() && groups.size() - last == n;
-    for (std::size_t k = 0; same && k < n; ++k)
-      same = groups[last + k].first == found[k].part.first && groups[last + k].count == found[k].part.count;
-    if (same) {
-      for (std::size_t k = 0; k < n; ++k) groups[last + k].columns += columns;
-      first_group.push_back(int(last));
-      return;
-    }
-    first_group.push_back(int(groups.size()));
-    for (const HostPart& p : found) groups.push_back({column, columns, p.part.first, p.part.count});
+    std::vector<Part> gates;
+    for (const HostPart& p : found) gates.push_back(p.part);
+    groups.add(column, columns, gates.data(), gates.size());
   }
 };
 

@@ -6,8 +6,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/machine/parts.h"
-
 namespace fusedrnn::cpu {
 namespace {
 
@@ -223,9 +221,6 @@ MachinePlan::MachinePlan(const std::int32_t* data, std::size_t count, std::vecto
     round.code = read_code(numbers, *this, true, registers);
   }
   numbers.finish();
-  const std::size_t groups = MachineBackwardParts(*this, 1, 1).groups.size();
-  if (groups > std::size_t(kMaxGroups))
-    refuse("groups of products", "1 to " + std::to_string(kMaxGroups) + ", got " + std::to_string(groups));
 }
 
 bool MachinePlan::same_weights(const MachinePlan& other) const {

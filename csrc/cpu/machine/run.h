@@ -306,11 +306,11 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     layout.take(memory_of[k],
                 {p.operand || call.dx ? blocks_of(columns(p.operand)) : 0, block_step<T>(units, p.part.count)});
   }
-  layout.take(dpacked, {need_weights ? blocks : 0, parts.block_step});
+  layout.take(dpacked, {need_weights ? blocks : 0, parts.groups.block_step});
   layout.take(da, {chunk.steps, n.B, chunk.da_row});
   layout.take(boundary, {n.B, chunk.da_row});
   layout.take(inputs, {need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
-  layout.take(by_tile, {ordered ? chunk.steps : 0, n.B, parts.columns()});
+  layout.take(by_tile, {ordered ? chunk.steps : 0, n.B, parts.groups.columns});
   layout.take(panel, {ordered ? split.threads : 0, chunk.panel_step});
   layout.take(carried, {std::max(plan.carried_back, replays ? plan.carried : 0), n.B, units});
   if (replays) layout.take(saved, {replay_steps, n.B, plan.saved, n.H});
@@ -351,15 +351,13 @@ void machine_backward(const MachineBackwardCall<T>& call) {
     jobs.push_back({call.weights[std::size_t(plan.weight_hr())], n.P, n.H, cpu::kProjection, projection, projection_step,
                     0, blocks});
   pack_all(kernels.pack_transposed, jobs.data(), jobs.size(), call.poll);
-  std::vector<cpu::MachineGradient<T>> gradients;
+  std::vector<cpu::Gradient<T>> gradients;
   for (const MachinePlan::Product& p : plan.products) {
-    const Index K = columns(p.operand);
-    const Index o = p.operand;
-    if (T* out = call.dweights[o ? MachinePlan::weight_hh : MachinePlan::weight_ih])
-      gradients.push_back({out + p.weight * n.H * K, p.accumulator, parts.group(1 + p.operand, p.accumulator),
-                           parts.column_of[std::size_t(o)], K});
-    if (T* out = p.bias < 0 ? nullptr : call.dweights[o ? MachinePlan::bias_hh : MachinePlan::bias_ih])
-      gradients.push_back({out + p.bias * n.H, p.accumulator, parts.group(0, p.accumulator), 0, 1});
+    const Index K = columns(p.operand), column = parts.column_of[std::size_t(p.operand)];
+    if (T* out = call.dweights[p.operand ? MachinePlan::weight_hh : MachinePlan::weight_ih])
+      gradients.push_back({out + p.weight * n.H * K, p.accumulator, parts.groups.of(column, p.accumulator), column, K});
+    if (T* out = p.bias < 0 ? nullptr : call.dweights[p.operand ? MachinePlan::bias_hh : MachinePlan::bias_ih])
+      gradients.push_back({out + p.bias * n.H, p.accumulator, parts.groups.of(0, p.accumulator), 0, 1});
   }
   std::vector<T*> dvectors;
   for (const MachinePlan::Vector& v : plan.vectors) {
@@ -374,7 +372,9 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   base.need_weights = need_weights;
   base.projection = {projection, projection_step};
   base.dprojection = dweight_hr ? dprojection : nullptr, base.dweight_hr = dweight_hr;
-  base.dpacked = dpacked, base.dpacked_block = parts.block_step;
+  base.groups = parts.groups.all.data(), base.group_count = int(parts.groups.all.size());
+  base.gradients = gradients.data(), base.gradient_count = int(gradients.size());
+  base.dpacked = dpacked, base.dpacked_block = parts.groups.block_step;
   base.da = da, base.da_row = chunk.da_row, base.boundary = boundary;
   base.inputs = inputs, base.inputs_row = chunk.inputs_row;
   base.by_tile = ordered ? by_tile : nullptr, base.panel = panel, base.panel_step = chunk.panel_step;
@@ -409,8 +409,6 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   job.base = &base, job.shape = &shape;
   job.parts = packed.data(), job.part_begin = parts.begin.data(), job.operand_of = plan.operand_of.data();
   job.column_of = parts.column_of.data();
-  job.groups = parts.groups.data(), job.group_count = int(parts.groups.size());
-  job.gradients = gradients.data(), job.gradient_count = int(gradients.size());
   job.dy = call.dy, job.dstateT = call.dstateT.data(), job.dstates = call.dstates.data();
   job.dstate0 = call.dstate0.data(), job.direct = direct.data();
   job.sums = need_sums ? sums : nullptr, job.dvectors = dvectors.data();

@@ -40,7 +40,6 @@ WORDS = {
     "accumulators": "gates",
     "vectors": "vectors, gains and biases of norms",
     "operands": "different operands of p.dense beside x",
-    "groups of products": "different groups of gates that an operand of p.dense feeds",
     "row scalars": "numbers of each row",
     "constants": "different constants",
     "rounds": "rounds, products and norms that wait for one another",
