@@ -185,7 +185,6 @@ std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weigh
   const CellId cell = cell_of(id);
   check_bfloat16(bfloat16);
   const bool f32 = is_float32(weight_ih, "weight_ih", 2, bfloat16);
-  is_float32(weight_hh, "weight_hh", 2, bfloat16);
   const py::object w[kWeights] = {weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh, gain_c, bias_c, weight_hr};
   return (f32 ? pack_as<float> : pack_as<double>)(cell, w, bfloat16);
 }

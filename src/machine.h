@@ -60,7 +60,6 @@ void each_weight(const cpu::MachinePlan& plan, Index I, Index H, Index P, Then&&
 template <class T>
 MachineWeights<const T> machine_weights(const cpu::MachinePlan& plan, const std::vector<py::object>& given, Index I,
                                         Index H, Index P) {
-  need_count(given, "weights", plan.weights());
   MachineWeights<const T> found(given.size());
   each_weight(plan, I, H, P, [&](std::size_t k, const char* name, Index rows, Index columns) {
     const bool optional = k == cpu::MachinePlan::bias_ih || k == cpu::MachinePlan::bias_hh || !rows;
