@@ -167,12 +167,12 @@ struct BackwardSteps : Share {
   }
   static constexpr Index kLargePanel = 512 << 10;
 
-  // tile_at(first row, rows, first block, blocks, lane) for tiles of rows and of the blocks [begin, end).
-  template <class Epilogue>
-  bool tiles(Index n_rows, Index begin, Index end, Epilogue&& tile_at) const {
+  // then(first row, rows, first block, blocks, lane) for tiles of rows and of the blocks [begin, end).
+  template <class Then>
+  bool tiles(Index n_rows, Index begin, Index end, Then&& then) const {
     const Tiling row_tiles(n_rows, max_rows<V>(width())), panels(end - begin, n_rows == 1 ? kOneRow : width());
     return each_tile(worker, job.rows_outside, row_tiles, panels, begin, [&](Index first, int m, Index block, int wide) {
-      for (Index lane = 0; lane < kBlock; lane += V::lanes) tile_at(first, m, block, wide, lane);
+      for (Index lane = 0; lane < kBlock; lane += V::lanes) then(first, m, block, wide, lane);
     });
   }
 

@@ -81,7 +81,7 @@ bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
   return BackwardLoop<Cell, V, O>(job, worker).run();
 }
 template <class Cell>
-constexpr cpu::CellKernels<T> of_cell() {
+constexpr cpu::CellKernels<T> kernels_of() {
   return {shape_of<Cell>(), &run_forward<Cell>, &run_backward<Cell>};
 }
 
@@ -92,12 +92,12 @@ constexpr cpu::Kernels<T> table = {
     &pack<O, T>,
     &pack_transposed<O, T>,
     {
-#define X(id, type) of_cell<type>(),
+#define X(id, type) kernels_of<type>(),
 #include "cells/cells.def"
 #undef X
     },
     {
-#define X(id, type) of_cell<Regularized<type>>(),
+#define X(id, type) kernels_of<Regularized<type>>(),
 #include "cells/cells.def"
 #undef X
     },

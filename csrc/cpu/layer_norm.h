@@ -266,7 +266,7 @@ void unpack_norm_sums(const Loop& loop) {
   const auto& job = loop.job;
   const Index n = loop.worker.region.threads, i = loop.worker.region.thread;
   for (Index block = job.blocks * i / n; block < job.blocks * (i + 1) / n; ++block) {
-    const Index first = block * kBlock, lanes = job.H - first < kBlock ? job.H - first : kBlock;
+    const Index first = block * kBlock, lanes = units_of(job.H, block);
     const auto unpack = [&](T* out, int sum) {
       if (!out) return;
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {

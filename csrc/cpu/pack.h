@@ -60,7 +60,7 @@ void pack(const PackJob<T>& job) {
     for (int s = 0; s < count; ++s) {
       const T* rows = job.weight + (job.part.gate[s] * job.H + block * kBlock) * job.K;
       T* out = job.out + (block - job.block_begin) * job.block_step + s * kBlock;
-      const Index step = count * kBlock, units = job.H - block * kBlock < kBlock ? job.H - block * kBlock : kBlock;
+      const Index step = count * kBlock, units = units_of(job.H, block);
       Index k = 0;
       if (units == kBlock)
         for (; k + kBlock <= job.K; k += kBlock) transpose(rows + k, job.K, out + k * step, step);

@@ -202,11 +202,8 @@ namespace {
 
 constexpr const char* forked_inside = "the process was forked inside a parallel region";
 
-struct Pool;
-
 struct alignas(cache_line) Worker {
   Word job;  // counts the regions this worker takes part in
-  Pool* pool = nullptr;
   int thread = 0;
 };
 
@@ -298,10 +295,9 @@ void Pool::grow(int count) {
   while (static_cast<int>(workers.size()) < count) {
     Worker* worker = new (std::nothrow) Worker;
     if (worker == nullptr) break;
-    worker->pool = this;
     worker->thread = static_cast<int>(workers.size()) + 1;
     try {
-      std::thread thread([worker] { worker->pool->work(*worker); });
+      std::thread thread([this, worker] { work(*worker); });
 #if defined(__linux__)
       pthread_setname_np(thread.native_handle(), "fusedrnn");
 #endif
