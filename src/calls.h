@@ -69,12 +69,20 @@ struct PyPacked : OfDtype<PackedPtr> {
   py::object weights[kWeights];
 };
 
-// Lengths and resets are copied: what backward walks by must be what forward walked by, whatever becomes of the
-// caller's.
-struct PyTape : OfDtype<TapePtr> {
+// A problem with copies of its lengths and resets: what backward walks by must be what forward walked by, whatever
+// becomes of the caller's.
+struct OwnProblem {
   Problem problem;
   std::vector<Index> lengths;
   std::vector<unsigned char> reset;
+};
+
+py::tuple sizes_of(const OwnProblem& owner) {
+  const Sizes& n = owner.problem.sizes;
+  return py::make_tuple(n.T, n.B, n.I, n.H, n.P);
+}
+
+struct PyTape : OfDtype<TapePtr>, OwnProblem {
   py::object x, y, h0, c0, weights[kWeights];
   py::object packed = py::none();  // kept for boundary states only, which run forward again
 };
@@ -92,21 +100,21 @@ Regularization regularization_of(const PyRegularization& given, bool c) {
   return {recurrent_dropout, zoneout_h, zoneout_c, seed.has_value(), seed.value_or(0), stream};
 }
 
-void set_rows(PyTape& tape, const py::object& lengths, const py::object& reset) {
-  const Index time = tape.problem.sizes.T, B = tape.problem.sizes.B;
+void set_rows(OwnProblem& owner, const py::object& lengths, const py::object& reset) {
+  const Index time = owner.problem.sizes.T, B = owner.problem.sizes.B;
   if (!lengths.is_none()) {
     const Index* data = need<Index>(lengths, "lengths", {B});
-    tape.lengths.assign(data, data + B);
-    for (Index n : tape.lengths)
+    owner.lengths.assign(data, data + B);
+    for (Index n : owner.lengths)
       if (n < 0 || n > time)
         throw RefusedValue("lengths: expected 0 to T = " + std::to_string(time) + ", got " + std::to_string(n));
-    tape.problem.lengths = tape.lengths.data();
+    owner.problem.lengths = owner.lengths.data();
   }
   if (!reset.is_none()) {
     const bool* data = need<bool>(reset, "reset", {time, B});
-    tape.reset.assign(data, data + time * B);
-    for (unsigned char& r : tape.reset) r = r != 0;
-    tape.problem.reset = tape.reset.data();
+    owner.reset.assign(data, data + time * B);
+    for (unsigned char& r : owner.reset) r = r != 0;
+    owner.problem.reset = owner.reset.data();
   }
 }
 
@@ -198,7 +206,7 @@ struct Options {
   bool bfloat16 = false;
 };
 
-Problem problem_of(PyTape& owner, CellId cell, const Sizes& sizes, const Options& options) {
+Problem problem_of(OwnProblem& owner, CellId cell, const Sizes& sizes, const Options& options) {
   check_bfloat16(options.bfloat16);
   owner.problem = {cell,
                    sizes,

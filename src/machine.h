@@ -31,8 +31,7 @@ struct PyPackedMachine : OfDtype<PackedMachinePtr> {
   std::vector<py::object> weights;
 };
 
-struct PyMachineTape : OfDtype<MachineTapePtr> {
-  PyTape call;  // its problem, lengths and resets
+struct PyMachineTape : OfDtype<MachineTapePtr>, OwnProblem {
   PlanPtr plan;
   py::object x, y;
   std::vector<py::object> weights, state0, scalars;
@@ -148,7 +147,7 @@ Regularization machine_regularization(const cpu::MachinePlan& plan, const PyRegu
   return r;
 }
 
-const Problem& machine_problem(PyTape& owner, const cpu::MachinePlan& plan, const Sizes& sizes,
+const Problem& machine_problem(OwnProblem& owner, const cpu::MachinePlan& plan, const Sizes& sizes,
                                const Options& options) {
   problem_of(owner, CellId(0), sizes, {options.lengths, options.reset, options.reverse, options.detach_every});
   owner.problem.regularization = machine_regularization(plan, options.regularization);
@@ -181,7 +180,7 @@ std::unique_ptr<PyMachineTape> machine_run_as(const PyPackedMachine& packed, con
   if (!call.packed) throw RefusedType("x: expected the dtype of the weights");
   if (packed.I != n.I) throw RefusedValue("x: expected " + std::to_string(packed.I) + " features");
   const Sizes sizes = {n.T, n.B, n.I, packed.H, packed.P};
-  call.problem = machine_problem(tape->call, plan, sizes, options);
+  call.problem = machine_problem(*tape, plan, sizes, options);
   call.x = sequence<T>(x, "x", {n.T, n.B, n.I});
   call.scalars = of_rows<T>(scalars, plan, {n.T, n.B});
   call.state0 = of_states<T>(state0, "state0", plan.states, sizes, false);
@@ -234,9 +233,9 @@ template <class T>
 void machine_backward_as(const PyMachineTape& tape, const py::object& dy, const std::vector<py::object>& dstateT,
                          const std::vector<py::object>& dstates, MachineGradients& out) {
   const cpu::MachinePlan& plan = *tape.plan;
-  const Sizes& n = tape.call.problem.sizes;
+  const Sizes& n = tape.problem.sizes;
   MachineBackwardCall<T> call{};
-  call.plan = &plan, call.tape = tape.get(T()), call.problem = tape.call.problem;
+  call.plan = &plan, call.tape = tape.get(T()), call.problem = tape.problem;
   if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPackedMachine&>().get(T());
   call.weights = machine_weights<T>(plan, tape.weights, n.I, n.H, n.P);
   call.x = sequence<T>(tape.x, "x", {n.T, n.B, n.I});
@@ -304,7 +303,7 @@ void machine_run_backward_as(PyMachineTape& tape, const Options& options, const 
                              MachineGradients& out) {
   const Time n = time_of(tape.x);
   const auto [I, H, P] = machine_sizes(*tape.plan, tape.weights);
-  const Sizes& sizes = machine_problem(tape.call, *tape.plan, {n.T, n.B, n.I, H, P}, options).sizes;
+  const Sizes& sizes = machine_problem(tape, *tape.plan, {n.T, n.B, n.I, H, P}, options).sizes;
   tape.slot(T()) = machine_tape_over<T>(*tape.plan, sizes, machine_memory<T>(saved, *tape.plan, sizes));
   machine_backward_as<T>(tape, dy, dstateT, dstates, out);
 }
@@ -334,10 +333,7 @@ void define_machine(py::module_& m) {
   py::class_<PyMachineTape>(m, "MachineTape", "What forward of such a cell saved for backward.")
       .def_property_readonly("bytes",
                              [](const PyMachineTape& t) { return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64); })
-      .def_property_readonly("sizes", [](const PyMachineTape& t) {
-        const Sizes& n = t.call.problem.sizes;
-        return py::make_tuple(n.T, n.B, n.I, n.H, n.P);
-      });
+      .def_property_readonly("sizes", [](const PyMachineTape& t) { return sizes_of(t); });
   py::list operations;
 #define X(name, count) operations.append(#name);
 #include "cpu/machine/operations.def"

@@ -134,10 +134,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<PyPacked>(m, "Packed", "Weights in the order of the kernels.");
   py::class_<PyTape>(m, "Tape", "What forward saved for backward.")
       .def_property_readonly("bytes", [](const PyTape& t) { return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64); })
-      .def_property_readonly("sizes", [](const PyTape& t) {
-        const Sizes& n = t.problem.sizes;
-        return py::make_tuple(n.T, n.B, n.I, n.H, n.P);
-      });
+      .def_property_readonly("sizes", [](const PyTape& t) { return sizes_of(t); });
   array_types.numpy =
       reinterpret_cast<PyTypeObject*>(py::module_::import("numpy").attr("ndarray").ptr());  // never freed
   py::register_exception<RefusedType>(m, "RefusedType", PyExc_TypeError);
