@@ -236,8 +236,8 @@ void Deleter::operator()(Made* p) const {
 }
 
 template <class T>
-PackedPtr<T> pack_for(const cpu::Kernels<T>& kernels, CellId cell, Index I, Index H, Index P, Weights<const T> weights,
-                      Poll poll) {
+PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll, bool bfloat16) {
+  const cpu::Kernels<T>& kernels = kernels_for<T>(bfloat16);
   const CellShape& shape = kernels.cells[int(cell)].shape;
   const Index blocks = blocks_of(H);
   PackedPtr<T> packed(new PackedWeights<T>);
@@ -274,11 +274,6 @@ PackedPtr<T> pack_for(const cpu::Kernels<T>& kernels, CellId cell, Index I, Inde
 }
 
 template <class T>
-PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll, bool bfloat16) {
-  return pack_for<T>(kernels_for<T>(bfloat16), cell, I, H, P, weights, poll);
-}
-
-template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call) {
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
@@ -292,7 +287,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const bool by_panel = !call.packed && n.T == 1 && !shape.layer_norm;
   if (by_panel && split.by_rows) split = {int(std::min<Index>(split.threads, blocks)), false};  // each panel once
   const PackedPtr<T> own =
-      call.packed || by_panel ? nullptr : pack_for<T>(kernels, problem.cell, n.I, n.H, n.P, call.weights, call.poll);
+      call.packed || by_panel ? nullptr : pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll, problem.bfloat16);
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
 
   const Chunk<T> chunk(shape, n, kernels.numbers);
@@ -406,7 +401,7 @@ void backward(const BackwardCall<T>& call) {
   const Chunk<T> chunk(shape, n, kernels.numbers);
   const bool replay = call.tape->save == Save::boundary_states && shape.saved;  // an Elman cell saves nothing but y
   const PackedPtr<T> own =
-      replay && !call.packed ? pack_for<T>(kernels, problem.cell, n.I, n.H, n.P, call.weights, call.poll) : nullptr;
+      replay && !call.packed ? pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll, problem.bfloat16) : nullptr;
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
   const bool two_products = shape.phases == 2 || shape.projects;
   const cpu::Groups groups = groups_of(shape, n);
