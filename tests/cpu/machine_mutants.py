@@ -20,15 +20,15 @@ MUTANTS = [
     Mutant(
         "rows: a reset begins with state0",
         ROWS,
-        "return call.start[s];",
+        "return call.start + s * call.H;",
         "if (call.state0[s]) return call.state0[s] + b * call.H;",
     ),
-    Mutant("rows: state0 ignored", ROWS, "return start_row(s, b);", "return call.start[0 * b + s];"),
+    Mutant("rows: state0 ignored", ROWS, "return start_row(s, b);", "return call.start + (0 * b + s) * call.H;"),
     Mutant(
         "rows: recurrence lost",
         ROWS,
         "return previous_row(s, call.steps.reverse ? t + 1 : t - 1, b);",
-        "return call.start[0 * b + s];",
+        "return call.start + (0 * b + s) * call.H;",
     ),
     Mutant(
         "rows: the step before in one direction only",

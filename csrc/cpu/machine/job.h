@@ -111,7 +111,7 @@ struct MachineCall {
   const T* constants;
   const T* const* scalars;  // of each row scalar (T, B)
   const T* const* state0;   // of each state (B, H) or null
-  const T* const* start;    // of each state H times what it starts from
+  const T* start;           // of each state H times what it starts from
   T* const* state;          // of each state [step][B][H], the first is y
   T* saved;                 // [step][B] rows of [block][saved value][16], or null
   // Where step t lies: at (t - first) & kept. All bits: every step is kept, or those of a chunk, from `first` on. 1: of

@@ -23,7 +23,6 @@ using cpu::MachinePlan;
 template <class T>
 struct MachineNumbers {
   T *vectors, *constants, *start;
-  std::vector<const T*> start_of;
 
   void take(Layout& layout, const MachinePlan& plan, Index H) {
     layout.take(vectors, {Index(plan.vectors.size()), blocks_of(H), kBlock});
@@ -43,11 +42,8 @@ struct MachineNumbers {
       to += row;
     }
     fill_constants(plan);
-    start_of.clear();
-    for (int s = 0; s < plan.states; ++s) {
+    for (int s = 0; s < plan.states; ++s)
       std::fill(start + s * H, start + (s + 1) * H, T(plan.start[std::size_t(s)]));
-      start_of.push_back(start + s * H);
-    }
   }
 };
 
@@ -118,7 +114,7 @@ cpu::MachineCall<T> machine_call(const MachinePlan& plan, const Problem& problem
   call.scalar_count = plan.scalars;
   call.state_of = plan.state_of.data();
   call.x = x;
-  call.vectors = numbers.vectors, call.constants = numbers.constants, call.start = numbers.start_of.data();
+  call.vectors = numbers.vectors, call.constants = numbers.constants, call.start = numbers.start;
   call.tables = scratch.tables, call.tables_step = scratch.tables_step;
   call.register_count = plan.registers;
   call.registers = scratch.registers, call.registers_step = scratch.registers_step;
