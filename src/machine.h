@@ -346,9 +346,9 @@ void define_machine(py::module_& m) {
   m.attr("MACHINE_LIMITS") = limits;
   m.def("machine_plan", &py_machine_plan, py::arg("numbers"), py::arg("start"), py::arg("constants"));
   m.def("machine_pack", &py_machine_pack, py::arg("plan").none(false), py::arg("weights"));
-  m.def("machine_forward", &py_machine_forward, py::arg("packed"), py::arg("plan").none(false), py::arg("x"), py::arg("state0"),
-        py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("detach_every"), py::arg("regularization"),
-        py::arg("return_states"), py::arg("save"), py::arg("scalars"));
+  m.def("machine_forward", &py_machine_forward, py::arg("packed"), py::arg("plan").none(false), py::arg("x"),
+        py::arg("state0"), py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("detach_every"),
+        py::arg("regularization"), py::arg("return_states"), py::arg("save"), py::arg("scalars"));
   m.def("machine_backward", &py_machine_backward, py::arg("tape"), py::arg("dy"), py::arg("dstateT"),
         py::arg("dstates"), py::arg("need"));
   m.def("machine_run_forward", &py_machine_run_forward, py::arg("packed"), py::arg("plan").none(false), py::arg("x"),

@@ -171,9 +171,10 @@ struct BackwardSteps : Share {
   template <class Then>
   bool tiles(Index n_rows, Index begin, Index end, Then&& then) const {
     const Tiling row_tiles(n_rows, max_rows<V>(width())), panels(end - begin, n_rows == 1 ? kOneRow : width());
-    return each_tile(worker, job.rows_outside, row_tiles, panels, begin, [&](Index first, int m, Index block, int wide) {
-      for (Index lane = 0; lane < kBlock; lane += V::lanes) then(first, m, block, wide, lane);
-    });
+    return each_tile(worker, job.rows_outside, row_tiles, panels, begin,
+                     [&](Index first, int m, Index block, int wide) {
+                       for (Index lane = 0; lane < kBlock; lane += V::lanes) then(first, m, block, wide, lane);
+                     });
   }
 
   FUSEDRNN_INLINE BackwardRow<T> row_at(const CellShape& shape, Index t, Index b, T* da) const {

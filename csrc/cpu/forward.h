@@ -264,8 +264,7 @@ struct ForwardSteps : Share {
     for (Index s = begin; s < end; ++s) {
       const Index t = time_of(job.steps, s);
       for (Index b = row_begin; b < row_end; ++b)
-        if (valid(job.steps, t, b))
-          ahead.x[n] = job.x.at(t, b), ahead.sums[n++] = ahead_row(s, b);
+        if (valid(job.steps, t, b)) ahead.x[n] = job.x.at(t, b), ahead.sums[n++] = ahead_row(s, b);
     }
     if constexpr (kNumbers<O> > 1)
       for (Index i = 0; i < n; ++i) ahead.x[i] = operand(ahead.x[i], job.I);
@@ -277,7 +276,8 @@ struct ForwardSteps : Share {
         start(shape, block, wide, m, lane, acc);
         const Product<T> p = product(shape, input, shape.input, ahead.x + first, job.I, block, lane);
         tile_of(shape, m, shape.input, wide)(&p, 1, acc + shape.input.first * m * V::lanes);
-        each_ahead(ahead.sums + first, block, wide, m, lane, acc, [](const T* sum, T* row) { V::load(sum).store(row); });
+        each_ahead(ahead.sums + first, block, wide, m, lane, acc,
+                   [](const T* sum, T* row) { V::load(sum).store(row); });
       }
     });
   }

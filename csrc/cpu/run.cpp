@@ -246,8 +246,7 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
   const auto k = [&](Index n) { return elements(kernels, n); };
   const Index input_step = block_step<T>(k(I), shape.input.count),
               recurrent_step = block_step<T>(k(P), shape.recurrent.count),
-              recurrent2_step = block_step<T>(k(P), shape.recurrent2.count),
-              projection_step = block_step<T>(k(H), 1);
+              recurrent2_step = block_step<T>(k(P), shape.recurrent2.count), projection_step = block_step<T>(k(H), 1);
   PackedNorm<T> norm;
   layout.take(input, {blocks, input_step});
   layout.take(recurrent, {blocks, recurrent_step});
@@ -262,9 +261,9 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
 
   const cpu::PackJob<T> parts[] = {
       {weights.weight_ih, H, I, shape.input, input, input_step, 0, blocks},
-       {weights.weight_hh, H, P, shape.recurrent, recurrent, recurrent_step, 0, blocks},
-       {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, shape.recurrent2.count ? blocks : 0},
-       {weights.weight_hr, P, H, cpu::kProjection, projection, projection_step, 0, shape.projects ? blocks_of(P) : 0}};
+      {weights.weight_hh, H, P, shape.recurrent, recurrent, recurrent_step, 0, blocks},
+      {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, shape.recurrent2.count ? blocks : 0},
+      {weights.weight_hr, P, H, cpu::kProjection, projection, projection_step, 0, shape.projects ? blocks_of(P) : 0}};
   pack_all(kernels.pack, parts, std::size(parts), poll);
 
   const cpu::ControlWord word(flush_subnormals.load());
@@ -286,8 +285,9 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   // One step reads each weight once: packed panel by panel they need not leave the cache in between.
   const bool by_panel = !call.packed && n.T == 1 && !shape.layer_norm;
   if (by_panel && split.by_rows) split = {int(std::min<Index>(split.threads, blocks)), false};  // each panel once
-  const PackedPtr<T> own =
-      call.packed || by_panel ? nullptr : pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll, problem.bfloat16);
+  const PackedPtr<T> own = call.packed || by_panel
+                               ? nullptr
+                               : pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll, problem.bfloat16);
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
 
   const Chunk<T> chunk(shape, n, kernels.numbers);
@@ -400,8 +400,9 @@ void backward(const BackwardCall<T>& call) {
 
   const Chunk<T> chunk(shape, n, kernels.numbers);
   const bool replay = call.tape->save == Save::boundary_states && shape.saved;  // an Elman cell saves nothing but y
-  const PackedPtr<T> own =
-      replay && !call.packed ? pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll, problem.bfloat16) : nullptr;
+  const PackedPtr<T> own = replay && !call.packed
+                               ? pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll, problem.bfloat16)
+                               : nullptr;
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
   const bool two_products = shape.phases == 2 || shape.projects;
   const cpu::Groups groups = groups_of(shape, n);
@@ -453,9 +454,10 @@ void backward(const BackwardCall<T>& call) {
   const Index P_blocks = blocks_of(n.P);
   const cpu::PackJob<T> parts[] = {
       {call.weights.weight_ih, n.H, n.I, shape.input, input, input_step, 0, call.dx ? blocks_of(n.I) : 0},
-       {call.weights.weight_hh, n.H, n.P, shape.recurrent, recurrent, recurrent_step, 0, P_blocks},
-       {call.weights.weight_hh, n.H, n.P, shape.recurrent2, recurrent2, recurrent2_step, 0, k_recurrent2 ? P_blocks : 0},
-       {call.weights.weight_hr, n.P, n.H, cpu::kProjection, projection, projection_step, 0, shape.projects ? blocks : 0}};
+      {call.weights.weight_hh, n.H, n.P, shape.recurrent, recurrent, recurrent_step, 0, P_blocks},
+      {call.weights.weight_hh, n.H, n.P, shape.recurrent2, recurrent2, recurrent2_step, 0, k_recurrent2 ? P_blocks : 0},
+      {call.weights.weight_hr, n.P, n.H, cpu::kProjection, projection, projection_step, 0,
+       shape.projects ? blocks : 0}};
   pack_all(kernels.pack_transposed, parts, std::size(parts), call.poll);
 
   cpu::BackwardJob<T> job{};

@@ -177,8 +177,8 @@ TileFn<typename V::scalar> tile_for_two_blocks(int n) {
 // acc[wide][m] += m rows of k numbers times blocks of weights with one accumulator, from this block and lane on.
 template <class O>
 FUSEDRNN_INLINE void add_product(const typename O::scalar* const* rows, Index k,
-                                 const cpu::Packed<typename O::scalar>& weights, Index block, Index lane, int m, int wide,
-                                 typename O::scalar* acc) {
+                                 const cpu::Packed<typename O::scalar>& weights, Index block, Index lane, int m,
+                                 int wide, typename O::scalar* acc) {
   const Index step = weights.block_step;
   const Product<typename O::scalar> p = {
       rows, 0, 1, 0, weights.data + block * step + lane, cpu::kBlock, step, 1, elements<O>(k)};
@@ -195,8 +195,8 @@ struct Tiling {
   }
 };
 
-// then(first row, rows, first block, blocks) for each tile of rows and panel of blocks, from block `begin` on; false: the
-// call is to stop.
+// then(first row, rows, first block, blocks) for each tile of rows and panel of blocks, from block `begin` on; false:
+// the call is to stop.
 template <class Then>
 FUSEDRNN_INLINE bool each_tile(const cpu::Worker& worker, bool rows_outside, Tiling tiles, Tiling panels, Index begin,
                                Then&& then) {

@@ -143,10 +143,10 @@ struct MachineForward {
   T* const* computed;    // of each operand [B][blocks * 16], or null
   Packed<T> projection;  // weight_hr, where the cell projects
   T* unprojected;        // [B][blocks * 16]: what it multiplies
-  bool stream;         // saved is larger than the caches
-  T* const* stateT;    // of each state (B, H)
-  T* const* states;    // of each state (T, B, H) or null
-  T* boundary_states;  // [chunk][state but y][B][H]: before each chunk, counted from the end, but the first; or null
+  bool stream;           // saved is larger than the caches
+  T* const* stateT;      // of each state (B, H)
+  T* const* states;      // of each state (T, B, H) or null
+  T* boundary_states;    // [chunk][state but y][B][H]: before each chunk, counted from the end, but the first; or null
   Index chunk_steps;
 };
 

@@ -56,7 +56,9 @@ struct MachineRows {
     if (s && t == call.boundary_time) return call.boundary + ((s - 1) * call.steps.B + b) * call.H;
     return state_row(s, t, b);
   }
-  const T* start_row(int s, Index b) const { return call.state0[s] ? call.state0[s] + b * width(s) : call.start + s * call.H; }
+  const T* start_row(int s, Index b) const {
+    return call.state0[s] ? call.state0[s] + b * width(s) : call.start + s * call.H;
+  }
   const T* state_before(int s, Index t, Index b) const {
     switch (fusedrnn::FUSEDRNN_LEVEL::before(call.steps, t, b)) {
       case Before::previous:

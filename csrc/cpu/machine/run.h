@@ -42,8 +42,7 @@ struct MachineNumbers {
       to += row;
     }
     fill_constants(plan);
-    for (int s = 0; s < plan.states; ++s)
-      std::fill(start + s * H, start + (s + 1) * H, T(plan.start[std::size_t(s)]));
+    for (int s = 0; s < plan.states; ++s) std::fill(start + s * H, start + (s + 1) * H, T(plan.start[std::size_t(s)]));
   }
 };
 
@@ -344,8 +343,8 @@ void machine_backward(const MachineBackwardCall<T>& call) {
                     p.operand || call.dx ? blocks_of(K) : 0});
   }
   if (plan.projects)
-    jobs.push_back({call.weights[std::size_t(plan.weight_hr())], n.P, n.H, cpu::kProjection, projection, projection_step,
-                    0, blocks});
+    jobs.push_back({call.weights[std::size_t(plan.weight_hr())], n.P, n.H, cpu::kProjection, projection,
+                    projection_step, 0, blocks});
   pack_all(kernels.pack_transposed, jobs.data(), jobs.size(), call.poll);
   std::vector<cpu::Gradient<T>> gradients;
   for (const MachinePlan::Product& p : plan.products) {
