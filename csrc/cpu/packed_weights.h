@@ -31,6 +31,7 @@ void pack_all(void (*pack)(const cpu::PackJob<T>&), const cpu::PackJob<T>* parts
     const Context& all = *static_cast<const Context*>(data);
     constexpr Index kTogether = 4;  // blocks between two polls; of a row's columns, as many come at once
     for (const cpu::PackJob<T>* of = all.begin; of != all.end; ++of) {
+      if (!of->block_end) continue;
       cpu::PackJob<T> part = *of;
       const Index n = of->block_end, end = n * (region.thread + 1) / region.threads;
       for (Index block = n * region.thread / region.threads; block < end; block = part.block_end) {

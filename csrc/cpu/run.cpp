@@ -148,11 +148,10 @@ Index ahead_steps(const CellShape& shape, const Sizes& n) {
   return steps > 1 ? steps : 0;
 }
 
-// Of the joint rows [1 | x | h_prev | middle].
-cpu::Groups groups_of(const CellShape& shape, const Sizes& n) {
+// Of the joint rows [1 | x | h_prev | middle], at most four.
+cpu::Groups groups_of(const CellShape& shape, const Sizes& n, cpu::Group* memory) {
   const Part all = {0, shape.accumulators, {}};
-  cpu::Groups groups;
-  groups.all.reserve(4);
+  cpu::Groups groups{memory};
   if (!shape.layer_norm) groups.add(0, 1, &all, 1);
   groups.add(1, n.I, &shape.input, 1);
   groups.add(1 + n.I, n.P, &shape.recurrent, 1);
@@ -405,7 +404,8 @@ void backward(const BackwardCall<T>& call) {
                                : nullptr;
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
   const bool two_products = shape.phases == 2 || shape.projects;
-  const cpu::Groups groups = groups_of(shape, n);
+  cpu::Group group[4];
+  const cpu::Groups groups = groups_of(shape, n, group);
   Layout layout;
   T *zeros, *input, *recurrent, *recurrent2, *dpacked, *da, *boundary, *inputs, *dc, *direct, *saved, *c, *middle,
       *h_out, *bias, *norm_sums, *masks, *projection, *dprojection, *by_tile, *panel, *operands;
@@ -495,17 +495,16 @@ void backward(const BackwardCall<T>& call) {
   job.dh_states = call.dh_states, job.dc_states = call.dc_states;
   job.dx = call.dx, job.dh0 = call.dh0, job.dc0 = call.dc0;
   job.need_weights = need_weights;
-  job.groups = groups.all.data(), job.group_count = int(groups.all.size());
+  job.groups = group, job.group_count = groups.count;
   job.dpacked = dpacked, job.dpacked_block = groups.block_step;
   job.dprojection = dw.weight_hr ? dprojection : nullptr;
-  std::vector<cpu::Gradient<T>> gradients;
-  gradients.reserve(4 * std::size_t(shape.accumulators));
+  cpu::Gradient<T> gradients[16];  // of at most four gates: both matrices and both biases
+  job.gradients = gradients;
   const auto add = [&](T* out, Index column, Index columns, const Part& part) {
-    for (int s = 0; out && s < part.count; ++s) {
-      const int accumulator = part.first + s;
-      gradients.push_back(
-          {out + part.gate[s] * n.H * columns, accumulator, groups.of(column, accumulator), column, columns});
-    }
+    if (!out || !part.count) return;
+    const int in = groups.of(column, part.first);
+    for (int s = 0; s < part.count; ++s)
+      gradients[job.gradient_count++] = {out + part.gate[s] * n.H * columns, part.first + s, in, column, columns};
   };
   add(dw.weight_ih, 1, n.I, shape.input);
   add(dw.weight_hh, 1 + n.I, n.P, shape.recurrent);
@@ -515,7 +514,6 @@ void backward(const BackwardCall<T>& call) {
     add(dw.bias_hh, 0, 1, shape.recurrent);
     add(dw.bias_hh, 0, 1, shape.recurrent2);
   }
-  job.gradients = gradients.data(), job.gradient_count = int(gradients.size());
   job.dweight_hr = dw.weight_hr;
   if (shape.layer_norm) {
     const cpu::ControlWord word(flush_subnormals.load());

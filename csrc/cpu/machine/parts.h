@@ -76,9 +76,11 @@ struct MachineBackwardParts {
   std::vector<HostPart> parts;
   std::vector<int> begin;        // of each operand; one more at the end
   std::vector<Index> column_of;  // of each operand
+  std::vector<Group> memory;
   Groups groups;
 
-  MachineBackwardParts(const MachinePlan& plan, Index I, Index P) {
+  MachineBackwardParts(const MachinePlan& plan, Index I, Index P)
+      : memory(std::size_t((1 + plan.operands) * plan.accumulators)), groups{memory.data()} {
     const std::vector<std::vector<int>> blocks = blocks_of_operands(plan);
     std::vector<int> biased(std::size_t(plan.accumulators), -1);
     for (const MachinePlan::Product& p : plan.products)

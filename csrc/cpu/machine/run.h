@@ -367,7 +367,7 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   base.need_weights = need_weights;
   base.projection = {projection, projection_step};
   base.dprojection = dweight_hr ? dprojection : nullptr, base.dweight_hr = dweight_hr;
-  base.groups = parts.groups.all.data(), base.group_count = int(parts.groups.all.size());
+  base.groups = parts.groups.all, base.group_count = parts.groups.count;
   base.gradients = gradients.data(), base.gradient_count = int(gradients.size());
   base.dpacked = dpacked, base.dpacked_block = parts.groups.block_step;
   base.da = da, base.da_row = chunk.da_row, base.boundary = boundary;
