@@ -171,10 +171,18 @@ struct BackwardSteps : Share {
   template <class Then>
   bool tiles(Index n_rows, Index begin, Index end, Then&& then) const {
     const Tiling row_tiles(n_rows, max_rows<V>(width())), panels(end - begin, n_rows == 1 ? kOneRow : width());
-    return each_tile(worker, job.rows_outside, row_tiles, panels, begin,
-                     [&](Index first, int m, Index block, int wide) {
-                       for (Index lane = 0; lane < kBlock; lane += V::lanes) then(first, m, block, wide, lane);
-                     });
+    const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
+                inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
+    for (Index o = 0; o < outer; ++o) {
+      for (Index n = 0; n < inner; ++n) {
+        const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
+        const Index first = row_tiles.begin(i), block = begin + panels.begin(j);
+        const int m = int(row_tiles.begin(i + 1) - first), wide = int(begin + panels.begin(j + 1) - block);
+        for (Index lane = 0; lane < kBlock; lane += V::lanes) then(first, m, block, wide, lane);
+      }
+      if (!worker.poll()) return false;
+    }
+    return true;
   }
 
   FUSEDRNN_INLINE BackwardRow<T> row_at(const CellShape& shape, Index t, Index b, T* da) const {

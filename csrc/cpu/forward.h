@@ -474,18 +474,27 @@ struct ForwardLoop : ForwardSteps<V, O> {
     const bool of_h = Cell::projects && phase == 2;
     const Index begin = of_h ? this->h_begin : block_begin, end = of_h ? this->h_end : block_end;
     const Tiling tiles(rows.count, kRows), panels(end - begin, width(phase));
-    return each_tile(worker, job.rows_outside, tiles, panels, begin, [&](Index first, int m, Index block, int wide) {
-      if constexpr (!Cell::layer_norm)
-        if (job.weight_hh && first == 0)
-          few_rows(phase) ? this->sum_few_rows(block) : this->pack_panel(phase, block, wide);
-      for (Index lane = 0; lane < kBlock; lane += V::lanes)
-        if (phase == 1)
-          phase1(first, m, block, wide, lane);
-        else if constexpr (Cell::projects)
-          project_tile(first, m, block, wide, lane);
-        else
-          phase2(first, m, block, wide, lane);
-    });
+    const Index outer = job.rows_outside ? tiles.pieces : panels.pieces,
+                inner = job.rows_outside ? panels.pieces : tiles.pieces;
+    for (Index o = 0; o < outer; ++o) {  // not each_tile: through its lambda gru's forward takes 4 % longer
+      for (Index n = 0; n < inner; ++n) {
+        const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
+        const Index first = tiles.begin(i), block = begin + panels.begin(j);
+        const int m = int(tiles.begin(i + 1) - first), wide = int(begin + panels.begin(j + 1) - block);
+        if constexpr (!Cell::layer_norm)
+          if (job.weight_hh && n == 0)
+            few_rows(phase) ? this->sum_few_rows(block) : this->pack_panel(phase, block, wide);
+        for (Index lane = 0; lane < kBlock; lane += V::lanes)
+          if (phase == 1)
+            phase1(first, m, block, wide, lane);
+          else if constexpr (Cell::projects)
+            project_tile(first, m, block, wide, lane);
+          else
+            phase2(first, m, block, wide, lane);
+      }
+      if (!worker.poll()) return false;
+    }
+    return true;
   }
 
   // Steps [begin, end) of the recurrence. Not inlined: run() and the backward loop share one copy.

@@ -23,7 +23,9 @@ MUTANTS = [
         "return call.start + s * call.H;",
         "if (call.state0[s]) return call.state0[s] + b * call.H;",
     ),
-    Mutant("rows: state0 ignored", ROWS, "return start_row(s, b);", "return call.start + (0 * b + s) * call.H;"),
+    Mutant(
+        "rows: state0 ignored", ROWS, "return start_row(s, b);", "return call.start + (0 * b + s) * call.H;"
+    ),
     Mutant(
         "rows: recurrence lost",
         ROWS,

@@ -482,8 +482,8 @@ MUTANTS = [
     Mutant(
         "panel: packed for the first blocks alone",
         FORWARD,
-        "job.weight_hh && first == 0",
-        "job.weight_hh && first + block == 0",
+        "job.weight_hh && n == 0",
+        "job.weight_hh && o + n == 0",
     ),
     Mutant(
         "panel: not where its blocks begin",
