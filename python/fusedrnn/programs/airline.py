@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn import functions as F
 from fusedrnn import layers, plot
-from fusedrnn.autograd import Array, no_grad
+from fusedrnn.autograd import Array
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common, speed
 from fusedrnn.programs.common import CELLS, Forecaster
@@ -110,6 +109,16 @@ def simple_forecasts(y: Array, n: int) -> dict[str, Array]:
 # The network
 
 
+def update(model: Forecaster, optimizer: Adam, x: Array, t: Array, noise: float) -> float:
+    """One update by sequences ``(T, B, ·)``, with noise on x; returns the mean squared error."""
+    model.reset_state()
+    loss = model.loss(x + noise * np.random.standard_normal(x.shape) if noise else x, t) / len(x)
+    model.cleargrads()
+    loss.backward()
+    optimizer.update()
+    return float(loss.data)
+
+
 class Training:
     """Noisy copies of one series of w, side by side as a batch; an epoch is one update."""
 
@@ -123,20 +132,11 @@ class Training:
 
     def epoch(self) -> float:
         """One update; returns the mean squared error."""
-        self.model.reset_state()
-        y = self.model(self.x + NOISE * np.random.standard_normal(self.x.shape))
-        loss = F.mean_squared_error(y, self.target) / len(self.x)
-        self.model.cleargrads()
-        loss.backward()
-        self.optimizer.update()
-        return float(loss.data)
+        return update(self.model, self.optimizer, self.x, self.target, NOISE)
 
     def predict(self, w: Array) -> Array:
         """Of each month's w, the next one."""
-        self.model.reset_state()
-        with no_grad():
-            y: Array = self.model(w[:, np.newaxis, np.newaxis]).data[:, 0, 0]
-        return y
+        return self.model.predict(w[:, np.newaxis, np.newaxis])[:, 0, 0]
 
 
 def best_epochs(w: Array, cell: str, seed: int, after_epoch: Callable[[float], None]) -> int:

@@ -8,6 +8,7 @@ kept, and tested once. The likelihood ratio, which knows a, is the best possible
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,14 +63,11 @@ def loss(model: LastState, x: Array, t: Array) -> Variable:
 
 
 def prepare(model: LastState, part: Series, validation: Series, patience: int, **options: Any) -> Training:
-    def step(x: Array, t: Array) -> Variable:
-        return loss(model, x, t)
-
     def validate() -> float:
         with no_grad():
             return float(loss(model, validation.data, validation.label).data)
 
-    loader = DataLoader(part, BATCH)
+    step, loader = partial(loss, model), DataLoader(part, BATCH)
     return Training(model, Adam(0.01), step, loader, validate=validate, patience=patience, **options)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from fusedrnn import functions as F
 from fusedrnn import layers
-from fusedrnn.autograd import Array, Variable
+from fusedrnn.autograd import Array, Variable, no_grad
 from fusedrnn.models import Model
 from fusedrnn.plot import style
 from fusedrnn.terminal import Report
@@ -71,6 +72,17 @@ class Forecaster(Model):
 
     def forward(self, x: Any) -> Variable:
         return self.fc.forward(self.rnn(x))
+
+    def loss(self, x: Any, t: Any) -> Variable:
+        """That of a batch, as ``functions.mean_squared_error`` has it."""
+        return F.mean_squared_error(self(x), t)
+
+    def predict(self, x: Any) -> Array:
+        """The outputs for x, from a zero state, without a graph."""
+        self.reset_state()
+        with no_grad():
+            y: Array = self(x).data
+        return y
 
 
 class LastState(Forecaster):

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import functions as F
 from fusedrnn import layers, plot
-from fusedrnn.autograd import Array, Variable, no_grad
+from fusedrnn.autograd import no_grad
 from fusedrnn.dataloaders import DataLoader
 from fusedrnn.datasets import Series
 from fusedrnn.optimizers import Adam, Optimizer
@@ -45,7 +44,7 @@ def draw(period: float, size: int) -> tuple[Series, Series, Series]:
 
 def error(model: LastState, part: Series) -> float:
     with no_grad():
-        return float(F.mean_squared_error(model(part.data), part.label).data)
+        return float(model.loss(part.data, part.label).data)
 
 
 def prepare(
@@ -56,12 +55,9 @@ def prepare(
     watched: Mapping[str, Series] | None = None,
     **options: Any,
 ) -> Training:
-    def step(x: Array, t: Array) -> Variable:
-        return F.mean_squared_error(model(x), t)
-
-    loader = DataLoader(part, BATCH)
+    loader, validate = DataLoader(part, BATCH), partial(error, model, validation)
     options["watch"] = {name: partial(error, model, other) for name, other in (watched or {}).items()}
-    return Training(model, optimizer, step, loader, validate=lambda: error(model, validation), **options)
+    return Training(model, optimizer, model.loss, loader, validate=validate, **options)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import functions as F
 from fusedrnn import layers, plot
-from fusedrnn.autograd import Array, no_grad
+from fusedrnn.autograd import Array
 from fusedrnn.optimizers import Adam
 from fusedrnn.programs import common
-from fusedrnn.programs.airline import YEAR, passengers
+from fusedrnn.programs.airline import YEAR, passengers, update
 from fusedrnn.programs.common import Forecaster
 from fusedrnn.programs.training import Result
 from fusedrnn.terminal import Report
@@ -47,23 +46,9 @@ def train(
     optimizer = Adam(lr).setup(model)
     losses = []
     for _ in range(epochs):
-        model.reset_state()
-        y = model(x + noise * np.random.standard_normal(x.shape) if noise else x)
-        loss = F.mean_squared_error(y, t) / len(x)
-        model.cleargrads()
-        loss.backward()
-        optimizer.update()
-        losses.append(float(loss.data))
+        losses.append(update(model, optimizer, x, t, noise))
         after_epoch(losses[-1])
     return losses
-
-
-def predict(model: Forecaster, x: Array) -> Array:
-    """Windows ``(N, 5)``, from a zero state."""
-    model.reset_state()
-    with no_grad():
-        y: Array = model(x[:, np.newaxis]).data[:, 0, 0]
-    return y
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,11 +92,12 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     grown = build()
     many_x, many_t = (np.repeat(a[:m].reshape(m, 1, -1), COPIES, axis=1) for a in (wx, wy))
     train(grown, many_x, many_t, args.epochs // 4, lr=3e-3, noise=1.0)
-    change = scale * predict(grown, wx)[m:]  # reads the training part first, then goes on from its state
+    # It reads the training part first, then goes on from its state.
+    change = scale * grown.predict(wx[:, np.newaxis])[m:, 0, 0]
 
     before = log[first - YEAR : -YEAR] + growth[first - YEAR - 1 : -1]
     forecasts = {
-        RECIPE: predict(model, x[n:]),
+        RECIPE: model.predict(x[n:, np.newaxis])[:, 0, 0],
         "naive: as last month": series[first - 1 : -1],
         "seasonal naive: as a year ago": series[first - YEAR : -YEAR],
         "growth as last month": (np.exp(before) - low) / (high - low),

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedrnn import functions as F
 from fusedrnn import layers, plot
-from fusedrnn.autograd import Array, Variable, no_grad
+from fusedrnn.autograd import Array, no_grad
 from fusedrnn.dataloaders import SeqDataLoader
 from fusedrnn.datasets import Series, read_csv
 from fusedrnn.optimizers import Adam
@@ -91,11 +90,7 @@ def prepare(rows: Array, task: str) -> Task:
 def training(model: Forecaster, part: Series, **options: Any) -> Training:
     """Chunks of 30 steps of 128 parallel time lines, the state carried from chunk to chunk."""
     loader = SeqDataLoader(part, BATCH, steps=TRUNCATION)
-
-    def step(x: Array, t: Array) -> Variable:
-        return F.mean_squared_error(model(x), t)
-
-    return Training(model, Adam(), step, loader, steps=loader.round, **options)
+    return Training(model, Adam(), model.loss, loader, steps=loader.round, **options)
 
 
 def build(cell: str, seed: int, **options: Any) -> Forecaster:

@@ -20,7 +20,7 @@ import numpy as np
 
 from fusedrnn import functions as F
 from fusedrnn import layers, plot
-from fusedrnn.autograd import Array, Variable, no_grad
+from fusedrnn.autograd import Array, Variable
 from fusedrnn.dataloaders import SeqDataLoader
 from fusedrnn.datasets import Series
 from fusedrnn.optimizers import Adam
@@ -90,9 +90,7 @@ def train(model: Forecaster, part: Series, seen: int, epochs: int, **options: An
 
 def predict(model: Forecaster, inputs: Inputs) -> Array:
     """``(days, C)``, mm a day: in one call, the state carried from the first day to the last."""
-    model.reset_state()
-    with no_grad():
-        y: Array = model(inputs.x).data[:, :, 0]
+    y = model.predict(inputs.x)[:, :, 0]
     model.reset_state()
     return np.maximum(y, 0) * inputs.scale
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fusedrnn import functions as F
 from fusedrnn import layers, plot
-from fusedrnn.autograd import Array, Variable, no_grad
+from fusedrnn.autograd import Array
 from fusedrnn.dataloaders import DataLoader
 from fusedrnn.datasets import Series
 from fusedrnn.optimizers import Adam
@@ -44,16 +43,7 @@ def data(wave: str, n: int) -> tuple[Array, Array]:
 
 
 def prepare(model: LastState, x: Array, t: Array, **options: Any) -> Training:
-    def step(x: Array, t: Array) -> Variable:
-        return F.mean_squared_error(model(x), t)
-
-    return Training(model, Adam(0.01), step, DataLoader(Series(x, t), BATCH), **options)
-
-
-def predict(model: LastState, x: Array) -> Array:
-    with no_grad():
-        y: Array = model(x).data
-    return y
+    return Training(model, Adam(0.01), model.loss, DataLoader(Series(x, t), BATCH), **options)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +68,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     model = build()
     model.load_weights(out / "waves.npz")
     found = {
-        "RNN": common.scores(predict(model, x[n:]), t[n:]),
+        "RNN": common.scores(model.predict(x[n:]), t[n:]),
         "persistence: the last value again": common.scores(x[n:, -1], t[n:]),
     }
     common.score_table(report, f"The next value, {len(x) - n} windows", found)
@@ -88,7 +78,7 @@ def run(args: argparse.Namespace, report: Report) -> Result:
         part = slice(int(0.8 * len(x)), int(0.8 * len(x)) + 100)
 
         def draw(axes: Any) -> None:
-            plot.forecast(t[part], {"RNN": predict(model, x[part])}, ax=axes)
+            plot.forecast(t[part], {"RNN": model.predict(x[part])}, ax=axes)
             axes.set(xlabel="step of the test part")
 
         common.plot(out / "waves.png", draw, report)
