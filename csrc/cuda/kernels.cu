@@ -39,11 +39,11 @@ using fusedrnn::Index;
 FUSEDRNN_KERNEL(kThreads) begin_forward(const ForwardJob<S> job) {
   FUSEDRNN_EACH(job, (ForwardStep<Cell, S>{job}.begin(b, u)));
 }
-FUSEDRNN_KERNEL(kThreads) step_forward(const ForwardJob<S> job, Index s) { StepKernels<Cell>::forward(job, s); }
+FUSEDRNN_KERNEL(kThreads) step_forward(const ForwardJob<S> job, Index s) { one_step<Cell>(job, s); }
 FUSEDRNN_KERNEL(kThreads) begin_backward(const BackwardJob<S> job) {
   FUSEDRNN_EACH(job, (BackwardStep<Cell, S>{job}.begin(b, u)));
 }
-FUSEDRNN_KERNEL(kThreads) step_backward(const BackwardJob<S> job, Index s) { StepKernels<Cell>::backward(job, s); }
+FUSEDRNN_KERNEL(kThreads) step_backward(const BackwardJob<S> job, Index s) { one_step<Cell>(job, s); }
 FUSEDRNN_KERNEL(kThreads) finish_backward(const BackwardJob<S> job) {
   FUSEDRNN_EACH(job, (BackwardStep<Cell, S>{job}.finish(b, u)));
 }

@@ -226,28 +226,20 @@ struct NormedBackward {
 };
 
 // What kernels.cu calls: every unit by itself, or row by row.
-template <class Cell, bool normed = Cell::layer_norm>
-struct StepKernels {
-  template <class S>
-  FUSEDRNN_INLINE static void forward(const ForwardJob<S>& job, Index s) {
-    each_unit(job.steps.B, job.H, [&](Index b, Index u) { ForwardStep<Cell, S>{job}.step(s, b, u); });
-  }
-  template <class S>
-  FUSEDRNN_INLINE static void backward(const BackwardJob<S>& job, Index s) {
-    each_unit(job.steps.B, job.H, [&](Index b, Index u) { BackwardStep<Cell, S>{job}.step(s, b, u); });
-  }
-};
-template <class Cell>
-struct StepKernels<Cell, true> {
-  template <class S>
-  FUSEDRNN_INLINE static void forward(const ForwardJob<S>& job, Index s) {
+template <class Cell, class S>
+FUSEDRNN_INLINE void one_step(const ForwardJob<S>& job, Index s) {
+  if constexpr (Cell::layer_norm)
     for (Index b = blockIdx.x; b < job.steps.B; b += gridDim.x) NormedForward<Cell, S>{job, s, b}.run();
-  }
-  template <class S>
-  FUSEDRNN_INLINE static void backward(const BackwardJob<S>& job, Index s) {
+  else
+    each_unit(job.steps.B, job.H, [&](Index b, Index u) { ForwardStep<Cell, S>{job}.step(s, b, u); });
+}
+template <class Cell, class S>
+FUSEDRNN_INLINE void one_step(const BackwardJob<S>& job, Index s) {
+  if constexpr (Cell::layer_norm)
     for (Index b = blockIdx.x; b < job.steps.B; b += gridDim.x) NormedBackward<Cell, S>{job, s, b}.run();
-  }
-};
+  else
+    each_unit(job.steps.B, job.H, [&](Index b, Index u) { BackwardStep<Cell, S>{job}.step(s, b, u); });
+}
 
 }  // namespace cuda
 }  // namespace fusedrnn
