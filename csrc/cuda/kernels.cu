@@ -17,9 +17,6 @@ namespace fusedrnn {
 namespace cuda {
 using Cell = FUSEDRNN_CELL;
 using S = FUSEDRNN_DTYPE;
-#if !defined(FUSEDRNN_PRECISION)
-#define FUSEDRNN_PRECISION ieee
-#endif
 using Tile = TileOf<S, Precision::FUSEDRNN_PRECISION>::type;
 }  // namespace cuda
 }  // namespace fusedrnn
