@@ -21,17 +21,18 @@ struct Bfloat16 {
   FUSEDRNN_INLINE operator float() const { return of_bf16(bits); }
 };
 
+template <bool first, class A, class B>
+struct Choose {
+  using type = A;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  using type = B;
+};
+
 // What is computed in where arrays hold S.
 template <class S>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class S>
-using Compute = typename ComputeOf<S>::type;
+using Compute = typename Choose<sizeof(S) == sizeof(double), double, float>::type;
 
 }  // namespace cuda
 }  // namespace fusedrnn

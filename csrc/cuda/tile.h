@@ -100,15 +100,6 @@ struct IeeeTile {
   }
 };
 
-template <bool first, class A, class B>
-struct Choose {
-  using type = A;
-};
-template <class A, class B>
-struct Choose<false, A, B> {
-  using type = B;
-};
-
 enum class Precision { ieee, tf32, tf32x3, bf16, fp16 };
 
 // The columns are the rows of the first factor, so that the few rows of a batch fill the shorter side. Which lane has
@@ -206,13 +197,7 @@ struct MatrixTile {
 };
 
 template <class S, Precision precision>
-struct TileOf {
-  using type = MatrixTile<precision>;
-};
-template <class S>
-struct TileOf<S, Precision::ieee> {
-  using type = IeeeTile<Compute<S>>;
-};
+using TileOf = Choose<precision == Precision::ieee, IeeeTile<Compute<S>>, MatrixTile<precision>>;
 
 }  // namespace cuda
 }  // namespace fusedrnn
