@@ -195,13 +195,9 @@ struct StagedRows {
   int K, at_once, chunk;
   const Source& source;
 
-  struct Rows {
-    Factors<F> factors;
-    FUSEDRNN_INLINE Factors<F> at(int k) const { return {factors.p + k, factors.pitch}; }
-  };
-  FUSEDRNN_INLINE Rows tile(int row) const {
+  FUSEDRNN_INLINE Factors<F> tile(int row) const {
     const Index pitch = pitch_of<F>(chunk);
-    return {{memory + row % at_once * pitch, pitch}};
+    return {memory + row % at_once * pitch, pitch};
   }
   // `at_once` rows from `first` on.
   FUSEDRNN_INLINE void stage(int first, int k0) const {
@@ -229,13 +225,9 @@ struct ResidentRows {
     unsigned there;  // a bit each
     FUSEDRNN_INLINE F one(Index r, Index k) const { return there >> r & 1 ? factors.one(r, k) : F(0); }
     FUSEDRNN_INLINE uint32_t two(Index r, Index k) const { return there >> r & 1 ? factors.two(r, k) : 0; }
+    FUSEDRNN_INLINE Masked at(Index k) const { return {factors.at(k), there}; }
   };
-  struct Rows {
-    Factors<F> factors;
-    unsigned there;
-    FUSEDRNN_INLINE Masked at(int k) const { return {{factors.p + k, factors.pitch}, there}; }
-  };
-  FUSEDRNN_INLINE Rows tile(int row) const {
+  FUSEDRNN_INLINE Masked tile(int row) const {
     unsigned there = 0;
     for (int r = 0; r < kRows; ++r) there |= unsigned(source(row + r) != nullptr) << r;
     const Index pitch = pitch_of<F>(K);

@@ -29,6 +29,7 @@ struct Factors {
   Index pitch;
   FUSEDRNN_INLINE F one(Index row, Index k) const { return p[row * pitch + k]; }
   FUSEDRNN_INLINE uint32_t two(Index row, Index k) const { return load_two(p + row * pitch + k); }  // k is even
+  FUSEDRNN_INLINE Factors at(Index k) const { return {p + k, pitch}; }
 };
 
 constexpr int kKeptBytes = 512;  // of the 1020 in a lane's registers
