@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,7 +81,7 @@ class Rules(ctypes.Structure):
 
 
 def _pointers(names: str) -> list[tuple[str, type[Pointer]]]:
-    return [(name, Pointer) for name in re.findall(r"\w+", names)]
+    return [(name, Pointer) for name in names.split()]
 
 
 class ForwardJob(ctypes.Structure):
