@@ -347,12 +347,7 @@ def check_forward(
     dtype = weights["weight_ih"].dtype
     x = _sequence(x, dtype, I, kind)
     T, B, _ = x.shape
-    if state0 is not None:
-        given = entries("state0", cell, state0)
-        state0 = tuple(
-            _checked(f"state0 {n}", s, dtype, (B, width), kind)
-            for n, s, width in zip(cell.states, given, cell.widths(H, P), strict=True)
-        )
+    state0 = _states("state0", cell, state0, dtype, [(B, width) for width in cell.widths(H, P)], kind)
     lengths = None if lengths is None else check_lengths(lengths, T, B, kind)
     reset = None if reset is None else check_reset(reset, T, B, kind)
     reverse, return_states = check_bool("reverse", reverse), check_bool("return_states", return_states)
@@ -408,18 +403,8 @@ def check_backward(
     if dy is not None:
         dy = _checked("dy", dy, dtype, (T, B, P), kind)
     widths = cell.widths(H, P)
-    if dstateT is not None:
-        given = entries("dstateT", cell, dstateT)
-        dstateT = tuple(
-            None if d is None else _checked(f"dstateT {n}", d, dtype, (B, width), kind)
-            for n, d, width in zip(cell.states, given, widths, strict=True)
-        )
-    if dstates is not None:
-        given = entries("dstates", cell, dstates)
-        dstates = tuple(
-            None if d is None else _checked(f"dstates {n}", d, dtype, (T, B, width), kind)
-            for n, d, width in zip(cell.states, given, widths, strict=True)
-        )
+    dstateT = _states("dstateT", cell, dstateT, dtype, [(B, width) for width in widths], kind)
+    dstates = _states("dstates", cell, dstates, dtype, [(T, B, width) for width in widths], kind)
     dstateT, dstates = (None if d is None or all(e is None for e in d) else d for d in (dstateT, dstates))
     if dstates is not None and not return_states:
         raise ValueError(
@@ -465,6 +450,19 @@ def _checked(name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]
         raise TypeError(f"{name}: expected dtype {dtype} (that of weight_ih), got {value.dtype}")
     check_shape(name, value.shape, shape)
     return (kind.plain if value.flags.c_contiguous and _aligned(value) else kind.copy)(value)
+
+
+def _states(
+    name: str, cell: Cell, value: Any, dtype: np.dtype[Any], shapes: Sequence[tuple[int, ...]], kind: Kind
+) -> Any:
+    """The checked entries of a state, or of gradients of states, of which each may be None; or None."""
+    if value is None:
+        return None
+    given = zip(cell.states, entries(name, cell, value), shapes, strict=True)
+    return tuple(
+        None if a is None and name != "state0" else _checked(f"{name} {state}", a, dtype, shape, kind)
+        for state, a, shape in given
+    )
 
 
 def _sequence(x: Any, dtype: np.dtype[Any], I: int, kind: Kind) -> Array:
