@@ -20,10 +20,9 @@ import numpy.typing as npt
 
 from fusedrnn import cuda
 from fusedrnn.backends.arguments import bfloat16, check_bool, check_shape
+from fusedrnn.backends.protocol import Array as Array
 from fusedrnn.config import config
 from fusedrnn.config import no_grad as no_grad
-
-Array = npt.NDArray[Any]
 
 
 class Variable:

@@ -11,12 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fusedrnn import backends
 from fusedrnn.backends.arguments import NUMPY, Kind
-
-Array = npt.NDArray[Any]
+from fusedrnn.backends.protocol import Array
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Never, NoReturn
 
@@ -13,8 +12,6 @@ import numpy as np
 from fusedrnn import cuda, npz
 from fusedrnn.autograd import Array, Parameter, Variable
 from fusedrnn.backends.arguments import FLOATS, bfloat16
-
-PathLike = str | os.PathLike[str]
 
 # What to write in place of arguments that torch.nn has.
 INSTEAD = {
@@ -108,11 +105,11 @@ class Layer:
         for p in self.params():
             p.cleargrad()
 
-    def save_weights(self, path: PathLike) -> None:
+    def save_weights(self, path: npz.PathLike) -> None:
         """Write all parameters to one ``.npz`` file, by their paths, such as ``rnn/weight_ih``."""
         npz.write(path, values(self))
 
-    def load_weights(self, path: PathLike) -> None:
+    def load_weights(self, path: npz.PathLike) -> None:
         """Read a file that ``save_weights`` or DeZero wrote.
 
         Parameters are cast to each layer's dtype. Sizes that a layer does not know yet are taken from the

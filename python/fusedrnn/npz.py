@@ -8,14 +8,12 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fusedrnn.backends.arguments import bfloat16
+from fusedrnn.backends.protocol import Array
 
-Array = npt.NDArray[Any]
 PathLike = str | os.PathLike[str]
 
 
