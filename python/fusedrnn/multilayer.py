@@ -42,10 +42,10 @@ class MultilayerGradients(NamedTuple):
     for each state. ``dscalars`` has (T, B) for each name, the sum over layers and directions.
     """
 
-    dx: Array | None  # (T, B, I)
-    dweights: list[dict[str, Any]]  # one per layer and direction
-    dstate0: State | None  # (L*D, B, ·) each
-    dscalars: dict[str, Any]  # (T, B) each, the sum over layers and directions
+    dx: Array | None
+    dweights: list[dict[str, Any]]
+    dstate0: State | None
+    dscalars: dict[str, Any]
 
 
 def dropout_mask(rng: np.random.Generator, dropout: float, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -61,14 +61,15 @@ class Regularization(NamedTuple):
     the masks from the seed.
 
     ``zoneout_c`` must be 0 for cells without c, and ``recurrent_dropout`` for cells without ``weight_hh``.
-    ``seed`` is an integer from 0 to 2**63 - 1, or None in evaluation. ``stream`` is layer * D + direction.
+    ``seed`` is an integer from 0 to 2**63 - 1, or None in evaluation. ``stream`` is layer * D + direction,
+    below 2**30: their masks differ.
     """
 
-    recurrent_dropout: float = 0.0  # 0 for cells without weight_hh
+    recurrent_dropout: float = 0.0
     zoneout_h: float = 0.0
-    zoneout_c: float = 0.0  # 0 for cells without c
-    seed: int | None = None  # of the masks, 0 <= seed < 2**63; None: evaluation
-    stream: int = 0  # layer * D + direction, 0 <= stream < 2**30: their masks differ
+    zoneout_c: float = 0.0
+    seed: int | None = None
+    stream: int = 0
 
 
 class Forward(NamedTuple):
@@ -79,10 +80,10 @@ class Forward(NamedTuple):
     ``backward`` takes, or None with ``save=None``.
     """
 
-    y: Array  # (T, B, P)
+    y: Array
     stateT: State
-    states: State | None  # every step's (h,) or (h, c), each (T, B, ·), with return_states
-    tape: Any  # what backward takes; None with save=None
+    states: State | None
+    tape: Any
 
 
 class Gradients(NamedTuple):
@@ -92,10 +93,10 @@ class Gradients(NamedTuple):
     like ``state0``. ``dscalars`` has by name the gradient of each row scalar, (T, B).
     """
 
-    dx: Array | None  # (T, B, I)
-    dweights: dict[str, Any]  # of each weight that was given
+    dx: Array | None
+    dweights: dict[str, Any]
     dstate0: State | None
-    dscalars: dict[str, Any]  # of each row scalar (T, B), {} for cells without
+    dscalars: dict[str, Any]
 
 
 class Options(TypedDict, total=False):
