@@ -67,7 +67,6 @@ class RecurrentBase(Freezable):
 
     input_size: int
     hidden_size: int
-    proj_size: int
     batch_first: bool
     bidirectional: bool
     dropout: float

@@ -10,7 +10,7 @@ import torch
 
 from fusedrnn.torch import compilable as _compilable
 from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
-from fusedrnn.torch.frozen import Freezable
+from fusedrnn.torch.frozen import Freezable, layers_of
 from fusedrnn.torch.layers import GRU, LSTM, RNN
 from fusedrnn.torch.scripted import OWN, check_torch_has
 
@@ -31,8 +31,8 @@ class Converted(NamedTuple):
     """
 
     model: torch.nn.Module
-    converted: dict[str, str]  # by path, "" is the model itself: the previous class
-    left: dict[str, str]  # by path: why a recurrent layer was not converted
+    converted: dict[str, str]
+    left: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"{path or 'the model'}: {kind}" for path, kind in self.converted.items()]
@@ -98,11 +98,8 @@ def to_torch(model: torch.nn.Module) -> Converted:
             both, and nothing has changed.
         RuntimeError: A layer is frozen; nothing has changed.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for path, layer in model.named_modules():
-        if isinstance(layer, Freezable):
-            check_torch_has(layer, path or "the model")
+    for path, layer in layers_of(model):
+        check_torch_has(layer, path)
     converted, left = {}, {}
     for path, layer in model.named_modules():
         kind = _class(layer)

@@ -96,6 +96,7 @@ class Freezable(torch.nn.Module):
 
     last_path: str | None = None
     _key: str  # the key of its cell in CELLS, unless the layer has a cell of its own
+    proj_size: int = 0
 
     @property
     def cell(self) -> Cell:
@@ -108,7 +109,7 @@ class Freezable(torch.nn.Module):
 
     def _lacks(self, device: torch.device) -> str | None:
         """What the kernels of a device do not support of this layer, or None."""
-        return None
+        return "proj_size on a GPU" if self.proj_size and device.type != "cpu" else None
 
     def train(self, mode: bool = True) -> Any:
         """Like ``train`` of PyTorch; raises a RuntimeError for a frozen layer."""
@@ -128,7 +129,8 @@ class Freezable(torch.nn.Module):
         super()._load_from_state_dict(*args)
 
 
-def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+def layers_of(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Our layers and cells in a model, each with its path."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return ((path or "the model", m) for path, m in model.named_modules() if isinstance(m, Freezable))
@@ -152,7 +154,7 @@ def freeze(model: M) -> M:
         ValueError: The model has none of our layers.
     """
     made: list[tuple[Any, Frozen]] = []
-    for path, layer in _layers(model):
+    for path, layer in layers_of(model):
         if layer.training:
             raise RuntimeError(f"{path}: expected a layer in evaluation; call eval() before freeze")
         if layer.__dict__.get("_fusedrnn_frozen") is None:
@@ -170,7 +172,7 @@ def freeze(model: M) -> M:
                         "no changes; make the layer outside of it"
                     )
             made.append((layer, Frozen(layer, weights)))
-    if not any(True for _ in _layers(model)):
+    if not any(True for _ in layers_of(model)):
         raise ValueError("model: it has no layer of fusedrnn.torch; fusedrnn.torch.convert makes some")
     for layer, found in made:
         layer.__dict__["_fusedrnn_frozen"] = found
@@ -185,7 +187,7 @@ def unfreeze(model: M) -> M:
     Returns:
         The model.
     """
-    for _, layer in _layers(model):
+    for _, layer in layers_of(model):
         found = layer.__dict__.pop("_fusedrnn_frozen", None)
         if found is not None:
             _there.discard(found)

@@ -192,9 +192,6 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             names = [[name + suffix for name in blocks] for suffix in suffixes]
         return [weights_of(self, each, count) for each in names]
 
-    def _lacks(self, device: torch.device) -> str | None:
-        return "proj_size on a GPU" if self.proj_size and device.type != "cpu" else None
-
     def _unsupported(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
         """Why the kernels do not support this call, or None. Wrong arguments are left to PyTorch's errors."""
         reason = paths.mode()

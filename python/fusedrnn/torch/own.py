@@ -38,7 +38,6 @@ class CellModule(Freezable):
 
     input_size: int
     hidden_size: int
-    proj_size: int
     _all_weights: list[list[Any]]
 
     @property
@@ -122,7 +121,7 @@ class CellModule(Freezable):
     def _refused(self, device: torch.device, dtype: torch.dtype, detached: bool) -> str | None:
         """What the kernels do not support of this cell, or None."""
         if self._key in CELLS:
-            return "proj_size on a GPU" if self.proj_size and device.type != "cpu" else None
+            return super()._lacks(device)
         return ops.refused(self._key, device.type, str(dtype), self._acts(), detached)
 
     def _packed(self) -> Frozen | None:
