@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from measured import Report, by_family, captions, run, save, side_by_side, table, update
@@ -46,11 +45,6 @@ PAGE = "docs/zoo.md"
 CELLS = {cell.name: cell for cell in ALL}
 PEERS = {"torch-loop": "PyTorch", "torchscript": "TorchScript", "jax-scan": "JAX"}
 BLOCKS = 5
-
-
-def mean(values: list[float]) -> float:
-    """The geometric mean."""
-    return math.exp(statistics.fmean(map(math.log, values)))
 
 
 def measure(cells: list[Cell], shapes: list[Shape], seconds: float) -> dict[str, Any]:
@@ -94,7 +88,7 @@ def ratios(found: Report) -> dict[str, list[float]]:
         rows.setdefault(row["cell"], []).append(row["libraries"])
     torch = runner.torch_variants(PEERS)
     return {
-        cell: [mean([libraries[name]["ratio"] for libraries in each]) for name in PEERS]
+        cell: [geometric_mean([libraries[name]["ratio"] for libraries in each]) for name in PEERS]
         + [min(libraries[name]["ratio"] for libraries in each for name in torch)]
         for cell, each in rows.items()
     }
@@ -108,7 +102,8 @@ def section(reports: dict[str, Report]) -> str:
         each = ratios(found)
         first = {row["cell"]: row["libraries"][runner.OURS]["ms"] for row in reversed(found["rows"])}
         rows[family] = [[f"`{cell}`", f"{first[cell]:.3g}", *shown(each[cell])] for cell in each]
-        rows[family].append(["geometric mean", "", *shown(map(mean, zip(*each.values(), strict=True)))])
+        means = map(geometric_mean, zip(*each.values(), strict=True))
+        rows[family].append(["geometric mean", "", *shown(means)])
         lowest.append(f"{min(values[-1] for values in each.values()):.2f} on {family}")
         refused += [f"- {family}, {text}" for text in found["refused"]]
     found = next(iter(reports.values()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -137,7 +136,7 @@ def means(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> dict[str, Any
     """
 
     def mean(ratios: list[float]) -> float | None:
-        return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
+        return statistics.geometric_mean(ratios) if ratios else None
 
     def ratios(names: Sequence[str]) -> list[list[float]]:
         each = [[row["libraries"][n]["ratio"] for n in names if n in row["libraries"]] for row in rows]

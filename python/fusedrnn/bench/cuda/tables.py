@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -139,7 +138,7 @@ def summary(report: dict[str, Any]) -> list[str]:
         for peer in PEERS:
             entries = [row["libraries"].get(peer, {}) for row in report["rows"] if row["mode"] == mode]
             if ratios := [entry["ratio"] for entry in entries if "ratio" in entry]:
-                mean = math.exp(statistics.fmean(map(math.log, ratios)))
+                mean = statistics.geometric_mean(ratios)
                 lines.append(f"{mode}, {peer}: geometric mean of {len(ratios)} ratios {mean:.2f}")
     rates, gpu = report["rates"], report["gpu"]
     lines += [
