@@ -68,6 +68,7 @@ class Torch:
             self.starts = self.tensor(data.reset.astype(data.x.dtype))
         if data.lengths is not None:  # on the CPU, where PyTorch wants them
             self.lengths = torch.from_numpy(data.lengths)
+        self.more: dict[str, Any] = {}  # what a call takes besides
         self.update = Update(self) if case.kind == "update" else None
 
     @classmethod
@@ -110,7 +111,7 @@ class Torch:
 
     def outputs(self) -> list[Any]:
         """Forward: y and the final states."""
-        y, state = self.module(self.x, self.pair(self.state0))
+        y, state = self.module(self.x, self.pair(self.state0), **self.more)
         return [y, *state] if isinstance(state, tuple) else [y, state]
 
     def __call__(self) -> Any:
@@ -368,10 +369,6 @@ class FusedLayer(FusedModule):
     @classmethod
     def refuses(cls, case: Case, dtype: str) -> str | None:
         return None
-
-    def outputs(self) -> list[Any]:
-        y, state = self.module(self.x, self.pair(self.state0), **self.more)
-        return [y, *state] if isinstance(state, tuple) else [y, state]
 
 
 class FusedCell(FusedModule, TorchCell):
