@@ -1,8 +1,8 @@
 """What it costs to read the weights anew in every call: ours, ours after ``freeze``, and PyTorch's.
 
-    python bench/frozen.py --json $(python bench/measured.py)/frozen.json    measure
-    python bench/frozen.py --page     write the table of docs/speed.md
-    python bench/frozen.py --check    whether the page has it
+    python bench/frozen.py            measure, on a quiet machine; write JSON and docs/speed.md
+    python bench/frozen.py --page     only write the page anew
+    python bench/frozen.py --check    only see whether it is up to date
 
 One row of LSTM without gradients, I = H: a step of ``LSTMCell``, and 25 steps of ``LSTM``, which ``LSTMCell``
 has no call for. Every figure is the smallest of many short blocks, the variants interleaved.
@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import measured
 
-from fusedrnn import system, terminal
+from fusedrnn import terminal
 from fusedrnn.bench.timing import same_threads
 
 SIZES = (64, 256, 1024)
@@ -85,29 +83,23 @@ def section(reports: dict[str, dict[str, Any]]) -> str:
     return f"{measured.side_by_side(HEADER, rows, left=3)}\n\n{measured.captions(reports)}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="What it costs to read weights anew in every call.")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each row; 3 unless given")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--page", action="store_true", help="write the table of docs/speed.md instead")
-    parser.add_argument("--check", action="store_true", help="only see whether the page has it")
-    options = parser.parse_args()
-    if options.page or options.check:
-        text = section(measured.by_family("frozen"))
-        return measured.update("docs/speed.md", "frozen.py", text, options.check)
+def figures(options: argparse.Namespace) -> dict[str, Any]:
+    """What the file holds."""
     rows = []
     for wanted in THREADS:
         with same_threads(wanted) as threads:
             for steps in (1, 25):
                 for H in SIZES:
-                    rows.append(
-                        {"threads": threads, "H": H, "T": steps, "us": measure(H, steps, options.seconds)}
-                    )
+                    us = measure(H, steps, options.seconds)
+                    rows.append({"threads": threads, "H": H, "T": steps, "us": us})
     terminal.table("microseconds a call, B = 1, I = H, float32", HEADER, table(rows), left=3)
-    if options.json:
-        report = {"environment": system.environment(), "rows": rows}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    return {"rows": rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What it costs to read weights anew in every call.")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each row; 3 unless given")
+    return measured.run(__file__, parser, figures, section, "docs/speed.md", "frozen")
 
 
 if __name__ == "__main__":
