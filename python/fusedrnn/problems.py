@@ -81,8 +81,6 @@ class Case:
         return " ".join([self.cell.name, ",".join(map(str, self.shape)), *said, self.name]).rstrip()
 
 
-KINDS = ("training", "forward", "step", "update")
-
 # Forecasting, hydrology, audio, control and, at the end, sizes where the matrix product is everything.
 SPEED = (
     Shape(30, 30, 1, 100),
