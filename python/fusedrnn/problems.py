@@ -357,7 +357,7 @@ def map_floats(problem: Any, function: Callable[[Array], Array]) -> Any:
 
     def mapped(value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            return function(value) if value.dtype.kind in "fc" else value
+            return function(value) if value.dtype.kind not in "biu" else value  # bfloat16 is of kind V
         if isinstance(value, dict):
             return {name: mapped(array) for name, array in value.items()}
         return tuple(map(mapped, value)) if type(value) is tuple else value

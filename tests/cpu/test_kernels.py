@@ -12,7 +12,6 @@ from accuracy import (
     CPU,
     DTYPES,
     EVERYTHING,
-    GRADIENT,
     REFERENCE,
     assert_hard,
     assert_no_worse_than_numpy,
@@ -26,6 +25,7 @@ from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import gru, lstm, rnn
 from problems import (
     CELLS,
+    GRADIENT,
     OPTIONS,
     SIZES,
     assert_bitwise_equal,

@@ -13,14 +13,13 @@ from accuracy import (
     CPU,
     DTYPES,
     EVERYTHING,
-    GRADIENT,
     assert_hard,
     assert_no_worse_than_numpy,
     cell_name,
     truth,
 )
 from fusedrnn.cells import lstm
-from problems import CELLS, assert_bitwise_equal, assert_close, problem
+from problems import CELLS, GRADIENT, assert_bitwise_equal, assert_close, problem
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 

@@ -7,7 +7,7 @@ upstream gradients at padding) is NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Array, Forward, Gradients, Regularization, State, Weights
 from fusedrnn.cells import Cell, gru, lstm, rnn
+from fusedrnn.problems import map_floats
 
 # What every backend has, and what the kernels of the CPU have beside these and layer norm.
 PLAIN: tuple[Cell, ...] = (rnn, rnn.with_options(relu=True), lstm, gru, gru.with_options(reset_after=False))
@@ -79,23 +80,7 @@ class Problem:
 
     def astype(self, dtype: Any) -> Problem:
         """The same numbers in another dtype."""
-
-        def cast(a: Array | None) -> Array | None:
-            return None if a is None else a.astype(dtype)
-
-        def cast_all(s: tuple[Array | None, ...] | None) -> Any:
-            return None if s is None else tuple(map(cast, s))
-
-        return replace(
-            self,
-            x=cast(self.x),
-            weights={n: cast(w) for n, w in self.weights.items()},
-            scalars={n: cast(s) for n, s in self.scalars.items()},
-            state0=cast_all(self.state0),
-            dy=cast(self.dy),
-            dstateT=cast_all(self.dstateT),
-            dstates=cast_all(self.dstates),
-        )
+        return map_floats(self, lambda a: a.astype(dtype))
 
 
 def problem(
