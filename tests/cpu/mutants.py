@@ -20,6 +20,14 @@ class Mutant(NamedTuple):
     constant: bool = False  # in an expression that the compiler evaluates: no switch can be there
 
 
+def mutated(text, mutant):
+    """The source with the mistake in it; the place has to be there exactly once."""
+    assert text.count(mutant.old) == 1, (
+        f"{mutant.name}: found {text.count(mutant.old)} times in {mutant.file}: {mutant.old}"
+    )
+    return text.replace(mutant.old, mutant.new)
+
+
 CELLS, REGULARIZED = "cells/derived.h", "cells/regularized.h"
 FORWARD, BACKWARD, PACK, TILE, MASKS = (
     f"cpu/{f}.h" for f in ("forward", "backward", "pack", "tile", "masks")

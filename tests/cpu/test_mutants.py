@@ -24,6 +24,7 @@ import pytest
 import machine_mutants
 import mutants
 import norm_mutants
+from mutants import mutated
 
 _core = pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 
@@ -56,14 +57,6 @@ MUTANTS = [*KERNELS, *machine_mutants.MUTANTS]
 
 
 # --- sources ------------------------------------------------------------------------------------------------
-
-
-def mutated(text, mutant):
-    """The source with the mistake in it; the place has to be there exactly once."""
-    assert text.count(mutant.old) == 1, (
-        f"{mutant.name}: found {text.count(mutant.old)} times in {mutant.file}: {mutant.old}"
-    )
-    return text.replace(mutant.old, mutant.new)
 
 
 def switched(text, mutant, number):

@@ -19,6 +19,7 @@ import pytest
 import emulated
 from cuda_mutants import MUTANTS, Mutant
 from fusedrnn.backends.cuda.jobs import kernels_of
+from mutants import mutated
 from problems import NORMED, PLAIN
 
 pytestmark = [
@@ -65,14 +66,6 @@ def race(csrc: Path, cell: str, dtype: str = "float", precision: str = "ieee") -
     settings = {"FUSEDRNN_TEST_RACES": "1", "LD_PRELOAD": watcher, "TSAN_OPTIONS": "halt_on_error=1"}
     done = run(csrc, [cell, dtype, precision], 300, **settings, OPENBLAS_NUM_THREADS="1")
     return done.returncode, done.stdout + done.stderr[:3000]
-
-
-def mutated(text: str, mutant: Mutant) -> str:
-    """The source with the mistake in it; the place has to be there exactly once."""
-    assert text.count(mutant.old) == 1, (
-        f"{mutant.name}: found {text.count(mutant.old)} times in {mutant.file}: {mutant.old}"
-    )
-    return text.replace(mutant.old, mutant.new)
 
 
 def try_out(mutant: Mutant, original: Path, folder: Path) -> dict[str, tuple[int, str]]:
