@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 import fusedrnn
 from fusedrnn import system, threads
+from interpreter import python
 
 pytestmark = pytest.mark.quick
 
@@ -27,10 +26,6 @@ import json, sys
 import fusedrnn
 print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
 """
-
-
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
 def test_import_takes_less_than_150_ms_on_top_of_numpy():

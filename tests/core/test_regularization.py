@@ -7,9 +7,6 @@ accuracy.py; where bits are compared there is none.
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +20,7 @@ from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import gru, lstm, rnn
+from interpreter import python
 from problems import CELLS, NORMED, assert_bitwise_equal, assert_close, name, problem, run
 from test_reference import oracle_results
 
@@ -255,12 +253,7 @@ def test_bits_on_every_instruction_set_with_fma(cpu):
     found = {}
     for isa in (level for level in info["built"] if level in info["detected"] and level != "portable"):
         code = "import test_regularization as t, fusedrnn._core as c; print(c.info()['isa'], t.digest())"
-        out = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "FUSEDRNN_ISA": isa}, text=True,
-            cwd=os.path.dirname(__file__), capture_output=True, timeout=240,
-        )  # fmt: skip
-        assert out.returncode == 0, out.stderr
-        used, found[isa] = out.stdout.split()
+        used, found[isa] = python(code, FUSEDRNN_ISA=isa).split()
         assert used == isa
     if not found:
         pytest.skip("no level with FMA here")

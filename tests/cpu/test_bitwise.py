@@ -7,14 +7,12 @@ gradients of weights are sums over rows and steps, so they do. Nothing here has 
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from interpreter import python
 from problems import CELLS as PLAIN
 from problems import NORMED, assert_bitwise_equal, name, problem, run
 
@@ -246,12 +244,7 @@ def digests():
 def digests_on(isa, count="2"):
     """``digests`` in a process of its own, on one instruction set and number of threads."""
     code = "import test_bitwise; print(test_bitwise._core.info()['isa'], *test_bitwise.digests(), sep='\\n')"
-    out = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "FUSEDRNN_ISA": isa, "FUSEDRNN_NUM_THREADS": count},
-        cwd=os.path.dirname(__file__), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    used, *lines = out.stdout.splitlines()
+    used, *lines = python(code, FUSEDRNN_ISA=isa, FUSEDRNN_NUM_THREADS=count).splitlines()
     assert used == isa
     assert len(lines) == len(CELLS) * 2 * 3 * len(OPTIONS)
     return lines

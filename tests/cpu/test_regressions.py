@@ -15,14 +15,13 @@ import gc
 import hashlib
 import itertools
 import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from interpreter import python
 from problems import CELLS, NORMED, assert_bitwise_equal, assert_close, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
@@ -44,16 +43,6 @@ def gradients(results):
 
 def truth(p):
     return run(REFERENCE, p.astype(np.longdouble))
-
-
-def python(code, **environment):
-    """Runs the code in a fresh interpreter, beside this file; its output."""
-    out = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code], cwd=os.path.dirname(__file__),
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    return out.stdout
 
 
 def rss():

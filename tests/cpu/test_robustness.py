@@ -7,17 +7,16 @@ What can hang or die runs in a process of its own with a time limit. Each starts
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import interpreter
 from problems import CELLS, assert_bitwise_equal, name, problem, run
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
@@ -153,13 +152,7 @@ def set_control_word(word):  # the last field of x86-64's fenv_t
 def python(code, limit=240, **environment):
     """Runs PRELUDE and the code in a fresh interpreter; its output. What takes longer hangs: under the
     sanitizers a long call takes a minute on a slow machine."""
-    out = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + textwrap.dedent(code)],
-        cwd=Path(__file__).parent, env={**os.environ, **environment}, capture_output=True, text=True,
-        timeout=limit,
-    )  # fmt: skip
-    assert out.returncode == 0, f"exit code {out.returncode}\n{out.stdout}\n{out.stderr}"
-    return out.stdout
+    return interpreter.python(PRELUDE + textwrap.dedent(code), limit=limit, **environment)
 
 
 x86 = pytest.mark.skipif("_core.testing.control_word() == 0", reason="reads MXCSR, which only x86-64 has")

@@ -9,11 +9,8 @@ Numba's cache.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +18,7 @@ import pytest
 from fusedrnn.backends import get
 from fusedrnn.backends import numba as module
 from fusedrnn.cells import activations, gru, lstm
+from interpreter import python
 from problems import (
     NORMED,
     OPTIONS,
@@ -200,9 +198,7 @@ def test_a_forked_child_has_threads_of_its_own():
         if child:
             assert os.waitpid(child, 0)[1] == 0
     """
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parent, timeout=100, check=True
-    )
+    python(textwrap.dedent(code), limit=100)
 
 
 # Together they have tanh, sigmoid, relu, two states and a norm; each takes seconds to compile.
@@ -293,15 +289,6 @@ def test_a_double_would_be_seen():
 # --- compiling, and being absent ---------------------------------------------------------------------------
 
 
-def python(code, arguments=(), **environment):
-    """What another process prints."""
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
 @needs_numba
 def test_compiled_code_is_kept_between_processes(tmp_path):
     """And symbols of compiled code differ: one process compiles the LSTM, the other loads it, beside a cell
@@ -319,9 +306,7 @@ for cell in {"alone": [lstm], "both": [rnn, lstm]}[sys.argv[1]]:
     print(get("numba").forward(cell, np.ones((3, 2, 2), np.float32), w, save=None).y.tobytes().hex())
     print(sum(numba_kernels.loop("forward", cell, np.dtype("f4")).stats.cache_hits.values()))
 """
-    alone, both = (
-        python(code, arguments=[which], NUMBA_CACHE_DIR=str(tmp_path)).split() for which in ("alone", "both")
-    )
+    alone, both = (python(code, which, NUMBA_CACHE_DIR=str(tmp_path)).split() for which in ("alone", "both"))
     assert [alone[1], *both[1::2]] == ["0", "0", "1"]
     assert both[2] == alone[0]
 
@@ -354,7 +339,7 @@ def test_without_a_place_for_the_cache(monkeypatch):
 
 def test_the_backend_does_not_import_numba_before_it_must():
     code = "import sys, fusedrnn.backends as b; b.get('numba'); print('numba' in sys.modules)"
-    assert python(code) == "False"
+    assert python(code) == "False\n"
 
 
 def test_without_numba():
@@ -362,4 +347,4 @@ def test_without_numba():
         "import sys; sys.modules['numba'] = None\n"
         "from fusedrnn.backends import get; print(get('numba').unavailable())"
     )
-    assert python(code) == "numba is not installed: pip install 'fusedrnn[numba]'"
+    assert python(code) == "numba is not installed: pip install 'fusedrnn[numba]'\n"

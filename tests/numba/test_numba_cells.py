@@ -6,9 +6,6 @@ same steps make in the dtype at hand.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +20,7 @@ from fusedrnn.cells.definition import cell
 from fusedrnn.cells.evaluation import Evaluation
 from fusedrnn.cells.symbols import absolute, maximum, minimum, relu, tanh, where
 from fusedrnn.cells.zoo import ALL
+from interpreter import python
 from problems import assert_bitwise_equal, errors
 from published import PUBLISHED, everything, gru_d, slstm
 from test_random_cells import made as made_from
@@ -205,14 +203,8 @@ def check_the_zoo():
 
 def test_the_source_of_every_cell_in_the_zoo():
     """What the slow tests compile."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_numba_cells; test_numba_cells.check_the_zoo()"],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    code = "import test_numba_cells; test_numba_cells.check_the_zoo()"
+    python(code, cwd=Path(__file__).parent, NUMBA_DISABLE_JIT="1")
 
 
 # --- cells that lay out what they keep in other ways --------------------------------------------------------
