@@ -226,11 +226,11 @@ def select(cases: tuple[Case, ...], cell: Cell | None = None, forward: bool = Fa
     return tuple(dict.fromkeys(cases))
 
 
-def quick(cases: tuple[Case, ...], count: int = 3) -> tuple[Case, ...]:
+def quick(cases: tuple[Case, ...]) -> tuple[Case, ...]:
     """A few small cases, the smallest of every kind, in their order."""
     by_size = sorted(cases, key=flops)
     firsts = {(case.kind, case.ragged, bool(case.resets), case.api): case for case in reversed(by_size)}
-    chosen = list(dict.fromkeys([*firsts.values(), *by_size]))[: max(count, len(firsts))]
+    chosen = list(dict.fromkeys([*firsts.values(), *by_size]))[: max(3, len(firsts))]
     return tuple(case for case in cases if case in chosen)
 
 

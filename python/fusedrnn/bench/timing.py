@@ -74,7 +74,7 @@ def time_blocks(
     return samples
 
 
-def speedup(run: Callable[[], Any], other: Callable[[], Any], seconds: float = 0.02) -> float:
+def speedup(run: Callable[[], Any], other: Callable[[], Any]) -> float:
     """How many times faster the other is, roughly: both in turn, the least of two times each."""
     count = 1
     best = {run: math.inf, other: math.inf}
@@ -84,7 +84,7 @@ def speedup(run: Callable[[], Any], other: Callable[[], Any], seconds: float = 0
             for _ in range(count):
                 each()
             best[each] = min(best[each], (time.perf_counter() - start) / count)
-        count = max(1, round(seconds / min(best.values())))
+        count = max(1, round(0.02 / min(best.values())))
     return best[run] / best[other]
 
 
