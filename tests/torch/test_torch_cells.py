@@ -23,7 +23,6 @@ from torch_pairs import (
     every_dtype,
     flat,
     ft,
-    misaligned,
     module_pair,
     state_of,
 )
@@ -59,42 +58,6 @@ def test_a_step(kind, dtype, bias, shape):
     with torch.inference_mode():
         y = assert_same(theirs, ours, x, hx)
         assert flat(y)[0].is_inference()
-
-
-FORMS = {
-    "strided": lambda t: torch.stack([t, t], -1)[..., 0],
-    "expanded": lambda t: t[:1].expand(t.shape),
-    "negated": torch._neg_view,
-    "not aligned": misaligned,
-    "a parameter": torch.nn.Parameter,
-}
-
-
-@every_dtype
-@every_cell
-def test_a_step_without_a_graph(kind, dtype, monkeypatch, warned):
-    """The compiled module checks such a call; what it refuses is computed as with a graph."""
-    theirs, ours = module_pair(kind, I, 20, dtype=dtype)
-    x = torch.randn(B, I, dtype=dtype)
-    hx = state_of(ours, B, x)
-    given = (x, *flat(hx))
-
-    def assert_equal(x, hx):
-        with torch.no_grad():
-            for a, b in zip(flat(theirs(x, hx)), flat(ours(x, hx)), strict=True):
-                assert_close(b, a)
-
-    warnings.simplefilter("ignore", ft.FallbackWarning)
-    for place, t in enumerate(given):
-        for form in FORMS.values():
-            x2, *states = [*given[:place], form(t), *given[place + 1 :]]
-            assert_equal(x2, tuple(states) if len(states) == 2 else states[0])
-    assert_equal(torch._efficientzerotensor(x.shape, dtype=dtype), hx)
-    assert_equal(x.to_sparse(), hx)
-    monkeypatch.setattr(type(ours), "_unsupported", None)  # the checks in Python, which do not run
-    assert_equal(x, hx)
-    assert_equal(x, None)
-    assert ours.last_path == "fused"
 
 
 @given(

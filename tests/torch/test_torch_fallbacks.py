@@ -173,6 +173,12 @@ def test_transforms_fall_back(kind, warned):
 # --- wrong use ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[torch.enable_grad, torch.no_grad])
+def with_and_without_a_graph(request):
+    with request.param():
+        yield
+
+
 def fails_alike(theirs, ours, *args):
     with pytest.raises(Exception) as expected:  # noqa: PT011
         theirs(*args)
@@ -184,6 +190,7 @@ def fails_alike(theirs, ours, *args):
 @pytest.mark.quick
 @every_layer
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.usefixtures("with_and_without_a_graph")
 def test_wrong_calls_fail_as_pytorchs(kind, packed):
     theirs, ours = module_pair(kind, I, H, num_layers=2)
     x = torch.randn(T, B, I)
@@ -235,6 +242,7 @@ def test_wrong_constructions_fail_as_pytorchs(kind):
 
 
 @every_layer
+@pytest.mark.usefixtures("with_and_without_a_graph")
 def test_weights_of_another_size_fail(kind):
     x = torch.randn(T, B, I)
     for name, shape in (("weight_ih_l0", (3, I)), ("weight_hh_l0", (3, 3)), ("bias_ih_l0", (2,))):

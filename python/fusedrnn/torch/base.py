@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
+from fusedrnn import backends
+from fusedrnn.backends import cpu
 from fusedrnn.backends.arguments import check_bool, check_regularization, check_shape, check_whole, listed
 from fusedrnn.backends.protocol import Regularization
-from fusedrnn.torch import paths
+from fusedrnn.torch import memory, ops, paths
 from fusedrnn.torch.frozen import Freezable, Frozen
 from fusedrnn.torch.ops import Call, Weights
 from fusedrnn.torch.recurrence import recurrence
@@ -35,6 +38,45 @@ def weights_of(module: torch.nn.Module, names: Sequence[str], count: int) -> Wei
     own = module._parameters
     found = [own[name] if name in own else getattr(module, name, None) for name in names]
     return (*found, *[None] * (count - len(found)))
+
+
+def direct(x: Any, state0: Sequence[Any] | None, weights: Sequence[Weights], packed: Frozen | None) -> bool:
+    """Whether a call can go straight to the compiled module: plain tensors, no graph, and nobody watches.
+
+    The module checks dtypes, shapes and memory, and refuses what it cannot read as it is. In Python the same
+    checks take as long as the kernel of a small layer.
+    """
+    if torch.is_grad_enabled() or not isinstance(x, Tensor) or x.dtype not in ops.FLOATS:
+        return False
+    for t in (x, *(state0 or ()), *[w for each in weights for w in each if w is not None]):
+        if (type(t) is not Tensor and type(t) is not Parameter) or t.is_neg():
+            return False
+    backend = backends.usable(None) if packed is None else packed.packed[0][0]
+    return (
+        memory.DIRECT
+        and isinstance(backend, cpu.CpuBackend)
+        and x.is_cpu
+        and not ops.watched(x)
+        and paths.mode() is None
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def run_direct(
+    module: Any, x: Tensor, state0: Sequence[Tensor], weights: Weights, packed: Any, reverse: bool = False
+) -> list[Tensor]:
+    """What ``recurrence`` returns of such a call; refusals are exceptions in ``cpu.REFUSED``."""
+    cell, H, (*steps, B, _) = module.cell, module.hidden_size, x.shape
+    y = x.new_empty(*steps, B, H) if steps else None
+    after = [x.new_empty(B, H) for _ in cell.states]
+    ops.CPU.run_forward(
+        cell,
+        (*weights, *[None] * (len(cpu.WEIGHTS) - len(weights))) if packed is None else packed[1].core,
+        *(x, *ops.two(state0), None, None),  # no lengths, no resets
+        *(reverse, False, 0, None),  # all steps saved, never detached, no regularization
+        *(y, *ops.two(after), None, None, None, False),  # no states of every step, no tape
+    )
+    return after if y is None else [y, *after]
 
 
 class StepBase(Freezable):

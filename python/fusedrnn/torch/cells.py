@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from fusedrnn import backends
 from fusedrnn.backends import cpu
 from fusedrnn.cells.definition import PLAIN
-from fusedrnn.torch import dynamo, memory, ops, paths
-from fusedrnn.torch.base import StepBase, weights_of
+from fusedrnn.torch import dynamo, paths
+from fusedrnn.torch.base import StepBase, direct, run_direct, weights_of
 from fusedrnn.torch.forget_bias import ForgetBias
 from fusedrnn.torch.frozen import Frozen, frozen
 from fusedrnn.torch.ops import Weights
@@ -32,9 +30,8 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         packed = frozen(self)
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
         weights = self._weights() if packed is None else packed.weights
-        if not torch.is_grad_enabled() and (after := self._without_graph(input, state0, weights[0], packed)):
-            self.__dict__["last_path"] = paths.FUSED
-            return tuple(after) if len(after) > 1 else after[0]
+        if (after := self._without_graph(input, state0, weights, packed)) is not None:
+            return after
         key = self._key if packed is None and self._bfloat16_in_autocast else ""
         given, (input, state0, weights) = input, paths.lowered(input, state0, weights, key)
         reason = self._unsupported(input, state0, weights, packed)
@@ -48,46 +45,24 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         return self._run(input, state0, weights, packed)
 
     def _without_graph(
-        self, x: Any, state0: tuple[Any, ...] | None, weights: Weights, packed: Frozen | None
-    ) -> list[Tensor] | None:
-        """The state after a step of a batch for which no graph is recorded, or None: ``forward`` decides.
-
-        The compiled module checks dtypes, shapes and memory, and refuses what it cannot read as it is. In
-        Python the same checks take as long as the kernel of a small cell.
-        """
-        for t in (x, *(state0 or ()), *[w for w in weights if w is not None]):
-            if (type(t) is not Tensor and type(t) is not Parameter) or t.is_neg():
-                return None
+        self, x: Any, state0: tuple[Any, ...] | None, weights: list[Weights], packed: Frozen | None
+    ) -> Any:
+        """What ``forward`` returns for a batch without a graph, or None: ``forward`` decides."""
         if (
-            not memory.DIRECT
-            or not x.is_cpu
+            not direct(x, state0, weights, packed)
             or x.dim() != 2
+            or x.is_nested
             or (state0 is not None and len(state0) != len(self.cell.states))
-            or ops.watched(x)
-            or paths.mode() is not None
-            or torch.is_autocast_enabled("cpu")
         ):
             return None
         if packed is not None:
             packed.check(x, state0)
-        backend, own = (backends.usable(None), None) if packed is None else packed.packed[0]
-        if not isinstance(backend, cpu.CpuBackend):
-            return None
-        given = (*weights, *[None] * (len(cpu.WEIGHTS) - len(weights))) if own is None else own.core
-        size = x.size(0), self.hidden_size
-        after = [torch.empty_like(s) for s in state0 or ()] or [x.new_empty(size) for _ in self.cell.states]
-        begin, end = ops.two(state0 or ()), ops.two(after)
         try:
-            backend.run_forward(
-                self.cell,
-                given,
-                *(x, *begin, None, None),  # no lengths, no resets
-                *(False, False, 0, None),  # not reversed, all steps saved, never detached, no regularization
-                *(None, *end, None, None, None, False),  # a state alone: no y, all states or tape
-            )
+            after = run_direct(self, x, state0 or (), weights[0], packed and packed.packed[0])
         except cpu.REFUSED:
             return None
-        return after
+        self.__dict__["last_path"] = paths.FUSED
+        return tuple(after) if len(after) > 1 else after[0]
 
     def _weights(self) -> list[Weights]:
         return [weights_of(self, PLAIN, len(PLAIN))]

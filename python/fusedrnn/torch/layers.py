@@ -6,18 +6,20 @@ Formulas and their sources are in ``fusedrnn.cells.builtin``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fusedrnn.backends import cpu
 from fusedrnn.backends.arguments import check_batch_sizes, check_bool
 from fusedrnn.cells.definition import PLAIN
 from fusedrnn.torch import dynamo, paths
-from fusedrnn.torch.base import RecurrentBase, weights_of
+from fusedrnn.torch.base import RecurrentBase, direct, run_direct, weights_of
 from fusedrnn.torch.forget_bias import ForgetBias
-from fusedrnn.torch.frozen import frozen
+from fusedrnn.torch.frozen import Frozen, frozen
 from fusedrnn.torch.keys import NORMED, PROJECTED
 from fusedrnn.torch.ops import Weights
 from fusedrnn.torch.scripted import OPTIONS, Scriptable
@@ -157,6 +159,10 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         packed = frozen(self)
         weights = self._weights() if packed is None else packed.weights
         state0 = None if hx is None else paths.state(hx, self.mode == "LSTM")
+        if lengths is reset is detach_every is None and not return_states:
+            result = self._without_graph(input, state0, weights, packed)
+            if result is not None:
+                return result
         # Our frozen layers stay in float32 within autocast.
         key = self._key if packed is None and not self._stays_in_autocast(input) else ""
         given_input, c = input, state0[-1] if state0 else input
@@ -182,6 +188,33 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             return result
         y, (h, c_n), *states = result  # within autocast PyTorch's c keeps its dtype
         return (y, (h, c_n.to(c.data.dtype)), *states)
+
+    def _without_graph(
+        self, input: Any, state0: tuple[Any, ...] | None, weights: list[Weights], packed: Frozen | None
+    ) -> Any:
+        """What ``forward`` returns without keywords and a graph, or None: ``forward`` decides."""
+        if (
+            not direct(input, state0, weights, packed)
+            or self.proj_size
+            or (self.dropout and self.training)  # its masks are drawn before a layer above refuses
+            or self._only_ours()
+            or any(t.is_nested or t.layout is not torch.strided for t in (input, *(state0 or ())))
+            or self._misshapen(input, state0)
+        ):
+            return None
+        if packed is not None:
+            packed.check(input, state0)
+
+        def run(j: int, reverse: bool, x: Tensor, state0: Sequence[Tensor]) -> list[Tensor]:
+            return run_direct(self, x, state0, weights[j], packed and packed.packed[j], reverse)
+
+        x, begin, _ = self._to_kernels(input, state0, dynamo.NONE)
+        try:
+            results = self._run_layers(x, begin, run)
+        except cpu.REFUSED:
+            return None
+        self.__dict__["last_path"] = paths.FUSED
+        return self._from_kernels(input, results)
 
     def _weights(self) -> list[Weights]:
         names, count = self._all_weights, len(PLAIN)
