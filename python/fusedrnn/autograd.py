@@ -13,13 +13,13 @@ import heapq
 import itertools
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from fusedrnn import cuda
-from fusedrnn.backends.arguments import bfloat16, check_bool, check_shape
+from fusedrnn.backends.arguments import bfloat16, check_bool, check_number, check_shape
 from fusedrnn.backends.protocol import Array as Array
 from fusedrnn.config import config
 from fusedrnn.config import no_grad as no_grad
@@ -92,16 +92,16 @@ class Variable:
 
     # By value, as of arrays; == compares identity, which the graph needs.
     def __lt__(self, other: Any) -> Any:
-        return self._data < as_variable(other)._data
+        return self._data < as_variable(other, "operand")._data
 
     def __le__(self, other: Any) -> Any:
-        return self._data <= as_variable(other)._data
+        return self._data <= as_variable(other, "operand")._data
 
     def __gt__(self, other: Any) -> Any:
-        return self._data > as_variable(other)._data
+        return self._data > as_variable(other, "operand")._data
 
     def __ge__(self, other: Any) -> Any:
-        return self._data >= as_variable(other)._data
+        return self._data >= as_variable(other, "operand")._data
 
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if spec else str(self)
@@ -128,6 +128,14 @@ class Variable:
         text = "None" if self._data is None else str(self._data).replace("\n", "\n" + " " * 9)
         return f"variable({text})"
 
+    if not TYPE_CHECKING:  # to which every name would be known
+
+        def __getattr__(self, name: str) -> NoReturn:
+            text = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name != "_data" and self._data is None and hasattr(type(self), name):
+                text = f"{self.name or 'variable'} has no values yet: its size is known at first use"
+            raise AttributeError(text, name=name, obj=self)
+
     def cleargrad(self) -> None:
         """Set ``grad`` to None."""
         self.grad = None
@@ -151,7 +159,7 @@ class Variable:
         if self.creator is None:
             raise RuntimeError(f"backward: {self._unrecorded()}")
         if grad is not None:
-            array = as_variable(grad)._data
+            array = as_variable(grad, "grad")._data
             check_shape("grad", array.shape, self.shape)
             self.grad = Variable(cuda.as_array(cuda.like(array, self._data), self.dtype))
         elif self.grad is None:
@@ -309,11 +317,11 @@ def as_array(x: Any) -> Array:
     return cuda.as_array(x)
 
 
-def as_variable(x: Any) -> Variable:
-    """Variables as they are; arrays and numbers as constants, which get no gradient."""
+def as_variable(x: Any, name: str = "x") -> Variable:
+    """Variables as they are; arrays and numbers as constants, which get no gradient; else an error."""
     if isinstance(x, Variable):
         return x
-    variable = Variable(cuda.as_array(x))
+    variable = Variable(cuda.as_numbers(name, x))
     variable.requires_grad = False
     return variable
 
@@ -323,7 +331,7 @@ def as_operand(x: Any, other: Variable) -> Variable:
     if type(x) in (int, float, bool):
         xp = cuda.get_array_module(other)
         return as_variable(xp.asarray(x, dtype=np.result_type(other.dtype, x)))
-    return as_variable(x)
+    return as_variable(x, "operand")
 
 
 class Function:
@@ -345,9 +353,9 @@ class Function:
     def __call__(self, *inputs: Any) -> Any:
         # One loop over the inputs and one over the outputs: this is most of the cost of a small operation.
         variables, arrays, versions, wanted = [], [], [], False
-        for x in inputs:
+        for k, x in enumerate(inputs):
             if not isinstance(x, Variable):
-                x = as_variable(x)
+                x = as_variable(x, f"{type(self).__name__}: input {k}")
             variables.append(x)
             arrays.append(x._data)
             versions.append(x.version)
@@ -501,8 +509,7 @@ class Pow(Function):
     """A plain number as exponent."""
 
     def __init__(self, exponent: float) -> None:
-        if isinstance(exponent, Variable) or cuda.is_array(exponent):
-            raise TypeError(f"exponent: expected a plain number, got {type(exponent).__name__}")
+        check_number("exponent", exponent)
         self.exponent = exponent
 
     def forward(self, a: Array) -> Array:

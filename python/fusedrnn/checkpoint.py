@@ -52,23 +52,25 @@ def save(
         progress: Your own values, which ``load`` returns: numbers, text, arrays, lists and dicts of them.
 
     Raises:
-        TypeError: ``progress`` has something else, or a dict in it has a key that is not text.
+        TypeError: An argument is of another type, ``progress`` has something else, or a dict in it has a key
+            that is not text. The message names it.
         ValueError: The state of a layer still has a graph, which cannot be saved.
     """
+    _check_types(model, optimizer, loader, generators)
     arrays = {f"weight/{name}": array for name, array in values(model).items()}
     arrays |= {f"state/{name}": array for name, array in _carried(model).items()}
     if optimizer is not None:
         arrays |= {f"optimizer/{name}": array for name, array in optimizer.state().items()}
     if loader is not None:
         arrays["loader/index"] = loader.index
-    arrays |= {f"progress/{k}": cuda.as_numpy(v) for k, v in progress.items() if cuda.is_array(v)}
+    arrays |= {f"progress/{k}": _array(k, v) for k, v in progress.items() if cuda.is_array(v)}
     plain = {
         "format": FORMAT,
         "random": _random_state(),
-        "generators": [_plain(g.bit_generator.state) for g in generators],
+        "generators": [_plain("generators", g.bit_generator.state) for g in generators],
         "iteration": None if loader is None else loader.iteration,
         "optimizer": None if optimizer is None else type(optimizer).__name__,
-        "progress": _plain({k: v for k, v in progress.items() if not cuda.is_array(v)}),
+        "progress": {k: _plain(k, v) for k, v in progress.items() if not cuda.is_array(v)},
     }
     arrays["plain"] = np.frombuffer(json.dumps(plain).encode(), np.uint8)
     npz.write(path, arrays, previous=previous(path))
@@ -91,10 +93,12 @@ def load(
         The ``progress`` that ``save`` got, by name.
 
     Raises:
+        TypeError: An argument is of another type; the message names it.
         FileNotFoundError: The file does not exist.
         CheckpointError: It is truncated or damaged, or does not match the arguments. Then nothing has
             changed, except perhaps the model's weights.
     """
+    _check_types(model, optimizer, loader, generators)
     try:
         arrays = npz.read(path)
         if "plain" not in arrays:
@@ -149,6 +153,22 @@ def previous(path: npz.PathLike) -> Path:
     return Path(f"{Path(path)}.previous")
 
 
+def _check_types(model: Any, optimizer: Any, loader: Any, generators: Any) -> None:
+    """Raise a TypeError that names the first argument of another type."""
+    expected: tuple[tuple[str, Any, Any, str], ...] = (
+        ("model", model, Layer, "a Model or a Layer"),
+        ("optimizer", optimizer, Optimizer | None, "an Optimizer or None"),
+        ("loader", loader, DataLoader | None, "a DataLoader or None"),
+        ("generators", generators, list | tuple, "a list of NumPy's generators"),
+    )
+    for name, value, kind, words in expected:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {words}, got {type(value).__name__}")
+    for g in generators:
+        if not isinstance(g, np.random.Generator):
+            raise TypeError(f"generators: expected NumPy's generators, got {type(g).__name__}")
+
+
 def _carried(model: Layer) -> dict[str, Array]:
     """Every variable of a layer that is not a parameter, by its path."""
     found = {}
@@ -186,17 +206,29 @@ def _set_random_state(state: list[Any]) -> None:
     np.random.set_state((name, np.array(key, np.uint32), position, has_gauss, cached))
 
 
-def _plain(value: Any) -> Any:
+def _array(name: str, value: Any) -> Array:
+    array = cuda.as_numpy(value)
+    if array.dtype.hasobject:
+        raise TypeError(f"{name}: expected an array of numbers or text, got {array.dtype}")
+    return array
+
+
+def _plain(name: str, value: Any) -> Any:
     """Numbers, text and arrays, in lists and dicts, for JSON."""
     if isinstance(value, dict):
         if wrong := [k for k in value if not isinstance(k, str)]:
-            raise TypeError(f"progress: expected dicts with keys of type str, got the key {wrong[0]!r}")
-        return {k: _plain(v) for k, v in value.items()}
+            raise TypeError(f"{name}: expected dicts with keys of type str, got the key {wrong[0]!r}")
+        return {k: _plain(name, v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_plain(name, v) for v in value]
     if isinstance(value, np.ndarray):
-        return {"array": value.tolist(), "dtype": str(value.dtype)}
-    return value.item() if isinstance(value, np.generic) else value
+        return {"array": _array(name, value).tolist(), "dtype": str(value.dtype)}
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is not None and not isinstance(value, str | bool | int | float):
+        raise TypeError(
+            f"{name}: expected numbers, text, arrays, or lists and dicts of them, got {type(value).__name__}"
+        )
+    return value
 
 
 def _arrays(value: Any) -> Any:

@@ -6,6 +6,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+from fusedrnn.backends.arguments import check_bool
+
 
 class Config(threading.local):
     """Settings of the calling thread."""
@@ -23,9 +25,11 @@ def using_config(name: str, value: bool) -> Iterator[None]:
 
     Raises:
         ValueError: ``name`` is neither of the two.
+        TypeError: ``value`` is not True or False.
     """
     if name not in ("enable_backprop", "train"):
         raise ValueError(f"name: expected 'enable_backprop' or 'train', got {name!r}")
+    check_bool("value", value)
     old = getattr(config, name)
     setattr(config, name, value)
     try:

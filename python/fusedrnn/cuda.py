@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import backends
-from fusedrnn.backends.arguments import NUMPY, Kind
+from fusedrnn.backends.arguments import NUMPY, Kind, bfloat16
 from fusedrnn.backends.protocol import Array
 
 
@@ -46,6 +46,18 @@ def as_array(x: Any, dtype: Any = None) -> Any:
     if on_gpu(x):
         return x if dtype is None else x.astype(dtype, copy=False)
     return np.asarray(x, dtype)
+
+
+def as_numbers(name: str, x: Any) -> Any:
+    """x as an array of numbers, or a TypeError or ValueError that names it."""
+    try:
+        array = as_array(x)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected numbers in rows of the same length, got others") from error
+    if array.dtype.kind not in "fiubc" and array.dtype not in bfloat16():
+        got = f"{type(x).__name__} of {array.dtype}" if array.ndim else type(x).__name__
+        raise TypeError(f"{name}: expected a Variable or numbers, got {got}")
+    return array
 
 
 def as_numpy(x: Any) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fusedrnn import cuda
-from fusedrnn.backends.arguments import check_whole
+from fusedrnn.backends.arguments import check_bools, check_sized, check_whole
 from fusedrnn.datasets import Dataset
 
 Batch = tuple[Any, Any]
@@ -35,19 +35,20 @@ class DataLoader:
         data_size: The number of samples.
 
     Raises:
-        TypeError, ValueError: ``batch_size`` is not an integer of at least 1.
+        TypeError, ValueError: An argument is wrong; the message names it.
         RuntimeError: ``gpu`` is True and there is no GPU.
     """
 
     def __init__(self, dataset: Any, batch_size: int, shuffle: bool = True, gpu: bool = False) -> None:
         batch_size = check_whole("batch_size", batch_size)
+        check_bools(shuffle=shuffle, gpu=gpu)
         if gpu:
             cuda.require_gpu("gpu=True")
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.gpu = gpu
-        self.data_size = len(dataset)
+        self.data_size = check_sized("dataset", dataset)
         self.max_iter = math.ceil(self.data_size / batch_size)
         self.reset()
 
@@ -79,7 +80,12 @@ class DataLoader:
         if isinstance(dataset, Dataset) and dataset.is_plain():
             return dataset.data[index], dataset.label[index]  # the same, without a loop over the samples
         pairs = [dataset[int(k)] for k in index.ravel()]
-        x, t = (np.array([pair[k] for pair in pairs]) for k in (0, 1))
+        try:
+            x, t = (np.array([pair[k] for pair in pairs]) for k in (0, 1))
+        except (TypeError, ValueError, LookupError) as error:
+            raise ValueError(
+                f"dataset: expected pairs (input, target), all of the same shapes, got others: {error}"
+            ) from error
         return x.reshape(index.shape + x.shape[1:]), t.reshape(index.shape + t.shape[1:])
 
     def to_cpu(self) -> None:
@@ -110,15 +116,17 @@ class SeqDataLoader(DataLoader):
             of an epoch may be shorter.
 
     Raises:
-        TypeError, ValueError: ``batch_size`` or ``steps`` is wrong.
+        TypeError, ValueError: An argument is wrong; the message names it.
         RuntimeError: ``gpu`` is True and there is no GPU.
     """
 
     def __init__(self, dataset: Any, batch_size: int, gpu: bool = False, *, steps: int | None = None) -> None:
-        if batch_size > len(dataset):
-            raise ValueError(f"batch_size: expected at most len(dataset) = {len(dataset)}, got {batch_size}")
         steps = None if steps is None else check_whole("steps", steps)
         super().__init__(dataset, batch_size, shuffle=False, gpu=gpu)
+        if batch_size > self.data_size:
+            raise ValueError(
+                f"batch_size: expected at most len(dataset) = {self.data_size}, got {batch_size}"
+            )
         self.steps = steps
         self.round = self.max_iter  # time steps in an epoch
         if steps is not None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusedrnn.backends.arguments import check_bool, check_number, check_sized
+
 Transform = Callable[[Any], Any]
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -33,7 +35,7 @@ class Dataset:
         transform: Transform | None = None,
         target_transform: Transform | None = None,
     ) -> None:
-        self.train = train
+        self.train = check_bool("train", train)
         self.transform = transform
         self.target_transform = target_transform
         self.data: Any = None
@@ -66,11 +68,11 @@ class Series(Dataset):
     """A data set of existing arrays of inputs and targets, ``Series(x, t)``, both of length N.
 
     Raises:
-        ValueError: The lengths differ.
+        TypeError, ValueError: One has no length, or the lengths differ.
     """
 
     def __init__(self, data: Any, label: Any) -> None:
-        if len(data) != len(label):
+        if check_sized("data", data) != check_sized("label", label):
             raise ValueError(f"label: expected {len(data)} rows, like data, got {len(label)}")
         self.rows = (data, label)
         super().__init__()
@@ -108,15 +110,16 @@ def read_csv(
             before. A date is written as ``2024-12-31``, ``2024-12-31 23:00`` or ``31-12-2024 23:00``.
 
     Raises:
-        TypeError: ``columns`` is a str instead of a list.
+        TypeError: ``columns`` is not a list of names, or ``hours`` not a number.
         OSError: The file cannot be read.
         ValueError: ``hours`` is out of its range; a column is missing or exists twice; a row has too few or
             too many values; a value is not a number or not finite in float32; a date is not the expected
             one; there are no rows; or the file is not CSV in UTF-8. The message names the line.
     """
-    if isinstance(columns, str):
+    named = check_sized("columns", columns) and all(isinstance(name, str) for name in columns)
+    if isinstance(columns, str) or not named:
         raise TypeError(f"columns: expected a list of names, got {columns!r}")
-    if hours is not None and not 0 < hours < 1e6:  # a hundred years
+    if hours is not None and not 0 < check_number("hours", hours) < 1e6:  # a hundred years
         raise ValueError(f"hours: expected a number above 0 and below 1e6, got {hours}")
     expected = [*columns] if hours is None else ["date", *columns]
     rows: list[list[float]] = []

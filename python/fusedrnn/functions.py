@@ -10,7 +10,7 @@ import numpy as np
 
 from fusedrnn import autograd, cuda, kernels, multilayer
 from fusedrnn.autograd import Array, Function, Variable, as_variable, sum_to
-from fusedrnn.backends.arguments import booleans, check_rate
+from fusedrnn.backends.arguments import booleans, check_rate, check_shape
 from fusedrnn.cells import Cell
 from fusedrnn.config import config
 
@@ -79,8 +79,9 @@ class Concatenate(Function):
         self.axis = axis
 
     def forward(self, *xs: Array) -> Array:
+        y: Array = cuda.get_array_module(xs[0] if xs else None).concatenate(xs, self.axis)
         self.cuts = list(itertools.accumulate(x.shape[self.axis] for x in xs))[:-1]
-        return cuda.get_array_module(xs[0]).concatenate(xs, self.axis)
+        return y
 
     def backward(self, gy: Variable) -> tuple[Array, ...]:
         return tuple(cuda.get_array_module(gy).split(gy._data, self.cuts, self.axis))
@@ -93,7 +94,7 @@ class Stack(Function):
         self.axis = axis
 
     def forward(self, *xs: Array) -> Array:
-        return cuda.get_array_module(xs[0]).stack(xs, self.axis)
+        return cuda.get_array_module(xs[0] if xs else None).stack(xs, self.axis)
 
     def backward(self, gy: Variable) -> tuple[Array, ...]:
         return tuple(cuda.get_array_module(gy).moveaxis(gy._data, self.axis, 0))
@@ -124,6 +125,8 @@ class Linear(Function):
     def forward(self, x: Array, W: Array, b: Array | None = None) -> Array:
         if x.ndim == 0 or W.ndim != 2 or x.shape[-1] != W.shape[0]:
             raise ValueError(f"linear: expected x (..., I) and W (I, O), got x {x.shape} and W {W.shape}")
+        if b is not None:
+            check_shape("b", b.shape, W.shape[1:])
         if cuda.on_gpu(x) != cuda.on_gpu(W):
             raise TypeError(f"x: expected an array of {_module(W)}, like W, got one of {_module(x)}")
         self.x = cuda.as_array(x, W.dtype)
@@ -243,7 +246,7 @@ class SoftmaxCrossEntropy(Function):
 
 def _kept(mask: Any, y: Array, shapes: Sequence[tuple[int, ...]]) -> Array:
     """A loss's mask as booleans on the device of y; it must have one of the shapes."""
-    keep: Array = cuda.like(as_variable(mask)._data, y)
+    keep: Array = cuda.like(as_variable(mask, "mask")._data, y)
     if keep.shape not in shapes:
         expected = " or ".join(dict.fromkeys(map(str, shapes)))
         raise ValueError(f"mask: expected shape {expected}, got {keep.shape}")
@@ -424,7 +427,7 @@ def where(condition: Array, a: Any, b: Any) -> Variable:
 
     A NaN in the branch that is not taken has no effect.
     """
-    return Where(cuda.as_array(condition, bool))(a, b)
+    return Where(cuda.as_array(cuda.as_numbers("condition", condition), bool))(a, b)
 
 
 def matmul(a: Any, b: Any) -> Variable:
@@ -448,7 +451,7 @@ def linear(x: Any, W: Any, b: Any = None) -> Variable:
         ``(..., O)``.
 
     Raises:
-        ValueError: The last axis of x does not match W.
+        ValueError: The last axis of x does not match W, or b has another shape.
         TypeError: One array is on a GPU and the other is not.
     """
     return Linear()(x, W) if b is None else Linear()(x, W, b)

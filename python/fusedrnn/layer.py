@@ -240,15 +240,15 @@ def drawn(in_size: int, out_size: int, dtype: np.dtype[Any]) -> Array:
     return values * float(np.sqrt(1 / in_size))
 
 
-def checked_dtype(dtype: Any, more: tuple[np.dtype[Any], ...] = ()) -> np.dtype[Any]:
-    """The dtype, if it is float32, float64 or one of ``more``; else a TypeError."""
-    known = (*FLOATS, *more)
+def checked_dtype(dtype: Any, low: bool = False) -> np.dtype[Any]:
+    """The dtype, if it is float32, float64 or, with ``low``, bfloat16 of ml_dtypes; else a TypeError."""
+    words = "float32, float64 or bfloat16 of the package ml_dtypes" if low else "float32 or float64"
     try:
-        found = np.dtype(dtype)
+        found: Any = None if dtype is None else np.dtype(dtype)  # NumPy takes None for float64
     except TypeError:  # such as a dtype of PyTorch
         found = dtype
-    if found not in known:
-        raise TypeError(f"dtype: expected {' or '.join(map(str, known))}, got {found}")
+    if not isinstance(found, np.dtype) or found not in (*FLOATS, *(bfloat16() if low else ())):
+        raise TypeError(f"dtype: expected {words}, got {found}")
     return found
 
 

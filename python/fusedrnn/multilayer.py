@@ -19,6 +19,7 @@ from fusedrnn.backends.arguments import (
     check_rate,
     check_regularization,
     check_shape,
+    check_sized,
     entries,
 )
 from fusedrnn.backends.protocol import Array, Forward, Regularization, Rows, Scalars, State, Weights
@@ -111,7 +112,7 @@ def forward_multilayer(
     _check_states("state0", cell, state0, L * D)
     regularization = check_regularization(check_cell(cell), regularization)
     check_rate("dropout", dropout)
-    if masks is not None and len(masks) != L - 1:
+    if masks is not None and check_sized("masks", masks) != L - 1:
         raise ValueError(f"masks: expected {L - 1}, one for each layer but the last, got {len(masks)}")
     if masks is None and dropout > 0 and L > 1 and not isinstance(rng, np.random.Generator):
         raise TypeError(f"rng: expected a numpy Generator for dropout > 0, got {type(rng).__name__}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 
 from fusedrnn import cuda
-from fusedrnn.autograd import Array, Parameter
-from fusedrnn.backends.arguments import bfloat16
+from fusedrnn.autograd import Array, Parameter, as_variable
+from fusedrnn.backends.arguments import bfloat16, check_number, check_shape
 from fusedrnn.layer import no_attribute
 from fusedrnn.layers import Layer
 
@@ -75,6 +76,12 @@ class Optimizer:
         self.target = target
         return self
 
+    def _model(self, method: str) -> Layer:
+        """What ``setup`` was given."""
+        if self.target is None:
+            raise RuntimeError(f"{method}: expected a call of setup(model) before")
+        return self.target
+
     def update(self) -> None:
         """Change every parameter that has a gradient.
 
@@ -82,15 +89,15 @@ class Optimizer:
             RuntimeError: ``setup`` has not been called.
             FloatingPointError: A gradient has a value that is not finite; the message names the first such
                 parameter. Nothing has changed.
-            TypeError: A parameter is in bfloat16.
+            TypeError, ValueError: A gradient that you have set is not made of numbers, or has another shape
+                than its parameter; or a parameter is in bfloat16.
         """
-        if self.target is None:
-            raise RuntimeError("update: expected a call of setup(model) before")
-        found = [
-            (path, p, cuda.as_array(p.grad._data, p.dtype))
-            for path, p in self.target.named_params()
-            if p.grad is not None
-        ]
+        found = []
+        for path, p in self._model("update").named_params():
+            if p.grad is not None:
+                g = as_variable(p.grad, f"gradient of {path}")._data
+                check_shape(f"gradient of {path}", g.shape, p.shape)
+                found.append((path, p, cuda.as_array(g, p.dtype)))
         refused = bfloat16()
         for path, p, _ in found:
             if p.dtype in refused:
@@ -128,11 +135,15 @@ class Optimizer:
         return slot
 
     def state(self) -> dict[str, Any]:
-        """The state of the optimizer: the number of steps, and arrays named ``slot/parameter``."""
-        assert self.target is not None
+        """The state of the optimizer: the number of steps, and arrays named ``slot/parameter``.
+
+        Raises:
+            RuntimeError: ``setup`` has not been called.
+        """
+        target = self._model("state")
         return {"t": np.asarray(self.t)} | {
             f"{slot}/{name}": cuda.as_numpy(array)
-            for name, p in self.target.named_params()
+            for name, p in target.named_params()
             for slot, array in self.slots.get(p, {}).items()
         }
 
@@ -141,11 +152,12 @@ class Optimizer:
 
         Raises:
             RuntimeError: ``setup`` has not been called.
-            ValueError: An array does not have the shape of a parameter.
+            TypeError, ValueError: It is not what ``state`` returns, or an array does not have the shape of a
+                parameter.
         """
-        if self.target is None:
-            raise RuntimeError("load_state: expected a call of setup(model) before")
-        params = dict(self.target.named_params())
+        params = dict(self._model("load_state").named_params())
+        if not isinstance(state, Mapping) or "t" not in state:
+            raise TypeError(f"state: expected what state() returned, got {type(state).__name__} without t")
         slots: dict[Parameter, dict[str, Array]] = {}
         for key, array in state.items():
             if key == "t":
@@ -184,12 +196,11 @@ def _not_found(layer: Layer) -> str | None:
 
 
 def _rate(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        hint = "" if isinstance(value, str) else "; a model is passed to setup"
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}{hint}")
-    if not 0 <= value < math.inf:
+    hint = "" if isinstance(value, str) else "; a model is passed to setup"
+    number = check_number(name, value, hint)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    return float(value)
+    return number
 
 
 class SGD(Optimizer):

@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fusedrnn import cuda, kernels
+from fusedrnn import kernels
+from fusedrnn.backends.arguments import check_whole
 from fusedrnn.backends.protocol import Array
 from fusedrnn.cells.graph import Node
+from fusedrnn.cuda import as_numbers
 from fusedrnn.gradcheck.tables import ORACLE, Row, summarize
+from fusedrnn.layers import Recurrent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from fusedrnn.layers import Recurrent
 
 __all__ = ["errors", "forecast", "gates", "gradient_flow", "losses", "style"]
 
@@ -140,7 +141,7 @@ def losses(
     Raises:
         ImportError: Matplotlib is not installed.
     """
-    curves = {name: np.ravel(values) for name, values in _named(history, "").items()}
+    curves = {name: np.ravel(as_numbers("history", v)) for name, v in _named(history, "").items()}
     ax = _axes(ax)
     from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -186,14 +187,14 @@ def forecast(
         ImportError: Matplotlib is not installed.
         ValueError: A forecast is longer than the series, ``x`` has another length, or ``test`` is no step.
     """
-    series = np.ravel(truth)
+    series = np.ravel(as_numbers("truth", truth))
     at = np.arange(len(series)) if x is None else np.ravel(x)
     if len(at) != len(series):
         raise ValueError(f"x: expected {len(series)} numbers, as truth has, got {len(at)}")
     ax = _axes(ax)
     lines = ax.plot(at, series, color=GREY, linestyle="-", linewidth=3, alpha=0.6, label="truth")
     for name, given in _named(predictions, "forecast").items():
-        values = np.ravel(given)
+        values = np.ravel(as_numbers("predictions", given))
         if len(values) > len(series):
             raise ValueError(
                 f"predictions: expected at most {len(series)} steps, as truth has, got {len(values)} of "
@@ -203,7 +204,7 @@ def forecast(
     ax.margins(x=0)
     ax.set(xlabel="step", ylabel="value")
     if test is not None:
-        if not 0 <= test < len(series):
+        if not 0 <= check_whole("test", test, 0) < len(series):
             raise ValueError(f"test: expected a step from 0 to {len(series) - 1}, got {test}")
         _border(ax, (at[max(test - 1, 0)] + at[test]) / 2, "training", "test")
     _label(ax, lines)
@@ -230,6 +231,8 @@ def gates(layer: Recurrent, x: npt.ArrayLike, *, ax: Axes | None = None) -> Axes
         TypeError, ValueError: The layer has several layers or directions, its cell has no gates that are
             activated or has row scalars, or ``x`` has another shape.
     """
+    if not isinstance(layer, Recurrent):
+        raise TypeError(f"layer: expected a recurrent layer of fusedrnn.layers, got {type(layer).__name__}")
     if len(layer.suffixes) != 1:
         raise ValueError(f"layer: expected one layer and direction, got {len(layer.suffixes)}")
     inputs = np.asarray(x, layer.dtype)
@@ -260,7 +263,7 @@ def gates(layer: Recurrent, x: npt.ArrayLike, *, ax: Axes | None = None) -> Axes
 
 def _gate_values(layer: Recurrent, x: Array) -> dict[str, Array]:
     """Of each gate, by name, its values (T, H), computed by the reference backend."""
-    weights = {name: cuda.as_numpy(w.data) for name, w in layer.weights_of("").items()}
+    weights = {name: np.asarray(w) for name, w in layer.weights_of("").items()}
     tape: Any = kernels.forward(layer.cell, x[:, np.newaxis], weights, backend="reference").tape
     steps = [step for run in tape.tape.kept for step in run.steps]
     found: dict[str, Array] = {}
@@ -303,7 +306,7 @@ def gradient_flow(gradients: Mapping[str, npt.ArrayLike] | npt.ArrayLike, *, ax:
     ax = _axes(ax)
     lines = []
     for name, given in _named(gradients, "").items():
-        each = np.asarray(given, np.float64)
+        each = np.atleast_1d(as_numbers("gradients", given)).astype(np.float64)
         norms = np.linalg.norm(each.reshape(len(each), -1), axis=1)
         lines += ax.plot(np.arange(len(norms)), norms[::-1], label=name)
     ax.set_yscale("log")

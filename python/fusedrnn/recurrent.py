@@ -12,11 +12,10 @@ from typing import Any, ClassVar, Never
 import numpy as np
 import numpy.typing as npt
 
-from fusedrnn import cells, cuda, kernels, npz, unfused
+from fusedrnn import backends, cells, cuda, kernels, npz, unfused
 from fusedrnn import functions as F
 from fusedrnn.autograd import Array, Parameter, Variable, as_variable
 from fusedrnn.backends.arguments import (
-    bfloat16,
     check_bool,
     check_cell,
     check_proj_size,
@@ -58,8 +57,9 @@ class Recurrent(Layer):
         dtype: float32, float64, or in a fused layer bfloat16 of ml_dtypes. Inputs are cast to it.
         fused: True: a call is one node, run by a kernel. False: each operation is a node, to read and to
             compare with.
-        backend: The name of a backend. None: the first that is available.
-        recompute: Keep few states for backward and run forward again there, to save memory.
+        backend: The name of a backend. None: the first that is available. Fused layers only.
+        recompute: Keep few states for backward and run forward again there, to save memory. Fused layers
+            only.
         proj_size: P, from 1 to H, for a cell that projects its first state (``p.project``); else 0.
 
     Raises:
@@ -112,7 +112,7 @@ class Recurrent(Layer):
         self.bidirectional = check_bool("bidirectional", bidirectional)
         self.dropout = check_rate("dropout", dropout, below_one=True)
         self.fused = check_bool("fused", fused)
-        self.dtype = checked_dtype(dtype, bfloat16() if self.fused else ())
+        self.dtype = checked_dtype(dtype, low=self.fused)
         rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)
         if check_regularization(cell, rates) is not None and not self.fused:
             raise ValueError(
@@ -120,8 +120,11 @@ class Recurrent(Layer):
                 f"got {recurrent_dropout}, {zoneout_h}, {zoneout_c}"
             )
         self.recurrent_dropout, self.zoneout_h, self.zoneout_c = map(float, rates[:3])
-        self.backend = backend
+        self.backend = None if backend is None else backends.get(backend).name
         self.recompute = check_bool("recompute", recompute)
+        for name, value in (("backend", self.backend), ("recompute", self.recompute)):
+            if value and not self.fused:
+                raise ValueError(f"{name}: expected none in a layer with fused=False, got {value}")
         self.suffixes = [""]  # of the parameters' names, one per layer and direction
         if num_layers > 1 or bidirectional:
             ends = ("", "_reverse") if bidirectional else ("",)
@@ -185,9 +188,9 @@ class Recurrent(Layer):
         there = [s for s in own.values() if s is not None]
         if not there:
             return None
-        data, start, widths = as_variable(there[0])._data, self.cell.trace.start, self._widths()
+        data, start, widths = as_variable(there[0], "state")._data, self.cell.trace.start, self._widths()
         missing = {n: self.xp.full((*data.shape[:-1], widths[n]), start[n], data.dtype) for n in own}
-        return tuple(as_variable(missing[name] if s is None else s) for name, s in own.items())
+        return tuple(as_variable(missing[name] if s is None else s, "state") for name, s in own.items())
 
     @state.setter
     def state(self, value: tuple[Any, ...] | None) -> None:
@@ -200,7 +203,7 @@ class Recurrent(Layer):
         if not isinstance(value, tuple | list) or len(value) != len(names):
             expected = f"({', '.join(names)}{',' if len(names) == 1 else ''})"
             raise TypeError(f"state: expected a tuple {expected}, got {type(value).__name__}")
-        return tuple([as_variable(s) for s in value])
+        return tuple([as_variable(s, "state") for s in value])
 
     def _begin(self, state: Any, batch: int) -> State | None:
         """The initial state of a call, checked."""
@@ -310,6 +313,7 @@ class Recurrent(Layer):
         T, B, I = x.shape
         begin = self._begin(state, B)
         rows = self._scalars(scalars, (T, B))
+        check_bool("return_states", return_states)
         self._settle(I, needs_hidden=begin is not None or T > 1)
         if detach_every is not None and not self.fused:
             raise ValueError("detach_every: expected None in a layer with fused=False")
@@ -350,7 +354,7 @@ class Recurrent(Layer):
                 raise TypeError(
                     f"{name}: expected the row scalars of {self.cell.name}, one number for each row, got none"
                 )
-            s = as_variable(given[name])
+            s = as_variable(given[name], name)
             check_shape(name, s._data.shape, shape)
             self._check_array(name, s)
             found.append(s if s.dtype == self.dtype else F.cast(s, self.dtype))

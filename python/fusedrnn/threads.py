@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from fusedrnn.backends.arguments import check_whole
+
 _without_core: int | None = None  # the number that was set, if no compiled module keeps it
 
 
@@ -32,10 +34,7 @@ def set_num_threads(threads: int) -> None:
     Raises:
         TypeError, ValueError: ``threads`` is not an integer of at least 1.
     """
-    if isinstance(threads, bool) or not isinstance(threads, int):
-        raise TypeError(f"threads: expected an integer, got {type(threads).__name__}")
-    if not 1 <= threads < 2**31:
-        raise ValueError(f"threads: expected at least 1 and below 2**31, got {threads}")
+    threads = check_whole("threads", threads, 1, 2**31 - 1)
     if (core := _compiled()) is not None:
         core.set_num_threads(threads)
         return

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 
+from fusedrnn.backends.arguments import check_cell
 from fusedrnn.backends.protocol import Backend, Unsupported
 from fusedrnn.cells import Cell
 from fusedrnn.cells.builtin import COMPILED
@@ -58,7 +59,8 @@ def usable(name: str | None = None) -> Backend:
 
 def refuses(name: str, cell: Cell) -> str | None:
     """Why a backend does not run a cell on this machine, in one line, or None if it does."""
-    backend = _load(name)
+    backend = get(name)
+    check_cell(cell)
     if (reason := backend.unavailable()) is not None:
         return reason
     if name == "cuda":  # whose arrays are not NumPy's

@@ -203,10 +203,10 @@ def check_regularization(cell: Cell, value: Any) -> Regularization | None:
     return Regularization(dropout, zoneout_h, zoneout_c, seed, stream)
 
 
-def check_number(name: str, value: Any) -> float:
+def check_number(name: str, value: Any, hint: str = "") -> float:
     """A real number, of Python or NumPy."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name}: expected a number, got {_kind(value)}")
+        raise TypeError(f"{name}: expected a number, got {_kind(value)}{hint}")
     return float(value)
 
 
@@ -239,6 +239,14 @@ def check_bool(name: str, value: Any, hint: str = "") -> bool:
 def check_bools(**values: Any) -> dict[str, bool]:
     """The same of several, by name."""
     return {name: check_bool(name, value) for name, value in values.items()}
+
+
+def check_sized(name: str, value: Any) -> int:
+    """Its length, if it has one."""
+    try:
+        return len(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected something with a length, got {_kind(value)}") from error
 
 
 def check_proj_size(cell: Cell, value: Any, H: int) -> int:

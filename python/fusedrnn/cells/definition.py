@@ -50,6 +50,9 @@ class Cell:
                 expected = ", ".join(known) or "none"
                 refuse(f"{name}: expected an option of {self.name}: {expected}")
         self.options = known | dict(options or {})
+        for name, value in self.options.items() if self.is_builtin else ():
+            if not isinstance(value, bool):
+                refuse(f"{name}: expected True or False, got {kind(value)}")
         chosen = tuple(self.options.items())
         _check_options(self.name, self.options)
         self._key = function, chosen, repr(chosen)

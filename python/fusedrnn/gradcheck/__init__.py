@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fusedrnn.backends.arguments import check_bools, check_number, check_whole
 from fusedrnn.cells import Cell
 from fusedrnn.gradcheck.adapters import adapted
 from fusedrnn.gradcheck.central import check_central
@@ -101,8 +102,15 @@ def gradcheck(
     if not callable(func_or_layer):
         raise TypeError(f"func_or_layer: expected a callable, got {type(func_or_layer).__name__}")
     for name, value in (("eps", eps), ("atol", atol), ("rtol", rtol), ("nondet_tol", nondet_tol)):
-        if value is not None and not (value > 0 if name == "eps" else value >= 0):
+        if value is None and name != "nondet_tol":
+            continue
+        number = check_number(name, value)
+        if not (number > 0 if name == "eps" else number >= 0):
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    check_whole("seed", seed, 0, 2**32 - 1)
+    check_bools(raise_exception=raise_exception, fast_mode=fast_mode)
+    if not isinstance(options, Mapping | None):
+        raise TypeError(f"options: expected a mapping of names to values, got {type(options).__name__}")
     options = dict(options or {})
     inputs = tuple(inputs) if type(inputs) in (tuple, list) else (inputs,)
     if scalars:
