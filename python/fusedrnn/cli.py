@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from fusedrnn import backends, interrupts, programs, system, terminal
 from fusedrnn.cells import CELLS, Cell
 from fusedrnn.cells.files import load
-from fusedrnn.programs.common import at_least, output_file, seed
+from fusedrnn.programs.common import at_least, output_file, refuse, seed
 
 FAILED, USAGE = 1, 2
 COPIES = {
@@ -79,13 +79,6 @@ def add_cell(parser: argparse.ArgumentParser, what: str) -> None:
         metavar="FILE.py:NAME",
         help=f"{what}: NAME in this file, or in a module as package.module:NAME",
     )
-
-
-def refuse(args: argparse.Namespace, options: Sequence[str], what: str) -> None:
-    """Raise if one of the options was given, which cannot be with something else that was."""
-    for option in options:
-        if getattr(args, option) not in (None, False):
-            raise ValueError(f"--{option}: not with {what}")
 
 
 def own_cell(args: argparse.Namespace, without: Sequence[str] = ()) -> Cell | None:
@@ -245,6 +238,8 @@ def run_bench(args: argparse.Namespace) -> None:
             raise ValueError(f"--device {args.device}: not with {args.own}")
         sources = [loop(own).source() for loop in (bench.TorchLoop, bench.JaxScan)]
         if args.show_loop:
+            timed = ("shape", "dtype", "forward", "peers", "backend", "threads", "quick", "json", "plot")
+            refuse(args, timed, "--show-loop, which times nothing")
             print("\n\n".join(sources), end="")
             return
         args.backend, unable = able(own, args.backend)
@@ -373,6 +368,8 @@ def run_gradcheck(args: argparse.Namespace) -> None:
         note(f"{done} of {total}: {row.cell} {row.backend} {row.dtype} {row.option}")
 
     cell = own_cell(args, ("cell", "levels"))
+    if args.levels and args.backend is not None and "cpu" not in args.backend:
+        raise ValueError(f"--levels: expected cpu among --backend, got {', '.join(args.backend)}")
     rows = gradcheck_suite.run_suite(
         cells=args.cell if cell is None else [cell],
         backends=args.backend,

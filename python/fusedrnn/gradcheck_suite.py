@@ -140,6 +140,8 @@ def run_suite(
         for option in options
         if not OPTIONS[option].layer_norm or "layer_norm" in cell.options
     ]
+    if not pairs:
+        raise ValueError(f"options: none of {', '.join(options)} applies to {', '.join(chosen)}")
 
     rows: list[Row] = []
     running = []

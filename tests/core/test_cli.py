@@ -412,6 +412,12 @@ def test_bench_shows_the_loops_of_a_cell(own, capsys):
         ("bench own_cells.py:simple --device cuda", "--device cuda: not with own_cells.py:simple"),
         ("bench own_cells.py:simple --peers torch", "--peers torch: it takes part in none of these cases"),
         ("bench --show-loop", "--show-loop: expected FILE.py:NAME, got none"),
+        ("bench own_cells.py:simple --show-loop --json a.json", "--json: not with --show-loop, which times"),
+        (
+            "gradcheck own_cells.py:simple --option layer-norm",
+            "options: none of layer-norm applies to simple",
+        ),
+        ("gradcheck --levels --backend numba", "--levels: expected cpu among --backend, got numba"),
     ],
 )
 def test_what_is_wrong_with_a_cell_is_one_line(own, arguments, message, capsys):

@@ -385,6 +385,7 @@ def test_wrong_checkpoints_and_files_are_one_line(daily, tmp_path, monkeypatch, 
     assert "c cannot be loaded: c: not an .npz file" in fails("waves", *trained, "--resume")
     assert "c exists: --resume continues from it" in fails("classify", *trained, "--size", "99")
     assert "--resume needs --checkpoint" in fails("waves", "--resume", "--no-plot")
+    assert "--every needs --checkpoint" in fails("waves", "--every", "0", "--no-plot")
     assert "--checkpoint: expected a file, got the folder '.'" in fails("waves", "--checkpoint", ".")
     assert "--out: expected a folder to write to, got 'c'" in fails("sine", "--out", "c")
     assert cli.main(["train", "waves", "--checkpoint", "new/d", *trained[2:], "--resume"]) == 0

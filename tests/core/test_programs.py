@@ -289,9 +289,9 @@ def test_the_file_is_made_from_ucis(tmp_path):
 @pytest.mark.parametrize("task", ["same-row", "ahead"])
 def test_pollution_program(small, tmp_path, task):
     pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
-    given = ["--data", str(small), "--epochs", "5", "--task", task, "--out", str(tmp_path)]
+    given = ["--data", str(small), "--task", task, "--out", str(tmp_path)]
     report = Silent()
-    result = pollution.run(arguments("pollution", *given), report)
+    result = pollution.run(arguments("pollution", *given, "--epochs", "5"), report)
     assert all(map(is_picture, (tmp_path / "pollution-loss.png", tmp_path / "pollution-prediction.png")))
     assert len(result.prediction) == 270 - (task == "ahead")
     copied = result.scores["persistence: as now" if task == "ahead" else "copying the input"]["MSE"]
@@ -301,8 +301,9 @@ def test_pollution_program(small, tmp_path, task):
         arguments("pollution", *given, "--weights", str(tmp_path / "pollution.npz"), "--no-plot"), Silent()
     )
     np.testing.assert_array_equal(again.prediction, result.prediction)
-    with pytest.raises(ValueError, match="--resume: not with --weights"):
-        pollution.run(arguments("pollution", *given, "--weights", "w.npz", "--resume"), Silent())
+    for option in (["--resume"], ["--epochs", "0"], ["--every", "0"], ["--checkpoint", str(tmp_path / "c")]):
+        with pytest.raises(ValueError, match=f"{option[0]}: not with --weights, which trains nothing"):
+            pollution.run(arguments("pollution", *given, "--weights", "w.npz", *option), Silent())
 
 
 def plain_lstm(arrays, rows):

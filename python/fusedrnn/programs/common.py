@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ def at_least(least: int, most: int = 2**31 - 1, kind: type[int] | type[float] = 
 
 
 seed = at_least(0, 2**32 - 1)  # for argparse: what NumPy's global generator takes
+
+
+def refuse(args: argparse.Namespace, options: Iterable[str], what: str) -> None:
+    """Raise if one of the options was given, which has no effect with something else that was."""
+    for option in options:
+        value = getattr(args, option)
+        if value is not None and value is not False:
+            raise ValueError(f"--{option}: not with {what}")
 
 
 def add_arguments(parser: argparse.ArgumentParser, default_seed: int = 0, *, cell: bool = False) -> None:

@@ -120,8 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, report: Report) -> Result:
     """Train or load, test, plot."""
-    if args.weights and args.resume:
-        raise ValueError("--resume: not with --weights, which trains nothing")
+    if args.weights:
+        common.refuse(args, ("epochs", "checkpoint", "every", "resume"), "--weights, which trains nothing")
     plots = common.will_plot(args.no_plot, report)
     task = prepare(read(args.data), args.task)
     epochs = EPOCHS[args.task] if args.epochs is None else args.epochs

@@ -40,7 +40,7 @@ class Training:
         loader: Without one an epoch is one step, which takes nothing.
         settings: What a checkpoint must have been saved with to be taken up, such as the seed.
         steps: What an epoch's sum of losses is divided by; None: the number of batches.
-        every: Seconds between checkpoints.
+        every: Seconds between checkpoints; None: 30.
         validate: Gives the loss on the validation part after each epoch. Then ``keep_best`` goes back to the
             weights for which it was least.
         patience: Stop after so many epochs without a lower validation loss.
@@ -57,7 +57,7 @@ class Training:
         settings: dict[str, Any] | None = None,
         steps: int | None = None,
         path: npz.PathLike | None = None,
-        every: float = 30,
+        every: float | None = None,
         validate: Callable[[], float] | None = None,
         patience: int | None = None,
         watch: Mapping[str, Callable[[], float]] | None = None,
@@ -169,7 +169,8 @@ class Training:
 
     def _pause(self, interrupts: list[int]) -> None:
         """Between two steps: save where it is time to, break off where Ctrl-C was pressed."""
-        if self.path and (interrupts or time.monotonic() - self.saved >= self.every):
+        every = 30 if self.every is None else self.every
+        if self.path and (interrupts or time.monotonic() - self.saved >= every):
             self.save()
         if interrupts:
             kept = f"saved in {self.path}, --resume goes on"
@@ -223,17 +224,16 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int | str, *, cell: b
     parser.add_argument(
         "--every",
         type=common.at_least(0, kind=float),
-        default=30,
         metavar="SECONDS",
-        help="between checkpoints (default: %(default)s)",
+        help="between checkpoints (default: 30)",
     )
     parser.add_argument("--resume", action="store_true", help="continue from --checkpoint, if it exists")
 
 
 def go(training: Training, epochs: int, resume: bool, report: Report, what: str) -> None:
     """Run it, from its checkpoint where that is wanted and there, with a progress bar."""
-    if resume and training.path is None:
-        raise ValueError("--resume needs --checkpoint FILE")
+    if training.path is None and (resume or training.every is not None):
+        raise ValueError(f"--{'resume' if resume else 'every'} needs --checkpoint FILE")
     there = training.path is not None and training.path.exists()
     if there and not resume:
         raise ValueError(
