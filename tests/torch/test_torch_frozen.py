@@ -13,6 +13,7 @@ pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import torch
 
 from bfloat16 import needs_bfloat16
+from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.cells.zoo import mgu
 from torch_pairs import every_kind, every_layer, flat, ft, module_pair, state_of
 
@@ -245,7 +246,8 @@ def test_tracing_sees_a_frozen_layer():
 
 
 @torch.no_grad()
-def test_autocast_runs_pytorchs_layer(warned):
+def test_without_kernels_for_bfloat16_autocast_runs_pytorchs_layer(warned, monkeypatch):
+    monkeypatch.setattr(CpuBackend, "has_bfloat16", lambda self: False)
     theirs, ours = module_pair("RNN", I, H)
     ft.freeze(ours.eval())
     for dtype in (torch.float32, torch.bfloat16):  # as a Linear before it gives
@@ -253,3 +255,39 @@ def test_autocast_runs_pytorchs_layer(warned):
         with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings(action="ignore"):
             assert torch.equal(ours(x)[0], theirs(x)[0])
         assert ours.last_path.startswith("fallback: ")
+
+
+@every_kind
+@needs_bfloat16
+@torch.no_grad()
+def test_autocast_changes_a_frozen_layer_as_any_other(kind):
+    """The same bits and dtypes; of LSTM, RNN and RNNCell those of bfloat16, also for input in it."""
+    ours, x, hx = made(kind)
+    low = x.bfloat16() if kind in ("LSTM", "RNN", "RNNCell") else x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = flat([ours(x, hx), ours(x), ours(low)])
+        ft.freeze(ours)
+        got = flat([ours(x, hx), ours(x), ours(low)])
+        assert ours.last_path == "fused"
+        assert [t.dtype for t in got] == [t.dtype for t in want]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        next(ours.parameters()).mul_(2)
+        with pytest.raises(RuntimeError, match="was changed: the layer is frozen"):
+            ours(x)
+    with pytest.raises(RuntimeError, match="was changed: the layer is frozen"):
+        ours(x)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("options", [{"layer_norm": True}, {"proj_size": 5}], ids=str)
+@torch.no_grad()
+def test_options_and_sequences_of_a_frozen_layer_in_autocast(options):
+    ours, x = ft.LSTM(I, H, num_layers=2, **options).eval(), torch.randn(T, B, I)
+    ragged = torch.nn.utils.rnn.pack_sequence([x[:n, 0] for n in (5, 4, 1)])  # float32, as in PyTorch
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = flat([ours(x), ours(x, lengths=[T, 2, 0], return_states=True), ours(ragged)])
+        ft.freeze(ours)
+        got = flat([ours(x), ours(x, lengths=[T, 2, 0], return_states=True), ours(ragged)])
+    assert ours.last_path == "fused"
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -32,7 +32,10 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         weights = self._weights() if packed is None else packed.weights
         if (after := self._without_graph(input, state0, weights, packed)) is not None:
             return after
-        key = self._key if packed is None and self._bfloat16_in_autocast else ""
+        key = self._key if self._bfloat16_in_autocast else ""
+        if packed is not None:
+            packed = packed.lowered(self, key)
+            weights = packed.weights
         given, (input, state0, weights) = input, paths.lowered(input, state0, weights, key)
         reason = self._unsupported(input, state0, weights, packed)
         if reason is not None:

@@ -41,6 +41,7 @@ class Frozen:
             ]
             pack = backend.pack_bits if low else backend.pack
             self.packed = [(backend, pack(module.cell, each)) for each in arrays]
+        self._low: Frozen | None = None
         # Where each parameter is, and its state.
         self.parameters = [
             (owner._parameters, name, p, p._version, p.data_ptr())
@@ -54,6 +55,18 @@ class Frozen:
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+    def lowered(self, module: Any, key: str) -> Frozen:
+        """These weights, or in bfloat16 where autocast to it has a call of the cell ``key`` run so."""
+        if self.dtype is not torch.float32 or self.device.type != "cpu" or not paths.lowers(key):
+            return self
+        if self._low is None:
+            low = [
+                tuple([None if w is None else w.detach().bfloat16() for w in each]) for each in self.weights
+            ]
+            self._low = Frozen(module, low)
+            self._low.parameters = self.parameters
+        return self._low
 
     def check(self, x: Tensor, state0: Sequence[Tensor] | None) -> None:
         """Raise RuntimeError if the packed weights do not match the call, or the layer any more."""

@@ -163,11 +163,13 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             result = self._without_graph(input, state0, weights, packed)
             if result is not None:
                 return result
-        # Our frozen layers stay in float32 within autocast.
-        key = self._key if packed is None and not self._stays_in_autocast(input) else ""
+        key = "" if self._stays_in_autocast(input) else self._key
+        if packed is not None:
+            packed = packed.lowered(self, key)
+            weights = packed.weights
         given_input, c = input, state0[-1] if state0 else input
         input, state0, weights = paths.lowered(input, state0, weights, key)
-        reason, recorded = self._unsupported(input, state0, weights if packed is None else []), False
+        reason, recorded = self._unsupported(input, state0, weights, packed), False
         if reason is not None:
             if paths.is_proxy(given_input):
                 return paths.call_module(self, given_input, hx, **paths.all_asked_for(options))
@@ -225,7 +227,9 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             names = [[name + suffix for name in blocks] for suffix in suffixes]
         return [weights_of(self, each, count) for each in names]
 
-    def _unsupported(self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights]) -> str | None:
+    def _unsupported(
+        self, input: Any, state: tuple[Any, ...] | None, weights: list[Weights], packed: Frozen | None
+    ) -> str | None:
         """Why the kernels do not support this call, or None. Wrong arguments are left to PyTorch's errors."""
         reason = paths.mode()
         if reason is not None:
@@ -233,7 +237,6 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         data = input.data if isinstance(input, PackedSequence) else input
         if not isinstance(data, Tensor):
             return f"the input is a {type(input).__name__}"
-        packed = frozen(self)
         key = self._key if packed is None or packed.dtype is data.dtype else ""  # these are not cast
         reason = paths.unsupported(data.dtype, data.device, (data, *(state or ())), key)
         reason = reason or self._lacks(data.device)
@@ -246,7 +249,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             return reason
         D, H = 2 if self.bidirectional else 1, self.hidden_size
         P, cell = self.proj_size or H, self.cell
-        for j, each in enumerate(weights):
+        for j, each in enumerate(weights if packed is None else ()):
             I = self.input_size if j < D else D * P
             reason = paths.unsupported_weights(data, each, cell, I, H, P, self._key)
             if reason is not None:

@@ -232,6 +232,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def lowers(key: str) -> bool:
+    """Whether autocast has CPU calls of the cell ``key`` run in bfloat16, and the kernels support that."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        and mode() is None
+        and has_bfloat16(key)
+    )
+
+
 def lowered(input: Any, state0: Any, weights: list[Any], key: str = "") -> tuple[Any, Any, list[Any]]:
     """The tensors of a call in the dtype of autocast, if the kernels support that: those of a GPU, or on a
     CPU those of the cell ``key``."""
@@ -242,12 +252,7 @@ def lowered(input: Any, state0: Any, weights: list[Any], key: str = "") -> tuple
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return input, state0, weights
     dtype = torch.get_autocast_dtype(kind)
-    if data.is_cpu and (
-        dtype is not torch.bfloat16
-        or data.dtype is torch.float16
-        or mode() is not None
-        or not has_bfloat16(key)
-    ):
+    if data.is_cpu and (data.dtype is torch.float16 or not lowers(key)):
         return input, state0, weights
     data = _lower(data, dtype)
     return (
