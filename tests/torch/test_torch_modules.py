@@ -22,6 +22,7 @@ from torch_pairs import (
     T,
     assert_close,
     assert_same,
+    every_kind,
     every_layer,
     flat,
     ft,
@@ -220,6 +221,18 @@ def test_modes_without_gradients(kind):
         ours.weight_hh_l0[0, 0] += 1
         theirs.weight_hh_l0[0, 0] += 1
         assert_same(theirs, ours, x.detach())
+
+
+@every_kind
+def test_parameters_made_in_inference_mode_learn(kind):
+    """In torch.nn such a layer raises an error, and of a cell only the biases get a gradient."""
+    with torch.inference_mode():
+        ours = getattr(ft, kind)(I, H)
+    plain = getattr(ft, kind)(I, H)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(*((B, I) if kind.endswith("Cell") else (T, B, I)), requires_grad=True)
+    found = [torch.autograd.grad(flat(m(x))[0].sum(), [x, *m.parameters()]) for m in (ours, plain)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @every_layer

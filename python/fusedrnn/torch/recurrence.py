@@ -49,6 +49,9 @@ def recurrence(
                     ]
                 else:
                     rows = call.tape_rows()
+                    learned = [  # autograd saves no tensor that was made in inference mode
+                        t.clone() if t is not None and t.is_inference() else t for t in learned
+                    ]
                 counts = len(call.state0), len(call.weights)
                 tensors = *learned, call.lengths, call.reset, call.seed
                 return list(Recurrence.apply(*counts, return_states, rows, *call[7:], *tensors))  # type: ignore[no-untyped-call]
