@@ -177,3 +177,10 @@ def test_patched():
     with pytest.raises(ValueError, match="inside"), ft.patched():
         raise ValueError("inside")
     assert torch.nn.LSTM is before
+
+
+def test_a_switch_is_true_or_false():
+    with pytest.raises(TypeError, match="on: expected True or False, got str"):
+        ft.set_fallback_errors("no")
+    with pytest.raises(TypeError, match="compilable: expected True or False, got str"):
+        ft.convert(torch.nn.LSTM(3, 4), compilable="no")

@@ -426,9 +426,15 @@ BAD = [
         "whose p.dense multiplies x alone, got 0.1",
     ),
     ("Recurrent(mgu, I, H)(ZEROS, lengths=[9, 1, 1])", ValueError, "lengths: expected 0 to T = 6, got 1"),
+    (
+        "Recurrent(mgu, I, H)(ZEROS, reset=object())",
+        TypeError,
+        "reset: expected a tensor, an array or a list",
+    ),
     ("Recurrent(mgu, I, H)(ZEROS, detach_every=0)", ValueError, "detach_every: expected at least 1, got 0"),
     ("Recurrent(mgu, I, H)(PACKED, lengths=LENGTHS)", ValueError, "lengths: expected none with a Packed"),
     ("Recurrent(gru_d, I, H)(ZEROS)", TypeError, "dt: expected numbers of shape (6, 3), which the cell"),
+    ("Recurrent(gru_d, I, H)(ZEROS, dt='a')", TypeError, "dt: expected a tensor or numbers, got str"),
     ("Recurrent(gru_d, I, H)(ZEROS, dt=[1.0])", ValueError, "dt: expected shape (6, 3), got (1,)"),
     (
         "Recurrent(gru_d, I, H)(PACKED, dt=ZEROS[..., 0])",

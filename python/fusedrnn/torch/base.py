@@ -313,7 +313,7 @@ def _tensor(name: str, value: Any) -> Tensor:
             value = np.array(value, np.int64 if value.dtype.kind in "iu" else value.dtype)
     try:
         return torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name}: expected a tensor, an array or a list, got {type(value).__name__}"
         ) from error

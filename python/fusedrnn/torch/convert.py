@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from fusedrnn.backends.arguments import check_bool
 from fusedrnn.torch import compilable as _compilable
 from fusedrnn.torch.cells import GRUCell, LSTMCell, RNNCell
 from fusedrnn.torch.frozen import Freezable, layers_of
@@ -54,10 +55,11 @@ def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
         The model, what was converted, and what was not and why.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``compilable`` not True or False.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_bool("compilable", compilable)
     converted, left = {}, {}
     for path, layer in model.named_modules():
         kind = _class(layer)

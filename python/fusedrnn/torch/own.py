@@ -195,7 +195,12 @@ class CellModule(Freezable):
             if value is None:
                 raise TypeError(f"{name}: expected numbers of shape {shape}, which the cell takes, got none")
             if not isinstance(value, Tensor):
-                value = torch.as_tensor(value, dtype=data.dtype, device=data.device)
+                try:
+                    value = torch.as_tensor(value, dtype=data.dtype, device=data.device)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise TypeError(
+                        f"{name}: expected a tensor or numbers, got {type(value).__name__}"
+                    ) from error
             check_shape(name, value.shape, shape, of)
             found.append(value.to(data))
         return found

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import backends
+from fusedrnn.backends.arguments import check_bool
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.cells import Cell
 from fusedrnn.torch import gpu
@@ -40,7 +41,7 @@ _told: set[tuple[str, str]] = set()
 def set_fallback_errors(on: bool) -> None:
     """Set whether a fallback raises a RuntimeError. Otherwise it warns once for each class and reason."""
     global _errors
-    _errors = bool(on)
+    _errors = check_bool("on", on)
 
 
 @contextlib.contextmanager
