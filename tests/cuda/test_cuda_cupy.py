@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import sys
 import threading
+import time
 import types
 
 import ml_dtypes
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import fusedrnn
+from at_once import at_once
 from fusedrnn import backends, kernels
 from fusedrnn import layers as L
 from fusedrnn.backends.cuda import cublas, cupy_device, nvrtc
@@ -321,3 +323,18 @@ def test_a_grid_that_does_not_run_at_once_is_an_error(driver):
     failing["cuLaunchKernelEx"] = real.CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(RuntimeError, match=r"^cuLaunchKernelEx: CUDA_ERROR_INVALID_VALUE"):
         device.launch(CODE, "step_forward", (1, 1), (JOB, STEP))
+
+
+def test_threads_get_the_same_device(monkeypatch):
+    """Weights are packed for a device, and a call with them on another one is an error."""
+    runtime = types.SimpleNamespace(getDevice=lambda: 0)
+    monkeypatch.setitem(
+        sys.modules, "cupy", types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
+    )
+    monkeypatch.setattr(cupy_device, "CupyDevice", lambda number: time.sleep(0.05) or object())
+    cupy_device._device.cache_clear()
+    try:
+        first, second = at_once([cupy_device.current] * 2)
+        assert first is second
+    finally:
+        cupy_device._device.cache_clear()

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import inspect
 import pickle
+import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NoReturn, overload
@@ -57,6 +58,7 @@ class Cell:
         _check_options(self.name, self.options)
         self._key = function, chosen, repr(chosen)
         self._hash = hash(self._key)
+        self._lock = threading.Lock()
 
     def with_options(self, **options: Any) -> Cell:
         """The cell with other values of some options.
@@ -166,12 +168,16 @@ class Cell:
     @cached_property
     def trace(self) -> Trace:
         """What one step computes."""
-        return trace(self.function, self.options)
+        # If two threads run the function at the same time, both get the first result: nodes of one do not
+        # match those of the other.
+        return vars(self).setdefault("trace", trace(self.function, self.options))
 
     @cached_property
     def gradient(self) -> Gradient:
         """What one step of backward computes."""
-        return derive(self.trace)
+        t = self.trace
+        with self._lock:  # it adds nodes to the graph; another thread finds them there
+            return derive(t)
 
     @cached_property
     def forward_nodes(self) -> list[Node]:

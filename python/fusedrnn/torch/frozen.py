@@ -22,7 +22,8 @@ M = TypeVar("M", bound=torch.nn.Module)
 UNFREEZE = "the layer is frozen; fusedrnn.torch.unfreeze(model) first"
 
 
-_there: weakref.WeakSet[Frozen] = weakref.WeakSet()  # of all layers that are frozen now
+# Of all layers that are frozen now, by id; its list of references is made at once, whatever other threads do.
+_there: weakref.WeakValueDictionary[int, Frozen] = weakref.WeakValueDictionary()
 
 
 class Frozen:
@@ -91,7 +92,8 @@ def _watch_optimizers() -> None:
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    names = {id(p): name for each in _there for _, name, p, *_ in each.parameters}
+    there = [each for reference in _there.valuerefs() if (each := reference()) is not None]
+    names = {id(p): name for each in there for _, name, p, *_ in each.parameters}
     for group in optimizer.param_groups if names else ():
         for p in group["params"]:
             if id(p) in names and p.grad is not None:
@@ -189,7 +191,7 @@ def freeze(model: M) -> M:
         raise ValueError("model: it has no layer of fusedrnn.torch; fusedrnn.torch.convert makes some")
     for layer, found in made:
         layer.__dict__["_fusedrnn_frozen"] = found
-        _there.add(found)
+        _there[id(found)] = found
     _watch_optimizers()
     return model
 
@@ -203,5 +205,5 @@ def unfreeze(model: M) -> M:
     for _, layer in layers_of(model):
         found = layer.__dict__.pop("_fusedrnn_frozen", None)
         if found is not None:
-            _there.discard(found)
+            _there.pop(id(found), None)
     return model

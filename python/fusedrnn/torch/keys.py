@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import threading
 from typing import Any
 
 from fusedrnn import cells
@@ -23,6 +24,7 @@ CELLS["GRU_RESET_BEFORE"] = cells.gru.with_options(reset_after=False)  # only of
 
 _keys = {cell: key for key, cell in CELLS.items()}
 _known = dict(CELLS)
+_lock = threading.Lock()
 
 
 def key_of(cell: Cell) -> str:
@@ -37,8 +39,11 @@ def key_of(cell: Cell) -> str:
             found = _found(key)
         except (ImportError, AttributeError, ValueError, TypeError, SyntaxError):
             found = None
-        key = key if found == cell else f"{cell.name}:{len(_keys)}"
-        _keys[cell], _known[key] = key, cell
+        with _lock:  # two cells must not get the same number
+            if cell not in _keys:
+                key = key if found == cell else f"{cell.name}:{len(_keys)}"
+                _known[key] = cell  # first, since another thread may ask for it as soon as there is a key
+                _keys[cell] = key
     return _keys[cell]
 
 

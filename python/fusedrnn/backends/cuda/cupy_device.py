@@ -25,6 +25,7 @@ from fusedrnn.backends.protocol import Array
 INSTALL = "pip install 'fusedrnn[cuda13]', or 'fusedrnn[cuda12]' for a driver of CUDA 12"
 OLDEST = (7, 0)  # compute capability of the instructions that order memory
 CLUSTER = 8  # blocks that every GPU that has clusters runs as one
+_first = threading.Lock()  # threads get the same device: packed weights know theirs
 
 
 @functools.cache
@@ -71,7 +72,8 @@ def current() -> CupyDevice:
     """CuPy's current GPU."""
     import cupy
 
-    return _device(cupy.cuda.runtime.getDevice())
+    with _first:
+        return _device(cupy.cuda.runtime.getDevice())
 
 
 class CupyDevice:
