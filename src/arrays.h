@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
 #include <memory>
 #include <string>
@@ -61,9 +62,9 @@ struct ExchangeApi {
 // Which objects are arrays: of exactly these types, since a subclass may mean more than its data says, as masked arrays
 // do.
 struct ArrayTypes {
-  PyTypeObject* numpy = nullptr;             // numpy.ndarray
-  PyTypeObject* tensors[2] = {};             // torch.Tensor and torch.nn.Parameter, once they are known
-  const dlpack::ExchangeApi* api = nullptr;  // theirs
+  PyTypeObject* numpy = nullptr;                         // numpy.ndarray
+  PyTypeObject* tensors[2] = {};                         // torch.Tensor and torch.nn.Parameter, once `api` is set
+  std::atomic<const dlpack::ExchangeApi*> api{nullptr};  // theirs; set while other threads may be in a call
   bool tensor(PyTypeObject* type) const { return api && (type == tensors[0] || type == tensors[1]); }
 };
 inline ArrayTypes array_types;
@@ -113,7 +114,7 @@ inline bool view_of(const py::object& o, View& view) {
   }
   if (!array_types.tensor(type)) return false;
   dlpack::Tensor t;
-  if (array_types.api->tensor_from_object(o.ptr(), &t)) throw RefusedType(py::error_already_set().what());
+  if (array_types.api.load()->tensor_from_object(o.ptr(), &t)) throw RefusedType(py::error_already_set().what());
   if (t.device_type != 1) throw RefusedType("expected a tensor on the CPU");
   view.data = static_cast<const char*>(t.data) + t.byte_offset;
   view.ndim = t.ndim, view.shape = t.shape, view.tensor_type = t.dtype;

@@ -129,7 +129,7 @@ unsigned long control_word() {
 
 }  // namespace
 
-PYBIND11_MODULE(_core, m) {
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of fusedrnn. Use fusedrnn.kernels; this module checks only what memory safety needs.";
   py::class_<PyPacked>(m, "Packed", "Weights in the order of the kernels.");
   py::class_<PyTape>(m, "Tape", "What forward saved for backward.")
