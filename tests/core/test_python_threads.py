@@ -34,7 +34,7 @@ pytestmark = pytest.mark.quick
 
 OWN = [mgu, everything, gru_d, slstm, lstmp]
 ACTS = Regularization(0.3, 0.2, 0.0, 7, 0)
-often = pytest.mark.parametrize("rounds", [2, pytest.param(100, marks=pytest.mark.slow)])
+often = pytest.mark.parametrize("rounds", [2, pytest.param(30, marks=pytest.mark.slow)])
 
 
 def unused(cell):
