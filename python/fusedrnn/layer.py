@@ -255,7 +255,7 @@ def checked_dtype(dtype: Any, low: bool = False) -> np.dtype[Any]:
 def _arguments(layer: type[Layer]) -> list[str]:
     """The names of a constructor's arguments, also of those that it passes on to a class above."""
     found: list[str] = []
-    for base in layer.__mro__:
+    for base in layer.__mro__[:-1]:  # object has none
         if "__init__" in vars(base):
             _, *given = inspect.signature(vars(base)["__init__"]).parameters.values()
             own = [a.name for a in given if a.kind == a.KEYWORD_ONLY]
