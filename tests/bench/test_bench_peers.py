@@ -181,8 +181,12 @@ def test_a_peer_that_takes_part_in_nothing_is_an_error(capsys):
     assert err.count("\n") == 1
 
 
-def test_the_measured_backend_is_no_peer_of_its_own():
-    assert registry.choose(["reference"], [SMALL], "float32", "reference") == ([], [])
+def test_the_measured_backend_is_no_peer_of_its_own(capsys):
+    assert "numba" not in registry.choose(None, [SMALL], "float32", "numba")[0]
+    assert cli.main(["bench", "--quick", "--backend", "reference", "--peers", "reference"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fusedrnn bench: --peers reference: it is the backend that is measured")
+    assert err.count("\n") == 1
 
 
 def test_xla_keeps_its_threads():

@@ -83,7 +83,7 @@ def choose(
 
     Raises:
         RuntimeError: A peer was asked for by name and cannot run.
-        ValueError: A peer was asked for by name and takes part in no case.
+        ValueError: A peer was asked for by name and takes part in no case, or is what is measured.
     """
     wanted = names
     if wanted is None:
@@ -92,6 +92,8 @@ def choose(
     taken, left_out = [], []
     for name in wanted:
         if name == backend:
+            if names is not None:
+                raise ValueError(f"--peers {name}: it is the backend that is measured; name another")
             continue
         reasons = [refuses(name, case, dtype) for case in cases]
         if all(reasons):

@@ -176,7 +176,7 @@ def run(
 
     Raises:
         RuntimeError: A library's results are wrong, or a peer that was asked for cannot run here.
-        ValueError: A peer that was asked for takes part in no case.
+        ValueError: A peer that was asked for takes part in no case, or is the backend that is measured.
     """
     chosen = backends.usable(backend).name
     if dtype == registry.LOW or any(case.api for case in cases):
