@@ -18,8 +18,8 @@ from fusedrnn.autograd import Array, Parameter, Variable, as_variable
 from fusedrnn.backends.arguments import (
     check_bool,
     check_cell,
+    check_dropout,
     check_proj_size,
-    check_rate,
     check_regularization,
     check_shape,
     check_whole,
@@ -44,7 +44,8 @@ class Recurrent(Layer):
         bidirectional: True: a second set of weights runs backward in time, and y is ``(T, B, 2*H)``. Such a
             layer takes only whole sequences. It keeps no state between calls, because the reverse direction
             starts at the end of a sequence.
-        dropout: The probability of zeros between layers, in training.
+        dropout: The probability of zeros between layers, in training. With one layer, a warning says that it
+            has no effect.
         recurrent_dropout: In training, the probability that a unit of what weight_hh multiplies is zeroed.
             There is one mask per call, layer, direction and row, the same at every step (Gal and Ghahramani
             2016). Fused layers only.
@@ -110,7 +111,8 @@ class Recurrent(Layer):
         self.in_size = None if in_size is None else check_whole("in_size", in_size)
         self.num_layers = check_whole("num_layers", num_layers)
         self.bidirectional = check_bool("bidirectional", bidirectional)
-        self.dropout = check_rate("dropout", dropout, below_one=True)
+        level = 3 + (type(self) is not Recurrent)  # of the line that makes the layer
+        self.dropout = check_dropout(dropout, self.num_layers, level, below_one=True)
         self.fused = check_bool("fused", fused)
         self.dtype = checked_dtype(dtype, low=self.fused)
         rates = Regularization(recurrent_dropout, zoneout_h, zoneout_c, seed=0)

@@ -8,7 +8,7 @@ import pytest
 import fusedrnn
 import fusedrnn.functions as F
 import fusedrnn.layers as L
-from fusedrnn import Parameter, Variable, backends, no_grad
+from fusedrnn import Parameter, Variable, backends, cells, no_grad
 
 KINDS = {
     "rnn": lambda *a, **k: L.RNN(*a, **k),
@@ -299,6 +299,13 @@ def test_wrong_arguments_are_named(fused):
     ):
         with pytest.raises(error, match=message):
             L.LSTM(**options)
+
+
+def test_dropout_with_one_layer_is_a_warning_at_the_users_line():
+    for make in (lambda: L.LSTM(H, dropout=0.5), lambda: L.Recurrent(cells.gru, H, dropout=0.5)):
+        with pytest.warns(UserWarning, match="^dropout: expected 0 with num_layers=1, got 0.5") as caught:
+            make()
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_inputs_are_cast_to_the_layers_dtype_and_stay():

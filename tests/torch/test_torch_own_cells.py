@@ -273,6 +273,12 @@ def test_built_in_cells_are_the_named_layers(cell, kind, options):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_dropout_with_one_layer_is_a_warning_at_the_users_line():
+    with pytest.warns(UserWarning, match="^dropout: expected 0 with num_layers=1, got 0.5") as caught:
+        ft.Recurrent(mgu, I, H, dropout=0.5)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_weights_that_are_not_parameters():
     layer, x = made(mgu, num_layers=2)
     expected = layer(x)[0]

@@ -9,6 +9,7 @@ are NumPy's, or of the kind that a backend says; ``lengths`` and ``reset`` may a
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -216,6 +217,17 @@ def check_rate(name: str, value: Any, below_one: bool = False) -> float:
     if not 0 <= rate <= 1 or (below_one and rate == 1):
         limits = "at least 0 and below 1" if below_one else "a number from 0 to 1"
         raise ValueError(f"{name}: expected {limits}, got {value}")
+    return rate
+
+
+def check_dropout(value: Any, num_layers: int, stacklevel: int, below_one: bool = False) -> float:
+    """A rate of dropout between layers; with one layer it warns, with the level of ``warnings.warn``."""
+    rate = check_rate("dropout", value, below_one)
+    if rate and num_layers == 1:
+        warnings.warn(
+            f"dropout: expected 0 with num_layers=1, got {value}; it acts only between layers",
+            stacklevel=stacklevel,
+        )
     return rate
 
 

@@ -16,8 +16,8 @@ from fusedrnn.backends.arguments import (
     check_batch_sizes,
     check_bool,
     check_cell,
+    check_dropout,
     check_proj_size,
-    check_rate,
     check_shape,
     check_whole,
 )
@@ -248,7 +248,8 @@ class Recurrent(CellModule, RecurrentBase):
         num_layers: The number of layers, L.
         bias: False: no ``bias_ih`` and ``bias_hh``.
         batch_first: True: sequences are (B, T, ·).
-        dropout: The probability of zeros between layers, in training.
+        dropout: The probability of zeros between layers, in training. With one layer, a warning says that it
+            has no effect.
         bidirectional: True: a second set of weights runs backward in time, and D is 2.
         proj_size: P, from 1 to H, for a cell that projects its first state (``p.project``); else 0.
         device: The device of the parameters.
@@ -293,7 +294,7 @@ class Recurrent(CellModule, RecurrentBase):
         self.num_layers = check_whole("num_layers", num_layers)
         self.batch_first = check_bool("batch_first", batch_first)
         self.bidirectional = check_bool("bidirectional", bidirectional)
-        self.dropout = check_rate("dropout", dropout)
+        self.dropout = check_dropout(dropout, self.num_layers, 3)
         self._set_options(recompute, recurrent_dropout, zoneout_h, zoneout_c)
         ends = ("", "_reverse") if self.bidirectional else ("",)
         above = (self.proj_size or self.hidden_size) * len(ends)
