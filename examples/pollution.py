@@ -17,13 +17,15 @@ import fusedrnn.layers as L
 from fusedrnn import SeqDataLoader, checkpoint, models, no_grad, optimizers
 from fusedrnn.datasets import Series, read_csv
 
+EPOCHS = 20
+
 if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
     sys.exit(__doc__)
 
 columns = ["pollution", "dew", "temp", "press", "wnd_spd", "snow", "rain"]
 rows = read_csv(sys.argv[1], columns, hours=1).astype(np.float32)
 n = int(0.7 * len(rows))
-x = (rows - rows[:n].mean(axis=0)) / rows[:n].std(axis=0)
+x = (rows - rows[:n].mean(axis=0)) / np.maximum(rows[:n].std(axis=0), 1e-3)
 change = np.diff(rows[:, :1], axis=0)  # until the next hour
 scale = change[: n - 1].std()
 
@@ -36,7 +38,7 @@ loader = SeqDataLoader(Series(x[: n - 1], change[: n - 1] / scale), batch_size=1
 epoch = 0
 if Path("pollution.ckpt").exists():
     epoch = checkpoint.load("pollution.ckpt", model, optimizer, loader)["epoch"]
-while epoch < 20:
+while epoch < EPOCHS:
     rnn.reset_state()
     total = 0.0
     for chunk, target in loader:  # (30, 128, 7) and (30, 128, 1)

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib
+import re
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from example_scripts import run_example
 from fusedrnn import Model, cli, no_grad, programs, terminal
 from fusedrnn.layers import LSTM, Linear
 from fusedrnn.optimizers import Adam
@@ -281,6 +283,41 @@ def test_scores_of_a_classifier():
         "recall": pytest.approx(2 / 3),
         "F1": pytest.approx(2 / 3),
     }
+
+
+# --- the same in one file each, as a reader would copy it ------------------------------------------------
+
+MSE = ["MSE"]
+ALL = ["accuracy", "precision", "recall", "F1"]
+BOTH = ["old data", "new data"]
+PERSISTENCE = "persistence: the last value again"
+PRINTED = {  # the options of the program, and which of its scores the script prints
+    "passenger_flow": ([], dict.fromkeys((passenger_flow.RECIPE, passenger_flow.GROWTH), MSE)),
+    "feeding_back": (
+        ["--over", "valid", "--lengths"],
+        {"LSTM": ["MSE", "60 days beyond"], "holding the last known day": MSE},
+    ),
+    "waves": ([], {"RNN": MSE, PERSISTENCE: MSE}),
+    "classify": ([], {"LSTM": ALL, "always process 1": ALL}),
+    "continual": ([], dict.fromkeys(("LSTM, before", "LSTM, after", PERSISTENCE), BOTH)),
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_examples_find_what_the_programs_find(name, daily, tmp_path, monkeypatch, capsys):
+    if name == "classify":
+        pytest.importorskip("sklearn", reason="the extra 'examples' is not installed")
+    data = [str(daily)] if name == "feeding_back" else []
+    monkeypatch.chdir(tmp_path)
+    run_example(monkeypatch, name, 4, *data)
+    printed = np.array([float(number) for number in re.findall(r"-?\d+\.?\d*", capsys.readouterr().out)])
+    given, rows = PRINTED[name]
+    options = [*given, *(["--data", *data] if data else [])]
+    result, _ = run(name.replace("_", "-"), *options, "--epochs", "4")
+    for row, scores in rows.items():
+        for score in scores:
+            expected = result.scores[row][score]
+            assert np.isclose(printed, expected, rtol=1e-4, atol=6e-5).any(), (row, score, expected)
 
 
 # --- training: early stopping, interruption, resuming -----------------------------------------------------

@@ -4,6 +4,7 @@ import argparse
 import csv
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 import fusedrnn.functions as F
 import fusedrnn.layers as L
+from example_scripts import run_example
 from fusedrnn import DataLoader, Layer, Model, cuda, datasets, no_grad, optimizers, programs, terminal
 from fusedrnn.programs import airline, common, pollution, sine, uci_pollution
 
@@ -214,6 +216,15 @@ def test_sine_program(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "LSTM on a sine 20/20" in printed
     assert f"{result.scores['MSE']:.6g}" in printed
+    assert "LSTM does not beat: copying the input" in printed
+
+
+def test_sine_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = run_example(monkeypatch, "sine", 3)["mse"]
+    result = sine.run(arguments("sine", "--epochs", "3", "--steps", "--no-plot"), Silent())
+    assert found == pytest.approx(result.scores["MSE"], rel=1e-5)
+    assert "copying the input scores 0" in capsys.readouterr().out
 
 
 # --- P2: air pollution ------------------------------------------------------------------------------------
@@ -402,6 +413,24 @@ def test_pollution_trains_as_in_dezero(monkeypatch, tmp_path):
     np.testing.assert_allclose([float(s.data) for s in sums], losses, rtol=1e-6)
     for key, after in dezero_layout(ours).items():
         assert np.linalg.norm(after - end[key]) < 1e-4 * np.linalg.norm(end[key] - start[key]), key
+
+
+def test_the_example_goes_on_from_its_checkpoint(small, tmp_path, monkeypatch, capsys):
+    """Stopped after two epochs or not, it ends with the same forecast."""
+    forecasts = []
+    for folder, stops in (("whole", [4]), ("stopped", [2, 4])):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        for epochs in stops:
+            names = run_example(monkeypatch, "pollution", epochs, str(small))
+        forecasts.append(names["forecast"])
+    assert forecasts[0].tobytes() == forecasts[1].tobytes()
+    printed = capsys.readouterr().out
+    assert re.findall(r"^epoch (\d)", printed, re.MULTILINE) == list("12341234")
+    assert len(re.findall("^persistence: as now .*MSE", printed, re.MULTILINE)) == 3
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"python examples/pollution\.py FILE\.csv"):
+        run_example(monkeypatch, "pollution", 1, "none.csv")
 
 
 @needs_data

@@ -121,11 +121,14 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     truth = np.cos(np.linspace(0, 4 * np.pi, 1000))
     prediction = predict(model, truth)
     found = common.scores(prediction, truth)
-    common.score_table(report, "On a cosine, compared with its own input", {args.cell.upper(): found})
+    name = args.cell.upper()
+    scores = {name: found, "copying the input": common.scores(truth, truth)}
+    common.score_table(report, "On a cosine, compared with its own input", scores)
+    common.compare(report, scores, "MSE")
     if plots:
 
         def draw(axes: Any) -> None:
-            plot.forecast(truth, {args.cell.upper(): prediction}, ax=axes)
+            plot.forecast(truth, {name: prediction}, ax=axes)
             axes.set(title=f"A cosine, one step at a time: R2 {found['R2']:.5f}")
 
         common.plot(args.out / "sine.png", draw, report)
