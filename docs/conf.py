@@ -13,7 +13,7 @@ project = META["name"]
 version = release = META["version"]
 project_copyright = "the fusedrnn authors"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 source_suffix = {".md": "markdown"}
 nitpicky = True
 # No other project's documentation is read at build time: only our own names are checked.
