@@ -70,7 +70,7 @@ def build(session: nox.Session) -> None:
 
     run("pip", "install", f"{wheel.absolute()}[cli]")
     with session.chdir(scratch / archive.name.removesuffix(".tar.gz")):
-        run("fusedrnn", "train", "airline")
+        run("fusedrnn", "train", "runoff")
         run("pip", "install", "-r", "tests/requirements.txt")
         run("pytest", "-m", "quick")
     if emulator := shutil.which("qemu-x86_64-static"):  # a processor without AVX
