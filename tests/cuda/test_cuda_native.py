@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +85,21 @@ def test_arrays_choose_the_backend(gpu, monkeypatch):
             kernels.forward(lstm, x, weights)
     with pytest.raises(TypeError, match=r"^weight_ih: expected a NumPy array, got cupy.ndarray"):
         kernels.forward(lstm, on_gpu.x, on_gpu.weights, backend="reference")
+
+
+def test_the_code_of_the_page_runs(gpu):
+    """That of docs/cuda.md, after what it takes as given."""
+    page = (Path(__file__).parents[2] / "docs" / "cuda.md").read_text()
+    p = problem(lstm, 3, 2, 3, 7, lengths=True)
+    names = {name: put(array) for name, array in p.weights.items()}
+    names |= {"x": put(p.x), "dy": put(p.dy), "lengths": p.lengths, "model": Net(L.LSTM, in_size=3)}
+    names |= {"SeqDataLoader": fusedrnn.SeqDataLoader, "dataset": fusedrnn.datasets.SinCurve()}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "docs/cuda.md", "exec"), names)
+    batch, target = next(names["loader"])
+    gpus = [names["y"], names["dx"], *names["dweights"].values(), *names["dstate0"], batch, target]
+    assert all(isinstance(a, fake_cupy.ndarray) for a in gpus)
+    assert all(isinstance(p.data, fake_cupy.ndarray) for p in names["model"].params() if p.data is not None)
 
 
 def test_packed_rows(gpu):

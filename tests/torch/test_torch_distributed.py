@@ -132,6 +132,26 @@ def test_uneven_inputs_with_join(tmp_path):
             torch.testing.assert_close(found[name], w, rtol=0, atol=1e-12, msg=f"{rank}: {name}")
 
 
+def test_the_code_of_the_page_runs(tmp_path):
+    """That of docs/data_parallel.md, in a group of one process."""
+    page = (HERE.parents[1] / "docs" / "data_parallel.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    assert "model.join()" in code
+    before = f"""
+import torch, fusedrnn.torch
+torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/group", rank=0, world_size=1)
+model = torch.nn.parallel.DistributedDataParallel(fusedrnn.torch.LSTM(2, 3))
+threads, optimizer = 1, torch.optim.SGD(model.parameters(), lr=0.1)
+batches_of_this_process = [(torch.ones(4, 5, 2), torch.zeros(4, 5, 3))] * 3
+losses = []
+def loss_function(outputs, y):
+    losses.append(outputs[0].sub(y).square().mean())
+    return losses[-1]
+"""
+    after = "\ntorch.distributed.destroy_process_group()\nassert losses[0] > losses[1] > losses[2]\n"
+    run("-c", before + code + after)
+
+
 @pytest.mark.parametrize("processes", [1, 2, 1000])
 def test_the_processes_of_a_machine_divide_its_cores(monkeypatch, threads, processes):
     from fusedrnn.threads import get_num_threads
