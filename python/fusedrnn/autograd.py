@@ -78,7 +78,11 @@ class Variable:
         return len(self._data)
 
     def item(self) -> Any:
-        """The only element, as a plain number."""
+        """The only element, as a plain number.
+
+        Raises:
+            ValueError: There are several elements, or none yet.
+        """
         if self._data is None or self._data.size != 1:
             got = "none yet" if self._data is None else f"shape {self.shape}"
             raise ValueError(f"item: expected a variable of one element, got {got}; index it, or take a sum")

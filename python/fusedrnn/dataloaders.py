@@ -75,7 +75,11 @@ class DataLoader:
         return self.samples(self.index[k * self.batch_size : (k + 1) * self.batch_size])
 
     def samples(self, index: Any) -> Batch:
-        """The samples at an array of indices, in arrays of the same leading shape."""
+        """The samples at an array of indices, in arrays of the same leading shape.
+
+        Raises:
+            ValueError: The samples are not pairs of the same shapes.
+        """
         dataset = self.dataset
         if isinstance(dataset, Dataset) and dataset.is_plain():
             return dataset.data[index], dataset.label[index]  # the same, without a loop over the samples

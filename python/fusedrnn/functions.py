@@ -1,4 +1,9 @@
-"""Functions of variables, for layers and losses. Arithmetic operators are in ``autograd``."""
+"""Functions of variables, for layers and losses. Arithmetic operators are in ``autograd``.
+
+An argument is a Variable, an array or a number. The result is a Variable on the same device, of the dtype
+that NumPy gives. An argument that is not made of numbers raises a ``TypeError``, and one whose shape does not
+fit a ``ValueError``.
+"""
 
 from __future__ import annotations
 
@@ -426,6 +431,9 @@ def where(condition: Array, a: Any, b: Any) -> Variable:
     """The elements of a where the condition is true, else those of b, with broadcasting.
 
     A NaN in the branch that is not taken has no effect.
+
+    Raises:
+        TypeError: The condition is not made of numbers or booleans.
     """
     return Where(cuda.as_array(cuda.as_numbers("condition", condition), bool))(a, b)
 

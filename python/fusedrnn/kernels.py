@@ -88,7 +88,11 @@ class Ragged:
 
     @classmethod
     def of(cls, batch_sizes: Any) -> Ragged:
-        """Check ``batch_sizes``: (T,) integers, at least 1 and never increasing."""
+        """The lengths that ``batch_sizes`` stands for: (T,) integers, at least 1 and never increasing.
+
+        Raises:
+            TypeError, ValueError: ``batch_sizes`` is something else.
+        """
         sizes = check_batch_sizes(batch_sizes)
         B = sizes[0] if sizes else 0
         return cls(np.arange(B) < np.array(sizes, np.int64)[:, None])
@@ -99,7 +103,11 @@ class Ragged:
         return self.valid.sum(axis=0)
 
     def pad(self, name: str, rows: Any, rank: int = 2) -> Array:
-        """Packed rows (sum, ...) as a padded sequence (T, B, ...)."""
+        """Packed rows (sum, ...) as a padded sequence (T, B, ...).
+
+        Raises:
+            TypeError, ValueError: ``rows`` is not an array of ``rank`` axes with one row for each valid step.
+        """
         if not cuda.is_array(rows):
             raise TypeError(f"{name}: expected a NumPy or CuPy array, got {type(rows).__name__}")
         total = int(self.valid.sum())

@@ -28,6 +28,9 @@ class RNN(Recurrent):
             gains ``gain_ih`` and ``gain_hh`` (H,).
         options: As in ``Recurrent``.
 
+    Raises:
+        TypeError, ValueError: An argument is wrong; the message names it.
+
     Without ``in_size``, the hidden matrix is drawn when it first multiplies a state, at the second step.
     """
 
@@ -63,6 +66,9 @@ class LSTM(Recurrent):
         proj_size: P: ``h = weight_hr (o*tanh(c))`` has P units, from 1 to H (Sak et al. 2014). 0: no
             projection.
         options: As in ``Recurrent``.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; the message names it.
     """
 
     draws = (1, 0, 3, 2)
@@ -104,6 +110,9 @@ class GRU(Recurrent):
         layer_norm: Normalize the input part and the recurrent part, r and z together and n by itself (Ba,
             Kiros and Hinton 2016). This adds ``gain_ih`` and ``gain_hh`` (3*H,).
         options: As in ``Recurrent``.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong; the message names it.
     """
 
     def __init__(
@@ -179,7 +188,11 @@ class Linear(Layer):
 
 
 class Dropout(Layer):
-    """In training, set elements to zero with probability ``dropout_ratio``; see ``functions.dropout``."""
+    """In training, set elements to zero with probability ``dropout_ratio``; see ``functions.dropout``.
+
+    Raises:
+        TypeError, ValueError: ``dropout_ratio`` is not a number of at least 0 and below 1.
+    """
 
     def __init__(self, dropout_ratio: float = 0.5, **unknown: Never) -> None:
         super().__init__(**unknown)

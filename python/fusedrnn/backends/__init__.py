@@ -58,7 +58,11 @@ def usable(name: str | None = None) -> Backend:
 
 
 def refuses(name: str, cell: Cell) -> str | None:
-    """Why a backend does not run a cell on this machine, in one line, or None if it does."""
+    """Why a backend does not run a cell on this machine, in one line, or None if it does.
+
+    Raises:
+        TypeError, ValueError: There is no backend of this name, or ``cell`` is not a cell.
+    """
     backend = get(name)
     check_cell(cell)
     if (reason := backend.unavailable()) is not None:

@@ -51,7 +51,11 @@ class LSTM(ForgetBias, _Compilable, _TorchBase):
 
 
 class GRU(_Compilable, _TorchBase):
-    """``fusedrnn.torch.GRU`` for compiled models. It is not an instance of ``torch.nn.GRU``."""
+    """``fusedrnn.torch.GRU`` for compiled models. It is not an instance of ``torch.nn.GRU``.
+
+    Raises:
+        ValueError: There is ``proj_size``, which only an LSTM has.
+    """
 
     torch_class = torch.nn.GRU
 
@@ -62,7 +66,11 @@ class GRU(_Compilable, _TorchBase):
 
 
 class RNN(_Compilable, _TorchBase):
-    """``fusedrnn.torch.RNN`` for compiled models. It is not an instance of ``torch.nn.RNN``."""
+    """``fusedrnn.torch.RNN`` for compiled models. It is not an instance of ``torch.nn.RNN``.
+
+    Raises:
+        ValueError: There is ``proj_size``, which only an LSTM has, or ``nonlinearity`` is not tanh or relu.
+    """
 
     torch_class = torch.nn.RNN
 
