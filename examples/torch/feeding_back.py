@@ -93,6 +93,7 @@ def train(args, z, curve):
         weight = weight * (torch.arange(len(x))[:, None] < lengths)[:, :, None]
     terms = x.numel() if args.over == "all" else int(lengths.sum())
     model = build(args.layers)
+    print(f"{model}\nparameters: {sum(p.numel() for p in model.parameters())}")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses, start = [], time.perf_counter()
     for epoch in range(args.epochs):
