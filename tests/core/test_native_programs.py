@@ -308,12 +308,13 @@ def test_examples_find_what_the_programs_find(name, daily, tmp_path, monkeypatch
     if name == "classify":
         pytest.importorskip("sklearn", reason="the extra 'examples' is not installed")
     data = [str(daily)] if name == "feeding_back" else []
+    epochs = 1 if name == "classify" else 4  # of thousands of sequences
     monkeypatch.chdir(tmp_path)
-    run_example(monkeypatch, name, 4, *data)
+    run_example(monkeypatch, name, epochs, *data)
     printed = np.array([float(number) for number in re.findall(r"-?\d+\.?\d*", capsys.readouterr().out)])
     given, rows = PRINTED[name]
     options = [*given, *(["--data", *data] if data else [])]
-    result, _ = run(name.replace("_", "-"), *options, "--epochs", "4")
+    result, _ = run(name.replace("_", "-"), *options, "--epochs", str(epochs))
     for row, scores in rows.items():
         for score in scores:
             expected = result.scores[row][score]
