@@ -13,7 +13,7 @@ import heapq
 import itertools
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,25 +54,32 @@ class Variable:
         self._data = _checked(value)
         self.version += 1
 
+    def _known(self) -> Any:
+        """The array, or an AttributeError if there is none yet."""
+        if self._data is None:
+            text = f"{self.name or 'variable'} has no values yet: its size is known at first use"
+            raise AttributeError(text)
+        return self._data
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""
-        return self._data.shape
+        return self._known().shape
 
     @property
     def ndim(self) -> int:
         """The number of axes."""
-        return self._data.ndim
+        return self._known().ndim
 
     @property
     def size(self) -> int:
         """The number of elements."""
-        return self._data.size
+        return self._known().size
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype of the array."""
-        return self._data.dtype
+        return self._known().dtype
 
     def __len__(self) -> int:
         return len(self._data)
@@ -131,14 +138,6 @@ class Variable:
     def __repr__(self) -> str:
         text = "None" if self._data is None else str(self._data).replace("\n", "\n" + " " * 9)
         return f"variable({text})"
-
-    if not TYPE_CHECKING:  # to which every name would be known
-
-        def __getattr__(self, name: str) -> NoReturn:
-            text = f"{type(self).__name__!r} object has no attribute {name!r}"
-            if name != "_data" and self._data is None and hasattr(type(self), name):
-                text = f"{self.name or 'variable'} has no values yet: its size is known at first use"
-            raise AttributeError(text, name=name, obj=self)
 
     def cleargrad(self) -> None:
         """Set ``grad`` to None."""
@@ -233,6 +232,7 @@ class Variable:
     @property
     def T(self) -> Variable:
         """The axes in reverse order."""
+        self._known()
         return Transpose(None)(self)
 
     def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Variable:

@@ -22,28 +22,23 @@ INSTEAD = {
     "input_size": "write in_size, which comes after hidden_size",
     "nonlinearity": "write relu=True for the nonlinearity 'relu'",
 }
-# And in place of its methods.
-METHODS = {
-    "cpu": "to_cpu()",
-    "cuda": "to_gpu()",
-    "eval": "`with fusedrnn.test_mode():`",
-    "load_state_dict": "load_weights(path)",
-    "named_parameters": "named_params()",
-    "parameters": "params()",
-    "state_dict": "save_weights(path)",
-    "to": "to_gpu() or to_cpu()",
-    "train": "nothing: a layer is in training outside of `with fusedrnn.test_mode():`",
-    "zero_grad": "cleargrads()",
-}
 
 
-def no_attribute(owner: object, name: str, instead: Mapping[str, str]) -> NoReturn:
-    """An AttributeError like Python's own, which says what to write instead if that is known."""
-    if hasattr(type(owner), name):  # a property, whose own AttributeError this must not hide
-        object.__getattribute__(owner, name)
-    hint = f"; write {instead[name]}" if name in instead else ""
-    text = f"{type(owner).__name__!r} object has no attribute {name!r}{hint}"
-    raise AttributeError(text, name=name, obj=owner)
+class Missing:
+    """An attribute that a class does not have; the AttributeError says what to write instead.
+
+    With a method ``__getattr__`` instead, Python would find every attribute of the class more slowly.
+    """
+
+    def __init__(self, instead: str) -> None:
+        self.instead = instead
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: object, kind: type) -> NoReturn:
+        text = f"{kind.__name__!r} object has no attribute {self.name!r}; write {self.instead}"
+        raise AttributeError(text, name=self.name, obj=owner)
 
 
 class Layer:
@@ -56,6 +51,18 @@ class Layer:
 
     gpu = False  # whether the parameters and the initial states are on a GPU
 
+    if not TYPE_CHECKING:  # methods of torch.nn
+        cpu = Missing("to_cpu()")
+        cuda = Missing("to_gpu()")
+        eval = Missing("`with fusedrnn.test_mode():`")
+        load_state_dict = Missing("load_weights(path)")
+        named_parameters = Missing("named_params()")
+        parameters = Missing("params()")
+        state_dict = Missing("save_weights(path)")
+        to = Missing("to_gpu() or to_cpu()")
+        train = Missing("nothing: a layer is in training outside of `with fusedrnn.test_mode():`")
+        zero_grad = Missing("cleargrads()")
+
     def __init__(self, **unknown: Never) -> None:
         super().__init__()
         for name in unknown:
@@ -64,11 +71,6 @@ class Layer:
                 f"{name}: expected one of {type(self).__name__}'s arguments, "
                 f"{', '.join(_arguments(type(self))) or 'none'}{instead}"
             )
-
-    if not TYPE_CHECKING:  # to which every name would be known
-
-        def __getattr__(self, name: str) -> NoReturn:
-            no_attribute(self, name, METHODS)
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         return self.forward(*inputs, **options)

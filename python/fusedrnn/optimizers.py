@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from fusedrnn import cuda
 from fusedrnn.autograd import Array, Parameter, as_variable
 from fusedrnn.backends.arguments import bfloat16, check_number, check_shape
-from fusedrnn.layer import no_attribute
+from fusedrnn.layer import Missing
 from fusedrnn.layers import Layer
-
-# What to write in place of methods that torch.optim has.
-METHODS = {
-    "load_state_dict": "load_state(state)",
-    "state_dict": "state()",
-    "step": "update()",
-    "zero_grad": "cleargrads() of the model",
-}
 
 
 class Optimizer:
@@ -37,6 +29,12 @@ class Optimizer:
         TypeError, ValueError: An argument is not a number or out of its range.
     """
 
+    if not TYPE_CHECKING:  # methods of torch.optim
+        load_state_dict = Missing("load_state(state)")
+        state_dict = Missing("state()")
+        step = Missing("update()")
+        zero_grad = Missing("cleargrads() of the model")
+
     def __init__(self, *, weight_decay: float = 0.0, max_norm: float | None = None) -> None:
         self.weight_decay = _rate("weight_decay", weight_decay)
         self.max_norm = None if max_norm in (None, math.inf) else _rate("max_norm", max_norm)
@@ -45,11 +43,6 @@ class Optimizer:
         self.target: Layer | None = None
         self.t = 0
         self.slots: dict[Parameter, dict[str, Array]] = {}  # what is kept for each parameter
-
-    if not TYPE_CHECKING:  # to which every name would be known
-
-        def __getattr__(self, name: str) -> NoReturn:
-            no_attribute(self, name, METHODS)
 
     def setup(self, target: Layer) -> Self:
         """Set the model whose parameters ``update`` changes.
