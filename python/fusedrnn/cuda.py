@@ -43,6 +43,8 @@ def is_array(x: Any) -> bool:
 
 def as_array(x: Any, dtype: Any = None) -> Any:
     """x as an array, cast to ``dtype`` if it is given. A CuPy array stays on its GPU."""
+    if type(x) is np.ndarray and (dtype is None or x.dtype is dtype):
+        return x
     if on_gpu(x):
         return x if dtype is None else x.astype(dtype, copy=False)
     return np.asarray(x, dtype)

@@ -275,9 +275,9 @@ class Fused(Function):
     Inputs: x ``(T, B, I)``, with ``step`` ``(B, I)``; then the weights of each layer and direction, by
         ``names``; then the cell's row scalars, ``(T, B)`` or ``(B,)`` each; then the initial state, if
         there is one. Outputs: y, the final state, and with ``return_states`` the state of every step; with
-        ``step`` only the new state. Everything is cast to the dtype of the weights. For several layers or
-        directions ``options`` are those of ``fusedrnn.multilayer``, else those of ``kernels.forward``; with
-        ``packed`` weights there are none.
+        ``step`` only the new state. Everything is cast to the dtype of the weights. ``packed`` has the
+        weights of each layer and direction prepared. ``options`` are those of ``fusedrnn.multilayer`` for
+        several layers or directions, else those of ``kernels.forward``.
     """
 
     tape: Any = None
@@ -286,14 +286,12 @@ class Fused(Function):
         self,
         cell: Cell,
         names: Sequence[Sequence[str]],
-        *,
-        step: bool = False,
-        packed: kernels.Packed | None = None,
-        **options: Any,
+        packed: Sequence[kernels.Packed],
+        options: dict[str, Any],
+        step: bool,
     ) -> None:
-        self.cell, self.names, self.step, self.packed, self.options = cell, names, step, packed, options
-        self.single = len(names) == 1
-        self.flat = names[0] if self.single else [name for slot in names for name in slot]
+        self.cell, self.names, self.packed, self.options, self.step = cell, names, packed, options, step
+        self.flat = names[0] if len(names) == 1 else [name for slot in names for name in slot]
 
     def forward(self, x: Array, *arrays: Array) -> tuple[Array, ...]:
         dtype = arrays[0].dtype
@@ -310,18 +308,14 @@ class Fused(Function):
         state0 = tuple(state) or None
         if not self.needs_backward:
             self.options["save"] = None
-        if self.packed is not None:  # directly to the backend that packed, since a step is short
-            run = self.packed.backend.forward
-            out = run(self.cell, x, self.packed.weights, state0, **self.options)
+        packed, self.packed = self.packed, ()  # the tape keeps what backward needs
+        if len(packed) == 1:  # directly to the backend that packed, since a step is short
+            self.backend, _, weights = packed[0]
+            out = self.backend.forward(self.cell, x, weights, state0, **self.options)
         else:
-            each = iter(arrays)
-            weights = [{name: next(each) for name in names} for names in self.names]
-            if self.single:
-                out = kernels.forward(self.cell, x, weights[0], state0, **self.options)
-            else:
-                out = multilayer.forward_multilayer(self.cell, x, weights, state0, **self.options)
-        self.tape = out.tape
-        return out.stateT if self.step else (out.y, *out.stateT, *(out.states or ()))
+            out = multilayer.forward_multilayer(self.cell, x, packed, state0, **self.options)
+        y, stateT, states, self.tape = out
+        return stateT if self.step else (y, *stateT, *(states or ()))
 
     def backward(self, *gys: Variable | None) -> tuple[Array | None, ...]:
         n = len(self.cell.states)
@@ -335,8 +329,8 @@ class Fused(Function):
         if self.step:
             gradients = [None, *gradients]
         dy, dstateT, dstates = gradients[0], tuple(gradients[1 : 1 + n]), tuple(gradients[1 + n :]) or None
-        if self.single:
-            run = kernels.backward if self.packed is None else self.packed.backend.backward
+        if len(self.names) == 1:
+            run = self.backend.backward
             dx, dweights, dstate0, dscalars = run(self.tape, dy, dstateT, dstates, need=need)
             slots = [dweights]
         else:

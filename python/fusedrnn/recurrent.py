@@ -149,7 +149,9 @@ class Recurrent(Layer):
                 if parameter is not None and name in vectors:
                     parameter.assign(_first_values(cell, name, blocks * hidden_size, self.dtype))
                 setattr(self, name + suffix, parameter)
-        self._packed: tuple[Any, Any] | None = None
+        self._widths = dict(zip(cell.states, cell.widths(self.hidden_size, self.out_size), strict=True))
+        self._parameters = [name + suffix for suffix in self.suffixes for name in cell.blocks]
+        self._packed: tuple[str | None, list[Any], Any] | None = None
         self._draw(hidden=self.in_size is not None or not self.draws_hidden_late)
         self.reset_state()
 
@@ -157,11 +159,6 @@ class Recurrent(Layer):
     def out_size(self) -> int:
         """P"""
         return self.proj_size or self.hidden_size
-
-    def _widths(self) -> dict[str, int]:
-        """The number of units of each state."""
-        widths = self.cell.widths(self.hidden_size, self.out_size)
-        return dict(zip(self.cell.states, widths, strict=True))
 
     # State
 
@@ -171,7 +168,9 @@ class Recurrent(Layer):
 
     def _carry(self, state: Sequence[Variable | None]) -> None:
         """Keep the state for the next call, in attributes of its names."""
-        vars(self).update(zip(self.cell.states, state, strict=True))
+        own = vars(self)
+        for k, name in enumerate(self.cell.states):
+            own[name] = state[k]
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copies: the state without its graph, and no packed weights."""
@@ -186,13 +185,17 @@ class Recurrent(Layer):
         Each is ``(B, H)``; with a projection h is ``(B, P)``. With several layers or directions they are
         stacked. It can be set to arrays or variables.
         """
-        own = {name: vars(self)[name] for name in self.cell.states}
-        there = [s for s in own.values() if s is not None]
+        own = vars(self)
+        given = [own[name] for name in self.cell.states]
+        there = [s for s in given if s is not None]
         if not there:
             return None
-        data, start, widths = as_variable(there[0], "state")._data, self.cell.trace.start, self._widths()
-        missing = {n: self.xp.full((*data.shape[:-1], widths[n]), start[n], data.dtype) for n in own}
-        return tuple(as_variable(missing[name] if s is None else s, "state") for name, s in own.items())
+        if len(there) < len(given):
+            data = as_variable(there[0], "state")._data
+            starts = zip(self._widths.values(), self.cell.trace.start.values(), strict=True)
+            missing = [self.xp.full((*data.shape[:-1], width), n, data.dtype) for width, n in starts]
+            given = [m if s is None else s for s, m in zip(given, missing, strict=True)]
+        return self._as_state(given)
 
     @state.setter
     def state(self, value: tuple[Any, ...] | None) -> None:
@@ -215,9 +218,10 @@ class Recurrent(Layer):
         if given is None:
             return None
         layers = len(self.suffixes)
-        for (name, width), s in zip(self._widths().items(), given, strict=True):
+        what = "the layer's state" if state is None else "state"
+        for k, (name, width) in enumerate(self._widths.items()):
+            s = given[k]
             expected = (batch, width) if layers == 1 else (layers, batch, width)
-            what = "the layer's state" if state is None else "state"
             self._check_array(what, s)
             if s._data.shape != expected:
                 hint = "call reset_state() before a batch of a different size" if state is None else ""
@@ -269,9 +273,9 @@ class Recurrent(Layer):
         B, I = x._data.shape
         begin = self._begin(state, B)
         rows = self._scalars(scalars, (B,))
-        self._settle(I, needs_hidden=begin is not None)
+        self._settle(I, begin is not None)
         if self.fused and len(self.suffixes) == 1:
-            after = self._fused_step(x, rows, begin)
+            after = self._fused(x, rows, begin, {}, step=True)
             y = after[0]
         else:
             rows = [F.reshape(s, (1, B)) for s in rows]
@@ -340,13 +344,20 @@ class Recurrent(Layer):
             scale = 1 / (1 - self.dropout)
             keeps = [np.random.rand(*shape) >= self.dropout for _ in range(self.num_layers - 1)]
             masks = [self.to_device(np.where(keep, scale, 0).astype(self.dtype)) for keep in keeps]
-        if self.fused:
-            return self._fused(x, scalars, begin, lengths, reset, return_states, detach_every, masks)
-        return unfused.run(self, x, begin, lengths, reset, masks, scalars)
+        if not self.fused:
+            return unfused.run(self, x, begin, lengths, reset, masks, scalars)
+        options = {"lengths": lengths, "reset": reset, "return_states": return_states}
+        options |= {"detach_every": detach_every, "save": "boundary_states" if self.recompute else "all"}
+        if len(self.suffixes) > 1:
+            options |= {"bidirectional": self.bidirectional, "masks": masks}
+        y, *rest = self._fused(x, scalars, begin, options, step=False)
+        n = len(self.cell.states)
+        return y, tuple(rest[:n]), tuple(rest[n:])
 
     def _scalars(self, given: Mapping[str, Any], shape: tuple[int, ...]) -> list[Variable]:
         """The row scalars of a call, checked, in the order of the cell and the dtype of the layer."""
-        names, found = self.cell.scalars, list[Variable]()
+        names = self.cell.scalars
+        found: list[Variable] = []
         for name in given:
             if name not in names:
                 expected = ", ".join((*CALL, *names))
@@ -372,9 +383,12 @@ class Recurrent(Layer):
         self._check_array("x", x)
 
     def _check_array(self, what: str, x: Variable) -> None:
-        if not is_real(x._data.dtype):
-            raise TypeError(f"{what}: expected real numbers, got {x.dtype}")
-        if cuda.on_gpu(x._data) != self.gpu:
+        data = x._data
+        if type(data) is np.ndarray and data.dtype is self.dtype and not self.gpu:
+            return  # the usual case
+        if not is_real(data.dtype):
+            raise TypeError(f"{what}: expected real numbers, got {data.dtype}")
+        if cuda.on_gpu(data) != self.gpu:
             module = "cupy" if self.gpu else "numpy"
             raise TypeError(
                 f"{what}: expected an array of {module}, like the layer's parameters, got one of "
@@ -383,68 +397,50 @@ class Recurrent(Layer):
 
     # Fused: one node
 
-    def _fused_step(self, x: Variable, scalars: list[Variable], begin: State | None) -> State:
-        names, weights = map(list, zip(*self.weights_of("").items(), strict=True))
-        packed = self._pack(names, weights)
-        options: dict[str, Any] = {} if packed is not None else {"backend": self.backend}  # those know theirs
+    def _fused(
+        self, x: Variable, scalars: list[Variable], begin: State | None, options: dict[str, Any], step: bool
+    ) -> State:
+        """The outputs of one node for all layers and directions."""
+        names, weights, packed = self._pack()
         if regularization := self._regularization():
             options["regularization"] = regularization
-        node = F.Fused(self.cell, [names], step=True, packed=packed, **options)
-        after = node(x, *weights, *scalars, *(begin or ()))
-        return after if isinstance(after, tuple) else (after,)
+        node = F.Fused(self.cell, names, packed, options, step)
+        found = node(x, *weights, *scalars, *(begin or ()))
+        return found if isinstance(found, tuple) else (found,)
 
     def _regularization(self) -> Regularization | None:
         """The rates of one call; in training with a seed from NumPy's global generator, like dropout."""
-        rates = self.recurrent_dropout, self.zoneout_h, self.zoneout_c
-        if not any(rates):
+        if not (self.recurrent_dropout or self.zoneout_h or self.zoneout_c):
             return None
         seed = int(np.random.randint(2**63 - 1, dtype=np.int64)) if config.train else None
-        return Regularization(*rates, seed)
+        return Regularization(self.recurrent_dropout, self.zoneout_h, self.zoneout_c, seed)
 
-    def _pack(self, names: list[str], weights: list[Variable]) -> Any:
-        """Weights prepared for repeated steps, or None if they may have changed unseen."""
-        versions = []
-        for p in weights:
-            if not (isinstance(p, Parameter) and p.private):
-                return None
-            versions.append(p.version)
-        key = (versions, weights, self.backend)  # another parameter may have the same version
-        if self._packed is None or self._packed[0] != key:
-            by_name = {name: p._data for name, p in zip(names, weights, strict=True)}
-            self._packed = (key, kernels.pack(self.cell, by_name, self.backend))
-        return self._packed[1]
+    def _pack(self) -> tuple[list[list[str]], list[Variable], list[kernels.Packed]]:
+        """The names of the weights of each layer and direction, the weights in this order, and packed.
 
-    def _fused(
-        self,
-        x: Variable,
-        scalars: list[Variable],
-        begin: State | None,
-        lengths: Any,
-        reset: Any,
-        return_states: bool,
-        detach_every: int | None,
-        masks: list[Array] | None,
-    ) -> tuple[Variable, State, State]:
+        They are those of the call before, unless a weight may have changed since.
+        """
+        own, kept = vars(self), self._packed
+        if kept is not None and kept[0] == self.backend:
+            for name, p, version in kept[1]:  # another parameter may have the same version
+                if own[name] is not p or not (p is None or (p.private and p.version == version)):
+                    break
+            else:
+                return kept[2]
+        self._packed = kept = None  # so that its memory is free
         slots = [self.weights_of(suffix) for suffix in self.suffixes]
-        options: dict[str, Any] = {
-            "lengths": lengths,
-            "reset": reset,
-            "return_states": return_states,
-            "detach_every": detach_every,
-            "regularization": self._regularization(),
-        }
-        if len(slots) > 1:
-            options |= {"bidirectional": self.bidirectional, "masks": masks}
-        save = "boundary_states" if self.recompute else "all"
-        node = F.Fused(self.cell, [list(slot) for slot in slots], backend=self.backend, save=save, **options)
-        y, *rest = node(x, *(w for slot in slots for w in slot.values()), *scalars, *(begin or ()))
-        n = len(self.cell.states)
-        return y, tuple(rest[:n]), tuple(rest[n:])
+        weights = [p for slot in slots for p in slot.values()]
+        arrays = [{name: p._data for name, p in slot.items()} for slot in slots]
+        found = list(map(list, slots)), weights, [kernels.pack(self.cell, a, self.backend) for a in arrays]
+        if all(isinstance(p, Parameter) and p.private for p in weights):
+            parameters = [(name, own[name], getattr(own[name], "version", None)) for name in self._parameters]
+            self._packed = self.backend, parameters, found
+        return found
 
     def weights_of(self, suffix: str) -> dict[str, Variable]:
         """The weights of one layer and direction that exist, by name."""
-        found = {name: vars(self)[name + suffix] for name in self.cell.blocks}
-        found = {name: p for name, p in found.items() if p is not None}
+        own = vars(self)
+        found = {name: p for name in self.cell.blocks if (p := own[name + suffix]) is not None}
         if "weight_hh" in found and found["weight_hh"]._data is None:  # drawn only when a state needs it
             rows = self.cell.blocks["weight_hh"] * self.hidden_size
             found["weight_hh"] = as_variable(self.xp.zeros((rows, self.out_size), self.dtype))
@@ -459,6 +455,7 @@ class Recurrent(Layer):
 
     def _draw(self, hidden: bool) -> None:
         """Draw every matrix whose sizes are known and that has no values yet."""
+        self._draws_later = self.draws_hidden_late and not hidden
         D = 2 if self.bidirectional else 1
         for k, suffix in enumerate(self.suffixes):
             for name, shape in self._shapes(k).items():
@@ -477,7 +474,7 @@ class Recurrent(Layer):
         if self.in_size is None:
             self.in_size = check_whole("the last axis of x", in_size)
             self._draw(hidden=needs_hidden or len(self.suffixes) > 1)
-        elif needs_hidden and self.draws_hidden_late:
+        elif needs_hidden and self._draws_later:
             self._draw(hidden=True)
 
     def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:

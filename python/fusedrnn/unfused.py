@@ -177,7 +177,7 @@ def _through_time(
 
 def _first(layer: Recurrent, begin: State | None, slot: int, batch: int) -> State:
     if begin is None:
-        starts = zip(layer.cell.trace.start.values(), layer._widths().values(), strict=True)
+        starts = zip(layer.cell.trace.start.values(), layer._widths.values(), strict=True)
         return tuple(as_variable(layer.xp.full((batch, width), n, layer.dtype)) for n, width in starts)
     return begin if len(layer.suffixes) == 1 else tuple(s[slot] for s in begin)
 

@@ -8,7 +8,7 @@ import pytest
 import fusedrnn
 import fusedrnn.functions as F
 import fusedrnn.layers as L
-from fusedrnn import Parameter, Variable, backends, cells, no_grad
+from fusedrnn import Parameter, Variable, backends, cells, multilayer, no_grad
 
 KINDS = {
     "rnn": lambda *a, **k: L.RNN(*a, **k),
@@ -341,8 +341,9 @@ def test_nothing_is_kept_under_no_grad(monkeypatch):
 
 def test_only_wanted_gradients_are_computed(monkeypatch):
     needs = []
-    real = F.kernels.backward
-    monkeypatch.setattr(F.kernels, "backward", lambda *a, need: (needs.append(need), real(*a, need=need))[1])
+    backend = type(backends.get())
+    real = backend.backward
+    monkeypatch.setattr(backend, "backward", lambda *a, need: (needs.append(need), real(*a, need=need))[1])
     layer = L.LSTM(H, I)
     layer.weight_ih.requires_grad = False
     layer(np.zeros((T, B, I))).sum().backward()
@@ -371,27 +372,59 @@ def test_second_derivatives_through_a_fused_node_are_refused():
 
 @pytest.mark.quick
 @pytest.mark.parametrize("how", ["elements", "kept reference", "set", "optimiser"])
-def test_a_step_never_uses_stale_packed_weights(how):
+@pytest.mark.parametrize("num_layers", [None, 1, 2])  # None: one step
+def test_a_call_never_uses_stale_packed_weights(how, num_layers):
     rng = np.random.default_rng(4)
-    layer = L.LSTM(H, I)
-    kept = layer.weight_hh.data if how == "kept reference" else None
-    x, state = rng.standard_normal((B, I)), tuple(rng.standard_normal((2, B, H)))
-    layer(x, state)
-    y = layer(x, state)
+    layer = L.LSTM(H, I, num_layers=num_layers or 1)
+    last = vars(layer)["weight_hh" + layer.suffixes[-1]]
+    kept = last.data if how == "kept reference" else None
+    x = rng.standard_normal((T, B, I)).astype(np.float32)[: None if num_layers else 1]
+    state = tuple(rng.standard_normal((2, num_layers or 1, B, H)).astype(np.float32))
+
+    def call():
+        given = state if num_layers == 2 else tuple(s[0] for s in state)
+        return layer(x if num_layers else x[0], given)
+
+    call()
+    y = call()
     if how == "elements":
-        layer.weight_hh.data[:] = 0
+        last.data[:] = 0
     elif how == "kept reference":
         kept[:] = 0
     elif how == "set":
-        layer.weight_hh.data = np.zeros_like(layer.weight_hh.data)
+        last.data = np.zeros_like(last.data)
     else:
         model = fusedrnn.Model()
         model.rnn = layer
         y.sum().backward()
         fusedrnn.optimizers.SGD(lr=1.0).setup(model).update()
-    stepped = layer(x, state).data
-    np.testing.assert_array_equal(stepped, layer(x[np.newaxis], state).data[0])
-    assert np.abs(stepped - y.data).max() > 1e-3
+    after = call().data
+    weights = [{n: p.data for n, p in layer.weights_of(suffix).items()} for suffix in layer.suffixes]
+    right = multilayer.forward_multilayer(layer.cell, x, weights, state).y
+    np.testing.assert_array_equal(after, right if num_layers else right[0])
+    assert np.abs(after - y.data).max() > 1e-3
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("x", [np.ones((B, I)), np.ones((T, B, I))], ids=["step", "sequence"])
+def test_weights_are_packed_again_only_after_a_change(x, monkeypatch):
+    packed = []
+    real = F.kernels.pack
+    monkeypatch.setattr(F.kernels, "pack", lambda *a: (packed.append(1), real(*a))[1])
+
+    def packs(layer):
+        packed.clear()
+        ys = [layer(x) for _ in range(3)]
+        assert all(y.creator.packed == () for y in ys)  # a long graph has no copies of the weights
+        return len(packed)
+
+    layer = L.GRU(H, I)
+    assert packs(layer) == 1
+    assert packs(layer) == 0
+    layer.bias_ih.assign(np.ones(3 * H, np.float32))
+    assert packs(layer) == 1
+    layer.bias_ih.data[:] = 2  # from now on it may change unseen
+    assert packs(layer) == 3
 
 
 def matrix(in_size, out_size):

@@ -30,7 +30,7 @@ SCRIPT = Path(__file__).parents[2] / "bench" / "call_overhead.py"
 def checks(monkeypatch):
     """The names of the whole checks that were made, in order."""
     made = []
-    for which in ("check_forward", "check_backward"):
+    for which in ("check_weights", "check_forward", "check_backward"):
         right = getattr(cpu, which)
 
         def noted(*args, which=which, right=right, **options):
@@ -141,10 +141,40 @@ def test_a_step_follows_a_change_of_the_backend():
     x = np.ones((2, 3), np.float32)
     state = (np.ones((2, 5), np.float32),) * 2
     layer(x, state)
-    assert isinstance(layer._packed[1].backend, CpuBackend)
+    assert isinstance(layer.h.creator.backend, CpuBackend)
     layer.backend = "reference"
     layer(x, state)
-    assert layer._packed[1].backend.name == "reference"
+    assert layer.h.creator.backend.name == "reference"
+
+
+def python_calls(call):
+    """How many Python functions a call runs."""
+    found = 0
+
+    def count(frame, event, argument):
+        nonlocal found
+        found += event == "call"
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (4, 1, 3)], ids=["step", "sequence"])
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU, layers.RNN])
+def test_a_call_of_a_layer_runs_few_python_functions(kind, shape):
+    """What it takes beyond the kernels is all Python, which is slower still where a class has __getattr__."""
+    layer, x = kind(8), np.ones(shape, np.float32)
+    for _ in range(2):  # a step of an RNN draws weight_hh in the second
+        layer(x)
+    assert python_calls(lambda: layer(x)) <= 45
+    layer.weight_hh.data[:] = 0  # so that the weights are packed again
+    assert python_calls(lambda: layer(x)) <= 85
+    for used in (layer, layer.h, layer.weight_hh, layer.h.creator):
+        assert not hasattr(type(used), "__getattr__")
 
 
 # --- the instrument ----------------------------------------------------------------------------------------

@@ -99,6 +99,11 @@ def _two(cell: Cell, state: Any, missing: bool) -> _Two | None:
     return state if len(state) == 2 else (state[0], None)
 
 
+def _ordered(weights: Weights) -> list[Array]:
+    """The weights in the order of the compiled module, None for those that there are not."""
+    return [cast(Array, weights.get(name)) for name in WEIGHTS]
+
+
 def _as_bits(dtype: np.dtype[Any], arrays: _Arrays) -> _Arrays:
     """Arrays in bfloat16, which is the dtype, as the compiled module takes them."""
     if any(a is not None and getattr(a, "dtype", None) != dtype for a in arrays):
@@ -122,22 +127,27 @@ class CpuBackend:
 
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
-        if _compiled(check_cell(cell)) is None:
+        if (number := _compiled(check_cell(cell))) is None:
             return machine.pack(cell, weights)
+        if type(weights) is dict and {*map(type, weights.values())} == {np.ndarray}:
+            known = {name: weights[name] for name in cell.blocks if name in weights}
+            try:
+                if len(known) == len(weights):
+                    return Packed(cell, known, _core.pack(number, *_ordered(known)))
+            except REFUSED:
+                pass  # check_weights has the words
         low = bfloat16()
         dtypes = (*FLOATS, *low) if low and self.has_bfloat16() else FLOATS
         checked, *_ = check_weights(cell, weights, dtypes)
         dtype = checked["weight_ih"].dtype
         if dtype not in low:
-            core = _core.pack(cell_id(cell), *[cast(Array, checked.get(name)) for name in WEIGHTS])
-            return Packed(cell, checked, core)
+            return Packed(cell, checked, _core.pack(number, *_ordered(checked)))
         bits = {name: w.view(np.int16) for name, w in checked.items()}
         return Packed(cell, checked, self.pack_bits(cell, bits).core, dtype)
 
     def pack_bits(self, cell: Cell, weights: Weights) -> Packed:
         """Weights in bfloat16, as int16 with their bits and contiguous, for ``run_forward``."""
-        ordered = [cast(Array, weights.get(name)) for name in WEIGHTS]
-        return Packed(cell, dict(weights), _core.pack(cell_id(cell), *ordered, bfloat16=True))
+        return Packed(cell, dict(weights), _core.pack(cell_id(cell), *_ordered(weights), bfloat16=True))
 
     def forward(
         self,
