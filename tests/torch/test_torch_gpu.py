@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +17,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from emulated import EmulatedDevice  # noqa: E402
 from fusedrnn import torch as fused  # noqa: E402
-from fusedrnn.backends.cuda import CudaBackend  # noqa: E402
+from fusedrnn.backends.cuda import CudaBackend, cupy_device  # noqa: E402
 from fusedrnn.torch import gpu, ops, paths  # noqa: E402
 from torch_pairs import CELLS, LAYERS, flat  # noqa: E402
 
@@ -40,8 +42,10 @@ def device(monkeypatch):
     monkeypatch.setattr(paths, "unsupported", unsupported)
     monkeypatch.setattr(gpu, "backend", lambda: backend)
     monkeypatch.setattr(gpu, "on", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(gpu, "_array", lambda t: t.as_subclass(torch.Tensor).numpy())
-    monkeypatch.setattr(gpu, "_tensor", lambda a: torch.from_numpy(a).as_subclass(Elsewhere))
+    cupy = SimpleNamespace(from_dlpack=lambda t: t.as_subclass(torch.Tensor).numpy(), ndarray=Elsewhere)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(cupy_device, "unavailable", lambda: "this is no CuPy")
+    monkeypatch.setattr(gpu, "from_dlpack", lambda a: torch.from_numpy(a).as_subclass(Elsewhere))
     monkeypatch.setattr(ops, "tensor", gpu.tensor)
     # What autograd saved has lost its subclass.
     monkeypatch.setattr(ops, "array", lambda t: None if t is None else gpu.array(t.detach()))
@@ -210,8 +214,23 @@ def test_weights_that_changed_are_packed_anew(device):
     assert not torch.equal(first, after)
 
 
+def test_cupy_works_on_pytorchs_stream(monkeypatch):
+    """As CuPy has it, without a warning that something is deprecated."""
+    cupy, seen, nothing = pytest.importorskip("cupy"), [], lambda *_: contextlib.nullcontext()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=4711))
+    monkeypatch.setattr(torch.cuda, "device", nothing)
+    monkeypatch.setattr(cupy.cuda, "Device", nothing)
+    monkeypatch.setattr(cupy.cuda, "using_allocator", nothing)
+    monkeypatch.setattr(cupy.cuda.Stream, "__enter__", lambda stream: seen.append(stream.ptr))
+    monkeypatch.setattr(cupy.cuda.Stream, "__exit__", lambda *_: None)
+    with gpu.on(torch.device("cuda", 0)):
+        assert seen == [4711]
+    with gpu.on(torch.device("cpu")):
+        assert seen == [4711]
+
+
 def test_without_cuda_the_reason_is_told():
-    reason = gpu.unavailable()
+    reason = gpu.backend().unavailable()
     if reason is None:
         pytest.skip("there is a GPU")
     assert paths.unsupported(torch.float32, torch.device("cuda"), ()) == f"the device is cuda: {reason}"

@@ -134,7 +134,7 @@ class Call(NamedTuple):
         x = self.x
         if self.cell in CELLS:
             if not x.is_cpu:
-                return gpu.unavailable() if x.is_cuda else None
+                return gpu.backend().unavailable() if x.is_cuda else None
             if x.dtype in FLOATS or (x.dtype is torch.bfloat16 and paths.has_bfloat16(self.cell)):
                 return None
         detached = self.detach_every is not None

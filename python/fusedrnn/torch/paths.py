@@ -158,7 +158,7 @@ def unsupported(
     if not on_cpu:
         if device.type != "cuda":
             return f"the device is {device.type}"
-        if (reason := gpu.unavailable()) is not None:
+        if (reason := gpu.backend().unavailable()) is not None:
             return f"the device is cuda: {reason}"
         if (reason := gpu.lacks(dtype)) is not None:
             return f"the dtype is {dtype}: {reason}"
