@@ -222,6 +222,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     from fusedrnn import bench, problems
+    from fusedrnn.bench import cuda
 
     for device, options in OF_A_DEVICE.items():
         refuse(args, options if device != args.device else (), f"--device {args.device}")
@@ -252,9 +253,11 @@ def run_bench(args: argparse.Namespace) -> None:
     cases = problems.select(listed, cell, args.forward)
     if args.quick and not args.shape:
         cases = problems.quick(cases)
+    modes = args.precision or list(cuda.MODES)
+    total = len(cases) * (len(modes) if args.device == "cuda" else 1) + 1
     with ExitStack() as stack:
         rich = terminal.rich_report()
-        bar = stack.enter_context(rich.progress(len(cases) + 1, "bench")) if rich else None
+        bar = stack.enter_context(rich.progress(total, "bench")) if rich else None
 
         def progress(what: str, number: int, total: int) -> None:
             if bar is None:
@@ -263,7 +266,8 @@ def run_bench(args: argparse.Namespace) -> None:
                 bar.advance(what)
 
         if args.device == "cuda":
-            report = run_cuda(args, cases, suite, progress)
+            report = cuda.run(cases, suite=suite, modes=modes, quick=args.quick, progress=progress)
+            report["goals"] = cuda.judge(report["rows"])
         else:
             report = bench.run(
                 cases,
@@ -279,14 +283,14 @@ def run_bench(args: argparse.Namespace) -> None:
     note("")
     if args.json:
         bench.save(report, args.json)
-    if args.device == "cuda":
-        print_cuda(report)
-        return
     terminal.table(*bench.table(report))
     if args.memory:
         terminal.table(*bench.memory_table(report))
-    for line in [*bench.summary(report), *unable]:
+    lines = cuda.summary(report) if args.device == "cuda" else [*bench.summary(report), *unable]
+    for line in lines:
         print(line)
+    if suite == "gpu" and args.device == "cuda":
+        terminal.table(*cuda.goal_table(report["goals"]), left=2)
     if args.plot:
         plot.draw(report, args.plot)
 
@@ -304,33 +308,6 @@ def able(cell: Cell, asked: str | None) -> tuple[str, list[str]]:
             return name, unable
         unable.append(f"without {name}: {reason}")
     raise ValueError("; ".join(unable))
-
-
-def run_cuda(
-    args: argparse.Namespace,
-    cases: Sequence[Any],
-    suite: str | None,
-    progress: Callable[[str, int, int], None],
-) -> dict[str, Any]:
-    """The report of a run on a GPU, and how far it reaches the goals."""
-    from fusedrnn.bench import cuda
-
-    modes = args.precision or list(cuda.MODES)
-    report = cuda.run(
-        cases, suite=suite, modes=modes, forward=args.forward, quick=args.quick, progress=progress
-    )
-    return report | {"goals": cuda.judge(report["rows"], cuda.expected(cases, modes, args.forward))}
-
-
-def print_cuda(report: dict[str, Any]) -> None:
-    """Tables and lines of a run on a GPU."""
-    from fusedrnn.bench import cuda
-
-    terminal.table(*cuda.table(report), left=2)
-    for line in cuda.summary(report):
-        print(line)
-    if report["suite"] == "gpu":
-        terminal.table(*cuda.goal_table(report["goals"]), left=2)
 
 
 def add_gradcheck(parser: argparse.ArgumentParser) -> None:

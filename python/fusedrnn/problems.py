@@ -204,6 +204,12 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "deepbench": tuple(Case(cell, Shape(T, B, H, H)) for cell, T, B, H in _DEEPBENCH),
 }
 
+SUITES["gpu"] = tuple(  # each training case forward only, too
+    part
+    for case in SUITES["gpu"]
+    for part in dict.fromkeys([replace(case, kind=case.kind.replace("training", "forward")), case])
+)
+
 # The sizes at which a user's cell is timed.
 OWN_CELL = (Shape(100, 32, 16, 64), Shape(50, 32, 1, 32), Shape(100, 64, 64, 256), Shape(100, 1, 1, 64))
 

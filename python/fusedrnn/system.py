@@ -84,6 +84,7 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
         "machine": machine(),
         "system": platform.platform(),
+        "gpu": gpu(),
     }
     for name in ("torch", "numba"):
         if name in sys.modules:
@@ -108,6 +109,20 @@ def machine() -> dict[str, Any]:
         found.setdefault("model name", platform.processor())
     found["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return found
+
+
+def gpu() -> str | None:
+    """The NVIDIA GPU, its driver and memory, and the packages that use it. None if there is no driver."""
+    from importlib.metadata import distributions
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    prefixes = "torch", "cupy", "cuda-", "nvidia-cu", "ml_dtypes", "ml-dtypes"
+    packages = {f"{d.name} {d.version}" for d in distributions() if f"{d.name}".startswith(prefixes)}
+    return ", ".join([found, *sorted(packages)])
 
 
 def commit() -> str | None:

@@ -21,8 +21,8 @@ import pytest
 test_bench_cuda = pytest.importorskip("test_bench_cuda", reason="PyTorch is not installed")
 
 from emulated import COMPILER, EmulatedDevice  # noqa: E402
-from fusedrnn import problems  # noqa: E402
-from fusedrnn.backends.cuda import CudaBackend, cupy_device  # noqa: E402
+from fusedrnn import cli, gradcheck_suite  # noqa: E402
+from fusedrnn.backends.cuda import KERNEL, CudaBackend, cupy_device  # noqa: E402
 from fusedrnn.backends.cuda.nvrtc import KERNELS  # noqa: E402
 from fusedrnn.bench import cuda  # noqa: E402
 from fusedrnn.bench.peer_torch import Place  # noqa: E402
@@ -31,206 +31,167 @@ from test_cuda_compile import needs_nvrtc  # noqa: E402
 
 emulated, modules = test_bench_cuda.emulated, test_bench_cuda.modules
 ROOT = Path(__file__).parents[2]
-PRETENDS = """#!/usr/bin/env bash
-case $1 in
-  -m) echo "no CMake today"; [[ -e broken ]] && exit 1; sleep 2 ;;
-  bench/gpu.py)
-    echo "this is $3, PYTHONPATH is $PYTHONPATH"
-    [[ $3 == promises ]] && sleep 300
-    [[ $3 != checks ]] ;;
-esac
-"""
-INSTALLS_NOTHING = f'#!/usr/bin/env bash\n[[ $1 == -m ]] && exit\nexec {sys.executable} "$@"\n'
 pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="needs GNU coreutils")
 
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """bench/gpu.py, with an empty folder of compiled code."""
+    """bench/gpu.py, whose results go to a folder of their own."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     return __import__("gpu")
 
 
-@pytest.fixture
-def script(tmp_path, monkeypatch):
-    """Runs gpu.sh in a checkout with next to nothing in it, by a Python that only pretends."""
-    monkeypatch.delenv("OUT", raising=False)
-    for folder in ("bench", "csrc", "src", "python/fusedrnn"):
-        (tmp_path / folder).mkdir(parents=True)
-    for name in ("CMakeLists.txt", "pyproject.toml", "python/fusedrnn/layers.py"):
-        (tmp_path / name).touch()
-    shutil.copy(ROOT / "bench" / "gpu.sh", tmp_path / "bench")
-
-    def run(*arguments, python=PRETENDS, **places):
-        command, file = [tmp_path / "bench" / "gpu.sh", *arguments], tmp_path / "python.sh"
-        file.write_text(python)
-        file.chmod(0o700)
-        places = os.environ | {"PYTHON": str(file)} | places
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, env=places)
-
-    return run
-
-
-def test_without_arguments_it_says_what_there_is_and_a_wrong_command_runs_nothing(script, gpu):
-    done = script()
-    assert done.returncode == 0
-    assert re.findall(r"^  (\w+) +\d+ s  ", done.stdout, re.MULTILINE) == list(gpu.PARTS)
-    for arguments, error in {
-        "first frist": "expected parts out of first checks .*, got 'frist'",
-        "first=soon": "first: expected whole seconds, got 'soon'",
-        "compile": "compile: expected an architecture such as sm_90, got ''",
-        "compile sm_90 frist": "expected parts out of .*, got 'frist'",
-    }.items():
-        done = script(*arguments.split())
-        assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(rf"bench/gpu.sh: {error}.*\n", done.stderr), done.stderr
-
-
-def test_parts_one_after_the_other_each_within_its_limit(script, tmp_path):
-    """One that fails and one that hangs stop no other; what each printed is in the file."""
-    done = script("checks", "promises=1", "goals", OUT=str(tmp_path / "here"))
-    assert done.returncode == 1
-    log = (tmp_path / "here" / "log.txt").read_text()
-    ends = ["checks: failed", "promises: stopped at its limit", "goals: done"]
-    assert re.findall(r"^--- (.*: .*), ", log, re.MULTILINE) == ends
-    assert "this is goals" in log
-    assert sorted(log.splitlines()) == sorted(done.stdout.splitlines())
-
-
-def test_it_is_installed_once(script, tmp_path):
-    """Beside the part first, which does not wait for it; again only when the sources are others."""
-    done = script("first", "goals")
-    assert done.returncode == 0
-    said = [re.split("[:,]", line)[0] for line in done.stdout.splitlines()]
-    first, goals = ["--- first", "this is first", "--- first"], ["--- goals", "this is goals", "--- goals"]
-    assert said == [*first, "OK    install", *goals]
-    assert f"this is first, PYTHONPATH is {tmp_path}/python" in done.stdout
-    assert f"this is goals, PYTHONPATH is {tmp_path}/out/gpu-install" in done.stdout
-    assert "OK    install" not in script("goals").stdout
-    (tmp_path / "python" / "fusedrnn" / "layers.py").write_text("new = 1\n")
-    (tmp_path / "broken").touch()
-    done = script("goals")
-    assert done.returncode == 1
-    assert re.search(r"^FAIL  install: \d+ s, pip: exit status 1, see ", done.stdout, re.MULTILINE)
-    assert "no CMake today" in (tmp_path / "out" / "gpu" / "install.txt").read_text()
-    assert f"this is goals, PYTHONPATH is {tmp_path}/python" in done.stdout
+def found(tmp_path):
+    """Of each check whether it was right, and what it said."""
+    lines = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    return {line["check"]: (line["right"], line["said"]) for line in lines}
 
 
 @needs_nvrtc
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="needs a computer without an NVIDIA GPU")
-def test_without_a_gpu_everything_is_compiled(script, gpu, tmp_path):
-    """Up to the first call of the driver; what is compiled is found again; what does not compile is told."""
-    for name in ("gpu.py", "gpu_check.py"):
-        shutil.copy(ROOT / "bench" / name, tmp_path / "bench")
-    (tmp_path / "python" / "fusedrnn" / "layers.py").unlink()  # what this test imports runs
-    options = {"python": INSTALLS_NOTHING, "PYTHONPATH": os.pathsep.join(sys.path), "OUT": str(tmp_path)}
-    done = script("first", "promises", **options)
+def test_without_a_gpu_everything_is_compiled(tmp_path):
+    """Up to the first call of the driver; what is compiled is found again."""
+    shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("results"))
+    (tmp_path / "python").mkdir()
+    (tmp_path / "pip.py").write_text("print('nothing to do')\n")  # what this test imports runs
+    places = {"PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(sys.path), "OUT": str(tmp_path / "out")}
+    places["FUSEDRNN_CACHE"] = str(tmp_path / "cache")
+    command = [tmp_path / "bench" / "gpu.sh", "first", "promises"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | places)
     assert done.returncode == 3, done.stdout + done.stderr
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert [found[part]["finished"] for part in ("first", "promises")] == [True, True]
-    now = f"{len(KERNELS)} of {len(KERNELS)} files now"
-    assert found["first"]["compiled for first"].startswith(now)
-    assert f"first: 0{now[1:]}" in script("compile", "sm_90", "first", **options).stdout
-    done = script("compile", "sm_10", "first", **options)
-    assert done.returncode == 1
-    assert done.stdout.count("FAIL  compile Lstm float ieee sm_10 ") == len(KERNELS)
+    n = len(KERNELS)
+    compiled = re.findall(
+        r"^OK    cubins first: [\d.]+ s, (\d+) of (\d+) files now, sm_90 ", done.stdout, re.M
+    )
+    assert compiled == [(f"{n}", f"{n}"), ("0", f"{n}")]
+    right = found(tmp_path)
+    assert list(right) == ["install " + str(tmp_path / "out/gpu-install"), "gpu", "cubins first"]
+    assert all(each for each, _ in right.values())
+    assert "there is no NVIDIA" in right["gpu"][1]
+    assert "nothing to do" in (tmp_path / "out" / "log.txt").read_text()
 
 
-def test_a_check_that_hangs_takes_nothing_with_it(gpu, tmp_path):
-    """It is stopped, what it started too, and the others go on."""
+def test_what_does_not_compile_is_told(checks):
+    with pytest.raises(RuntimeError, match="sm_10"):
+        checks.cubins("first", "sm_10")
+
+
+def test_a_wrong_command_runs_nothing(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("it ran"))
+    assert gpu.main() == 0
+    assert re.findall(r"^  (\w+) +\d+ s  ", capsys.readouterr().out, re.MULTILINE) == list(gpu.PARTS)
+    assert gpu.main("first", "frist") == 2
+    assert "expected parts out of first, checks, promises" in capsys.readouterr().err
+
+
+def test_a_check_that_hangs_takes_nothing_with_it(gpu, monkeypatch, tmp_path):
+    """It is stopped, what it started too, and the others go on; what each printed is in the file."""
     todo = {
         "hangs": ["bash", "-c", f"trap '' TERM; echo so far; (sleep 6; touch {tmp_path}/alive) & sleep 60"],
         "dies": ["bash", "-c", "echo last words; kill -SEGV $$"],
         "raises": [sys.executable, "-c", "raise ValueError('too large')"],
         "right": [sys.executable, "-c", "print('first'); print('all is well')"],
     }
-    run = gpu.Run(tmp_path, "first", 60.0)
-    gpu.do_all(run, todo.items(), 2.0, 1)
-    assert {line["name"]: (line["right"], line["said"]) for line in run.found["checks"]} == {
-        "hangs": (False, "stopped after 2 s: so far"),
+    monkeypatch.setattr(gpu, "command", lambda check, out: todo[check])
+    (tmp_path / "out").mkdir()
+    for check in todo:
+        gpu.run(check, tmp_path / "out", 2.0)
+    assert found(tmp_path) == {
+        "hangs": (False, "stopped: so far"),
         "dies": (False, "exit status -11: last words"),
         "raises": (False, "ValueError: too large"),
         "right": (True, "all is well"),
     }
-    assert gpu.do(gpu.Run(tmp_path, "first", 1.0), todo["right"], 2.0)[:2] == (False, "not run: no time left")
+    assert gpu.run("right", tmp_path / "out", 2.0, time.monotonic()) == (False, "not run: no time left")
+    assert "first\nall is well" in (tmp_path / "out" / "log.txt").read_text()
     time.sleep(3)
     assert not (tmp_path / "alive").exists()
 
 
-@pytest.fixture
-def there_is_one(gpu, monkeypatch):
-    """A GPU for which nothing has to be compiled."""
-    for name in ("without_gpu", "compile_for"):
-        monkeypatch.setattr(gpu, name, lambda *_: None)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(cupy_device, "unavailable", lambda: None)
-    monkeypatch.setattr(cupy_device, "current", lambda: SimpleNamespace(architecture="sm_90"))
+@pytest.mark.parametrize(
+    ("wrong", "said", "status", "ran"),
+    [
+        ("install", "", 1, 1),  # nothing runs without
+        ("gpu", "", 1, 2),
+        ("", "there is no NVIDIA GPU", 3, 4),  # each part compiles what it needs
+        ("gradients grid lstm float32", "a GPU", 1, None),
+        ("", "a GPU", 0, None),
+    ],
+)
+def test_what_runs_and_the_exit_status(wrong, said, status, ran, gpu, monkeypatch):
+    seen = []
+
+    def run(check, out, seconds, end=0.0):
+        seen.append(check)
+        return not wrong or not check.startswith(wrong), said
+
+    monkeypatch.setattr(gpu, "run", run)
+    assert gpu.main("first", "promises") == status
+    every = [*gpu.PARTS["first"][2], *gpu.PARTS["promises"][2]]
+    assert len(seen) == ran if ran else sorted(seen[2:]) == sorted(every)
 
 
-def test_what_was_found_stays_in_the_file(gpu, there_is_one, tmp_path, monkeypatch, capsys):
-    """Rows as they come, and what parts before have found; the goals need the file alone."""
-    rows = test_bench_cuda.ROWS
-
-    def run(cases, *, suite, each, **options):
-        for row in (rows[0], rows[1] | {"failed": {"fusedrnn": "no such kernel"}}):
-            each(row)
-        assert len(json.loads((tmp_path / "results.json").read_text())["timing"]["rows"]) == 2
-        return test_bench_cuda.REPORT
-
-    monkeypatch.setattr(cuda, "run", run)
-    monkeypatch.setitem(gpu.PARTS, "checks", lambda run: 1 // 0)
-    monkeypatch.setitem(gpu.PARTS, "epochs", lambda run: run.note("ratio to dezero", 25.0))
-    codes = [gpu.main(str(tmp_path), part, "60") for part in ("timing", "checks", "epochs", "goals")]
-    assert codes == [1, 1, 0, 0]  # ours failed in a row
-    found = json.loads((tmp_path / "results.json").read_text())
-    assert all(part["finished"] for part in found.values())
-    assert rows[1]["case"] in found["timing"]["checks"][0]["said"]
-    assert found["checks"]["checks"][0]["said"].startswith("ZeroDivisionError: ")
-    every = cuda.expected(problems.SUITES["gpu"], list(cuda.MODES))
-    assert found["goals"]["goals"] == json.loads(json.dumps(cuda.judge(rows, every, 25.0)))
-    printed = capsys.readouterr().out
-    assert "times LSTMCell" in printed
-    assert "cluster / steps" in printed
-
-
-def test_parts_run_checks_that_there_are(gpu, there_is_one, monkeypatch, tmp_path):
+def test_parts_run_checks_that_there_are(gpu, monkeypatch, tmp_path):
     """Of every kernel variant."""
-    todo, checks = {}, __import__("gpu_check")
-    monkeypatch.setattr(gpu, "do_all", lambda run, found, *limits: todo.update(found))
-    for part in ("first", "checks", "promises", "sanitizers"):
-        todo.clear()
-        assert gpu.main(str(tmp_path), part, "60") == 0
-        assert set(" ".join(todo).split()) >= set(KERNELS)
-        for command in todo.values():
-            if gpu.CHECK[1] in command:
-                name, *words = command[command.index(gpu.CHECK[1]) + 1 :]
-                inspect.signature(getattr(checks, name)).bind(*words)
+    checks = __import__("gpu_check")
+    for name in ("first", "checks", "promises", "sanitizers"):
+        assert set(" ".join(gpu.PARTS[name][2]).split()) >= set(KERNELS)
+    for check in itertools.chain.from_iterable(checks for _, _, checks in gpu.PARTS.values()):
+        command = gpu.command(check, tmp_path)
+        at = command.index(sys.executable) + 1
+        if command[at].endswith("gpu_check.py"):
+            function, *words = command[at + 1 :]
+            inspect.signature(getattr(checks, function)).bind(*words)
+            assert command[0] in (sys.executable, "compute-sanitizer")
+    env, kernel, _, *gradcheck = gpu.command("gradcheck grid lstm", tmp_path)
+    asked = {}
 
+    def run_suite(**options):
+        asked.update(options)
+        raise ValueError("nothing to do")
 
-def test_a_gpu_that_cannot_be_used_is_no_missing_gpu(gpu, monkeypatch):
-    monkeypatch.setattr(cupy_device, "unavailable", lambda: "CuPy is not installed: pip install it")
-    assert gpu.without_gpu() is None
-    monkeypatch.setattr(cupy_device, "unavailable", lambda: "there is no NVIDIA GPU")
-    assert gpu.without_gpu() == (None if Path("/dev/nvidia0").exists() else "there is no NVIDIA GPU")
+    monkeypatch.setattr(gradcheck_suite, "run_suite", run_suite)
+    assert cli.main(gradcheck[2:]) == cli.USAGE
+    assert (env, kernel, asked["cells"], asked["backends"]) == ("env", f"{KERNEL}=grid", ["lstm"], ["cuda"])
+    pollution = __import__("pollution_epoch")
+    measured = {"ms": {"fusedrnn": 1.0, "torch": 2.0}, "ratio": 2.0}
+    monkeypatch.setattr(pollution, "measure", {"cuda": measured}.get)
+    monkeypatch.setattr(sys, "argv", gpu.command("epochs", tmp_path)[1:])
+    pollution.main()
+    assert json.loads((tmp_path / "epochs.json").read_text())["ratio"] == 2.0
 
 
 @pytest.fixture
-def checks(gpu, monkeypatch):
+def checks(gpu, modules, monkeypatch):
     """bench/gpu_check.py on the emulated device, NumPy in CuPy's place."""
     found, device = __import__("gpu_check"), EmulatedDevice(16, warps=8)
     device._graphs = device.graphs
-    monkeypatch.setattr(found, "CudaBackend", lambda kernel=None: CudaBackend(device, kernel, _tested=True))
+    made = lambda kernel=None, precision=None: CudaBackend(device, kernel, precision, _tested=True)  # noqa: E731
+    monkeypatch.setattr(found, "CudaBackend", made)
     monkeypatch.setattr(found, "as_cupy", device.asarray)
     monkeypatch.setattr(found, "WIDER", found.SMALL)
-    cuda = SimpleNamespace(
-        memory=SimpleNamespace(OutOfMemoryError=MemoryError), Stream=lambda **_: contextlib.nullcontext()
-    )
-    numpy = {name: getattr(np, name) for name in ("random", "float32", "isfinite")}
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, **numpy))
+    fake = SimpleNamespace(Stream=lambda **_: contextlib.nullcontext(), set_allocator=lambda allocator: None)
+    monkeypatch.setattr(sys.modules["cupy"], "cuda", fake, raising=False)
+    monkeypatch.setattr(sys.modules["cupy"], "repeat", np.repeat, raising=False)
+    monkeypatch.setattr(found, "Place", lambda device, dtype=None: Place("cpu", dtype))
     return found
+
+
+def test_a_gpu_that_cannot_be_used_is_no_missing_gpu(checks, monkeypatch):
+    monkeypatch.setattr(cupy_device, "unavailable", lambda: "CuPy is not installed: pip install it")
+    with pytest.raises(RuntimeError, match="CuPy is not installed"):
+        checks.gpu()
+    monkeypatch.setattr(cupy_device, "unavailable", lambda: "there is no NVIDIA GPU")
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    assert checks.gpu() == "there is no NVIDIA GPU"
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    with pytest.raises(RuntimeError, match="there is no NVIDIA GPU"):
+        checks.gpu()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -243,15 +204,15 @@ def test_every_kernel_variant_can_run_what_is_checked(kernel, gpu):
                 assert h100.plan(cell, T, B, H, dtype, backward=back).kernel == kernel
 
 
-OTHERS = ["bits steps", "cpu rnn", "gradients steps gru bfloat16", "size 5 2 1 1", "small cluster", "api"]
+OTHERS = ["bits steps", "cpu rnn", "gradients steps gru bfloat16", "gradients grid lstm float32 tf32"]
+OTHERS += ["size 5 3 1 2", "small cluster", "api"]
 
 
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("words", [*(f"gradients {kernel} lstm float32" for kernel in KERNELS), *OTHERS])
-def test_each_check_on_the_emulated_device(words, checks, modules, monkeypatch):
-    monkeypatch.setattr(checks, "Place", lambda device, dtype=None: Place("cpu", dtype))
+def test_each_check_on_the_emulated_device(words, checks):
     name, *arguments = words.split()
-    assert re.search("off by|graphs|finite|cells", getattr(checks, name)(*arguments))
+    assert re.search("off by|graphs|cells", getattr(checks, name)(*arguments))
 
 
 def test_what_is_wrong_is_found(checks, monkeypatch):
@@ -264,7 +225,30 @@ def test_what_is_wrong_is_found(checks, monkeypatch):
     with pytest.raises(AssertionError, match=r"call \d+ of thread \d: y has other bits"):
         checks.threads()
     sys.modules["cupy"].get_default_memory_pool = lambda: pool
-    with pytest.raises(AssertionError, match="MiB after 300 calls"):
+    with pytest.raises(AssertionError, match=r"MiB after 1,000 calls, .* after 10,000"):
         checks.memory()
     pool.total_bytes = lambda: 2**20
-    assert checks.memory() == "1.0 MiB after 300 calls, 1.0 after 5000"
+    assert "after 10,000" in checks.memory()
+
+
+def test_what_timing_found_stays_in_the_file(checks, monkeypatch, tmp_path, capsys):
+    """Row by row; the tables come at its end."""
+    rows = [test_bench_cuda.ROWS[0], test_bench_cuda.ROWS[5]]
+    file = tmp_path / "timing.json"
+
+    def run(cases, *, suite, quick, go_on):
+        assert go_on(test_bench_cuda.REPORT | {"rows": rows[:1]})
+        assert json.loads(file.read_text())["rows"] == json.loads(json.dumps(rows[:1]))
+        monkeypatch.setattr(time, "monotonic", lambda: float("inf"))
+        assert not go_on(test_bench_cuda.REPORT | {"rows": rows})
+        return test_bench_cuda.REPORT | {"rows": rows}
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("SECONDS", "60")
+    monkeypatch.setattr(cuda, "run", run)
+    with pytest.raises(AssertionError, match="1 rows failed: gru 256,64,256,256 bf16"):
+        checks.timing()
+    assert json.loads(file.read_text())["rows"] == json.loads(json.dumps(rows))
+    printed = capsys.readouterr().out
+    assert "times LSTMCell" in printed
+    assert "ours ran" in printed

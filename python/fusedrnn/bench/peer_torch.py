@@ -189,7 +189,7 @@ class Update:
             torch.manual_seed(0)  # float32 and float64 draw different numbers
             outputs = case.directions * (case.proj_size or case.shape.H)
             self.head = torch.nn.Linear(outputs, 1, dtype=torch.float64)
-        self.head.to(library.x.dtype)
+        self.head.to(library.x)  # its device and dtype
         parameters = [*library.module.parameters(), *self.head.parameters()]
         # Small, so that roundings do not grow from step to step where x is wide.
         self.optimizer = torch.optim.Adam(parameters, lr=1e-4)
@@ -307,7 +307,7 @@ class TorchSplit(Torch):
         starts[0] = True
         begins = starts.T.flatten().nonzero().squeeze(1)
         lengths = begins.diff(append=begins.new_tensor([T * B]))
-        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+        mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)
         padded = self.x.new_zeros(*mask.shape, I)
         padded[mask] = self.x.transpose(0, 1).flatten(0, 1)
         y, _ = self.module(padded.transpose(0, 1))

@@ -22,14 +22,17 @@ def table(report: dict[str, Any]) -> Table:
     """Title, header and rows: ours, the ratio to each peer, and the best of them."""
     peers = report["peers"]
     header = ["case", "ms", "±", "GFLOP/s", "of gemm", *peers]
-    best = any(row["best"] for row in report["rows"])
+    measured = [row for row in report["rows"] if OURS in row["libraries"]]
+    best = any(row["best"] for row in measured)
     header += ["best peer", "ratio"] if best else []
-    ways = any(own_way(row) for row in report["rows"])
+    ways = any(own_way(row) for row in measured)
     header += ["own way", "ratio"] if ways else []
-    full = any(FULL in row["libraries"] for row in report["rows"])
+    full = any(FULL in row["libraries"] for row in measured)
     header += ["against full"] if full else []
+    bounds = any("bound" in row for row in measured)  # of a GPU
+    header += ["of bound", "bound by", "ours ran"] if bounds else []
     rows = []
-    for row in report["rows"]:
+    for row in measured:
         each = row["libraries"]
         ours = each[OURS]
         cells = [
@@ -46,6 +49,8 @@ def table(report: dict[str, Any]) -> Table:
             cells += [row["way"], compared(own_way(row))] if own_way(row) else ["–", "–"]
         if full:
             cells.append(against_full(row))
+        if bounds:
+            cells += [f"{ours['of_bound']:.0%}", row["bound"]["by"], row["plan"].partition(",")[0]]
         rows.append(cells)
     title = (
         f"{report['suite'] or 'cases'}, {report['dtype']}, backend {report['backend']}, "

@@ -73,15 +73,23 @@ def run_case(
     samples = time_blocks(libraries, *timing)
     busy, after = others.share(), transfer(threads)
 
-    work = problems.flops(case)
-    row: dict[str, Any] = problems.describe(case) | {
-        "valid": problems.valid(case),
-        "flops": work,
-        "others": busy,
-        "transfers": [before, after],
-        "libraries": {},
-        "best": None,
-    }
+    row = row_of(case, samples, errors) | {"others": busy, "transfers": [before, after]}
+    for name, entry in row["libraries"].items():
+        entry["path"] = libraries[name].path
+        if isinstance(libraries[name], Medium):
+            entry |= {"precision": "bfloat16", "tolerance": BFLOAT16}
+        if name in wrong:
+            entry[WRONG] = wrong[name]
+        if case.kind == "training" and hasattr(libraries[name], "saved"):
+            entry["saved"] = libraries[name].saved()
+    return row
+
+
+def row_of(case: Case, samples: dict[str, list[float]], errors: dict[str, float]) -> dict[str, Any]:
+    """What was measured of a case."""
+    work, plain = problems.flops(case), replace(case, ragged=False, resets=0.0)
+    row: dict[str, Any] = problems.describe(case) | {"valid": problems.valid(case), "flops": work}
+    row |= {"libraries": {}, "best": None}
     for name, values in samples.items():
         median = statistics.median(values)
         entry = {
@@ -90,18 +98,11 @@ def run_case(
             "gflops": (problems.flops(plain) if name == FULL else work) / median / 1e9,
             "blocks": len(values),
             "error": errors[name],
-            "path": libraries[name].path,
         }
         if name != OURS:
             entry["ratio"] = ratio(values, samples[OURS])
-        if isinstance(libraries[name], Medium):
-            entry |= {"precision": "bfloat16", "tolerance": BFLOAT16}
-        if name in wrong:
-            entry[WRONG] = wrong[name]
-        if case.kind == "training" and hasattr(libraries[name], "saved"):
-            entry["saved"] = libraries[name].saved()
         row["libraries"][name] = entry
-    outside = [name for name in libraries if name in peers and name not in registry.OWN]
+    outside = [name for name in samples if name in registry.PEERS and name not in registry.OWN]
     if outside:
         best = min(outside, key=lambda name: row["libraries"][name]["ratio"])
         row["best"] = {"peer": best, "ratio": row["libraries"][best]["ratio"]}

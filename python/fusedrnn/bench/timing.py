@@ -32,19 +32,28 @@ BLAS_USERS = ("dezero", "reference")
 
 
 def time_blocks(
-    runs: dict[str, Callable[[], Any]], blocks: int, seconds: float, limit: float
+    runs: dict[str, Callable[[], Any]],
+    blocks: int,
+    seconds: float,
+    limit: float,
+    clock: Callable[[], float] = time.perf_counter,
+    settle: float = SETTLE,
 ) -> dict[str, list[float]]:
     """Seconds per call of each library in each block, the libraries interleaved.
 
     A block is about ``seconds`` long for each. One whose blocks would take more than ``limit`` together takes
     part in fewer of them, but at least in three.
+
+    Args:
+        clock: What tells the time; that of a GPU waits until its work is done.
+        settle: Seconds that a library runs before each block, which do not count.
     """
     count, share = {}, {}
     for name, run in runs.items():
         run()
-        start = time.perf_counter()
+        start = clock()
         run()
-        once = time.perf_counter() - start
+        once = clock() - start
         count[name] = max(1, round(seconds / once))
         share[name] = min(blocks, max(3, int(limit / (once * (count[name] + 1)))))
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -60,14 +69,14 @@ def time_blocks(
                     continue
                 run = runs[name]
                 # Not counted: caches fill, others threads fall asleep; each runs as in its own program.
-                settled = time.perf_counter() + (SETTLE_AFTER_BLAS if before in BLAS_USERS else SETTLE)
+                settled = clock() + (SETTLE_AFTER_BLAS if before in BLAS_USERS else settle)
                 before = name
-                while time.perf_counter() < settled:
+                while clock() < settled:
                     run()
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(count[name]):
                     run()
-                samples[name].append((time.perf_counter() - start) / count[name])
+                samples[name].append((clock() - start) / count[name])
     finally:
         if collecting:
             gc.enable()
