@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import test_torch_gpu  # noqa: E402
-from fusedrnn import bench, cli, problems  # noqa: E402
+from fusedrnn import bench, cli, problems, system  # noqa: E402
 from fusedrnn.backends.cuda import PRECISION  # noqa: E402
 from fusedrnn.bench import cuda, peer_torch, runner  # noqa: E402
 from fusedrnn.bench.cuda import runs, tables  # noqa: E402
@@ -277,6 +277,16 @@ def test_tables_and_lines():
     assert "steps: 8e+05 a second" in lines
     assert "failed: fusedrnn, gru 256,64,256,256 bf16: no bfloat16" in lines
     assert lines[-1] == "a GPU, driver 580, 2026-01-01"
+
+
+def test_the_gpu_and_its_driver_are_recorded(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert system.gpu() is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho NVIDIA H200, 580.1, 143771 MiB\n")
+    tool.chmod(0o700)
+    assert system.gpu().startswith("NVIDIA H200, 580.1, 143771 MiB, ")
+    assert f"torch {torch.__version__}" in system.gpu().split(", ")
 
 
 def test_what_cannot_be_measured_is_one_line(monkeypatch, capsys):

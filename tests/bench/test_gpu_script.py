@@ -215,6 +215,18 @@ def test_each_check_on_the_emulated_device(words, checks):
     assert re.search("off by|graphs|cells", getattr(checks, name)(*arguments))
 
 
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_a_row_of_a_batch_that_is_another_is_found(checks, monkeypatch):
+    def wrong(*given, results=checks.results, **options):
+        found = results(*given, **options)
+        found["y"][-1, -1] += options != {}  # of the GPU's
+        return found
+
+    monkeypatch.setattr(checks, "results", wrong)
+    with pytest.raises(AssertionError, match=r"^y is off by"):
+        checks.size("3", "2", "1", "2")
+
+
 def test_what_is_wrong_is_found(checks, monkeypatch):
     """Other bits in one of many calls, and memory that grows."""
     calls, pool = itertools.count(), SimpleNamespace(total_bytes=lambda: 2**20 * next(calls))
