@@ -157,8 +157,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "Compares the time of a layer with that of its peers: variants in PyTorch, ONNX Runtime, JAX and "
         "DeZero, if they are installed and support the case. All run in turn, with the same inputs and "
         "number of threads. Each result is checked before it is timed. A ratio above 1 means that fusedrnn "
-        "is faster. With --device cuda, compares our PyTorch modules with PyTorch's own, which run cuDNN: "
-        "microseconds per step, and per cent of the lower bound. A cell of your own is compared with the "
+        "is faster. With --device cuda, compares our PyTorch modules with PyTorch's own, which run cuDNN, "
+        "and with the lower bound of the time. A cell of your own is compared with the "
         "loop that people write for it in PyTorch, TorchScript and JAX."
     )
     add_cell(parser, "time a cell of your own")
