@@ -145,18 +145,18 @@ struct BackwardSteps : Share {
   // Adds it, of accumulators [first, first + in_part) of A. Of the last block of units only the H % 16 that exist.
   FUSEDRNN_INLINE void add_part(const Packed<T>& weights, int A, int first, int in_part, const T* const* da,
                                 Index block, Index lane, int m, int wide, T* acc) const {
-    const T* b = weights.data + block * weights.block_step + lane;
+    const T* b = weights.data + block * weights.block_step + lane * in_part * job.H;
     constexpr Index part = kBlock / kNumbers<O>;  // of a row of da, what a block's units have of an accumulator
     const Index full = job.H / kBlock, rest = elements<O>(job.H % kBlock), block_run = in_part * part,
                 begin = first * part;
     Product<T> p[2];
     int count = 0;
     if (full)
-      p[count++] = in_part == A ? Product<T>{da, begin, 1, 0, b, kBlock, weights.block_step, 1, full * block_run}
-                                : Product<T>{da, begin, 1, A * part, b, kBlock, weights.block_step, full, block_run};
+      p[count++] = in_part == A ? Product<T>{da, begin, 1, 0, b, V::lanes, weights.block_step, 1, full * block_run}
+                                : Product<T>{da, begin, 1, A * part, b, V::lanes, weights.block_step, full, block_run};
     if (rest)
-      p[count++] = {da,     full * A * part + begin, 1,       part, b + full * block_run * kBlock,
-                    kBlock, weights.block_step,      in_part, rest};
+      p[count++] = {da,       full * A * part + begin, 1,       part, b + full * block_run * V::lanes,
+                    V::lanes, weights.block_step,      in_part, rest};
     tile_for<O>(m, wide)(p, count, acc);
   }
 
@@ -170,7 +170,7 @@ struct BackwardSteps : Share {
   // then(first row, rows, first block, blocks, lane) for tiles of rows and of the blocks [begin, end).
   template <class Then>
   bool tiles(Index n_rows, Index begin, Index end, Then&& then) const {
-    const Tiling row_tiles(n_rows, max_rows<V>(width())), panels(end - begin, n_rows == 1 ? kOneRow : width());
+    const Tiling row_tiles(n_rows, max_rows<V>(width())), panels(end - begin, n_rows == 1 ? kOneRow<V> : width());
     const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
     for (Index o = 0; o < outer; ++o) {

@@ -43,8 +43,6 @@ struct ForwardRows {
 constexpr int tile_vectors(const CellShape& shape) { return shape.layer_norm ? shape.gates : shape.accumulators; }
 constexpr int panel_blocks(const CellShape& shape) { return tile_vectors(shape) == 1 ? 4 : 1; }
 
-static_assert(kOneRow <= cpu::kPanelVectors && 4 <= cpu::kPanelVectors);
-
 template <class Cell>
 constexpr CellShape shape_of() {
   return {Cell::gates,      Cell::accumulators, Cell::saved, Cell::phases,    Cell::has_c,     Cell::has_direct,
@@ -72,7 +70,8 @@ struct ForwardSteps : Share {
   // Rows that are so few that each accumulator is summed up by itself where weights are as they lie: those of a tile of
   // as many vectors as a block has of an accumulator.
   static constexpr int kFewVectors = kBlock / V::lanes < 4 ? int(kBlock) / V::lanes : 4,
-                       kFewRows = kFewVectors == 1 ? 8 : max_rows<V>(kFewVectors);
+                       kFewRows = max_rows<V>(kFewVectors) < 8 ? max_rows<V>(kFewVectors) : 8;
+  static_assert(kOneRow<V> <= cpu::kPanelVectors && 4 <= cpu::kPanelVectors);
   alignas(64) T few[kFewRows * 4 * kBlock];
 
   // Of a regularized cell.
@@ -130,7 +129,7 @@ struct ForwardSteps : Share {
         }
         pack<V>(PackJob<T>{weight, H, k, Part{0, 1, {part.gate[s]}}, panel(), k * kBlock, block, block + 1});
         for (Index lane = 0; lane < kBlock; lane += kFewVectors * V::lanes) {
-          const Product<T> p = {a, 0, 1, 0, panel() + lane, kBlock, V::lanes, 1, k};
+          const Product<T> p = {a, 0, 1, 0, panel() + lane * k, V::lanes, k * V::lanes, 1, k};
           tile_for<V>(m, kFewVectors)(&p, 1, to + lane * m);
         }
       }
@@ -214,16 +213,17 @@ struct ForwardSteps : Share {
   // One part's product: rows [first, first+m) times the weights of `wide` blocks, from lane `lane` of each block.
   static FUSEDRNN_INLINE Product<T> product(const CellShape& shape, const Packed<T>& weights, const Part& part,
                                             const T* const* a, Index k, Index block, Index lane) {
-    const Index gap = panel_blocks(shape) > 1 ? weights.block_step : kBlock;
+    const Index K = elements<O>(k), n = V::lanes;
+    const Index gap = panel_blocks(shape) > 1 ? weights.block_step : kApart<O> ? K * n : n;
     return {a,
             0,
             1,
             0,
-            weights.data + block * weights.block_step + lane,
-            part.count * kBlock,
+            weights.data + block * weights.block_step + lane * K * part.count,
+            kApart<O> ? n : part.count * n,
             gap,
             1,
-            elements<O>(k),
+            K,
             weights.block_step,
             tile_vectors(shape)};
   }
@@ -467,7 +467,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
   Index width(int phase) const {
     if (few_rows(phase)) return 1;
     if (rows.count > 1) return phase == 1 ? kWide : A * kWide;
-    return kWide == 1 && phase == 1 ? 2 : kOneRow;
+    return kWide == 1 && phase == 1 ? kOneRow<V> / 4 : kOneRow<V>;
   }
 
   bool step(int phase) {

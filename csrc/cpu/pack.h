@@ -50,7 +50,7 @@ void pack_transposed_pairs(const PackJob<T>& job) {
       }
 }
 
-// Forward: [unit block][k][accumulator of the part][16 units]. Units beyond H are computed and never read: zero, so
+// Forward: [unit block], and in it as a tile reads them (kApart). Units beyond H are computed and never read: zero, so
 // that they cost no more than others.
 template <class O, class T>
 void pack(const PackJob<T>& job) {
@@ -59,32 +59,34 @@ void pack(const PackJob<T>& job) {
   for (Index block = job.block_begin; block < job.block_end; ++block)
     for (int s = 0; s < count; ++s) {
       const T* rows = job.weight + (job.part.gate[s] * job.H + block * kBlock) * job.K;
-      T* out = job.out + (block - job.block_begin) * job.block_step + s * kBlock;
-      const Index step = count * kBlock, units = units_of(job.H, block);
+      constexpr Index n = O::lanes;
+      T* out = job.out + (block - job.block_begin) * job.block_step + s * (kApart<O> ? job.K : 1) * n;
+      const Index step = kApart<O> ? n : count * n, next = job.K * count * n, units = units_of(job.H, block);
       Index k = 0;
       if (units == kBlock)
-        for (; k + kBlock <= job.K; k += kBlock) transpose(rows + k, job.K, out + k * step, step);
+        for (; k + kBlock <= job.K; k += kBlock) transpose(rows + k, job.K, out + k * step, step, next);
       for (; k < job.K; ++k)
-        for (Index lane = 0; lane < kBlock; ++lane) out[k * step + lane] = lane < units ? rows[lane * job.K + k] : T(0);
+        for (Index lane = 0; lane < kBlock; ++lane)
+          out[lane / n * next + k * step + lane % n] = lane < units ? rows[lane * job.K + k] : T(0);
     }
 }
 
-// Backward: [block of 16 columns of the matrix][k = unit block, accumulator of the part, unit < H][16 columns].
+// Backward: [block of 16 columns of the matrix][column / lanes][k][lanes], k = unit block, accumulator of the part,
+// unit.
 template <class O, class T>
 void pack_transposed(const PackJob<T>& job) {
   if constexpr (kNumbers<O> > 1) return pack_transposed_pairs<O>(job);
+  constexpr Index n = O::lanes;
+  const Index next = job.H * job.part.count * n;
   Index at = 0;
   for (Index u0 = 0; u0 < job.H; u0 += kBlock)
     for (int s = 0; s < job.part.count; ++s)
-      for (Index u = u0; u < job.H && u < u0 + kBlock; ++u, at += kBlock) {
+      for (Index u = u0; u < job.H && u < u0 + kBlock; ++u, at += n) {
         const T* row = job.weight + (job.part.gate[s] * job.H + u) * job.K;
         for (Index block = job.block_begin; block < job.block_end; ++block) {
           T* out = job.out + (block - job.block_begin) * job.block_step + at;
-          const Index column = block * kBlock, columns = job.K - column;
-          if (columns >= kBlock)
-            __builtin_memcpy(out, row + column, kBlock * sizeof(T));
-          else
-            for (Index j = 0; j < kBlock; ++j) out[j] = j < columns ? row[column + j] : T(0);
+          for (Index column = block * kBlock; column < (block + 1) * kBlock; column += n, out += next)
+            Vec<T>::load(row + column, job.K - column).store(out);
         }
       }
 }

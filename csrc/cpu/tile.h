@@ -29,6 +29,11 @@ constexpr Index elements(Index n) {
   return (n + kNumbers<O> - 1) / kNumbers<O>;
 }
 
+// The packed weights of a block: [lane / lanes][k][accumulator][lanes], so that a tile reads whole cache lines; where
+// it takes one vector at a time, [lane / lanes][accumulator][k][lanes].
+template <class O>
+constexpr bool kApart = O::registers == 8;
+
 // Stores what products multiply, from number `at` of a row on.
 template <class O, class V>
 FUSEDRNN_INLINE void put_operand(V v, typename V::scalar* row, Index at) {
@@ -123,39 +128,45 @@ void tile(const Product<typename V::scalar>* products, int count, typename V::sc
 
 constexpr int kMaxTile = 24;  // accumulator vectors of the widest tile
 
-// Widest tiles that stay in registers: M*N accumulators, N weights and a broadcast. A wider one would spill. With 16
-// registers 3 or 4 vectors have the rows of two and are summed up two at a time: weights that come from L2
-// are then read for 6 rows, not for 3.
+// Widest tiles that stay in registers: M*N accumulators, N weights and a broadcast. A wider one would spill. With few
+// registers several vectors have the rows of one or two, and are summed up by so many at a time: weights that come from
+// L2 are then read for 6 rows, not for fewer.
 template <class V>
 constexpr int max_rows(int n) {
-  return V::registers == 32 ? (n == 1 ? 14 : n == 2 ? 12 : n == 3 ? 8 : 6) : (n == 1 ? 10 : 6);
+  return V::registers == 32 ? (n == 1 ? 14 : n == 2 ? 12 : n == 3 ? 8 : 6) : V::registers == 16 && n == 1 ? 10 : 6;
 }
 
-template <class V, int M, int N>
-void tile_by_pairs(const Product<typename V::scalar>* products, int count, typename V::scalar* acc) {
-  tile<V, M, 2>(products, count, acc);
-  tile<V, M, N - 2, 1, 2>(products, count, acc);
+template <class V, int M, int N, int Part, int First = 0>
+void tile_by_parts(const Product<typename V::scalar>* products, int count, typename V::scalar* acc) {
+  constexpr int part = N - First < Part ? N - First : Part;
+  tile<V, M, part, 1, First>(products, count, acc);
+  if constexpr (First + part < N) tile_by_parts<V, M, N, Part, First + part>(products, count, acc);
 }
 
 template <class T>
 using TileFn = void (*)(const Product<T>*, int, T*);
 
-// One row alone: its few sums would wait for each other, so a tile takes up to 8 vectors, or two blocks.
-constexpr int kOneRow = 8;
+// One row alone: its few sums would wait for each other, so a tile takes up to 8 vectors, or two blocks, if there are
+// registers for them.
+template <class V>
+constexpr int kOneRow = V::registers > 8 ? 8 : 4;
 
 // tile<V, rows, N> for a run-time number of rows and vectors: 1 <= N <= 4 and 1 <= rows <= max_rows(N), or one row.
 template <class V>
 struct Tiles {
-  TileFn<typename V::scalar> of[kOneRow][max_rows<V>(1)] = {};
+  TileFn<typename V::scalar> of[kOneRow<V>][max_rows<V>(1)] = {};
 
   constexpr Tiles() {
     fill<1>(), fill<2>(), fill<3>(), fill<4>();
-    of[4][0] = &tile<V, 1, 5>, of[5][0] = &tile<V, 1, 6>, of[6][0] = &tile<V, 1, 7>, of[7][0] = &tile<V, 1, 8>;
+    if constexpr (kOneRow<V> == 8)
+      of[4][0] = &tile<V, 1, 5>, of[5][0] = &tile<V, 1, 6>, of[6][0] = &tile<V, 1, 7>, of[7][0] = &tile<V, 1, 8>;
   }
   template <int N, int M = max_rows<V>(N)>
   constexpr void fill() {
     if constexpr (V::registers == 16 && N > 2 && M * N > 12)
-      of[N - 1][M - 1] = &tile_by_pairs<V, M, N>;
+      of[N - 1][M - 1] = &tile_by_parts<V, M, N, 2>;
+    else if constexpr (V::registers == 8 && M > 1 && M * N + N > 6)
+      of[N - 1][M - 1] = &tile_by_parts<V, M, N, (M < 3 ? 2 : 1)>;
     else
       of[N - 1][M - 1] = &tile<V, M, N>;
     if constexpr (M > 1) fill<N, M - 1>();
@@ -179,9 +190,8 @@ template <class O>
 FUSEDRNN_INLINE void add_product(const typename O::scalar* const* rows, Index k,
                                  const cpu::Packed<typename O::scalar>& weights, Index block, Index lane, int m,
                                  int wide, typename O::scalar* acc) {
-  const Index step = weights.block_step;
-  const Product<typename O::scalar> p = {
-      rows, 0, 1, 0, weights.data + block * step + lane, cpu::kBlock, step, 1, elements<O>(k)};
+  const Index step = weights.block_step, K = elements<O>(k);
+  const Product<typename O::scalar> p = {rows, 0, 1, 0, weights.data + block * step + lane * K, O::lanes, step, 1, K};
   tile_for<O>(m, wide)(&p, 1, acc);
 }
 

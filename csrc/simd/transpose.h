@@ -54,11 +54,22 @@ FUSEDRNN_INLINE void transpose_squares(Row* rows) {
   }
 }
 
+#if defined(FUSEDRNN_LEVEL_AVX2)
+template <int n, int lanes, class N>
+FUSEDRNN_INLINE void transpose_squares(Two<N>* rows) {
+  typename N::Vector low[n], high[n];
+  for (int i = 0; i < n; ++i) low[i] = rows[i].low, high[i] = rows[i].high;
+  transpose_squares<n, lanes / 2>(low), transpose_squares<n, lanes / 2>(high);
+  for (int i = 0; i < n; ++i) rows[i] = {low[i], high[i]};
+}
+#endif
+
 // to = 16 rows of 16 of from, transposed, in squares of vectors of 32 bytes where there are any: wider ones have no
 // faster exchanges, and vectors that the instruction set lacks are taken apart element by element.
 template <class T>
-FUSEDRNN_INLINE void transpose(const T* from, Index from_row, T* to, Index to_row) {
-  constexpr int side = 16, bytes = Vec<T>::lanes * int(sizeof(T)) > 16 ? 32 : 16, n = bytes / int(sizeof(T));
+FUSEDRNN_INLINE void transpose(const T* from, Index from_row, T* to, Index to_row, Index to_next = Vec<T>::lanes) {
+  constexpr int side = 16, lanes = Vec<T>::lanes, bytes = Vec<T>::lanes * int(sizeof(T)) > 16 ? 32 : 16,
+                n = bytes / int(sizeof(T));
   typedef T Row __attribute__((vector_size(bytes)));
   for (int i = 0; i < side; i += n)
     for (int j = 0; j < side; j += n) {
@@ -67,7 +78,8 @@ FUSEDRNN_INLINE void transpose(const T* from, Index from_row, T* to, Index to_ro
       for (int k = 0; k < n; ++k) __builtin_memcpy(&rows[k], from + (i + k) * from_row + j, sizeof(Row));
       exchange_all<n, n / 2>(rows);
 #pragma GCC unroll 8
-      for (int k = 0; k < n; ++k) __builtin_memcpy(to + (j + k) * to_row + i, &rows[k], sizeof(Row));
+      for (int k = 0; k < n; ++k)
+        __builtin_memcpy(to + (j + k) * to_row + i / lanes * to_next + i % lanes, &rows[k], sizeof(Row));
     }
 }
 

@@ -36,7 +36,7 @@ struct Vec : Native<T> {
   using Mask = typename N::Mask;
   using N::lanes, N::v;
   using scalar = T;
-  static constexpr int registers = kRegisters;      // vector registers of the machine
+  static constexpr int registers = kRegisters;      // as many vectors as the machine's registers hold
   static constexpr bool fused = kFused;             // whether fma and fnma round once (all but plain portable)
   static constexpr bool whole_lines = kWholeLines;  // whether a vector is a cache line
 

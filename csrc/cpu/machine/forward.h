@@ -65,7 +65,7 @@ struct MachineForwardLoop : Share {
   }
 
   // Blocks of a tile, whose sums fill the vector registers.
-  Index width(const MachineRound& round) const { return count == 1 ? kOneRow : round.accumulators < 2 ? 4 : 1; }
+  Index width(const MachineRound& round) const { return count == 1 ? kOneRow<V> : round.accumulators < 2 ? 4 : 1; }
   Index height(const MachineRound& round) const { return max_rows<V>(round.accumulators < 2 ? 4 : round.widest); }
 
   // acc[accumulator of the round][m] = bias + products, of `wide` blocks that lie b_step vectors apart.
@@ -81,16 +81,17 @@ struct MachineForwardLoop : Share {
       Product<T> products[kMaxParts];
       int n = 0;
       for (const MachinePart<T>* part = job.parts + sum->part_begin; part != job.parts + sum->part_end; ++part) {
-        const T* const b = part->weights + block * part->block_step + lane;
+        const Index k = part->operand ? call.P : call.I, gap = kApart<V> ? k * V::lanes : V::lanes;
+        const T* const b = part->weights + block * part->block_step + lane * k * part->count;
         products[n++] = {operand_rows(part->operand) + first,
                          0,
                          1,
                          0,
                          b,
-                         part->count * kBlock,
-                         A == 1 ? part->block_step : kBlock,
+                         kApart<V> ? V::lanes : part->count * V::lanes,
+                         A == 1 ? part->block_step : gap,
                          1,
-                         part->operand ? call.P : call.I,
+                         k,
                          part->block_step,
                          b_step};
         if (n == kMaxParts || part + 1 == job.parts + sum->part_end) {
@@ -109,8 +110,9 @@ struct MachineForwardLoop : Share {
     rows.set_tile(frame, first, m, block, wide, lane);
     if (A > 1 && wide > 1) {  // one row: the registers of a block lie together, as the sums of two blocks do
       frame.next = V::lanes, frame.step = call.register_count * V::lanes;
-      for (int w = 0; w < wide; w += 2)
-        sum_up(round, first, m, block + w, wide - w < 2 ? 1 : 2, lane, frame.registers + w * frame.step,
+      constexpr int kTogether = kOneRow<V> / 4;
+      for (int w = 0; w < wide; w += kTogether)
+        sum_up(round, first, m, block + w, wide - w < kTogether ? 1 : kTogether, lane, frame.registers + w * frame.step,
                call.register_count);
     } else if (A) {
       sum_up(round, first, m, block, wide, lane, frame.registers, A * m);
@@ -122,7 +124,7 @@ struct MachineForwardLoop : Share {
     if (round.norm_count && !MachineNorms<V>{rows}.run(round, count, false, worker)) return false;
     Frame<V> frame = rows.frame(worker.region.thread);
     const Index blocks = block_end - block_begin;
-    if (count == 1 && blocks <= kOneRow) {  // one tile: the divisions below would take as long as a part of it
+    if (count == 1 && blocks <= kOneRow<V>) {  // one tile: the divisions below would take as long as a part of it
       for (Index lane = 0; lane < kBlock && blocks; lane += V::lanes)
         tile(round, frame, 0, 1, block_begin, int(blocks), lane);
       return worker.poll() && (worker.by_rows || worker.barrier());
@@ -138,7 +140,7 @@ struct MachineForwardLoop : Share {
   // The projected state of a step, of what its programs have left.
   FUSEDRNN_NOINLINE bool project(Index t) const {
     constexpr int kWide = 4;
-    const Tiling tiles(count, max_rows<V>(kWide)), panels(h_end - h_begin, count == 1 ? kOneRow : kWide);
+    const Tiling tiles(count, max_rows<V>(kWide)), panels(h_end - h_begin, count == 1 ? kOneRow<V> : kWide);
     const T *const *const from = rows.places[rows.after(0)].rows, *const *const keep = rows.projected_mask();
     const auto tile_at = [&](Index first, int m, Index block, int wide) {
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {

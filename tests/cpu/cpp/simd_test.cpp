@@ -189,7 +189,7 @@ void activations() {
 template <class T>
 void all() {
   static_assert(Vec<T>::lanes * sizeof(T) == sizeof(Vec<T>), "a vector is its lanes");
-  static_assert(Vec<T>::registers == 16 || Vec<T>::registers == 32, "what the tiles know");
+  static_assert(Vec<T>::registers == 8 || Vec<T>::registers == 16 || Vec<T>::registers == 32, "what the tiles know");
   arithmetic<T>();
   counts<T>();
   activations<T>();
