@@ -28,20 +28,42 @@ def draw(cell, dtype, seed=0):
     return found, normal(T, B, width), {s: normal(B, width) for s, width in widths.items()}
 
 
-def forward(cell, weights, x, states, scalars):
+class Stacked(Evaluation):
+    """A step with many values of one weight, stacked along its last axis and the first of the results."""
+
+    def block(self, parameter, number, of=None):
+        found = super().block(parameter, number, of)
+        if found is None or found.ndim == 1 or parameter.startswith("weight_"):
+            return found
+        return found.T[:, None]  # (N, 1, H)
+
+
+def forward(cell, weights, x, states, scalars, of=Evaluation):
     """-> the values of each step"""
     steps, before = [], list(states.values())
     for k in range(T):
-        steps.append(Evaluation(cell, weights, x["x"][k], before, {n: v[k] for n, v in scalars.items()}))
+        steps.append(of(cell, weights, x["x"][k], before, {n: v[k] for n, v in scalars.items()}))
         before = list(steps[-1].after)
     return steps
 
 
+def stacked(arguments, count):
+    """x, states and row scalars once for each of so many values of another argument."""
+
+    def rows(a):
+        return np.broadcast_to(a[..., None, :, :], (*a.shape[:-2], count, *a.shape[-2:]))
+
+    return {
+        group: arrays if group == "weights" else {n: rows(a) for n, a in arrays.items()}
+        for group, arrays in arguments.items()
+    }
+
+
 def loss(cell, arguments, dy, dlast):
-    """The sum over y of each step and over the last states, weighed."""
-    steps = forward(cell, **arguments)
-    last = sum((d * s).sum() for d, s in zip(dlast.values(), steps[-1].after, strict=True))
-    return last + sum((dy[k] * step.after[0]).sum() for k, step in enumerate(steps))
+    """The sum over y of each step and over the last states, weighed, for each of the stacked values."""
+    steps = forward(cell, **arguments, of=Stacked)
+    last = sum((d * s).sum((-2, -1)) for d, s in zip(dlast.values(), steps[-1].after, strict=True))
+    return last + sum((dy[k] * step.after[0]).sum((-2, -1)) for k, step in enumerate(steps))
 
 
 def gradients(cell, arguments, dy, dlast):
@@ -67,11 +89,13 @@ def worst_error(cell, dtype, seed=0):
     worst = 0.0
     for group, arrays in arguments.items():
         for name, array in arrays.items():
-            for at in np.ndindex(array.shape):
-                moved = array.astype(np.result_type(dtype, np.complex64))
-                moved[at] += 1j * step
-                lifted = {**arguments, group: {**arrays, name: moved}}
-                exact = loss(cell, lifted, dy, dlast).imag / step
-                error = abs(exact - found[group][name][at]) / (1 + abs(exact))
-                worst = max(worst, float(error)) if np.isfinite(error) else np.inf
+            each = np.eye(array.size, dtype=bool).reshape(*array.shape, array.size)
+            moved = np.where(each, array[..., None] + 1j * step, array[..., None])
+            if group != "weights":
+                moved = np.moveaxis(moved, -1, -3)
+            all_moved = stacked(arguments, array.size)
+            all_moved[group] = all_moved[group] | {name: moved}
+            exact = loss(cell, all_moved, dy, dlast).imag / step
+            error = abs(exact - found[group][name].ravel()) / (1 + abs(exact))
+            worst = max(worst, float(error.max())) if np.isfinite(error).all() else np.inf
     return worst
