@@ -13,7 +13,6 @@ included, stays within 40.)
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -22,7 +21,7 @@ import problems
 from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import evaluation
-from problems import errors, expected_names, name, run
+from problems import errors, expected_names, name, named, run
 
 CPU, REFERENCE = CpuBackend(), ReferenceBackend()
 DTYPES = (np.float32, np.float64)
@@ -89,14 +88,14 @@ def disturbed(eps, seed):
 
 def disturbed_input(p, eps, seed):
     rng = np.random.default_rng((seed, 1))
-    return replace(p, x=p.x * (1 + eps * rng.choice([-1, 1], p.x.shape).astype(p.x.dtype)))
+    return p.x * (1 + eps * rng.choice([-1, 1], p.x.shape).astype(p.x.dtype))
 
 
-RUNS = 40  # of 5 alone, the largest move scatters by a factor of 2 with the random numbers
+RUNS = 40  # at most; of 5 alone, the largest move scatters by a factor of 2 with the random numbers
 
 
 def yardsticks(p, want, dtype):
-    """Of each result the largest move in 5, 10, ... disturbed runs, relative to its largest entry."""
+    """Of each result the largest move in 1, 2, ... disturbed runs, relative to its largest entry."""
     eps = np.longdouble(np.finfo(dtype).eps)
     p = p.astype(np.longdouble)
     forward, gradients = split(want)
@@ -104,11 +103,12 @@ def yardsticks(p, want, dtype):
     for seed in range(RUNS):
         with disturbed(eps, seed):
             same_input = split(run(REFERENCE, p))[1]
-            other_input = split(run(REFERENCE, disturbed_input(p, eps, seed)))[0]
+            x = disturbed_input(p, eps, seed)
+            results = REFERENCE.forward(p.cell, x, p.weights, p.state0, **p.options)
+            other_input = named(p.cell, results, None)
         moved = errors(other_input, forward) | errors(same_input, gradients)
         worst = {key: max(worst[key], moved[key]) for key in want}
-        if seed % 5 == 4:
-            yield worst
+        yield worst
 
 
 def allowed(worst, p, want, dtype):
@@ -147,7 +147,7 @@ def assert_no_worse_than_numpy(draw, dtype):
     """At most 4 times the error of plain NumPy in the same dtype, where that is above 4 eps.
 
     What counts is the middle one of 7 draws: where errors grow exponentially, the ratio of two of them is a
-    lottery.
+    lottery. Four that are small enough decide it.
     """
     eps = float(np.finfo(dtype).eps)
     ratios = {}
@@ -157,5 +157,7 @@ def assert_no_worse_than_numpy(draw, dtype):
         plain = errors(run(REFERENCE, p), want)
         for key, e in errors(run(CPU, p), want).items():
             ratios.setdefault(key, []).append(e / max(plain[key], 4 * eps))
-    worse = {key: r for key, r in ratios.items() if not np.median(r) <= 4}
-    assert not worse, f"ratios to the error of plain NumPy: {worse}"
+        worse = {key: r for key, r in ratios.items() if np.count_nonzero(np.array(r) <= 4) < 4}
+        if not worse:
+            return
+    raise AssertionError(f"ratios to the error of plain NumPy: {worse}")
