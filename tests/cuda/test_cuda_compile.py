@@ -76,9 +76,21 @@ def compile_all(cases) -> None:
             assert kernels_in(code) == set(KERNELS)
 
 
+@pytest.fixture
+def little_optimisation(monkeypatch):
+    """Optimisation takes most of the time."""
+    compile_ = nvrtc._compile
+    monkeypatch.setattr(nvrtc, "_compile", lambda options: compile_([*options, "--Ofast-compile=max"]))
+
+
 @needs_nvrtc
-def test_each_cell_compiles():
-    """As for a user, each cell in a dtype, on an old or a new architecture."""
+def test_a_cell_compiles_as_for_a_user():
+    compile_all([(*LSTM_CODE, "sm_90")])
+
+
+@needs_nvrtc
+def test_each_cell_compiles(little_optimisation):
+    """Each in a dtype, on an old or a new architecture."""
     compile_all(
         (cell, *KINDS[k % len(KINDS)], ("sm_80", "sm_90", "sm_120")[k % 3]) for k, cell in enumerate(TYPES)
     )
@@ -86,11 +98,8 @@ def test_each_cell_compiles():
 
 @needs_nvrtc
 @pytest.mark.slow
-def test_all_compile(monkeypatch):
-    """For every architecture each cell and dtype, of what runs step by step alone float; with little
-    optimisation, which takes most of the time."""
-    compile_ = nvrtc._compile
-    monkeypatch.setattr(nvrtc, "_compile", lambda options: compile_([*options, "--Ofast-compile=max"]))
+def test_all_compile(little_optimisation):
+    """For every architecture each cell and dtype, of what runs step by step alone float."""
     cases = [*itertools.product(TYPES, KINDS), *itertools.product(STEPPED_TYPES, KINDS[:1])]
     compile_all((cell, *kind, a) for (cell, kind), a in itertools.product(cases, ARCHITECTURES))
 

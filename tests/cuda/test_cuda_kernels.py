@@ -51,16 +51,20 @@ ONE_PHASE = tuple(cell for cell in PLAIN if cell != gru.with_options(reset_after
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True, "detach_every": 2}
 
 
-def pairs(kernels: Any) -> Any:
+CHOSEN = (*KERNELS, "chosen")
+
+
+def can_run(kernels: Any) -> list[tuple[Cell, str]]:
     """Cells with the kernels that can run them; "chosen": by the plan, as a user's call."""
-    return pytest.mark.parametrize(
-        ("cell", "kernel"),
-        [(c, k) for c in PLAIN for k in kernels if k in ("steps", "chosen") or c in ONE_PHASE],
-        ids=lambda v: v if isinstance(v, str) else name(v),
-    )
+    return [(c, k) for c in PLAIN for k in kernels if k in ("steps", "chosen") or c in ONE_PHASE]
 
 
-every_pair = pairs((*KERNELS, "chosen"))
+def pairs(kernels: Any) -> Any:
+    ids = [f"{name(c)}-{k}" for c, k in can_run(kernels)]
+    return pytest.mark.parametrize(("cell", "kernel"), can_run(kernels), ids=ids)
+
+
+every_pair = pairs(CHOSEN)
 
 
 class Tiled(CudaBackend):
@@ -273,8 +277,16 @@ def test_other_dtypes_have_no_precisions_but_their_own(kernel, dtype, own):
 HALVES = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the distance between neighbours, relatively
 
 
-@pytest.mark.parametrize("half", HALVES)
-@every_pair
+# Loads and stores convert, by the same code for every cell: each has one of the two, the LSTM both.
+@pytest.mark.parametrize(
+    ("cell", "kernel", "half"),
+    [
+        pytest.param(c, k, half, marks=[] if c == lstm or PLAIN.index(c) % 2 == j else pytest.mark.slow)
+        for c, k in can_run(CHOSEN)
+        for j, half in enumerate(HALVES)
+    ],
+    ids=lambda v: v if isinstance(v, str) else name(v),
+)
 def test_halves(cell, kernel, half):
     """Beside the reference on the same numbers: off by the roundings of what is stored, and no more."""
     for sizes, units, rows in (((5, 11, 3, 19), 7, 6), ((3, 17, 4, 40), 16, 17), ((4, 3, 9, 72), 24, 3)):
