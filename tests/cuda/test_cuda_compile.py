@@ -85,7 +85,7 @@ def little_optimisation(monkeypatch):
 
 @needs_nvrtc
 def test_a_cell_compiles_as_for_a_user():
-    compile_all([(*LSTM_CODE, "sm_90")])
+    compile_all([(TYPES[0], "float", "ieee", "sm_90")])
 
 
 @needs_nvrtc
