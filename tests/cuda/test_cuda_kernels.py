@@ -59,9 +59,14 @@ def can_run(kernels: Any) -> list[tuple[Cell, str]]:
     return [(c, k) for c in PLAIN for k in kernels if k in ("steps", "chosen") or c in ONE_PHASE]
 
 
-def pairs(kernels: Any) -> Any:
-    ids = [f"{name(c)}-{k}" for c, k in can_run(kernels)]
-    return pytest.mark.parametrize(("cell", "kernel"), can_run(kernels), ids=ids)
+def marks_of(cell: Cell) -> Any:
+    """Kernels are compiled anew for each cell, for seconds, and relu differs from tanh in the cell alone."""
+    return pytest.mark.slow if cell.options.get("relu") else ()
+
+
+def pairs(kernels: Any, marks: Any = lambda cell: ()) -> Any:
+    found = [pytest.param(c, k, marks=marks(c), id=f"{name(c)}-{k}") for c, k in can_run(kernels)]
+    return pytest.mark.parametrize(("cell", "kernel"), found)
 
 
 every_pair = pairs(CHOSEN)
@@ -178,7 +183,7 @@ def test_every_option_at_every_shape(cell, part):
             assert_right(Tiled(kernel, units, rows, seed=k), cell, sizes, **options)
 
 
-@every_pair
+@pairs(CHOSEN, marks_of)
 def test_float32(cell, kernel):
     for k in (7, 22) if PLAIN.index(cell) % 2 else (12, 34):  # of each kernel all four
         sizes, units, rows = SHAPES[k]
@@ -281,7 +286,7 @@ HALVES = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half the distance between
 @pytest.mark.parametrize(
     ("cell", "kernel", "half"),
     [
-        pytest.param(c, k, half, marks=[] if c == lstm or PLAIN.index(c) % 2 == j else pytest.mark.slow)
+        pytest.param(c, k, half, marks=marks_of(c) if c == lstm or (c == gru) == j else pytest.mark.slow)
         for c, k in can_run(CHOSEN)
         for j, half in enumerate(HALVES)
     ],
@@ -328,7 +333,12 @@ STEPPED = (*PLAIN, *NORMED[:4])  # not GRU with reset before and layer norm
 @pytest.mark.parametrize("call", CALLS, ids=["plain", "all", "reverse"])
 @pytest.mark.parametrize(
     ("cell", "kind"),
-    [(c, k) for c in STEPPED for k in (None, *KINDS) if (of(k, c) if k else c.vectors)],
+    [
+        pytest.param(c, k, marks=marks_of(c))
+        for c in STEPPED
+        for k in (None, *KINDS)
+        if (of(k, c) if k else c.vectors)
+    ],
     ids=lambda v: v if isinstance(v, str) else name(v) if v else "none",
 )
 def test_regularization_and_layer_norm(cell, kind, call):
@@ -357,7 +367,7 @@ def test_regularization_and_layer_norm_in_other_dtypes(cell, dtype):
     assert_close(got, want, tolerance)
 
 
-@pytest.mark.parametrize("cell", STEPPED, ids=name)
+@pytest.mark.parametrize("cell", [pytest.param(c, marks=marks_of(c)) for c in STEPPED], ids=name)
 def test_regularization_and_layer_norm_give_the_same_bits_in_any_order(cell):
     p = problem(cell, 5, 11, 3, 19, regularization=of("all", cell), **EVERYTHING)
     first = run(Tiled("steps", seed=0), p)
