@@ -17,17 +17,21 @@ from problems import PLAIN, assert_bitwise_equal, assert_standard, name, named, 
 
 REFERENCE = get("reference")
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
-cells = pytest.mark.parametrize("cell", PLAIN, ids=name)
-# Numba compiles a cell in a dtype for seconds: all cells in float64, of float32 the LSTM.
+
+
+def param(cell, dtype=np.float64, *more, **options):
+    """Numba compiles a cell in a dtype for seconds: in float64 all but relu, the same layer as tanh, which
+    test_own_cells.py has too; in float32 the smallest.
+    """
+    runs = cell == rnn or (dtype is np.float64 and not cell.options.get("relu"))
+    return pytest.param(cell, *more, **options, marks=() if runs else pytest.mark.slow)
+
+
+cells = pytest.mark.parametrize("cell", [param(cell) for cell in PLAIN], ids=name)
 cells_and_dtypes = pytest.mark.parametrize(
     ("cell", "dtype"),
     [
-        pytest.param(
-            cell,
-            dtype,
-            id=f"{name(cell)}-{dtype.__name__}",
-            marks=[] if dtype is np.float64 or cell == lstm else pytest.mark.slow,
-        )
+        param(cell, dtype, dtype, id=f"{name(cell)}-{dtype.__name__}")
         for cell in PLAIN
         for dtype in (np.float32, np.float64)
     ],
