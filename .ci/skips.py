@@ -1,4 +1,8 @@
-"""Fails where a test was skipped for a reason that is not on the list below: what CI can run, it runs."""
+"""Fails where a test was skipped for a reason that is not on the list below: what CI can run, it runs.
+
+python .ci/skips.py FILE.xml ...        check the reports of pytest
+python .ci/skips.py --list FILE.xml     print the tests that were skipped, as arguments for pytest
+"""
 
 import re
 import sys
@@ -10,15 +14,29 @@ ALLOWED = (
     r"nox -s thirdparty installs",
     r"needs an NVIDIA GPU",
     r"needs nvcc",
+    r"needs free-threaded Python",
 )
 
 
+def skips(paths: list[str]) -> list[tuple[ET.Element, ET.Element]]:
+    """Each test that was skipped, and what pytest said of it."""
+    cases = [case for path in paths for case in ET.parse(path).iter("testcase")]
+    found = [(case, case.find("skipped")) for case in cases]
+    return [(case, skip) for case, skip in found if skip is not None and skip.get("type") != "pytest.xfail"]
+
+
+def file_of(case: ET.Element) -> str:
+    """Of a test, which may be of a class; of a file that was skipped as a whole, its name is all there is."""
+    name = case.get("classname") or case.get("name", "")
+    return re.sub(r"(\.|^)(test_\w+).*", r"\1\2", name).replace(".", "/") + ".py"
+
+
 def main(paths: list[str]) -> int:
-    skipped = [(case, case.find("skipped")) for path in paths for case in ET.parse(path).iter("testcase")]
+    if paths[0] == "--files":
+        print(*sorted({file_of(case) for case, _ in skips(paths[1:])}), sep="\n")
+        return 0
     wrong = 0
-    for case, skip in skipped:
-        if skip is None or skip.get("type") == "pytest.xfail":
-            continue
+    for case, skip in skips(paths):
         reason = skip.get("message", "")
         if not any(re.search(allowed, reason) for allowed in ALLOWED):
             wrong += 1
