@@ -22,6 +22,11 @@ struct CellState {
   FUSEDRNN_INLINE static constexpr int norm_of(int) { return 0; }
 };
 
+// The gradients of gains and biases, summed by themselves for each row of the batch: those of the gains, of the biases,
+// of gain_c and of bias_c. On a CPU [block][sum][16], on a GPU [sum][unit].
+template <class Cell>
+constexpr int kNormSums = 2 * Cell::accumulators + (Cell::has_c ? 2 : 0);
+
 // x of a, and da of dx, by the numbers of a row: the means of a, of dx and of dx x.
 template <class V>
 FUSEDRNN_INLINE V normalised(V a, V mean, V inverse) {

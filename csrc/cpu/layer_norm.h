@@ -171,11 +171,6 @@ bool normed_step(const Loop& loop) {
   return true;
 }
 
-// The gradients of gains and biases, summed by themselves for each row of the batch: [block][sum][16], those of the
-// gains, of the biases, of gain_c and of bias_c.
-template <class Cell>
-constexpr int kNormSums = 2 * Cell::accumulators + (Cell::has_c ? 2 : 0);
-
 template <class V>
 FUSEDRNN_INLINE void add_to(typename V::scalar* sum, V v) {
   (V::load(sum) + v).store(sum);

@@ -8,15 +8,11 @@
 
 namespace fusedrnn {
 namespace cuda {
-// Neighbours in memory, moved at once; at most 16 bytes are.
-template <class F, int n>
-struct alignas(n * sizeof(F) < 16 ? n * sizeof(F) : 16) Several {
-  F of[n];
+template <class F>
+struct alignas(16) Sixteen {  // bytes in memory, moved at once
+  static constexpr int count = 16 / sizeof(F);
+  F of[count];
 };
-template <class S>
-constexpr int kSixteenBytes = 16 / sizeof(S);  // so many are
-template <class S>
-using Sixteen = Several<S, kSixteenBytes<S>>;
 }  // namespace cuda
 }  // namespace fusedrnn
 
@@ -30,6 +26,14 @@ namespace fusedrnn {
 namespace cuda {
 
 constexpr int kWarp = 32;
+// Of blocks, along the x axis of the grid; from sm_90 on. Every GPU that has clusters can run 8 blocks as one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#define FUSEDRNN_CLUSTER
+#else
+constexpr bool kClusters = true;
+#define FUSEDRNN_CLUSTER __cluster_dims__(8, 1, 1)
+#endif
 
 // Memory that the threads of a block share, of the size the launch asked for.
 FUSEDRNN_INLINE char* shared_memory() {
@@ -39,6 +43,17 @@ FUSEDRNN_INLINE char* shared_memory() {
 
 // All threads of the block have come here, and see what the others wrote before.
 FUSEDRNN_INLINE void sync_block() { __syncthreads(); }
+// The same of a cluster.
+FUSEDRNN_INLINE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The place in the shared memory of another block of the cluster that p is in this one's.
+template <class T>
+FUSEDRNN_INLINE T* in_block(T* p, unsigned rank) {
+  uint64_t address;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(p), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
 
 // What the lane whose number differs in the bits of `mask` passes; all lanes of the warp call it together.
 template <class T>
@@ -47,19 +62,10 @@ FUSEDRNN_INLINE T from_lane(T x, int mask) {
 }
 
 // A load that does not take what an earlier one left in this multiprocessor's own cache: of what other blocks write.
-FUSEDRNN_INLINE float load_shared_by_blocks(const float* p) { return __ldcg(p); }
-FUSEDRNN_INLINE double load_shared_by_blocks(const double* p) { return __ldcg(p); }
-template <class S>  // of 16 bits
-FUSEDRNN_INLINE S load_shared_by_blocks(const S* p) {
-  S x;
-  x.bits = __ldcg(&p->bits);
-  return x;
-}
-// The same of 16 bytes at once; p is aligned to them.
-template <class S>
-FUSEDRNN_INLINE Sixteen<S> load_sixteen_shared_by_blocks(const S* p) {
+template <class F>
+FUSEDRNN_INLINE Sixteen<F> load_shared_by_blocks(const Sixteen<F>* p) {
   const uint4 words = __ldcg(reinterpret_cast<const uint4*>(p));
-  return *reinterpret_cast<const Sixteen<S>*>(&words);
+  return *reinterpret_cast<const Sixteen<F>*>(&words);
 }
 
 // Rounded correctly.
@@ -121,36 +127,6 @@ FUSEDRNN_INLINE float of_fp16(uint16_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
   return x;
 }
-
-// Of a cluster of blocks, which is the x axis of the grid (sm_90 and later): to the place in another block's shared
-// memory that p is in this one's; and all its threads have come here and see what the others wrote before.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr bool kClusters = true;
-FUSEDRNN_INLINE uint32_t address_in_block(const void* p, unsigned rank) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(address)
-               : "r"(uint32_t(__cvta_generic_to_shared(p))), "r"(rank));
-  return address;
-}
-FUSEDRNN_INLINE void store_to_block(float* p, unsigned rank, float x) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_in_block(p, rank)), "f"(x) : "memory");
-}
-FUSEDRNN_INLINE void store_to_block(double* p, unsigned rank, double x) {
-  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address_in_block(p, rank)), "d"(x) : "memory");
-}
-FUSEDRNN_INLINE void store_to_block(uint16_t* p, unsigned rank, uint16_t x) {
-  asm volatile("st.shared::cluster.u16 [%0], %1;" ::"r"(address_in_block(p, rank)), "h"(x) : "memory");
-}
-FUSEDRNN_INLINE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-#else
-constexpr bool kClusters = false;
-template <class T>
-FUSEDRNN_INLINE void store_to_block(T*, unsigned, T) {}
-FUSEDRNN_INLINE void sync_cluster() {}
-#endif
 
 }  // namespace cuda
 }  // namespace fusedrnn

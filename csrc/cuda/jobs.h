@@ -19,12 +19,20 @@ namespace cuda {
 struct Regularization {
   uint64_t seed;
   uint32_t stream;
-  MaskRule dropout, zoneout_h, zoneout_c;
+  MaskRule rules[3];  // by MaskKind
+};
+
+// All steps in one launch: how the work is cut (backends/cuda/plans.py).
+struct Cut {
+  Index units, rows;  // of each block: hidden units, and rows of the batch
+  Index splits;       // of k in a product; a power of two
+  Index at_once;      // rows of what a grid multiplies that are in shared memory, a multiple of 8
+  unsigned* arrived;  // of a grid one count for each tile of the batch, zero before the launch
+  void* exchanged;    // and two buffers for each, zeros before the launch
 };
 
 template <class S, class T = Compute<S>>
 struct ForwardJob {
-  using Number = S;
   Steps steps;
   Index H;
   const T* projected;      // (T, B, X*H): weight_ih x
@@ -32,29 +40,22 @@ struct ForwardJob {
   const S* weight;         // (R*H, H): weight_hh, its gates in the order of the accumulators
   const S *h0, *c0;        // (B, H) or null: zeros
   S* y;                    // (T, B, H)
-  S *hT, *cT;              // (B, H); step by step hT is h as it stands
+  S *hT, *cT;              // (B, H); step by step the state as it stands
   S *h_states, *c_states;  // (T, B, H) or null
   T* c;                    // (T, B, H) of every step, for backward; or null
   T* saved;                // (T, B, K*H), or with saved_step 0 (B, K*H), for a step's two phases; or null
   Index saved_step;        // elements from one time step to the next
+  Cut cut;
   // step by step
   S* operand;                       // (B, H): what the recurrent product of the next step multiplies
   const T* products;                // (B, R*H): weight_hh times it; of the second phase (B, H)
   T* state_c;                       // (B, H): c as it stands
   const T *gain, *gain_c, *bias_c;  // (A*H), (H), (H): of layer norm
-  Regularization rules;
-  // all steps in one launch
-  unsigned* arrived;  // one count for each tile of the batch, zero before the launch
-  Index units;        // of each block
-  Index rows;         // of the batch, of each tile
-  // What a block has in shared memory of what it multiplies: rows, a multiple of 8, of a cluster all that it has; and k
-  // of each, of a grid a multiple of 32.
-  Index at_once, chunk;
+  Regularization regularization;
 };
 
 template <class S, class T = Compute<S>>
 struct BackwardJob {
-  using Number = S;
   Steps steps;
   Index H;
   const S* weight;  // (H, R*H): that of ForwardJob, transposed
@@ -63,16 +64,14 @@ struct BackwardJob {
   const S *dy, *dhT, *dcT, *dh_states, *dc_states;  // (T, B, H) or (B, H), any may be null
   S* da;                                            // (T, B, A*H): gradients of the accumulators, +0 at padding
   S *dh0, *dc0;                                     // (B, H)
+  Cut cut;
   // step by step
   const T* chain;  // (B, H): weight_hh^T da of the step before in this direction; of the second phase d(r*h)
   T *direct, *dc;  // (B, H): what reaches the state before beside the product
   const T *gain, *bias, *gain_c, *bias_c;  // of layer norm, as going forward
   T* row;                                  // (B, A*H): room for a row's values
-  T* norm_sums;                            // (B, N*H), zeros before the first step; kNormSums in norm.h
-  Regularization rules;
-  // all steps in one launch
-  unsigned* arrived;
-  Index units, rows, at_once, chunk;
+  T* norm_sums;                            // (B, N*H), zeros before the first step; kNormSums in cells/row_norm.h
+  Regularization regularization;
 };
 
 }  // namespace cuda

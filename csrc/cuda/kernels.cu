@@ -17,7 +17,13 @@ namespace fusedrnn {
 namespace cuda {
 using Cell = FUSEDRNN_CELL;
 using S = FUSEDRNN_DTYPE;
-using Tile = TileOf<S, Precision::FUSEDRNN_PRECISION>::type;
+
+// Nothing for cells that run step by step alone, or where there are no clusters.
+template <template <class> class Exchange, int columns, class Job>
+FUSEDRNN_INLINE void whole(const Job& job) {
+  using Tile = TileOf<S, Precision::FUSEDRNN_PRECISION, columns>;
+  if constexpr (kWhole<Cell> && Exchange<S>::there) all_steps<Cell, S, Tile, Exchange>(job);
+}
 }  // namespace cuda
 }  // namespace fusedrnn
 
@@ -31,53 +37,37 @@ using fusedrnn::Index;
 #define FUSEDRNN_HAS(variant) (FUSEDRNN_ONLY < 0 || FUSEDRNN_ONLY == variant)
 
 #if FUSEDRNN_HAS(0)
-#define FUSEDRNN_EACH(job, call) each_unit(job.steps.B, job.H, [&](Index b, Index u) { call; })
+#define FUSEDRNN_EACH(Unit, call) \
+  each_unit(job.steps.B, job.H, [&](Index b, Index u) { Unit<Cell, S>{job, b, u}.call; })
 
-FUSEDRNN_KERNEL(kThreads) begin_forward(const ForwardJob<S> job) {
-  FUSEDRNN_EACH(job, (ForwardStep<Cell, S>{job}.begin(b, u)));
-}
-FUSEDRNN_KERNEL(kThreads) step_forward(const ForwardJob<S> job, Index s) { one_step<Cell>(job, s); }
-FUSEDRNN_KERNEL(kThreads) begin_backward(const BackwardJob<S> job) {
-  FUSEDRNN_EACH(job, (BackwardStep<Cell, S>{job}.begin(b, u)));
-}
-FUSEDRNN_KERNEL(kThreads) step_backward(const BackwardJob<S> job, Index s) { one_step<Cell>(job, s); }
-FUSEDRNN_KERNEL(kThreads) finish_backward(const BackwardJob<S> job) {
-  FUSEDRNN_EACH(job, (BackwardStep<Cell, S>{job}.finish(b, u)));
-}
+FUSEDRNN_KERNEL(kThreads) begin_forward(const ForwardJob<S> job) { FUSEDRNN_EACH(ForwardUnit, begin()); }
+FUSEDRNN_KERNEL(kThreads) step_forward(const ForwardJob<S> job, Index s) { one_step<ForwardUnit, Cell, S>(job, s); }
+FUSEDRNN_KERNEL(kThreads) begin_backward(const BackwardJob<S> job) { FUSEDRNN_EACH(BackwardUnit, begin()); }
+FUSEDRNN_KERNEL(kThreads) step_backward(const BackwardJob<S> job, Index s) { one_step<BackwardUnit, Cell, S>(job, s); }
+FUSEDRNN_KERNEL(kThreads) finish_backward(const BackwardJob<S> job) { FUSEDRNN_EACH(BackwardUnit, finish()); }
 // h, and for a cell of two phases middle: (T, B, H).
 FUSEDRNN_KERNEL(kThreads) operands(const BackwardJob<S> job, S* h, S* middle) {
-  each_unit(job.steps.T * job.steps.B, job.H,
-            [&](Index i, Index u) { BackwardStep<Cell, S>{job}.operands(i, u, h, middle); });
+  const Index B = job.steps.B;
+  each_unit(job.steps.T * B, job.H,
+            [&](Index i, Index u) { BackwardUnit<Cell, S>{job, i % B, u}.operands(i / B, h, middle); });
 }
 
 // Of cells with two phases.
-FUSEDRNN_KERNEL(kThreads) step_forward2(const ForwardJob<S> job, Index s) {
-  FUSEDRNN_EACH(job, (ForwardStep<Cell, S>{job}.step2(s, b, u)));
-}
+FUSEDRNN_KERNEL(kThreads) step_forward2(const ForwardJob<S> job, Index s) { FUSEDRNN_EACH(ForwardUnit, one_step2(s)); }
 FUSEDRNN_KERNEL(kThreads) step_backward2(const BackwardJob<S> job, Index s) {
-  FUSEDRNN_EACH(job, (BackwardStep<Cell, S>{job}.step2(s, b, u)));
+  FUSEDRNN_EACH(BackwardUnit, one_step2(s));
 }
-
 #endif
 
-// Of plain cells with one, all steps in one launch: by all blocks at once, and from sm_90 on by clusters. The names say
-// where a block has its weights, if not in shared memory.
-#define FUSEDRNN_ALL_STEPS(kernel, ending, weights)                               \
-  FUSEDRNN_KERNEL(kThreads) kernel##_forward##ending(const ForwardJob<S> job) {   \
-    by_##kernel<Cell, Tile, weights>(job);                                        \
-  }                                                                               \
-  FUSEDRNN_KERNEL(kThreads) kernel##_backward##ending(const BackwardJob<S> job) { \
-    by_##kernel<Cell, Tile, weights>(job);                                        \
-  }
+// Of plain cells with one, all steps in one launch: by clusters from sm_90 on, and by all blocks at once. One of all
+// has few columns going back.
 #if FUSEDRNN_HAS(1)
-FUSEDRNN_ALL_STEPS(cluster, _registers, Weights::registers)
+FUSEDRNN_KERNEL(kThreads) FUSEDRNN_CLUSTER cluster_forward(const ForwardJob<S> job) { whole<ClusterExchange, 16>(job); }
+FUSEDRNN_KERNEL(kThreads) FUSEDRNN_CLUSTER cluster_backward(const BackwardJob<S> job) {
+  whole<ClusterExchange, 16>(job);
+}
 #endif
 #if FUSEDRNN_HAS(2)
-FUSEDRNN_ALL_STEPS(cluster, , Weights::shared)
-#endif
-#if FUSEDRNN_HAS(3)
-FUSEDRNN_ALL_STEPS(grid, _registers, Weights::registers)
-#endif
-#if FUSEDRNN_HAS(4)
-FUSEDRNN_ALL_STEPS(grid, , Weights::shared)
+FUSEDRNN_KERNEL(kThreads) grid_forward(const ForwardJob<S> job) { whole<GridExchange, 16>(job); }
+FUSEDRNN_KERNEL(kThreads) grid_backward(const BackwardJob<S> job) { whole<GridExchange, 8>(job); }
 #endif

@@ -8,51 +8,41 @@
 namespace fusedrnn {
 namespace cuda {
 
-// The mask's entry for unit u of row b at step t; 1 where the rule does not act.
-template <class T>
-FUSEDRNN_INLINE T mask_entry(const Regularization& rules, const MaskRule& rule, MaskKind kind, Index t, Index b,
-                             Index u) {
-  if (!rule.acts) return T(1);
-  if (!rule.drawn) return T(rule.kept);
-  const uint32_t group = uint32_t(u / 4), row = uint32_t(b);
-  uint32_t words[4];
-  philox<1>(rules.seed, &group, &row, uint32_t(t), last_of_counter(kind, rules.stream), words);
-  return entry_of<T>(rule, words[u % 4]);
-}
-
-// What happens to one unit of one row; nothing where the cell is not a regularized one.
+// What happens to unit u of row b; nothing where the cell is not a regularized one.
 template <class Cell, class T>
-struct Rules {
+struct Masks {
   using V = Vec<T>;
-  const Regularization& rules;
+  const Regularization& of;
   Index b, u;
 
   // h as weight_hh meets it, and the gradient of that as one of h.
   FUSEDRNN_INLINE T dropped(T h) const {
     if constexpr (kRegularized<Cell>)
-      if (rules.dropout.acts) return h * mask_entry<T>(rules, rules.dropout, MaskKind::dropout, 0, b, u);
+      if (acts(MaskKind::dropout)) return h * entry(MaskKind::dropout, 0);
     return h;
   }
-  FUSEDRNN_INLINE V zoned_h(Index t, V candidate, V before) const {
-    return zoned(rules.zoneout_h, MaskKind::zoneout_h, t, candidate, before);
-  }
-  FUSEDRNN_INLINE V zoned_c(Index t, V candidate, V before) const {
-    return zoned(rules.zoneout_c, MaskKind::zoneout_c, t, candidate, before);
-  }
-  // The gradient d of a state becomes that of its candidate; -> what the state before gets of it past the cell.
-  FUSEDRNN_INLINE V past_h(Index t, V& d) const { return past(rules.zoneout_h, MaskKind::zoneout_h, t, d); }
-  FUSEDRNN_INLINE V past_c(Index t, V& d) const { return past(rules.zoneout_c, MaskKind::zoneout_c, t, d); }
-
- private:
-  FUSEDRNN_INLINE V zoned(const MaskRule& rule, MaskKind kind, Index t, V candidate, V before) const {
+  // The state after step t, of h or c by `kind`.
+  FUSEDRNN_INLINE V zoned(MaskKind kind, Index t, V candidate, V before) const {
     if constexpr (kRegularized<Cell>)
-      if (rule.acts) return Cell::zoneout(V(mask_entry<T>(rules, rule, kind, t, b, u)), candidate, before);
+      if (acts(kind)) return Cell::zoneout(V(entry(kind, t)), candidate, before);
     return candidate;
   }
-  FUSEDRNN_INLINE V past(const MaskRule& rule, MaskKind kind, Index t, V& d) const {
+  // Its gradient d becomes that of the candidate; -> what the state before gets of it past the cell.
+  FUSEDRNN_INLINE V past(MaskKind kind, Index t, V& d) const {
     if constexpr (kRegularized<Cell>)
-      if (rule.acts) return Cell::zoneout_backward(V(mask_entry<T>(rules, rule, kind, t, b, u)), d);
+      if (acts(kind)) return Cell::zoneout_backward(V(entry(kind, t)), d);
     return V::zero();
+  }
+
+ private:
+  FUSEDRNN_INLINE bool acts(MaskKind kind) const { return of.rules[int(kind)].acts; }
+  FUSEDRNN_INLINE T entry(MaskKind kind, Index t) const {
+    const MaskRule& rule = of.rules[int(kind)];
+    if (!rule.drawn) return T(rule.kept);
+    const uint32_t group = uint32_t(u / 4), row = uint32_t(b);
+    uint32_t words[4];
+    philox<1>(of.seed, &group, &row, uint32_t(t), last_of_counter(kind, of.stream), words);
+    return entry_of<T>(rule, words[u % 4]);
   }
 };
 

@@ -3,16 +3,15 @@
 //
 //   columns        of the tile
 //   Factor         what the factors are kept as; factor(x) makes one, rounded
-//   Rows, Columns  what a lane multiplies of 32 k: rows_of(x), columns_of(w). x.one(row, k) is a factor, x.two(row, k)
-//                  it and the next in one word
+//   Rows, Columns  what a lane multiplies of 32 k: load<Rows>(x), load<Columns>(w). x.one(row, k) is a factor,
+//                  x.two(row, k) it and the next in one word
 //   add(Rows, Columns)   32 more k
 //   store(sums, pitch)   sums[row * pitch + column], each by the lane that has it, after the last add
 //   kept           so many Columns may stay in a lane's registers: half of them
 //   ahead          then Rows are loaded while those before are multiplied
 //
 // IeeeTile multiplies in T itself. MatrixTile has the matrix units multiply rounded factors and add in float:
-//   tf32     10 bits of mantissa     tf32x3   each factor as a sum of two such, the product of the smaller parts left
-//   out bf16     7 bits                  fp16     10 bits, to 65504
+//   tf32     10 bits of mantissa     bf16   7 bits     fp16   10 bits, to 65504
 #pragma once
 #include "cuda/half.h"
 #include "steps.h"
@@ -49,26 +48,17 @@ struct IeeeTile {
     for (int i = 0; i < count; ++i) sums[i] = T(0);
   }
 
-  // A lane has one of the k, of all rows and columns.
+  // A lane has one of the k, of all 8.
   struct Rows {
     T of[kRows];
   };
-  struct Columns {
-    T of[columns];
-  };
-  template <class X>
-  FUSEDRNN_INLINE static Rows rows_of(X x) {
-    Rows rows;
+  using Columns = Rows;
+  template <class Words, class X>
+  FUSEDRNN_INLINE static Words load(X x) {
+    Words words;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) rows.of[i] = x.one(i, lane());
-    return rows;
-  }
-  template <class W>
-  FUSEDRNN_INLINE static Columns columns_of(W w) {
-    Columns all;
-#pragma unroll
-    for (int i = 0; i < columns; ++i) all.of[i] = w.one(i, lane());
-    return all;
+    for (int i = 0; i < kRows; ++i) words.of[i] = x.one(i, lane());
+    return words;
   }
   FUSEDRNN_INLINE void add(const Rows& x, const Columns& w) {
 #pragma unroll
@@ -101,104 +91,80 @@ struct IeeeTile {
   }
 };
 
-enum class Precision { ieee, tf32, tf32x3, bf16, fp16 };
+enum class Precision { ieee, tf32, bf16, fp16 };
 
-// The columns are the rows of the first factor, so that the few rows of a batch fill the shorter side. Which lane has
-// which element of the factors and of the sums is laid down with the instructions (PTX, mma.m16n8k8 and m16n8k16).
-template <Precision precision>
+// Which lane has which element of the factors and of the sums is laid down with the instructions (PTX, mma.m16n8k8 and
+// m16n8k16). 16 columns are the rows of the first factor, so that the few rows of a batch fill the shorter side. 8 are
+// the second factor, and half of the first is zeros: so a block of few columns wastes no registers.
+template <Precision precision, int columns_>
 struct MatrixTile {
-  static constexpr bool pairs = precision == Precision::bf16 || precision == Precision::fp16;
-  using Factor = typename Choose<pairs, uint16_t, float>::type;
-  using Word = typename Choose<pairs, uint32_t, float>::type;  // of neighbours along k
-  static constexpr int columns = 16;
-  static constexpr int kNeighbours = pairs ? 2 : 1, kSteps = kWarp / (8 * kNeighbours);  // of 8 words of k
+  static constexpr bool pairs = precision != Precision::tf32;  // in a word, of neighbours along k
+  using Factor = typename Choose<pairs, uint16_t, uint32_t>::type;
+  static constexpr int columns = columns_, kSteps = pairs ? 2 : 4;  // of 8 words of k
   static constexpr bool ahead = true;
-  // Of tf32x3 both parts stay.
-  static constexpr int kept = precision == Precision::tf32x3 ? 3 : kKeptBytes / (kSteps * 4 * sizeof(Word));
+  static constexpr int kept = kKeptBytes / (kSteps * columns);
   float sums[2][4] = {};  // take turns: an instruction need not wait for the sums of the one before
 
   FUSEDRNN_INLINE static Factor factor(float x) {
     if constexpr (precision == Precision::bf16) return to_bf16(x);
     if constexpr (precision == Precision::fp16) return to_fp16(x);
-    if constexpr (precision == Precision::tf32) return Native<float>::of_bits(to_tf32(x));
-    return Factor(x);
+    if constexpr (precision == Precision::tf32) return to_tf32(x);
   }
   // What is kept as it is: Half is multiplied as fp16 and Bfloat16 as bf16 alone.
   FUSEDRNN_INLINE static uint16_t factor(Half x) { return x.bits; }
   FUSEDRNN_INLINE static uint16_t factor(Bfloat16 x) { return x.bits; }
 
-  struct Rows {
-    Word of[kSteps][2];
+  template <int n_>
+  struct Fragment {
+    static constexpr int n = n_;
+    uint32_t of[kSteps][2 * n];  // of 8 n rows
   };
-  struct Columns {
-    Word of[kSteps][4];
-  };
-  template <class X>
-  FUSEDRNN_INLINE static Word word(X x, int row, int k) {
-    if constexpr (pairs)
-      return x.two(row, kNeighbours * k);
-    else
-      return x.one(row, k);
-  }
-  template <class X>
-  FUSEDRNN_INLINE static Rows rows_of(X x) {
-    const int g = lane() / 4, t = lane() % 4;
-    Rows rows;
+  using Rows = Fragment<1>;
+  using Columns = Fragment<columns / 8>;
+  template <class Words, class X>
+  FUSEDRNN_INLINE static Words load(X x) {
+    Words words;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) rows.of[i][0] = word(x, g, 8 * i + t), rows.of[i][1] = word(x, g, 8 * i + t + 4);
-    return rows;
-  }
-  template <class W>
-  FUSEDRNN_INLINE static Columns columns_of(W w) {
-    const int g = lane() / 4, t = lane() % 4;
-    Columns all;
+    for (int i = 0; i < kSteps; ++i)
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      all.of[i][0] = word(w, g, 8 * i + t), all.of[i][1] = word(w, g + 8, 8 * i + t);
-      all.of[i][2] = word(w, g, 8 * i + t + 4), all.of[i][3] = word(w, g + 8, 8 * i + t + 4);
-    }
-    return all;
+      for (int j = 0; j < 2 * Words::n; ++j) {
+        const int row = lane() / 4 + j % Words::n * 8, word = 8 * i + lane() % 4 + j / Words::n * 4;
+        if constexpr (pairs)
+          words.of[i][j] = x.two(row, 2 * word);
+        else
+          words.of[i][j] = x.one(row, word);
+      }
+    return words;
   }
   FUSEDRNN_INLINE void add(const Rows& x, const Columns& w) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      if constexpr (precision == Precision::bf16) multiply_bf16(sums[i % 2], w.of[i], x.of[i]);
-      if constexpr (precision == Precision::fp16) multiply_fp16(sums[i % 2], w.of[i], x.of[i]);
-      if constexpr (!pairs) {
-        uint32_t a[4], b[2];
-        if constexpr (precision == Precision::tf32x3) {
-          uint32_t a_rest[4], b_rest[2];
-          split<4>(w.of[i], a, a_rest), split<2>(x.of[i], b, b_rest);
-          multiply_tf32(sums[i % 2], a_rest, b);
-          multiply_tf32(sums[i % 2], a, b_rest);
-        } else {
-          for (int j = 0; j < 4; ++j) a[j] = Native<float>::bits(w.of[i][j]);
-          for (int j = 0; j < 2; ++j) b[j] = Native<float>::bits(x.of[i][j]);
-        }
-        multiply_tf32(sums[i % 2], a, b);
+      if constexpr (columns == 16) {
+        multiply(sums[i % 2], w.of[i], x.of[i]);
+      } else {
+        const uint32_t rows[4] = {x.of[i][0], 0, x.of[i][1], 0};
+        multiply(sums[i % 2], rows, w.of[i]);
       }
     }
   }
-
-  // Each as a sum of two that the units take.
-  template <int n>
-  FUSEDRNN_INLINE static void split(const float* x, uint32_t* larger, uint32_t* rest) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      larger[i] = to_tf32(x[i]);
-      rest[i] = to_tf32(x[i] - Native<float>::of_bits(larger[i]));
-    }
+  FUSEDRNN_INLINE static void multiply(float* sums, const uint32_t* a, const uint32_t* b) {
+    if constexpr (precision == Precision::tf32) multiply_tf32(sums, a, b);
+    if constexpr (precision == Precision::bf16) multiply_bf16(sums, a, b);
+    if constexpr (precision == Precision::fp16) multiply_fp16(sums, a, b);
   }
 
   FUSEDRNN_INLINE void store(float* out, Index pitch) const {
-    const int g = lane() / 4, t = lane() % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[(2 * t + i % 2) * pitch + g + i / 2 * 8] = sums[0][i] + sums[1][i];
+    for (int i = 0; i < columns / 4; ++i) {
+      const int along = lane() / 4 + i / 2 * 8, across = 2 * (lane() % 4) + i % 2;  // in sums (16, 8)
+      out[columns == 16 ? across * pitch + along : along * pitch + across] = sums[0][i] + sums[1][i];
+    }
   }
 };
 
-template <class S, Precision precision>
-using TileOf = Choose<precision == Precision::ieee, IeeeTile<Compute<S>>, MatrixTile<precision>>;
+template <class S, Precision precision, int columns>
+using TileOf =
+    typename Choose<precision == Precision::ieee, IeeeTile<Compute<S>>, MatrixTile<precision, columns>>::type;
 
 }  // namespace cuda
 }  // namespace fusedrnn

@@ -99,7 +99,7 @@ def library(code: Code, warps: int) -> ctypes.CDLL:
 
 
 def rounded(a: Any, precision: str) -> Any:
-    """Float32 as the matrix units take it, to nearest and ties to even; ieee and tf32x3 leave it."""
+    """Float32 as the matrix units take it, to nearest and ties to even; ieee leaves it."""
     if precision == "fp16":
         return a.astype(np.float16).astype(np.float32)
     lost = {"tf32": 13, "bf16": 16}.get(precision)  # bits of the mantissa
@@ -122,7 +122,7 @@ class _Place:
 
 
 class EmulatedDevice:
-    """Implements ``fusedrnn.backends.cuda.device.Device``.
+    """Has the methods of ``fusedrnn.backends.cuda.cupy_device.CupyDevice``.
 
     ``seed`` is that of the order in which threads run; each launch draws another one from it.
     """
@@ -165,7 +165,6 @@ class EmulatedDevice:
         return int(a.ctypes.data)
 
     def matmul(self, a: Any, b: Any, out: Any, precision: str = "ieee") -> None:
-        """Of tf32x3 in float32."""
         assert a.ndim == b.ndim == out.ndim == 2
         assert out.flags.c_contiguous
         if self._recorded is not None:

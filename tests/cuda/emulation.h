@@ -55,6 +55,7 @@ void poll(const unsigned* counter);  // before every load of a counter that anot
 extern emulation::Dim threadIdx, blockIdx, blockDim, gridDim;
 
 #define FUSEDRNN_KERNEL(threads) extern "C" void
+#define FUSEDRNN_CLUSTER
 #define FUSEDRNN_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace fusedrnn {
@@ -78,18 +79,11 @@ inline T from_lane(T x, int mask, const char* file = __builtin_FILE(), int line 
   return x;
 }
 
-template <class T>
-inline T load_shared_by_blocks(const T* p) {
+template <class F>
+struct Sixteen;  // device.h
+template <class F>
+inline Sixteen<F> load_shared_by_blocks(const Sixteen<F>* p) {
   return *p;
-}
-
-template <class F, int n>
-struct Several;  // device.h
-template <class S>
-inline Several<S, 16 / sizeof(S)> load_sixteen_shared_by_blocks(const S* p) {
-  Several<S, 16 / sizeof(S)> all;
-  for (size_t i = 0; i < 16 / sizeof(S); ++i) all.of[i] = p[i];
-  return all;
 }
 inline uint32_t load_two(const uint16_t* p) { return p[0] | uint32_t(p[1]) << 16; }
 
@@ -117,8 +111,8 @@ inline unsigned load_relaxed(const unsigned* counter) {
 
 constexpr bool kClusters = true;
 template <class T>
-inline void store_to_block(T* p, unsigned rank, T x) {
-  *static_cast<T*>(emulation::in_block(p, rank)) = x;
+inline T* in_block(T* p, unsigned rank) {
+  return static_cast<T*>(emulation::in_block(p, rank));
 }
 inline void sync_cluster(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulation::sync_cluster({file, line});

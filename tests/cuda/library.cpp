@@ -28,9 +28,7 @@ std::string run(const emulation::Launch& launch, void (*kernel)(A...), const Arg
 
 #define FUSEDRNN_EACH_KERNEL(f)                                                                          \
   f(begin_forward) f(step_forward) f(step_forward2) f(begin_backward) f(step_backward) f(step_backward2) \
-      f(finish_backward) f(operands) f(grid_forward) f(grid_backward) f(grid_forward_registers)          \
-          f(grid_backward_registers) f(cluster_forward) f(cluster_backward) f(cluster_forward_registers) \
-              f(cluster_backward_registers)
+      f(finish_backward) f(operands) f(grid_forward) f(grid_backward) f(cluster_forward) f(cluster_backward)
 
 std::string run(const char* name, const emulation::Launch& launch, const Arguments& given) {
 #define FUSEDRNN_NAMED(kernel) \

@@ -112,7 +112,7 @@ SMALL_KERNEL(what_was_in_shared_memory) {
 // Everybody gives its number to the next block of the cluster. A block can be written to when it has begun.
 static void ring_by(const Arguments& a, bool first_barrier, bool second_barrier) {
   if (first_barrier) sync_cluster();
-  store_to_block(shared() + threadIdx.x, (blockIdx.x + 1) % gridDim.x, double(blockIdx.x));
+  *in_block(shared() + threadIdx.x, (blockIdx.x + 1) % gridDim.x) = double(blockIdx.x);
   if (second_barrier)
     sync_cluster();
   else

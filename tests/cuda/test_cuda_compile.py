@@ -1,12 +1,12 @@
 """The CUDA sources compile for every GPU they are for, and Python's picture of them is the right one.
 
-Compiling needs no GPU. NVRTC compiles what a user's first call would; where there is an nvcc, it says how the
-kernels use registers.
+Compiling needs no GPU. NVRTC compiles what a user's first call would, and says how the kernels use registers.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import itertools
 import os
 import re
@@ -19,11 +19,12 @@ import pytest
 
 import emulated
 from fusedrnn.backends.cuda import cupy_device, nvrtc
-from fusedrnn.backends.cuda.jobs import BackwardJob, ForwardJob, MaskRule, Rules, Steps, kernels_of
+from fusedrnn.backends.cuda.jobs import BackwardJob, Cut, ForwardJob, MaskRule, Rules, Steps, kernels_of
 from fusedrnn.backends.cuda.launches import MOST_SUMS
-from fusedrnn.backends.cuda.plans import TILES, Layout, Limits, Tile, cut
+from fusedrnn.backends.cuda.plans import Tile, cut
 from fusedrnn.cells import lstm, rnn
 from problems import NORMED, PLAIN
+from test_cuda_plan import Limits
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -33,20 +34,17 @@ STEPPED_TYPES = (*NORMED_TYPES, *(f"Regularized<{type_}>" for type_ in (*TYPES, 
 KERNELS = [
     "begin_forward", "step_forward", "step_forward2", "begin_backward", "step_backward", "step_backward2",
     "finish_backward", "operands",
-    *(f"{k}_{way}{ending}" for k in ("grid", "cluster") for way in ("forward", "backward")
-      for ending in ("", "_registers")),
+    *(f"{kernel}_{way}" for kernel in ("grid", "cluster") for way in ("forward", "backward")),
 ]  # fmt: skip
 KINDS = [("float", "ieee"), ("double", "ieee"), ("Half", "fp16"), ("Bfloat16", "bf16")]
 LSTM_CODE = nvrtc.Code("Lstm", "float")
 
 
 def nvrtc_missing() -> str | None:
-    if not cupy_device._installed("cuda.bindings"):
-        return "cuda-bindings is not installed"
     try:
         nvrtc.version()
-    except Exception as error:  # the library is another package
-        return f"NVRTC is not installed ({cupy_device._line(error)})"
+    except Exception as error:  # of CuPy, or of the library, which is another package
+        return f"CuPy or NVRTC is not installed ({cupy_device._line(error)})"
     return None
 
 
@@ -126,11 +124,9 @@ def test_each_kernel_variant_compiles_by_itself():
 
 @needs_nvrtc
 def test_what_does_not_compile_says_why(tmp_path):
-    with pytest.raises(
-        RuntimeError, match=r'nvrtcCompileProgram: NVRTC_ERROR_COMPILATION, .* "Abacus" is undef'
-    ):
+    with pytest.raises(RuntimeError, match=r'NVRTC_ERROR_COMPILATION.*"Abacus" is undef'):
         nvrtc.cubin(nvrtc.Code("Abacus", "float"), "sm_90")
-    with pytest.raises(RuntimeError, match=r"nvrtcCompileProgram: NVRTC_ERROR_INVALID_OPTION"):
+    with pytest.raises(RuntimeError, match=r"NVRTC_ERROR_INVALID_OPTION"):
         nvrtc.cubin(nvrtc.Code("RnnTanh", "float"), "sm_1")
     assert not list(tmp_path.rglob("*.cubin"))
 
@@ -158,7 +154,7 @@ def test_the_cache(compiled, tmp_path, monkeypatch):
     assert len(compiled) == 3
     for _ in range(2):
         nvrtc.cubin(LSTM_CODE, "sm_80", "cluster")
-    assert "--define-macro=FUSEDRNN_ONLY=2" in compiled.pop()
+    assert "--define-macro=FUSEDRNN_ONLY=1" in compiled.pop()
     assert len(compiled) == 3
     assert len([*tmp_path.rglob("Lstm-cluster-float-ieee-sm_80-*.cubin")]) == 1
     monkeypatch.setattr(nvrtc, "version", lambda: (13, 1))  # another NVRTC
@@ -220,35 +216,37 @@ def test_the_sources_are_found_in_the_tree_and_in_an_installed_package(tmp_path,
     assert find() == package / "csrc"
 
 
-# --- nvcc --------------------------------------------------------------------------------------------------
+# --- registers ---------------------------------------------------------------------------------------------
+
+CODES = [nvrtc.Code(cell, "float") for cell in (*TYPES, "LstmLayerNorm", "Regularized<LstmLayerNorm>")]
+CODES += [nvrtc.Code("Lstm", "float", precision) for precision in nvrtc.PRECISIONS[1:]]
+CODES += [nvrtc.Code("Lstm", *kind) for kind in KINDS[2:]]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_kernels_keep_to_their_registers(tmp_path):
+@needs_nvrtc
+@pytest.mark.parametrize("code", CODES, ids="-".join)
+def test_kernels_keep_to_their_registers(monkeypatch, code):
     """No kernel spills; all steps in one launch run with a whole block on a multiprocessor."""
-    codes = [(cell, "float", "ieee") for cell in TYPES]
-    codes += [("Lstm", "float", name) for name in nvrtc.PRECISIONS[1:]]
-    codes += [("Lstm", *kind) for kind in KINDS[2:]]
-    codes += [("LstmLayerNorm", "float", "ieee"), ("Regularized<LstmLayerNorm>", "float", "ieee")]
-    for cell, dtype, precision in codes:
-        done = subprocess.run(
-            ["nvcc", "-arch=sm_90", "-cubin", "-Xptxas", "-v", "-std=c++17", "-fmad=false",
-             "-I", ROOT / "csrc", f"-DFUSEDRNN_CELL={cell}", f"-DFUSEDRNN_DTYPE={dtype}",
-             f"-DFUSEDRNN_PRECISION={precision}",
-             ROOT / "csrc/cuda/kernels.cu", "-o", tmp_path / "kernels.cubin"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        used = re.findall(
-            r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-            r"Used (\d+) registers",
-            done.stderr,
-            re.DOTALL,
-        )
-        assert {kernel for kernel, *_ in used} >= set(KERNELS)
-        for kernel, *spilled, registers in used:
-            assert spilled == ["0", "0"], (cell, dtype, precision, kernel)
-            assert int(registers) * 256 <= 65536
+    compiler = importlib.import_module("cupy.cuda").nvrtc
+
+    def said(options):
+        program = compiler.createProgram(nvrtc.sources().joinpath("cuda/kernels.cu").read_text(), "", (), ())
+        compiler.compileProgram(program, [*options, "--ptxas-options=-v"])
+        return compiler.getProgramLog(program).encode()
+
+    monkeypatch.setattr(nvrtc, "_compile", said)
+    used = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        nvrtc.cubin(code, "sm_90").decode(),
+        re.DOTALL,
+    )
+    assert {kernel for kernel, *_ in used} == set(KERNELS)
+    for kernel, frame, *spilled, registers in used:
+        assert spilled == ["0", "0"], kernel
+        assert frame == "0" or nvrtc.variant_of(kernel) == "steps", kernel
+        assert int(registers) * 32 * nvrtc.WARPS <= 65536
 
 
 # --- Python's picture of the sources ------------------------------------------------------------------------
@@ -266,35 +264,47 @@ PROGRAM = """
 using namespace fusedrnn;
 using namespace fusedrnn::cuda;
 char* emulation::shared_memory() { return nullptr; }
+emulation::Dim threadIdx, blockIdx, blockDim, gridDim;
 
 template <class Cell>
 static void cell(const char* name) {
   static_assert(2 * RowNorm<Cell, RowUnits<float>>::kNorms <= @MOST_SUMS@, "of a block's shared memory");
   printf("cell %s %d\\n", name, kNormSums<Cell>);
 }
-template <class S, Precision precision>
-static void shared(Weights in, Index rows, Index units, Index columns, Index K, Index operand_rows,
-                   Index operand_k) {
-  using Tile = typename TileOf<S, precision>::type;
-  const Layout layout(rows, columns, Tile::columns, in);
-  const Shared<Compute<S>, typename Tile::Factor> s(nullptr, layout, columns, K, operand_rows, operand_k,
-                                                    rows * units, in);
-  printf("shared %d %d %d %d %d %zu\\n", Tile::columns, Tile::kept, layout.column_tiles, layout.row_tiles,
-         layout.splits, size_t(reinterpret_cast<char*>(s.end) - static_cast<char*>(nullptr)));
+template <class S, Precision precision, int columns, template <class> class Exchange>
+static void shared(const Cut& cut, Index K) {
+  using Tile = TileOf<S, precision, columns>;
+  using F = typename Tile::Factor;
+  const Layout layout(cut, Tile::columns);
+  const Index pitch = pitch_of<F>(K), sums = layout.sum(layout.splits, 0, 0);
+  const Exchange<F> exchange(cut, nullptr, layout.rows, pitch);
+  printf("shared %d %d %d %zu %zu\\n", Tile::columns, Tile::kept, layout.columns,
+         size_t(exchange.after_shared()) + sums * sizeof(Compute<S>), 2 * layout.rows * pitch * sizeof(F));
+}
+template <int columns, template <class> class Exchange>
+static void shared_of(int number, const Cut& cut, Index K) {
+  using Call = void (*)(const Cut&, Index);
+  const Call calls[] = {shared<float, Precision::ieee, columns, Exchange>,
+                        shared<double, Precision::ieee, columns, Exchange>,
+                        shared<float, Precision::tf32, columns, Exchange>,
+                        shared<Bfloat16, Precision::bf16, columns, Exchange>,
+                        shared<Half, Precision::fp16, columns, Exchange>};
+  calls[number](cut, K);
 }
 int main() {
   @FIELDS@
   cell<RnnTanhLayerNorm>("RnnTanhLayerNorm"), cell<RnnReluLayerNorm>("RnnReluLayerNorm");
   cell<LstmLayerNorm>("LstmLayerNorm"), cell<GruResetAfterLayerNorm>("GruResetAfterLayerNorm");
-  int of, registers;
-  long n[6];
-  while (scanf("%d %d %ld %ld %ld %ld %ld %ld", &of, &registers, n, n + 1, n + 2, n + 3, n + 4, n + 5) == 8) {
-    const Weights in = registers ? Weights::registers : Weights::shared;
-    using Call = void (*)(Weights, Index, Index, Index, Index, Index, Index);
-    const Call calls[] = {shared<float, Precision::ieee>,   shared<double, Precision::ieee>,
-                          shared<float, Precision::tf32>,   shared<float, Precision::tf32x3>,
-                          shared<Bfloat16, Precision::bf16>, shared<Half, Precision::fp16>};
-    calls[of](in, n[0], n[1], n[2], n[3], n[4], n[5]);
+  int number, cluster, backward;
+  long n[4];
+  while (scanf("%d %d %d %ld %ld %ld %ld", &number, &cluster, &backward, n, n + 1, n + 2, n + 3) == 7) {
+    const Cut cut{0, n[0], n[1], n[2], nullptr, nullptr};
+    if (cluster)
+      shared_of<16, ClusterExchange>(number, cut, n[3]);
+    else if (backward)
+      shared_of<8, GridExchange>(number, cut, n[3]);
+    else
+      shared_of<16, GridExchange>(number, cut, n[3]);
   }
 }
 """
@@ -304,6 +314,7 @@ STRUCTURES = {  # in C++; the pointers alone know a dtype
     Steps: "Steps",
     MaskRule: "MaskRule",
     Rules: "cuda::Regularization",
+    Cut: "cuda::Cut",
     ForwardJob: "ForwardJob<float>",
     BackwardJob: "BackwardJob<double>",
 }
@@ -350,7 +361,7 @@ def test_no_field_is_left_out():
         name = re.sub("cuda::|<.*", "", type_)
         body = re.search(rf"struct {name} {{\n(.*?)\n}};", text, re.DOTALL)[1]
         body = re.sub(r"//.*|using .*", "", body)
-        names = re.findall(r"\*?(\w+)\s*(?=[,;])", body)
+        names = re.findall(r"\*?(\w+)(?:\[\d\])?\s*(?=[,;])", body)
         assert names == [field for field, *_ in structure._fields_]
 
 
@@ -361,24 +372,24 @@ def test_sums_of_layer_norm(printed):
 
 
 def blocks():
-    """Plans of many sizes, as the program reads them, which has the tiles in this order, and what it is to
+    """Plans of many sizes, as the program reads them, which has the kinds in this order, and what it is to
     print of each."""
     device = Limits(10_000, 1 << 22, 8, 16)
-    for kernel, (number, kind) in itertools.product(nvrtc.KERNELS[1:], enumerate(TILES)):
-        compute, precision = (8, "ieee") if kind == "float64" else (4, kind)
+    kinds = ((4, "ieee"), (8, "ieee"), (4, "tf32"), (4, "bf16"), (4, "fp16"))
+    for kernel, (number, kind) in itertools.product(nvrtc.KERNELS[1:], enumerate(kinds)):
         for cell, backward, H, units, rows in itertools.product(
             (kernels_of(rnn), kernels_of(lstm)), (False, True), (1, 33, 100, 261), (1, 7, 13), (1, 9, 31)
         ):
-            plan = cut(kernel, cell, 31, H, compute, device, precision, backward, units, rows)
+            plan = cut(kernel, cell, 31, H, kind[0], device, kind[1], backward, units, rows)
             if plan is None:
                 continue
-            R, registers = cell.recurrent.count, kernel.endswith("_registers")
-            K, columns = (R * H, units) if backward else (H, R * units)
-            operand_rows = plan.at_once * (2 if kernel.startswith("cluster") else 1)
-            numbers = (number, int(registers), rows, units, columns, K, operand_rows, plan.chunk)
-            tile = Tile.of(compute, precision)
-            layout = Layout.of(rows, columns, tile.columns, 8, registers)
-            yield kernel, numbers, (tile.columns, tile.kept, *layout[1:], plan.shared)
+            K, grid = (cell.recurrent.count * H if backward else H), kernel == "grid"
+            tile = Tile.of(*kind, backward and grid)
+            numbers = (number, int(not grid), int(backward), rows, plan.splits, plan.at_once, K)
+            exchanged = 2 * -(-rows // 8) * 8 * tile.row(K)
+            assert plan.exchanged == grid * plan.blocks[1] * exchanged
+            columns = 8 // plan.splits * tile.columns
+            yield kernel, numbers, (tile.columns, tile.kept, columns, plan.shared, exchanged)
 
 
 @needs_compiler

@@ -258,12 +258,18 @@ def test_the_workspace_is_part_of_the_key(gpu):
     assert asked.recording.begin_capture.call_count == 2
 
 
-@pytest.mark.skipif(not cupy_device._installed("cupy"), reason="CuPy is not installed")
 def test_cupy_has_what_is_used_of_it():
-    import cupy
+    cupy = pytest.importorskip("cupy")
 
     for method in ("begin_capture", "end_capture", "is_capturing", "__enter__"):
         assert hasattr(cupy.cuda.Stream, method)
         assert hasattr(cupy.cuda.ExternalStream, method)
     assert hasattr(cupy.cuda.graph.Graph, "launch")
     assert isinstance(cupy.cuda.runtime.streamCaptureModeThreadLocal, int)
+    assert isinstance(cupy.cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, int)
+    for function, count in (("launchKernel", 11), ("launchCooperativeKernel", 10), ("funcSetAttribute", 3)):
+        signature = getattr(cupy.cuda.driver, function).__doc__.partition("\n")[0]
+        assert signature.count(",") == count - 1
+    for method in ("load", "get_function"):
+        assert hasattr(cupy.cuda.Module, method)
+    assert issubclass(cupy.cuda.driver.CUDADriverError, RuntimeError)

@@ -1,7 +1,7 @@
 """Forward and backward of the CUDA backend.
 
-Everything here goes through a ``device.Device``; the large products before and after the recurrence are the
-device's, the recurrence itself is launched as ``plans`` chooses.
+The large products before and after the recurrence are the device's, the recurrence itself is launched as
+``plans`` chooses.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 
 from fusedrnn.backends.arguments import FLOATS, ForwardArguments, check_backward, check_cell, check_forward
 from fusedrnn.backends.cuda import cupy_device
-from fusedrnn.backends.cuda.device import Device
+from fusedrnn.backends.cuda.cupy_device import CupyDevice
 from fusedrnn.backends.cuda.jobs import BackwardJob, CellKernels, ForwardJob, kernels_of
 from fusedrnn.backends.cuda.launches import Launches
 from fusedrnn.backends.cuda.nvrtc import KERNELS, PRECISIONS
-from fusedrnn.backends.cuda.plans import Limits, Plan, choose
+from fusedrnn.backends.cuda.plans import Plan, choose
 from fusedrnn.backends.cuda.self_test import self_test
 from fusedrnn.backends.cuda.weights import Packed, compute, copy, dtypes_of, kind_of, pack, precision_of
 from fusedrnn.backends.protocol import Array, Forward, Gradients, State, Weights
@@ -74,7 +74,7 @@ class CudaBackend:
 
     def __init__(
         self,
-        device: Device | None = None,
+        device: CupyDevice | None = None,
         kernel: str | None = None,
         precision: str | None = None,
         *,
@@ -85,7 +85,7 @@ class CudaBackend:
         self._device = device
         self._kernel, self._precision = kernel, precision
         self._test = not _tested
-        self._tested: set[tuple[Device, str, str, str]] = set()  # where and what passed its self-test
+        self._tested: set[tuple[CupyDevice, str, str, str]] = set()  # where and what passed its self-test
         self.last_plan: Plan | None = None
 
     def unavailable(self) -> str | None:
@@ -93,7 +93,7 @@ class CudaBackend:
         return None if self._device is not None else cupy_device.unavailable()
 
     @property
-    def device(self) -> Device:
+    def device(self) -> CupyDevice:
         """The device that calls run on."""
         return cupy_device.current() if self._device is None else self._device
 
@@ -261,23 +261,15 @@ class CudaBackend:
 
     def _plan(
         self,
-        device: Device,
+        device: CupyDevice,
         kernels: CellKernels,
         sizes: tuple[int, int, int],
         dtype: np.dtype[Any],
         options: KernelOptions,
         backward: bool,
     ) -> Plan:
-        limits = Limits(device.multiprocessors, device.shared_bytes, device.warps, device.cluster)
-        return choose(
-            kernels,
-            *sizes,
-            compute(dtype).itemsize,
-            limits,
-            precision=precision_of(dtype, options.precision),
-            backward=backward,
-            forced=options.kernel,
-        )
+        itemsize, precision = compute(dtype).itemsize, precision_of(dtype, options.precision)
+        return choose(kernels, *sizes, itemsize, device, precision, backward, options.kernel)
 
     def _kernel_options(self) -> KernelOptions:
         """What the constructor or the environment wants."""
@@ -292,7 +284,7 @@ class CudaBackend:
         return KernelOptions(kernel, precision)
 
 
-def _check_current(device: Device, packed: Packed, name: str) -> None:
+def _check_current(device: CupyDevice, packed: Packed, name: str) -> None:
     if device is not packed.device:
         raise ValueError(f"{name}: expected that of the current GPU, got another's")
 

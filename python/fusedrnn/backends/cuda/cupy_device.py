@@ -1,16 +1,12 @@
-"""A GPU as the CUDA backend's device: CuPy's arrays, streams and products, launches by cuda-bindings.
+"""A GPU as the CUDA backend's device: CuPy's arrays, streams and launches.
 
-CuPy launches no clusters, and cuts a cooperative grid that does not fit; the driver's own cuLaunchKernelEx,
-which takes a job by value, does neither. Work goes to CuPy's current stream. Importing this file imports
-neither package.
+Importing this file imports no CuPy. The tests have another device with the same methods, this computer.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
-import importlib.util
 import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -23,8 +19,8 @@ from fusedrnn.backends.cuda.graphs import GraphCache, Work
 from fusedrnn.backends.protocol import Array
 
 INSTALL = "pip install 'fusedrnn[cuda13]', or 'fusedrnn[cuda12]' for a driver of CUDA 12"
-OLDEST = (7, 0)  # compute capability of the instructions that order memory
-CLUSTER = 8  # blocks that every GPU that has clusters runs as one
+OLDEST = 70  # compute capability of the instructions that order memory
+CLUSTER = 8  # blocks; FUSEDRNN_CLUSTER in csrc/cuda/device.h
 _first = threading.Lock()  # threads get the same device: packed weights know theirs
 
 
@@ -33,34 +29,25 @@ def unavailable() -> str | None:
     """None, or what is missing or too old, in one line."""
     if (missing := CpuBackend().unavailable()) is not None:
         return missing
-    for package, module in (("CuPy", "cupy"), ("cuda-bindings", "cuda.bindings")):
-        if not _installed(module):
-            return f"{package} is not installed: {INSTALL}"
     try:
         import cupy
 
-        majors = {
-            "CuPy": cupy.cuda.runtime.runtimeGetVersion() // 1000,
-            "cuda-bindings": int(importlib.import_module("cuda.bindings").__version__.split(".")[0]),
-            "NVRTC": nvrtc.version()[0],
-        }
+        runtime, major = cupy.cuda.runtime, cupy.cuda.runtime.runtimeGetVersion() // 1000
+        nvrtc.version()
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed: {INSTALL}"
     except Exception as error:  # of many kinds: a missing library, another version
-        return f"CuPy, cuda-bindings or NVRTC cannot be loaded ({_line(error)}): {INSTALL}"
-    if len(set(majors.values())) > 1:
-        listed = ", ".join(f"{name} {major}" for name, major in majors.items())
-        return f"packages for different versions of CUDA ({listed}): {INSTALL}"
+        return f"CuPy or NVRTC cannot be loaded ({_line(error)}): {INSTALL}"
     try:
-        _call("cuInit", 0)
-        newest = _call("cuDriverGetVersion") // 1000
-        if _call("cuDeviceGetCount") == 0:
+        if runtime.getDeviceCount() == 0:
             return "there is no NVIDIA GPU"
-        if newest < majors["CuPy"]:
-            return f"the driver is of CUDA {newest}, the packages of CUDA {majors['CuPy']}: {INSTALL}"
-        capability = _capability(_call("cuDeviceGet", cupy.cuda.runtime.getDevice()))
-    except Exception as error:  # RuntimeError by the driver; another where there is none
+        if (newest := runtime.driverGetVersion() // 1000) < major:
+            return f"the driver is of CUDA {newest}, the packages of CUDA {major}: {INSTALL}"
+        capability = int(cupy.cuda.Device().compute_capability)
+    except Exception as error:  # CuPy's own
         return f"there is no NVIDIA driver, or no GPU ({_line(error)})"
     if capability < OLDEST:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, expected at least 7.0"
+        return f"the GPU has compute capability {capability / 10}, expected at least {OLDEST / 10}"
     try:
         _ = cupy.cuda.cublas  # loads the library
     except (ImportError, AttributeError) as error:
@@ -77,25 +64,25 @@ def current() -> CupyDevice:
 
 
 class CupyDevice:
-    """One GPU; see ``device.Device``."""
+    """One GPU. Its arrays have the methods that NumPy's and CuPy's share; work goes to CuPy's stream."""
 
-    warps = nvrtc.WARPS
+    warps = nvrtc.WARPS  # of a block
+    shared_bytes: int  # most dynamic shared memory that a block may ask for
+    cluster: int  # blocks of a cluster; 0 where there are none
+    matrix_units: bool  # whether there are precisions but ieee
 
     def __init__(self, number: int) -> None:
         import cupy
 
         self._cupy = cupy
         self.number = number
-        handle = _call("cuDeviceGet", number)
-        self.multiprocessors = _attribute("MULTIPROCESSOR_COUNT", handle)
-        self.shared_bytes = _attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", handle)
-        capability = _capability(handle)
-        self.architecture = "sm_{}{}".format(*capability)
-        self.cluster = CLUSTER if capability >= (9, 0) else 0
-        self.matrix_units = capability >= (8, 0)
+        gpu = cupy.cuda.Device(number)
+        self.multiprocessors = gpu.attributes["MultiProcessorCount"]
+        self.shared_bytes = gpu.attributes["MaxSharedMemoryPerBlockOptin"]
+        self.architecture = f"sm_{gpu.compute_capability}"
+        self.cluster = CLUSTER if int(gpu.compute_capability) >= 90 else 0
+        self.matrix_units = int(gpu.compute_capability) >= 80
         self._modules: dict[tuple[nvrtc.Code, str], Any] = {}
-        self._functions: dict[tuple[nvrtc.Code, str], Any] = {}
-        self._known: dict[Hashable, int] = {}  # blocks of a multiprocessor, or clusters, that run at once
         self._lock = threading.Lock()
         self._graphs = GraphCache(self._record)
         self._of_thread = threading.local()  # workspace: of the work that is repeated
@@ -106,7 +93,7 @@ class CupyDevice:
         return isinstance(a, self._cupy.ndarray) and a.device.id == self.number
 
     def empty(self, shape: Any, dtype: Any) -> Array:
-        """A new array."""
+        """A C-contiguous array of whatever was there."""
         return self._cupy.empty(shape, dtype)
 
     def asarray(self, a: Array) -> Array:
@@ -118,33 +105,31 @@ class CupyDevice:
         return int(a.data.ptr)
 
     def matmul(self, a: Array, b: Array, out: Array, precision: str = "ieee") -> None:
-        """By cuBLAS, whose default mode keeps float32's precision."""
+        """``out = a b``: 2-D, each of ``a`` and ``b`` with one axis contiguous (a transpose, a slice of
+        columns), ``out`` C-contiguous, of their dtype or, where that is of 16 bits, float32; no size is 0.
+
+        ``precision``: what float32 factors are rounded to, out of ``nvrtc.PRECISIONS``; sums are always
+        float32, or of float64 float64.
+        """
         workspace = getattr(self._of_thread, "workspace", None)
         if workspace is None and self.captured():
             workspace = self._new_workspace()
-        cuda = self._cupy.cuda
-        cublas.multiply(
-            cuda.device.get_cublas_handle(),
-            cuda.get_current_stream().ptr,
-            None if workspace is None else (self.pointer(workspace), workspace.nbytes),
-            *(a, b, out),
-            self.pointer,
-            precision,
-        )
+        cublas.multiply(self._cupy.cuda, self.pointer, workspace, a, b, out, precision)
 
     def _new_workspace(self) -> Array:
         """What cuBLAS works in, as large as its own where it has one."""
         return self.empty(((32 if self.cluster else 4) << 20,), np.uint8)
 
     def captured(self) -> bool:
-        """Whether somebody records what goes to CuPy's current stream."""
+        """Whether somebody records what goes to CuPy's current stream, in a graph for later."""
         try:
             return bool(self._cupy.cuda.get_current_stream().is_capturing())
         except Exception:  # of the oldest stream nobody may ask that while any other is recorded
             return True
 
     def repeat(self, key: Hashable, work: Work) -> None:
-        """By a CUDA graph, when it comes again; not within a graph that somebody else records."""
+        """Do what ``work`` launches and multiplies, which for the same key, on this device, is the same: by a
+        CUDA graph, when it comes again; not within a graph that somebody else records."""
         # Memory of this call, as all that the work depends on: part of the key, free again after it.
         self._of_thread.workspace = workspace = self._new_workspace()
         try:
@@ -170,94 +155,35 @@ class CupyDevice:
     def launch(
         self, code: nvrtc.Code, kernel: str, grid: tuple[int, int], args: Sequence[Any], shared: int = 0
     ) -> None:
-        """Run a kernel on CuPy's current stream."""
-        driver = _driver()
-        self._cupy.cuda.runtime.setDevice(self.number)  # its context becomes this thread's
-        function = self._function(code, kernel)
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * self.warps, 1, 1
-        config.sharedMemBytes = shared
-        config.hStream = driver.CUstream(self._cupy.cuda.get_current_stream().ptr)
-        attribute, kinds = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
-        if kernel.startswith("cluster"):
-            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            attribute.value.clusterDim.x = grid[0]
-            attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
-            config.attrs, config.numAttrs = [attribute], 1
-            key = code, kernel, shared, grid[0]
-            if self._places(key, "cuOccupancyMaxActiveClusters", function, config) == 0:
-                raise RuntimeError(f"{kernel}: a cluster of {grid[0]} blocks does not run on this GPU")
-        elif kernel.startswith("grid"):
-            of_one = ("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, 32 * self.warps, shared)
-            most = self._places((code, kernel, shared), *of_one) * self.multiprocessors
-            if grid[0] * grid[1] > most:
-                raise RuntimeError(
-                    f"{kernel}: {grid[0]} x {grid[1]} blocks do not run at once on this GPU, {most} do"
-                )
-            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-            attribute.value.cooperative = 1
-            config.attrs, config.numAttrs = [attribute], 1
-        addresses = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
-        _call("cuLaunchKernelEx", config, function, ctypes.addressof(addresses), 0)
+        """Run a kernel of csrc/cuda/kernels.cu in blocks of 32 times ``warps`` threads.
 
-    def _places(self, key: Hashable, *asked: Any) -> int:
-        """How many run at once: what the driver says, which is asked once."""
-        if key not in self._known:
-            self._known[key] = _call(*asked)
-        return self._known[key]
-
-    def _function(self, code: nvrtc.Code, kernel: str) -> Any:
-        """A kernel, loaded."""
-        variant = nvrtc.variant_of(kernel)
+        ``args`` are ctypes structures and numbers, passed by value; ``shared`` is in bytes. Of a kernel whose
+        name begins with cluster each row of the grid is a cluster; with grid, all blocks run at once. Where
+        they cannot, the driver makes it a RuntimeError: CuPy's own kernels would launch fewer.
+        """
+        cuda, variant = self._cupy.cuda, nvrtc.variant_of(kernel)
+        cuda.runtime.setDevice(self.number)  # its context becomes this thread's
         with self._lock:
-            if (code, kernel) not in self._functions:
-                if (code, variant) not in self._modules:
-                    compiled = nvrtc.cubin(code, self.architecture, variant)
-                    self._modules[code, variant] = _call("cuModuleLoadData", compiled)
-                function = _call("cuModuleGetFunction", self._modules[code, variant], kernel.encode())
-                if variant != "steps":  # beyond 48 KiB only when asked for
-                    attribute = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    _call("cuFuncSetAttribute", function, attribute, self.shared_bytes)
-                self._functions[code, kernel] = function
-            return self._functions[code, kernel]
+            if (code, variant) not in self._modules:
+                module = cuda.Module()
+                module.load(nvrtc.cubin(code, self.architecture, variant))
+                self._modules[code, variant] = module
+        function = self._modules[code, variant].get_function(kernel).ptr
+        if shared > 48 << 10:  # only when asked for
+            attribute = cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            cuda.driver.funcSetAttribute(function, attribute, shared)
+        addresses = (ctypes.c_void_p * len(args))(*map(ctypes.addressof, args))
+        stream, at = cuda.get_current_stream().ptr, ctypes.addressof(addresses)
+        given = (function, *grid, 1, 32 * self.warps, 1, 1, shared, stream, at)
+        if variant == "grid":
+            cuda.driver.launchCooperativeKernel(*given)
+        else:
+            cuda.driver.launchKernel(*given, 0)
 
 
 @functools.cache
 def _device(number: int) -> CupyDevice:
     return CupyDevice(number)
-
-
-@functools.cache
-def _driver() -> Any:
-    return importlib.import_module("cuda.bindings.driver")
-
-
-def _call(name: str, *arguments: Any) -> Any:
-    """A function of the driver: what it gives beside its status, which is checked."""
-    status, *values = getattr(_driver(), name)(*arguments)
-    if status != _driver().CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{name}: {status.name}")
-    return values[0] if len(values) == 1 else None
-
-
-def _attribute(name: str, handle: Any) -> int:
-    attribute = getattr(_driver().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-    return int(_call("cuDeviceGetAttribute", attribute, handle))
-
-
-def _capability(handle: Any) -> tuple[int, int]:
-    return (
-        _attribute("COMPUTE_CAPABILITY_MAJOR", handle),
-        _attribute("COMPUTE_CAPABILITY_MINOR", handle),
-    )
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even what it is part of
-        return False
 
 
 def _line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,14 +22,16 @@ Pointer = ctypes.c_void_p
 Index = ctypes.c_int64
 
 
+def _of(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
 class Steps(ctypes.Structure):
     """csrc/steps.h"""
 
     _fields_ = (
-        ("T", Index),
-        ("B", Index),
-        ("lengths", Pointer),
-        ("reset", Pointer),
+        *_of(Index, "T B"),
+        *_of(Pointer, "lengths reset"),
         ("reverse", ctypes.c_bool),
         ("detach_every", Index),
     )
@@ -38,8 +41,7 @@ class MaskRule(ctypes.Structure):
     """csrc/mask_rule.h"""
 
     _fields_ = (
-        ("acts", ctypes.c_bool),
-        ("drawn", ctypes.c_bool),
+        *_of(ctypes.c_bool, "acts drawn"),
         ("threshold", ctypes.c_uint32),
         ("kept", ctypes.c_double),
     )
@@ -47,6 +49,8 @@ class MaskRule(ctypes.Structure):
     @classmethod
     def of(cls, rate: float, kept: float, drawn: bool) -> MaskRule:
         """Gives ``kept`` to a unit with probability 1 - rate; not drawn: to all."""
+        if not rate:
+            return cls()
         threshold = masks.threshold(rate)
         if drawn and threshold >= 2**32:
             return cls(True, False, 0, 0.0)
@@ -56,32 +60,23 @@ class MaskRule(ctypes.Structure):
 class Rules(ctypes.Structure):
     """``Regularization`` of csrc/cuda/jobs.h."""
 
-    _fields_ = (
-        ("seed", ctypes.c_uint64),
-        ("stream", ctypes.c_uint32),
-        ("dropout", MaskRule),
-        ("zoneout_h", MaskRule),
-        ("zoneout_c", MaskRule),
-    )
+    _fields_ = (("seed", ctypes.c_uint64), ("stream", ctypes.c_uint32), ("rules", MaskRule * 3))
 
     @classmethod
     def of(cls, r: Regularization | None) -> Rules:
         """What the kernels are told of it; None is nothing."""
-        rules = cls()
         if r is None:
-            return rules
-        rules.seed, rules.stream = r.seed or 0, r.stream
+            return cls()
         training, dropped = r.seed is not None, r.recurrent_dropout
-        if training and dropped:
-            rules.dropout = MaskRule.of(dropped, 1 / (1 - dropped) if dropped < 1 else 0, True)
-        for name in ("zoneout_h", "zoneout_c"):
-            if rate := getattr(r, name):
-                setattr(rules, name, MaskRule.of(rate, 1 if training else 1 - rate, training))
-        return rules
+        dropout = MaskRule.of(dropped if training else 0, 1 / (1 - dropped) if dropped < 1 else 0, True)
+        zoneout = (MaskRule.of(z, 1 if training else 1 - z, training) for z in (r.zoneout_h, r.zoneout_c))
+        return cls(r.seed or 0, r.stream, (dropout, *zoneout))
 
 
-def _pointers(names: str) -> list[tuple[str, type[Pointer]]]:
-    return [(name, Pointer) for name in names.split()]
+class Cut(ctypes.Structure):
+    """How the work of all steps in one launch is cut."""
+
+    _fields_ = (*_of(Index, "units rows splits at_once"), *_of(Pointer, "arrived exchanged"))
 
 
 class ForwardJob(ctypes.Structure):
@@ -90,15 +85,11 @@ class ForwardJob(ctypes.Structure):
     _fields_ = (
         ("steps", Steps),
         ("H", Index),
-        *_pointers("projected bias weight h0 c0 y hT cT h_states c_states c saved"),
+        *_of(Pointer, "projected bias weight h0 c0 y hT cT h_states c_states c saved"),
         ("saved_step", Index),
-        *_pointers("operand products state_c gain gain_c bias_c"),
-        ("rules", Rules),
-        *_pointers("arrived"),
-        ("units", Index),
-        ("rows", Index),
-        ("at_once", Index),
-        ("chunk", Index),
+        ("cut", Cut),
+        *_of(Pointer, "operand products state_c gain gain_c bias_c"),
+        ("regularization", Rules),
     )
 
 
@@ -108,14 +99,10 @@ class BackwardJob(ctypes.Structure):
     _fields_ = (
         ("steps", Steps),
         ("H", Index),
-        *_pointers("weight y h0 c0 c saved dy dhT dcT dh_states dc_states da"),
-        *_pointers("dh0 dc0 chain direct dc gain bias gain_c bias_c row norm_sums"),
-        ("rules", Rules),
-        *_pointers("arrived"),
-        ("units", Index),
-        ("rows", Index),
-        ("at_once", Index),
-        ("chunk", Index),
+        *_of(Pointer, "weight y h0 c0 c saved dy dhT dcT dh_states dc_states da dh0 dc0"),
+        ("cut", Cut),
+        *_of(Pointer, "chain direct dc gain bias gain_c bias_c row norm_sums"),
+        ("regularization", Rules),
     )
 
 
@@ -131,15 +118,12 @@ class Part:
         """Accumulators that the part feeds."""
         return len(self.gates)
 
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """``(k, gate, n)``: accumulators k to k+n-1 of the part are gates ``gate`` to ``gate``+n-1."""
-        k = 0
-        while k < self.count:
-            n = 1
-            while k + n < self.count and self.gates[k + n] == self.gates[k] + n:
-                n += 1
-            yield k, self.gates[k], n
-            k += n
+    def runs(self, H: int) -> Iterator[tuple[slice, slice]]:
+        """Neighbouring accumulators, and the neighbouring gates that feed them, of H numbers each."""
+        for _, group in itertools.groupby(range(self.count), lambda k: self.gates[k] - k):
+            k, *others = group
+            first, gate, n = self.first + k, self.gates[k], 1 + len(others)
+            yield slice(first * H, (first + n) * H), slice(gate * H, (gate + n) * H)
 
 
 class CellKernels(NamedTuple):
@@ -162,8 +146,13 @@ class CellKernels(NamedTuple):
 
     @property
     def norm_sums(self) -> int:
-        """``kNormSums`` of csrc/cuda/norm.h."""
+        """``kNormSums`` of csrc/cells/row_norm.h."""
         return 2 * self.accumulators + 2 * self.has_c
+
+    @property
+    def biases(self) -> tuple[tuple[str, Part], ...]:
+        """The accumulators of each bias."""
+        return ("bias_ih", self.input), ("bias_hh", self.recurrent), ("bias_hh", self.recurrent2)
 
     @property
     def two_phases(self) -> bool:

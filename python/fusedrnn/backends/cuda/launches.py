@@ -39,17 +39,26 @@ class Launches:
         for name, of_states in states.items():
             for state, array in zip(self.a.cell.states, of_states or (), strict=False):
                 arrays[name.format(state)] = array
-        addresses = {name: self.pointer(a) for name, a in arrays.items()}
-        return kind(self.steps, self.a.sizes.H, rules=self.rules, **addresses)
+        job = kind(self.steps, self.a.sizes.H, regularization=self.rules)
+        self.point(job, arrays)
+        return job
+
+    def point(self, to: Any, arrays: dict[str, Array | None]) -> None:
+        """The fields of a structure to the addresses of these arrays."""
+        for name, array in arrays.items():
+            setattr(to, name, self.pointer(array))
 
     def pointer(self, array: Array | None) -> int | None:
         """The address of an array, or of nothing."""
         return None if array is None else self.device.pointer(array)
 
-    def scratch(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
+    def scratch(self, shape: tuple[int, ...], dtype: Any = None, fill: int | None = None) -> Array:
         """An array that lives as long as this does; of the dtype that is computed in unless told."""
-        self.kept.append(self.device.empty(shape, dtype or self.compute))
-        return self.kept[-1]
+        array = self.device.empty(shape, dtype or self.compute)
+        if fill is not None:
+            array[...] = fill
+        self.kept.append(array)
+        return array
 
     def each(self, kernel: str, rows: int, *args: Any) -> None:
         """A kernel that has a thread for each unit of so many rows."""
@@ -60,36 +69,28 @@ class Launches:
 
     def step(self, kernel: str, job: ForwardJob | BackwardJob, s: int) -> None:
         """Step s: each unit by itself, or with layer norm a block for each row."""
-        blocks = min(self.a.sizes.B, 32 * self.device.multiprocessors)
-        if not self.kernels.layer_norm:
-            self.each(kernel, self.a.sizes.B, job, Index(s))
-        elif blocks:
+        if self.kernels.layer_norm:
+            blocks = min(self.a.sizes.B, 32 * self.device.multiprocessors)
             shared = self.device.warps * MOST_SUMS * 8
             self.device.launch(self.code, kernel, (blocks, 1), (job, Index(s)), shared)
+        else:
+            self.each(kernel, self.a.sizes.B, job, Index(s))
 
-    def repeat(self, work: Callable[[], None], *given: ForwardJob | BackwardJob) -> None:
-        """Launches and products of all steps. The jobs know all sizes and addresses but the weights'."""
-        if self.a.sizes.B == 0:
-            return
-        weights = self.pointer(self.packed.hh), self.pointer(self.packed.hh2)
-        self.device.repeat((self.code, *weights, *map(bytes, given)), work)
+    def repeat(self, work: Callable[[], None], job: ForwardJob | BackwardJob) -> None:
+        """Launches and products of all steps. The job knows all sizes and addresses but the weights'."""
+        if self.a.sizes.B:
+            weights = self.pointer(self.packed.hh), self.pointer(self.packed.hh2)
+            self.device.repeat((self.code, *weights, bytes(job)), work)
 
     def steps_forward(self, job: ForwardJob) -> None:
         """Forward, one launch a step, its product between the launches."""
-        packed, kernels = self.packed, self.kernels
+        packed = self.packed
         T, B, _, H, _ = self.a.sizes
         operand = self.scratch((B, H), self.a.x.dtype)
-        products = self.scratch((B, kernels.recurrent.count * H))
-        job.operand, job.products = self.pointer(operand), self.pointer(products)
-        if kernels.has_c:
-            job.state_c = self.pointer(self.scratch((B, H)))
-        for name in ("gain", "gain_c", "bias_c"):
-            setattr(job, name, self.pointer(getattr(packed, name)))
-        job2 = job
-        if packed.hh2 is not None:
-            products2 = self.scratch((B, H))
-            job2 = ForwardJob.from_buffer_copy(job)
-            job2.products = self.pointer(products2)
+        products = self.scratch((B, self.kernels.recurrent.count * H))
+        products2 = products.reshape(-1)[: B * H].reshape(B, H)  # after the first phase
+        state_c = self.scratch((B, H)) if self.kernels.has_c else None
+        self.point(job, {"operand": operand, "products": products, "state_c": state_c, **packed.norm})
 
         def work() -> None:
             self.each("begin_forward", B, job)
@@ -98,24 +99,22 @@ class Launches:
                 self.step("step_forward", job, s)
                 if packed.hh2 is not None:
                     self.product(operand, packed.hh2.T, products2)
-                    self.each("step_forward2", B, job2, Index(s))
+                    self.each("step_forward2", B, job, Index(s))
 
-        self.repeat(work, job, job2)
+        self.repeat(work, job)
 
     def steps_backward(self, job: BackwardJob, da: Array, finish: bool) -> None:
         """Backward, one launch a step, its product between the launches."""
         packed, recurrent, second = self.packed, self.kernels.recurrent, self.kernels.recurrent2
         T, B, _, H, _ = self.a.sizes
-        chain, direct = self.scratch((B, H)), self.scratch((B, H))
-        job.chain, job.direct = self.pointer(chain), self.pointer(direct)
+        chain = self.scratch((B, H))
+        arrays: dict[str, Array | None] = {"chain": chain, "direct": self.scratch((B, H))}
         if self.kernels.has_c:
-            job.dc = self.pointer(self.scratch((B, H)))
+            arrays["dc"] = self.scratch((B, H))
         if self.kernels.layer_norm:
-            for name in ("gain", "bias", "gain_c", "bias_c"):
-                setattr(job, name, self.pointer(getattr(packed, name)))
-            job.row = self.pointer(self.scratch((B, self.kernels.accumulators * H)))
-            self.norm_sums[...] = 0
-            job.norm_sums = self.pointer(self.norm_sums)
+            row = self.scratch((B, self.kernels.accumulators * H))
+            arrays |= {"bias": packed.bias, "row": row, "norm_sums": self.norm_sums}
+        self.point(job, {**arrays, **packed.norm})
 
         def work() -> None:
             self.each("begin_backward", B, job)
@@ -135,14 +134,12 @@ class Launches:
 
     def whole(self, plan: Plan, direction: str, job: ForwardJob | BackwardJob) -> None:
         """All steps in one launch."""
-        job.units, job.rows, job.at_once, job.chunk = plan.units, plan.rows, plan.at_once, plan.chunk
-        name, _, weights = plan.kernel.partition("_")
-        if name == "grid":
-            arrived = self.scratch((plan.blocks[1],), np.uint32)
-            arrived[...] = 0
-            job.arrived = self.pointer(arrived)
-        kernel = f"{name}_{direction}{weights and '_' + weights}"
-        self.device.launch(self.code, kernel, plan.blocks, (job,), plan.shared)
+        job.cut = jobs.Cut(plan.units, plan.rows, plan.splits, plan.at_once)
+        if plan.kernel == "grid":
+            arrived = self.scratch((plan.blocks[1],), np.uint32, 0)
+            exchanged = self.scratch((plan.exchanged,), np.uint8, 0)
+            self.point(job.cut, {"arrived": arrived, "exchanged": exchanged})
+        self.device.launch(self.code, f"{plan.kernel}_{direction}", plan.blocks, (job,), plan.shared)
 
     def product(self, a: Array, b: Array, out: Array) -> None:
         """out = a b in the precision of the call, for all sizes."""
@@ -155,16 +152,15 @@ class Launches:
         """Over the rows, in what is computed in: of 16 bits by a product, whose sums are of no more."""
         if self.compute == rows.dtype:
             return rows.sum(axis=0)
-        ones = self.scratch((1, rows.shape[0]), rows.dtype)
-        ones[...] = 1
+        ones = self.scratch((1, rows.shape[0]), rows.dtype, 1)
         sums = self.scratch((1, rows.shape[1]))
         self.product(ones, rows, sums)
-        return sums
+        return sums.reshape(-1)
 
     @functools.cached_property
     def norm_sums(self) -> Array:
         """(B, N, H): of layer norm, what ``norm_gradients`` is made of, for each row of the batch."""
-        return self.scratch((self.a.sizes.B, self.kernels.norm_sums, self.a.sizes.H))
+        return self.scratch((self.a.sizes.B, self.kernels.norm_sums, self.a.sizes.H), fill=0)
 
     def norm_gradients(self, need: Collection[str]) -> dict[str, Array]:
         """Of the gains and biases."""
@@ -176,40 +172,32 @@ class Launches:
             found |= {"gain_c": sums[2 * A], "bias_c": sums[2 * A + 1]}
         return {name: d.astype(dtype) for name, d in found.items() if name in need}
 
-    def weight_gradients(self, job: BackwardJob, rows: Array, need: Collection[str]) -> dict[str, Array]:
+    def weight_gradients(self, job: BackwardJob, rows: Array, need: frozenset[str]) -> dict[str, Array]:
         """In PyTorch's order, of da as rows (T*B, A*H)."""
         T, B, _, H, _ = self.a.sizes
         device, dtype, kernels = self.device, self.a.x.dtype, self.kernels
-        found: dict[str, Array] = {}
+        biases = need & {name for name, _ in kernels.biases if not kernels.layer_norm}
+        names = need & {"weight_ih", "weight_hh"} | biases
+        found = {name: device.empty(self.a.weights[name].shape, dtype) for name in names}
 
         def multiply(name: str, part: Part, operand: Array) -> None:
-            for k, gate, n in part.runs():
-                da = rows[:, (part.first + k) * H : (part.first + k + n) * H]
-                self.product(da.T, operand, found[name][gate * H : (gate + n) * H])
+            for accumulators, gates in part.runs(H):
+                self.product(rows[:, accumulators].T, operand, found[name][gates])
 
         if "weight_ih" in need:
-            found["weight_ih"] = device.empty(self.a.weights["weight_ih"].shape, dtype)
             multiply("weight_ih", kernels.input, self.valid_x())
         if "weight_hh" in need:
-            found["weight_hh"] = device.empty(self.a.weights["weight_hh"].shape, dtype)
             h = device.empty((T * B, H), dtype)
             middle = device.empty((T * B, H), dtype) if kernels.two_phases else None
             self.each("operands", T * B, job, Pointer(self.pointer(h)), Pointer(self.pointer(middle)))
             multiply("weight_hh", kernels.recurrent, h)
             if middle is not None:
                 multiply("weight_hh", kernels.recurrent2, middle)
-        if kernels.layer_norm:
-            return found | self.norm_gradients(need)
-        biases = {"bias_ih": (kernels.input,), "bias_hh": (kernels.recurrent, kernels.recurrent2)}
-        if biases.keys() & need:
-            sums = self.sum(rows).reshape(-1, H)
-        for name in biases.keys() & need:
-            found[name] = device.empty(self.a.weights[name].shape, dtype)
-            for part in biases[name]:
-                for k, gate, n in part.runs():
-                    first = part.first + k
-                    found[name].reshape(-1, H)[gate : gate + n] = sums[first : first + n]
-        return found
+        sums = self.sum(rows) if biases else rows
+        for name, part in kernels.biases:
+            for accumulators, gates in part.runs(H) if name in biases else ():
+                found[name][gates] = sums[accumulators]
+        return found | (self.norm_gradients(need) if kernels.layer_norm else {})
 
     @functools.cached_property
     def padding(self) -> Array | None:

@@ -1,7 +1,8 @@
 """csrc/cuda compiled to GPU code by NVRTC: no nvcc, no header of a toolkit, and no GPU needed.
 
 The code of a cell, dtype and architecture is kept on disk in ``$FUSEDRNN_CACHE``, else in
-``$XDG_CACHE_HOME/fusedrnn``, else in ``~/.cache/fusedrnn``, under a hash of all that it depends on.
+``$XDG_CACHE_HOME/fusedrnn``, else in ``~/.cache/fusedrnn``, under a hash of all that it depends on. CuPy's
+own cache does not look at the headers. Importing this file imports no CuPy.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
 import os
 import tempfile
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 WARPS = 8  # of a block; FUSEDRNN_WARPS
 # The kernel variants. They are compiled one by one: a call needs two or three.
-KERNELS = ("steps", "cluster_registers", "cluster", "grid_registers", "grid")
+KERNELS = ("steps", "cluster", "grid")
 DTYPES = {"float32": "float", "float64": "double", "float16": "Half", "bfloat16": "Bfloat16"}  # in C++
-PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16", "fp16")  # of csrc/cuda/tile.h
+PRECISIONS = ("ieee", "tf32", "bf16", "fp16")  # of csrc/cuda/tile.h
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -42,7 +42,7 @@ def sources() -> Path:
 
 def variant_of(kernel: str) -> str:
     """Out of ``KERNELS``, the one that a kernel of csrc/cuda/kernels.cu belongs to."""
-    variant = kernel.replace("_forward", "").replace("_backward", "")
+    variant = kernel.partition("_")[0]
     return variant if variant in KERNELS else "steps"
 
 
@@ -71,14 +71,9 @@ def cubin(code: Code, architecture: str, variant: str | None = None) -> bytes:
     made = _compile([*options, *(f"--include-path={path}" for path in headers)])
     with contextlib.suppress(OSError):  # a folder that cannot be written to is no error
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            try:
-                file.write(made)
-                file.flush()
-                os.replace(file.name, path)  # at once: other processes may do the same
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with tempfile.TemporaryDirectory(dir=path.parent) as new:
+            (Path(new) / path.name).write_bytes(made)
+            os.replace(Path(new) / path.name, path)  # at once: other processes may do the same
     return made
 
 
@@ -94,46 +89,32 @@ def key(*said: Any) -> str:
     """A hash of the sources, and of what a compiler is told and is."""
     digest = hashlib.sha256(repr(said).encode())
     csrc = sources()
-    used = [csrc / "mask_rule.h", csrc / "steps.h"]
-    for name in ("cuda", "cells", "simd"):
-        used += (csrc / name).rglob("*")
-    for path in sorted(p for p in used if p.suffix in (".h", ".cu")):
-        digest.update(str(path.relative_to(csrc)).encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(csrc.rglob("*")):
+        name = path.relative_to(csrc).as_posix()
+        if path.suffix in (".h", ".cu") and not name.startswith("cpu/"):
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:32]
-
-
-@functools.cache
-def _nvrtc() -> Any:
-    return importlib.import_module("cuda.bindings.nvrtc")
 
 
 def version() -> tuple[int, int]:
     """Of NVRTC: major, minor."""
-    major, minor = _call("nvrtcVersion")
+    from cupy.cuda import nvrtc
+
+    major, minor = nvrtc.getVersion()
     return major, minor
 
 
-def _call(name: str, *arguments: Any) -> Any:
-    """A function of NVRTC: what it gives beside its status, which is checked."""
-    status, *values = getattr(_nvrtc(), name)(*arguments)
-    if status != _nvrtc().nvrtcResult.NVRTC_SUCCESS:
-        raise RuntimeError(f"{name}: {status.name}")
-    return values[0] if len(values) == 1 else values
-
-
 def _compile(options: list[str]) -> bytes:
-    text = (sources() / "cuda" / "kernels.cu").read_bytes()
-    program = _call("nvrtcCreateProgram", text, b"kernels.cu", 0, [], [])
+    from cupy.cuda import nvrtc
+
+    text = (sources() / "cuda" / "kernels.cu").read_text()
+    program = nvrtc.createProgram(text, "kernels.cu", (), ())
     try:
-        try:
-            _call("nvrtcCompileProgram", program, len(options), [o.encode() for o in options])
-        except RuntimeError as error:
-            log = b" " * _call("nvrtcGetProgramLogSize", program)
-            _call("nvrtcGetProgramLog", program, log)
-            said = log.decode(errors="replace").strip(" \0")
-            raise RuntimeError(f"{error}, with {' '.join(options)}: {said}") from None
-        code: bytes = b" " * _call("nvrtcGetCUBINSize", program)
-        _call("nvrtcGetCUBIN", program, code)
+        nvrtc.compileProgram(program, options)
+        code: bytes = nvrtc.getCUBIN(program)
         return code
+    except nvrtc.NVRTCError as error:
+        said = nvrtc.getProgramLog(program).strip()
+        raise RuntimeError(f"{error}, with {' '.join(options)}: {said}") from None
     finally:
-        _call("nvrtcDestroyProgram", program)
+        nvrtc.destroyProgram(program)
