@@ -272,4 +272,7 @@ def test_cupy_has_what_is_used_of_it():
         assert signature.count(",") == count - 1
     for method in ("load", "get_function"):
         assert hasattr(cupy.cuda.Module, method)
+    assert hasattr(cupy.cuda.Function, "ptr")
+    for attribute in ("attributes", "compute_capability"):
+        assert hasattr(cupy.cuda.Device, attribute)
     assert issubclass(cupy.cuda.driver.CUDADriverError, RuntimeError)
