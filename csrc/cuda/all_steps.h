@@ -236,8 +236,8 @@ FUSEDRNN_INLINE void all_steps(const BackwardJob<S>& job) {
   }
 }
 
-// Which cells can run all steps in one launch. A cell of two phases would need two products and two waits a step;
-// recurrent dropout changes what other blocks read of h; layer norm needs sums over all units of a row.
+// Which cells run all steps in one launch. A cell of two phases would need two products and two waits a step; layer
+// norm needs sums over all units of a row; regularized cells would take as much time again to compile.
 template <class Cell>
 constexpr bool kWhole = Cell::phases == 1 && !kRegularized<Cell> && !Cell::layer_norm;
 
