@@ -1,7 +1,9 @@
 """Fails where a test was skipped for a reason that is not on the list below: what CI can run, it runs.
 
-python .ci/skips.py FILE.xml ...        check the reports of pytest
-python .ci/skips.py --list FILE.xml     print the tests that were skipped, as arguments for pytest
+    python .ci/skips.py FILE.xml ...        check reports
+    python .ci/skips.py --files FILE.xml    print the files with tests that were skipped
+
+A report is what ``pytest --junitxml=FILE.xml`` writes.
 """
 
 import re

@@ -59,8 +59,8 @@ FUSEDRNN_KERNEL(kThreads) step_backward2(const BackwardJob<S> job, Index s) {
 }
 #endif
 
-// Of plain cells with one, all steps in one launch: by clusters from sm_90 on, and by all blocks at once. One of all
-// has few columns going back.
+// Of plain cells with one, all steps in one launch: by clusters from sm_90 on, and by all blocks at once. A block of a
+// grid has few columns going back, its units: tiles of 8.
 #if FUSEDRNN_HAS(1)
 FUSEDRNN_KERNEL(kThreads) FUSEDRNN_CLUSTER cluster_forward(const ForwardJob<S> job) { whole<ClusterExchange, 16>(job); }
 FUSEDRNN_KERNEL(kThreads) FUSEDRNN_CLUSTER cluster_backward(const BackwardJob<S> job) {
