@@ -36,7 +36,7 @@ def device(monkeypatch):
     emulated = EmulatedDevice()
     backend = CudaBackend(emulated)
 
-    def unsupported(dtype, where, tensors, key=""):
+    def unsupported(dtype, where, tensors, names, key=""):
         assert not any(t is not None and t.is_cpu for t in tensors)
 
     monkeypatch.setattr(paths, "unsupported", unsupported)
@@ -233,4 +233,4 @@ def test_without_cuda_the_reason_is_told():
     reason = gpu.backend().unavailable()
     if reason is None:
         pytest.skip("there is a GPU")
-    assert paths.unsupported(torch.float32, torch.device("cuda"), ()) == f"the device is cuda: {reason}"
+    assert paths.unsupported(torch.float32, torch.device("cuda"), (), ()) == f"the device is cuda: {reason}"

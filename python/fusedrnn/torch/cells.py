@@ -21,7 +21,7 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
     """The base class of the three cells. ``last_path`` is as in ``layers.NamedLayer``."""
 
     mode: str  # PyTorch's name of the cell, as in layers, and its key
-    _bfloat16_in_autocast = False  # what PyTorch's cell returns for float32
+    _bfloat16_in_autocast = False  # what PyTorch's cell returns there, whatever the dtype of the state
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step: input (B, I) or (I,); hx as in PyTorch, (B, H) or (H,) each; None is zeros."""
@@ -37,6 +37,7 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
             packed = packed.lowered(self, key)
             weights = packed.weights
         given, (input, state0, weights) = input, paths.lowered(input, state0, weights, key)
+        input, state0, dtype = (input, state0, None) if key else paths.widened(input, state0, weights)
         reason = self._unsupported(input, state0, weights, packed)
         if reason is not None:
             if paths.is_proxy(given):
@@ -45,7 +46,7 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         self.__dict__["last_path"] = paths.FUSED
         if packed is not None:
             packed.check(input, state0)
-        return self._run(input, state0, weights, packed)
+        return paths.rounded(self._run(input, state0, weights, packed), dtype)
 
     def _without_graph(
         self, x: Any, state0: tuple[Any, ...] | None, weights: list[Weights], packed: Frozen | None
@@ -80,7 +81,8 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         if not isinstance(input, Tensor):
             return f"the input is a {type(input).__name__}"
         key = self._key if packed is None or packed.dtype is input.dtype else ""  # packed ones are not cast
-        reason = paths.unsupported(input.dtype, input.device, (input, *(state or ())), key)
+        names = "input", *paths.STATES
+        reason = paths.unsupported(input.dtype, input.device, (input, *(state or ())), names, key)
         if reason is not None:
             return reason
         if self._bfloat16_in_autocast and paths.autocast(input):

@@ -24,14 +24,16 @@ def unsupported(input: Any, state: tuple[Any, ...] | None, weights: list[Weights
     """Why the operators do not support this call of the cell ``key``, or None. The layer checks sizes."""
     if isinstance(input, PackedSequence):
         return "a PackedSequence; pass padded input and lengths="
+    states = [*zip(paths.STATES, state or (), strict=False)]
     tensors = [input, *(state or ()), *(w for each in weights for w in each if w is not None)]
     if not all(isinstance(t, Tensor) for t in tensors):
         return "the input or the state is not made of tensors"
     low = input.dtype is torch.bfloat16 and paths.has_bfloat16(key)
     if not low and input.dtype not in (torch.float32, torch.float64):
         return f"the dtype is {input.dtype}"
-    if any(t.dtype != input.dtype for t in tensors):
-        return "dtypes differ"
+    for name, t in [*states, *[("a weight", w) for w in tensors[1 + len(states) :]]]:
+        if t.dtype != input.dtype:
+            return f"{name} is {t.dtype}, the input is {input.dtype}"
     if any(t.device.type != "cpu" for t in tensors):
         return f"the device is {input.device.type}"
     if torch.is_autocast_enabled("cpu"):

@@ -176,7 +176,10 @@ def freeze(model: M) -> M:
             weights = layer._weights()
             first = weights[0][0]
             tensors = [w for each in weights for w in each]
-            reason = paths.unsupported(first.dtype, first.device, tensors, layer._key)
+            names = [*layer.cell.blocks] * len(weights)
+            reason = paths.unsupported(
+                first.dtype, first.device, tensors, names, layer._key, "the first weight_ih"
+            )
             reason = reason or layer._lacks(first.device)
             if reason is not None:
                 raise RuntimeError(f"{path}: the kernels cannot run it: {reason}")

@@ -169,6 +169,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             weights = packed.weights
         given_input, c = input, state0[-1] if state0 else input
         input, state0, weights = paths.lowered(input, state0, weights, key)
+        input, state0, dtype = (input, state0, None) if key else paths.widened(input, state0, weights)
         reason, recorded = self._unsupported(input, state0, weights, packed), False
         if reason is not None:
             if paths.is_proxy(given_input):
@@ -187,7 +188,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             packed.check(input.data if isinstance(input, PackedSequence) else input, state0)
         result = self._run(input, state0, weights, options, packed, recorded)
         if not self.proj_size:
-            return result
+            return paths.rounded(result, dtype)
         y, (h, c_n), *states = result  # within autocast PyTorch's c keeps its dtype
         return (y, (h, c_n.to(c.data.dtype)), *states)
 
@@ -238,7 +239,8 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         if not isinstance(data, Tensor):
             return f"the input is a {type(input).__name__}"
         key = self._key if packed is None or packed.dtype is data.dtype else ""  # these are not cast
-        reason = paths.unsupported(data.dtype, data.device, (data, *(state or ())), key)
+        names = "input", *paths.STATES
+        reason = paths.unsupported(data.dtype, data.device, (data, *(state or ())), names, key)
         reason = reason or self._lacks(data.device)
         if reason is not None:
             return reason
@@ -257,7 +259,7 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         return None
 
     def _stays_in_autocast(self, input: Any) -> bool:
-        """Whether PyTorch's layer returns float32 for float32 within autocast, as it does without oneDNN."""
+        """Whether PyTorch's layer keeps the dtype of its state within autocast, as it does without oneDNN."""
         if self.mode != "LSTM" or self.proj_size:
             return self.mode == "GRU"
         if isinstance(input, PackedSequence):

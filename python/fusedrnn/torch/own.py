@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -213,7 +214,8 @@ class CellModule(Freezable):
             return self._refused(data.device, data.dtype, detached)
         reason = paths.mode() or self._refused(data.device, data.dtype, detached)
         tensors = [data, *(state0 or ()), *[w for each in weights for w in each]]
-        return reason or paths.unsupported(data.dtype, data.device, tensors, self._key)
+        names = chain(["input"], self.cell.states, *self._all_weights)
+        return reason or paths.unsupported(data.dtype, data.device, tensors, names, self._key)
 
     def _how(
         self, packed: Frozen | None, reason: str | None, data: Tensor, state0: Any

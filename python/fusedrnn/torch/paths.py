@@ -23,6 +23,7 @@ from fusedrnn.torch.keys import CELLS
 
 FUSED = "fused"
 STEPS = "its steps in PyTorch's operations"
+STATES = ("h_0", "c_0")  # PyTorch's names of what a state is made of
 
 
 class FallbackWarning(UserWarning):
@@ -141,11 +142,16 @@ has_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as 
 
 
 def unsupported(
-    dtype: torch.dtype, device: torch.device, tensors: Iterable[Tensor | None], key: str = ""
+    dtype: torch.dtype,
+    device: torch.device,
+    tensors: Iterable[Tensor | None],
+    names: Iterable[str],
+    key: str = "",
+    other: str = "the input",
 ) -> str | None:
     """Why the kernels do not support these tensors, or None.
 
-    All must have the dtype and device of the input. ``key`` is that of a layer's cell, whose CPU kernels may
+    All must have the dtype and device of ``other``. ``key`` is that of a layer's cell, whose CPU kernels may
     support bfloat16.
     """
     on_cpu = device.type == "cpu"
@@ -162,7 +168,7 @@ def unsupported(
             return f"the device is cuda: {reason}"
         if (reason := gpu.lacks(dtype)) is not None:
             return f"the dtype is {dtype}: {reason}"
-    for t in tensors:
+    for i, t in enumerate(tensors):
         if t is None:
             continue
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter and not _traced(t):
@@ -172,7 +178,7 @@ def unsupported(
         if t.layout is not torch.strided or t.is_nested or t.is_neg():
             return "a tensor's memory is not plainly strided"
         if t.dtype is not dtype:
-            return "dtypes differ"
+            return f"{[*names][i]} is {t.dtype}, {other} is {dtype}"
     return None
 
 
@@ -184,7 +190,7 @@ def unsupported_weights(
     Raises:
         RuntimeError: One has a wrong shape; PyTorch's implementation may read past its end.
     """
-    reason = unsupported(input.dtype, input.device, weights, key)
+    reason = unsupported(input.dtype, input.device, weights, cell.blocks, key)
     if reason is not None:
         return reason
     for w, (name, shape) in zip(weights, _shapes(cell, I, H, P), strict=True):
@@ -261,6 +267,41 @@ def lowered(input: Any, state0: Any, weights: list[Any], key: str = "") -> tuple
         None if state0 is None else tuple([_lower(s, dtype) for s in state0]),
         [tuple([_lower(w, dtype) for w in given]) for given in weights],
     )
+
+
+def widened(input: Any, state0: Any, weights: Sequence[Sequence[Any]]) -> tuple[Any, Any, torch.dtype | None]:
+    """Input and state in float32, and the dtype of the results, or None to leave that as it is.
+
+    Only for layers whose float32 state stays float32 within autocast in PyTorch. There the results have the
+    dtype of c_0, h_0 or without a state of the input. Only CPU tensors in float32 or autocast's dtype change.
+    """
+    data = input.data if isinstance(input, PackedSequence) else input
+    tensors, weight = (data, *(state0 or ())), weights[0][0]
+    if not torch.is_autocast_enabled("cpu") or not all(
+        isinstance(t, Tensor) and t.is_cpu for t in (*tensors, weight)
+    ):
+        return input, state0, None
+    low = torch.get_autocast_dtype("cpu")
+    dtypes = {t.dtype for t in tensors}
+    if low not in dtypes or not dtypes <= {low, torch.float32} or weight.dtype is not torch.float32:
+        return input, state0, None
+    data = data.float()
+    return (
+        input._replace(data=data) if isinstance(input, PackedSequence) else data,
+        None if state0 is None else tuple([s.float() for s in state0]),
+        tensors[-1].dtype,
+    )
+
+
+def rounded(result: Any, dtype: torch.dtype | None) -> Any:
+    """What ``forward`` returns, in this dtype; with None as it is."""
+    if dtype is None:
+        return result
+    if isinstance(result, PackedSequence):
+        return result._replace(data=result.data.to(dtype))
+    if isinstance(result, tuple):
+        return tuple([rounded(each, dtype) for each in result])
+    return result.to(dtype)
 
 
 def _lower(t: Any, dtype: torch.dtype) -> Any:
