@@ -260,10 +260,12 @@ def run_bench(args: argparse.Namespace) -> None:
         bar = stack.enter_context(rich.progress(total, "bench")) if rich else None
 
         def progress(what: str, number: int, total: int) -> None:
-            if bar is None:
+            if number and bar is not None:
+                bar.advance(what)
+            elif number and sys.stderr.isatty():
                 note(f"{number} of {total}: {what}")
             else:
-                bar.advance(what)
+                print(f"{number} of {total}: {what}" if number else what, file=sys.stderr, flush=True)
 
         if args.device == "cuda":
             report = cuda.run(cases, suite=suite, modes=modes, quick=args.quick, progress=progress)

@@ -114,7 +114,8 @@ def read_csv(
         OSError: The file cannot be read.
         ValueError: ``hours`` is out of its range; a column is missing or exists twice; a row has too few or
             too many values; a value is not a number or not finite in float32; a date is not the expected
-            one; there are no rows; or the file is not CSV in UTF-8. The message names the line.
+            one; there are no rows; or the file is not CSV in UTF-8. The message names the line, and the
+            column of a wrong number.
     """
     named = check_sized("columns", columns) and all(isinstance(name, str) for name in columns)
     if isinstance(columns, str) or not named:
@@ -140,12 +141,7 @@ def read_csv(
                 if len(values) != len(names):
                     raise ValueError(f"{at}: expected {len(names)} values, got {len(values)}")
                 line = dict(zip(names, map(str.strip, values), strict=True))
-                try:
-                    rows.append([float(line[name]) for name in columns])
-                except ValueError:
-                    raise ValueError(f"{at}: not a number in {line}") from None
-                if not all(abs(value) <= LARGEST for value in rows[-1]):
-                    raise ValueError(f"{at}: not a finite number in float32: {line}")
+                rows.append([_number(line[name], f"{at}, column {name}") for name in columns])
                 if hours is not None:
                     date = _date(line["date"], at)
                     if before is not None and date != (after := before + timedelta(hours=hours)):
@@ -159,6 +155,17 @@ def read_csv(
     if not rows:
         raise ValueError(f"{path}: expected rows with values, got none")
     return np.array(rows)
+
+
+def _number(text: str, at: str) -> float:
+    """A number that is finite in float32."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{at}: expected a number, got {text!r}") from None
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"{at}: expected a finite number in float32, got {text!r}")
+    return value
 
 
 def _date(text: str, at: str) -> datetime:

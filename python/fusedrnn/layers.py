@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Never
 
@@ -88,6 +89,8 @@ class LSTM(Recurrent):
             layer_norm=check_bool("layer_norm", layer_norm), project=proj_size != 0
         )
         forget_bias = check_number("forget_bias", forget_bias)
+        if not math.isfinite(forget_bias):
+            raise ValueError(f"forget_bias: expected a finite number, got {forget_bias}")
         super().__init__(cell, hidden_size, in_size, proj_size=proj_size, **options)
         for suffix in self.suffixes:
             bias = vars(self)["bias_ih" + suffix]

@@ -158,19 +158,32 @@ def test_ctrl_c_is_exit_code_130():
 import signal, sys
 from fusedrnn import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a process started in the background
-cli.note = lambda text: print(text, flush=True)  # how far it is, which only a terminal would be told
 sys.exit(cli.main(["bench", "--quick", "--shape", "2,1,1,1", "9000,64,64,64", "--peers", "reference"]))
 """
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            assert any(line.startswith("2 of 3: ") for line in process.stdout), process.stderr.read()
+            assert any(line.startswith("2 of 3: ") for line in process.stderr)
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 130
     assert err == "interrupted\n"
+
+
+def test_bench_shows_how_far_it_is_in_a_pipe(capsys):
+    """At once what will run, then a line for each case; the table alone is in stdout."""
+    command = ["bench", "--quick", "--forward", "--shape", "2,1,1,1", "3,1,1,1", "--threads", "1"]
+    assert cli.main([*command, "--peers", "reference", "--backend", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "cases: 2, in float32; libraries: fusedrnn (cpu), reference; threads: 1",
+        "1 of 3: lstm 2,1,1,1 forward",
+        "2 of 3: lstm 3,1,1,1 forward",
+        "3 of 3: matrix product",
+    ]
+    assert " of 3: " not in out
 
 
 @pytest.mark.parametrize("command", [["-m", "fusedrnn"], ["fusedrnn"]], ids=" ".join)

@@ -294,6 +294,8 @@ def test_wrong_arguments_are_named(fused):
         ({"hidden_size": 2, "dropout": 1.0}, ValueError, "dropout: .*1.0"),
         ({"hidden_size": 2, "dropout": "x"}, TypeError, "dropout: expected a number, got str"),
         ({"hidden_size": 2, "forget_bias": "x"}, TypeError, "forget_bias: expected a number, got str"),
+        ({"hidden_size": 2, "forget_bias": np.nan}, ValueError, "forget_bias: expected a finite .* got nan"),
+        ({"hidden_size": 2, "forget_bias": -np.inf}, ValueError, "forget_bias: expected a .* got -inf"),
         ({"hidden_size": 2, "dtype": np.float16}, TypeError, "dtype: .*float16"),
         ({"hidden_size": 2, "no_such": 1}, TypeError, "no_such"),
     ):

@@ -227,6 +227,7 @@ def test_packed_rows_take_lists(kind):
 TRUE = np.ones((T, B), int)
 WRONG = [
     ({"lengths": [1.0, 2.0, 0.0]}, TypeError, "lengths: expected whole numbers, got float"),
+    ({"lengths": [1, np.nan, np.inf]}, TypeError, "lengths: expected whole numbers, got float"),
     ({"lengths": np.ones(B, bool)}, TypeError, "lengths: expected whole numbers, got bool"),
     ({"lengths": [1, 2]}, ValueError, r"lengths: expected shape \(3,\), got \(2,\)$"),
     (

@@ -433,6 +433,15 @@ def test_wrong_lengths_and_resets(kind):
         (ValueError, r"lengths: expected shape \(3,\), got \(2,\)", {"lengths": [1, 1]}),
         (ValueError, r"lengths: expected shape \(3,\), got \(\)", {"lengths": 3}),
         (TypeError, "lengths: expected whole numbers, got float64", {"lengths": [1.0, 1.0, 1.0]}),
+        *(
+            (
+                TypeError,
+                "lengths: expected whole numbers, got float32",
+                {"lengths": torch.tensor([1.0, v, 3])},
+            )
+            for v in (2.0, torch.nan, torch.inf)
+        ),
+        (TypeError, "lengths: expected whole numbers, got complex64", {"lengths": torch.ones(B) * 1j}),
         (TypeError, "lengths: expected whole numbers, got bool", {"lengths": [True, True, False]}),
         (ValueError, r"reset: expected shape \(5, 3\), got \(3, 5\)", {"reset": torch.zeros(B, T)}),
         (ValueError, "reset: expected booleans, or 0 and 1", {"reset": torch.full((T, B), 2)}),

@@ -103,6 +103,9 @@ def test_wrong_forget_biases():
         for wrong in ("1", True, torch.ones(H), [1.0]):
             with pytest.raises(TypeError, match="forget_bias: expected a number or None, got "):
                 kind(I, H, forget_bias=wrong)
+        for wrong in (torch.nan, -torch.inf):
+            with pytest.raises(ValueError, match=f"forget_bias: expected a finite number, got {wrong}"):
+                kind(I, H, forget_bias=wrong)
         with pytest.raises(ValueError, match="forget_bias: expected None in a layer with bias=False, got 1"):
             kind(I, H, bias=False, forget_bias=1)
         assert kind(I, H, bias=False).forget_bias is None

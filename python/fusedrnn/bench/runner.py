@@ -173,7 +173,8 @@ def run(
         threads: For everybody; None for as many as we take by ourselves.
         quick: Few repetitions.
         peaks: Also measure peak memory, in processes of their own.
-        progress: Called with what begins, its number from 1 on, and how many parts there are.
+        progress: Called with what begins, its number from 1 on, and how many parts there are; before that
+            with a summary and the number 0.
 
     Raises:
         RuntimeError: A library's results are wrong, or a peer that was asked for cannot run here.
@@ -192,6 +193,8 @@ def run(
     skipped: list[str] = []
     total = len(cases) + 1
     with same_threads(threads) as used:
+        names = ", ".join([f"{OURS} ({chosen})", *taken])
+        progress(f"cases: {len(cases)}, in {dtype}; libraries: {names}; threads: {used}", 0, total)
         gemm = Gemm(dtype, used, (2048,) if quick else (2048, 4096))
         for number, case in enumerate(cases, start=1):
             progress(str(case), number, total)

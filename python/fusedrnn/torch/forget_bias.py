@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -17,7 +18,7 @@ class ForgetBias:
             draws them. All other initial values are the same in both cases.
 
     Raises:
-        TypeError, ValueError: forget_bias is not a number, or there are no biases.
+        TypeError, ValueError: forget_bias is not a finite number, or there are no biases.
     """
 
     forget_bias: float | None = None
@@ -30,6 +31,8 @@ class ForgetBias:
             return
         if isinstance(forget_bias, bool) or not isinstance(forget_bias, numbers.Real):
             raise TypeError(f"forget_bias: expected a number or None, got {type(forget_bias).__name__}")
+        if not math.isfinite(forget_bias):
+            raise ValueError(f"forget_bias: expected a finite number, got {forget_bias}")
         if not self.bias:
             raise ValueError(f"forget_bias: expected None in a layer with bias=False, got {forget_bias}")
         self.forget_bias = float(forget_bias)

@@ -158,9 +158,9 @@ class Call(NamedTuple):
             cell, acts, dtype = CELLS[self.cell], bool(self.rates), self.x.dtype
             kind = {"float64": dtype is torch.float64, "bfloat16": dtype is torch.bfloat16}
             return CPU.tape_shape(cell, sizes, recompute=True, regularized=acts, **kind)[0]
-        if self.lengths is None:
-            return T * B
-        return min(max(0, int(self.lengths.sum())), T * B)  # wrong lengths are refused later
+        if self.lengths is None or self.lengths.is_floating_point() or self.lengths.is_complex():
+            return T * B  # wrong lengths are refused later
+        return min(max(0, int(self.lengths.sum())), T * B)
 
 
 N = len(Call._fields)
