@@ -108,6 +108,10 @@ def test_what_is_left_and_why():
     assert found.left == {"1": "its class Mine is derived from fusedrnn.torch's"}
     assert str(found) == "1: left as it is, its class Mine is derived from fusedrnn.torch's"
     assert str(ft.convert(torch.nn.Linear(1, 1))) == "no recurrent layer"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LSTM(3, 5)))
+    assert ft.convert(scripted).left == {"1": "it is a TorchScript module"}
     for wrong in (ft.convert, ft.to_torch):
         with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
             wrong(3)

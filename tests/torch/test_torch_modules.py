@@ -98,6 +98,22 @@ def test_forget_bias(kind):
     assert not any((start == 1.5).any() for start in forget_biases(plain))
 
 
+@pytest.mark.parametrize("kind", [ft.LSTM, ft.GRU, ft.LSTMCell])
+def test_a_weight_that_is_gone(kind):
+    for begin in ("weight_ih", "weight_hh"):
+        layer = kind(I, H)
+        name = next(name for name, _ in layer.named_parameters() if name.startswith(begin))
+        setattr(layer, name, None)
+        for gone in (False, True):
+            if gone:
+                delattr(layer, name)
+            for grad in (False, True):
+                with torch.set_grad_enabled(grad), pytest.raises(TypeError) as error:
+                    layer(torch.randn(*[4] * (kind is not ft.LSTMCell), 2, I))
+                assert type(error.value) is TypeError
+                assert str(error.value) == f"{name}: expected a tensor, got None"
+
+
 def test_wrong_forget_biases():
     for kind in (ft.LSTM, ft.compilable.LSTM, ft.LSTMCell):
         for wrong in ("1", True, torch.ones(H), [1.0]):

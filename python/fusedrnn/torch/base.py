@@ -31,12 +31,18 @@ Results = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 def weights_of(module: torch.nn.Module, names: Sequence[str], count: int) -> Weights:
-    """The current weights of one layer and direction; a missing one is None.
+    """The current weights of one layer and direction; a missing bias is None.
 
     A parametrization, a functional call or a tied weight may have replaced the parameters.
+
+    Raises:
+        TypeError: ``weight_ih`` or ``weight_hh`` was deleted or is None.
     """
     own = module._parameters
     found = [own[name] if name in own else getattr(module, name, None) for name in names]
+    for name, weight in zip(names[:2], found, strict=False):  # not over all, which would make calls slower
+        if weight is None and name.startswith("weight_"):
+            raise TypeError(f"{name}: expected a tensor, got None")
     return (*found, *[None] * (count - len(found)))
 
 

@@ -21,6 +21,7 @@ COMPILABLE: Classes = {
     ours.torch_class: ours for ours in (_compilable.LSTM, _compilable.GRU, _compilable.RNN)
 }
 OURS = {ours: theirs for each in (REPLACEMENTS, COMPILABLE) for theirs, ours in each.items()}
+NAMES = {theirs.__name__ for theirs in REPLACEMENTS}
 
 
 class Converted(NamedTuple):
@@ -71,6 +72,8 @@ def convert(model: torch.nn.Module, *, compilable: bool = False) -> Converted:
             converted[path] = kind.__name__
         elif isinstance(layer, (torch.nn.RNNBase, torch.nn.RNNCellBase)) and kind not in OURS:
             left[path] = f"its class {kind.__name__} is not torch.nn's own"
+        elif isinstance(layer, torch.jit.ScriptModule) and layer.original_name in NAMES:
+            left[path] = "it is a TorchScript module"
     return Converted(model, converted, left)
 
 

@@ -172,7 +172,7 @@ def unsupported(
         if t is None:
             continue
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter and not _traced(t):
-            return f"there is a {type(t).__name__} in a tensor's place"
+            return f"a tensor is a {type(t).__name__}, a subclass of torch.Tensor"
         if not t.is_cpu if on_cpu else t.device != device:
             return f"the devices are {device} and {t.device}"
         if t.layout is not torch.strided or t.is_nested or t.is_neg():
