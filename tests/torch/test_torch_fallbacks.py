@@ -57,6 +57,27 @@ def test_half_precision_falls_back(kind, dtype, warned, monkeypatch):
     assert ours.last_path == "fused"
 
 
+class Sub(torch.Tensor):
+    """A subclass of a tensor."""
+
+
+def test_subclasses_negative_views_and_empty_inputs_fall_back(warned):
+    x = torch.randn(B, I)
+    negative = torch.complex(torch.zeros_like(x), -x).conj().imag  # equal to x
+    for given, size, reason in (
+        (x.as_subclass(Sub), I, "a tensor is a Sub, a subclass of torch.Tensor"),
+        (negative, I, "a tensor's memory is not plainly strided"),
+        (x[:, :0], 0, f"the input is of shape ({B}, 0)"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns of weights without elements
+            theirs, ours = module_pair("LSTMCell", size, H)
+        with pytest.warns(ft.FallbackWarning, match=re.escape(reason)):
+            got = ours(given)
+        for a, b in zip(got, theirs(given), strict=True):
+            assert torch.equal(a, b)
+
+
 @every_layer
 def test_the_meta_device_falls_back(kind, warned):
     ours = getattr(ft, kind)(I, H, device="meta")
