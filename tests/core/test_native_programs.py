@@ -435,8 +435,8 @@ def test_wrong_checkpoints_and_files_are_one_line(daily, tmp_path, monkeypatch, 
     text = daily.read_text()
     for change, words in (
         (text.replace("reported", "results"), "daily.csv: expected each of the columns date, reported once"),
-        (text.replace("01-14,", "01-14,nan\n"), "line 9: not a finite number"),
-        (text.replace("01-14,", "01-14,x"), "line 9: not a number"),
+        (text.replace("01-14,", "01-14,nan\n"), "line 9, column reported: expected a finite number"),
+        (text.replace("01-14,", "01-14,x"), "line 9, column reported: expected a number"),
         ("\n".join(text.split("\n")[:200]), "expected at least 350 rows"),
         ("", "expected each of the columns date, reported once"),
     ):

@@ -272,10 +272,10 @@ def test_a_wrong_file_is_named(tmp_path):
         pollution.read(str(path))
     names = ",".join(["date", *pollution.INPUTS])
     path.write_text(f"{names}\n2010-01-02 00:00,1,2,3,4,5,6,7\n2010-01-02 00:00,1,2,x,4,5,6,7\n")
-    with pytest.raises(ValueError, match=r"wrong\.csv, line 3: not a number"):
+    with pytest.raises(ValueError, match=r"wrong\.csv, line 3, column temp: expected a number"):
         pollution.read(str(path))
     path.write_text(f"{names}\n2010-01-02 00:00,1,2,nan,4,5,6,7\n")
-    with pytest.raises(ValueError, match=r"wrong\.csv, line 2: not a finite number"):
+    with pytest.raises(ValueError, match=r"wrong\.csv, line 2, column temp: expected a finite number"):
         pollution.read(str(path))
     path.write_bytes(b"\xff\x00\x80")
     with pytest.raises(ValueError, match=r"wrong\.csv: expected a CSV file in UTF-8"):
