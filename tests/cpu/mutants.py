@@ -309,10 +309,10 @@ MUTANTS = [
         "V::load(from, m - k).store(to + k, m - k);",
     ),
     Mutant(
-        "tile: both pairs the first",
+        "tile: every part the first",
         TILE,
-        "tile<V, M, N - 2, 1, 2>(products, count, acc);",
-        "tile<V, M, N - 2, 1, 0>(products, count, acc);",
+        "tile<V, M, part, 1, First>(products, count, acc);",
+        "tile<V, M, part, 1, 0>(products, count, acc);",
     ),
     Mutant(
         "backward: every chunk begins at zero",
@@ -452,8 +452,8 @@ MUTANTS = [
     Mutant(
         "pack: weight_hh for its transpose",
         PACK,
-        "out[j] = j < columns ? row[column + j] : T(0);",
-        "out[j] = j >= columns ? T(0) : "
+        "Vec<T>::load(row + column, job.K - column).store(out);",
+        "for (Index j = 0; j < n; ++j) out[j] = column + j >= job.K ? T(0) : "
         "job.weight[(job.part.gate[s] * job.H + (column + j) % job.H) * job.K + u % job.K];",
     ),
     Mutant(
