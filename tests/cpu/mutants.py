@@ -343,8 +343,8 @@ MUTANTS = [
     Mutant(
         "projection: the weights of the first block for all",
         TILE,
-        "weights.data + block * step + lane",
-        "weights.data + 0 * block + lane",
+        "weights.data + block * step + lane * K",
+        "weights.data + 0 * block + lane * K",
     ),
     Mutant(
         "projection: h not zoned",
