@@ -56,10 +56,9 @@ class Variable:
 
     def _known(self) -> Any:
         """The array, or an AttributeError if there is none yet."""
-        if self._data is None:
-            text = f"{self.name or 'variable'} has no values yet: its size is known at first use"
-            raise AttributeError(text)
-        return self._data
+        if self._data is not None:
+            return self._data
+        raise AttributeError(f"{self.name or 'variable'} has no values yet: its size is known at first use")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -121,15 +121,17 @@ class CupyDevice:
         return self.empty(((32 if self.cluster else 4) << 20,), np.uint8)
 
     def captured(self) -> bool:
-        """Whether somebody records what goes to CuPy's current stream, in a graph for later."""
+        """Whether CuPy's current stream is being captured into a CUDA graph."""
         try:
             return bool(self._cupy.cuda.get_current_stream().is_capturing())
-        except Exception:  # of the oldest stream nobody may ask that while any other is recorded
+        except Exception:  # CUDA does not allow this for the legacy stream while another is captured
             return True
 
     def repeat(self, key: Hashable, work: Work) -> None:
-        """Do what ``work`` launches and multiplies, which for the same key, on this device, is the same: by a
-        CUDA graph, when it comes again; not within a graph that somebody else records."""
+        """Run ``work``, whose launches and products depend on the key alone.
+
+        If the same key comes again, they are launched as one CUDA graph, unless the stream is being captured.
+        """
         # Memory of this call, as all that the work depends on: part of the key, free again after it.
         self._of_thread.workspace = workspace = self._new_workspace()
         try:
