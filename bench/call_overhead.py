@@ -94,7 +94,6 @@ def levels(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Block]]:
     x = draw((1, B, I)).astype(np.float32)
     dy = draw((1, B, H)).astype(np.float32)
     state = tuple([draw((B, H)).astype(np.float32) for _ in cell.states])
-    h0, c0 = (*state, None)[:2]
     backend = CpuBackend()
     packed, kernels_packed = backend.pack(cell, weights), kernels.pack(cell, weights, "cpu")
     carried = tuple([autograd.Variable(s) for s in state])
@@ -103,7 +102,7 @@ def levels(cell: Cell, B: int, I: int, H: int) -> dict[str, dict[str, Block]]:
     def forward(save: str | None) -> dict[str, Block]:
         core = packed.core
         return {
-            "arithmetic": lambda n: _core.testing.repeat_forward(n, core, x, h0, c0, save is not None),
+            "arithmetic": lambda n: _core.testing.repeat_forward(n, core, x, state, save is not None),
             "backend": repeated(lambda: backend.forward(cell, x, packed, state, save=save)),
             "kernels": repeated(lambda: kernels.forward(cell, x, kernels_packed, state, save=save)),
             "layer": repeated(lambda: layer(step, carried)),

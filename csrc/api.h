@@ -5,9 +5,11 @@
 // shapes (src/module.cpp does); sizes are checked for overflow here, before anything is allocated. Inputs are never
 // written to and outputs never overlap inputs. "contiguous" is C order.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "steps.h"
 
@@ -19,22 +21,30 @@ enum class CellId : int {
 #undef X
 };
 
+namespace cpu {
+struct MachinePlan;
+}
+
+// A compiled cell; or a program, whose plan outlives what is made with it, and whose id is of no meaning.
+struct Cell {
+  CellId id{};
+  const cpu::MachinePlan* plan = nullptr;
+};
+
 struct Sizes {
   Index T, B, I, H, P;
 };
 
+// An entry for each weight, null where there is none: weight_ih (G*H, I), weight_hh (G*H, P), bias_ih and bias_hh
+// (G*H); then vectors (n*H), of compiled cells with layer norm gain_ih, gain_hh and, with c, gain_c and bias_c; of a
+// cell that projects weight_hr (P, H) last. All contiguous.
 template <class T>
-struct Weights {
-  T* weight_ih = nullptr;  // (G*H, I) contiguous
-  T* weight_hh = nullptr;  // (G*H, P) contiguous
-  T* bias_ih = nullptr;    // (G*H) or null
-  T* bias_hh = nullptr;    // (G*H) or null
-  T* gain_ih = nullptr;    // (G*H); this and the next three with layer norm
-  T* gain_hh = nullptr;    // (G*H)
-  T* gain_c = nullptr;     // (H), LSTM
-  T* bias_c = nullptr;     // (H), LSTM
-  T* weight_hr = nullptr;  // (P, H), of cells that project
-};
+using Weights = std::vector<T*>;
+
+// An entry for each state: of the first with rows of P, of the others with rows of H.
+constexpr int kMostStates = 16;
+template <class Entry>
+using OfStates = std::array<Entry, kMostStates>;
 
 template <class T>
 struct Tape;  // what forward saves for backward; opaque, owned by the caller
@@ -55,7 +65,7 @@ struct Regularization {
 };
 
 struct Problem {
-  CellId cell;
+  Cell cell;
   Sizes sizes;
   const Index* lengths = nullptr;        // (B) or null
   const unsigned char* reset = nullptr;  // (T, B) contiguous, 0 or 1, or null
@@ -77,17 +87,14 @@ template <class T>
 struct ForwardCall {
   Problem problem;
   const PackedWeights<T>* packed = nullptr;
-  Weights<const T> weights;   // read only where none are packed
-  Sequence<const T> x;        // (T, B, I)
-  const T* h0 = nullptr;      // (B, P) contiguous or null: zeros
-  const T* c0 = nullptr;      // (B, H) contiguous or null: zeros
-  T* y;                       // (T, B, P) contiguous
-  T* hT;                      // (B, P)
-  T* cT = nullptr;            // (B, H), LSTM
-  T* h_states = nullptr;      // (T, B, P) or null
-  T* c_states = nullptr;      // (T, B, H) or null
-  Save save = Save::nothing;  // what the tape returned holds; nothing: no tape
-  T* saved = nullptr;         // the tape's memory, of its tape_shape; null: its own
+  Weights<const T> weights;         // read only where none are packed
+  Sequence<const T> x;              // (T, B, I)
+  std::vector<const T*> scalars;    // of each row scalar (T, B) contiguous
+  OfStates<const T*> state0{};      // (B, ·) contiguous, or null: what they start from
+  T* y;                             // (T, B, P) contiguous; of one step it may be the first of stateT
+  OfStates<T*> stateT{}, states{};  // (B, ·); (T, B, ·), or null
+  Save save = Save::nothing;        // what the tape returned holds; nothing: no tape
+  T* saved = nullptr;               // the tape's memory, of its tape_shape; null: its own
   Poll poll;
 };
 
@@ -98,18 +105,16 @@ struct BackwardCall {
   Weights<const T> weights;                  // as they were in forward
   const PackedWeights<T>* packed = nullptr;  // the same, packed, if they are: read for a tape of boundary states only
   Sequence<const T> x;
+  std::vector<const T*> scalars;
   const T* y;  // what forward returned
-  const T* h0 = nullptr;
-  const T* c0 = nullptr;
-  Sequence<const T> dy;         // (T, B, P); any upstream gradient may be absent
-  const T* dhT = nullptr;       // (B, P)
-  const T* dcT = nullptr;       // (B, H)
-  Sequence<const T> dh_states;  // (T, B, P)
-  Sequence<const T> dc_states;  // (T, B, H)
-  T* dx = nullptr;              // (T, B, I) contiguous; null: not needed, so with everything below
-  Weights<T> dweights;          // contiguous; overwritten
-  T* dh0 = nullptr;             // (B, P)
-  T* dc0 = nullptr;             // (B, H)
+  OfStates<const T*> state0{};
+  Sequence<const T> dy;                   // (T, B, P); any upstream gradient may be absent
+  OfStates<const T*> dstateT{};           // (B, ·)
+  OfStates<Sequence<const T>> dstates{};  // (T, B, ·)
+  T* dx = nullptr;                        // (T, B, I) contiguous; null: not needed, so with everything below
+  Weights<T> dweights;                    // overwritten
+  OfStates<T*> dstate0{};                 // (B, ·)
+  std::vector<T*> dscalars;               // (T, B)
   Poll poll;
 };
 
@@ -140,7 +145,7 @@ struct Interrupted {};  // thrown when the poll hook says stop
 
 // T is float or double. Throws std::bad_alloc, std::overflow_error, Interrupted.
 template <class T>
-PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll = {},
+PackedPtr<T> pack(const Cell& cell, Index I, Index H, Index P, const Weights<const T>& weights, Poll poll = {},
                   bool bfloat16 = false);  // as in Problem
 // Whether there are kernels with products in bfloat16 here.
 bool has_bfloat16();
@@ -148,7 +153,7 @@ template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call);
 template <class T>
 void backward(const BackwardCall<T>& call);
-// A tape over memory that `saved` of a forward call was; the memory outlives it.
+// A tape over memory that `saved` of a forward call was, which outlives it; of a program only one of everything.
 template <class T>
 TapePtr<T> tape_over(const Problem& problem, Save save, const T* saved);
 // What a tape takes, in elements.

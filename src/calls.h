@@ -10,27 +10,13 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "api.h"
-#include "arrays.h"
-#include "bfloat16.h"
-#include "cpu/dispatch.h"
+#include "cells.h"
 
 namespace fusedrnn {
 namespace {
-
-// Weights of a layer, in the order of fusedrnn.backends.protocol.Weights, and what a gradient is asked for: these, x
-// and the initial state.
-constexpr int kWeights = 9, kNeeds = kWeights + 2;
-
-const cpu::CellShape& shape_of(CellId cell) { return cpu::kernels<float>().cells[int(cell)].shape; }
-
-CellId cell_of(int id) {
-  if (id < 0 || id >= cpu::kCells)
-    throw py::value_error("cell: expected 0 to " + std::to_string(cpu::kCells - 1) + ", got " + std::to_string(id));
-  return CellId(id);
-}
 
 // The hook runs Python's signal handlers; a handler that raises stops the call.
 Poll signals() {
@@ -63,10 +49,10 @@ struct OfDtype {
 };
 
 struct PyPacked : OfDtype<PackedPtr> {
-  CellId cell;
-  Index I, H, P;
+  CellPtr cell;
+  Sizes sizes;  // of weights: no T and B
   bool bfloat16;
-  py::object weights[kWeights];
+  py::tuple weights;
 };
 
 // A problem with copies of its lengths and resets: what backward walks by must be what forward walked by, whatever
@@ -77,27 +63,47 @@ struct OwnProblem {
   std::vector<unsigned char> reset;
 };
 
-py::tuple sizes_of(const OwnProblem& owner) {
-  const Sizes& n = owner.problem.sizes;
+// What both directions read. x of a sequence is (T, B, I), of one step (B, I); the others have entries of arrays.
+struct Inputs {
+  py::object x;
+  py::tuple state0, scalars;
+};
+
+struct PyTape : OfDtype<TapePtr>, OwnProblem {
+  CellPtr cell;
+  Inputs inputs;
+  py::tuple weights;
+  py::object y;
+  bool step = false;               // or a sequence
+  py::object packed = py::none();  // kept for boundary states only, which run forward again
+};
+
+py::tuple sizes_of(const PyTape& tape) {
+  const Sizes& n = tape.problem.sizes;
   return py::make_tuple(n.T, n.B, n.I, n.H, n.P);
 }
 
-struct PyTape : OfDtype<TapePtr>, OwnProblem {
-  py::object x, y, h0, c0, weights[kWeights];
-  py::object packed = py::none();  // kept for boundary states only, which run forward again
-};
+// --- problems --------------------------------------------------------------------------------------------------------
 
 // fusedrnn.backends.protocol.Regularization: the rates, the seed (None: evaluation) and the stream; or None.
 using PyRegularization = std::optional<std::tuple<double, double, double, std::optional<std::uint64_t>, std::uint32_t>>;
 
-Regularization regularization_of(const PyRegularization& given, bool c) {
-  if (!given) return {};
-  const auto& [recurrent_dropout, zoneout_h, zoneout_c, seed, stream] = *given;
-  for (const double rate : {recurrent_dropout, zoneout_h, zoneout_c})
-    if (!(rate >= 0 && rate <= 1))
-      throw RefusedValue("regularization: expected rates from 0 to 1, got " + std::to_string(rate));
-  if (zoneout_c > 0 && !c) throw RefusedValue("zoneout_c: expected 0 for a cell without c");
-  return {recurrent_dropout, zoneout_h, zoneout_c, seed.has_value(), seed.value_or(0), stream};
+// A program may only read masks that there are.
+Regularization regularization_of(const PyRegularization& given, const PyCell& cell) {
+  Regularization r;
+  if (given) {
+    const auto& [recurrent_dropout, zoneout_h, zoneout_c, seed, stream] = *given;
+    for (const double rate : {recurrent_dropout, zoneout_h, zoneout_c})
+      if (!(rate >= 0 && rate <= 1))
+        throw RefusedValue("regularization: expected rates from 0 to 1, got " + std::to_string(rate));
+    if (zoneout_c > 0 && !cell.plan && cell.states < 2)
+      throw RefusedValue("zoneout_c: expected 0 for a cell without c");
+    r = {recurrent_dropout, zoneout_h, zoneout_c, seed.has_value(), seed.value_or(0), stream};
+  }
+  const bool there[] = {r.drops(), r.zoneout_h > 0, r.zoneout_c > 0};
+  for (int k = 0; cell.plan && k < 3; ++k)
+    if (cell.plan->reads_masks[k] && !there[k]) throw RefusedValue("cell: expected one without this mask");
+  return r;
 }
 
 void set_rows(OwnProblem& owner, const py::object& lengths, const py::object& reset) {
@@ -118,58 +124,34 @@ void set_rows(OwnProblem& owner, const py::object& lengths, const py::object& re
   }
 }
 
-// H, by the rows of weight_ih.
-Index hidden_size(CellId cell, const py::object& weight_ih) {
-  const View a = array_view(weight_ih, "weight_ih");
-  if (a.ndim != 2 || a.shape[0] < shape_of(cell).gates || a.shape[1] == 0)
-    throw RefusedValue("weight_ih: expected (G*H, I), H and I at least 1, got " + a.text());
-  return a.shape[0] / shape_of(cell).gates;
+void check_bfloat16(const PyCell& cell, bool bfloat16) {
+  if (bfloat16 && !has_bfloat16()) throw RefusedValue("bfloat16: expected False on this processor, got True");
+  if (bfloat16 && cell.plan) throw RefusedValue("bfloat16: expected False for a program, got True");
 }
 
-// P, by the rows of weight_hr; H where nothing is projected.
-Index projected_size(bool there, const py::object& weight_hr, Index H) {
-  if (!there) return H;
-  const View a = array_view(weight_hr, "weight_hr");
-  if (a.ndim != 2 || a.shape[0] < 1 || a.shape[0] > H)
-    throw RefusedValue("weight_hr: expected (P, H), P from 1 to H = " + std::to_string(H) + ", got " + a.text());
-  return a.shape[0];
-}
+// What a call is, apart from its arrays over time.
+struct Options {
+  const py::object &lengths, &reset;
+  bool reverse = false;
+  Index detach_every = 0;
+  const PyRegularization& regularization;
+  bool bfloat16 = false;
+};
 
-template <class T>
-Weights<const T> weights_of(Arrays<T>& arrays, const py::object* w, CellId cell, Index I, Index H, Index P) {
-  const Index rows = shape_of(cell).gates * H;
-  Weights<const T> weights = {arrays.matrix(w[0], "weight_ih", {rows, I}), arrays.matrix(w[1], "weight_hh", {rows, P}),
-                              arrays.maybe(w[2], "bias_ih", {rows}), arrays.maybe(w[3], "bias_hh", {rows})};
-  const T** to[] = {&weights.gain_ih, &weights.gain_hh, &weights.gain_c, &weights.bias_c};
-  const char* names[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
-  for (int i = 0; i < 4; ++i) {
-    if (shape_of(cell).layer_norm && (i < 2 || shape_of(cell).has_c))
-      *to[i] = arrays.need(w[4 + i], names[i], {i < 2 ? rows : H});
-    else if (!w[4 + i].is_none())
-      throw RefusedValue(std::string(names[i]) + ": expected None for this cell");
-  }
-  if (shape_of(cell).projects)
-    weights.weight_hr = arrays.matrix(w[8], "weight_hr", {P, H});
-  else if (!w[8].is_none())
-    throw RefusedValue("weight_hr: expected None for this cell");
-  return weights;
-}
-
-template <class T>
-std::unique_ptr<PyPacked> pack_as(CellId cell, const py::object* w, bool bfloat16) {
-  View ih;
-  view_of(w[0], ih);
-  const Index I = ih.shape[1], H = hidden_size(cell, w[0]), P = projected_size(shape_of(cell).projects, w[8], H);
-  auto packed = std::make_unique<PyPacked>();
-  packed->cell = cell, packed->I = I, packed->H = H, packed->P = P, packed->bfloat16 = bfloat16;
-  for (int i = 0; i < kWeights; ++i) packed->weights[i] = w[i];
-  Arrays<T> arrays(bfloat16);
-  const Weights<const T> view = weights_of<T>(arrays, w, cell, I, H, P);
-  packed->slot(T()) = without_gil([&] {
-    arrays.widen();
-    return pack<T>(cell, I, H, P, view, signals(), bfloat16);
-  });
-  return packed;
+const Problem& problem_of(OwnProblem& owner, const PyCell& cell, const Sizes& sizes, const Options& options) {
+  check_bfloat16(cell, options.bfloat16);
+  owner.problem = {cell.core(),
+                   sizes,
+                   nullptr,
+                   nullptr,
+                   options.reverse,
+                   options.detach_every,
+                   regularization_of(options.regularization, cell),
+                   options.bfloat16};
+  if (options.detach_every < 0)
+    throw RefusedValue("detach_every: expected 1 or more, or none, got " + std::to_string(options.detach_every));
+  set_rows(owner, options.lengths, options.reset);
+  return owner.problem;
 }
 
 // Whether an array of so many axes is float32; so are copies of those of a call in bfloat16 (bfloat16.h), which are
@@ -183,66 +165,94 @@ bool is_float32(const py::object& o, const char* name, int ndim, bool bfloat16 =
   throw RefusedType(std::string(name) + ": expected float32 or float64, got " + a.text());
 }
 
-void check_bfloat16(bool bfloat16) {
-  if (bfloat16 && !has_bfloat16()) throw RefusedValue("bfloat16: expected False on this processor, got True");
+Save save_of(int id) {
+  if (id < 0 || id > 2)
+    throw py::value_error("save: expected 0 (nothing), 1 (all) or 2 (boundary states), got " + std::to_string(id));
+  return Save(id);
 }
 
-std::unique_ptr<PyPacked> py_pack(int id, py::object weight_ih, py::object weight_hh, py::object bias_ih,
-                                  py::object bias_hh, py::object gain_ih, py::object gain_hh, py::object gain_c,
-                                  py::object bias_c, py::object weight_hr, bool bfloat16) {
-  const CellId cell = cell_of(id);
-  check_bfloat16(bfloat16);
-  const bool f32 = is_float32(weight_ih, "weight_ih", 2, bfloat16);
-  const py::object w[kWeights] = {weight_ih, weight_hh, bias_ih, bias_hh, gain_ih, gain_hh, gain_c, bias_c, weight_hr};
-  return (f32 ? pack_as<float> : pack_as<double>)(cell, w, bfloat16);
+// Of a tape in an array.
+Save save_of(bool recompute, const PyCell& cell) {
+  if (recompute && cell.plan) throw RefusedValue("recompute: expected False for a program with a tape, got True");
+  return recompute ? Save::boundary_states : Save::all;
 }
 
-// What a call is, apart from its arrays over time.
-struct Options {
-  const py::object &lengths, &reset;
-  bool reverse = false;
-  Index detach_every = 0;
-  const PyRegularization regularization{};
-  bool bfloat16 = false;
-};
+// --- packed weights --------------------------------------------------------------------------------------------------
 
-Problem problem_of(OwnProblem& owner, CellId cell, const Sizes& sizes, const Options& options) {
-  check_bfloat16(options.bfloat16);
-  owner.problem = {cell,
-                   sizes,
-                   nullptr,
-                   nullptr,
-                   options.reverse,
-                   options.detach_every,
-                   regularization_of(options.regularization, shape_of(cell).has_c),
-                   options.bfloat16};
-  if (options.detach_every < 0)
-    throw RefusedValue("detach_every: expected 1 or more, or none, got " + std::to_string(options.detach_every));
-  set_rows(owner, options.lengths, options.reset);
-  return owner.problem;
+template <class T>
+std::unique_ptr<PyPacked> pack_as(const CellPtr& cell, const Sizes& n, const py::tuple& given, bool bfloat16) {
+  auto packed = std::make_unique<PyPacked>();
+  packed->cell = cell, packed->sizes = n, packed->bfloat16 = bfloat16, packed->weights = given;
+  Arrays<T> arrays(bfloat16);
+  const Weights<const T> weights = weights_of<T>(arrays, *cell, given, n);
+  packed->slot(T()) = without_gil([&] {
+    arrays.widen();
+    return pack<T>(cell->core(), n.I, n.H, n.P, weights, signals(), bfloat16);
+  });
+  return packed;
 }
 
-// Outputs of forward: null before they are made, None where there is none. One step that is not a sequence has no y.
-struct Outputs {
-  py::object y, hT, cT, h_states, c_states;
+std::unique_ptr<PyPacked> py_pack(const CellPtr& cell, const py::tuple& weights, bool bfloat16) {
+  check_bfloat16(*cell, bfloat16);
+  const Sizes sizes = sizes_of(*cell, weights);
+  const bool f32 = is_float32(entry(weights, 0), "weight_ih", 2, bfloat16);
+  return (f32 ? pack_as<float> : pack_as<double>)(cell, sizes, weights, bfloat16);
+}
+
+// Packed weights, or as they are.
+struct Given {
+  const PyPacked* packed = nullptr;
+  py::tuple weights;
+  Sizes sizes;
+  bool f32;
+
+  explicit Given(const PyPacked& of) : packed(&of), sizes(of.sizes), f32(of.f32 != nullptr) {}
+  Given(const PyCell& cell, const py::object& o, bool bfloat16) {
+    if (py::isinstance<PyPacked>(o)) {
+      *this = Given(o.cast<const PyPacked&>());
+      return;
+    }
+    if (!PyTuple_CheckExact(o.ptr())) throw py::type_error("weights: expected a tuple, or packed ones");
+    weights = py::reinterpret_borrow<py::tuple>(o);
+    sizes = sizes_of(cell, weights);
+    f32 = is_float32(entry(weights, 0), "weight_ih", 2, bfloat16);
+  }
 };
 
-// x of a sequence (T, B, I), or of one step (B, I).
-struct Time {
-  Index T, B, I;
-  bool step;
-};
-Time time_of(const py::object& x) {
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+Sizes with_time(Sizes sizes, const py::object& x) {
   const View a = array_view(x, "x");
-  if (a.ndim == 2) return {1, a.shape[0], a.shape[1], true};
-  if (a.ndim == 3) return {a.shape[0], a.shape[1], a.shape[2], false};
-  throw RefusedValue("x: expected 2 or 3 axes, got " + a.text());
+  if (a.ndim != 2 && a.ndim != 3) throw RefusedValue("x: expected 2 or 3 axes, got " + a.text());
+  sizes.T = a.ndim == 2 ? 1 : a.shape[0], sizes.B = a.shape[a.ndim - 2];
+  return sizes;
 }
+bool is_step(const py::object& x) { return array_view(x, "x").ndim == 2; }
+
 // What is of x's kind: a sequence over time, or a step.
 template <class T>
-Sequence<const T> over_time(Arrays<T>& arrays, const py::object& o, const char* name, const Time& n, Index width) {
-  return n.step ? arrays.sequence(o, name, {n.B, width}) : arrays.sequence(o, name, {n.T, n.B, width});
+Sequence<const T> over_time(Arrays<T>& arrays, const py::object& o, const char* name, bool step, const Sizes& n,
+                            Index width) {
+  return step ? arrays.sequence(o, name, {n.B, width}) : arrays.sequence(o, name, {n.T, n.B, width});
 }
+
+template <class Call, class T>
+void read_inputs(Call& call, Arrays<T>& arrays, const PyCell& cell, const Inputs& in, bool step) {
+  const Sizes& n = call.problem.sizes;
+  call.x = over_time(arrays, in.x, "x", step, n, n.I);
+  need_count(in.scalars.size(), "scalars", std::size_t(cell.scalars));
+  for (std::size_t k = 0; k < in.scalars.size(); ++k)
+    call.scalars.push_back(arrays.need(entry(in.scalars, k), "scalars", {n.T, n.B}));
+  each_state(cell, n, in.state0, "state0", [&](std::size_t s, const py::object& o, Index width) {
+    call.state0[s] = arrays.need(o, "state0", {n.B, width});
+  });
+}
+
+// Outputs of forward: null before they are made. y is None of one step that is not a sequence; there may be no states.
+struct Outputs {
+  py::object y;
+  std::vector<py::object> stateT, states;
+};
 
 // One forward call: checked, its outputs allocated, nothing run yet.
 template <class T>
@@ -252,35 +262,32 @@ struct ForwardSetup {
   Arrays<T> arrays;
   Outputs out;
 
-  // Of packed weights, or as they are.
-  ForwardSetup(CellId cell, const PyPacked* packed, const py::object* weights, const py::object& x,
-               const py::object& h0, const py::object& c0, const Options& options, Outputs given)
-      : arrays(options.bfloat16), out(std::move(given)) {
-    const Time n = time_of(x);
-    const Index H = packed ? packed->H : hidden_size(cell, weights[0]);
-    const Index P = packed ? packed->P : projected_size(shape_of(cell).projects, weights[8], H);
-    const bool c = shape_of(cell).has_c;
-    call.problem = problem_of(*tape, cell, {n.T, n.B, n.I, H, P}, options);
-    if (packed) {
+  ForwardSetup(const PyCell& cell, const Given& given, const Inputs& in, const Options& options, Outputs outputs)
+      : arrays(options.bfloat16), out(std::move(outputs)) {
+    const bool step = is_step(in.x);
+    const Sizes n = problem_of(*tape, cell, with_time(given.sizes, in.x), options).sizes;
+    call.problem = tape->problem;
+    if (const PyPacked* const packed = given.packed) {
+      if (!cell.same_weights(*packed->cell)) throw RefusedValue("cell: expected that of the packed weights");
       call.packed = packed->get(T());
       if (!call.packed || packed->bfloat16 != options.bfloat16)
         throw RefusedType("x: expected the dtype of the weights");
-      if (packed->I != n.I) throw RefusedValue("x: expected " + std::to_string(packed->I) + " features");
     } else {
-      call.weights = weights_of(arrays, weights, cell, n.I, H, P);
+      call.weights = weights_of(arrays, cell, given.weights, n);
     }
-    call.x = over_time(arrays, x, "x", n, n.I);
-    call.h0 = arrays.maybe(h0, "h0", {n.B, P});
-    if (c) call.c0 = arrays.maybe(c0, "c0", {n.B, H});
+    read_inputs(call, arrays, cell, in, step);
     call.poll = signals();
-    if (!n.step) call.y = arrays.output(out.y, "y", {n.T, n.B, P});
-    call.hT = arrays.output(out.hT, "hT", {n.B, P});
-    if (n.step) call.y = call.hT;
-    if (c) call.cT = arrays.output(out.cT, "cT", {n.B, H});
-    call.h_states = arrays.output(out.h_states, "h_states", {n.T, n.B, P});
-    if (c) call.c_states = arrays.output(out.c_states, "c_states", {n.T, n.B, H});
-    for (const py::object* o : {&out.hT, n.step ? &out.hT : &out.y, c ? &out.cT : &out.hT})
-      if (o->is_none()) throw RefusedType("y, hT, cT: expected arrays, got None");
+    if (!step) call.y = arrays.output(out.y, "y", {n.T, n.B, n.P});
+    need_count(out.stateT.size(), "stateT", std::size_t(cell.states));
+    each_state(cell, n, out.stateT, "stateT", [&](std::size_t s, py::object& o, Index width) {
+      call.stateT[s] = arrays.output(o, "stateT", {n.B, width});
+      if (o.is_none()) throw RefusedType("stateT: expected arrays, got None");
+    });
+    if (step) call.y = call.stateT[0];
+    if (!step && out.y.is_none()) throw RefusedType("y: expected an array, got None");
+    each_state(cell, n, out.states, "states", [&](std::size_t s, py::object& o, Index width) {
+      call.states[s] = arrays.output(o, "states", {n.T, n.B, width});
+    });
   }
 
   TapePtr<T> run() const {
@@ -293,64 +300,52 @@ struct ForwardSetup {
   }
 };
 
+py::tuple tuple_of(const std::vector<py::object>& all) {
+  py::tuple made(all.size());
+  for (std::size_t k = 0; k < all.size(); ++k) made[k] = all[k];
+  return made;
+}
+
+// As many to be made as there are states, where they are wanted.
+std::vector<py::object> new_states(const PyCell& cell, bool wanted) {
+  return std::vector<py::object>(std::size_t(wanted ? cell.states : 0));
+}
+
 template <class T>
-py::tuple forward_as(const py::object& packed_object, const py::object& x, const py::object& h0, const py::object& c0,
-                     bool return_states, Save save, const Options& options) {
+py::tuple forward_as(const py::object& packed_object, const CellPtr& cell, const Inputs& in, const Options& options,
+                     bool return_states, Save save) {
   const PyPacked& packed = packed_object.cast<const PyPacked&>();
-  const py::object none = py::none();
-  Outputs out;
-  if (!shape_of(packed.cell).has_c) out.cT = none;
-  if (!return_states) out.h_states = none;
-  if (!return_states || !shape_of(packed.cell).has_c) out.c_states = none;
-  ForwardSetup<T> setup(packed.cell, &packed, nullptr, x, h0, c0, options, out);
+  ForwardSetup<T> setup(*cell, Given(packed), in, options,
+                        {{}, new_states(*cell, true), new_states(*cell, return_states)});
   setup.call.save = save;
   setup.tape->slot(T()) = setup.run();
-  py::object kept = none;
+  const Outputs& out = setup.out;
+  py::object kept = py::none();
   if (save != Save::nothing) {
     PyTape& tape = *setup.tape;
     if (save == Save::boundary_states) tape.packed = packed_object;
-    tape.x = x, tape.y = setup.out.y, tape.h0 = h0, tape.c0 = c0;
-    for (int i = 0; i < kWeights; ++i) tape.weights[i] = packed.weights[i];
+    tape.cell = cell, tape.inputs = in, tape.weights = packed.weights, tape.y = out.y;
     kept = py::cast(std::move(setup.tape));
   }
-  const Outputs& o = setup.out;
-  return py::make_tuple(o.y, o.hT, o.cT, o.h_states, o.c_states, kept);
+  return py::make_tuple(out.y, tuple_of(out.stateT),
+                        return_states ? py::object(tuple_of(out.states)) : py::object(py::none()), kept);
 }
 
-Save save_of(int id) {
-  if (id < 0 || id > 2)
-    throw py::value_error("save: expected 0 (nothing), 1 (all) or 2 (boundary states), got " + std::to_string(id));
-  return Save(id);
-}
-
-py::tuple py_forward(const py::object& packed, const py::object& x, const py::object& h0, const py::object& c0,
-                     const py::object& lengths, const py::object& reset, bool reverse, bool return_states, int save_id,
-                     Index detach_every, const PyRegularization& regularization) {
+// `cell`: None for the one that was packed; of a program whose call is regularized, another one.
+py::tuple py_forward(const py::object& packed, const py::object& cell, const py::object& x, const py::tuple& state0,
+                     const py::tuple& scalars, const py::object& lengths, const py::object& reset, bool reverse,
+                     Index detach_every, const PyRegularization& regularization, bool return_states, int save_id) {
   if (!py::isinstance<PyPacked>(packed))
     throw py::type_error("packed: expected what pack returned, got " + type_name(packed));
+  if (!cell.is_none() && !py::isinstance<PyCell>(cell))
+    throw py::type_error("cell: expected a Cell or None, got " + type_name(cell));
   const PyPacked& given = packed.cast<const PyPacked&>();
+  const Options options = {lengths, reset, reverse, detach_every, regularization, given.bfloat16};
   return (is_float32(x, "x", 3, given.bfloat16)
               ? forward_as<float>
-              : forward_as<double>)(packed, x, h0, c0, return_states, save_of(save_id),
-                                    {lengths, reset, reverse, detach_every, regularization, given.bfloat16});
+              : forward_as<double>)(packed, cell.is_none() ? given.cell : cell.cast<CellPtr>(), {x, state0, scalars},
+                                    options, return_states, save_of(save_id));
 }
-
-// All weights, or as many packed.
-struct Given {
-  const PyPacked* packed = nullptr;
-  py::object weights[kWeights];
-
-  explicit Given(CellId cell, const py::object& o) {
-    if (py::isinstance<PyPacked>(o)) {
-      packed = &o.cast<const PyPacked&>();
-      if (packed->cell != cell) throw py::value_error("weights: packed for another cell");
-      return;
-    }
-    if (!PyTuple_CheckExact(o.ptr()) || PyTuple_GET_SIZE(o.ptr()) != kWeights)
-      throw py::type_error("weights: expected a tuple of " + std::to_string(kWeights) + " or packed ones");
-    for (int i = 0; i < kWeights; ++i) weights[i] = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(o.ptr(), i));
-  }
-};
 
 // The memory of a tape in an array (rows, width): those rows that there are, or more.
 template <class T>
@@ -361,81 +356,88 @@ T* tape_memory(const py::object& o, const Problem& problem, Save save) {
   return const_cast<T*>(need<T>(o, "tape", {rows, shape.width}));
 }
 
-// Forward of weights as they are now, with nothing kept: all that backward needs is in arrays of the caller's. `tape`
-// is None where nothing is saved.
+// Forward of weights as they are now, or packed, with nothing kept: all that backward needs is in arrays of the
+// caller's. `saved` is None where nothing is saved.
 template <class T>
-void run_forward_as(CellId cell, const Given& given, const py::object& x, const py::object& h0, const py::object& c0,
-                    bool recompute, const Options& options, const Outputs& out, const py::object& saved) {
-  ForwardSetup<T> setup(cell, given.packed, given.weights, x, h0, c0, options, out);
+void run_forward_as(const PyCell& cell, const Given& given, const Inputs& in, const Options& options, bool recompute,
+                    Outputs out, const py::object& saved) {
+  ForwardSetup<T> setup(cell, given, in, options, std::move(out));
   if (!saved.is_none()) {
-    setup.call.save = recompute ? Save::boundary_states : Save::all;
-    setup.call.saved = tape_memory<T>(saved, setup.call.problem, setup.call.save);
+    ForwardCall<T>& call = setup.call;
+    call.save = save_of(recompute, cell);
+    call.saved = tape_memory<T>(saved, call.problem, call.save);
     // What ragged rows leave of it is 0, so that it is the same for the same inputs.
-    View a;
-    view_of(saved, a);
-    const TapeShape shape = tape_shape<T>(setup.call.problem, setup.call.save);
-    std::fill(setup.call.saved + shape.rows * shape.width, setup.call.saved + a.shape[0] * shape.width, T(0));
+    const TapeShape shape = tape_shape<T>(call.problem, call.save);
+    const Index kept = cell.plan && call.problem.lengths ? 0 : shape.rows;
+    std::fill(call.saved + kept * shape.width, call.saved + array_view(saved, "tape").shape[0] * shape.width, T(0));
   }
-  setup.tape->slot(T()) = setup.run();
+  setup.run();
 }
 
-void py_run_forward(int id, const py::object& weights, const py::object& x, const py::object& h0, const py::object& c0,
-                    const py::object& lengths, const py::object& reset, bool reverse, bool recompute,
-                    Index detach_every, const PyRegularization& regularization, const py::object& y,
-                    const py::object& hT, const py::object& cT, const py::object& h_states, const py::object& c_states,
+void py_run_forward(const PyCell& cell, const py::object& weights, const py::object& x, const py::tuple& state0,
+                    const py::tuple& scalars, const py::object& lengths, const py::object& reset, bool reverse,
+                    Index detach_every, const PyRegularization& regularization, bool recompute, const py::object& y,
+                    const std::vector<py::object>& stateT, const std::vector<py::object>& states,
                     const py::object& tape, bool bfloat16) {
-  const CellId cell = cell_of(id);
-  const Given given(cell, weights);
-  (is_float32(hT, "hT", 2, bfloat16)
-       ? run_forward_as<float>
-       : run_forward_as<double>)(cell, given, x, h0, c0, recompute,
-                                 {lengths, reset, reverse, detach_every, regularization, bfloat16},
-                                 {y, hT, cT, h_states, c_states}, tape);
+  const Given given(cell, weights, bfloat16);
+  (given.f32 ? run_forward_as<float>
+             : run_forward_as<double>)(cell, given, {x, state0, scalars},
+                                       {lengths, reset, reverse, detach_every, regularization, bfloat16}, recompute,
+                                       {y, stateT, states}, tape);
 }
+
+// --- backward --------------------------------------------------------------------------------------------------------
+
+struct Upstream {
+  const py::object& dy;
+  const py::tuple &dstateT, &dstates;
+};
+
+// null before they are made, None where not wanted.
+struct Gradients {
+  py::object dx;
+  std::vector<py::object> dweights, dstate0, dscalars;
+};
 
 // One backward call: checked, its outputs allocated, nothing run yet.
 template <class T>
 struct BackwardSetup {
   BackwardCall<T> call{};
   Arrays<T> arrays;
-  std::vector<py::object> out;  // dx, of the weights, dh0, dc0: null before they are made, None where not wanted
+  Gradients out;
 
-  BackwardSetup(const PyTape& tape, const Tape<T>* core, const Time& n, const py::object& dy, const py::object& dhT,
-                const py::object& dcT, const py::object& dh_states, const py::object& dc_states,
-                std::vector<py::object> given)
-      : arrays(tape.problem.bfloat16), out(std::move(given)) {
-    const CellId cell = tape.problem.cell;
-    const Index H = tape.problem.sizes.H, P = tape.problem.sizes.P, rows = shape_of(cell).gates * H;
-    const bool c = shape_of(cell).has_c;
+  BackwardSetup(const PyTape& tape, const Tape<T>* core, const Upstream& upstream, Gradients gradients)
+      : arrays(tape.problem.bfloat16), out(std::move(gradients)) {
+    const PyCell& cell = *tape.cell;
+    const Sizes& n = tape.problem.sizes;
+    const bool step = tape.step;
     call.problem = tape.problem;
     call.tape = core;
     if (!core) throw RefusedType("tape: expected the dtype of the call");
-    call.weights = weights_of(arrays, tape.weights, cell, n.I, H, P);
-    call.x = over_time(arrays, tape.x, "x", n, n.I);
+    call.weights = weights_of(arrays, cell, tape.weights, n);
     if (!tape.packed.is_none()) call.packed = tape.packed.cast<const PyPacked&>().get(T());
-    call.y = n.step ? arrays.need(tape.y, "y", {n.B, P}) : arrays.need(tape.y, "y", {n.T, n.B, P});
-    call.h0 = arrays.maybe(tape.h0, "h0", {n.B, P});
-    if (c) call.c0 = arrays.maybe(tape.c0, "c0", {n.B, H});
-    call.dy = over_time(arrays, dy, "dy", n, P);
-    call.dhT = arrays.maybe(dhT, "dhT", {n.B, P});
-    call.dh_states = arrays.sequence(dh_states, "dh_states", {n.T, n.B, P});
-    if (c) {
-      call.dcT = arrays.maybe(dcT, "dcT", {n.B, H});
-      call.dc_states = arrays.sequence(dc_states, "dc_states", {n.T, n.B, H});
-    }
+    read_inputs(call, arrays, cell, tape.inputs, step);
+    call.y = step ? arrays.need(tape.y, "y", {n.B, n.P}) : arrays.need(tape.y, "y", {n.T, n.B, n.P});
+    call.dy = over_time(arrays, upstream.dy, "dy", step, n, n.P);
+    each_state(cell, n, upstream.dstateT, "dstateT", [&](std::size_t s, const py::object& o, Index width) {
+      call.dstateT[s] = arrays.maybe(o, "dstateT", {n.B, width});
+    });
+    each_state(cell, n, upstream.dstates, "dstates", [&](std::size_t s, const py::object& o, Index width) {
+      call.dstates[s] = arrays.sequence(o, "dstates", {n.T, n.B, width});
+    });
     call.poll = signals();
-    for (int i = 0; i < kWeights; ++i)
-      if (tape.weights[i].is_none()) out[1 + i] = py::none();
-    if (!c) out[kNeeds] = py::none();
-    call.dx = n.step ? arrays.output(out[0], "dx", {n.B, n.I}) : arrays.output(out[0], "dx", {n.T, n.B, n.I});
-    Weights<T>& dw = call.dweights;
-    dw.weight_ih = arrays.output(out[1], "dweight_ih", {rows, n.I});
-    dw.weight_hh = arrays.output(out[2], "dweight_hh", {rows, P});
-    dw.bias_ih = arrays.output(out[3], "dbias_ih", {rows}), dw.bias_hh = arrays.output(out[4], "dbias_hh", {rows});
-    dw.gain_ih = arrays.output(out[5], "dgain_ih", {rows}), dw.gain_hh = arrays.output(out[6], "dgain_hh", {rows});
-    dw.gain_c = arrays.output(out[7], "dgain_c", {H}), dw.bias_c = arrays.output(out[8], "dbias_c", {H});
-    dw.weight_hr = arrays.output(out[9], "dweight_hr", {P, H});
-    call.dh0 = arrays.output(out[10], "dh0", {n.B, P}), call.dc0 = arrays.output(out[11], "dc0", {n.B, H});
+    call.dx = step ? arrays.output(out.dx, "dx", {n.B, n.I}) : arrays.output(out.dx, "dx", {n.T, n.B, n.I});
+    need_count(out.dweights.size(), "dweights", cell.weights.size());
+    call.dweights.resize(out.dweights.size());
+    each_weight(cell, n, [&](std::size_t k, Shape shape) {
+      if (entry(tape.weights, k).is_none()) out.dweights[k] = py::none();
+      call.dweights[k] = arrays.output(out.dweights[k], cell.weights[k].name, shape);
+    });
+    each_state(cell, n, out.dstate0, "dstate0", [&](std::size_t s, py::object& o, Index width) {
+      call.dstate0[s] = arrays.output(o, "dstate0", {n.B, width});
+    });
+    need_count(out.dscalars.size(), "dscalars", tape.inputs.scalars.size());
+    for (py::object& o : out.dscalars) call.dscalars.push_back(arrays.output(o, "dscalars", {n.T, n.B}));
   }
 
   void run() {
@@ -447,81 +449,75 @@ struct BackwardSetup {
   }
 };
 
-Time time_of(const PyTape& tape) {
-  const Sizes& n = tape.problem.sizes;
-  return {n.T, n.B, n.I, false};
-}
-
-// Outputs to be made: those that are needed.
-std::vector<py::object> outputs(const std::vector<bool>& need_of) {
-  if (need_of.size() != kNeeds)
-    throw py::value_error("need: expected " + std::to_string(kNeeds) + " flags, got " + std::to_string(need_of.size()));
-  std::vector<py::object> out(kNeeds + 1);
-  for (int i = 0; i < kNeeds + 1; ++i)
-    if (!need_of[std::min(i, kNeeds - 1)]) out[i] = py::none();
+// Those to be made: x's, of each weight, of the initial states, of each row scalar.
+Gradients wanted(const PyTape& tape, const std::vector<bool>& flags) {
+  const std::size_t weights = tape.weights.size(), scalars = tape.inputs.scalars.size();
+  need_count(flags.size(), "need", weights + 2 + scalars);
+  Gradients out{{},
+                std::vector<py::object>(weights),
+                new_states(*tape.cell, flags[1 + weights]),
+                std::vector<py::object>(scalars)};
+  if (!flags[0]) out.dx = py::none();
+  for (std::size_t k = 0; k < weights; ++k)
+    if (!flags[1 + k]) out.dweights[k] = py::none();
+  for (std::size_t k = 0; k < scalars; ++k)
+    if (!flags[2 + weights + k]) out.dscalars[k] = py::none();
   return out;
 }
 
 template <class T>
-py::tuple backward_as(const PyTape& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
-                      const py::object& dh_states, const py::object& dc_states, const std::vector<bool>& need_of) {
-  BackwardSetup<T> setup(tape, tape.get(T()), time_of(tape), dy, dhT, dcT, dh_states, dc_states, outputs(need_of));
+py::tuple backward_as(const PyTape& tape, const Upstream& upstream, Gradients gradients) {
+  BackwardSetup<T> setup(tape, tape.get(T()), upstream, std::move(gradients));
   setup.run();
-  return py::tuple(py::cast(setup.out));
+  const Gradients& out = setup.out;
+  return py::make_tuple(out.dx, out.dweights,
+                        out.dstate0.empty() ? py::object(py::none()) : py::object(tuple_of(out.dstate0)), out.dscalars);
 }
 
-py::tuple py_backward(const PyTape& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
-                      const py::object& dh_states, const py::object& dc_states, const std::vector<bool>& need_of) {
-  return (tape.f32 ? backward_as<float> : backward_as<double>)(tape, dy, dhT, dcT, dh_states, dc_states, need_of);
+py::tuple py_backward(const PyTape& tape, const py::object& dy, const py::tuple& dstateT, const py::tuple& dstates,
+                      const std::vector<bool>& need) {
+  return (tape.f32 ? backward_as<float> : backward_as<double>)(tape, {dy, dstateT, dstates}, wanted(tape, need));
 }
 
 // Backward of run_forward: from the same arguments, its results, and gradients of them to the outputs.
 template <class T>
-void run_backward_as(CellId cell, PyTape& owner, bool recompute, const Options& options, const py::object& saved,
-                     const py::object* upstream, std::vector<py::object> out) {
-  const Time n = time_of(owner.x);
-  const Index H = hidden_size(cell, owner.weights[0]), P = projected_size(shape_of(cell).projects, owner.weights[8], H);
-  const Problem problem = problem_of(owner, cell, {n.T, n.B, n.I, H, P}, options);
-  const Save save = recompute ? Save::boundary_states : Save::all;
+void run_backward_as(PyTape& owner, const Sizes& sizes, const Options& options, bool recompute, const py::object& saved,
+                     const Upstream& upstream, Gradients out) {
+  const Problem& problem = problem_of(owner, *owner.cell, sizes, options);
+  const Save save = save_of(recompute, *owner.cell);
   const TapePtr<T> tape = tape_over<T>(problem, save, tape_memory<T>(saved, problem, save));
-  BackwardSetup<T>(owner, tape.get(), n, upstream[0], upstream[1], upstream[2], upstream[3], upstream[4],
-                   std::move(out))
-      .run();
+  BackwardSetup<T>(owner, tape.get(), upstream, std::move(out)).run();
 }
 
-void py_run_backward(int id, const py::object& weights, const py::object& x, const py::object& h0, const py::object& c0,
-                     const py::object& lengths, const py::object& reset, bool reverse, bool recompute,
-                     Index detach_every, const PyRegularization& regularization, const py::object& y,
-                     const py::object& tape, const py::object& dy, const py::object& dhT, const py::object& dcT,
-                     const py::object& dh_states, const py::object& dc_states, std::vector<py::object> out,
-                     bool bfloat16) {
-  const CellId cell = cell_of(id);
-  const Given given(cell, weights);
-  if (given.packed) throw py::type_error("weights: expected a tuple, not packed ones");
-  if (out.size() != kNeeds + 1)
-    throw py::value_error("out: expected " + std::to_string(kNeeds + 1) + " arrays, got " + std::to_string(out.size()));
+void py_run_backward(const CellPtr& cell, const py::tuple& weights, const py::object& x, const py::tuple& state0,
+                     const py::tuple& scalars, const py::object& lengths, const py::object& reset, bool reverse,
+                     Index detach_every, const PyRegularization& regularization, bool recompute, const py::object& y,
+                     const py::object& tape, const py::object& dy, const py::tuple& dstateT, const py::tuple& dstates,
+                     const py::object& dx, const std::vector<py::object>& dweights,
+                     const std::vector<py::object>& dstate0, const std::vector<py::object>& dscalars, bool bfloat16) {
+  const Given given(*cell, weights, bfloat16);
   PyTape owner;
-  owner.x = x, owner.y = y, owner.h0 = h0, owner.c0 = c0;
-  for (int i = 0; i < kWeights; ++i) owner.weights[i] = given.weights[i];
-  const py::object upstream[] = {dy, dhT, dcT, dh_states, dc_states};
-  (is_float32(owner.weights[0], "weight_ih", 2, bfloat16)
-       ? run_backward_as<float>
-       : run_backward_as<double>)(cell, owner, recompute,
-                                  {lengths, reset, reverse, detach_every, regularization, bfloat16}, tape, upstream,
-                                  std::move(out));
+  owner.cell = cell, owner.inputs = {x, state0, scalars}, owner.weights = weights, owner.y = y;
+  owner.step = is_step(x);
+  (given.f32 ? run_backward_as<float>
+             : run_backward_as<double>)(owner, with_time(given.sizes, x),
+                                        {lengths, reset, reverse, detach_every, regularization, bfloat16}, recompute,
+                                        tape, {dy, dstateT, dstates}, {dx, dweights, dstate0, dscalars});
 }
+
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 // (rows, width) of a tape, in elements; with lengths as if all rows were as long as the longest.
-py::tuple py_tape_shape(int id, Index T, Index B, Index I, Index H, Index P, bool recompute, bool regularized,
-                        bool float64, bool bfloat16) {
-  Problem problem{cell_of(id), {T, B, I, H, P}};
+py::tuple py_tape_shape(const PyCell& cell, Index T, Index B, Index I, Index H, Index P, bool recompute,
+                        bool regularized, bool float64, bool bfloat16) {
+  Problem problem{cell.core(), {T, B, I, H, P}};
   if (T < 0 || B < 0 || I < 1 || H < 1) throw py::value_error("expected T and B at least 0, I and H at least 1");
-  if (shape_of(problem.cell).projects ? P < 1 || P > H : P != H) throw py::value_error("expected P from 1 to H, or H");
+  if (cell.projects ? P < 1 || P > H : P != H) throw py::value_error("expected P from 1 to H, or H");
   if (bfloat16 && float64) throw RefusedValue("bfloat16: expected False with float64, got True");
-  check_bfloat16(bfloat16);
+  check_bfloat16(cell, bfloat16);
   problem.bfloat16 = bfloat16;
   if (regularized) problem.regularization.zoneout_h = 1;
-  const Save save = recompute ? Save::boundary_states : Save::all;
+  const Save save = save_of(recompute, cell);
   const TapeShape shape = float64 ? tape_shape<double>(problem, save) : tape_shape<float>(problem, save);
   return py::make_tuple(shape.rows, shape.width);
 }

@@ -16,7 +16,6 @@
 #include "cpu/dispatch.h"
 #include "cpu/threads.h"
 #include "cpu/timing.h"
-#include "machine.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
@@ -27,13 +26,13 @@ namespace {
 // As with a caller that keeps its state, the results of one call live until the next one has run: two sets of outputs
 // alternate, and what forward saves is allocated and freed every time.
 template <class T>
-void repeat_forward_as(Index times, const PyPacked& packed, const py::object& x, const py::object& h0,
-                       const py::object& c0, Save save) {
+void repeat_forward_as(Index times, const PyPacked& packed, const py::object& x, const py::tuple& state0, Save save) {
   const py::object none = py::none();
+  const PyRegularization no_regularization;
   const auto setup = [&] {
-    Outputs out;
-    out.h_states = out.c_states = none;
-    ForwardSetup<T> made(packed.cell, &packed, nullptr, x, h0, c0, {none, none}, out);
+    const Options options = {none, none, false, 0, no_regularization};
+    ForwardSetup<T> made(*packed.cell, Given(packed), {x, state0, py::tuple()}, options,
+                         {{}, new_states(*packed.cell, true), {}});
     made.call.save = save;
     return made;
   };
@@ -46,10 +45,10 @@ void repeat_forward_as(Index times, const PyPacked& packed, const py::object& x,
 
 template <class T>
 void repeat_backward_as(Index times, const PyTape& tape, const py::object& dy) {
-  const py::object none = py::none();
-  const std::vector<bool> all(kNeeds, true);
-  const BackwardSetup<T> even(tape, tape.get(T()), time_of(tape), dy, none, none, none, none, outputs(all)),
-      odd(tape, tape.get(T()), time_of(tape), dy, none, none, none, none, outputs(all));
+  const py::tuple none;
+  const std::vector<bool> all(tape.weights.size() + tape.inputs.scalars.size() + 2, true);
+  const BackwardSetup<T> even(tape, tape.get(T()), {dy, none, none}, wanted(tape, all)),
+      odd(tape, tape.get(T()), {dy, none, none}, wanted(tape, all));
   without_gil([&] {
     for (Index i = 0; i < times; ++i) backward<T>(i % 2 ? odd.call : even.call);
   });
@@ -131,6 +130,8 @@ unsigned long control_word() {
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of fusedrnn. Use fusedrnn.kernels; this module checks only what memory safety needs.";
+  py::class_<PyCell, std::shared_ptr<PyCell>>(m, "Cell", "A compiled cell, by its place in CELLS.")
+      .def(py::init([](int id) { return std::make_shared<PyCell>(cell_of(id)); }), py::arg("id"));
   py::class_<PyPacked>(m, "Packed", "Weights in the order of the kernels.");
   py::class_<PyTape>(m, "Tape", "What forward saved for backward.")
       .def_property_readonly("bytes", [](const PyTape& t) { return t.f32 ? tape_bytes(*t.f32) : tape_bytes(*t.f64); })
@@ -144,31 +145,37 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
 #include "cells/cells.def"
 #undef X
   m.attr("CELLS") = py::tuple(cells);
-  m.def("pack", &py_pack, py::arg("cell"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"),
-        py::arg("bias_hh"), py::arg("gain_ih") = py::none(), py::arg("gain_hh") = py::none(),
-        py::arg("gain_c") = py::none(), py::arg("bias_c") = py::none(), py::arg("weight_hr") = py::none(),
-        py::kw_only(), py::arg("bfloat16") = false);
-  m.def("forward", &py_forward, py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("lengths"),
-        py::arg("reset"), py::arg("reverse"), py::arg("return_states"), py::arg("save"), py::arg("detach_every") = 0,
-        py::arg("regularization") = py::none());
-  m.def("run_forward", &py_run_forward, py::arg("cell"), py::arg("weights"), py::arg("x"), py::arg("h0"), py::arg("c0"),
-        py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("recompute"), py::arg("detach_every"),
-        py::arg("regularization"), py::arg("y"), py::arg("hT"), py::arg("cT"), py::arg("h_states"), py::arg("c_states"),
+  py::list operations;
+#define X(name, count) operations.append(#name);
+#include "cpu/machine/operations.def"
+#undef X
+  m.attr("MACHINE_OPERATIONS") = py::tuple(operations);
+  using Limits = cpu::MachineLimits;  // of what a cell's forward function shows
+  m.attr("MACHINE_LIMITS") =
+      py::dict(py::arg("operations") = int(Limits::operations), py::arg("states") = int(Limits::states),
+               py::arg("accumulators") = int(Limits::accumulators), py::arg("vectors") = int(Limits::vectors));
+  m.def("machine_plan", &py_machine_plan, py::arg("numbers"), py::arg("start"), py::arg("constants"));
+  m.def("pack", &py_pack, py::arg("cell").none(false), py::arg("weights"), py::arg("bfloat16") = false);
+  m.def("forward", &py_forward, py::arg("packed"), py::arg("cell"), py::arg("x"), py::arg("state0"), py::arg("scalars"),
+        py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("detach_every"), py::arg("regularization"),
+        py::arg("return_states"), py::arg("save"));
+  m.def("backward", &py_backward, py::arg("tape"), py::arg("dy"), py::arg("dstateT"), py::arg("dstates"),
+        py::arg("need"));
+  m.def("run_forward", &py_run_forward, py::arg("cell"), py::arg("weights"), py::arg("x"), py::arg("state0"),
+        py::arg("scalars"), py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("detach_every"),
+        py::arg("regularization"), py::arg("recompute"), py::arg("y"), py::arg("stateT"), py::arg("states"),
         py::arg("tape"), py::arg("bfloat16") = false);
-  m.def("run_backward", &py_run_backward, py::arg("cell"), py::arg("weights"), py::arg("x"), py::arg("h0"),
-        py::arg("c0"), py::arg("lengths"), py::arg("reset"), py::arg("reverse"), py::arg("recompute"),
-        py::arg("detach_every"), py::arg("regularization"), py::arg("y"), py::arg("tape"), py::arg("dy"),
-        py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"), py::arg("dc_states"), py::arg("out"),
-        py::arg("bfloat16") = false);
+  m.def("run_backward", &py_run_backward, py::arg("cell").none(false), py::arg("weights"), py::arg("x"),
+        py::arg("state0"), py::arg("scalars"), py::arg("lengths"), py::arg("reset"), py::arg("reverse"),
+        py::arg("detach_every"), py::arg("regularization"), py::arg("recompute"), py::arg("y"), py::arg("tape"),
+        py::arg("dy"), py::arg("dstateT"), py::arg("dstates"), py::arg("dx"), py::arg("dweights"), py::arg("dstate0"),
+        py::arg("dscalars"), py::arg("bfloat16") = false);
   m.def("tape_shape", &py_tape_shape, py::arg("cell"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"),
         py::arg("P"), py::arg("recompute"), py::arg("regularized"), py::arg("float64"), py::arg("bfloat16") = false);
   m.def("has_bfloat16", &has_bfloat16);
   m.def("cell_layout", &cell_layout, py::arg("cell"), py::arg("regularized"));
   m.def("empty", &py_empty, py::arg("rows"), py::arg("width"), py::arg("float64"));
   m.def("take_tensors", &take_tensors, py::arg("tensor"), py::arg("parameter"), py::arg("api"));
-  m.def("backward", &py_backward, py::arg("tape"), py::arg("dy"), py::arg("dhT"), py::arg("dcT"), py::arg("dh_states"),
-        py::arg("dc_states"), py::arg("need"));
-  define_machine(m);
   m.def("info", &info);
   m.def("num_threads", &cpu::num_threads);
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("threads"));
@@ -189,13 +196,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       py::arg("which"), py::arg("x"), py::arg("isa") = "");
   testing.def(
       "repeat_forward",
-      [](Index times, const PyPacked& packed, const py::object& x, const py::object& h0, const py::object& c0,
-         bool save) {
-        const Save kept = save ? Save::all : Save::nothing;
-        is_float32(x, "x", 3) ? repeat_forward_as<float>(times, packed, x, h0, c0, kept)
-                              : repeat_forward_as<double>(times, packed, x, h0, c0, kept);
+      [](Index times, const PyPacked& packed, const py::object& x, const py::tuple& state0, bool save) {
+        (packed.f32 ? repeat_forward_as<float> : repeat_forward_as<double>)(times, packed, x, state0,
+                                                                            save ? Save::all : Save::nothing);
       },
-      py::arg("times"), py::arg("packed"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("save"));
+      py::arg("times"), py::arg("packed"), py::arg("x"), py::arg("state0"), py::arg("save"));
   testing.def(
       "repeat_backward",
       [](Index times, const PyTape& tape, const py::object& dy) {

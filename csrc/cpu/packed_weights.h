@@ -1,6 +1,7 @@
 // Weights in the order in which the kernels read them. SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "api.h"
@@ -12,12 +13,29 @@ namespace fusedrnn {
 
 using cpu::CellShape;
 
+// The weights of a compiled cell by name, null for those that there are not.
+template <class T>
+struct NamedWeights {
+  T *weight_ih, *weight_hh, *bias_ih, *bias_hh, *gain_ih = nullptr, *gain_hh = nullptr, *gain_c = nullptr,
+                                                *bias_c = nullptr, *weight_hr = nullptr;
+  NamedWeights(const CellShape& shape, const Weights<T>& all)
+      : weight_ih(all[0]), weight_hh(all[1]), bias_ih(all[2]), bias_hh(all[3]) {
+    if (shape.layer_norm) gain_ih = all[4], gain_hh = all[5];
+    if (shape.layer_norm && shape.has_c) gain_c = all[6], bias_c = all[7];
+    if (shape.projects) weight_hr = all.back();
+  }
+};
+
+template <class T>
+struct PackedMachine;  // cpu/machine/run.h
+
 template <class T>
 struct PackedWeights {
   Buffer memory;
   cpu::Packed<T> input, recurrent, recurrent2, projection;
   const T* bias;
   cpu::NormWeights<T> norm;
+  std::unique_ptr<PackedMachine<T>> machine;  // what else a program has
 };
 
 // Packs all blocks of so many parts on the pool; a part without blocks is none.
@@ -77,7 +95,7 @@ struct PackedNorm {
     layout.take(gain, {some, shape.accumulators, kBlock});
     layout.take(gain_c, {states, kBlock}), layout.take(bias_c, {states, kBlock});
   }
-  cpu::NormWeights<T> fill(const CellShape& shape, Index H, const Weights<const T>& weights, const T* bias) {
+  cpu::NormWeights<T> fill(const CellShape& shape, Index H, const NamedWeights<const T>& weights, const T* bias) {
     if (!shape.layer_norm) return {};
     pack_vectors(shape, H, weights.gain_ih, weights.gain_hh, gain);
     if (!shape.has_c) return {gain, bias, nullptr, nullptr};
@@ -86,5 +104,13 @@ struct PackedNorm {
     return {gain, bias, gain_c, bias_c};
   }
 };
+
+// Weights packed for a call alone, where they are wanted and not there.
+template <class T, class Call>
+PackedPtr<T> pack_own(const Call& call, bool wanted) {
+  const Problem& p = call.problem;
+  if (!wanted || call.packed) return nullptr;
+  return pack<T>(p.cell, p.sizes.I, p.sizes.H, p.sizes.P, call.weights, call.poll, p.bfloat16);
+}
 
 }  // namespace fusedrnn

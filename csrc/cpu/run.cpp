@@ -22,9 +22,12 @@ template <class T>
 struct Tape {
   Save save;
   Buffer memory;
-  std::vector<Index> starts;  // with lengths: cpu::Kept
+  std::vector<Index> starts;  // with lengths: cpu::Kept; only of compiled cells
   T *saved, *c;               // every step's; null with boundary states
-  T* boundary_states;         // c before each chunk but the first; null with everything saved
+  T* boundary_states;         // with them: the states but y before each chunk but the first
+  // Of programs: of each norm its numbers, and of each state every step's, y as that of the first.
+  T* norms;
+  std::vector<T*> state;
 };
 
 namespace {
@@ -175,7 +178,7 @@ Index operands_of_row(const cpu::Kernels<T>& kernels, const Sizes& n, Index ahea
 
 template <class T>
 const cpu::CellKernels<T>& cell_of(const cpu::Kernels<T>& kernels, const Problem& problem) {
-  return (problem.regularization.acts() ? kernels.regularized : kernels.cells)[int(problem.cell)];
+  return (problem.regularization.acts() ? kernels.regularized : kernels.cells)[int(problem.cell.id)];
 }
 
 // A mask that is 0 with this rate, else `kept`. A word is 32 bits: the rate is rounded to that.
@@ -229,15 +232,23 @@ Steps steps_of(const Problem& p) {
 
 }  // namespace
 
+}  // namespace fusedrnn
+
+#include "cpu/machine/run.h"  // cells that are programs: with what is above, for what is below
+
+namespace fusedrnn {
+
 template <class Made>
 void Deleter::operator()(Made* p) const {
   delete p;
 }
 
 template <class T>
-PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weights, Poll poll, bool bfloat16) {
+PackedPtr<T> pack(const Cell& cell, Index I, Index H, Index P, const Weights<const T>& all, Poll poll, bool bfloat16) {
+  if (cell.plan) return pack_machine<T>(*cell.plan, I, H, P, all, poll);
   const cpu::Kernels<T>& kernels = kernels_for<T>(bfloat16);
-  const CellShape& shape = kernels.cells[int(cell)].shape;
+  const CellShape& shape = kernels.cells[int(cell.id)].shape;
+  const NamedWeights<const T> weights(shape, all);
   const Index blocks = blocks_of(H);
   PackedPtr<T> packed(new PackedWeights<T>);
   Layout layout;
@@ -273,6 +284,7 @@ PackedPtr<T> pack(CellId cell, Index I, Index H, Index P, Weights<const T> weigh
 
 template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call) {
+  if (call.problem.cell.plan) return machine_forward(call);
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
   const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
@@ -284,9 +296,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   // One step reads each weight once: packed panel by panel they need not leave the cache in between.
   const bool by_panel = !call.packed && n.T == 1 && !shape.layer_norm;
   if (by_panel && split.by_rows) split = {int(std::min<Index>(split.threads, blocks)), false};  // each panel once
-  const PackedPtr<T> own = call.packed || by_panel
-                               ? nullptr
-                               : pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll, problem.bfloat16);
+  const PackedPtr<T> own = pack_own<T>(call, !by_panel);
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
 
   const Chunk<T> chunk(shape, n, kernels.numbers);
@@ -322,13 +332,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const Buffer memory = scratch.allocate();
   if (outside && all) saved = call.saved, c = saved + rows * shape.saved * n.H;
   if (outside && !all) boundary_states = call.saved;
-  if (tape) {
-    tape->save = call.save;
-    if (all)
-      tape->saved = saved, tape->c = c;
-    else
-      tape->boundary_states = boundary_states;
-  }
+  if (tape) tape->save = call.save, tape->boundary_states = boundary_states;
+  if (tape && all) tape->saved = saved, tape->c = c;
   std::fill(zeros, zeros + zero_count, T(0));
 
   cpu::ForwardJob<T> job{};
@@ -338,13 +343,14 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   if (packed) set_weights(job, *packed);
   if (by_panel) {
     const cpu::ControlWord word(flush_subnormals.load());
-    pack_vectors(shape, n.H, call.weights.bias_ih, call.weights.bias_hh, bias);
-    job.weight_ih = call.weights.weight_ih, job.weight_hh = call.weights.weight_hh;
-    job.weight_hr = call.weights.weight_hr, job.bias = bias;
+    const NamedWeights<const T> weights(shape, call.weights);
+    pack_vectors(shape, n.H, weights.bias_ih, weights.bias_hh, bias);
+    job.weight_ih = weights.weight_ih, job.weight_hh = weights.weight_hh;
+    job.weight_hr = weights.weight_hr, job.bias = bias;
     job.panel = panel, job.panel_step = panel_step;
   }
   job.operands = operands, job.operands_row = operands_row;
-  job.h0 = call.h0, job.c0 = call.c0, job.zeros = zeros;
+  job.h0 = call.state0[0], job.c0 = call.state0[1], job.zeros = zeros;
   job.y = call.y, job.h_out = call.y, job.h_out_step = n.B * n.P;
   job.kept = {0,
               n.T,
@@ -360,7 +366,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   job.boundary_states = boundary_count ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
   job.middle = two_products ? middle : nullptr;
   job.ahead = ahead ? ahead_sums : nullptr, job.ahead_steps = ahead;
-  job.hT = call.hT, job.cT = call.cT, job.h_states = call.h_states, job.c_states = call.c_states;
+  job.hT = call.stateT[0], job.cT = call.stateT[1], job.h_states = call.states[0], job.c_states = call.states[1];
   job.rows_outside = !by_panel && rows_outside<T>(shape, n);
   job.scratch = threads, job.scratch_step = thread_bytes;
   job.regularization = regularization_of(problem, kernels, masks);
@@ -370,21 +376,24 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
 
 template <class T>
 TapePtr<T> tape_over(const Problem& problem, Save save, const T* saved) {
-  const CellShape& shape = cell_of(cpu::kernels<T>(), problem).shape;
   TapePtr<T> tape(new Tape<T>{});
   tape->save = save;
-  if (save == Save::boundary_states) {
-    tape->boundary_states = const_cast<T*>(saved);  // backward only reads
-    return tape;
+  T* const memory = const_cast<T*>(saved);  // backward only reads
+  if (problem.cell.plan) {
+    lay_out(*tape, *problem.cell.plan, problem.sizes, memory);
+  } else if (save == Save::boundary_states) {
+    tape->boundary_states = memory;
+  } else {
+    const CellShape& shape = cell_of(cpu::kernels<T>(), problem).shape;
+    tape->saved = memory;
+    tape->c = memory + tape_rows(problem, tape->starts) * shape.saved * problem.sizes.H;
   }
-  const Index rows = tape_rows(problem, tape->starts);
-  tape->saved = const_cast<T*>(saved);
-  tape->c = tape->saved + rows * shape.saved * problem.sizes.H;
   return tape;
 }
 
 template <class T>
 void backward(const BackwardCall<T>& call) {
+  if (call.problem.cell.plan) return machine_backward(call);
   const Problem& problem = call.problem;
   const Sizes& n = problem.sizes;
   const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
@@ -392,16 +401,15 @@ void backward(const BackwardCall<T>& call) {
   const CellShape& shape = cell.shape;
   const Index blocks = blocks_of(n.H), units = blocks * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
-  const Weights<T>& dw = call.dweights;
+  const NamedWeights<const T> weights(shape, call.weights);
+  const NamedWeights<T> dw(shape, call.dweights);
   const bool need_biases = dw.bias_ih || dw.bias_hh, need_matrices = dw.weight_ih || dw.weight_hh;
   const bool need_norms = shape.layer_norm && (need_biases || dw.gain_ih || dw.gain_hh || dw.gain_c || dw.bias_c);
   const bool need_weights = need_matrices || (need_biases && !shape.layer_norm);
 
   const Chunk<T> chunk(shape, n, kernels.numbers);
   const bool replay = call.tape->save == Save::boundary_states && shape.saved;  // an Elman cell saves nothing but y
-  const PackedPtr<T> own = replay && !call.packed
-                               ? pack<T>(problem.cell, n.I, n.H, n.P, call.weights, call.poll, problem.bfloat16)
-                               : nullptr;
+  const PackedPtr<T> own = pack_own<T>(call, replay);
   const PackedWeights<T>* packed = own ? own.get() : call.packed;
   const bool two_products = shape.phases == 2 || shape.projects;
   cpu::Group group[4];
@@ -453,11 +461,10 @@ void backward(const BackwardCall<T>& call) {
 
   const Index P_blocks = blocks_of(n.P);
   const cpu::PackJob<T> parts[] = {
-      {call.weights.weight_ih, n.H, n.I, shape.input, input, input_step, 0, call.dx ? blocks_of(n.I) : 0},
-      {call.weights.weight_hh, n.H, n.P, shape.recurrent, recurrent, recurrent_step, 0, P_blocks},
-      {call.weights.weight_hh, n.H, n.P, shape.recurrent2, recurrent2, recurrent2_step, 0, k_recurrent2 ? P_blocks : 0},
-      {call.weights.weight_hr, n.P, n.H, cpu::kProjection, projection, projection_step, 0,
-       shape.projects ? blocks : 0}};
+      {weights.weight_ih, n.H, n.I, shape.input, input, input_step, 0, call.dx ? blocks_of(n.I) : 0},
+      {weights.weight_hh, n.H, n.P, shape.recurrent, recurrent, recurrent_step, 0, P_blocks},
+      {weights.weight_hh, n.H, n.P, shape.recurrent2, recurrent2, recurrent2_step, 0, k_recurrent2 ? P_blocks : 0},
+      {weights.weight_hr, n.P, n.H, cpu::kProjection, projection, projection_step, 0, shape.projects ? blocks : 0}};
   pack_all(kernels.pack_transposed, parts, std::size(parts), call.poll);
 
   cpu::BackwardJob<T> job{};
@@ -466,7 +473,7 @@ void backward(const BackwardCall<T>& call) {
   job.x = call.x;
   job.input = {input, input_step}, job.recurrent = {recurrent, recurrent_step},
   job.recurrent2 = {recurrent2, recurrent2_step}, job.projection = {projection, projection_step};
-  job.h0 = call.h0, job.c0 = shape.has_c ? call.c0 : nullptr, job.zeros = zeros;
+  job.zeros = zeros, job.h0 = call.state0[0], job.c0 = call.state0[1];
   job.y = call.y;
   job.kept = {0,
               n.T,
@@ -491,9 +498,9 @@ void backward(const BackwardCall<T>& call) {
     again.regularization = job.regularization;
     job.replay = &again, job.boundary_states = call.tape->boundary_states;
   }
-  job.dy = call.dy, job.dhT = call.dhT, job.dcT = call.dcT;
-  job.dh_states = call.dh_states, job.dc_states = call.dc_states;
-  job.dx = call.dx, job.dh0 = call.dh0, job.dc0 = call.dc0;
+  job.dy = call.dy, job.dhT = call.dstateT[0], job.dcT = call.dstateT[1];
+  job.dh_states = call.dstates[0], job.dc_states = call.dstates[1];
+  job.dx = call.dx, job.dh0 = call.dstate0[0], job.dc0 = call.dstate0[1];
   job.need_weights = need_weights;
   job.groups = group, job.group_count = groups.count;
   job.dpacked = dpacked, job.dpacked_block = groups.block_step;
@@ -517,8 +524,8 @@ void backward(const BackwardCall<T>& call) {
   job.dweight_hr = dw.weight_hr;
   if (shape.layer_norm) {
     const cpu::ControlWord word(flush_subnormals.load());
-    pack_vectors(shape, n.H, call.weights.bias_ih, call.weights.bias_hh, bias);
-    job.norm = norm.fill(shape, n.H, call.weights, bias);
+    pack_vectors(shape, n.H, weights.bias_ih, weights.bias_hh, bias);
+    job.norm = norm.fill(shape, n.H, weights, bias);
     job.norm_sums = need_norms ? norm_sums : nullptr;
     job.dgain_ih = dw.gain_ih, job.dgain_hh = dw.gain_hh, job.dgain_c = dw.gain_c;
     job.dbias_ih = dw.bias_ih, job.dbias_hh = dw.bias_hh, job.dbias_c = dw.bias_c;
@@ -549,6 +556,7 @@ template <class T>
 TapeShape tape_shape(const Problem& problem, Save save) {
   const Sizes& n = problem.sizes;
   check_sizes(n);
+  if (problem.cell.plan) return {n.T * n.B, problem.cell.plan->tape_width(n.H)};
   const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
   const CellShape& shape = cell_of(kernels, problem).shape;
   if (save == Save::boundary_states) {
@@ -570,20 +578,18 @@ void set_thresholds(bool on) { thresholds = on; }
 
 void set_flush_subnormals(bool on) { flush_subnormals = on; }
 
-#define FUSEDRNN_INSTANTIATE(T)                                                          \
-  template void Deleter::operator()(Tape<T>*) const;                                     \
-  template void Deleter::operator()(PackedWeights<T>*) const;                            \
-  template PackedPtr<T> pack(CellId, Index, Index, Index, Weights<const T>, Poll, bool); \
-  template TapePtr<T> forward(const ForwardCall<T>&);                                    \
-  template TapePtr<T> tape_over(const Problem&, Save, const T*);                         \
-  template TapeShape tape_shape<T>(const Problem&, Save);                                \
-  template void backward(const BackwardCall<T>&);                                        \
-  template Split split_of<T>(CellId, const Sizes&, int);                                 \
-  template Index chunks_of<T>(CellId, const Sizes&);                                     \
+#define FUSEDRNN_INSTANTIATE(T)                                                                      \
+  template void Deleter::operator()(Tape<T>*) const;                                                 \
+  template void Deleter::operator()(PackedWeights<T>*) const;                                        \
+  template PackedPtr<T> pack(const Cell&, Index, Index, Index, const Weights<const T>&, Poll, bool); \
+  template TapePtr<T> forward(const ForwardCall<T>&);                                                \
+  template TapePtr<T> tape_over(const Problem&, Save, const T*);                                     \
+  template TapeShape tape_shape<T>(const Problem&, Save);                                            \
+  template void backward(const BackwardCall<T>&);                                                    \
+  template Split split_of<T>(CellId, const Sizes&, int);                                             \
+  template Index chunks_of<T>(CellId, const Sizes&);                                                 \
   template Index tape_bytes(const Tape<T>&);
 FUSEDRNN_INSTANTIATE(float)
 FUSEDRNN_INSTANTIATE(double)
 
 }  // namespace fusedrnn
-
-#include "cpu/machine/run.h"

@@ -8,9 +8,15 @@ _Array = npt.NDArray[Any]
 _Regularization = tuple[float, float, float, int | None, int]  # fusedrnn.backends.protocol.Regularization
 
 CELLS: tuple[str, ...]
+MACHINE_OPERATIONS: tuple[str, ...]
+MACHINE_LIMITS: dict[str, int]
 
 class RefusedType(TypeError): ...
 class RefusedValue(ValueError): ...
+
+class Cell:  # compiled, or a program
+    def __init__(self, id: int) -> None: ...
+
 class Packed: ...
 
 class Tape:
@@ -19,84 +25,79 @@ class Tape:
     @property
     def sizes(self) -> tuple[int, int, int, int, int]: ...  # T, B, I, H, P
 
-def pack(
-    cell: int,
-    weight_ih: _Array,
-    weight_hh: _Array,
-    bias_ih: _Array | None,
-    bias_hh: _Array | None,
-    gain_ih: _Array | None = None,
-    gain_hh: _Array | None = None,
-    gain_c: _Array | None = None,
-    bias_c: _Array | None = None,
-    weight_hr: _Array | None = None,
-    *,
-    bfloat16: bool = False,  # then all arrays of this and of calls with it are int16, the bits of bfloat16
-) -> Packed: ...
+def machine_plan(numbers: _Array, start: list[float], constants: list[float]) -> Cell: ...
+
+# Weights are in this order: weight_ih, weight_hh, bias_ih, bias_hh, the cell's vectors, weight_hr of a cell
+# that projects; None where there is none. With ``bfloat16``, all arrays of this and of calls with it are
+# int16, the bits of bfloat16.
+def pack(cell: Cell, weights: tuple[_Array | None, ...], bfloat16: bool = False) -> Packed: ...
 def forward(
     packed: Packed,
+    cell: Cell | None,  # None: that of ``packed``; of a program whose call is regularized, another one
     x: _Array,
-    h0: _Array | None,
-    c0: _Array | None,
+    state0: tuple[_Array, ...],
+    scalars: tuple[_Array, ...],
     lengths: Any,  # None, or int64, else refused
     reset: Any,  # None, or bool, else refused
     reverse: bool,
+    detach_every: int,
+    regularization: _Regularization | None,
     return_states: bool,
     save: int,
-    detach_every: int = 0,
-    regularization: _Regularization | None = None,
-) -> tuple[Any, ...]: ...  # y, hT, cT, h_states, c_states, tape; None for what there is not
+) -> tuple[_Array, tuple[_Array, ...], tuple[_Array, ...] | None, Tape | None]: ...
+def backward(
+    tape: Tape,
+    dy: _Array | None,
+    dstateT: tuple[_Array | None, ...],
+    dstates: tuple[_Array | None, ...],
+    need: Sequence[bool],  # of x, each weight, state0, each row scalar
+) -> tuple[_Array | None, list[_Array | None], tuple[_Array, ...] | None, list[_Array | None]]: ...
 
 # Arrays here are NumPy's, or tensors once take_tensors knows their types. Those from ``y`` to ``tape``, and
-# ``out`` of run_backward, are written to; None for what is not wanted.
+# those from ``dx`` on, are written to; None for what is not wanted.
 def run_forward(
-    cell: int,
-    weights: Packed | tuple[Any, ...],  # packed, or in the order of pack
+    cell: Cell,
+    weights: Packed | tuple[Any, ...],
     x: Any,  # (T, B, I), or one step, (B, I)
-    h0: Any,
-    c0: Any,
+    state0: tuple[Any, ...],
+    scalars: tuple[Any, ...],
     lengths: Any,
     reset: Any,
     reverse: bool,
-    recompute: bool,
     detach_every: int,
     regularization: _Regularization | None,
-    y: Any,  # of one step None: it is hT
-    hT: Any,
-    cT: Any,
-    h_states: Any,
-    c_states: Any,
+    recompute: bool,
+    y: Any,  # of one step None: it is the first of stateT
+    stateT: Sequence[Any],
+    states: Sequence[Any],
     tape: Any,  # of tape_shape, or None: nothing is saved
     bfloat16: bool = False,  # then all arrays but the tape are int16, the bits of bfloat16
 ) -> None: ...
 def run_backward(
-    cell: int,
+    cell: Cell,
     weights: tuple[Any, ...],
     x: Any,
-    h0: Any,
-    c0: Any,
+    state0: tuple[Any, ...],
+    scalars: tuple[Any, ...],
     lengths: Any,
     reset: Any,
     reverse: bool,
-    recompute: bool,
     detach_every: int,
     regularization: _Regularization | None,
+    recompute: bool,
     y: Any,
     tape: Any,
     dy: Any,
-    dhT: Any,
-    dcT: Any,
-    dh_states: Any,
-    dc_states: Any,
-    out: Sequence[Any],  # dx, the dweights, dh0, dc0
+    dstateT: tuple[Any, ...],
+    dstates: tuple[Any, ...],
+    dx: Any,
+    dweights: Sequence[Any],
+    dstate0: Sequence[Any],
+    dscalars: Sequence[Any],
     bfloat16: bool = False,
 ) -> None: ...
-def has_bfloat16() -> bool: ...
-def cell_layout(
-    cell: int, regularized: bool
-) -> tuple[str, int, int, bool, list[tuple[int, list[int]]], bool]: ...
 def tape_shape(
-    cell: int,
+    cell: Cell,
     T: int,
     B: int,
     I: int,
@@ -109,90 +110,10 @@ def tape_shape(
 ) -> tuple[int, int]: ...
 def empty(rows: int, width: int, float64: bool) -> _Array: ...
 def take_tensors(tensor: type, parameter: type, api: Any) -> None: ...
-def backward(
-    tape: Tape,
-    dy: _Array | None,
-    dhT: _Array | None,
-    dcT: _Array | None,
-    dh_states: _Array | None,
-    dc_states: _Array | None,
-    need: Sequence[bool],
-) -> tuple[Any, ...]: ...  # dx, the dweights, dh0, dc0; None for what was not needed
-
-class MachinePlan:
-    def tape_width(self, H: int) -> int: ...
-
-class PackedMachine: ...
-
-class MachineTape:
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]: ...  # T, B, I, H, P
-
-MACHINE_OPERATIONS: tuple[str, ...]
-MACHINE_LIMITS: dict[str, int]
-
-def machine_plan(numbers: _Array, start: list[float], constants: list[float]) -> MachinePlan: ...
-def machine_pack(plan: MachinePlan, weights: list[_Array | None]) -> PackedMachine: ...
-def machine_forward(
-    packed: PackedMachine,
-    plan: MachinePlan,
-    x: _Array,
-    state0: Sequence[_Array],
-    lengths: Any,  # None, or int64, else refused
-    reset: Any,  # None, or bool, else refused
-    reverse: bool,
-    detach_every: int,
-    regularization: _Regularization | None,
-    return_states: bool,
-    save: int,
-    scalars: list[Any],
-) -> tuple[_Array, tuple[_Array, ...], tuple[_Array, ...] | None, MachineTape | None]: ...
-def machine_backward(
-    tape: MachineTape,
-    dy: _Array | None,
-    dstateT: Sequence[_Array | None],
-    dstates: Sequence[_Array | None],
-    need: list[bool],
-) -> tuple[_Array | None, list[_Array | None], tuple[_Array, ...] | None, list[_Array | None]]: ...
-def machine_run_forward(
-    packed: PackedMachine,
-    plan: MachinePlan,
-    x: _Array,
-    state0: Sequence[_Array],
-    scalars: Sequence[_Array],
-    lengths: Any,
-    reset: Any,
-    reverse: bool,
-    detach_every: int,
-    regularization: Any,
-    y: _Array,
-    stateT: Sequence[_Array],
-    states: Sequence[_Array],
-    tape: _Array | None,
-) -> None: ...
-def machine_run_backward(
-    plan: MachinePlan,
-    weights: Sequence[_Array | None],
-    x: _Array,
-    state0: Sequence[_Array],
-    scalars: Sequence[_Array],
-    lengths: Any,
-    reset: Any,
-    reverse: bool,
-    detach_every: int,
-    regularization: Any,
-    y: _Array,
-    tape: _Array,
-    dy: _Array | None,
-    dstateT: Sequence[_Array | None],
-    dstates: Sequence[_Array | None],
-    dx: _Array | None,
-    dweights: Sequence[_Array | None],
-    dstate0: Sequence[_Array],
-    dscalars: Sequence[_Array | None],
-) -> None: ...
+def has_bfloat16() -> bool: ...
+def cell_layout(
+    cell: int, regularized: bool
+) -> tuple[str, int, int, bool, list[tuple[int, list[int]]], bool]: ...
 def info() -> dict[str, Any]: ...
 def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 import fusedrnn
 import sequences
@@ -12,8 +13,7 @@ from fusedrnn.cells import cell, exp, sigmoid, softplus, tanh
 from fusedrnn.cells.evaluation import Evaluation
 from fusedrnn.unfused import UnfusedStep
 from published import CELLS
-
-pytestmark = pytest.mark.quick
+from test_random_cells import made, sources
 
 
 @cell
@@ -70,13 +70,39 @@ def on_tensors(cell):
     return [y.detach().numpy() for y in new], grads
 
 
-@pytest.mark.parametrize("cell", [*CELLS, saturated], ids=repr)
-@pytest.mark.parametrize("on", [on_variables, on_tensors])
-def test_values_and_gradients_of_a_step(on, cell):
+ON = pytest.mark.parametrize("on", [on_variables, on_tensors])
+
+
+def check(on, cell, rtol, atol):
     new, dstates, dweights = expected(cell)
     got, (got_states, got_weights) = on(cell)
     for a, b in zip(got, new, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-14)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
     derived = {**dict(zip(cell.trace.states, dstates, strict=True)), **dweights}
     for name, d in {**got_states, **got_weights}.items():
-        np.testing.assert_allclose(0 if d is None else d, derived[name], rtol=1e-12, atol=1e-13, err_msg=name)
+        np.testing.assert_allclose(
+            0 if d is None else d, derived[name], rtol=10 * rtol, atol=10 * atol, err_msg=name
+        )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cell", [*CELLS, saturated], ids=repr)
+@ON
+def test_values_and_gradients_of_a_step(on, cell):
+    check(on, cell, 1e-13, 1e-14)
+
+
+@pytest.mark.quick
+@ON
+@settings(max_examples=10)
+@given(sources())
+def test_values_and_gradients_of_random_cells(on, source):
+    check(on, made(source), 1e-12, 1e-12)
+
+
+@pytest.mark.slow
+@ON
+@settings(max_examples=300)
+@given(sources())
+def test_many_random_cells(on, source):
+    check(on, made(source), 1e-12, 1e-12)

@@ -19,9 +19,9 @@ from published import mgu
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, kernels, threads
-from fusedrnn.backends import get, machine
-from fusedrnn.backends.cpu import NEED, WEIGHTS, CpuBackend, cell_id
-from fusedrnn.cells import Cell, gru, lstm, rnn
+from fusedrnn.backends import get
+from fusedrnn.backends.cpu import CpuBackend, core_of, names
+from fusedrnn.cells import Cell, gru, lstm, program, rnn
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poison")]
 
@@ -132,7 +132,7 @@ def arguments(cell, dtype):
 
 
 def weights_of(a):
-    return {key: a[key] for key in WEIGHTS if key in a}
+    return {key: w for key, w in a.items() if key.startswith(("weight", "bias", "gain"))}
 
 
 def run_forward(backend, cell, a):
@@ -169,22 +169,26 @@ def entries_of(cell, good):
 
 
 def core_pack(cell, a):
-    return _core.pack(cell_id(cell), *map(a.get, WEIGHTS))
+    return _core.pack(core_of(cell), tuple(map(a.get, names(cell))))
 
 
 def core_forward(cell, a, packed=None):
-    return _core.forward(
-        packed or core_pack(cell, a), a["x"], a["h0"], a.get("c0"), a["lengths"], a["reset"], False, True, 1
-    )
+    state0 = tuple(a[f"{s}0"] for s in cell.states)
+    options = a["lengths"], a["reset"], False, 0, None
+    return _core.forward(packed or core_pack(cell, a), None, a["x"], state0, (), *options, True, 1)
 
 
-def core_backward(tape, a):
-    upstream = (a["dy"], a["dhT"], a.get("dcT"), a["dh_states"], a.get("dc_states"))
-    return _core.backward(tape, *upstream, [True] * len(NEED))
+def core_backward(cell, tape, a):
+    return _core.backward(tape, *upstream_of(cell, a), [True] * (len(names(cell)) + 2))
+
+
+def upstream_of(cell, a):
+    return a["dy"], tuple(a[f"d{s}T"] for s in cell.states), tuple(a[f"d{s}_states"] for s in cell.states)
 
 
 def numbered(results):
-    return {str(k): a for k, a in enumerate(results) if isinstance(a, np.ndarray)}
+    flat = [a for each in results for a in (each if isinstance(each, tuple | list) else [each])]
+    return {str(k): a for k, a in enumerate(flat) if isinstance(a, np.ndarray)}
 
 
 def snapshot(args):
@@ -270,7 +274,7 @@ def test_any_argument_of_the_compiled_pack(cell, dtype, data, corrupt):
 def test_any_argument_of_the_compiled_forward(cell, dtype, data, corrupt):
     good, _ = arguments(cell, dtype)
     packed = core_pack(cell, good)
-    which = data.draw(st.sampled_from(sorted(good.keys() - set(WEIGHTS))), "argument")
+    which = data.draw(st.sampled_from(sorted(good.keys() - weights_of(good).keys())), "argument")
     check(lambda a: numbered(core_forward(cell, a, packed)), good, which, corrupt)
 
 
@@ -280,7 +284,7 @@ def test_any_argument_of_the_compiled_backward(cell, dtype, data, corrupt):
     forward, good = arguments(cell, dtype)
     tape = core_forward(cell, forward)[-1]
     which = data.draw(st.sampled_from(sorted(good)), "argument")
-    check(lambda a: numbered(core_backward(tape, a)), good, which, corrupt)
+    check(lambda a: numbered(core_backward(cell, tape, a)), good, which, corrupt)
 
 
 THINGS = st.sampled_from(
@@ -343,13 +347,15 @@ def test_anything_for_any_argument_of_the_compiled_module(data):
     forward, backward = arguments(lstm, np.float32)
     packed = core_pack(lstm, forward)
     tape = core_forward(lstm, forward)[-1]
+    given, plan = (forward["x"], (forward["h0"], forward["c0"]), ()), program.plan(mgu)
     calls = {
-        _core.pack: [2, *map(forward.get, WEIGHTS)],
-        _core.forward: [packed, *(forward[k] for k in ("x", "h0", "c0", "lengths", "reset")), False, True, 1],
-        _core.backward: [tape, *backward.values(), [True] * len(NEED)],
+        _core.pack: [core_of(lstm), tuple(map(forward.get, names(lstm)))],
+        _core.forward: [packed, core_of(lstm), *given, None, None, False, 0, None, True, 1],
+        _core.backward: [tape, *upstream_of(lstm, backward), [True] * 6],
+        _core.Cell: [2],
         _core.cell_layout: [2, False],
-        _core.tape_shape: [2, T, B, I, H, H, False, False, False],
-        _core.machine_pack: [machine.plan(mgu), list(problem(mgu, T, B, I, H).weights.values())],
+        _core.tape_shape: [core_of(lstm), T, B, I, H, H, False, False, False],
+        _core.machine_plan: [np.array(plan.numbers(), np.int32), plan.start, plan.constants],
         _core.set_num_threads: [_core.num_threads()],
         _core.testing.activation: [1, forward["h0"][0], ""],
     }
@@ -406,7 +412,8 @@ def test_a_borrowed_array_that_changed_its_shape_is_found(which):
             change(borrowed)
         except (ValueError, DeprecationWarning):  # numpy may forbid it
             continue
-        with pytest.raises((TypeError, ValueError), match=which):
+        named_so = "state0" if which in ("h0", "c0") else which
+        with pytest.raises((TypeError, ValueError), match=named_so):
             CPU.backward(forward.tape, p.dy, p.dstateT)
 
 
@@ -423,47 +430,59 @@ def test_lengths_out_of_range(value):
 
 
 @pytest.mark.parametrize("cell", [-1, len(_core.CELLS), 2**31 - 1, -(2**31)])
-def test_the_compiled_pack_refuses_unknown_cells(cell):
-    forward, _ = arguments(lstm, np.float32)
+def test_the_compiled_module_refuses_unknown_cells(cell):
     with pytest.raises(ValueError, match="cell"):
-        _core.pack(cell, *map(forward.get, WEIGHTS))
+        _core.Cell(cell)
     with pytest.raises(ValueError, match="cell"):
         _core.cell_layout(cell, False)
 
 
 def test_the_compiled_module_refuses_sizes_whose_products_overflow():
-    for recompute in (False, True):  # B times the bytes of a row of a chunk would be 2**64
+    for cell, recompute in ((lstm, False), (lstm, True), (mgu, False)):
         with pytest.raises(OverflowError, match="size too large"):
-            _core.tape_shape(0, 1, 2**56, 1, 1, 1, recompute, False, False)
+            # B times the bytes of a row of a chunk would be 2**64
+            _core.tape_shape(core_of(cell), 1, 2**56, 1, 1, 1, recompute, False, False)
 
 
-def test_the_compiled_module_refuses_to_do_without_a_plan():
-    p = problem(mgu, T, B, I, H)
-    packed = machine.pack(mgu, p.weights).core
-    options = (None, None, False, 0, None)
-    for call in (
-        lambda: _core.machine_pack(None, list(p.weights.values())),
-        lambda: _core.machine_forward(packed, None, p.x, (), *options, False, 1, []),
-        lambda: _core.machine_run_forward(packed, None, p.x, (), [], *options, None, (), (), None),
-        lambda: _core.machine_run_backward(
-            None, list(p.weights.values()), p.x, (), [], *options, p.x, p.x, None, (), (), None, (), (), []
-        ),
+@pytest.mark.parametrize("cell", [lstm, mgu], ids=name)
+def test_the_compiled_module_refuses_to_do_without_a_cell(cell):
+    p = problem(cell, T, B, I, H)
+    weights = tuple(p.weights.values())
+    call = p.x, (), (), None, None, False, 0, None, False
+    for refused in (
+        lambda: _core.pack(None, weights),
+        lambda: _core.run_forward(None, weights, *call, p.dy, p.state0, (), None),
+        lambda: _core.run_backward(None, weights, *call, p.dy, p.x, None, (), (), None, [], [], []),
+        lambda: _core.tape_shape(None, T, B, I, H, H, False, False, False),
     ):
-        with pytest.raises(TypeError, match="plan"):
-            call()
+        with pytest.raises(TypeError, match="cell"):
+            refused()
+
+
+def test_what_programs_do_not_have_in_the_compiled_module():
+    p = problem(mgu, T, B, I, H)
+    core, weights = core_of(mgu), tuple(map(p.weights.get, names(mgu)))
+    y, stateT, tape = np.empty_like(p.dy), [np.empty((B, H))], np.empty((T * B, 9))
+    call = p.x, (), (), None, None, False, 0, None
+    with pytest.raises(ValueError, match="recompute: expected False for a program with a tape, got True"):
+        _core.run_forward(core, weights, *call, True, y, stateT, (), tape)
+    with pytest.raises(ValueError, match="recompute: expected False"):
+        _core.tape_shape(core, T, B, I, H, H, True, False, False)
+    with pytest.raises(ValueError, match=r"cell: expected that of the packed weights"):
+        _core.forward(CPU.pack(gru, problem(gru, T, B, I, H).weights).core, core, *call, False, 1)
+    if _core.has_bfloat16():
+        with pytest.raises(ValueError, match="bfloat16: expected False for a program, got True"):
+            _core.pack(core, weights, True)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (8, 0), (0, 0), (6, 3), (4, 3)])
 def test_the_compiled_pack_refuses_weights_without_units_or_inputs(shape):
+    w, square = np.zeros(shape, np.float32), np.zeros((shape[0], shape[0] // 4), np.float32)
     with pytest.raises(ValueError, match=r"weight_ih|weight_hh"):
-        _core.pack(
-            2, np.zeros(shape, np.float32), np.zeros((shape[0], shape[0] // 4), np.float32)[:, 1:], None, None
-        )
+        _core.pack(core_of(lstm), (w, square[:, 1:], None, None))
     if 0 in shape:
         with pytest.raises(ValueError, match="weight_ih"):
-            _core.pack(
-                2, np.zeros(shape, np.float32), np.zeros((shape[0], shape[0] // 4), np.float32), None, None
-            )
+            _core.pack(core_of(lstm), (w, square, None, None))
 
 
 def test_a_tape_of_another_backend_or_none_is_refused():

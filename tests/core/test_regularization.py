@@ -384,17 +384,20 @@ def test_the_compiled_module_refuses_what_would_be_unsafe(cpu):
 
     p = problem(rnn, 2, 3, 2, 5)
     packed = cpu.pack(p.cell, p.weights).core
-    rest = (p.x, None, None, None, None, False, False, 1, 0)
-    assert len(_core.forward(packed, *rest, (0.5, 0.5, 0.0, 1, 0))) == 6
+
+    def forward(regularization):
+        return _core.forward(packed, None, p.x, (), (), None, None, False, 0, regularization, False, 1)
+
+    assert len(forward((0.5, 0.5, 0.0, 1, 0))) == 4
     for wrong in ((2.0, 0.0, 0.0, 1, 0), (0.0, np.nan, 0.0, 1, 0), (0.0, 0.0, 0.5, 1, 0)):
         with pytest.raises(ValueError, match="expected"):
-            _core.forward(packed, *rest, wrong)
+            forward(wrong)
     for wrong in ((0.5,), (0.5, 0.5, 0.0, -1, 0), (0.5, 0.5, 0.0, 1, 2**32), "abcde", 3):
         with pytest.raises(TypeError):
-            _core.forward(packed, *rest, wrong)
+            forward(wrong)
     r = Regularization(zoneout_h=0.5, seed=1)
     sizes = (2, 3, 2, 5, 5)
-    assert cpu.tape_shape(p.cell, sizes, regularized=True)[1] > cpu.tape_shape(p.cell, sizes)[1]
+    assert cpu.tape_shape(p.cell, sizes, regularization=r)[1] > cpu.tape_shape(p.cell, sizes)[1]
     out = Arrays(replace(p, regularization=r), False).forward()
     with pytest.raises(ValueError, match="tape: expected"):
         Arrays(p, False).backward(out["y"], out["tape"])

@@ -207,7 +207,12 @@ MUTANTS = [
     Mutant("backward: the gradient of a projection past its mask", BACKWARD, "d = kept * d;", ";"),
     Mutant("backward: dstateT lost", BACKWARD, "v = V::load(last + row.b * width + u, in_row);", ";"),
     Mutant("backward: dy for every state", BACKWARD, "outside && !s", "outside"),
-    Mutant("backward: dstates lost", BACKWARD, "if (every) v = v + V::load(every + here, in_row);", ""),
+    Mutant(
+        "backward: dstates lost",
+        BACKWARD,
+        "if (every.data) v = v + V::load(every.at(time, row.b) + u, in_row);",
+        "",
+    ),
     Mutant(
         "backward: no gradient through an empty row",
         OF_BOTH,
@@ -368,7 +373,7 @@ MUTANTS = [
         "parts.groups.of(column, p.accumulator)",
         "parts.groups.of(1, p.accumulator)",
     ),
-    Mutant("run: norms of a given tape lost", RUN, "tape->norms = saved;", "tape->norms = tape->saved;"),
+    Mutant("run: norms of a given tape lost", RUN, "tape.norms = saved;", "tape.norms = tape.saved;"),
     Mutant(
         "run: the second state of a given tape for all",
         RUN,

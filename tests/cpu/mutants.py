@@ -534,14 +534,14 @@ MUTANTS = [
     Mutant(
         "run: h0 forgotten in backward",
         RUN,
-        "job.h0 = call.h0, job.c0 = shape.has_c ? call.c0 : nullptr",
-        "job.h0 = nullptr, job.c0 = shape.has_c ? call.c0 : nullptr",
+        "job.zeros = zeros, job.h0 = call.state0[0], job.c0 = call.state0[1]",
+        "job.zeros = zeros, job.h0 = nullptr, job.c0 = call.state0[1]",
     ),
     Mutant(
         "run: c0 forgotten in backward",
         RUN,
-        "job.h0 = call.h0, job.c0 = shape.has_c ? call.c0 : nullptr",
-        "job.h0 = call.h0, job.c0 = nullptr",
+        "job.zeros = zeros, job.h0 = call.state0[0], job.c0 = call.state0[1]",
+        "job.zeros = zeros, job.h0 = call.state0[0], job.c0 = nullptr",
     ),
     # the activations
     Mutant("math: sigmoid overflows", MATH, "min(V::set(C::sigmoid_one), x)", "x"),

@@ -72,8 +72,8 @@ MUTANTS = [
     Mutant(
         "norm: bias of the forward pass lost in backward",
         RUN,
-        "job.norm = norm.fill(shape, n.H, call.weights, bias);",
+        "job.norm = norm.fill(shape, n.H, weights, bias);",
         "pack_vectors<T>(shape, n.H, nullptr, nullptr, bias); "
-        "job.norm = norm.fill(shape, n.H, call.weights, bias);",
+        "job.norm = norm.fill(shape, n.H, weights, bias);",
     ),
 ]

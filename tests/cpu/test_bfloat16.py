@@ -378,9 +378,10 @@ def test_a_lower_level_refuses():
     code = (
         "import numpy as np\n"
         "from fusedrnn import _core\n"
+        "lstm = _core.Cell(2)\n"
         "calls = (\n"
-        "    lambda: _core.pack(2, *[np.zeros((4, 1), np.int16)] * 2, None, None, bfloat16=True),\n"
-        "    lambda: _core.tape_shape(2, 1, 1, 1, 1, 1, False, False, False, True),\n"
+        "    lambda: _core.pack(lstm, (*[np.zeros((4, 1), np.int16)] * 2, None, None), True),\n"
+        "    lambda: _core.tape_shape(lstm, 1, 1, 1, 1, 1, False, False, False, True),\n"
         ")\n"
         "for call in calls:\n"
         "    try:\n"

@@ -113,10 +113,10 @@ def test_refusals_are_the_errors_they_stand_for():
     assert issubclass(_core.RefusedValue, ValueError)
     p = problem(lstm, 2, 3, 7, 9, dtype=np.float32)
     core = CPU.pack(p.cell, p.weights).core
-    arguments = [core, p.x, *p.state0, None, None, False, False, 1]
+    arguments = [core, None, p.x, p.state0, (), None, None, False, 0, None, False, 1]
     for place, value, error in (
-        (1, p.x.astype(np.float64), _core.RefusedType),
-        (2, p.dy, _core.RefusedValue),
+        (2, p.x.astype(np.float64), _core.RefusedType),
+        (3, (p.dy, p.dy), _core.RefusedValue),
     ):
         with pytest.raises(error):
             _core.forward(*(value if k == place else a for k, a in enumerate(arguments)))
@@ -198,17 +198,16 @@ def buffers(call):
 def test_the_repeated_call_runs_so_often_and_leaves_nothing(cell):
     p = problem(cell, 1, 4, 3, 8, dtype=np.float32)
     packed = CPU.pack(cell, p.weights)
-    h0, c0 = (*p.state0, None)[:2]
     tape = CPU.forward(cell, p.x, packed, p.state0).tape
     live = _core.testing.arena()[0]
     for once, repeat in (
         (
             lambda: CPU.forward(cell, p.x, packed, p.state0),
-            lambda n: _core.testing.repeat_forward(n, packed.core, p.x, h0, c0, True),
+            lambda n: _core.testing.repeat_forward(n, packed.core, p.x, p.state0, True),
         ),
         (
             lambda: CPU.forward(cell, p.x, packed, p.state0, save=None),
-            lambda n: _core.testing.repeat_forward(n, packed.core, p.x, h0, c0, False),
+            lambda n: _core.testing.repeat_forward(n, packed.core, p.x, p.state0, False),
         ),
         (lambda: CPU.backward(tape, p.dy), lambda n: _core.testing.repeat_backward(n, tape.core, p.dy)),
     ):

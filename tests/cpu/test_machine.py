@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import accuracy
 import published
 import test_layer_norm
 import test_selections
+from array_calls import Arrays
 from problems import (
     CELLS,
     NORMED,
@@ -25,7 +27,6 @@ from problems import (
     assert_standard,
     errors,
     name,
-    named,
     problem,
     run,
 )
@@ -34,10 +35,9 @@ from test_random_cells import made as cell_from
 from test_random_cells import sources
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
-from fusedrnn.backends import get, machine
-from fusedrnn.backends.arguments import check_regularization
+from fusedrnn.backends import cpu, get
 from fusedrnn.backends.cpu import CpuBackend
-from fusedrnn.backends.protocol import Forward, Gradients, Regularization
+from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import (
     cell,
     log,
@@ -69,12 +69,12 @@ ZOO = [c for c in zoo.ALL if c not in PROGRAMS]
 class Machine:
     """The cpu backend with every cell as a program, built-in ones too."""
 
-    def forward(self, cell, x, weights, state0=None, save="all", regularization=None, **options):
-        options["regularization"] = check_regularization(cell, regularization)
-        return machine.forward(machine.pack(cell, weights), x, state0, save=save, **options)
+    def forward(self, *args, **options):
+        with mock.patch.object(cpu, "compiled", return_value=None):
+            return CPU.forward(*args, **options)
 
     def backward(self, *args, **kwargs):
-        return machine.backward(*args, **kwargs)
+        return CPU.backward(*args, **kwargs)
 
 
 MACHINE = Machine()
@@ -441,30 +441,32 @@ def test_chunks_are_made_again(cell):
 @pytest.mark.mutation
 @pytest.mark.parametrize("cell", [norms, published.gru_d, published.slstm], ids=name)
 def test_arrays_of_the_caller(cell):
-    """A tape is what is said of its size, and nothing behind it is written."""
+    """Of weights as they lie and packed. A tape is what is said of its size: nothing behind it is written."""
     p = problem(cell, 4, 3, 2, 17, **EVERYTHING, biases="both")
-    T, B, H = p.dy.shape
-    order = machine.names(cell)
-    weights = [p.weights.get(key) for key in order]
-    call = (p.x, list(p.state0), list(p.scalars.values()), p.lengths, p.reset, p.reverse, 0, None)
+    call, want = Arrays(p, False), run(MACHINE, p)
+    for weights in (None, CPU.pack(cell, p.weights).core):
+        out = call.empty()
+        shape, size = out["tape"].shape, out["tape"].size
+        memory = np.full(size + 100, 7.0)
+        out["tape"] = memory[:-100].reshape(shape)
+        call.forward(weights, out)
+        assert (memory[-100:] == 7).all()
+        assert not np.isnan(memory).any()  # padding is 0
+        assert_bitwise_equal(call.named(out) | call.backward(out["y"], out["tape"]), want)
 
-    def empty(like):
-        return [np.full_like(a, np.nan) for a in like]
 
-    width = machine.plan(cell).tape_width(H)
-    memory = np.full(T * B * width + 100, 7.0)
-    tape = memory[:-100].reshape(T * B, width)
-    y, stateT, states = np.empty_like(p.dy), empty(p.state0), empty(p.dstates)
-    machine.run_forward(cell, machine.pack_given(cell, weights), *call, y, stateT, states, tape)
-    assert (memory[-100:] == 7).all()
-    dx, dweights, dstate0 = np.empty_like(p.x), empty(weights), empty(p.state0)
-    dscalars = empty(p.scalars.values())
-    upstream = (p.dy, list(p.dstateT), list(p.dstates))
-    machine.run_backward(cell, weights, *call, y, tape, *upstream, dx, dweights, dstate0, dscalars)
-    by_name = dict(zip(order, dweights, strict=True)), dict(zip(p.scalars, dscalars, strict=True))
-    got = Gradients(dx, by_name[0], tuple(dstate0), by_name[1])
-    want = run(MACHINE, p)
-    assert_bitwise_equal(named(cell, Forward(y, tuple(stateT), tuple(states), None), got), want)
+@pytest.mark.quick
+@pytest.mark.mutation
+@pytest.mark.parametrize("cell", [norms, PEEPHOLE], ids=name)
+def test_one_step_in_arrays_of_the_caller(cell):
+    """(B, I) is one step, whose y is the first of the final states."""
+    p = replace(problem(cell, 1, 4, 3, 17, lengths=True, biases="both"), dy=None)
+    step = Arrays(replace(p, x=p.x[0]), False)
+    out, want = step.forward(), run(MACHINE, p)
+    for s, stateT in zip(cell.states, out["stateT"], strict=True):
+        assert np.array_equal(stateT, want[f"{s}T"])
+    for key, value in step.backward(out["stateT"][0], out["tape"]).items():
+        assert np.array_equal(value, want[key].reshape(value.shape)), key
 
 
 @pytest.mark.quick

@@ -12,9 +12,12 @@ from test_machine import NORMED, PEEPHOLE, PROGRAMS, everywhere, norms
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core
 from fusedrnn.backends import machine
+from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.cells import program
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("poison")]
+
+CPU = CpuBackend()
 
 
 def made(plan, numbers=None):
@@ -68,28 +71,13 @@ def run_plan(plan, numbers, save=1):
     weights += [array(P, H)] * plan.projects
     widths = [P, *[H] * (len(plan.start) - 1)]
     try:
-        packed = _core.machine_pack(core, weights)
-        results = _core.machine_forward(
-            packed,
-            core,
-            array(T, B, I),
-            [array(B, width) for width in widths],
-            None,
-            None,
-            False,
-            0,
-            (0.5, 0.5, 0.5, 1, 0),
-            True,
-            save,
-            [array(T, B)] * plan.scalars,
-        )
-        _core.machine_backward(
-            results[3],
-            array(T, B, P),
-            [array(B, width) for width in widths],
-            [array(T, B, width) for width in widths],
-            [True] * (len(weights) + 2 + plan.scalars),
-        )
+        packed = _core.pack(core, tuple(weights))
+        state0, scalars = tuple(array(B, width) for width in widths), (array(T, B),) * plan.scalars
+        options = None, None, False, 0, (0.5, 0.5, 0.5, 1, 0), True, save
+        results = _core.forward(packed, core, array(T, B, I), state0, scalars, *options)
+        dstates = tuple(array(T, B, width) for width in widths)
+        need = [True] * (len(weights) + 2 + plan.scalars)
+        _core.backward(results[3], array(T, B, P), state0, dstates, need)
     except ValueError:  # weights of other shapes
         return False
     return True
@@ -243,32 +231,34 @@ def test_random_numbers_are_refused_or_do_no_harm(cell, seed):
 def test_plans_of_another_cell_or_with_masks_that_a_call_does_not_draw():
     cell = published.mgu
     p = problem(cell, 2, 1, 3, 4)
-    packed = machine.pack(cell, p.weights).core
+    packed = CPU.pack(cell, p.weights).core
+
+    def forward(packed, plan, masks=None, save=1, scalars=(), x=p.x):
+        return _core.forward(packed, plan, x, (), scalars, None, None, False, 0, masks, False, save)
+
     for plan, masks, message in (
-        (machine.plan(published.janet), None, "plan: expected one of the cell that was packed"),
-        (machine.plan(cell, True), (0.0, 0.5, 0.0, 1, 0), "plan: expected one without this mask"),
-        (machine.plan(cell, False, ("h",)), None, "plan: expected one without this mask"),
-        (machine.plan(cell, False, ("h",)), (0.5, 0.0, 0.0, 1, 0), "plan: expected one without this mask"),
+        (machine.plan(published.janet), None, "cell: expected that of the packed weights"),
+        (machine.plan(cell, True), (0.0, 0.5, 0.0, 1, 0), "cell: expected one without this mask"),
+        (machine.plan(cell, False, ("h",)), None, "cell: expected one without this mask"),
+        (machine.plan(cell, False, ("h",)), (0.5, 0.0, 0.0, 1, 0), "cell: expected one without this mask"),
     ):
         with pytest.raises(ValueError, match=message):
-            _core.machine_forward(packed, plan, p.x, (), None, None, False, 0, masks, False, 1, [])
+            forward(packed, plan, masks)
     other = [program.plan(everywhere) for _ in range(3)]
     other[0].products[0] = other[0].products[0]._replace(weight=other[0].products[1].weight)
     other[1].operands[0] = 1
     other[2].start[2] = 3.0
     q = problem(everywhere, 2, 1, 3, 4)
-    of_everywhere = machine.pack(everywhere, q.weights).core
+    of_everywhere = CPU.pack(everywhere, q.weights).core
     for plan in map(made, other):
-        with pytest.raises(ValueError, match="plan: expected one of the cell that was packed"):
-            _core.machine_forward(of_everywhere, plan, q.x, (), None, None, False, 0, None, False, 1, [])
+        with pytest.raises(ValueError, match="cell: expected that of the packed weights"):
+            forward(of_everywhere, plan, x=q.x)
     with pytest.raises(ValueError, match="save: expected 0"):
-        _core.machine_forward(packed, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 3, [])
-    with pytest.raises(TypeError, match="packed: expected what machine_pack returned, got"):
-        _core.machine_forward(1, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 1, [])
+        forward(packed, machine.plan(cell), save=3)
+    with pytest.raises(TypeError, match="packed: expected what pack returned, got"):
+        forward(1, machine.plan(cell))
     with pytest.raises(ValueError, match="scalars: expected 0 entries, got 1"):
-        _core.machine_forward(
-            packed, machine.plan(cell), p.x, (), None, None, False, 0, None, False, 1, [p.x]
-        )
+        forward(packed, machine.plan(cell), scalars=(p.x,))
 
 
 def test_numbers_of_another_kind():

@@ -12,6 +12,7 @@ from problems import OPTIONS, PLAIN, PROJECTED, assert_bitwise_equal, assert_clo
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core
 from fusedrnn.backends import machine
+from fusedrnn.backends.cpu import names
 from fusedrnn.cells import cell, program, sigmoid, tanh, where
 from test_machine import MACHINE, REFERENCE, regularized
 from test_machine_plans import made
@@ -107,7 +108,7 @@ def test_programs_reach_no_projected_state(direction):
 def test_wrong_arrays_of_a_projection():
     p = problem(PROJECTED, 2, 1, 3, 4, P=3)
     plan = machine.plan(PROJECTED)
-    *first, weight_hr = [p.weights.get(n) for n in machine.names(PROJECTED)]
+    *first, weight_hr = [p.weights.get(n) for n in names(PROJECTED)]
     for wrong, message in (
         (np.ones((0, 4)), r"weight_hr: expected \(P, H\), P from 1 to H = 4"),
         (np.ones((5, 4)), r"weight_hr: expected \(P, H\), P from 1 to H = 4"),
@@ -118,19 +119,19 @@ def test_wrong_arrays_of_a_projection():
         (None, "weight_hr: expected an array, got .*NoneType"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
-            _core.machine_pack(plan, [*first, wrong])
+            _core.pack(plan, (*first, wrong))
     with pytest.raises(ValueError, match="weights: expected 5 entries, got 4"):
-        _core.machine_pack(plan, first)
-    packed = machine.pack(PROJECTED, p.weights).core
-    rest = None, None, False, 0, None, False, 1, []
+        _core.pack(plan, tuple(first))
+    packed = _core.pack(plan, (*first, weight_hr))
+    rest = (), None, None, False, 0, None, False, 1
     h, c = p.state0
-    with pytest.raises(ValueError, match="plan: expected one of the cell that was packed"):
-        _core.machine_forward(packed, machine.plan(PLAIN[2]), p.x, (), *rest)
+    with pytest.raises(ValueError, match="cell: expected that of the packed weights"):
+        _core.forward(packed, machine.plan(PLAIN[2]), p.x, (), *rest)
     for wrong in ((c, c), (h, h)):
         with pytest.raises(ValueError, match="state0: expected float64"):
-            _core.machine_forward(packed, plan, p.x, wrong, *rest)
-    with pytest.raises(ValueError, match="plan: expected one without this mask"):
-        _core.machine_forward(packed, machine.plan(PROJECTED, False, ("h",)), p.x, (), *rest)
-    tape = _core.machine_forward(packed, plan, p.x, (), *rest)[3]
+            _core.forward(packed, plan, p.x, wrong, *rest)
+    with pytest.raises(ValueError, match="cell: expected one without this mask"):
+        _core.forward(packed, machine.plan(PROJECTED, False, ("h",)), p.x, (), *rest)
+    tape = _core.forward(packed, plan, p.x, (), *rest)[3]
     with pytest.raises(ValueError, match="dy: expected float64"):
-        _core.machine_backward(tape, np.ones((2, 1, 4)), (), (), [True] * 7)
+        _core.backward(tape, np.ones((2, 1, 4)), (), (), [True] * 7)

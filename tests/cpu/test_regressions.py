@@ -26,7 +26,7 @@ from problems import CELLS, NORMED, assert_bitwise_equal, assert_close, name, pr
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, kernels
-from fusedrnn.backends.cpu import NEED, WEIGHTS, CpuBackend
+from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.reference import ReferenceBackend
 from fusedrnn.cells import gru, lstm, rnn
 from fusedrnn.multilayer import backward_multilayer, forward_multilayer
@@ -264,8 +264,8 @@ def test_regression_R19_sliced_upstream_gradients_of_any_hidden_size(H):
 
 def good_call():
     p = problem(lstm, 4, 3, 2, 5, dtype=np.float32)
-    packed = _core.pack(_core.CELLS.index("lstm"), *map(p.weights.get, WEIGHTS))
-    return p, packed, [p.x, *p.state0, None, None, False, False, 1]
+    packed = CPU.pack(lstm, p.weights).core
+    return p, packed, [None, p.x, p.state0, (), None, None, False, 0, None, False, 1]
 
 
 def test_regression_R23_zero_lengths_wrong_ranks_and_foreign_objects():
@@ -274,30 +274,36 @@ def test_regression_R23_zero_lengths_wrong_ranks_and_foreign_objects():
     """
     p, packed, args = good_call()
     tape = _core.forward(packed, *args)[-1]
+    h0, c0 = p.state0
     zeros = np.zeros
     wrong = [
-        (0, zeros((4, 3), np.float32)), (0, zeros((4, 3, 3), np.float32)), (0, zeros((), np.float32)),
-        (1, zeros((3, 4), np.float32)), (1, zeros((2, 5), np.float32)), (1, zeros(15, np.float32)),
-        (2, zeros((3, 5, 1), np.float32)), (2, zeros((3, 6), np.float32)), (2, "state"), (1, object()),
-        (3, zeros(2, np.int64)), (3, zeros(3, np.int32)), (3, np.full(3, 5)), (3, np.full(3, -1)), (3, 4),
-        (4, zeros((3, 4), bool)), (4, zeros((4, 3), np.uint8)), (4, zeros(12, bool)), (4, True),
+        (1, zeros((4, 3), np.float32)), (1, zeros((4, 3, 3), np.float32)), (1, zeros((), np.float32)),
+        (2, (zeros((3, 4), np.float32), c0)), (2, (zeros((2, 5), np.float32), c0)),
+        (2, (zeros(15, np.float32), c0)), (2, (h0, zeros((3, 5, 1), np.float32))),
+        (2, (h0, zeros((3, 6), np.float32))), (2, (h0, "state")), (2, (object(), c0)), (2, (h0, None)),
+        (2, (h0,)), (2, (h0, c0, c0)), (2, [h0, c0]), (2, None), (3, (p.x,)), (3, None),
+        (4, zeros(2, np.int64)), (4, zeros(3, np.int32)), (4, np.full(3, 5)), (4, np.full(3, -1)), (4, 4),
+        (5, zeros((3, 4), bool)), (5, zeros((4, 3), np.uint8)), (5, zeros(12, bool)), (5, True),
     ]  # fmt: skip
     for place, value in wrong:
         with pytest.raises((TypeError, ValueError)):
             _core.forward(packed, *(value if k == place else a for k, a in enumerate(args)))
+    need = [True] * 6
     for place, shape in enumerate([(4, 3, 4), (3, 4), (2, 5), (4, 3, 6), (3, 3, 5)]):
         for value in (zeros(shape, np.float32), zeros(shape), object(), [[0.0]]):
-            upstream = [value if k == place else None for k in range(5)]
+            dy, *states = [value if k == place else None for k in range(5)]
             with pytest.raises((TypeError, ValueError)):
-                _core.backward(tape, *upstream, [True] * len(NEED))
+                _core.backward(tape, dy, tuple(states[:2]), tuple(states[2:]), need)
+    with pytest.raises(ValueError, match="need: expected 6 entries, got 7"):
+        _core.backward(tape, None, (), (), [*need, True])
     for foreign in (None, p, packed, 7, "tape"):
         with pytest.raises(TypeError):
-            _core.backward(foreign, *[None] * 5, [True] * len(NEED))
+            _core.backward(foreign, None, (), (), need)
         if foreign is not packed:
             with pytest.raises(TypeError):
                 _core.forward(foreign, *args)
     lengths = np.zeros(3, np.int64)
-    y, hT, *_ = _core.forward(packed, *(lengths if k == 3 else a for k, a in enumerate(args)))
+    y, (hT, _), *_ = _core.forward(packed, *(lengths if k == 4 else a for k, a in enumerate(args)))
     assert not y.any()
     assert np.array_equal(hT, p.state0[0])
 

@@ -260,19 +260,20 @@ def test_layers_of_a_built_in_cell(options):
 
 @pytest.mark.quick
 def test_what_the_module_refuses():
-    lstm = _core.CELLS.index("lstm")
+    lstm, normed = (_core.Cell(_core.CELLS.index(name)) for name in ("lstm", "lstm_layer_norm"))
     with pytest.raises(ValueError, match="bfloat16: expected False with float64"):
         _core.tape_shape(lstm, T, B, I, H, H, False, False, True, True)
     x, w = np.zeros((1, 1, 1), np.int16), np.zeros((4, 1), np.int16)
-    weights = (w, w, w[:, 0].copy(), None, *[None] * 5)
+    weights = (w, w, w[:, 0].copy(), None)
     given = [x, x[0], x[0]]
     into = [x.copy(), x[0].copy(), x[0].copy()]
-    packed = _core.pack(lstm, *weights, bfloat16=True)
-    of_float32 = _core.pack(lstm, *[a if a is None else a.astype(np.float32) for a in weights])
+    packed = _core.pack(lstm, weights, True)
+    of_float32 = _core.pack(lstm, tuple(a if a is None else a.astype(np.float32) for a in weights))
 
     def call(given=given, into=into, weights=weights, cell=lstm, low=True):
-        options = None, None, False, False, 0, None
-        _core.run_forward(cell, weights, *given, *options, *into, None, None, None, low)
+        options = None, None, False, 0, None, False
+        state0, y, stateT = tuple(given[1:]), into[0], into[1:]
+        _core.run_forward(cell, weights, given[0], state0, (), *options, y, stateT, (), None, low)
 
     call()
     call(weights=packed)
@@ -288,9 +289,9 @@ def test_what_the_module_refuses():
     with pytest.raises(_core.RefusedType, match="dtype of the weights"):
         call(*floats, packed, low=False)
     with pytest.raises(_core.RefusedType, match="gain_ih: expected int16"):
-        call(cell=_core.CELLS.index("lstm_layer_norm"))
+        call(weights=(*weights, *[None] * 4), cell=normed)
     for steps in (2**61, 2**62):  # with little memory: all strides are 0
         with pytest.raises(OverflowError, match="size too large: 4"):
             call([torch.zeros((1, 1, 1), dtype=torch.int16).expand(steps, 1, 1), *given[1:]])
     with pytest.raises(_core.RefusedType, match="dtype of the weights"):
-        _core.testing.repeat_forward(1, packed, *floats[0], False)
+        _core.testing.repeat_forward(1, packed, floats[0][0], tuple(floats[0][1:]), False)

@@ -18,6 +18,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
   const MachineBackward<T>& job;
   MachineCall<T> call;  // its own: of the chunk at hand
   MachineRows<V> places;
+  Index time = 0;  // of the rows
 
   MachineBackwardLoop(const MachineBackward<T>& job_, const Worker& worker_)
       : Base(*job_.base, worker_, *job_.shape, false), job(job_), call(job_.call), places(call, worker_.region.thread) {
@@ -32,6 +33,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
   }
 
   FUSEDRNN_NOINLINE void select_rows(Index t, Index begin, Index end) {
+    time = t;
     for (Index i = 0; begin + i < end; ++i) {
       const Index b = this->rows.b[begin + i];
       places.select(i, t, b);
@@ -119,8 +121,8 @@ struct MachineBackwardLoop : BackwardSteps<V> {
   // d: what comes through products, of a state that is the operand of one.
   FUSEDRNN_NOINLINE void state_gradient(int s, bool outside, const Frame<V>& f, T* d) const {
     const bool chain = job.operand_of[s] >= 0;
-    const T *const direct = job.direct[s], *const last = job.dstateT[s], *const dy = outside && !s ? job.dy : nullptr,
-                   *const every = outside ? job.dstates[s] : nullptr, *const dropout = call.regularization.dropout;
+    const T *const direct = job.direct[s], *const last = job.dstateT[s], *const dropout = call.regularization.dropout;
+    const Sequence<const T> none, dy = outside && !s ? job.dy : none, every = outside ? job.dstates[s] : none;
     const bool regularized = dropout || call.regularization.zoneout_h.acts || call.regularization.zoneout_c.acts;
     // The compiled cells' direct gradient is then a sum, but for a projected state.
     const bool sum = regularized && !(call.projects && s == 0 && direct);
@@ -128,7 +130,7 @@ struct MachineBackwardLoop : BackwardSteps<V> {
     for (int w = 0; w < f.wide; ++w)
       for (int i = 0; i < f.rows; ++i, d += V::lanes) {
         const BackwardRow<T>& row = this->rows.at[f.first + i];
-        const Index u = (f.block + w) * kBlock + f.lane, in_row = width - u, here = f.at[f.first + i] * width + u;
+        const Index u = (f.block + w) * kBlock + f.lane, in_row = width - u;
         V v = V::zero();
         if (row.after == After::product) {
           if (chain) v = V::load(d);
@@ -138,8 +140,8 @@ struct MachineBackwardLoop : BackwardSteps<V> {
         } else if (row.after == After::final_state && last) {
           v = V::load(last + row.b * width + u, in_row);
         }
-        if (dy) v = v + V::load(dy + here, in_row);
-        if (every) v = v + V::load(every + here, in_row);
+        if (dy.data) v = v + V::load(dy.at(time, row.b) + u, in_row);
+        if (every.data) v = v + V::load(every.at(time, row.b) + u, in_row);
         v.store(d);
       }
   }
@@ -233,7 +235,6 @@ struct MachineBackwardLoop : BackwardSteps<V> {
   // Of the initial states: the chain once more, and no program.
   FUSEDRNN_NOINLINE bool initial_states() {
     const Index n = this->select_initial();
-    for (Index i = 0; i < n; ++i) places.at[i] = 0;
     const bool any = this->follow(n);
     const auto store = [&](int from, int to, Index begin, Index end) {
       return incoming(n, any, false, from, to, begin, end, [&](const Frame<V>& f) {

@@ -170,19 +170,20 @@ struct MachineForwardLoop : Share {
     const Index n = worker.region.threads, i = worker.region.thread;
     for (Index b = steps.B * i / n; b < steps.B * (i + 1) / n; ++b) {
       const Index length = length_of(steps, b);
+      for (Index t = length; t < steps.T; ++t) __builtin_memset(rows.state_row(0, t, b), 0, size_t(call.P) * sizeof(T));
       for (int s = 0; s < call.states; ++s) {
         const Index width = rows.width(s);
         const size_t bytes = size_t(width) * sizeof(T);
         const T* const start = rows.start_row(s, b);
         const T* const last = length ? rows.state_row(s, last_time(steps, b), b) : start;
-        __builtin_memcpy(job.stateT[s] + b * width, last, bytes);
+        T* const final_state = job.stateT[s] + b * width;
+        if (final_state != last) __builtin_memcpy(final_state, last, bytes);  // it may be where y is, of one step
         if (!job.states[s]) continue;
         const T* const held = steps.reverse ? start : last;  // in reverse padding comes before the first step
         for (Index t = 0; t < steps.T; ++t)
           __builtin_memcpy(job.states[s] + (t * steps.B + b) * width, t < length ? rows.state_row(s, t, b) : held,
                            bytes);
       }
-      for (Index t = length; t < steps.T; ++t) __builtin_memset(rows.state_row(0, t, b), 0, size_t(call.P) * sizeof(T));
     }
   }
 

@@ -159,8 +159,9 @@ struct MachineBackward {
   const int* part_begin;        // of each operand; one more at the end
   const int* operand_of;        // of each state the operand that it is, or -1
   const Index* column_of;       // of each operand, where it begins in a joint row
-  const T* dy;
-  const T *const *dstateT, *const *dstates;  // of each state; null: none
+  Sequence<const T> dy;
+  const T* const* dstateT;  // of each state; null: none
+  const Sequence<const T>* dstates;
   T* const* dstate0;
   T* const* direct;   // of each state [B][blocks * 16], or null: it has no such gradient
   T* sums;            // [B][block][vector][16], or null

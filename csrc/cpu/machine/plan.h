@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "api.h"
 #include "cpu/machine/job.h"
 
 namespace fusedrnn::cpu {
@@ -12,7 +13,7 @@ namespace fusedrnn::cpu {
 // of larger cells would take seconds to derive.
 struct MachineLimits {
   static constexpr int operations = 1000;
-  static constexpr int states = 16, operands = 48, accumulators = 64, vectors = 64, scalars = 16, saved = 255,
+  static constexpr int states = kMostStates, operands = 48, accumulators = 64, vectors = 64, scalars = 16, saved = 255,
                        carried = 255, constants = 255, norms = 255, rounds = 64, instructions = 1 << 14,
                        registers = 255;
 };
@@ -59,7 +60,8 @@ struct MachinePlan {
               std::vector<double> constants_);
   // Weights, biases and parameters; behind them weight_hr, where the cell projects.
   int weight_hr() const { return kPlain + int(parameters.size()); }
-  std::size_t weights() const { return std::size_t(weight_hr() + projects); }
+  // Elements of a tape for each row and step: what is saved, the states but the first, the numbers of norms.
+  Index tape_width(Index H) const { return (saved + states - 1) * H + norms * kNormNumbers; }
   // Whether weights that are packed for one are packed for the other.
   bool same_weights(const MachinePlan& other) const;
 };

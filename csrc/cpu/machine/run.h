@@ -3,19 +3,9 @@
 //
 // A part of cpu/run.cpp, whose helpers it uses.
 #pragma once
-#include "cpu/machine/call.h"
 #include "cpu/machine/parts.h"
 
 namespace fusedrnn {
-
-template <class T>
-struct MachineTape {
-  Buffer memory;
-  T *saved, *norms;
-  std::vector<T*> state;  // of each state every step's; y is that of the first
-  bool replays;           // what is above is null: forward runs again
-  T* boundary_states;     // see cpu::MachineForward
-};
 
 using cpu::MachinePlan;
 
@@ -33,7 +23,7 @@ struct MachineNumbers {
     const cpu::ControlWord word(false);  // or the caller's would show that they are rounded
     for (std::size_t k = 0; k < plan.constants.size(); ++k) constants[k] = T(plan.constants[k]);
   }
-  void fill(const MachinePlan& plan, Index H, const MachineWeights<const T>& weights) {
+  void fill(const MachinePlan& plan, Index H, const Weights<const T>& weights) {
     const Index row = blocks_of(H) * kBlock;
     T* to = vectors;
     for (const MachinePlan::Vector& v : plan.vectors) {
@@ -127,87 +117,91 @@ cpu::MachineCall<T> machine_call(const MachinePlan& plan, const Problem& problem
 
 template <class T>
 struct PackedMachine {
-  Buffer memory;
   cpu::MachineForwardParts parts;
   std::vector<cpu::MachinePart<T>> packed;
-  const T* bias;              // [block][accumulator][16]
-  cpu::Packed<T> projection;  // weight_hr, where the cell projects
   MachineNumbers<T> numbers;
 };
 
 template <class T>
-PackedMachinePtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, Index P,
-                                 const MachineWeights<const T>& weights, Poll poll) {
-  PackedMachinePtr<T> packed(new PackedMachine<T>);
-  packed->parts = cpu::MachineForwardParts(plan);
+PackedPtr<T> pack_machine(const MachinePlan& plan, Index I, Index H, Index P, const Weights<const T>& weights,
+                          Poll poll) {
+  PackedPtr<T> made(new PackedWeights<T>);
+  made->machine = std::make_unique<PackedMachine<T>>();
+  PackedMachine<T>& packed = *made->machine;
+  packed.parts = cpu::MachineForwardParts(plan);
   const Index blocks = blocks_of(H);
   const auto columns = [&](int operand) { return operand ? P : I; };
   Layout layout;
-  std::vector<T*> memory(packed->parts.parts.size());
+  std::vector<T*> memory(packed.parts.parts.size());
   T *bias, *projection;
   for (std::size_t k = 0; k < memory.size(); ++k) {
-    const cpu::HostPart& p = packed->parts.parts[k];
+    const cpu::HostPart& p = packed.parts.parts[k];
     layout.take(memory[k], {blocks, block_step<T>(columns(p.operand), p.part.count)});
   }
   layout.take(bias, {blocks, plan.accumulators, kBlock});
   layout.take(projection, {plan.projects ? blocks_of(P) : 0, block_step<T>(H, 1)});
-  packed->numbers.take(layout, plan, H);
-  packed->memory = layout.allocate();
+  packed.numbers.take(layout, plan, H);
+  made->memory = layout.allocate();
   std::vector<cpu::PackJob<T>> jobs;
   for (std::size_t k = 0; k < memory.size(); ++k) {
-    const cpu::HostPart& p = packed->parts.parts[k];
+    const cpu::HostPart& p = packed.parts.parts[k];
     const Index K = columns(p.operand), step = block_step<T>(K, p.part.count);
     jobs.push_back({weights[p.operand ? 1 : 0], H, K, p.part, memory[k], step, 0, blocks});
-    packed->packed.push_back({p.operand, p.part.first, p.part.count, memory[k], step});
+    packed.packed.push_back({p.operand, p.part.first, p.part.count, memory[k], step});
   }
-  packed->projection = {projection, block_step<T>(H, 1)};
+  made->projection = {projection, block_step<T>(H, 1)};
   if (plan.projects)
     jobs.push_back({weights[std::size_t(plan.weight_hr())], P, H, cpu::kProjection, projection, block_step<T>(H, 1), 0,
                     blocks_of(P)});
   pack_all(cpu::kernels<T>().pack, jobs.data(), jobs.size(), poll);
-  packed->numbers.fill(plan, H, weights);
+  packed.numbers.fill(plan, H, weights);
   const cpu::ControlWord word(flush_subnormals.load());
   std::fill(bias, bias + blocks * plan.accumulators * kBlock, T(0));
   for (const MachinePlan::Product& p : plan.products)
     if (const T* from = p.bias < 0 ? nullptr : weights[p.operand ? MachinePlan::bias_hh : MachinePlan::bias_ih])
       for (Index u = 0; u < H; ++u)
         bias[(u / kBlock * plan.accumulators + p.accumulator) * kBlock + u % kBlock] += from[p.bias * H + u];
-  packed->bias = bias;
-  return packed;
+  made->bias = bias;
+  return made;
+}
+
+template <class T>
+void set_weights(cpu::MachineForward<T>& job, const PackedWeights<T>& packed) {
+  job.sums = packed.machine->parts.sums.data(), job.parts = packed.machine->packed.data();
+  job.bias = packed.bias, job.projection = packed.projection;
 }
 
 // What is saved, then the states but the first.
 template <class T>
-MachineTapePtr<T> machine_tape_over(const MachinePlan& plan, const Sizes& n, T* saved) {
-  MachineTapePtr<T> tape(new MachineTape<T>{});
-  tape->saved = saved;
-  tape->state.assign(1, nullptr);
+void lay_out(Tape<T>& tape, const MachinePlan& plan, const Sizes& n, T* saved) {
+  tape.saved = saved;
+  tape.state.assign(1, nullptr);
   saved += n.T * n.B * plan.saved * n.H;
-  for (int s = 1; s < plan.states; ++s, saved += n.T * n.B * n.H) tape->state.push_back(saved);
-  tape->norms = saved;
-  return tape;
+  for (int s = 1; s < plan.states; ++s, saved += n.T * n.B * n.H) tape.state.push_back(saved);
+  tape.norms = saved;
 }
 
 template <class T>
-MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
-  const MachinePlan& plan = *call.plan;
+TapePtr<T> machine_forward(const ForwardCall<T>& call) {
+  const MachinePlan& plan = *call.problem.cell.plan;
   const Sizes& n = call.problem.sizes;
   const CellShape shape = shape_of(plan);
   const Index units = blocks_of(n.H) * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
   const std::size_t S = std::size_t(plan.states), O = std::size_t(plan.operands);
   const bool all = call.save == Save::all, every = all || call.states[0], keeps = all || plan.reads_saved;
-  MachineTapePtr<T> tape(call.save == Save::nothing ? nullptr : new MachineTape<T>{});
+  const PackedPtr<T> own = pack_own<T>(call, true);
+  const PackedWeights<T>& packed = own ? *own : *call.packed;
+  TapePtr<T> tape(call.save == Save::nothing ? nullptr : new Tape<T>{});
   const Chunk<T> chunk(shape, n);
   const Index boundaries = call.save == Save::boundary_states && chunk.count ? chunk.count - 1 : 0;
   Layout tape_layout, layout;
   Layout& kept = all ? tape_layout : layout;
   MachineScratch<T> scratch(plan, n.B);
-  MachineNumbers<T> numbers = call.packed->numbers;  // but for the constants
+  MachineNumbers<T> numbers = packed.machine->numbers;  // but for the constants
   T *carried, *saved, *boundary_states = nullptr, *masks, *norms, *unprojected;
   std::vector<T*> computed(O), state(S, call.y);
-  if (call.saved)
-    tape = machine_tape_over(plan, n, call.saved), saved = tape->saved, norms = tape->norms, state = tape->state;
+  if (call.saved) lay_out(*tape, plan, n, call.saved), saved = tape->saved, norms = tape->norms, state = tape->state;
   state[0] = call.y;
   if (!call.saved) {
     kept.take(saved, {keeps ? all ? n.T : 1 : 0, n.B, plan.saved, n.H});
@@ -222,16 +216,12 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   layout.take(numbers.constants, {Index(plan.constants.size())});
   layout.take(masks, {regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
   scratch.take(layout, split.threads);
-  if (tape) tape->memory = tape_layout.allocate();
+  if (tape) tape->memory = tape_layout.allocate(), tape->save = call.save;
   const Buffer memory = layout.allocate();
   numbers.fill_constants(plan);
-  if (tape && all)
-    tape->saved = saved, tape->norms = norms, tape->state = state;
-  else if (tape)
-    tape->replays = plan.saved || plan.norms || S > 1, tape->boundary_states = boundary_states,
-    tape->state.assign(S, nullptr);
-  const cpu::MachineForwardParts& parts = call.packed->parts;
-  const std::vector<cpu::MachineRound> rounds = forward_rounds(plan, parts);
+  if (tape)  // with boundary states only those are still there
+    tape->saved = saved, tape->norms = norms, tape->state = state, tape->boundary_states = boundary_states;
+  const std::vector<cpu::MachineRound> rounds = forward_rounds(plan, packed.machine->parts);
 
   cpu::MachineForward<T> job{};
   job.call = machine_call(plan, call.problem, call.x, numbers, scratch);
@@ -243,9 +233,8 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
   job.call.norms = plan.norms ? norms : nullptr;
   job.call.states_kept = every ? -1 : 1, job.call.saved_kept = all ? -1 : 0;
   job.call.carried = carried, job.call.carried_count = plan.carried;
-  job.sums = parts.sums.data(), job.parts = call.packed->packed.data(), job.bias = call.packed->bias;
-  job.computed = computed.data();
-  job.projection = call.packed->projection, job.unprojected = unprojected;
+  set_weights(job, packed);
+  job.computed = computed.data(), job.unprojected = unprojected;
   const Index row_bytes = plan.saved * n.H * Index(sizeof(T));
   job.stream = all && !plan.reads_saved && row_bytes % 64 == 0 && reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 &&
                (!thresholds || n.T * n.B * row_bytes > kSharedCache);
@@ -256,8 +245,8 @@ MachineTapePtr<T> machine_forward(const MachineForwardCall<T>& call) {
 }
 
 template <class T>
-void machine_backward(const MachineBackwardCall<T>& call) {
-  const MachinePlan& plan = *call.plan;
+void machine_backward(const BackwardCall<T>& call) {
+  const MachinePlan& plan = *call.problem.cell.plan;
   const Sizes& n = call.problem.sizes;
   const CellShape shape = shape_of(plan);
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
@@ -265,7 +254,9 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   const Split split = split_for<T>(shape, n, cpu::num_threads());
   const Chunk<T> chunk(shape, n);
   const std::size_t S = std::size_t(plan.states), O = std::size_t(plan.operands);
-  const bool replays = call.tape->replays;
+  const bool replays = call.tape->save == Save::boundary_states && (plan.saved || plan.norms || S > 1);
+  const PackedPtr<T> own = pack_own<T>(call, replays);
+  const PackedWeights<T>* const again_packed = own ? own.get() : call.packed;
   const auto wanted = [&](int parameter) { return call.dweights[std::size_t(parameter)] != nullptr; };
   const bool need_weights =
                  std::any_of(plan.products.begin(), plan.products.end(),
@@ -377,7 +368,7 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   base.scratch = threads, base.scratch_step = thread_bytes;
 
   const std::vector<cpu::MachineRound> rounds = rounds_of(plan.backward);
-  state[0] = call.y;
+  state[0] = const_cast<T*>(call.y);
   cpu::MachineBackward<T> job{};
   job.call = machine_call(plan, call.problem, call.x, numbers, scratch);
   base.rows_outside = job.call.rows_outside;
@@ -390,14 +381,12 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   cpu::MachineForward<T> again{};
   std::vector<cpu::MachineRound> again_rounds;
   if (replays) {
-    const cpu::MachineForwardParts& forward_parts = call.packed->parts;
-    again_rounds = forward_rounds(plan, forward_parts);
+    again_rounds = forward_rounds(plan, again_packed->machine->parts);
     again.call = job.call;
     again.call.rounds = again_rounds.data(), again.call.round_count = int(again_rounds.size());
     again.call.carried_count = plan.carried, again.call.y_again = y_again;
-    again.sums = forward_parts.sums.data(), again.parts = call.packed->packed.data(), again.bias = call.packed->bias;
-    again.computed = computed.data();
-    again.projection = call.packed->projection, again.unprojected = unprojected;
+    set_weights(again, *again_packed);
+    again.computed = computed.data(), again.unprojected = unprojected;
     job.replay = &again, job.boundary_states = call.tape->boundary_states;
   }
   job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
@@ -412,22 +401,5 @@ void machine_backward(const MachineBackwardCall<T>& call) {
   job.of_units = need_scalars ? of_units : nullptr, job.dscalars = call.dscalars.data();
   run_job<T>(kernels.machine_backward, job, split.threads, split.by_rows, call.poll);
 }
-
-template <class T>
-Index tape_bytes(const MachineTape<T>& tape) {
-  return Index(tape.memory.size());
-}
-
-#define FUSEDRNN_INSTANTIATE_MACHINE(T)                                                   \
-  template void Deleter::operator()(PackedMachine<T>*) const;                             \
-  template void Deleter::operator()(MachineTape<T>*) const;                               \
-  template PackedMachinePtr<T> pack_machine(const cpu::MachinePlan&, Index, Index, Index, \
-                                            const MachineWeights<const T>&, Poll);        \
-  template MachineTapePtr<T> machine_tape_over(const MachinePlan&, const Sizes&, T*);     \
-  template MachineTapePtr<T> machine_forward(const MachineForwardCall<T>&);               \
-  template void machine_backward(const MachineBackwardCall<T>&);                          \
-  template Index tape_bytes(const MachineTape<T>&);
-FUSEDRNN_INSTANTIATE_MACHINE(float)
-FUSEDRNN_INSTANTIATE_MACHINE(double)
 
 }  // namespace fusedrnn

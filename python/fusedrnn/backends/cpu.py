@@ -9,8 +9,8 @@ Built-in cells are compiled; any other one is a program that the module runs (``
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from fusedrnn.backends.arguments import (
     check_forward,
     check_need,
     check_regularization,
+    check_scalar_names,
     check_weights,
 )
 from fusedrnn.backends.protocol import (
@@ -39,13 +40,13 @@ from fusedrnn.backends.protocol import (
 )
 from fusedrnn.cells import Cell
 from fusedrnn.cells.builtin import COMPILED
+from fusedrnn.cells.definition import PLAIN
 
 try:
     from fusedrnn import _core
     from fusedrnn.backends import machine as machine
-    from fusedrnn.backends.machine import REFUSED as REFUSED
-    from fusedrnn.backends.machine import Packed, Tape
 
+    REFUSED = (_core.RefusedType, _core.RefusedValue)
     _missing = None
 except ImportError as error:  # a source tree that was never built
     _missing = (
@@ -53,67 +54,86 @@ except ImportError as error:  # a source tree that was never built
     )
 
 
-# The weights that _core takes, in its order.
-WEIGHTS = (
-    *("weight_ih", "weight_hh", "bias_ih", "bias_hh", "gain_ih", "gain_hh", "gain_c", "bias_c"),
-    "weight_hr",
-)
-NEED = ("x", *WEIGHTS, "state0")
+class Packed(NamedTuple):
+    """Weights in the kernels' own order, and the arrays they were made of, which backward reads."""
+
+    cell: Cell
+    weights: dict[str, Array]
+    core: Any
+    bfloat16: np.dtype[Any] | None = None  # that of the arrays, where it is this one
+
+
+class Tape(NamedTuple):
+    """What backward needs: the call, and the compiled module's tape. x, y and the weights are borrowed."""
+
+    cell: Cell
+    weights: dict[str, Array]
+    return_states: bool
+    core: Any
+    bfloat16: np.dtype[Any] | None = None  # that of the arrays, where it is this one
+
+    @property
+    def bytes(self) -> int:
+        """Bytes saved for backward beside x, y and the weights."""
+        return int(self.core.bytes)
+
+
+@functools.cache
+def names(cell: Cell) -> tuple[str, ...]:
+    """The weights in the order of the compiled module."""
+    return (*PLAIN, *cell.vectors, *(["weight_hr"] if cell.projects else []))
 
 
 @functools.cache
 def cell_id(cell: Cell, backend: str = "cpu") -> int:
-    """The cell's number in csrc/cells/cells.def.
+    """The compiled cell's number in csrc/cells/cells.def.
 
     Raises:
-        ValueError: It has none; the message names the backend.
+        Unsupported: It has none; the message names the backend.
     """
-    if (found := _compiled(cell)) is None:
-        raise Unsupported(f"cell: {cell!r} is not supported by the {backend} backend; use the reference")
-    return found
-
-
-@functools.cache
-def _compiled(cell: Cell) -> int | None:
     for name, compiled in COMPILED.items():
         if cell == compiled and name in _core.CELLS:
             return int(_core.CELLS.index(name))
-    return None
+    raise Unsupported(f"cell: {cell!r} is not supported by the {backend} backend; use the reference")
 
 
-_Two = tuple[Any, Any]
-_Arrays = TypeVar("_Arrays", bound=tuple[Any, ...])
+@functools.cache
+def compiled(cell: Cell) -> _core.Cell | None:
+    """The compiled cell, or None: a program runs it."""
+    try:
+        return _core.Cell(cell_id(cell))
+    except Unsupported:
+        return None
 
 
-def _two(cell: Cell, state: Any, missing: bool) -> _Two | None:
-    """h and c, whatever they are, None for what there is not; or None where this is no state.
+def core_of(cell: Cell, regularization: Regularization | None = None) -> _core.Cell:
+    """What the compiled module runs in such a call.
 
-    A state is None or a tuple with an entry per state of the cell; with ``missing`` entries may be None.
+    Raises:
+        Unsupported: The cell is too large.
     """
-    if state is None:
-        return None, None
-    if type(state) is not tuple or len(state) != len(cell.states):
-        return None
-    if not missing and (state[0] is None or state[-1] is None):
-        return None
-    return state if len(state) == 2 else (state[0], None)
+    return compiled(cell) or machine.plan_of(cell, regularization)
 
 
-def _ordered(weights: Weights) -> list[Array]:
+def _ordered(cell: Cell, weights: Weights) -> tuple[Any, ...]:
     """The weights in the order of the compiled module, None for those that there are not."""
-    return [cast(Array, weights.get(name)) for name in WEIGHTS]
+    return tuple([weights.get(name) for name in names(cell)])
 
 
-def _as_bits(dtype: np.dtype[Any], arrays: _Arrays) -> _Arrays:
-    """Arrays in bfloat16, which is the dtype, as the compiled module takes them."""
-    if any(a is not None and getattr(a, "dtype", None) != dtype for a in arrays):
+def _as_bits(low: np.dtype[Any], array: Any, first: Any, second: Any) -> tuple[Any, Any, Any]:
+    """An array and two tuples of arrays, of the dtype bfloat16, as the compiled module takes them."""
+    arrays = array, *first, *second
+    if any(a is not None and getattr(a, "dtype", None) != low for a in arrays):
         raise _core.RefusedType("expected bfloat16")
-    return cast(_Arrays, tuple([None if a is None else a.view(np.int16) for a in arrays]))
+    bits = [None if a is None else a.view(np.int16) for a in arrays]
+    return bits[0], tuple(bits[1 : 1 + len(first)]), tuple(bits[1 + len(first) :])
 
 
-def _of_bits(dtype: np.dtype[Any], results: Sequence[Any]) -> Sequence[Any]:
+def _of_bits(dtype: np.dtype[Any], results: Any) -> Any:
     """What the compiled module returned, its arrays in bfloat16."""
-    return [a.view(dtype) if type(a) is np.ndarray else a for a in results]
+    if type(results) is np.ndarray:
+        return results.view(dtype)
+    return tuple([_of_bits(dtype, a) for a in results]) if type(results) in (tuple, list) else results
 
 
 class CpuBackend:
@@ -127,27 +147,26 @@ class CpuBackend:
 
     def pack(self, cell: Cell, weights: Weights) -> Packed:
         """Weights prepared for repeated calls, stale as soon as one of them changes."""
-        if (number := _compiled(check_cell(cell))) is None:
-            return machine.pack(cell, weights)
+        core = core_of(check_cell(cell))
         if type(weights) is dict and {*map(type, weights.values())} == {np.ndarray}:
             known = {name: weights[name] for name in cell.blocks if name in weights}
             try:
                 if len(known) == len(weights):
-                    return Packed(cell, known, _core.pack(number, *_ordered(known)))
+                    return Packed(cell, known, _core.pack(core, _ordered(cell, known)))
             except REFUSED:
                 pass  # check_weights has the words
         low = bfloat16()
-        dtypes = (*FLOATS, *low) if low and self.has_bfloat16() else FLOATS
+        dtypes = (*FLOATS, *low) if low and compiled(cell) and self.has_bfloat16() else FLOATS
         checked, *_ = check_weights(cell, weights, dtypes)
         dtype = checked["weight_ih"].dtype
         if dtype not in low:
-            return Packed(cell, checked, _core.pack(number, *_ordered(checked)))
+            return Packed(cell, checked, _core.pack(core, _ordered(cell, checked)))
         bits = {name: w.view(np.int16) for name, w in checked.items()}
         return Packed(cell, checked, self.pack_bits(cell, bits).core, dtype)
 
     def pack_bits(self, cell: Cell, weights: Weights) -> Packed:
         """Weights in bfloat16, as int16 with their bits and contiguous, for ``run_forward``."""
-        return Packed(cell, dict(weights), _core.pack(cell_id(cell), *_ordered(weights), bfloat16=True))
+        return Packed(cell, dict(weights), _core.pack(core_of(cell), _ordered(cell, weights), bfloat16=True))
 
     def forward(
         self,
@@ -169,98 +188,78 @@ class CpuBackend:
         packed = weights if isinstance(weights, Packed) else self.pack(cell, weights)
         if cell is not packed.cell and check_cell(cell) != packed.cell:
             raise ValueError(f"weights: packed for {packed.cell!r}, expected {cell!r}")
+        core, low = None, packed.bfloat16
         if regularization is not None:
-            regularization = check_regularization(packed.cell, regularization)
-        if isinstance(packed.core, _core.PackedMachine):
-            return machine.forward(
-                packed,
-                x,
-                state0,
-                lengths=lengths,
-                reset=reset,
-                reverse=reverse,
-                return_states=return_states,
-                detach_every=detach_every,
-                regularization=regularization,
-                scalars=scalars,
-                save=save,
-            )
-        results, low = None, packed.bfloat16
-        state = _two(cell, state0, False)
-        if (  # the compiled module would not see what these are, or would convert them
-            state is not None
-            and type(reverse) is bool
+            regularization = check_regularization(cell, regularization)
+            core = core_of(cell, regularization)
+        rows: Any = ()
+        if scalars is not None or cell.scalars:
+            scalars = check_scalar_names(cell, scalars)
+            rows = tuple([scalars[name] for name in cell.scalars])
+        plain = (  # else the compiled module would not see what these are, or would convert them
+            type(reverse) is bool
             and type(return_states) is bool
             and (detach_every is None or (type(detach_every) is int and detach_every > 0))
             and (save is None or (type(save) is str and save in SAVE))
-            and scalars is None
-        ):
-            h0, c0 = state
+            and (state0 is None or (type(state0) is tuple and state0))
+        )
+        for checked in (not plain, True):
+            if checked:
+                a = check_forward(
+                    cell,
+                    x,
+                    packed.weights,
+                    state0,
+                    lengths=lengths,
+                    reset=reset,
+                    reverse=reverse,
+                    return_states=return_states,
+                    detach_every=detach_every,
+                    regularization=regularization,
+                    scalars=scalars,
+                    save=save,
+                    dtypes=(*FLOATS, *bfloat16()),
+                )
+                x, state0, rows, lengths, reset = a.x, a.state0, tuple(a.scalars.values()), a.lengths, a.reset
+                reverse, return_states, save = a.reverse, a.return_states, a.save
+                detach_every = a.detach_every
             try:
-                given, h0, c0 = (x, h0, c0) if low is None else _as_bits(low, (x, h0, c0))
+                arrays = x, state0 or (), rows
+                x_, state0_, rows_ = arrays if low is None else _as_bits(low, *arrays)
                 results = _core.forward(
                     packed.core,
-                    given,
-                    h0,
-                    c0,
+                    core,
+                    x_,
+                    state0_,
+                    rows_,
                     lengths,
                     reset,
                     reverse,
-                    return_states,
-                    SAVE[save],
                     detach_every or 0,
                     regularization,
+                    return_states,
+                    SAVE[save],
                 )
+                break
             except REFUSED:
-                results = None
-        if results is None:
-            a = check_forward(
-                cell,
-                x,
-                packed.weights,
-                state0,
-                lengths=lengths,
-                reset=reset,
-                reverse=reverse,
-                return_states=return_states,
-                detach_every=detach_every,
-                regularization=regularization,
-                scalars=scalars,
-                save=save,
-                dtypes=(*FLOATS, *bfloat16()),
-            )
-            state = cast(_Two, _two(cell, a.state0, False))
-            results = _core.forward(
-                packed.core,
-                *((a.x, *state) if low is None else _as_bits(low, (a.x, *state))),
-                a.lengths,
-                a.reset,
-                a.reverse,
-                a.return_states,
-                SAVE[a.save],
-                a.detach_every or 0,
-                a.regularization,
-            )
-        y, hT, cT, h_states, c_states, tape = results if low is None else _of_bits(low, results)
-        two = "c" in cell.states
-        return Forward(
-            y,
-            (hT, cT) if two else (hT,),
-            None if h_states is None else (h_states, c_states) if two else (h_states,),
-            None if tape is None else Tape(packed.cell, packed.weights, h_states is not None, tape, low),
-        )
+                if checked:
+                    raise
+        y, stateT, states, tape = results if low is None else _of_bits(low, results)
+        kept = None if tape is None else Tape(packed.cell, packed.weights, states is not None, tape, low)
+        return Forward(y, stateT, states, kept)
 
     def run_forward(self, cell: Cell, *arguments: Any) -> None:
-        """Forward into arrays of the caller's, the tape among them; ``_core.run_forward`` has the arguments.
+        """Forward into arrays of the caller's, the tape among them; ``_core.run_forward`` has the arguments,
+        of which the 9th is a regularization.
 
         Weights may be as they are, or packed. With ``run_backward`` for libraries that keep arrays, in which
         all is that backward needs, and nothing else.
         """
-        _core.run_forward(cell_id(cell), *arguments)
+        _core.run_forward(core_of(cell, arguments[8]), *arguments)
 
     def run_backward(self, cell: Cell, *arguments: Any) -> None:
         """Backward of ``run_forward``, into arrays; ``_core.run_backward`` has the arguments."""
-        _core.run_backward(cell_id(cell), *arguments)
+        _core.run_backward(core_of(cell, arguments[8]), *arguments)
 
     def tape_shape(
         self,
@@ -268,15 +267,17 @@ class CpuBackend:
         sizes: tuple[int, int, int, int, int],
         *,
         recompute: bool = False,
-        regularized: bool = False,
+        regularization: Regularization | None = None,
         float64: bool = False,
         bfloat16: bool = False,
     ) -> tuple[int, int]:
         """Rows and elements per row of the array that ``run_forward`` takes for a tape, for T, B, I, H, P.
 
-        Of ``lengths`` it needs as many rows as there are valid steps; more do no harm.
+        A compiled cell needs with ``lengths`` as many rows as there are valid steps; more do no harm. Any
+        other cell has no such array with ``recompute``.
         """
-        return _core.tape_shape(cell_id(cell), *sizes, recompute, regularized, float64, bfloat16)
+        core, acts = core_of(cell, regularization), regularization is not None
+        return _core.tape_shape(core, *sizes, recompute, acts, float64, bfloat16)
 
     def has_bfloat16(self) -> bool:
         """Whether this processor has kernels with products in bfloat16, of the cells of ``COMPILED``.
@@ -306,34 +307,25 @@ class CpuBackend:
             raise TypeError(
                 f"tape: expected what forward of the cpu backend returned, got {type(tape).__name__}"
             )
-        if isinstance(tape.core, _core.MachineTape):
-            return machine.backward(tape, dy, dstateT, dstates, need=need)
-        cell = tape.cell
-        wanted = NEED if need is None else check_need(cell, need)
-        flags = [name in wanted for name in NEED]
-        results, low = None, tape.bfloat16
-        final, every = _two(cell, dstateT, True), _two(cell, dstates, True)
-        if final is not None and every is not None and (dstates is None or tape.return_states):
+        cell, low, order = tape.cell, tape.bfloat16, names(tape.cell)
+        wanted = None if need is None else check_need(cell, need)
+        flags = [wanted is None or name in wanted for name in ("x", *order, "state0", *cell.scalars)]
+        plain = all(d is None or (type(d) is tuple and d) for d in (dstateT, dstates))
+        for checked in (not plain or (dstates is not None and not tape.return_states), True):
+            if checked:
+                sizes, every = Sizes(*tape.core.sizes), tape.return_states
+                dy, dstateT, dstates, _ = check_backward(
+                    cell, tape.weights, sizes, dy, dstateT, dstates, need=need, return_states=every
+                )
             try:
-                given = dy, *final, *every
-                results = _core.backward(tape.core, *(given if low is None else _as_bits(low, given)), flags)
+                arrays = dy, dstateT or (), dstates or ()
+                dy_, dstateT_, dstates_ = arrays if low is None else _as_bits(low, *arrays)
+                results = _core.backward(tape.core, dy_, dstateT_, dstates_, flags)
+                break
             except REFUSED:
-                results = None
-        if results is None:
-            b = check_backward(
-                cell,
-                tape.weights,
-                Sizes(*tape.core.sizes),
-                dy,
-                dstateT,
-                dstates,
-                need=need,
-                return_states=tape.return_states,
-            )
-            final, every = cast(_Two, _two(cell, b.dstateT, True)), cast(_Two, _two(cell, b.dstates, True))
-            given = b.dy, *final, *every
-            results = _core.backward(tape.core, *(given if low is None else _as_bits(low, given)), flags)
-        dx, *dweights, dh0, dc0 = results if low is None else _of_bits(low, results)
-        dstate0 = None if dh0 is None else (dh0, dc0) if "c" in cell.states else (dh0,)
-        by_name = dict(zip(WEIGHTS, dweights, strict=True))
-        return Gradients(dx, {name: by_name[name] for name in tape.weights}, dstate0, {})
+                if checked:
+                    raise
+        dx, dweights, dstate0, drows = results if low is None else _of_bits(low, results)
+        by_name = dict(zip(order, dweights, strict=True))
+        dscalars = dict(zip(cell.scalars, drows, strict=True))
+        return Gradients(dx, {name: by_name[name] for name in tape.weights}, dstate0, dscalars)

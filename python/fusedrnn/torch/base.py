@@ -77,10 +77,10 @@ def run_direct(
     after = [x.new_empty(B, H) for _ in cell.states]
     ops.CPU.run_forward(
         cell,
-        (*weights, *[None] * (len(cpu.WEIGHTS) - len(weights))) if packed is None else packed[1].core,
-        *(x, *ops.two(state0), None, None),  # no lengths, no resets
-        *(reverse, False, 0, None),  # all steps saved, never detached, no regularization
-        *(y, *ops.two(after), None, None, None, False),  # no states of every step, no tape
+        weights if packed is None else packed[1].core,
+        *(x, tuple(state0), (), None, None),  # no row scalars, lengths, resets
+        *(reverse, 0, None, False),  # never detached, no regularization
+        *(y, after, (), None),  # no states of every step, no tape
     )
     return after if y is None else [y, *after]
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fusedrnn import backends
 from fusedrnn.backends import cpu
 from fusedrnn.backends.arguments import booleans, check_lengths
-from fusedrnn.backends.cpu import WEIGHTS, CpuBackend
+from fusedrnn.backends.cpu import CpuBackend
 from fusedrnn.backends.protocol import Regularization, Unsupported
 from fusedrnn.torch import differentiable, gpu, paths
 from fusedrnn.torch.keys import CELLS, cell_of
@@ -140,13 +140,16 @@ class Call(NamedTuple):
         detached = self.detach_every is not None
         return refused(self.cell, x.device.type, str(x.dtype), bool(self.rates), detached)
 
+    def masks(self) -> Regularization | None:
+        """A regularization with masks as the call's, whatever the seed, which a compiler does not know."""
+        if not self.rates:
+            return None
+        dropout, zoneout_h, zoneout_c = self.rates
+        return Regularization(dropout, zoneout_h, zoneout_c, None if self.seed is None else 0)
+
     def tape_width(self) -> int:
         """Elements of the tape for each of its rows."""
-        regularization = None
-        if self.rates:  # whatever the seed, which a compiler does not know
-            dropout, zoneout_h, zoneout_c = self.rates
-            regularization = Regularization(dropout, zoneout_h, zoneout_c, None if self.seed is None else 0)
-        return _tape_width(self.cell, int(self.sizes()[3]), self.recompute, regularization)
+        return _tape_width(self.cell, int(self.sizes()[3]), self.recompute, self.masks())
 
     def tape_rows(self) -> int | None:
         """Rows of the tape, of tensors whose values are known; None: there is none."""
@@ -155,9 +158,9 @@ class Call(NamedTuple):
             there = not (self.recompute or self.refused()) and isinstance(self.backend(), CpuBackend)
             return T * B if there else None
         if self.recompute and self.x.is_cpu:
-            cell, acts, dtype = CELLS[self.cell], bool(self.rates), self.x.dtype
+            cell, dtype = CELLS[self.cell], self.x.dtype
             kind = {"float64": dtype is torch.float64, "bfloat16": dtype is torch.bfloat16}
-            return CPU.tape_shape(cell, sizes, recompute=True, regularized=acts, **kind)[0]
+            return CPU.tape_shape(cell, sizes, recompute=True, regularization=self.masks(), **kind)[0]
         if self.lengths is None or self.lengths.is_floating_point() or self.lengths.is_complex():
             return T * B  # wrong lengths are refused later
         return min(max(0, int(self.lengths.sum())), T * B)
@@ -171,10 +174,8 @@ FLOATS = (torch.float32, torch.float64)
 
 @functools.cache
 def _tape_width(key: str, H: int, recompute: bool, regularization: Regularization | None) -> int:
-    if key not in CELLS:
-        return cpu.machine.plan_of(cell_of(key), regularization).tape_width(H)
-    sizes, acts = (1, 1, 1, H, H), regularization is not None  # P changes nothing
-    return CPU.tape_shape(CELLS[key], sizes, recompute=recompute, regularized=acts)[1]
+    sizes = (1, 1, 1, H, H)  # P changes nothing
+    return CPU.tape_shape(cell_of(key), sizes, recompute=recompute, regularization=regularization)[1]
 
 
 def refused(key: str, device: str, dtype: str, regularized: bool, detached: bool) -> str | None:
@@ -274,12 +275,7 @@ def _places(key: str) -> tuple[int | None, ...]:
     """Of the weights that the CPU's kernels take, in their order, where each stands among those of a call."""
     cell = cell_of(key)
     order = {name: k for k, name in enumerate(cell.blocks)}
-    return tuple([order.get(name) for name in (WEIGHTS if key in CELLS else cpu.machine.names(cell))])
-
-
-def two(states: Sequence[Any]) -> tuple[Any, Any]:
-    """h and c, None where there is none."""
-    return (*states, None, None)[:2]
+    return tuple([order.get(name) for name in cpu.names(cell)])
 
 
 def _cpu_weights(call: Call) -> tuple[Any, ...]:
@@ -291,32 +287,17 @@ def _cpu_weights(call: Call) -> tuple[Any, ...]:
     return tuple(given(ordered))
 
 
-def _compiled_arguments(call: Call, weights: Any) -> tuple[Any, ...]:
-    """As ``CpuBackend.run_forward`` and ``run_backward`` take it."""
-    h0, c0 = two(call.state0) if call.state0 else (None, None)
+def _arguments(call: Call) -> tuple[Any, ...]:
+    """As ``CpuBackend.run_forward`` and ``run_backward`` take it, after the weights."""
     return (
-        CELLS[call.cell],
-        weights,
-        *given([contiguous_features(call.x), contiguous(h0), contiguous(c0)]),
+        given([contiguous_features(call.x)])[0],
+        tuple(given([contiguous(s) for s in call.state0])),
+        tuple(given([contiguous(s) for s in call.scalars])),
         *((None, None) if call.lengths is call.reset is None else call.rows()),
-        call.reverse,
-        call.recompute,
-        call.detach_every or 0,
-        call.regularization() if call.rates else None,
-    )
-
-
-def _machine_arguments(call: Call) -> tuple[Any, ...]:
-    """As ``machine.run_forward`` and ``run_backward`` take it."""
-    x: Any = contiguous_features(call.x)
-    return (
-        given([x if x.dim() == 3 else x[None]])[0],
-        given([s.contiguous() for s in call.state0]),
-        given([s.contiguous() for s in call.scalars]),
-        *call.rows(),
         call.reverse,
         call.detach_every or 0,
         call.regularization(),
+        call.recompute,
     )
 
 
@@ -353,24 +334,15 @@ def run(
         return [*found[:at], *[s.clone(memory_format=torch.contiguous_format) for s in found[at:]]]
     backend, weights = (call.backend(), None) if packed is None else packed
     if isinstance(backend, CpuBackend):
-        out = _allocated(call, return_states)
+        into = out = _allocated(call, return_states)
         tape = None if tape_rows is None else _tape(call, tape_rows)
-        into = out
         if low:
             call, into = _as_bits(call), [bits(t) for t in out]
         cell, at = cell_of(call.cell), int(x.dim() == 3)
         end = at + len(cell.states)
-        y, final, every = into[0] if at else None, into[at:end], into[end:]
-        if compiled:
-            first = _compiled_arguments(call, _cpu_weights(call) if weights is None else weights.core)
-            backend.run_forward(*first, *given([y, *two(final), *two(every), tape]), low)
-        else:
-            machine = cpu.machine
-            core = machine.pack_given(cell, _cpu_weights(call)) if weights is None else weights.core
-            if tape is not None and call.lengths is not None:
-                tape.zero_()  # padding leaves it as it is
-            y, kept = given([x.new_empty((1, *out[0].shape)) if y is None else y, tape])
-            machine.run_forward(cell, core, *_machine_arguments(call), y, given(final), given(every), kept)
+        y, kept = given([into[0] if at else None, tape])
+        first = cell, _cpu_weights(call) if weights is None else weights.core, *_arguments(call)
+        backend.run_forward(*first, y, given(into[at:end]), given(into[end:]), kept, low)
         return out if tape is None else [*out, tape]
     with gpu.on(x.device):
         (cell, given_x, own, state0), options = _other_arguments(call)
@@ -420,26 +392,20 @@ def run_backward(
             into = [bits(d) for d in found]
         dweights = given([None if k is None else into[1 + n0 + k] for k in _places(call.cell)])
         final, every = [contiguous(d) for d in states[:n]], [contiguous_features(d) for d in states[n:]]
-        if call.cell in CELLS:
-            rest = [contiguous(y), contiguous(tape[0]), contiguous_features(dy), *two(final), *two(every)]
-            out = [given(into[:1])[0], *dweights, *given(two(into[1 : 1 + n0]))]
-            backend.run_backward(*_compiled_arguments(call, _cpu_weights(call)), *given(rest), out, low)
-        else:
-            if any(need[1 : 1 + n0]):  # all or none
-                found[1 : 1 + n0] = [s.new_empty(s.shape) for s in call.state0]
-            dx = found[0]
-            cpu.machine.run_backward(
-                cell,
-                _cpu_weights(call),
-                *_machine_arguments(call),
-                *given([contiguous(y[None] if step else y), contiguous(tape[0]), contiguous(dy)]),
-                given(final),
-                given([contiguous(d) for d in every]),
-                *given([dx[None] if step and dx is not None else dx]),
-                dweights,
-                given([d for d in found[1 : 1 + n0] if d is not None]),
-                given(found[scalars:]),
-            )
+        first = cell, _cpu_weights(call), *_arguments(call)
+        read = given([contiguous(y), contiguous(tape[0]), contiguous_features(dy)])
+        dx, dstate0 = given(into[:1]), given(into[1 : 1 + n0])
+        backend.run_backward(
+            *first,
+            *read,
+            tuple(given(final)),
+            tuple(given(every)),
+            *dx,
+            dweights,
+            dstate0,
+            given(into[scalars:]),
+            low,
+        )
     else:
         with gpu.on(call.x.device):
             first, options = _other_arguments(call)

@@ -67,11 +67,14 @@ std::uint64_t run(CellId cell, Sizes n, const Options& o) {
       dh0(h0.size()), dc0(h0.size()), dg_ih(g_ih.size()), dg_hh(g_hh.size()), dg_c(g_c.size()), db_c(b_c.size());
 
   Weights<const T> weights = {w_ih.data(), w_hh.data(), b_ih.data(), b_hh.data()};
-  if (norm) weights.gain_ih = g_ih.data(), weights.gain_hh = g_hh.data();
-  if (norm && c) weights.gain_c = g_c.data(), weights.bias_c = b_c.data();
-  const auto packed = pack<T>(cell, n.I, n.H, n.P, weights);
+  Weights<T> dweights = {dw_ih.data(), dw_hh.data(), db_ih.data(), db_hh.data()};
+  if (norm) weights.insert(weights.end(), {g_ih.data(), g_hh.data()});
+  if (norm && c) weights.insert(weights.end(), {g_c.data(), b_c.data()});
+  if (norm) dweights.insert(dweights.end(), {dg_ih.data(), dg_hh.data()});
+  if (norm && c) dweights.insert(dweights.end(), {dg_c.data(), db_c.data()});
+  const auto packed = pack<T>({cell}, n.I, n.H, n.P, weights);
   ForwardCall<T> f{};
-  f.problem = {cell,          n, o.ragged ? lengths.data() : nullptr, o.reset ? reset.data() : nullptr, o.reverse,
+  f.problem = {{cell},        n, o.ragged ? lengths.data() : nullptr, o.reset ? reset.data() : nullptr, o.reverse,
                o.detach_every};
   if (o.regularized) f.problem.regularization = {0.25, 0.25, c ? 0.5 : 0, true, (std::uint64_t(7) << 33) + 5, 3};
   if (n.T > 1)
@@ -79,20 +82,18 @@ std::uint64_t run(CellId cell, Sizes n, const Options& o) {
   else
     f.weights = weights;  // a step of weights as they lie
   f.x = {x.data(), n.B * n.I, n.I};
-  f.h0 = h0.data(), f.c0 = c ? c0.data() : nullptr;
-  f.y = y.data(), f.hT = hT.data(), f.cT = c ? cT.data() : nullptr;
-  f.h_states = o.states ? hs.data() : nullptr, f.c_states = o.states && c ? cs.data() : nullptr;
+  f.state0 = {h0.data(), c ? c0.data() : nullptr};
+  f.y = y.data(), f.stateT = {hT.data(), c ? cT.data() : nullptr};
+  if (o.states) f.states = {hs.data(), c ? cs.data() : nullptr};
   f.save = o.save;
   const auto tape = forward<T>(f);
   BackwardCall<T> b{};
   b.problem = f.problem, b.tape = tape.get(), b.weights = weights, b.packed = packed.get(), b.x = f.x, b.y = y.data();
-  b.h0 = f.h0, b.c0 = f.c0;
-  b.dy = {dy.data(), n.B * n.H, n.H}, b.dhT = dhT.data();
-  if (o.states) b.dh_states = {ds.data(), n.B * n.H, n.H};
-  b.dx = dx.data(), b.dweights = {dw_ih.data(), dw_hh.data(), db_ih.data(), db_hh.data()};
-  if (norm) b.dweights.gain_ih = dg_ih.data(), b.dweights.gain_hh = dg_hh.data();
-  if (norm && c) b.dweights.gain_c = dg_c.data(), b.dweights.bias_c = db_c.data();
-  b.dh0 = dh0.data(), b.dc0 = c ? dc0.data() : nullptr;
+  b.state0 = f.state0;
+  b.dy = {dy.data(), n.B * n.H, n.H}, b.dstateT[0] = dhT.data();
+  if (o.states) b.dstates[0] = {ds.data(), n.B * n.H, n.H};
+  b.dx = dx.data(), b.dweights = dweights;
+  b.dstate0 = {dh0.data(), c ? dc0.data() : nullptr};
   backward<T>(b);
 
   Digest digest;
