@@ -230,6 +230,32 @@ Steps steps_of(const Problem& p) {
   return {p.sizes.B ? p.sizes.T : 0, p.sizes.B, p.lengths, p.reset, p.reverse, p.detach_every};
 }
 
+// What does not depend on the kind of cell: sizes, and memory, which is there once the layout is allocated.
+template <class T>
+void prepare(cpu::BackwardJob<T>& job, Layout& layout, const BackwardCall<T>& call, const cpu::Kernels<T>& kernels,
+             const CellShape& shape, const Chunk<T>& chunk, const cpu::Groups& groups, int threads, bool need_weights,
+             T* dweight_hr) {
+  const Sizes& n = call.problem.sizes;
+  const bool ordered = need_weights && chunk.ordered, copied = ordered || (need_weights && kernels.numbers > 1);
+  const Index rows = elements(kernels, chunk.steps * n.B);
+  job.steps = steps_of(call.problem);
+  job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks_of(n.H);
+  job.dx = call.dx, job.dweight_hr = dweight_hr, job.need_weights = need_weights;
+  job.groups = groups.all, job.group_count = groups.count, job.dpacked_block = groups.block_step;
+  job.da_row = chunk.da_row, job.inputs_row = chunk.inputs_row, job.panel_step = chunk.panel_step;
+  job.chunk_steps = chunk.steps;
+  job.rows_outside = rows_outside<T>(shape, n);
+  job.scratch_step = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
+  layout.take(job.dpacked, {need_weights ? job.blocks : 0, groups.block_step});
+  if (dweight_hr) layout.take(job.dprojection, {blocks_of(n.P), n.H, kBlock});
+  layout.take(job.da, {chunk.steps, n.B, chunk.da_row});
+  layout.take(job.boundary, {n.B, chunk.da_row});
+  layout.take(job.inputs, {need_weights ? rows : 0, chunk.inputs_row});
+  if (ordered) layout.take(job.by_tile, {rows, groups.columns});
+  layout.take(job.panel, {copied ? threads : 0, chunk.panel_step});
+  layout.take(job.scratch, {threads, job.scratch_step});
+}
+
 }  // namespace
 
 }  // namespace fusedrnn
@@ -308,35 +334,35 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   const bool outside = call.saved;  // the tape lies in the caller's memory
   const Index rows = all ? tape_rows(problem, tape->starts) : n.B,
               boundary_count = call.save == Save::boundary_states && shape.has_c && chunk.count ? chunk.count - 1 : 0;
-  T *saved, *c, *boundary_states = nullptr, *middle, *ahead_sums, *zeros, *masks, *panel, *bias, *operands;
-  char* threads;
+  T *saved, *c, *boundary_states = nullptr, *zeros, *masks, *bias;
   const Index ahead = ahead_steps<T>(shape, n);
-  const Index zero_count = std::max(n.P, units), thread_bytes = lines<char>(kernels.forward_scratch(n.B, ahead)) + 64;
-  const Index panel_step = lines<T>(cpu::kPanelVectors * kBlock * std::max(n.I + n.P, n.H));
-  const Index operands_row = operands_of_row(kernels, n, ahead);
+  cpu::ForwardJob<T> job{};
+  job.ahead_steps = ahead;
+  job.panel_step = lines<T>(cpu::kPanelVectors * kBlock * std::max(n.I + n.P, n.H));
+  job.operands_row = operands_of_row(kernels, n, ahead);
+  job.scratch_step = lines<char>(kernels.forward_scratch(n.B, ahead)) + 64;
   const bool two_products = shape.phases == 2 || shape.projects;
   const bool keeps = all || shape.phases == 2 || shape.layer_norm;  // read again in the same step
   Layout& kept_in = all ? tape_layout : scratch;
   kept_in.take(saved, {!(all && outside) && keeps ? rows : 0, shape.saved, n.H});
   kept_in.take(c, {!(all && outside) && shape.has_c ? rows : 0, n.H});
   tape_layout.take(boundary_states, {outside ? 0 : boundary_count, n.B, n.H});
-  scratch.take(middle, {two_products ? n.B : 0, units});
-  scratch.take(ahead_sums, {ahead, n.B, blocks, shape.input.count, kBlock});
-  scratch.take(zeros, {zero_count});
+  if (two_products) scratch.take(job.middle, {n.B, units});
+  if (ahead) scratch.take(job.ahead, {ahead, n.B, blocks, shape.input.count, kBlock});
+  scratch.take(zeros, {units});
   scratch.take(masks, {regularization_memory(problem, split.threads), n.B, units});
-  scratch.take(panel, {by_panel ? split.threads : 0, panel_step});
+  if (by_panel) scratch.take(job.panel, {split.threads, job.panel_step});
   scratch.take(bias, {by_panel ? blocks : 0, shape.accumulators, kBlock});
-  scratch.take(operands, {split.by_rows ? 1 : split.threads, n.B, operands_row});
-  scratch.take(threads, {split.threads, thread_bytes});
+  scratch.take(job.operands, {split.by_rows ? 1 : split.threads, n.B, job.operands_row});
+  scratch.take(job.scratch, {split.threads, job.scratch_step});
   if (tape && !outside) tape->memory = tape_layout.allocate();
   const Buffer memory = scratch.allocate();
   if (outside && all) saved = call.saved, c = saved + rows * shape.saved * n.H;
   if (outside && !all) boundary_states = call.saved;
   if (tape) tape->save = call.save, tape->boundary_states = boundary_states;
   if (tape && all) tape->saved = saved, tape->c = c;
-  std::fill(zeros, zeros + zero_count, T(0));
+  std::fill(zeros, zeros + units, T(0));
 
-  cpu::ForwardJob<T> job{};
   job.steps = steps_of(problem);
   job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks;
   job.x = call.x;
@@ -347,9 +373,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
     pack_vectors(shape, n.H, weights.bias_ih, weights.bias_hh, bias);
     job.weight_ih = weights.weight_ih, job.weight_hh = weights.weight_hh;
     job.weight_hr = weights.weight_hr, job.bias = bias;
-    job.panel = panel, job.panel_step = panel_step;
   }
-  job.operands = operands, job.operands_row = operands_row;
   job.h0 = call.state0[0], job.c0 = call.state0[1], job.zeros = zeros;
   job.y = call.y, job.h_out = call.y, job.h_out_step = n.B * n.P;
   job.kept = {0,
@@ -364,11 +388,8 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   job.stream = all && shape.phases == 1 && !shape.layer_norm && row_bytes % 64 == 0 &&
                reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 && (!thresholds || rows * row_bytes > kSharedCache);
   job.boundary_states = boundary_count ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
-  job.middle = two_products ? middle : nullptr;
-  job.ahead = ahead ? ahead_sums : nullptr, job.ahead_steps = ahead;
   job.hT = call.stateT[0], job.cT = call.stateT[1], job.h_states = call.states[0], job.c_states = call.states[1];
   job.rows_outside = !by_panel && rows_outside<T>(shape, n);
-  job.scratch = threads, job.scratch_step = thread_bytes;
   job.regularization = regularization_of(problem, kernels, masks);
   run_job<T>(cell.forward, job, split.threads, split.by_rows, call.poll);
   return tape;
@@ -415,47 +436,37 @@ void backward(const BackwardCall<T>& call) {
   cpu::Group group[4];
   const cpu::Groups groups = groups_of(shape, n, group);
   Layout layout;
-  T *zeros, *input, *recurrent, *recurrent2, *dpacked, *da, *boundary, *inputs, *dc, *direct, *saved, *c, *middle,
-      *h_out, *bias, *norm_sums, *masks, *projection, *dprojection, *by_tile, *panel, *operands;
+  T *zeros, *input, *recurrent, *recurrent2, *saved, *c, *bias, *masks, *projection;
   PackedNorm<T> norm;
-  char *threads, *replay_threads;
   const int k_input = shape.input.count, k_recurrent = shape.recurrent.count, k_recurrent2 = shape.recurrent2.count;
   const Index k_units = elements(kernels, units);
   const Index input_step = block_step<T>(k_units, k_input), recurrent_step = block_step<T>(k_units, k_recurrent),
               recurrent2_step = block_step<T>(k_units, k_recurrent2),
               projection_step = block_step<T>(elements(kernels, n.P), 1);
-  const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
-  const Index zero_count = std::max({n.P, units, chunk.da_row});
+  const Index zero_count = std::max(units, chunk.da_row);
   const Index replay_steps = replay ? chunk.steps : 0, replay_rows = replay ? n.B : 0;
-  const Index replay_bytes = lines<char>(kernels.forward_scratch(n.B, 0)) + 64;
-  const bool ordered = need_weights && chunk.ordered, copied = ordered || (need_weights && kernels.numbers > 1);
-  const Index input_rows = elements(kernels, chunk.steps * n.B);
-  const Index operands_row = operands_of_row(kernels, n, 0);
+  cpu::BackwardJob<T> job{};
+  cpu::ForwardJob<T> again{};
+  again.operands_row = operands_of_row(kernels, n, 0);
+  again.scratch_step = lines<char>(kernels.forward_scratch(n.B, 0)) + 64;
   layout.take(zeros, {zero_count});
   layout.take(input, {call.dx ? blocks_of(n.I) : 0, input_step});
   layout.take(recurrent, {blocks_of(n.P), recurrent_step});
   layout.take(recurrent2, {k_recurrent2 ? blocks_of(n.P) : 0, recurrent2_step});
   layout.take(projection, {shape.projects ? blocks : 0, projection_step});
-  layout.take(dpacked, {need_weights ? blocks : 0, groups.block_step});
-  layout.take(dprojection, {dw.weight_hr ? blocks_of(n.P) : 0, n.H, kBlock});
-  layout.take(da, {chunk.steps, n.B, chunk.da_row});
-  layout.take(boundary, {n.B, chunk.da_row});
-  layout.take(inputs, {need_weights ? input_rows : 0, chunk.inputs_row});
-  layout.take(by_tile, {ordered ? input_rows : 0, groups.columns});
-  layout.take(panel, {copied ? split.threads : 0, chunk.panel_step});
-  layout.take(operands, {split.by_rows ? 1 : split.threads, replay_rows, operands_row});
+  prepare(job, layout, call, kernels, shape, chunk, groups, split.threads, need_weights, dw.weight_hr);
+  layout.take(again.operands, {split.by_rows ? 1 : split.threads, replay_rows, again.operands_row});
   layout.take(saved, {replay_steps, n.B, shape.saved, n.H});
   layout.take(c, {shape.has_c ? replay_steps : 0, n.B, n.H});
-  layout.take(middle, {two_products ? replay_rows : 0, units});
-  layout.take(h_out, {replay_rows, n.P});
-  layout.take(replay_threads, {replay ? split.threads : 0, replay_bytes});
-  layout.take(dc, {shape.has_c ? n.B : 0, units});
-  layout.take(direct, {shape.has_direct ? n.B : 0, units});
+  if (two_products) layout.take(again.middle, {replay_rows, units});
+  layout.take(again.h_out, {replay_rows, n.P});
+  layout.take(again.scratch, {replay ? split.threads : 0, again.scratch_step});
+  layout.take(job.dc, {shape.has_c ? n.B : 0, units});
+  layout.take(job.direct, {shape.has_direct ? n.B : 0, units});
   layout.take(masks, {regularization_memory(problem, split.threads), n.B, units});
   layout.take(bias, {shape.layer_norm ? blocks : 0, shape.accumulators, kBlock});
   norm.take(layout, shape, blocks);
-  layout.take(norm_sums, {need_norms ? n.B : 0, units, 2 * shape.accumulators + 2 * shape.has_c});
-  layout.take(threads, {split.threads, thread_bytes});
+  if (need_norms) layout.take(job.norm_sums, {n.B, units, 2 * shape.accumulators + 2 * shape.has_c});
   const Buffer memory = layout.allocate();
   std::fill(zeros, zeros + zero_count, T(0));
 
@@ -467,9 +478,6 @@ void backward(const BackwardCall<T>& call) {
       {weights.weight_hr, n.P, n.H, cpu::kProjection, projection, projection_step, 0, shape.projects ? blocks : 0}};
   pack_all(kernels.pack_transposed, parts, std::size(parts), call.poll);
 
-  cpu::BackwardJob<T> job{};
-  job.steps = steps_of(problem);
-  job.I = n.I, job.H = n.H, job.P = n.P, job.blocks = blocks;
   job.x = call.x;
   job.input = {input, input_step}, job.recurrent = {recurrent, recurrent_step},
   job.recurrent2 = {recurrent2, recurrent2_step}, job.projection = {projection, projection_step};
@@ -483,28 +491,20 @@ void backward(const BackwardCall<T>& call) {
               shape.has_c ? replay ? c : call.tape->c : nullptr,
               nullptr};
   job.regularization = regularization_of(problem, kernels, masks);
-  cpu::ForwardJob<T> again{};
   if (replay) {
     again.steps = job.steps;
     again.I = n.I, again.H = n.H, again.P = n.P, again.blocks = blocks;
     again.x = job.x;
     set_weights(again, *packed);
-    again.operands = operands, again.operands_row = operands_row;
     again.h0 = job.h0, again.c0 = job.c0, again.zeros = zeros;
-    again.y = job.y, again.h_out = h_out;
-    again.middle = two_products ? middle : nullptr;
-    again.rows_outside = rows_outside<T>(shape, n);
-    again.scratch = replay_threads, again.scratch_step = replay_bytes;
+    again.y = job.y;
+    again.rows_outside = job.rows_outside;
     again.regularization = job.regularization;
     job.replay = &again, job.boundary_states = call.tape->boundary_states;
   }
   job.dy = call.dy, job.dhT = call.dstateT[0], job.dcT = call.dstateT[1];
   job.dh_states = call.dstates[0], job.dc_states = call.dstates[1];
-  job.dx = call.dx, job.dh0 = call.dstate0[0], job.dc0 = call.dstate0[1];
-  job.need_weights = need_weights;
-  job.groups = group, job.group_count = groups.count;
-  job.dpacked = dpacked, job.dpacked_block = groups.block_step;
-  job.dprojection = dw.weight_hr ? dprojection : nullptr;
+  job.dh0 = call.dstate0[0], job.dc0 = call.dstate0[1];
   cpu::Gradient<T> gradients[16];  // of at most four gates: both matrices and both biases
   job.gradients = gradients;
   const auto add = [&](T* out, Index column, Index columns, const Part& part) {
@@ -521,22 +521,13 @@ void backward(const BackwardCall<T>& call) {
     add(dw.bias_hh, 0, 1, shape.recurrent);
     add(dw.bias_hh, 0, 1, shape.recurrent2);
   }
-  job.dweight_hr = dw.weight_hr;
   if (shape.layer_norm) {
     const cpu::ControlWord word(flush_subnormals.load());
     pack_vectors(shape, n.H, weights.bias_ih, weights.bias_hh, bias);
     job.norm = norm.fill(shape, n.H, weights, bias);
-    job.norm_sums = need_norms ? norm_sums : nullptr;
     job.dgain_ih = dw.gain_ih, job.dgain_hh = dw.gain_hh, job.dgain_c = dw.gain_c;
     job.dbias_ih = dw.bias_ih, job.dbias_hh = dw.bias_hh, job.dbias_c = dw.bias_c;
   }
-  job.da = da, job.da_row = chunk.da_row, job.boundary = boundary, job.inputs = inputs,
-  job.inputs_row = chunk.inputs_row;
-  job.by_tile = ordered ? by_tile : nullptr, job.panel = panel, job.panel_step = chunk.panel_step;
-  job.dc = dc, job.direct = direct;
-  job.chunk_steps = chunk.steps;
-  job.rows_outside = rows_outside<T>(shape, n);
-  job.scratch = threads, job.scratch_step = thread_bytes;
   run_job<T>(cell.backward, job, split.threads, split.by_rows, call.poll);
 }
 

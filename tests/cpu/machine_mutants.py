@@ -357,7 +357,7 @@ MUTANTS = [
     Mutant(
         "run: sums begin with stale memory",
         RUN,
-        "std::fill(sums, sums + (need_sums ? n.B * Index(plan.vectors.size()) * units : 0), T(0));",
+        "std::fill(job.sums, job.sums + (need_sums ? n.B * sum_count * units : 0), T(0));",
         "",
     ),
     Mutant(

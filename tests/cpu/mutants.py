@@ -502,8 +502,8 @@ MUTANTS = [
     Mutant(
         "panel: biases lost",
         RUN,
-        "job.panel = panel, job.panel_step = panel_step;",
-        "job.panel = panel, job.panel_step = panel_step; "
+        "job.weight_hr = weights.weight_hr, job.bias = bias;",
+        "job.weight_hr = weights.weight_hr, job.bias = bias; "
         "pack_vectors<T>(shape, n.H, nullptr, nullptr, bias);",
     ),
     Mutant(

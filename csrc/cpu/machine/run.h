@@ -199,7 +199,8 @@ TapePtr<T> machine_forward(const ForwardCall<T>& call) {
   Layout& kept = all ? tape_layout : layout;
   MachineScratch<T> scratch(plan, n.B);
   MachineNumbers<T> numbers = packed.machine->numbers;  // but for the constants
-  T *carried, *saved, *boundary_states = nullptr, *masks, *norms, *unprojected;
+  T *carried, *saved, *boundary_states = nullptr, *masks, *norms;
+  cpu::MachineForward<T> job{};
   std::vector<T*> computed(O), state(S, call.y);
   if (call.saved) lay_out(*tape, plan, n, call.saved), saved = tape->saved, norms = tape->norms, state = tape->state;
   state[0] = call.y;
@@ -210,7 +211,7 @@ TapePtr<T> machine_forward(const ForwardCall<T>& call) {
   }
   tape_layout.take(boundary_states, {boundaries, plan.states - 1, n.B, n.H});
   layout.take(carried, {plan.carried, n.B, units});
-  layout.take(unprojected, {plan.projects ? n.B : 0, units});
+  layout.take(job.unprojected, {plan.projects ? n.B : 0, units});
   for (std::size_t o = 1; o < O; ++o)
     if (plan.state_of[o] < 0) layout.take(computed[o], {n.B, units});
   layout.take(numbers.constants, {Index(plan.constants.size())});
@@ -223,7 +224,6 @@ TapePtr<T> machine_forward(const ForwardCall<T>& call) {
     tape->saved = saved, tape->norms = norms, tape->state = state, tape->boundary_states = boundary_states;
   const std::vector<cpu::MachineRound> rounds = forward_rounds(plan, packed.machine->parts);
 
-  cpu::MachineForward<T> job{};
   job.call = machine_call(plan, call.problem, call.x, numbers, scratch);
   job.call.regularization = regularization_of(call.problem, cpu::kernels<T>(), masks, mask_arrays(plan));
   job.call.scalars = call.scalars.data();
@@ -234,7 +234,7 @@ TapePtr<T> machine_forward(const ForwardCall<T>& call) {
   job.call.states_kept = every ? -1 : 1, job.call.saved_kept = all ? -1 : 0;
   job.call.carried = carried, job.call.carried_count = plan.carried;
   set_weights(job, packed);
-  job.computed = computed.data(), job.unprojected = unprojected;
+  job.computed = computed.data();
   const Index row_bytes = plan.saved * n.H * Index(sizeof(T));
   job.stream = all && !plan.reads_saved && row_bytes % 64 == 0 && reinterpret_cast<std::uintptr_t>(saved) % 64 == 0 &&
                (!thresholds || n.T * n.B * row_bytes > kSharedCache);
@@ -277,27 +277,20 @@ void machine_backward(const BackwardCall<T>& call) {
   Layout layout;
   MachineScratch<T> scratch(plan, n.B);
   MachineNumbers<T> numbers;
-  T *zeros, *dpacked, *da, *boundary, *inputs, *carried, *sums, *of_units, *masks,
-      *saved = call.tape->saved, *y_again, *norms = call.tape->norms, *norm_gradients, *projection, *dprojection,
-      *unprojected, *by_tile, *panel;
-  char* threads;
+  T *zeros, *carried, *masks, *saved = call.tape->saved, *y_again, *norms = call.tape->norms, *projection;
+  cpu::BackwardJob<T> base{};
+  cpu::MachineBackward<T> job{};
+  cpu::MachineForward<T> again{};
   std::vector<T*> direct(S), memory_of(parts.parts.size()), computed(O), state = call.tape->state;
   const Index replay_steps = replays ? chunk.steps : 0, replay_rows = replays ? n.B : 0;
-  const Index thread_bytes = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
   const Index zero_count = std::max(units, chunk.da_row);
-  const bool ordered = need_weights && chunk.ordered;
   layout.take(zeros, {zero_count});
   for (std::size_t k = 0; k < memory_of.size(); ++k) {
     const cpu::HostPart& p = parts.parts[k];
     layout.take(memory_of[k],
                 {p.operand || call.dx ? blocks_of(columns(p.operand)) : 0, block_step<T>(units, p.part.count)});
   }
-  layout.take(dpacked, {need_weights ? blocks : 0, parts.groups.block_step});
-  layout.take(da, {chunk.steps, n.B, chunk.da_row});
-  layout.take(boundary, {n.B, chunk.da_row});
-  layout.take(inputs, {need_weights ? chunk.steps : 0, n.B, chunk.inputs_row});
-  layout.take(by_tile, {ordered ? chunk.steps : 0, n.B, parts.groups.columns});
-  layout.take(panel, {ordered ? split.threads : 0, chunk.panel_step});
+  prepare(base, layout, call, kernels, shape, chunk, parts.groups, split.threads, need_weights, dweight_hr);
   layout.take(carried, {std::max(plan.carried_back, replays ? plan.carried : 0), n.B, units});
   if (replays) layout.take(saved, {replay_steps, n.B, plan.saved, n.H});
   if (replays) layout.take(norms, {replay_steps, n.B, plan.norms, cpu::kNormNumbers});
@@ -306,21 +299,20 @@ void machine_backward(const BackwardCall<T>& call) {
     if (plan.state_of[o] < 0) layout.take(computed[o], {replay_rows, units});
   layout.take(y_again, {replay_rows, n.P});
   layout.take(projection, {plan.projects ? blocks : 0, projection_step});
-  layout.take(dprojection, {dweight_hr ? blocks_of(n.P) : 0, n.H, kBlock});
-  layout.take(unprojected, {plan.projects ? replay_rows : 0, units});
+  layout.take(again.unprojected, {plan.projects ? replay_rows : 0, units});
   layout.take(masks, {regularization_memory(call.problem, split.threads, mask_arrays(plan)), n.B, units});
-  layout.take(sums, {need_sums ? n.B : 0, Index(plan.vectors.size()), units});
-  layout.take(norm_gradients, {n.B, plan.norm_gradients, cpu::kNormGradientNumbers});
-  layout.take(of_units, {need_scalars ? chunk.steps : 0, n.B, plan.scalars, units});
+  const Index sum_count = Index(plan.vectors.size());
+  if (need_sums) layout.take(job.sums, {n.B, sum_count, units});
+  if (plan.norm_gradients) layout.take(job.norm_gradients, {n.B, plan.norm_gradients, cpu::kNormGradientNumbers});
+  if (need_scalars) layout.take(job.of_units, {chunk.steps, n.B, plan.scalars, units});
   for (std::size_t s = 0; s < S; ++s)
     if (plan.direct[s]) layout.take(direct[s], {n.B, units});
   numbers.take(layout, plan, n.H);
   scratch.take(layout, split.threads);
-  layout.take(threads, {split.threads, thread_bytes});
   const Buffer memory = layout.allocate();
   std::fill(zeros, zeros + zero_count, T(0));
-  std::fill(sums, sums + (need_sums ? n.B * Index(plan.vectors.size()) * units : 0), T(0));
-  std::fill(of_units, of_units + (need_scalars ? chunk.steps * n.B * plan.scalars * units : 0), T(0));
+  std::fill(job.sums, job.sums + (need_sums ? n.B * sum_count * units : 0), T(0));
+  std::fill(job.of_units, job.of_units + (need_scalars ? chunk.steps * n.B * plan.scalars * units : 0), T(0));
   for (T* const d : call.dscalars)
     if (d) std::fill(d, d + n.T * n.B, T(0));  // padding
   numbers.fill(plan, n.H, call.weights);
@@ -351,34 +343,17 @@ void machine_backward(const BackwardCall<T>& call) {
     dvectors.push_back(out ? out + v.block * n.H : nullptr);
   }
 
-  cpu::BackwardJob<T> base{};
-  base.steps = steps_of(call.problem);
-  base.I = n.I, base.H = n.H, base.P = n.P, base.blocks = blocks;
-  base.zeros = zeros, base.dx = call.dx;
-  base.need_weights = need_weights;
-  base.projection = {projection, projection_step};
-  base.dprojection = dweight_hr ? dprojection : nullptr, base.dweight_hr = dweight_hr;
-  base.groups = parts.groups.all, base.group_count = parts.groups.count;
+  base.zeros = zeros, base.projection = {projection, projection_step};
   base.gradients = gradients.data(), base.gradient_count = int(gradients.size());
-  base.dpacked = dpacked, base.dpacked_block = parts.groups.block_step;
-  base.da = da, base.da_row = chunk.da_row, base.boundary = boundary;
-  base.inputs = inputs, base.inputs_row = chunk.inputs_row;
-  base.by_tile = ordered ? by_tile : nullptr, base.panel = panel, base.panel_step = chunk.panel_step;
-  base.chunk_steps = chunk.steps;
-  base.scratch = threads, base.scratch_step = thread_bytes;
-
   const std::vector<cpu::MachineRound> rounds = rounds_of(plan.backward);
   state[0] = const_cast<T*>(call.y);
-  cpu::MachineBackward<T> job{};
   job.call = machine_call(plan, call.problem, call.x, numbers, scratch);
-  base.rows_outside = job.call.rows_outside;
   job.call.regularization = regularization_of(call.problem, kernels, masks, mask_arrays(plan));
   job.call.scalars = call.scalars.data();
   job.call.state0 = call.state0.data(), job.call.state = state.data();
   job.call.saved = plan.saved ? saved : nullptr;
   job.call.norms = plan.norms ? norms : nullptr;
   job.call.carried = carried, job.call.carried_count = plan.carried_back;
-  cpu::MachineForward<T> again{};
   std::vector<cpu::MachineRound> again_rounds;
   if (replays) {
     again_rounds = forward_rounds(plan, again_packed->machine->parts);
@@ -386,7 +361,7 @@ void machine_backward(const BackwardCall<T>& call) {
     again.call.rounds = again_rounds.data(), again.call.round_count = int(again_rounds.size());
     again.call.carried_count = plan.carried, again.call.y_again = y_again;
     set_weights(again, *again_packed);
-    again.computed = computed.data(), again.unprojected = unprojected;
+    again.computed = computed.data();
     job.replay = &again, job.boundary_states = call.tape->boundary_states;
   }
   job.call.rounds = rounds.data(), job.call.round_count = int(rounds.size());
@@ -395,10 +370,9 @@ void machine_backward(const BackwardCall<T>& call) {
   job.column_of = parts.column_of.data();
   job.dy = call.dy, job.dstateT = call.dstateT.data(), job.dstates = call.dstates.data();
   job.dstate0 = call.dstate0.data(), job.direct = direct.data();
-  job.sums = need_sums ? sums : nullptr, job.dvectors = dvectors.data();
-  job.norm_gradients = plan.norm_gradients ? norm_gradients : nullptr;
+  job.dvectors = dvectors.data();
   job.norm_gradient_count = plan.norm_gradients;
-  job.of_units = need_scalars ? of_units : nullptr, job.dscalars = call.dscalars.data();
+  job.dscalars = call.dscalars.data();
   run_job<T>(kernels.machine_backward, job, split.threads, split.by_rows, call.poll);
 }
 
