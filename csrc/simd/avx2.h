@@ -9,7 +9,7 @@ namespace FUSEDRNN_LEVEL {
 
 constexpr int kRegisters = 8;  // pairs of them
 constexpr bool kFused = true;
-constexpr bool kWholeLines = false;
+constexpr bool kWholeLines = true;  // Two of them
 
 template <class T>
 struct Register;
@@ -33,6 +33,7 @@ struct Register<float> {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + step), 1);
   }
   static FUSEDRNN_INLINE void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+  static FUSEDRNN_INLINE void stream(float* p, Vector v) { _mm256_stream_ps(p, v); }
   static FUSEDRNN_INLINE void store(float* p, Vector v, int64_t count) {
     count >= lanes ? store(p, v) : _mm256_maskstore_ps(p, first(count), v);
   }
@@ -74,6 +75,7 @@ struct Register<double> {
     return _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p)), _mm_loadu_pd(p + step), 1);
   }
   static FUSEDRNN_INLINE void store(double* p, Vector v) { _mm256_storeu_pd(p, v); }
+  static FUSEDRNN_INLINE void stream(double* p, Vector v) { _mm256_stream_pd(p, v); }
   static FUSEDRNN_INLINE void store(double* p, Vector v, int64_t count) {
     count >= lanes ? store(p, v) : _mm256_maskstore_pd(p, first(count), v);
   }
@@ -125,6 +127,8 @@ struct Native {
     return {N::pieces(p, step), N::pieces(p + 2 * step, step)};
   }
   static FUSEDRNN_INLINE void store(T* p, Vector v) { N::store(p, v.low), N::store(p + N::lanes, v.high); }
+  static FUSEDRNN_INLINE void stream(T* p, Vector v) { N::stream(p, v.low), N::stream(p + N::lanes, v.high); }
+  static FUSEDRNN_INLINE void fence() { _mm_sfence(); }
   static FUSEDRNN_INLINE void store(T* p, Vector v, int64_t count) {
     N::store(p, v.low, count);
     if (count > N::lanes) N::store(p + N::lanes, v.high, count - N::lanes);
