@@ -227,6 +227,8 @@ struct BackwardSteps : Share {
   FUSEDRNN_INLINE bool chains(const CellShape& shape, bool regularized, Index n, Then&& then) const {
     const bool any = follow(n);
     return tiles(n, h_begin, h_end, [&](Index first, int m, Index block, int wide, Index lane) {
+      if (!shape.layer_norm) wide = blocks_with(lane, job.P, block, wide);  // norms read whole rows
+      if (!wide) return;
       alignas(64) T acc[kMaxTile * V::lanes];
       if (any) multiply(shape, job.recurrent, shape.recurrent, rows.da + first, block, lane, m, wide, acc);
       for (int i = 0; i < m; ++i)
@@ -324,10 +326,12 @@ struct BackwardSteps : Share {
       const T* da[kMaxTile];
       for (int r = 0; r < m; ++r) da[r] = da_row(first + r);
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        const int there = blocks_with(lane, job.I, block, wide);
+        if (!there) break;
         alignas(64) T acc[kMaxTile * V::lanes];
-        multiply(da, block, lane, m, wide, acc);
+        multiply(da, block, lane, m, there, acc);
         for (int r = 0; r < m; ++r)
-          for (int w = 0; w < wide; ++w) {
+          for (int w = 0; w < there; ++w) {
             const Index column = (block + w) * kBlock + lane;
             T* row = job.dx + (rows.t[first + r] * B + rows.b[first + r]) * job.I;
             V::load(acc + (w * m + r) * V::lanes).store(row + column, job.I - column);
@@ -455,6 +459,8 @@ struct BackwardLoop : BackwardSteps<V, O> {
       if (!worker.by_rows && !worker.barrier()) return false;
       for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da;
       return this->tiles(n, block_begin, block_end, [&](Index first, int m, Index block, int wide, Index lane) {
+        wide = blocks_with(lane, job.H, block, wide);
+        if (!wide) return;
         alignas(64) T acc[kMaxTile * V::lanes];
         this->multiply(shape, job.recurrent2, Cell::recurrent2, rows.da + first, block, lane, m, wide, acc);
         for (int i = 0; i < m; ++i)
@@ -469,6 +475,8 @@ struct BackwardLoop : BackwardSteps<V, O> {
   bool through_projection(Index n) const {
     for (Index i = 0; i < n; ++i) rows.da[i] = rows.at[i].da + this->weights.dh_operand_at;
     return this->tiles(n, block_begin, block_end, [&](Index first, int m, Index block, int wide, Index lane) {
+      wide = blocks_with(lane, job.H, block, wide);
+      if (!wide) return;
       alignas(64) T acc[kMaxTile * V::lanes];
       for (int k = 0; k < m * wide; ++k) V::zero().store(acc + k * V::lanes);
       add_product<O>(rows.da + first, job.P, job.projection, block, lane, m, wide, acc);

@@ -273,10 +273,12 @@ struct ForwardSteps : Share {
     return each_tile(worker, false, tiles, panels, block_begin, [&](Index first, int m, Index block, int wide) {
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
         alignas(64) T acc[kMaxTile * V::lanes];
-        start(shape, block, wide, m, lane, acc);
+        const int there = blocks_with(lane, job.H, block, wide);
+        if (!there) break;
+        start(shape, block, there, m, lane, acc);
         const Product<T> p = product(shape, input, shape.input, ahead.x + first, job.I, block, lane);
-        tile_of(shape, m, shape.input, wide)(&p, 1, acc + shape.input.first * m * V::lanes);
-        each_ahead(ahead.sums + first, block, wide, m, lane, acc,
+        tile_of(shape, m, shape.input, there)(&p, 1, acc + shape.input.first * m * V::lanes);
+        each_ahead(ahead.sums + first, block, there, m, lane, acc,
                    [](const T* sum, T* row) { V::load(sum).store(row); });
       }
     });
@@ -484,13 +486,16 @@ struct ForwardLoop : ForwardSteps<V, O> {
         if constexpr (!Cell::layer_norm)
           if (job.weight_hh && n == 0)
             few_rows(phase) ? this->sum_few_rows(block) : this->pack_panel(phase, block, wide);
-        for (Index lane = 0; lane < kBlock; lane += V::lanes)
+        for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+          const int there = blocks_with(lane, of_h ? job.P : job.H, block, wide);
+          if (!there) break;
           if (phase == 1)
-            phase1(first, m, block, wide, lane);
+            phase1(first, m, block, there, lane);
           else if constexpr (Cell::projects)
-            project_tile(first, m, block, wide, lane);
+            project_tile(first, m, block, there, lane);
           else
-            phase2(first, m, block, wide, lane);
+            phase2(first, m, block, there, lane);
+        }
       }
       if (!worker.poll()) return false;
     }

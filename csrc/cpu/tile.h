@@ -18,6 +18,12 @@ FUSEDRNN_INLINE Index units_of(Index H, Index block) {
   return H - block * cpu::kBlock < cpu::kBlock ? H - block * cpu::kBlock : cpu::kBlock;
 }
 
+// How many of `wide` blocks, the first of them `block`, have unit `lane`, of n units in all: the others need no
+// product.
+FUSEDRNN_INLINE int blocks_with(Index lane, Index n, Index block, int wide) {
+  return wide - (n - (block + wide - 1) * cpu::kBlock <= lane);
+}
+
 // How many numbers an element holds of what the tile multiplies. O is Vec, or Pairs (simd/pairs.h), whose k counts
 // pairs; sums and all else are in Vec.
 template <class O>

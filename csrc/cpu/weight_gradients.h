@@ -108,8 +108,12 @@ struct WeightGradients {
       const int m = int(column_tiles(group).begin(at + 1) - first);
       const int wide = int(panels.begin(panel + 1) - block), A = shape.accumulators;
       Columns columns = {job.inputs + group.column + first, job.inputs_row, m};
-      Vectors vectors = {job.da + (block * A + group.first) * kBlock, job.da_row,
-                         panel_blocks(shape) > 1 ? A * kBlock : kBlock, wide, group.count};
+      Vectors vectors = {job.da + (block * A + group.first) * kBlock,
+                         job.da_row,
+                         panel_blocks(shape) > 1 ? A * kBlock : kBlock,
+                         wide,
+                         group.count,
+                         job.H - block * kBlock};
       const bool other = item == begin || at == 0;
       if (copy) {
         if (job.by_tile) columns.data = job.by_tile + count * (group.before + first), columns.row = m;
@@ -146,7 +150,8 @@ struct WeightGradients {
       const Index panel = item / columns.pieces, at = item % columns.pieces;
       const Index block = panels.begin(panel), first = columns.begin(at);
       add_rows<V>(count, {job.da + unprojected_at + first, job.da_row, int(columns.begin(at + 1) - first)},
-                  {job.da + dh_at + block * kBlock, job.da_row, kBlock, int(panels.begin(panel + 1) - block), 1},
+                  {job.da + dh_at + block * kBlock, job.da_row, kBlock, int(panels.begin(panel + 1) - block), 1,
+                   job.P - block * kBlock},
                   first_chunk,
                   [&](int r, int w, int) { return job.dprojection + ((block + w) * job.H + first + r) * kBlock; });
       if ((item & 15) == 0 && !worker.poll()) return false;
@@ -169,13 +174,14 @@ struct WeightGradients {
     const T* data;
     Index row, gap;  // from a row to the next; from a block's to the next's
     int wide, each;
+    Index units;  // that there are from the first block on
   };
 
   // Adds to sum(r, w, s), which are 16 each: over the rows, column r of `a` times vector (w, s) of `b`, of elements of
   // Of.
   template <class Of, class Sum>
   FUSEDRNN_INLINE void add_rows(Index count, const Columns& a, const Vectors& b, bool first_chunk, Sum&& sum_of) const {
-    const int m = a.count, wide = b.wide, each = b.each;
+    const int m = a.count, each = b.each;
     const T* columns[kMaxTile];
     Index row = 0;
     do {
@@ -183,6 +189,8 @@ struct WeightGradients {
       const bool overwrite = first_chunk && row == 0;
       for (int r = 0; r < m; ++r) columns[r] = a.data + row * a.row + r;
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
+        const int wide = blocks_with(lane, b.units, 0, b.wide);
+        if (!wide) break;
         alignas(64) T acc[kMaxTile * V::lanes];
         for (int v = 0; v < m * wide * each; ++v) V::zero().store(acc + v * V::lanes);
         const Product<T> p = {columns, 0, a.row, 0, b.data + row * b.row + lane, b.row, b.gap, 1, rows_here};
