@@ -63,6 +63,7 @@ struct BackwardSteps : Share {
   BackwardRows<T> rows;
   WeightGradients<V, O> weights;
   const Index B, units;  // units: blocks * 16
+  const Index last;      // of a block of da that is not whole, from an accumulator to the next
   Kept<T> kept;          // what forward saved, or of this chunk if it has to be made again
   Index count = 0;       // valid rows of the chunk
 
@@ -78,6 +79,7 @@ struct BackwardSteps : Share {
         weights(job_, worker_, shape_),
         B(job_.steps.B),
         units(job_.blocks * kBlock),
+        last(job_.narrow ? narrow_units<O>(job_.H) : kBlock),
         kept(job_.kept) {
     for (Index b = 0; b < B; ++b) rows.latest[b] = nullptr;
   }
@@ -148,15 +150,14 @@ struct BackwardSteps : Share {
     const T* b = weights.data + block * weights.block_step + lane * in_part * job.H;
     constexpr Index part = kBlock / kNumbers<O>;  // of a row of da, what a block's units have of an accumulator
     const Index full = job.H / kBlock, rest = elements<O>(job.H % kBlock), block_run = in_part * part,
-                begin = first * part;
+                begin = first * part, next = last / kNumbers<O>, behind = full * A * part + first * next;
     Product<T> p[2];
     int count = 0;
     if (full)
       p[count++] = in_part == A ? Product<T>{da, begin, 1, 0, b, V::lanes, weights.block_step, 1, full * block_run}
                                 : Product<T>{da, begin, 1, A * part, b, V::lanes, weights.block_step, full, block_run};
     if (rest)
-      p[count++] = {da,       full * A * part + begin, 1,       part, b + full * block_run * V::lanes,
-                    V::lanes, weights.block_step,      in_part, rest};
+      p[count++] = {da, behind, 1, next, b + full * block_run * V::lanes, V::lanes, weights.block_step, in_part, rest};
     tile_for<O>(m, wide)(p, count, acc);
   }
 
@@ -545,7 +546,9 @@ struct BackwardLoop : BackwardSteps<V, O> {
     const V c = Cell::has_c ? V::load(row.c + u, in_row) : V::zero();
     Cell::backward(saved, h_prev, h, c_prev, c, dh, dc, da, dc_prev, direct);
     if constexpr (kRegularized<Cell>) direct = direct + dh_before, dc_prev = dc_prev + dc_before;
-    for (int s = 0; s < A; ++s) put_operand<O>(da[s], row.da, offset(u, A) + s * kBlock);
+    const Index step = units_of(job.H, u / kBlock) < kBlock ? this->last : kBlock;
+    // In ascending order: a whole vector is stored over what comes behind it.
+    for (int s = 0; s < A; ++s) put_operand<O>(da[s], row.da, offset(u, A) + s * step);
     if (Cell::has_c) dc_prev.store(job.dc + row.b * units + u);
     if (Cell::has_direct && !Cell::projects) direct.store(job.direct + row.b * units + u);
     if constexpr (Cell::projects)
@@ -558,7 +561,10 @@ struct BackwardLoop : BackwardSteps<V, O> {
       load_saved(row, u, saved);
       if constexpr (kRegularized<Cell>) dmiddle = masks().dropped(row.b, u, dmiddle);
       Cell::backward2(saved, V::load(row.h_prev + u, job.H - u), dmiddle, da_r, direct);
-      put_operand<O>(da_r, row.da, offset(u, A));
+      if constexpr (kNumbers<O> > 1)
+        put_operand<O>(da_r, row.da, offset(u, A));
+      else
+        da_r.store(row.da + offset(u, A), job.H - u);  // the other accumulators may be next to it
       direct.store(job.direct + row.b * units + u);
     }
   }

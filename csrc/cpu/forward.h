@@ -251,6 +251,37 @@ struct ForwardSteps : Share {
           then(acc + ((w * shape.accumulators + shape.input.first + s) * m + i) * V::lanes,
                to[i] + ((block + w) * shape.input.count + s) * kBlock + lane);
   }
+  // Whether a product over k numbers, of this block, reads the weights whose accumulators lie side by side: where that
+  // saves more than moving the sums costs. One row alone would wait for its sums as long.
+  FUSEDRNN_INLINE bool is_narrow(const Part& part, Index k, Index block) const {
+    const Index units = narrow_units<O>(job.H);
+    return job.narrow && units < kBlock && block == job.H / kBlock && rows.count > 1 &&
+           (part.count - narrow_vectors<O>(units, part.count)) * k >= 64;
+  }
+  FUSEDRNN_INLINE Product<T> narrow_product(const Packed<T>& weights, const Part& part, const T* const* a,
+                                            Index k) const {
+    const Index n = V::lanes, vectors = narrow_vectors<O>(narrow_units<O>(job.H), part.count);
+    const T* const b = weights.data + job.blocks * weights.block_step;
+    return {a, 0, 1, 0, b, kApart<O> ? n : vectors * n, kApart<O> ? k * n : n, 1, k};
+  }
+  // Adds such products to acc[A][m], of one part.
+  FUSEDRNN_NOINLINE void add_narrow(const Product<T>* products, int count, const Part& part, int m, T* acc) const {
+    constexpr Index n = V::lanes;
+    const Index units = narrow_units<O>(job.H);
+    const int vectors = narrow_vectors<O>(units, part.count);
+    alignas(64) T sums[(kMaxTile + 1) * n];
+    const auto each = [&](auto&& then) {
+      for (int v = 0, s = 0; v < vectors; ++v, s += int(n / units))
+        for (int i = 0; i < m; ++i)
+          for (Index at = 0; at < n && s + at / units < part.count; at += units)
+            then(acc + ((part.first + s + at / units) * m + i) * n, sums + (v * m + i) * n + at);
+    };
+    // Whole vectors, each over what the one before has stored beyond its units.
+    each([](const T* sum, T* to) { V::load(sum).store(to); });
+    tile_for<O>(m, vectors)(products, count, sums);
+    each([](T* sum, const T* from) { V::load(from).store(sum); });
+  }
+
   // W x of rows, made before, to where the tile sums it up.
   void load_ahead(T* const* from, Index block, int wide, int m, Index lane, T* acc) const {
     each_ahead(from, block, wide, m, lane, acc, [](T* sum, const T* row) { V::load(row).store(sum); });
@@ -349,18 +380,30 @@ struct ForwardLoop : ForwardSteps<V, O> {
   // Products of phase 1: acc[wide][A][m] = bias + W x + W h.
   FUSEDRNN_INLINE void multiply(Index first, int m, Index block, int wide, Index lane, T* acc) {
     this->start(shape, block, wide, m, lane, acc);
+    constexpr bool together = Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count;
+    const bool narrow_h = this->is_narrow(Cell::recurrent, together ? job.I + job.P : job.P, block),
+               narrow_x = together ? narrow_h : this->is_narrow(Cell::input, job.I, block);
+    const auto product = [&](bool narrow, const Packed<T>& weights, const Part& part, const T* const* a, Index k) {
+      return narrow ? this->narrow_product(weights, part, a, k)
+                    : Base::product(shape, weights, part, a, k, block - packed_from, lane);
+    };
+    const auto add = [&](bool narrow, const Product<T>* products, int count, const Part& part) {
+      if (narrow)
+        this->add_narrow(products, count, part, m, acc);
+      else
+        Base::tile_of(shape, m, part, wide)(products, count, acc + part.first * m * V::lanes);
+    };
     const Product<T> products[2] = {
-        Base::product(shape, input, Cell::input, rows.x + first, job.I, block - packed_from, lane),
-        Base::product(shape, recurrent, Cell::recurrent, (kOperands ? rows.operand : rows.h) + first, job.P,
-                      block - packed_from, lane)};
+        product(narrow_x, input, Cell::input, rows.x + first, job.I),
+        product(narrow_h, recurrent, Cell::recurrent, (kOperands ? rows.operand : rows.h) + first, job.P)};
     if (job.ahead) {
       this->load_ahead(rows.sums + first, block, wide, m, lane, acc);
-      Base::tile_of(shape, m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
-    } else if constexpr (Cell::input.first == Cell::recurrent.first && Cell::input.count == Cell::recurrent.count) {
-      Base::tile_of(shape, m, Cell::input, wide)(products, 2, acc + Cell::input.first * m * V::lanes);
+      add(narrow_h, products + 1, 1, Cell::recurrent);
+    } else if constexpr (together) {
+      add(narrow_h, products, 2, Cell::input);
     } else {
-      Base::tile_of(shape, m, Cell::input, wide)(products, 1, acc + Cell::input.first * m * V::lanes);
-      Base::tile_of(shape, m, Cell::recurrent, wide)(products + 1, 1, acc + Cell::recurrent.first * m * V::lanes);
+      add(narrow_x, products, 1, Cell::input);
+      add(narrow_h, products + 1, 1, Cell::recurrent);
     }
   }
 

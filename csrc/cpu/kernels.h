@@ -101,6 +101,7 @@ struct ForwardJob {
   // Null, or where x and h are in bfloat16: for each row of the batch as many elements, of each thread that has it.
   T* operands;
   Index operands_row;
+  bool narrow;     // the last block of input and recurrent also lies behind the others (PackJob)
   const T* bias;   // [block][accumulator][16]
   const T* h0;     // (B, P) or null
   const T* c0;     // (B, H) or null
@@ -168,6 +169,7 @@ struct BackwardJob {
   T *dgain_ih, *dgain_hh, *dgain_c, *dbias_ih, *dbias_hh, *dbias_c;
   T* da;  // a chunk's valid rows: [row][da_row]; of a cell that projects with dh and what is projected behind
   Index da_row;
+  bool narrow;  // the last block of da has its accumulators side by side, where these are fewer vectors (tile.h)
   T* boundary;  // [B][da_row]: each row's latest da, kept across chunks
   T* inputs;    // a chunk's valid rows of [1 | x | h_prev | middle]
   Index inputs_row;
@@ -191,6 +193,7 @@ struct PackJob {
   T* out;  // of block_begin
   Index block_step;
   Index block_begin, block_end;  // blocks of outputs: units, or when transposed, columns of the matrix
+  bool narrow = false;           // the last block also once more, as tiles of several rows read it: behind the others
 };
 
 template <class T>

@@ -50,6 +50,21 @@ void pack_transposed_pairs(const PackJob<T>& job) {
       }
 }
 
+// The last block, narrow: [k][vector], or where a tile takes one vector at a time, [vector][k].
+template <class O, class T>
+void pack_narrow(const PackJob<T>& job, Index units, T* out) {
+  constexpr Index n = O::lanes;
+  const Index last = job.H / kBlock, vectors = narrow_vectors<O>(units, job.part.count);
+  const Index step = kApart<O> ? n : vectors * n, gap = kApart<O> ? job.K * n : n;
+  __builtin_memset(out, 0, size_t(vectors * n * job.K) * sizeof(T));
+  for (int s = 0; s < job.part.count; ++s)
+    for (Index u = 0; u < units_of(job.H, last); ++u) {
+      const T* const row = job.weight + (job.part.gate[s] * job.H + last * kBlock + u) * job.K;
+      T* const to = out + (s * units + u) / n * gap + (s * units + u) % n;
+      for (Index k = 0; k < job.K; ++k) to[k * step] = row[k];
+    }
+}
+
 // Forward: [unit block], and in it as a tile reads them (kApart). Units beyond H are computed and never read: zero, so
 // that they cost no more than others.
 template <class O, class T>
@@ -69,6 +84,9 @@ void pack(const PackJob<T>& job) {
         for (Index lane = 0; lane < kBlock; ++lane)
           out[lane / n * next + k * step + lane % n] = lane < units ? rows[lane * job.K + k] : T(0);
     }
+  const Index narrow = narrow_units<O>(job.H), blocks = blocks_of(job.H);
+  if (job.narrow && narrow < kBlock && job.block_end == blocks)
+    pack_narrow<O>(job, narrow, job.out + (blocks - job.block_begin) * job.block_step);
 }
 
 // Backward: [block of 16 columns of the matrix][column / lanes][k][lanes], k = unit block, accumulator of the part,

@@ -33,6 +33,7 @@ template <class T>
 struct PackedWeights {
   Buffer memory;
   cpu::Packed<T> input, recurrent, recurrent2, projection;
+  bool narrow;  // PackJob
   const T* bias;
   cpu::NormWeights<T> norm;
   std::unique_ptr<PackedMachine<T>> machine;  // what else a program has
@@ -69,7 +70,7 @@ void pack_all(void (*pack)(const cpu::PackJob<T>&), const cpu::PackJob<T>* parts
 template <class T>
 void set_weights(cpu::ForwardJob<T>& job, const PackedWeights<T>& packed) {
   job.input = packed.input, job.recurrent = packed.recurrent, job.recurrent2 = packed.recurrent2,
-  job.projection = packed.projection, job.bias = packed.bias, job.norm = packed.norm;
+  job.projection = packed.projection, job.narrow = packed.narrow, job.bias = packed.bias, job.norm = packed.norm;
 }
 
 // Gains or biases in the order of the accumulators; each adds to what its part's accumulators have.

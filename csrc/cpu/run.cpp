@@ -140,6 +140,11 @@ struct Chunk {
   static constexpr Index kTileVectors = 4;  // the most that a tile of several rows multiplies
 };
 
+// Whether the last block may be narrow (cpu/tile.h). Norms read whole blocks.
+bool has_narrow(const CellShape& shape, Index H) {
+  return shape.accumulators > 1 && !shape.layer_norm && H % kBlock && H % kBlock <= 8;
+}
+
 // How many steps' W x is made at once; 0: each step's with the step. One row would leave most of a tile empty, and few
 // rows would read weights larger than the cache from afar in every step. Else it gains nothing: docs/speed.md.
 template <class T>
@@ -284,8 +289,9 @@ PackedPtr<T> pack(const Cell& cell, Index I, Index H, Index P, const Weights<con
               recurrent_step = block_step<T>(k(P), shape.recurrent.count),
               recurrent2_step = block_step<T>(k(P), shape.recurrent2.count), projection_step = block_step<T>(k(H), 1);
   PackedNorm<T> norm;
-  layout.take(input, {blocks, input_step});
-  layout.take(recurrent, {blocks, recurrent_step});
+  const bool narrow = packed->narrow = has_narrow(shape, H);
+  layout.take(input, {blocks + narrow, input_step});
+  layout.take(recurrent, {blocks + narrow, recurrent_step});
   layout.take(recurrent2, {shape.recurrent2.count ? blocks : 0, recurrent2_step});
   layout.take(projection, {shape.projects ? blocks_of(P) : 0, projection_step});
   layout.take(bias, {blocks, shape.accumulators, kBlock});
@@ -296,8 +302,8 @@ PackedPtr<T> pack(const Cell& cell, Index I, Index H, Index P, const Weights<con
   packed->bias = bias;
 
   const cpu::PackJob<T> parts[] = {
-      {weights.weight_ih, H, I, shape.input, input, input_step, 0, blocks},
-      {weights.weight_hh, H, P, shape.recurrent, recurrent, recurrent_step, 0, blocks},
+      {weights.weight_ih, H, I, shape.input, input, input_step, 0, blocks, narrow},
+      {weights.weight_hh, H, P, shape.recurrent, recurrent, recurrent_step, 0, blocks, narrow},
       {weights.weight_hh, H, P, shape.recurrent2, recurrent2, recurrent2_step, 0, shape.recurrent2.count ? blocks : 0},
       {weights.weight_hr, P, H, cpu::kProjection, projection, projection_step, 0, shape.projects ? blocks_of(P) : 0}};
   pack_all(kernels.pack, parts, std::size(parts), poll);
@@ -505,6 +511,7 @@ void backward(const BackwardCall<T>& call) {
   job.dy = call.dy, job.dhT = call.dstateT[0], job.dcT = call.dstateT[1];
   job.dh_states = call.dstates[0], job.dc_states = call.dstates[1];
   job.dh0 = call.dstate0[0], job.dc0 = call.dstate0[1];
+  job.narrow = has_narrow(shape, n.H);
   cpu::Gradient<T> gradients[16];  // of at most four gates: both matrices and both biases
   job.gradients = gradients;
   const auto add = [&](T* out, Index column, Index columns, const Part& part) {

@@ -35,6 +35,19 @@ constexpr Index elements(Index n) {
   return (n + kNumbers<O> - 1) / kNumbers<O>;
 }
 
+// How many units each accumulator has in a last block that is narrow: its accumulators lie side by side, so that few
+// vectors hold them. 16: there is no such block, because it would need as many.
+template <class O>
+constexpr Index narrow_units(Index H) {
+  const Index rest = H % cpu::kBlock, units = rest == 0 || rest > 8 ? cpu::kBlock : rest > 4 ? 8 : 4;
+  return kNumbers<O> == 1 && 2 * units <= O::lanes ? units : cpu::kBlock;
+}
+// Vectors of so many accumulators of it.
+template <class O>
+constexpr int narrow_vectors(Index units, int accumulators) {
+  return int((accumulators * units + O::lanes - 1) / O::lanes);
+}
+
 // The packed weights of a block: [lane / lanes][k][accumulator][lanes], so that a tile reads whole cache lines; where
 // it takes one vector at a time, [lane / lanes][accumulator][k][lanes].
 template <class O>

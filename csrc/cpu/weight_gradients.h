@@ -66,13 +66,12 @@ struct WeightGradients {
       }
   }
 
-  // What the tiles of a group and of some blocks read of da, one row after another, for the same reason.
-  void copy_panel(Index count, const Group& group, Index block, int wide, T* to) const {
-    const Index vectors = group.count * kBlock, next = shape.accumulators * kBlock;  // of a block
-    const T* from = job.da + block * next + group.first * kBlock;
+  // So many numbers of da, of each of some blocks, one row after another, for the same reason.
+  void copy_panel(Index count, const T* from, Index numbers, int wide, T* to) const {
     for (Index r = 0; r < count; ++r, from += job.da_row)
-      for (int w = 0; w < wide; ++w, to += vectors)
-        for (Index k = 0; k < vectors; k += V::lanes) V::load(from + w * next + k).store(to + k);
+      for (int w = 0; w < wide; ++w, to += numbers)
+        for (Index k = 0; k < numbers; k += V::lanes)
+          V::load(from + w * (shape.accumulators * kBlock) + k).store(to + k);
   }
   // The rows [row, end) in pairs.
   void copy_pairs(Index row, Index end, const Group& group, Index block, int wide, T* to) const {
@@ -108,22 +107,21 @@ struct WeightGradients {
       const int m = int(column_tiles(group).begin(at + 1) - first);
       const int wide = int(panels.begin(panel + 1) - block), A = shape.accumulators;
       Columns columns = {job.inputs + group.column + first, job.inputs_row, m};
-      Vectors vectors = {job.da + (block * A + group.first) * kBlock,
-                         job.da_row,
-                         panel_blocks(shape) > 1 ? A * kBlock : kBlock,
-                         wide,
-                         group.count,
-                         job.H - block * kBlock};
+      const BlockLayout layout = layout_of(group, block);
+      const T* const da = job.da + block * A * kBlock + group.first * layout.step;
+      Vectors vectors = {da,   job.da_row,     panel_blocks(shape) > 1 ? A * kBlock : layout.length,
+                         wide, layout.vectors, layout.length < kBlock ? 1 : job.H - block * kBlock};
       const bool other = item == begin || at == 0;
       if (copy) {
         if (job.by_tile) columns.data = job.by_tile + count * (group.before + first), columns.row = m;
-        vectors.data = copy, vectors.row = wide * group.count * kBlock, vectors.gap = kBlock;
+        vectors.data = copy, vectors.row = wide * layout.numbers(), vectors.gap = layout.length;
       }
       const auto sum = [&](int r, int w, int s) {
-        return job.dpacked + (block + w) * job.dpacked_block + group.offset + ((first + r) * group.count + s) * kBlock;
+        return job.dpacked + (block + w) * job.dpacked_block + group.offset + (first + r) * layout.numbers() +
+               s * layout.length;
       };
       if constexpr (kNumbers<O> == 1) {
-        if (copy && other) copy_panel(count, group, block, wide, copy);
+        if (copy && other) copy_panel(count, da, layout.numbers(), wide, copy);
         add_rows<O>(count, columns, vectors, first_chunk, sum);
       } else {
         Index row = 0;
@@ -162,6 +160,19 @@ struct WeightGradients {
 
   Tiling column_tiles(const Group& group) const {
     return Tiling(group.columns, max_rows<V>(group.count * panel_blocks(shape)));
+  }
+
+  // How a block's numbers of a group lie, in da and in the sums: in so many vectors of `length`, from an accumulator to
+  // the next `step`.
+  struct BlockLayout {
+    int vectors;
+    Index length, step;
+    Index numbers() const { return vectors * length; }
+  };
+  BlockLayout layout_of(const Group& group, Index block) const {
+    const Index units = job.narrow && units_of(job.H, block) < kBlock ? narrow_units<O>(job.H) : kBlock;
+    if (units == kBlock) return {group.count, kBlock, kBlock};
+    return {narrow_vectors<O>(units, group.count), V::lanes, units};
   }
 
   // What a tile multiplies, of every row: so many columns, and of each of `wide` blocks so many vectors.
@@ -215,9 +226,10 @@ struct WeightGradients {
       for (int k = 0; k < job.gradient_count; ++k) {
         const Gradient<T>& d = job.gradients[k];
         const Group& group = job.groups[d.group];
-        const Index step = group.count * kBlock;
+        const BlockLayout layout = layout_of(group, block);
+        const Index step = layout.numbers();
         const T* from = job.dpacked + block * job.dpacked_block + group.offset + (d.column - group.column) * step +
-                        (d.accumulator - group.first) * kBlock;
+                        (d.accumulator - group.first) * layout.step;
         transpose_block(from, step, d.out + block * kBlock * d.columns, d.columns, units_of(job.H, block));
       }
   }

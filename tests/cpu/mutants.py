@@ -450,6 +450,42 @@ MUTANTS = [
         "(s * job.H + block * kBlock) * job.K",
     ),
     Mutant(
+        "pack: gates of a narrow block in the wrong order",
+        PACK,
+        "(job.part.gate[s] * job.H + last * kBlock + u) * job.K",
+        "(s * job.H + last * kBlock + u) * job.K",
+    ),
+    Mutant(
+        "narrow block: sums of the wrong accumulators",
+        FORWARD,
+        "((part.first + s + at / units) * m + i) * n",
+        "((s + at / units) * m + i) * n",
+    ),
+    Mutant(
+        "narrow block: gradients of gates where those of a whole one lie",
+        BACKWARD,
+        "units_of(job.H, u / kBlock) < kBlock ? this->last : kBlock",
+        "kBlock",
+    ),
+    Mutant(
+        "narrow block: the second phase over other gates",
+        BACKWARD,
+        "da_r.store(row.da + offset(u, A), job.H - u);",
+        "da_r.store(row.da + offset(u, A));",
+    ),
+    Mutant(
+        "narrow block: sums of gates unpacked as those of a whole one",
+        WEIGHTS,
+        "(d.accumulator - group.first) * layout.step",
+        "(d.accumulator - group.first) * kBlock",
+    ),
+    Mutant(
+        "last block: a vector with one unit left out",
+        TILE,
+        "wide - (n - (block + wide - 1) * cpu::kBlock <= lane)",
+        "wide - (n - (block + wide - 1) * cpu::kBlock <= lane + 1)",
+    ),
+    Mutant(
         "pack: weight_hh for its transpose",
         PACK,
         "Vec<T>::load(row + column, job.K - column).store(out);",

@@ -27,8 +27,9 @@ pytestmark = [pytest.mark.kernel, pytest.mark.mutation]
 
 CELLS = (*PLAIN, *NORMED[:4])  # the kernels have no layer norm for GRU with reset before
 EVERYTHING = {"lengths": True, "reset": True, "return_states": True}
-# Split by rows; by units, W x of several steps at once; in several chunks; a single step; less than a block.
-SIZES = ((7, 13, 5, 33), (4, 3, 90, 210), (60, 40, 3, 17), (1, 3, 20, 35), (9, 2, 1, 1))
+# Split by rows; by units, W x of several steps at once; in several chunks; a single step; less than a block;
+# a last block of 7 units, which lie side by side for two accumulators (4 for at most 4).
+SIZES = ((7, 13, 5, 33), (4, 3, 90, 210), (60, 40, 3, 17), (1, 3, 20, 35), (9, 2, 1, 1), (4, 5, 70, 71))
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     EVERYTHING,
