@@ -88,6 +88,7 @@ py::dict info() {
 #endif
   d["built"] = built, d["detected"] = detected, d["isa"] = cpu::name(cpu::chosen()), d["threads"] = cpu::num_threads();
   d["ordered_copies"] = cpu::name(cpu::ordered_copies());
+  d["prefetch"] = cpu::prefetch_weights();
   d["bfloat16"] = has_bfloat16() ? py::object(py::str("avx512_bf16")) : py::object(py::none());
   return d;
 }
@@ -222,6 +223,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   testing.def(
       "ordered_copies", [](const std::string& name) { cpu::set_ordered_copies(cpu::ordered_copies_of(name)); },
       py::arg("name"));
+  testing.def("prefetch", &cpu::set_prefetch_weights, py::arg("on"));
   testing.def("poison", &cpu::poison, py::arg("on"));
   testing.def("fail_allocation_after", &cpu::fail_allocation_after, py::arg("count"));
   testing.def("arena", [] {

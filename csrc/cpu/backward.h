@@ -66,6 +66,7 @@ struct BackwardSteps : Share {
   const Index last;      // of a block of da that is not whole, from an accumulator to the next
   Kept<T> kept;          // what forward saved, or of this chunk if it has to be made again
   Index count = 0;       // valid rows of the chunk
+  mutable Prefetch prefetch;
 
   FUSEDRNN_NOINLINE BackwardSteps(const BackwardJob<T>& job_, const Worker& worker_, const CellShape& shape_,
                                   bool regularized_)
@@ -158,6 +159,7 @@ struct BackwardSteps : Share {
                                 : Product<T>{da, begin, 1, A * part, b, V::lanes, weights.block_step, full, block_run};
     if (rest)
       p[count++] = {da, behind, 1, next, b + full * block_run * V::lanes, V::lanes, weights.block_step, in_part, rest};
+    prefetch.during<V>(p[0], weights, lane);
     tile_for<O>(m, wide)(p, count, acc);
   }
 
@@ -179,10 +181,12 @@ struct BackwardSteps : Share {
         const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
         const Index first = row_tiles.begin(i), block = begin + panels.begin(j);
         const int m = int(row_tiles.begin(i + 1) - first), wide = int(begin + panels.begin(j + 1) - block);
+        if (job.prefetch) prefetch = Prefetch::after(panels, j, begin, i, row_tiles.pieces);
         for (Index lane = 0; lane < kBlock; lane += V::lanes) then(first, m, block, wide, lane);
       }
       if (!worker.poll()) return false;
     }
+    prefetch = {};
     return true;
   }
 

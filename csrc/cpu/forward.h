@@ -366,6 +366,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
   static constexpr int kRows = max_rows<V>(tile_vectors(shape) * kWide);
   static constexpr int kPhases = Cell::phases + Cell::projects;
   static constexpr bool kOperands = kRegularized<Cell> || kNumbers<O> > 1;  // of h, which are not h itself
+  Prefetch prefetch;
 
   ForwardLoop(const ForwardJob<T>& job_, const Worker& worker_) : Base(job_, worker_, shape, kRegularized<Cell>) {}
 
@@ -393,9 +394,11 @@ struct ForwardLoop : ForwardSteps<V, O> {
       else
         Base::tile_of(shape, m, part, wide)(products, count, acc + part.first * m * V::lanes);
     };
-    const Product<T> products[2] = {
+    Product<T> products[2] = {
         product(narrow_x, input, Cell::input, rows.x + first, job.I),
         product(narrow_h, recurrent, Cell::recurrent, (kOperands ? rows.operand : rows.h) + first, job.P)};
+    prefetch.during<V>(products[0], input, lane);
+    prefetch.during<V>(products[1], recurrent, lane);
     if (job.ahead) {
       this->load_ahead(rows.sums + first, block, wide, m, lane, acc);
       add(narrow_h, products + 1, 1, Cell::recurrent);
@@ -526,6 +529,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
         const Index i = job.rows_outside ? o : n, j = job.rows_outside ? n : o;
         const Index first = tiles.begin(i), block = begin + panels.begin(j);
         const int m = int(tiles.begin(i + 1) - first), wide = int(begin + panels.begin(j + 1) - block);
+        if (job.prefetch) prefetch = Prefetch::after(panels, j, begin, i, tiles.pieces);
         if constexpr (!Cell::layer_norm)
           if (job.weight_hh && n == 0)
             few_rows(phase) ? this->sum_few_rows(block) : this->pack_panel(phase, block, wide);

@@ -28,4 +28,10 @@ OrderedCopies ordered_copies_of(const std::string& name);
 const char* name(OrderedCopies copies);
 void set_ordered_copies(OrderedCopies copies);  // for tests
 
+// Whether products bring the weights that are read next into the core's cache, where it cannot hold all of them.
+// Results never depend on it. FUSEDRNN_PREFETCH, never or always, else by the machine: isa.cpp.
+// std::invalid_argument for another value.
+bool prefetch_weights();
+void set_prefetch_weights(bool on);  // for tests
+
 }  // namespace fusedrnn::cpu

@@ -120,6 +120,7 @@ struct ForwardJob {
   T *hT, *cT, *h_states, *c_states;
   NormWeights<T> norm;
   bool rows_outside;
+  bool prefetch;  // of the next panel of weights, during the tiles of the one before (isa.h)
   char* scratch;  // per thread
   Index scratch_step;
   Regularization<T> regularization;
@@ -179,6 +180,7 @@ struct BackwardJob {
   T *dc, *direct;  // [B][blocks*16]
   Index chunk_steps;
   bool rows_outside;
+  bool prefetch;
   char* scratch;
   Index scratch_step;
   Regularization<T> regularization;

@@ -39,6 +39,11 @@ struct PackedWeights {
   std::unique_ptr<PackedMachine<T>> machine;  // what else a program has
 };
 
+// Whether the last block may be narrow (cpu/tile.h). Norms read whole blocks.
+inline bool has_narrow(const CellShape& shape, Index H) {
+  return shape.accumulators > 1 && !shape.layer_norm && H % kBlock && H % kBlock <= 8;
+}
+
 // Packs all blocks of so many parts on the pool; a part without blocks is none.
 template <class T>
 void pack_all(void (*pack)(const cpu::PackJob<T>&), const cpu::PackJob<T>* parts, std::size_t count, Poll poll) {

@@ -109,6 +109,12 @@ bool rows_outside(const CellShape& shape, const Sizes& n) {
   return std::size_t(shape.gates) * n.H * n.P * sizeof(T) <= SplitRule::core_cache;
 }
 
+// Weights that stay in a core's cache need no prefetch.
+template <class T>
+bool prefetches(const CellShape& shape, const Sizes& n) {
+  return cpu::prefetch_weights() && (!thresholds || !rows_outside<T>(shape, n));
+}
+
 // A chunk's da and joint rows [1 | x | h_prev | ...] stay in the cache between the steps and the products made of them;
 // for large weights, whose gradients leave the cache, it has enough rows to be worth adding up. By the sizes alone.
 template <class T>
@@ -139,11 +145,6 @@ struct Chunk {
   }
   static constexpr Index kTileVectors = 4;  // the most that a tile of several rows multiplies
 };
-
-// Whether the last block may be narrow (cpu/tile.h). Norms read whole blocks.
-bool has_narrow(const CellShape& shape, Index H) {
-  return shape.accumulators > 1 && !shape.layer_norm && H % kBlock && H % kBlock <= 8;
-}
 
 // How many steps' W x is made at once; 0: each step's with the step. One row would leave most of a tile empty, and few
 // rows would read weights larger than the cache from afar in every step. Else it gains nothing: docs/speed.md.
@@ -249,7 +250,7 @@ void prepare(cpu::BackwardJob<T>& job, Layout& layout, const BackwardCall<T>& ca
   job.groups = groups.all, job.group_count = groups.count, job.dpacked_block = groups.block_step;
   job.da_row = chunk.da_row, job.inputs_row = chunk.inputs_row, job.panel_step = chunk.panel_step;
   job.chunk_steps = chunk.steps;
-  job.rows_outside = rows_outside<T>(shape, n);
+  job.rows_outside = rows_outside<T>(shape, n), job.prefetch = prefetches<T>(shape, n);
   job.scratch_step = lines<char>(kernels.backward_scratch(n.B, chunk.steps)) + 64;
   layout.take(job.dpacked, {need_weights ? job.blocks : 0, groups.block_step});
   if (dweight_hr) layout.take(job.dprojection, {blocks_of(n.P), n.H, kBlock});
@@ -396,6 +397,7 @@ TapePtr<T> forward(const ForwardCall<T>& call) {
   job.boundary_states = boundary_count ? boundary_states : nullptr, job.chunk_steps = chunk.steps;
   job.hT = call.stateT[0], job.cT = call.stateT[1], job.h_states = call.states[0], job.c_states = call.states[1];
   job.rows_outside = !by_panel && rows_outside<T>(shape, n);
+  job.prefetch = !by_panel && prefetches<T>(shape, n);
   job.regularization = regularization_of(problem, kernels, masks);
   run_job<T>(cell.forward, job, split.threads, split.by_rows, call.poll);
   return tape;

@@ -80,6 +80,8 @@ struct Product {
   Index b_step, b_gap;  // from k to k+1; from vector n to n+1
   Index runs, run;
   Index b_block = 0, acc_block = 0;  // W > 1: from a block's N vectors to the next's, in b and, in vectors, in acc
+  const char* prefetched = nullptr;  // Prefetch: so many lines before each run
+  Index prefetched_lines = 0;
 };
 
 // What a sum takes in a register before it is added to its accumulator: all of it with FMA. A level without rounds
@@ -122,7 +124,9 @@ void tile(const Product<typename V::scalar>* products, int count, typename V::sc
     for (int m = 0; m < M; ++m) a[m] = product.a[m];
     const T* b = product.b + First * product.b_gap;
     const Index gap = product.b_gap, block = product.b_block, b_step = product.b_step, a_step = product.a_step;
+    const char* line = product.prefetched;
     for (Index r = 0; r < product.runs; ++r) {
+      for (Index n = 0; n < product.prefetched_lines; ++n, line += 64) __builtin_prefetch(line, 0, 2);
       const Index begin = product.a_begin + r * product.a_run, end = begin + product.run * a_step;
       for (Index k = begin; k < end;) {
         const Index stop = V::fused || end - k <= kSumPart * a_step ? end : k + kSumPart * a_step;
@@ -221,6 +225,30 @@ struct Tiling {
   Index begin(Index i) const {
     const Index small = n / pieces, larger = n % pieces;
     return i * small + (i < larger ? i : larger);
+  }
+};
+
+// One of `pieces` pieces of the panel of weights that the tiles after these rows read: a product brings it into the
+// core's cache. It is cut into runs so that few lines come at a time: many would take the buffers that the tile's own
+// loads wait for.
+struct Prefetch {
+  Index block = 0, blocks = 0, piece = 0, pieces = 0;
+
+  // For tile i of n, of the panel behind panel j of those from block `begin` on.
+  static Prefetch after(const Tiling& panels, Index j, Index begin, Index i, Index n) {
+    const Index next = j + 1 < panels.pieces ? j + 1 : 0;
+    return {begin + panels.begin(next), panels.begin(next + 1) - panels.begin(next), i, n};
+  }
+  template <class V, class T>
+  FUSEDRNN_INLINE void during(Product<T>& p, const cpu::Packed<T>& weights, Index lane) const {
+    constexpr Index kFewPieces = 3;  // fewer would be so large that products wait for them
+    if (!V::fused || lane || pieces < kFewPieces || p.runs != 1) return;  // without FMA runs are parts of sums
+    const Index lines = blocks * weights.block_step * Index(sizeof(T)) / 64, first = lines * piece / pieces,
+                mine = lines * (piece + 1) / pieces - first, run = 2 * mine > p.run ? 4 : 16;
+    if (p.run % run) return;
+    p.prefetched = reinterpret_cast<const char*>(weights.data + block * weights.block_step) + first * 64;
+    p.prefetched_lines = (mine * run + p.run - 1) / p.run;
+    p.runs = p.run / run, p.run = p.a_run = run;
   }
 };
 

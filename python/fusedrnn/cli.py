@@ -133,6 +133,7 @@ def run_info(args: argparse.Namespace) -> None:
         ("instruction sets detected", listed(found["detected"])),
         ("instruction set in use", found["isa"] or "none"),
         ("weight gradients read", COPIES.get(found["ordered_copies"], "in place")),
+        ("large weights", "prefetched" if found["prefetch"] else "not prefetched"),
         ("bfloat16", found["bfloat16"] or "no kernels for it here; PyTorch's own layers run"),
         ("threads", f"{found['threads']}, {found['thread_pool']} thread pool"),
     ]

@@ -35,6 +35,7 @@ def info() -> dict[str, Any]:
     Keys: ``version``, ``python``, ``numpy``, ``compiler``, ``built`` and ``detected`` (instruction sets),
     ``isa`` (the one in use), ``ordered_copies`` (``"never"``, ``"large"`` or ``"always"``: for which layers
     the weight gradients read copies in the order of their tiles, which is faster on some machines),
+    ``prefetch`` (whether products prefetch the weights that are read next, which is faster on some machines),
     ``bfloat16`` (the instruction set of its kernels; None: there are none here), ``threads``,
     ``thread_pool``, ``backends`` (by name: None, or why it is not available), ``backend`` (the default),
     ``cuda`` (how that backend would run some sizes; empty if it is not available).
@@ -48,6 +49,7 @@ def info() -> dict[str, Any]:
         "detected": [],
         "isa": None,
         "ordered_copies": None,
+        "prefetch": None,
         "bfloat16": None,
         "threads": get_num_threads(),
         "thread_pool": get_thread_pool(),

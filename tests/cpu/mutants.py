@@ -303,10 +303,10 @@ MUTANTS = [
         "item == begin",
     ),
     Mutant(
-        "weight gradients: the first columns copied again",
+        "weight gradients: the last column not copied",
         WEIGHTS,
         "V::load(from + k, m - k).store(to + k, m - k);",
-        "V::load(from, m - k).store(to + k, m - k);",
+        "V::load(from + k, m - k).store(to + k, m - k - 1);",
     ),
     Mutant(
         "tile: every part the first",
@@ -450,10 +450,10 @@ MUTANTS = [
         "(s * job.H + block * kBlock) * job.K",
     ),
     Mutant(
-        "pack: gates of a narrow block in the wrong order",
+        "pack: second vector of a narrow block over the first",
         PACK,
-        "(job.part.gate[s] * job.H + last * kBlock + u) * job.K",
-        "(s * job.H + last * kBlock + u) * job.K",
+        "(s * units + u) / n * gap + (s * units + u) % n",
+        "(s * units + u) % n",
     ),
     Mutant(
         "narrow block: sums of the wrong accumulators",

@@ -47,7 +47,7 @@ SELECTION = [
         "cpu/test_kernels.py",
         "core/test_regularization.py",
         "core/test_layer_norm.py",
-        "cpu/test_ordered_copies.py",
+        "cpu/test_choices.py",
         "cpu/test_bitwise.py",
     )
 ]

@@ -1,4 +1,4 @@
-"""Weight gradients that read copies in the order of their tiles have the bits of those that read in place."""
+"""Ways that are chosen by machine have equal bits: copies for the weight gradients, prefetched weights."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ COPIES = ("never", "large", "always")
 @pytest.fixture
 def small():
     """Small problems take the ways of large ones."""
-    default = _core.info()["ordered_copies"]
+    default = _core.info()
     _core.testing.thresholds(False)
     yield
     _core.testing.thresholds(True)
-    _core.testing.ordered_copies(default)
+    _core.testing.ordered_copies(default["ordered_copies"])
+    _core.testing.prefetch(default["prefetch"])
 
 
 def check(backend, cell, threads):
@@ -58,6 +59,34 @@ def test_compiled_cells(cell, small, threads):
 @pytest.mark.parametrize("cell", OWN, ids=name)
 def test_cells_as_programs(cell, small, threads):
     check(MACHINE, cell, threads)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cell", [*CELLS, *NORMED[:4], *OWN], ids=name)
+def test_prefetched_weights(cell, small, threads):
+    backend = MACHINE if cell in OWN else CPU
+    for dtype in (np.float32, np.float64):  # many tiles of rows, several panels, all of whole runs
+        p = problem(cell, 3, 40, 16, 48, dtype=dtype, lengths=True, reset=True)
+        for count in (1, 3):
+            threads(count)
+            results = []
+            for on in (False, True):
+                _core.testing.prefetch(on)
+                results.append(run(backend, p))
+            assert_bitwise_equal(*results)
+
+
+@pytest.mark.parametrize("value", ["never", "always", "yes"])
+def test_the_variable_of_prefetching(value):
+    code = "from fusedrnn import _core; print(_core.info()['prefetch'])"
+    out = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FUSEDRNN_PREFETCH": value},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    if value == "yes":
+        assert "FUSEDRNN_PREFETCH: expected never or always, got 'yes'" in out.stderr
+    else:
+        assert out.stdout.split() == [str(value == "always")], out.stderr
 
 
 @pytest.mark.parametrize("value", [*COPIES, "yes"])
