@@ -139,7 +139,7 @@ OrderedCopies choose_ordered_copies() {
 }
 
 // On an Intel Xeon, whose L3 gives a core 20 to 24 GB/s, a prototype without it took 1.05 to 1.16 times as long forward
-// at H >= 256, and 1.00 to 1.05 times forward and backward. On an AMD Zen 4 it changes nothing: 0.99 to 1.02.
+// at H >= 256, and 1.00 to 1.05 times forward and backward. On an AMD Zen 4 it changes nothing: 0.99 to 1.01.
 bool choose_prefetch() {
   const char* forced = std::getenv("FUSEDRNN_PREFETCH");
   if (forced != nullptr && *forced != '\0') {
