@@ -89,7 +89,8 @@ py::dict info() {
   d["built"] = built, d["detected"] = detected, d["isa"] = cpu::name(cpu::chosen()), d["threads"] = cpu::num_threads();
   d["ordered_copies"] = cpu::name(cpu::ordered_copies());
   d["prefetch"] = cpu::prefetch_weights();
-  d["bfloat16"] = has_bfloat16() ? py::object(py::str("avx512_bf16")) : py::object(py::none());
+  const cpu::Bfloat16Isa low = cpu::chosen_bfloat16();
+  d["bfloat16"] = low == cpu::Bfloat16Isa::none ? py::object(py::none()) : py::object(py::str(cpu::name(low)));
   return d;
 }
 

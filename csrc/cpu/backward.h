@@ -173,7 +173,7 @@ struct BackwardSteps : Share {
   // then(first row, rows, first block, blocks, lane) for tiles of rows and of the blocks [begin, end).
   template <class Then>
   bool tiles(Index n_rows, Index begin, Index end, Then&& then) const {
-    const Tiling row_tiles(n_rows, max_rows<V>(width())), panels(end - begin, n_rows == 1 ? kOneRow<V> : width());
+    const Tiling row_tiles(n_rows, max_rows<O>(width())), panels(end - begin, n_rows == 1 ? kOneRow<O> : width());
     const Index outer = job.rows_outside ? row_tiles.pieces : panels.pieces,
                 inner = job.rows_outside ? panels.pieces : row_tiles.pieces;
     for (Index o = 0; o < outer; ++o) {
@@ -325,7 +325,7 @@ struct BackwardSteps : Share {
   bool input_gradients(Multiply&& multiply) {
     const Index n = worker.region.threads, share_begin = count * worker.region.thread / n,
                 share = count * (worker.region.thread + 1) / n - share_begin;
-    const Tiling panels(blocks_of(job.I), width()), row_tiles(share, max_rows<V>(panels.pieces ? panels.begin(1) : 1));
+    const Tiling panels(blocks_of(job.I), width()), row_tiles(share, max_rows<O>(panels.pieces ? panels.begin(1) : 1));
     return each_tile(worker, job.rows_outside, row_tiles, panels, 0, [&](Index first, int m, Index block, int wide) {
       first += share_begin;
       const T* da[kMaxTile];

@@ -38,11 +38,19 @@ const Kernels<T>& kernels() {
 }
 
 const Kernels<float>* bfloat16_kernels() {
+  static const Bfloat16Isa isa = chosen_bfloat16();
+  switch (isa) {
 #ifdef FUSEDRNN_HAS_AVX512_BF16
-  static const bool there = detected_bfloat16();
-  if (there && chosen() == Isa::avx512) return kernels_avx512_bf16(float());
+    case Bfloat16Isa::avx512_bf16:
+      return kernels_avx512_bf16(float());
 #endif
-  return nullptr;
+#ifdef FUSEDRNN_HAS_AMX_BF16
+    case Bfloat16Isa::amx_bf16:
+      return kernels_amx_bf16(float());
+#endif
+    default:
+      return nullptr;
+  }
 }
 
 template const Kernels<float>* kernels_of(Isa);

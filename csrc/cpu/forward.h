@@ -228,9 +228,10 @@ struct ForwardSteps : Share {
             tile_vectors(shape)};
   }
 
-  static FUSEDRNN_INLINE TileFn<T> tile_of(const CellShape& shape, int m, const Part& part, int wide) {
-    return panel_blocks(shape) == 1 && wide == 2 ? tile_for_two_blocks<O>(part.count)
-                                                 : tile_for<O>(m, part.count * wide);
+  static FUSEDRNN_INLINE auto tile_of(const CellShape& shape, int m, const Part& part, int wide) {
+    if constexpr (kOneRow<O> == 8)
+      if (panel_blocks(shape) == 1 && wide == 2) return tile_for_two_blocks<O>(part.count);
+    return tile_for<O>(m, part.count * wide);
   }
 
   // acc[wide][A][m] = bias.
@@ -299,7 +300,7 @@ struct ForwardSteps : Share {
     }
     if constexpr (kNumbers<O> > 1)
       for (Index i = 0; i < n; ++i) ahead.x[i] = operand(ahead.x[i], job.I);
-    const Tiling tiles(n, max_rows<V>(tile_vectors(shape) * panel_blocks(shape))),
+    const Tiling tiles(n, max_rows<O>(tile_vectors(shape) * panel_blocks(shape))),
         panels(block_end - block_begin, panel_blocks(shape));
     return each_tile(worker, false, tiles, panels, block_begin, [&](Index first, int m, Index block, int wide) {
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
@@ -363,7 +364,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
   static constexpr int A = Cell::accumulators;
   static constexpr CellShape shape = shape_of<Cell>();
   static constexpr int kWide = panel_blocks(shape);
-  static constexpr int kRows = max_rows<V>(tile_vectors(shape) * kWide);
+  static constexpr int kRows = max_rows<O>(tile_vectors(shape) * kWide);
   static constexpr int kPhases = Cell::phases + Cell::projects;
   static constexpr bool kOperands = kRegularized<Cell> || kNumbers<O> > 1;  // of h, which are not h itself
   Prefetch prefetch;
@@ -515,7 +516,7 @@ struct ForwardLoop : ForwardSteps<V, O> {
   Index width(int phase) const {
     if (few_rows(phase)) return 1;
     if (rows.count > 1) return phase == 1 ? kWide : A * kWide;
-    return kWide == 1 && phase == 1 ? kOneRow<V> / 4 : kOneRow<V>;
+    return kWide == 1 && phase == 1 ? kOneRow<O> / 4 : kOneRow<O>;
   }
 
   bool step(int phase) {

@@ -3,6 +3,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include <atomic>
@@ -24,7 +28,7 @@ namespace {
 // By CPUID, and by XGETBV whether the operating system saves the registers. Not by __builtin_cpu_supports: in a
 // program for Windows by Zig's Clang it says no to everything.
 struct Features {
-  bool intel = false, amd_25 = false, fma = false, avx2 = false, avx512 = false, bfloat16 = false;
+  bool intel = false, amd_25 = false, fma = false, avx2 = false, avx512 = false, bfloat16 = false, amx = false;
 
   Features() {
     unsigned a = 0, b = 0, c = 0, d = 0, saved = 0;
@@ -40,6 +44,8 @@ struct Features {
     constexpr unsigned all = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     avx2 = b & bit_AVX2;
     avx512 = (saved & 0xE6) == 0xE6 && (b & all) == all;
+    constexpr unsigned tiles = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16
+    amx = (saved & 0x60000) == 0x60000 && (d & tiles) == tiles;
     bfloat16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
   }
 };
@@ -74,14 +80,6 @@ bool detected(Isa isa) {
 #endif
 }
 
-bool detected_bfloat16() {
-#if defined(__x86_64__)
-  return features().bfloat16;
-#else
-  return false;
-#endif
-}
-
 bool built(Isa isa) {
   switch (isa) {
     case Isa::portable:
@@ -103,7 +101,36 @@ bool built(Isa isa) {
   }
 }
 
+const char* name(Bfloat16Isa isa) {
+  constexpr const char* names[] = {"none", "avx512_bf16", "amx_bf16"};
+  return names[int(isa)];
+}
+
+bool available(Bfloat16Isa isa) {
+  switch (isa) {
+#if defined(FUSEDRNN_HAS_AVX512_BF16)
+    case Bfloat16Isa::avx512_bf16:
+      return features().bfloat16;
+#endif
+#if defined(FUSEDRNN_HAS_AMX_BF16) && defined(__linux__)
+    case Bfloat16Isa::amx_bf16: {
+      if (!features().bfloat16 || !features().amx) return false;
+      constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+      static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+      return granted;
+    }
+#endif
+    default:
+      return false;
+  }
+}
+
 namespace {
+
+bool forces(Bfloat16Isa isa) {
+  const char* forced = std::getenv("FUSEDRNN_ISA");
+  return forced != nullptr && std::strcmp(forced, name(isa)) == 0;
+}
 
 Isa choose() {
   const char* forced = std::getenv("FUSEDRNN_ISA");
@@ -116,8 +143,13 @@ Isa choose() {
     best = isa;
     names += (names.empty() ? "" : ", ") + std::string(name(isa));
   }
-  if (force) throw std::invalid_argument("FUSEDRNN_ISA: got '" + std::string(forced) + "', available here: " + names);
-  return best;
+  if (!force) return best;
+  for (Bfloat16Isa isa : all_bfloat16_isas) {
+    if (!available(isa)) continue;
+    if (forces(isa)) return Isa::avx512;
+    names += ", " + std::string(name(isa));
+  }
+  throw std::invalid_argument("FUSEDRNN_ISA: got '" + std::string(forced) + "', available here: " + names);
 }
 
 constexpr OrderedCopies all_copies[] = {OrderedCopies::never, OrderedCopies::large, OrderedCopies::always};
@@ -184,6 +216,17 @@ void set_prefetch_weights(bool on) { prefetch.store(on, std::memory_order_relaxe
 Isa chosen() {
   static const Isa isa = choose();
   return isa;
+}
+
+Bfloat16Isa chosen_bfloat16() {
+  Bfloat16Isa best = Bfloat16Isa::none;
+  if (chosen() != Isa::avx512) return best;
+  for (Bfloat16Isa isa : all_bfloat16_isas) {
+    if (!available(isa)) continue;
+    best = isa;
+    if (forces(isa)) break;
+  }
+  return best;
 }
 
 }  // namespace fusedrnn::cpu

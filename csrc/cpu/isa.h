@@ -11,13 +11,21 @@ constexpr Isa all_isas[] = {Isa::portable, Isa::portable_fma, Isa::avx2, Isa::av
 
 const char* name(Isa isa);  // as FUSEDRNN_ISA spells it
 bool detected(Isa isa);     // this processor and this operating system can run it
-bool detected_bfloat16();   // and AVX512-BF16 beside AVX-512
 bool built(Isa isa);        // compiled into this library (FUSEDRNN_HAS_...)
 inline bool available(Isa isa) { return built(isa) && detected(isa); }
 
 // The level in use, settled once: FUSEDRNN_ISA, else the best available one. std::invalid_argument if the variable
 // names no level, or one that is not available; it names those that are.
 Isa chosen();
+
+// The levels with products in bfloat16, which belong to avx512. FUSEDRNN_ISA may name one of them instead; else it is
+// the best. None where there are no kernels for bfloat16.
+enum class Bfloat16Isa { none, avx512_bf16, amx_bf16 };
+constexpr Bfloat16Isa all_bfloat16_isas[] = {Bfloat16Isa::avx512_bf16, Bfloat16Isa::amx_bf16};
+
+const char* name(Bfloat16Isa isa);
+bool available(Bfloat16Isa isa);  // of amx_bf16, the first time, asks Linux for the tiles
+Bfloat16Isa chosen_bfloat16();
 
 // Whether the weight gradients of large chunks read copies in the order of their tiles: `large` means in float32 and
 // float64, where the weights are large too. Results never depend on it. FUSEDRNN_ORDERED_COPIES, one of the names, else

@@ -3,8 +3,8 @@
 // Everything here lives in a namespace of its own level and uses nothing of the standard library: inline code compiled
 // for a wide instruction set must never be linked into a call on a machine that lacks it.
 //
-// The level avx512_bf16 has products in bfloat16, of float32 arrays: the same loops, which multiply pairs. h is rounded
-// in every step; sums, gates, c, what is saved and the sums of the weights' gradients are float32.
+// The levels avx512_bf16 and amx_bf16 have products in bfloat16, of float32 arrays: the same loops, which multiply
+// pairs. h is rounded in every step; sums, gates, c, what is saved and the sums of the weights' gradients are float32.
 #include "cpu/kernels.h"
 
 #include "cells/derived.h"
@@ -12,7 +12,9 @@
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/pack.h"
-#if defined(FUSEDRNN_LEVEL_AVX512_BF16)
+#if defined(FUSEDRNN_LEVEL_AMX_BF16)
+#include "cpu/amx.h"
+#elif defined(FUSEDRNN_LEVEL_AVX512_BF16)
 #include "simd/pairs.h"
 #else
 #include "cpu/machine/backward.h"
@@ -33,9 +35,15 @@ namespace {
 using T = FUSEDRNN_DTYPE;
 using V = Vec<T>;
 
-#if defined(FUSEDRNN_LEVEL_AVX512_BF16)
+#if defined(FUSEDRNN_LEVEL_AMX_BF16)
+using O = AmxPairs;
+#elif defined(FUSEDRNN_LEVEL_AVX512_BF16)
 using O = Pairs;
+#else
+using O = V;
+#endif
 
+#if defined(FUSEDRNN_LEVEL_AVX512_BF16) || defined(FUSEDRNN_LEVEL_AMX_BF16)
 void to_float(const cpu::Bfloat16* in, T* out, Index n) {
   for (Index k = 0; k < n; k += V::lanes) O::widen(in + k, n - k).store(out + k, n - k);
 }
@@ -43,8 +51,6 @@ void to_bfloat16(const T* in, cpu::Bfloat16* out, Index n) {
   for (Index k = 0; k < n; k += V::lanes) O::put(V::load(in + k, n - k), out + k, n - k);
 }
 #else
-using O = V;
-
 bool machine_forward(const MachineForward<T>& job, const Worker& worker) {
   return MachineForwardLoop<V>(job, worker).run();
 }
@@ -72,13 +78,19 @@ Index forward_scratch(Index B, Index ahead_steps) {
 }
 Index backward_scratch(Index B, Index chunk_steps) { return BackwardRows<T>::bytes(B, B * chunk_steps, chunk_steps); }
 
+FUSEDRNN_INLINE bool leave(bool done) {
+#if defined(FUSEDRNN_LEVEL_AMX_BF16)
+  O::release();
+#endif
+  return done;
+}
 template <class Cell>
 bool run_forward(const ForwardJob<T>& job, const Worker& worker) {
-  return ForwardLoop<Cell, V, O>(job, worker).run();
+  return leave(ForwardLoop<Cell, V, O>(job, worker).run());
 }
 template <class Cell>
 bool run_backward(const BackwardJob<T>& job, const Worker& worker) {
-  return BackwardLoop<Cell, V, O>(job, worker).run();
+  return leave(BackwardLoop<Cell, V, O>(job, worker).run());
 }
 template <class Cell>
 constexpr cpu::CellKernels<T> kernels_of() {
@@ -102,7 +114,7 @@ constexpr cpu::Kernels<T> table = {
 #undef X
     },
     &draw_mask<T>,
-#if defined(FUSEDRNN_LEVEL_AVX512_BF16)
+#if defined(FUSEDRNN_LEVEL_AVX512_BF16) || defined(FUSEDRNN_LEVEL_AMX_BF16)
     nullptr,
     nullptr,
     nullptr,

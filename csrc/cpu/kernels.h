@@ -227,7 +227,7 @@ struct Kernels {
   void (*to_bfloat16)(const T* in, Bfloat16* out, Index n);
 };
 
-// One per level; kernels.cpp defines them, dispatch.cpp chooses. Of avx512_bf16 what is no cell's is null.
+// One per level; kernels.cpp defines them, dispatch.cpp chooses. Of the levels in bfloat16 what is no cell's is null.
 #define FUSEDRNN_LEVELS(X) X(portable) X(portable_fma) X(avx2) X(avx512) X(neon)
 #define X(level)                                \
   const Kernels<float>* kernels_##level(float); \
@@ -235,6 +235,7 @@ struct Kernels {
 FUSEDRNN_LEVELS(X)
 #undef X
 const Kernels<float>* kernels_avx512_bf16(float);
+const Kernels<float>* kernels_amx_bf16(float);
 
 }  // namespace cpu
 }  // namespace fusedrnn

@@ -24,8 +24,8 @@ FUSEDRNN_INLINE int blocks_with(Index lane, Index n, Index block, int wide) {
   return wide - (n - (block + wide - 1) * cpu::kBlock <= lane);
 }
 
-// How many numbers an element holds of what the tile multiplies. O is Vec, or Pairs (simd/pairs.h), whose k counts
-// pairs; sums and all else are in Vec.
+// How many numbers an element holds of what the tile multiplies. O is Vec, or Pairs (simd/pairs.h) or AmxPairs, whose
+// k counts pairs; sums and all else are in Vec.
 template <class O>
 constexpr int kNumbers = 1;
 
@@ -52,6 +52,10 @@ constexpr int narrow_vectors(Index units, int accumulators) {
 // it takes one vector at a time, [lane / lanes][accumulator][k][lanes].
 template <class O>
 constexpr bool kApart = O::registers == 8;
+
+// Whether a tile reads neighbouring elements of a row at once. Weight gradients then read the joint rows by columns.
+template <class O>
+constexpr bool kByColumns = false;
 
 // Stores what products multiply, from number `at` of a row on.
 template <class O, class V>
@@ -149,7 +153,12 @@ void tile(const Product<typename V::scalar>* products, int count, typename V::sc
   sums.store();
 }
 
-constexpr int kMaxTile = 24;  // accumulator vectors of the widest tile
+// Accumulator vectors of the widest tile.
+#if defined(FUSEDRNN_LEVEL_AMX_BF16)
+constexpr int kMaxTile = 64;
+#else
+constexpr int kMaxTile = 24;
+#endif
 
 // Widest tiles that stay in registers: M*N accumulators, N weights and a broadcast. A wider one would spill. With few
 // registers several vectors have the rows of one or two, and are summed up by so many at a time: weights that come from
@@ -199,7 +208,7 @@ template <class V>
 constexpr Tiles<V> kTiles;
 
 template <class V>
-FUSEDRNN_INLINE TileFn<typename V::scalar> tile_for(int rows, int n) {
+FUSEDRNN_INLINE auto tile_for(int rows, int n) {
   return kTiles<V>.of[n - 1][rows - 1];
 }
 

@@ -47,7 +47,7 @@ struct WeightGradients {
   }
 
   // The columns of each tile side by side, [tile][row][column]: in the joint rows each row of a tile is on another
-  // page, of which a tile uses a few bytes.
+  // page, of which a tile uses a few bytes. Where tiles take columns (kByColumns), [tile][column][row].
   void order_by_tile(Index count) const {
     const Index n = worker.region.threads, i = worker.region.thread, end = count * (i + 1) / n;
     constexpr Index kTogether = 16;  // rows, which stay in the nearest cache
@@ -57,10 +57,15 @@ struct WeightGradients {
         const Tiling tiles = column_tiles(group);
         for (Index t = 0; t < tiles.pieces; ++t) {
           const Index first = tiles.begin(t), m = tiles.begin(t + 1) - first;
-          for (Index r = begin; r < end && r < begin + kTogether; ++r) {
-            const T* const from = job.inputs + r * job.inputs_row + group.column + first;
-            T* const to = job.by_tile + count * (group.before + first) + r * m;
-            for (Index k = 0; k < m; k += V::lanes) V::load(from + k, m - k).store(to + k, m - k);
+          const T* from = job.inputs + begin * job.inputs_row + group.column + first;
+          T* to = job.by_tile + count * (group.before + first) + begin * (kByColumns<O> ? 1 : m);
+          if constexpr (kByColumns<O>) {
+            alignas(64) T columns[kTogether * kBlock];
+            O::transpose_rows(from, job.inputs_row, end - begin, m, columns);
+            for (Index k = 0; k < m; ++k) V::load(columns + k * kBlock).store(to + k * count, end - begin);
+          } else {
+            for (Index r = begin; r < end && r < begin + kTogether; ++r, from += job.inputs_row, to += m)
+              for (Index k = 0; k < m; k += V::lanes) V::load(from + k, m - k).store(to + k, m - k);
           }
         }
       }
@@ -113,7 +118,10 @@ struct WeightGradients {
                          wide, layout.vectors, layout.length < kBlock ? 1 : job.H - block * kBlock};
       const bool other = item == begin || at == 0;
       if (copy) {
-        if (job.by_tile) columns.data = job.by_tile + count * (group.before + first), columns.row = m;
+        if (job.by_tile) {
+          columns.data = job.by_tile + count * (group.before + first), columns.row = m;
+          if (kByColumns<O>) columns.row = 1, columns.next = count;
+        }
         vectors.data = copy, vectors.row = wide * layout.numbers(), vectors.gap = layout.length;
       }
       const auto sum = [&](int r, int w, int s) {
@@ -130,7 +138,8 @@ struct WeightGradients {
                       end = kNumbers<O> * (row + here);
           if (other || count > cpu::kSumRows)
             copy_pairs(kNumbers<O> * row, end < rows ? end : rows, group, block, wide, copy);
-          add_rows<O>(here, {columns.data + row * columns.row, columns.row, m}, vectors, first_chunk && row == 0, sum);
+          add_rows<O>(here, {columns.data + row * columns.row, columns.row, m, columns.next}, vectors,
+                      first_chunk && row == 0, sum);
           row += here;
         } while (row < count);
       }
@@ -159,7 +168,7 @@ struct WeightGradients {
   static constexpr int kProjectionPanel = 4;
 
   Tiling column_tiles(const Group& group) const {
-    return Tiling(group.columns, max_rows<V>(group.count * panel_blocks(shape)));
+    return Tiling(group.columns, max_rows<O>(group.count * panel_blocks(shape)));
   }
 
   // How a block's numbers of a group lie, in da and in the sums: in so many vectors of `length`, from an accumulator to
@@ -180,6 +189,7 @@ struct WeightGradients {
     const T* data;
     Index row;
     int count;
+    Index next = 1;  // from a column to the next, where kByColumns
   };
   struct Vectors {
     const T* data;
@@ -198,7 +208,7 @@ struct WeightGradients {
     do {
       const Index rows_here = count - row < cpu::kSumRows ? count - row : cpu::kSumRows;
       const bool overwrite = first_chunk && row == 0;
-      for (int r = 0; r < m; ++r) columns[r] = a.data + row * a.row + r;
+      for (int r = 0; r < m; ++r) columns[r] = a.data + row * a.row + r * (kByColumns<Of> ? a.next : 1);
       for (Index lane = 0; lane < kBlock; lane += V::lanes) {
         const int wide = blocks_with(lane, b.units, 0, b.wide);
         if (!wide) break;

@@ -2,7 +2,8 @@
 //
 // A level is chosen by two macros: FUSEDRNN_LEVEL is its bare name, which is also the namespace (so that nothing
 // compiled for one instruction set is ever linked for another), and one of FUSEDRNN_LEVEL_PORTABLE, _PORTABLE_FMA,
-// _AVX2, _AVX512, _AVX512_BF16, _NEON, _CUDA is defined. Compile with -ffp-contract=off: every FMA is written out.
+// _AVX2, _AVX512, _AVX512_BF16, _AMX_BF16, _NEON, _CUDA is defined. Compile with -ffp-contract=off: every FMA is
+// written out.
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <stddef.h>
@@ -10,7 +11,7 @@
 
 #include "inline.h"
 
-#if defined(FUSEDRNN_LEVEL_AVX512) || defined(FUSEDRNN_LEVEL_AVX512_BF16)
+#if defined(FUSEDRNN_LEVEL_AVX512) || defined(FUSEDRNN_LEVEL_AVX512_BF16) || defined(FUSEDRNN_LEVEL_AMX_BF16)
 #include "avx512.h"
 #elif defined(FUSEDRNN_LEVEL_AVX2)
 #include "avx2.h"

@@ -158,7 +158,7 @@ def shared_symbols(path: Path) -> list[str]:
     return [
         name
         for name in found
-        if not re.search(r"fusedrnn::(portable_fma|portable|avx2|avx512_bf16|avx512|neon)::", name)
+        if not re.search(r"fusedrnn::(portable_fma|portable|avx2|avx512_bf16|amx_bf16|avx512|neon)::", name)
     ]
 
 

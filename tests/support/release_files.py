@@ -25,7 +25,7 @@ REPOSITORY_ONLY = re.compile(r"\.(ci|github)/|\.(clang-format|gitignore|pre-comm
 CUDA = re.compile(r"csrc/((cuda|cells|simd)/.*\.(h|cu)|mask_rule\.h|steps\.h)$")
 MODULE = re.compile(r"fusedrnn/_core\.[^/]*(so|pyd)$")
 # Of a mangled name.
-LEVEL = re.compile(r"_Z.*8fusedrnn(?:4(avx2)|6(avx512)|11(avx512_bf16)|12(portable_fma))")
+LEVEL = re.compile(r"_Z.*8fusedrnn(?:4(avx2)|6(avx512)|11(avx512_bf16)|8(amx_bf16)|12(portable_fma))")
 
 
 def tracked() -> set[str]:
