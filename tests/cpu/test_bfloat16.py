@@ -392,6 +392,22 @@ def test_a_lower_level_refuses():
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"FUSEDRNN_ISA": "avx2"})
 
 
+@needs_bfloat16
+def test_levels_by_name():
+    code = "from fusedrnn import system; found = system.info(); print(found['isa'], found['bfloat16'])"
+
+    def found(isa):
+        command, environment = [sys.executable, "-c", code], os.environ | {"FUSEDRNN_ISA": isa}
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, env=environment
+        ).stdout.split()
+
+    _, best = found("")
+    assert best in ("avx512_bf16", "amx_bf16")
+    for isa, low in (("avx512", best), ("avx512_bf16", "avx512_bf16"), (best, best)):
+        assert found(isa) == ["avx512", low]
+
+
 def test_the_package_is_imported_by_those_who_use_it():
     code = (
         "import sys, numpy as np\n"
