@@ -159,7 +159,7 @@ struct BackwardSteps : Share {
                                 : Product<T>{da, begin, 1, A * part, b, V::lanes, weights.block_step, full, block_run};
     if (rest)
       p[count++] = {da, behind, 1, next, b + full * block_run * V::lanes, V::lanes, weights.block_step, in_part, rest};
-    prefetch.during<V>(p[0], weights, lane);
+    prefetch.during<V, O>(p[0], weights, lane);
     tile_for<O>(m, wide)(p, count, acc);
   }
 

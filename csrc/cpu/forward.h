@@ -398,8 +398,8 @@ struct ForwardLoop : ForwardSteps<V, O> {
     Product<T> products[2] = {
         product(narrow_x, input, Cell::input, rows.x + first, job.I),
         product(narrow_h, recurrent, Cell::recurrent, (kOperands ? rows.operand : rows.h) + first, job.P)};
-    prefetch.during<V>(products[0], input, lane);
-    prefetch.during<V>(products[1], recurrent, lane);
+    prefetch.during<V, O>(products[0], input, lane);
+    prefetch.during<V, O>(products[1], recurrent, lane);
     if (job.ahead) {
       this->load_ahead(rows.sums + first, block, wide, m, lane, acc);
       add(narrow_h, products + 1, 1, Cell::recurrent);

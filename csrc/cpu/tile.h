@@ -248,10 +248,11 @@ struct Prefetch {
     const Index next = j + 1 < panels.pieces ? j + 1 : 0;
     return {begin + panels.begin(next), panels.begin(next + 1) - panels.begin(next), i, n};
   }
-  template <class V, class T>
+  template <class V, class O, class T>
   FUSEDRNN_INLINE void during(Product<T>& p, const cpu::Packed<T>& weights, Index lane) const {
-    constexpr Index kFewPieces = 3;  // fewer would be so large that products wait for them
-    if (!V::fused || lane || pieces < kFewPieces || p.runs != 1) return;  // without FMA runs are parts of sums
+    constexpr Index kFewPieces = 3;          // fewer would be so large that products wait for them
+    if (!V::fused || kByColumns<O>) return;  // there sums depend on the runs
+    if (lane || pieces < kFewPieces || p.runs != 1) return;
     const Index lines = blocks * weights.block_step * Index(sizeof(T)) / 64, first = lines * piece / pieces,
                 mine = lines * (piece + 1) / pieces - first, run = 2 * mine > p.run ? 4 : 16;
     if (p.run % run) return;
