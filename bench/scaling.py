@@ -215,8 +215,10 @@ def measure(quick: bool) -> dict[str, Any]:
 def chosen_split(shape: Sequence[int], threads: int) -> Split:
     """What the kernels do with so many threads, by their own rule."""
     from fusedrnn import _core
+    from fusedrnn.backends.cpu import compiled
+    from fusedrnn.cells import lstm
 
-    return Split(*_core.testing.split(_core.CELLS.index("lstm"), *shape, threads))
+    return Split(*_core.testing.split(compiled(lstm), *shape, threads))
 
 
 def choose(found: dict[str, Any]) -> dict[str, Any]:

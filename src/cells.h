@@ -59,6 +59,9 @@ struct PyCell {
   }
 
   Cell core() const { return {id, plan ? &*plan : nullptr}; }
+  void need_compiled() const {
+    if (plan) throw RefusedValue("cell: expected a compiled one, got a program");
+  }
   // Whether weights that are packed for one are packed for the other.
   bool same_weights(const PyCell& other) const {
     if (!plan || !other.plan) return !plan && !other.plan && id == other.id;

@@ -95,29 +95,30 @@ py::dict info() {
 }
 
 // The type of a cell, and the memory layout of what the kernels keep.
-py::tuple cell_layout(int id, bool regularized) {
+py::tuple cell_layout(const PyCell& cell, bool regularized) {
+  cell.need_compiled();
   static const char* const types[] = {
 #define X(id, type) #type,
 #include "cells/cells.def"
 #undef X
   };
   const cpu::Kernels<float>& kernels = cpu::kernels<float>();
-  const cpu::CellShape& shape = (regularized ? kernels.regularized : kernels.cells)[int(cell_of(id))].shape;
+  const cpu::CellShape& shape = (regularized ? kernels.regularized : kernels.cells)[int(cell.id)].shape;
   py::list parts;
   for (const Part& part : {shape.input, shape.recurrent, shape.recurrent2})
     parts.append(py::make_tuple(part.first, std::vector<int>(part.gate, part.gate + part.count)));
-  const std::string type = regularized ? std::string("Regularized<") + types[id] + ">" : types[id];
+  const std::string type = regularized ? std::string("Regularized<") + types[int(cell.id)] + ">" : types[int(cell.id)];
   return py::make_tuple(type, shape.accumulators, shape.saved, shape.has_c, parts, shape.layer_norm);
 }
 
 // The number of threads, whether by rows of the batch, and backward's chunks of steps: for docs/scaling.md, in float32.
-py::tuple split(int id, Index T, Index B, Index I, Index H, int threads) {
-  const CellId cell = cell_of(id);
+py::tuple split(const PyCell& cell, Index T, Index B, Index I, Index H, int threads) {
+  cell.need_compiled();
   if (T < 0 || B < 0 || I < 1 || H < 1 || threads < 1)
     throw py::value_error("sizes: expected T and B at least 0, and I, H and threads at least 1");
   const Sizes sizes = {T, B, I, H, H};
-  const Split found = split_of<float>(cell, sizes, threads);
-  return py::make_tuple(found.threads, found.by_rows, chunks_of<float>(cell, sizes));
+  const Split found = split_of<float>(cell.id, sizes, threads);
+  return py::make_tuple(found.threads, found.by_rows, chunks_of<float>(cell.id, sizes));
 }
 
 unsigned long control_word() {

@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 from fusedrnn import _core, system
+from fusedrnn.backends.cpu import core_of
+from fusedrnn.cells.zoo.gated import mgu
 from fusedrnn.threads import get_num_threads
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -21,7 +23,7 @@ import scaling
 import scaling_model as model
 from scaling_model import Split
 
-LSTM = _core.CELLS.index("lstm")
+LSTM = _core.Cell(_core.CELLS.index("lstm"))
 
 # Round figures; reading costs nothing unless a test says so.
 MACHINE = model.Machine(
@@ -180,8 +182,8 @@ def test_sizes_that_are_none_are_refused():
             _core.testing.split(LSTM, *sizes)
     with pytest.raises(OverflowError):
         _core.testing.split(LSTM, 2**62, 2**62, 2**62, 2**62, 1)
-    with pytest.raises(ValueError, match="cell"):
-        _core.testing.split(99, 1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="cell: expected a compiled one, got a program"):
+        _core.testing.split(core_of(mgu), 1, 1, 1, 1, 1)
 
 
 @pytest.mark.kernel

@@ -196,9 +196,9 @@ class TestKernels:
     def test_threads_have_whole_rows(self, cell, cpu):
         """A norm takes all units of a row: split by units, threads would have to meet twice a step more."""
         from fusedrnn import _core
-        from fusedrnn.backends.cpu import cell_id
+        from fusedrnn.backends.cpu import compiled
 
-        plain, normed = (cell_id(cell.with_options(layer_norm=norm)) for norm in (False, True))
+        plain, normed = (compiled(cell.with_options(layer_norm=norm)) for norm in (False, True))
         size = (20, 4, 1500, 1500, 8)
         assert not _core.testing.split(plain, *size)[1]
         assert _core.testing.split(normed, *size)[:2] == (4, True)

@@ -35,7 +35,6 @@ from fusedrnn.backends.protocol import (
     Rows,
     Scalars,
     State,
-    Unsupported,
     Weights,
 )
 from fusedrnn.cells import Cell
@@ -85,25 +84,12 @@ def names(cell: Cell) -> tuple[str, ...]:
 
 
 @functools.cache
-def cell_id(cell: Cell, backend: str = "cpu") -> int:
-    """The compiled cell's number in csrc/cells/cells.def.
-
-    Raises:
-        Unsupported: It has none; the message names the backend.
-    """
-    for name, compiled in COMPILED.items():
-        if cell == compiled and name in _core.CELLS:
-            return int(_core.CELLS.index(name))
-    raise Unsupported(f"cell: {cell!r} is not supported by the {backend} backend; use the reference")
-
-
-@functools.cache
 def compiled(cell: Cell) -> _core.Cell | None:
-    """The compiled cell, or None: a program runs it."""
-    try:
-        return _core.Cell(cell_id(cell))
-    except Unsupported:
-        return None
+    """The cell of csrc/cells/cells.def, or None: a program runs it."""
+    for name, each in COMPILED.items():
+        if cell == each and name in _core.CELLS:
+            return _core.Cell(_core.CELLS.index(name))
+    return None
 
 
 def core_of(cell: Cell, regularization: Regularization | None = None) -> _core.Cell:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fusedrnn import masks
-from fusedrnn.backends.cpu import cell_id
+from fusedrnn.backends.cpu import compiled
 from fusedrnn.backends.protocol import Regularization, Unsupported
 from fusedrnn.cells import Cell
 
@@ -165,13 +165,13 @@ def kernels_of(cell: Cell, regularized: bool = False) -> CellKernels:
     """The cell's name and layout in csrc/cells, as the compiled module has them.
 
     Raises:
-        ValueError: There are no kernels for it.
+        Unsupported: There are no kernels for it.
     """
     if cell.projects:
         raise Unsupported("weight_hr: is not supported by the cuda backend; use the reference")
-    type_, accumulators, saved, has_c, parts, layer_norm = _core.cell_layout(
-        cell_id(cell, "cuda"), regularized
-    )
+    if (core := compiled(cell)) is None:
+        raise Unsupported(f"cell: {cell!r} is not supported by the cuda backend; use the reference")
+    type_, accumulators, saved, has_c, parts, layer_norm = _core.cell_layout(core, regularized)
     input_, recurrent, recurrent2 = (Part(first, tuple(gates)) for first, gates in parts)
     return CellKernels(
         type_, accumulators, saved, has_c, input_, recurrent, recurrent2, regularized, layer_norm
