@@ -153,7 +153,7 @@ template <class T>
 TapePtr<T> forward(const ForwardCall<T>& call);
 template <class T>
 void backward(const BackwardCall<T>& call);
-// A tape over memory that `saved` of a forward call was, which outlives it; of a program only one of everything.
+// A tape over memory that `saved` of a forward call was; the memory outlives it.
 template <class T>
 TapePtr<T> tape_over(const Problem& problem, Save save, const T* saved);
 // What a tape takes, in elements.

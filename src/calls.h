@@ -171,12 +171,6 @@ Save save_of(int id) {
   return Save(id);
 }
 
-// Of a tape in an array.
-Save save_of(bool recompute, const PyCell& cell) {
-  if (recompute && cell.plan) throw RefusedValue("recompute: expected False for a program with a tape, got True");
-  return recompute ? Save::boundary_states : Save::all;
-}
-
 // --- packed weights --------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -364,11 +358,11 @@ void run_forward_as(const PyCell& cell, const Given& given, const Inputs& in, co
   ForwardSetup<T> setup(cell, given, in, options, std::move(out));
   if (!saved.is_none()) {
     ForwardCall<T>& call = setup.call;
-    call.save = save_of(recompute, cell);
+    call.save = recompute ? Save::boundary_states : Save::all;
     call.saved = tape_memory<T>(saved, call.problem, call.save);
     // What ragged rows leave of it is 0, so that it is the same for the same inputs.
     const TapeShape shape = tape_shape<T>(call.problem, call.save);
-    const Index kept = cell.plan && call.problem.lengths ? 0 : shape.rows;
+    const Index kept = cell.plan && call.problem.lengths && !recompute ? 0 : shape.rows;
     std::fill(call.saved + kept * shape.width, call.saved + array_view(saved, "tape").shape[0] * shape.width, T(0));
   }
   setup.run();
@@ -484,7 +478,7 @@ template <class T>
 void run_backward_as(PyTape& owner, const Sizes& sizes, const Options& options, bool recompute, const py::object& saved,
                      const Upstream& upstream, Gradients out) {
   const Problem& problem = problem_of(owner, *owner.cell, sizes, options);
-  const Save save = save_of(recompute, *owner.cell);
+  const Save save = recompute ? Save::boundary_states : Save::all;
   const TapePtr<T> tape = tape_over<T>(problem, save, tape_memory<T>(saved, problem, save));
   BackwardSetup<T>(owner, tape.get(), upstream, std::move(out)).run();
 }
@@ -517,7 +511,7 @@ py::tuple py_tape_shape(const PyCell& cell, Index T, Index B, Index I, Index H, 
   check_bfloat16(cell, bfloat16);
   problem.bfloat16 = bfloat16;
   if (regularized) problem.regularization.zoneout_h = 1;
-  const Save save = save_of(recompute, cell);
+  const Save save = recompute ? Save::boundary_states : Save::all;
   const TapeShape shape = float64 ? tape_shape<double>(problem, save) : tape_shape<float>(problem, save);
   return py::make_tuple(shape.rows, shape.width);
 }

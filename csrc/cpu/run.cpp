@@ -408,10 +408,12 @@ TapePtr<T> tape_over(const Problem& problem, Save save, const T* saved) {
   TapePtr<T> tape(new Tape<T>{});
   tape->save = save;
   T* const memory = const_cast<T*>(saved);  // backward only reads
-  if (problem.cell.plan) {
-    lay_out(*tape, *problem.cell.plan, problem.sizes, memory);
-  } else if (save == Save::boundary_states) {
+  const cpu::MachinePlan* const plan = problem.cell.plan;
+  if (save == Save::boundary_states) {
     tape->boundary_states = memory;
+    if (plan) tape->state.resize(std::size_t(plan->states));
+  } else if (plan) {
+    lay_out(*tape, *plan, problem.sizes, memory);
   } else {
     const CellShape& shape = cell_of(cpu::kernels<T>(), problem).shape;
     tape->saved = memory;
@@ -556,13 +558,14 @@ template <class T>
 TapeShape tape_shape(const Problem& problem, Save save) {
   const Sizes& n = problem.sizes;
   check_sizes(n);
-  if (problem.cell.plan) return {n.T * n.B, problem.cell.plan->tape_width(n.H)};
   const cpu::Kernels<T>& kernels = kernels_for<T>(problem.bfloat16);
-  const CellShape& shape = cell_of(kernels, problem).shape;
+  const cpu::MachinePlan* const plan = problem.cell.plan;
+  const CellShape shape = plan ? shape_of(*plan) : cell_of(kernels, problem).shape;
   if (save == Save::boundary_states) {
-    const Index count = Chunk<T>(shape, n, kernels.numbers).count;
-    return {shape.has_c && count ? (count - 1) * n.B : 0, n.H};
+    const Index count = Chunk<T>(shape, n, kernels.numbers).count, states = plan ? plan->states - 1 : shape.has_c;
+    return {count ? (count - 1) * states * n.B : 0, n.H};
   }
+  if (plan) return {n.T * n.B, plan->tape_width(n.H)};
   return {problem.lengths ? std::accumulate(problem.lengths, problem.lengths + n.B, Index(0)) : n.T * n.B,
           (shape.saved + shape.has_c) * n.H};
 }

@@ -95,6 +95,25 @@ def test_float32_and_no_grad_are_the_same_kernels(cell):
     torch.testing.assert_close(y.double(), expected[0], rtol=0, atol=1e-5)
 
 
+def test_recompute_keeps_the_states_between_chunks_alone():
+    """The sequence has two chunks."""
+    found, shapes = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        layer, _ = made(three, 2, 19, recompute=recompute)
+        x = torch.randn(90, 9, 2, dtype=torch.float64, requires_grad=True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            y, _ = layer(x)
+        y.sum().backward()
+        found.append([y, x.grad, *[p.grad for p in layer.parameters()]])
+        shapes.append({tuple(t.shape) for t in kept})
+    assert all(map(torch.equal, *found))
+    (tape,), (boundary,) = shapes[0] - shapes[1], shapes[1] - shapes[0]
+    assert tape[0] == 90 * 9
+    assert boundary == (2 * 9, 19)  # the second chunk begins with two states beside y
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["tape", "again"])
 @pytest.mark.parametrize("cell", [mgu, three, gru_d, lstmp], ids=lambda c: c.name)

@@ -202,14 +202,15 @@ TapePtr<T> machine_forward(const ForwardCall<T>& call) {
   T *carried, *saved, *boundary_states = nullptr, *masks, *norms;
   cpu::MachineForward<T> job{};
   std::vector<T*> computed(O), state(S, call.y);
-  if (call.saved) lay_out(*tape, plan, n, call.saved), saved = tape->saved, norms = tape->norms, state = tape->state;
+  if (all && call.saved)
+    lay_out(*tape, plan, n, call.saved), saved = tape->saved, norms = tape->norms, state = tape->state;
   state[0] = call.y;
-  if (!call.saved) {
+  if (!all || !call.saved) {
     kept.take(saved, {keeps ? all ? n.T : 1 : 0, n.B, plan.saved, n.H});
     kept.take(norms, {all ? n.T : 1, n.B, plan.norms, cpu::kNormNumbers});
     for (std::size_t s = 1; s < S; ++s) kept.take(state[s], {every ? n.T : 2, n.B, n.H});
   }
-  tape_layout.take(boundary_states, {boundaries, plan.states - 1, n.B, n.H});
+  tape_layout.take(boundary_states, {call.saved ? 0 : boundaries, plan.states - 1, n.B, n.H});
   layout.take(carried, {plan.carried, n.B, units});
   layout.take(job.unprojected, {plan.projects ? n.B : 0, units});
   for (std::size_t o = 1; o < O; ++o)
@@ -219,6 +220,7 @@ TapePtr<T> machine_forward(const ForwardCall<T>& call) {
   scratch.take(layout, split.threads);
   if (tape) tape->memory = tape_layout.allocate(), tape->save = call.save;
   const Buffer memory = layout.allocate();
+  if (!all && call.saved) boundary_states = call.saved;
   numbers.fill_constants(plan);
   if (tape)  // with boundary states only those are still there
     tape->saved = saved, tape->norms = norms, tape->state = state, tape->boundary_states = boundary_states;

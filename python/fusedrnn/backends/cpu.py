@@ -259,8 +259,7 @@ class CpuBackend:
     ) -> tuple[int, int]:
         """Rows and elements per row of the array that ``run_forward`` takes for a tape, for T, B, I, H, P.
 
-        A compiled cell needs with ``lengths`` as many rows as there are valid steps; more do no harm. Any
-        other cell has no such array with ``recompute``.
+        A compiled cell needs with ``lengths`` as many rows as there are valid steps; more do no harm.
         """
         core, acts = core_of(cell, regularization), regularization is not None
         return _core.tape_shape(core, *sizes, recompute, acts, float64, bfloat16)

@@ -154,14 +154,14 @@ class Call(NamedTuple):
     def tape_rows(self) -> int | None:
         """Rows of the tape, of tensors whose values are known; None: there is none."""
         T, B, *_ = sizes = self.sizes()
-        if self.cell not in CELLS:
-            there = not (self.recompute or self.refused()) and isinstance(self.backend(), CpuBackend)
-            return T * B if there else None
+        own = self.cell not in CELLS
+        if own and (self.refused() or not isinstance(self.backend(), CpuBackend)):
+            return None
         if self.recompute and self.x.is_cpu:
-            cell, dtype = CELLS[self.cell], self.x.dtype
+            cell, dtype = cell_of(self.cell), self.x.dtype
             kind = {"float64": dtype is torch.float64, "bfloat16": dtype is torch.bfloat16}
             return CPU.tape_shape(cell, sizes, recompute=True, regularization=self.masks(), **kind)[0]
-        if self.lengths is None or self.lengths.is_floating_point() or self.lengths.is_complex():
+        if own or self.lengths is None or self.lengths.is_floating_point() or self.lengths.is_complex():
             return T * B  # wrong lengths are refused later
         return min(max(0, int(self.lengths.sum())), T * B)
 
