@@ -222,8 +222,10 @@ TapePtr<T> machine_forward(const ForwardCall<T>& call) {
   const Buffer memory = layout.allocate();
   if (!all && call.saved) boundary_states = call.saved;
   numbers.fill_constants(plan);
-  if (tape)  // with boundary states only those are still there
-    tape->saved = saved, tape->norms = norms, tape->state = state, tape->boundary_states = boundary_states;
+  if (tape && all)
+    tape->saved = saved, tape->norms = norms, tape->state = state;
+  else if (tape)
+    tape->boundary_states = boundary_states, tape->state.assign(S, nullptr);
   const std::vector<cpu::MachineRound> rounds = forward_rounds(plan, packed.machine->parts);
 
   job.call = machine_call(plan, call.problem, call.x, numbers, scratch);
