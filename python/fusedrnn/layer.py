@@ -12,6 +12,7 @@ import numpy as np
 from fusedrnn import cuda, npz
 from fusedrnn.autograd import Array, Parameter, Variable
 from fusedrnn.backends.arguments import FLOATS, bfloat16
+from fusedrnn.cells import Cell, order
 
 # What to write in place of arguments that torch.nn has.
 INSTEAD = {
@@ -108,7 +109,11 @@ class Layer:
             p.cleargrad()
 
     def save_weights(self, path: npz.PathLike) -> None:
-        """Write all parameters to one ``.npz`` file, by their paths, such as ``rnn/weight_ih``."""
+        """Write all parameters to one ``.npz`` file, by their paths, such as ``rnn/weight_ih``.
+
+        A layer of a cell of your own also has an entry such as ``rnn/cell``: the order of its gates, and a
+        digest of what a step computes.
+        """
         npz.write(path, values(self))
 
     def load_weights(self, path: npz.PathLike) -> None:
@@ -119,8 +124,9 @@ class Layer:
 
         Raises:
             OSError: The file cannot be read.
-            ValueError: An entry is missing, extra, pickled or of another shape. The message names it, and no
-                parameter has changed.
+            ValueError: An entry is missing, extra, pickled or of another shape, or a cell of your own had
+                other gates or states when its weights were saved. The message names it, and no parameter has
+                changed. If such a cell only computes something else now, there is a warning.
         """
         arrays = npz.read(path)
         if "plain" in arrays and any(key.startswith("weight/") for key in arrays):
@@ -137,6 +143,11 @@ class Layer:
         sized: list[tuple[Layer, dict[str, Array]]] = []
         for path, layer in self.walk():
             prefix = f"{path}/" if path else ""
+            cell = vars(layer).get("cell")
+            if isinstance(cell, Cell) and prefix + "cell" in left:
+                saved = dict(left.pop(prefix + "cell").astype(str).reshape(-1, 2).tolist())
+                if wrong := order.difference(cell, saved):
+                    raise ValueError(f"{source}: entry {prefix + 'cell'!r}: {wrong}")
             taken = layer.from_dezero_layout(prefix, left, source)
             for name, shape in layer.weight_shapes().items():
                 parameter = vars(layer)[name]
@@ -227,12 +238,16 @@ class Layer:
 
 
 def values(layer: Layer) -> dict[str, Array]:
-    """Every parameter of a layer by its path, as NumPy arrays."""
+    """Every parameter of a layer by its path, as NumPy arrays, and what describes cells of the user's own."""
     found = {}
     for name, p in layer.named_params():
         if p._data is None:
             raise ValueError(f"{name} has no values yet: its size is known at the first call")
         found[name] = cuda.as_numpy(p._data)
+    for path, each in layer.walk():
+        cell = vars(each).get("cell")
+        if isinstance(cell, Cell) and not cell.is_builtin:
+            found[f"{path}/cell" if path else "cell"] = np.array(list(order.describe(cell).items()))
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +17,13 @@ import numpy as np
 import pytest
 
 import fusedrnn.layers as L
-from fusedrnn import Variable, gradcheck_suite, kernels
+from fusedrnn import Model, Variable, checkpoint, gradcheck_suite, kernels
 from fusedrnn.backends import get
 from fusedrnn.backends.protocol import Regularization
 from fusedrnn.cells import cell, lstm, relu, sigmoid, tanh
 from fusedrnn.gradcheck import gradcheck
 from problems import assert_close, name, problem, run
+from rewritten import REFUSED, WARNED, mgu_of
 
 REFERENCE, NUMBA, CPU = get("reference"), get("numba"), get("cpu")
 needs_cpu = pytest.mark.skipif(CPU.unavailable() is not None, reason=str(CPU.unavailable()))
@@ -179,6 +181,63 @@ def test_weights_in_a_file_and_pickled_models(tmp_path):
     for same in (other, carried, copy.deepcopy(net)):
         same.reset_state()
         np.testing.assert_array_equal(same(x).data, want)
+
+
+class Net(Model):
+    def __init__(self, rnn):
+        super().__init__()
+        self.first, self.rnn = L.Linear(2, in_size=2), rnn
+
+
+def values_of(model):
+    return {name: p.data.copy() for name, p in model.named_params()}
+
+
+FILES = [
+    (lambda model, path: model.save_weights(path), lambda model, path: model.load_weights(path)),
+    (lambda model, path: checkpoint.save(path, model), lambda model, path: checkpoint.load(path, model)),
+]
+files = pytest.mark.parametrize(("save", "load"), FILES, ids=["weights", "checkpoint"])
+
+
+@files
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_cell_with_other_gates_or_states_loads_no_weights(tmp_path, save, load, change):
+    save(Net(L.Recurrent(mgu_of(), 5, 4)), tmp_path / "w")
+    model = Net(L.Recurrent(mgu_of(change), 5, 4))
+    before = values_of(model)
+    with pytest.raises(ValueError, match=f"entry 'rnn/cell': .*{REFUSED[change]}"):
+        load(model, tmp_path / "w")
+    for key, array in values_of(model).items():
+        np.testing.assert_array_equal(array, before[key])
+
+
+@files
+def test_a_cell_that_computes_something_else_loads_weights_with_a_warning(tmp_path, save, load):
+    saved = Net(L.Recurrent(mgu_of(), 5, 4))
+    save(saved, tmp_path / "w")
+    for change in ("arithmetic", ""):  # the last is the same cell, defined again
+        model = Net(L.Recurrent(mgu_of(change), 5, 4))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            load(model, tmp_path / "w")
+        assert [(str(w.message), w.filename) for w in found] == [(WARNED, __file__)] * bool(change)
+        for key, array in values_of(model).items():
+            np.testing.assert_array_equal(array, values_of(saved)[key])
+
+
+def test_weights_without_the_order_of_the_gates_load(tmp_path):
+    layer = L.Recurrent(mgu_of(), 5, 4)
+    layer.save_weights(tmp_path / "w.npz")
+    with np.load(tmp_path / "w.npz") as file:
+        arrays = dict(file)
+    assert arrays.pop("cell")[1].tolist() == ["weight_ih", "f n"]
+    np.savez(tmp_path / "old.npz", **arrays)
+    L.Recurrent(mgu_of("order"), 5, 4).load_weights(tmp_path / "old.npz")
+    for named in (L.LSTM(5, 4), L.GRU(5, 4), L.RNN(5, 4), L.Recurrent(lstm, 5, 4)):
+        named.save_weights(tmp_path / "named.npz")
+        with np.load(tmp_path / "named.npz") as file:
+            assert set(file) == {name for name, _ in named.named_params()}
 
 
 # --- PyTorch ------------------------------------------------------------------------------------------------

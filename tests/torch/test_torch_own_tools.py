@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import pytest
 
@@ -30,6 +31,7 @@ from own_layers import (  # noqa: E402
     three,
 )
 from published import gru_d, lstmp, mgu  # noqa: E402
+from rewritten import REFUSED, WARNED, mgu_of  # noqa: E402
 
 # What PyTorch itself warns of while it compiles is no concern of these tests.
 pytestmark = [
@@ -177,3 +179,50 @@ def test_frozen_layers():
     ft.unfreeze(model)
     with pytest.raises(RuntimeError, match="the kernels cannot run it: cell: large"):
         ft.freeze(ft.Recurrent(large, I, H).eval())
+
+
+# --- files of weights ---------------------------------------------------------------------------------------
+
+
+def model_of(kind, change=""):
+    return torch.nn.Sequential(kind(mgu_of(change), I, H))
+
+
+def saved_by(model, path):
+    torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+
+kinds = pytest.mark.parametrize("kind", [ft.Recurrent, ft.RecurrentCell])
+
+
+@kinds
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_cell_with_other_gates_or_states_loads_no_state_dict(tmp_path, kind, change):
+    state = saved_by(model_of(kind), tmp_path / "w.pt")
+    model = model_of(kind, change)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=f"0: .*{REFUSED[change]}"):
+        model.load_state_dict(state)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    model.load_state_dict(dict(state))  # without PyTorch's metadata nothing is compared
+    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
+
+
+@kinds
+def test_a_cell_that_computes_something_else_loads_a_state_dict_with_a_warning(tmp_path, kind):
+    state = saved_by(model_of(kind), tmp_path / "w.pt")
+    for change in ("arithmetic", ""):  # the last is the same cell, defined again
+        model = model_of(kind, change)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            model.load_state_dict(state)
+        assert [str(w.message) for w in found] == [WARNED] * bool(change)
+        assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
+
+
+def test_state_dicts_have_no_new_keys():
+    layer = ft.Recurrent(mgu_of(), I, H)
+    assert set(layer.state_dict()) == {name for name, _ in layer.named_parameters()}
+    for named in (ft.LSTM(I, H), ft.GRU(I, H), ft.RNN(I, H), ft.LSTMCell(I, H), ft.Recurrent(lstm, I, H)):
+        assert named.state_dict()._metadata == {"": {"version": 1}}

@@ -22,7 +22,7 @@ from fusedrnn.backends.arguments import (
     check_shape,
     check_whole,
 )
-from fusedrnn.cells import Cell
+from fusedrnn.cells import Cell, order
 from fusedrnn.cells.definition import OF_PRODUCTS
 from fusedrnn.torch import dynamo, ops, paths
 from fusedrnn.torch.base import RecurrentBase, StepBase, weights_of
@@ -101,6 +101,17 @@ class CellModule(Freezable):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._key = key_of(self.cell)  # another process may have another
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.cell.is_builtin and hasattr(destination, "_metadata"):  # beside PyTorch's version
+            destination._metadata[prefix[:-1]]["cell"] = order.describe(self.cell)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        if wrong := order.difference(self.cell, local_metadata.get("cell", {})):
+            args[-1].append(f"{prefix[:-1] or type(self).__name__}: {wrong}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __prepare_scriptable__(self) -> Any:
         name = type(self).__name__
