@@ -76,27 +76,22 @@ def test_prefetched_weights(cell, small, threads):
             assert_bitwise_equal(*results)
 
 
-@pytest.mark.parametrize("value", ["never", "always", "yes"])
-def test_the_variable_of_prefetching(value):
-    code = "from fusedrnn import _core; print(_core.info()['prefetch'])"
-    out = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "FUSEDRNN_PREFETCH": value},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    if value == "yes":
-        assert "FUSEDRNN_PREFETCH: expected never or always, got 'yes'" in out.stderr
-    else:
-        assert out.stdout.split() == [str(value == "always")], out.stderr
-
-
-@pytest.mark.parametrize("value", [*COPIES, "yes"])
-def test_the_variable(value):
-    code = "from fusedrnn import _core; print(_core.info()['ordered_copies'])"
-    out = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "FUSEDRNN_ORDERED_COPIES": value},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    if value == "yes":
-        assert "FUSEDRNN_ORDERED_COPIES: expected never, large or always, got 'yes'" in out.stderr
-    else:
-        assert out.stdout.split() == [value], out.stderr
+@pytest.mark.parametrize(
+    ("variable", "key", "values", "expected"),
+    [
+        ("FUSEDRNN_ORDERED_COPIES", "ordered_copies", COPIES, "never, large or always"),
+        ("FUSEDRNN_PREFETCH", "prefetch", ("never", "always"), "never or always"),
+    ],
+)
+def test_the_variables(variable, key, values, expected):
+    for value in (*values, "yes"):
+        code = f"from fusedrnn import _core; print(_core.info()['{key}'])"
+        out = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, variable: value},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        if value == "yes":
+            assert f"{variable}: expected {expected}, got 'yes'" in out.stderr
+        else:
+            printed = value if key == "ordered_copies" else str(value == "always")
+            assert out.stdout.split() == [printed], out.stderr
