@@ -494,7 +494,7 @@ class Div(Function):
         a, b = self.inputs
         return (
             sum_to(gy._data / b._data, a.shape) if a.requires_grad else None,
-            sum_to(-gy._data * a._data / b._data**2, b.shape) if b.requires_grad else None,
+            sum_to(-gy._data * (a._data / b._data) / b._data, b.shape) if b.requires_grad else None,
         )
 
 
@@ -509,7 +509,7 @@ class Neg(Function):
 
 
 class Pow(Function):
-    """A plain number as exponent."""
+    """A plain number as exponent. With 0 the gradient is 0, also at 0, where the formula would be 0 * inf."""
 
     def __init__(self, exponent: float) -> None:
         check_number("exponent", exponent)
@@ -519,7 +519,7 @@ class Pow(Function):
         return a**self.exponent
 
     def backward(self, gy: Variable) -> Array:
-        return gy._data * self.exponent * self.inputs[0]._data ** (self.exponent - 1)
+        return gy._data * (n := self.exponent) * (self.inputs[0]._data ** (n - 1) if n else 0)
 
 
 class MatMul(Function):
@@ -577,7 +577,7 @@ class Transpose(Function):
         return a.transpose(self.axes)
 
     def backward(self, gy: Variable) -> Array:
-        return gy._data.transpose(None if self.axes is None else np.argsort(self.axes))
+        return gy._data.transpose(None if self.axes is None else np.argsort(np.array(self.axes) % gy.ndim))
 
 
 class GetItem(Function):

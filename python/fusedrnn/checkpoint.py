@@ -22,11 +22,12 @@ import numpy as np
 
 from fusedrnn import cuda, npz
 from fusedrnn.autograd import Array, Parameter, Variable
-from fusedrnn.dataloaders import DataLoader
+from fusedrnn.dataloaders import DataLoader, SeqDataLoader
 from fusedrnn.layer import Layer, values
 from fusedrnn.optimizers import Optimizer
 
 FORMAT = 1
+ARRAY = ({"array", "dtype", "shape"}, {"array", "dtype"})  # keys that mean an array; old files have no shape
 
 
 class CheckpointError(ValueError):
@@ -69,6 +70,7 @@ def save(
         "random": _random_state(),
         "generators": [_plain("generators", g.bit_generator.state) for g in generators],
         "iteration": None if loader is None else loader.iteration,
+        "batches": None if loader is None else _batches(loader),
         "optimizer": None if optimizer is None else type(optimizer).__name__,
         "progress": {k: _plain(k, v) for k, v in progress.items() if not cuda.is_array(v)},
     }
@@ -131,6 +133,9 @@ def load(
         if loader is not None and len(parts["loader"]["index"]) != loader.data_size:
             saved = len(parts["loader"]["index"])
             raise CheckpointError(f"loader: expected {saved} samples, as saved, got {loader.data_size}")
+        batches = plain.get("batches")  # older files have none
+        if loader is not None and batches is not None and batches != _batches(loader):
+            raise CheckpointError(f"loader: expected {batches}, as saved, got {_batches(loader)}")
         model.assign_weights(parts["weight"], "weights")
         if optimizer is not None:
             optimizer.load_state(parts["optimizer"])
@@ -167,6 +172,12 @@ def _check_types(model: Any, optimizer: Any, loader: Any, generators: Any) -> No
     for g in generators:
         if not isinstance(g, np.random.Generator):
             raise TypeError(f"generators: expected NumPy's generators, got {type(g).__name__}")
+
+
+def _batches(loader: DataLoader) -> str:
+    """What the number of batches returned so far depends on."""
+    steps = f", steps={loader.steps}" if isinstance(loader, SeqDataLoader) else ""
+    return f"{type(loader).__name__} with batch_size={loader.batch_size}{steps}"
 
 
 def _carried(model: Layer) -> dict[str, Array]:
@@ -218,11 +229,17 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         if wrong := [k for k in value if not isinstance(k, str)]:
             raise TypeError(f"{name}: expected dicts with keys of type str, got the key {wrong[0]!r}")
+        if set(value) in ARRAY:
+            raise TypeError(
+                f"{name}: expected dicts with other keys than {', '.join(value)}, which mean an array"
+            )
         return {k: _plain(name, v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(name, v) for v in value]
     if isinstance(value, np.ndarray):
-        return {"array": _array(name, value).tolist(), "dtype": str(value.dtype)}
+        if value.dtype.kind not in "biufUS":
+            raise TypeError(f"{name}: expected arrays of numbers or text, got {value.dtype}")
+        return {"array": value.ravel().tolist(), "dtype": str(value.dtype), "shape": list(value.shape)}
     value = value.item() if isinstance(value, np.generic) else value
     if value is not None and not isinstance(value, str | bool | int | float):
         raise TypeError(
@@ -233,7 +250,8 @@ def _plain(name: str, value: Any) -> Any:
 
 def _arrays(value: Any) -> Any:
     if isinstance(value, dict):
-        if set(value) == {"array", "dtype"}:
-            return np.array(value["array"], value["dtype"])
+        if set(value) in ARRAY:
+            array = np.array(value["array"], value["dtype"])
+            return array.reshape(value.get("shape", array.shape))
         return {k: _arrays(v) for k, v in value.items()}
     return [_arrays(v) for v in value] if isinstance(value, list) else value

@@ -424,11 +424,15 @@ def cast(x: Any, dtype: np.dtype[Any]) -> Variable:
 def where(condition: Array, a: Any, b: Any) -> Variable:
     """The elements of a where the condition is true, else those of b, with broadcasting.
 
-    A NaN in the branch that is not taken has no effect.
+    A NaN in the branch that is not taken has no effect. A plain number has the dtype of the other branch.
 
     Raises:
         TypeError: The condition is not made of numbers or booleans.
     """
+    if isinstance(b, Variable):
+        a = autograd.as_operand(a, b)
+    elif isinstance(a, Variable):
+        b = autograd.as_operand(b, a)
     return Where(cuda.as_array(cuda.as_numbers("condition", condition), bool))(a, b)
 
 

@@ -138,7 +138,7 @@ class Layer:
     def assign_weights(self, arrays: Mapping[str, Array], source: str) -> None:
         """Set every parameter from its array. All are checked before the first is set."""
         left = dict(arrays)
-        done: set[int] = set()
+        done: dict[int, Array] = {}
         moves: list[tuple[Layer, Parameter, Array]] = []
         sized: list[tuple[Layer, dict[str, Array]]] = []
         for path, layer in self.walk():
@@ -152,13 +152,14 @@ class Layer:
             for name, shape in layer.weight_shapes().items():
                 parameter = vars(layer)[name]
                 if id(parameter) in done:  # shared by two layers: saved once
+                    taken[name] = done[id(parameter)]
                     continue
-                done.add(id(parameter))
                 if name not in taken:
                     key = prefix + name
                     if key not in left:
                         raise ValueError(f"{source}: entry {key!r} is missing")
                     taken[name] = npz.checked(left.pop(key), shape, key, source)
+                done[id(parameter)] = taken[name]
                 values = taken[name].astype(layer.dtype_of(name, taken[name]), order="C")
                 moves.append((layer, parameter, values))
             sized.append((layer, taken))

@@ -180,8 +180,7 @@ class Linear(Layer):
         return F.linear(x, self.W, self.b)
 
     def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
-        shapes: dict[str, tuple[int | None, ...] | None] = {"W": (self.in_size, self.out_size)}
-        return shapes if self.b is None else shapes | {"b": (self.out_size,)}
+        return super().weight_shapes() | {"W": (self.in_size, self.out_size)}
 
     def dtype_of(self, name: str, array: Array) -> np.dtype[Any]:
         return self.dtype

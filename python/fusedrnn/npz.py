@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -33,7 +34,10 @@ def write(path: PathLike, arrays: Mapping[str, Array], previous: Path | None = N
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            with zipfile.ZipFile(file, "w") as archive:  # np.savez takes some names as arguments of its own
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
@@ -42,6 +46,8 @@ def write(path: PathLike, arrays: Mapping[str, Array], previous: Path | None = N
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if os.name == "nt":  # which opens no folders
+        return
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)  # the new name is on the disk too
@@ -53,7 +59,10 @@ def _keep(path: Path, previous: Path) -> None:
     """Give the file a second name, so that the first one always exists."""
     link = previous.with_name(f".{previous.name}.link")
     link.unlink(missing_ok=True)
-    os.link(path, link)
+    try:
+        os.link(path, link)
+    except OSError:  # not every file system has links
+        shutil.copyfile(path, link)
     os.replace(link, previous)
 
 

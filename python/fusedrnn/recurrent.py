@@ -41,7 +41,7 @@ class Recurrent(Layer):
         hidden_size: The number of units, H.
         in_size: The size of the input, I. None: it is taken from the first call.
         num_layers: The number of stacked layers. The input of each is the h of the layer below.
-        bidirectional: True: a second set of weights runs backward in time, and y is ``(T, B, 2*H)``. Such a
+        bidirectional: True: a second set of weights runs backward in time, and y is ``(T, B, 2*P)``. Such a
             layer takes only whole sequences. It keeps no state between calls, because the reverse direction
             starts at the end of a sequence.
         dropout: The probability of zeros between layers, in training. With one layer, a warning says that it
@@ -253,7 +253,7 @@ class Recurrent(Layer):
         raise ValueError(f"x: expected shape (B, I), one step, or (T, B, I), a sequence, got {x.shape}")
 
     def step(self, x: Any, state: Any = None, **scalars: Any) -> Variable:
-        """One time step: x ``(B, I)`` to h ``(B, H)``, which the layer keeps as ``.h`` (and c as ``.c``).
+        """One time step: x ``(B, I)`` to h ``(B, P)``, which the layer keeps as ``.h`` (and c as ``.c``).
 
         Every call draws its own masks. For recurrent dropout with one mask for all steps, pass the sequence
         in one call.
@@ -295,7 +295,7 @@ class Recurrent(Layer):
         detach_every: int | None = None,
         **scalars: Any,
     ) -> Any:
-        """A whole sequence: x ``(T, B, I)`` to y ``(T, B, D*H)``, the h of the last layer at every step.
+        """A whole sequence: x ``(T, B, I)`` to y ``(T, B, D*P)``, the h of the last layer at every step.
 
         Args:
             x: The inputs.
@@ -478,7 +478,7 @@ class Recurrent(Layer):
             self._draw(hidden=True)
 
     def weight_shapes(self) -> dict[str, tuple[int | None, ...] | None]:
-        shapes: dict[str, tuple[int | None, ...] | None] = {}
+        shapes = super().weight_shapes()
         for k, suffix in enumerate(self.suffixes):
             for name, shape in self._shapes(k).items():
                 if vars(self)[name + suffix] is not None:

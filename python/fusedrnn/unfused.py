@@ -49,6 +49,11 @@ class UnfusedStep(Step):
 
     operations = OPERATIONS
 
+    def constant(self, value: float) -> Variable:
+        """A number in the dtype of the weights."""
+        weight = self.weights["weight_ih"]
+        return as_variable(cuda.get_array_module(weight).asarray(value, weight.dtype))
+
     def units(self) -> int:
         return self.weights["weight_ih"].shape[1] // self.cell.blocks["weight_ih"]
 
@@ -179,6 +184,7 @@ def _first(layer: Recurrent, begin: State | None, slot: int, batch: int) -> Stat
     if begin is None:
         starts = zip(layer.cell.trace.start.values(), layer._widths.values(), strict=True)
         return tuple(as_variable(layer.xp.full((batch, width), n, layer.dtype)) for n, width in starts)
+    begin = tuple(s if s.dtype == layer.dtype else F.cast(s, layer.dtype) for s in begin)
     return begin if len(layer.suffixes) == 1 else tuple(s[slot] for s in begin)
 
 

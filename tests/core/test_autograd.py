@@ -48,6 +48,8 @@ FUNCTIONS = {
     "reshape": (lambda a: a.reshape(2, 6), [(3, 4)]),
     "transpose": (lambda a: a.T, [(3, 4)]),
     "transpose axes": (lambda a: a.transpose(2, 0, 1), [(3, 4, 2)]),
+    "transpose negative axes": (lambda a: a.transpose(0, -1, -2), [(2, 2, 2)]),
+    "power 0": (lambda a: a**0 + a, [(3, 4)]),
     "slice": (lambda a: a[1:, ::2], [(3, 4)]),
     "index that repeats": (lambda a: a[np.array([0, 2, 0])], [(3, 4)]),
     "exp": (F.exp, [(3, 4)]),
@@ -525,6 +527,9 @@ def test_comparisons_are_those_of_the_values():
     assert min(b, a, key=float) is a
     assert bool(Variable(np.zeros(1))) is False
     assert (Variable(np.arange(3.0)) >= 1).tolist() == [False, True, True]
+    assert a != Variable(np.array(1.0))  # == compares objects
+    assert len({a, a, b}) == 2
+    assert not np.asarray(a).flags.writeable
     with pytest.raises(ValueError, match="one element"):
         bool(Variable(np.arange(3.0)))
 

@@ -10,7 +10,17 @@ import pytest
 
 import fusedrnn.functions as F
 import fusedrnn.layers as L
-from fusedrnn import DataLoader, Model, SeqDataLoader, Variable, checkpoint, datasets, npz, optimizers
+from fusedrnn import (
+    DataLoader,
+    Model,
+    Parameter,
+    SeqDataLoader,
+    Variable,
+    checkpoint,
+    datasets,
+    npz,
+    optimizers,
+)
 from fusedrnn.checkpoint import CheckpointError
 
 H, I = 5, 3
@@ -393,10 +403,14 @@ def test_what_does_not_fit_is_found_before_anything_changes(tmp_path):
         return run.optimizer.t, run.loader.iteration, run.loader.index.tolist(), repr(states)
 
     without, short = Net(L.LSTM(H, num_layers=2, dropout=0.3)), DataLoader([(0, 0)] * 9, 3)
+    size = run.loader.batch_size
+    other, steps = DataLoader(run.loader.dataset, size + 1), SeqDataLoader(run.loader.dataset, size, steps=2)
     before = there()
     for model, loader, generators, message in (
         (run.model, run.loader, run.generators[::-1], "generators: expected PCG64, as saved, got MT19937"),
         (run.model, short, run.generators, "loader: expected 999 samples, as saved, got 9"),
+        (run.model, other, run.generators, f"DataLoader with batch_size={size}, as .* batch_size={size + 1}"),
+        (run.model, steps, run.generators, f"as saved, got SeqDataLoader with batch_size={size}, steps=2"),
         (without, run.loader, run.generators, "state memory/kept: the model does not have this layer"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -408,13 +422,21 @@ def test_progress_comes_back_as_it_was(tmp_path):
     given = {
         "losses": [np.float32(0.5), np.array(0.25), 1],
         "best": {"epoch": np.int64(3), "weights": {"w": np.arange(3, dtype=np.int16)}},
+        "shapes": [np.zeros((0, 3), "f"), np.ones((2, 1)), np.array(["a", "bc"])],
     }
     checkpoint.save(tmp_path / "c", known(), **given)
     found = checkpoint.load(tmp_path / "c", known())
     assert found["losses"] == [0.5, 0.25, 1]
     assert found["best"]["epoch"] == 3
     np.testing.assert_array_equal(found["best"]["weights"]["w"], np.arange(3), strict=False)
-    for wrong, message in (({1: 2}, "keys of type str, got the key 1"), ({"a": {2}}, "set")):
+    for got, array in zip(found["shapes"], given["shapes"], strict=True):
+        np.testing.assert_array_equal(got, array, strict=True)
+    for wrong, message in (
+        ({1: 2}, "keys of type str, got the key 1"),
+        ({"a": {2}}, "set"),
+        ([np.ones(2, complex)], "wrong: expected arrays of numbers or text, got complex128"),
+        ({"array": [1], "dtype": "f4"}, "wrong: expected dicts with other keys than array, dtype"),
+    ):
         with pytest.raises(TypeError, match=message):
             checkpoint.save(tmp_path / "c", known(), wrong=wrong)
     assert checkpoint.load(tmp_path / "c", known())["losses"] == found["losses"]
@@ -443,13 +465,13 @@ def test_a_folder_that_is_missing_or_in_place_of_the_file_is_named(tmp_path):
         checkpoint.save(tmp_path / "missing" / "w.npz", layer)
 
 
-@pytest.mark.parametrize("moment", ["savez", "fsync", "replace"])
+@pytest.mark.parametrize("moment", ["write_array", "fsync", "replace"])
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch, moment):
     path = tmp_path / "c"
     model = known()
     checkpoint.save(path, model, epoch=1)
     before = path.read_bytes()
-    owner = np if moment == "savez" else os
+    owner = np.lib.format if moment == "write_array" else os
 
     def fail(*args, **options):
         raise OSError("no space left on device")
@@ -461,6 +483,47 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch, mome
     assert path.read_bytes() == before
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
     assert checkpoint.load(path, model)["epoch"] == 1
+
+
+def test_without_links_the_one_before_is_a_copy(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("links are not supported")
+
+    monkeypatch.setattr(os, "link", fail)
+    path = tmp_path / "c"
+    for epoch in (1, 2):
+        checkpoint.save(path, known(), epoch=epoch)
+    assert checkpoint.load(checkpoint.previous(path), known())["epoch"] == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "c.previous"}
+
+
+@pytest.mark.parametrize("kind", [Model, lambda: L.Linear(2, in_size=3), lambda: L.LSTM(2, 3)])
+@pytest.mark.parametrize("name", ["file", "allow_pickle", "args"])
+def test_any_name_of_a_parameter(tmp_path, name, kind):
+    """Also those of arguments of np.savez; and of one that is added to a layer."""
+    layer = kind()
+    setattr(layer, name, Parameter(np.arange(3.0)))
+    layer.save_weights(tmp_path / "w.npz")
+    getattr(layer, name).data = np.zeros(3)
+    layer.load_weights(tmp_path / "w.npz")
+    np.testing.assert_array_equal(getattr(layer, name).data, np.arange(3.0))
+
+
+@pytest.mark.parametrize("kind", [lambda: L.Linear(2, in_size=2), lambda: L.RNN(2, 2)])
+def test_a_parameter_of_two_layers(tmp_path, kind):
+    """It is saved once, and loaded into both."""
+    models = []
+    for _ in range(2):
+        model = Net(kind(), kind())
+        name = "W" if hasattr(model.rnn, "W") else "weight_ih"
+        setattr(model.fc, name, getattr(model.rnn, name))
+        models.append(model)
+    first, second = models
+    first.save_weights(tmp_path / "w.npz")
+    second.load_weights(tmp_path / "w.npz")
+    assert getattr(second.fc, name) is getattr(second.rnn, name)
+    for (key, p), q in zip(first.named_params(), second.params(), strict=True):
+        np.testing.assert_array_equal(p.data, q.data, err_msg=key)
 
 
 def test_the_order_of_writing(tmp_path, monkeypatch):
