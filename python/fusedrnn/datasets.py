@@ -101,7 +101,7 @@ def read_csv(
     """Read columns of a CSV file as an array ``(N, C)`` in float64.
 
     The first line has the names of the columns, separated by commas. The encoding is UTF-8. Empty lines are
-    skipped.
+    skipped, and at the end lines with commas alone.
 
     Args:
         path: The file.
@@ -125,6 +125,7 @@ def read_csv(
     expected = [*columns] if hours is None else ["date", *columns]
     rows: list[list[float]] = []
     before: datetime | None = None
+    empty = 0  # the last line with commas alone
     with open(path, newline="", encoding="utf-8-sig") as file:  # without the mark that Excel writes first
         lines = csv.reader(file, skipinitialspace=True)
         try:
@@ -136,7 +137,10 @@ def read_csv(
                 )
             for values in lines:
                 if not any(values):
+                    empty = lines.line_num if len(values) > 1 else empty
                     continue
+                if empty:  # leaving it out would move the rows behind it
+                    raise ValueError(f"{path}, line {empty}: expected {len(names)} values, got none")
                 at = f"{path}, line {lines.line_num}"
                 if len(values) != len(names):
                     raise ValueError(f"{at}: expected {len(names)} values, got {len(values)}")

@@ -22,14 +22,31 @@ def _compiled() -> Any:
 def get_num_threads() -> int:
     """The number of threads that the ``cpu`` and ``numba`` backends use."""
     core = _compiled()
-    return (_without_core or os.cpu_count() or 1) if core is None else core.num_threads()
+    return (_without_core or _default()) if core is None else core.num_threads()
+
+
+def _default() -> int:
+    """The default number of threads without the compiled module, which knows the cgroup limit too."""
+    if own := os.environ.get("FUSEDRNN_NUM_THREADS"):
+        if not (own.strip().isdecimal() and int(own)):
+            raise ValueError(f"FUSEDRNN_NUM_THREADS: expected an integer of at least 1, got {own!r}")
+        return int(own)
+    omp = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if omp.isdecimal() and int(omp):
+        return int(omp)
+    return _usable()
+
+
+def _usable() -> int:
+    """The CPUs that the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_num_threads(threads: int) -> None:
     """Set the number of threads.
 
     The default is the environment variable FUSEDRNN_NUM_THREADS, else OMP_NUM_THREADS, else the number of
-    CPUs that the process may use (affinity and cgroup limit).
+    CPUs that the process may use (affinity, and with the compiled module the cgroup limit).
 
     Raises:
         TypeError, ValueError: ``threads`` is not an integer of at least 1.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from fusedrnn import terminal
 from fusedrnn.datasets import read_csv
 from fusedrnn.programs import common, feeding_back, pollution
 
@@ -56,6 +59,7 @@ def test_what_is_read(tmp_path, text):
         ("2022-01-08", "2022-02-30", "line 3: expected a date .* got '2022-02-30'"),
         (",2\n", ",2,5\n", "line 3: expected 2 values, got 3"),
         (",2\n", "\n", "line 3: expected 2 values, got 1"),
+        (",2\n", ",2\n\n,\n", "line 5: expected 2 values, got none"),
         (",2\n", ",\n", "line 3, column load: expected a number, got ''$"),
         (",2\n", ',"2,5"\n', "line 3, column load: expected a number, got '2,5'$"),
         (",2\n", ",nan\n", "line 3, column load: expected a finite number in float32, got 'nan'$"),
@@ -111,6 +115,19 @@ def test_a_constant_column_is_refused(tmp_path):
     found = common.scores(np.array([1.0, 2.0]), np.array([1.0, 1.0]))
     assert np.isnan(found.pop("R2"))
     assert found == {"MSE": 0.5, "RMSE": 0.5**0.5, "MAE": 0.5}
+
+
+def test_how_many_rows_there_must_be():
+    for rows, wanted in ((182, "expected at least 183 rows, got 182"), (183, None)):
+        draw = np.random.default_rng(0).random((rows, 3))
+        with pytest.raises(ValueError, match=wanted) if wanted else contextlib.nullcontext():
+            pollution.prepare(draw, "ahead")
+
+
+def test_a_score_that_is_no_number_beats_nothing(capsys):
+    report = terminal.Report()
+    common.compare(report, {"ours": {"MSE": math.nan}, "other": {"MSE": 1.0}}, "MSE")
+    assert "ours does not beat: other" in capsys.readouterr().out
 
 
 def test_a_wrong_file_of_ucis_is_one_line(tmp_path):

@@ -145,7 +145,8 @@ def compare(report: Report, found: dict[str, dict[str, float]], by: str, most: b
     """A line: which of the others the first one does not beat, by the least score or by the ``most``."""
     name, *others = found
     sign = -1 if most else 1
-    ahead = [other for other in others if sign * found[other][by] <= sign * found[name][by]]
+    own = sign * found[name][by]
+    ahead = [other for other in others if not sign * found[other][by] > own]  # it beats none with a NaN
     verdict = f"does not beat: {', '.join(ahead)}." if ahead else "beats all others."
     report.line(f"By {by}, {name} {verdict}")
 

@@ -75,6 +75,8 @@ def run(args: argparse.Namespace, report: Report) -> Result:
     if args.checkpoint is None and not args.resume:  # those of an earlier run
         for kept in (path, Path(f"{path}.new")):
             kept.unlink(missing_ok=True)
+    elif not args.resume and (kept := Path(f"{path}.new")).exists():  # not only after the first training
+        training.refuse(kept)
     settings = {"program": "continual", "seed": args.seed, "size": args.size}
     old, new = parts["old data"], parts["new data"]
 

@@ -71,7 +71,8 @@ def prepare(rows: Array, task: str) -> Task:
     """
     n = int(0.7 * len(rows))
     if n < BATCH or len(rows) - n < 2:
-        raise ValueError(f"the data file: expected at least {2 * BATCH} rows, got {len(rows)}")
+        least = -(-10 * BATCH // 7)
+        raise ValueError(f"the data file: expected at least {least} rows, got {len(rows)}")
     pollution = rows[:, :1]
     if task == "same-row":
         train, test = Series(rows[:n], pollution[:n]), Series(rows[n:], pollution[n:])

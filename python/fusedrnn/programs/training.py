@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -230,15 +230,18 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int | str, *, cell: b
     parser.add_argument("--resume", action="store_true", help="continue from --checkpoint, if it exists")
 
 
+def refuse(path: Path | None) -> NoReturn:
+    """Raise the error that a checkpoint is there and was not asked for."""
+    raise ValueError(f"{path} exists: --resume continues from it; else remove it or name another file")
+
+
 def go(training: Training, epochs: int, resume: bool, report: Report, what: str) -> None:
     """Run it, from its checkpoint where that is wanted and there, with a progress bar."""
     if training.path is None and (resume or training.every is not None):
         raise ValueError(f"--{'resume' if resume else 'every'} needs --checkpoint FILE")
     there = training.path is not None and training.path.exists()
     if there and not resume:
-        raise ValueError(
-            f"{training.path} exists: --resume continues from it; else remove it or name another file"
-        )
+        refuse(training.path)
     if there:
         training.resume()
         report.line(f"resumed from {training.path}, epoch {len(training.losses)}")
