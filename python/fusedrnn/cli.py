@@ -232,6 +232,8 @@ def run_bench(args: argparse.Namespace) -> None:
 
         plot.check_ending(args.plot)
     own = own_cell(args, ("cell", "suite", "memory"))
+    if own is not None and args.dtype == "bfloat16":
+        raise ValueError(f"--dtype bfloat16: expected float32 or float64 with {args.own}")
     unable: list[str] = []
     if own is None and args.show_loop:
         raise ValueError("--show-loop: expected FILE.py:NAME, got none")
@@ -374,6 +376,8 @@ def run_gradcheck(args: argparse.Namespace) -> None:
     wrong = [row for row in rows if row.passed is False]
     absent = [row for row in rows if row.passed is None]
     print(f"{len(rows) - len(wrong) - len(absent)} passed, {len(wrong)} failed, {len(absent)} not run")
+    if len(absent) == len(rows):
+        raise Failed("nothing was checked")
     if wrong:
         first = wrong[0]
         raise Failed(f"{first.cell} {first.backend} {first.dtype} {first.option}: {first.note}")

@@ -477,6 +477,9 @@ def _prove(cell_name: str, cell: Cell, option: str, size: Shape, seed: int) -> R
             loss += np.where(valid, out[f"{n} states"][0].reshape(d.shape) * d, 0).sum()
         along = sum((v * g).sum() for v, g in zip(directions, gradients, strict=True))
         norm = float(np.sqrt(sum((g * g).sum() for g in gradients)))
+        if norm == 0:  # of a state that no step reads: then any derivative is an error
+            errors[name] = float(abs(loss.imag / h))
+            continue
         errors[name] = _error(np.asarray(loss.imag / h), np.asarray(along), WIDE) * float(abs(along)) / norm
     limits = dict.fromkeys(errors, PROOF)
     notes = [f"{name} {error:.2g} > {PROOF:.2g}" for name, error in errors.items() if not error <= PROOF]

@@ -156,6 +156,27 @@ def projection_as_an_operand(p, x, h):
 
 
 @bad("new c", "a projected value")
+def one_projection_as_two_states(p, x, h, c):
+    a = p.project(tanh(p.dense("a", x, h)) + c)
+    return a, a  # here
+
+
+@bad("p.vector", "x is the name of the input", "another name")
+def vector_with_the_name_of_the_input(p, u, h):
+    return tanh(p.dense("a", u, h)) * p.vector("x")  # here
+
+
+@bad("p.vector", "h0 is the name", "initial state", "another name")
+def vector_with_the_name_of_an_initial_state(p, x, h):
+    return tanh(p.dense("a", x, h)) * p.vector("h0")  # here
+
+
+@bad("another name than x", "row scalar")
+def row_scalar_with_the_name_of_the_input(p, u, h, *, x):
+    return tanh(p.dense("a", u, h)) * x
+
+
+@bad("new c", "a projected value")
 def projection_as_the_second_state(p, x, h, c):
     a = tanh(p.dense("a", x, h))
     return a + c, p.project(a)  # here

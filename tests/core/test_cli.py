@@ -386,6 +386,21 @@ def test_gradcheck_of_a_cell(own, capsys):
     assert out.splitlines()[-1] == "2 passed, 0 failed, 0 not run"
 
 
+def test_gradcheck_that_checks_nothing_fails(own, capsys):
+    pytest.importorskip("numba", reason="numba is not installed")
+    text = '@cell\ndef simple(p, x, h):\n    return p.project(p.dense("a", x, h))\n'
+    Path("own_projected.py").write_text(f"from fusedrnn.cells import cell\n\n\n{text}")
+    assert cli.main(["gradcheck", "own_projected.py:simple", "--quick", "--backend", "numba"]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("0 passed, 0 failed, ")
+    assert err == "fusedrnn gradcheck: nothing was checked\n"
+
+
+def test_bench_of_a_cell_in_bfloat16_is_refused(own, capsys):
+    assert cli.main(["bench", "own_cells.py:simple", "--dtype", "bfloat16"]) == 2
+    assert "--dtype bfloat16: expected float32 or float64 with own_cells.py:simple" in capsys.readouterr().err
+
+
 @pytest.mark.quick
 def test_bench_shows_the_loops_of_a_cell(own, capsys):
     assert cli.main(["bench", "own_cells.py:simple", "--show-loop"]) == 0

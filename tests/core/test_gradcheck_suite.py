@@ -13,7 +13,7 @@ import pytest
 from fusedrnn import backends, gradcheck_suite
 from fusedrnn.backends.protocol import Unsupported
 from fusedrnn.backends.reference import ReferenceBackend
-from fusedrnn.cells import CELLS, definition, gradient
+from fusedrnn.cells import CELLS, definition, gradient, zoo
 from fusedrnn.gradcheck.tables import format_notes, format_rows, format_tensors
 from fusedrnn.gradcheck_suite import (
     OPTIONS,
@@ -232,6 +232,12 @@ def test_what_is_not_supported_is_not_run(broken):
     (row,) = run_broken()
     assert row.passed is None
     assert "boundary_states" in row.note
+
+
+def test_a_gradient_that_is_zero_is_proved():
+    """Of the initial value of a state that no step reads."""
+    rows = run_suite(cells=[zoo.e_lstm], backends=["oracle"], options=["plain"], sizes=QUICK)
+    assert [(row.passed, min(row.errors.values())) for row in rows] == [(True, 0.0)]
 
 
 def test_an_absent_backend_is_reported_with_its_reason(broken, monkeypatch):

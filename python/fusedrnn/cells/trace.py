@@ -153,6 +153,8 @@ class Parameters:
             )
         if name in self._trace.states:
             refuse(f"p.vector: {name} is the name of a state; expected another name")
+        if name in _taken(self._trace):
+            refuse(f"p.vector: {name} is the name of the input or of an initial state; expected another name")
         _check_start(init)
         if name not in self._trace.blocks:
             self._block(name, name, init)
@@ -399,10 +401,10 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
                 f"{lines.definition()}\n{t.name}: {name} is not used: no new state depends on it. After * an "
                 "argument without default is a row scalar; an option has a default"
             )
-        if name in t.blocks or name == "state0":
+        if name in t.blocks or name in _taken(t):
             raise CellError(
                 f"{lines.definition()}\n{t.name}: expected another name than {name} for a row scalar; "
-                "gradients of parameters and of the initial state have these names"
+                "gradients of parameters, of the input and of the initial state have these names"
             )
     if t.x not in used:
         raise CellError(
@@ -410,6 +412,11 @@ def trace(function: Callable[..., Any], options: Mapping[str, Any]) -> Trace:
             'as in p.dense("a", x, h)'
         )
     return t
+
+
+def _taken(t: Trace) -> tuple[str, ...]:
+    """The names of the input and of the initial states where a gradient is asked for or returned."""
+    return ("x", "state0", *(f"{state}0" for state in t.states))
 
 
 def _is_operand(t: Trace, state: Node, used: Sequence[Node]) -> bool:
@@ -435,8 +442,8 @@ def _returned(t: Trace, found: Any, lines: _Lines) -> Sequence[Symbol | Projecte
         if len(new) < len(t.states):
             hint = "; write what is not a state, such as a time gap, after *: `*, dt`"
         raise CellError(f"{expected} and nothing else, got {values}{hint}")
-    for name, value in zip(t.states, new, strict=True):
-        projected = isinstance(value, Projected) and value is new[0]
+    for k, (name, value) in enumerate(zip(t.states, new, strict=True)):
+        projected = isinstance(value, Projected) and k == 0
         if not isinstance(value, Symbol) and not projected:
             raise CellError(f"{expected}; the new {name} must be a value of the cell, got {kind(value)}")
         if value.graph is not t.graph:
