@@ -317,6 +317,17 @@ def test_table_and_summary(result):
     assert any(line.startswith("matrix product: ") for line in bench.summary(result))
 
 
+def test_limit_of_the_ratios():
+    def row(ratio, rate, kind="training"):
+        libraries = {runner.OURS: {"of_gemm": rate}}
+        return {"kind": kind, "best": {"peer": "torch", "ratio": ratio}, "libraries": libraries}
+
+    rows = [row(1.5, 0.75), row(2.0, 0.25)]
+    assert report.at_product_rate({"rows": rows}) == pytest.approx(4.0)  # of 2 and 8
+    assert report.at_product_rate({"rows": [*rows, row(1.0, None)]}) is None
+    assert report.at_product_rate({"rows": [*rows, row(1.0, 0.5, "update")]}) is None
+
+
 def test_a_ragged_case_is_told_per_valid_step():
     row = {"ragged": True, "valid": 0.5, "libraries": {runner.FULL: {"ratio": 2.0}}}
     assert report.against_full(row) == "+0% per valid step"

@@ -50,7 +50,8 @@ VARIANTS = {
     "update": {"kind": "update", "layers": 2, "bidirectional": True},
     "update with resets": {"kind": "update", "resets": 0.3, "encoder": True},
 }
-EXPECTED = {"training": {"y", "h", "dx"}, "forward": {"y", "h"}, "step": {"y", "h"}, "update": {"losses"}}
+EXPECTED = {"training": {"y", "h", "dx"}, "forward": {"y", "h"}, "step": {"y", "h"}}
+EXPECTED["update"] = {"losses", "gradient 0", "gradient 3"}
 
 
 # Every variant of the LSTM; of the others what libraries do in another way for them, since JAX compiles each.
@@ -225,6 +226,19 @@ def test_a_step_that_learns_something_else_is_refused(torch_step, threads, monke
     monkeypatch.setattr(torch_step.FusedLayer, "outputs", lambda self: [-right(self)[0]])
     with pytest.raises(RuntimeError, match="ours, own pool: losses"):
         torch_step.measure((5, 3, 2, 8), 1, blocks=3, seconds=0.001)
+
+
+def test_an_update_with_other_gradients_is_refused(monkeypatch):
+    """With the same losses: the first steps of Adam depend on signs alone."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    right = registry.APIS["layer"].outputs
+    monkeypatch.setattr(
+        registry.APIS["layer"], "outputs", lambda self: [y + (y - y.detach()) for y in right(self)]
+    )
+    case = dataclasses.replace(SMALL, kind="update", api="layer", way="torch")
+    ours = registry.ours(problems.make(case, "float32"), "cpu", 1)
+    with pytest.raises(RuntimeError, match="layer: gradient 0 is off"):
+        libraries.check("layer", ours.results(), truth(case, "float32"), libraries.TOLERANCE["float32"])
 
 
 # --- as libraries run it ----------------------------------------------------------------------------------

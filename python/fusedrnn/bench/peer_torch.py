@@ -125,7 +125,9 @@ class Torch:
 
     def results(self) -> Results:
         if self.update is not None:
-            return {"losses": np.array([self.update() for _ in range(5)])}
+            first, parameters = self.update(), self.module.parameters()
+            gradients = {f"gradient {k}": self.array(p.grad) for k, p in enumerate(parameters)}
+            return {"losses": np.array([first, *(self.update() for _ in range(4))])} | gradients
         outputs, gradients = self()
         y, *stateT = map(self.array, outputs)
         if gradients is None:

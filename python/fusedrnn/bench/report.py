@@ -88,6 +88,18 @@ def mean_and_least(found: list[tuple[float, str]]) -> str:
     return f"{mean:.2f}, the lowest {min(found)[0]:.2f} ({min(found)[1]})"
 
 
+def at_product_rate(report: dict[str, Any]) -> float | None:
+    """The geometric mean beside the best peers if our calls took only as long as their products.
+
+    None for whole training steps, which are more than our calls, and if no matrix product was timed.
+    """
+    rows = [row for row in report["rows"] if row["best"]]
+    found = [(row["best"]["ratio"], row["libraries"][OURS]["of_gemm"]) for row in rows]
+    if not all(rate for _, rate in found) or any(row["kind"] == "update" for row in rows):
+        return None
+    return statistics.geometric_mean([ratio / rate for ratio, rate in found])
+
+
 def against_full(row: dict[str, Any]) -> str:
     """Our time with resets against that without; that of a ragged case against its share of valid steps."""
     if FULL not in row["libraries"]:
@@ -130,6 +142,8 @@ def summary(report: dict[str, Any]) -> list[str]:
     best = [(row["best"]["ratio"], row["case"]) for row in report["rows"] if row["best"]]
     if best:
         lines.append(f"best of all peers: geometric mean of the ratios {mean_and_least(best)}")
+        if (limit := at_product_rate(report)) is not None:
+            lines.append(f"it would be {limit:.2f} at the rate of the matrix product in every case")
     what, goal = GOALS.get(report["suite"], ("", 0.0))
     if reached := ratios(report, what) if what else []:
         lines.append(f"{what}: geometric mean of the ratios {mean_and_least(reached)}")
