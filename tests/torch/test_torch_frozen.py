@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("fusedrnn._core", reason="the compiled module is not built")
 import torch
+from torch.nn.utils import prune
 
 from bfloat16 import needs_bfloat16
 from fusedrnn.backends.cpu import CpuBackend
@@ -68,6 +69,26 @@ def test_options_in_bfloat16(options):
         got = flat(ft.freeze(ours)(x))
     assert ours.last_path == "fused"
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_weight_that_a_hook_computes_is_refused():
+    """Between a change of what it is computed from and the next call it is that of before."""
+    hooks = {
+        "weight_norm": lambda layer, name: torch.nn.utils.weight_norm(layer, name),
+        "pruning": lambda layer, name: prune.l1_unstructured(layer, name, 0.5),
+    }
+    for hook in hooks.values():
+        for kind, name in (("LSTM", "weight_hh_l0"), ("GRUCell", "weight_hh")):
+            ours = made(kind)[0]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # one of them is deprecated
+                hook(ours, name)
+            with pytest.raises(RuntimeError, match=f"{name} is not a parameter, but computed by a hook"):
+                ft.freeze(ours)
+    ours = made("LSTM")[0]
+    hooks["pruning"](ours, "weight_hh_l0")
+    prune.remove(ours, "weight_hh_l0")
+    ft.freeze(ours)
 
 
 def test_a_cell_of_ones_own_in_bfloat16_is_refused():

@@ -44,10 +44,13 @@ def input_of(module):
 
 
 def gradients(module, x, hx, between=lambda module, x, hx: None):
-    """The gradients of the parameters, after something was done between forward and backward."""
+    """The gradients of x, the state if they need one, and the parameters, after something was done between
+    forward and backward.
+    """
     loss = sum(t.square().sum() for t in flat(module(x, hx)))
     between(module, x, hx)
-    return torch.autograd.grad(loss, list(module.parameters()))
+    given = [t for t in (x, *flat(hx)) if t.requires_grad]
+    return torch.autograd.grad(loss, [*given, *module.parameters()])
 
 
 def shared(module, x, hx):
@@ -84,7 +87,9 @@ def test_memory_moves_between_forward_and_backward(kind, between):
     theirs, ours = module_pair(kind, I, H)
     x = input_of(ours)
     hx = state_of(ours, B, x)
-    expected = gradients(theirs, x.clone(), hx)
+    for t in (x, *flat(hx)):
+        t.requires_grad_()
+    expected = gradients(theirs, x, hx)
     for got, want in zip(gradients(ours, x, hx, between), expected, strict=True):
         assert_close(got, want)
 
@@ -347,6 +352,37 @@ def test_tensors_that_are_not_aligned(kind, dtype):
     for got, want in zip(gradients(ours, misaligned(x), other), expected, strict=True):
         assert_close(got, want)
     assert ours.last_path == "fused"
+
+
+@every_kind
+def test_upstream_gradients_that_are_not_aligned(kind):
+    _, ours = module_pair(kind, I, H)
+    x = input_of(ours)
+    results = flat(ours(x))
+    upstream = [torch.randn_like(t) for t in results]
+    expected = torch.autograd.grad(results, [*ours.parameters()], upstream, retain_graph=True)
+    found = torch.autograd.grad(results, [*ours.parameters()], [*map(misaligned, upstream)])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@every_kind
+def test_backward_is_of_the_backend_that_ran_forward(kind, monkeypatch):
+    _, ours = module_pair(kind, I, H)
+    results = flat(ours(input_of(ours)))
+    expected = torch.autograd.grad(results[0].sum(), [*ours.parameters()], retain_graph=True)
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "reference")
+    found = torch.autograd.grad(results[0].sum(), [*ours.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_rates_that_a_schedule_changes_are_not_kept():
+    ours, x = ft.LSTM(I, H), torch.randn(T, B, I)
+    for k in range(5):
+        ours.zoneout_h = 0.1 + k / 100
+        ours(x)
+        if not k:
+            before = ft.ops._tape_width.cache_info().currsize
+    assert ft.ops._tape_width.cache_info().currsize == before
 
 
 @every_layer

@@ -273,6 +273,15 @@ def test_functional_call(kind):
 
 
 @every_layer
+def test_flat_weights_are_not_read(kind):
+    _, ours = module_pair(kind, I, H)
+    x = torch.randn(T, B, I)
+    want = ours(x)[0]
+    ours._flat_weights = [torch.full_like(w, torch.nan) for w in ours._flat_weights]
+    assert torch.equal(ours(x)[0], want)
+
+
+@every_layer
 @pytest.mark.parametrize("old", [False, True])
 def test_weight_norm(kind, old):
     theirs, ours = module_pair(kind, I, H, dtype=torch.float64)

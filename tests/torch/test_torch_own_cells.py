@@ -311,6 +311,19 @@ def test_weights_that_are_not_parameters():
         layer(x)
 
 
+@pytest.mark.parametrize("low", ["input", "state", "both"])
+def test_either_may_be_of_the_dtype_of_autocast(low):
+    layer = ft.Recurrent(three, I, H)
+    x = torch.randn(T, B, I).bfloat16().float()
+    hx = tuple(torch.randn(1, B, H).bfloat16().float() for _ in three.states)
+    hx = hx if len(hx) > 1 else hx[0]
+    expected = layer(x, hx)[0]
+    as_low = lambda t: tuple(map(torch.Tensor.bfloat16, t)) if isinstance(t, tuple) else t.bfloat16()  # noqa: E731
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x if low == "state" else as_low(x), hx if low == "input" else as_low(hx))[0]
+    assert torch.equal(y, expected)
+
+
 def test_pickle_copies_and_state_dicts(tmp_path):
     layer, x = made(three, num_layers=2)
     y = layer(x)[0]

@@ -136,6 +136,31 @@ def test_autocast_with_an_option(monkeypatch):
     assert_close(y, layer(x)[0])
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("LSTM", {}), ("LSTM", {"layer_norm": True}), ("LSTM", {"proj_size": 3}), ("RNN", {})],
+    ids=str,
+)
+def test_autocast_of_an_input_that_is_of_its_dtype_already(kind, options):
+    """As after a Linear: the steps compute in the dtype of the weights."""
+    layer = getattr(ft, kind)(I, H, **options)
+    x = torch.randn(T, B, I).half()
+    want = layer(x.float(), lengths=LENGTHS)
+    with torch.autocast("cpu", dtype=torch.float16):
+        got = layer(x, lengths=LENGTHS)
+    assert layer.last_path.startswith("steps in PyTorch: ")
+    for a, b in zip(flat(got), flat(want), strict=True):
+        assert a.dtype is torch.float16
+        torch.testing.assert_close(a.float(), b, rtol=2e-3, atol=2e-3)
+
+
+def test_a_projection_over_a_batch_of_inputs():
+    layer, x = ft.LSTM(I, H, proj_size=3), torch.randn(2, T, B, I)
+    found = torch.func.vmap(lambda x: layer(x)[0])(x)
+    for y, each in zip(found, x, strict=True):
+        assert_close(y, layer(each)[0])
+
+
 def test_it_is_told_and_may_be_refused():
     layer = ft.GRU(I, H).half()
     x = torch.randn(T, B, I).half()

@@ -210,27 +210,31 @@ class RecurrentBase(Freezable):
         """Pad rows of different lengths, longest first, run the kernels and pack the results."""
         sizes = input.batch_sizes
         B, T = int(sizes[0]), len(sizes)
+        equal = int(sizes[-1]) == B  # all rows have T steps: there is no padding
         running = torch.arange(B, device="cpu") < sizes[:, None]  # (T, B), where PyTorch's batch sizes are
         valid = running.to(input.data.device)
         if state0 is not None and input.sorted_indices is not None:
             state0 = tuple(s.index_select(1, input.sorted_indices) for s in state0)
-        x = input.data.new_zeros(T, B, input.data.size(-1)).masked_scatter(valid[:, :, None], input.data)
+        shape = T, B, input.data.size(-1)
+        if equal:
+            x, padded = input.data.reshape(shape), [s.reshape(T, B) for s in scalars]
+        else:
+            x = input.data.new_zeros(shape).masked_scatter(valid[:, :, None], input.data)
+            padded = [s.new_zeros(T, B).masked_scatter(valid, s) for s in scalars]
         options = {
-            "lengths": running.sum(0),
+            "lengths": None if equal else running.sum(0),
             "reset": None,
             "return_states": False,
             "detach_every": None,
             "regularization": self._regularization(),
         }
-        padded = [s.new_zeros(T, B).masked_scatter(valid, s) for s in scalars]
         run = self._one(weights, options, packed, recorded, padded)
         meta = x.is_meta  # masks there have no values, but shapes depend on them
         y, final, _ = self._run_layers(x, state0, run, None if meta else valid)
         if input.unsorted_indices is not None:
             final = tuple(s.index_select(1, input.unsorted_indices) for s in final)
-        output = PackedSequence(
-            y[running if meta else valid], sizes, input.sorted_indices, input.unsorted_indices
-        )
+        data = y.reshape(T * B, -1) if equal else y[running if meta else valid]
+        output = PackedSequence(data, sizes, input.sorted_indices, input.unsorted_indices)
         return output, final if len(final) > 1 else final[0]
 
     def _to_kernels(
@@ -288,11 +292,11 @@ class RecurrentBase(Freezable):
         D, n = 2 if self.bidirectional else 1, len(self.cell.states)
         ends: list[list[Tensor]] = []
         for k in range(0, len(self._all_weights), D):
-            if k and self.dropout:
+            if k and self.dropout and self.training:
                 if valid is None:
-                    x = torch.nn.functional.dropout(x, self.dropout, self.training)
+                    x = torch.nn.functional.dropout(x, self.dropout)
                 else:
-                    kept = torch.nn.functional.dropout(x[valid], self.dropout, self.training)
+                    kept = torch.nn.functional.dropout(x[valid], self.dropout)
                     x = x.masked_scatter(valid[:, :, None], kept)
             halves = []
             for j in range(k, k + D):

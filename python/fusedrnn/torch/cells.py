@@ -32,12 +32,16 @@ class CellMixin(StepBase, Scriptable, torch.nn.RNNCellBase):
         weights = self._weights() if packed is None else packed.weights
         if (after := self._without_graph(input, state0, weights, packed)) is not None:
             return after
-        key = self._key if self._bfloat16_in_autocast else ""
-        if packed is not None:
-            packed = packed.lowered(self, key)
-            weights = packed.weights
-        given, (input, state0, weights) = input, paths.lowered(input, state0, weights, key)
-        input, state0, dtype = (input, state0, None) if key else paths.widened(input, state0, weights)
+        given = input
+        dtype: torch.dtype | None = None
+        if torch._C._is_any_autocast_enabled():
+            key = self._key if self._bfloat16_in_autocast else ""
+            if packed is not None:
+                packed = packed.lowered(self, key)
+                weights = packed.weights
+            input, state0, weights = paths.lowered(input, state0, weights, key)
+            if not key:
+                input, state0, dtype = paths.widened(input, state0, weights)
         reason = self._unsupported(input, state0, weights, packed)
         if reason is not None:
             if paths.is_proxy(given):

@@ -163,8 +163,9 @@ def freeze(model: M) -> M:
         The model.
 
     Raises:
-        RuntimeError: The kernels do not support a layer, it is in training mode, or its parameters were made
-            in inference mode. Nothing has changed.
+        RuntimeError: The kernels do not support a layer, it is in training mode, a hook computes one of its
+            weights, as with ``torch.nn.utils.weight_norm`` and pruning, or its parameters were made in
+            inference mode. Nothing has changed.
         TypeError: ``model`` is not a module.
         ValueError: The model has none of our layers.
     """
@@ -183,6 +184,12 @@ def freeze(model: M) -> M:
             reason = reason or layer._lacks(first.device)
             if reason is not None:
                 raise RuntimeError(f"{path}: the kernels cannot run it: {reason}")
+            for name, value in vars(layer).items():
+                if isinstance(value, Tensor) and name.startswith((*layer.cell.blocks,)):
+                    raise RuntimeError(
+                        f"{path}: {name} is not a parameter, but computed by a hook in each call; use "
+                        "torch.nn.utils.parametrizations, or make it permanent, as prune.remove does"
+                    )
             for name, p in layer.named_parameters():
                 if p.is_inference():
                     raise RuntimeError(

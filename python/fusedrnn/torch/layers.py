@@ -163,17 +163,23 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
             result = self._without_graph(input, state0, weights, packed)
             if result is not None:
                 return result
-        key = "" if self._stays_in_autocast(input) else self._key
-        if packed is not None:
-            packed = packed.lowered(self, key)
-            weights = packed.weights
         given_input, c = input, state0[-1] if state0 else input
-        input, state0, weights = paths.lowered(input, state0, weights, key)
-        input, state0, dtype = (input, state0, None) if key else paths.widened(input, state0, weights)
+        dtype: torch.dtype | None = None
+        autocast = torch._C._is_any_autocast_enabled()
+        if autocast:
+            key = "" if self._stays_in_autocast(input) else self._key
+            if packed is not None:
+                packed = packed.lowered(self, key)
+                weights = packed.weights
+            input, state0, weights = paths.lowered(input, state0, weights, key)
+            if not key:
+                input, state0, dtype = paths.widened(input, state0, weights)
         reason, recorded = self._unsupported(input, state0, weights, packed), False
         if reason is not None:
             if paths.is_proxy(given_input):
                 return paths.call_module(self, given_input, hx, **paths.all_asked_for(options))
+            if autocast and dtype is None:  # steps take no others than the weights' dtype
+                input, state0, dtype = paths.widened(input, state0, weights)
             given = paths.asked_for(options) or self._only_ours()
             recorded = bool(given or paths.vmapped()) and self._unrecordable(input, state0, weights) is None
             if given and not recorded:
@@ -187,10 +193,12 @@ class NamedLayer(RecurrentBase, Scriptable, torch.nn.RNNBase):
         if packed is not None:
             packed.check(input.data if isinstance(input, PackedSequence) else input, state0)
         result = self._run(input, state0, weights, options, packed, recorded)
-        if not self.proj_size:
-            return paths.rounded(result, dtype)
-        y, (h, c_n), *states = result  # within autocast PyTorch's c keeps its dtype
-        return (y, (h, c_n.to(c.data.dtype)), *states)
+        if dtype is not None:
+            result = paths.rounded(result, dtype)
+        if not (self.proj_size and autocast):
+            return result
+        y, (h, c_n), *states = result  # PyTorch's c keeps its dtype
+        return (y, (h, c_n.to((c.data if isinstance(c, PackedSequence) else c).dtype)), *states)
 
     def _without_graph(
         self, input: Any, state0: tuple[Any, ...] | None, weights: list[Weights], packed: Frozen | None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fusedrnn.torch import gpu
 
@@ -70,6 +71,13 @@ def plain(t: Tensor | None) -> Tensor | None:
     return t.new_zeros(t.shape) if t._is_zerotensor() else t.as_subclass(Tensor).resolve_neg()
 
 
+def _readable(t: Any) -> Any:
+    """A tensor that is aligned and plain; all else as it is."""
+    if not isinstance(t, Tensor):
+        return t
+    return t.clone() if t.data_ptr() % t.element_size() else plain(t)
+
+
 def with_copies(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """A function of a call that runs again, with copies, if kernels refuse memory: not aligned, or none."""
 
@@ -78,12 +86,10 @@ def with_copies(function: Callable[..., list[Tensor]]) -> Callable[..., list[Ten
         try:
             return function(call, *rest)
         except ValueError:
-            given = call.learned()
-            copies = [
-                t.clone() if t is not None and t.data_ptr() % t.element_size() else plain(t) for t in given
-            ]
-            if all(a is b for a, b in zip(copies, given, strict=True)):
+            given = [call.learned(), *rest]
+            learned, *rest_again = again = tree_map(_readable, given)
+            if all(a is b for a, b in zip(tree_leaves(again), tree_leaves(given), strict=True)):
                 raise
-        return function(call.with_learned(copies), *rest)
+        return function(call.with_learned(learned), *rest_again)
 
     return run

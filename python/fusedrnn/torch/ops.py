@@ -114,11 +114,14 @@ class Call(NamedTuple):
         seed = None if self.seed is None else int(self.seed)
         return Regularization(dropout, zoneout_h, zoneout_c, seed, self.stream)
 
+    def units(self) -> Any:
+        """H, which may be a symbol."""
+        return self.weights[0].size(0) // cell_of(self.cell).blocks["weight_ih"]  # type: ignore[union-attr]
+
     def sizes(self) -> tuple[Any, Any, Any, Any, Any]:
         """T, B, I, H, P, which may be symbols."""
-        x, blocks, first = self.x, cell_of(self.cell).blocks, self.weights[0]
+        x, blocks, H = self.x, cell_of(self.cell).blocks, self.units()
         T, B, I = x.shape if x.dim() == 3 else (1, *x.shape)
-        H = first.size(0) // blocks["weight_ih"]  # type: ignore[union-attr]
         return T, B, I, H, self.by_name()["weight_hr"].size(0) if "weight_hr" in blocks else H
 
     def results(self, return_states: bool) -> int:
@@ -141,15 +144,18 @@ class Call(NamedTuple):
         return refused(self.cell, x.device.type, str(x.dtype), bool(self.rates), detached)
 
     def masks(self) -> Regularization | None:
-        """A regularization with masks as the call's, whatever the seed, which a compiler does not know."""
+        """A regularization with masks as the call's, whatever the seed, which a compiler does not know.
+
+        Rates are all the same, as results are kept for each and a schedule may have many.
+        """
         if not self.rates:
             return None
-        dropout, zoneout_h, zoneout_c = self.rates
+        dropout, zoneout_h, zoneout_c = (0.5 if rate else 0.0 for rate in self.rates)
         return Regularization(dropout, zoneout_h, zoneout_c, None if self.seed is None else 0)
 
     def tape_width(self) -> int:
         """Elements of the tape for each of its rows."""
-        return _tape_width(self.cell, int(self.sizes()[3]), self.recompute, self.masks())
+        return _tape_width(self.cell, int(self.units()), self.recompute, self.masks())
 
     def tape_rows(self) -> int | None:
         """Rows of the tape, of tensors whose values are known; None: there is none."""
@@ -157,7 +163,7 @@ class Call(NamedTuple):
         own = self.cell not in CELLS
         if own and (self.refused() or not isinstance(self.backend(), CpuBackend)):
             return None
-        if self.recompute and self.x.is_cpu:
+        if self.recompute and self.x.is_cpu and isinstance(self.backend(), CpuBackend):
             cell, dtype = cell_of(self.cell), self.x.dtype
             kind = {"float64": dtype is torch.float64, "bfloat16": dtype is torch.bfloat16}
             return CPU.tape_shape(cell, sizes, recompute=True, regularization=self.masks(), **kind)[0]
@@ -364,7 +370,8 @@ def run_backward(
     call: Call, y: Tensor, tape: Sequence[Tensor], upstream: Sequence[Tensor | None], need: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of x, state0, the weights and the scalars."""
-    x, cell, learned, backend = call.x, cell_of(call.cell), call.learned(), call.backend()
+    x, cell, learned = call.x, cell_of(call.cell), call.learned()
+    backend = CPU if tape and x.is_cpu else call.backend()  # the one that wrote the tape
     step = x.dim() == 2
     n, n0, scalars = len(cell.states), len(call.state0), 1 + len(call.state0) + len(call.weights)
     upstream = [plain(d) for d in upstream]

@@ -161,11 +161,7 @@ class CellModule(Freezable):
     def _cast(self, data: Tensor, state0: Any, weights: list[Weights]) -> tuple[Tensor, Any]:
         """Input and state, under autocast cast to the dtype of the weights."""
         kind, dtype = data.device.type, weights[0][0].dtype
-        if (
-            data.dtype == dtype
-            or not torch.amp.is_autocast_available(kind)
-            or not torch.is_autocast_enabled(kind)
-        ):
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return data, state0
         return data.to(dtype), None if state0 is None else tuple([s.to(dtype) for s in state0])
 
