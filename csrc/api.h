@@ -2,8 +2,7 @@
 //
 // Legend: T time steps, B batch, I input size, H hidden size, P projected size (at most H; H where nothing is
 // projected), G gates. All sizes and strides are 64-bit and count elements. Nothing here knows Python. Callers check
-// shapes (src/module.cpp does); sizes are checked for overflow here, before anything is allocated. Inputs are never
-// written to and outputs never overlap inputs. "contiguous" is C order.
+// shapes (src/calls.h does). Inputs are never written to and outputs never overlap inputs. "contiguous" is C order.
 #pragma once
 #include <array>
 #include <cstddef>

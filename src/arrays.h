@@ -193,11 +193,19 @@ py::array_t<T> empty(Shape shape) {
   return py::array_t<T>(shape, data, owner);
 }
 
+inline void need_writeable(const py::object& o, const char* name) {
+  if (Py_TYPE(o.ptr()) == array_types.numpy && !py::reinterpret_borrow<py::array>(o).writeable())
+    throw RefusedValue(std::string(name) + ": expected an array that can be written to, got a read-only one");
+}
+
 // The memory of an output: of the array that the caller gave, None where it is not wanted; where none was given, of a
 // new one.
 template <class T>
 T* output(py::object& to, const char* name, Shape shape) {
-  if (to) return const_cast<T*>(maybe<T>(to, name, shape));
+  if (to) {
+    need_writeable(to, name);
+    return const_cast<T*>(maybe<T>(to, name, shape));
+  }
   py::array_t<T> a = empty<T>(shape);
   T* data = a.mutable_data();
   to = std::move(a);

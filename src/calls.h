@@ -347,6 +347,7 @@ T* tape_memory(const py::object& o, const Problem& problem, Save save) {
   const View a = array_view(o, "tape");
   const TapeShape shape = tape_shape<T>(problem, save);
   const Index rows = a.ndim == 2 ? std::max(a.shape[0], shape.rows) : shape.rows;
+  need_writeable(o, "tape");
   return const_cast<T*>(need<T>(o, "tape", {rows, shape.width}));
 }
 
@@ -362,7 +363,7 @@ void run_forward_as(const PyCell& cell, const Given& given, const Inputs& in, co
     call.saved = tape_memory<T>(saved, call.problem, call.save);
     // What ragged rows leave of it is 0, so that it is the same for the same inputs.
     const TapeShape shape = tape_shape<T>(call.problem, call.save);
-    const Index kept = cell.plan && call.problem.lengths && !recompute ? 0 : shape.rows;
+    const Index kept = call.problem.lengths && (cell.plan || recompute) ? 0 : shape.rows;
     std::fill(call.saved + kept * shape.width, call.saved + array_view(saved, "tape").shape[0] * shape.width, T(0));
   }
   setup.run();

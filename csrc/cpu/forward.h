@@ -343,12 +343,13 @@ struct ForwardSteps : Share {
 
   // c before step s, if a chunk begins there: chunks are counted from the end.
   FUSEDRNN_NOINLINE void keep_boundary(Index s) {
-    const Index left = job.steps.T - s, H = job.H;
+    const Index left = job.steps.T - s, t = time_of(job.steps, s - 1), H = job.H;
     if (!left || left % job.chunk_steps) return;
     T* boundary = job.boundary_states + (left / job.chunk_steps - 1) * job.steps.B * H;
     const Index first = block_begin * kBlock, end = block_end < job.blocks ? block_end * kBlock : H;
     for (Index b = row_begin; b < row_end; ++b)
-      __builtin_memcpy(boundary + b * H + first, job.kept.c + b * H + first, size_t(end - first) * sizeof(T));
+      if (valid(job.steps, t, b))
+        __builtin_memcpy(boundary + b * H + first, job.kept.c + b * H + first, size_t(end - first) * sizeof(T));
   }
 };
 
@@ -450,7 +451,9 @@ struct ForwardLoop : ForwardSteps<V, O> {
           c.store(c_outs[i] + u, in_row);
           if (c_states[i]) c.store(c_states[i] + u, in_row);
         }
-        if constexpr (kPhases == 2)
+        if constexpr (kPhases == 2 && kNumbers<O> > 1)  // a pair may hold a unit that does not exist, which may be NaN
+          put_operand<O>(O::first(h, in_row), h_outs[i], u);
+        else if constexpr (kPhases == 2)
           put_operand<O>(h, h_outs[i], u);
         else
           rounded<O>(h).store(h_outs[i] + u, in_row);

@@ -159,7 +159,7 @@ struct BackwardJob {
   bool need_weights;
   const Group* groups;  // in the order of the joint rows
   int group_count;
-  T* dpacked;  // [block][group][column][accumulator][16]
+  T* dpacked;  // [block][group][column][accumulator][16], but of a narrow last block as many vectors as it has
   Index dpacked_block;
   T* dprojection;  // [block of P][unit][16], where weight_hr has a gradient; else null
   const Gradient<T>* gradients;

@@ -48,7 +48,7 @@ class Layout {
   std::size_t used = 0;
 };
 
-// Weights of a row of blocks lie k * count * 16 apart; one more line keeps them out of each other's cache sets.
+// Weights of a row of blocks lie k * count * 16 apart; 16 more numbers keep them out of each other's cache sets.
 template <class T>
 Index block_step(Index k, int count) {
   return k * count * kBlock + kBlock;

@@ -198,7 +198,7 @@ struct WeightGradients {
     Index units;  // that there are from the first block on
   };
 
-  // Adds to sum(r, w, s), which are 16 each: over the rows, column r of `a` times vector (w, s) of `b`, of elements of
+  // Adds to sum(r, w, s), which are vectors: over the rows, column r of `a` times vector (w, s) of `b`, of elements of
   // Of.
   template <class Of, class Sum>
   FUSEDRNN_INLINE void add_rows(Index count, const Columns& a, const Vectors& b, bool first_chunk, Sum&& sum_of) const {

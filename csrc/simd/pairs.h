@@ -35,6 +35,8 @@ struct Pairs {
   static FUSEDRNN_INLINE V widen(const uint16_t* p, int64_t count) {
     return _mm512_castsi512_ps(high(_mm256_maskz_loadu_epi16(V::first(count), p)));
   }
+  // x in the first count lanes, zero in the others.
+  static FUSEDRNN_INLINE V first(V x, int64_t count) { return _mm512_maskz_mov_ps(V::first(count), x.v); }
   static FUSEDRNN_INLINE V round(V x) { return _mm512_castsi512_ps(high(halves(x))); }
   // 16 numbers, rounded, to 8 pairs of neighbours.
   static FUSEDRNN_INLINE void put(V x, float* to) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves(x)); }

@@ -80,7 +80,7 @@ def test_error(function, dtype):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_levels_give_the_same_bits(function, dtype):
     if len(FUSED) < 2:
-        pytest.skip("one level only")
+        pytest.skip("the processor has no second level with FMA")
     rng = np.random.default_rng(7)
     bits = np.uint32 if dtype == np.float32 else np.uint64
     every = rng.integers(0, np.iinfo(bits).max, 100_003, dtype=bits, endpoint=True).view(dtype)  # NaN too

@@ -150,6 +150,24 @@ def test_no_steps_no_rows_and_special_numbers(cell):
 
 
 @needs_bfloat16
+@pytest.mark.parametrize("units", [18, 19])
+def test_an_infinity_reaches_no_unit_that_its_gates_are_finite_for(units):
+    """With an odd number of units the last pair has one that does not exist, where 0 * inf is NaN."""
+    for cell, sizes in (
+        (cells.gru.with_options(reset_after=False), units),
+        (cells.lstm.with_options(project=True), 5),
+    ):
+        p = problem(cell, 3, 2, 4, units, P=sizes).astype(BF16)
+        x = p.x.copy()
+        x[1, 0, 2] = np.inf
+        y = kernels.forward(cell, x, p.weights).y.astype(np.float64)
+        wide_weights = {key: a.astype(np.float64) for key, a in p.weights.items()}
+        want = kernels.forward(cell, x.astype(np.float64), wide_weights, backend="reference").y
+        np.testing.assert_array_equal(np.isfinite(y), np.isfinite(want))
+        assert np.isfinite(y).all()
+
+
+@needs_bfloat16
 def test_packed_rows():
     p = problem(cells.lstm, 4, 3, I, H).astype(BF16)
     sizes = [3, 3, 2, 1]

@@ -340,6 +340,24 @@ def test_calls_into_arrays_give_the_same_bits(cell, dtype, options, recompute):
     assert_bitwise_equal(forward, {key: want[key] for key in forward})
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_boundary_states_are_the_same_for_the_same_inputs(reverse):
+    """Also of rows that have not begun, or are over, where a chunk begins."""
+    p = replace(problem(lstm, 1000, 4, 3, 16, reverse=reverse), lengths=np.array([1000, 0, 5, 900]))
+    tape = Arrays(p, True).forward()["tape"]
+    assert tape.size
+    assert not np.isnan(tape).any()
+
+
+def test_results_are_not_written_to_read_only_arrays():
+    call = Arrays(problem(lstm, 4, 3, 2, 5), False)
+    for key, which in (("y", None), ("tape", None), ("stateT", 1)):
+        out = call.empty()
+        (out[key] if which is None else out[key][which]).setflags(write=False)
+        with pytest.raises(ValueError, match=f"{key}: expected an array that can be written to"):
+            call.forward(out=out)
+
+
 @pytest.mark.quick
 @pytest.mark.mutation
 @pytest.mark.parametrize("units", [5, 19, 40])

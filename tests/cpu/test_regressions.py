@@ -325,7 +325,7 @@ def work(count, seed):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         T, B, I, H = (int(v) for v in rng.integers(1, (12, 9, 9, 40)))
-        run(CPU, problem(CELLS[T % 5], T, B, I, H, lengths=True, dtype=np.float32))
+        run(CPU, problem(CELLS[T % len(CELLS)], T, B, I, H, lengths=True, dtype=np.float32))
 def in_threads(count):
     threads = [threading.Thread(target=work, args=(count // 8, k)) for k in range(8)]
     for t in threads: t.start()

@@ -110,7 +110,7 @@ struct MachineCall {
   const T* vectors;  // [vector][blocks * 16]
   const T* constants;
   const T* const* scalars;  // of each row scalar (T, B)
-  const T* const* state0;   // of each state (B, H) or null
+  const T* const* state0;   // of each state (B, H) or null; the first has rows of P here and below
   const T* start;           // of each state H times what it starts from
   T* const* state;          // of each state [step][B][H], the first is y
   T* saved;                 // [step][B] rows of [block][saved value][16], or null

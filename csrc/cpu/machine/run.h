@@ -189,7 +189,8 @@ TapePtr<T> machine_forward(const ForwardCall<T>& call) {
   const Index units = blocks_of(n.H) * kBlock;
   const Split split = split_for<T>(shape, n, cpu::num_threads());
   const std::size_t S = std::size_t(plan.states), O = std::size_t(plan.operands);
-  const bool all = call.save == Save::all, every = all || call.states[0], keeps = all || plan.reads_saved;
+  const bool wanted = std::any_of(call.states.begin(), call.states.end(), [](const T* state) { return state; });
+  const bool all = call.save == Save::all, every = all || wanted, keeps = all || plan.reads_saved;
   const PackedPtr<T> own = pack_own<T>(call, true);
   const PackedWeights<T>& packed = own ? *own : *call.packed;
   TapePtr<T> tape(call.save == Save::nothing ? nullptr : new Tape<T>{});
