@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.own_markers = [mark for mark in item.own_markers if mark.name != "quick"]
+            assert not item.get_closest_marker("quick"), f"{item.nodeid}: slow, but its module is quick"
 
 
 def pytest_collection_finish(session):

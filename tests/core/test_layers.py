@@ -128,6 +128,7 @@ def test_every_backend_serves_the_layers(kind, backend):
     expected, dexpected = gradients_of(plain, x, state0, ("y", "final", "steps"), sequence)
     for call in (sequence, steps):
         values, grads = gradients_of(layer, x, state0, ("y", "final", "steps"), call)
+        assert (values | grads).keys() == (expected | dexpected).keys()
         for name, value in (values | grads).items():
             close(value, (expected | dexpected)[name])
 

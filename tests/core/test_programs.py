@@ -62,8 +62,8 @@ def test_batched_by_chunks(cell):
         assert found[name] == pytest.approx(expected, rel=1e-4), name
 
 
-# Other ways to do the same are after 8 epochs where the training by chunks is on its way to the figures.
-EPOCHS = 8
+# Other ways to do the same are after 3 epochs where the training by chunks is on its way to the figures.
+EPOCHS = 3
 
 
 def by_chunks(cell):

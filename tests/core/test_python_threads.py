@@ -30,11 +30,11 @@ from fusedrnn.models import Sequential
 from problems import assert_bitwise_equal, problem, run
 from published import everything, gru_d, lstmp, mgu, slstm
 
-pytestmark = pytest.mark.quick
-
 OWN = [mgu, everything, gru_d, slstm, lstmp]
 ACTS = Regularization(0.3, 0.2, 0.0, 7, 0)
-often = pytest.mark.parametrize("rounds", [2, pytest.param(30, marks=pytest.mark.slow)])
+often = pytest.mark.parametrize(
+    "rounds", [pytest.param(2, marks=pytest.mark.quick), pytest.param(30, marks=pytest.mark.slow)]
+)
 
 
 def unused(cell):
@@ -62,6 +62,7 @@ def test_first_calls_of_cells(name, rounds):
             assert_bitwise_equal(got, w)
 
 
+@pytest.mark.quick
 def test_threads_get_one_trace_of_a_new_cell():
     both = threading.Barrier(2)
 
@@ -125,6 +126,7 @@ assert not sys._is_gil_enabled()
 
 
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="needs free-threaded Python")
+@pytest.mark.quick
 def test_an_import_leaves_the_gil_off():
     done = subprocess.run([sys.executable, "-W", "error", "-c", GIL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -502,6 +502,5 @@ def test_gradcheck(kind, more, options):
         return tuple(found)
 
     everything = (x, *flat(hx), *weights)
-    assert torch.autograd.gradcheck(f, everything)
     assert torch.autograd.gradcheck(f, everything, atol=1e-9)
     assert ours.last_path == "fused"

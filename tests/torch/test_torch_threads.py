@@ -19,7 +19,7 @@ from fusedrnn.torch import keys  # noqa: E402
 from published import everything, gru_d  # noqa: E402
 from test_python_threads import often, unused  # noqa: E402
 
-pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("no_fallback", "openmp_pool")]
+pytestmark = pytest.mark.usefixtures("no_fallback", "openmp_pool")
 
 I = 5
 LAYERS = [
@@ -69,6 +69,7 @@ def test_each_thread_trains_and_freezes_a_layer(rounds):
             assert all(torch.equal(a, b) for a, b in zip(got, w, strict=True))
 
 
+@pytest.mark.quick
 def test_each_new_cell_gets_a_key_of_its_own(monkeypatch):
     both = threading.Barrier(2)
 
