@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# For a computer with an NVIDIA GPU that may soon be gone. Needs PyTorch, CuPy, cuda-bindings, NVRTC and what builds
-# fusedrnn, but no network. Without arguments it lists what it can do.
+# For a computer with an NVIDIA GPU that may soon be gone. Needs PyTorch, CuPy, NVRTC and what builds fusedrnn, but no
+# network. Without arguments it lists what it can do.
 set -eu
 cd "$(dirname "$0")/.."
 # What NVRTC makes; carried along in the checkout, nothing of it is compiled again.

@@ -219,6 +219,8 @@ def size(*numbers: str) -> str:
         sums, times = (T * B, B) if name[1:] in one.weights[0] else (0, 1)  # of a weight's gradient
         error = float(abs(a - want * times).max() / abs(want).max()) / times
         limit = 1e-4 + sums * 2**-24  # equal terms, whose roundings are equal too
+        if limit > 0.5:  # so long a sum in float32 may be anything
+            continue
         if not error <= limit:
             raise AssertionError(f"{name} is off by {error:.1e} of its largest entry, not {limit:.0e}")
         worst = max(worst, error)

@@ -7,8 +7,7 @@
 //
 //   grid      in memory. The blocks count themselves in after every step and wait until all have: all blocks must run
 //             at once, so the caller launches no more than fit.
-//   cluster   in the shared memory of every block (sm_90 and later). The blocks of a tile are one cluster, whose
-//   barrier
+//   cluster   in the shared memory of every block (sm_90 and later). The blocks of a tile are one cluster. Its barrier
 //             ends a step.
 #pragma once
 #include "cuda/product.h"

@@ -97,7 +97,13 @@ class CupyDevice:
         return self._cupy.empty(shape, dtype)
 
     def asarray(self, a: Array) -> Array:
-        """A copy of a NumPy array."""
+        """A copy of a NumPy array.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured, and such a copy would end the capture.
+        """
+        if self.captured():
+            raise RuntimeError("lengths and NumPy arrays cannot be used while a CUDA graph is captured")
         return self._cupy.asarray(a)
 
     def pointer(self, a: Any) -> int:
