@@ -57,9 +57,9 @@ def section() -> str:
         "Each ratio is the time of the fastest other library divided by ours: the geometric mean over all "
         "shapes and, in brackets, the lowest. For each shape, it is the median over rounds in which all "
         "libraries ran. Below 1, fusedrnn is slower. `torch` is PyTorch's layer, called once. `torch-cell` "
-        "calls PyTorch's cell at each step, `torch-masked` the layer. `torch-packed` uses packed sequences, "
-        "and `torch-segments` calls the layer for each part between two resets "
-        "([more](docs/benchmarks.md)).",
+        "calls PyTorch's cell at each step. `torch-masked` calls the layer at each step, with masked states. "
+        "`torch-packed` uses packed sequences, and `torch-segments` calls the layer for each part between "
+        "two resets ([more](docs/benchmarks.md)).",
         "",
         summary(),
         "",
