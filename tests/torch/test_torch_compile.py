@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fusedrnn.torch as ours
 from bfloat16 import needs_bfloat16
 from fusedrnn.torch import compilable
+from interpreter import python
 
 # What PyTorch itself warns of while it compiles is no concern of these tests.
 pytestmark = [
@@ -59,9 +60,17 @@ def allow_rnn():
 COLD = """
 import torch, fusedrnn.torch as ft
 from fusedrnn.torch import compilable
+from interpreter import python
 for layer in (ft.GRUCell(5, 7), compilable.LSTM(5, 7)):
     torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(3, 5))
 """
+
+
+def test_an_import_leaves_the_compiler_out():
+    """It takes a second to import."""
+    there = "print('torch._dynamo' in sys.modules)"
+    before, after = python(f"import sys, torch; {there}; import fusedrnn.torch; {there}").split()
+    assert before == after
 
 
 def test_the_first_call_of_a_process_compiles():

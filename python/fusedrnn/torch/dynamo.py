@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn.torch import paths
@@ -41,7 +42,7 @@ def unsupported(input: Any, state: tuple[Any, ...] | None, weights: list[Weights
     return None
 
 
-@torch.compiler.disable(reason="fusedrnn: see above")  # type: ignore[no-untyped-call, untyped-decorator]
+@_disable_dynamo  # torch.compiler.disable would import the compiler, which takes a second
 def _outside(module: Any, *args: Any, **options: Any) -> Any:
     return module.forward(*args, **options)
 
@@ -56,10 +57,7 @@ def leave_graph(module: Any, reason: str, *args: Any, **options: Any) -> Any:
 
 
 def leave_alone(function: Callable[..., Any]) -> None:
-    """Let the compiler run a function, and all that it calls, without tracing.
-
-    ``torch.compiler.disable`` does so too, but imports the compiler, which takes a second.
-    """
+    """Let the compiler run a function, and all that it calls, without tracing."""
     frames = torch._C._dynamo.eval_frame
     with contextlib.suppress(AttributeError):  # PyTorch before 2.7: the compiler tries and stops
         skip = frames._FrameAction.SKIP
