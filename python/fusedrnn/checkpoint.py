@@ -175,9 +175,9 @@ def _check_types(model: Any, optimizer: Any, loader: Any, generators: Any) -> No
 
 
 def _batches(loader: DataLoader) -> str:
-    """What the number of batches returned so far depends on."""
+    """What the batches of an epoch depend on."""
     steps = f", steps={loader.steps}" if isinstance(loader, SeqDataLoader) else ""
-    return f"{type(loader).__name__} with batch_size={loader.batch_size}{steps}"
+    return f"{type(loader).__name__} with batch_size={loader.batch_size}, shuffle={loader.shuffle}{steps}"
 
 
 def _carried(model: Layer) -> dict[str, Array]:

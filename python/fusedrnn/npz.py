@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -84,6 +85,12 @@ def read(path: PathLike) -> dict[str, Array]:
         if "pickle" in str(error) or "Object arrays" in str(error):
             raise ValueError(f"{path}: entry {entry!r} is pickled, which is never loaded") from None
         raise ValueError(f"{path}: {what}: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError(
+            f"{path}: not an .npz file, or a damaged one: {error}"
+        ) from error  # a wrong position
 
 
 def checked(array: Array, shape: tuple[int | None, ...] | None, key: str, source: str) -> Array:

@@ -336,6 +336,11 @@ def test_every_truncation_is_a_clear_error(tmp_path):
         run.path.write_bytes(whole[:n])
         with pytest.raises(CheckpointError, match="cannot be loaded"):
             run.load()
+    changed = bytearray(whole)
+    changed[-6] ^= 16  # where the directory begins
+    run.path.write_bytes(changed)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        run.load()
 
 
 def test_every_flipped_byte_is_an_error_or_does_not_matter(tmp_path):
@@ -409,8 +414,8 @@ def test_what_does_not_fit_is_found_before_anything_changes(tmp_path):
     for model, loader, generators, message in (
         (run.model, run.loader, run.generators[::-1], "generators: expected PCG64, as saved, got MT19937"),
         (run.model, short, run.generators, "loader: expected 999 samples, as saved, got 9"),
-        (run.model, other, run.generators, f"DataLoader with batch_size={size}, as .* batch_size={size + 1}"),
-        (run.model, steps, run.generators, f"as saved, got SeqDataLoader with batch_size={size}, steps=2"),
+        (run.model, other, run.generators, f"batch_size={size}, shuffle=True, as .* batch_size={size + 1}"),
+        (run.model, steps, run.generators, "as saved, got SeqDataLoader .* steps=2"),
         (without, run.loader, run.generators, "state memory/kept: the model does not have this layer"),
     ):
         with pytest.raises(CheckpointError, match=message):

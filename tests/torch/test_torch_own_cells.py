@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa
 
 import fusedrnn.torch as ft  # noqa: E402
 from fusedrnn import kernels  # noqa: E402
-from fusedrnn.cells import cell, gru, lstm, rnn, tanh  # noqa: E402
+from fusedrnn.cells import cell, gru, lstm, maximum, minimum, rnn, tanh, where  # noqa: E402
 from fusedrnn.torch import keys, paths  # noqa: E402
 from own_layers import (  # noqa: E402
     LENGTHS,
@@ -309,6 +309,27 @@ def test_weights_that_are_not_parameters():
     layer.weight_hh_l1 = layer.bias_hh_l1 = None
     with pytest.raises(TypeError, match="weight_hh_l1: expected a tensor, got None"):
         layer(x)
+
+
+@cell
+def bounded(p, x, h):
+    a = minimum(maximum(p.dense("a", x, h), -0.5), 0.5)
+    return tanh(p.dense("b", x, h * where(a > 0, 0.1, 0.3))) * where(a > 0.2, 1.0, -1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_numbers_in_pytorchs_operations(dtype):
+    """They have the dtype of the layer, whatever the default one is."""
+    layer, x = ft.Recurrent(bounded, I, H, dtype=dtype), torch.randn(2, T, B, I, dtype=dtype)
+    torch.set_default_dtype(torch.float64 if dtype is torch.float32 else torch.float32)
+    try:
+        found = torch.func.vmap(lambda x: layer(x)[0])(x)
+        want = torch.stack([layer(each)[0] for each in x])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is dtype
+    limit = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1e-2}[dtype]
+    torch.testing.assert_close(found, want, rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("low", ["input", "state", "both"])

@@ -45,6 +45,10 @@ class TorchStep(Step):
         "minimum": lambda a, b: torch.where((a > b) | b.isnan(), b, a),
     }
 
+    def constant(self, value: float) -> Tensor:
+        """A number in the dtype of x."""
+        return self.x.new_full((), value)
+
     def normalise(self, norm: Norm, values: list[Tensor]) -> Sequence[Tensor]:
         """The normalised values."""
         v = torch.cat(values, dim=-1)
