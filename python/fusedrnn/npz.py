@@ -86,11 +86,9 @@ def read(path: PathLike) -> dict[str, Array]:
             raise ValueError(f"{path}: entry {entry!r} is pickled, which is never loaded") from None
         raise ValueError(f"{path}: {what}: {error}") from error
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno != errno.EINVAL:  # of a position that is not in the file
             raise
-        raise ValueError(
-            f"{path}: not an .npz file, or a damaged one: {error}"
-        ) from error  # a wrong position
+        raise ValueError(f"{path}: not an .npz file, or a damaged one: {error}") from error
 
 
 def checked(array: Array, shape: tuple[int | None, ...] | None, key: str, source: str) -> Array:

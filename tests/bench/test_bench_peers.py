@@ -280,7 +280,7 @@ def test_a_row_is_split_at_every_reset():
 
 
 def test_of_training_steps_in_bfloat16_the_losses_are_compared():
-    """Gradients may be off by a fifth there: whoever sets it accepts that, so PyTorch is timed with it."""
+    """Gradients may be off by a fifth there, which users of the setting accept: PyTorch is timed with it."""
     pytest.importorskip("torch", reason="PyTorch is not installed")
     data = problems.make(dataclasses.replace(SMALL, kind="update"), "float32")
     library = registry.PEERS["torch"](data, 1)

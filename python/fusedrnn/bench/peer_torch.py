@@ -329,7 +329,7 @@ class Medium:
 
     def results(self) -> Results:
         """Of whole training steps the losses alone: gradients were seen to be off by a fifth of their largest
-        entry, which who chooses this setting accepts.
+        entry, which users of this setting accept.
         """
         with medium():
             found = self.library.results()
